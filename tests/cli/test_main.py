@@ -414,7 +414,8 @@ def test_internal_error_without_a_place_to_write(
         ("launch slurm r.yaml --site alps", "--setup"),
         ("launch slurm r.yaml --site=alps", "--setup"),
         ("fetch org/model --hosts spark-b", "ssh HOST"),
-        ("export run --to vllm --quant nvfp4 --output out", "--quant fp8"),
+        ("export run --to vllm --quant nvfp4 --output out", "--quantization fp8"),
+        ("export run --to vllm --quant fp8 --output out", "--quantization fp8"),
         ("train smollm2-135m-lora parallel.experts=2", "parallel.shard"),
         ("bench r.yaml --ablation", "the other value of a key"),
         (

@@ -16,8 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from recipes import built_model, make_run
-from runs import make_run as make_finished_run
-from runs import peft_model
 from shipped_bases import compressed_fp8_config, write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
@@ -137,21 +135,12 @@ def fp8_of(block: tuple[int, int] | None) -> Write:
     return lambda tiny, folder: write_fp8(tiny, folder, block, scales=torch.bfloat16)
 
 
-def export_in_fp8(tiny: Path, folder: Path) -> Path:
-    """A scale a row, in compressed-tensors' files."""
-    export_rounded = pytest.importorskip("tunesmith.tools.export.vllm").export_rounded
-    folder.mkdir(exist_ok=True)
-    make_finished_run(folder / "run", tiny, peft_model(tiny))
-    export_rounded(folder / "run", folder / "base", device="cpu")
-    return folder / "base"
-
-
 FORMS: dict[str, Write] = {
     "fp8": fp8_of((32, 16)),
     "fp8, ragged blocks": fp8_of(RAGGED),
     "fp8, one block": fp8_of((200, 300)),
     "fp8, one scale": fp8_of(None),
-    "fp8 of an export": export_in_fp8,
+    "fp8, a scale a row": partial(write_fp8, block=ROW, tool="compressed-tensors"),
     "nvfp4": write_nvfp4,
     "nvfp4 of modelopt": partial(write_nvfp4, modelopt=True),
 }

@@ -99,7 +99,10 @@ OTHER_OPTIONS = {
     "tunesmith doctor RECIPE": "tunesmith fetch RECIPE --dry-run",
     "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
     "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
-    "tunesmith export --quant nvfp4": "--quant fp8",
+    **dict.fromkeys(
+        ("tunesmith export --quant nvfp4", "tunesmith export --quant fp8"),
+        "--quant bf16, and quantize as vLLM loads it: vllm serve FOLDER --quantization fp8",
+    ),
     **dict.fromkeys(
         ("tunesmith bench --ablation", "tunesmith bench --only", "tunesmith bench --rounds"),
         "bench with the other value of a key, beside bench without it; in turns, "

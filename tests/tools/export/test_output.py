@@ -24,7 +24,6 @@ from tunesmith.errors import TunesmithError
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.output import move_into_place, part_folder
-from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 Export = Callable[[Path, Any], Any]
@@ -38,10 +37,6 @@ def _ollama(run: Path, output: Any, **options: Any) -> Any:
     return _gguf(run, output, for_ollama=True, **options)
 
 
-def _rounded(run: Path, output: Any) -> Any:
-    return export_rounded(run, output, device="cpu")
-
-
 def _merged(run: Path, output: Any) -> Any:
     return merge(run, output, device="cpu")
 
@@ -51,11 +46,10 @@ EXPORTS: dict[str, tuple[Export, str]] = {
     "gguf": (_gguf, "out.gguf"),
     "gguf --adapter": (export_adapter, "out.gguf"),
     "ollama": (_ollama, "out"),
-    "vllm": (_rounded, "out"),
     "vllm --adapter": (export_peft, "out"),
     "merge": (_merged, "out"),
 }
-FOLDERS = ["ollama", "vllm", "vllm --adapter", "merge"]
+FOLDERS = ["ollama", "vllm --adapter", "merge"]
 ADAPTERS = ["gguf --adapter", "vllm --adapter"]
 
 

@@ -22,7 +22,6 @@ from tunesmith.config.load import load_recipe
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.push import _push_error
-from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
@@ -242,23 +241,18 @@ def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path
 
 
 def test_folders_for_vllm_and_transformers(exported: Path, tmp_path: Path) -> None:
-    rounded = export_rounded(exported, tmp_path / "fp8", device="cpu")
     merged = merge(exported, tmp_path / "merged", device="cpu")
     run = on_the_hub(exported, tmp_path)
     export_peft(exported, tmp_path / "lora")
-    kl = rounded.rounded
     check = merged.merge_check.merged
     with UploadHub() as hub:
-        for name, kind, measured in (
-            ("fp8", "compressed-tensors, fp8", f"{kl.mean_kl:.2g} | {kl.agreement:.0%}"),
-            ("merged", "Transformers, fp32", f"{check.mean_kl:.2g} | {check.agreement:.0%}"),
-        ):
-            assert push(tmp_path / name, hub=hub)[0] == 0
-            card = hub.stored[f"ada/{name}"]["main"]["README.md"]
-            size = (tmp_path / name / "model.safetensors").stat().st_size / 1e6
-            row = f"| `model.safetensors` | {kind} | {size:,.1f} | {measured} |"
-            assert card_rows(card) == [row]
-        assert "LICENSE" in hub.stored["ada/fp8"]["main"]
+        assert push(tmp_path / "merged", hub=hub)[0] == 0
+        card = hub.stored["ada/merged"]["main"]["README.md"]
+        size = (tmp_path / "merged" / "model.safetensors").stat().st_size / 1e6
+        measured = f"{check.mean_kl:.2g} | {check.agreement:.0%}"
+        row = f"| `model.safetensors` | Transformers, fp32 | {size:,.1f} | {measured} |"
+        assert card_rows(card) == [row]
+        assert "LICENSE" in hub.stored["ada/merged"]["main"]
         config = tmp_path / "lora" / "adapter_config.json"
         config.write_text((run / "final" / "adapter_config.json").read_text())
         assert push(tmp_path / "lora", hub=hub)[0] == 0

@@ -5,7 +5,7 @@ example:
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
   tunesmith export runs/my-run --to ollama --adapter --output my-adapter
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
-  tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
+  tunesmith export runs/my-run --to vllm --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
 --to gguf and ollama stream base and adapter into one file, so memory does not
@@ -17,9 +17,8 @@ With --adapter they write the LoRA alone. Of a run on a .gguf file it is for
 that very file: both are checked together, and the command that serves them is
 printed.
 
---to vllm writes a folder: the merged model in bf16, or with linear layers in
-fp8, and prints the KL divergence that this causes. With --adapter it writes the
-LoRA, if vLLM supports it.
+--to vllm writes a folder: the merged model in bf16. With --adapter it writes
+the LoRA, if vLLM supports it.
 
 --to transformers, the default, assembles a checkpoint that several ranks saved,
 one tensor in memory at a time. final/ and checkpoints of a single process are
@@ -27,7 +26,6 @@ already in this format; use `merge` for an adapter.
 """
 
 import argparse
-from collections.abc import Collection
 
 from tunesmith.cli.options import (
     add_json,
@@ -43,13 +41,6 @@ from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 from tunesmith.tools.export.output import gguf_place, new_folder_place
 
 LOADS_TORCH = "here"
-
-VLLM_QUANTS = ("bf16", "fp8")
-QUANTS_OF_TARGET: dict[str, Collection[str]] = {
-    "gguf": GGUF_QUANT_TYPES,
-    "ollama": GGUF_QUANT_TYPES,
-    "vllm": VLLM_QUANTS,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         type=str.lower,
-        choices=(*GGUF_QUANT_TYPES, "fp8"),
-        help="of the weights (default: q4_k_m; for vllm, which takes bf16 and fp8, bf16)",
+        choices=tuple(GGUF_QUANT_TYPES),
+        help="of the weights (default: q4_k_m; for vllm, which takes bf16 alone, bf16)",
     )
     parser.add_argument(
         "--adapter",
@@ -95,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="do not compare the result with the tuned model; not for bf16 or an adapter for vLLM",
+        help="do not compare the GGUF file with the tuned model",
     )
     add_json(parser)
 
@@ -124,12 +115,11 @@ def run(args: argparse.Namespace) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """UsageError for options of another target than --to."""
-    # A --to without a row in QUANTS_OF_TARGET takes no --quant.
-    if args.quant and args.quant not in QUANTS_OF_TARGET.get(args.to, (args.quant,)):
+    if args.to == "vllm" and args.quant not in (None, "bf16"):
         raise UsageError(
-            f"--quant {args.quant} is not one of --to {args.to}",
+            f"--quant {args.quant} is not one of --to vllm",
             where="command line: --quant",
-            fix=f"one of {', '.join(QUANTS_OF_TARGET[args.to])}",
+            fix="--quant bf16",
         )
     if args.adapter:
         check_not_given(args, ("quant",), "is for a whole model")
@@ -137,7 +127,5 @@ def check_options(args: argparse.Namespace) -> None:
         options = ("quant", "adapter", "converter", "force", "threads", "no_check", "device")
         check_not_given(args, options, "is for --to gguf, ollama or vllm")
     elif args.to == "vllm":
-        check_not_given(args, ("converter", "force", "threads"), "is for --to gguf or ollama")
-        if args.quant != "fp8":
-            place = "is for --to gguf or ollama, or --quant fp8"
-            check_not_given(args, ("no_check",), place)
+        others = ("converter", "force", "threads", "no_check")
+        check_not_given(args, others, "is for --to gguf or ollama")

@@ -11,7 +11,7 @@ in bands: the memory that this takes does not grow with the model.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,6 @@ from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.tools.export import merge_check
-from tunesmith.tools.export.compressed import ReadRows, RoundedWeight
 from tunesmith.tools.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
 from tunesmith.tools.export.output import (
     MERGE_FILE,
@@ -259,47 +258,29 @@ def _publish(temporary: Path, goal: Path, check: MergeCheck) -> None:
     move_into_place(temporary, goal)
 
 
-def write_merged(
-    tuned: TunedModel,
-    folder: Path,
-    dtype: str,
-    rounded: Mapping[str, RoundedWeight] | None = None,
-    *,
-    shown_dtype: str | None = None,
-) -> None:
+def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
-    settings, a card; those of `rounded` as the tensors that they consist of.
-
-    Args:
-        shown_dtype: of the weights, in the card; None: `dtype`.
+    settings, a card.
     """
     model = tuned.model
     files = tuned.files
-    rounded = rounded or {}
     tensors = {}
-    # `save_sharded` asks for rows of a tensor: the tensor itself identifies the reader.
-    readers: dict[int, ReadRows] = {}
+    # `save_sharded` asks for rows of a tensor: the tensor itself identifies the weight.
+    weights = {}
     parameters = dict(model.named_parameters())
     for name, tensor in weights_of(model).items():
-        if name in rounded:
-            continue
         written = DTYPES[dtype] if name in parameters else tensor.dtype
         tensors[name] = tensor.to("meta", written)
-        readers[id(tensors[name])] = tuned.weights[name].rows
-    for weight in rounded.values():
-        for name, (tensor, read_part) in weight.parts().items():
-            tensors[name] = tensor
-            readers[id(tensor)] = read_part
+        weights[id(tensors[name])] = tuned.weights[name]
 
     def read(tensor: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
-        read_rows = readers[id(tensor)]
+        weight = weights[id(tensor)]
         for band in row_bands(tensor.shape, rows):
-            yield read_rows(band.start, band.stop)
+            yield weight.rows(band.start, band.stop)
 
     stored = in_stored_form(model, tensors)
     needed = round(written_bytes(stored.values()) * ROOM)
-    what = f"the model in {shown_dtype or dtype}"
-    require_disk_space(folder, needed, what=what, fix=OTHER_DISK)
+    require_disk_space(folder, needed, what=f"the model in {dtype}", fix=OTHER_DISK)
     save_sharded(folder, stored, read=read)
     model.config.dtype = DTYPES[dtype]
     write_model_config(model, folder)
@@ -311,7 +292,7 @@ def write_merged(
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
-    card = card_of(tuned.location, merged=shown_dtype or dtype)
+    card = card_of(tuned.location, merged=dtype)
     (folder / CARD).write_text(card, encoding="utf-8")
 
 

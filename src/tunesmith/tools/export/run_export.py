@@ -24,7 +24,6 @@ from tunesmith.tools.export.gguf.export import (
 from tunesmith.tools.export.gguf.ollama import ollama_name
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.record import record_path
-from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 # Those whose rounding is too small to show in three answers.
@@ -81,7 +80,7 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
         options += f" --generation-config {output}"
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
         lines = [f"next: {serve} --lora-modules {module}{options}"]
-    elif args.quant in (None, "bf16"):
+    else:
         merged = merge(
             args.run,
             args.output,
@@ -94,31 +93,6 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
         lines = [
             f"{args.output}: {merged.bytes / 1e6:,.1f} MB in bf16; "
             f"mean KL {difference:.2g} nats against the tuned model",
-            f"next: vllm serve {output}",
-        ]
-    else:
-        with ProgressCounter() as progress:
-            rounded = export_rounded(
-                args.run,
-                args.output,
-                device=args.device,
-                check=not args.no_check,
-                trust_remote_code=args.trust_remote_code,
-                checking=lambda done, total: progress("layers checked", done, total),
-            )
-        report = asdict(rounded)
-        kl = rounded.rounded
-        base_kl = f" (base: {rounded.base.mean_kl:.2g})" if rounded.base else ""
-        compared = "not compared with the tuned model (--no-check)"
-        if kl is not None:
-            compared = (
-                f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
-                f"the same most likely token at {kl.agreement:.0%} of {rounded.positions} positions"
-            )
-        lines = [
-            f"{args.output}: {rounded.bytes / 1e6:,.1f} MB, "
-            f"{rounded.layers} linear layers in {args.quant}",
-            compared,
             f"next: vllm serve {output}",
         ]
     if args.json:
