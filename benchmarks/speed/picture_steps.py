@@ -14,14 +14,16 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from step_reports import read_profile
 
 from tunesmith.config.load import from_mapping
-from tunesmith.tools.bench import measure, picture_rows
-from tunesmith.tools.bench.cli import read_size
+from tunesmith.tools.bench import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import vision
@@ -59,6 +61,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SIZES = 64  # pictures, each with its own size in the second measurement
+# The sides of a picture are the given ones times a factor from 1 - SIZE_SPREAD to 1 + SIZE_SPREAD:
+# photos of a folder differ too, and a GPU may need time for each new size.
+SIZE_SPREAD = 0.25
+CELL_PIXELS = 16  # side of a field of one color, before they are blended
 
 
 def write_model(folder: Path, family: str, *, small: bool) -> None:
@@ -68,6 +74,32 @@ def write_model(folder: Path, family: str, *, small: bool) -> None:
         model_type=family, **({} if small else SHAPES[family])
     )
     vision.write_processor(folder, "measured")
+
+
+def draw_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Draw SIZES sizes with the aspect ratio of `size`."""
+    width, height = size
+    factors = np.random.default_rng(0).uniform(1 - SIZE_SPREAD, 1 + SIZE_SPREAD, SIZES)
+    return [(int(width * factor), int(height * factor)) for factor in factors]
+
+
+def write_drawn_rows(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Write the pictures, as JPEG as most photos are, and the rows that ask for their colors."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number, (width, height) in enumerate(sizes):
+        cells = (height // CELL_PIXELS + 1, width // CELL_PIXELS + 1, 3)
+        colors = random.integers(0, 256, cells, dtype=np.uint8)
+        picture = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number}.jpg", quality=90)
+        question = f"<image>Picture {number}: which color is at the top left?"
+        answer = f"Red {colors[0, 0, 0]}, green {colors[0, 0, 1]}, blue {colors[0, 0, 2]}."
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        rows.append(json.dumps({"messages": messages, "images": [f"{number}.jpg"]}) + "\n")
+    (folder / "drawn.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 def measure_pictures(
@@ -83,14 +115,13 @@ def measure_pictures(
         return session
 
     measure.build = noted
-    picture_rows.DRAWN_ROWS = SIZES
-    cases = {"one size": [size] * SIZES, f"{SIZES} sizes": picture_rows.draw_sizes(size)}
+    cases = {"one size": [size] * SIZES, f"{SIZES} sizes": draw_sizes(size)}
     report: dict[str, Any] = {}
     for name, sizes in cases.items():
         place = folder / name
         (place / "rows").mkdir(parents=True)
         (place / "run").mkdir()
-        picture_rows.write_drawn_rows(place / "rows", sizes)
+        write_drawn_rows(place / "rows", sizes)
         values = {
             "model": {"name": str(model), "dtype": "fp32" if small else "bf16", "vision": True},
             "adapter": {"kind": "lora", "rank": 8},
@@ -122,7 +153,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    size = (112, 56) if args.small else read_size(args.picture)
+    width, height = map(int, args.picture.split("x"))
+    size = (112, 56) if args.small else (width, height)
     with tempfile.TemporaryDirectory(prefix="tunesmith-pictures-") as name:
         folder = Path(name)
         (folder / "model").mkdir()

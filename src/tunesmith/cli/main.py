@@ -112,6 +112,7 @@ OTHER_OPTIONS = {
         "bench twice with one new TORCHINDUCTOR_CACHE_DIR: the second finds what the first has "
         "compiled"
     ),
+    "tunesmith bench --picture": "bench on the recipe's own rows",
     "tunesmith bench --plain": "nothing: the table is plain text",
     "tunesmith plan --price": "multiply: hours x GPUs x price; `hours` is in plan --json",
     "tunesmith plan --assume": (

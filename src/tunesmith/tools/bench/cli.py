@@ -8,10 +8,8 @@ example:
   tunesmith bench --shape llama3-3b --data rows.json --tokenizer DIR \\
     adapter.kind=none
   tunesmith bench my-recipe.yaml --profile traces
-  tunesmith bench qwen3.5-9b-vision-lora --picture 1024x768
 
-It runs the training steps of `train` on real rows and saves nothing. --picture
-takes rows with a drawn picture of about the given size each instead. --shape
+It runs the training steps of `train` on real rows and saves nothing. --shape
 uses the dimensions of a real model with random weights, so nothing is
 downloaded; any tokenizer that fits the vocabulary works. The recipe of a shape
 is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per
@@ -19,10 +17,9 @@ step; key=value overrides it.
 """
 
 import argparse
-import re
 from pathlib import Path
 
-from tunesmith.cli.options import require_folder
+from tunesmith.cli.options import require_folder, whole_number
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import Run
@@ -64,13 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"with --shape, row format: one of {', '.join(FORMAT_COLUMNS)} (default: alpaca)",
     )
-    add(
-        "--picture",
-        metavar="WIDTHxHEIGHT",
-        help="with a recipe of model.vision: rows with a drawn picture of about this size, "
-        "a short question and an answer each, in place of the recipe's rows",
-    )
-    add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
+    add("--steps", type=whole_number, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")
     add("--json", metavar="FILE", help="write the result as JSON to FILE, for scripts")
     add(
@@ -91,69 +82,16 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """UsageError for arguments that contradict each other, before anything heavy is imported."""
-    check_source(args)
-    if args.picture is not None:
-        check_picture(args)
-    # The least number of each option; 0 steps of warmup are allowed.
-    for option, least in (("steps", 1), ("warmup", 0)):
-        number = vars(args)[option]
-        if number < least:
-            what = f"--{option} {number} is out of range"
-            raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
-    require_folder(Path(args.json or ".").parent, "--json")
-    traces = Path(args.profile or ".")
-    if traces.is_file():
-        fix = "use a folder for the traces"
-        raise UsageError(f"{traces} is a file", where="--profile", fix=fix)
-
-
-def check_picture(args: argparse.Namespace) -> None:
-    """UsageError for `--picture` with a shape, or with a size that no picture has."""
-    if args.shape is not None:
-        what = "--picture requires a recipe: a shape is a text model alone"
-        fix = "tunesmith bench qwen3.5-9b-vision-lora --picture 1024x768"
-        raise UsageError(what, where="--picture", fix=fix)
-    read_size(args.picture)
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """Width and height of `--picture`; UsageError where no picture has such a size."""
-    # With numpy, which the help does without.
-    from tunesmith.data.rows.pictures import MAX_PICTURE_PIXELS, MAX_PICTURE_RATIO
-
-    what = f"no picture is {text!r} large"
-    fix = "such as --picture 1024x768"
-    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
-    if found is None:
-        why = "it takes width x height in pixels"
-        raise UsageError(what, where="--picture", why=why, fix=fix)
-    width, height = int(found[1]), int(found[2])
-    is_too_long = max(width, height) > MAX_PICTURE_RATIO * min(width, height)
-    if is_too_long or width * height > MAX_PICTURE_PIXELS:
-        why = (
-            f"a picture of a row may have {MAX_PICTURE_PIXELS:,} pixels, and one side may be "
-            f"{MAX_PICTURE_RATIO} times the other"
-        )
-        raise UsageError(what, where="--picture", why=why, fix=fix)
-    return width, height
-
-
-def check_source(args: argparse.Namespace) -> None:
-    """UsageError unless the words name one recipe, or one shape with what it needs."""
+    # A word without = can only be a recipe.
+    sources = [word for word in args.words if "=" not in word]
     if args.shape is not None:
         find_shape(args.shape)
-    # A word without = can only be a recipe.
-    recipes = [word for word in args.words if "=" not in word]
-    where = "command line"
-    usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
-    if args.shape is not None and recipes:
-        shape = f"--shape {args.shape}, which has its own recipe"
-        fix = "remove one of the two; set keys of a shape with key=value"
-        raise UsageError(f"both a recipe ({recipes[0]}) and {shape}", where=where, fix=fix)
-    if len(recipes) > 1:
-        raise UsageError(f"several recipes: {', '.join(recipes)}", where=where, fix=usage)
-    if not recipes and args.shape is None:
-        raise UsageError("bench requires a recipe or a shape", where=where, fix=usage)
+        sources.append(f"--shape {args.shape}")
+    if len(sources) != 1:
+        what = "bench requires one recipe or one shape"
+        why = f"given: {', '.join(sources) or 'none'}"
+        usage = "bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
+        raise UsageError(what, where="command line", why=why, fix=f"tunesmith {usage}")
     # What a recipe has as a key is an option of a shape, and the other way round.
     for option, (key, example) in SHAPE_OPTIONS.items():
         flag = f"--{option}"
@@ -163,6 +101,13 @@ def check_source(args: argparse.Namespace) -> None:
             raise UsageError(what, where=flag, fix=f"{key}={value}")
         if args.shape is not None and value is None and example:
             raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"{flag} {example}")
+    if args.warmup < 0:
+        what = f"--warmup {args.warmup} is out of range"
+        raise UsageError(what, where="--warmup", fix="use at least 0")
+    require_folder(Path(args.json or ".").parent, "--json")
+    if Path(args.profile or ".").is_file():
+        what = f"{args.profile} is a file"
+        raise UsageError(what, where="--profile", fix="use a folder for the traces")
 
 
 def stated_recipe(args: argparse.Namespace) -> Run | None:

@@ -13,9 +13,7 @@ from tunesmith.config.schema import Run
 from tunesmith.metrics import hardware
 from tunesmith.metrics.result_table import ResultTable
 from tunesmith.model.shapes import find_shape
-from tunesmith.tools.bench.cli import read_size
 from tunesmith.tools.bench.measure import BenchPlan, measure
-from tunesmith.tools.bench.picture_rows import use_drawn_pictures
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 
 
@@ -25,16 +23,11 @@ def run_bench(args: argparse.Namespace, recipe: Run | None) -> None:
         folder = Path(name)
         if recipe is None:
             recipe = recipe_of_shape(args, folder / "model")
-        measured_recipe = recipe
-        if args.picture:
-            (folder / "rows").mkdir()
-            measured_recipe = use_drawn_pictures(recipe, read_size(args.picture), folder / "rows")
         traces = Path(args.profile) if args.profile else None
         weights: Weights = "random" if args.shape else "stored"
         (folder / "run").mkdir()
-        measured = measure(
-            BenchPlan(measured_recipe, args.steps, args.warmup, weights, traces), folder / "run"
-        )
+        plan = BenchPlan(recipe, args.steps, args.warmup, weights, traces)
+        measured = measure(plan, folder / "run")
         report: dict[str, object] = {
             "figures": vars(measured.figures),
             "recipe": plain_recipe(args, recipe),
@@ -77,6 +70,4 @@ def plain_recipe(args: argparse.Namespace, recipe: Run) -> dict[str, object]:
             "vocab_size": config["vocab_size"],
         }
         del values["output_dir"]
-    if args.picture:
-        values["data"]["train"] = f"drawn pictures of about {args.picture}"
     return values
