@@ -70,7 +70,15 @@ def table(tool: str) -> ToolTable:
 def read_config(path: Path, tool: str | None) -> SourceConfig:
     """Read a file. Raise UsageError if it cannot be read or its tool cannot be identified."""
     if path.suffix == ".py":
-        raise _refuse_program(path)
+        raise UsageError(
+            f"{path} is a Python script, and import does not read Python",
+            where=str(path),
+            why="configuration files are read: YAML or JSON",
+            fix="add before trainer.train(): import json; json.dump({**trainer.args.to_dict(), "
+            "'model_name_or_path': ..., 'dataset_name': ..., 'use_peft': True, 'lora_r': ..., "
+            "'lora_alpha': ..., 'lora_target_modules': ...}, open('trl.yaml', 'w')); run it, then: "
+            "tunesmith import trl.yaml",
+        )
     raw_keys = {key.key: key for key in source_keys(path)}
     keys = {}
     referenced: set[str] = set()
@@ -92,52 +100,34 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
 def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -> str:
     """Return the named tool, or the tool of which the file has the most marks.
 
-    Raise UsageError if several tools have as many, or if the tool is not supported.
+    Raise UsageError if the file has no mark of any tool, or if its tool is not supported.
     """
     unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
-    targets = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
-    packages = {target.partition(".")[0] for target in targets}
-    for tool, known in unsupported.items():
-        if known.get("package") in packages:
-            raise _refuse_tool(tool, known["fix"], path, f"it names a class of {known['package']}")
-    words = {word for name in keys for word in name.split(".")}
-    # The first tools win over later ones with as many marks.
     tables = {tool: table(tool) for tool in IMPORTED_TOOLS} | unsupported
-    found = {tool: [m for m in known["marks"] if m in words] for tool, known in tables.items()}
-    best, second, *_ = sorted(found, key=lambda tool: len(found[tool]), reverse=True)
+    words = {word for name in keys for word in name.split(".")}
+    classes = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
+    packages = {name.partition(".")[0] for name in classes}
+    found: dict[str, list[str]] = {}
+    for tool, known in tables.items():
+        found[tool] = [mark for mark in known["marks"] if mark in words]
+        if known.get("package") in packages:
+            # A class of a tool's package identifies it better than any key.
+            found[tool] = [known["package"]] * (1 + len(words))
+    # The first tools win over later ones with as many marks.
+    best = max(found, key=lambda tool: len(found[tool]))
     if named and (found[named] or not found[best]):
         return named
-    why = f"it has {', '.join(found[best][:3]) or 'no known key'}"
-    if best in unsupported:
-        raise _refuse_tool(best, unsupported[best]["fix"], path, why)
-    if named or (len(found[best]) == len(found[second]) and second in IMPORTED_TOOLS):
+    why = f"it has {', '.join(dict.fromkeys(found[best][:3])) or 'no known key'}"
+    if found[best] and best in unsupported:
+        what = f"this is a file of {best}, which is not supported by import"
+        raise UsageError(what, where=str(path), why=why, fix=unsupported[best]["fix"])
+    if named or not found[best]:
         what = "cannot detect which tool this file is for"
         if named:
             what = f"this file has no key of {named}, and looks like one of {best}"
         fix = f"name the tool: --from {best}; known are {', '.join(IMPORTED_TOOLS)}"
         raise UsageError(what, where=str(path), why=why, fix=fix)
     return best
-
-
-def _refuse_tool(tool: str, fix: str, path: Path, why: str) -> UsageError:
-    """Return the error for a file of a tool that is not supported."""
-    what = f"this is a file of {tool}, which is not supported by import"
-    return UsageError(what, where=str(path), why=why, fix=fix)
-
-
-def _refuse_program(path: Path) -> UsageError:
-    """Return the error for a Python script, whose values are not in a configuration file."""
-    fix = (
-        "add before trainer.train(): import json; json.dump({**trainer.args.to_dict(),"
-        " 'model_name_or_path': ..., 'dataset_name': ..., 'use_peft': True, 'lora_r': ...,"
-        " 'lora_alpha': ..., 'lora_target_modules': ...}, open('trl.yaml', 'w')); run it, then:"
-        " tunesmith import trl.yaml"
-    )
-    if path.is_file() and re.search(r"(?m)^\s*(from|import) nemo", path.read_text("latin-1")):
-        fix = "NeMo is not supported: tunesmith train --model MODEL --data ROWS.jsonl"
-    why = "configuration files are read: YAML or JSON"
-    what = f"{path} is a Python script, and import does not read Python"
-    return UsageError(what, where=str(path), why=why, fix=fix)
 
 
 def source_keys(path: Path) -> Iterator[SourceKey]:

@@ -6,10 +6,8 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,6 @@ from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, sou
 from tunesmith.tools.importers.translation import Translation, length
 from tunesmith.units import count_of
 
-# Usual names of layers and their prefixes in text models and vision-language models. A regular
-# expression is matched with each name in some blocks.
-_LAYERS = (
-    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
-    " mlp.gate_proj mlp.up_proj mlp.down_proj"
-).split()
-_PREFIXES = ("model", "model.language_model", "language_model.model", "model.text_model")
-_BLOCKS = (0, 1, 2, 9, 10, 31)
 _NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
 # Transformers' defaults.
 _BETAS = (0.9, 0.999)
@@ -110,23 +100,13 @@ def _apply(recipe: Translation, section: ToolTable) -> None:
 
 
 def _set_target(recipe: Translation) -> None:
-    """Set the adapted layers, unless a rule has set them. A regular expression becomes the usual
-    layers that it matches in each block; UsageError if it selects blocks or matches none.
-    """
+    """Set the adapted layers, unless a rule has set them. UsageError for a regular expression."""
     name = "adapter.target"
-    pattern = str(recipe.get(name))
     target = recipe.values.get(name, recipe.listed(name) or ["q_proj", "v_proj"])
-    is_list = isinstance(recipe.get(name), list) or re.fullmatch(r"[\w.,\s-]*", pattern)
-    if not is_list and not {name} & {*recipe.values, *recipe.overrides}:
-        blocks_of: dict[str, set[int]] = {}
-        with suppress(re.error):
-            for block, prefix, layer in product(_BLOCKS, _PREFIXES, _LAYERS):
-                if re.fullmatch(pattern, f"{prefix}.layers.{block}.{layer}"):
-                    blocks_of.setdefault(layer.partition(".")[2], set()).add(block)
-        if not blocks_of or any(len(blocks) < len(_BLOCKS) for blocks in blocks_of.values()):
-            why = "a regular expression that does not name the same usual layers in every block"
-            raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
-        target = [*blocks_of]
+    is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in recipe.listed(name))
+    if not is_list and name not in {*recipe.values, *recipe.overrides}:
+        why = "it is a regular expression"
+        raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
     recipe.set_key(name, target, name)
@@ -145,15 +125,14 @@ def _set_model_of_folder(recipe: Translation) -> None:
 
 def _set_trl_losses(recipe: Translation) -> None:
     """Set the weight of `sft`, which can follow a loss of DPO in TRL's list."""
-    others = recipe.listed("loss_type")[1:]
-    if recipe.method != "dpo" or not others:
+    losses = recipe.listed("loss_type")
+    if recipe.method != "dpo" or len(losses) < 2:
         return
     weights = recipe.get("loss_weights") or [1.0, 1.0]
-    if others != ["sft"]:
-        fix = "give one loss, optionally with sft after it"
+    fix = "give one loss, optionally with sft after it and loss_weights [1.0, WEIGHT]"
+    if losses[1:] != ["sft"]:
         raise recipe.error("loss_type", "it has no counterpart here", fix)
     if not isinstance(weights, list) or weights[:-1] != [1]:
-        fix = "give [1.0, WEIGHT OF SFT]"
         raise recipe.error("loss_weights", "it has no counterpart here", fix)
     recipe.set_key("method.sft_weight", weights[-1], "loss_type", "loss_weights")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.names import keys, members, nearest, other_tools, without_indices
+from tunesmith.config.names import keys, members, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import METHOD_KEYS
 from tunesmith.config.tree import Node, scalar, wrap
@@ -20,8 +20,6 @@ from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, table
 from tunesmith.units import Length
 
-# The least similarity of an unknown key to a known one that makes it a misspelling.
-_MISSPELT = 0.85
 _UNSET: tuple[JsonValue, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
 # Texts that Transformers' parser and pydantic read as true and false.
@@ -246,9 +244,7 @@ class Translation:
         texts = [f"{name}={'' if part in _UNSET else part}" for part in parts]
         reasons = [(False, *item) for item in self.table["nothing"].items()]
         reasons += [(True, *item) for item in self.table["differs"].items()]
-        choices = {*self.table["keys"], *self.defaults}
         for differs, why, patterns in reasons:
-            choices.update(patterns)
             whole = [pattern if "=" in pattern else f"{pattern}=*" for pattern in patterns]
             if all(any(fnmatchcase(text, pattern) for pattern in whole) for text in texts):
                 # A value in the table counts also if it is false.
@@ -264,12 +260,6 @@ class Translation:
             return f"The recipe has the value of {first.key}.", first.value != key.value
         if key.key in self.source.referenced:
             return f"It is used where ${{{key.key}}} names it.", False
-        # The key of this tool that another tool calls so, or a similar one.
-        our_key = other_tools("keys").get(name, "").partition(":")[0]
-        near = nearest(name, choices, cutoff=_MISSPELT)
-        meant = self.names.get(our_key, [near])[0]
-        if meant and name not in choices:
-            return f"It is unknown to tunesmith: did you mean {meant}?", True
         if key.value in _OFF:
             return "It is not set.", False
         return "It is unknown to tunesmith: check what it does.", True
