@@ -582,7 +582,7 @@ def test_rows_of_one_length_make_the_steps_of_their_schedule(batch: str, duratio
     work = measure_work(run, spec, None, 300, rows=1003)
     assert (work.step, work.steps) == (schedule.step_size(), schedule.steps(run.train.duration))
     assert work.longest == schedule.longest
-    many = measure_work(run, spec, None, 300, rows=10**9, is_assumed=True)
+    many = measure_work(run, spec, None, 300, rows=10**9)
     assert many.steps is not None
     assert many.steps > 10**4
 
@@ -594,7 +594,6 @@ def test_a_base_in_fp8_takes_half_from_the_start() -> None:
     )
     spec = read_spec(SHAPES["llama3-8b"].config, where="test")
     assert dense.plan.memory.weights - fp8.plan.memory.weights == spec.layer_matrices
-    assert dense.phases["load"] - fp8.phases["load"] == spec.layer_matrices
     shards = [
         forecast("llama3-70b", "2x8xh100", (1, 16, 1), {"model": {"quantize": q}})
         for q in ("none", "fp8")

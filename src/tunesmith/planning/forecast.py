@@ -12,18 +12,17 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import StepSize
-from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_adapter
-from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator, usable_share
+from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.planning.step_time import Step, StepTime
 from tunesmith.planning.workload import Workload, rank_step
-from tunesmith.quant.schemes import DENSE, scheme_of
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size
 
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
@@ -38,7 +37,7 @@ class Forecast:
     Attributes:
         tight: it fits with less to spare than the estimate may err.
         room: bytes that a rank can have.
-        phases: bytes that a rank needs, by phase.
+        phases: bytes that a rank needs in a step, and while an adapter is saved beside it.
         seconds: of an optimizer step, by part.
         hides_from: tokens of a micro batch that hides the communication of its passes.
     """
@@ -142,13 +141,15 @@ class Planner:
         """A warning where micro batches are too short to hide the gathers of other ranks' weights,
         or the copies of layers from the host, and a key makes them longer or less.
 
-        None where ranks wait less than a twentieth of the time, and where shards are gathered in
-        micro batches that are short for want of memory.
+        None where ranks wait less than a twentieth of the time, and where micro batches are short
+        for want of memory.
         """
         run = self.run
         plan = forecast.plan
-        waits_for = "layers from the host" if plan.streamed_layers else "other ranks' weights"
-        exposed = forecast.seconds.get("host copies" if plan.streamed_layers else "shards", 0.0)
+        part, waits_for = "shards", "other ranks' weights"
+        if plan.streamed_layers:
+            part, waits_for = "host copies", "layers from the host"
+        exposed = forecast.seconds.get(part, 0.0)
         if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
             return None
         share = rank_step(run, self.work.step, plan.mesh).mean
@@ -163,14 +164,10 @@ class Planner:
             if run.train.micro_batch != "auto":
                 fix += " train.micro_batch=auto"
             fix += ", for fewer and larger steps"
-        elif not plan.streamed_layers:
-            return None
-        elif run.train.micro_batch != "auto":
+        elif plan.streamed_layers and run.train.micro_batch != "auto":
             fix = "train.micro_batch=auto"
-        elif scheme_of(run.model) is DENSE:
-            fix = "model.quantize=nf4, of which a quarter is copied"
         else:
-            fix = "a GPU with more memory, for longer micro batches"
+            return None
         return (
             f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for "
             f"{waits_for}: a step gives each {share:,.0f} tokens in micro batches of "
@@ -238,7 +235,7 @@ class Planner:
             # `room` is what can be allocated; USABLE_SHARE of the memory is what is planned with.
             tight=needed > room * USABLE_SHARE / savings.ALLOCATABLE_SHARE,
             room=room,
-            phases=self._phase_bytes(plan),
+            phases={"step": plan.memory.step, "save": plan.memory.total},
             seconds=time.parts,
             hides_from=time.hides_from,
             step_seconds=step_seconds,
@@ -252,9 +249,8 @@ class Planner:
         def plan_of(changed: Run) -> RunPlan:
             return self._changed(changed).best().plan
 
-        usable = int(plan.memory.free * usable_share(plan.device))
         return savings.find_savings(
-            self.run, plan, self.machine, plan_of, below=usable, longest=self.work.longest
+            self.run, plan, self.machine, plan_of, longest=self.work.longest
         )
 
     def _changed(self, run: Run) -> "Planner":
@@ -269,20 +265,3 @@ class Planner:
             longest=min(self.work.longest, run.row_tokens),
         )
         return replace(self, run=run, work=work, trained=trained)
-
-    def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
-        memory = plan.memory
-        # Of the tensors, which come and go one by one
-        largest = max(self.spec.head_matmul, *(layer.largest for layer in self.spec.layers))
-        # An adapter's copies are written beside the next steps; a whole model between two, tensor
-        # by tensor.
-        save = memory.total
-        if self.run.adapter.kind == "none":
-            save = memory.static
-            if plan.mesh.world > 1:
-                save += 4 * largest
-        return {
-            "load": memory.weights + largest * DTYPES[self.run.model.dtype].itemsize,
-            "step": memory.step,
-            "save": save,
-        }

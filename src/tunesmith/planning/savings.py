@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from tunesmith.config.check import check_run
@@ -15,7 +16,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
+from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host, usable_share
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.units import Size
 
@@ -41,48 +42,41 @@ class PlannedChange(NamedTuple):
 
 
 def find_savings(
-    run: Run,
-    plan: RunPlan,
-    machine: Machine,
-    plan_of: Callable[[Run], RunPlan],
-    *,
-    below: int,
-    longest: int,
+    run: Run, plan: RunPlan, machine: Machine, plan_of: Callable[[Run], RunPlan], *, longest: int
 ) -> tuple[Saving, ...]:
-    """Find changes that bring a run below so many bytes, in the order in which a user would try
-    them; where nothing does, what just fits is enough. Training an adapter comes after them, and
-    last frozen layers that stream from the host, which changes no number.
+    """Find changes with which a run fits, in the order in which a user would try them. Training an
+    adapter comes after them, and last frozen layers that stream from the host, which changes no
+    number.
 
     Args:
         plan_of: plans a changed recipe; what the recipe's rules or the meshes refuse is left out.
         longest: tokens of the longest example.
     """
-    worth = plan.memory.total
-    # Of a run that may fit, less than a tenth would not be worth a change.
+    most = plan.memory.total
+    # If the run may fit, less than a tenth is not worth a change.
     if not _exceeds(plan, machine):
-        worth = worth * 9 // 10
+        most = most * 9 // 10
 
-    def is_below(changed: RunPlan) -> bool:
-        return changed.memory.total <= min(below, worth)
+    def is_enough(limit: int, changed: RunPlan) -> bool:
+        return changed.memory.total <= limit and _fits(changed, machine)
 
-    def just_fits(changed: RunPlan) -> bool:
-        return changed.memory.total <= worth and _fits(changed, machine)
-
-    starts = [PlannedChange(run, plan)]
+    start = PlannedChange(run, plan)
+    starts = [start]
     if run.adapter.kind == "none":
-        starts += _changed(starts[0], ADAPTER_KEYS, plan_of)
+        starts += _changed(start, ADAPTER_KEYS, plan_of)
     enough: list[PlannedChange] = []
-    for is_enough in (is_below, just_fits):
-        for start in starts:
-            enough += _find_enough(start, is_enough, plan_of, longest)
+    usable = int(plan.memory.free * usable_share(plan.device))
+    # If no change leaves room for the error of the estimate, one that just fits is enough.
+    for limit in (min(most, usable), most):
+        for each in starts:
+            enough += _find_enough(each, partial(is_enough, limit), plan_of, longest)
         if enough:
             break
     offloaded = run.train.cpu_offload
     # Several ranks have other ways to share what one cannot hold.
     if plan.mesh.world == 1 and "parameters" not in offloaded:
-        keys: Keys = {"train.cpu_offload": (*offloaded, "parameters")}
-        streamed = _changed(starts[0], keys, plan_of)
-        enough += [change for change in streamed if just_fits(change.plan)]
+        streamed = _changed(start, {"train.cpu_offload": (*offloaded, "parameters")}, plan_of)
+        enough += [change for change in streamed if is_enough(most, change.plan)]
     return tuple(_saving(run, change) for change in enough)
 
 

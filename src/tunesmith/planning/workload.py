@@ -14,7 +14,7 @@ from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.spec import ModelSpec, flops
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.measured_layers import count_active_adapter
-from tunesmith.units import ceil_div, count_of
+from tunesmith.units import ceil_div
 
 
 class Workload(NamedTuple):
@@ -43,24 +43,6 @@ class Workload(NamedTuple):
     pictures: float | None = 0.0
 
 
-def _describe_assumed(
-    run: Run, rows: int, length: int | None, *, held_out: int, is_assumed: bool, is_estimated: bool
-) -> str:
-    """Describe what is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
-    counted = count_of(rows + held_out, "row") if rows else "unknown"
-    if is_assumed:
-        counted += " (--rows)"
-    if held_out:
-        counted += f", {held_out:,} of them held out"
-    each = f"assumed to fill data.seq_len, {run.row_tokens:,} tokens each"
-    if length:
-        each = f"about {length:,} tokens each"
-    if is_estimated:
-        left_out = "a chat template and pictures" if run.model.vision else "a chat template"
-        each += f" (estimated from characters, without {left_out})"
-    return f"{counted}, {each}, all counted as supervised"
-
-
 def measure_work(
     run: Run,
     spec: ModelSpec,
@@ -69,22 +51,18 @@ def measure_work(
     schedule: BatchSchedule | None = None,
     *,
     rows: int = 0,
-    held_out: int = 0,
-    is_assumed: bool = False,
-    is_estimated: bool = False,
-    picture_share: float | None = None,
+    source: str = "",
 ) -> Workload:
-    """From the recipe's tokens.
+    """Measure the work of the recipe's tokens.
 
-    Without them every example has `length` tokens, or fills `data.seq_len`; there are `rows` of
-    them, if that is known, beside those that are `held_out`.
+    Without tokens each example has `length` tokens, or fills `data.seq_len`.
 
     Args:
-        is_assumed: the rows were not counted, `--rows` says so.
-        is_estimated: `length` is, from the characters of rows.
-        picture_share: of the tokens of such rows; None where it is not known.
+        rows: the number of such examples; 0 if it is unknown.
+        source: the source of `length` and `rows`.
     """
     steps = None
+    pictures = None if run.model.vision else 0.0
     shared = np.zeros(1, np.int64)
     if tokens is not None:
         lengths = tokens.lengths
@@ -96,22 +74,14 @@ def measure_work(
         steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
         if run.model.vision:
-            picture_share = float(tokens.picture_tokens.sum() / lengths.sum())
-            source += f", {picture_share:.1%} of them of pictures"
+            pictures = float(tokens.picture_tokens.sum() / lengths.sum())
+            source += f", {pictures:.1%} of them of pictures"
     else:
         sequences = run.row_tokens // run.data.seq_len
         supervised = min(length or run.row_tokens, run.row_tokens)
         lengths = np.array([supervised])
         documents = np.repeat(supervised // sequences, sequences)
         step, steps = _steps_of_equal_rows(run, rows, supervised)
-        source = _describe_assumed(
-            run,
-            rows,
-            supervised if length else None,
-            held_out=held_out,
-            is_assumed=is_assumed,
-            is_estimated=is_estimated,
-        )
     trained: Literal["full", "lora"] = "full"
     adapter_weights = 0
     if run.adapter.kind == "lora":
@@ -144,7 +114,7 @@ def measure_work(
         probabilities=float(count_saved_probabilities(documents).sum()) / total,
         whole=float(lengths.sum()) / total,
         source=source,
-        pictures=picture_share if run.model.vision else 0.0,
+        pictures=pictures,
     )
 
 

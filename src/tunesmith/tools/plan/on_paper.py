@@ -22,18 +22,17 @@ from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
-from tunesmith.model.measured_spec import model_spec, text_config
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import Support, read_model_types
 from tunesmith.model.safetensors_files import read_model_config
 from tunesmith.model.shapes import vision_of_model
-from tunesmith.model.shipped import check_quantize, resolve_quantize, shipped_form
+from tunesmith.model.shipped import check_quantize, resolve_quantize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
-from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import ceil_div
+from tunesmith.units import ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +47,11 @@ class StatedRows:
     Attributes:
         count: how many there are, of files that are elsewhere.
         length: tokens of an example.
-        looked_at: the same of the rows that the recipe was chosen by.
-        is_estimated: the lengths are guessed from characters.
+        is_estimated: `length` is estimated from characters.
     """
 
     count: int | None = None
     length: int | None = None
-    looked_at: int | None = None
     is_estimated: bool = False
 
 
@@ -91,8 +88,6 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     support = types[spec.model_type].support if spec.model_type in types else Support("packed")
     run = fit_to_model(run, spec, support, where=model.where)
     work = _work_of(run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent))
-    if cluster.chip.fp8:
-        _check_base_of_fp8(run.model, model)
     return plan_on_paper(run, spec, cluster, work), model
 
 
@@ -174,8 +169,7 @@ def _work_of(
         shares: as `TokenSet.shares_prompts`.
     """
     length = rows.length
-    is_estimated = False
-    picture_share = None
+    is_estimated = rows.is_estimated
     if folder is not None and not length:
         tokens = _cached_tokens(run, folder)
         if tokens is not None and rows.count is None:
@@ -183,33 +177,32 @@ def _work_of(
             return measure_work(run, spec, tokens)
         if tokens is not None:
             length = round(tokens.lengths.mean())
-            picture_share = float(tokens.picture_tokens.sum() / tokens.lengths.sum())
-    if not length:
-        length = rows.looked_at
-        is_estimated = rows.is_estimated
     counted = 0
     if rows.count is None or not length:
         counted, estimate = _count_rows(run, is_needed=rows.count is None)
         is_estimated = is_estimated or bool(estimate and not length)
-        length = length or estimate or None
-    parts = _parts_of_row(run, length or 1)
-    length = length and ceil_div(length, parts)
+        length = length or estimate
     held_out = 0
     if rows.count is not None:
         if run.data.hold_out is not None:
             held_out = count_held_out(run.data.hold_out, rows.count)
         counted = rows.count - held_out
-    return measure_work(
-        run,
-        spec,
-        None,
-        length,
-        rows=counted * parts,
-        held_out=held_out * parts,
-        is_assumed=rows.count is not None,
-        is_estimated=is_estimated,
-        picture_share=picture_share,
-    )
+    parts = _parts_of_row(run, length or 1)
+    source = count_of((counted + held_out) * parts, "row") if counted else "unknown"
+    if rows.count is not None:
+        source += " (--rows)"
+    if held_out:
+        source += f", {held_out * parts:,} of them held out"
+    if length:
+        length = ceil_div(length, parts)
+        source += f", about {min(length, run.row_tokens):,} tokens each"
+    else:
+        source += f", assumed to fill data.seq_len, {run.row_tokens:,} tokens each"
+    if is_estimated:
+        left_out = "a chat template and pictures" if run.model.vision else "a chat template"
+        source += f" (estimated from characters, without {left_out})"
+    source += ", all counted as supervised"
+    return measure_work(run, spec, None, length or None, rows=counted * parts, source=source)
 
 
 def _parts_of_row(run: Run, length: int) -> int:
@@ -221,11 +214,9 @@ def _parts_of_row(run: Run, length: int) -> int:
 
 
 def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
-    """Training rows of a run, and the tokens of one on average, if all sources are local files
-    that can be read. Else the rows that its splits name, zeros for what is unknown, and a warning
-    of a file that is needed.
-
-    Tokens are estimated from the texts of a row's columns, as a tokenizer is not needed here.
+    """Count the training rows of a run, and estimate the mean tokens of a row from the characters
+    of its columns. If a source is not a local file, count the rows that the splits name. Return
+    zeros for unknown numbers, with a warning if a file is needed and cannot be read.
     """
     if not all(is_local(source.source) for source in run.data.train):
         return _rows_of_splits(run), 0
@@ -261,22 +252,3 @@ def _rows_of_splits(run: Run) -> int:
         rows = int(match[2]) - int(match[1] or 0)
         count += min(rows, source.max_examples or rows)
     return max(0, count)
-
-
-def _check_base_of_fp8(model: Model, paper: PaperModel) -> None:
-    """The error of `train` for fp8 of layers that ship in codes, on GPUs with fp8 matmuls.
-
-    Of a model that runs its own code the layers are not known here.
-    """
-    runs_own_code = model.trust_remote_code and "auto_map" in paper.config
-    form = shipped_form(paper.config, paper.where)
-    if not scheme_of(model).has_fp8_matmuls or runs_own_code or form is None:
-        return
-    # With Transformers, which other plans can do without.
-    from tunesmith.model.measure_on_meta import build_to_measure
-    from tunesmith.quant.linear_layers import linear_names
-    from tunesmith.quant.replace import check_plain
-
-    plain = {key: value for key, value in paper.config.items() if key != "quantization_config"}
-    on_meta = build_to_measure(text_config(plain, paper.where))
-    check_plain(on_meta, linear_names(on_meta, head=False), form)

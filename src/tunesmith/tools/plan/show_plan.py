@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal as size_text
@@ -37,9 +36,8 @@ def show_plan(
     new_recipe: what the recipe was chosen by, of one that has no file.
     """
     rows = StatedRows(args.rows, args.length)
-    if new_recipe is not None:
-        is_estimated = new_recipe.is_estimated
-        rows = replace(rows, looked_at=new_recipe.mean_length, is_estimated=is_estimated)
+    if new_recipe is not None and not args.length:
+        rows = StatedRows(args.rows, new_recipe.mean_length, new_recipe.is_estimated)
     planner, model = prepare_on_paper(recipe, cluster, rows)
     best = planner.best()
     if args.json:
