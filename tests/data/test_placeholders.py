@@ -30,7 +30,6 @@ from tunesmith.data.text.example import Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
-from tunesmith.data.tokens.contract import check_tokens
 from tunesmith.data.tokens.token_set import SourceTokens, find_repeats
 from tunesmith.data.workers import WorkerPool
 from tunesmith.errors import DataError, MachineError, ModelError
@@ -471,7 +470,6 @@ def test_pictures_are_stored_and_read_again(folders: dict[str, Path], tmp_path: 
     assert [one.path for one in part.row_pictures(2)] == [tmp_path / "87x43-1.png"]
     assert part.row_pictures(1) == ()
     assert part.counts.pictures == 2
-    assert "placeholder" in {check.of for check in data.contracts[0].checks if check.checked}
     # A reader of pixels gets the rows that have some.
     asked = []
 
@@ -680,26 +678,6 @@ def test_no_picture_is_cut(folders: dict[str, Path], tmp_path: Path) -> None:
     assert kept(answer + 5, too_long="drop").train.counts.dropped == 1
     with refuses(DataError, names=[len(ids)]):
         kept(last, too_long="error")
-
-
-def test_the_contract_knows_the_placeholders_of_a_row(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    picture(tmp_path, (57, 43))
-    rows = [row(tmp_path, "57x43-0.png", "What?", "Blue.")]
-    data = prepared(folders["qwen2_5_vl"], tmp_path, rows)
-    assert data.template.pictures is not None
-    part = data.train.parts[0]
-    is_placeholder = part.arrays.ids == data.template.pictures.token_id
-
-    def broken(**arrays: Any) -> list[str]:
-        tokens = type(data.train)([replace(part, arrays=part.arrays._replace(**arrays))])
-        contract = check_tokens(tokens, data.template, vocab_size=320, split="train")
-        return [check.of for check in contract.broken if "placeholder" in check.name]
-
-    assert broken() == []
-    assert broken(trained=part.arrays.trained | is_placeholder) == ["placeholder"]
-    assert broken(ids=np.where(is_placeholder, 70, part.arrays.ids)) == ["row"]
 
 
 def test_all_tokens_of_a_row_may_be_trained_but_those_of_its_pictures(

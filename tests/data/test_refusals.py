@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         )
         .replace("<|im_end|>{%- generation -%}", "<|im_end|>"),
         [user("a"), answer("b")],
-        "block without an end token",
+        "encloses 0 of 1 answers",
     ),
     "block around questions": (
         "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
         [user("a"), answer("b"), user("c"), answer("d")],
-        "leaves out",
+        "encloses 1 of 2 answers",
     ),
     "end token names an argument": (
         builtin_templates.with_tools(CHATML),

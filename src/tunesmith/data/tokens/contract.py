@@ -5,7 +5,7 @@ things it checked, and names the first fault by its row, with the tokens around 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -111,10 +111,6 @@ class _Chunk(NamedTuple):
         """The examples that hold some tokens."""
         return np.searchsorted(self.arrays.offsets, tokens, side="right") - 1
 
-    def sequences_of(self, tokens: np.ndarray) -> np.ndarray:
-        """The sequences that hold some tokens."""
-        return np.searchsorted(self.offsets, tokens, side="right") - 1
-
 
 # The number of things that a rule checked in a chunk, and the tokens that break it (int64).
 _Faults = tuple[int, np.ndarray]
@@ -175,11 +171,15 @@ def check_tokens(
             check.checked += checked
             check.broken += len(faults)
         chunk.arrays.release()
-    all_checks = (not_empty, _answers_are_whole(tokens), *checks)
-    # Of rows that are trained on as a whole no answer can be cut off.
-    if not any(source.has_answers for source in tokens.parts):
-        return Contract(split, all_checks[:-1])
-    return _judge_cut_answers(Contract(split, all_checks), cut_answers)
+    warnings = []
+    if _has_answers(tokens):
+        warnings = _judge_cut_answers(checks[-1], cut_answers)
+    return Contract(split, (not_empty, _answers_are_whole(tokens), *checks), tuple(warnings))
+
+
+def _has_answers(tokens: TokenSet) -> bool:
+    """Return whether an answer can be cut off: not of rows that are trained on as a whole."""
+    return any(source.has_answers for source in tokens.parts)
 
 
 def _answers_are_whole(tokens: TokenSet) -> Check:
@@ -269,8 +269,6 @@ def _rules(
             find=lambda chunk: _tokens_beyond(chunk, vocab_size),
         ),
     ]
-    if template.pictures is not None and any(len(part.arrays.digests) for part in tokens.parts):
-        rules += _picture_rules(template.pictures.token_id)
     if tokens.has_pairs:
         rules.append(
             _Rule(
@@ -283,57 +281,34 @@ def _rules(
                 find=_pairs_alike,
             )
         )
-    rules.append(
-        _Rule(
-            name=_FEW_CUT,
-            of="row",
-            why="the model learns these answers without their end, and may not learn to stop",
-            fix=_fix_cut_answers(tokens, position_limit),
-            find=lambda chunk: _answers_without_end(chunk, end_ids, followers)[1],
+    if _has_answers(tokens):
+        rules.append(
+            _Rule(
+                name=_FEW_CUT,
+                of="row",
+                why="the model learns these answers without their end, and may not learn to stop",
+                fix=_fix_cut_answers(tokens, position_limit),
+                find=lambda chunk: _answers_without_end(chunk, end_ids, followers)[1],
+            )
         )
-    )
     return rules
 
 
-def _picture_rules(token_id: int) -> list[_Rule]:
-    return [
-        _Rule(
-            name="no placeholder of a picture is supervised",
-            of="placeholder",
-            why="a token that stands for a picture is supervised",
-            fix="use the model's own template: data.template=chat",
-            find=lambda chunk: _supervised_placeholders(chunk, token_id),
-        ),
-        _Rule(
-            name="the placeholders of a row are those of its pictures",
-            of="row",
-            why="the row has pictures and no placeholders, or placeholders and no pictures",
-            fix="use the model's own template: data.template=chat",
-            find=lambda chunk: _rows_without_placeholders(chunk, token_id),
-        ),
-    ]
-
-
-def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
-    """The contract in which few cut answers, or those that are accepted, break nothing."""
-    *others, check = contract.checks
+def _judge_cut_answers(check: Check, cut_answers: CutAnswers) -> list[str]:
+    """Let few cut answers pass, and all that are accepted; return a warning of the others."""
     are_many = check.broken > MOST_CUT * check.checked
-    # Many cut answers break the contract, few are a warning.
     if not check.broken or (cut_answers == "refuse" and are_many):
-        return contract
+        return []
     rows = count_of(check.checked, check.of)
     share = f"{check.broken:,} of {rows} ({check.broken / check.checked:.1%})"
-    if cut_answers == "accept":
-        note = f"cut answers: {share}, which data.allow_cut_answers accepts"
-        warnings = []
-    else:
-        note = f"cut answers: {check.broken:,}"
-        warnings = [
-            f"{share} with an answer cut off by data.seq_len, first {check.where}: {check.why};"
-            f" fix: {check.fix}"
-        ]
-    holds = Check(_FEW_CUT, check.checked, check.of, note=note)
-    return replace(contract, checks=(*others, holds), warnings=tuple(warnings))
+    fault = f"first {check.where}: {check.why}; fix: {check.fix}"
+    is_accepted = cut_answers == "accept"
+    check.note = f"cut answers: {check.broken:,}"
+    if is_accepted:
+        check.note = f"cut answers: {share}, which data.allow_cut_answers accepts"
+    check.broken = 0
+    check.where = check.why = check.fix = ""
+    return [] if is_accepted else [f"{share} with an answer cut off by data.seq_len, {fault}"]
 
 
 def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
@@ -416,22 +391,6 @@ def _supervised_prompts(chunk: _Chunk) -> _Faults:
     return (len(chunk.starts), np.asarray(first_trained, np.int64))
 
 
-def _supervised_placeholders(chunk: _Chunk, token_id: int) -> _Faults:
-    is_placeholder = chunk.arrays.ids == token_id
-    faults = np.flatnonzero(is_placeholder & chunk.arrays.trained)
-    return (int(np.count_nonzero(is_placeholder)), faults)
-
-
-def _rows_without_placeholders(chunk: _Chunk, token_id: int) -> _Faults:
-    """The first token of each row that has fewer placeholders than pictures, or them alone."""
-    placeholders = np.flatnonzero(chunk.arrays.ids == token_id)
-    starts = chunk.arrays.offsets[:-1]
-    tokens = np.bincount(chunk.examples_of(placeholders), minlength=len(starts))
-    pictures = np.bincount(chunk.arrays.owners, minlength=len(starts))
-    is_broken = (tokens < pictures) | ((pictures == 0) & (tokens > 0))
-    return (len(starts), starts[is_broken])
-
-
 def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:
     ids = chunk.arrays.ids
     return (len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
@@ -489,13 +448,11 @@ def _answers_without_end(
     # At the end of a row, what the template writes after an end token may be supervised too.
     examples = chunk.examples_of(stops)
     ends_row = is_row_end[stops]
-    has_end_token = np.zeros(len(stops), np.bool_)
-    for back in range(1, _END_WINDOW_TOKENS):
-        earlier = stops - back
-        is_in_row = earlier >= chunk.starts[chunk.sequences_of(stops)]
-        # Indices before the array are clamped to 0; `is_in_row` rules them out.
-        is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
-        has_end_token |= ends_row & is_in_row & is_end_token
+    starts = chunk.starts[np.searchsorted(chunk.offsets, stops, side="right") - 1]
+    earlier = stops - np.arange(1, _END_WINDOW_TOKENS)[:, None]
+    # Indices before the row are clamped to its first token, which is none of the answer.
+    is_end_token = np.isin(ids[np.maximum(earlier, starts)], end_ids)
+    has_end_token = ends_row & is_end_token.any(axis=0)
 
     is_cut_off = ends_row & chunk.arrays.truncated[examples] & ~has_end_token
     # A document ends in its last example alone.
