@@ -266,68 +266,6 @@ def test_a_thought_that_never_ends_is_told(answer: str, is_told: bool) -> None:
     assert not list(row_warnings(Text(answer), raw=False))
 
 
-def calling(*calls: tuple[str | None, str, dict[str, Any]]) -> dict[str, Any]:
-    """An answer that calls: (id, name, arguments)."""
-    functions = [(id_, {"name": name, "arguments": given}) for id_, name, given in calls]
-    ids = [{} if id_ is None else {"id": id_} for id_, _ in functions]
-    written = [{**id_, "function": called} for id_, (_, called) in zip(ids, functions, strict=True)]
-    return {"role": "assistant", "content": "", "tool_calls": written}
-
-
-def result(id_: str | None = None) -> dict[str, Any]:
-    named = {} if id_ is None else {"tool_call_id": id_}
-    return {"role": "tool", "content": "5", **named}
-
-
-ONE, TWO = ("1", "get", {"key": "a"}), ("2", "get", {"key": "b"})
-NO_ID = (None, "get", {"key": "a"})
-
-
-@pytest.mark.parametrize(
-    ("turns", "is_told"),
-    [
-        ([calling(ONE), result("1"), A], False),
-        ([calling(ONE, TWO), result("2"), result("1"), A], False),
-        ([calling(ONE), calling(TWO), result("1"), result("2"), A], False),
-        ([calling(ONE, TWO), result(), result(), A], False),
-        ([calling(NO_ID, NO_ID), result("x"), result(), A], False),
-        ([calling(ONE), result("1"), A, U, calling(ONE)], False),
-        ([A, result(), A], False),  # the call is in the text
-        ([calling(ONE, TWO), result("2"), A], True),
-        ([calling(NO_ID, NO_ID), result(), A], True),
-        ([calling(ONE), A], True),
-        ([calling(ONE), U, A], True),
-        ([calling(ONE), result("9"), A], True),
-        ([calling(ONE), result("1"), result("9"), A], True),
-        ([calling(ONE), result("1"), result("1"), A], True),
-    ],
-)
-def test_calls_and_results_without_each_other_are_told(turns: list[Any], is_told: bool) -> None:
-    warnings = list(row_warnings(Conversation([U, *turns]), raw=False))
-    assert warnings == ["unmatched_call"] * is_told
-
-
-@pytest.mark.parametrize(
-    ("parameters", "call", "is_told"),
-    [
-        ({}, ONE, False),
-        (None, ONE, False),
-        ({"required": ["key"]}, ONE, False),
-        ({"required": {"type": "string"}}, ONE, False),  # a parameter of this name
-        ({}, ("1", "fetch", {"key": "a"}), True),
-        ({"required": ["key", "unit"]}, ONE, True),
-        ({"required": [{}]}, ONE, True),
-    ],
-)
-def test_calls_that_the_tools_do_not_allow_are_told(
-    parameters: Any, call: Any, is_told: bool
-) -> None:
-    tools = [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
-    warnings = row_warnings(Conversation([U, calling(call)], tools), raw=False)
-    assert list(warnings) == ["unlisted_call"] * is_told
-    assert not list(row_warnings(Conversation([U, calling(call)]), raw=False))
-
-
 def test_what_counts_as_an_empty_answer() -> None:
     def empty(*messages: dict[str, Any], **more: Any) -> bool:
         return list(row_warnings(Conversation(list(messages), **more), raw=False)) == ["empty"]

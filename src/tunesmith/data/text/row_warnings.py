@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.data.rows.messages import is_said
-from tunesmith.data.rows.samples import Completion, Conversation, Message, Sample
+from tunesmith.data.rows.samples import Completion, Conversation, Sample
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
@@ -73,16 +73,6 @@ ROW_WARNINGS = {
         what="a thought that is opened and never closed",
         why="it was cut off, and the model learns to end within a thought",
         fix="delete these rows, or close the thought and write the answer behind it",
-    ),
-    "unmatched_call": RowWarning(
-        what="a tool call without its result, or a tool result without its call",
-        why="the conversation continues without the result, and the model learns to make it up",
-        fix="write each result behind its call, with its id in tool_call_id; or delete these rows",
-    ),
-    "unlisted_call": RowWarning(
-        what="a tool call that the row's tools do not allow",
-        why="the tools do not list its function, or they require an argument that it does not have",
-        fix="fix the call, add its function to the row's tools, or delete these rows",
     ),
     "lost_thought": RowWarning(
         what="a thought that is not in the tokens",
@@ -159,10 +149,6 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
         questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
-        if _has_unmatched_call(sample.messages):
-            yield "unmatched_call"
-        if _has_unlisted_call(sample):
-            yield "unlisted_call"
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
         questions = [] if raw else [sample.prompt]
@@ -188,49 +174,6 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
-
-
-def _has_unmatched_call(messages: list[Message]) -> bool:
-    """Return whether a turn follows calls without results, or a result has no call.
-
-    A result without an id belongs to the next call, and so does a result of calls without ids.
-    """
-    waiting: list[str | None] = []
-    has_calls = False
-    for message in messages:
-        calls = [call.get("id") for call in message.get("tool_calls", ())]
-        waiting += calls
-        has_calls = has_calls or bool(calls)
-        if message["role"] == "tool":
-            result = message.get("tool_call_id")
-            if result in waiting:
-                waiting.remove(result)
-            elif None in (result, *waiting[:1]):
-                del waiting[:1]
-            elif has_calls:
-                return True
-        elif waiting and not calls:
-            return True
-    return False
-
-
-def _has_unlisted_call(sample: Conversation) -> bool:
-    """Return whether a call has a function that the row's tools do not list, or lacks a required
-    argument.
-    """
-    tools: Any = sample.tools or ()
-    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
-    for message in sample.messages if functions else ():
-        for call in message.get("tool_calls", ()):
-            called: Any = call["function"]
-            if called["name"] not in functions:
-                return True
-            parameters = functions[called["name"]].get("parameters")
-            required = parameters.get("required") if isinstance(parameters, dict) else None
-            given = list(called["arguments"])
-            if isinstance(required, list) and not all(name in given for name in required):
-                return True
-    return False
 
 
 def has_empty_answers(sample: Sample) -> bool:

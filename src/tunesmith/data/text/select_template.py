@@ -1,6 +1,7 @@
 """The template that a recipe's `data.template` names, or that its rows and its tokenizer need."""
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def select_template(
     Raises:
         DataError: there is no such template, or it cannot tell answers from prompts.
     """
+    make = partial(Template, tokenizer, eos_ids, pictures=pictures)
     formats = [ROW_FORMATS[source.format] for source in (*data.train, *data.validation)]
     may_have_tools = any("tools" in form.columns for form in formats)
     chat_template = _chat_template_of(tokenizer, pictures, tools=may_have_tools)
@@ -55,13 +57,13 @@ def select_template(
             what = "a raw prompt has no template to take arguments"
             fix = "remove data.template_args, or data.template=FILE.jinja"
             raise DataError(what, where="data.template_args", why=why, fix=fix)
-        return Template(tokenizer, eos_ids, jinja=None, name="raw", pictures=pictures)
+        return make(jinja=None, name="raw")
     if data.template == "auto" and formats and not any(form.has_turns for form in formats):
         # Chats with what is trained here use the tokenizer's template.
         try:
-            return Template(tokenizer, eos_ids, jinja=chat_template, name="text", pictures=pictures)
+            return make(jinja=chat_template, name="text")
         except DataError:
-            return Template(tokenizer, eos_ids, jinja=None, name="raw", pictures=pictures)
+            return make(jinja=None, name="raw")
     if data.template == "chat" and chat_template is None:
         raise DataError(
             "the tokenizer has no chat template",
@@ -70,21 +72,21 @@ def select_template(
             fix="data.template=alpaca, or data.template=FILE.jinja",
         )
     if data.template in ("auto", "chat") and chat_template is not None:
-        template = Template(tokenizer, eos_ids, jinja=chat_template, name="chat", pictures=pictures)
+        template = make(jinja=chat_template, name="chat")
         if not may_have_tools or not _drops_calls(template):
             return template
         jinja = _with_hermes_calls(chat_template)
-        return Template(tokenizer, eos_ids, jinja=jinja, name="chat", pictures=pictures)
+        return make(jinja=jinja, name="chat")
     if data.template in ("auto", "alpaca"):
         # A template of ours writes BOS where the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and bos in prefix_ids(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
         jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
-        return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca", pictures=pictures)
+        return make(jinja=jinja, name="alpaca")
     path = Path(data.template).expanduser()
     jinja = _with_arguments(_read_template(path, tokenizer), data, tokenizer, path.name)
-    return Template(tokenizer, eos_ids, jinja=jinja, name=path.name, pictures=pictures)
+    return make(jinja=jinja, name=path.name)
 
 
 def _with_arguments(jinja: str, data: Data, tokenizer: "PreTrainedTokenizerBase", name: str) -> str:

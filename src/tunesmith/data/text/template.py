@@ -33,7 +33,7 @@ from tunesmith.data.rows.samples import (
 )
 from tunesmith.data.text import builtin_templates
 from tunesmith.data.text.align import Aligned, Aligner, CharSpan
-from tunesmith.data.text.answer_ends import AnswerEnds, any_of
+from tunesmith.data.text.answer_ends import any_of
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.loss_mask import RenderedAnswers, find_answers
 from tunesmith.data.text.pictures_in_text import (
@@ -181,8 +181,6 @@ class Template:
             parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
         blocks = "its {% generation %} blocks"
         parts.append(f"loss mask by {blocks if self.chat.tagged else 'sentinels'}")
-        if self.pictures is not None and self._moves_pictures():
-            parts.append("a turn's pictures come before its text, wherever they stand in it")
         return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
@@ -270,7 +268,7 @@ class Template:
         """
         text = self._answer_text(self._as_turns(sample), where)
         # Where the row's own text has an end token, generation stops there.
-        end_token = self._answer_ends.search(text)
+        end_token = self._ends.search(text)
         if end_token is not None:
             text = text[: end_token.start()]
         # Of a letter and its accent some tokenizers make one character: so does the model.
@@ -291,8 +289,8 @@ class Template:
         return tokenizer_hash(self.tokenizer)
 
     @cached_property
-    def _answer_ends(self) -> AnswerEnds:
-        return AnswerEnds(self.tokenizer, self.end_ids)
+    def _ends(self) -> re.Pattern[str]:
+        return any_of(filter(None, map(self.tokenizer.decode, self.end_ids)))
 
     @cached_property
     def _composes_letters(self) -> bool:
@@ -333,8 +331,7 @@ class Template:
 
     @cached_property
     def _trailing_ends(self) -> re.Pattern[str]:
-        ends = any_of(self.tokenizer.decode([id_]) for id_ in self.end_ids)
-        return re.compile(f"(?:{ends.pattern})\\s*\\Z")
+        return re.compile(f"(?:{self._ends.pattern})\\s*\\Z")
 
     def without_special_tokens(self, text: str) -> str:
         """The text as an answer is decoded."""
@@ -519,17 +516,6 @@ class Template:
             )
         text, spans = put_placeholders(answers.text, answers.spans, mark, seen.texts)
         return answers._replace(text=text, spans=spans, digests=seen.digests, seen=seen.pictures)
-
-    def _moves_pictures(self) -> bool:
-        """Tell whether the template writes the pictures of a turn before all of its text."""
-        assert self.pictures is not None
-        assert self.chat is not None
-        message: Message = {"role": "user", "content": f"one{PICTURE_MARK}"}
-        try:
-            text = self.chat.for_pictures().render([message], generate=True)
-        except DataError:
-            return False
-        return self.pictures.placeholder in text.partition("one")[0]
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]

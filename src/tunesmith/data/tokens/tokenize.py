@@ -48,7 +48,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-TOKENS_VERSION = 18
+TOKENS_VERSION = 19
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH_ROWS = 256
