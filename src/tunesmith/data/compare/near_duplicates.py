@@ -364,18 +364,12 @@ def _blank_contexts(contexts: np.ndarray, following: np.ndarray) -> set[int]:
         contexts: uint32 [n + 1], of which the last is followed by nothing.
         following: uint32 [n], the word after each.
     """
-    blanks: set[int] = set()
-    contexts = contexts[: len(following)]
-    # An eighth of the contexts at a time, to sort less at once.
-    for eighth in range(8):
-        is_here = contexts & np.uint32(7) == eighth
-        keys = contexts[is_here].astype(np.uint64) << np.uint64(32) | following[is_here]
-        pairs, counts = np.unique(keys, return_counts=True)
-        values, firsts = np.unique(pairs >> np.uint64(32), return_index=True)
-        if not len(values):
-            continue
-        totals = np.add.reduceat(counts, firsts)
-        most = np.maximum.reduceat(counts, firsts)
-        is_blank = (totals >= _MIN_BLANK_ROWS) & (most <= _MAX_BLANK_SHARE * totals)
-        blanks.update(values[is_blank].tolist())
-    return blanks
+    if not len(following):
+        return set()
+    keys = contexts[: len(following)].astype(np.uint64) << np.uint64(32) | following
+    pairs, counts = np.unique(keys, return_counts=True)
+    values, firsts = np.unique(pairs >> np.uint64(32), return_index=True)
+    totals = np.add.reduceat(counts, firsts)
+    most = np.maximum.reduceat(counts, firsts)
+    is_blank = (totals >= _MIN_BLANK_ROWS) & (most <= _MAX_BLANK_SHARE * totals)
+    return set(values[is_blank].tolist())

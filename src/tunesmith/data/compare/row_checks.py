@@ -100,13 +100,14 @@ def check_rows(sources: SourceRows) -> RowFindings:
 
     def check() -> RowFindings:
         indices = sampled_rows(sources)
-        _tell(len(indices))
-        texts = read_texts(sources, indices)
-        findings = find_faults(texts, _counts_by_source(sources, indices))
+        if len(indices) > TOLD_ROWS:
+            log.info("comparing %s rows, once: the result is cached", f"{len(indices):,}")
+        counts = [len(own) for _, _, own in by_source(sources, indices)]
+        findings = find_faults(read_texts(sources, indices), counts)
         at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
         return replace(at_indices, rows=indices.stop)
 
-    return measure_once("row-checks", _key("rows", sources), check, RowFindings)
+    return measure_once("row-checks", _key(sources), check, RowFindings)
 
 
 def checked_before(sources: SourceRows) -> RowFindings | None:
@@ -116,36 +117,22 @@ def checked_before(sources: SourceRows) -> RowFindings | None:
         raise LookupError("these rows were not compared before")
 
     with suppress(LookupError):
-        return measure_once("row-checks", _key("rows", sources), absent, RowFindings)
+        return measure_once("row-checks", _key(sources), absent, RowFindings)
     return None
 
 
 def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
-    """Pairs [row of `validation`, row of `train`] that are near-duplicates.
+    """Return pairs [row of `validation`, row of `train`] that are near-duplicates.
 
-    One for each row of `validation` that has any. Rows are indices over the sources of either.
+    There is one pair for each row of `validation` that has any. Rows are indices over the sources
+    of either.
     """
-
-    def check() -> RowFindings:
-        trained, held_out = sampled_rows(train), sampled_rows(validation)
-        first = len(trained)
-        _tell(first + len(held_out))
-        counts = _counts_by_source(train, trained) + _counts_by_source(validation, held_out)
-        texts = chain(read_texts(train, trained), read_texts(validation, held_out))
-        pairs = []
-        for group in find_near_duplicates(texts, counts):
-            in_train = [trained[i] for i in group if i < first]
-            if in_train:
-                pairs += [[held_out[i - first], in_train[0]] for i in group if i >= first]
-        return RowFindings(near_duplicates=sorted(pairs))
-
-    key = [*_key("across", train), *_key("validation", validation)]
-    return measure_once("row-checks", key, check, RowFindings).near_duplicates
-
-
-def _tell(rows: int) -> None:
-    if rows > TOLD_ROWS:
-        log.info("comparing %s rows, once: the result is cached", f"{rows:,}")
+    first = sum(len(rows) for _, rows in train)
+    pairs = []
+    for group in check_rows([*train, *validation]).near_duplicates:
+        if group[0] < first:
+            pairs += [[row - first, group[0]] for row in group if row >= first]
+    return sorted(pairs)
 
 
 def place(sources: SourceRows, index: int) -> str:
@@ -157,16 +144,11 @@ def place(sources: SourceRows, index: int) -> str:
     raise IndexError(index)
 
 
-def _key(what: str, sources: SourceRows) -> list[Any]:
+def _key(sources: SourceRows) -> list[Any]:
     described = []
     for source, rows in sources:
         described.append([rows.digest(), source.format, sorted(source.columns.items())])
-    return [ROW_CHECKS_VERSION, limits(), what, described]
-
-
-def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:
-    """Count the indices of each source."""
-    return [len(indices_of_source) for _, _, indices_of_source in by_source(sources, indices)]
+    return [ROW_CHECKS_VERSION, limits(), described]
 
 
 def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:
@@ -176,24 +158,9 @@ def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = N
         parts: as for `find_near_duplicates`.
     """
     answers = _Answers()
-    count = 0
-
-    def observed() -> Iterator[RowText | None]:
-        nonlocal count
-        for row, text in enumerate(texts):
-            count = row + 1
-            if text is not None:
-                answers.add(row, text)
-            yield text
-
-    near_duplicates = find_near_duplicates(observed(), parts)
-    return RowFindings(
-        rows=count,
-        compared=count,
-        near_duplicates=near_duplicates,
-        shared=answers.shared(),
-        contradictions=answers.contradictions(),
-    )
+    near_duplicates = find_near_duplicates(answers.observe(texts), parts)
+    count = answers.count
+    return RowFindings(count, count, near_duplicates, answers.shared(), answers.contradictions())
 
 
 # Contradictions ---------------------------------------------------------------------------------
@@ -209,12 +176,17 @@ class _Answers:
         self._long: dict[int, list[int]] = {}
         # By a hash of prompt and answers, in the same form: for its answer what is good in it.
         self._judged: dict[int, list[tuple[int, int, bool]]] = {}
-        self._count = 0
+        self.count = 0
 
-    def add(self, row: int, text: RowText) -> None:
-        self._count += 1
-        if text.is_plain:
-            return
+    def observe(self, texts: Iterable[RowText | None]) -> Iterator[RowText | None]:
+        """Pass the rows on, and keep hashes of what they ask and answer."""
+        for row, text in enumerate(texts):
+            self.count += 1
+            if text is not None and not text.is_plain:
+                self._add(row, text)
+            yield text
+
+    def _add(self, row: int, text: RowText) -> None:
         words = words_of(text.answer)
         answer = _hash64(" ".join(words))
         is_short = len(words) <= SHORT_ANSWER_WORDS
@@ -238,12 +210,12 @@ class _Answers:
         rows.append((row, _hash64(good), True))
 
     def shared(self) -> list[list[int]]:
-        most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self._count)
+        most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self.count)
         groups = [[row for row, _, _ in rows] for rows in self._rows.values()]
         repeated = [rows for rows in self._long.values() if len(rows) > 1]
         # As in an FAQ whose questions are put in several ways: what is held out with all rows of
         # its answer cannot be learned, and its loss says nothing of the answers that were.
-        if sum(map(len, repeated)) <= MAX_REPEATED_SHARE * self._count:
+        if sum(map(len, repeated)) <= MAX_REPEATED_SHARE * self.count:
             groups += repeated
         return sorted(group for group in groups if 1 < len(group) <= most)
 
@@ -260,7 +232,7 @@ class _Answers:
             elif len(rows) <= MAX_SHARED_ROWS:
                 long.append(group)
         # Several answers to many prompts are a way to write data: samples, drafts, ranks.
-        if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self._count):
+        if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self.count):
             long = []
         return sorted(short + long)
 
