@@ -160,7 +160,6 @@ def build_model(
         recurrent=files.support.recurrent,
         recurrent_trials=trials,
         loss_and_grad_fn=loss_fn,
-        varied_tokens=varied,
         both_ways=files.support.both_ways,
     )
     use_packed_calls(model, {name: trial.call for name, trial in trials.items()})

@@ -67,7 +67,7 @@ def test_the_second_sequence_goes_on_behind_what_it_shares() -> None:
     assert batch.whole.places.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8]
     assert batch.whole.firsts.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10]
     assert batch.whole.seconds.tolist() == [5, 6]
-    assert (batch.tokens, batch.row_tokens, batch.max_seqlen) == (9, (7,), 5)
+    assert (batch.tokens, batch.max_seqlen) == (9, 5)
     assert (batch.supervised, batch.chosen_tokens) == (3, 2)
 
 

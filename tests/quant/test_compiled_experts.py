@@ -19,7 +19,7 @@ from tunesmith.distributed.torch_private import mark_varying
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.expert_load import ExpertLoad
+from tunesmith.model.experts import find_experts
 from tunesmith.quant import expert_rows
 from tunesmith.quant.replace import replace_by_codes
 
@@ -57,17 +57,15 @@ def build(model_type: str, dtype: torch.dtype, device: str) -> Any:
     return model.to(device)
 
 
-def results(model: Any, load: ExpertLoad, device: str) -> list[Tensor]:
-    """Logits, gradients, and the tokens of each expert in two micro batches."""
+def results(model: Any, device: str) -> list[Tensor]:
+    """Logits and gradients of two micro batches."""
     model.zero_grad()
-    is_token = torch.arange(TOKENS, device=device) > 2
     for start in (3, 7):
         ids = (torch.arange(TOKENS, device=device)[None] + start) % 60
-        with load.count(is_token):
-            logits = model(input_ids=ids, use_cache=False).logits
-            logits.float().square().mean().backward()
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.float().square().mean().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return [logits.detach(), *gradients, *load.take()]
+    return [logits.detach(), *gradients]
 
 
 def compile_whole(modules: Iterable[Any], backend: str) -> None:
@@ -94,15 +92,9 @@ def test_a_layer_is_one_graph_with_the_same_bits(
     monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_: is_grouped)
     torch.compiler.reset()
     model = build(model_type, torch.bfloat16, "cpu")
-    load = ExpertLoad(model)
-    expected = results(model, load, "cpu")
+    expected = results(model, "cpu")
     compile_whole(model.model.layers, "aot_eager")
-    found = results(model, load, "cpu")
-    assert all(map(torch.equal, found, expected))
-    experts = load.modules[0].num_experts
-    per_token = 2 * (TOKENS - 3) * model.config.num_experts_per_tok
-    assert len(found[-1]) == experts
-    assert int(found[-1].sum()) == per_token
+    assert all(map(torch.equal, results(model, "cpu"), expected))
 
 
 @pytest.mark.slow
@@ -110,9 +102,7 @@ def test_numbers_of_tokens_share_one_graph() -> None:
     """Of tokens in the micro batch, and so of rows."""
     torch.compiler.reset()
     model = build("qwen3_moe", torch.bfloat16, "cpu")
-    load = ExpertLoad(model)
-    load.is_varied = True
-    module = load.modules[0]
+    [module, *_] = find_experts(model).values()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(type(module).__call__, backend=counter)
     frames = []
@@ -122,8 +112,7 @@ def test_numbers_of_tokens_share_one_graph() -> None:
         weights = torch.rand(tokens, 2).bfloat16().requires_grad_()
         for tensor in (hidden, chosen, weights):
             mark_varying(tensor, 0)
-        with load.count(torch.ones(tokens, dtype=torch.bool)):
-            compiled(module, hidden, chosen, weights).sum().backward()
+        compiled(module, hidden, chosen, weights).sum().backward()
         assert hidden.grad is not None
         frames.append(counter.frame_count)
     assert frames == frames[:1] * 4
@@ -136,9 +125,7 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
     """Each layer's by themselves: in 16 bits another router might choose others."""
     torch.compiler.reset()
     model = build("gpt_oss", dtype, device)
-    load = ExpertLoad(model)
-    model.to(device)  # the counts too
-    [module, *_] = load.modules
+    [module, *_] = find_experts(model).values()
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(TOKENS, 64, generator=generator).to(device, dtype).requires_grad_()
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(TOKENS)])
@@ -146,12 +133,9 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
     leaves = [hidden, weights, *(p for p in module.parameters() if p.requires_grad)]
 
     def run() -> list[Tensor]:
-        with load.count(torch.ones(TOKENS, dtype=torch.bool, device=device)):
-            y = module(hidden, chosen.to(device), weights)
+        y = module(hidden, chosen.to(device), weights)
         gradients = torch.autograd.grad(y.float().square().mean(), leaves)
-        counts = load.take()[0]
-        assert int(counts.sum()) == 2 * TOKENS
-        return [y.detach(), *gradients, counts.float()]
+        return [y.detach(), *gradients]
 
     expected = run()
     compile_whole([module], "inductor")

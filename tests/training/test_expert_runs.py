@@ -43,28 +43,6 @@ def test_a_run_resumes_with_the_same_bits(mixture: Path, tmp_path: Path) -> None
     assert sum("experts" in name for name in one) == 2 * 2 * 2  # layers, stacks, A and B
 
 
-def test_records_say_how_tokens_spread_over_experts(mixture: Path, tmp_path: Path) -> None:
-    """The same numbers whether layers are computed once or twice, and in full fine-tuning."""
-    loads = []
-    once = {"duration": "1 steps", "warmup": "0 steps"}
-    for train_changes in ({}, {"recompute": "full"}, {"micro_batch": "128 tokens"}):
-        changes = {
-            "train": {**once, **train_changes},
-            "output_dir": str(tmp_path / str(len(loads))),
-        }
-        [record] = train(make_run(mixture, tmp_path, **changes), quiet=True).records
-        loads.append((record.extra["expert_load_max"], record.extra["experts_unused"]))
-    full = {
-        "adapter": {"kind": "none"},
-        "train": once,
-        "output_dir": str(tmp_path / "full"),
-    }
-    [record] = train(make_run(mixture, tmp_path, **full), quiet=True).records
-    loads.append((record.extra["expert_load_max"], record.extra["experts_unused"]))
-    assert loads == loads[:1] * 4
-    assert 1 / 8 < loads[0][0] <= 1 / 2  # each token goes to two of eight
-
-
 def test_merge_and_answers(mixture: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     losses = numbers(mixture, tmp_path, {"train": {"learning_rate": 5e-2, "duration": "8 steps"}})

@@ -68,7 +68,7 @@ def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
     is_training = model.training
     model.eval()
     try:
-        with model.reference(), model.expert_load.paused():
+        with model.reference():
             return answer_logprobs(model, batch).logprobs
     finally:
         model.train(is_training)

@@ -8,7 +8,7 @@ loss sum and what to divide it by, and owns no loop.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -37,7 +37,6 @@ from tunesmith.model.documents import (
     current_documents,
     use_documents,
 )
-from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
@@ -157,7 +156,6 @@ class TrainModel(nn.Module):
             a document.
         recurrent_trials: what became of the kernels of these layers, by class.
         loss_and_grad_fn: the loss of a chunk with its gradient.
-        varied_tokens: layers are compiled for micro batches of any number of tokens.
         both_ways: layers in which a picture's tokens see those behind them, up to its end.
 
     Attributes:
@@ -175,7 +173,6 @@ class TrainModel(nn.Module):
         recurrent: Collection[str] = (),
         recurrent_trials: Mapping[str, Trial] = MappingProxyType({}),
         loss_and_grad_fn: LossAndGradFn = loss_and_grad,
-        varied_tokens: bool = False,
         both_ways: BothWays = "",
     ) -> None:
         super().__init__()
@@ -188,7 +185,6 @@ class TrainModel(nn.Module):
         self.recurrent_trials = recurrent_trials
         self.both_ways = both_ways
         self.projector = trained_projector(model)
-        self.expert_load = ExpertLoad(model, is_varied=varied_tokens)
         # These two follow once the model is sharded, and has its weights.
         self.partial_gradients: frozenset[str] = frozenset()
         self.reference: Callable[[], AbstractContextManager[None]] | None = None
@@ -241,14 +237,8 @@ class TrainModel(nn.Module):
         Layers that recompute run again in the backward, and some of them need to know its documents
         then.
         """
-        with use_documents(self._documents(batch)), self._count_load(batch):
+        with use_documents(self._documents(batch)):
             yield
-
-    def _count_load(self, batch: Batch) -> AbstractContextManager[None]:
-        """Count the tokens of the experts, of a batch that says which are padding."""
-        if not self.expert_load.modules or not batch.row_tokens:
-            return nullcontext()
-        return self.expert_load.count(batch.is_token())
 
     @overload
     def forward(self, batch: Batch) -> MethodOutput: ...

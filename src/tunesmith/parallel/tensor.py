@@ -82,7 +82,6 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     for module in decoder.modules():
         sharder.replicate_module(module)
     sharder.gather_output(decoder)
-    root.expert_load.tensor_group = sharder.group
     return frozenset(name for name, p in model.named_parameters() if p in sharder.partial)
 
 

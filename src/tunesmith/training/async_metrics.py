@@ -6,7 +6,7 @@ done with a step when the device is in the middle of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,12 +56,10 @@ class AsyncMetrics(LoopPart):
         """Count the time of the coming step from here on; no step is pending."""
         self.step_began = Mark(self.session.device)
 
-    def reduce(
-        self, loss: Tensor, metrics: Mapping[str, Tensor], expert_counts: Sequence[Tensor]
-    ) -> StepScalars:
+    def reduce(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> StepScalars:
         """The numbers of a step, summed over the ranks; with them the ranks agree on a stop and on
         a checkpoint that could not be written."""
-        scalars = StepScalars(loss, metrics, expert_counts)
+        scalars = StepScalars(loss, metrics)
         if self.ranks.world == 1:
             return scalars
         status = RankStatus(

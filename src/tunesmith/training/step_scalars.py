@@ -38,16 +38,9 @@ class StepScalars:
     """Loss and metrics of a step, 0-d tensors on the device, until `read` has them on the host.
 
     Call `all_reduce` where there are several ranks, then `copy_to_host`, then `read`.
-
-    Attributes:
-        expert_counts: int64 [experts], the tokens of each expert of each layer that has some; they
-            are summed with the rest and not copied.
     """
 
-    def __init__(
-        self, loss: Tensor, metrics: Mapping[str, Tensor], expert_counts: Sequence[Tensor] = ()
-    ) -> None:
-        self.expert_counts = expert_counts
+    def __init__(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         self.metric_names = list(metrics)
         self.values: Sequence[Tensor] = [loss, *metrics.values()]
         self.has_status = False
@@ -55,20 +48,9 @@ class StepScalars:
     def all_reduce(self, status: RankStatus, mesh: Mesh) -> None:
         """Sum over all ranks, with what each says of itself; a collective call."""
         packed = self.pack(status, mesh)
-        sizes = [len(packed), *map(len, self.expert_counts)]
-        # Counts are whole numbers, which float64 adds up exactly.
-        packed = torch.cat([packed, *self.expert_counts])
         dist.all_reduce(packed)
-        packed, *counts = packed.split(sizes)
         self.values = packed.unbind()
-        self.expert_counts = [count.long() for count in counts]
         self.has_status = True
-
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Take metrics that are the same on all ranks, after `all_reduce`."""
-        end = 1 + len(self.metric_names)
-        self.values = [*self.values[:end], *metrics.values(), *self.values[end:]]
-        self.metric_names += metrics
 
     def pack(self, status: RankStatus, mesh: Mesh) -> Tensor:
         """float64 [1 + metrics + fields of RankStatus]: the loss, the metrics, the status."""

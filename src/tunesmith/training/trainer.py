@@ -23,7 +23,6 @@ from tunesmith.host.logger import logged_if_slow
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
-from tunesmith.model.expert_load import load_metrics
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
@@ -215,10 +214,7 @@ class Trainer(LoopPart):
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)
         means = {name: value / denominator for name, value in metrics.items()}
-        counts = model.expert_load.take()
-        scalars = self.metrics.reduce(loss / denominator, means, counts)
-        if counts:
-            scalars.add(load_metrics(scalars.expert_counts))
+        scalars = self.metrics.reduce(loss / denominator, means)
         # Clips by the norm, which it returns, updates the weights and drops the gradients.
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)

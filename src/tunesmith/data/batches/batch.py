@@ -80,7 +80,6 @@ class Batch:
         examples: real examples (padding documents are none).
         edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
             does not know them, and has to read them from there.
-        row_tokens: non-padding tokens of each row, on the host.
         sequences: None where each example is one sequence without a label.
         chosen_tokens: supervised tokens of the chosen answers of pairs.
         whole: None where the block holds each document whole.
@@ -99,21 +98,11 @@ class Batch:
     supervised: int
     examples: int
     edges: tuple[int, ...] = ()
-    row_tokens: tuple[int, ...] = ()
     sequences: Sequences | None = None
     chosen_tokens: int = 0
     whole: WholeDocuments | None = None
     pictures: dict[str, torch.Tensor] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] = ()
-
-    def is_token(self) -> torch.Tensor:
-        """bool [rows * length]: False for padding; computed on the device without a copy to it."""
-        import torch
-
-        is_token = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        for row, count in zip(is_token, self.row_tokens, strict=True):
-            row[:count] = True
-        return is_token.flatten()
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`. Tensors in pinned memory are copied without blocking.
@@ -180,7 +169,6 @@ def collate(
     has_grids = any(of is not None and len(of.grids) for of in pixels)
     flat = _FlatRows(len(parts) * length, pad_id, axes=3 if has_grids else 1)
     pixels_of_next = iter(pixels)
-    row_tokens = []
     for r, row in enumerate(parts):
         row_start = r * length
         at = row_start
@@ -192,7 +180,6 @@ def collate(
             flat.add_sequence(part, at, previous, next(pixels_of_next))
             previous = at
             at = end
-        row_tokens.append(at - row_start)
         # No document may be longer than the length that attention has.
         flat.add_padding(at, row_start + length, max_document or length)
     shape = (len(parts), length)
@@ -206,7 +193,6 @@ def collate(
         supervised=int((flat.targets != IGNORE).sum()),
         examples=len(examples),
         edges=tuple(flat.edges),
-        row_tokens=tuple(row_tokens),
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
