@@ -8,7 +8,7 @@ own (`get_model_conversion_mapping`).
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,12 +75,6 @@ class StoredNames:
     aside: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     split: set[str] = field(default_factory=set)
-
-    def stored(self) -> Iterator[tuple[str, StoredEntry | Pieces]]:
-        """Each parameter that is stored, by its name, without companions."""
-        for name, group in self.groups.items():
-            if "" in group:
-                yield name, group[""]
 
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":

@@ -75,7 +75,8 @@ def in_stored_form(
     written: dict[str, Source] = {}
     # Stored name -> where each of its rows' parameters begins, and that parameter.
     split: dict[str, dict[int, Tensor]] = {}
-    for name, entry in names.stored():
+    for name, group in names.groups.items():
+        entry = group[""]
         if isinstance(entry, Pieces):
             for piece in entry.pieces:
                 # Only named here: it is cut when it is written.

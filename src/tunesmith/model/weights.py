@@ -112,31 +112,21 @@ class StoredTensor:
         # What was read would stay in the page cache, which unified memory has for the GPU too.
         drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
         if self._check is not None and len(flat):
-            self._check.note(self, self._probe(flat))
+            probe = self._probe(flat)
+            if probe is not None:
+                self._check.note(self._entry, probe)
 
     def _probe(self, flat: torch.Tensor) -> torch.Tensor | None:
-        """A number of some values, on their device: finite only if all are, and seldom not where
-        they are; None for values that always are."""
+        """Return a number, fp64 on the device of these values, that is finite only if all of them
+        are. Return None for values that always are.
+        """
         if self._entry.dtype == FP8_CODES:
             has_nan = (flat.view(torch.int8).max() == 127) | (flat.view(torch.uint8).max() == 255)
-            return torch.where(has_nan, math.nan, 0.0)
+            return torch.where(has_nan, math.nan, 0.0).double()
         if self.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             return None
-        if flat.dtype == torch.float16:
-            # Their sum ends at 65,504.
-            low, high = torch.aminmax(flat)
-            return high - low
-        return flat.sum()
-
-    def has_only_finite(self) -> bool:
-        """Check whether all values are finite: reads the whole tensor."""
-        tensor = StoredTensor(self._entry, self._file)
-        if self._entry.dtype == FP8_CODES:
-            probes = [self._probe(band) for _, band in tensor.bands()]
-            return all(bool(probe.isfinite()) for probe in probes if probe is not None)
-        if not self.shape:
-            return bool(tensor.read().isfinite())
-        return all(bool(band.isfinite().all()) for _, band in tensor.bands())
+        low, high = torch.aminmax(flat)
+        return low.double() + high.double()
 
     def pieces(self, rows: slice) -> Iterator[tuple[Piece, "StoredTensor"]]:
         """The pieces of a tensor that have some of these rows; none of one that is whole."""
@@ -144,15 +134,6 @@ class StoredTensor:
 
     def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
         """ModelError where a scale of some rows, as they are stored, is no number."""
-
-    def error_not_finite(self) -> ModelError:
-        return ModelError(
-            f"{self.name} has values that are not finite",
-            where=str(self._entry.file),
-            why="NaN or infinity in a weight makes every loss NaN: the file is damaged, or the "
-            "model was broken when it was saved",
-            fix="restore the file from a copy, or fetch the model again: tunesmith fetch MODEL",
-        )
 
     def into_part(self, target: torch.Tensor) -> None:
         """Read what this rank holds of `target`, which may be a DTensor and have more rows than are
@@ -212,21 +193,26 @@ class FiniteCheck:
     """Finds NaN and infinity in what is read, without waiting for the device that it goes to."""
 
     def __init__(self) -> None:
-        self._probes: dict[torch.device, list[tuple[StoredTensor, torch.Tensor]]] = {}
+        self._probes: dict[torch.device, list[tuple[Entry, torch.Tensor]]] = {}
 
-    def note(self, stored: StoredTensor, probe: torch.Tensor | None) -> None:
+    def note(self, entry: Entry, probe: torch.Tensor) -> None:
         """Keep the number that tells of values that were read."""
-        if probe is not None:
-            self._probes.setdefault(probe.device, []).append((stored, probe))
+        self._probes.setdefault(probe.device, []).append((entry, probe))
 
     def require_finite(self) -> None:
         """ModelError for a tensor with another value; the only wait for the devices."""
         for probes in self._probes.values():
-            numbers = torch.stack([probe.double() for _, probe in probes]).cpu()
+            numbers = torch.stack([probe for _, probe in probes]).cpu()
             for i in (~numbers.isfinite()).nonzero().flatten().tolist():
-                stored = probes[i][0]
-                if not stored.has_only_finite():
-                    raise stored.error_not_finite()
+                entry, _ = probes[i]
+                raise ModelError(
+                    f"{entry.name} has values that are not finite",
+                    where=str(entry.file),
+                    why="NaN or infinity in a weight makes every loss NaN: the file is damaged, or "
+                    "the model was broken when it was saved",
+                    fix="restore the file from a copy, or fetch the model again: "
+                    "tunesmith fetch MODEL",
+                )
 
 
 class TensorOfParts(StoredTensor):
@@ -376,12 +362,6 @@ def stored_tensor(
     if isinstance(entry, CodedEntry):
         return DecodedTensor(entry, files, check)
     return StoredTensor(entry, files.get(entry.file), check)
-
-
-def _entries_of(entry: StoredEntry | Pieces) -> list[StoredEntry]:
-    if isinstance(entry, Pieces):
-        return [piece.entry for piece in entry.pieces]
-    return [entry]
 
 
 @contextmanager
@@ -619,16 +599,19 @@ def _check_complete(
         # More rows in the model, and as many stored as the tokenizer had before.
         grows = entry.shape == (first_rows, *shape[1:]) and shape > entry.shape
         if entry.shape != shape and not grows:
-            stored = f"{list(entry.shape)} in {entry.file.name}"
             reshaped.append(
-                f"{name}: {stored}, {list(shape)} in the model that config.json describes"
+                f"{name}: {list(entry.shape)} in {entry.file.name}, {list(shape)} in the model "
+                "that config.json describes"
             )
     _check_no_names(reshaped, "with a different shape", where)
 
     unreadable = []
     for group in groups.values():
-        for stored_entry in group.values():
-            unreadable += [e.name for e in _entries_of(stored_entry) if e.dtype not in STORED]
+        for stored in group.values():
+            entries = (
+                [piece.entry for piece in stored.pieces] if isinstance(stored, Pieces) else [stored]
+            )
+            unreadable += [entry.name for entry in entries if entry.dtype not in STORED]
     _check_no_names(unreadable, "of an unsupported dtype", where)
 
 
