@@ -119,7 +119,7 @@ Support for every causal and multimodal language model type in Transformers {rel
 
 - **tuned**: packed rows, with tunesmith's optimized forwards.
 - **packed**: packed rows, with Transformers' forwards. Layers named in the last column are recurrent: they run with one
-  document per row, or on a GPU in one call of kernels that support document boundaries.
+  document per row.
 - **padded**: one document per row, which is slower, because the model cannot keep packed documents apart.
 - **refused**: not supported: an encoder, or a model that needs more than text.
 

@@ -24,11 +24,9 @@ from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import loss_and_grad
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import fused, gpu_kernels, load, random_init
+from tunesmith.model import fused, load, random_init
 from tunesmith.model.decoder import find_text_part
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.recurrent import use_packed_calls
-from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
 from tunesmith.model.support import Support
 from tunesmith.model.vision import skip_device_checks
 from tunesmith.model.weights import load_weights
@@ -150,7 +148,6 @@ def build_model(
         convert_to_eight_bit(model, plan.base, skip=skip)
     if plan.attention == "eager":
         _check_eager(run, model, files.support)
-    trials = try_recurrent_kernels(run, files, plan)
     varied = plan.compiled and plan.layout.row_length is None
     loss_fn = compilation.compile_loss(loss_and_grad) if plan.compiled else loss_and_grad
     root = TrainModel(
@@ -158,11 +155,9 @@ def build_model(
         make_method(run.method),
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
-        recurrent_trials=trials,
         loss_and_grad_fn=loss_fn,
         both_ways=files.support.both_ways,
     )
-    use_packed_calls(model, {name: trial.call for name, trial in trials.items()})
     # Before what wraps the layers: it changes the modules inside them.
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
@@ -216,16 +211,6 @@ def keep_what_fits(stream: LayerStream, plan: RunPlan) -> RunPlan:
     )
     why = {**plan.why, "cpu offload": reason}
     return replace(plan, streamed_layers=count, memory=memory, why=why)
-
-
-def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[str, Trial]:
-    """Which of a model's recurrent layers take packed rows in one call, on a GPU."""
-    device = torch.device(plan.device)
-    recurrent = files.support.recurrent
-    if not recurrent or not gpu_kernels.runs_kernels(device) or plan.attention == "eager":
-        return {}
-    # As the layers are in Transformers: those of the run have adapters and quantized weights.
-    return try_packed_calls(build_unchanged(run, files), recurrent, device)
 
 
 def _check_eager(run: Run, model: PreTrainedModel, support: Support) -> None:

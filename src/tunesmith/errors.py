@@ -20,7 +20,8 @@ fixes it.
 
 import errno
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -121,6 +122,16 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     """A model that is missing, not supported, not permitted or damaged."""
+
+
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Give `where` to a ModelError that is raised in the block and names no place."""
+    try:
+        yield
+    except ModelError as error:
+        error.where = error.where or where
+        raise
 
 
 class MachineError(UsageError):

@@ -119,7 +119,7 @@ def test_a_layer_of_several_sublayers_is_one():
 
 def test_an_infinite_number_is_read_as_transformers_writes_it():
     config = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
-    assert measured_spec.text_config(config, "test").time_step_limit == [0.0, float("inf")]
+    assert measured_spec.read_configs(config, "test")[0].time_step_limit == [0.0, float("inf")]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])

@@ -12,7 +12,7 @@ from tunesmith.build_model import define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
 from tunesmith.model.experts import find_experts
-from tunesmith.model.measured_spec import measure_spec, text_config
+from tunesmith.model.measured_spec import measure_spec, read_configs
 from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.planning.measured_layers import measure_activations
 
@@ -35,7 +35,7 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
         where="test",
         base=Path.cwd(),
     )
-    config = text_config(TINY, where="test")
+    config, _ = read_configs(TINY, where="test")
     files = SimpleNamespace(
         config=config, model=run.model, vocab_rows=128, support=TUNED_SUPPORT, form=None, whole=None
     )

@@ -13,7 +13,7 @@ from tunesmith.config.schema import Model
 from tunesmith.data.batches.batch import collate
 from tunesmith.data.text.example import Example, Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
-from tunesmith.errors import ModelError, first_line
+from tunesmith.errors import ModelError, errors_at, first_line
 from tunesmith.host.files import measure_once
 from tunesmith.model.decoder import find_projector, vision_parameters
 from tunesmith.model.load import build_on_meta
@@ -21,7 +21,7 @@ from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Support
 from tunesmith.model.picture_flops import count_picture_flops
 from tunesmith.model.spec import ModelSpec
-from tunesmith.model.support import FIRST_ID, errors_at
+from tunesmith.model.support import FIRST_ID
 from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
 

@@ -9,7 +9,6 @@ loss sum and what to divide it by, and owns no loop.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -40,7 +39,6 @@ from tunesmith.model.documents import (
 from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
-from tunesmith.model.recurrent_kernels import Trial
 from tunesmith.model.vision import (
     add_features_by_place,
     see,
@@ -154,7 +152,6 @@ class TrainModel(nn.Module):
             (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
         recurrent: class names of the layers that carry a state along the row, which run on one row
             a document.
-        recurrent_trials: what became of the kernels of these layers, by class.
         loss_and_grad_fn: the loss of a chunk with its gradient.
         both_ways: layers in which a picture's tokens see those behind them, up to its end.
 
@@ -171,7 +168,6 @@ class TrainModel(nn.Module):
         *,
         attention_backend: str,
         recurrent: Collection[str] = (),
-        recurrent_trials: Mapping[str, Trial] = MappingProxyType({}),
         loss_and_grad_fn: LossAndGradFn = loss_and_grad,
         both_ways: BothWays = "",
     ) -> None:
@@ -182,7 +178,6 @@ class TrainModel(nn.Module):
         self.logit_rule = find_head(model)
         self.attention_backend = attention_backend
         self.loss_and_grad_fn = loss_and_grad_fn
-        self.recurrent_trials = recurrent_trials
         self.both_ways = both_ways
         self.projector = trained_projector(model)
         # These two follow once the model is sharded, and has its weights.

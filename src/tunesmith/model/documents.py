@@ -67,19 +67,6 @@ class Group:
         return rows.unflatten(0, (self.count, self.length))
 
 
-@dataclass(frozen=True)
-class Spaced:
-    """Documents as kernels of recurrent layers take them: one after another, each followed by
-    `gap` empty places.
-    """
-
-    edges: Tensor  # int64 [documents + 1], on the tokens' device; no document is empty
-    edges_on_host: Tensor
-    seq_idx: Tensor  # int32 [1, size], the number of each place's document
-    places: Tensor  # int64 [n], where each token is
-    size: int  # tokens and gaps together
-
-
 class RepeatedTokens(NamedTuple):
     """Documents that have tokens of a block in common, which the block holds once.
 
@@ -179,35 +166,6 @@ class Documents:
                 parts.append(group.tokens)
         # argsort of a permutation is its inverse: token -> place.
         return torch.cat(parts).argsort()
-
-    @cached_property
-    def _spaced(self) -> dict[int, Spaced]:
-        return {}
-
-    def spaced(self, gap: int) -> Spaced:
-        """The documents with gaps of this size, computed once a batch and used by every layer."""
-        if gap not in self._spaced:
-            self._spaced[gap] = self._space(gap)
-        return self._spaced[gap]
-
-    def _space(self, gap: int) -> Spaced:
-        lengths = torch.tensor(self.edges).diff()
-        # Empty documents have no place.
-        lengths = lengths[lengths > 0]
-        # Each document is followed by its gap, so an edge is the start of the next document.
-        edges = torch.cat([lengths.new_zeros(1), (lengths + gap).cumsum(0)])
-        numbers = torch.arange(len(lengths))
-        # The gap counts as the document before it.
-        seq_idx = numbers.repeat_interleave(lengths + gap).to(torch.int32)
-        # A token comes after the gaps of all documents before its own.
-        places = torch.arange(self.edges[-1]) + gap * numbers.repeat_interleave(lengths)
-        return Spaced(
-            self._on_device(edges),
-            edges,
-            self._on_device(seq_idx.unsqueeze(0)),
-            self._on_device(places),
-            len(seq_idx),
-        )
 
     def _group_by_length(self, fits: Callable[[int, list[tuple[int, int]]], bool]) -> list[Group]:
         """`fits` says of a document's length whether it joins a group of (length, start)s."""

@@ -11,7 +11,6 @@ from functools import wraps
 from inspect import getclosurevars, unwrap
 from types import FunctionType
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations import hub_kernels
 
@@ -54,15 +53,7 @@ def _by_device(with_kernel: Callable[..., object], wrapper: FunctionType) -> Cal
 
     @wraps(wrapper)
     def run(x: Tensor, *args: object, **kwargs: object) -> object:
-        # Edges that PyTorch's code does not go by are refused in there.
-        has_edges = kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
-        if has_edges or runs_kernels(x.device):
-            return with_kernel(x, *args, **kwargs)
-        return in_pytorch(x, *args, **kwargs)
+        function = with_kernel if x.device.type == "cuda" else in_pytorch
+        return function(x, *args, **kwargs)
 
     return run
-
-
-def runs_kernels(device: torch.device) -> bool:
-    """Tell whether kernels take tensors of this device."""
-    return device.type == "cuda"

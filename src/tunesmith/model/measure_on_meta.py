@@ -6,15 +6,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.config.schema import Model, StatedDtype
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, errors_at
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.count_layers import count_layers
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import (
     MEASURED_TOKENS,
-    PER_TOKEN,
     cannot_measure,
-    first_of,
+    experts_per_token,
     read_configs,
 )
 from tunesmith.model.meta_forward import run_on_meta
@@ -28,11 +27,11 @@ def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
-        model = build_to_measure(config, whole=whole)
-        calls, _ = run_on_meta(model, MEASURED_TOKENS)
-        return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
-    except ModelError as error:
-        error.where = error.where or where
+        with errors_at(where):
+            model = build_to_measure(config, whole=whole)
+            calls, _ = run_on_meta(model, MEASURED_TOKENS)
+            return count_layers(model, calls, experts_per_token(config))
+    except ModelError:
         raise
     # Of a tensor on meta: its code asks, for example, which tokens go where.
     except NotImplementedError as error:

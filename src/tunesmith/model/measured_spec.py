@@ -85,19 +85,13 @@ def _measure(sizes: Mapping[str, object], where: str) -> ModelSpec:
     return measure_sizes(sizes, where)
 
 
-def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
-    """The config of a model's text part, with all defaults; ModelError where Transformers does not
-    read it.
-    """
-    config, _ = read_configs(sizes, where)
-    return config
-
-
 def read_configs(
     sizes: Mapping[str, object], where: str
 ) -> tuple["PretrainedConfig", "PretrainedConfig | None"]:
-    """`text_config`, and the whole model's config where Transformers has the text model in that
-    alone, and no class of it by itself (Qwen3-VL).
+    """The config of a model's text part, with all defaults, and the whole model's config where
+    Transformers has the text model in that alone, and no class of it by itself (Qwen3-VL).
+
+    ModelError where Transformers does not read it.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -152,8 +146,7 @@ def cannot_measure(config: Mapping[str, object], where: str, error: Exception) -
     )
 
 
-def first_of(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    for key in keys:
-        if values.get(key):
-            return int(values[key])
-    return None
+def experts_per_token(config: "PretrainedConfig") -> int | None:
+    """Return how many experts a token goes to, as the config says. Return None if it does not."""
+    values = config.to_dict()
+    return next((int(values[key]) for key in PER_TOKEN if values.get(key)), None)

@@ -77,7 +77,7 @@ class Support:
         if self.recurrent:
             return [
                 f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
-                "padded to a common length, where their kernels do not take packed rows"
+                "padded to a common length"
             ]
         return []
 

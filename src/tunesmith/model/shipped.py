@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.config.schema import Model, Run
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError, RecipeError, errors_at
 from tunesmith.formats.form import (
     COMPRESSED_TENSORS,
     MODELOPT,
@@ -102,14 +102,17 @@ def shipped_form(config: Mapping[str, object], where: str) -> ShippedForm | None
     """
     stored = stated_quantization(config, where)
     reader = FORM_READERS.get(str(stored.get("quant_method")))
-    return reader(stored, where) if reader is not None else None
+    if reader is None:
+        return None
+    with errors_at(where):
+        return reader(stored)
 
 
-def _transformers_form(stored: Mapping[str, object], where: str) -> ShippedForm:
+def _transformers_form(stored: Mapping[str, object]) -> ShippedForm:
     """FP8 and MXFP4, as Transformers writes them; FP8 also as AutoFP8 does."""
     for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
-        _check_value(stored, key, (plain,), where)
-    skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers"), where))
+        _check_value(stored, key, (plain,))
+    skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers")))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
     has_activation_scales = stored.get("activation_scheme") == "static"
@@ -124,35 +127,35 @@ def _transformers_form(stored: Mapping[str, object], where: str) -> ShippedForm:
     block = stored.get("weight_block_size", DEFAULT_FP8_BLOCK)
     return ShippedForm(
         "fp8",
-        None if block is None else _block_size(block, "weight_block_size", where),
+        None if block is None else _block_size(block, "weight_block_size"),
         skipped,
         has_activation_scales=has_activation_scales,
     )
 
 
-def _compressed_tensors_form(stored: Mapping[str, object], where: str) -> ShippedForm | None:
+def _compressed_tensors_form(stored: Mapping[str, object]) -> ShippedForm | None:
     """FP8 and NVFP4 as compressed-tensors writes them: llm-compressor, and `export --quant`."""
     stated = stored.get("format")
     if stated not in (*COMPRESSED_FP8, COMPRESSED_NVFP4):
         return None
     is_fp8 = stated in COMPRESSED_FP8
     # Weights that were rotated, or have holes.
-    _check_value(stored, "transform_config", (), where)
+    _check_value(stored, "transform_config", ())
     sparsity = stored.get("sparsity_config")
     if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
-        _check_value(stored, "sparsity_config", (), where)
-    group = _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS, where)
-    _check_value(group, "format", COMPRESSED_FP8 if is_fp8 else (COMPRESSED_NVFP4,), where)
+        _check_value(stored, "sparsity_config", ())
+    group = _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS)
+    _check_value(group, "format", COMPRESSED_FP8 if is_fp8 else (COMPRESSED_NVFP4,))
     weights = group["weights"]
-    _check_value(weights, "symmetric", (True,), where)
-    targets = _names(group, ("targets",), where)
+    _check_value(weights, "symmetric", (True,))
+    targets = _names(group, ("targets",))
     # All linear layers, by their class.
-    converted = _expressions([] if "Linear" in targets else targets, where)
-    skipped = _expressions(_names(stored, ("ignore",), where), where)
+    converted = _expressions([] if "Linear" in targets else targets)
+    skipped = _expressions(_names(stored, ("ignore",)))
     if is_fp8:
         return ShippedForm(
             "fp8",
-            _strategy_block(weights, where),
+            _strategy_block(weights),
             skipped,
             converted,
             has_expressions=True,
@@ -169,13 +172,13 @@ def _compressed_tensors_form(stored: Mapping[str, object], where: str) -> Shippe
     )
 
 
-def _strategy_block(weights: Mapping[str, object], where: str) -> tuple[int, int] | None:
+def _strategy_block(weights: Mapping[str, object]) -> tuple[int, int] | None:
     """`ShippedForm.block` by the strategy of compressed-tensors."""
-    _check_value(weights, "dynamic", (False,), where)
-    _check_value(weights, "strategy", ("tensor", "channel", "block"), where)
+    _check_value(weights, "dynamic", (False,))
+    _check_value(weights, "strategy", ("tensor", "channel", "block"))
     strategy = weights.get("strategy")
     if strategy == "block":
-        return _block_size(weights.get("block_structure"), "block_structure", where)
+        return _block_size(weights.get("block_structure"), "block_structure")
     return ROW if strategy == "channel" else None
 
 
@@ -186,7 +189,7 @@ def _has_static_scales(stored: Mapping[str, object], group: Mapping[str, object]
     return is_static or bool(stored.get("kv_cache_scheme"))
 
 
-def _modelopt_form(stored: Mapping[str, object], where: str) -> ShippedForm | None:
+def _modelopt_form(stored: Mapping[str, object]) -> ShippedForm | None:
     """FP8 with a scale a matrix, and NVFP4, as NVIDIA's ModelOpt writes them. Its names of modules
     have wildcards.
     """
@@ -195,10 +198,10 @@ def _modelopt_form(stored: Mapping[str, object], where: str) -> ShippedForm | No
         return None
     is_fp8 = algorithm == MODELOPT_FP8
     if "config_groups" in stored:
-        _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS, where)
-    _check_value(stored, "group_size", () if is_fp8 else (NVFP4_GROUP,), where)
-    _check_value(stored, "pre_quant_scale", (False,), where)
-    names = _names(stored, ("ignore", "exclude_modules"), where)
+        _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS)
+    _check_value(stored, "group_size", () if is_fp8 else (NVFP4_GROUP,))
+    _check_value(stored, "pre_quant_scale", (False,))
+    names = _names(stored, ("ignore", "exclude_modules"))
     return ShippedForm(
         "fp8" if is_fp8 else "nvfp4",
         not_converted=tuple(fnmatch.translate(name) for name in names),
@@ -209,7 +212,7 @@ def _modelopt_form(stored: Mapping[str, object], where: str) -> ShippedForm | No
     )
 
 
-FORM_READERS: dict[str, Callable[[Mapping[str, object], str], ShippedForm | None]] = {
+FORM_READERS: dict[str, Callable[[Mapping[str, object]], ShippedForm | None]] = {
     "fp8": _transformers_form,
     "mxfp4": _transformers_form,
     "compressed-tensors": _compressed_tensors_form,
@@ -217,9 +220,7 @@ FORM_READERS: dict[str, Callable[[Mapping[str, object], str], ShippedForm | None
 }
 
 
-def _only_group(
-    stored: Mapping[str, object], expected: Mapping[str, object], where: str
-) -> Mapping[str, Any]:
+def _only_group(stored: Mapping[str, object], expected: Mapping[str, object]) -> Mapping[str, Any]:
     """The only one of `config_groups`, whose weights are as `expected`."""
     groups = stored.get("config_groups")
     group = None
@@ -228,18 +229,15 @@ def _only_group(
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise ModelError(
             f"quantization_config.config_groups is {groups!r:.100}",
-            where=where,
             why="one group of weights in fp8 or nvfp4 is read",
             fix=UNQUANTIZED,
         )
     for key, value in expected.items():
-        _check_value(group["weights"], key, (value,), where)
+        _check_value(group["weights"], key, (value,))
     return group
 
 
-def _check_value(
-    stored: Mapping[str, object], key: str, read: Sequence[object], where: str
-) -> None:
+def _check_value(stored: Mapping[str, object], key: str, read: Sequence[object]) -> None:
     """ModelError for a key that is there with another value than those that are read, and not
     empty.
     """
@@ -248,26 +246,24 @@ def _check_value(
         return
     raise ModelError(
         f"quantization_config: {key} is {value!r:.100}, which is not supported",
-        where=where,
         why="linear layers and experts in e4m3, or in e2m1 by groups of 16, are",
         fix=UNQUANTIZED,
     )
 
 
-def _names(stored: Mapping[str, object], keys: Sequence[str], where: str) -> Sequence[str]:
+def _names(stored: Mapping[str, object], keys: Sequence[str]) -> Sequence[str]:
     """The list of names under the first of these keys that has one."""
     key = next((key for key in keys if stored.get(key)), keys[0])
     names = stored.get(key) or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ModelError(
             f"quantization_config.{key} is {names!r:.100}: it must be a list of names",
-            where=where,
             fix=FETCH_CONFIG,
         )
     return names
 
 
-def _expressions(names: Sequence[str], where: str) -> tuple[str, ...]:
+def _expressions(names: Sequence[str]) -> tuple[str, ...]:
     """Names of compressed-tensors as regular expressions, which some are after `re:`."""
     expressions = []
     for name in names:
@@ -279,7 +275,6 @@ def _expressions(names: Sequence[str], where: str) -> tuple[str, ...]:
         except re.error as error:
             raise ModelError(
                 f"quantization_config has {name!r:.100}, which is no regular expression",
-                where=where,
                 why=str(error),
                 fix=FETCH_CONFIG,
             ) from error
@@ -329,12 +324,11 @@ def check_frozen(run: Run) -> None:
         )
 
 
-def _block_size(block: Any, key: str, where: str) -> tuple[int, int]:
+def _block_size(block: Any, key: str) -> tuple[int, int]:
     is_pair = isinstance(block, list | tuple) and len(block) == 2
     if not is_pair or any(type(size) is not int or size < 1 for size in block):
         raise ModelError(
             f"quantization_config: {key} is {block!r:.100}: it must be two whole numbers above 0",
-            where=where,
             why="rows and columns of a weight that share a scale",
             fix=FETCH_CONFIG,
         )

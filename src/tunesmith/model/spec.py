@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tunesmith.config.schema import Adapter
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError, RecipeError, errors_at
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.shipped import (
@@ -200,7 +200,8 @@ def read_spec(
     ships the code. ModelError where it is another type, or a size is missing or impossible.
     """
     try:
-        return _read_sizes(config, where, trust_remote_code)
+        with errors_at(where):
+            return _read_sizes(config, where, trust_remote_code)
     # Text where a number belongs, 0, a list.
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
@@ -217,22 +218,19 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     if model_type not in ARCHITECTURES and not (trust_remote_code and "auto_map" in config):
         raise ModelError(
             f"the sizes of {model_type} are not read from its config alone",
-            where=where,
             fix=f"take one of: {families_text()}",
         )
     family = ARCHITECTURES.get(model_type, Architecture("code of the repository"))
-    depth = _size(config, "num_hidden_layers", where)
-    hidden = _size(config, "hidden_size", where)
-    intermediate = _size(config, "intermediate_size", where)
-    heads = _size(config, "num_attention_heads", where)
-    vocab = _size(config, "vocab_size", where)
-    kv_heads = _size(config, "num_key_value_heads", where, family.kv_heads or heads)
-    head_dim = _size(config, "head_dim", where, family.head_dim or hidden // heads)
+    depth = _size(config, "num_hidden_layers")
+    hidden = _size(config, "hidden_size")
+    intermediate = _size(config, "intermediate_size")
+    heads = _size(config, "num_attention_heads")
+    vocab = _size(config, "vocab_size")
+    kv_heads = _size(config, "num_key_value_heads", family.kv_heads or heads)
+    head_dim = _size(config, "head_dim", family.head_dim or hidden // heads)
     if heads % kv_heads:
         what = f"{heads} attention heads cannot share {kv_heads} key-value heads"
-        raise ModelError(
-            what, where=where, fix="correct num_attention_heads or num_key_value_heads"
-        )
+        raise ModelError(what, fix="correct num_attention_heads or num_key_value_heads")
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
     windows = _windows(config, family, depth)
@@ -249,7 +247,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         hidden=hidden,
         vocab=vocab,
         tied=tied,
-        context=_size(config, "max_position_embeddings", where, 2048),
+        context=_size(config, "max_position_embeddings", 2048),
         position_limit=stated_position_limit(config, layers, where=where),
         # Matrices outside the layers, the layers, and the norm before the head.
         parameters=vocab * hidden * tables + depth * layer_parameters + hidden,
@@ -303,43 +301,46 @@ def _vector_parameters(
 
 def check_decoder(config: Mapping[str, object], where: str) -> None:
     """ModelError for a config that names no type, or one of an encoder."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise ModelError(
-            "the config names no model_type",
-            where=where,
-            why="it defines the architecture of the weights",
-            fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
-            "`adapter.from`",
-        )
-    if _is_encoder(model_type.lower().replace("-", "_"), config):
-        raise ModelError(
-            f"{model_type} is an encoder or encoder-decoder, which tunesmith does not train",
-            where=where,
-            fix=f"use a text decoder, such as {families_text()}",
-        )
-    text = config.get("text_config", {})
-    if not isinstance(text, Mapping) or (not text and "text_config" in config):
-        raise ModelError(
-            "the config has no text_config" if text is None else f"text_config is {text!r:.100}",
-            where=where,
-            why="it describes the text model, which is trained",
-            fix=FETCH_CONFIG,
-        )
-    _check_sizes(config, where)
-    _check_shares(config, where)
-    if text:
-        stated_quantization(text, where)
-        check_decoder({"model_type": model_type, **text}, where)
+    with errors_at(where):
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or not model_type:
+            raise ModelError(
+                "the config names no model_type",
+                why="it defines the architecture of the weights",
+                fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
+                "`adapter.from`",
+            )
+        if _is_encoder(model_type.lower().replace("-", "_"), config):
+            raise ModelError(
+                f"{model_type} is an encoder or encoder-decoder, which tunesmith does not train",
+                fix=f"use a text decoder, such as {families_text()}",
+            )
+        text = config.get("text_config", {})
+        if not isinstance(text, Mapping) or (not text and "text_config" in config):
+            what = "the config has no text_config"
+            raise _no_text(what if text is None else f"text_config is {text!r:.100}")
+        _check_sizes(config)
+        _check_shares(config)
+        if text:
+            stated_quantization(text, where)
+            check_decoder({"model_type": model_type, **text}, where)
 
 
-def _check_sizes(config: Mapping[str, Any], where: str, section: str = "") -> None:
+def _no_text(what: str) -> ModelError:
+    return ModelError(
+        what,
+        why="it describes the text model, which is trained",
+        fix=FETCH_CONFIG,
+    )
+
+
+def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
     """Raise ModelError for a size that is not a whole number from 0 to its maximum in SIZE_KEYS,
     also in a section such as `text_config`: building such a model would never end.
     """
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):
-            _check_sizes(value, where, f"{section}{key}.")
+            _check_sizes(value, f"{section}{key}.")
         for pattern, largest in SIZE_KEYS.items():
             if not re.fullmatch(pattern, key):
                 continue
@@ -348,12 +349,11 @@ def _check_sizes(config: Mapping[str, Any], where: str, section: str = "") -> No
                     raise ModelError(
                         f"{section}{key} is {size!r:.100}: it must be a whole number from 0 to "
                         f"{largest:,}",
-                        where=where,
                         fix=FETCH_CONFIG,
                     )
 
 
-def _check_shares(config: Mapping[str, Any], where: str) -> None:
+def _check_shares(config: Mapping[str, Any]) -> None:
     """ModelError for a dropout that is none, and for a token that goes to no expert or to more than
     there are: a step would fail, or compute another model.
     """
@@ -368,7 +368,7 @@ def _check_shares(config: Mapping[str, Any], where: str) -> None:
             expected = f"from 1 to the number of experts, {experts:,}"
         else:
             continue
-        raise ModelError(f"{key} is {value}: it must be {expected}", where=where, fix=FETCH_CONFIG)
+        raise ModelError(f"{key} is {value}: it must be {expected}", fix=FETCH_CONFIG)
 
 
 def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
@@ -385,30 +385,29 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
 
     vision: pictures are welcome, where the model takes them in a way that is trained here.
     """
-    check_decoder(config, where)
-    model_type = str(config["model_type"])
-    if vision and model_type in _OTHER_PICTURES:
-        raise ModelError(
-            f"{model_type} does not train with pictures here",
-            where=where,
-            why=_OTHER_PICTURES[model_type],
-            fix="model.vision=false, or another vision-language model",
-        )
-    _check_describes_text(config, where)
-    stored = stated_quantization(config, where)
-    form = shipped_form(config, where)
-    if "text_config" in config and stored and (form is None or form.method == "mxfp4"):
-        method = stored.get("quant_method", "an unnamed method")
-        raise ModelError(
-            f"the weights of this {model_type} are quantized with {method}",
-            where=where,
-            why="of a vision-language model plain weights, fp8 and nvfp4 are read",
-            fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
-            "it is loaded",
-        )
+    with errors_at(where):
+        check_decoder(config, where)
+        model_type = str(config["model_type"])
+        if vision and model_type in _OTHER_PICTURES:
+            raise ModelError(
+                f"{model_type} does not train with pictures here",
+                why=_OTHER_PICTURES[model_type],
+                fix="model.vision=false, or another vision-language model",
+            )
+        _check_describes_text(config)
+        stored = stated_quantization(config, where)
+        form = shipped_form(config, where)
+        if "text_config" in config and stored and (form is None or form.method == "mxfp4"):
+            method = stored.get("quant_method", "an unnamed method")
+            raise ModelError(
+                f"the weights of this {model_type} are quantized with {method}",
+                why="of a vision-language model plain weights, fp8 and nvfp4 are read",
+                fix="take the unquantized model; model.quantize: nf4 then quantizes its text model "
+                "as it is loaded",
+            )
 
 
-def _check_describes_text(config: Mapping[str, object], where: str) -> None:
+def _check_describes_text(config: Mapping[str, object]) -> None:
     """Raise ModelError if a config with other parts has no sizes of the text model: Transformers
     fills in the sizes of another model.
     """
@@ -419,25 +418,16 @@ def _check_describes_text(config: Mapping[str, object], where: str) -> None:
     sections = [value for value in config.values() if isinstance(value, Mapping)]
     if any("vocab_size" in part or "text_config" in part for part in (config, *sections)):
         return
-    raise ModelError(
-        "the config has no text_config",
-        where=where,
-        why="it describes the text model, which is trained",
-        fix=FETCH_CONFIG,
-    )
+    raise _no_text("the config has no text_config")
 
 
-def _size(config: Mapping[str, object], name: str, where: str, default: int | None = None) -> int:
+def _size(config: Mapping[str, object], name: str, default: int | None = None) -> int:
     value = config.get(name)
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         shown = repr(value) if name in config else "missing"
-        raise ModelError(
-            f"{name} is {shown}: it must be a whole number above 0",
-            where=where,
-            fix=FETCH_CONFIG,
-        )
+        raise ModelError(f"{name} is {shown}: it must be a whole number above 0", fix=FETCH_CONFIG)
     return value
 
 

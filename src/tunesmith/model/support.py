@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from tunesmith.config.schema import Model
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, errors_at
 from tunesmith.host.files import measure_once
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
@@ -145,16 +145,6 @@ def _check_not_refused(support: Support, config: PretrainedConfig, where: str) -
             why=support.why,
             fix=f"tunesmith models lists the supported types, such as {families_text()}",
         )
-
-
-@contextmanager
-def errors_at(where: str) -> Iterator[None]:
-    """Give errors of a measurement, which name no file, that of the caller."""
-    try:
-        yield
-    except ModelError as error:
-        error.where = error.where or where
-        raise
 
 
 def measure_support(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Support:

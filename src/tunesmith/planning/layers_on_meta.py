@@ -13,7 +13,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers, find_text_part
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure
-from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, read_configs
+from tunesmith.model.measured_spec import MEASURED_TOKENS, experts_per_token, read_configs
 from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.support import find_support
 from tunesmith.planning.measured_layers import SavedActivations
@@ -47,7 +47,7 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
     constant = kept - by_token * MEASURED_TOKENS
     outside = (long_outside - short_outside) / MEASURED_TOKENS
     # Llama 4's choose within their own forward: nobody sees them choose.
-    stated = first_of(config.to_dict(), PER_TOKEN) or 0
+    stated = experts_per_token(config) or 0
     chosen = [call.experts_per_token or stated for call in short]
     of_experts, idle = _expert_parameters(
         [*model.get_submodule(find_layers(model)).children()], chosen

@@ -46,7 +46,6 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.recurrent_kernels import describe_trials
 from tunesmith.model.spec import attention_weight, flops
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
@@ -324,7 +323,6 @@ def describe_session(
     if Path(name).exists():
         name = Path(name).absolute().name  # config.yaml has all of it
     yield f"model: {name}: {trained}: {root.describe()}"
-    yield from describe_trials(root.recurrent_trials)
     if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
         left_out = lora.describe_unreached(root.model)
         if left_out:
