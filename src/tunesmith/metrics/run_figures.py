@@ -3,11 +3,10 @@
 The closing summary, the page of runs and a sweep show these.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import isfinite
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Self
 
 from tunesmith.metrics.record import StepRecord
@@ -23,21 +22,10 @@ def finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and isfinite(value)]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A mean, the standard deviation of what it is a mean of, and their number."""
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def from_values(cls, values: Sequence[float], mean: float | None = None) -> "Spread | None":
-        """None without values; `mean`: a weighted one in place of the plain one."""
-        if not values:
-            return None
-        deviation = stdev(values) if len(values) > 1 else 0.0
-        return cls(fmean(values) if mean is None else mean, deviation, len(values))
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the finite values; None without one."""
+    numbers = finite(values)
+    return fmean(numbers) if numbers else None
 
 
 class RunFigures:
@@ -82,8 +70,7 @@ class RunFigures:
 
     def recent_mean(self, name: str) -> float | None:
         """The mean of the last steps."""
-        recent = finite(self._after_first(name)[-RECENT_STEPS:])
-        return fmean(recent) if recent else None
+        return mean(self._after_first(name)[-RECENT_STEPS:])
 
     def _by_step(self, name: str) -> dict[int, float]:
         pairs = zip(self.column("step"), self.column(name), strict=True)
@@ -106,11 +93,16 @@ class RunFigures:
         """The share of held-out pairs in order, by step."""
         return self._by_step("val_reward_accuracy")
 
-    @cached_property
-    def loss(self) -> Spread | None:
-        """The training loss of a tenth of the steps, at least 10, at the end."""
+    @property
+    def last_losses(self) -> list[float]:
+        """The training losses of a tenth of the steps, at least 10, at the end."""
         losses = finite(self.column("loss"))
-        return Spread.from_values(losses[-max(FEWEST_LOSS_STEPS, len(losses) // 10) :])
+        return losses[-max(FEWEST_LOSS_STEPS, len(losses) // 10) :]
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of the last training losses."""
+        return mean(self.last_losses)
 
     @cached_property
     def tokens(self) -> float:
@@ -134,13 +126,10 @@ class RunFigures:
         seconds = sum(finite(self._after_first("step_seconds")))
         return sum(finite(self._after_first(name))) / seconds if seconds else None
 
-    @cached_property
-    def speed(self) -> Spread | None:
+    @property
+    def speed(self) -> float | None:
         """Tokens per second, weighted by time."""
-        mean = self._a_second("tokens")
-        if mean is None:
-            return None
-        return Spread.from_values(finite(self._after_first("tokens_per_second")), mean)
+        return self._a_second("tokens")
 
     @cached_property
     def waiting(self) -> float | None:

@@ -118,15 +118,16 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples})",
         "time": f"{time} in steps",
         "tokens": f"{figures.tokens:,.0f} without padding, {supervised:,.0f} of them supervised",
-        "speed": f"{figures.speed.mean if figures.speed else 0.0:,.0f} tokens/s",
+        "speed": f"{figures.speed or 0.0:,.0f} tokens/s",
         "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
     }
     if figures.mfu is not None:
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
     # One batch's loss is noisy; the mean of all steps says nothing of the end.
-    if figures.loss and figures.loss.count < len(records):
-        rows["loss"] += f" (mean of the last {figures.loss.count}: {figures.loss.mean:.4f})"
+    averaged = len(figures.last_losses)
+    if figures.loss is not None and averaged < len(records):
+        rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
     val_losses = [value for value in figures.column("val_loss") if value is not None]
     if val_losses:
         rows["val_loss"] = f"{val_losses[0]:.4f}"

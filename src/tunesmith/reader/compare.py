@@ -7,11 +7,10 @@ single runs has no such interval, so it gives no verdict.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
-from tunesmith.config.schema import FEW_STEPS
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.intervals import (
     difference_sentence,
@@ -23,7 +22,6 @@ from tunesmith.reader.figures import environment_rows
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import PAIRS, EvalScores, RunState, shown
 
-TOKEN_GAP = 0.02  # relative difference of the trained tokens from which a sentence mentions it
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
 # Keys that may change when a run resumes, but end it sooner or choose its weights.
 _CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
@@ -74,24 +72,6 @@ def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
     return sorted(differing, key=lambda difference: not difference.learns)
 
 
-class RunDifference(NamedTuple):
-    """The difference of two runs that `eval` measured on the same rows.
-
-    Attributes:
-        measure: "loss by eval", or "accuracy on pairs, by eval".
-        first, second: the labels of the better run and of the other one.
-        gap: how much worse the second run is; for accuracies a share.
-        threshold: the distance from the gap to the end of its 95 % interval; the gap counts above
-            it. None if too few rows differ for an interval.
-    """
-
-    measure: str
-    first: str
-    second: str
-    gap: float
-    threshold: float | None
-
-
 class Verdict(NamedTuple):
     """Which run is better, in words.
 
@@ -99,20 +79,25 @@ class Verdict(NamedTuple):
         kind: better | equal | none (it cannot be said) | alone (one run).
         headline, reasons: sentences.
         best: the indices of the better runs.
-        difference: of the two runs in the headline.
     """
 
     kind: str
     headline: str
     reasons: list[str]
     best: tuple[int, ...] = ()
-    difference: RunDifference | None = None
 
 
 def judge(runs: Sequence[RunFiles]) -> Verdict:
     """Return which run is better and why, or why that cannot be said."""
-    verdict = _alone(runs[0]) if len(runs) == 1 else _compare(runs)
-    verdict.reasons.extend(_cautions(runs))
+    if len(runs) == 1:
+        return _alone(runs[0])
+    verdict = _compare(runs)
+    names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
+    if names:
+        verdict.reasons.append(
+            f"Ranks, machines or software differ: {', '.join(names)}. "
+            "Speed and memory are not comparable."
+        )
     return verdict
 
 
@@ -162,34 +147,29 @@ def _compare(runs: Sequence[RunFiles]) -> Verdict:
         return Verdict("none", "No verdict: these runs were not evaluated side by side", [reason])
 
     best, *others = sorted(evals, key=lambda index: evals[index].badness)
-    compared = []
-    for other in others:
-        names = runs[best].label, runs[other].label
-        compared.append(_compare_rows(evals[best], evals[other], *names))
+    compared = [_compare_rows(evals, runs, best, other) for other in others]
     # A run further off may vary so much from row to row that it cannot be told apart.
-    apart = [is_apart for _, _, is_apart in compared]
-    nearest = apart.index(False) if False in apart else 0
-    difference, sentence, is_apart = compared[nearest]
+    nearest = next((i for i, (_, is_apart) in enumerate(compared) if not is_apart), 0)
+    sentence, is_apart = compared[nearest]
     first, second = runs[best], runs[others[nearest]]
     reasons = [f"{evals[best].data}, row by row: {sentence}.", _differences(first, second)]
     absent = [run.label for index, run in enumerate(runs) if index not in evals]
     if absent:
         reasons.append(f"Not evaluated on these rows: {', '.join(absent)}. {_eval_command(runs)}")
 
-    against = (
-        f"{difference.measure} {evals[best]} against {evals[others[nearest]]} of {second.label}"
-    )
+    measure = "loss" if evals[best].tokens else "accuracy on pairs"
+    other_value = evals[others[nearest]]
+    against = f"{measure} by eval {evals[best]} against {other_value} of {second.label}"
     if {first.state, second.state} != {RunState.FINISHED}:
-        headline = f"So far {first.label} leads: {against}"
-        return Verdict("none", headline, reasons, difference=difference)
+        return Verdict("none", f"So far {first.label} leads: {against}", reasons)
     if is_apart:
         headline = f"{first.label} is better on these rows: {against}"
-        return Verdict("better", headline, reasons, (best,), difference)
-    if difference.threshold is None:
+        return Verdict("better", headline, reasons, (best,))
+    if is_apart is None:
         headline = f"No verdict, because too few rows differ: {first.label} has {against}"
-        return Verdict("none", headline, reasons, difference=difference)
+        return Verdict("none", headline, reasons)
     headline = f"No significant difference: {first.label} has {against}"
-    return Verdict("equal", headline, reasons, difference=difference)
+    return Verdict("equal", headline, reasons)
 
 
 def _eval_command(runs: Sequence[RunFiles]) -> str:
@@ -245,25 +225,21 @@ def _row_orders(result: EvalScores) -> MeasuredRows | None:
 
 
 def _compare_rows(
-    better: MeasuredRows, worse: MeasuredRows, name: str, other_name: str
-) -> tuple[RunDifference, str, bool]:
+    evals: Mapping[int, MeasuredRows], runs: Sequence[RunFiles], better: int, worse: int
+) -> tuple[str, bool | None]:
     """Compare two runs row by row.
 
-    Return the difference, a sentence with its 95 % interval, and whether it is more than chance.
+    Return a sentence with the 95 % interval of their difference, and whether it is more than
+    chance: None if too few rows differ.
     """
-    names = {"first": other_name, "second": name}
-    if better.tokens is None:
-        paired = paired_intervals(worse.values, better.values)
-        sentence = difference_sentence(PAIRS, paired, len(better.values), **names)
-        mean, low, _ = paired.difference
-        measure = "accuracy on pairs, by eval"
-        difference = RunDifference(measure, name, other_name, mean, mean - low)
-        return difference, sentence, paired.is_apart
-    loss = paired_losses(worse.values, better.values, better.tokens)
-    sentence = loss_sentence(loss, **names)
-    threshold = loss.interval and loss.interval.high - loss.mean
-    difference = RunDifference("loss by eval", name, other_name, -loss.mean, threshold)
-    return difference, sentence, loss.is_apart
+    names = {"first": runs[worse].label, "second": runs[better].label}
+    values = evals[worse].values, evals[better].values
+    tokens = evals[better].tokens
+    if tokens is None:
+        paired = paired_intervals(*values)
+        return difference_sentence(PAIRS, paired, len(values[0]), **names), paired.is_apart
+    loss = paired_losses(*values, tokens)
+    return loss_sentence(loss, **names), loss.is_apart if loss.interval else None
 
 
 def _differences(first: RunFiles, second: RunFiles) -> str:
@@ -279,38 +255,3 @@ def _differences(first: RunFiles, second: RunFiles) -> str:
     if differences:
         return f"They differ in {', '.join(differences)}."
     return "Their recipes do not differ in anything that affects training."
-
-
-def _cautions(runs: Sequence[RunFiles]) -> list[str]:
-    """List what a reader should know before comparing the figures."""
-    cautions = []
-    if len(runs) > 1:
-        unfinished = [
-            f"{run.label} ({run.state} at step {run.steps})"
-            for run in runs
-            if run.state is not RunState.FINISHED
-        ]
-        if unfinished:
-            cautions.append(f"Not finished: {', '.join(unfinished)}.")
-        tokens = [run.figures.tokens for run in runs]
-        # More tokens are more training, whatever the recipe.
-        if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
-            amounts = ", ".join(f"{run.label} {run.figures.tokens:,.0f}" for run in runs)
-            cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
-        names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
-        if names:
-            cautions.append(
-                f"Ranks, machines or software differ: {', '.join(names)}. "
-                "Speed and memory are not comparable."
-            )
-    few = [
-        f"{run.label} ({run.steps})"
-        for run in runs
-        if run.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
-    ]
-    if few:
-        cautions.append(
-            f"Few steps: {', '.join(few)}; a model hardly changes in fewer than {FEW_STEPS}: "
-            "a longer train.duration continues a run."
-        )
-    return cautions

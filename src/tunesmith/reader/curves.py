@@ -6,11 +6,10 @@ from step to step is smoothed too.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from statistics import fmean
+from operator import itemgetter
 from typing import NamedTuple
 
-from tunesmith.metrics.run_figures import Columns, finite
+from tunesmith.metrics.run_figures import Columns, finite, mean
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import Fields
 
@@ -146,24 +145,14 @@ def _lines_of(runs: Sequence[RunFiles], panel: Panel) -> Iterator[Line]:
 def _lines(columns: Columns, field: str, label: str, color: int, scale: float) -> Iterator[Line]:
     """Yield the smoothed line of a field if it has one, and its raw line or dots."""
     x, y = columns.get("step", []), columns.get(field, [])
-    look = "dots" if field.startswith("val_") else "smooth"
+    drawn = [(label, "dots" if field.startswith("val_") else "smooth", y)]
     if field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
-        yield _line(x, y, f"{label}, raw", color, "raw", scale)
-        y = smooth(y, max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y))))
-    yield _line(x, y, label, color, look, scale)
-
-
-def _line(
-    x: Sequence[float | None],
-    y: Sequence[float | None],
-    label: str,
-    color: int,
-    look: str,
-    scale: float,
-) -> Line:
-    steps, values = downsample(x, y, POINTS)
-    scaled = [float(f"{value * scale:.6g}") for value in values]
-    return Line(label, color % COLORS, look, steps, scaled)
+        smoothed = smooth(y, max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y))))
+        drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smoothed)]
+    for name, look, values in drawn:
+        steps, thinned = downsample(x, values, POINTS)
+        scaled = [float(f"{value * scale:.6g}") for value in thinned]
+        yield Line(name, color % COLORS, look, steps, scaled)
 
 
 def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
@@ -172,16 +161,13 @@ def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
     Of many ranks only some are returned: rank 0 and those with the lowest and the highest mean.
     """
     columns = {0: run.figures.columns} | run.ranks
-    found = {
-        rank: columns[rank] for rank in sorted(columns) if finite(columns[rank].get(field, []))
-    }
-    others = sorted(
-        (rank for rank in found if rank), key=lambda rank: fmean(finite(found[rank][field]))
-    )
-    if len(others) > MAX_RANKS - 1:
-        outermost = {0, *others[:3], *others[-3:]}
-        found = {rank: columns for rank, columns in found.items() if rank in outermost}
-    return found
+    means = {rank: mean(columns[rank].get(field, [])) for rank in sorted(columns)}
+    measured = {rank: value for rank, value in means.items() if value is not None}
+    ranks = [*measured]
+    if len(ranks) > MAX_RANKS:
+        others = sorted((rank for rank in ranks if rank), key=measured.__getitem__)
+        ranks = sorted({0, *others[:3], *others[-3:]})
+    return {rank: columns[rank] for rank in ranks}
 
 
 def downsample(
@@ -192,25 +178,20 @@ def downsample(
 
     A spike survives, which a mean would hide. Values that are None, NaN or infinite have no point.
     """
-    points_of = [
-        (a, b)
+    pairs = [
+        (float(a), b)
         for a, b in zip(x, y, strict=False)
         if a is not None and b is not None and math.isfinite(b)
     ]
-    if len(points_of) > points:
-        chosen = sorted(_extremes([b for _, b in points_of], max(1, points // 2)))
-        points_of = [points_of[i] for i in chosen]
-    return [float(a) for a, _ in points_of], [float(b) for _, b in points_of]
-
-
-def _extremes(values: Sequence[float], stretches: int) -> set[int]:
-    """Return the indices of the first and the last value, and of the extremes of each stretch."""
-    chosen = {0, len(values) - 1}
-    for start, end in pairwise(len(values) * i // stretches for i in range(stretches + 1)):
-        stretch = values[start:end]
-        chosen.add(start + stretch.index(min(stretch)))
-        chosen.add(start + stretch.index(max(stretch)))
-    return chosen
+    if len(pairs) > points:
+        chosen = {pairs[0], pairs[-1]}
+        size = math.ceil(2 * len(pairs) / points)
+        for first in range(0, len(pairs), size):
+            stretch = pairs[first : first + size]
+            chosen.add(min(stretch, key=itemgetter(1)))
+            chosen.add(max(stretch, key=itemgetter(1)))
+        pairs = sorted(chosen)
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
@@ -222,14 +203,14 @@ def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
         span: steps over which a value counts; its weight falls to 1/e in about half of them.
     """
     decay = 1.0 - 2.0 / (max(1, span) + 1)
-    mean = 0.0
+    average = 0.0
     weight = 0.0
     smoothed: list[float | None] = []
     for value in y:
         if value is None or not math.isfinite(value):
             smoothed.append(None)
             continue
-        mean = decay * mean + (1 - decay) * value
+        average = decay * average + (1 - decay) * value
         weight = decay * weight + (1 - decay)
-        smoothed.append(mean / weight)
+        smoothed.append(average / weight)
     return smoothed

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.config.dump import leaves
 from tunesmith.metrics.intervals import paired_losses, share_interval
-from tunesmith.metrics.run_figures import Spread, finite
+from tunesmith.metrics.run_figures import mean
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import EvalScores, RowLosses, Score
 from tunesmith.units import count_of, format_seconds
@@ -12,11 +12,11 @@ from tunesmith.units import count_of, format_seconds
 # Of env.json: hashes of what the run read, how it was started, and what its checks reported.
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
-Figure = str | float | Spread | None
+Figure = str | float | None
 
 
-def _mean(run: RunFiles, name: str) -> Spread | None:
-    return Spread.from_values(finite(run.figures.column(name)))
+def _mean(run: RunFiles, name: str) -> float | None:
+    return mean(run.figures.column(name))
 
 
 def _percent(share: float | None) -> str | None:
@@ -68,20 +68,13 @@ def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def figure_text(value: Figure) -> str:
-    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
-    measured."""
+    """A figure: text as it is, a number with four digits, a dash for what was not measured."""
     if value is None:
         return "–"
     if isinstance(value, str):
         return value
-    spread = value if isinstance(value, Spread) else Spread(value, 0.0, 1)
     # Four significant digits: 0.03125, 1.234, 12,480.
-    mean = f"{spread.mean:,.0f}" if abs(spread.mean) >= 1000 else f"{spread.mean:.4g}"
-    if spread.count == 1:
-        return mean
-    # Two digits: a third would be noise.
-    deviation = f"{spread.deviation:,.0f}" if spread.deviation >= 10 else f"{spread.deviation:.2g}"
-    return f"{mean} ± {deviation} (n = {spread.count:,})"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def eval_figures(runs: Sequence[RunFiles]) -> list[tuple[str, list[str | None]]]:

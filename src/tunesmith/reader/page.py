@@ -13,7 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.conversations import Turn, conversations_of, whole_characters
 from tunesmith.reader.compare import differing_keys, judge
@@ -62,9 +61,10 @@ def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
-    env.filters |= {"value": _value, "duration": format_seconds, "typed": _typed}
+    env.filters |= {"value": _value, "duration": format_seconds}
     script = _static(LIVE_SCRIPTS if live else SCRIPTS)
     charts, constants = curves(runs)
+    samples, system = prompts_of(runs)
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
         runs=runs,
@@ -76,8 +76,8 @@ def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False)
         keys=differing_keys(runs),
         figures=figure_rows(runs),
         environment=environment_rows(runs),
-        samples=prompts_of(runs),
-        system=_common_system_prompt(runs),
+        samples=samples,
+        system=system,
         constants=constants,
         reproduce=[_reproduce(run) for run in runs],
         # Only this script runs: text of a run that looks like a script does not.
@@ -121,10 +121,10 @@ class ShownPrompt(NamedTuple):
     others: list[ShownAnswer]
 
 
-def prompts_of(runs: Sequence[RunFiles]) -> list[ShownPrompt]:
-    """Return the sample prompts of the runs with their answers."""
+def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
+    """Return the sample prompts of the runs with their answers, and the system prompt of all."""
     samples = [sample for run in runs for sample in run.samples]
-    conversations, _ = conversations_of(sample["prompt"] for sample in samples)
+    conversations, system = conversations_of(sample["prompt"] for sample in samples)
     prompts = []
     for text, turns in conversations.items():
         rows = [sample for sample in samples if sample["prompt"] == text]
@@ -146,7 +146,7 @@ def prompts_of(runs: Sequence[RunFiles]) -> list[ShownPrompt]:
                 others,
             )
         )
-    return prompts
+    return prompts, system
 
 
 def _answer(run: RunFiles, sample: Sample) -> ShownAnswer:
@@ -161,11 +161,6 @@ def _without_repeats(answers: Sequence[ShownAnswer]) -> list[ShownAnswer]:
         return [*answers]
     merged = before[0]._replace(label=", ".join(answer.label for answer in before))
     return [merged, *(answer for answer in answers if answer.step)]
-
-
-def _common_system_prompt(runs: Sequence[RunFiles]) -> str:
-    _, system = conversations_of(sample["prompt"] for run in runs for sample in run.samples)
-    return system
 
 
 def _reproduce(run: RunFiles) -> Fields:
@@ -183,22 +178,12 @@ def _reproduce(run: RunFiles) -> Fields:
         if program == "__main__.py":
             program = "tunesmith"
         command = shell_command([program, *words])
-    versions = []
-    for name in COMPUTE:
-        if isinstance(env.get(name), str):
-            # The package index does not have builds such as +cu128. tunesmith itself is installed
-            # from a clone.
-            version = f"{name}=={env[name].partition('+')[0]}"
-            versions.append("./tunesmith" if name == "tunesmith" else version)
-    commit = env.get("commit")
-    checkout = f"git -C tunesmith checkout {shell_word(commit.rstrip('+'))} && " if commit else ""
     output = shell_word(shown(f"output_dir={run.folder}-again"))
     return {
         "run": run,
         "command": command,
         "again": f"tunesmith train {shell_path(shown(recipe))} {output}",
-        "commit": commit,
-        "versions": f"{checkout}pip install {' '.join(versions)}" if versions else None,
+        "commit": env.get("commit"),
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
         "recipe": text,
     }
@@ -209,9 +194,3 @@ def _value(value: object) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _typed(fix: str) -> tuple[str, str]:
-    """Split a fix into the command and the comment after it: not every shell takes comments."""
-    command, _, comment = fix.partition("   # ")
-    return command, comment

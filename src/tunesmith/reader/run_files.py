@@ -182,10 +182,6 @@ class RunFiles:
         self.log_tail = lines[-LOG_LINES:]
         warnings = [line.partition("warning: ")[2].strip() for line in lines if "warning: " in line]
         self.warnings = list(dict.fromkeys(warnings))[-WARNINGS:]
-        reasons = [line for line in lines if NO_FINAL_ANSWERS in line]
-        self._no_final_answers = ""
-        if reasons:
-            self._no_final_answers = NO_FINAL_ANSWERS + reasons[-1].partition(NO_FINAL_ANSWERS)[2]
 
     def signature(self) -> object:
         """Return a value that changes when a file of the run or its state changes."""
@@ -258,7 +254,7 @@ class RunFiles:
         if any(row["step"] == self.final_step for row in self.samples):
             return ""
         reason = "log.samples is 0" if self.key("log", "samples") == 0 else "see log.txt"
-        return self._no_final_answers or NO_FINAL_ANSWERS + reason
+        return NO_FINAL_ANSWERS + reason
 
 
 def label_apart(runs: Sequence[RunFiles]) -> None:

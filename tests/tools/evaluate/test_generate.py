@@ -18,7 +18,7 @@ from errors import holds, lines_with, refuses
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.detect import detect, sample_rows
+from tunesmith.data.rows.detect import detect
 from tunesmith.data.source.open_source import from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding
@@ -145,18 +145,7 @@ def test_columns_are_found_as_train_finds_them(
     if all(answers):
         layout = detect(from_list(rows), Source(source="rows"))
         source = find_source(from_list(rows), (), "auto", None)
-        assert source is not None
         assert (source.format, source.columns) == (layout.format, layout.renamed)
-
-
-def test_a_row_that_the_sample_does_not_show_is_read_by_its_own_columns(
-    loaded: LoadedModel,
-) -> None:
-    rows: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "a"}]}] * 401
-    sample, _ = sample_rows(from_list(rows))
-    i = min(set(range(len(rows))) - sample.keys())
-    rows[i] = {"prompt": "b"}
-    assert next(generate(loaded, rows, Decoding(1), start=i))["prompt"] == "b"
 
 
 def test_a_column_that_was_detected_is_named(

@@ -219,7 +219,7 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
 
 
 def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
-    source = generate.row_source(row, "row 1", loaded.location.sources, "auto", None)
+    source = generate.find_source(from_list([row]), loaded.location.sources, "auto", None)
     return generate.make_prompt(row, "row 1", loaded, source)
 
 

@@ -187,34 +187,6 @@ def test_the_removed_option_names_its_replacement(
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("word", "host", "place"),
-    [
-        ("spark-b:runs/my-run", "spark-b", "runs/my-run"),
-        ("ada@10.0.0.2:~/a b", "ada@10.0.0.2", "'a b'"),
-    ],
-)
-def test_a_run_of_another_host_is_refused_with_the_commands_to_type(
-    word: str, host: str, place: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for words in ([word], [str(folder), word]):
-        assert main(["watch", *words]) == 2
-        err = capsys.readouterr().err
-        check_shown(
-            err, where=f"command line: {word}", fix=[f"ssh {host}", f"tunesmith watch {place}"]
-        )
-        assert err.rstrip().endswith(f"ssh -N -L PORT:127.0.0.1:PORT {host}")
-
-
-def test_a_colon_in_the_name_of_a_run_is_no_host(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with watching(write_run(tmp_path / "a:b", 3)) as (address, _):
-        assert b"a:b" in ask(address)[1]
-    assert main(["watch", "-oProxyCommand=x:run"]) == 2
-    assert "ssh" not in capsys.readouterr().err
-
-
 def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
     with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (
         address,

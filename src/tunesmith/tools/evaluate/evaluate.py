@@ -55,7 +55,7 @@ from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.run_dir import PAIRS, weights_step
-from tunesmith.tools.evaluate.generate import find_source, row_source
+from tunesmith.tools.evaluate.generate import find_source
 from tunesmith.tools.evaluate.score_rows import (
     RowScores,
     Scoring,
@@ -551,8 +551,6 @@ def _read_source(
             log.info(line)
     # Rows of a file are read as those of the run, where they have its columns.
     like = find_source(rows, location.sources, format_name, columns)
-    if like is None:
-        like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
     return replace(source, format=like.format, columns=like.columns), rows
 
 

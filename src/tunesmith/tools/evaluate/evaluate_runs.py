@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tunesmith.config.schema import Run
 from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.metrics.intervals import (
@@ -176,38 +175,12 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
     for path, location in zip(paths, locations, strict=True):
         hashes = {location.held_out_hash, locations[0].held_out_hash} - {None}
         if len(hashes) > 1:
-            why = "in env.json the hashes of these rows, as tokens, differ"
-            keys = _differing_keys(locations[0].run, location.run)
-            if keys:
-                why = f"their recipes differ in {', '.join(keys)}"
             raise UsageError(
                 "the runs have held out different rows",
                 where=f"{paths[0]} and {path}",
-                why=why,
+                why="their hashes differ (validation_hash in env.json)",
                 fix="use a file with answers that none was trained on: --data FILE",
             )
-
-
-def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
-    """The keys by which the held-out rows of two recipes differ as tokens."""
-    if first is None or other is None:
-        return []
-    values = []
-    for run in (first, other):
-        data = asdict(run.data)
-        if run.data.hold_out_seed is None:
-            data["hold_out_seed"] = run.train.seed
-        values.append(data)
-    names = ["validation", "hold_out", "template", "seq_len", "train_on"]
-    if first.data.hold_out and other.data.hold_out:
-        names += ["train", "leave_out", "hold_out_seed"]
-    differing = []
-    for name in names:
-        one, another = (data[name] for data in values)
-        if one != another:
-            seeds = f" ({one} and {another})" if name == "hold_out_seed" else ""
-            differing.append(f"data.{name}{seeds}")
-    return differing
 
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:

@@ -7,13 +7,14 @@ it is.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.detect import Detected, detect, sample_rows
+from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.labels import read_label
 from tunesmith.data.rows.messages import CHAT_ROLES, is_said
@@ -61,9 +62,8 @@ def generate(
         rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.
         decoding: how tokens are chosen; None is greedy, up to 256 tokens.
         format_name, columns: how rows are read, as `format` and `columns` of a recipe; without
-            columns as in training, where a row has the columns of one of the run's sources; else
-            by the columns that `train` would find. `auto` looks at the columns of each row where
-            not all have the same.
+            columns as in training, if the rows have the columns of one of the run's sources; else
+            by the columns that `train` would find. All rows are read alike.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
         cancelled: called after each token; once true, the iterator ends after the rows that are
@@ -84,21 +84,10 @@ def generate(
         raise UsageError(what, where="generate(loaded)", fix=fix)
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    sources = loaded.location.sources
-    detected = find_source(rows, sources, format_name, columns)
-    if detected is not None:
-        if detected.format == "text" and format_name == "auto" and not columns:
-            _require_text_column(detected, sources)
-        if format_name != "auto" or columns:
-            # The options name a part of it.
-            format_name, columns = detected.format, detected.columns
-        # Of a sample: each row is read by it, or else by one of the run's, or by its own columns.
-        sources = (detected, *sources)
-    prompts = []
-    for i in range(len(rows)):
-        row, where = rows[i], rows.where(i)
-        source = row_source(row, where, sources, format_name, columns)
-        prompts.append(make_prompt(row, where, loaded, source))
+    if not len(rows):
+        return iter(())
+    source = find_source(rows, loaded.location.sources, format_name, columns)
+    prompts = [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
     check_room(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.model,
@@ -128,151 +117,36 @@ def generate(
 
 def find_source(
     rows: Rows, sources: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
-) -> Source | None:
-    """Find how `train` would read these rows, whose answers may be missing.
+) -> Source:
+    """Choose how to read rows, whose answers may be missing.
 
-    None where `row_source` tells it of each row: format and columns are given, or the first row has
-    the columns of one of `sources`, or the rows differ. DataError where that could not tell either.
+    They are read as `format_name` and `columns` say, else as the one of `sources` whose columns the
+    first row has, else by the columns that `train` would find. Raise DataError if no column
+    indicates what to answer.
     """
     sample, _ = sample_rows(rows)
-    if not sample or (format_name != "auto" and columns is not None):
-        return None
     first = sample[min(sample)]
     like = _fitting_source(first, sources, format_name, columns)
-    if like is not None and _has_needed_columns(first, like):
-        return None
-    # What the row's columns tell without its answer: the format, and the column of the question.
-    known_format = format_name
-    known_columns: set[str] = set()
+    if like is None:
+        like = _source_by_columns(first, rows.name, format_name, columns or {})
+    if like is None or not _has_needed_columns(first, like):
+        detected = None
+        if format_name == "auto" or columns is None:
+            detected = _detect_source(rows.name, sample, like, format_name, columns or {})
+        like = detected or like
     if like is not None:
-        known_format = like.format
-        known_columns.add(_key_column(like.format, like.columns))
-    elif format_name == "auto":
-        known_format = _format_by_columns(first, columns or {})
-    source = Source(source=rows.name, columns=dict(columns or {}))
-    if format_name != "auto":
-        source = replace(source, format=format_name)  # type: ignore[arg-type]
-    complete = []
-    for row in sample.values():
-        complete.append({key: ANSWER_PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
-    attempts = [complete]
-    if not known_format:
-        attempts.append([{**row, "completion": ANSWER_PLACEHOLDER} for row in complete])
-    tables = [from_list(attempt, rows.name) for attempt in attempts]
-    layouts = _detected_layouts(tables, source, format_name, known_format, sources)
-    for layout in layouts:
-        key_column = _key_column(layout.format, layout.columns)
-        if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
-            if layout.renamed != source.columns:
-                # Without the answer that was put in.
-                columns_here = {
-                    name: column
-                    for name, column in layout.columns.items()
-                    if any(column in row for row in sample.values())
-                }
-                shown = replace(layout, columns=columns_here)
-                log.info(f"{from_here(rows.name)}: {shown.describe()}")
-            return replace(source, format=layout.format, columns=layout.renamed)
-    return None
-
-
-def _require_text_column(source: Source, sources: Sequence[Source]) -> None:
-    """DataError unless the rows' column has a usual name of a text: any single column would train
-    as one, but the run answers what it was trained on."""
-    column = _key_column("text", source.columns)
-    if plain(column) not in ROW_FORMATS["text"].names("text"):
-        raise DataError(
-            "no column name indicates what to answer",
-            where=from_here(source.source),
-            why=f"the columns are {column}{_trained_columns(sources)}",
-            fix=f"rename it, or say what it is: --columns prompt={column}",
-        )
-
-
-def _trained_columns(sources: Sequence[Source]) -> str:
-    """The columns that the run needed in its rows, as the end of a sentence; "" for no run."""
+        return like
     trained: dict[str, None] = {}
     for source in sources:
         needed = ROW_FORMATS[source.format].layouts[0].needed
         trained |= {source.columns.get(name, name): None for name in needed}
-    return f"; those of the run's own rows are {', '.join(trained)}" if trained else ""
-
-
-def _detected_layouts(
-    tables: Sequence[Rows],
-    source: Source,
-    format_name: str,
-    known_format: str,
-    sources: Sequence[Source],
-) -> list[Detected]:
-    """The layouts that `train` finds in the first or else the second of two forms of some rows.
-
-    DataError where there is none, and the format is not known otherwise.
-    """
-    layouts = []
-    errors = []
-    for table in tables:
-        try:
-            layout = detect(table, source, any_format=format_name == "auto", skips_bad_rows=True)
-            layouts.append(layout)
-        except DataError as error:
-            errors.append(error)
-    if not layouts and not known_format:
-        errors[0].why += _trained_columns(sources)
-        raise errors[0]
-    # Any column of text reads as that, of prompts without answers too: it comes last.
-    layouts.sort(key=lambda layout: layout.format == "text")
-    return [layout for layout in layouts if layout.format != "text" or known_format in ("", "text")]
-
-
-def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
-    """The file's name of the column that tells a format."""
-    return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
-
-
-def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
-    """Tell whether a row has all columns that one of the format's layouts needs."""
-    layouts = ROW_FORMATS[source.format].layouts
-    return any(
-        all(source.columns.get(name, name) in row for name in layout.needed) for layout in layouts
+    of_run = f"; those of the run's own rows are {', '.join(trained)}" if trained else ""
+    raise DataError(
+        "no column name indicates what to answer",
+        where=from_here(rows.name),
+        why=f"the columns are {', '.join(first) or 'none'}{of_run}",
+        fix=f"say which is which: --columns prompt={next(iter(first), 'question')}, or --format",
     )
-
-
-def row_source(
-    row: dict[str, object],
-    where: str,
-    sources: Sequence[Source],
-    format_name: str,
-    columns: Mapping[str, str] | None,
-) -> Source:
-    """Choose how to read a row: as `format_name` and `columns` say, else as the one of `sources`
-    whose columns it has, else by its own columns."""
-    fitting = _fitting_source(row, sources, format_name, columns)
-    if fitting is not None:
-        return fitting
-    columns = columns or {}
-    name = format_name
-    if name == "auto":
-        name = _format_by_columns(row, columns)
-    if not name:
-        row_columns = ", ".join(map(repr, row)) or "none"
-        raise DataError(
-            "the format of the row is unknown",
-            where=where,
-            why=f"its columns are {row_columns}; looked for {', '.join(_KEY_COLUMN.values())}",
-            fix="say which is which: --columns prompt=question --columns completion=answer, "
-            "or give --format",
-        )
-    known = FORMAT_COLUMNS[name]
-    unknown = [column for column in columns if column not in known]
-    if unknown:
-        are_no = "is not a column" if len(unknown) == 1 else "are not columns"
-        raise UsageError(
-            f"{', '.join(unknown)} {are_no} of format {name}",
-            where="--columns",
-            fix=f"its columns are {', '.join(known)}: write one of them before each =",
-        )
-    return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 
 def _fitting_source(
@@ -296,19 +170,98 @@ def _fitting_source(
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
-def _format_by_columns(row: dict[str, object], columns: Mapping[str, str]) -> str:
-    """The format whose key column the row has; "" for none."""
-    # Columns that are named must be of the format; where no format has them, an error says so.
-    names = [name for name in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[name])]
-    for name in names or _KEY_COLUMN:
-        key_column = _KEY_COLUMN[name]
+def _source_by_columns(
+    row: dict[str, object], name: str, format_name: str, columns: Mapping[str, str]
+) -> Source | None:
+    """The source of rows of a format that is given, or whose key column the row has."""
+    if format_name == "auto":
+        # Columns that are named must be of the format; where no format has them, an error says so.
+        names = [each for each in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[each])]
+        format_name = next(
+            (each for each in names or _KEY_COLUMN if _has_key_column(row, each, columns)), ""
+        )
+        if not format_name:
+            return None
+    known = FORMAT_COLUMNS[format_name]
+    unknown = [column for column in columns if column not in known]
+    if unknown:
+        are_no = "is not a column" if len(unknown) == 1 else "are not columns"
+        raise UsageError(
+            f"{', '.join(unknown)} {are_no} of format {format_name}",
+            where="--columns",
+            fix=f"its columns are {', '.join(known)}: write one of them before each =",
+        )
+    return Source(source=name, format=format_name, columns=dict(columns))  # type: ignore[arg-type]
+
+
+def _has_key_column(row: dict[str, object], format_name: str, columns: Mapping[str, str]) -> bool:
+    """Return whether a row has the column that tells a format, or `columns` names it."""
+    key_column = _KEY_COLUMN[format_name]
+    if key_column == "label" and key_column not in columns:
         # A label that says neither good nor bad is a column of somebody's own.
         has_answer = not {"completion", "messages"}.isdisjoint(row)
-        is_label = has_answer and read_label(row.get(key_column)) is not None
-        is_other = key_column == "label" and not is_label
-        if key_column in columns or (key_column in row and not is_other):
-            return name
-    return ""
+        return has_answer and read_label(row.get(key_column)) is not None
+    return key_column in columns or key_column in row
+
+
+def _detect_source(
+    name: str,
+    sample: Mapping[int, dict[str, object]],
+    like: Source | None,
+    format_name: str,
+    columns: Mapping[str, str],
+) -> Source | None:
+    """Find the format and columns that `train` would find if the rows had answers.
+
+    None if it finds none. `like`: has the column of the question, if that is known.
+    """
+    source = Source(source=name, columns=dict(columns))
+    if format_name != "auto":
+        source = replace(source, format=format_name)  # type: ignore[arg-type]
+    complete = []
+    for row in sample.values():
+        complete.append({key: ANSWER_PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
+    layouts = []
+    for attempt in (complete, [{**row, "completion": ANSWER_PLACEHOLDER} for row in complete]):
+        with suppress(DataError):
+            table = from_list(attempt, name)
+            any_format = format_name == "auto"
+            layouts.append(detect(table, source, any_format=any_format, skips_bad_rows=True))
+    # Any column of text reads as that, of prompts without answers too: it comes last.
+    layouts.sort(key=lambda layout: layout.format == "text")
+    for layout in layouts:
+        key_column = _key_column(layout.format, layout.columns)
+        if layout.format == "text":
+            # Any single column would train as text, but the run answers what it was trained on.
+            is_right = plain(key_column) in ROW_FORMATS["text"].names("text")
+        else:
+            is_right = like is None or key_column == _key_column(like.format, like.columns)
+        if not is_right or not all(key_column in row for row in sample.values()):
+            continue
+        if layout.renamed != source.columns:
+            # Without the answer that was put in.
+            columns_here = {
+                name: column
+                for name, column in layout.columns.items()
+                if any(column in row for row in sample.values())
+            }
+            shown = replace(layout, columns=columns_here)
+            log.info(f"{from_here(name)}: {shown.describe()}")
+        return replace(source, format=layout.format, columns=layout.renamed)
+    return None
+
+
+def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
+    """The file's name of the column that tells a format."""
+    return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
+
+
+def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
+    """Tell whether a row has all columns that one of the format's layouts needs."""
+    layouts = ROW_FORMATS[source.format].layouts
+    return any(
+        all(source.columns.get(name, name) in row for name in layout.needed) for layout in layouts
+    )
 
 
 class Prompt(NamedTuple):

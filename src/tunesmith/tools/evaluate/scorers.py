@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import regex
 
 from tunesmith.data.workers import Worker
-from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.errors import DataError, RunError, TunesmithError, UsageError, first_line
 from tunesmith.host.shell import shell_path
 from tunesmith.tools.evaluate import text
-from tunesmith.tools.evaluate.json_fields import equal_fields, fits, parse_strict, schema_validator
+from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict, schema_validator
 from tunesmith.tools.evaluate.tool_calls import CallReader, call_score
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Scorer:
 
 
 def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) -> list[Scorer]:
-    """The scorers of these names, each once.
+    """Return the scorers of these names.
 
     Args:
         names: of SCORERS, or `file.py:function` for one's own.
@@ -92,7 +92,7 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
         UsageError: there is no such scorer, or its file cannot be used.
     """
     scorers = []
-    for name in dict.fromkeys(names):
+    for name in names:
         if name in _TEXT_SCORERS:
             scorers.append(_TEXT_SCORERS[name])
         elif name == TOOL_CALL:
@@ -103,20 +103,14 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
 
 
 def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
-    """The names, of which one may stand alone; UsageError for one that is neither a scorer's nor of
-    the form file.py:function.
+    """Return the names, as a list if there is only one.
 
-    Nothing of the file runs.
+    Raise UsageError for a name that is neither a scorer's nor of the form file.py:function. Nothing
+    of the file runs.
     """
-    if not isinstance(names, Sequence) or isinstance(names, str):
+    if isinstance(names, str):
         names = [names]
     for name in names:
-        if not isinstance(name, str):
-            raise UsageError(
-                f"a scorer is a name, not {type(name).__name__}",
-                where="--score",
-                fix="write a function of your own into a file: --score my_scorers.py:my_function",
-            )
         if name not in SCORERS:
             _own_scorer_file(name)
     return names
@@ -127,7 +121,13 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
     try:
         value = scorer.score(answer, row)
     except (Exception, SystemExit) as error:
-        raise _scorer_failed(scorer.name, row.where, error) from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunError(
+            f"the scorer {scorer.name} failed",
+            where=row.where,
+            why=f"{_reason(error)} ({Path(frame.filename).name}:{frame.lineno})",
+            fix="fix it, then start the same command again: the answers are kept",
+        ) from error
     is_number = isinstance(value, int | float) and math.isfinite(value)
     if not is_number or not 0 <= value <= 1:
         raise RunError(
@@ -140,15 +140,8 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
     return float(value)
 
 
-def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    return RunError(
-        f"the scorer {name} failed",
-        where=where,
-        why=f"{reason} ({Path(frame.filename).name}:{frame.lineno})",
-        fix="fix it, then start the same command again: the answers are kept",
-    )
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 # The name of a scorer, an answer (None: check the row), and the row.
@@ -218,12 +211,13 @@ def scorer_process(
 
 def _check_not_blank(row: ScoredRow) -> None:
     if not row.reference.strip():
-        raise DataError(
-            "the reference is blank",
-            where=row.where,
-            why="every answer would have it",
-            fix="fix or delete the row, or use another scorer: --score exact",
-        )
+        raise _row_fault(row, "the reference is blank", "every answer would have it")
+
+
+def _row_fault(row: ScoredRow, what: str, why: str, column: str = "") -> DataError:
+    """Return the error for a row that a scorer cannot use."""
+    where = f"{row.where}, {column}" if column else row.where
+    return DataError(what, where=where, why=why, fix="fix the row, or use another scorer")
 
 
 def _check_pattern(row: ScoredRow) -> None:
@@ -231,12 +225,8 @@ def _check_pattern(row: ScoredRow) -> None:
     try:
         regex.compile(row.reference.strip())
     except (regex.error, RecursionError, OverflowError) as error:
-        raise DataError(
-            "the reference is not a regular expression",
-            where=row.where,
-            why=f"{error} (--score regex takes the row's answer as a pattern)",
-            fix="fix the pattern, or use another scorer: --score exact",
-        ) from error
+        why = f"{error} (--score regex takes the row's answer as a pattern)"
+        raise _row_fault(row, "the reference is not a regular expression", why) from error
 
 
 def _json_score(answer: str, row: ScoredRow) -> float:
@@ -247,7 +237,7 @@ def _json_score(answer: str, row: ScoredRow) -> float:
     except ValueError:
         return 0.0
     validator = _row_validator(row)
-    if validator is not None and not fits(validator, value):
+    if validator is not None and not validator.is_valid(value):
         return 0.0
     return equal_fields(value, parse_strict(row.reference))
 
@@ -256,31 +246,22 @@ def _check_json(row: ScoredRow) -> None:
     try:
         reference = parse_strict(row.reference)
     except ValueError as error:
-        raise DataError(
-            "the reference is not JSON",
-            where=row.where,
-            why=f"{error} (--score json compares the row's answer field by field)",
-            fix="fix the row, or use another scorer: --score exact",
-        ) from error
-    # A row may bring a schema of its own.
+        why = f"{error} (--score json compares the row's answer field by field)"
+        raise _row_fault(row, "the reference is not JSON", why) from error
+    # A row may bring a schema of its own, in which anything may be wrong.
+    problem = None
     try:
         validator = _row_validator(row)
-        is_fitting = validator is None or fits(validator, reference)
-    except ValueError as error:
-        raise DataError(
-            f"the row's {SCHEMA} is not a JSON schema",
-            where=f"{row.where}, {SCHEMA}",
-            why=str(error),
-            fix="fix the schema, or remove the column",
-        ) from error
-    if validator is not None and not is_fitting:
-        problem = next(validator.iter_errors(reference))
-        raise DataError(
-            "the reference does not match the row's schema",
-            where=f"{row.where}, {SCHEMA}",
-            why=f"{problem.json_path}: {problem.message}",
-            fix="fix the row: no answer can be correct",
-        )
+        if validator is not None:
+            problem = next(validator.iter_errors(reference), None)
+    except TunesmithError:
+        raise
+    except Exception as error:
+        what = f"the row's {SCHEMA} is not a JSON schema"
+        raise _row_fault(row, what, first_line(error), SCHEMA) from error
+    if problem is not None:
+        why = f"{problem.json_path}: {problem.message}"
+        raise _row_fault(row, "the reference does not match the row's schema", why, SCHEMA)
 
 
 def _row_validator(row: ScoredRow) -> "Validator | None":
@@ -301,33 +282,24 @@ def _validator_of(schema: str) -> "Validator":
     return schema_validator(value)
 
 
-def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
-    if call_reader is None:
+def _tool_call_scorer(read: CallReader | None) -> Scorer:
+    if read is None:
         raise UsageError(
             "the tool calls of this template cannot be parsed",
             where="--score tool-call",
             why="it does not support calls, or uses an unknown format",
             fix="write your own scorer: --score my_scorer.py:function",
         )
-    read = call_reader
 
     def check(row: ScoredRow) -> None:
         if not row.has_tools:
-            raise DataError(
-                "the row has no tools",
-                where=row.where,
-                why="--score tool-call compares calls, and the prompt must list what can be called",
-                fix="add the column tools, or score rows without tools separately: --score exact",
-            )
+            why = "--score tool-call compares calls, and the prompt must list what can be called"
+            raise _row_fault(row, "the row has no tools", why, "tools")
         # A row whose own calls do not come back could not be scored.
         count = len(read(row.raw_reference))
         if count != row.calls:
-            raise DataError(
-                "the row's tool calls cannot be parsed",
-                where=row.where,
-                why=f"it has {row.calls}, and as the template writes them {count} are read",
-                fix="remove the row, or write your own scorer: --score my_scorer.py:function",
-            )
+            why = f"it has {row.calls}, and as the template writes them {count} are read"
+            raise _row_fault(row, "the row's tool calls cannot be parsed", why)
 
     def score(answer: str, row: ScoredRow) -> float:
         return call_score(read(answer), read(row.raw_reference))
@@ -386,11 +358,10 @@ def load_own_scorer(name: str) -> Scorer:
         # Run, not imported: the import system would leave a folder of bytecode beside the file.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise UsageError(
             f"{path.name} cannot be loaded",
             where=where,
-            why=reason,
+            why=_reason(error),
             fix=f"run it on its own to see where: python {shell_path(path)}",
         ) from error
     function = getattr(module, function_name, None)

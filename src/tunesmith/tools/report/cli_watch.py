@@ -5,18 +5,11 @@ example:
   tunesmith watch runs/rank-16 runs/rank-64  # side by side
   tunesmith watch runs/rates  # the runs of a sweep
 
-Finished runs can be watched too.
+Finished runs can be watched too. For a run on another host start `watch` there:
+it prints the ssh command that makes the page reachable from here.
 """
 
 import argparse
-import re
-from pathlib import Path
-
-from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_path, shell_word
-
-# `host:runs/x` as scp reads it; no host begins with a dash, which ssh would take for an option.
-_REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,26 +28,6 @@ def _port(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    _check_local(args)
     from tunesmith.tools.report.run_watch import watch
 
     watch(args)
-
-
-def _check_local(args: argparse.Namespace) -> None:
-    """Raise UsageError for a run of another host, with the commands that show it."""
-    for word in args.runs:
-        match = _REMOTE_RUN.fullmatch(word)
-        if match is None or Path(word).exists():
-            continue
-        host = match[1]
-        # A login begins in the home directory, and a quoted ~ would not be expanded there.
-        run_there = match[2].removeprefix("~/")
-        raise UsageError(
-            "the run is on another host",
-            where=f"command line: {word}",
-            why="the page is served on the run's host; use ssh port forwarding",
-            fix=f"ssh {shell_word(host)}, and there: tunesmith watch {shell_path(run_there)}, "
-            "which prints an address with a PORT; then here, before opening it: "
-            f"ssh -N -L PORT:127.0.0.1:PORT {shell_word(host)}",
-        )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.errors import UsageError
-from tunesmith.inference.load_run import path_of
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.reader.compare import Verdict, differing_keys, judge
@@ -53,7 +52,7 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
     """
     if not runs:
         raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
-    folders = with_runs_of_folders([path_of(run) for run in runs])
+    folders = with_runs_of_folders([os.fspath(run) for run in runs])
     read = [RunFiles(folder) for folder in folders]
     label_apart(read)
     names = tuple(run.label for run in read)
@@ -81,10 +80,10 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "val_losses": [
                     {"step": step, "value": value} for step, value in figures.validations.items()
                 ],
-                "loss": figures.loss and figures.loss.mean,
+                "loss": figures.loss,
                 "tokens": figures.tokens,
                 "seconds": figures.seconds,
-                "tokens_per_second": figures.speed and figures.speed.mean,
+                "tokens_per_second": figures.speed,
                 "mfu": figures.mfu,
                 "memory_gib": figures.memory_gib,
                 "evals": [_without_rows(result) for result in run.evals],
@@ -97,7 +96,6 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
         "verdict": {
             **verdict._asdict(),
             "best": [runs[index].label for index in verdict.best],
-            "difference": verdict.difference and verdict.difference._asdict(),
         },
         "runs": rows,
         "differing_keys": {difference.key: difference.values for difference in keys},

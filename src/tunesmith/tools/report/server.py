@@ -8,15 +8,12 @@ was bound to 127.0.0.1), gets an empty answer. The server has no files: its only
 import hashlib
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Sequence
 
-from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
@@ -37,75 +34,52 @@ HEADERS = {
 }
 
 
-class Guard:
-    """An application that only answers GET and HEAD requests with the token and this machine's
-    name, and adds HEADERS to the answers."""
+class LivePage:
+    """The application: the page of some runs, rendered again when their files have changed.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app = app
+    It only answers GET and HEAD requests with the token and this machine's name.
+    """
+
+    def __init__(self, runs: Sequence[RunFiles], token: str) -> None:
+        self.runs = runs
         self.token = token.encode()
+        self._version = ""
+        self._html = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        if scope["method"] not in ("GET", "HEAD") or not self._is_permitted(scope):
-            await Response(status_code=404)(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
+        response = Response(status_code=404)
+        if self._is_permitted(scope):
+            response = self._answer(Request(scope))
+            response.headers.update(HEADERS)
+        await response(scope, receive, send)
 
     def _is_permitted(self, scope: Scope) -> bool:
         """Return whether the host is this machine and the path begins with the token."""
         hosts = Headers(scope=scope).getlist("host")
-        if len(hosts) != 1:
+        if scope["method"] not in ("GET", "HEAD") or len(hosts) != 1:
             return False
         host = hosts[0].rpartition(":")[0] or hosts[0]  # without the port
         token = scope["path"][1:].partition("/")[0].encode()
         return host in HOSTS and secrets.compare_digest(token, self.token)
 
-
-class LivePage:
-    """The page of some runs, rendered again when their files have changed."""
-
-    def __init__(self, runs: Sequence[RunFiles]) -> None:
-        self._runs = runs
-        self._version = ""
-        self._html = ""
-        # Requests are answered in threads.
-        self._lock = threading.Lock()
-
-    def answer(self, request: Request) -> Response:
+    def _answer(self, request: Request) -> Response:
         """Return the page, or 304 if the browser has its newest version."""
-        with self._lock:
-            signature = repr([run.signature() for run in self._runs])
-            version = f'"{hashlib.sha256(signature.encode()).hexdigest()}"'
-            headers = {"etag": version}
-            if request.headers.get("if-none-match") == version:
-                return Response(status_code=304, headers=headers)
-            if version != self._version:
-                self._html = self._render()
-                self._version = version
-            return HTMLResponse(self._html, headers=headers)
-
-    def _render(self) -> str:
         # The comparison loads numpy, which a server without a browser does not need.
         from tunesmith.reader.page import render_page
 
-        for run in self._runs:
-            run.refresh()
-        return render_page(self._runs, live=True)
-
-
-def make_app(runs: Sequence[RunFiles], token: str) -> Guard:
-    """Return the application that serves the page at `/TOKEN/`."""
-    page = LivePage(runs)
-    return Guard(Starlette(routes=[Route(f"/{token}/", page.answer)]), token)
+        if request.scope["path"] != f"/{self.token.decode()}/":
+            return Response(status_code=404)
+        signature = repr([run.signature() for run in self.runs])
+        version = f'"{hashlib.sha256(signature.encode()).hexdigest()}"'
+        headers = {"etag": version}
+        if request.headers.get("if-none-match") == version:
+            return Response(status_code=304, headers=headers)
+        if version != self._version:
+            for run in self.runs:
+                run.refresh()
+            self._html = render_page(self.runs, live=True)
+            self._version = version
+        return HTMLResponse(self._html, headers=headers)
 
 
 def serve_page(
@@ -137,7 +111,8 @@ def serve_page(
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
         # No web sockets, no forwarded addresses; a log of requests would name the token.
         config = Config(
-            make_app(runs, token),
+            LivePage(runs, token),
+            lifespan="off",
             ws="none",
             proxy_headers=False,
             log_level="critical",

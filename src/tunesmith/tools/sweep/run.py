@@ -277,9 +277,8 @@ def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, flo
             records = read_records(folder / METRICS)
             losses = {record.step: record.val_loss for record in records}
             loss = losses.get(weights_step(folder / FINAL) or step)
-            training_loss = RunFigures.of(records).loss
-            if compared_by == "loss" and training_loss:
-                loss = training_loss.mean
+            if compared_by == "loss":
+                loss = RunFigures.of(records).loss
             if loss is None:
                 what = f"a candidate's records contain no {compared_by} of step {step}"
                 fix = f"rm -r {shell_path(folder)}   # then the same command retrains the candidate"
