@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -183,30 +183,15 @@ def checked_values(row: object) -> dict[str, int | float | None]:
         raise ValueError("it is not a JSON object with a step")
     values: dict[str, int | float | None] = {}
     for name, value in row.items():
-        number = value
         # JSON has no NaN and infinity: they are written as words.
-        if isinstance(value, str) and value in _NON_FINITE:
-            number = float(value)
+        number = float(value) if value in _NON_FINITE else value
+        is_wrong = not is_number(number) and not isinstance(number, float)
         if name in _INTEGER_FIELDS:
-            if not is_count(value):
-                raise ValueError(f"{name} is {_brief(value)}, which is not a count")
-        elif name in _FIELD_NAMES:
-            if not _is_measured(number) and not (value is None and name in _MAY_BE_NULL):
-                raise ValueError(f"{name} is {_brief(value)}, which is not a number")
-        elif not _is_measured(number):
-            number = None
-        values[name] = number
+            is_wrong = not is_count(value)
+        if is_wrong and name in _FIELD_NAMES and not (value is None and name in _MAY_BE_NULL):
+            raise ValueError(f"{name} is {value!r:.40}, which is not a number of that kind")
+        values[name] = None if is_wrong else number
     return values
-
-
-def _is_measured(value: object) -> bool:
-    """A number of a record: NaN and the infinities too, which a diverged run has."""
-    return is_number(value) or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def newest_record(folder: Path) -> dict[str, int | float | None]:
@@ -230,16 +215,11 @@ def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
                 yield checked_values(parse_json(line))
 
 
-def _step_of(line: bytes) -> int:
-    return StepRecord.from_json(line).step
-
-
-def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _step_of) -> int:
-    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable line;
+def cut_back(path: str | Path, step: int) -> int:
+    """Remove from a file of JSON lines, in one move, those after `step` and every unreadable line;
     return how many.
 
-    Lines that stay are not changed by a byte. A missing file stays missing. `step_of` reads the
-    step of a line.
+    Lines that stay are not changed by a byte. A missing file stays missing.
     """
     path = Path(path)
     if not path.exists():
@@ -247,9 +227,10 @@ def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _ste
     lines = path.read_bytes().splitlines(keepends=True)
     remaining = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        with contextlib.suppress(ValueError):
+            line_step = checked_values(parse_json(line))["step"] or 0
             # Without its line break a record may be cut off.
-            if line.endswith(b"\n") and 0 <= step_of(line) <= step:
+            if line.endswith(b"\n") and line_step <= step:
                 remaining.append(line)
     # In one move: a crash leaves the old file or the new one.
     if len(remaining) < len(lines):

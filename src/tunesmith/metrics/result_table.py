@@ -7,12 +7,8 @@ that of a dataclass, with every field.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 from tunesmith.host.streams import DEFAULT_COLUMNS, folded
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 GAP = "  "  # between columns
 MIN_COLUMNS = 20  # of a terminal, of a cell that is folded
@@ -38,41 +34,31 @@ class ResultTable:
     def text(self, width: int = DEFAULT_COLUMNS) -> str:
         """Plain lines with columns side by side; notes are folded to `width` columns.
 
-        A table with headings that is wider has its cells folded too, and columns for which there is
-        no room come in a table below. Cells without headings hold commands, which stay whole.
+        The cells of a table with headings are folded too, down to MIN_COLUMNS. Cells without
+        headings hold commands, which stay whole.
         """
         # A tenth of a second, which commands that only find a run do without.
         from rich.console import Console
-
-        lines = [_one_line(self.title)] if self.title else []
-        count = max(map(len, self.rows), default=1)
-        console = Console(width=MAX_COLUMNS, color_system=None, force_jupyter=False)
-        tables = [self._side_by_side(1, count)]
-        if self.columns and console.measure(tables[0]).maximum > width:
-            console = Console(width=width, color_system=None, force_jupyter=False)
-            step = max(1, width // (MIN_COLUMNS + len(GAP)) - 1)
-            tables = [self._side_by_side(first, first + step) for first in range(1, count, step)]
-        for table in tables:
-            with console.capture() as capture:
-                console.print(table, markup=False, emoji=False, highlight=False)
-            lines += [line.rstrip() for line in capture.get().splitlines()]
-            if table is not tables[-1]:
-                lines.append("")
-        return "\n".join([*lines, *(folded(_one_line(note), width) for note in self.notes)])
-
-    def _side_by_side(self, first: int, end: int) -> "Table":
-        """Put some columns behind that which names the rows."""
         from rich.table import Table
 
-        table = Table(box=None, padding=(0, len(GAP), 0, 0), show_header=bool(self.columns))
+        has_headings = bool(self.columns)
+        columns = MAX_COLUMNS
+        if has_headings:
+            columns = max(width, len(self.columns) * (MIN_COLUMNS + len(GAP)))
+        table = Table(box=None, padding=(0, len(GAP), 0, 0), show_header=has_headings)
         table.add_column(
-            no_wrap=not self.columns, max_width=DEFAULT_COLUMNS // 3 if self.columns else None
+            no_wrap=not has_headings, max_width=DEFAULT_COLUMNS // 3 if has_headings else None
         )
-        for heading in self.columns[first - 1 : end - 1]:
+        for heading in self.columns:
             table.add_column(_one_line(heading), overflow="fold")
-        for name, *cells in self.rows:
-            table.add_row(*map(_one_line, (name, *cells[first - 1 : end - 1])))
-        return table
+        for row in self.rows:
+            table.add_row(*map(_one_line, row))
+        console = Console(width=columns, color_system=None, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(table, markup=False, emoji=False, highlight=False)
+        lines = [_one_line(self.title)] if self.title else []
+        lines += [line.rstrip() for line in capture.get().splitlines()]
+        return "\n".join([*lines, *(folded(_one_line(note), width) for note in self.notes)])
 
 
 class Tabular:

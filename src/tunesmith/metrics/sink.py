@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from textwrap import indent
+from typing import Any, NamedTuple, TextIO
 
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
@@ -156,7 +157,7 @@ class SamplesSink(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         if not resumed_at:
             self.path.unlink(missing_ok=True)
-        cut_back(self.path, resumed_at, lambda line: int(json.loads(line)["step"]))
+        cut_back(self.path, resumed_at)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         lines = (json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)
@@ -227,19 +228,19 @@ class TensorBoardSink(Sink):
             ) from None
         self._hook = threading.excepthook
         threading.excepthook = self._silent_for_tensorboard
-        self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
+        self._add(self._writer.add_text, "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
         for name, value in record.tagged().items():
-            self._add("scalar", name, value, record.step)
+            self._add(self._writer.add_scalar, name, value, record.step)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
             parts = [f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()]
-            self._add("text", f"sample/{number}", "\n\n".join(parts), step)
+            self._add(self._writer.add_text, f"sample/{number}", "\n\n".join(parts), step)
 
     def text(self, title: str, body: str) -> None:
-        self._add("text", title, _verbatim(body))
+        self._add(self._writer.add_text, title, _verbatim(body))
 
     def flush(self) -> None:
         with self._without_faults():
@@ -257,9 +258,8 @@ class TensorBoardSink(Sink):
         if not type(fault.thread).__module__.startswith("tensorboard"):
             self._hook(fault)
 
-    def _add(self, kind: Literal["scalar", "text"], *values: object) -> None:
+    def _add(self, add: Callable[..., object], *values: object) -> None:
         with self._without_faults():
-            add = self._writer.add_scalar if kind == "scalar" else self._writer.add_text
             add(*values)
 
     @contextlib.contextmanager
@@ -281,4 +281,4 @@ class TensorBoardSink(Sink):
 
 def _verbatim(text: str) -> str:
     """Text that Markdown shows as it is: four spaces before each line make it code."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+    return indent(text or " ", "    ", lambda _: True)

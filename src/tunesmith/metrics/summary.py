@@ -82,8 +82,7 @@ def closing_summary(
     with suppress(ValueError):
         weights = read_manifest(folder / FINAL)
     rows += [*run_figures(records, seconds, took=took), "", *_answers(folder, weights)]
-    best_step = RunFigures.of(records).best_step
-    rows += [*_written(folder, weights, best_step), "", *_next(run, folder)]
+    rows += [*_written(folder, weights), "", *_next(run, folder)]
     return "\n".join(rows)
 
 
@@ -152,12 +151,8 @@ _FILE_NOTES = (
 )
 
 
-def _written(folder: Path, weights: Manifest | None, best_step: int | None) -> list[str]:
-    """The files of the run, a line each.
-
-    weights: the manifest of final/.
-    best_step: of the validation with the lowest loss.
-    """
+def _written(folder: Path, weights: Manifest | None) -> list[str]:
+    """The files of the run, a line each; `weights` is the manifest of final/."""
     rows = [f"written to {folder}"]
     which = describe_weights(weights["step"], weights["last_step"]) if weights else ""
     for name, what in _FILE_NOTES:
@@ -168,10 +163,6 @@ def _written(folder: Path, weights: Manifest | None, best_step: int | None) -> l
     newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
     if newest:
         rows.append(f"  {newest.name:<16}the newest checkpoint, to resume from")
-    best = folder / f"checkpoint-{best_step}"
-    is_in_final = weights is not None and weights["step"] == best_step
-    if best.is_dir() and best != newest and not is_in_final:
-        rows.append(f"  {best.name:<16}the lowest val_loss; tunesmith chat {shell_path(best)}")
     return rows
 
 
@@ -183,13 +174,10 @@ def _next(run: Run, folder: Path) -> list[str]:
     rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {tuned}     # on held-out rows, compared with the base")
-    about_export = "or --to vllm, gguf"
-    if run.model.name.endswith(".gguf") and run.adapter.kind == "lora":
-        about_export += "; with --adapter, for the base's own file: nearest to what was trained"
     return [
         *rows,
         f"  tunesmith report {tuned}   # curves, compared with other runs",
-        f"  tunesmith export {tuned} --to ollama --output {exported}   # {about_export}",
+        f"  tunesmith export {tuned} --to ollama --output {exported}   # or --to vllm, gguf",
     ]
 
 

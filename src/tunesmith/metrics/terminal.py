@@ -5,7 +5,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TextIO
 
 from rich.console import Console
@@ -85,11 +84,7 @@ class Terminal(Sink):
             seconds=self.trained_seconds,
         )
         self._seconds = run.train.duration.seconds
-        console = Console(file=self.stream)
-        is_notebook = (
-            self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
-        )
-        if not is_notebook and not is_terminal(self.stream):
+        if not is_terminal(self.stream):
             return
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
@@ -97,10 +92,7 @@ class Terminal(Sink):
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TimeLeftColumn(self.phase),
-            console=console,
-            # rich would refresh a notebook from a thread of its own, and take what the cell prints
-            # meanwhile with it.
-            auto_refresh=not is_notebook,
+            console=Console(file=self.stream),
         )
         self._task = self._progress.add_task(
             "",
@@ -130,8 +122,6 @@ class Terminal(Sink):
                 status=f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s",
                 time_left=time_left,
             )
-            if self._progress.console.is_jupyter and self._may_show():
-                self._progress.refresh()
         is_last = record.step == self.total
         is_due = self._every.due(record.step, self.trained_seconds)
         if is_due or self._steps == 1 or is_last:
