@@ -16,7 +16,6 @@ from chat_tokenizers import train
 
 from errors import refuses
 from tunesmith.data.rows.samples import Conversation
-from tunesmith.data.text import builtin_templates
 from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
 
@@ -127,16 +126,6 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
         [user("a"), answer("b"), user("c"), answer("d")],
         "encloses 1 of 2 answers",
-    ),
-    "end token names an argument": (
-        builtin_templates.with_tools(CHATML),
-        [
-            user("a"),
-            answer("", tool_calls=[call("f", **{"<|im_end|>": "x"})]),
-            result("r"),
-            answer("b"),
-        ],
-        "named with an end token",
     ),
 }
 

@@ -130,7 +130,7 @@ def _check_complete(
     """DataError for a template that drops words, and for words that hide where they end."""
     # A message without sentinels must show its text as it is.
     for i, plain in enumerate(rendering.messages):
-        content = plain["content"] or ""
+        content = plain["content"]
         is_marked = rendering.inserted.only is None or i in rendering.inserted.only
         texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
         if not is_marked and any(text.strip() not in rendering.text for text in texts):
@@ -155,37 +155,30 @@ def _check_complete(
         if is_open and chat.has_end(field.text):
             what = f"rewrites {message}, whose text contains an end token"
             raise chat.error(what, where, "the end of the message is ambiguous")
-    if any(map(chat.has_end, rendering.inserted.argument_names)):
-        what = "writes a call whose argument is named with an end token"
-        raise chat.error(what, where, "the end of the call is ambiguous")
 
 
 def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str) -> DataError:
     """The error for a template that leaves out a text."""
     message = f"message {field.message + 1}"
-    why = "the model would train on an incomplete conversation"
+    dropped = "the tools" if field.kind == "tools" else f"the {field.kind} of {message}"
     fix = _FIX_DROPPED
-    if field.kind == "tools":
-        dropped = "the tools"
-    elif field.kind == "content":
+    if field.kind == "content":
         turn = rendering.messages[field.message]
         dropped = f"{message} ({turn['role']})"
         if turn.get("tool_calls"):
             dropped = f"the text before the call of {message}"
             fix = _FIX_TEXT_AND_CALL
-    else:
-        dropped = f"the {field.kind} of {message}"
-    if field.kind == "reasoning_content":
+    elif field.kind == "reasoning_content":
         fix = (
             'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
             " template that renders it: data.template=FILE.jinja"
         )
-    if field.kind == "tool_calls" and chat.traits.lists_tools and not chat.traits.calls:
-        why = "it lists tools and writes no calls: the model's own form of a call is not known"
+    elif field.kind == "tool_calls":
         fix = (
             "write the call in the answer's content as the model's documentation shows it, and"
-            " remove tool_calls; or add calls to the template: data.template=FILE.jinja"
+            " remove tool_calls; or use a template that writes calls: data.template=FILE.jinja"
         )
+    why = "the model would train on an incomplete conversation"
     return chat.error(f"drops {dropped}", where, why, fix)
 
 

@@ -241,13 +241,9 @@ class ChatRenderer:
 
         # As in apply_chat_template, which returns these spans as tokens only, those included that
         # begin before a span.
-        bare = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in self._given(messages)
-        ]
         with self._render_errors(where):
             texts, blocks = render_jinja_template(
-                [bare],
+                [list(self._given(messages))],
                 tools,
                 None,
                 self.jinja,

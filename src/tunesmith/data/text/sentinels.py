@@ -10,15 +10,9 @@ one at the end, at the start or in the middle may not.
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from tunesmith.data.rows.samples import (
-    PICTURE_MARK,
-    CalledFunction,
-    FunctionCall,
-    Message,
-    ToolSchema,
-)
+from tunesmith.data.rows.samples import PICTURE_MARK, CalledFunction, Message, ToolSchema
 from tunesmith.data.text.thoughts import find_thought
 
 Messages = Sequence[Message]
@@ -60,8 +54,6 @@ class Sentinels:
         with_pictures: pictures stand in the texts; those at a text's edges stay outside of its
             sentinels, as white space does.
         fields: the texts that carry sentinels.
-        argument_names: names of call arguments. They carry none, because templates may sort by
-            them.
     """
 
     word: str
@@ -69,7 +61,6 @@ class Sentinels:
     only: Collection[int] | None = None
     with_pictures: bool = False
     fields: list[Field] = field(default_factory=list)
-    argument_names: list[str] = field(default_factory=list)
 
     def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
         """Copies with sentinels; `fields` lists what carries them."""
@@ -83,10 +74,10 @@ class Sentinels:
 
     def thought_of(self, message: int) -> str:
         """The thought of a message; empty where it has none."""
-        for field_ in self.fields:
-            if field_.message == message and field_.kind == "reasoning_content":
-                return field_.text
-        return ""
+        thoughts = (
+            text for i, kind, text in self.fields if (i, kind) == (message, "reasoning_content")
+        )
+        return next(thoughts, "")
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those that it contained, in order."""
@@ -100,16 +91,15 @@ class Sentinels:
 
     def _message(self, i: int, message: Message) -> Message:
         copy = message.copy()
-        if isinstance(message.get("reasoning_content"), str):
+        if "reasoning_content" in message:
             thought = message["reasoning_content"]
             copy["reasoning_content"] = self._text(thought, i, "reasoning_content")
-        if isinstance(message.get("content"), str):
-            copy["content"] = self._content(message, i)
-        calls: list[FunctionCall] = []
-        for call in message.get("tool_calls") or ():
-            calls.append({**call, "function": self._function(i, call["function"])})
-        if calls:
-            copy["tool_calls"] = calls
+        copy["content"] = self._content(message, i)
+        if "tool_calls" in message:
+            calls = message["tool_calls"]
+            copy["tool_calls"] = [
+                {**call, "function": self._function(i, call["function"])} for call in calls
+            ]
         return copy
 
     def _content(self, message: Message, i: int) -> str:
@@ -117,7 +107,7 @@ class Sentinels:
         own, because templates take it out.
         """
         content = message["content"]
-        place = find_thought(content) if message.get("role") == "assistant" else None
+        place = find_thought(content) if message["role"] == "assistant" else None
         if place is None:
             return self._text(content, i, "content")
         thought = self._text(content[place.start : place.end], i, "reasoning_content")
@@ -127,28 +117,25 @@ class Sentinels:
 
     def _function(self, i: int, function: CalledFunction) -> CalledFunction:
         name = self._text(function["name"], i, "tool_calls")
-        arguments = self._arguments(function.get("arguments"), i)
+        arguments = self._arguments(function["arguments"], i)
         return {**function, "name": name, "arguments": arguments}
 
     def _arguments(self, value: object, i: int) -> object:
-        """Sentinels in every text within a call's arguments; numbers and names carry none."""
+        """Sentinels in every text within a call's arguments.
+
+        Numbers carry none, nor do names, because templates may sort by them.
+        """
         if isinstance(value, str):
             return self._text(value, i, "tool_calls")
         if isinstance(value, dict):
-            self.argument_names += value
             return {name: self._arguments(item, i) for name, item in value.items()}
         if isinstance(value, list):
             return [self._arguments(item, i) for item in value]
         return value
 
     def _tool(self, tool: ToolSchema) -> ToolSchema:
-        function = tool.get("function")
-        name = tool.get("name")
-        if isinstance(function, dict):
-            return {**tool, "function": self._tool(function)}
-        if isinstance(name, str):
-            return {**tool, "name": self._text(name, -1, "tools")}
-        return tool
+        function: Any = tool["function"]
+        return {**tool, "function": {**function, "name": self._text(function["name"], -1, "tools")}}
 
     def _text(self, text: str, message: int, kind: str) -> str:
         bare = text.replace(PICTURE_MARK, " ") if self.with_pictures else text

@@ -90,7 +90,7 @@ def split_thought(message: Message) -> Message:
     """The message with the thought of its text in `reasoning_content`, empty where that is."""
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
-    content = message["content"] or ""
+    content = message["content"]
     place = find_thought(content)
     if place is None:
         return message
@@ -129,7 +129,7 @@ class MessageForm(NamedTuple):
                 changed[self.thought_key] = thought
             else:
                 opening, closing = self.thought_tags
-                content = message["content"] or ""
+                content = message["content"]
                 changed["content"] = f"{opening}{thought.strip()}{closing}{content}"
         if calls and self.text_arguments:
             changed["tool_calls"] = [_with_text_arguments(call) for call in calls]
@@ -164,14 +164,14 @@ def missing_parts(message: Message, supervised: str) -> list[str]:
 
     By names of ROW_WARNINGS. Blanks at the edges of a text are not compared: templates trim.
     """
-    content = message["content"] or ""
+    content = message["content"]
     if len(message) == 2 and content in supervised:
         return []  # nothing but role and content, as most messages are
     missing = []
     message = split_thought(message)
     if (message.get("reasoning_content") or "").strip() not in supervised:
         missing.append("lost_thought")
-    if (message["content"] or "").strip() not in supervised:
+    if message["content"].strip() not in supervised:
         missing.append("lost_text")
     for call in message.get("tool_calls") or ():
         function = call["function"]

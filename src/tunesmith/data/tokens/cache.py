@@ -66,16 +66,11 @@ class TokenArrays(NamedTuple):
         offsets = self.offsets[first : stop + 1] - tokens.start
         # From rows to labels.
         of_examples = [values[first:stop] for values in self[3:8]]
-        pictures = self._pictures_of(first, stop)
+        pictures = slice(*np.searchsorted(self.owners, [first, stop]))
         of_pictures = [self.digests[pictures], self.owners[pictures] - first]
         return TokenArrays(
             self.ids[tokens], self.trained[tokens], offsets, *of_examples, *of_pictures
         )
-
-    def _pictures_of(self, first: int, stop: int) -> slice:
-        """The pictures of examples first to stop - 1."""
-        begin, end = np.searchsorted(self.owners, [first, stop]).tolist()
-        return slice(begin, end)
 
     def example(self, i: int) -> Example:
         """The i-th example."""
@@ -83,11 +78,11 @@ class TokenArrays(NamedTuple):
         first = int(self.firsts[i])
         sequences = (first, span.stop - span.start - first) if first else ()
         label = None if self.labels[i] == NO_LABEL else bool(self.labels[i])
-        example = Example(self.ids[span], self.trained[span], sequences, label)
-        if not len(self.owners):
-            return example
-        digests = self.digests[self._pictures_of(i, i + 1)]
-        return example._replace(digests=tuple(digests.tolist()))
+        digests: tuple[int, ...] = ()
+        if len(self.owners):
+            pictures = slice(*np.searchsorted(self.owners, [i, i + 1]))
+            digests = tuple(self.digests[pictures].tolist())
+        return Example(self.ids[span], self.trained[span], sequences, label, digests=digests)
 
     def sequence_offsets(self) -> np.ndarray:
         """int64, between the sequences of all examples: `offsets` where each is one."""
@@ -199,9 +194,8 @@ def _release(values: np.ndarray) -> None:
     base = values.base
     while isinstance(base, np.ndarray):
         base = base.base
-    mapping = base.obj if isinstance(base, memoryview) else None
-    if isinstance(mapping, mmap.mmap):
-        mapping.madvise(mmap.MADV_DONTNEED)
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _map_arrays(folder: Path) -> TokenArrays:
@@ -209,13 +203,9 @@ def _map_arrays(folder: Path) -> TokenArrays:
     arrays: list[np.ndarray] = []
     for name, dtype in _ENTRY_FILES.items():
         file = folder / name
-        if file.stat().st_size:
-            with file.open("rb") as opened:
-                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            arrays.append(np.frombuffer(mapping, dtype))
-        else:
-            # An empty file cannot be mapped.
-            arrays.append(np.zeros(0, dtype))
+        # An empty file cannot be mapped.
+        has_values = file.stat().st_size > 0
+        arrays.append(np.asarray(np.memmap(file, dtype, "r")) if has_values else np.zeros(0, dtype))
     return TokenArrays(*arrays)
 
 

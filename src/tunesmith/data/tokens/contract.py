@@ -469,11 +469,8 @@ def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int
     ids = tokens[example].ids.tolist()
     left = max(0, at - _EXCERPT_SIDE_TOKENS)
     right = min(len(ids), at + _EXCERPT_SIDE_TOKENS + 1)
-    pieces = []
-    for id_ in ids[left:right]:
-        pieces.append(tokenizer.decode([id_]) if 0 <= id_ < len(tokenizer) else f"<{id_}>")
-    pieces[at - left] = f"⟦{pieces[at - left]}⟧"
-    text = "…" * (left > 0) + "".join(pieces) + "…" * (right < len(ids))
+    stretches = (ids[left:at], ids[at : at + 1], ids[at + 1 : right])
+    before, shown, behind = (tokenizer.decode(stretch) for stretch in stretches)
+    text = "…" * (left > 0) + f"{before}⟦{shown or ids[at]}⟧{behind}" + "…" * (right < len(ids))
     # Line breaks and control characters would break the line of the report.
-    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
-    return "".join(shown)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

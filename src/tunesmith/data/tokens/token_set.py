@@ -167,14 +167,11 @@ class SourceTokens:
 
 def count_tokens(arrays: TokenArrays) -> dict[str, Any]:
     """Count examples, their rows and their tokens, by the names of `TokenCounts`."""
-    is_first = np.ones(len(arrays.rows), np.bool_)
-    is_first[1:] = arrays.rows[1:] != arrays.rows[:-1]
-    # The second example of a row stands right behind its first.
-    is_second = is_first[:-1] & ~is_first[1:]
+    _, examples_of_rows = np.unique(arrays.rows, return_counts=True)
     return {
         "kept": len(arrays.rows),
-        "kept_rows": int(np.count_nonzero(is_first)),
-        "split": int(np.count_nonzero(is_second)),
+        "kept_rows": len(examples_of_rows),
+        "split": int(np.count_nonzero(examples_of_rows > 1)),
         "tokens": len(arrays.ids),
         "supervised": arrays.count_trained(),
         "cut": int(arrays.truncated.sum()),

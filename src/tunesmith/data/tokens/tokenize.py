@@ -223,11 +223,13 @@ def _tokenize_rows(
     counts = Counter[str]()
     leaks: list[int] = []
     empties: list[int] = []
-    # How many rows each name fits, and the first of them.
-    warnings: dict[str, list[int]] = {}
-    unread: dict[str, list[int]] = {}
-    grades: dict[str, list[int]] = {}
-    control_tokens: dict[str, list[int]] = {}
+    # By a field of TokenCounts: how many rows each name fits, and the first of them.
+    named: dict[str, dict[str, list[int]]] = {
+        "flaws": {},
+        "unread": {},
+        "grades": {},
+        "control_tokens": {},
+    }
     bad = BadRows(len(rows))
     lengths = array("q")
     seen: list[SeenPicture] = []
@@ -246,10 +248,11 @@ def _tokenize_rows(
                 leaks.append(len(writer))
             if row.has_empty_answer:
                 empties.append(len(writer))
-            _count_names(warnings, row.warnings, i)
-            _count_names(unread, row.unread, i)
-            _count_names(grades, row.grades, i)
-            _count_names(control_tokens, sorted(row.example.control_tokens), i)
+            control_tokens = sorted(row.example.control_tokens)
+            names_of_row = (row.warnings, row.unread, row.grades, control_tokens)
+            for rows_of, names in zip(named.values(), names_of_row, strict=True):
+                for name in names:
+                    rows_of.setdefault(name, [0, i])[0] += 1
             lengths.append(row.example.longest_sequence)
             seen += row.example.seen
             if too_long == "split":
@@ -261,7 +264,7 @@ def _tokenize_rows(
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
-    low_grades(grades, rows, source)
+    low_grades(named["grades"], rows, source)
     arrays = writer.arrays()
     if lengths:
         counts["longest"] = max(lengths)
@@ -272,10 +275,7 @@ def _tokenize_rows(
         **counts,
         **_count_pictures(seen),
         "digest": arrays.sha256(),
-        "flaws": warnings,
-        "unread": unread,
-        "grades": grades,
-        "control_tokens": control_tokens,
+        **named,
         "bad": len(bad),
         "bad_rows": bad.first,
     }
@@ -294,12 +294,6 @@ def _count_pictures(seen: Sequence[SeenPicture]) -> dict[str, Any]:
         "picture_tokens": [tokens[0], tokens[len(tokens) // 2], tokens[-1]],
         "largest_picture": list(max((picture.size for picture in seen), key=math.prod)),
     }
-
-
-def _count_names(counts: dict[str, list[int]], names: Iterable[str], row: int) -> None:
-    """Count a row for each of some names; the first row of a name is kept."""
-    for name in names:
-        counts.setdefault(name, [0, row])[0] += 1
 
 
 def _add_example(
@@ -325,13 +319,11 @@ def _add_example(
             fix=f"data.seq_len={length}, or data.too_long=truncate or drop",
         )
     pictures = template.pictures
-    if too_long == "drop" or (pictures and cuts_pictures(example, data.seq_len, pictures.ids)):
-        counts["dropped"] += 1
-        counts["dropped_tokens"] += len(example.ids)
-        return
-    truncated = truncated_example(example, data.seq_len)
+    is_cut = pictures is not None and cuts_pictures(example, data.seq_len, pictures.ids)
+    is_dropped = too_long == "drop" or is_cut
+    truncated = None if is_dropped else truncated_example(example, data.seq_len)
     if truncated is None:
-        counts["emptied"] += 1
+        counts["dropped" if is_dropped else "emptied"] += 1
         counts["dropped_tokens"] += len(example.ids)
         return
     counts["cut_tokens"] += len(example.ids) - len(truncated.ids)
