@@ -77,7 +77,7 @@ class _Tokens(NamedTuple):
 
 
 @contextmanager
-def _tokenizer_errors(where: str = "") -> Iterator[None]:
+def _tokenizer_errors() -> Iterator[None]:
     """Raise DataError if the tokenizer fails on a text, for example because one of its patterns
     takes too many steps.
     """
@@ -88,7 +88,6 @@ def _tokenizer_errors(where: str = "") -> Iterator[None]:
             raise
         raise DataError(
             "the tokenizer fails on a text",
-            where=where,
             why=first_line(error),
             fix="remove or shorten the row, or use the tokenizer of the base: model.tokenizer=NAME",
         ) from error
@@ -132,11 +131,11 @@ class Aligner:
             encoded.append(aligned)
         return encoded
 
-    def ids(self, texts: Sequence[str], where: str = "") -> list[np.ndarray]:
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
         if not texts:
             return []
-        with _tokenizer_errors(where):
+        with _tokenizer_errors():
             encoding = self.tokenizer(
                 list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
             )

@@ -63,7 +63,6 @@ def find_answers(
     tools: Tools = None,
     *,
     selected: Collection[int] | None = None,
-    where: str = "",
 ) -> RenderedAnswers:
     """The rendered conversation, and the supervised spans of its answers.
 
@@ -75,16 +74,16 @@ def find_answers(
             for certain.
     """
     if chat.tagged:
-        text, blocks = chat.render_tagged(messages, tools, where)
+        text, blocks = chat.render_tagged(messages, tools)
     else:
-        text = chat.render(messages, tools, where=where)
+        text = chat.render(messages, tools)
         blocks = []
-    rendering = chat.locate(text, messages, tools, where, selected)
-    _check_complete(chat, rendering, where, selected)
+    rendering = chat.locate(text, messages, tools, selected)
+    _check_complete(chat, rendering, selected)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     tagged: list[list[CharSpan]] = []
     if chat.tagged:
-        tagged = _tagged_answers(chat, rendering, blocks, answers, where)
+        tagged = _tagged_answers(chat, rendering, blocks, answers)
     elif answers:
         # The end of the last answer shows only where another turn follows.
         rendering = _with_next_turn(chat, rendering, answers[-1])
@@ -95,9 +94,9 @@ def find_answers(
             continue
         is_last = i == answers[-1]
         if chat.tagged:
-            own_spans = _without_header(chat, rendering, i, tagged[n], where)
+            own_spans = _without_header(chat, rendering, i, tagged[n])
         else:
-            rendering, span, is_after_prompt = _answer(chat, rendering, i, is_last, where)
+            rendering, span, is_after_prompt = _answer(chat, rendering, i, is_last)
             own_spans = [span]
             if not is_after_prompt:
                 missing.add("earlier_prompt")
@@ -125,7 +124,7 @@ def _with_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Renderi
 
 
 def _check_complete(
-    chat: ChatRenderer, rendering: Rendering, where: str, trained: Collection[int] | None
+    chat: ChatRenderer, rendering: Rendering, trained: Collection[int] | None
 ) -> None:
     """DataError for a template that drops words, and for words that hide where they end."""
     # A message without sentinels must show its text as it is.
@@ -134,14 +133,13 @@ def _check_complete(
         is_marked = rendering.inserted.only is None or i in rendering.inserted.only
         texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
         if not is_marked and any(text.strip() not in rendering.text for text in texts):
-            raise _dropped(chat, Field(i, "content", content), rendering, where)
+            raise _dropped(chat, Field(i, "content", content), rendering)
         # A template may write all system messages first. Earlier answers would have later ones in
         # their prompts.
         is_late = i > 0 and plain["role"] == "system"
         if is_late and rendering.of_message(i - 1) > rendering.of_message(i) > []:
             raise chat.error(
                 f"moves message {i + 1} (system) in front of earlier messages",
-                where,
                 "an earlier answer would be trained with it in its prompt",
                 "write it into the next message of the user, or split the row before it",
             )
@@ -150,14 +148,14 @@ def _check_complete(
     for n, field in enumerate(rendering.inserted.fields):
         message = f"message {field.message + 1}"
         if n not in rendering.shown and not chat.may_drop(field, trained):
-            raise _dropped(chat, field, rendering, where)
+            raise _dropped(chat, field, rendering)
         is_open = n in rendering.shown and sentinels_of[n] < 2
         if is_open and chat.has_end(field.text):
             what = f"rewrites {message}, whose text contains an end token"
-            raise chat.error(what, where, "the end of the message is ambiguous")
+            raise chat.error(what, "the end of the message is ambiguous")
 
 
-def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str) -> DataError:
+def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataError:
     """The error for a template that leaves out a text."""
     message = f"message {field.message + 1}"
     dropped = "the tools" if field.kind == "tools" else f"the {field.kind} of {message}"
@@ -179,26 +177,26 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str)
             " remove tool_calls; or use a template that writes calls: data.template=FILE.jinja"
         )
     why = "the model would train on an incomplete conversation"
-    return chat.error(f"drops {dropped}", where, why, fix)
+    return chat.error(f"drops {dropped}", why, fix)
 
 
 def _answer(
-    chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool, where: str
+    chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool
 ) -> tuple[Rendering, CharSpan, bool]:
     """The span of message i: from the end of the generation prompt through the end token.
 
     The rendering comes back with what the generation prompt holds and the row lacks. The last
     value says whether the answer stands after all of its prompt.
     """
-    anchor, prompt = chat.prompt(rendering, i, where)
+    anchor, prompt = chat.prompt(rendering, i)
     if anchor is None:
-        raise chat.error(f"moves the text before message {i + 1}, an answer", where)
+        raise chat.error(f"moves the text before message {i + 1}, an answer")
     prompt_at = rendering.place(anchor)
     if is_last and not rendering.text.startswith(prompt, prompt_at):
         rendering = _with_prompt(chat, rendering, i, prompt_at, prompt)
     text = rendering.text
     indices = rendering.of_message(i)
-    start = _start_of_answer(chat, rendering, i, prompt_at, prompt, is_last, where)
+    start = _start_of_answer(chat, rendering, i, prompt_at, prompt, is_last)
     if indices:
         last_sentinel = indices[-1]
         # Texts of another message between those of the answer: no span can hold the answer
@@ -208,12 +206,11 @@ def _answer(
         if "content" in kinds.partition("tool_calls")[2]:
             raise chat.error(
                 f"moves the text before the call of message {i + 1}, an answer",
-                where,
                 "it writes the text after the call, or after the result of the call",
                 _FIX_TEXT_AND_CALL,
             )
         if start > rendering.place(indices[0]) or not is_contiguous:
-            raise chat.error(f"mixes message {i + 1}, an answer, with other text", where)
+            raise chat.error(f"mixes message {i + 1}, an answer, with other text")
         texts_end = max(start, rendering.place(last_sentinel))
     else:
         last_sentinel = anchor
@@ -230,7 +227,7 @@ def _answer(
             " or add its end token: model.added_tokens"
         )
         what = f"writes no end token after message {i + 1}, an answer"
-        raise chat.error(what, where, _no_end(chat), fix)
+        raise chat.error(what, _no_end(chat), fix)
     return rendering, _through(chat, start, end), start == prompt_at + len(prompt)
 
 
@@ -279,7 +276,6 @@ def _start_of_answer(
     prompt_at: int,
     prompt: str,
     is_last: bool,
-    where: str,
 ) -> int:
     """Find the start of an answer after its generation prompt, which must be at `prompt_at`."""
     text = rendering.text
@@ -299,7 +295,6 @@ def _start_of_answer(
     row = text[prompt_at : prompt_at + 40]
     raise chat.error(
         f"writes before message {i + 1}, an answer, something other than its generation prompt",
-        where,
         f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
         _fix_prompt(chat, prompt, is_last),
     )
@@ -332,7 +327,7 @@ def _no_end(chat: ChatRenderer) -> str:
 
 
 def _tagged_answers(
-    chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int], where: str
+    chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int]
 ) -> list[list[CharSpan]]:
     """Return the spans of each answer: its {% generation %} blocks up to the end token in the last.
 
@@ -351,7 +346,7 @@ def _tagged_answers(
         spans = []
     if len(spans_of) != len(answers) or spans:
         what = f"encloses {len(spans_of)} of {len(answers)} answers in {{% generation %}} blocks"
-        raise chat.error(what, where, _no_end(chat), _FIX_TAGS)
+        raise chat.error(what, _no_end(chat), _FIX_TAGS)
     for sentinel in rendering.sentinels:
         i = rendering.field(sentinel).message
         # Borders count: an empty answer has its sentinel on one.
@@ -364,18 +359,18 @@ def _tagged_answers(
         if is_foreign or not is_held:
             verb = "covers" if is_foreign else "leaves out a part of"
             what = f"has a {{% generation %}} block that {verb} message {i + 1}"
-            raise chat.error(what, where, fix=_FIX_TAGS)
+            raise chat.error(what, fix=_FIX_TAGS)
     return spans_of
 
 
 def _without_header(
-    chat: ChatRenderer, rendering: Rendering, i: int, spans: list[CharSpan], where: str
+    chat: ChatRenderer, rendering: Rendering, i: int, spans: list[CharSpan]
 ) -> list[CharSpan]:
     """Leave out what the generation prompt holds already: a block may open before the header."""
     texts = [rendering.place(n) for n in rendering.of_message(i)]
     if i == 0 or spans[0].start in texts:
         return spans
-    anchor, prompt = chat.prompt(rendering, i, where)
+    anchor, prompt = chat.prompt(rendering, i)
     if anchor is None:
         return spans
     prompt_at = rendering.place(anchor)

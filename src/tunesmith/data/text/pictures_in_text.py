@@ -50,7 +50,6 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
             return SeenPictures()
         raise DataError(
             "the row has pictures, and model.vision is false",
-            where=where,
             why="they would be ignored",
             fix="model.vision=true, or remove the pictures",
         )
@@ -58,7 +57,7 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
         for text in texts_in([sample.messages, sample.tools]):
             for token in processor.tokens:
                 if token in text:
-                    raise literal_placeholder(token, where)
+                    raise literal_placeholder(token)
     if not pictures:
         return SeenPictures()
     digests = []
@@ -75,7 +74,6 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
         shown = ", ".join(f"{width} x {height}" for width, height in scaled)
         raise DataError(
             f"the model's processor takes no pictures of {shown} pixels",
-            where=where,
             why=first_line(error),
             fix="scale or crop them, or delete the row",
         ) from error
@@ -109,11 +107,10 @@ def put_placeholders(
     return joined, [CharSpan(*map(moved, span)) for span in spans]
 
 
-def literal_placeholder(token: str, where: str) -> DataError:
+def literal_placeholder(token: str) -> DataError:
     """The error for a row whose own text has a token of pictures."""
     return DataError(
         f"the row's own text has {token}, a token of pictures",
-        where=where,
         why="the model would look for a picture there",
         fix="remove it, or put a space into it",
     )

@@ -59,7 +59,7 @@ def probe(chat: ChatRenderer) -> None:
         dropped = "answer" if 0 in rendering.shown else "question"
         why = f"it renders as {rendering.text[:60]!r}"
         fix = "name a template that writes it: data.template=FILE.jinja"
-        raise chat.error(f"drops the {dropped}", "data.template", why, fix)
+        raise chat.error(f"drops the {dropped}", why, fix)
     _find_forms(chat)
     _find_ends(chat)
     rendering = _try(chat, _PROBE_TURNS)
@@ -105,7 +105,7 @@ def _prompt_opens_thought(chat: ChatRenderer) -> bool:
     rendering = _try(chat, _PROBE_TURN)
     if rendering is None or not rendering.of_message(1) or chat.tagged:
         return False
-    anchor, prompt = chat.prompt(rendering, 1, "")
+    anchor, prompt = chat.prompt(rendering, 1)
     if anchor is None:
         return False
     prompt_at = rendering.place(anchor)
@@ -155,13 +155,13 @@ def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
             " the template"
         )
         why = f"the model would have to write {header!r} itself"
-        raise chat.error("has no generation prompt", "data.template", why, fix)
+        raise chat.error("has no generation prompt", why, fix)
 
 
 def _try(chat: ChatRenderer, messages: Messages, tools: Tools = None) -> Rendering | None:
     """A conversation with its texts located; None where the template does not take it."""
     try:
-        return chat.locate(chat.render(messages, tools), messages, tools, "")
+        return chat.locate(chat.render(messages, tools), messages, tools)
     except DataError:
         # The rows will show what it takes.
         return None

@@ -220,11 +220,9 @@ class ChatRenderer:
                 parts.append({"type": "text", "text": text})
         return {**message, "content": parts}
 
-    def render(
-        self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = ""
-    ) -> str:
+    def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False) -> str:
         """The text of a conversation, or DataError; `generate` adds the generation prompt."""
-        with self._render_errors(where):
+        with self._render_errors():
             return self.tokenizer.apply_chat_template(
                 self._given(messages),
                 tools,
@@ -233,15 +231,13 @@ class ChatRenderer:
                 tokenize=False,
             )
 
-    def render_tagged(
-        self, messages: Messages, tools: Tools, where: str
-    ) -> tuple[str, list[Block]]:
+    def render_tagged(self, messages: Messages, tools: Tools) -> tuple[str, list[Block]]:
         """The text of a conversation, and what its {% generation %} blocks wrote."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # As in apply_chat_template, which returns these spans as tokens only, those included that
         # begin before a span.
-        with self._render_errors(where):
+        with self._render_errors():
             texts, blocks = render_jinja_template(
                 [list(self._given(messages))],
                 tools,
@@ -253,7 +249,7 @@ class ChatRenderer:
         return texts[0], [(start, end) for start, end in blocks[0] if end > start]
 
     @contextmanager
-    def _render_errors(self, where: str) -> Iterator[None]:
+    def _render_errors(self) -> Iterator[None]:
         try:
             with _limit_seconds(MAX_RENDER_SECONDS):
                 yield
@@ -261,17 +257,16 @@ class ChatRenderer:
             # Not a DataError: `probe.py` takes those as a refusal by the template, and continues.
             raise ModelError(
                 f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
-                where=where or "data.template",
                 why="it may have nested loops",
                 fix="use another template: data.template=FILE.jinja",
             ) from error
         except RENDER_ERRORS as error:
             why = first_line(error) or type(error).__name__
             fix = "fix the row, or use a template that supports it: data.template=FILE.jinja"
-            raise self.error("cannot render this conversation", where, why, fix) from error
+            raise self.error("cannot render this conversation", why, fix) from error
 
-    def error(self, what: str, where: str, why: str = "", fix: str = FIX_WITH_TAGS) -> DataError:
-        return DataError(f"{self.name} {what}", where=where, why=why, fix=fix)
+    def error(self, what: str, why: str = "", fix: str = FIX_WITH_TAGS) -> DataError:
+        return DataError(f"{self.name} {what}", why=why, fix=fix)
 
     def in_form(self, messages: Messages) -> Messages:
         """Return the messages without what the template would repeat or not read.
@@ -304,7 +299,6 @@ class ChatRenderer:
         text: str,
         messages: Messages,
         tools: Tools,
-        where: str,
         trained: Collection[int] | None = None,
     ) -> Rendering:
         """Find the texts of a conversation in its rendering.
@@ -326,7 +320,7 @@ class ChatRenderer:
             for position in SENTINEL_POSITIONS:
                 inserted = Sentinels(word, position, only, self.with_pictures)
                 marked_messages, marked_tools = inserted.insert(messages, tools)
-                marked_text = self.render(marked_messages, marked_tools, where=where)
+                marked_text = self.render(marked_messages, marked_tools)
                 plain_text, sentinels = self._strip(inserted, marked_text)
                 # A template that reads its texts renders others with sentinels; such a position
                 # tells nothing.
@@ -347,7 +341,7 @@ class ChatRenderer:
             if rendering is not None:
                 return rendering._replace(shown=frozenset(shown))
         what = "renders differently depending on the message text"
-        raise self.error(what, where, "so assistant spans cannot be located")
+        raise self.error(what, "so assistant spans cannot be located")
 
     def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those of the texts where they stand first.
@@ -392,7 +386,7 @@ class ChatRenderer:
     def has_end(self, text: str) -> bool:
         return self.ends.search(text, is_last=False) is not None
 
-    def prompt(self, rendering: Rendering, i: int, where: str) -> tuple[int | None, str]:
+    def prompt(self, rendering: Rendering, i: int) -> tuple[int | None, str]:
         """The model's input before message i, after the last text of the prompt.
 
         Returns:
@@ -402,10 +396,8 @@ class ChatRenderer:
         """
         if i == 0:
             what = "does not support an answer at the start of a conversation"
-            raise self.error(what, where, "there is no prompt before it")
-        marked_prompt = self.render(
-            rendering.messages[:i], rendering.tools, generate=True, where=where
-        )
+            raise self.error(what, "there is no prompt before it")
+        marked_prompt = self.render(rendering.messages[:i], rendering.tools, generate=True)
         prompt, prompt_sentinels = self._strip(rendering.inserted, marked_prompt)
         indices = rendering.of_message(i)
         candidates = [indices[0] - 1] if indices else range(-1, len(rendering.sentinels))

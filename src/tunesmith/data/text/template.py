@@ -13,7 +13,8 @@ end.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -62,6 +63,16 @@ _TITLES = {
     "alpaca": "the alpaca text",
     "pattern": "the prompt's text",
 }
+
+
+@contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Name the row at `where` in an error that has no place of its own."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        error.where = error.where or where
+        raise
 
 
 def title_of(name: str) -> str:
@@ -121,7 +132,8 @@ class Template:
         self.earlier_end_ids: frozenset[int] = frozenset()
         if self.jinja is not None:
             self.chat = ChatRenderer(tokenizer, self.jinja, title_of(name), self._eos_ids)
-            self._probe(self.chat)
+            with row_errors("data.template"):
+                self._probe(self.chat)
             # Tokens that the template writes after an answer end generation too.
             self.end_ids |= frozenset(self.chat.ends.stops.values())
             self.earlier_end_ids = frozenset(self.chat.ends.earlier.values())
@@ -204,8 +216,9 @@ class Template:
         located: list[RenderedAnswers | DataError] = []
         for sample, place in zip(samples, where, strict=True):
             try:
-                seen = see_pictures(sample, self.pictures, place)
-                located.append(self._expanded(self._locate(sample, train_on, place), seen, place))
+                with row_errors(place):
+                    seen = see_pictures(sample, self.pictures, place)
+                    located.append(self._expanded(self._locate(sample, train_on), seen))
             except DataError as error:
                 located.append(error)
         renderings = [answers for answers in located if not isinstance(answers, DataError)]
@@ -228,8 +241,12 @@ class Template:
         for sample, answers, place in zip(samples, located, where, strict=True):
             if isinstance(answers, DataError):
                 examples.append(answers)
-            else:
-                examples.append(self._example(sample, answers, next(next_aligned), place))
+                continue
+            try:
+                with row_errors(place):
+                    examples.append(self._example(sample, answers, next(next_aligned)))
+            except DataError as error:
+                examples.append(error)
         return examples
 
     def prompt(self, sample: Sample, *, where: str = "") -> list[int]:
@@ -239,23 +256,25 @@ class Template:
             DataError: the sample cannot be rendered.
         """
         sample = self._as_turns(sample)
-        if isinstance(sample, Conversation):
-            messages = self._messages(sample)
-            if messages and messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            seen = see_pictures(sample, self.pictures, where)
-            if self.chat is not None:
-                chat = self._chat_of(sample)
-                text = chat.render(messages, sample.tools or None, generate=True, where=where)
-                text = self._expanded(RenderedAnswers(text, []), seen, where).text
-                return self._aligner.ids([text], where)[0].tolist()
-            text = self._as_they_stand(messages)
-        elif isinstance(sample, Completion):
-            text = sample.prompt
-        else:
-            text = sample.text
-        ids = self._aligner.ids([text], where)[0].tolist()
-        return [*self._missing_bos(ids), *ids]
+        with row_errors(where):
+            text = self._prompt_text(sample, where)
+            ids = self._aligner.ids([text])[0].tolist()
+        has_template = self.chat is not None and isinstance(sample, Conversation)
+        return ids if has_template else [*self._missing_bos(ids), *ids]
+
+    def _prompt_text(self, sample: Sample, where: str) -> str:
+        if isinstance(sample, Text):
+            return sample.text
+        if isinstance(sample, Completion):
+            return sample.prompt
+        messages = self._messages(sample)
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        seen = see_pictures(sample, self.pictures, where)
+        if self.chat is None:
+            return self._as_they_stand(messages)
+        text = self._chat_of(sample).render(messages, sample.tools or None, generate=True)
+        return self._expanded(RenderedAnswers(text, []), seen).text
 
     def answer(self, sample: Sample, *, where: str = "") -> str:
         """The text of the last answer as the model is to write it, up to what ends it.
@@ -266,7 +285,8 @@ class Template:
         Raises:
             DataError: the sample cannot be rendered.
         """
-        text = self._answer_text(self._as_turns(sample), where)
+        with row_errors(where):
+            text = self._answer_text(self._as_turns(sample))
         # Where the row's own text has an end token, generation stops there.
         end_token = self._ends.search(text)
         if end_token is not None:
@@ -274,13 +294,13 @@ class Template:
         # Of a letter and its accent some tokenizers make one character: so does the model.
         return normalize("NFC", text) if self._composes_letters else text
 
-    def _answer_text(self, sample: Sample, where: str) -> str:
+    def _answer_text(self, sample: Sample) -> str:
         if isinstance(sample, Text):
             return ""
         if isinstance(sample, Completion):
             return sample.completion
         sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
-        answers = self._locate_answers(sample, "last", where)
+        answers = self._locate_answers(sample, "last")
         return "".join(answers.text[span.start : span.end] for span in answers.spans)
 
     @cached_property
@@ -391,13 +411,13 @@ class Template:
             return _with_ids(messages)
         return messages
 
-    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> RenderedAnswers:
+    def _locate(self, sample: Sample, train_on: TrainOn) -> RenderedAnswers:
         """The text of a sample, and the spans of its supervised characters."""
         if isinstance(sample, Conversation):
-            return self._locate_answers(sample, train_on, where)
+            return self._locate_answers(sample, train_on)
         text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
         if not text:
-            raise DataError("the row has no text", where=where, fix="delete the row")
+            raise DataError("the row has no text", fix="delete the row")
         if isinstance(sample, Text):
             return RenderedAnswers(text, [CharSpan(0, len(text))])
         start = len(sample.prompt)
@@ -407,14 +427,11 @@ class Template:
             spans.insert(0, CharSpan(0, start))
         return RenderedAnswers(text, spans)
 
-    def _locate_answers(
-        self, sample: Conversation, train_on: TrainOn, where: str
-    ) -> RenderedAnswers:
+    def _locate_answers(self, sample: Conversation, train_on: TrainOn) -> RenderedAnswers:
         messages = self._messages(sample)
         if self.chat is None:
             raise DataError(
                 "the row is a conversation, but there is no template for its turns",
-                where=where,
                 why="raw rows are a prompt and a completion without a template",
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
@@ -428,16 +445,16 @@ class Template:
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained
-            return find_answers(chat, messages, tools, selected=selected, where=where)
+            return find_answers(chat, messages, tools, selected=selected)
         # All characters behind the prompt, without the answers that the row leaves out.
-        answers = find_answers(chat, messages, tools, selected=selected, where=where)
+        answers = find_answers(chat, messages, tools, selected=selected)
         text, spans = answers.text, answers.spans
         start = spans[0].start if sample.prompt_messages else 0
         left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            gaps = find_answers(chat, messages, tools, selected=left_out, where=where)
+            gaps = find_answers(chat, messages, tools, selected=left_out)
             for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
@@ -445,9 +462,7 @@ class Template:
         trained_spans = [span for span in trained_spans if span.start < span.end]
         return answers._replace(spans=trained_spans)
 
-    def _example(
-        self, sample: Sample, answers: RenderedAnswers, aligned: Aligned, where: str
-    ) -> Example | DataError:
+    def _example(self, sample: Sample, answers: RenderedAnswers, aligned: Aligned) -> Example:
         ids = aligned.ids
         trained = aligned.trained
         if not isinstance(sample, Conversation):
@@ -458,14 +473,13 @@ class Template:
             ids = np.concatenate([bos, ids, end])
             trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
         elif not aligned.ended:
-            return DataError(
+            raise DataError(
                 "the end of an answer is not a separate token",
-                where=where,
                 why="the tokenizer merges it with adjacent text, or splits it",
                 fix="add it as a special token: model.added_tokens",
             )
         if len(ids) < 2:
-            return DataError("the row has no text", where=where, fix="delete the row")
+            raise DataError("the row has no text", fix="delete the row")
         # Nothing predicts the first token.
         trained[0] = False
         if self.pictures is not None:
@@ -473,7 +487,7 @@ class Template:
             trained &= ~np.isin(ids, self.pictures.ids)
             count = np.count_nonzero(ids == self.pictures.token_id)
             if count != sum(picture.tokens for picture in answers.seen):
-                return literal_placeholder(self.pictures.token, where)
+                raise literal_placeholder(self.pictures.token)
         return Example(
             ids,
             trained,
@@ -497,9 +511,7 @@ class Template:
         assert self.chat is not None
         return self.chat.for_pictures() if sample.pictures else self.chat
 
-    def _expanded(
-        self, answers: RenderedAnswers, seen: SeenPictures, where: str
-    ) -> RenderedAnswers:
+    def _expanded(self, answers: RenderedAnswers, seen: SeenPictures) -> RenderedAnswers:
         """The rendered text with the placeholders of the pictures in it."""
         if not seen.texts:
             return answers
@@ -510,7 +522,6 @@ class Template:
         if count != len(seen.texts):
             raise self.chat.error(
                 f"writes {mark} {count} times for {count_of(len(seen.texts), 'picture')}",
-                where,
                 "the model finds pictures by that token",
                 "use the model's own chat template: data.template=chat",
             )
