@@ -357,31 +357,28 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
         attention = {text_key(config): "eager"}
 
     def build() -> PreTrainedModel:
-        with _without_warnings():
-            model: PreTrainedModel = factory.from_config(
-                shrink_whole(config) if is_whole_model else shrink(config),
-                dtype=torch.float32,
-                attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
-            )
+        try:
+            with _without_warnings():
+                model: PreTrainedModel = factory.from_config(
+                    shrink_whole(config) if is_whole_model else shrink(config),
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    trust_remote_code=trust_remote_code,
+                )
+        # Code of 190 model types, on a config that may be absurd.
+        except Exception as error:
+            raise _no_twin(config, one_line(error)) from error
         return model
 
-    try:
-        # On meta first: a size that did not shrink would take all memory.
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in build().parameters())
-    # Code of 190 model types, on a config that may be absurd.
-    except Exception as error:
-        raise _no_twin(config, one_line(error)) from error
+    # On meta first: a size that did not shrink would take all memory.
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build().parameters())
     if parameters > MOST_PARAMETERS:
         raise _no_twin(config, f"it would have {parameters:,} parameters")
     # Seeded and restored: the caller's random numbers do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            model = build()
-        except Exception as error:
-            raise _no_twin(config, one_line(error)) from error
+        model = build()
         _spread_weights(model)
     keep_kernels_to_gpus(model)
     for _, parameter in vision_parameters(model):
@@ -449,19 +446,15 @@ def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
     model_type = values.pop("model_type")
     small_text = shrink(text)
     small_text.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
-    small: dict[str, Any] = {}
+    small = _shrink_part(values, text.hidden_size)
     ids: dict[int, int] = {}
     for key, value in values.items():
         if key in ("image_token_id", "image_token_index"):
             small[key] = PICTURE_ID
         elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
             small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
-        elif key.endswith("_config") and isinstance(value, dict):
-            small[key] = _shrink_part(value, text.hidden_size)
         elif value == text.hidden_size and "size" in key:
             small[key] = HIDDEN
-        elif key not in NOT_COPIED:
-            small[key] = _shrink_part_value(key, value, values, text.hidden_size)
     small[text_key(whole)] = small_text
     return type(whole)(**_with_hints(small, model_type))
 
@@ -494,7 +487,7 @@ def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 def _shrink_part_value(key: str, value: object, values: Mapping[str, object], width: int) -> object:
     """Return the small value of a key; `values` are all values of its part."""
-    if _is_dropout(key) and isinstance(value, float):
+    if "drop" in key and isinstance(value, float):
         return 0.0
     if isinstance(value, list) and key.endswith(("indexes", "indices", "feature_layer")):
         return list(range(min(len(value), FEWEST_LAYERS)))
@@ -542,18 +535,12 @@ def _layer_kind(values: Mapping[str, object], index: int, depth: int) -> list[ob
 
 def _of_layer(by_layer: Mapping[str, Any], index: int) -> Any:
     """The entry of a mapping whose keys are numbers of layers, as text with leading zeros."""
-    for key, value in by_layer.items():
-        if int(key) == index:
-            return value
-    return None
+    return {int(key): value for key, value in by_layer.items()}.get(index)
 
 
 def _shrink_values(values: Mapping[str, object], layers: list[int], depth: int) -> dict[str, Any]:
     """A config's values, with its `depth` layers cut to those of the indices `layers`."""
-    small: dict[str, Any] = {}
-    for key, value in values.items():
-        small[key] = _shrink_entry(key, value, values, layers, depth)
-    return small
+    return {key: _shrink_entry(key, value, values, layers, depth) for key, value in values.items()}
 
 
 def _shrink_entry(
@@ -573,22 +560,13 @@ def _shrink_entry(
         if key in ("rope_parameters", "rope_scaling"):
             return _shrink_rotary(value, values)
     elif isinstance(value, int):
-        count = _count_layers(key, value, layers, depth)
-        if count is not None:
-            return count
+        if key in DEPTHS:
+            return len(layers)
+        # A number of layers, or the index of one, among the chosen ones.
+        if key in COUNTS_OF_LAYERS:
+            count = sum(COUNTS_OF_LAYERS[key](index, value, depth) for index in layers)
+            return count - 1 if key == LAST_INDEX else count
     return _shrink_value(key, value, values)
-
-
-def _count_layers(key: str, value: int, layers: list[int], depth: int) -> int | None:
-    """A number of layers, or the index of one, among those of `layers`; None: the key is no such
-    number.
-    """
-    if key in DEPTHS:
-        return len(layers)
-    if key not in COUNTS_OF_LAYERS:
-        return None
-    count = sum(COUNTS_OF_LAYERS[key](index, value, depth) for index in layers)
-    return count - 1 if key == LAST_INDEX else count
 
 
 def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, object]]:
@@ -598,10 +576,8 @@ def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, d
         of_layer = _of_layer(by_layer, index)
         if of_layer is not None:
             small[str(place)] = _shrink_values(of_layer, [], 0)
-    # The heads of such layers are wider (Gemma 4).
-    for of_layer in small.values():
-        if "head_dim" in of_layer:
-            of_layer["head_dim"] = 2 * HEAD_DIM
+            if "head_dim" in of_layer:
+                small[str(place)]["head_dim"] = 2 * HEAD_DIM  # wider than others (Gemma 4)
     return small
 
 
@@ -616,36 +592,22 @@ def _shrink_value(key: str, value: object, values: Mapping[str, object]) -> obje
     if key.endswith(TOKEN_IDS) and value is not None:
         # Ids that the small vocabulary has: padding 0, begin 1, end 2.
         return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
-    if _is_dropout(key) and isinstance(value, float):
+    if "drop" in key and isinstance(value, float):
         return 0.0
     # Floats, texts, lists and switches decide what is computed, and stay.
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if key in KV_HEADS_OF:
-        return _few_heads(key, value, values)
-    if key in EXPERTS_PER_TOKEN:
+        heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
+        # Multi-head attention stays that, and grouped or multi-query stays fewer.
+        return HEADS if value == heads else min(value, KV_HEADS)
+    if key in (*EXPERTS_PER_TOKEN, *GROUPS, *PERIODS):
         return min(value, 2)
-    if key in GROUPS:
-        return min(value, 2)
-    if key in PERIODS:
-        return min(value, FEWEST_LAYERS)
     if key in ("head_dim", "v_head_dim") and value:
         return _head_width(value, values)
     if key in SIZE_OF_KEY and value > 0:
         return SIZE_OF_KEY[key]
     return value
-
-
-def _is_dropout(key: str) -> bool:
-    return "drop" in key or key.endswith("pdrop")
-
-
-def _few_heads(key: str, value: int, values: Mapping[str, object]) -> int:
-    heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
-    if value == heads:
-        # Multi-head attention stays that, and grouped or multi-query stays fewer.
-        return HEADS
-    return min(value, KV_HEADS)
 
 
 def _head_width(value: int, values: Mapping[str, Any]) -> int:
