@@ -23,8 +23,6 @@ def describe_rows(splits: Splits) -> list[str]:
             where = f", first {_first_places(splits.sources, rows)}"
         lines.append(f"data.leave_out: {fault}: {count_of(len(rows), 'row')} left out{where}")
     findings = splits.findings
-    if findings is None:
-        return lines
     if findings.compared < findings.rows:
         lines.append(
             f"compared with each other: {findings.compared:,} of {findings.rows:,} rows, evenly "
@@ -35,8 +33,7 @@ def describe_rows(splits: Splits) -> list[str]:
 
 def count_repeating(splits: Splits) -> int:
     """Count the rows, of those not left out, that repeat or nearly repeat one before them."""
-    findings = _kept_findings(splits)
-    return 0 if findings is None else len(findings.faulty_rows("near-duplicates"))
+    return len(_kept_findings(splits).faulty_rows("near-duplicates"))
 
 
 def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str]:
@@ -46,8 +43,6 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
         across: pairs of a row of `data.validation` and one that is trained on.
     """
     findings = _kept_findings(splits)
-    if findings is None:
-        return []
     sources = splits.sources
     total = count_of(sum(len(rows) for _, rows in sources), "row")
     lines = []
@@ -82,10 +77,8 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
     return lines
 
 
-def _kept_findings(splits: Splits) -> RowFindings | None:
+def _kept_findings(splits: Splits) -> RowFindings:
     """Select the findings in the rows that are not left out."""
-    if splits.findings is None:
-        return None
     gone = [row for rows in splits.left_out.values() for row in rows]
     return splits.findings.without(gone)
 
@@ -125,8 +118,6 @@ def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
 def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Counts and places of all that was found, for `tunesmith data --json`."""
     findings = _kept_findings(splits)
-    if findings is None:
-        return {}
     sources = splits.sources
 
     def places(rows: Sequence[int]) -> list[str]:

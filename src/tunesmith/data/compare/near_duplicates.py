@@ -62,8 +62,6 @@ _RARE_ROWS = 50
 # Pairs of rows that more rows than that share a band with: where none of the first is a match, the
 # band is a template's.
 _TRIED_PAIRS = 20
-# So few rows are compared all with all.
-_MAX_ALL_PAIRS_ROWS = 64
 
 _EDGE = 0
 _BORDER = 1
@@ -163,9 +161,6 @@ def find_near_duplicates(
         features += _rarer(sets, max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_SHARE * size))
         first += size
     check = _PairCheck(rows, features)
-    if count <= _MAX_ALL_PAIRS_ROWS:
-        _join_matches(combinations(range(count), 2), check, groups)
-        return groups.of_several()
     for alike in _bands(_rarer(features, _RARE_ROWS)):
         _join_matches(combinations(alike, 2), check, groups)
     for alike in _bands(features):

@@ -110,15 +110,15 @@ def check_rows(sources: SourceRows) -> RowFindings:
     return measure_once("row-checks", _key(sources), check, RowFindings)
 
 
-def checked_before(sources: SourceRows) -> RowFindings | None:
-    """Read what `check_rows` found in the same rows before; None where it did not look."""
+def checked_before(sources: SourceRows) -> RowFindings:
+    """Read what `check_rows` found in the same rows before; nothing where it did not look."""
 
     def absent() -> RowFindings:
         raise LookupError("these rows were not compared before")
 
     with suppress(LookupError):
         return measure_once("row-checks", _key(sources), absent, RowFindings)
-    return None
+    return RowFindings()
 
 
 def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:

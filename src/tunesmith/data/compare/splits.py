@@ -4,7 +4,6 @@ The latter are those of `data.validation`, or some held out of the rest. All rea
 rows starts here.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,7 +34,7 @@ class Splits:
 
     Attributes:
         sources: all rows of `data.train`, before any is left out or held out.
-        findings: what was found in them; None where nobody looked.
+        findings: what was found in them; nothing where they were not compared.
         left_out: the rows of `sources` that `data.leave_out` leaves out, by fault; a row of two
             faults is with the first.
         held_out: rows of `sources` that are held out, in order.
@@ -44,7 +43,7 @@ class Splits:
     train: SourceRows
     validation: SourceRows
     sources: SourceRows
-    findings: RowFindings | None = None
+    findings: RowFindings = field(default_factory=RowFindings)
     left_out: dict[RowFault, list[int]] = field(default_factory=dict)
     held_out: tuple[int, ...] = ()
 
@@ -63,7 +62,7 @@ def read_splits(
         DataError: a source cannot be read, or no row is left to train on.
     """
     sources = _read_sources(data)
-    findings = None
+    findings = RowFindings()
     if data.hold_out is not None or data.leave_out:
         findings = checked_before(sources) if only_cached else check_rows(sources)
     splits = _split_rows(data, seed, sources, findings)
@@ -80,17 +79,20 @@ def _read_sources(data: Data) -> SourceRows:
     return [(source, read_rows(source)) for source in data.train]
 
 
-def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFindings | None) -> Splits:
+def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFindings) -> Splits:
     """The rows of `sources`, less those of `data.leave_out`, on two sides.
 
     A seed draws those of `data.hold_out`, and the others keep their order. Near-duplicates, and
     rows with one prompt or one long answer, are held out together or not at all; without any, the
     draw is the first rows of a shuffled order.
     """
-    left_out = _left_out(data, findings)
-    gone = sorted(set(itertools.chain.from_iterable(left_out.values())))
+    left_out: dict[RowFault, list[int]] = {}
+    gone: set[int] = set()
+    for fault in data.leave_out:
+        left_out[fault] = [row for row in findings.faulty_rows(fault) if row not in gone]
+        gone.update(left_out[fault])
     total = sum(len(rows) for _, rows in sources)
-    remaining = np.delete(np.arange(total), gone)
+    remaining = np.delete(np.arange(total), sorted(gone))
     if gone and not len(remaining):
         raise DataError(
             "no row is left to train on",
@@ -105,9 +107,7 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
     count = count_held_out(data.hold_out, len(remaining))
     if data.hold_out_seed is not None:
         seed = data.hold_out_seed
-    groups = []
-    if findings is not None:
-        groups = _kept_together(findings.without(gone), remaining)
+    groups = _kept_together(findings.without(gone), remaining)
     # Sorted, so that each source takes its part of the indices in order.
     held_out = remaining[np.sort(draw_held_out(len(remaining), count, seed, groups))]
     train_rows = np.setdiff1d(remaining, held_out, assume_unique=True)
@@ -119,18 +119,6 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
         left_out,
         tuple(held_out.tolist()),
     )
-
-
-def _left_out(data: Data, findings: RowFindings | None) -> dict[RowFault, list[int]]:
-    """The rows that are left out, by fault."""
-    left_out: dict[RowFault, list[int]] = {}
-    if findings is None:
-        return left_out
-    gone: set[int] = set()
-    for fault in data.leave_out:
-        left_out[fault] = [row for row in findings.faulty_rows(fault) if row not in gone]
-        gone.update(left_out[fault])
-    return left_out
 
 
 def _kept_together(findings: RowFindings, remaining: np.ndarray) -> list[list[int]]:
