@@ -90,7 +90,7 @@ def test_one_prompt_with_two_answers(first: str) -> None:
     [
         [row("Is tin a metal?", "Yes."), row("Is tin a metal?", "yes")],
         [row("Go on.", "yes"), row("Go on.", "no")],
-        [row("Is tin a metal?", "yes")._replace(tools="[]"), row("Is tin a metal?", "no")],
+        [row("Is tin a metal?", "yes")._replace(given="[]"), row("Is tin a metal?", "no")],
         [row("Is it 3 or 4?", "yes"), row("Is it 4 or 3?", "no")],
         [RowText("Is tin a metal?", answer, is_answered=False) for answer in ("yes", "no")],
         # Many drafts of each of many texts are several by design.

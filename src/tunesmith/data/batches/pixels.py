@@ -136,9 +136,8 @@ class PicturesOfRow:
     def begin(self) -> None:
         """Read the row, and have its pixels made, unless that was begun before."""
         if self._wait is None:
-            row = int(self._part.arrays.rows[self._at])
-            where = self._part.rows.where(row)
-            task = PixelTask(self._part.row_pictures(self._at), self._digests, where)
+            pictures = self._part.row_pictures(self._at)
+            task = PixelTask(pictures, self._digests, self._part.where(self._at))
             self._wait = self._reader.submit(task)
 
     def pixels(self) -> Pixels:

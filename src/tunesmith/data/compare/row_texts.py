@@ -43,8 +43,8 @@ class RowText(NamedTuple):
         prompt: all before the last answer; empty for plain text.
         answer: the last answer; of a pair both; of plain text the whole.
         is_answered: the row has one right answer: it is no pair, no feedback and no plain text.
-        tools: its tool schemas as JSON, since an answer depends on them too.
-        pictures: the digests of its pictures, for the same reason.
+        given: what an answer depends on too: its tool schemas as JSON, and the digests of its
+            pictures.
         is_plain: the row is plain text.
         chosen: of a pair, the answer of both that is the better one.
         is_good: of feedback, whether the answer is good; None for any other row.
@@ -53,16 +53,10 @@ class RowText(NamedTuple):
     prompt: str
     answer: str
     is_answered: bool
-    tools: str = ""
+    given: str = ""
     is_plain: bool = False
     chosen: str = ""
     is_good: bool | None = None
-    pictures: str = ""
-
-    @property
-    def given(self) -> str:
-        """Join what an answer depends on beside the prompt."""
-        return self.tools + self.pictures
 
 
 def limits() -> list[int]:
@@ -124,18 +118,17 @@ def row_text(values: Row, source: Source, where: str = "") -> RowText:
     for rejected in others:
         chosen = answer
         answer = f"{chosen}\n{_prompt_and_answer(rejected)[1]}"
-    tools = ""
+    given = " ".join(map(_identity, pictures_of(sample)))
     if isinstance(sample, Conversation) and sample.tools:
-        tools = json.dumps(sample.tools, sort_keys=True, default=str)
+        given = json.dumps(sample.tools, sort_keys=True, default=str) + given
     return RowText(
         _ends(prompt),
         _ends(answer),
         is_answered=row.is_answered,
-        tools=tools,
+        given=given,
         is_plain=isinstance(sample, Text),
         chosen=_ends(chosen),
         is_good=row.is_good,
-        pictures=" ".join(map(_identity, pictures_of(sample))),
     )
 
 

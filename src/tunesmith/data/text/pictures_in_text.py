@@ -4,9 +4,9 @@ A chat template writes one token for a picture. The model wants as many as it ha
 between tokens of its own: these are put in before the text is tokenized.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.data.rows.pictures import (
@@ -18,6 +18,7 @@ from tunesmith.data.rows.pictures import (
 )
 from tunesmith.data.rows.samples import Conversation, Sample, pictures_of
 from tunesmith.data.text.align import CharSpan
+from tunesmith.data.text.answer_ends import any_of
 from tunesmith.data.text.example import SeenPicture
 from tunesmith.errors import DataError, first_line
 
@@ -54,10 +55,11 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
             fix="model.vision=true, or remove the pictures",
         )
     if isinstance(sample, Conversation):
+        spelled = any_of(processor.tokens)
         for text in texts_in([sample.messages, sample.tools]):
-            for token in processor.tokens:
-                if token in text:
-                    raise literal_placeholder(token)
+            found = spelled.search(text)
+            if found is not None:
+                raise literal_placeholder(found[0])
     if not pictures:
         return SeenPictures()
     digests = []
@@ -89,21 +91,15 @@ def put_placeholders(
     """The text with `texts` in the places of the marks, of which there are as many; and the spans,
     none of which ends in a mark.
     """
-    pieces = text.split(mark)
-    # Where marks end, and by how much what follows is moved.
-    ends = []
-    shifts = [0]
-    at = 0
-    for piece, put in zip(pieces, texts, strict=False):
-        at += len(piece) + len(mark)
-        ends.append(at)
-        shifts.append(shifts[-1] + len(put) - len(mark))
+    ends = [match.end() for match in re.finditer(re.escape(mark), text)]
+    growths = [len(put) - len(mark) for put in texts]
 
     def moved(edge: int) -> int:
-        # A span without an end token has -1.
-        return edge + shifts[bisect_right(ends, edge)] if edge >= 0 else edge
+        # The -1 of a span without an end token is before all marks.
+        return edge + sum(growths[: bisect_right(ends, edge)])
 
-    joined = pieces[0] + "".join(chain.from_iterable(zip(texts, pieces[1:], strict=True)))
+    next_texts = iter(texts)
+    joined = re.sub(re.escape(mark), lambda _: next(next_texts), text)
     return joined, [CharSpan(*map(moved, span)) for span in spans]
 
 

@@ -146,12 +146,15 @@ _REPEATED_CHARACTERS = 16
 def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     """Names in ROW_WARNINGS that fit one row; `raw`: no template writes between its texts."""
     questions: list[str] = []
+    answers: list[str] = []
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
         questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+        answers = [answer["content"] for answer in sample.supervised()]
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
         questions = [] if raw else [sample.prompt]
+        answers = [sample.completion]
         prompt, answer = sample.prompt.strip(), sample.completion.strip()
         is_long = len(prompt) >= _REPEATED_CHARACTERS
         # An answer that is the prompt, and no more, may be what is to be learned.
@@ -170,7 +173,7 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "written_turns"
     if has_empty_answers(sample):
         yield "empty"
-    if any(map(_is_endless, _answers_of(sample))):
+    if any(map(_is_endless, answers)):
         yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
@@ -181,13 +184,6 @@ def has_empty_answers(sample: Sample) -> bool:
     if isinstance(sample, Conversation):
         return any(not is_said(answer) for answer in sample.supervised())
     return isinstance(sample, Completion) and not sample.completion.strip()
-
-
-def _answers_of(sample: Sample) -> list[str]:
-    """The texts of the answers that are trained on."""
-    if isinstance(sample, Conversation):
-        return [answer["content"] for answer in sample.supervised()]
-    return [sample.completion] if isinstance(sample, Completion) else []
 
 
 def _is_endless(answer: str) -> bool:

@@ -9,9 +9,14 @@ from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.config.schema import Data
 from tunesmith.data.rows.samples import Message
 from tunesmith.data.text import builtin_templates
-from tunesmith.data.text.rendering import RENDER_ERRORS, ChatRenderer
+from tunesmith.data.text.rendering import ChatRenderer
 from tunesmith.data.text.template import Template, prefix_ids, title_of
-from tunesmith.data.text.template_args import assign_arguments, split_arguments, with_arguments
+from tunesmith.data.text.template_args import (
+    assign_arguments,
+    parse_template,
+    split_arguments,
+    with_arguments,
+)
 from tunesmith.data.text.try_template import try_template
 from tunesmith.errors import DataError
 
@@ -73,9 +78,10 @@ def select_template(
         )
     if data.template in ("auto", "chat") and chat_template is not None:
         template = make(jinja=chat_template, name="chat")
-        if not may_have_tools or not _drops_calls(template):
+        if not may_have_tools or not _is_plain_chatml(template.chat):
             return template
-        jinja = _with_hermes_calls(chat_template)
+        arguments, jinja = split_arguments(chat_template)
+        jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
         return make(jinja=jinja, name="chat")
     if data.template in ("auto", "alpaca"):
         # A template of ours writes BOS where the tokenizer adds it to plain text.
@@ -85,7 +91,7 @@ def select_template(
         jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
         return make(jinja=jinja, name="alpaca")
     path = Path(data.template).expanduser()
-    jinja = _with_arguments(_read_template(path, tokenizer), data, tokenizer, path.name)
+    jinja = _with_arguments(_read_template(path), data, tokenizer, path.name)
     return make(jinja=jinja, name=path.name)
 
 
@@ -94,19 +100,6 @@ def _with_arguments(jinja: str, data: Data, tokenizer: "PreTrainedTokenizerBase"
     return with_arguments(
         jinja, data.template_args, title=title_of(name), special_tokens=tokenizer.special_tokens_map
     )
-
-
-def _with_hermes_calls(jinja: str) -> str:
-    arguments, jinja = split_arguments(jinja)
-    return assign_arguments(builtin_templates.with_tools(jinja), arguments)
-
-
-def _drops_calls(template: Template) -> bool:
-    """Tell whether a template is plain ChatML, which writes neither tools nor calls."""
-    chat = template.chat
-    if chat is None or chat.traits.calls or chat.traits.lists_tools:
-        return False
-    return _is_plain_chatml(chat)
 
 
 def _chat_template_of(
@@ -125,8 +118,10 @@ def _chat_template_of(
     return default
 
 
-def _is_plain_chatml(chat: ChatRenderer) -> bool:
-    """Tell whether a template writes turns as ChatML, and results in no form of its own."""
+def _is_plain_chatml(chat: ChatRenderer | None) -> bool:
+    """Return whether a template is ChatML that writes no tools, no calls and no results."""
+    if chat is None or chat.traits.calls or chat.traits.lists_tools:
+        return False
     turns = (("user", "one"), ("assistant", "two"), ("tool", "three"), ("assistant", "four"))
     messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
     chatml = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]
@@ -143,9 +138,9 @@ def _is_plain_chatml(chat: ChatRenderer) -> bool:
     return "three" not in text or text.endswith("".join(chatml))
 
 
-def _read_template(path: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _read_template(path: Path) -> str:
     """A Jinja file, tried for its syntax; DataError if it cannot be read or is not Jinja."""
-    import jinja2
+    from jinja2 import TemplateSyntaxError
 
     try:
         jinja = path.read_text(encoding="utf-8")
@@ -158,17 +153,13 @@ def _read_template(path: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
             fix="use a Jinja file, or one of auto, chat, alpaca, raw",
         ) from error
     try_template(jinja, title_of(path.name))
-    message = {"role": "user", "content": "one"}
     try:
-        tokenizer.apply_chat_template([message], chat_template=jinja, tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
+        parse_template(jinja)
+    except TemplateSyntaxError as error:
         raise DataError(
             "the template is not valid Jinja",
             where=f"{path}:{error.lineno}",
             why=str(error.message),
             fix="fix that line",
         ) from error
-    except RENDER_ERRORS:
-        # It may ask for more than one message; rows that it refuses are named when they come.
-        pass
     return jinja

@@ -20,7 +20,7 @@ from tunesmith.data.text.try_template import plain_jinja
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
-    from jinja2.nodes import Node
+    from jinja2.nodes import Node, Template
 
 # What a recipe can give: the literals that JSON and Jinja write alike.
 Argument = bool | int | float | str
@@ -115,12 +115,11 @@ def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
 
 def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]:
     """List the names that a template leaves to its caller; none where it is not valid Jinja."""
-    import jinja2
-    from jinja2 import meta
+    from jinja2 import TemplateSyntaxError, meta
 
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain_jinja(jinja))
-    except jinja2.TemplateSyntaxError:
+        tree = parse_template(jinja)
+    except TemplateSyntaxError:
         # It is named with its line once it renders.
         return []
     first_use: dict[str, str] = {}
@@ -133,6 +132,13 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
     if writes_today(jinja):
         names.append(_DATE_ARGUMENT)
     return sorted(names)
+
+
+def parse_template(jinja: str) -> "Template":
+    """Parse a chat template; raise jinja2.TemplateSyntaxError if it is not valid Jinja."""
+    from jinja2 import Environment
+
+    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain_jinja(jinja))
 
 
 def _names_in_order(node: "Node") -> Iterator[tuple[str, str]]:

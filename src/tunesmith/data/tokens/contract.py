@@ -338,10 +338,6 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
 def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
     first_of_source = 0
     for source in tokens.parts:
-        leaks = np.zeros(len(source), np.bool_)
-        leaks[list(source.leaks)] = True
-        empties = np.zeros(len(source), np.bool_)
-        empties[list(source.empties)] = True
         offsets = source.arrays.offsets
         first = 0
         while first < len(source):
@@ -349,12 +345,13 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
             # At least one example, also where it alone is longer.
             stop = min(max(stop, first + 1), len(source))
             arrays = source.arrays.part(first, stop)
+            indices = np.arange(first, stop)
             yield _Chunk(
                 first=first_of_source + first,
                 arrays=arrays,
                 offsets=arrays.sequence_offsets(),
-                leaks=leaks[first:stop],
-                empties=empties[first:stop],
+                leaks=np.isin(indices, source.leaks),
+                empties=np.isin(indices, source.empties),
                 has_answers=source.has_answers,
             )
             first = stop
@@ -374,10 +371,9 @@ def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
     if bos is None:
         return (0, chunk.starts[:0])
     ids = chunk.arrays.ids
-    second = np.minimum(chunk.starts + 1, len(ids) - 1)
-    has_second = np.diff(chunk.offsets) > 1
-    has_two = (ids[chunk.starts] == bos) & (ids[second] == bos) & has_second
-    return (len(chunk.starts), second[has_two])
+    starts = chunk.starts[np.diff(chunk.offsets) > 1]
+    has_two = (ids[starts] == bos) & (ids[starts + 1] == bos)
+    return (len(chunk.starts), starts[has_two] + 1)
 
 
 def _supervised_prompts(chunk: _Chunk) -> _Faults:

@@ -135,16 +135,25 @@ class SourceTokens:
         """The rows that the examples are of, each once."""
         return list(dict.fromkeys(self.arrays.rows.tolist()))
 
-    def row_pictures(self, at: int) -> tuple[Picture, ...]:
-        """The pictures of the row of example `at`, which is read again.
+    def where(self, at: int) -> str:
+        """The place of the row that example `at` came from."""
+        return self.rows.where(int(self.arrays.rows[at]))
+
+    def sample(self, at: int, system: str | None = None) -> Sample:
+        """The row of example `at`, read again; of a pair with the chosen answer.
+
+        system: `data.system`.
 
         Raises:
             DataError: the file has changed, and the row is broken now.
         """
         assert self.source is not None
-        row = int(self.arrays.rows[at])
-        sample = convert_sample(self.rows[row], self.source, where=self.rows.where(row))
-        return pictures_of(sample)
+        row = self.rows[int(self.arrays.rows[at])]
+        return convert_sample(row, self.source, where=self.where(at), system=system)
+
+    def row_pictures(self, at: int) -> tuple[Picture, ...]:
+        """The pictures of the row of example `at`."""
+        return pictures_of(self.sample(at))
 
     def first(self, n: int) -> "SourceTokens":
         """The first n examples (all, where there are fewer)."""
@@ -221,11 +230,8 @@ class TokenSet:
             # Of a pair the first sequence ends here; 0 where an example is one sequence.
             firsts = _join_arrays(part.arrays.firsts for part in self.parts)
             self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
-        weights = [part.weight for part in self.parts]
-        if len(set(weights)) == 1:
-            self.repeats = np.broadcast_to(np.float64(weights[0]), len(self))
-        else:
-            self.repeats = np.repeat(np.array(weights, np.float64), np.diff(self._firsts))
+        weights = np.array([part.weight for part in self.parts], np.float64)
+        self.repeats = np.repeat(weights, np.diff(self._firsts))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -321,18 +327,12 @@ class TokenSet:
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""
         part, at = self._find(i)
-        return part.rows.where(int(part.arrays.rows[at]))
+        return part.where(at)
 
     def sample(self, i: int, system: str | None) -> Sample:
-        """The row of example i, of a pair with the chosen answer; `system` is `data.system`.
-
-        Raises:
-            DataError: the file has changed, and the row is broken now.
-        """
+        """`SourceTokens.sample` of example i."""
         part, at = self._find(i)
-        assert part.source is not None
-        row = part.rows[int(part.arrays.rows[at])]
-        return convert_sample(row, part.source, where=self.where(i), system=system)
+        return part.sample(at, system)
 
     def beginning(self, i: int) -> str:
         """Quote the beginning of the row of example i, in one line that tells it from others.
@@ -349,10 +349,6 @@ class TokenSet:
         return (
             text if len(text) <= BEGINNING_CHARACTERS else f"{text[: BEGINNING_CHARACTERS - 4]} ..."
         )
-
-    @property
-    def sources(self) -> tuple[TokenCounts, ...]:
-        return tuple(part.counts for part in self.parts)
 
     @property
     def counts(self) -> TokenCounts:
