@@ -317,17 +317,13 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
     counts = tokens.counts
     seq_len = int(tokens.longest_sequences.max(initial=0))
     # A dict: the two lengths may be equal, and are then named once.
-    lengths = {
-        counts.longest_of_99: "fits 99 % of the rows",
-        counts.longest: "fits the longest row",
-    }
-    fixes = []
-    for length, what_fits in lengths.items():
-        is_possible = position_limit is None or length <= position_limit
-        if seq_len < length and is_possible:
-            fixes.append(f"data.seq_len={length} ({what_fits})")
-    if not fixes and position_limit is not None and seq_len < position_limit:
-        fixes.append(f"data.seq_len={position_limit} (the model's maximum)")
+    lengths = {}
+    for length, rows in ((counts.longest_of_99, "99 % of the rows"), (counts.longest, "all rows")):
+        possible = min(length, position_limit or length)
+        if seq_len < possible:
+            fits = f"fits {rows}" if possible == length else "the model's maximum"
+            lengths[possible] = f"data.seq_len={possible} ({fits})"
+    fixes = list(lengths.values())
     # Dropping is a way only if rows are left.
     if counts.cut < counts.kept:
         fixes.append("data.too_long=drop")

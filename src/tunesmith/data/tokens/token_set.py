@@ -413,14 +413,13 @@ def find_repeats(
     among_hashes = among.chosen_hashes if chosen else among.hashes
     if not len(hashes) or not len(among_hashes):
         return Repeats()
-    # Of equal hashes the first in the sorted order is the earliest example.
-    order = np.argsort(among_hashes, kind="stable")
-    positions = np.searchsorted(among_hashes, hashes, sorter=order)
-    earliest = order[np.minimum(positions, len(among_hashes) - 1)]
+    values, firsts = np.unique(among_hashes, return_index=True)
+    positions = np.minimum(np.searchsorted(values, hashes), len(values) - 1)
+    earliest = firsts[positions]
+    is_repeat = values[positions] == hashes
     if among is tokens:
-        repeats = np.flatnonzero(earliest < np.arange(len(hashes)))
-    else:
-        repeats = np.flatnonzero(among_hashes[earliest] == hashes)
+        is_repeat &= earliest < np.arange(len(hashes))
+    repeats = np.flatnonzero(is_repeat)
     if not len(repeats):
         return Repeats()
     first = int(repeats[0])
