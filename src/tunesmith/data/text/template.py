@@ -213,20 +213,20 @@ class Template:
             where: the rows' places, for the DataError of one that cannot be rendered or masked.
         """
         samples = [self._as_turns(sample) for sample in samples]
-        located: list[RenderedAnswers | DataError] = []
-        for sample, place in zip(samples, where, strict=True):
+        texts: dict[int, RenderedAnswers] = {}
+        examples: dict[int, Example | DataError] = {}
+        for i, (sample, place) in enumerate(zip(samples, where, strict=True)):
             try:
                 with row_errors(place):
                     seen = see_pictures(sample, self.pictures, place)
-                    located.append(self._expanded(self._locate(sample, train_on), seen))
+                    texts[i] = self._expanded(self._locate(sample, train_on), seen)
             except DataError as error:
-                located.append(error)
-        renderings = [answers for answers in located if not isinstance(answers, DataError)]
+                examples[i] = error
         try:
             # The tokenizer works on the texts with several threads.
             aligned = self._aligner.encode(
-                [answers.text for answers in renderings],
-                [answers.spans for answers in renderings],
+                [answers.text for answers in texts.values()],
+                [answers.spans for answers in texts.values()],
                 self.end_ids,
             )
         except DataError as error:
@@ -236,18 +236,13 @@ class Template:
             # One by one, to find the row.
             rows = zip(samples, where, strict=True)
             return [self.encode_many([sample], train_on, where=[at])[0] for sample, at in rows]
-        next_aligned = iter(aligned)
-        examples: list[Example | DataError] = []
-        for sample, answers, place in zip(samples, located, where, strict=True):
-            if isinstance(answers, DataError):
-                examples.append(answers)
-                continue
+        for (i, answers), tokens in zip(texts.items(), aligned, strict=True):
             try:
-                with row_errors(place):
-                    examples.append(self._example(sample, answers, next(next_aligned)))
+                with row_errors(where[i]):
+                    examples[i] = self._example(samples[i], answers, tokens)
             except DataError as error:
-                examples.append(error)
-        return examples
+                examples[i] = error
+        return [examples[i] for i in range(len(samples))]
 
     def prompt(self, sample: Sample, *, where: str = "") -> list[int]:
         """Token ids of the model's input: all before the last answer, which may be missing.
