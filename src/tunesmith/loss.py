@@ -132,7 +132,12 @@ def token_cross_entropy(
         logits = _logits(head(chunk), softcap, scale)
         tokens = logits.argmax(-1) if shard is None else shard.most_likely(logits)
         hits.append(tokens == chunk_targets)
-        losses.append(_token_losses(logits, chunk_targets, shard))
+        if shard is None:
+            losses.append(F.cross_entropy(logits, chunk_targets, reduction="none"))
+        else:
+            losses.append(
+                shard.softmax(logits, chunk_targets)[0].squeeze(1)
+            )  # in the logits' place
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -411,13 +416,6 @@ class _HeadLogprobs(torch.autograd.Function):
         d_weight = None if sums.weight is None else sums.weight.to(weight.dtype)
         d_bias = None if sums.bias is None else sums.bias.to(bias.dtype)
         return sums.hidden, d_weight, d_bias, None
-
-
-def _token_losses(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
-    """Cross-entropy of each row, [c]; without gradient. The logits of a shard are overwritten."""
-    if shard is None:
-        return F.cross_entropy(logits, targets, reduction="none")
-    return shard.softmax(logits, targets)[0].squeeze(1)
 
 
 def loss_and_grad(

@@ -471,7 +471,9 @@ def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | N
 def _packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     spans = rule.documents.spans
     assert spans is not None
-    return packed_attention.attend_packed(q, k, v, spans, scale=rule.scale, window=rule.window)
+    out, _ = packed_attention.packed_attention(q, k, v, spans, rule.scale)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
@@ -690,7 +692,11 @@ def _group_gradients(
             d_scores.mul_(d_cap)
         if d_sinks is not None and of_sinks is not None:
             # A sink's value is zero, so its dP is 0 and dS = -P_sink * delta.
-            d_sinks -= _sum_by_head(of_sinks.view_as(delta_rows) * delta_rows, group, d_sinks)
+            # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
+            delta_rows = of_sinks.view_as(delta_rows) * delta_rows
+            d_sinks -= delta_rows.view(group.count, len(d_sinks), -1).sum(
+                (0, 2), dtype=d_sinks.dtype
+            )
         # dV = P^T dO: the query heads of a key head are rows of one matrix, so the product adds
         # them.
         part = torch.bmm(of_keys.transpose(1, 2), d_rows)
@@ -704,16 +710,6 @@ def _group_gradients(
     assert d_keys is not None
     assert d_values is not None
     return _join(d_queries), d_keys, d_values
-
-
-def _sum_by_head(per_row: Tensor, group: Group, like: Tensor) -> Tensor:
-    """The sum over documents and rows of [count * kv heads, heads a kv head, rows, 1].
-
-    Returns [heads] in the dtype of `like`, which has that shape.
-    """
-    # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
-    by_head = per_row.view(group.count, like.shape[0], -1)
-    return by_head.sum((0, 2), dtype=like.dtype)
 
 
 def _saves_probabilities(group: Group, softcap: float | None) -> bool:

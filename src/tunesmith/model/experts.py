@@ -102,10 +102,8 @@ class Experts(nn.Module):
 
     def trains_in_full(self) -> bool:
         """Tell whether a stack gets gradients."""
-        for name in self.stack_names:
-            if self.codes(name) is None and self.get_parameter(name).requires_grad:
-                return True
-        return False
+        dense = [name for name in self.stack_names if self.codes(name) is None]
+        return any(self.get_parameter(name).requires_grad for name in dense)
 
 
 def find_experts(model: nn.Module) -> dict[str, Experts]:

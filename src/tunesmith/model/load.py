@@ -212,7 +212,17 @@ def build_on_meta(
     for _, parameter in vision_parameters(causal_lm):
         parameter.requires_grad_(False)
     if model.train_projector:
-        _train_projector(causal_lm)
+        projector = find_projector(causal_lm)
+        if not projector:
+            raise ModelError(
+                f"no projector was found in this {causal_lm.config.model_type}",
+                where="model.train_projector",
+                why="it stands beside the vision tower and the text model, or is the tower's "
+                "merger",
+                fix="model.train_projector=false",
+            )
+        for name in projector:
+            causal_lm.get_submodule(name).requires_grad_(True)
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
 
@@ -231,20 +241,6 @@ def auto_class_of(config: PretrainedConfig) -> Any:
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
-
-
-def _train_projector(model: PreTrainedModel) -> None:
-    """Let the projector be trained; ModelError where there is none to be found."""
-    names = find_projector(model)
-    if not names:
-        raise ModelError(
-            f"no projector was found in this {model.config.model_type}",
-            where="model.train_projector",
-            why="it stands beside the vision tower and the text model, or is the tower's merger",
-            fix="model.train_projector=false",
-        )
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
 
 
 def replace_parameters(

@@ -250,7 +250,7 @@ def _run(
     if training:
         # Of frozen embeddings the first layer would keep less than the others.
         embedding = model.get_input_embeddings()
-        hooks.append(embedding.register_forward_hook(_require_gradient))
+        hooks.append(embedding.register_forward_hook(lambda *call: call[-1].requires_grad_()))
     model.train(training)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
@@ -316,9 +316,3 @@ def are_experts(module: nn.Module) -> bool:
 def count_experts(module: nn.Module) -> int:
     """The experts that a module says it holds; 0 where it says nothing."""
     return int(module.num_experts) if isinstance(module, HasExperts) else 0
-
-
-def _require_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-    if output.requires_grad:
-        return output
-    return output.requires_grad_()

@@ -55,22 +55,6 @@ def spans_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.stack([starts, ends])
 
 
-def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, scale: float, window: int | None
-) -> Tensor:
-    """`attention.attend` over all tokens of the row; spans: of `spans_of`."""
-    if window is not None:
-        numbers = torch.arange(len(q), dtype=spans.dtype, device=spans.device)
-        starts, ends = spans
-        # The query itself is counted.
-        spans = torch.stack(
-            [starts.maximum(numbers - (window - 1)), ends.minimum(numbers + window)]
-        )
-    out, _ = packed_attention(q, k, v, spans, scale)
-    assert isinstance(out, Tensor)
-    return out
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from tunesmith.model import packed_kernels  # Triton comes with torch for CUDA alone
 

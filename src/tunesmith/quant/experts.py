@@ -48,7 +48,9 @@ def experts_forward(
     # The compiler, if it runs, takes frozen experts into the graph of their layer.
     if module.trains_in_full():
         return _train_in_full(module, hidden, top_k_index, top_k_weights)
-    in_groups = _is_dense_in_groups(module, hidden.dtype)
+    # A stack that is large when dense is dequantized for some experts at a time.
+    stacks = map(module.stack, module.stack_names)
+    in_groups = any(s.experts_at_once(hidden.dtype) < s.shape[0] for s in stacks)
     rows = ExpertRows.of(top_k_index, module.num_experts, hidden.dtype, in_groups=in_groups)
     output = _apply_experts(module, hidden, _Weights.apply(top_k_weights, rows), rows)
     if module.has_bias:
@@ -61,15 +63,6 @@ def _train_in_full(module: Experts, hidden: Tensor, index: Tensor, weights: Tens
     """`experts_forward` by Transformers, outside of a graph."""
     y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, index, weights)
     return y
-
-
-def _is_dense_in_groups(module: Experts, dtype: torch.dtype) -> bool:
-    """Tell whether a stack of a module is dequantized for some experts at a time."""
-    for name in module.stack_names:
-        stack = module.stack(name)
-        if stack.experts_at_once(dtype) < stack.shape[0]:
-            return True
-    return False
 
 
 def _apply_experts(module: Experts, x: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
