@@ -380,7 +380,11 @@ def test_ranks_with_other_software_are_refused() -> None:
     [
         (cut_keys_by_columns, TENSOR, "RuntimeError: "),
         (fail_on_rank_1, COPY, "ValueError: a kernel failed"),
-        (give_a_rank_another_model_file, COPY, "the base model changed since this run started"),
+        (
+            give_a_rank_another_model_file,
+            COPY,
+            "the weights of model.name changed since this run started",
+        ),
     ],
 )
 def test_an_error_of_a_mesh_is_told_once_and_names_it(change, mesh, words):

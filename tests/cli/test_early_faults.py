@@ -113,10 +113,10 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
 @pytest.mark.parametrize(
     ("missing", "fix"),
     [
-        ("runs/dp", ["dpo, sft", "adapter.from=runs/dpo"]),
-        ("./runs/dp", ["dpo, sft", "adapter.from=runs/dpo"]),
-        ("runs/stf/final", ["adapter.from=runs/sft/final"]),
-        ("runs/other", ["dpo, sft", "adapter.from=runs/dpo"]),
+        ("runs/dp", ["runs/dpo"]),
+        ("./runs/dp", ["runs/dpo"]),
+        ("runs/stf/final", ["runs/sft/final"]),
+        ("runs/other", ["dpo, sft"]),
     ],
 )
 def test_a_run_to_continue_that_is_not_there_names_those_that_are(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor
 
 from errors import holds
@@ -240,7 +241,7 @@ def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_path):
     many(tiny, tmp_path, COPIES, BF16, stop=(0, STOP))
     checkpoint = tmp_path / "run" / f"checkpoint-{STOP}"
-    stored = sharded._entries(checkpoint)
+    stored = FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
     assert {
         entry.properties.dtype for name, entry in stored.items() if name.startswith("model.")
     } == {torch.float32}

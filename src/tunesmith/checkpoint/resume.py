@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
@@ -181,7 +181,8 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     if final_step is not None:
         progress = start.progress
         # A longer duration than the one that it completed goes on.
-        if progress is None or _has_ended(progress, run, final_step):
+        duration = str(run.train.duration)
+        if progress is None or (progress.step, progress.ended) == (final_step, duration):
             source = final_steps.index(final_step)
             bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
             return Start(finished=final_step)
@@ -190,10 +191,6 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     else:
         _bring_records(output_dir, ranks)
     return start
-
-
-def _has_ended(progress: Progress, run: Run, final_step: int) -> bool:
-    return progress.step == final_step and progress.ended == str(run.train.duration)
 
 
 def finished_step(run: Run) -> int | None:
@@ -218,7 +215,16 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     if not copies_in(output_dir) and final_step is None:
         return None, None
     is_forced = run.checkpoint.resume == "force"
-    previous_run = _recipe_of(output_dir)
+    recipe = output_dir / RECIPE
+    try:
+        previous_run = load_recipe(recipe, trusts_code=True)
+    except TunesmithError as error:
+        raise RecipeError(
+            f"the recipe that this run started with cannot be read: {error.what}",
+            where=error.where,
+            why=error.why,
+            fix=f"undo the change in {recipe}, or {START_OVER}",
+        ) from error
     run = replace(run, model=as_it_began(run.model, previous_run))
     if folder_in_run(previous_run.adapter.from_, run.adapter.from_):
         # So does a run directory, for the folder in it that the run began with.
@@ -266,23 +272,6 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
         copy_files(ranks, output_dir, missing, {}, announce=True, source=source)
 
 
-def _recipe_of(output_dir: Path) -> Run:
-    """The recipe that the checkpoints were written with.
-
-    Without it they are neither resumed from nor deleted.
-    """
-    recipe = output_dir / RECIPE
-    try:
-        return load_recipe(recipe, trusts_code=True)
-    except TunesmithError as error:
-        raise RecipeError(
-            f"the recipe that this run started with cannot be read: {error.what}",
-            where=error.where,
-            why=error.why,
-            fix=f"undo the change in {recipe}, or {START_OVER}",
-        ) from error
-
-
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
     """ModelError or DataError where a hash is not the checkpoint's.
 
@@ -290,35 +279,25 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
     """
     if start.progress is None or run.checkpoint.resume == "force":
         return
-    parts = {
-        "model_hash": ("base model", "model.name", [run.model.name]),
-        "reference_hash": ("method's reference", "adapter.from", [str(run.adapter.from_)]),
-        "data_hash": ("training data", "data.train", [s.source for s in run.data.train]),
-        "validation_hash": (
-            "validation data",
-            "data.validation",
-            [s.source for s in run.data.validation],
-        ),
+    keys = {
+        "model_hash": ("model.name", [run.model.name]),
+        "reference_hash": ("adapter.from", [str(run.adapter.from_)]),
+        "data_hash": ("data.train", [source.source for source in run.data.train]),
+        "validation_hash": ("data.validation", [source.source for source in run.data.validation]),
     }
-    earlier = asdict(start.progress)
     for name, digest in hashes.items():
-        previous = earlier[name]
+        previous = vars(start.progress)[name]
         if digest is None or previous in (None, digest):
             continue
-        part, key, sources = parts[name]
-        error: type[ModelError | DataError] = DataError
-        changed = "rows, pictures, template or tokenizer"
-        meaning = " to continue on the changed rows, some twice or never in this epoch"
-        if name in ("model_hash", "reference_hash"):
-            error = ModelError
-            changed = "weights"
-            meaning = ""
+        key, sources = keys[name]
+        is_data = key.startswith("data.")
+        changed = "rows, pictures, template or tokenizer" if is_data else "weights"
+        error: type[ModelError | DataError] = DataError if is_data else ModelError
         raise error(
-            f"the {part} changed since this run started",
+            f"the {changed} of {key} changed since this run started",
             where=f"{key}: {', '.join(sources)}",
-            why=f"its hash is {digest[:12]}, the checkpoint's is {previous[:12]}: "
-            f"{changed} were changed",
-            fix=f"undo the change, or {START_OVER}, {FORCE}{meaning}",
+            why=f"the hash is {digest[:12]}, the checkpoint's is {previous[:12]}",
+            fix=f"undo the change, or {START_OVER}, {FORCE}",
         )
 
 

@@ -294,17 +294,6 @@ def read_sharded_optimizer(
     optimizer.growth_tracker = progress.good_steps
 
 
-def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint."""
-    try:
-        metadata = FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
-    except Exception as error:  # pickle's are of many kinds
-        raise _unreadable(folder, error) from error
-    return {
-        name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-
 def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
     """Read into tensors, each rank what it holds of them."""
     try:
@@ -340,8 +329,12 @@ class ShardedTensors:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.shapes: dict[str, Tensor] = {}
-        for key, entry in _entries(folder).items():
-            if key.startswith("model."):
+        try:
+            metadata = FileSystemReader(folder / STATE_FOLDER).read_metadata()
+        except Exception as error:  # pickle's are of many kinds
+            raise _unreadable(folder, error) from error
+        for key, entry in metadata.state_dict_metadata.items():
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata):
                 shape = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
                 self.shapes[key.removeprefix("model.")] = shape
 

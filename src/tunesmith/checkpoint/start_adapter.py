@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tunesmith.checkpoint.saved_model import find_saved_model
-from tunesmith.config.names import nearest
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
@@ -14,7 +13,7 @@ from tunesmith.model.safetensors_files import (
     read_header,
     sampled_digest,
 )
-from tunesmith.run_dir import RECIPE, near_folder
+from tunesmith.run_dir import RECIPE, name_a_run
 
 
 def find_adapter(name: str) -> Path:
@@ -56,15 +55,7 @@ def find_local_adapter(name: str) -> Path | None:
     # As for a model: an existing folder in front of the slash makes it a path.
     if not (place.is_absolute() or place.parent.is_dir()):
         return None
-    shown = Path(from_here(place))
-    runs = sorted(file.parent.name for file in place.parent.glob(f"*/{RECIPE}"))
-    fix = "name the output_dir of a run, or a folder with adapter_config.json"
-    if runs:
-        setting = f"adapter.from={shown.parent / (nearest(place.name, runs) or runs[0])}"
-        fix = f"{shown.parent} has {', '.join(runs)}: {shell_word(setting)}"
-    elif near := near_folder(place):
-        fix = f"did you mean {shell_word(f'adapter.from={from_here(near)}')}?"
-    raise ModelError(f"there is no {shown}", where="adapter.from", fix=fix)
+    raise ModelError(f"there is no {from_here(place)}", where="adapter.from", fix=name_a_run(place))
 
 
 def is_run_dir(name: str) -> bool:

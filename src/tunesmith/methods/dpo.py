@@ -7,8 +7,6 @@ log-probabilities a token, as its authors compute it. hinge: Zhao et al. 2023, a
 robust: Chowdhury et al. 2024, arXiv:2403.00409.
 """
 
-from collections.abc import Callable, Mapping
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +14,6 @@ from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import (
     PAIR_METRICS,
-    Answers,
     answer_logprobs,
     pair_metrics,
     reference_logprobs,
@@ -24,31 +21,19 @@ from tunesmith.methods.answers import (
 from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
 
 
-def _sigmoid(margin: Tensor, config: MethodConfig) -> Tensor:
-    return -F.logsigmoid(config.beta * margin)
-
-
-def _hinge(margin: Tensor, config: MethodConfig) -> Tensor:
-    return F.relu(1 - config.beta * margin)
-
-
-def _ipo(margin: Tensor, config: MethodConfig) -> Tensor:
-    return (margin - 1 / (2 * config.beta)) ** 2
-
-
-def _robust(margin: Tensor, config: MethodConfig) -> Tensor:
-    swapped = config.label_smoothing
-    as_labeled = F.logsigmoid(config.beta * margin)
-    as_swapped = F.logsigmoid(-config.beta * margin)
-    return (swapped * as_swapped - (1 - swapped) * as_labeled) / (1 - 2 * swapped)
-
-
-_LOSSES: Mapping[str, Callable[[Tensor, MethodConfig], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "robust": _robust,
-}
+def _losses(margin: Tensor, config: MethodConfig) -> Tensor:
+    """Compute the loss of each pair by `method.loss_type`, [pairs]."""
+    scaled = config.beta * margin
+    if config.loss_type == "ipo":
+        return (margin - 1 / (2 * config.beta)) ** 2
+    if config.loss_type == "hinge":
+        return F.relu(1 - scaled)
+    if config.loss_type == "robust":
+        swapped = config.label_smoothing
+        as_labeled = F.logsigmoid(scaled)
+        as_swapped = F.logsigmoid(-scaled)
+        return (swapped * as_swapped - (1 - swapped) * as_labeled) / (1 - 2 * swapped)
+    return -F.logsigmoid(scaled)
 
 
 class DirectPreferenceOptimization(OfExamples):
@@ -67,17 +52,14 @@ class DirectPreferenceOptimization(OfExamples):
         answers = answer_logprobs(model, batch)
         chosen, rejected = answers.pairs(answers.logprobs)
         chosen_ratio, rejected_ratio = answers.pairs(answers.logprobs - reference)
-        loss = _LOSSES[self.config.loss_type](self._margin(answers, reference), self.config).sum()
+        margin = chosen_ratio - rejected_ratio
+        if self.config.loss_type == "ipo":
+            ratios = (answers.logprobs - reference) / answers.lengths
+            chosen_mean, rejected_mean = answers.pairs(ratios)
+            margin = chosen_mean - rejected_mean
+        loss = _losses(margin, self.config).sum()
         if self.config.sft_weight:
             loss = loss + self.config.sft_weight * self.cross_entropy(chosen, batch, totals)
         beta = self.config.beta
         metrics = pair_metrics(beta * chosen_ratio, beta * rejected_ratio, chosen, rejected)
         return MethodOutput(loss, self.denominator(batch), metrics)
-
-    def _margin(self, answers: Answers, reference: Tensor) -> Tensor:
-        """Compute how much more than the reference the model prefers chosen answers, [pairs]."""
-        ratios = answers.logprobs - reference
-        if self.config.loss_type == "ipo":
-            ratios = ratios / answers.lengths
-        chosen, rejected = answers.pairs(ratios)
-        return chosen - rejected

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from rich.filesize import decimal as size_text
+from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import describe_misread
@@ -33,7 +34,7 @@ from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import UsageError
+from tunesmith.errors import ModelError, UsageError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import (
@@ -103,11 +104,6 @@ class Session:
         return torch.device(self.plan.device)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the matmuls."""
-        return DTYPES[self.run.model.dtype]
-
-    @property
     def peak_tflops(self) -> float | None:
         """Return the peak of all ranks together."""
         return self.peak.tflops * self.ranks.world if self.peak.tflops else None
@@ -139,20 +135,12 @@ class Session:
         """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
-    def describe_ranks(self, step: int) -> list[str]:
-        """A line for the user, before step `step`, where there are several ranks."""
-        if self.ranks.world == 1:
-            return []
+    def describe_ranks(self, step: int) -> str:
+        """A line for the user about several ranks, before step `step`."""
         idle = self.loader(step).batch(step).idle_share if self.mesh.shape.data > 1 else 0.0
         hosts = ", ".join(dict.fromkeys(self.ranks.hosts))
         mesh = f"{self.mesh.shape.describe()}, {self.plan.why['mesh']}"
-        lines = [f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"]
-        if self.run.log.samples and self.data.validation is not None and self.mesh.shape.tensor > 1:
-            lines.append(
-                "no sample answers at validation: "
-                "a model that is cut over a tensor group does not generate"
-            )
-        return lines
+        return f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the
@@ -192,16 +180,14 @@ def build(
     data = prepared.data
     check_same_inputs(run, start, prepared.files, data, ranks, drawn=weights == "random")
     torch.manual_seed(run.train.seed)
-    how = LoadOptions(start, device, ranks, weights, measured, make_mesh)
-    root, plan, mesh = load_model(prepared, how)
+    model, plan = plan_model(prepared, start, device, ranks)
+    mesh = make_mesh(plan.mesh, device.type)
+    if not measured:
+        with ranks.raise_on_all_ranks():
+            check_disk(run, count_trained(run, model), prepared.files.folder, ranks)
+    root, plan = load_model(prepared, model, plan, start, weights, mesh, ranks)
     if plan.base in SCALING_RECIPES:
-        plan, refused = compare_eight_bits(root, plan, mesh, prepared, how)
-        if refused:
-            # It holds memory that the second model needs. A base in bf16 leaves room for another
-            # micro batch.
-            del root
-            free_device_memory()
-            root, plan, mesh = load_model(prepared, how, refused=refused)
+        plan = compare_eight_bits(root, plan, mesh, prepared, ranks, weights)
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -228,40 +214,31 @@ def build(
     return session
 
 
-class LoadOptions(NamedTuple):
-    """The arguments of `build` that say how its model is loaded, and the device."""
-
-    start: Start
-    device: torch.device
-    ranks: Ranks
-    weights: Weights
-    measured: bool
-    make_mesh: Callable[[MeshShape, str], Mesh]
-
-
 def load_model(
-    prepared: Prepared, how: LoadOptions, refused: str = ""
-) -> tuple[TrainModel, RunPlan, Mesh]:
-    """Plan the run and load its model: without an fp8 base if that was `refused`, for the reason in
-    it.
+    prepared: Prepared,
+    model: PreTrainedModel,
+    plan: RunPlan,
+    start: Start,
+    weights: Weights,
+    mesh: Mesh,
+    ranks: Ranks,
+) -> tuple[TrainModel, RunPlan]:
+    """Load the model that is on meta, in the state of the checkpoint if there is one.
+
+    Returns the plan too, which a trial of memory on a GPU corrects.
     """
-    run, files, data, ranks = prepared.run, prepared.files, prepared.data, how.ranks
-    model, plan = plan_model(prepared, how.start, how.device, ranks, refused)
-    mesh = how.make_mesh(plan.mesh, how.device.type)
-    if not how.measured:
-        with ranks.raise_on_all_ranks():
-            check_disk(run, count_trained(run, model), files.folder, ranks)
-    checkpoint = how.start.checkpoint
+    run, files, data = prepared.run, prepared.files, prepared.data
+    checkpoint = start.checkpoint
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
-    if how.weights == "random":
+    if weights == "random":
         base_weights = "random"
     # One token is enough: one micro batch, the largest of the first step.
-    [largest] = first_batches(make_loader(data, files, plan), how.device, 1)
+    [largest] = first_batches(make_loader(data, files, plan), torch.device(plan.device), 1)
     reference = None
     if is_full and METHODS[run.method.name].needs_reference:
         reference = BaseReference(run, data, prepared.hashes["model_hash"], ranks)
-        if not reference.is_complete and how.weights == "stored":
+        if not reference.is_complete and weights == "stored":
             # It is measured on the base; a checkpoint's weights follow.
             base_weights = None
     root, plan = build_model(
@@ -280,29 +257,35 @@ def load_model(
             reference.measure(root, loader, mesh)
         if checkpoint is not None:
             fill_parameters(run, files, root.model, checkpoint, ranks)
-    return root, plan, mesh
+    return root, plan
 
 
 def compare_eight_bits(
-    root: TrainModel, plan: RunPlan, mesh: Mesh, prepared: Prepared, how: LoadOptions
-) -> tuple[RunPlan, str]:
+    root: TrainModel, plan: RunPlan, mesh: Mesh, prepared: Prepared, ranks: Ranks, weights: Weights
+) -> RunPlan:
     """Take fast sums of a base in 8 bits where these hardly change the loss.
 
-    Returns the plan with what was measured, and why the base is refused: its loss is another one.
+    Returns the plan with what was measured. ModelError if the base in 8 bits has another loss.
     """
+    device = torch.device(plan.device)
     loader = make_loader(prepared.data, prepared.files, plan)
-    batches = first_batches(loader, how.device, LOSS_PROBE_TOKENS)
-    if how.device.type == "cuda":
-        log.info("%s: %s", plan.base, choose_sums(root, batches, how.ranks))
+    batches = first_batches(loader, device, LOSS_PROBE_TOKENS)
+    if device.type == "cuda":
+        log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
     # Random weights have no file to compare with.
-    if how.weights == "random":
-        return plan, ""
-    change = compare_with_bf16(root, batches, mesh, how.ranks)
-    if change.is_tolerable:
-        reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
-        return replace(plan, why={**plan.why, "base": reason}), ""
-    dropped = f"{plan.base} was tried and rejected: it changes the loss by more than"
-    return plan, f"{dropped} {MAX_LOSS_CHANGE:.0%}: {change.describe()}"
+    if weights == "random":
+        return plan
+    change = compare_with_bf16(root, batches, mesh, ranks)
+    with ranks.raise_on_all_ranks():
+        if not change.is_tolerable and ranks.is_main_process:
+            raise ModelError(
+                f"{plan.base} changes the loss of the base by more than {MAX_LOSS_CHANGE:.0%}",
+                where="model.quantize",
+                why=change.describe(),
+                fix="model.quantize=none",
+            )
+    reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
+    return replace(plan, why={**plan.why, "base": reason})
 
 
 def describe_session(
@@ -323,36 +306,26 @@ def describe_session(
     if Path(name).exists():
         name = Path(name).absolute().name  # config.yaml has all of it
     yield f"model: {name}: {trained}: {root.describe()}"
-    if run.adapter.kind == "lora" and run.adapter.target == lora.ALL_LINEAR:
-        left_out = lora.describe_unreached(root.model)
-        if left_out:
-            yield left_out
     if run.adapter.kind == "lora":
-        misread = describe_misread(root.model)
-        if misread:
-            yield misread
+        reaches_all = run.adapter.target == lora.ALL_LINEAR
+        unreached = lora.describe_unreached(root.model) if reaches_all else ""
+        yield from filter(None, (unreached, describe_misread(root.model)))
     if why:
         yield from plan.describe(why=True)
-    yield from describe_micro_batch(start, run, plan)
+    previous, now = start.micro_batch, plan.layout.micro_batch
+    if previous is not None and now != previous:
+        reason = f"train.micro_batch='{previous}' keeps it"
+        if run.train.micro_batch == "auto":
+            reason = "which no longer fits"
+        effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
+        yield (
+            f"the micro batch is {now}, and was {previous}, {reason}: "
+            f"results differ from an uninterrupted run, because {effect}"
+        )
     if why and "threads" in plan.why:
         yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
     if peak.tflops and not peak.published:
         yield f"MFU is relative to {peak.tflops:.0f} TFLOP/s, {peak.source}"
-
-
-def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
-    """A line for the user where a resumed run takes another micro batch than before."""
-    previous, now = start.micro_batch, plan.layout.micro_batch
-    if previous is None or now == previous:
-        return []
-    why = f"train.micro_batch='{previous}' keeps it"
-    if run.train.micro_batch == "auto":
-        why = "which no longer fits"
-    effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
-    return [
-        f"the micro batch is {now}, and was {previous}, {why}: "
-        f"results differ from an uninterrupted run, because {effect}"
-    ]
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
@@ -463,9 +436,29 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     """
     run = session.run
     out = Path(run.output_dir)
-    write_atomically(out / IDENTITY, json.dumps(_identity(session, argv), indent=1))
+    data = session.data
+    plan = session.plan
+    choices = {
+        part: {"taken": choice, "why": plan.why[part]} for part, choice in plan.choices.items()
+    }
+    # The number that torch has now; the plan says why.
+    why = plan.why.get("threads", "only the host's part runs on the CPU")
+    choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
+    env = {
+        **hardware.describe_machine(argv),
+        "recipe_hash": digest(run),
+        **session.hashes,
+        "validation_examples": len(data.validation) if data.validation is not None else 0,
+        "template": data.template.name,
+        "mfu_peak": session.peak._asdict(),
+        "choices": choices,
+        "checks": data.describe_checks(),
+    }
+    if session.ranks.world > 1:
+        env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
+    write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(run))
-    held_out = session.data.validation
+    held_out = data.validation
     if run.data.hold_out and held_out is not None:
         lines: dict[str, str] = {}
         for i in range(len(held_out)):
@@ -475,35 +468,3 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
                 beginning = held_out.beginning(i) if len(lines) < QUOTED_ROWS else ""
                 lines[place] = f"{place}  {beginning}".rstrip() + "\n"
         write_atomically(out / HELD_OUT, "".join(lines.values()))
-
-
-def _identity(session: Session, argv: list[str] | None) -> dict[str, object]:
-    """The content of env.json."""
-    data = session.data
-    validation_examples = 0
-    if data.validation is not None:
-        validation_examples = len(data.validation)
-    env = hardware.describe_machine(argv)
-    env["recipe_hash"] = digest(session.run)
-    env |= session.hashes
-    env["validation_examples"] = validation_examples
-    env["template"] = data.template.name
-    env["mfu_peak"] = session.peak._asdict()
-    env["choices"] = _choices(session.plan)
-    env["checks"] = data.describe_checks()
-    if session.ranks.world > 1:
-        env["mesh"] = session.mesh.shape._asdict()
-        env["hosts"] = session.ranks.hosts
-    return env
-
-
-def _choices(plan: RunPlan) -> dict[str, dict[str, str]]:
-    """Collect what `auto` came to mean in each part of the run, and why."""
-    choices = {}
-    for part, choice in plan.choices.items():
-        choices[part] = {"taken": choice, "why": plan.why[part]}
-    # The number that torch has now; the plan says why.
-    threads = str(torch.get_num_threads())
-    why = plan.why.get("threads", "only the host's part runs on the CPU")
-    choices["threads"] = {"taken": threads, "why": why}
-    return choices

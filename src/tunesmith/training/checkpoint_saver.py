@@ -29,7 +29,6 @@ class CheckpointSaver(LoopPart):
 
     Attributes:
         writer: writes checkpoint-<step> into the run directory.
-        stalls: seconds that each periodic checkpoint delayed the loop.
 
     Args:
         saved_step: step of the checkpoint that the run resumes from, or None.
@@ -37,7 +36,6 @@ class CheckpointSaver(LoopPart):
 
     def __init__(self, shared: LoopShared, saved_step: int | None) -> None:
         super().__init__(shared)
-        self.stalls: list[float] = []
         self.longest_save = 0.0  # seconds
         keep = self.run.checkpoint.keep
         self.writer: Writer
@@ -54,7 +52,7 @@ class CheckpointSaver(LoopPart):
             self.tokenizer = contents.tokenizer_files(
                 files.tokenizer, template, files.folder, self.out
             )
-        self.schedule = self.cadence(self.run.checkpoint.every, seconds=self.progress.seconds)
+        self.schedule = self.cadence(self.run.checkpoint.every)
 
     def is_due(self) -> bool:
         """Tell whether a periodic checkpoint is due; ask once a step."""
@@ -76,12 +74,6 @@ class CheckpointSaver(LoopPart):
         if has_failed:
             self.writer.wait()
 
-    def save_periodic(self) -> None:
-        """Save while more steps follow, and note how long that delayed them."""
-        began = time.perf_counter()
-        self.save(more_steps_follow=True)
-        self.stalls.append(time.perf_counter() - began)
-
     def save(self, *, more_steps_follow: bool = False) -> None:
         """Write checkpoint-<step>, then delete the oldest beyond `keep`, but never the best one.
 
@@ -93,7 +85,16 @@ class CheckpointSaver(LoopPart):
         self.ranks.heartbeat.phase(Phase.SAVING, self.time_limit())
         # After a write in progress `saved_step` is up to date.
         self.writer.wait()
-        self._note_validation()
+        # A validation of this step counts if it is the best one with a checkpoint.
+        record = progress.record
+        if record is not None and record.step == progress.step and progress.validated:
+            accuracy = record.extra.get(f"{VALIDATION}{REWARD_ACCURACY}")
+            score = validation_score(record.val_loss, accuracy, self.run.validate.best_by)
+            kept = progress.kept_score
+            # By another `best_by` than before, scores cannot be compared.
+            if score is not None and (kept is None or len(score) != len(kept) or score < kept):
+                progress.kept_step = progress.step
+                progress.kept_score = score
         # The end is saved over the same step once more: its progress says that the run has ended.
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
@@ -106,20 +107,6 @@ class CheckpointSaver(LoopPart):
         began = time.perf_counter()
         self.writer.write(save_fn, progress.step, keep_step=progress.kept_step)
         self.longest_save = max(self.longest_save, time.perf_counter() - began)
-
-    def _note_validation(self) -> None:
-        """Note a validation of this step in `progress`, if it is the best one with a checkpoint."""
-        progress = self.progress
-        record = progress.record
-        if record is None or record.step != progress.step or not progress.validated:
-            return
-        accuracy = record.extra.get(f"{VALIDATION}{REWARD_ACCURACY}")
-        score = validation_score(record.val_loss, accuracy, self.run.validate.best_by)
-        kept = progress.kept_score
-        # By another `best_by` than before, scores cannot be compared.
-        if score is not None and (kept is None or len(score) != len(kept) or score < kept):
-            progress.kept_step = progress.step
-            progress.kept_score = score
 
     def _prepare(self, *, copy: bool) -> tuple[SaveFunction, bool]:
         """Return what writes the state of this moment, and whether it may run beside later steps.

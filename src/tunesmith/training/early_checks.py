@@ -24,7 +24,6 @@ from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.rows.detect import Detected, detect
-from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
@@ -36,18 +35,17 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Of a file of rows that is opened here too: a larger one takes seconds to open.
-MAX_EARLY_BYTES = 16 << 20
+# Maximum size of a file whose rows are checked here too; a larger one takes seconds.
+MAX_EARLY_BYTES = 4 << 20
 
 
-def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result | None:
+def check_start(run: Run, *, resumes: bool) -> Result | None:
     """Find what a start of `run` in one process comes to, as far as its files tell.
 
     A UsageError that it would raise, the Result of a finished run, or None: it has to be tried.
 
     Args:
         resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
-        every_row: look at all rows of a file, as the start does later: it will be in a queue.
     """
     finished = None
     with claim_run_dir(Path(run.output_dir), inputs_of(run).values()):
@@ -63,33 +61,23 @@ def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result |
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
-    sources = [s for s in (*run.data.train, *run.data.validation) if is_local(s.source)]
-    _check_rows(run, sources, every_row)
+    _check_rows(run)
     return None
 
 
-def _check_rows(run: Run, sources: Sequence[Source], every_row: bool) -> None:
-    """DataError where a local source cannot be read, or its first row, or one of `every_row`; it
-    lists the bad rows of all of them."""
-    opened = []
-    is_first_bad = every_row
-    for source in sources:
+def _check_rows(run: Run) -> None:
+    """DataError where a local source cannot be read, or rows of small files; it lists the bad rows
+    of all of these."""
+    refused = []
+    for source in (*run.data.train, *run.data.validation):
+        if not is_local(source.source):
+            continue
         path = Path(source.source).expanduser()
         check_local(path, source.name)
         # A row that `leave_out` leaves out is no fault.
         if not path.is_file() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
             continue
-        rows = read_rows(source)
-        opened.append((source, rows))
-        try:
-            convert_row(rows[0], source, where=rows.where(0), system=run.data.system)
-        except DataError:
-            is_first_bad = True
-    if not is_first_bad:
-        return
-    refused = []
-    for source, rows in opened:
-        bad = find_bad_rows(rows, source, run.data.system)
+        bad = find_bad_rows(read_rows(source), source, run.data.system)
         if bad and (run.data.bad_rows == "error" or bad.is_whole):
             refused.append(bad)
     if refused:
@@ -204,12 +192,9 @@ def _with_split(source: Source) -> Source:
             why=f"its splits are {', '.join(splits)}",
             fix=f"choose one: --split {shell_word(next(iter(splits)))}",
         )
-    # A file's name alone may tell its split: of a team called dev, say.
-    others = []
-    for name, table in splits.items():
-        if name != "train":
-            others.append(f"{name} ({count_of(len(table), 'row')})")
-    log.info(f"{source.source}: split train; not trained on: {', '.join(others)}")
+    # A file's name alone may tell its split, for example that of a team called dev.
+    others = [f"{name} ({len(splits[name]):,})" for name in splits if name != "train"]
+    log.info(f"{source.source}: split train; rows not trained on: {', '.join(others)}")
     return replace(source, split="train")
 
 

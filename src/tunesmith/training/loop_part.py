@@ -48,11 +48,11 @@ class LoopPart:
         """The run directory."""
         return Path(self.run.output_dir)
 
-    def cadence(self, every: Length | None, *, seconds: float) -> Cadence:
-        """Tells when something that comes `every` so often is due, in a run `seconds` old."""
+    def cadence(self, every: Length | None) -> Cadence:
+        """Return what tells when something that comes `every` so often is due."""
         return Cadence(
             every,
             total=self.session.total_steps,
             steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
-            seconds=seconds,
+            seconds=self.progress.seconds,
         )

@@ -97,7 +97,10 @@ def prepare(
     chip = common_chip(device, ranks)
     # What one rank of a node downloads and tokenizes, the others read from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        run = run_as_it_began(run, start)
+        model = as_it_began(run.model, start.previous_run)
+        if model.dtype != run.model.dtype:
+            log.info(f"model.dtype: {model.dtype}, as this run began")
+        run = replace(run, model=model)
         check_machine(run, device, chip)
         check_inputs(run, start)
         files, hashes = read_base(run, start, chip, ranks, weights=weights)
@@ -112,7 +115,8 @@ def prepare(
         cut_answers: CutAnswers = "warn" if measured or began else "refuse"
         data = read_data(run, start, files, hashes, cut_answers, why=why)
         if measured:
-            data = fill_steps(data)
+            # No step of a measurement is short.
+            data = data.repeated(data.schedule.steps(run.train.duration) or 0)
     return Prepared(recipe, run, files, data, hashes)
 
 
@@ -124,14 +128,6 @@ def common_chip(device: torch.device, ranks: Ranks) -> Chip:
     chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
     chip = min(chips, key=lambda chip: chip.bf16)
     return replace(chip, gib=min(chip.gib for chip in chips))
-
-
-def run_as_it_began(run: Run, start: Start) -> Run:
-    """The recipe of a run that goes on: `auto` stands for what it did under its checkpoints."""
-    model = as_it_began(run.model, start.previous_run)
-    if model.dtype != run.model.dtype:
-        log.info(f"model.dtype: {model.dtype}, as this run began")
-    return replace(run, model=model)
 
 
 def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
@@ -240,7 +236,14 @@ def read_data(
     check_unchanged(start, run, hashes)
     log.info(data.describe(why=why))
     if run.adapter.from_ is not None and start.checkpoint is None:
-        check_earlier_base(run.adapter.from_, run.model.name)
+        # The adapter may be from elsewhere than a run.
+        recipe = find_adapter(run.adapter.from_).parent / RECIPE
+        base = load_recipe(recipe, trusts_code=True).model.name if recipe.is_file() else None
+        if base and base != run.model.name:
+            log.warning(
+                f"the base of {from_here(recipe.parent)} is {base}, and here it is "
+                f"{run.model.name}; if they are two: {shell_word(f'model.name={base}')}"
+            )
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
@@ -251,40 +254,10 @@ def read_data(
     return data
 
 
-def check_earlier_base(adapter: str, model: str) -> None:
-    """Warn if the run of the adapter that is continued had another base than `model`.
-
-    adapter: as in `adapter.from`; it may be from elsewhere than a run.
-    """
-    recipe = find_adapter(adapter).parent / RECIPE
-    if not recipe.is_file():
-        return
-    base = load_recipe(recipe, trusts_code=True).model.name
-    if base != model:
-        log.warning(
-            f"the base of {from_here(recipe.parent)} is {base}, and here it is {model}; if these "
-            f"are two models, fix: {shell_word(f'model.name={base}')}"
-        )
-
-
-def fill_steps(data: TrainingData) -> TrainingData:
-    """The data with rows repeated within an epoch where a step of the run would be short."""
-    schedule = data.schedule
-    data = data.repeated(schedule.steps(data.run.train.duration) or 0)
-    if data.schedule is not schedule:
-        last = schedule.steps_per_epoch(0)
-        log.info(
-            f"step {last} would be incomplete: rows are repeated within an epoch to fill every step"
-        )
-    return data
-
-
 def plan_model(
-    prepared: Prepared, start: Start, device: torch.device, ranks: Ranks, refused: str = ""
+    prepared: Prepared, start: Start, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, RunPlan]:
-    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits
-    will do, if it is `refused`.
-    """
+    """The model on meta, and what each of the ranks will do, on which mesh."""
     run = prepared.run
     files = prepared.files
     data = prepared.data
@@ -298,8 +271,6 @@ def plan_model(
     local = math.gcd(*ranks.all_gather_object(ranks.local_world))
     with ranks.raise_on_all_ranks():
         machine = common_machine(machines, ranks)
-        if refused:
-            machine = replace(machine, scaling=(None, refused))
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         trained = count_trained(run, model)

@@ -12,7 +12,6 @@ scores those of its new steps.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.loader import Loader
 from tunesmith.data.batches.mismatched import mismatched_of_all
 from tunesmith.data.prepare import TrainingData
@@ -49,11 +47,11 @@ class _Scores:
     """Numbers that one file keeps: of a split's answers, or of its prompts with other answers.
 
     Attributes:
-        sizes: rows of each of its arrays: one of all answers; of prompts with other answers one a
-            step, or one of all held-out rows.
+        sizes: rows of each of its parts. All answers are one part; prompts with other answers are
+            one part a step, or one of all held-out rows.
         answers: columns: the sequences of an example.
         file: None: they are not cached.
-        arrays: fp64 [size, answers] each; the first ones, as many as are computed.
+        values: fp64 [rows of all parts, answers]; None: they are to be measured.
     """
 
     tokens: TokenSet
@@ -61,30 +59,37 @@ class _Scores:
     sizes: list[int]
     answers: int
     file: Path | None
-    arrays: list[np.ndarray]
-
-    @property
-    def missing(self) -> range:
-        return range(len(self.arrays), len(self.sizes))
+    values: np.ndarray | None = None
 
     def hand_over(self) -> None:
         """Let batches have the numbers."""
-        if self.is_mismatched:
-            self.tokens.mismatched_reference = self.arrays
-        elif self.arrays:
-            [self.tokens.reference] = self.arrays
-        else:
-            # Numbers to measure memory with, before the model has weights.
-            self.tokens.reference = np.zeros((self.sizes[0], self.answers))
+        if not self.is_mismatched:
+            # Without weights: numbers to measure memory with.
+            shape = (self.sizes[0], self.answers)
+            self.tokens.reference = np.zeros(shape) if self.values is None else self.values
+        elif self.values is not None:
+            ends = np.cumsum(self.sizes)
+            self.tokens.mismatched_reference = np.split(self.values, ends[:-1])
 
     def read(self) -> None:
-        """Take from the file as many arrays as it has whole."""
-        values = _read(self.file, self.answers) if self.file is not None else None
-        if values is None:
+        """Take the numbers from the file if it has all of them; that of a longer run has more."""
+        content = b""
+        try:
+            if self.file is not None:
+                content = self.file.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning(_DAMAGED, self.file, error.strerror)
+        if not content:
             return
-        ends = np.cumsum(self.sizes)
-        ends = ends[ends <= len(values)]
-        self.arrays = np.split(values[: ends[-1]], ends[:-1]) if len(ends) else []
+        size = len(content) - hashlib.sha256().digest_size
+        if hashlib.sha256(content[:size]).digest() != content[size:]:
+            log.warning(_DAMAGED, self.file, "its checksum differs")
+            return
+        values = np.load(BytesIO(content), allow_pickle=False)
+        if len(values) >= sum(self.sizes):
+            self.values = values[: sum(self.sizes)]
 
 
 class BaseReference:
@@ -106,14 +111,15 @@ class BaseReference:
         for scores in self.scores:
             scores.read()
         # What one rank misses, all measure.
-        counts = ranks.all_gather_object([len(scores.arrays) for scores in self.scores])
-        for scores, *count_of_rank in zip(self.scores, *counts, strict=True):
-            del scores.arrays[min(count_of_rank) :]
+        is_there = ranks.all_gather_object([scores.values is not None for scores in self.scores])
+        for scores, *of_ranks in zip(self.scores, *is_there, strict=True):
+            if not all(of_ranks):
+                scores.values = None
             scores.hand_over()
 
     @property
     def is_complete(self) -> bool:
-        return not any(scores.missing for scores in self.scores)
+        return all(scores.values is not None for scores in self.scores)
 
     def _scores(self, tokens: TokenSet, *, is_mismatched: bool) -> _Scores:
         settings = {
@@ -139,78 +145,49 @@ class BaseReference:
         if self.model_hash is not None:
             name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             file = cache_folder("tokens", "reference", f"{name}.npy")
-        return _Scores(tokens, is_mismatched, sizes, 2 if tokens.has_pairs else 1, file, [])
+        return _Scores(tokens, is_mismatched, sizes, 2 if tokens.has_pairs else 1, file)
 
     def measure(self, root: TrainModel, loader: Loader, mesh: Mesh) -> None:
         """Score what is missing with the model as it is, and keep it; a collective call.
 
         loader: gives the layout of batches, and what each step compares on.
         """
-        answers = 0
-        for scores in self.scores:
-            answers += scores.answers * sum(scores.sizes[i] for i in scores.missing)
+        missing = [scores for scores in self.scores if scores.values is None]
+        answers = sum(scores.answers * sum(scores.sizes) for scores in missing)
         log.info(f"reference: the base scores {count_of(answers, 'answer')} once, before training")
         self.ranks.heartbeat.phase(Phase.REFERENCE, STUCK_AFTER_S + COMPILING_S)
         is_training = root.training
         root.eval()
-        for scores in self.scores:
-            if scores.missing:
-                scores.arrays += self._measure(root, scores, loader, mesh)
-                if scores.file is not None and self.ranks.local_rank == 0:
-                    _write(scores.file, np.concatenate(scores.arrays))
+        for scores in missing:
+            scores.values = self._measure(root, scores, loader, mesh)
+            if scores.file is not None and self.ranks.local_rank == 0:
+                _write(scores.file, scores.values)
             scores.hand_over()
         root.train(is_training)
         reshard(root)
         self.ranks.heartbeat.phase(Phase.LOADING)
 
     @torch.no_grad()
-    def _measure(
-        self, root: TrainModel, scores: _Scores, loader: Loader, mesh: Mesh
-    ) -> list[np.ndarray]:
-        """The missing arrays; the data ranks take the batches in turn."""
+    def _measure(self, root: TrainModel, scores: _Scores, loader: Loader, mesh: Mesh) -> np.ndarray:
+        """Measure the numbers; the data ranks take the batches in turn."""
         device = root.model.device
-        measured = []
-        for i in scores.missing:
-            values = np.zeros((scores.sizes[i], scores.answers))
-            for rows, batch in self._batches(scores, i, loader):
+        parts = []
+        for i, size in enumerate(scores.sizes):
+            if scores.is_mismatched and scores.tokens is self.data.train:
+                batches = loader.mismatched(i)
+            else:
+                rows = mismatched_of_all(scores.tokens) if scores.is_mismatched else scores.tokens
+                batches = loader.layout.batches(rows, self.run.row_tokens)
+            values = np.zeros((size, scores.answers))
+            for places, batch in batches:
                 logprobs = root(batch.to(device), answer_logprobs).logprobs
-                values[rows] = logprobs.cpu().numpy().reshape(len(rows), scores.answers)
+                values[places] = logprobs.cpu().numpy().reshape(len(places), scores.answers)
                 self.ranks.heartbeat.progress()
-            measured.append(values)
+            parts.append(values)
         # Each row is one rank's, and 0 on the others.
-        total = torch.from_numpy(np.concatenate(measured)).to(device)
+        total = torch.from_numpy(np.concatenate(parts)).to(device)
         all_reduce_together([total], mesh.data_group)
-        ends = np.cumsum([len(values) for values in measured])
-        return np.split(total.cpu().numpy(), ends[:-1])
-
-    def _batches(
-        self, scores: _Scores, i: int, loader: Loader
-    ) -> Iterator[tuple[list[int], Batch]]:
-        """This rank's batches of the array `i`, each with the rows of the array that it fills."""
-        room = self.run.row_tokens
-        if not scores.is_mismatched:
-            return loader.layout.batches(scores.tokens, room)
-        if scores.tokens is self.data.train:
-            return loader.mismatched(i)
-        return loader.layout.batches(mismatched_of_all(scores.tokens), room)
-
-
-def _read(path: Path, answers: int) -> np.ndarray | None:
-    """fp64 [examples, answers]; None where the file is not there or is damaged."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        log.warning(_DAMAGED, path, error.strerror)
-        return None
-    size = len(content) - hashlib.sha256().digest_size
-    if hashlib.sha256(content[:size]).digest() != content[size:]:
-        log.warning(_DAMAGED, path, "its checksum differs")
-        return None
-    values: np.ndarray = np.load(BytesIO(content), allow_pickle=False)
-    is_whole = values.shape[1:] == (answers,) and bool(np.all(np.isfinite(values)))
-    return values if is_whole else None
+        return total.cpu().numpy()
 
 
 def _write(path: Path, values: np.ndarray) -> None:

@@ -248,19 +248,11 @@ def stopped_by(
     signal = next((signal for _, signal in requests if signal), None)
     # `tunesmith stop` writes the file, and sends a signal too where it can.
     is_by_file = (out / STOP_FILE).exists() or signal is None
-    # What was saved, and how to go on.
-    if step:
-        saved_text = f": step {step} is saved"
-        where = str(out / f"checkpoint-{step}")
-        why = ""
-        fix = "run the same command again to resume"
-    else:
-        saved_text = " before the first step"
-        where = ""
-        why = "there was nothing to save yet"
-        fix = "start the same command again"
-
-    # More for stopped.json, and the error, by what stopped the run: memory, file, signal.
+    saved_text = f": step {step} is saved" if step else " before the first step"
+    where = str(out / f"checkpoint-{step}") if step else ""
+    why = "" if step else "there was nothing to save yet"
+    fix = "start the same command again" + (", which resumes" if step else "")
+    # By what stopped the run: memory, file, signal.
     more: dict[str, object] = {}
     reason = "signal"
     error: StoppedError
@@ -299,17 +291,6 @@ def write_stopped(
     """Write stopped.json after the complete step `step`; `more` are further fields of it."""
     record = {"signal": None, "reason": reason, "step": step, "next": next_command, "cause": None}
     write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
-
-
-def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
-    """The end of a run by a second ctrl-C after `step`: the newest checkpoint is what is saved."""
-    saved_text = "no checkpoint was written yet"
-    where = ""
-    if saved_step:
-        saved_text = f"step {saved_step} is saved"
-        where = str(out / f"checkpoint-{saved_step}")
-    fix = how_to_resume(saved_step)
-    return StoppedError(f"stopped after step {step}: {saved_text}", where=where, fix=fix)
 
 
 def how_to_resume(saved_step: int | None) -> str:

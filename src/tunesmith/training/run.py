@@ -91,11 +91,11 @@ from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import (
     Result,
     how_to_resume,
-    stopped_twice,
     write_stopped,
 )
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +265,12 @@ def start_run(
     callback = RecordCallback(on_record)
     stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
-        speak_by_rank(ranks, log_file, stack)
+        stack.enter_context(default_level(level_of_process(ranks.rank)))
+        if ranks.is_main_process:
+            stack.enter_context(log_file)
+        else:
+            # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
+            stack.enter_context(stderr_only_from("tunesmith.data"))
         # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
         stop.request.saved_step = start.progress.step if start.progress else 0
@@ -292,24 +297,13 @@ def start_run(
         return fit(trainer, sinks, callback)
 
 
-def speak_by_rank(ranks: Ranks, log_file: LogFile, stack: ExitStack) -> None:
-    """Let rank 0 speak to the user and to log.txt, the others only in warnings, within `stack`."""
-    stack.enter_context(default_level(level_of_process(ranks.rank)))
-    if ranks.is_main_process:
-        stack.enter_context(log_file)
-    else:
-        # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
-        stack.enter_context(stderr_only_from("tunesmith.data"))
-
-
 def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
     """Train to the end, and leave in the run directory what ends it before."""
     ranks = trainer.ranks
     # On every rank: the one of each node that tells what ends them all leaves failure.json.
     ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
-    if ranks.is_main_process:
-        for text in trainer.session.describe_ranks(trainer.first_step):
-            log.info(text)
+    if ranks.is_main_process and ranks.world > 1:
+        log.info(trainer.session.describe_ranks(trainer.first_step))
     # From here on the loop answers signals.
     trainer.stop.defer_signals()
     with report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer):
@@ -332,7 +326,15 @@ def open_run_dir(
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
-        check_ranks(run, ranks)
+        possible_shapes(run.parallel, ranks.world)
+        if run.profile.enabled and run.profile.ranks != "all":
+            highest = max(run.profile.ranks, default=0)
+            if highest >= ranks.world:
+                raise UsageError(
+                    f"profile.ranks names rank {highest} of {count_of(ranks.world, 'rank')}",
+                    where="profile.ranks",
+                    fix="profile.ranks=[0], or profile.ranks=all",
+                )
     # On the ranks that write a directory; others do not look at it before it is created: a network
     # file system remembers for a while what was not there.
     begins: list[Callable[[], None]] = []
@@ -384,18 +386,6 @@ def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
         return run
     # Nodes may have the run directory in different places.
     return replace(run, adapter=replace(run.adapter, from_=str(Path(name, folder))))
-
-
-def check_ranks(run: Run, ranks: Ranks) -> None:
-    """UsageError where the recipe's mesh or profile does not fit so many ranks."""
-    possible_shapes(run.parallel, ranks.world)
-    if not run.profile.enabled or run.profile.ranks == "all":
-        return
-    highest = max(run.profile.ranks, default=0)
-    if highest >= ranks.world:
-        what = f"profile.ranks names rank {highest}, but the ranks are 0 to {ranks.world - 1}"
-        fix = "profile.ranks=[0], or profile.ranks=all"
-        raise UsageError(what, where="profile.ranks", fix=fix)
 
 
 def move_earlier_runs_aside(
@@ -487,9 +477,9 @@ def report_failure(
             raise error from caught
         writer.close()  # what it is writing still counts
         if trainer.stop.request.now:
-            stop = stopped_twice(trainer.out, step, writer.saved_step)
-            write_stopped(trainer.out, step, what=stop.what)
-            raise stop from error
+            what = f"stopped after step {step} by a second signal"
+            write_stopped(trainer.out, step, what=what)
+            raise StoppedError(what, fix=how_to_resume(writer.saved_step)) from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
         place = heartbeat.peers.place_of(trainer.ranks.rank)

@@ -44,7 +44,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 SLOW_STEP_SECONDS = 5.0
-SLOW_FIRST_STEP = "the first step is being computed"
+SLOW_FIRST_STEP = "the first step is being computed; where kernels are compiled it takes minutes"
 
 
 class Trainer(LoopPart):
@@ -128,7 +128,7 @@ class Trainer(LoopPart):
                 return
             self.checkpoints.raise_failed_write()
             self.report_phase()
-            with self.logged_if_first_step_is_slow():
+            with self.logged_if_slow(progress.step):
                 output = self.train_step(batch)
             if output is None:
                 # Memory ran short: the next turn stops the run, by `stop.is_due`.
@@ -150,7 +150,7 @@ class Trainer(LoopPart):
                 saves = saves or self.checkpoints.is_new_best()
             # The last step's checkpoint is written at the end.
             if saves and not is_last and not self.stop.is_due():
-                self.checkpoints.save_periodic()
+                self.checkpoints.save(more_steps_follow=True)
             # The next step's seconds are its own.
             if validates or saves:
                 self.metrics.restart_clock()
@@ -160,17 +160,11 @@ class Trainer(LoopPart):
                 self.sinks.text("patience", f"{text}: stopping the run")
                 return
 
-    def logged_if_first_step_is_slow(self) -> AbstractContextManager[None]:
-        """Return a context that logs why the first step takes long, if it does."""
-        if self.progress.step > self.first_step or not self.ranks.is_main_process:
+    def logged_if_slow(self, step: int) -> AbstractContextManager[None]:
+        """Return a context that says in the log that the first step takes long, if it does."""
+        if step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
-        session = self.session
-        text = SLOW_FIRST_STEP
-        if session.plan.compiled:
-            text += "; it compiles kernels, which later steps use again"
-        elif session.files.support.recurrent:
-            text += f"; {', '.join(session.files.support.recurrent)} run on one row a document"
-        return logged_if_slow(log, text, SLOW_STEP_SECONDS)
+        return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_STEP_SECONDS)
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:
         """Forward, backward and update on one global batch, whose loss is divided once.

@@ -21,7 +21,7 @@ class Validation(LoopPart):
         super().__init__(shared)
         self.metrics = metrics
         every = self.run.validate.every if self.session.data.validation else None
-        self.schedule = self.cadence(every, seconds=self.progress.seconds)
+        self.schedule = self.cadence(every)
 
     def is_due(self, *, is_last: bool) -> bool:
         """Tell whether to measure after this step, which may be the last one; ask once a step."""
@@ -57,7 +57,11 @@ class Validation(LoopPart):
             progress.best_step = progress.step
             progress.best_loss = result.loss
             progress.best_accuracy = result.metrics.get(REWARD_ACCURACY)
-            self._write_best()
+            best = {"step": progress.best_step, "val_loss": progress.best_loss}
+            if progress.best_accuracy is not None:
+                best["val_accuracy"] = progress.best_accuracy
+            if self.ranks.is_main_process:
+                write_atomically(self.out / BEST, json.dumps(best, indent=1))
         return True
 
     def _is_best(self, result: ValidationResult) -> bool:
@@ -91,11 +95,3 @@ class Validation(LoopPart):
         )
         session.model.train()
         return result
-
-    def _write_best(self) -> None:
-        progress = self.progress
-        best = {"step": progress.best_step, "val_loss": progress.best_loss}
-        if progress.best_accuracy is not None:
-            best["val_accuracy"] = progress.best_accuracy
-        if self.ranks.is_main_process:
-            write_atomically(self.out / BEST, json.dumps(best, indent=1))

@@ -77,7 +77,7 @@ def is_finished(recipe: "Run", launched: str) -> bool:
     from tunesmith.training.early_checks import check_start
 
     resumes = recipe.checkpoint.resume != "never"
-    finished = check_start(recipe, resumes=resumes, every_row=True)
+    finished = check_start(recipe, resumes=resumes)
     if finished is None:
         return False
     again = "continue: a longer train.duration; start over: output_dir=runs/another-name"
