@@ -160,22 +160,18 @@ def shown(path: str | Path) -> str:
 def name_a_run(path: Path) -> str:
     """The fix for a path that is no run's: the folder of nearly its name, or those that are
     there."""
-    near = None if path.is_dir() else near_folder(path)
-    if near:
-        return f"did you mean {from_here(near)}?"
+    if not path.is_dir():
+        # One name of the path is wrong.
+        name = nearest(path.name, _folders_in(path.parent))
+        near = path.with_name(name) if name else near_path(path)
+        if near and near.is_dir():
+            return f"did you mean {from_here(near)}?"
     folder = path if path.is_dir() else path.parent
     names = _folders_in(folder)
     if names:
         more = ", ..." if len(names) > 8 else ""
         return f"{folder} contains: {', '.join(names[:8])}{more}"
     return "use the output_dir of a run"
-
-
-def near_folder(path: Path) -> Path | None:
-    """Find the folder that is there in place of a missing one, whose path has one wrong name."""
-    name = nearest(path.name, _folders_in(path.parent))
-    near = path.with_name(name) if name else near_path(path)
-    return near if near and near.is_dir() else None
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -271,8 +267,9 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
 
 
 def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[Fields | None]:
-    """The object of a JSON file without the values that are not of their form; None where there is
-    none.
+    """Read the object of a JSON file without the values of a wrong type.
+
+    Return None if there is no file.
     """
     values, fault, _ = read_part(path, lambda file: read_object(file, Fields))
     if values is not None:
@@ -449,27 +446,11 @@ def share_done(recipe: Fields, steps: float, epochs: float, seconds: float = 0.0
     return duration.share(steps=steps, epochs=epochs, seconds=seconds)
 
 
-class TrainSection(TypedDict):
-    """The fields that a comparison of runs takes from `train`."""
-
-    seed: NotRequired[Count | None]
-
-
-class ValidateSection(TypedDict):
-    """The fields that a comparison of runs takes from `validate`."""
-
-    max_examples: NotRequired[Count | None]
-
-
 _SECTION_FORMS = {
     name: dict[str, object]
     for name, (_, hint) in keys().items()
     if "." not in name and schema.is_section(hint)
-} | {
-    "train": TrainSection,
-    "validate": ValidateSection,
-    "method": str | dict[str, object],  # one without keys is written as its name
-}
+} | {"method": str | dict[str, object]}  # one without keys is written as its name
 
 
 def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
@@ -479,25 +460,19 @@ def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
     Where an adapter or a model on the Hub comes from is not asked.
     """
     runs = [run]
-    files: set[Path] = set()
     fault = ""
-    for later in runs:  # which grows meanwhile
-        places = [later.model.name] if Path(later.model.name, MANIFEST).is_file() else []
-        if later.adapter.from_:
-            places.append(later.adapter.from_)
-        for place in places:
+    for later in runs:  # The list grows in the loop.
+        model = later.model.name if Path(later.model.name, MANIFEST).is_file() else None
+        for place in filter(None, (model, later.adapter.from_)):
             file = Path(place).parent / RECIPE
-            # Two runs may have continued each other in turn.
-            if file in files:
-                continue
-            files.add(file)
-            if not file.is_file():
-                fault = f"it continues {place}, which is in no run directory"
-                continue
             try:
-                runs.append(load_recipe(file, trusts_code=True))
+                earlier = load_recipe(file, trusts_code=True)
             except TunesmithError as error:
-                fault = f"{error.what} ({file})"
+                fault = f"it continues {place}: {error.what}"
+                continue
+            # Two runs may have continued each other in turn.
+            if earlier not in runs:
+                runs.append(earlier)
     return runs, fault
 
 

@@ -258,8 +258,7 @@ data:
       completion: Answer
   # the longest of the 40 rows examined has {longest} tokens
   seq_len: 256
-  # 6 of 40 rows, chosen by the seed, to compute val_loss; with fewer than 10
-  # it is only a rough estimate
+  # 6 of 40 rows, chosen by the seed, to compute val_loss
   hold_out: 6 examples
 train:
   # 34 examples; small data sets get more epochs, large ones fewer

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
-# Comparing the checksums of as much takes a second or two, so more is announced.
+# Comparing the checksums of so many bytes, or copying them, takes a second or two.
 ANNOUNCED_BYTES = 1 << 30
 # One thread hashes 0.7 to 2 GB/s; a local disk reads no more than a few of them hash.
 HASHING_THREADS = 4

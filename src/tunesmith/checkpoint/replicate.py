@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.manifest import (
+    ANNOUNCED_BYTES,
     CARD,
     ELSEWHERE,
     MANIFEST,
@@ -207,7 +208,7 @@ def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool) -> None
                 folder = unfinished.enter_context(atomic_folder(place, values["step"]))
             common = [name for name in entries if not name.endswith(PART)]
             missing = [name for name in common if wants and not (folder / name).is_file()]
-        copy_files(ranks, folder, missing, entries, announce=True)
+        copy_files(ranks, folder, missing, entries)
         with ranks.raise_on_all_ranks():
             if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
@@ -250,7 +251,6 @@ def copy_files(
     missing: Collection[str],
     entries: Entries,
     *,
-    announce: bool = False,
     source: int | None = None,
 ) -> None:
     """Copy files below `folder` between directories; a collective call.
@@ -260,7 +260,6 @@ def copy_files(
 
     Args:
         entries: of a manifest.
-        announce: log a line about it.
         source: the rank whose directory gives them; None: the first that has each.
 
     CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError
@@ -304,8 +303,8 @@ def copy_files(
             what="files of other nodes",
             fix="free disk space there and start again",
         )
-    if announce:
-        total = sum(transfer.size for transfer in transfers)
+    total = sum(transfer.size for transfer in transfers)
+    if total > ANNOUNCED_BYTES:
         log.info(f"copying {count_of(len(transfers), 'file')}, {total:,} bytes, to other nodes")
     faults: list[OSError] = []
     for transfer in transfers:

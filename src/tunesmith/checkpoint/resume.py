@@ -269,7 +269,7 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
     source = lengths.index(max(lengths))
     if source != 0:
         missing = [*all_sizes[source]] if ranks.is_main_process else []
-        copy_files(ranks, output_dir, missing, {}, announce=True, source=source)
+        copy_files(ranks, output_dir, missing, {}, source=source)
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:

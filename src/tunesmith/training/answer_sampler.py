@@ -64,7 +64,7 @@ class AnswerSampler(LoopPart):
         if step not in sampled:
             allowed = math.inf if 0 in sampled else self.allowed_seconds(is_final=True)
             reason = self._sample(step, allowed)
-            if reason and self.run.log.samples:
+            if reason:
                 self.sinks.text("samples", f"{NO_FINAL_ANSWERS}{reason}")
 
     def _sample(self, step: int, allowed: float) -> str:
@@ -73,8 +73,10 @@ class AnswerSampler(LoopPart):
         heartbeat = self.ranks.heartbeat
         heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
         count = self.run.log.samples
-        if not session.data.validation or count == 0:
-            return "no rows are held out" if count else "log.samples is 0"
+        if count == 0:
+            return ""
+        if not session.data.validation:
+            return "no rows are held out"
         if session.mesh.shape.tensor > 1:
             return "tensor parallelism does not support them"
         # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.

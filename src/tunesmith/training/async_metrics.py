@@ -123,7 +123,8 @@ class AsyncMetrics(LoopPart):
     def _make_record(self, output: StepOutput, numbers: StepNumbers, seconds: float) -> StepRecord:
         session = self.session
         batch = output.batch
-        peak = session.peak_tflops
+        # The peak of all ranks together.
+        peak = (session.peak.tflops or 0.0) * self.ranks.world or None
         mfu = None
         if peak:
             work = session.flops(batch.indices, batch.supervised)

@@ -103,11 +103,6 @@ class Session:
     def device(self) -> torch.device:
         return torch.device(self.plan.device)
 
-    @property
-    def peak_tflops(self) -> float | None:
-        """Return the peak of all ranks together."""
-        return self.peak.tflops * self.ranks.world if self.peak.tflops else None
-
     def flops(self, examples: Sequence[int], supervised: int) -> float:
         """Floating-point operations of a step on these examples, of which `supervised` positions
         carry a label.

@@ -70,7 +70,7 @@ class CheckpointSaver(LoopPart):
         """Raise the error of a checkpoint that could not be written, on all ranks at one step."""
         has_failed = self.writer.failed
         if self.ranks.world > 1:
-            has_failed = self.stop.write_failed
+            has_failed = self.stop.agreed.failed_writes > 0
         if has_failed:
             self.writer.wait()
 
@@ -147,8 +147,7 @@ class CheckpointSaver(LoopPart):
             return progress.step
         if best_step != progress.best_step:
             text = f"step {progress.best_step} had the best validation, but no checkpoint"
-            fix = f"checkpoint.every='{self.run.validate.every}' saves each one"
-            self.sinks.text("checkpoint", f"{text}: final/ is of step {best_step}; {fix}")
+            self.sinks.text("checkpoint", f"{text}: final/ is of step {best_step}")
         if best_step == progress.step:
             return progress.step
         self.ranks.heartbeat.phase(Phase.SAVING_FINAL, self.time_limit())

@@ -338,13 +338,10 @@ class _Choices:
         if of_run.get("target") == usual.target:
             adapter = replace(adapter, target=usual.target)
         self.values |= {"adapter.rank": adapter.rank, "adapter.alpha": adapter.alpha}
-        if adapter.target != usual.target:
-            target = adapter.target
-            self.values["adapter.target"] = target if isinstance(target, str) else [*target]
-        if adapter.rslora:
-            self.values["adapter.rslora"] = True
-        if adapter.modules_to_save:
-            self.values["adapter.modules_to_save"] = [*adapter.modules_to_save]
+        for field in ("target", "rslora", "modules_to_save"):
+            value = vars(adapter)[field]
+            if value != vars(usual)[field]:
+                self.values[f"adapter.{field}"] = [*value] if isinstance(value, tuple) else value
 
     def choose_method(self) -> None:
         """Add the method that learns from rows of this format, unless an override names one."""
@@ -419,8 +416,6 @@ class _Choices:
             return 0
         count = count_held_out(hold_out, rows)
         reason = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss"
-        if count * parts < TELLING_ROWS:
-            reason += f"; with fewer than {TELLING_ROWS} it is only a rough estimate"
         self.choose("data.hold_out", str(hold_out), reason)
         return round(count * parts)
 
@@ -430,18 +425,15 @@ class _Choices:
         Returns the optimizer steps that this makes; None where unknown.
         """
         train = self.draft.train
-        usual_epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
-        epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
-        if self.draft.adapter.from_ is not None:
-            epochs = usual_epochs  # more of few rows are for a new adapter
-        if examples * usual_epochs > MAX_SEEN_EXAMPLES:
+        epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
+        if examples * epochs > MAX_SEEN_EXAMPLES:
             epochs = max(1, MAX_SEEN_EXAMPLES // examples)
+        elif self.draft.adapter.from_ is None:  # a new adapter needs steps
+            epochs = min(MOST_EPOCHS, max(epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
         duration = train.duration
         if "train.duration" not in self.override_keys:
             duration = Length(epochs, "epochs")
-        examples_seen: float = examples * epochs
-        if duration.unit == "epochs":
-            examples_seen = examples * duration.amount
+        examples_seen = examples * (duration.amount if duration.unit == "epochs" else epochs)
         batch = train.global_batch
         if "train.global_batch" not in self.override_keys:
             # The largest batch that still makes WANTED_STEPS steps.
@@ -464,8 +456,6 @@ class _Choices:
                 f"{steps:,} optimizer steps; "
                 f"small data sets get small batches, for {WANTED_STEPS} steps or more"
             )
-            if batch.amount == ranks > 1:
-                reason += f", and an example for each of {ranks} ranks"
             self.why["train.global_batch"] = reason
             return steps
         if duration.unit == "steps":
@@ -500,8 +490,6 @@ class _Choices:
                 f"there is no rule for {spec.model_type} models: a cautious rate; try twice and "
                 "half of it, see docs/choosing.md"
             )
-            if "train.learning_rate" not in self.override_keys:
-                log.info(f"train.learning_rate: {reason}")
         else:
             reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
         if kind == "lora":
@@ -547,8 +535,4 @@ def _width_exponent(model_type: str) -> float | None:
 
     The cookbook goes by the name: Qwen's mixtures have Qwen's rule. Llama 4 came after Llama's fit.
     """
-    if model_type == "llama":
-        return WIDTH_EXPONENTS["llama"]
-    if model_type.startswith("qwen"):
-        return WIDTH_EXPONENTS["qwen"]
-    return None
+    return WIDTH_EXPONENTS.get("qwen" if model_type.startswith("qwen") else model_type)

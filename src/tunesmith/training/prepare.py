@@ -9,7 +9,7 @@ machine -> model files -> data and token contract -> model on meta -> plan
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from tunesmith.planning.resolve import check_bf16, probe_machine, with_dtype
 from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_prompts
 from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
-from tunesmith.quant.schemes import DENSE, scheme_of
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.run_dir import RECIPE, Phase
 from tunesmith.runtime.device import chip_of
 from tunesmith.units import count_of
@@ -285,22 +285,18 @@ def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:
     # `memory.host` is a rank's share; the ranks of a node have one host.
     needed, there = plan.memory.host * ranks.local_world, available_memory()
     why = f"it has {count_of(ranks.local_world, 'rank')}"
-    fix = "train.cpu_offload=[], or more nodes"
     if plan.streamed_layers:
         needed += int(needed * SPARE_HOST_SHARE)
         why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
-        fixes = []
-        if plan.recomputed_layers < plan.layers:
-            fixes.append("train.recompute=full, for more layers on the GPU")
-        if scheme_of(run.model) is DENSE:
-            fixes.append("model.quantize=nf4")
-        fix = ", or ".join(fixes) or "more memory for this process, or several GPUs"
     if needed > there:
-        what = (
+        raise MachineError(
             f"the host needs {size_text(needed)} for offloading, "
-            f"but only {size_text(there)} are available"
+            f"but only {size_text(there)} are available",
+            where="train.cpu_offload",
+            why=why,
+            fix="train.cpu_offload=[], train.recompute=full or model.quantize=nf4, for more layers "
+            "on the GPU; or more nodes",
         )
-        raise MachineError(what, where="train.cpu_offload", why=why, fix=fix)
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
@@ -311,9 +307,9 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
             numbers.
     """
     first = machines[0]
-    expected = asdict(first)
+    expected = vars(first)
     for rank, machine in enumerate(machines):
-        found = asdict(machine)
+        found = vars(machine)
         for part in ("attention", "compiles", "scaling", "integrated"):
             if found[part] != expected[part]:
                 raise MachineError(

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 # Raise it when the same weights and rows would give other numbers, or a file has another form.
 CACHE_VERSION = 3
-_DAMAGED = "%s is damaged and will be recomputed (%s)"
 
 
 @dataclass
@@ -73,19 +72,12 @@ class _Scores:
 
     def read(self) -> None:
         """Take the numbers from the file if it has all of them; that of a longer run has more."""
-        content = b""
-        try:
-            if self.file is not None:
-                content = self.file.read_bytes()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning(_DAMAGED, self.file, error.strerror)
-        if not content:
+        if self.file is None or not self.file.is_file():
             return
+        content = self.file.read_bytes()
         size = len(content) - hashlib.sha256().digest_size
         if hashlib.sha256(content[:size]).digest() != content[size:]:
-            log.warning(_DAMAGED, self.file, "its checksum differs")
+            log.warning("%s is damaged and will be recomputed", self.file)
             return
         values = np.load(BytesIO(content), allow_pickle=False)
         if len(values) >= sum(self.sizes):

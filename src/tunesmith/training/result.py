@@ -60,8 +60,6 @@ class Result(Tabular):
     steps: int  # optimizer steps of the whole run
     first_step: int = 0  # the step that this start resumed from, 0 for a new run
     seconds: float = 0.0
-    tokens: int = 0
-    examples: int = 0
     records: list[StepRecord] = field(default_factory=list, repr=False)  # of this start's steps
     finished_before: bool = False  # the directory had a finished run, and nothing was trained
     best_step: int | None = None  # of the lowest validation loss
@@ -81,8 +79,6 @@ class Result(Tabular):
             output_dir,
             steps,
             seconds=sum(record.step_seconds for record in records),
-            tokens=sum(record.tokens for record in records),
-            examples=sum(record.examples for record in records),
             records=records,
             finished_before=True,
             best_step=best.get("step"),
@@ -92,6 +88,16 @@ class Result(Tabular):
 
     def __fspath__(self) -> str:
         return str(self.output_dir)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps of `records`."""
+        return sum(record.tokens for record in self.records)
+
+    @property
+    def examples(self) -> int:
+        """Examples of the steps of `records`."""
+        return sum(record.examples for record in self.records)
 
     @property
     def first_loss(self) -> float | None:
@@ -246,33 +252,32 @@ def stopped_by(
     # Any rank's request stops all: the first of each kind is reported.
     shortage = next((shortage for shortage, _ in requests if shortage), None)
     signal = next((signal for _, signal in requests if signal), None)
-    # `tunesmith stop` writes the file, and sends a signal too where it can.
-    is_by_file = (out / STOP_FILE).exists() or signal is None
     saved_text = f": step {step} is saved" if step else " before the first step"
     where = str(out / f"checkpoint-{step}") if step else ""
     why = "" if step else "there was nothing to save yet"
     fix = "start the same command again" + (", which resumes" if step else "")
-    # By what stopped the run: memory, file, signal.
     more: dict[str, object] = {}
-    reason = "signal"
-    error: StoppedError
+    cause = ""
+    error_class = StoppedError
+    # `tunesmith stop` writes the file, and sends a signal too where it can.
     if shortage is not None:
-        reason = "memory"
+        reason, what, why = "memory", SHORT, shortage.text
         fix = f"{FREE_MEMORY_FIX}, then {fix}"
         if step and progress.micro_batch and not run.train.optimizer_in_backward:
             fix += f"; or with a train.micro_batch below {progress.micro_batch}"
         more = {"figures": shortage.record}
-        error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
-    elif is_by_file:
-        reason = "file"
-        error = StoppedError("stopped by the stop file" + saved_text, where=where, why=why, fix=fix)
+        error_class = LowMemoryError
+    elif (out / STOP_FILE).exists() or signal is None:
+        reason, what = "file", "stopped by the stop file"
     else:
+        reason, what = "signal", f"stopped by {signal}"
         if signal == "SIGUSR1" and os.environ.get(REQUEUE):
             fix = "nothing to do: the job is requeued, and resumes by itself"
-        error = StoppedError(f"stopped by {signal}{saved_text}", where=where, why=why, fix=fix)
         # Slurm's preemption and its `--signal` come as these.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
-            error.cause = "preempted"
+            cause = "preempted"
+    error = error_class(what + saved_text, where=where, why=why, fix=fix)
+    error.cause = error.cause or cause
 
     # The request is answered: the next start must not find it.
     if ranks.is_main_process:

@@ -305,7 +305,7 @@ def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
     if ranks.is_main_process and ranks.world > 1:
         log.info(trainer.session.describe_ranks(trainer.first_step))
     # From here on the loop answers signals.
-    trainer.stop.defer_signals()
+    trainer.stop.request.defer_signals()
     with report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer):
         result = trainer.fit()
         sinks.close()

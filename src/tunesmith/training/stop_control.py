@@ -8,13 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.checkpoint.resume import Progress
-from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import StoppedError
 from tunesmith.host.signals import StopRequest
 from tunesmith.run_dir import STOP_FILE
-from tunesmith.training.result import stopped_by
 from tunesmith.training.step_scalars import RankStatus
 
 
@@ -27,22 +23,14 @@ class StopControl:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
         wants_end: whether the caller of `train` ends the run here; rank 0 knows.
-        is_ended: all ranks know that it does.
-        is_agreed: all ranks know that one of them has a stop request.
-        write_failed: all ranks know that a checkpoint could not be written on one of them.
+        agreed: what all ranks know of each other, by the last reduction.
     """
 
     request: StopRequest
     run_dir: Path
     ranks: Ranks = ONE_PROCESS
     wants_end: Callable[[], bool] = lambda: False
-    is_ended: bool = field(default=False, init=False)
-    is_agreed: bool = field(default=False, init=False)
-    write_failed: bool = field(default=False, init=False)
-
-    def defer_signals(self) -> None:
-        """From here on the loop ends the run, not the handler of a signal."""
-        self.request.defer_signals()
+    agreed: RankStatus = field(default=RankStatus(0.0, 0.0, 0.0), init=False)
 
     def is_requested(self) -> bool:
         """Tell whether this rank has a stop request; the file `stop` is one for rank 0."""
@@ -54,26 +42,22 @@ class StopControl:
         """Tell whether the run stops, by a request to this process or, once all know, to a rank."""
         # What one rank alone acts on leaves the others in a collective.
         if self.ranks.world > 1:
-            return self.is_agreed
+            return self.agreed.stop_requests > 0
         return self.is_requested()
 
     def ends(self) -> bool:
         """Tell whether the run is over by its caller, with final/; see `is_due`."""
-        return self.is_ended if self.ranks.world > 1 else self.wants_end()
+        return self.agreed.ends > 0 if self.ranks.world > 1 else self.wants_end()
 
     def agree(self) -> None:
         """Share before the first step who has a stop request; a collective call."""
         if self.ranks.world > 1:
-            self.is_agreed = any(self.ranks.all_gather_object(self.is_requested()))
+            requests = self.ranks.all_gather_object(float(self.is_requested()))
+            self.agreed = self.agreed._replace(stop_requests=sum(requests))
 
     def agree_on(self, status: RankStatus) -> None:
-        """Take over what a step's reduction has shared."""
-        if status.stop_requests > 0:
-            self.is_agreed = True
-        if status.ends > 0:
-            self.is_ended = True
-        if status.failed_writes > 0:
-            self.write_failed = True
+        """Take over what a step's reduction has shared; what was agreed before stays."""
+        self.agreed = RankStatus(*map(max, self.agreed, status))
 
     def drops_step(self) -> bool:
         """Tell whether to leave a step midway, for want of memory; several ranks end it first."""
@@ -90,8 +74,3 @@ class StopControl:
             self.request.takes = 2 * seconds
         else:
             self.request.takes = seconds / micro_batches
-
-    def error(self, run: Run, progress: Progress, ranks: Ranks) -> StoppedError:
-        """The end of the run by this stop, on all ranks; a collective call. See `stopped_by`."""
-        requests = ranks.all_gather_object((self.request.low_memory, self.request.signal))
-        return stopped_by(requests, run, progress, ranks)

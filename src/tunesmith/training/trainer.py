@@ -36,7 +36,7 @@ from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.training.result import Result, failure_of
+from tunesmith.training.result import Result, failure_of, stopped_by
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
 from tunesmith.units import count_of
@@ -254,7 +254,9 @@ class Trainer(LoopPart):
             self.session.optimizer.drop_gradients()
             return_freed_memory()
             self.checkpoints.save()
-        raise self.stop.error(self.run, self.progress, self.ranks)
+        request = (self.stop.request.low_memory, self.stop.request.signal)
+        requests = self.ranks.all_gather_object(request)
+        raise stopped_by(requests, self.run, self.progress, self.ranks)
 
     def end(self) -> Result:
         """Write the last checkpoint and final/. After a stop that cut off the last validation the
@@ -270,15 +272,12 @@ class Trainer(LoopPart):
         self.answers.sample_final(final_step)
         self.checkpoints.write_final(final_step)
         self.ranks.heartbeat.phase(Phase.END)
-        records = self.metrics.records
         return Result(
             self.out,
             progress.step,
             self.first_step,
             progress.seconds,
-            tokens=sum(record.tokens for record in records),
-            examples=sum(record.examples for record in records),
-            records=records,
+            records=self.metrics.records,
             best_step=progress.best_step,
             best_loss=progress.best_loss,
             final_step=final_step,

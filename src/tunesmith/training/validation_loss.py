@@ -58,7 +58,17 @@ def validation_loss(
         share=(mesh.data_rank, mesh.shape.data),
     )
     with evaluating(train_model):
-        totals = _begin(train_model, tokens, layout, micro_tokens, mesh)
+        # What the losses of all rows share; a collective call.
+        chosen = sum(example.chosen_tokens for example in tokens) if tokens.has_pairs else 0
+        mismatched = []
+        if method.needs_mismatched:
+            batches = layout.batches(mismatched_of_all(tokens), micro_tokens)
+            mismatched = [batch.to(device) for _, batch in batches]
+        totals = method.begin_step(
+            train_model,
+            StepTotals(len(tokens), chosen, mismatched),
+            lambda total: all_reduce_together([total], mesh.data_group),
+        )
         loss_of = partial(method, totals=totals)
         # A rank without rows in the last turn computes padding: its collectives are needed.
         for _, batch in layout.batches(tokens, micro_tokens):
@@ -79,26 +89,3 @@ def validation_loss(
     loss, *means = (sums / denominator).tolist()
     metrics = method.finish(dict(zip(method.metrics, means, strict=True)))
     return ValidationResult(loss, denominator, metrics)
-
-
-def _begin(
-    train_model: TrainModel,
-    tokens: TokenSet,
-    layout: Layout,
-    micro_tokens: int,
-    mesh: Mesh,
-) -> StepTotals:
-    """Begin the validation: compute what the losses of all rows share; a collective call."""
-    method = train_model.method
-    chosen_tokens = 0
-    if tokens.has_pairs:
-        chosen_tokens = sum(example.chosen_tokens for example in tokens)
-    mismatched = []
-    if method.needs_mismatched:
-        device = train_model.model.device
-        batches = layout.batches(mismatched_of_all(tokens), micro_tokens)
-        mismatched = [batch.to(device) for _, batch in batches]
-    totals = StepTotals(len(tokens), chosen_tokens, mismatched)
-    return method.begin_step(
-        train_model, totals, lambda total: all_reduce_together([total], mesh.data_group)
-    )

@@ -86,7 +86,6 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a sample's answer is null": ("samples.jsonl", holding("samples.jsonl", '{"step": 1, "prompt": "a", "answer": null}\n')),
     "the log is a loop": ("log.txt", replaced("log.txt", lambda path: path.symlink_to(path))),
     "a list for train": ("config.yaml", holding("config.yaml", "train: [1, 2]\nvalidate: 3\n")),
-    "a text as seed": ("config.yaml", holding("config.yaml", "train: {seed: x}\nvalidate: {max_examples: [1]}\n")),
     "no Unicode in the recipe": ("config.yaml", holding("config.yaml", 'model: {name: "\\ud800"}\n')),
     "the recipe is a fifo": ("config.yaml", replaced("config.yaml", os.mkfifo)),
     "a deep recipe": ("config.yaml", holding("config.yaml", "[" * DEEP + "]" * DEEP)),
