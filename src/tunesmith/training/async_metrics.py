@@ -13,13 +13,15 @@ from torch import Tensor
 
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.batches.loader import GlobalBatch
+from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.gauges import Gauges
 from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.training.result import non_finite_error
 from tunesmith.training.step_scalars import RankStatus, StepNumbers, StepScalars
 from tunesmith.units import ratio
+
+MAX_NAMED_ROWS = 8  # in an error
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,22 @@ class AsyncMetrics(LoopPart):
             return
         # The checkpoint in progress may be the last good one.
         self.writer.close()
-        raise non_finite_error(
-            numbers.loss,
-            numbers.grad_norm,
-            self.run,
-            step=output.step,
-            rows=output.batch.row_names(),
-            saved_step=self.writer.saved_step,
+        saved_step = self.writer.saved_step
+        name = "gradient norm" if math.isfinite(numbers.loss) else "loss"
+        rows = output.batch.row_names()
+        more = " ..." if len(rows) > MAX_NAMED_ROWS else ""
+        update = "the update was not applied"
+        if self.run.train.optimizer_in_backward:
+            update = "only the parameters with a finite gradient were updated in this step"
+            update += ", and none of it was saved"
+        checkpoint = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
+        raise NonFiniteError(
+            f"the {name} is not finite (loss {numbers.loss}, gradient norm {numbers.grad_norm})",
+            where=f"step {output.step}, rows {', '.join(rows[:MAX_NAMED_ROWS])}{more}",
+            why=f"{update}; the last good checkpoint: {checkpoint}",
+            fix="lower train.learning_rate or lengthen train.warmup; "
+            "look at those rows with `tunesmith data`; if it also happens with "
+            "model.dtype=fp32, the data is the cause",
         )
 
     def _make_record(self, output: StepOutput, numbers: StepNumbers, seconds: float) -> StepRecord:

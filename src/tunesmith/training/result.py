@@ -1,7 +1,6 @@
 """The end of a run: a Result, or the error that ended it in words that help."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,6 @@ from tunesmith.distributed.ranks import Ranks, is_launched
 from tunesmith.errors import (
     EXIT_OK,
     LowMemoryError,
-    NonFiniteError,
     RunError,
     StoppedError,
     TunesmithError,
@@ -45,8 +43,19 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import count_of
 
-# An error names no more rows than these.
-MAX_NAMED_ROWS = 8
+# What `--json` shows of a Result under its own name.
+FIGURES = (
+    "steps",
+    "first_step",
+    "seconds",
+    "tokens",
+    "examples",
+    "best_step",
+    "final_step",
+    "finished_before",
+    "first_loss",
+    "last_loss",
+)
 
 
 @dataclass(frozen=True)
@@ -141,20 +150,8 @@ class Result(Tabular):
 
     def values(self) -> dict[str, object]:
         """The result as plain values, for `--json`."""
-        return {
-            "output_dir": str(self.output_dir),
-            "steps": self.steps,
-            "first_step": self.first_step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "examples": self.examples,
-            "best_step": self.best_step,
-            "final_step": self.final_step,
-            "finished_before": self.finished_before,
-            "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
-            "best_val_loss": self.best_loss,
-        }
+        figures = {name: getattr(self, name) for name in FIGURES}
+        return {"output_dir": str(self.output_dir), **figures, "best_val_loss": self.best_loss}
 
 
 def failure_of(
@@ -197,39 +194,6 @@ def failure_of(
         return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {resume}")
     why = "an unexpected error; TUNESMITH_DEBUG=1 shows the traceback"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=resume)
-
-
-def non_finite_error(
-    loss: float,
-    norm: float,
-    run: Run,
-    *,
-    step: int,
-    rows: list[str],
-    saved_step: int | None,
-) -> NonFiniteError:
-    """The stop on a loss or gradient norm that is NaN or infinite; `rows` are the places."""
-    name = "loss"
-    if math.isfinite(loss):
-        name = "gradient norm"
-    what = f"the {name} is not finite (loss {loss}, gradient norm {norm})"
-    where = f"step {step}, rows {', '.join(rows[:MAX_NAMED_ROWS])}"
-    if len(rows) > MAX_NAMED_ROWS:
-        where += " ..."
-    update = "the update was not applied"
-    if run.train.optimizer_in_backward:
-        update = "only the parameters with a finite gradient were updated in this step"
-        update += ", and none of it was saved"
-    checkpoint = "none was written yet"
-    if saved_step:
-        checkpoint = f"checkpoint-{saved_step}"
-    why = f"{update}; the last good checkpoint: {checkpoint}"
-    fix = (
-        "lower train.learning_rate or lengthen train.warmup; "
-        "look at those rows with `tunesmith data`; if it also happens with "
-        "model.dtype=fp32, the data is the cause"
-    )
-    return NonFiniteError(what, where=where, why=why, fix=fix)
 
 
 def stopped_by(

@@ -58,7 +58,15 @@ class Trainer(LoopPart):
         stop: StopControl,
     ) -> None:
         run = session.run
-        progress = progress_of(session, start)
+        # The point that the run has reached, and what it computes with from here on.
+        progress = dataclasses.replace(
+            start.progress or Progress(),
+            ended=None,
+            micro_batch=str(session.plan.layout.micro_batch),
+            threads=torch.get_num_threads(),
+            shares_prompts=session.data.train.shares_prompts,
+            **session.hashes,
+        )
         shared = LoopShared(session, progress, sinks, stop)
         super().__init__(shared)
         # The guard of the host's memory leaves room for a save.
@@ -292,15 +300,3 @@ class Trainer(LoopPart):
             step=self.progress.step,
             saved_step=self.checkpoints.writer.saved_step,
         )
-
-
-def progress_of(session: Session, start: Start) -> Progress:
-    """Record where the run stands as it starts, and what it computes with from here on."""
-    return dataclasses.replace(
-        start.progress or Progress(),
-        ended=None,
-        micro_batch=str(session.plan.layout.micro_batch),
-        threads=torch.get_num_threads(),
-        shares_prompts=session.data.train.shares_prompts,
-        **session.hashes,
-    )
