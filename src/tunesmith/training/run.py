@@ -303,7 +303,12 @@ def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
     # On every rank: the one of each node that tells what ends them all leaves failure.json.
     ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
     if ranks.is_main_process and ranks.world > 1:
-        log.info(trainer.session.describe_ranks(trainer.first_step))
+        session, step = trainer.session, trainer.first_step
+        shape = session.mesh.shape
+        idle = session.loader(step).batch(step).idle_share if shape.data > 1 else 0.0
+        hosts = ", ".join(dict.fromkeys(ranks.hosts))
+        mesh = f"{shape.describe()}, {session.plan.why['mesh']}"
+        log.info(f"{ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}")
     # From here on the loop answers signals.
     trainer.stop.request.defer_signals()
     with report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer):
@@ -477,9 +482,12 @@ def report_failure(
             raise error from caught
         writer.close()  # what it is writing still counts
         if trainer.stop.request.now:
-            what = f"stopped after step {step} by a second signal"
+            saved_step = writer.saved_step
+            saved = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
+            what = f"stopped after step {step}: {saved}"
+            where = str(trainer.out / f"checkpoint-{saved_step}") if saved_step else ""
             write_stopped(trainer.out, step, what=what)
-            raise StoppedError(what, fix=how_to_resume(writer.saved_step)) from error
+            raise StoppedError(what, where=where, fix=how_to_resume(saved_step)) from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
         place = heartbeat.peers.place_of(trainer.ranks.rank)
