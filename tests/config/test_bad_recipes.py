@@ -89,23 +89,3 @@ def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
     path.write_text("\n".join(deep))
     with refuses(RecipeError, where="laughs.yaml:20"):
         load_recipe(path)
-
-
-def test_a_split_that_a_file_does_not_have_is_told_with_its_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As an importer writes it where a tool's data set is a file."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("rows.jsonl", "other.jsonl"):
-        Path(name).write_text('{"messages": []}')
-    text = BASE.replace("org/rows", "rows.jsonl")
-    Path("r.yaml").write_text(text)
-    split = "data.validation.split=test"
-    held_out = ["data.validation=null", "data.hold_out='5 %'"]
-    with refuses(RecipeError, where=f"command line: {split.partition('=')[0]}", fix=held_out):
-        load_recipe("r.yaml", ["data.validation.source=rows.jsonl", split])
-    with refuses(RecipeError, fix=["data.validation.split=train"]):
-        load_recipe("r.yaml", ["data.validation.source=other.jsonl", split])
-    with refuses(RecipeError, fix=["data.train.split=train"]):
-        load_recipe("r.yaml", ["data.train.split=test[:5]"])
-    load_recipe("r.yaml", ["data.train.split=train[:5]", "data.validation.source=org/rows", split])

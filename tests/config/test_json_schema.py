@@ -26,10 +26,10 @@ from .bad_recipes import _EXTENDS, _FORM, _KEYS, _PATHS, _RULES, _TYPES, BASE, B
 FILE = shipped()["smollm2-135m-lora"].with_name("schema.json")
 
 # Bad values that JSON Schema has no words for: 8.0 is an integer there, a number is finite as it is
-# written, and amounts and their roundness are read from text.
+# written, a recipe that extends another leaves keys out, and amounts and their roundness are read from text.
 UNSAID = {
     "fraction", "infinite", "overflow", "not a number", "half an example", "half a step", "1e300 examples",
-    "5,000 digits of steps",
+    "5,000 digits of steps", "no model", "no model name", "no data", "no output_dir",
 }  # fmt: skip
 
 
@@ -96,11 +96,9 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
         {"train": {"seed": 1, "clip_norm": None}},
     ):
         schema.validate({**child, **more})
-        assert not schema.is_valid(more), "alone it is no recipe"
     for wrong in (
         {"trian": {}},
         {"train": {"sed": 1}},
-        {"data": {"train": [{"split": "x"}]}},
         {"model": {"name": None}},
         {"train": {"learning_rate": None}},
         {"log": None},

@@ -59,7 +59,6 @@ def test_a_new_source_keeps_only_the_keys_beside_it(parent: Path) -> None:
         load_recipe(parent, both[::-1]),
         load_recipe(parent, ["data.train={source: org/mine, format: text}"]),
         load_recipe(parent, ["data.train.format=text", "data.train={source: org/mine}"]),
-        load_recipe(parent, ["data.train.0.source=org/mine", "data.train.0.format=text"]),
         load_recipe(parent, ["data.train=[{source: org/mine, format: text}]"]),
     ):
         assert (run.data.train, run.data.validation) == ((rows,), ())
@@ -72,7 +71,7 @@ def test_the_same_source_is_changed_key_by_key(parent: Path) -> None:
         child('data: {train: {split: "train[:10]"}}\n'),
         child('data: {train: {source: org/rows, split: "train[:10]"}}\n'),
         load_recipe(parent, ["data.train.split=train[:10]"]),
-        load_recipe(parent, ["data.train.0.split=train[:10]", "data.train.source=org/rows"]),
+        load_recipe(parent, ["data.train.split=train[:10]", "data.train.source=org/rows"]),
     ):
         assert run.data.train[0].split == "train[:10]"
         assert (run.data.train[0].format, run.data.train[0].columns) == (
@@ -114,23 +113,17 @@ def test_validation_rows_of_their_own(parent: Path) -> None:
 def test_lists_of_sources(parent: Path) -> None:
     two = "data: {train: [{source: a/b, split: train}, {source: c/d, weight: 2}], validation: {source: a/b}}\n"
     Path("two.yaml").write_text("extends: parent.yaml\n" + two)
-    run = load_recipe(
-        "two.yaml", ["data.train.1.source=e/f", "data.train.1.format=text", "data.train.0.weight=3"]
-    )
+    run = load_recipe("two.yaml")
     assert run.data.train == (
-        Source(source="a/b", split="train", weight=3.0),
-        Source(source="e/f", format="text"),
+        Source(source="a/b", split="train"),
+        Source(source="c/d", weight=2.0),
     )
-    assert run.data.validation == ()
-    assert load_recipe("two.yaml", ["data.train.1.weight=4"]).data.validation == (
-        Source(source="a/b"),
-    )
+    assert run.data.validation == (Source(source="a/b"),)
     assert load_recipe("two.yaml", ["data.train.source=e/f"]).data.train == (Source(source="e/f"),)
-    with refuses(RecipeError, where="command line: data.train.split", names=["'split'"]) as caught:
+    with refuses(RecipeError, names=["data.train.source"]):
         load_recipe("two.yaml", ["data.train.split=test"])
-    assert "0 to 1" in caught.value.fix
     for number in ("²", "9" * 5000, "-1"):
-        with refuses(RecipeError, names=["data.train", repr(number)], fix=["0 to 1"]):
+        with refuses(RecipeError, names=[f"data.train.{number}"]):
             load_recipe("two.yaml", [f"data.train.{number}.weight=1"])
 
 
@@ -239,7 +232,7 @@ def test_an_empty_text_is_no_value(parent: Path, key: str) -> None:
 
 def test_an_empty_name_in_a_list_and_an_empty_system_message(parent: Path) -> None:
     with refuses(
-        RecipeError, names=["adapter.modules_to_save"], fix=["adapter.modules_to_save: []"]
+        RecipeError, names=["adapter.modules_to_save.0"], fix=["adapter.modules_to_save=[]"]
     ):
         load_recipe(parent, ["adapter.modules_to_save=['']"])
     assert load_recipe(parent, ["data.system=''"]).data.system == "", (

@@ -59,17 +59,11 @@ def reference() -> str:
             head = "### Top level"
         parts.append(f"{head}\n\n{table}")
         if section == "data.train":
-            parts.append(_columns_table())
+            names = {f"`{name}`": columns for name, columns in FORMAT_COLUMNS.items()}
+            listed = [(name, ", ".join(f"`{c}`" for c in cs)) for name, cs in names.items()]
+            table = _table(("format", "columns"), listed)
+            parts.append(f"`columns` maps these names to those of the file:\n\n{table}")
     return "\n".join(parts)
-
-
-def _columns_table() -> str:
-    rows = []
-    for format_, columns in FORMAT_COLUMNS.items():
-        names = ", ".join(f"`{column}`" for column in columns)
-        rows.append((f"`{format_}`", names))
-    table = _table(("format", "columns"), rows)
-    return f"`columns` maps these names to those of the file:\n\n{table}"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -78,10 +72,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def json_schema() -> dict[str, object]:
-    """The JSON Schema of a recipe file as plain values, of draft 7, which editors know best.
-
-    A recipe that extends another may leave any key out.
-    """
+    """The JSON Schema of a recipe file as plain values, of draft 7, which editors know best."""
     run_schema = run_type().json_schema()
     sections = {**run_schema.pop("$defs"), Run.__name__: run_schema}
     for key, (spec, hint) in keys().items():
@@ -94,34 +85,19 @@ def json_schema() -> dict[str, object]:
         section_type = (get_args(section_type) or (section_type,))[0]
         properties = sections[section_type.__name__]["properties"]
         properties[name] = _property(spec, hint, properties[name])
-    extends = {
+    # A recipe that extends another may leave any key out.
+    for section_schema in sections.values():
+        section_schema.pop("required", None)
+    sections[Run.__name__]["properties"]["extends"] = {
         "type": "string",
         "description": "a shipped recipe or a file whose values this recipe overrides",
     }
-    children = _children_of(sections)
-    children["ChildRun"]["properties"]["extends"] = extends
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "a recipe of tunesmith",
-        "type": "object",
-        "properties": {"extends": extends},
-        "if": {"required": ["extends"]},
-        "then": {"$ref": "#/$defs/ChildRun"},
-        "else": {"$ref": "#/$defs/Run"},
-        "$defs": {**sections, **children},
+        "$ref": f"#/$defs/{Run.__name__}",
+        "$defs": sections,
     }
-
-
-def _children_of(sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a recipe that extends another: nothing in them is required."""
-    text = json.dumps(sections).replace('"#/$defs/', '"#/$defs/Child')
-    # Lists are not merged.
-    text = text.replace('"items": {"$ref": "#/$defs/Child', '"items": {"$ref": "#/$defs/')
-    children = {}
-    for name, section in json.loads(text).items():
-        section.pop("required", None)
-        children[f"Child{name}"] = section
-    return children
 
 
 def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, Any]:

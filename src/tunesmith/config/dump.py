@@ -8,15 +8,9 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import lru_cache
-from io import StringIO
 from typing import Any, NamedTuple
-
-from ruamel.yaml import YAML
-from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
-from ruamel.yaml.representer import SafeRepresenter
 
 from tunesmith.config.names import keys
 from tunesmith.config.schema import METHOD_KEYS, Adapter, MethodConfig, Run, yaml_name
@@ -77,49 +71,7 @@ def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
 
 def dump(run: Run) -> str:
     """The resolved recipe as YAML 1.2."""
-    return _yaml_of(json.dumps(to_mapping(run)))
-
-
-@lru_cache(maxsize=8)
-def _yaml_of(values: str) -> str:
-    """Values in JSON as YAML: a run writes its recipe at its start and into each model card."""
-    return to_yaml(json.loads(values))
-
-
-_TAG = "tag:yaml.org,2002:"
-
-
-def _represent_text(yaml: SafeRepresenter, text: str) -> ScalarNode:
-    """Quoted wherever it could be anything but text."""
-    is_plain = _TEXT.fullmatch(text) and isinstance(scalar(text), str)
-    return yaml.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
-
-
-def _represent_number(yaml: SafeRepresenter, number: float) -> ScalarNode:
-    """Exact to the last bit."""
-    return yaml.represent_scalar(f"{_TAG}float", repr(number))
-
-
-def _represent_list(yaml: SafeRepresenter, items: list[object]) -> SequenceNode:
-    """Flat lists on one line."""
-    return yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items))
-
-
-def _represent_mapping(yaml: SafeRepresenter, mapping: dict[str, object]) -> MappingNode:
-    # As a list of pairs, whose order ruamel keeps: it would sort a dict.
-    return yaml.represent_mapping(f"{_TAG}map", list(mapping.items()), flow_style=not mapping)
-
-
-_REPRESENT: dict[type, Callable[..., object]] = {
-    str: _represent_text,
-    float: _represent_number,
-    list: _represent_list,
-    dict: _represent_mapping,
-}
-
-
-def _nested(value: object) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
+    return to_yaml(to_mapping(run))
 
 
 def to_yaml(values: Mapping[str, object], comments: Mapping[str, str] | None = None) -> str:
@@ -127,25 +79,48 @@ def to_yaml(values: Mapping[str, object], comments: Mapping[str, str] | None = N
 
     `comments` are written above their dotted key; keys below a list have none.
     """
-    yaml = YAML(typ="safe", pure=True)
-    out = StringIO()
-    # A class of its own, because representers are added to the class.
-    yaml.Representer = type("Representer", (SafeRepresenter,), {})
-    yaml.width = 1 << 20
-    for kind, represent in _REPRESENT.items():
-        yaml.Representer.add_representer(kind, represent)
-    yaml.dump(dict(values), out)
-    lines: list[str] = []
-    # The keys that lead to the current line, the outermost first.
-    path: list[str] = []
-    for line in out.getvalue().splitlines():
-        indent = len(line) - len(line.lstrip())
-        path = [*path[: indent // 2], line.strip().partition(":")[0]]
-        comment = (comments or {}).get(".".join(path), "")
-        for part in textwrap.wrap(comment, 76 - indent):
-            lines.append(f"{line[:indent]}# {part}")
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*_yaml_lines(values, comments or {}), ""])
+
+
+def _yaml_lines(
+    values: Mapping[str, object], comments: Mapping[str, str], key: str = "", indent: str = ""
+) -> Iterator[str]:
+    for name, value in values.items():
+        path = f"{key}.{name}".lstrip(".")
+        for part in textwrap.wrap(comments.get(path, ""), 76 - len(indent)):
+            yield f"{indent}# {part}"
+        head = f"{indent}{_yaml_value(name)}:"
+        if isinstance(value, dict) and value:
+            yield head
+            yield from _yaml_lines(value, comments, path, f"{indent}  ")
+        elif isinstance(value, list) and _nested(value):
+            yield head
+            for item in value:
+                lines = [_yaml_value(item)]
+                if isinstance(item, dict) and item:
+                    lines = [*_yaml_lines(item, {}, indent=f"{indent}  ")]
+                yield f"{indent}- {lines[0].lstrip()}"
+                yield from lines[1:]
+        else:
+            yield f"{head} {_yaml_value(value)}"
+
+
+def _yaml_value(value: object) -> str:
+    """A value on one line. Text is in double quotes wherever it could be anything but text."""
+    if isinstance(value, dict):
+        pairs = [f"{_yaml_value(name)}: {_yaml_value(item)}" for name, item in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_yaml_value, value))}]"
+    if isinstance(value, str) and _TEXT.fullmatch(value) and isinstance(scalar(value), str):
+        return value
+    # JSON is YAML, but for characters that YAML allows only as escapes.
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
 
 
 class Change(NamedTuple):
@@ -189,16 +164,14 @@ def differences(old: Run, new: Run) -> list[Change]:
             continue
         allowed = is_free(key)
         if key == DURATION:
-            allowed = _may_follow(old.train.duration, new.train.duration)
+            # It is not known to be shorter.
+            before = old.train.duration
+            after = new.train.duration
+            allowed = before.unit != after.unit or after.amount >= before.amount
+            if before.seconds is not None and after.seconds is not None:
+                allowed = after.seconds >= before.seconds
         changes.append(Change(key, old_value, new_value, allowed))
     return changes
-
-
-def _may_follow(old: Length, new: Length) -> bool:
-    """Tell whether a resumed run may have the new duration: it is not known to be shorter."""
-    if old.seconds is not None and new.seconds is not None:
-        return new.seconds >= old.seconds
-    return old.unit != new.unit or new.amount >= old.amount
 
 
 def is_free(key: str) -> bool:

@@ -115,27 +115,22 @@ def with_method_section(tree: Node) -> Node:
 def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
     """The upper layer over the lower at `key`.
 
-    Mappings are merged, entries of a list are replaced by their number, all else is replaced: also
-    by a null, of a key that takes none. `build_run` refuses it there, and `train.learning_rate=` of
-    an unset variable does not pass for the default.
+    Mappings are merged, all else is replaced: also by a null, of a key that takes none. `build_run`
+    refuses it there, and `train.learning_rate=` of an unset variable does not pass for the default.
 
     Args:
         same_layer: the upper one is a single override, and the lower one those before it, which all
             stay.
     """
-    # {0: ...} over a list changes that entry and keeps the others.
-    if isinstance(lower.value, list) and _changes_entries(upper):
-        return _merge_entries(lower, upper, key, same_layer=same_layer)
     are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
     # An empty mapping clears a key that takes one, such as columns; over a section it changes
     # nothing.
     if not are_mappings or (not upper.value and _takes_mapping(key)):
-        if same_layer:
-            _check_scalar_has_no_key(lower, upper, key)
+        is_part = isinstance(upper.value, dict) and upper.value
+        if same_layer and is_part and lower.value is not None:
+            what = f"{key} is given as a whole, and a part of it"
+            raise RecipeError(what, where=upper.where, fix=f"set all of {key} instead")
         return upper
-    # One source below, a list with one entry above: the same thing in two forms.
-    if "source" in dict(lower.children()):
-        upper = _as_single_source(upper)
     values = dict(lower.children())
     # What a lower layer says may mean nothing under the upper one, as columns of other rows.
     if not same_layer:
@@ -153,25 +148,6 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
     return replace(lower if is_override else upper, value=merged)
 
 
-def _changes_entries(upper: Node) -> bool:
-    """Tell whether a value names entries of a list by number, as `data.train.0.split` does."""
-    is_mapping = isinstance(upper.value, dict) and bool(upper.value)
-    return is_mapping and "source" not in dict(upper.children())
-
-
-def _merge_entries(lower: Node, upper: Node, key: str, *, same_layer: bool) -> Node:
-    items = dict(lower.children())
-    for name, node in upper.children():
-        if name not in items:
-            fix = "give the whole list"
-            if items:
-                fix = f"name one of its entries by number, 0 to {len(items) - 1}"
-            what = f"{key}: the list has no entry {name!r}"
-            raise RecipeError(what, where=node.where, fix=fix)
-        items[name] = _merge(items[name], node, f"{key}.{name}", same_layer=same_layer)
-    return replace(lower, value=list(items.values()))
-
-
 def _takes_mapping(key: str) -> bool:
     """Tell whether a key that is no section takes a mapping or list; an empty mapping clears it."""
     key = without_indices(key)
@@ -179,23 +155,6 @@ def _takes_mapping(key: str) -> bool:
         return False
     _, hint = keys()[key]
     return get_origin(hint) in (dict, tuple)
-
-
-def _check_scalar_has_no_key(lower: Node, upper: Node, key: str) -> None:
-    """RecipeError for an override of `key.name` after one that gives `key` a single value."""
-    if isinstance(upper.value, dict) and upper.value and isinstance(lower.value, str | int | float):
-        name = next(iter(upper.value))
-        what = f"{key}.{name}: there is no key {name!r} in a single value"
-        raise RecipeError(what, where=upper.where, fix=f"set all of {key} instead")
-
-
-def _as_single_source(upper: Node) -> Node:
-    """`data.train.0.split` of a source that is written without a list: `data.train.split`."""
-    values = dict(upper.children())
-    first = values.pop("0", None)
-    if first is None or not isinstance(first.value, dict):
-        return upper
-    return replace(upper, value={**values, **first.value})
 
 
 def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:

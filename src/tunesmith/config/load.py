@@ -9,6 +9,7 @@ command line.
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS, check_run
 from tunesmith.config.layers import (
@@ -19,7 +20,7 @@ from tunesmith.config.layers import (
     with_method_section,
 )
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.schema import Run, Source
+from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
 from tunesmith.config.typed import build_run
@@ -98,42 +99,28 @@ def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run
 
 
 def checked(tree: Node) -> Run:
-    _drop_divided_experts(tree)
     tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
-    train = _with_format("data.train", run.data.train, run, places)
-    validation = _with_format("data.validation", run.data.validation, run, places)
-    run = replace(run, data=replace(run.data, train=train, validation=validation))
+    run = _with_formats(run, places)
     check_run(run, lambda key: places.get(key, ""))
     return run
 
 
-def _drop_divided_experts(tree: Node) -> None:
-    """Leave out the default of `parallel.experts`, a key that is gone: runs have it in their
-    config.yaml. Another value is an unknown key.
-    """
-    parallel = tree.value.get("parallel") if isinstance(tree.value, dict) else None
-    if parallel is None or not isinstance(parallel.value, dict):
-        return
-    experts = parallel.value.get("experts")
-    if experts is not None and experts.value in ("auto", 1):
-        del parallel.value["experts"]
-
-
-def _with_format(
-    key: str, sources: tuple[Source, ...], run: Run, places: Container[str]
-) -> tuple[Source, ...]:
-    """The sources; one without a format has that of the rows that the method learns from."""
+def _with_formats(run: Run, places: Container[str]) -> Run:
+    """The run; a source without a format has that of the rows that the method learns from."""
     format_name = METHOD_FORMATS.get(run.method.name)
     if format_name is None:
-        return sources
-    with_format = []
-    for i, source in enumerate(sources):
-        # A single source is written without an index.
-        is_set = f"{key}.format" in places or f"{key}.{i}.format" in places
-        with_format.append(source if is_set else replace(source, format=format_name))
-    return tuple(with_format)
+        return run
+    parts: dict[str, Any] = {}
+    for part, sources in (("train", run.data.train), ("validation", run.data.validation)):
+        with_format = []
+        for i, source in enumerate(sources):
+            # A single source is written without an index.
+            is_set = f"data.{part}.format" in places or f"data.{part}.{i}.format" in places
+            with_format.append(source if is_set else replace(source, format=format_name))
+        parts[part] = tuple(with_format)
+    return replace(run, data=replace(run.data, **parts))
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:

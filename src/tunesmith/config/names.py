@@ -43,17 +43,9 @@ def without_indices(key: str) -> str:
 
 @cache
 def other_tools(section: str) -> dict[str, str]:
-    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`.
-
-    Those of a key's own field mean the key itself; the others are in other_tools.yaml.
-    """
+    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`."""
     table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[section]
-    meanings = {name: meaning for meaning, names in table.items() for name in names}
-    if section == "keys":
-        # Backwards, so that a key of a source is that of the training rows.
-        for key, (spec, _) in reversed(keys().items()):
-            meanings |= dict.fromkeys(spec.metadata["others"], key)
-    return meanings
+    return {name: meaning for meaning, names in table.items() for name in names}
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:

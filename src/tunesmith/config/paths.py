@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.config.dump import flatten
-from tunesmith.config.names import keys, without_indices
+from tunesmith.config.names import without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
@@ -23,8 +23,6 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
-# By which a shell runs a command in double quotes, or ends them.
-_RUNS = ("$(", "`", "\\", '"')
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")
 # The keys that hold a path or a Hub id -> the endings that make a text a path.
 _INPUTS = {
@@ -65,8 +63,7 @@ def is_place(key: str) -> bool:
 def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:
     """The same tree with every path in it absolute; Hub ids stay as they are.
 
-    `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there;
-    absolute where a link on the way would make it another file.
+    `beside`: instead as a recipe in that folder writes it: inputs below it by relative paths.
     """
     # Below first: what a key holds decides only at a leaf.
     children = {}
@@ -85,48 +82,32 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
         return replace(node, value=path)
     if path == text or name in _OUTPUTS:
         return node
-    relative = os.path.relpath(path, beside)
-    # `..` of a linked folder is another folder to one who enters it, or names it without the link.
-    entered = os.path.realpath(os.path.join(os.path.realpath(beside), relative))
-    if entered != os.path.realpath(path):
-        relative = path
-    return replace(node, value=relative, base=beside)
+    if Path(path).is_relative_to(beside):
+        path = os.path.relpath(path, beside)
+    return replace(node, value=path, base=beside)
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:
     """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a
     template; MachineError if it is the demo's model, which is not installed.
     """
-    what = ""
-    fix = ""
-    if not text.strip():
-        needed = keys()[name][0].metadata["example"]
-        what = f"{key} is empty"
-        fix = "name one" if needed else f"name one, or remove the line {key}"
-    elif "$" in text:
-        what = f"{key}: variables such as {text} are not expanded in a recipe"
-        fix = f'let the shell expand it: {key}="{text}" on the command line'
-        # A command in `$(...)` or backticks is not for the shell of an override.
-        if any(mark in text for mark in _RUNS):
-            fix = "write the path itself"
-    elif "://" in text:
-        hub = _HUB.match(text)
-        what = f"{key} is a Hub id or a file, not a URL: {text}"
-        fix = f"write the Hub id: {hub[1]}" if hub else "download it, and use the file or folder"
-    elif "\0" in text:
-        what = f"{key} has a null character in it: {text!r}"
-        fix = "write the name without it"
-    if what:
-        raise RecipeError(what, where=node.where, fix=fix)
+    # `build_run` refuses it.
+    if not text:
+        return text
+    hub = _HUB.match(text)
+    if "$" in text or "://" in text or "\0" in text:
+        raise RecipeError(
+            f"{key} is a path or a Hub id, without variables, null characters or ://: {text!r}",
+            where=node.where,
+            fix=f"write the Hub id: {hub[1]}"
+            if hub
+            else "write the path itself; a URL must be downloaded first, and the shell expands "
+            "variables on the command line",
+        )
     # Outputs belong to where one works, inputs to the file that names them.
     base = Path.cwd() if name in _OUTPUTS else node.base
-    try:
-        path = os.path.abspath(base / Path(text).expanduser())
-    except RuntimeError as error:
-        # `~name` of no user.
-        what = f"{key}: {text} has no home"
-        fix = "write ~/ or a path"
-        raise RecipeError(what, where=node.where, why=str(error), fix=fix) from None
+    # Unlike Path.expanduser, it leaves ~name of no user as it is.
+    path = os.path.abspath(base / os.path.expanduser(text))
     if name == "data.template":
         return text if text in TEMPLATES else path
     is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")

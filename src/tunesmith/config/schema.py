@@ -12,11 +12,13 @@ no coercion: `pack: "true"` is refused.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 
 from tunesmith.config.row_formats import FormatName
 from tunesmith.units import Length, Share, Size
 
+# A name, a path or a branch; only a system message may be empty.
+Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
 # Times a layer's width it is a size that torch can hold.
 Rank = Annotated[int, Interval(ge=1, lt=2**31)]
@@ -57,7 +59,6 @@ def key(
     *,
     example: str = "",
     free: bool = False,
-    others: tuple[str, ...] = (),
 ) -> Any:
     """Declare a recipe key: all that belongs to it but its type and its effect.
 
@@ -65,10 +66,8 @@ def key(
         default: of the key; `...`: it is required, and has an example.
         free: whether it may change when a run resumes, as it changes no step; so may the keys
             below it.
-        others: its names in other tools, of the same meaning; where the value differs too,
-            `other_tools.yaml` has them.
     """
-    metadata = {"doc": doc, "example": example, "free": free, "others": others}
+    metadata = {"doc": doc, "example": example, "free": free}
     if default is ...:
         return field(metadata=metadata)
     if default == {}:
@@ -103,12 +102,10 @@ class MethodConfig:
         0.1,
         "dpo, kto: strength of the KL penalty to the reference; orpo: weight of the odds ratio;"
         " simpo: scale of the margin",
-        others=("pref_beta", "rl_beta"),
     )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
         "sigmoid",
         "dpo: loss on a pair's margin; robust: for partly wrong labels",
-        others=("pref_loss",),
     )
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = key(
         0.0, "dpo, loss_type robust: the assumed share of pairs with swapped answers"
@@ -116,12 +113,8 @@ class MethodConfig:
     sft_weight: PositiveOrZero = key(
         0.0, "dpo: weight of the cross-entropy of the chosen answer, added to the loss"
     )
-    desirable_weight: PositiveOrZero = key(
-        1.0, "kto: weight of good answers", others=("kto_chosen_weight",)
-    )
-    undesirable_weight: PositiveOrZero = key(
-        1.0, "kto: weight of bad answers", others=("kto_rejected_weight",)
-    )
+    desirable_weight: PositiveOrZero = key(1.0, "kto: weight of good answers")
+    undesirable_weight: PositiveOrZero = key(1.0, "kto: weight of bad answers")
     simpo_gamma: PositiveOrZero = key(
         0.5, "simpo: target margin between the chosen and the rejected answer"
     )
@@ -131,14 +124,13 @@ class MethodConfig:
 class Model:
     """The base model."""
 
-    name: str = key(
+    name: Text = key(
         ...,
         "Hub id, a local folder, a `.gguf` file, or `demo`",
         example="meta-llama/Llama-3.1-8B-Instruct",
-        others=("model_name_or_path", "model_name", "base_model", "checkpoint_dir", "model_id"),
     )
-    revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
-    tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
+    revision: Text | None = key(None, "branch, tag or commit on the Hub; null: `main`")
+    tokenizer: Text | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
     dtype: StatedDtype = key(
         "auto",
         "dtype of weights and matmuls; fp16 scales the loss; auto: bf16 where the processor has"
@@ -154,7 +146,6 @@ class Model:
     attention: Literal["auto", "eager"] = key(
         "auto",
         "auto: the fastest for packed rows; eager: Transformers' implementation",
-        others=("attn_implementation",),
         free=True,
     )
     vision: bool = key(
@@ -171,10 +162,10 @@ class Model:
         "run Python code from the model's repository; accepted in your own recipe and on the"
         " command line, not in a run directory or in a recipe of another folder that you extend",
     )
-    added_tokens: tuple[str, ...] = key(
+    added_tokens: tuple[Text, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
     )
-    pad_token: str | None = key(
+    pad_token: Text | None = key(
         None, "padding token; null: the tokenizer's pad token, else unk, else eos"
     )
 
@@ -186,52 +177,45 @@ class Adapter:
     kind: Literal["lora", "none"] = key(
         "lora",
         "lora, or none for full fine-tuning",
-        others=("use_peft", "peft_config", "lora"),
     )
     rank: Rank = key(
         8,
         "LoRA rank (r)",
-        others=("lora_r", "lora_rank", "r"),
     )
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: Fraction = key(
-        0.0, "dropout on the input of A, at least 0 and below 1", others=("lora_dropout",)
-    )
-    target: str | tuple[str, ...] = key(
+    dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
+    target: Text | tuple[Text, ...] = key(
         "all-linear",
         "`all-linear` (linear layers but the head, and experts) or a list of module names",
-        others=("lora_target", "lora_target_modules", "lora_target_linear", "target_modules"),
     )
     rslora: bool = key(
         False,
         "scale by alpha / sqrt(rank), as rsLoRA does",
-        others=("use_rslora", "peft_use_rslora"),
     )
-    modules_to_save: tuple[str, ...] = key(
+    modules_to_save: tuple[Text, ...] = key(
         (), "modules trained in full, such as `embed_tokens`, `lm_head`"
     )
     # `from` in a recipe.
-    from_: str | None = key(None, "run, folder or Hub id of a PEFT adapter to continue from")
+    from_: Text | None = key(None, "run, folder or Hub id of a PEFT adapter to continue from")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One source of rows: a Hub dataset or a local file."""
 
-    source: str = key(
+    source: Text = key(
         ...,
         "Hub id, or a file, a folder or a pattern: json, jsonl, csv, parquet, arrow, txt, md",
         example="rows.jsonl",
-        others=("path", "data_files"),
     )
-    name: str | None = key(None, "configuration of a Hub dataset, or of its clone")
-    revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
-    split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
+    name: Text | None = key(None, "configuration of a Hub dataset, or of its clone")
+    revision: Text | None = key(None, "branch, tag or commit of a Hub dataset")
+    split: Text | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
     format: FormatName = key(
         "messages",
         "row format; not given, it is preference with dpo, orpo and simpo, and feedback with kto",
     )
-    columns: dict[str, str] = key({}, "column names: `{format's column: file's column}`")
+    columns: dict[str, Text] = key({}, "column names: `{format's column: file's column}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
 
@@ -244,7 +228,6 @@ class Data:
         ...,
         "a source, or a list",
         example="{source: rows.jsonl, format: messages}",
-        others=("dataset", "datasets", "dataset_name", "dataset_dir", "train_file"),
     )
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     hold_out: Share | None = key(
@@ -253,7 +236,6 @@ class Data:
         "examples`; null:"
         " none",
         example="5 %",
-        others=("val_set_size", "val_size"),
     )
     hold_out_seed: Seed | None = key(
         None, "seed that chooses the rows of `hold_out`; null: `train.seed`", free=True
@@ -263,7 +245,7 @@ class Data:
         "rows of `train` to leave out, before any are held out; they are counted: near-duplicates"
         " (the first stays), contradictions (all answers to one prompt)",
     )
-    template: str = key(
+    template: Text = key(
         "auto",
         "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has"
         " turns), `chat`, `alpaca`, "
@@ -279,29 +261,18 @@ class Data:
         None,
         "pictures of more pixels are scaled down to so many before the model's processor sees them;"
         " null: they go to it as they are",
-        others=("max_pixels",),
     )
     seq_len: AtLeastTwo = key(
         2048,
         "maximum length of an example, and length of a packed row, in tokens",
-        others=("cutoff_len", "max_seq_length", "max_seq_len", "max_length", "sequence_len"),
     )
     pack: bool = key(
         True,
         "put several examples in a row, isolated by attention; false: one example a row, padded",
-        others=(
-            "packing",
-            "packed",
-            "sample_packing",
-            "neat_packing",
-            "padding_free",
-            "pad_to_sequence_len",
-        ),
     )
     train_on: Literal["response", "last", "all"] = key(
         "response",
         "all assistant turns, the last one, or all tokens",
-        others=("assistant_only_loss", "completion_only_loss"),
     )
     too_long: Literal["auto", "truncate", "drop", "error"] = key(
         "auto",
@@ -349,7 +320,6 @@ class Train:
     warmup: Length = key(
         Length(3, "%"),
         "linear warmup of the learning rate, as a share of the run or in steps",
-        others=("warmup_ratio",),
     )
     optimizer: Literal["adamw", "adamw-8bit"] = key(
         "adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)"
@@ -359,12 +329,10 @@ class Train:
         "update each parameter during backward and free its gradient: full fine-tuning in less"
         " memory; "
         "needs `clip_norm: null`, and the global batch must fit in one forward pass",
-        others=("optimizer_in_bwd",),
     )
     betas: tuple[Fraction, Fraction] = key(
         (0.9, 0.999),
         "AdamW's betas",
-        others=("adam_beta1", "adam_beta2"),
     )
     eps: Positive = key(1e-8, "AdamW's epsilon")
     weight_decay: PositiveOrZero = key(
@@ -373,7 +341,6 @@ class Train:
     clip_norm: Positive | None = key(
         1.0,
         "maximum L2 norm of the gradient; null: no clipping",
-        others=("max_grad_norm", "clip_grad_norm", "gradient_clipping"),
     )
     master_weights: Literal["fp32", "stochastic"] = key(
         "fp32", "bf16 weights: fp32 copy, or stochastic rounding"
@@ -381,7 +348,6 @@ class Train:
     seed: Seed = key(
         42,
         "seed of data order, new weights and dropout",
-        others=("random_state", "data_seed"),
     )
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto",
@@ -402,7 +368,6 @@ class Train:
         False,
         "bitwise reproducible runs and resumes on a GPU too; slower, and an operator without a"
         " deterministic implementation ends the run",
-        others=("full_determinism",),
         free=True,
     )
 
@@ -411,18 +376,14 @@ class Train:
 class Parallel:
     """How ranks share the work; nothing here changes the result."""
 
-    replicate: Count | Literal["auto"] = key(
-        "auto", "data-parallel replicas of the model", others=("data_parallel_replicate_dim",)
-    )
+    replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
     shard: Count | Literal["auto"] = key(
         "auto",
         "ranks that shard one replica",
-        others=("data_parallel_shard_dim", "fsdp", "fsdp_config", "deepspeed"),
     )
     tensor: Count | Literal["auto"] = key(
         1,
         "tensor-parallel ranks, on one node; auto: the fastest",
-        others=("tensor_parallel_dim", "tensor_parallel_size"),
     )
 
 
@@ -433,7 +394,6 @@ class Validate:
     every: Length | None = key(
         Length(100, "steps"),
         "interval; always also at the end; null: only at the end",
-        others=("eval_steps", "eval_strategy", "evaluation_strategy", "run_val_every_n_steps"),
     )
     max_examples: Count | None = key(None, "take the first N held-out examples")
     patience: Count | None = key(None, "stop after N validations without improvement")
@@ -451,12 +411,10 @@ class Checkpoint:
     every: Length | None = key(
         Length(200, "steps"),
         "interval; null: only at the end and when stopped",
-        others=("save_steps", "save_strategy"),
     )
     keep: Count = key(
         3,
         "how many checkpoints to keep, newest first, beside the best one",
-        others=("save_total_limit",),
     )
     final: Literal["best", "last"] = key(
         "best",
@@ -478,14 +436,12 @@ class Log:
     every: Length = key(
         Length(1, "steps"),
         "interval of log lines; metrics.jsonl has every step",
-        others=("logging_steps", "log_every_n_steps"),
     )
     tensorboard: bool | None = key(
         None,
         "write TensorBoard events; null: if tensorboard is installed or tensorboard_dir is set",
-        others=("plot_loss",),
     )
-    tensorboard_dir: str | None = key(
+    tensorboard_dir: Text | None = key(
         None, "folder of the events; null: `tensorboard/` in output_dir"
     )
     wandb: bool = key(False, "log to Weights & Biases, configured by its own WANDB_ variables")
@@ -493,11 +449,10 @@ class Log:
         (),
         "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb",
     )
-    project: str | None = key(
+    project: Text | None = key(
         None,
         "project of the trackers; null: their own variables (WANDB_PROJECT), else `tunesmith`",
         example="my-project",
-        others=("wandb_project", "swanlab_project"),
     )
     samples: CountOrZero = key(
         2,
@@ -515,11 +470,11 @@ class Log:
 class Profile:
     """Traces for Perfetto, and a memory snapshot."""
 
-    enabled: bool = key(False, "record a trace and a memory snapshot", others=("profiler",))
-    wait: CountOrZero = key(5, "steps to skip before each cycle", others=("wait_steps",))
+    enabled: bool = key(False, "record a trace and a memory snapshot")
+    wait: CountOrZero = key(5, "steps to skip before each cycle")
     warmup: CountOrZero = key(3, "steps to trace and discard")
-    active: Count = key(20, "steps to record", others=("active_steps",))
-    cycles: Count = key(1, "how many cycles", others=("num_cycles",))
+    active: Count = key(20, "steps to record")
+    cycles: Count = key(1, "how many cycles")
     stacks: bool = key(False, "record Python call stacks: larger traces, slower steps")
     ranks: tuple[CountOrZero, ...] | Literal["all"] = key(
         "all", "the ranks that record, such as [0]"
@@ -557,11 +512,10 @@ class Run:
     checkpoint: Checkpoint = key(Checkpoint(), "checkpoints, and how a run resumes", free=True)
     log: Log = key(Log(), "logging and trackers", free=True)
     profile: Profile = key(Profile(), "traces and a memory snapshot", free=True)
-    output_dir: str = key(
+    output_dir: Text = key(
         ...,
         "the run directory; not the working or the home directory",
         example="runs/mine",
-        others=("output", "out_dir"),
         free=True,
     )
 

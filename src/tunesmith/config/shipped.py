@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
-from tunesmith.host.files import from_here, near_file
+from tunesmith.host.files import from_here, near_path
 from tunesmith.host.shell import shell_path
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -66,7 +66,7 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     near = nearest(path.stem, recipes)
     fix = "see those that ship: tunesmith recipes"
     if path.suffix in YAML_SUFFIXES:
-        near_recipe = near_file(path, YAML_SUFFIXES)
+        near_recipe = near_path(path)
         near = str(near_recipe) if near_recipe else near
         fix = (
             f"make one: tunesmith recipes copy smollm2-135m-lora {shell_path(from_here(path))}; "

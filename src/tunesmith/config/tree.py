@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,6 @@ _UNTAGGED = (
     BaseResolver.DEFAULT_SEQUENCE_TAG,
     BaseResolver.DEFAULT_MAPPING_TAG,
 )
-# A part of ruamel's message -> what to do.
-_FIXES = {
-    "\\t": "indent with spaces: a tab is not allowed there",
-    "another document": "remove the line `---` and what follows: a recipe is one document",
-    "undefined alias": "mark the value with & and that name further up",
-}
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Nod
         why = error.strerror or str(error)
         raise RecipeError(what, where=name, why=why, fix=f"ls -l {shell_path(name)}") from error
     if len(raw) > MAX_BYTES:
-        fix = "give the recipe, not the data: a recipe is a page of YAML"
+        fix = "name the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
     try:
         # `utf-8-sig` drops the mark that editors of Windows write in front.
@@ -155,16 +150,13 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Nod
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
     top = _Reader(name, path.parent, plain_scalar=plain_scalar).read(text)
-    if top is None or top.value is None:
-        fix = "start from a shipped one: tunesmith recipes"
-        raise RecipeError("this recipe is empty", where=name, fix=fix)
-    if not isinstance(top.value, dict):
-        form = "a list" if isinstance(top.value, list) else "a single value"
-        what = f"a recipe is a mapping of keys, this is {form}"
-        fix = (
-            "begin with `model:`; see a complete one with: tunesmith recipes show smollm2-135m-lora"
+    if top is None or not isinstance(top.value, dict):
+        raise RecipeError(
+            "a recipe is a mapping of keys, and this is none",
+            where=top.where if top else name,
+            fix="begin with `model:`; see a complete one with: tunesmith recipes show "
+            "smollm2-135m-lora",
         )
-        raise RecipeError(what, where=top.where, fix=fix)
     return top
 
 
@@ -184,11 +176,9 @@ def _check_brackets(text: str) -> None:
     """RecursionError where more than MAX_OPEN brackets and braces are open at once; those in quotes
     count too.
     """
-    opened = 0
-    for bracket in re.findall(r"[\[\]{}]", text):
-        opened += 1 if bracket in "[{" else -1
-        if opened > MAX_OPEN:
-            raise RecursionError
+    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(accumulate(changes), default=0) > MAX_OPEN:
+        raise RecursionError
 
 
 def _whole_characters(text: str, where: str) -> str:
@@ -245,12 +235,13 @@ class _Reader:
         except (ValueError, OverflowError) as error:
             # An escape such as "\UFFFFFFFF" that is no character.
             problem = str(error)
-        fix = "fix it at or just before this position"
-        for part, fix_of_part in _FIXES.items():
-            if part in problem:
-                fix = fix_of_part
-                break
-        raise RecipeError("this YAML cannot be read", where=where, why=problem, fix=fix)
+        raise RecipeError(
+            "this YAML cannot be read",
+            where=where,
+            why=problem,
+            fix="correct it at or just before this position: a recipe is one document, indented by "
+            "spaces",
+        )
 
     def node(self, yaml_node: nodes.Node, line: int = 0, depth: int = 0) -> Node:
         """The value of ruamel's node, which is written in `line` or below.
@@ -259,7 +250,14 @@ class _Reader:
         """
         line = max(line, yaml_node.start_mark.line)
         where = self.place(line)
-        self._check_bounds(depth, where)
+        self.count += 1
+        if depth > MAX_DEPTH or self.count > MAX_NODES:
+            raise RecipeError(
+                f"this recipe is too deeply nested or large: at most {MAX_DEPTH} levels and "
+                f"{MAX_NODES} values, aliases written out",
+                where=where,
+                fix="use fewer levels, and no aliases",
+            )
         if yaml_node.ctag not in _UNTAGGED:
             what = f"the YAML tag {yaml_node.tag} is not allowed"
             raise RecipeError(what, where=where, fix="write the plain value")
@@ -277,18 +275,6 @@ class _Reader:
             value = self.mapping(yaml_node, line, depth + 1)
         return Node(value, where, self.base)
 
-    def _check_bounds(self, depth: int, where: str) -> None:
-        """Count one value more; RecipeError where there are too many, or too many levels."""
-        self.count += 1
-        fault = ""
-        if depth > MAX_DEPTH:
-            fault = "too deeply nested"
-        elif self.count > MAX_NODES:
-            fault = f"more than {MAX_NODES} values, aliases written out"
-        if fault:
-            fix = "use fewer levels, and no aliases"
-            raise RecipeError(f"this recipe is {fault}", where=where, fix=fix)
-
     def mapping(self, yaml_node: nodes.Node, line: int, depth: int) -> dict[str, Node]:
         values: dict[str, Node] = {}
         merges: dict[str, Node] = {}
@@ -296,9 +282,7 @@ class _Reader:
             # A key is a node too, with its place and its type.
             key = self.node(name, line, depth)
             if not isinstance(key.value, str):
-                is_scalar = not isinstance(key.value, dict | list)
-                shown = repr(key.value) if is_scalar else "a list or mapping"
-                what = f"a key is text, this one is {shown}"
+                what = f"a key is text, this one is {key.plain()!r}"
                 raise RecipeError(what, where=key.where, fix="put it in quotes")
             # In quotes `<<` is a name like others, such as that of a column.
             is_merge = key.value == "<<" and name.style is None

@@ -101,10 +101,12 @@ class _Value(NamedTuple):
 
     def line(self, value: str) -> str:
         """Write `value` in the form of its place: `key=value`, or `key: value` in a file."""
+        name = self.key.rpartition(".")[2]
+        if name.isdigit():
+            return value
         if self.node.where.startswith("command line"):
             return f"'{self.key}={value}'"
-        name = self.key.rpartition(".")[2]
-        return value if name.isdigit() else f"{name}: {value}"
+        return f"{name}: {value}"
 
     def example(self) -> str:
         """The line with a value that can stand here; the whole list for one of its entries."""
