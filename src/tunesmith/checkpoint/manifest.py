@@ -169,17 +169,6 @@ def check_sums(
             )
 
 
-def seconds_to_write(folder: Path) -> float | None:
-    """Seconds between the first file of a checkpoint that was written and its manifest, the last.
-
-    None where there is no manifest.
-    """
-    if not is_complete(folder):
-        return None
-    first = min(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    return max(0.0, (folder / MANIFEST).stat().st_mtime - first)
-
-
 def last_step_of(folder: Path) -> int | None:
     """The run's last step by a complete folder's manifest (sizes compared, contents not), or
     None.

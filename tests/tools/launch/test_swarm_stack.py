@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -248,19 +247,6 @@ def test_two_rendered_stacks_are_alike(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert "127.0.0.1:29500" in texts[0]
-
-
-def test_a_stack_is_rendered_without_a_swarm(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # no docker
-    file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    assert main(["launch", "swarm", str(file), "--render", "--hosts", "spark-b"]) == 0
-    stack = YAML(typ="safe").load(capsys.readouterr().out)
-    assert stack["services"]["ranks"]["deploy"]["replicas"] == 2
-    assert f"{socket.gethostname()}:29500" in json.dumps(stack)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_that_waits_tells_which_nodes_save(

@@ -41,11 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     further = "further mounts or variables of the service `ranks`"
     extra = f"a stack file that is merged over ours: {further}"
     parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
-    parser.add_argument(
-        "--render",
-        action="store_true",
-        help="print the stack file and start nothing; without a swarm, --hosts names the nodes",
-    )
+    render = "print the stack file and start nothing"
+    parser.add_argument("--render", action="store_true", help=render)
 
 
 def run(args: argparse.Namespace) -> None:

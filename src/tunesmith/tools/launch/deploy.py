@@ -35,13 +35,7 @@ from tunesmith.tools.launch.inputs import (
     recipe_inputs,
 )
 from tunesmith.tools.launch.stack import JOB_LABEL, Stack
-from tunesmith.tools.launch.swarm import (
-    GPU_RESOURCES,
-    SwarmJob,
-    SwarmNode,
-    find_nodes,
-    in_swarm,
-)
+from tunesmith.tools.launch.swarm import SwarmJob, SwarmNode, find_nodes
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +66,7 @@ def launch_on_swarm(
     Args:
         nodes, hosts: as of `find_nodes`.
         extra: a file of the user's that is laid over the stack file.
-        render: print the stack file instead, without secrets, and write nothing. If this machine is
-            not in a swarm, the nodes are this one and `hosts`, each with one GPU.
+        render: print the stack file instead, without secrets, and write nothing.
 
     Raises:
         What `find_nodes`, `fetch` and `send_files` do.
@@ -83,22 +76,17 @@ def launch_on_swarm(
     inputs = recipe_inputs(run)
     for path in (out, *inputs):
         check_exposed(path)
-    is_on_paper = render and bool(hosts) and not in_swarm()
-    if is_on_paper:
-        gpu = (GPU_RESOURCES[0], 1)
-        chosen = [SwarmNode(host, host, gpu) for host in ("", *hosts)]
-        excluded: list[str] = []
-        manager = ""
-        log.info("this machine is not in a swarm: nodes are assumed to be like it, one GPU each")
-    else:
-        chosen, excluded, manager = find_nodes(hosts, nodes)
+    chosen, excluded, manager = find_nodes(hosts, nodes)
     # Before large files are read, fetched and sent.
     image_id = "" if render else require_image(image)
-    stack = replace(
-        plan_stack(out, chosen, restarts, is_on_paper=is_on_paper), excluded=tuple(excluded)
-    )
     mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
-    stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
+    stack = replace(
+        plan_stack(out, chosen, restarts),
+        excluded=tuple(excluded),
+        image=image,
+        debug=debug,
+        mounts=tuple(mounts),
+    )
     if render:
         host = stack.endpoint.rpartition(":")[0]
         text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
@@ -184,32 +172,23 @@ def look_at(host: str) -> NodeLook:
     return NodeLook(name, (int(user), int(group)), "/dev/nvidiactl" in files, sorted(devices))
 
 
-def plan_stack(
-    out: Path, nodes: Sequence[SwarmNode], restarts: int, *, is_on_paper: bool = False
-) -> Stack:
+def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
     """Return the stack of a run directory on these nodes, without image, mounts and secrets.
-
-    is_on_paper: query no other node, and assume that all are like this one.
 
     Raises:
         MachineError: the nodes differ in a way that affects the run.
     """
-    looks = [look_at("" if is_on_paper else node.host) for node in nodes]
+    looks = [look_at(node.host) for node in nodes]
     devices = set[str]()
     for node, look in zip(nodes, looks, strict=True):
-        if not is_on_paper:
-            _check_alike(node, look, nodes[0], looks[0])
+        _check_alike(node, look, nodes[0], looks[0])
         devices |= {*look.rdma}
-    if is_on_paper:
-        address = socket.gethostname()
-        endpoint = Endpoint(address, RENDERED_PORT, address, "")
-    else:
-        # The address at which the other nodes reach this one; alone, the loopback is enough.
-        address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
-        # A port that is free now.
-        with socket.socket(family_of(address)) as probe:
-            probe.bind((address, 0))
-            endpoint = Endpoint(address, probe.getsockname()[1], address, "")
+    # The address at which the other nodes reach this one; alone, the loopback is enough.
+    address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
+    # A port that is free now.
+    with socket.socket(family_of(address)) as probe:
+        probe.bind((address, 0))
+        endpoint = Endpoint(address, probe.getsockname()[1], address, "")
     folders = caches()
     return Stack(
         name=name_of_run("swarm", str(out)),

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import MachineError, UsageError
@@ -50,8 +49,7 @@ LOG_NAME = "slurm"
 MIN_WARNING_SECONDS = 300
 # Of them for the step under way, and for Slurm's clock, which goes by the minute
 STEP_AND_CLOCK_SECONDS = 60
-# Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several
-# nodes write to
+# Bytes/s of a checkpoint on a shared disk that several nodes write to
 ASSUMED_BYTES_PER_SECOND = 1e9
 # States of a job. Slurm has more, which are those of a job that runs.
 WAITING_JOBS = {
@@ -185,7 +183,7 @@ class Request:
         sbatch: further directives, as they are.
         warning: seconds before the time limit at which all ranks get the signal to save; None: 300,
             or more where saving takes longer, but no more than a quarter of the limit.
-        saving: seconds that a checkpoint takes, as far as one was measured.
+        saving: seconds that a checkpoint takes.
         debug: ranks and NCCL say more in the log.
     """
 
@@ -348,20 +346,26 @@ def _directives(run: Run, request: Request) -> list[str]:
 def warn_of_default_resources(request: Request) -> str:
     """Return a warning that names what a script leaves to the cluster's defaults: the time, and for
     several ranks also cores and memory. Return an empty text if it sets all of them."""
-    options = " ".join(request.sbatch)
-    missing: dict[str, str] = {}
-    if request.time is None and not re.search(r"(^|\s)(--time|-t)", options):
-        missing["a time"] = "--time HOURS:00:00 (tunesmith plan estimates them)"
-    if (request.gpus_per_node or "0") != "0" and ranks_of(request) > 1:
-        # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
-        # asks for. `--exclusive=user` and the like do not give all cores.
-        is_exclusive = request.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
-        has_cores = is_exclusive or request.cpus_per_task
-        if not (has_cores or re.search(r"(^|\s)(--cpus-per-|-c)", options)):
-            cores = f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)}"
-            missing["cores"] = f"{cores} (or --exclusive)"
-        if not (request.mem or re.search(r"(^|\s)--mem", options)):
-            missing["memory"] = "--mem 0"
+    # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
+    # asks for. `--exclusive=user` and the like do not give all cores.
+    needs = {
+        "a time": ("time|-t", "--time HOURS:00:00 (tunesmith plan estimates them)"),
+        "cores": (
+            r"cpus-per-|-c|exclusive(\s|$)",
+            f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)} (or --exclusive)",
+        ),
+        "memory": ("mem", "--mem 0"),
+    }
+    if ranks_of(request) == 1:
+        needs = {"a time": needs["a time"]}
+    flags = [key.replace("_", "-") for key in DIRECTIVES if vars(request)[key] is not None]
+    flags += ["exclusive"] * request.exclusive
+    options = " ".join([*(f"--{flag}" for flag in flags), *request.sbatch])
+    missing = {
+        what: fix
+        for what, (pattern, fix) in needs.items()
+        if not re.search(rf"(^|\s)(--)?({pattern})", options)
+    }
     if not missing:
         return ""
     return (
@@ -403,11 +407,13 @@ def ranks_of(request: Request) -> int:
 
 def warning_of(request: Request) -> int:
     """Seconds before the time limit at which the ranks get the signal to save."""
-    limit = _time_limit(request)
+    # 0: the partition's limit, which is not known here.
+    limit = limit_seconds(request.time) if request.time else 0
     seconds = request.warning
     if not seconds:
-        # Saving must end before the limit, but most of the time belongs to the training.
-        seconds = max(MIN_WARNING_SECONDS, seconds_to_save(request))
+        # Saving must end before the limit, but most of the time belongs to the training. A disk may
+        # be half as fast as assumed.
+        seconds = max(MIN_WARNING_SECONDS, STEP_AND_CLOCK_SECONDS + math.ceil(2 * request.saving))
         if limit >= 4:
             seconds = min(seconds, limit // 4)
     if limit and seconds > limit // 2:
@@ -419,47 +425,11 @@ def warning_of(request: Request) -> int:
     return seconds
 
 
-def _time_limit(request: Request) -> int:
-    """Seconds; 0: the partition's limit."""
-    return limit_seconds(request.time) if request.time else 0
-
-
-def seconds_to_save(request: Request) -> int:
-    """Seconds that the run needs before the limit; 0 where unknown."""
-    if not request.saving:
-        return 0
-    # A disk may be half as fast the next time.
-    return STEP_AND_CLOCK_SECONDS + math.ceil(2 * request.saving)
-
-
-def warn_of_short_limit(request: Request) -> str:
-    """A line where the last checkpoint may not be whole before the time limit; else empty."""
-    needed = seconds_to_save(request)
-    warning = warning_of(request)
-    if needed <= warning:
-        return ""
-    limit = _time_limit(request)
-    fix = f"--warn-before {needed}"
-    # Half of the limit may be left for saving. --time is in minutes.
-    if limit and needed > limit // 2:
-        fix = f"--time {math.ceil(2 * needed / 60)} {fix}"
-    return (
-        f"warning: saving may take {needed} s, but the run starts to save {warning} s "
-        f"before the time limit; fix: {fix}"
-    )
-
-
 def saving_seconds(run: Run) -> float:
-    """Seconds that writing a checkpoint of the run takes.
+    """Seconds that writing a checkpoint of the run takes, at ASSUMED_BYTES_PER_SECOND.
 
-    As many as the newest one in its directory took, else by its bytes at ASSUMED_BYTES_PER_SECOND;
     0 for an adapter, and where the model's shape is not at hand.
     """
-    # The newest comes first; one that notes no time is passed over.
-    for checkpoint in list_checkpoints(Path(run.output_dir)).values():
-        seconds = seconds_to_write(checkpoint)
-        if seconds is not None:
-            return seconds
     if run.adapter.kind != "none":
         return 0.0
     file = Path(run.model.name, "config.json")

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
@@ -30,21 +30,6 @@ NOTIFY_SECONDS = 10.0
 REMOVE_SECONDS = 20.0
 # States of a task
 ENDED_TASKS = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
-
-
-class ResourceSpec(TypedDict):
-    """One generic resource: a count of its kind, or the name of one."""
-
-    Kind: str
-    Value: int | str
-
-
-class NodeInfo(TypedDict):
-    """The parts of `docker node inspect` that are read."""
-
-    Status: dict[str, str]
-    Spec: dict[str, str]
-    Description: dict[str, dict[str, list[dict[str, ResourceSpec]]]]
 
 
 @dataclass(frozen=True)
@@ -242,14 +227,6 @@ def _remove_containers(host: str, mark: str) -> None:
             try_on(host, "docker", "rm", "--force", *ids)
 
 
-def in_swarm() -> bool:
-    """Return whether this machine is a node of a swarm; False without docker."""
-    return (
-        try_on("", "docker", "info", "--format", "{{.Swarm.LocalNodeState}}").stdout.strip()
-        == "active"
-    )
-
-
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
     """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager.
 
@@ -276,7 +253,11 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
     inspected = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
     infos = {info["ID"]: info for info in inspected}
-    ready = [id_ for id_ in ids if _is_ready(infos[id_])]
+    is_ready = {
+        id_: info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
+        for id_, info in infos.items()
+    }
+    ready = [id_ for id_ in ids if is_ready[id_]]
     # Node id -> the host that ssh takes, as far as it was named; the node of the launch is always
     # one of them, and the first.
     chosen = {swarm["NodeID"]: ""}
@@ -307,12 +288,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     return nodes, excluded, manager
 
 
-def _is_ready(info: NodeInfo) -> bool:
-    """Tell whether a node is up and takes tasks; `info`: of `docker node inspect`."""
-    return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
-
-
-def _gpus_of(info: NodeInfo) -> tuple[str, int] | None:
+def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
     """Kind and count of the GPUs that a node offers the swarm; None: none."""
     kind = ""
     count = 0
