@@ -54,7 +54,6 @@ LEFT_OUT = (
     "plan.why.",
     "plan.memory.free",
     "plan.memory.least",
-    "gguf.",
 )
 
 

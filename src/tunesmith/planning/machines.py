@@ -69,14 +69,10 @@ def read_cluster(text: str) -> Cluster:
         return _this_machine()
     chip = next((chip for key, chip in CHIPS.items() if _is_called(name, key, chip)), None)
     if match is None or chip is None or "0" in match.groups():
-        # `a100` begins the names of two cards.
-        near = [key for key in CHIPS if key.startswith(f"{name}-")]
-        names = [*CHIPS, *(re.sub("^(rtx|dgx)-", "", key) for key in CHIPS)]
-        near = near or [key for key in (nearest(name, names),) if key]
-        counts_of_text = words.removesuffix(name) if match and "0" not in match.groups() else ""
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        near = nearest(name, CHIPS)
         if near:
-            fix = f"did you mean {' or '.join(f'--on {counts_of_text}{key}' for key in near)}?"
+            fix = f"did you mean {near}? {fix}"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     counts = [int(count) for count in match.groups()[:2] if count]
     nodes, per_node = [1, 1, *counts][-2:]

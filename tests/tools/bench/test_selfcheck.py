@@ -50,7 +50,6 @@ def test_two_ranks_that_it_starts_pass():
     meshes = {row["check"].rpartition(": ")[0] for row in report["checks"] if row["mesh"]}
     shapes = [MeshShape(*size).describe() for size in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))]
     assert {f"{kind}, {shape}" for kind in TRAINING_KINDS for shape in shapes} == meshes
-    assert None not in [row["passed"] for row in report["checks"]]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_it_takes_a_mesh_of_each_kind(world, node, expected):
     assert [shape[:3] for shape in meshes_of(world, node)] == expected
 
 
-def a_row(check: str, mesh: MeshShape | None, passed: bool | None, **more: Any) -> CheckRow:
+def a_row(check: str, mesh: MeshShape | None, passed: bool, **more: Any) -> CheckRow:
     figures = {"step": None, "expected": "1", "found": "2", "tolerance": "", "meaning": ""}
     return CheckRow(check=check, mesh=mesh, passed=passed, **figures | more)
 
@@ -86,7 +85,6 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     rows = [
         a_row("lora: loss", tensor, False, **more),
         a_row("lora: loss", copy, True),
-        a_row("nf4 is not checked", None, None),
     ]
     print_row(rows[0])
     table, meaning = capsys.readouterr().out.splitlines()
@@ -96,8 +94,7 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     said = verdict(report | {"checks": rows})
     first, fix = said.splitlines()
     assert holds(first, "1 of 2", "2 ranks", "9 s")
-    passed = "replicate 2 x shard 1 x tensor 1"
-    assert holds(fix, "parallel", passed, "tunesmith selfcheck --json")
+    assert holds(fix, "parallel", "tunesmith selfcheck --json")
 
 
 def test_the_page_trains_on_two_ranks(tiny, tmp_path):

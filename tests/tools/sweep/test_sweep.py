@@ -174,7 +174,7 @@ def test_the_same_command_trains_only_what_is_missing_and_another_one_is_refused
     assert started == ["01", "02", "03", "03"]
     monkeypatch.delattr(shared_base, "build")  # nothing is loaded
     assert sweep(file, words) == outcome
-    with refuses(UsageError, where=SWEEP, names=["keys"], fix=["output_dir"]):
+    with refuses(UsageError, where=SWEEP, fix=["output_dir"]):
         sweep(file, ["adapter.rank=2,4"])
     with pytest.raises(UsageError, match="contains a run"):
         sweep(file, [*words, f"output_dir={first['run_dir']}"])
@@ -182,7 +182,7 @@ def test_the_same_command_trains_only_what_is_missing_and_another_one_is_refused
     older = tmp_path / "sweep" / SWEEP
     outcome["asked"]["search"] = {"rungs": 2, "candidates": 16}
     older.write_text(json.dumps(outcome))
-    with refuses(UsageError, where=SWEEP, names=["search"], fix=["output_dir"]):
+    with refuses(UsageError, where=SWEEP, fix=["output_dir"]):
         sweep(file, words)
 
 

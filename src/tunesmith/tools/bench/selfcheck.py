@@ -125,7 +125,7 @@ class Kind(NamedTuple):
 class CheckRow(TypedDict):
     """One line of the table, as `selfcheck --json` prints it.
 
-    `step` is that of the figures; `passed` is None for a figure without a verdict.
+    `step` is that of the figures.
     """
 
     check: str
@@ -134,7 +134,7 @@ class CheckRow(TypedDict):
     expected: str
     found: str
     tolerance: str
-    passed: bool | None
+    passed: bool
     meaning: str
 
 
@@ -239,7 +239,13 @@ class SelfCheck:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
         dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCES]
-        self.kinds = [Kind(name, dtype) for dtype in dtypes for name in TRAINING_KINDS]
+        names = [*TRAINING_KINDS]
+        try:
+            check_nf4(self.device)
+        except MachineError:
+            # nf4 needs a package.
+            names.remove("nf4 lora")
+        self.kinds = [Kind(name, dtype) for dtype in dtypes for name in names]
         # Once for all runs on it: its process groups take sockets and NCCL's memory.
         self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
@@ -254,7 +260,7 @@ class SelfCheck:
         check: str,
         expected: object,
         actual: object,
-        passed: bool | None,
+        passed: bool,
         step: int | None = None,
         limit: str = "",
     ) -> None:
@@ -267,7 +273,7 @@ class SelfCheck:
             found=str(actual),
             tolerance=limit,
             passed=passed,
-            meaning=MEANING.get(check, "") if passed is False else "",
+            meaning="" if passed else MEANING[check],
         )
         self.rows.append(row)
         self.on_row(row)
@@ -315,27 +321,11 @@ class SelfCheck:
                 raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             cause = error if isinstance(error, TunesmithError) else RunError(text)
-            fix = (
-                "TUNESMITH_DEBUG=1 shows the traceback; set another mesh with the "
-                "recipe's `parallel`"
-            )
-            raise RunError(
-                f"{self.part}{cause.what}",
-                where=cause.where,
-                why=cause.why,
-                fix=cause.fix or fix,
-            ) from error
+            fix = cause.fix or "TUNESMITH_DEBUG=1 shows the traceback"
+            what = f"{self.part}{cause.what}"
+            raise RunError(what, where=cause.where, why=cause.why, fix=fix) from error
         self.part = ""
         self.mesh = None
-
-    def drop_nf4(self) -> list[Kind]:
-        """The kinds that can be trained here: those with nf4 need a package."""
-        try:
-            check_nf4(self.device)
-        except MachineError as error:
-            self.kinds = [kind for kind in self.kinds if TRAINING_KINDS[kind.name][1] == "none"]
-            self.add("nf4 is not checked", "", error.what, None)
-        return self.kinds
 
     def recipe(self, kind: Kind, shape: MeshShape, *, count: int) -> Run:
         """LoRA or full fine-tuning on a mesh.
@@ -507,7 +497,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
         # The references need one process: rank 0 makes them before the ranks join.
         if env["RANK"] == 0:
             write_inputs(check.folder, STEPS * check.batch)
-            for kind in check.drop_nf4():
+            for kind in check.kinds:
                 with check.on(kind, ONE, ONE_PROCESS):
                     check.reference(kind)
                     check.check_mesh(kind, ONE, ONE_PROCESS)
@@ -524,7 +514,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
                 check_meshes(check, ranks)
             rows = ranks.broadcast_object(check.rows)
     return {
-        "passed": all(row["passed"] is not False for row in rows),
+        "passed": all(row["passed"] for row in rows),
         "ranks": ranks.world,
         "device": torch.cuda.get_device_name() if check.device.type == "cuda" else "CPU",
         "hosts": sorted({*ranks.hosts} - {""}) or ["localhost"],

@@ -9,9 +9,8 @@ example:
 
 import argparse
 import json
-from collections.abc import Sequence
 
-from tunesmith.cli.options import add_json, notify
+from tunesmith.cli.options import add_json
 from tunesmith.errors import MachineError
 from tunesmith.host.files import from_here
 from tunesmith.host.streams import visible
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     jobs = [find_job(word) for word in with_runs_of_folders(args.jobs)] or all_jobs()
-    states = _states_of(jobs)
+    states = [_state_of(job) for job in jobs]
     if args.json:
         rows = []
         for job, state in zip(jobs, states, strict=True):
@@ -46,22 +45,10 @@ def run(args: argparse.Namespace) -> None:
         print("no jobs yet: tunesmith launch local RECIPE --detach")
 
 
-def _states_of(jobs: "Sequence[Job]") -> "list[JobState]":
-    """The state of each job.
-
-    It is unknown for all of a kind whose queue does not answer, which is asked once.
-    """
-    silent: dict[type[Job], MachineError] = {}
-    states = []
-    for job in jobs:
-        kind = type(job)
-        if kind not in silent:
-            try:
-                states.append(job.state())
-                continue
-            except MachineError as error:
-                silent[kind] = error
-                notify(f"warning: {error.what}: {error.why or error.where}; fix: {error.fix}")
-        texts = (silent[kind].what, last_step(job.run_dir))
-        states.append(JobState(RunState.UNKNOWN, "; ".join(filter(None, texts))))
-    return states
+def _state_of(job: Job) -> JobState:
+    """Return the state of a job. It is unknown if its queue does not answer."""
+    try:
+        return job.state()
+    except MachineError as error:
+        texts = (error.what, error.why or error.where, error.fix, last_step(job.run_dir))
+        return JobState(RunState.UNKNOWN, "; ".join(filter(None, texts)))

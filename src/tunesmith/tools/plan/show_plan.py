@@ -10,7 +10,6 @@ from rich.filesize import decimal as size_text
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import describe_long_warmup
 from tunesmith.host.streams import show
-from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes
@@ -58,10 +57,6 @@ def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, ob
         "machines": vars(planner.cluster),
         "work": planner.work._asdict(),
         "checkpoint_bytes": size,
-        "gguf": {
-            "writer": gguf_writer(*model.types),
-            "needs": describe_gguf_export(*model.types),
-        },
         # The mesh that `train` takes.
         "meshes": [vars(best) | {"plan": plan}],
     }
@@ -123,27 +118,18 @@ def _details(planner: Planner, best: Forecast, model: PaperModel) -> list[str]:
         ]
         lines.append(f"a step: {_seconds_text(best.step_seconds)} seconds: {', '.join(parts)}")
         lines.append("  loading, compilation, validation and checkpoints come on top")
-        lines += _describe_uncounted(planner)
+        if planner.run.model.vision and not best.seconds.get("vision part"):
+            why = "`tunesmith data` counts how many tokens are of pictures"
+            lines.append(f"  the time of the vision part is not in these figures: {why}")
     size, copies = checkpoint_bytes(planner.run, planner.trained, model.folder)
     most = f"at most {copies} at once, {size_text(copies * size)}"
     lines.append(f"disk: {size_text(size)} per checkpoint, {most}")
-    lines.append(f"GGUF: {describe_gguf_export(*model.types)}")
     return lines + _warnings(planner, best)
 
 
 def _seconds_text(seconds: float) -> str:
     """Return the seconds of a step: `2.67`, or `0.0038` if it is short."""
     return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
-
-
-def _describe_uncounted(planner: Planner) -> list[str]:
-    """Say that the figures lack the time of the vision part, where they do."""
-    what = "  the time of the vision part is not in these figures"
-    if planner.run.model.vision and not planner.spec.picture_flops:
-        return [f"{what}: its operations could not be counted"]
-    if planner.work.pictures is None:
-        return [f"{what}: `tunesmith data` counts how many tokens are of pictures"]
-    return []
 
 
 def _warnings(planner: Planner, best: Forecast) -> list[str]:

@@ -168,12 +168,9 @@ def read_fixed(file: Path, asked: dict[str, object]) -> FixedValues | None:
         return None
     try:
         previous = read_object(file, SweepResult)
-        # Earlier versions also wrote `search`, by which they stopped candidates early.
-        names = dict.fromkeys([*asked, *previous["asked"]])
-        differences = [name for name in names if asked.get(name) != previous["asked"].get(name)]
-        if not differences:
+        if previous["asked"] == asked:
             return previous["fixed"]
-        why = f"it differs in: {', '.join(differences)}"
+        why = "its recipe or its keys were different"
     except (OSError, ValueError) as error:
         why = reason_of(error)
     fix = f"{shell_word(f'output_dir={file.parent}-2')}, or delete that folder"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.config.names import keys, other_tools, suggest_key
+from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.tree import Scalar, scalar
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
@@ -44,8 +44,6 @@ FIXED_KEY_REASONS = {
     "": "it does not affect training",
 }
 MAX_CANDIDATES = 1000
-_NUMBER = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-_RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,18 @@ def read_space(words: Sequence[str]) -> Space:
     for word in words:
         key, _, text = map(str.strip, word.partition("="))
         values = split_values(text)
-        span = _RANGE.fullmatch(text)
-        if len(values) < 2 and not span:
+        is_range = key in VARIED and ".." in text
+        if len(values) < 2 and not is_range:
             fixed.append(word)
             continue
-        check_varied(key, text)
+        check_varied(key)
         where = f"command line: {key}"
         if key in choices:
             fix = shell_word(f"{key}={text}")
             raise RecipeError(f"{key} is set twice", where=where, fix=fix)
-        if span:
+        if is_range:
             what = f"{text} is a range, but a sweep tries the values of a list"
-            fix = shell_word(f"{key}={','.join(span.groups())}")
+            fix = shell_word(f"{key}={','.join(map(str.strip, text.split('..')))}")
             raise RecipeError(what, where=where, fix=fix)
         # 1e-4 and 0.0001 are one value.
         different: dict[Scalar, str] = {}
@@ -121,16 +119,13 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def check_varied(key: str, values: str) -> None:
+def check_varied(key: str) -> None:
     """RecipeError where a recipe has no such key, or a sweep cannot vary it."""
     if key in VARIED:
         return
     if key not in keys():
         section, _, name = key.rpartition(".")
         fix = suggest_key(section, name)
-        here = other_tools("keys").get(name, "").partition(": ")[0]
-        if here in VARIED:
-            fix = f"here it is {shell_word(f'{here}={values}')}"
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     why = next(why for start, why in FIXED_KEY_REASONS.items() if key.startswith(start))
     fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once per value"
