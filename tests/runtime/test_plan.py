@@ -268,11 +268,11 @@ def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
 def test_the_plan_is_told_in_the_words_of_the_field():
     plan = planned(recipe(recompute=5, **WHOLE_STEPS), LLAMA, 139)
     assert plan.describe() == [
-        "attention backend: varlen; loss: chunked, compiled; base: bf16; compile: per layer; "
+        "attention: varlen; loss: chunked, compiled; base: bf16; compile: per layer; "
         "recompute: 5 of 32 layers; micro batch: 16,384 tokens"
     ]
     assert all(plan.why[part] for part in plan.choices)
-    assert plan.describe(why=True)[0].split() == ["attention", "backend:", "varlen", "it", "runs"]
+    assert plan.describe(why=True)[0].split() == ["attention:", "varlen", "it", "runs"]
 
 
 def test_a_plan_needs_no_torch():

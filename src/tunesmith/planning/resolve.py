@@ -73,12 +73,9 @@ def resolve_dtype(
 
     if chip.bf16:
         return chosen("bf16", f"which {name} has units for")
-    needs = "model.quantize=fp8" if model.quantize == "fp8" else ""
-    if train.master_weights == "stochastic":
-        needs = "train.master_weights=stochastic"
-    if needs:
+    if model.quantize == "fp8" or train.master_weights == "stochastic":
         check_bf16("bf16", chip)
-        return chosen("bf16", f"as {needs} needs it")
+        return chosen("bf16", "as model.quantize or train.master_weights needs it")
     # A GPU without units for bf16 has them for fp16; a CPU has them for neither.
     half: Dtype = "bf16" if chip.name == "cpu" else "fp16"
     if half == "fp16" and train.optimizer_in_backward:
@@ -86,12 +83,12 @@ def resolve_dtype(
     sizes = read_sizes()
     if scheme_of(resolve_quantize(model, sizes)) is not DENSE:
         return chosen(half, f"as the base is quantized, although {name} has no units for bf16")
-    weights = sizes.parameters * torch.float32.itemsize
-    fp32_weights = f"weights of {weights / 2**30:.2g} GiB in fp32"
-    if weights < MAX_FP32_SHARE * chip.gib * 2**30:
-        return chosen("fp32", f"as {name} has no units for bf16, and {fp32_weights} fit")
-    too_large = f"{fp32_weights} leave too little of {chip.gib:.2g} GiB"
-    return chosen(half, f"although {name} has no units for bf16: {too_large}")
+    weights = sizes.parameters * torch.float32.itemsize / 2**30
+    if weights < MAX_FP32_SHARE * chip.gib:
+        why = f"as {name} has no units for bf16, and weights of {weights:.2g} GiB in fp32 fit"
+        return chosen("fp32", why)
+    why = f"weights of {weights:.2g} GiB in fp32 leave too little of {chip.gib:.2g} GiB"
+    return chosen(half, f"although {name} has no units for bf16: {why}")
 
 
 def with_dtype(

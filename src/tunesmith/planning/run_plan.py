@@ -32,20 +32,17 @@ def describe_reference(run: Run) -> Reference:
     if method not in ("dpo", "kto"):
         return Reference()
     if run.adapter.kind == "none":
+        what = "the base, scored before training"
         cost = "a forward pass over all answers before training, cached with the tokens"
-        if method == "kto":
-            cost += (
-                "; for its KL another one over the mismatched answers of all steps, and one of"
-                " those of a step in each step"
-            )
-        return Reference("the base, scored before training", cost)
-    cost = "a forward pass a step"
+    elif run.adapter.from_ is None:
+        what = "the base, with the adapter disabled"
+        cost = "a forward pass a step"
+    else:
+        what = "the adapter of adapter.from before this training"
+        cost = "a forward pass a step, and a copy of the adapter"
     if method == "kto":
-        cost = "a forward pass a step, and two for its KL, over the step's mismatched answers"
-    if run.adapter.from_ is None:
-        return Reference("the base, with the adapter disabled", cost)
-    cost += ", and a copy of the adapter"
-    return Reference("the adapter of adapter.from before this training", cost)
+        cost += "; and as many for its KL, over the mismatched answers"
+    return Reference(what, cost)
 
 
 def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
@@ -191,21 +188,10 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The parts, in GiB."""
-        sizes = {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "gathered": self.gathered,
-            "activations": self.activations,
-            "workspace": self.workspace,
-            "host": self.host,
-        }
-        parts = []
-        for name, size in sizes.items():
-            is_rare = name in ("gathered", "host")
-            if size or not is_rare:
-                parts.append(f"{name} {size / 2**30:.1f}")
-        return ", ".join(parts) + " GiB"
+        parts = "weights gradients optimizer gathered activations workspace host".split()
+        rare = ("gathered", "host")
+        sizes = {name: vars(self)[name] for name in parts if vars(self)[name] or name not in rare}
+        return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items()) + " GiB"
 
 
 class Saving(NamedTuple):
@@ -324,14 +310,11 @@ class RunPlan:
         return f"{keys} with --fresh" if resumed and not resumable else keys
 
     def describe(self, *, why: bool = False) -> list[str]:
-        """One line, `attention backend: varlen; loss: chunked; ...`.
+        """One line, `attention: varlen; loss: chunked; ...`.
 
         With `why` one line a choice, with its reason.
         """
-        labels = {"attention": "attention backend"}
-        choices = {
-            part: f"{labels.get(part, part)}: {value}" for part, value in self.choices.items()
-        }
+        choices = {part: f"{part}: {value}" for part, value in self.choices.items()}
         if not why:
             return ["; ".join(choices.values())]
         width = max(map(len, choices.values()))

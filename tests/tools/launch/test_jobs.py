@@ -14,7 +14,7 @@ from typing import BinaryIO
 import psutil
 import pytest
 
-from errors import check_shown, holds, lines_with, warnings_with
+from errors import check_shown, holds, lines_with
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe

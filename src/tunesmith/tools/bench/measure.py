@@ -24,6 +24,7 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.run_figures import RunFigures, finite
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.quant.schemes import DENSE, scheme_of
@@ -210,11 +211,11 @@ def _report(
     """
     run = session.run
     plan = session.plan
+    last = records[-1]
+    figures = RunFigures.of(records)
     step_seconds = sorted(record.step_seconds for record in records)
-    seconds = sum(step_seconds)
-    tokens = sum(record.tokens for record in records)
-    supervised = sum(record.supervised_tokens for record in records)
-    watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
+    mfu_seconds = sum((record.mfu or 0.0) * record.step_seconds for record in records)
+    watts = finite(figures.column("gpu_power_watts"))
     return BenchReport(
         device="cpu" if plan.device == "cpu" else torch.cuda.get_device_name(session.device),
         dtype=run.model.dtype,
@@ -223,29 +224,19 @@ def _report(
         micro_batch=str(plan.layout.micro_batch),
         recomputed_layers=plan.recomputed_layers,
         steps=len(records),
-        seconds=seconds,
-        tokens=tokens,
-        tokens_per_second=ratio(tokens, seconds),
-        supervised_tokens_per_second=ratio(supervised, seconds),
-        mfu=_mfu(records),
-        mfu_peak_tflops=records[-1].mfu_peak_tflops,
+        seconds=figures.seconds,
+        tokens=int(figures.tokens),
+        tokens_per_second=ratio(figures.tokens, figures.seconds),
+        supervised_tokens_per_second=ratio(figures.total("supervised_tokens"), figures.seconds),
+        mfu=None if last.mfu is None else ratio(mfu_seconds, figures.seconds),
+        mfu_peak_tflops=last.mfu_peak_tflops,
         step_seconds_p50=statistics.median(step_seconds),
         step_seconds_p95=step_seconds[round(0.95 * (len(step_seconds) - 1))],
-        data_wait_share=ratio(sum(record.data_seconds for record in records), seconds),
+        data_wait_share=ratio(figures.total("data_seconds"), figures.seconds),
         build_seconds=build_seconds,
         first_step_seconds=first_step_seconds,
-        peak_memory_gib=records[-1].memory_gib,
+        peak_memory_gib=last.memory_gib,
         gpu_power_watts=statistics.fmean(watts) if watts else None,
         first_loss=records[0].loss,
-        last_loss=records[-1].loss,
+        last_loss=last.loss,
     )
-
-
-def _mfu(records: Sequence[StepRecord]) -> float | None:
-    """Return the mean MFU over time, None if a record has none."""
-    work = 0.0  # seconds at the peak
-    for record in records:
-        if record.mfu is None:
-            return None
-        work += record.mfu * record.step_seconds
-    return ratio(work, sum(record.step_seconds for record in records))
