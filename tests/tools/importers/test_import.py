@@ -517,29 +517,12 @@ def test_a_file_name_adds_nothing_to_the_recipe(tmp_path: Path) -> None:
 AXOLOTL_CHAT = BASES["axolotl"] | {"datasets": [{"path": "d/d", "type": "chat_template"}]}
 
 
-def test_template_arguments_of_axolotl_become_ours(tmp_path: Path) -> None:
-    given = {"enable_thinking": False, "reasoning_effort": "high", "tools": "t", "style": ["a"]}
+def test_template_arguments_of_axolotl_are_named(tmp_path: Path) -> None:
+    given = {"enable_thinking": False}
     draft = translated("axolotl", AXOLOTL_CHAT | {"chat_template_kwargs": given}, tmp_path)
-    assert draft.values["data.template_args"] == {
-        "enable_thinking": False,
-        "reasoning_effort": "high",
-    }
-    assert "chat_template_kwargs.enable_thinking: false" in draft.comments["data.template_args"]
-    notes = draft.notes
-    for name in ("tools", "style"):
-        assert notes[f"chat_template_kwargs.{name}"].differs
-    assert holds(notes["chat_template_kwargs.style"].why, "data.template_args", "true", "false")
-
-
-def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "file.yaml"
-    given = {"chat_template_kwargs": {"enable_thinking": False}}
-    path.write_text(json.dumps(BASES["axolotl"] | given))
-    overrides = {"train.global_batch": "1 examples"}
-    draft = translate(read_config(path, "axolotl"), overrides, None)
-    assert draft.values["data.template"] == "alpaca"
-    assert "data.template_args" not in draft.values
-    assert not notes_by_key(draft)["chat_template_kwargs.enable_thinking"].differs
+    note = draft.notes["chat_template_kwargs.enable_thinking"]
+    assert note.differs
+    assert "data.template_args" in note.why
 
 
 @pytest.mark.parametrize(

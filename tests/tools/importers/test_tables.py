@@ -24,7 +24,7 @@ PARTS = {
 SECTION_PARTS = {"if", "unless", "implied", "refused", "only", "rules"}
 ROWS_PARTS = {
     *("listed_in", "train", "validation", "type", "sources", "formats", "keys", "own_prompt"),
-    *("template_arguments", "columns", "types"),
+    *("columns", "types"),
 }
 TABLE_NAMES = [*IMPORTED_TOOLS, "transformers"]
 

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from errors import lines_with, refuses
+from errors import refuses
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
-from tunesmith.tools.launch import deploy, swarm
+from tunesmith.tools.launch import deploy
 from tunesmith.tools.launch.deploy import variables_of_ranks
 from tunesmith.tools.launch.inputs import check_exposed
 from tunesmith.tools.launch.stack import JOB_LABEL, SERVICE, Stack
-from tunesmith.tools.launch.swarm import SwarmJob, SwarmNode
+from tunesmith.tools.launch.swarm import SwarmNode
 
 PLAIN = Stack(
     name="swarm-mine", run_dir="/home/u/runs/mine", image="sha256:ab", nodes=2, endpoint="10.0.0.1:29500", restarts=3,
@@ -247,23 +247,6 @@ def test_two_rendered_stacks_are_alike(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert "127.0.0.1:29500" in texts[0]
-
-
-def test_a_stop_that_waits_tells_which_nodes_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    job = SwarmJob("run", str(tmp_path))
-    at_work = iter([[{"Node": "spark-b"}], []])
-    monkeypatch.setattr(swarm, "POLL", 0.0)
-    monkeypatch.setattr(swarm, "NOTIFY_SECONDS", 0.0)
-    monkeypatch.setattr(swarm, "run_on", lambda *_, **__: "")
-    monkeypatch.setattr(SwarmJob, "manager", lambda _: "")
-    monkeypatch.setattr(SwarmJob, "tasks", lambda *_: [{"Node": "spark-a"}])
-    monkeypatch.setattr(SwarmJob, "tasks_at_work", lambda *_: next(at_work))
-    monkeypatch.setattr(SwarmJob, "clean", lambda _: [])
-    with caplog.at_level("INFO"):
-        job.stop()
-    assert lines_with(caplog.text, "spark-b", "first")
 
 
 MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}

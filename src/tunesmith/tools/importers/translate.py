@@ -13,7 +13,6 @@ from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, without_indices
-from tunesmith.data.text.template_args import OF_RENDERER
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
@@ -54,7 +53,9 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
         _set_rows(recipe, "train")
         _set_rows(recipe, "validation")
         _set_train_on(recipe)
-        _set_template(recipe)
+        if "{" in str(recipe.get("data.template")) and "data.template" not in recipe.overrides:
+            fix = "write it to template.jinja, and give data.template=template.jinja"
+            raise recipe.error("data.template", "a template is a file here", fix)
     _set_lengths(recipe)
     _set_schedule(recipe)
     _set_intervals(recipe)
@@ -301,23 +302,6 @@ def _set_train_on(recipe: Translation) -> None:
     elif recipe.is_on("train_on_last"):
         train_on = "last"
     recipe.set_key("data.train_on", train_on, *names)
-
-
-def _set_template(recipe: Translation) -> None:
-    """Check the template of Axolotl, and set its arguments."""
-    if "{" in str(recipe.get("data.template")) and "data.template" not in recipe.overrides:
-        fix = "write it to template.jinja, and give data.template=template.jinja"
-        raise recipe.error("data.template", "a template is a file here", fix)
-    section = recipe.table["rows"].get("template_arguments", "-")
-    arguments: dict[str, Any] = {}
-    for key, source_key in recipe.source.keys.items():
-        name = key.removeprefix(f"{section}.")
-        is_argument = name != key and "." not in name and name not in OF_RENDERER
-        if is_argument and isinstance(source_key.value, bool | int | float | str):
-            arguments[name] = source_key.value
-    if arguments:
-        names = [f"{section}.{name}" for name in arguments]
-        recipe.set_key("data.template_args", arguments, *names)
 
 
 def _set_lengths(recipe: Translation) -> None:

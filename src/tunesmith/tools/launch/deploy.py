@@ -52,12 +52,12 @@ def launch_on_swarm(
     run: Run,
     *,
     image: str,
-    nodes: int | None = None,
-    hosts: Sequence[str] = (),
-    restarts: int = 3,
-    extra: Path | None = None,
-    render: bool = False,
-    debug: bool = False,
+    nodes: int | None,
+    hosts: Sequence[str],
+    restarts: int,
+    extra: Path | None,
+    render: bool,
+    debug: bool,
 ) -> SwarmJob | None:
     """Bring all that a run needs to the nodes, and start it there.
 
@@ -179,10 +179,9 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
         MachineError: the nodes differ in a way that affects the run.
     """
     looks = [look_at(node.host) for node in nodes]
-    devices = set[str]()
     for node, look in zip(nodes, looks, strict=True):
         _check_alike(node, look, nodes[0], looks[0])
-        devices |= {*look.rdma}
+    devices = sorted({device for look in looks for device in look.rdma})
     # The address at which the other nodes reach this one; alone, the loopback is enough.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     # A port that is free now.
@@ -200,7 +199,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
         cache=(str(folders["HF_HUB_CACHE"]), str(folders["HF_DATASETS_CACHE"])),
         user=looks[0].user,
         gpus=nodes[0].gpus,
-        environment=tuple(sorted(variables_of_ranks(sorted(devices)).items())),
+        environment=tuple(sorted(variables_of_ranks(devices).items())),
     )
 
 

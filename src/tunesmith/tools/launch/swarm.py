@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 
 # Generic resources, as guides name them
 GPU_RESOURCES = ("NVIDIA_GPU", "NVIDIA-GPU")
-# Seconds between two lines of a stop that waits
-NOTIFY_SECONDS = 10.0
 # Seconds that Swarm has to remove containers before they are removed by force
 REMOVE_SECONDS = 20.0
 # States of a task
@@ -152,23 +151,17 @@ class SwarmJob(Job):
         tasks = self.tasks(manager)
         if tasks:
             minutes = SECONDS_TO_SAVE // 60
-            log.info(f"{self.name}: stop requested; the ranks have {minutes} minutes to save")
+            step = last_step(self.run_dir) or "before the first step"
+            log.info(f"{self.name}: stop requested; ranks have {minutes} minutes to save; {step}")
             # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
             # to save.
             update = ("docker", "service", "update", "--detach", "--replicas", "0")
             run_on(manager, *update, self.service)
-        began = time.monotonic()
-        notified_at = began
         # One minute more than Swarm's own grace period.
-        while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
+        deadline = time.monotonic() + SECONDS_TO_SAVE + 60
+        while tasks and time.monotonic() < deadline:
             time.sleep(POLL)
             tasks = self.tasks_at_work(manager)
-            if tasks and time.monotonic() - notified_at >= NOTIFY_SECONDS:
-                notified_at = time.monotonic()
-                nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
-                step = last_step(self.run_dir) or "before the first step"
-                seconds = notified_at - began
-                log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
         unreachable = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
@@ -180,12 +173,11 @@ class SwarmJob(Job):
         # A lost node cannot report that its task has ended: waiting for it would last until the
         # timeout.
         lost_nodes = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
-        tasks = self.tasks(manager) or []
-        at_work = []
-        for task in tasks:
-            if _state_of(task) not in ENDED_TASKS and task["Node"] not in lost_nodes:
-                at_work.append(task)
-        return at_work
+        return [
+            task
+            for task in self.tasks(manager) or []
+            if _state_of(task) not in ENDED_TASKS and task["Node"] not in lost_nodes
+        ]
 
     def clean(self) -> list[str]:
         """Remove what carries our label -> the nodes that are not reached.
@@ -251,13 +243,12 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     if not swarm["ControlAvailable"]:
         manager = _address(swarm["RemoteManagers"][0]["Addr"])
     ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
-    inspected = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
-    infos = {info["ID"]: info for info in inspected}
-    is_ready = {
-        id_: info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
-        for id_, info in infos.items()
+    infos = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
+    ready = {
+        info["ID"]: info
+        for info in infos
+        if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
     }
-    ready = [id_ for id_ in ids if is_ready[id_]]
     # Node id -> the host that ssh takes, as far as it was named; the node of the launch is always
     # one of them, and the first.
     chosen = {swarm["NodeID"]: ""}
@@ -270,36 +261,31 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     fix = "docker swarm join on each, and as many --hosts as --nodes"
     for id_, host in chosen.items():
         if id_ not in ready:
-            name = infos[id_]["Description"]["Hostname"] if id_ in infos else host
-            what = f"{name} is not ready in this swarm"
+            what = f"{host or 'this node'} is not ready in this swarm"
             raise MachineError(what, where="docker node ls", fix=fix)
     if count and len(chosen) != count:
         what = f"--nodes {count}, and there are {len(chosen)}"
         raise MachineError(what, where="docker node ls", fix=fix)
     nodes = []
     for id_, host in chosen.items():
-        info = infos[id_]
+        info = ready[id_]
         # The Status of a manager may have 0.0.0.0.
         manager_address = _address(info.get("ManagerStatus", {}).get("Addr", ""))
         address = manager_address or info["Status"]["Addr"]
         name = "" if id_ == swarm["NodeID"] else host or address
         nodes.append(SwarmNode(name, address, _gpus_of(info)))
-    excluded = [id_ for id_ in ids if id_ not in chosen]
-    return nodes, excluded, manager
+    return nodes, [id_ for id_ in ids if id_ not in chosen], manager
 
 
 def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
     """Kind and count of the GPUs that a node offers the swarm; None: none."""
-    kind = ""
-    count = 0
+    counts = Counter[str]()
     for resource in info["Description"]["Resources"].get("GenericResources", ()):
         # {"DiscreteResourceSpec": {"Kind": ..., "Value": 2}}, or a NamedResourceSpec for each GPU,
         # whose value is its UUID.
         for spec in resource.values():
-            if spec["Kind"] in GPU_RESOURCES:
-                kind = kind or spec["Kind"]
-                count += spec["Value"] if isinstance(spec["Value"], int) else 1
-    return (kind, count) if count else None
+            counts[spec["Kind"]] += spec["Value"] if isinstance(spec["Value"], int) else 1
+    return next(((kind, counts[kind]) for kind in GPU_RESOURCES if counts[kind]), None)
 
 
 def _address(endpoint: str) -> str:
