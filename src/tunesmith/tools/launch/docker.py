@@ -13,7 +13,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,16 +96,6 @@ class Mount(NamedTuple):
         return line.getvalue()
 
 
-def state_of_code(code: int) -> RunState:
-    """Return how a container's run has ended, by its exit code."""
-    if code == EXIT_OK:
-        return RunState.FINISHED
-    if code == EXIT_STOPPED:
-        return RunState.STOPPED
-    # Those above are of a signal.
-    return RunState.FAILED if code <= 128 else RunState.KILLED
-
-
 class DockerJob(Job):
     """A container of this machine's Docker, which has the job's name."""
 
@@ -119,7 +108,10 @@ class DockerJob(Job):
             return None
         status, code = inspected.stdout.split()
         if status in ("exited", "dead"):
-            return JobState(state_of_code(int(code)), f"exit code {code}")
+            # Codes above 128 are of a signal.
+            ending = RunState.FAILED if int(code) <= 128 else RunState.KILLED
+            states = {EXIT_OK: RunState.FINISHED, EXIT_STOPPED: RunState.STOPPED}
+            return JobState(states.get(int(code), ending), f"exit code {code}")
         # `docker create` was called and `docker start` was not yet.
         if status == "created":
             return JobState(RunState.QUEUED, "starts")
@@ -233,20 +225,6 @@ def docker_job(run: Run) -> DockerJob:
     return DockerJob(name_of_run("docker", os.path.realpath(run.output_dir)), run.output_dir)
 
 
-@contextmanager
-def _secret_files() -> Iterator[list[Mount]]:
-    """Put what `find_secrets` has in files that only this user can read, until the block ends."""
-    mounts = []
-    # Its mode is 0700.
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-        for name, value in find_secrets().items():
-            file = Path(folder, name)
-            file.touch(mode=0o600)
-            file.write_text(value, encoding="utf-8")
-            mounts.append(Mount(file, target=f"{SECRETS}/{name}"))
-        yield mounts
-
-
 def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     """Start the run in a container that outlives this process.
 
@@ -274,8 +252,14 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
             mount.path.mkdir(parents=True, exist_ok=True)
     # The container keeps its mounts of these files after they are deleted; nothing stays on the
     # disk.
-    with _secret_files() as secrets:
-        _docker("create", *create_words(job, image, [*mounts, *secrets], debug=debug))
+    # The folder's mode is 0700.
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        for name, value in find_secrets().items():
+            secret = Path(folder, name)
+            secret.touch(mode=0o600)
+            secret.write_text(value, encoding="utf-8")
+            mounts.append(Mount(secret, target=f"{SECRETS}/{name}"))
+        _docker("create", *create_words(job, image, mounts, debug=debug))
         try:
             _docker("start", job.name)
         except BaseException:

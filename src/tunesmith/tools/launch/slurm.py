@@ -282,26 +282,25 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
     # A container has its own interpreter.
     python = "python3" if request.container else sys.executable
     debug = "--debug" if request.debug else ""
+    recipe = []
+    if holds_recipe:
+        # No line of YAML equals the end mark.
+        recipe = [
+            f'mkdir -p "$run/{FOLDER}"',
+            f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
+            dump(run).rstrip(),
+            "END-OF-RECIPE",
+        ]
     lines += [
         f"python={shlex.quote(python)}",
         f"run={_shell_word(run.output_dir, 'output_dir')}",
-        *(_recipe_words(run) if holds_recipe else []),
+        *recipe,
         f"ranks={ranks_of(request)}",
         f"max_requeues={request.max_requeues}",
         f"debug=({debug})",
         f"container=({' '.join(_container_words(run, request))})",
     ]
     return "\n".join([*lines, BODY])
-
-
-def _recipe_words(run: Run) -> list[str]:
-    """Return the lines of a script that write the recipe. No line of YAML equals the end mark."""
-    return [
-        f'mkdir -p "$run/{FOLDER}"',
-        f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
-        dump(run).rstrip(),
-        "END-OF-RECIPE",
-    ]
 
 
 def _directives(run: Run, request: Request) -> list[str]:
@@ -378,15 +377,13 @@ def _job_environment(request: Request) -> dict[str, str]:
     """The variables of this environment that the job gets."""
     environment = passed_variables(PASSED_TO_JOB)
     if request.container:
-        # Paths of this system are none of the container's.
+        # Paths of this system do not exist in the container, and its home is another.
         environment = {key: value for key, value in environment.items() if "PATH" not in key}
+        environment["HF_HOME"] = hub_home()
     # A shell that starts shells repeats entries; of equal ones the first is searched.
     if "PATH" in environment:
         entries = environment["PATH"].split(os.pathsep)
         environment["PATH"] = os.pathsep.join(dict.fromkeys(entries))
-    # A container's home is another.
-    if request.container:
-        environment["HF_HOME"] = hub_home()
     return environment
 
 
@@ -579,9 +576,5 @@ def _container_words(run: Run, request: Request) -> list[str]:
                 f"a path with : or , cannot be mounted: {path}", where="--container", fix=fix
             )
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
-    flags = [
-        f"--container-image={request.container}",
-        f"--container-mounts={mounts}",
-        "--no-container-mount-home",
-    ]
-    return [_shell_word(flag, "--container") for flag in flags]
+    flags = [f"--container-image={request.container}", f"--container-mounts={mounts}"]
+    return [*(_shell_word(flag, "--container") for flag in flags), "--no-container-mount-home"]
