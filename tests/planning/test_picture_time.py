@@ -78,9 +78,6 @@ def test_a_plan_has_it_once_the_rows_are_tokenized(
     shown = planned()
     assert lines_with(shown, f"{share:.1%}")
     assert not lines_with(shown, "`tunesmith data`")
-    # The rows of another machine are like those that are here.
-    more = json.loads(planned("--json", "--rows", "1000"))
-    assert more["work"]["pictures"] == pytest.approx(share)
 
     # What MFU divides: a row of text has none of the vision part, one with a picture all of it.
     spec = session.files.spec
@@ -102,4 +99,4 @@ def test_operations_that_could_not_be_counted_are_said_to_lack(
 
     monkeypatch.setattr(picture_support, "measure_once", lambda _, __, make, ___: make())
     monkeypatch.setattr(picture_support, "count_picture_flops", zero)
-    assert lines_with(planned(), "operations")
+    assert lines_with(planned(), "vision part", "not in these figures")

@@ -115,10 +115,13 @@ def _this_machine() -> Cluster:
     if not gpus:
         return Cluster(Chip("cpu", available_memory() / 2**30, bf16=multiplies_bf16()))
     _, name, memory = gpus[0]
-    cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
+    # A CUDA context takes 0.6 GiB of a GPU's memory.
+    gib = float(memory) / 1024 - 0.6 if memory.isdecimal() else 0.0
+    cluster = cluster_of(name, 1, len(gpus), gib)
     in_table = any(chip.name == name for chip in CHIPS.values())
     if cluster.chip.integrated or (memory in NO_MEMORY_OF_ITS_OWN and not in_table):
-        return replace(cluster, chip=replace(cluster.chip, gib=_shared_gib(), integrated=True))
+        shared = unified_budget(read_memory()) / 2**30
+        return replace(cluster, chip=replace(cluster.chip, gib=shared, integrated=True))
     if not cluster.chip.gib:
         raise UsageError(
             f"nvidia-smi does not say how much memory {name} has",
@@ -126,19 +129,3 @@ def _this_machine() -> Cluster:
             fix=f"--on with a GPU of as much memory, one of {', '.join(CHIPS)}",
         )
     return cluster
-
-
-def _gpu_gib(memory: str) -> float:
-    """Compute what a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB.
-
-    0 where there is no number.
-    """
-    try:
-        return float(memory) / 1024 - 0.6
-    except ValueError:
-        return 0.0
-
-
-def _shared_gib() -> float:
-    """Read what a run can have of memory that the GPU shares with the host."""
-    return unified_budget(read_memory()) / 2**30

@@ -276,7 +276,7 @@ def resolve_plan(
         streamed_layers=memory.streamed_layers,
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
-        warnings=describe_dense_experts(estimator),
+        warnings=warn_of_dense_experts(estimator),
         layout=layout_of(run, machine, chosen, work.longest),
         memory=memory,
         mesh=estimator.mesh,
@@ -284,20 +284,17 @@ def resolve_plan(
     )
 
 
-def describe_dense_experts(estimator: MemoryEstimator) -> tuple[str, ...]:
-    """A line for the user where a base in fp8 leaves experts dense; a warning where it ships them
-    in codes.
-    """
+def warn_of_dense_experts(estimator: MemoryEstimator) -> tuple[str, ...]:
+    """Return a warning if a base in fp8 leaves experts dense that it ships in codes."""
     spec = estimator.spec
-    if not estimator.scheme.has_fp8_matmuls or not spec.expert_stacks:
+    is_dense = estimator.scheme.has_fp8_matmuls and spec.expert_stacks
+    if not is_dense or spec.quantized not in KEEPABLE:
         return ()
-    share = spec.expert_stacks / spec.parameters
-    dtype = estimator.run.model.dtype
-    left = f"model.quantize=fp8 leaves experts, {share:.0%} of the parameters, in {dtype}"
-    if spec.quantized in KEEPABLE:
-        ships = f"which ships in {spec.quantized.upper()}; fix: model.quantize={AS_SHIPPED}"
-        return (f"warning: {left}, {ships}",)
-    return (f"{left}; to save memory: model.quantize=nf4",)
+    return (
+        "warning: model.quantize=fp8 leaves experts dense, "
+        f"{spec.expert_stacks / spec.parameters:.0%} of the parameters, which ship in "
+        f"{spec.quantized.upper()}; fix: model.quantize={AS_SHIPPED}",
+    )
 
 
 def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, int]:

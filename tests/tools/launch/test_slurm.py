@@ -183,32 +183,6 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
     assert "ranks=1" in values
 
 
-@pytest.mark.parametrize(
-    ("settings", "fix"),
-    [
-        ({"gpus_per_node": "4"}, "--cpus-per-task 32 (or --exclusive) --mem 0"),
-        ({"gpus_per_node": "h100:4", "mem": "0"}, "--cpus-per-task 32 (or --exclusive)"),
-        ({"gpus_per_node": "4", "cpus_per_task": "64"}, "--mem 0"),
-        ({"gpus_per_node": "4", "exclusive": True}, "--mem 0"),
-        ({"gpus_per_node": "4", "sbatch": ("--exclusive",)}, "--mem 0"),
-        ({"gpus_per_node": "4", "exclusive": True, "mem": "0"}, ""),
-        ({"gpus_per_node": "4", "sbatch": ("--cpus-per-gpu=8", "--mem-per-gpu=64G")}, ""),
-        ({"gpus_per_node": "1"}, ""),
-        ({"gpus_per_node": "0"}, ""),
-        (
-            {"gpus_per_node": "1", "time": None},
-            "--time HOURS:00:00 (tunesmith plan estimates them)",
-        ),
-        ({"gpus_per_node": "1", "time": None, "sbatch": ("-t 60",)}, ""),
-    ],
-)
-def test_a_job_that_leaves_limits_to_the_cluster_is_warned_of(
-    settings: dict[str, Any], fix: str
-) -> None:
-    request = Request(**({"time": "60"} | settings))
-    assert slurm.warn_of_default_resources(request).partition("fix: ")[2] == fix
-
-
 def test_a_path_has_no_repeated_entries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/b:/a:/b:/c:/a")
     script = slurm.render_script(run, Request(gpus_per_node="1"))

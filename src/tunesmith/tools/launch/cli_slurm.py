@@ -79,9 +79,6 @@ def run(args: argparse.Namespace) -> None:
     recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))
     slurm.check_mesh_of_job(recipe, request)
     request = dataclasses.replace(request, saving=slurm.saving_seconds(recipe))
-    warning = slurm.warn_of_default_resources(request)
-    if warning:
-        notify(warning)
     words = [args.recipe, *args.overrides]
     if args.render:
         # It may be submitted on another machine, which has the files.

@@ -166,10 +166,6 @@ fi
 exit "$code"
 """
 
-# Of a node, for each rank: the loader's threads and those of torch.
-CORES_PER_RANK = 8
-
-
 # Keys of `Request` that are passed on to sbatch
 DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")
 
@@ -340,37 +336,6 @@ def _directives(run: Run, request: Request) -> list[str]:
     if request.exclusive:
         lines.append("--exclusive")
     return lines + [safe_value(line, "--sbatch-arg") for line in request.sbatch]
-
-
-def warn_of_default_resources(request: Request) -> str:
-    """Return a warning that names what a script leaves to the cluster's defaults: the time, and for
-    several ranks also cores and memory. Return an empty text if it sets all of them."""
-    # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
-    # asks for. `--exclusive=user` and the like do not give all cores.
-    needs = {
-        "a time": ("time|-t", "--time HOURS:00:00 (tunesmith plan estimates them)"),
-        "cores": (
-            r"cpus-per-|-c|exclusive(\s|$)",
-            f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)} (or --exclusive)",
-        ),
-        "memory": ("mem", "--mem 0"),
-    }
-    if ranks_of(request) == 1:
-        needs = {"a time": needs["a time"]}
-    flags = [key.replace("_", "-") for key in DIRECTIVES if vars(request)[key] is not None]
-    flags += ["exclusive"] * request.exclusive
-    options = " ".join([*(f"--{flag}" for flag in flags), *request.sbatch])
-    missing = {
-        what: fix
-        for what, (pattern, fix) in needs.items()
-        if not re.search(rf"(^|\s)(--)?({pattern})", options)
-    }
-    if not missing:
-        return ""
-    return (
-        f"warning: the script does not ask for {' or '.join(missing)}, and the default of many "
-        f"clusters is small; fix: {' '.join(missing.values())}"
-    )
 
 
 def _job_environment(request: Request) -> dict[str, str]:
