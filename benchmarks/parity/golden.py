@@ -53,7 +53,6 @@ LEFT_OUT = (
     "work.source",
     "plan.why.",
     "plan.memory.free",
-    "plan.memory.least",
 )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from errors import holds
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import BatchSchedule
@@ -279,37 +278,6 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
     exposed = (gather - forward) + max(0, gather - 3 * forward)
     assert short.seconds["shards"] == pytest.approx(exposed)
     assert short.hides_from == pytest.approx(512 * gather / forward, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("quantize", "seq_len", "micro_batch", "waits"),
-    [
-        ("nf4", 256, "256 tokens", True),
-        ("none", 2048, "2048 tokens", True),
-        ("none", 2048, "auto", False),
-    ],
-)
-def test_waits_for_layers_from_the_host_are_named(
-    quantize: str, seq_len: int, micro_batch: str, waits: bool
-) -> None:
-    """70B on 24 GB: a step has tokens enough, and its micro batches have not."""
-    run = {
-        "model": {"quantize": quantize},
-        "data": {"train": {"source": "rows.jsonl"}, "seq_len": seq_len},
-        "train": {
-            "global_batch": "65536 tokens",
-            "micro_batch": micro_batch,
-            "cpu_offload": ["parameters"],
-        },
-    }
-    made = planner("llama3-70b", "rtx-4090", run)
-    best = made.best()
-    assert best.plan.streamed_layers
-    assert (best.plan.memory.tokens < best.hides_from) == waits
-    warning = made.warn_of_waits(best)
-    assert (warning is not None) == waits
-    if warning:
-        assert holds(warning, "train.micro_batch=auto", f"{best.hides_from:,}")
 
 
 # Cases of streamed.json, their shape, layers and tolerance. Matrices of the 70B run faster than those

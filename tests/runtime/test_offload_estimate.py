@@ -262,15 +262,6 @@ def test_what_is_offloaded_already_stays_in_the_offer(
     assert re.findall(r"train\.cpu_offload='?(\[.*?\])", str(refused.value.fix)) == offered
 
 
-def test_short_micro_batches_are_warned_of_and_long_ones_hide_the_copies() -> None:
-    long = planner(16, offload=["parameters"]).choose()
-    assert long.streamed_layers > 3
-    assert not long.warnings
-    short = planner(10, 512, offload=["parameters"]).choose()
-    assert len(short.warnings) == 1
-    assert warnings_with(short.warnings[0], "train.global_batch", "host")
-
-
 def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
     run = recipe(FULL, "parameters", "activations")
     assert estimate(run, ONE, machine("cpu")) == estimate(recipe(FULL), ONE, machine("cpu"))

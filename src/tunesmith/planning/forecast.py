@@ -138,40 +138,33 @@ class Planner:
         return replace(plan, why={**plan.why, "mesh": reason})
 
     def warn_of_waits(self, forecast: Forecast) -> str | None:
-        """A warning where micro batches are too short to hide the gathers of other ranks' weights,
-        or the copies of layers from the host, and a key makes them longer or less.
+        """Return a warning if steps are too short to hide the gathers of other ranks' weights.
 
-        None where ranks wait less than a twentieth of the time, and where micro batches are short
-        for want of memory.
+        None if ranks wait less than a twentieth of the time, or if micro batches are short for want
+        of memory.
         """
         run = self.run
         plan = forecast.plan
-        part, waits_for = "shards", "other ranks' weights"
-        if plan.streamed_layers:
-            part, waits_for = "host copies", "layers from the host"
-        exposed = forecast.seconds.get(part, 0.0)
+        exposed = forecast.seconds.get("shards", 0.0)
         if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
             return None
         share = rank_step(run, self.work.step, plan.mesh).mean
-        if share < forecast.hides_from:
-            batch = run.train.global_batch
-            # Each data rank takes whole examples, or whole packed rows.
-            unit = plan.mesh.data
-            if batch.unit == "tokens":
-                unit *= run.row_tokens
-            amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
-            fix = f"train.global_batch='{Size(amount, batch.unit)}'"
-            if run.train.micro_batch != "auto":
-                fix += " train.micro_batch=auto"
-            fix += ", for fewer and larger steps"
-        elif plan.streamed_layers and run.train.micro_batch != "auto":
-            fix = "train.micro_batch=auto"
-        else:
+        if share >= forecast.hides_from:
             return None
+        batch = run.train.global_batch
+        # Each data rank takes whole examples, or whole packed rows.
+        unit = plan.mesh.data
+        if batch.unit == "tokens":
+            unit *= run.row_tokens
+        amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
+        fix = f"train.global_batch='{Size(amount, batch.unit)}'"
+        if run.train.micro_batch != "auto":
+            fix += " train.micro_batch=auto"
         return (
-            f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for "
-            f"{waits_for}: a step gives each {share:,.0f} tokens in micro batches of "
-            f"{plan.memory.tokens:,}, and {forecast.hides_from:,} would hide that; fix: {fix}"
+            f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for other "
+            f"ranks' weights: a step gives each {share:,.0f} tokens in micro batches of "
+            f"{plan.memory.tokens:,}, and {forecast.hides_from:,} would hide that; fix: {fix}, for "
+            "fewer and larger steps"
         )
 
     def best(self) -> Forecast:

@@ -3,7 +3,6 @@ paths of its files.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,20 +39,18 @@ def _ranked(result: SweepResult) -> list[CandidateResult]:
 def best_lines(result: SweepResult) -> Iterator[str]:
     """Return lines on the best candidate: its loss, the second one, and the paths of its files."""
     candidates = _ranked(result)
-    states = Counter(candidate["state"] for candidate in candidates)
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
     best = candidates[0]
     if best["loss"] is None:
-        yield f"no candidate trained to the end: {counts}"
+        yield f"none of {len(candidates)} candidates trained to the end"
         return
     folder = Path(from_here(best["run_dir"]))
     step = weights_step(folder / FINAL) or best["step"]
     name = result["compared_by"]
     loss = f"{name} {best['loss']:.4f} after step {step}"
-    yield f"best: {best['name']}, {loss}; of {len(candidates)}: {counts}"
-    if states["finished"] > 1:
-        second = candidates[1]
-        gap = (second["loss"] or 0.0) - best["loss"]
+    yield f"best of {len(candidates)}: {best['name']}, {loss}"
+    second = candidates[1]
+    if second["loss"] is not None:
+        gap = second["loss"] - best["loss"]
         yield f"second: {second['name']}, {name} {second['loss']:.4f}: {gap:.4f} higher"
         if name == "val_loss":
             folders = [Path(candidate["run_dir"]) for candidate in candidates[:2]]
