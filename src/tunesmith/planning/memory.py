@@ -243,29 +243,9 @@ class MemoryEstimator:
 
     @cached_property
     def scales(self) -> int:
-        """Bytes of a base's scales on a tensor-parallel rank.
-
-        Those of o and down, which are sharded along their inputs, are no longer in one piece, and
-        in fp32.
-        """
-        spec = self.spec
-        tensor = self.mesh.tensor
-        scheme = self.scheme
-        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes
-        if not scheme.scale_bytes:
-            return int(of_stacks)
-        rowwise = 0
-        if tensor > 1:
-            layer = spec.layers[0]
-            # o has heads * head_dim inputs, down the MLP's width; both have `hidden` outputs.
-            inputs = layer.heads * layer.head_dim
-            if not layer.experts:
-                inputs += layer.intermediate
-            rowwise = spec.depth * spec.hidden * inputs
-        others = spec.linear_matrices - rowwise
-        # In fp32: 4 bytes a block of weights.
-        of_linears = (others * scheme.scale_bytes + rowwise * 4 / scheme.block) / tensor
-        return int(of_linears + of_stacks)
+        """Bytes of a base's scales on a tensor-parallel rank."""
+        linears = self.spec.linear_matrices * self.scheme.scale_bytes / self.mesh.tensor
+        return int(linears + self.spec.expert_stacks * self.scheme.expert_scale_bytes)
 
     @cached_property
     def trained_here(self) -> int:

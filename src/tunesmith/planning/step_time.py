@@ -136,67 +136,46 @@ class Step:
 
     def time(self) -> StepTime:
         """Estimate the seconds of the step; in proportion where the chip's speed is unknown."""
+        estimator = self.estimator
+        itemsize = estimator.itemsize
         micro_batches = self.micro_batches
-        shard, tensor = self.estimator.mesh[1:]
+        shard, tensor = estimator.mesh[1:]
+        # Bytes that a pass gathers, and that a backward reduces: of a frozen base only the layers
+        # are sharded.
+        layers, ends = estimator.weights(itemsize)
+        gathered, reduced, embedding_share = float(layers), 0.0, 0.0
+        if not estimator.trains_adapter:
+            gathered += ends
+            # Gradients are reduced in fp32.
+            reduced = 4 / itemsize * gathered
+            embedding_share = self.spec.head_matmul * itemsize / tensor / gathered
         streamed = self._streamed_bytes / (1e9 * self.host_link)
-        gather = self._ring_seconds(self._gathered_bytes, shard, tensor)
-        reduce = self._ring_seconds(self._reduced_bytes, shard, tensor)
+        gather = self._ring_seconds(gathered, shard, tensor)
+        reduce = self._ring_seconds(reduced, shard, tensor)
         # No compute runs while the embedding is gathered, or while its gradient is reduced at the
         # end of the backward.
-        hideable = 1 - self._embedding_share
-        beside_forward = streamed + hideable * gather
-        beside_backward = beside_forward + hideable * reduce
+        beside_forward = streamed + (1 - embedding_share) * gather
+        beside_backward = beside_forward + (1 - embedding_share) * reduce
         # Compute hides it as far as it is shorter.
         compute = self.tokens * sum(self.token_seconds.values()) / micro_batches
         forward = FORWARD_SHARE * compute
         backward = (1 + self._recompute_share) * compute - forward
-        exposed = self._embedding_share * (gather + reduce)
+        exposed = embedding_share * (gather + reduce)
         exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
+        # FSDP2 reads and writes what it copies: weights in both passes, and gradients from the
+        # weights' dtype to fp32.
+        copied = micro_batches * (2 * 2 * gathered + (1 + itemsize / 4) * reduced)
         # Each sum of a tensor group is a scatter and a gather.
-        tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden
+        tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden * itemsize
         parts = self._compute_seconds() | {
-            "shard copies": self._copied_bytes() / self._memory_bandwidth,
-            "tensor parallel": self._ring_seconds(
-                tensor_bytes * self.estimator.itemsize, tensor, 1
-            ),
+            "shard copies": copied / self._memory_bandwidth if shard > 1 else 0.0,
+            "tensor parallel": self._ring_seconds(tensor_bytes, tensor, 1),
             "host copies" if streamed else "shards": micro_batches * exposed,
             "gradients": self._gradient_seconds(backward),
         }
         # The passes, and so the micro batch, must be so many times longer.
         longer = max(beside_forward / forward, beside_backward / backward)
         return StepTime(parts, hides_from=math.ceil(longer * self.tokens / micro_batches))
-
-    @property
-    def _gathered_bytes(self) -> float:
-        """Bytes of weights that a pass gathers: of a frozen base only the layers are sharded."""
-        layers, ends = self.estimator.weights(self.estimator.itemsize)
-        return layers if self.estimator.trains_adapter else layers + ends
-
-    @property
-    def _embedding_share(self) -> float:
-        """The share of the embedding in the weights that are gathered; a frozen one is whole."""
-        if self.estimator.trains_adapter:
-            return 0.0
-        embedding = self.spec.head_matmul * self.estimator.itemsize / self.estimator.mesh.tensor
-        return embedding / self._gathered_bytes
-
-    @property
-    def _reduced_bytes(self) -> float:
-        """Bytes of gradients, in fp32, that a backward reduces into shards."""
-        if self.estimator.trains_adapter:
-            return 0.0
-        return 4 / self.estimator.itemsize * self._gathered_bytes
-
-    def _copied_bytes(self) -> float:
-        """Bytes that a step moves to copy weights out of FSDP2's buffers, and gradients into them.
-
-        Each is read and written.
-        """
-        if self.estimator.mesh.shard == 1:
-            return 0.0
-        # Gradients are read in the weights' dtype and written in fp32.
-        of_gradients = (1 + self.estimator.itemsize / 4) * self._reduced_bytes
-        return self.micro_batches * (2 * 2 * self._gathered_bytes + of_gradients)
 
     def _gradient_seconds(self, backward: float) -> float:
         """Estimate the seconds that the sum of gradients over the data ranks adds to a step.
