@@ -5,7 +5,6 @@ commands do what they say.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import re
 import shutil
@@ -43,11 +42,12 @@ COMMAND = re.compile(
 )
 # An expression in a command: quoted by one of the functions for it, or of a form in which nothing
 # needs quotes.
-QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|new_name|_jq_key)\(")
+QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|new_name)\(")
 PLAIN = (
     "number",
     "HEARTBEAT_VARIABLE",
-    "likely_encoding",
+    "encoding",
+    "line",
     "requirement",
     "_MIN_TRANSFORMERS",
     "SECONDS",
@@ -271,18 +271,6 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
         lambda f: reading(f, ".json", b'{"it\'s \\"$(touch ran)": [{"prompt": "a", "completion": "b"}]}'), "jq",
         lambda f, out: "completion" in (f / "rows.json").read_text(),
     ),
-    "jq of columns": (
-        lambda f: reading(f, ".json", b'{"prompt": ["a", "c"], "completion": ["b", "d"]}'), "jq",
-        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
-    ),
-    "jq of columns by pandas": (
-        lambda f: reading(f, ".json", b'{"prompt": {"0": "a", "1": "c"}, "completion": {"0": "b", "1": "d"}}'), "jq",
-        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
-    ),
-    "jq of rows by their ids": (
-        lambda f: reading(f, ".json", b'{"7": {"prompt": "a", "completion": "b"}, "x": {"prompt": "c", "completion": "d"}}'), "jq",
-        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
-    ),
     "jq of objects": (
         lambda f: reading(f, ".json", b'{\n"prompt": "a", "completion": "b"\n}\n{"prompt": "c", "completion": "d"\n}\n'), "jq",
         lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
@@ -291,10 +279,6 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
         lambda f: reading(f, ".json", b'[{"prompt": "a", "completion": "b"}][{"prompt": "c", "completion": "d"}]'), "jq",
         lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
     ),
-    "sed of objects with commas": (
-        lambda f: reading(f, ".jsonl", b'{"prompt": "a", "completion": "b"},\n{"prompt": "c", "completion": "d"}, \n'), "sed",
-        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
-    ),
     "iconv of rows": (
         lambda f: reading(f, ".csv", "prompt,completion\ncafé,b\n".encode("latin-1")), "iconv",
         lambda f, out: "café" in (f / "fixed.csv").read_text(encoding="utf-8"),
@@ -302,18 +286,6 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
     "iconv of a recipe": (
         lambda f: lambda: load_recipe(file_of(f, ".yaml", "model: {name: café}\n".encode("latin-1")).name), "iconv",
         lambda f, out: "café" in (f / "fixed.yaml").read_text(encoding="utf-8"),
-    ),
-    "commas": (
-        lambda f: reading(f, ".csv", b"prompt;completion\na;b;c\n"), "python3",
-        lambda f, out: (f / "commas.csv").read_text().splitlines()[0] == "prompt,completion",
-    ),
-    "gunzip": (
-        lambda f: reading(f, ".jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}')), "gunzip",
-        lambda f, out: "completion" in (f / f"{HOSTILE}.jsonl").read_text(),
-    ),
-    "tabs": (
-        lambda f: reading(f, ".tsv", b"prompt\tcompletion\na\tb\n"), "cp",
-        lambda f, out: read_rows(Source(source=f"./{HOSTILE}.csv"))[0] == {"prompt": "a", "completion": "b"},
     ),
     "sed": (
         lambda f: reading(f, ".jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n{"prompt": "a", "completion": "b"}\n'), "sed",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -188,26 +187,13 @@ def test_numbers_that_are_labels(
 
 
 @pytest.mark.parametrize(
-    ("values", "low"),
-    [
-        ([5, 1, 2, 4], "1 or 2"),
-        ([4, 0, 1, 3], "0 or 1"),
-        ([5, -5, -3, 0], "-5 or -3"),
-        ([5, 4, 3, 5], None),
-        ([1, 1, 1, 1], None),
-        ([0, 0, 0, 0], None),
-        ([0, 0.5, 1, 1], None),
-        ([0, 120, 5, 3], None),
-        ([0, math.nan, 1, 1], None),
-    ],
+    "values",
+    [[5, 1, 2, 4], [5, -5, -3, 0], [1, 1, 1, 1], [0, 0, 0], [0, 0.5, 1], [0, math.nan, 1]],
 )
-def test_low_grades_are_counted(
-    tiny: Path, tmp_path: Path, values: list[Any], low: str | None
-) -> None:
+def test_other_grades_are_no_labels(tiny: Path, tmp_path: Path, values: list[Any]) -> None:
     rows = [{**PAIR, "rating": value} for value in values]
     told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
-    found = warnings_with(told, "rating", "2 of 4", f"{tmp_path}/rows.jsonl:2")
-    assert [holds(line, low) for line in found] == [True] * (low is not None)
+    assert warnings_with(told, "nothing reads rating")
 
 
 def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:
@@ -225,17 +211,6 @@ def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> Non
     (unread,) = warnings_with(told, "rating")
     assert holds(unread, "rating, notes")
     assert not any(holds(unread, name) for name in others if name != "notes")
-
-
-@pytest.mark.parametrize(("count", "batches"), [(60, []), (600, [6])])
-def test_a_batch_of_kto_has_other_answers(
-    tiny: Path, tmp_path: Path, count: int, batches: list[int]
-) -> None:
-    """No smaller batch is proposed that leaves an answer no other one to compare with."""
-    rows = [{"prompt": f"Say {i}.", "completion": f"{i}", "label": i % 2} for i in range(count)]
-    told = "\n".join(prepared(tiny, tmp_path, rows, "feedback").warnings())
-    (warning,) = warnings_with(told, "train.duration=")
-    assert re.findall(r"train.global_batch=\"(\d+) examples\"", warning) == [*map(str, batches)]
 
 
 def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None:

@@ -154,14 +154,9 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word th
     "a number": (
         "preference",
         {"prompt": PROMPT, "chosen": 3, "rejected": "three"},
-        "different types",
+        "chosen is a number",
     ),
     "two numbers": ("preference", {"prompt": PROMPT, "chosen": 3, "rejected": 4}, "chosen"),
-    "a text and a chat": (
-        "preference",
-        {"prompt": PROMPT, "chosen": "3", "rejected": [BAD]},
-        "different types",
-    ),
     "no prompt": ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "prompt"),
     "texts that share nothing": ("preference", {"chosen": "3", "rejected": "three"}, "prompt"),
     "chats that share nothing": (

@@ -116,8 +116,7 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
         data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
         assert not any("5 of 6" in line for line in data.warnings())
     data = prepared(tiny, tmp_path, rows, base=True)
-    assert "raw: " in (line := data.describe().splitlines()[0])
-    assert line.endswith(" Who?⟦H⟧e 0.<|im_end|>")
+    assert "raw: " in data.describe().splitlines()[0]
 
 
 SPELLED = "Write <|im_end|> here."
@@ -127,9 +126,9 @@ def test_a_text_model_is_told_of_pictures_that_nothing_reads(tiny: Path, tmp_pat
     (tmp_path / "a.png").touch()
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
     rows[1]["path"] = "a.png"
-    rows[2]["prompt"] = "<image>\n<ref-object>?"
+    rows[2]["prompt"] = "<image>\nWho?"
     data = prepared(tiny, tmp_path, rows)
-    for about, row in (("a picture in a column", 2), ("such as <image>", 3), ("as <bbox>", 3)):
+    for about, row in (("a picture in a column", 2), ("such as <image>", 3)):
         assert f"{tmp_path}/rows.jsonl:{row}" in warned(data, about)
     assert warned(data, "nothing reads path")
 
@@ -401,6 +400,6 @@ def test_the_prompt_of_a_base_without_a_template_is_told(tiny: Path, tmp_path: P
     rows = [{"instruction": f"Who {i}?", "output": f"He {i}."} for i in range(20)]
     for base in (False, True):
         data = prepared(tiny, tmp_path, rows, base=base, seq_len=1024)
-        line = data.describe_template()
+        line = data.template.describe()
         assert line.startswith("alpaca: ") == base
         assert (line in data.describe().splitlines()) == base

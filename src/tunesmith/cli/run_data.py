@@ -135,7 +135,7 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
     lines = [
-        prepared.describe_template(),
+        prepared.template.describe(),
         describe_system(prepared, tokenizer, rows),
         *_describe_sources(prepared),
         "tokens per example:",
@@ -156,7 +156,7 @@ def _describe_sources(prepared: TrainingData) -> Iterator[str]:
         if is_local(name):
             name = Path(name).name
         yield f"{split}: {name}"
-        for figure in [*prepared.figures(part), *prepared.describe_pictures(part)]:
+        for figure in prepared.figures(part):
             yield f"  {figure}"
 
 

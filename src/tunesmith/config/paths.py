@@ -41,6 +41,12 @@ def is_pattern(text: str) -> bool:
     return glob.has_magic(text) and not os.path.exists(text)
 
 
+def is_written_as_path(text: str) -> bool:
+    """Return whether a text is a path by its form. A Hub id has one slash."""
+    begins = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+    return begins or text.endswith("/") or text.count("/") > 1
+
+
 def pattern_folder(pattern: Path) -> Path:
     """Return the innermost folder that contains all files of a pattern."""
     return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
@@ -110,10 +116,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     path = os.path.abspath(base / os.path.expanduser(text))
     if name == "data.template":
         return text if text in TEMPLATES else path
-    is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
-    # A Hub id has one slash.
-    is_written_as_path = is_written_as_path or text.endswith("/") or text.count("/") > 1
-    if name in _OUTPUTS or is_written_as_path:
+    if name in _OUTPUTS or is_written_as_path(text):
         return path
     # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is
     # there.

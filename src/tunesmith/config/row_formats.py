@@ -27,8 +27,8 @@ _ANSWER_NAMES = (
 )
 _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 # Where the turns are a list, instructions are what OpenAI's and Anthropic's interfaces put first.
-_CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions", "system_instruction", "systemInstruction")
-_TOOLS_NAMES = ("tools", "functions", "tool_config", "toolConfig")
+_CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
+_TOOLS_NAMES = ("tools", "functions")
 _INPUT_NAMES = ("input", "context")
 PICTURE_NAMES = ("images", "image", "image_path", "image_paths", "pictures", "picture")
 _LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")

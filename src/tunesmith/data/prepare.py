@@ -11,32 +11,29 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from tunesmith.config.schema import FEW_STEPS, MIN_KTO_BATCH, Data, Run
+from tunesmith.config.schema import FEW_STEPS, Data, Run
 from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.compare.row_checks import check_across
 from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
 from tunesmith.data.rows.formats import SPLIT_COLUMNS
-from tunesmith.data.rows.labels import low_grades, rates_answers
-from tunesmith.data.rows.pictures import scaled_size
+from tunesmith.data.rows.labels import rates_answers
 from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import describe_layouts
 from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
-from tunesmith.data.tokens.contract import Contract, CutAnswers, check_tokens, excerpt
+from tunesmith.data.tokens.contract import Contract, CutAnswers, check_tokens
 from tunesmith.data.tokens.token_set import (
     Repeats,
     SourceTokens,
-    TokenCounts,
     TokenSet,
     find_repeats,
 )
 from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
-from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import HELD_OUT, with_earlier_runs
 from tunesmith.units import count_of
 
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
 
 # Of a source's tokens; where more are lost, a warning says so.
 MOST_LOST_TOKENS = 0.01
-# Of an epoch's order: indices, random keys and their sort, 8 bytes each.
-BYTES_PER_EXAMPLE = 32
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class TrainingData:
         # A base has no template of its own: its prompt is our choice.
         is_chosen = self.run.data.template == "auto" and self.template.name == "alpaca"
         if why or self.template.raw or is_chosen:
-            lines.append(self.describe_template())
+            lines.append(self.template.describe())
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
             lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
@@ -158,35 +153,10 @@ class TrainingData:
             "data.hold_out=null trains on all rows"
         )
 
-    def describe_template(self) -> str:
-        """A line for the user: the prompt in use.
-
-        Without a template it shows how the first row reads where its answer begins.
-        """
-        line = self.template.describe()
-        if not self.template.raw or not len(self.train):
-            return line
-        first_trained = int(self.train[0].trained.argmax())
-        example = excerpt(self.train, self.template.tokenizer, 0, first_trained)
-        return f"{line}; such as {example}"
-
     def figures(self, part: SourceTokens) -> list[str]:
         """Describe what one source gives, and what of it is left out and why."""
         counts = part.counts
-        too_long = f"(data.too_long: {part.too_long})"
-        left_out = []
-        # Rows that a key of the recipe left out before tokenization.
-        read = counts.kept_rows + counts.dropped + counts.emptied
-        if read < counts.available and counts.taken:
-            left_out.append(counts.taken)
-        if counts.bad:
-            left_out.append(f"{counts.bad:,} that cannot be read (data.bad_rows: skip)")
-        if counts.dropped:
-            left_out.append(f"{counts.dropped:,} dropped {too_long}")
-        if counts.emptied:
-            left_out.append(
-                f"{counts.emptied:,} dropped because truncation left no supervised token"
-            )
+        left_out = _left_out(part)
         rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
         if left_out:
             rows += f" ({', '.join(left_out)})"
@@ -200,43 +170,22 @@ class TrainingData:
             parts = counts.kept - counts.kept_rows + counts.split
             figures.append(f"{counts.split:,} split into {parts:,} (data.seq_len)")
         if counts.cut:
-            figures.append(f"{counts.cut:,} cut {too_long}")
+            figures.append(f"{counts.cut:,} cut (data.too_long: {part.too_long})")
         if counts.lost_share:
             figures.append(f"{_percent(counts.lost_share)} of the tokens lost")
         if "empty" in counts.flaws:
             figures.append(f"{counts.flaws['empty'][0]:,} with an empty answer")
         figures.append(f"longest {count_of(counts.longest, 'token')}")
         if counts.pictures:
-            figures += self._picture_figures(counts)
-        return figures
-
-    def _picture_figures(self, counts: TokenCounts) -> list[str]:
-        all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
-        share = f"{counts.placeholders / all_tokens:.1%} of the tokens"
-        figures = [f"{count_of(counts.pictures, 'picture')}, {share}"]
+            all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
+            share = f"{counts.placeholders / all_tokens:.1%} of the tokens"
+            least, _, most = counts.picture_tokens
+            figures.append(f"{count_of(counts.pictures, 'picture')}, {share}")
+            figures.append(f"{least:,} to {most:,} tokens a picture")
         if counts.scaled_pictures:
             limit = f"data.image_max_pixels: {self.run.data.image_max_pixels}"
             figures.append(f"{counts.scaled_pictures:,} of them scaled down ({limit})")
         return figures
-
-    def describe_pictures(self, part: SourceTokens) -> list[str]:
-        """Tell what the pictures of a source cost in tokens, and what scaling them down changes."""
-        counts = part.counts
-        processor = self.template.pictures
-        if not counts.pictures or processor is None:
-            return []
-        least, middle, most = counts.picture_tokens
-        each = f"{least:,}" if least == most else f"{least:,} to {most:,} (median {middle:,})"
-        lines = [f"tokens of a picture: {each}"]
-        width, height = counts.largest_picture
-        limit = processor.max_pixels or max(1, width * height // 4)
-        size = scaled_size((width, height), limit)
-        whole = processor.count_tokens((width, height))
-        scaled = processor.count_tokens(size)
-        if scaled < whole:
-            largest = f"the largest picture, {width} x {height}"
-            lines.append(f"{largest}: {whole:,}, with data.image_max_pixels={limit} {scaled:,}")
-        return lines
 
     def describe_schedule(self) -> str:
         """A line for the user: how many optimizer steps, and of which examples."""
@@ -307,17 +256,8 @@ class TrainingData:
             return []
         if self.run.adapter.from_ is not None:
             return []  # an adapter that is continued has learned before
-        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
-        fix = f'train.duration="{epochs} epochs"'
-        batch = self.run.train.global_batch
-        # A step takes whole rows.
-        unit = self.schedule.row_length if batch.unit == "tokens" else 1
-        min_batch = MIN_KTO_BATCH if self.run.method.name == "kto" else 1
-        smaller_batch = max(1, batch.amount * steps // FEW_STEPS // unit) * unit
-        # So many steps stay as many, whatever their size.
-        if min_batch <= smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
-            fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
+        fix = f'train.duration="{math.ceil(FEW_STEPS / steps_per_epoch)} epochs"'
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
 
     def _of_sources(self, tell: Callable[[SourceTokens], Iterator[str]]) -> list[str]:
@@ -342,8 +282,6 @@ class TrainingData:
 
         Columns that may rate the answers come first.
         """
-        if part.source is not None:
-            yield from low_grades(part.counts.grades, part.rows, part.source)
         names = []
         columns = part.source.columns.values() if part.source else ()
         unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
@@ -418,6 +356,23 @@ class TrainingData:
                 warning = ROW_WARNINGS[name]
                 what = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
                 yield f"{what}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
+
+
+def _left_out(part: SourceTokens) -> list[str]:
+    """Describe the rows of a source that are left out, and why."""
+    counts = part.counts
+    left_out = []
+    # Rows that a key of the recipe left out before tokenization.
+    read = counts.kept_rows + counts.dropped + counts.emptied
+    if read < counts.available and counts.taken:
+        left_out.append(counts.taken)
+    if counts.bad:
+        left_out.append(f"{counts.bad:,} that cannot be read (data.bad_rows: skip)")
+    if counts.dropped:
+        left_out.append(f"{counts.dropped:,} dropped (data.too_long: {part.too_long})")
+    if counts.emptied:
+        left_out.append(f"{counts.emptied:,} dropped because truncation left no supervised token")
+    return left_out
 
 
 def _percent(share: float) -> str:
@@ -564,14 +519,7 @@ def _check_labels(train: TokenSet) -> None:
 
 
 def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
-    """The schedule; DataError where an epoch is empty, or too long to be ordered in memory."""
-    if BYTES_PER_EXAMPLE * float(train.repeats.sum()) > available_memory():
-        many = f"{train.repeats.sum():,.0f} examples an epoch"
-        raise DataError(
-            f"the weights of the sources make {many}, more than memory can order",
-            where="data.train",
-            fix="lower weight, to 1 where it is not needed",
-        )
+    """The schedule; DataError where an epoch is empty."""
     schedule = BatchSchedule.of(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)

@@ -15,17 +15,15 @@ _CAUSE_CHARS = 60
 
 @dataclass
 class BadRows:
-    """The bad rows of a source of so many rows, or of several.
+    """The bad rows of a source of so many rows.
 
     Attributes:
-        is_whole: whether all rows of a source are bad.
         listed: the first LISTED of them in order: place, index, and what is wrong, with the place
             in the row if there is one.
     """
 
     rows: int
     count: int = 0
-    is_whole: bool = False
     listed: list[tuple[str, int, str]] = field(default_factory=list)
     first_error: DataError | None = None
 
@@ -42,7 +40,6 @@ class BadRows:
         if not is_of_row(error, place):
             return False
         self.count += 1
-        self.is_whole = self.count == self.rows
         self.first_error = self.first_error or error
         inside = error.where.removeprefix(place).lstrip(", ")
         if len(self.listed) < LISTED:
@@ -50,38 +47,31 @@ class BadRows:
             self.listed.append((place, row, what))
         return True
 
-    def error(self) -> DataError:
-        """The error for all of them."""
-        first = self.first_error
-        assert first is not None
-        what = first.what
-        why = [first.why] if first.why else []
-        fix = first.fix
-        if self.count == self.rows > 1:
-            why.append(f"all {self.rows:,} rows are like it, or cannot be read for other reasons")
-        elif self.count > 1:
-            what = f"{self.count:,} of {self.rows:,} rows cannot be read"
-            why = []
-            for place, _, fault in self.listed[:LISTED]:
-                cause = fault if len(fault) <= _CAUSE_CHARS else f"{fault[:_CAUSE_CHARS]}..."
-                # The file's name alone: its folder is that of the first.
-                why.append(f"{place.rpartition('/')[2]}: {cause}")
-            if self.count > len(why):
-                why.append(f"and {self.count - len(why):,} more")
-        if not self.is_whole:
-            fix += "; or data.bad_rows=skip leaves such rows out, counted"
-        return DataError(what, where=first.where, why="; ".join(why), fix=fix)
-
 
 def error_of_sources(sources: Sequence[BadRows]) -> DataError:
-    """One error for the bad rows of several sources."""
-    return BadRows(
-        rows=sum(bad.rows for bad in sources),
-        count=sum(map(len, sources)),
-        is_whole=any(bad.is_whole for bad in sources),
-        listed=[row for bad in sources for row in bad.listed],
-        first_error=sources[0].first_error,
-    ).error()
+    """One error for the bad rows of one or several sources."""
+    first = sources[0].first_error
+    assert first is not None
+    rows = sum(bad.rows for bad in sources)
+    count = sum(map(len, sources))
+    listed = [row for bad in sources for row in bad.listed][:LISTED]
+    what = first.what
+    why = first.why
+    fix = first.fix
+    if count == rows > 1:
+        why = f"{why}; all {rows:,} rows are like it, or cannot be read for other reasons"
+    elif count > 1:
+        what = f"{count:,} of {rows:,} rows cannot be read"
+        # The file's name is enough: its folder is that of the first.
+        causes = [
+            f"{place.rpartition('/')[2]}: {cause:.{_CAUSE_CHARS}}" for place, _, cause in listed
+        ]
+        if count > len(listed):
+            causes.append(f"and {count - len(listed):,} more")
+        why = "; ".join(causes)
+    if not any(bad.count == bad.rows for bad in sources):
+        fix += "; or data.bad_rows=skip leaves such rows out, counted"
+    return DataError(what, where=first.where, why=why.removeprefix("; "), fix=fix)
 
 
 def is_of_row(error: DataError, place: str) -> bool:

@@ -21,15 +21,11 @@ from tunesmith.config.row_formats import (
     FormatName,
 )
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.bad_rows import find_bad_rows
+from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.labels import read_label
-from tunesmith.data.rows.lost_pictures import is_picture
 from tunesmith.data.rows.marks import is_mark
 from tunesmith.data.rows.row_reader import (
     MIN_NAME_SIMILARITY,
-    NO_TEXTS,
-    count_letters,
     guess_columns,
     is_named_rejected,
     looks_like_list,
@@ -51,29 +47,11 @@ SAMPLE = 200
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
-# Words in the names of two columns that hold the better and the worse answer.
-_BETTER_AND_WORSE = (
-    ("chosen", "rejected"),
-    ("preferred", "rejected"),
-    ("preferred", "dispreferred"),
-    ("preferred", "non_preferred"),
-    ("accepted", "rejected"),
-    ("better", "worse"),
-    ("best", "worst"),
-    ("good", "bad"),
-    ("correct", "incorrect"),
-    ("winner", "loser"),
-    ("win", "lose"),
-)
-
 # Names of columns that hold the class of a text.
 _CLASS_NAMES = frozenset(
     "label labels label_text label_name class classes class_name sentiment sentiments polarity"
     " emotion emotions intent intents intent_name stance".split()
 )
-# Further names, only for rows of two columns: documents have categories, too.
-_TOPIC_NAMES = frozenset("category topic target tag genre rating stars".split())
-
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
 _Chats = dict[str, list[str]]
 
@@ -86,14 +64,12 @@ class Detected:
         columns: the format's name of a column -> the file's.
         ignored: the columns that are not read.
         has_pictures: whether a row that was looked at has any.
-        picture_column: an ignored column with pictures; empty if there is none.
     """
 
     format: FormatName
     columns: dict[str, str]
     ignored: tuple[str, ...] = ()
     has_pictures: bool = False
-    picture_column: str = ""
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -109,8 +85,6 @@ class Detected:
             text += f" ({', '.join(renamed)})"
         if self.ignored:
             text += f"; ignored: {', '.join(self.ignored)}"
-        if self.picture_column and "images" in ROW_FORMATS[self.format].columns:
-            text += f"; --columns images={shell_word(self.picture_column)} reads its pictures"
         return text
 
     def flags(self) -> str:
@@ -149,7 +123,7 @@ def detect(
     is_free = any_format and not source.columns
     layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
     if is_free:
-        examined.check_pair_is_read(layouts)
+        examined.check_rejected_is_read(layouts)
         examined.check_class_is_read(layouts)
     # Each layout is tried on the sample, with the reader of training.
     trials = [examined.try_layout(layout) for layout in layouts]
@@ -161,20 +135,8 @@ def detect(
             raise examined.all_errors(readable[0])
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
-        others = (name for name in examined.columns if name not in used)
-        ignored = tuple(name for name in others if not is_mark(name))
-        with_pictures = (
-            name
-            for i, row in examined.sample.items()
-            for name in ignored
-            if is_picture(row.get(name), rows.where(i))
-        )
-        return replace(
-            layout,
-            ignored=ignored,
-            has_pictures=readable[0].has_pictures,
-            picture_column=next(with_pictures, ""),
-        )
+        ignored = [name for name in examined.columns if name not in used and not is_mark(name)]
+        return replace(layout, ignored=tuple(ignored), has_pictures=readable[0].has_pictures)
     if readable:
         raise examined.ambiguous(readable)
     if trials:
@@ -293,7 +255,7 @@ class _SampledRows:
         if ROW_FORMATS[format_name].has_turns:
             return named
         # A single column needs no usual name to be the text; a chat is none.
-        is_text = len(self.columns) == 1 and not propose_header(self.where, self.columns, {})
+        is_text = len(self.columns) == 1 and not propose_header(self.where, self.columns)
         texts = self.columns if is_text else named
         return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
 
@@ -309,58 +271,37 @@ class _SampledRows:
                 has_pictures = has_pictures or any(map(pictures_of, samples))
         return _Trial(layout, frozenset(read), has_pictures)
 
-    def check_pair_is_read(self, layouts: list[Detected]) -> None:
-        """DataError where columns are named as two answers of a pair, and `layouts` read none."""
-        if any(layout.format == "preference" for layout in layouts):
+    def check_rejected_is_read(self, layouts: list[Detected]) -> None:
+        """Raise DataError if a column is named as the worse answers of pairs, and none is read."""
+        rejected = next(filter(is_named_rejected, self.columns), "")
+        if not rejected or any(layout.format == "preference" for layout in layouts):
             return
-        for chosen, rejected in _named_as_pairs(self.columns):
-            mapping = {"chosen": chosen, "rejected": rejected}
-            pairs = self.layouts("preference", mapping)
-            if any(self.try_layout(layout).read for layout in pairs):
-                what = f"{chosen} and {rejected} look like the two answers of a pair"
-                why = "; pairs are read by columns named chosen and rejected"
-                raise self.error(what, Detected("preference", mapping).flags(), why)
-        rejected_alone = [column for column in self.columns if is_named_rejected(column)]
-        formats = dict.fromkeys(layout.format for layout in layouts)
-        if rejected_alone and formats:
-            name = rejected_alone[0]
-            raise self.error(
-                f"{name} looks like the rejected answer of a pair, and there is no chosen",
-                f"name both as --columns chosen=...,rejected={name}; or train on the other columns"
-                f" alone: --format {' or '.join(formats)}",
-            )
+        names = {plain(column): column for column in self.columns if column != rejected}
+        counterpart = plain(rejected).replace("rejected", "chosen")
+        near = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY) or counterpart
+        pair = {"chosen": names.get(near, "..."), "rejected": rejected}
+        fix = Detected("preference", pair).flags()
+        if layouts:
+            formats = dict.fromkeys(layout.format for layout in layouts)
+            fix += f"; or train on the other columns alone: --format {' or '.join(formats)}"
+        raise self.error(f"{rejected} looks like the rejected answer of a pair", fix)
 
     def check_class_is_read(self, layouts: list[Detected]) -> None:
-        """Raise DataError if a column holds the class of a text and `layouts` do not read it."""
-        kinds = {plain(column) for column in self.columns if not plain(column).endswith("id")}
-        letters = {column: count_letters(self._values(column)) for column in self.columns}
-        classes = [name for name in letters if self._is_class(name, is_alone=len(kinds) == 2)]
+        """Raise DataError if a column holds the class of a text, and only the text is read."""
         texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
-        if not layouts:
-            no_texts = NO_TEXTS.union(map(plain, classes))
-            texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
-        classes = [name for name in classes if name not in texts]
-        if not classes or not 1 <= len(texts) <= 2:
-            return
-        answer = max(classes, key=letters.__getitem__)
-        needed = ("prompt", "completion") if len(texts) == 1 else ("instruction", "input", "output")
-        as_answer = Detected("alpaca", dict(zip(needed, [*texts, answer], strict=True))).flags()
-        if not letters[answer]:
-            as_answer += f", after the values of {answer} are replaced by words"
-        alone = Detected("text", {"text": texts[0]}).flags()
-        raise self.error(
-            f"{answer} looks like the class of a text, and nothing reads it",
-            f"to learn it as the answer: {as_answer}; to learn the text alone: {alone}",
-        )
-
-    def _is_class(self, column: str, *, is_alone: bool) -> bool:
-        """Return whether a column is the class of a text; `is_alone`: the text has no others."""
-        name = plain(column)
-        # Or it ends in such a name, as coarse_label does.
-        if {name, name.rpartition("_")[2]} & _CLASS_NAMES:
-            return True
-        labels = set(map(read_label, self._values(column)))
-        return is_alone and (labels == {True, False} or name in _TOPIC_NAMES)
+        for column in self.columns if texts else ():
+            # Or it ends in such a name, as coarse_label does.
+            names = {plain(column), plain(column).rpartition("_")[2]}
+            if column not in texts and names & _CLASS_NAMES:
+                as_answer = Detected(
+                    "prompt-completion", {"prompt": texts[0], "completion": column}
+                )
+                alone = Detected("text", {"text": texts[0]})
+                raise self.error(
+                    f"{column} looks like the class of a text, and nothing reads it",
+                    f"to learn it as the answer, in words: {as_answer.flags()};"
+                    f" to learn the text alone: {alone.flags()}",
+                )
 
     def all_errors(self, trial: _Trial) -> DataError:
         """The error that lists all rows that a layout does not read; where it reads none, the
@@ -368,55 +309,26 @@ class _SampledRows:
         """
         rows = self.rows
         if not trial.read:
-            first = next(iter(self.sample))
-            rows = rows.take([first])
+            rows = rows.take([next(iter(self.sample))])
         bad = find_bad_rows(rows, _with_layout(self.source, trial.layout))
-        listed = bad.error()
-        read = len(trial.read) or "none"
-        why = f"{read} of the {count_of(len(self.sample), 'row')} examined can be read as"
-        why += f" {trial.layout.format}"
-        if trial.read and len(bad) == 1:
-            why += "; not this one"
-        listed.why = f"{listed.why}; {why}" if listed.why else why
-        listed.fix += self._or_no_label(trial.layout)
-        return listed
-
-    def _or_no_label(self, layout: Detected) -> str:
-        """The way on where a column that looks like labels is none."""
-        if layout.format != "feedback":
-            return ""
-        others = [other.format for other in self.layouts(self.only_format, self.source.columns)]
-        formats = [name for name in dict.fromkeys(others) if name not in ("feedback", "text")]
-        if not formats:
-            return ""
-        column = layout.columns["label"]
-        return f"; if {column} says something else: rename it, and --format {' or '.join(formats)}"
+        error = error_of_sources([bad])
+        examined = count_of(len(self.sample), "row")
+        read = f"{len(trial.read)} of the {examined} examined can be read as {trial.layout.format}"
+        error.why = "; ".join(filter(None, (error.why, read)))
+        if trial.layout.format == "feedback":
+            error.fix += f"; or rename {trial.layout.columns['label']} if it is no label"
+        return error
 
     def ambiguous(self, trials: list[_Trial]) -> DataError:
         """The error for several layouts: a choice, or rows of several formats in one file."""
         order = list(ROW_FORMATS)
         trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
-        most = max(trials, key=lambda trial: len(trial.read))
-        share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
-        if len(most.read) < len(self.sample) and not share_rows:
-            return self._several_formats(trials, most)
         ways = " or ".join(trial.layout.flags() for trial in trials)
-        what = f"the rows can be read in {len(trials)} ways"
-        return self.error(what, f"choose one: {ways}", "; it is ambiguous")
-
-    def _several_formats(self, trials: list[_Trial], most: _Trial) -> DataError:
-        """The error for a file with rows of several formats; `most` reads most of them."""
-        names = [trial.layout.format for trial in trials]
         counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
-        first_other = min(i for i in self.sample if i not in most.read)
-        examined = count_of(len(self.sample), "row")
-        return DataError(
-            f"the rows have several formats: {' and '.join(names)}",
-            where=self.rows.where(first_other),
-            why=f"of the {examined} examined {', '.join(counts)} can be read; this one is not"
-            f" {most.layout.format}",
-            fix="write the rows of each format into a file of their own, and name each in"
-            " data.train",
+        return self.error(
+            f"the rows can be read in {len(trials)} ways",
+            f"choose one: {ways}; rows of several formats need a file for each",
+            f"; of {count_of(len(self.sample), 'row')}, {' and '.join(counts)} can be read",
         )
 
     def propose(self) -> str:
@@ -426,18 +338,15 @@ class _SampledRows:
             formats = (self.only_format,)
         for format_name in formats:
             needed = ROW_FORMATS[format_name].layouts[0].needed
-            texts = [name for name in self.columns if name != self.source.columns.get("images")]
-            guess = Detected(
-                format_name, guess_columns(needed, texts, {}, list(self.sample.values()))
-            )
+            first = next(iter(self.sample.values())).copy()
+            first.pop(self.source.columns.get("images", ""), None)
+            guess = Detected(format_name, guess_columns(needed, {}, first))
             if self.try_layout(guess).read == self.sample.keys():
-                header = propose_header(self.where, self.columns, guess.columns)
+                header = propose_header(self.where, self.columns)
                 return f"{header}name the columns, such as {guess.flags()}"
         names = ROW_FORMATS[formats[0]].layouts[0].needed
         pairs = ",".join(f"{name}=..." for name in names)
-        needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
-        kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
-        return f"name the columns with {kind}: --columns {pairs}"
+        return f"name the columns: --columns {pairs}"
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
@@ -452,20 +361,6 @@ def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
         if of_format:
             return of_format
     return [layout for layout in layouts if layout.format != "text"] or layouts
-
-
-def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
-    """Columns that may be the better and the worse answer by their names, mistyped ones first."""
-    names = {plain(column): column for column in columns}
-    chosen = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY)
-    rejected = nearest("rejected", names, cutoff=MIN_NAME_SIMILARITY)
-    if chosen and rejected:
-        yield names[chosen], names[rejected]
-    for better, worse in _BETTER_AND_WORSE:
-        for name, column in names.items():
-            counterpart = f"_{name}_".replace(f"_{worse}_", f"_{better}_")[1:-1]
-            if counterpart != name and counterpart in names:
-                yield names[counterpart], column
 
 
 def _with_layout(source: Source, layout: Detected) -> Source:

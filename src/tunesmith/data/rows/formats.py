@@ -1,6 +1,6 @@
 """A row of any of the formats -> a sample.
 
-The columns are those of `config/row_formats.py`, and `@_reads` names the reader of a format; turns
+The columns are those of `config/row_formats.py`, and `_ROW_READERS` has the readers; turns
 are read by `messages.py`, pictures by `picture_places.py`. Nothing is guessed. A row with something
 that training would ignore (a role that no template knows, a video, a loss weight of 0.5, a label
 beside an answer that is to be learned) is refused, by its place; what nothing knows is counted.
@@ -9,6 +9,7 @@ beside an answer that is to be learned) is refused, by its place; what nothing k
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from tunesmith.config.row_formats import FormatName
 from tunesmith.config.schema import Source
@@ -18,7 +19,7 @@ from tunesmith.data.rows.labels import (
     has_other_preference,
     read_label,
 )
-from tunesmith.data.rows.marks import apply_list_of_marks, check_row_marks
+from tunesmith.data.rows.marks import check_row_marks
 from tunesmith.data.rows.messages import (
     MESSAGE,
     TURN,
@@ -141,21 +142,6 @@ def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
     )
 
 
-_Reader = Callable[[RowReader], Sequence[Sample]]
-_ROW_READERS: dict[FormatName, _Reader] = {}
-
-
-def _reads(name: FormatName) -> Callable[[_Reader], _Reader]:
-    """Make a function the reader of a format."""
-
-    def register(reader: _Reader) -> _Reader:
-        _ROW_READERS[name] = reader
-        return reader
-
-    return register
-
-
-@_reads("alpaca")
 def _alpaca(row: RowReader) -> list[Sample]:
     instruction = _no_messages(row, row.required("instruction"), "instruction")
     output = _no_messages(row, row.required("output"), "output")
@@ -199,39 +185,64 @@ def _no_messages(row: RowReader, value: object, column: str) -> str:
     return row.text(value, column)
 
 
-@_reads("messages")
-def _messages(row: RowReader) -> list[Sample]:
-    return _chat(row, "messages", MESSAGE)
-
-
-@_reads("sharegpt")
-def _sharegpt(row: RowReader) -> list[Sample]:
-    return _chat(row, "conversations", TURN)
-
-
 def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
-    turns = row.list(row.required(column), column)
-    messages = read_messages(row, turns, column, form)
-    apply_list_of_marks(row, messages, len(turns))
+    messages = read_messages(row, row.required(column), column, form)
     return [Conversation(with_row_system(row, messages), read_tools(row))]
 
 
-@_reads("prompt-completion")
 def _prompt_completion(row: RowReader) -> list[Sample]:
     prompt = row.text_or_messages(row.required("prompt"), "prompt")
     completion = row.text_or_messages(row.required("completion"), "completion")
-    # Both as text, or both as messages: one of each has no border.
-    if isinstance(prompt, list | Mapping) != isinstance(completion, list | Mapping):
-        fix = "write both as lists of messages"
-        raise row.error(
-            "prompt and completion have different types", "one is text, the other a list", fix
-        )
-    if not isinstance(prompt, list | Mapping):
-        return [_completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))]
-    messages = with_row_system(row, _open_prompt(row, prompt))
-    answer = any_messages(row, completion, "completion")
-    _check_no_question(row, messages, answer, "completion")
-    return [Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))]
+    return _answered(row, prompt, {"completion": completion})
+
+
+def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
+    """A sample for each answer to a prompt, by its column; texts if all of them are texts."""
+    samples: list[Sample] = []
+    texts = {column: answer for column, answer in answers.items() if isinstance(answer, str)}
+    if isinstance(prompt, str) and len(texts) == len(answers):
+        question = row.text(prompt, "prompt")
+        for column, answer in texts.items():
+            samples.append(_completed(row, question, row.text(answer, column)))
+        return samples
+    messages = _messages_of(row, prompt, "prompt", "user")
+    if messages[-1]["role"] == "assistant":
+        why = "the answer would be a second one behind it, and not go on with it"
+        fix = "delete the last message of the prompt; or write its text in front of the answers"
+        raise row.error("the prompt ends with an answer", why, fix)
+    messages = with_row_system(row, messages)
+    tools = read_tools(row)
+    for column, value in answers.items():
+        reply = _messages_of(row, value, column, "assistant")
+        if reply[-1]["role"] != "assistant":
+            what = f"{column} ends with a message of the {reply[-1]['role']}"
+            raise row.error(what, "the last one must be the answer")
+        if messages[-1]["role"] == reply[0]["role"] == "user":
+            why = "the prompt stands before it already, and the question would be there twice"
+            fix = f"write the answer alone into {column}, without what the prompt has"
+            raise row.error(f"{column} begins with a message of the user", why, fix)
+        # Copies: each conversation marks its own messages.
+        turns = [message.copy() for message in messages + reply]
+        samples.append(Conversation(turns, tools, prompt_messages=len(messages)))
+    return samples
+
+
+def _messages_of(row: RowReader, value: object, column: str, role: str) -> list[Message]:
+    """The messages of a text of this role, of a message or of a list of them."""
+    if isinstance(value, list | Mapping):
+        return any_messages(row, value, column)
+    return [{"role": role, "content": row.text(value, column)}]
+
+
+def _compared(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
+    """The samples of `_answered`; DataError if an answer is empty."""
+    samples = _answered(row, prompt, answers)
+    for column, sample in zip(answers, samples, strict=True):
+        is_empty = isinstance(sample, Completion) and not sample.completion.strip()
+        if is_empty or (isinstance(sample, Conversation) and not is_said(sample.messages[-1])):
+            why = "an answer without tokens cannot be compared"
+            raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
+    return samples
 
 
 def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
@@ -249,7 +260,6 @@ def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
     return Conversation([*messages, answer], tools, prompt_messages=len(messages))
 
 
-@_reads("text")
 def _text(row: RowReader) -> list[Sample]:
     text = row.text(row.required("text"), "text")
     if not text:
@@ -257,61 +267,25 @@ def _text(row: RowReader) -> list[Sample]:
     return [Text(text)]
 
 
-@_reads("preference")
 def _preference(row: RowReader) -> list[Sample]:
     chosen = row.text_or_messages(row.required("chosen"), "chosen")
     rejected = row.text_or_messages(row.required("rejected"), "rejected")
     prompt = _pair_prompt(row)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        fix = "write both as texts, or both as lists of messages"
-        raise row.error("chosen and rejected have different types", "one is a text", fix)
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        return _pair_of_texts(row, prompt, chosen, rejected)
-    of_chosen = _answer_messages(row, chosen, "chosen")
-    of_rejected = _answer_messages(row, rejected, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is not None:
+            return _compared(row, prompt, {"chosen": chosen, "rejected": rejected})
+        prompt = _shared_text(row, chosen, rejected)
+        length = len(prompt)
+        return _compared(row, prompt, {"chosen": chosen[length:], "rejected": rejected[length:]})
+    of_chosen = _messages_of(row, chosen, "chosen", "assistant")
+    of_rejected = _messages_of(row, rejected, "rejected", "assistant")
     if of_chosen[0]["role"] == "assistant":
         prompt = row.required("prompt") if prompt is None else prompt
-        messages = _open_prompt(row, prompt)
-        return _answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected})
+        return _compared(row, prompt, {"chosen": of_chosen, "rejected": of_rejected})
     shared = _shared_beginning(row, of_chosen, of_rejected)
     _check_shared(row, prompt, shared)
     own = {"chosen": of_chosen[len(shared) :], "rejected": of_rejected[len(shared) :]}
-    return _answered(row, shared, own)
-
-
-def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> list[Sample]:
-    chosen = row.text(chosen, "chosen")
-    rejected = row.text(rejected, "rejected")
-    if prompt is None:
-        prompt = _shared_text(row, chosen, rejected)
-        chosen = chosen[len(prompt) :]
-        rejected = rejected[len(prompt) :]
-    answers = {"chosen": chosen, "rejected": rejected}
-    return _answered(row, row.text(prompt, "prompt"), answers)
-
-
-def _answered(
-    row: RowReader, prompt: str | list[Message], answers: Mapping[str, str | list[Message]]
-) -> list[Sample]:
-    """A sample for each answer to a prompt, by its column; all of them are texts, or messages."""
-    tools = None
-    if not isinstance(prompt, str):
-        prompt = with_row_system(row, prompt)
-        tools = read_tools(row)
-    samples: list[Sample] = []
-    for column, answer in answers.items():
-        is_empty = not answer.strip() if isinstance(answer, str) else not is_said(answer[-1])
-        if is_empty:
-            why = "an answer without tokens cannot be compared"
-            raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
-        if isinstance(prompt, str) and isinstance(answer, str):
-            samples.append(_completed(row, prompt, answer))
-        elif not isinstance(prompt, str) and not isinstance(answer, str):
-            _check_no_question(row, prompt, answer, column)
-            # Copies: each conversation marks its own messages.
-            messages = [message.copy() for message in prompt + answer]
-            samples.append(Conversation(messages, tools, prompt_messages=len(prompt)))
-    return samples
+    return _compared(row, shared, own)
 
 
 def _pair_prompt(row: RowReader) -> object:
@@ -347,14 +321,13 @@ def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None
     if is_absent(prompt):
         return
     shared_texts = _texts_of(shared)
-    prompt_texts = _texts_of(_prompt_messages(row, prompt))
+    prompt_texts = _texts_of(_messages_of(row, prompt, "prompt", "user"))
     if not set(prompt_texts) <= set(shared_texts):
         why = "chosen and rejected begin with different messages"
         fix = "make them equal, or remove the prompt"
         raise row.error("the prompt differs from that of chosen and rejected", why, fix)
 
 
-@_reads("feedback")
 def _feedback(row: RowReader) -> list[Sample]:
     label = row.required("label")
     row.is_good = read_label(label)
@@ -365,52 +338,10 @@ def _feedback(row: RowReader) -> list[Sample]:
     # Columns that the recipe names are those that are meant.
     if "prompt" not in row.source.columns and row.optional("messages") is not None:
         messages = any_messages(row, row.optional("messages"), "messages")
-        return _answered(row, messages[:-1], {"the last message": messages[-1:]})
+        return _compared(row, messages[:-1], {"the last message": messages[-1:]})
     prompt = _with_input(row, row.text_or_messages(row.required("prompt"), "prompt"))
     completion = row.text_or_messages(row.required("completion"), "completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        text = row.text(completion, "completion")
-        return _answered(row, row.text(prompt, "prompt"), {"completion": text})
-    answer = _answer_messages(row, completion, "completion")
-    return _answered(row, _open_prompt(row, prompt), {"completion": answer})
-
-
-def _prompt_messages(row: RowReader, prompt: object) -> list[Message]:
-    """A prompt that is a text, a message or a list of them."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": row.text(prompt, "prompt")}]
-    return any_messages(row, prompt, "prompt")
-
-
-def _open_prompt(row: RowReader, prompt: object) -> list[Message]:
-    """The messages of a prompt; DataError where they have an answer already."""
-    messages = _prompt_messages(row, prompt)
-    if messages[-1]["role"] == "assistant":
-        why = "the answer would be a second one behind it, and not go on with it"
-        fix = "delete the last message of the prompt; or write its text in front of the answers"
-        raise row.error("the prompt ends with an answer", why, fix)
-    return messages
-
-
-def _check_no_question(
-    row: RowReader, prompt: list[Message], answer: list[Message], column: str
-) -> None:
-    """DataError for an answer that begins with a question behind that of the prompt."""
-    if prompt and prompt[-1]["role"] == answer[0]["role"] == "user":
-        why = "the prompt stands before it already, and the question would be there twice"
-        fix = f"write the answer alone into {column}, without what the prompt has"
-        raise row.error(f"{column} begins with a message of the user", why, fix)
-
-
-def _answer_messages(row: RowReader, answer: object, column: str) -> list[Message]:
-    """An answer that is a text, a message or a list of them."""
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": row.text(answer, column)}]
-    messages = any_messages(row, answer, column)
-    if messages[-1]["role"] != "assistant":
-        what = f"{column} ends with a message of the {messages[-1]['role']}"
-        raise row.error(what, "the last one must be the answer")
-    return messages
+    return _compared(row, prompt, {"completion": completion})
 
 
 def _shared_beginning(
@@ -451,3 +382,14 @@ def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
 
 def _texts_of(messages: list[Message]) -> list[str]:
     return [message["content"].strip() for message in messages]
+
+
+_ROW_READERS: dict[FormatName, Callable[[RowReader], Sequence[Sample]]] = {
+    "alpaca": _alpaca,
+    "messages": partial(_chat, column="messages", form=MESSAGE),
+    "sharegpt": partial(_chat, column="conversations", form=TURN),
+    "prompt-completion": _prompt_completion,
+    "text": _text,
+    "preference": _preference,
+    "feedback": _feedback,
+}

@@ -68,11 +68,9 @@ _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
 _has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
-# Numbers that may be grades. Any other number becomes _NO_GRADE: its column measures something.
-_GRADES = range(-10, 11)
-_NO_GRADE = 99
-# Grades up to this share of the highest one are low: 1 and 2 of 5, 0 and 1 of 4.
-_LOW_SHARE = 0.4
+# Numbers that may be labels. Any other number becomes _NO_LABEL: its column measures something.
+_NUMBERED_LABELS = (-1, 0, 1)
+_NO_LABEL = 99
 
 
 def read_label(value: object) -> bool | None:
@@ -167,43 +165,32 @@ def grades_of(row: RowReader) -> tuple[str, ...]:
     for column, cell in row.unread_columns().items():
         value = value_of_cell(cell)
         if isinstance(value, int | float) and _is_opinion(plain(column)):
-            grades.append(f"{column} {int(value) if value in _GRADES else _NO_GRADE}")
+            grades.append(f"{column} {int(value) if value in _NUMBERED_LABELS else _NO_LABEL}")
     return tuple(grades)
 
 
-def low_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) -> list[str]:
-    """Describe the low grades of some rows, a line for each column.
+def check_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) -> None:
+    """Raise DataError if the grades in a column are labels: 1 for good, and 0 or -1 for bad ones.
 
     Args:
         grades: a grade, as `grades_of` writes it -> how many rows have it, and the first of them.
-
-    Raises:
-        DataError: the grades of a column are labels: 1 for good answers, and 0 or -1 for bad ones.
     """
     by_column: dict[str, dict[int, Sequence[int]]] = {}
     for text, found in grades.items():
         column, _, grade = text.rpartition(" ")
         by_column.setdefault(column, {})[int(grade)] = found
-    lines = []
     for column, rows_of in by_column.items():
-        highest = max(rows_of)
-        # If some grades are negative, 0 means no opinion.
-        limit = -1 if min(rows_of) < 0 else highest * _LOW_SHARE
-        low = sorted(grade for grade in rows_of if grade <= limit)
-        if not low or not 0 < highest < _NO_GRADE:
-            continue
-        count = sum(rows_of[grade][0] for grade in low)
-        answers = count_of(sum(found[0] for found in rows_of.values()), "answer")
-        what = f"{column} is low, {' or '.join(map(str, low))}: {count:,} of {answers}"
-        what += f"; the highest is {highest}"
-        where = rows.where(min(rows_of[grade][1] for grade in low))
-        why = f"format {source.format} learns each answer as it is"
-        fix = f"delete these rows; or rename {column} if it says something else"
-        if highest == 1:
-            fix = f"{_use_labels(source, column)}; or {fix}"
-            raise DataError(what, where=where, why=why, fix=fix)
-        lines.append(f"{what}, first {where}: {why}; fix: {fix}")
-    return lines
+        low = min(rows_of)
+        if max(rows_of) == 1 and low < 1:
+            count, first = rows_of[low]
+            answers = count_of(sum(found[0] for found in rows_of.values()), "answer")
+            raise DataError(
+                f"{column} is {low} in {count:,} of {answers}, and 1 in others",
+                where=rows.where(first),
+                why=f"format {source.format} learns each answer as it is",
+                fix=f"{_use_labels(source, column)}; or delete these rows; or rename {column} if it"
+                " says something else",
+            )
 
 
 def has_other_preference(row: RowReader) -> bool:

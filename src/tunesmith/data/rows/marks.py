@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping
 
 from tunesmith.data.rows.row_reader import RowReader, plain
-from tunesmith.data.rows.samples import Message
-from tunesmith.errors import DataError
 
 # Marks of a turn, or of a row, and whether true means that it is trained on.
 _MARKS = {
@@ -50,42 +48,18 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
 
 
 def _mark(row: RowReader, key: str, value: object, role: str, at: str) -> bool:
-    """Tell whether a mark says that its turn is trained on."""
-    if isinstance(value, str | list | dict) or value not in (0, 1):
-        raise _wrong_mark(row, key, value, role, at)
+    """Return whether a mark says that its turn is trained on. Raise DataError if it is unclear."""
     # A mask of numbers is as often that of the trained tokens.
-    if plain(key) == "mask" and not isinstance(value, bool):
-        raise _wrong_mark(row, key, value, role, at)
+    is_clear = isinstance(value, bool) or (value in (0, 1) and plain(key) != "mask")
     is_trained = bool(value) == _MARKS[plain(key)]
-    if is_trained and role != "assistant":
-        raise _wrong_mark(row, key, value, role, at)
+    if not is_clear or (is_trained and role != "assistant"):
+        why = (
+            "an assistant's turn is trained on (true, or weight 1) or not (false, or 0),"
+            " and no other turn is"
+        )
+        what = f"the message of the {role} has {key}: {value}"
+        raise row.error(what, why, f'write "train": true or false, or remove {key}', at)
     return is_trained
-
-
-def _wrong_mark(row: RowReader, key: str, value: object, role: str, at: str) -> DataError:
-    what = f"the message of the {role} has {key}: {value}"
-    why = (
-        "an assistant's turn is trained on (true, or weight 1) or not (false, or 0),"
-        " and no other turn is"
-    )
-    return row.error(what, why, f'write "train": true or false, or remove {key}', at)
-
-
-def apply_list_of_marks(row: RowReader, messages: list[Message], turns: int) -> None:
-    """Mark the answers by a column of the row that has a mark for each turn, as loss_mask: [0, 1].
-
-    A list of another length is refused with the other marks of a row, see `check_row_marks`.
-    """
-    for column, value in row.unread_columns().items():
-        if not is_mark(column) or not isinstance(value, list):
-            continue
-        if not len(value) == turns == len(messages):
-            continue
-        row.mark_read(column)
-        for n, (message, mark) in enumerate(zip(messages, value, strict=True), 1):
-            at = f"{column} {n}"
-            if not _mark(row, column, mark, message["role"], at) and message["role"] == "assistant":
-                message["train"] = False
 
 
 def is_mark(column: str) -> bool:

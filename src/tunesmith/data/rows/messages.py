@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.data.rows.labels import bad_labels
-from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
-from tunesmith.data.rows.other_forms import openai_message, typed_part
+from tunesmith.data.rows.marks import is_mark, is_trained_turn
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_reader import RowReader, from_lists, is_absent, plain
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
@@ -43,11 +42,6 @@ CHAT_ROLES = {
     "tool_response": "tool",
     "function": "tool",
     "ipython": "tool",
-    "humanmessage": "user",
-    "aimessage": "assistant",
-    "systemmessage": "system",
-    "toolmessage": "tool",
-    "functionmessage": "tool",
 }
 # What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
@@ -58,7 +52,7 @@ _HARMLESS_KEYS = frozenset(
     timestamp time date created created_at updated_at create_time update_time
     source model model_name lang language author name
     tokens token_count num_tokens length cache_control
-    type status example additional_kwargs response_metadata usage_metadata
+    type status tool_call_id train_detail training_detail
     """.split()
 )
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
@@ -138,15 +132,11 @@ def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
 
 def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, object]:
     """The turn; DataError for one without a role; of ShareGPT's also for one that says nothing."""
-    given = turn
-    if form is MESSAGE and isinstance(turn, Mapping):
-        turn = openai_message(turn, CHAT_ROLES)
     has_role = isinstance(turn, Mapping) and form.role in turn
-    if form is MESSAGE and not has_role:
-        raise row.error(f"a message has no role: {given!r:.80}", fix=form.example, at=at)
     said = ("value", "tool_calls", "function_call")
     if not has_role or (form is TURN and not any(key in turn for key in said)):
-        raise row.error("a turn has no `from` and `value`", fix=form.example, at=at)
+        what = f"a {form.noun} has no `{form.role}` and `{form.content}`: {turn!r:.80}"
+        raise row.error(what, fix=form.example, at=at)
     return turn
 
 
@@ -180,32 +170,28 @@ def _read_turn(
         content = ""
     else:
         parts = _content(row, content, form, at, role)
-    thought = parts.thought
     is_trained = True
     # Most turns have nothing else.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     if others:
-        # LangChain stores the calls of Anthropic's models twice: also in the content.
-        parts.calls += [c for c in _calls_of_keys(row, others, at) if c not in parts.calls]
-        thought = _thought(row, others, parts.thought, at)
+        _read_others(row, others, form, parts, at)
         is_trained = is_trained_turn(row, role, others, at)
         if role == "assistant" and is_trained:
             row.bad_turns += [(at, *label) for label in bad_labels(others)]
-        _note_unread(row, others, form)
     if parts.results:
-        return _with_results(row, role, parts, thought, at)
-    if (thought or parts.calls) and role != "assistant":
+        return _with_results(row, role, parts, at)
+    if (parts.thought or parts.calls) and role != "assistant":
         what = f"a {role} {form.noun} has reasoning or tool calls"
         raise row.error(what, "only an assistant's may", at=at)
     # An assistant may only call tools or reason.
-    if content is None and not parts.calls and not thought:
+    if content is None and not parts.calls and not parts.thought:
         fix = f'add "{form.content}": "...", or delete it'
         raise row.error(f"a {form.noun} has no {form.content}", fix=fix, at=at)
     message: Message = {"role": role, "content": parts.text}
     if not is_trained:
         message["train"] = False
-    if thought:
-        message["reasoning_content"] = thought
+    if parts.thought:
+        message["reasoning_content"] = parts.thought
     if parts.calls:
         message["tool_calls"] = parts.calls
     # A turn's name is who speaks; a message's may be the tool's, which templates write.
@@ -215,55 +201,42 @@ def _read_turn(
     return [message]
 
 
-def _with_results(
-    row: RowReader, role: str, parts: _ContentParts, thought: str, at: str
-) -> list[Message]:
+def _with_results(row: RowReader, role: str, parts: _ContentParts, at: str) -> list[Message]:
     """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
-    if role not in ("user", "tool") or thought or parts.calls:
-        raise row.error(
-            f"a tool result in a turn of the {role}", "it belongs to the user or the tool", at=at
-        )
+    if role not in ("user", "tool") or parts.thought or parts.calls:
+        what = f"a tool result in a turn of the {role}"
+        raise row.error(what, "it belongs to the user or the tool", at=at)
     if not parts.text:
         return parts.results
     return [*parts.results, {"role": "user", "content": parts.text}]
 
 
-def _thought(row: RowReader, turn: Mapping[str, object], of_parts: str, at: str) -> str:
-    """Read the thought of an answer, by whatever name; DataError if two of them differ."""
-    thoughts = {"content": of_parts} if of_parts else {}
-    for key, value in turn.items():
-        if plain(key) in THOUGHTS and not is_absent(value):
-            thoughts[key] = row.text(value, f"{at} {key}")
-    if len({thought.strip() for thought in thoughts.values()}) > 1:
-        what = f"the thoughts {' and '.join(thoughts)} differ"
-        raise row.error(what, "an answer has one", "delete one of them", at)
-    return next(iter(thoughts.values()), "")
-
-
-def _calls_of_keys(row: RowReader, turn: Mapping[str, object], at: str) -> list[FunctionCall]:
-    """The calls of `tool_calls`, or of OpenAI's older `function_call`."""
-    names = [name for name in ("tool_calls", "function_call") if not is_absent(turn.get(name))]
-    if len(names) > 1:
-        what = "a turn has both tool_calls and function_call"
-        raise row.error(what, "the older form is one call", "delete function_call", at)
-    return _calls(row, turn[names[0]], at) if names else []
-
-
-def _note_unread(row: RowReader, others: Mapping[str, object], form: Form) -> None:
-    """Remember the keys of a turn that nothing reads; DataError for those of pictures and such."""
+def _read_others(
+    row: RowReader, others: Mapping[str, object], form: Form, parts: _ContentParts, at: str
+) -> None:
+    """Read the thought and the calls of a turn into its parts, and note keys that nothing reads."""
+    thoughts = {"content": parts.thought} if parts.thought else {}
     for key, value in others.items():
-        if key in ("tool_calls", "function_call", "tool_call_id"):
-            continue
         name = plain(key)
-        if is_absent(value) or name in THOUGHTS or name in _HARMLESS_KEYS:
+        if is_absent(value):
             continue
-        if is_mark(key) or name in PARTIAL_MARKS:
-            continue
-        if name in _MEDIA:
+        if name in THOUGHTS:
+            thoughts[key] = row.text(value, f"{at} {key}")
+        elif key in ("tool_calls", "function_call"):
+            if parts.calls:
+                what = f"a turn has calls in {key} and in another place"
+                raise row.error(what, fix="delete one of them", at=at)
+            parts.calls = _calls(row, value, at)
+        elif name in _MEDIA:
             why = "pictures are parts of a content, or in a column images of the row"
             fix = 'write {"type": "image", "path": "..."} as a part, or delete the row'
             raise row.error(f"a {form.noun} has {key}", why, fix)
-        row.unread.add(f"{form.noun}.{key}")
+        elif name not in _HARMLESS_KEYS and not is_mark(key):
+            row.unread.add(f"{form.noun}.{key}")
+    if len({thought.strip() for thought in thoughts.values()}) > 1:
+        what = f"the thoughts {' and '.join(thoughts)} differ"
+        raise row.error(what, "an answer has one", "delete one of them", at)
+    parts.thought = next(iter(thoughts.values()), "")
 
 
 def _content(row: RowReader, content: object, form: Form, at: str, role: str) -> _ContentParts:
@@ -277,17 +250,17 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         return _ContentParts(text=row.text(content, f"{at} {form.content}"))
     parts = _ContentParts()
     for given in content if isinstance(content, list) else [content]:
-        part = typed_part(given)
+        part = given if isinstance(given, Mapping) else {"type": "text", "text": given}
         kind = part.get("type")
-        if kind in ("text", "input_text", "output_text"):
-            if parts.calls:
-                why = "a template writes the text of an answer in front of its calls"
-                raise row.error("a text behind a tool call", why, "write it in front", at)
+        is_text = kind in ("text", "input_text", "output_text")
+        is_thought = kind in ("reasoning", "thinking")
+        if (is_text and parts.calls) or ((is_thought or kind == "tool_result") and parts.text):
+            why = "a template writes results and thoughts, then the text, then calls"
+            what = f"a part of type {kind} behind a {'call' if parts.calls else 'text'}"
+            raise row.error(what, why, "write it in front", at)
+        if is_text:
             parts.text += row.text(_part_value(part), f"{at} {form.content}")
-        elif kind in ("reasoning", "thinking"):
-            if parts.text:
-                why = "a template writes the thought of an answer in front of its text"
-                raise row.error("a thought behind a text", why, "write it in front", at)
+        elif is_thought:
             thought = row.text(_part_value(part), f"{at} reasoning")
             parts.thought = "\n".join(filter(None, (parts.thought, thought)))
         elif kind in PICTURE_PARTS:
@@ -296,14 +269,11 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
             call = part if kind == "tool_use" else _part_value(part)
             parts.calls += _calls(row, call, at)
         elif kind == "tool_result":
-            if parts.text:
-                why = "results follow the calls that they answer"
-                raise row.error("a tool result behind a text", why, "put it first", at)
             parts.results.append(_result(row, part, at))
         else:
             raise row.error(
                 f"a content part of type {kind or ', '.join(part)!r}",
-                "supported: text, image, reasoning, tool_call; parts of Anthropic, Bedrock, Gemini",
+                "supported: text, image, reasoning, tool_call; parts of Anthropic",
                 "delete the row, or write the part as text",
                 at,
             )
@@ -319,20 +289,16 @@ def _part_value(part: Mapping[str, object]) -> object:
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
-    """Return a tool result in the form of Anthropic, Bedrock or Gemini as a message."""
-    content = part.get("content", [{"json": part.get("response")}])
-    message: Message = {"role": "tool", "content": _content(row, content, MESSAGE, at, "tool").text}
+    """Return a tool result in Anthropic's form as a message."""
+    text = _content(row, part.get("content"), MESSAGE, at, "tool").text
+    message: Message = {"role": "tool", "content": text}
     if part.get("tool_use_id"):
         message["tool_call_id"] = row.text(part["tool_use_id"], f"{at} tool_use_id")
-    if part.get("name"):
-        message["name"] = row.text(part["name"], f"{at} name")
     return message
 
 
 # The arguments of a call: OpenAI's name, Llama 3's and Anthropic's.
-_ARGUMENTS = ("arguments", "parameters", "input", "args")
-# The key of a call's id: in the Responses API, in Bedrock, and in OpenAI's messages.
-_IDS = ("call_id", "tool_use_id", "id")
+_ARGUMENTS = ("arguments", "parameters", "input")
 
 
 def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
@@ -364,15 +330,14 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
             what = f"the arguments of {name} are {json_type(arguments)}, not an object"
             raise row.error(what, fix='write {"a": 1}', at=at)
         for key, of_call in {**item, **function}.items():
-            is_read = key in ("name", "type", "index", "function", "status", *_IDS, *_ARGUMENTS)
+            is_read = key in ("name", "type", "index", "function", "id", *_ARGUMENTS)
             if not is_read and not is_absent(of_call):
                 row.unread.add(f"call.{key}")
         called: CalledFunction = {"name": name, "arguments": arguments}
         call: FunctionCall = {"type": "function", "function": called}
-        ids = [item[key] for key in _IDS if isinstance(item.get(key), str)]
-        if ids:
+        if isinstance(item.get("id"), str):
             # In this order: a template may write the call as JSON.
-            call = {"type": "function", "id": ids[0], "function": called}
+            call = {"type": "function", "id": item["id"], "function": called}
         calls.append(call)
     return calls
 
@@ -434,9 +399,6 @@ def read_system(row: RowReader) -> str | None:
     system = row.optional("system")
     if is_absent(system):
         return None
-    if isinstance(system, Mapping):
-        # Gemini has `parts` in place of a content.
-        system = system.get("parts", system)
     parts = _content(row, system, MESSAGE, "system", "system")
     return row.text(parts.text, "system")
 
@@ -464,26 +426,15 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
     They have a result without a call, an answer to nothing, or no answer at the end.
     """
     roles = [message["role"] for message in messages]
-    may_have_result = False
-    only_system_so_far = True
-    for n, message in enumerate(messages):
-        role = message["role"]
-        fault = ""
-        if role == "tool" and not may_have_result:
-            fault = "a tool result behind no answer"
-        elif role == "assistant" and only_system_so_far:
-            fault = "the first turn is the assistant's, without a question"
-        if fault:
-            at = f"message {n + 1}"
-            raise row.error(fault, "roles are out of order", "fix the row's order", at)
-        if role == "assistant":
-            # Results follow the calls of the last answer, and may be several. Hermes' and ToolACE's
-            # rows have calls in its text.
-            may_have_result = True
-        elif role != "tool":
-            may_have_result = False
-        if role != "system":
-            only_system_so_far = False
+    why = "roles are out of order"
+    if next((role for role in roles if role != "system"), "") == "assistant":
+        what = "the first turn is the assistant's, without a question"
+        raise row.error(what, why, at=f"message {roles.index('assistant') + 1}")
+    for n, (before, role) in enumerate(itertools.pairwise(["", *roles]), 1):
+        # Results follow the calls of the last answer, and may be several. Hermes' and ToolACE's
+        # rows have calls in its text.
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise row.error("a tool result behind no answer", why, at=f"message {n}")
     if "assistant" not in roles:
         why = f"the roles are {', '.join(roles)}"
         fix = "delete the row, or map the answer's column by `columns:`"

@@ -8,6 +8,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -29,9 +30,6 @@ PICTURE_KEYS = ("image", "image_url", "url", "source", "path", *_IN_BASE64)
 _HARMLESS_PART_KEYS = ("type", "text", "index", "cache_control")
 
 PICTURE_TEXT_MARK = "<image>"
-_ANY_MARK = re.compile(f"{PICTURE_TEXT_MARK}|{PICTURE_MARK}")
-# Forms of other tools' rows, which would be trained as text.
-_OTHER_MARK = re.compile(r"<\|?(?:image[ _-]?\d+|image_pad|video|audio)\|?>", re.IGNORECASE)
 _NETWORK = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # Linux has no longer paths: a longer text is the picture itself.
 _MAX_PATH = 4096
@@ -127,64 +125,42 @@ def with_pictures(row: RowReader, sample: Conversation) -> Conversation:
         what = "a text has the character U+FFFC"
         why = "in a row with pictures it stands for one"
         raise row.error(what, why, "delete the character")
-    if row.column_pictures:
-        _mark_texts(row, sample.messages)
-    elif None in row.pictures:
-        what = "a part of type image has no picture"
-        why = "neither it nor a column images of the row names one"
-        raise row.error(what, why, 'write {"type": "image", "path": "..."}, or a column images')
+    places = row.pictures or _mark_texts(row, sample.messages)
+    free = places.count(None)
+    if free != len(row.column_pictures):
+        what = f"the row has {count_of(len(row.column_pictures), 'picture')} in its column images,"
+        why = f"{PICTURE_TEXT_MARK}, or a part without a picture, is a place"
+        fix = f"write {PICTURE_TEXT_MARK} where each picture stands, or its path into the part"
+        raise row.error(f"{what} and {count_of(free, 'place')} for them", why, fix)
     of_column = iter(row.column_pictures)
-    parts = iter(row.pictures)
-    pictures: list[Picture] = []
-    for message in sample.messages:
-        for mark in _ANY_MARK.findall(message["content"]) if message["role"] == "user" else ():
-            # `<image>` of a row without pictures in a column is a text.
-            if mark == PICTURE_MARK:
-                picture = next(parts) or next(of_column)
-            elif row.column_pictures:
-                picture = next(of_column)
-            else:
-                continue
-            pictures.append(picture._replace(place=f"picture {len(pictures) + 1}"))
-        if row.column_pictures:
-            message["content"] = message["content"].replace(PICTURE_TEXT_MARK, PICTURE_MARK)
+    pictures = []
+    for n, given in enumerate(places, 1):
+        picture = given or next(of_column)
+        pictures.append(picture._replace(place=f"picture {n}"))
     # Alpaca's own text has no place for them.
-    return Conversation(
-        sample.messages, sample.tools, sample.prompt_messages, pictures=tuple(pictures)
-    )
+    return replace(sample, instruction=None, pictures=tuple(pictures))
 
 
-def _mark_texts(row: RowReader, messages: list[Message]) -> None:
-    """Write the mark of the pictures of a column in front where no place for them is named.
+def _mark_texts(row: RowReader, messages: list[Message]) -> list[Picture | None]:
+    """Put the mark of a picture in place of each `<image>`, or else in front of the first question.
 
-    DataError where their places are not as many as they are.
+    Returns:
+        None for each mark: a picture of the column `images`.
     """
     marks = 0
     for n, message in enumerate(messages, 1):
-        other = _OTHER_MARK.search(message["content"])
-        if other:
-            why = f"the place of a picture is {PICTURE_TEXT_MARK}"
-            fix = f"write {PICTURE_TEXT_MARK}, or delete the row"
-            raise row.error(f"a message has {other[0]}", why, fix, f"message {n}")
         count = message["content"].count(PICTURE_TEXT_MARK)
         if count and message["role"] != "user":
             what = f"a message of the {message['role']} has {PICTURE_TEXT_MARK}"
             why = "pictures are trained on in what a user says"
             raise row.error(what, why, "move it into a turn of the user", f"message {n}")
+        message["content"] = message["content"].replace(PICTURE_TEXT_MARK, PICTURE_MARK)
         marks += count
-    available = len(row.column_pictures)
-    if not marks and not row.pictures:
+    if not marks:
+        marks = len(row.column_pictures)
         question = next(message for message in messages if message["role"] == "user")
-        question["content"] = PICTURE_TEXT_MARK * available + question["content"]
-        return
-    places = marks + row.pictures.count(None)
-    if places != available:
-        what = f"the row has {count_of(available, 'picture')} in its column, "
-        what += f"and {count_of(places, 'place')} for them"
-        parts = count_of(row.pictures.count(None), "part")
-        why = f"{marks} x {PICTURE_TEXT_MARK}, {parts} without a picture"
-        fix = f"write {PICTURE_TEXT_MARK} where each picture stands, or delete the row"
-        raise row.error(what, why, fix)
+        question["content"] = PICTURE_MARK * marks + question["content"]
+    return [None] * marks
 
 
 def _value_in(row: RowReader, holder: Mapping[str, object], at: str) -> object:

@@ -12,6 +12,7 @@ import io
 import math
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,9 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-_CONVERT = "convert it to PNG or JPEG, or delete the row"
+# Modes of pixels that are numbers.
+_NUMBER_MODES = ("I;16S", "I;32", "F")
+_CONVERT = "write it again as a PNG or JPEG file of one frame, or delete the row"
 
 
 def picture_place(picture: Picture, where: str) -> str:
@@ -53,19 +56,15 @@ def picture_place(picture: Picture, where: str) -> str:
 def read_picture(picture: Picture, where: str) -> bytes:
     """The bytes of a picture of the row at `where`; DataError where there are none."""
     place = picture_place(picture, where)
-    data = picture.data
-    what = "the picture is empty"
-    if picture.path is not None:
-        what = f"{picture.path} is empty"
-        data = _read_file(picture, place)
+    data = picture.data if picture.path is None else _read_file(picture.path, place)
     if not data:
+        what = f"{picture.path or 'the picture'} is empty"
         raise DataError(what, where=place, fix="write the picture again, or delete the row")
     return data
 
 
-def _read_file(picture: Picture, place: str) -> bytes:
-    path = picture.path
-    assert path is not None
+def _read_file(path: Path, place: str) -> bytes:
+    why = "paths in a file of rows are relative to the folder of this file"
     # An OSError of `is_file` is one too: a name may be longer than the file system allows.
     try:
         if path.is_file():
@@ -73,17 +72,11 @@ def _read_file(picture: Picture, place: str) -> bytes:
             if size <= MAX_PICTURE_BYTES:
                 # Files of /proc have the size 0, and reading one may never end.
                 return path.read_bytes() if size else b""
-            what = f"{path} has more than {MAX_PICTURE_BYTES >> 20} MiB"
-            why = "a picture has less"
-        else:
-            what = f"there is no picture {path}"
-            why = "it is a folder, a pipe or a device" if path.exists() else ""
-            why = why or "paths in a file of rows are relative to the folder of this file"
+            why = f"a picture has at most {MAX_PICTURE_BYTES >> 20} MiB"
     except (OSError, ValueError) as error:
-        what = f"the picture {path} cannot be read"
         why = first_line(error)
     fix = f"ls -l {shell_path(path)}   # put the picture there, fix the path, or delete the row"
-    raise DataError(what, where=place, why=why, fix=fix)
+    raise DataError(f"{path} is not a picture's file", where=place, why=why, fix=fix)
 
 
 def picture_digest(data: bytes) -> int:
@@ -158,42 +151,28 @@ def _open(data: bytes, where: str) -> Image:
         image: Image = pil.open(io.BytesIO(data), formats=formats)
         # Phones write a second view of a photo behind it (MPO).
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-    except pil.DecompressionBombError:
-        raise _too_large("more pixels than PIL opens", where) from None
-    except pil.UnidentifiedImageError:
-        why = f"the formats are {', '.join(formats)}"
-        raise DataError("this is no picture", where=where, why=why, fix=_CONVERT) from None
     except Exception as error:
         # Its readers raise whatever broken bytes lead to.
         raise _unreadable_picture(error, where) from error
     width, height = image.size
+    why = ""
     if width * height > MAX_PICTURE_PIXELS:
-        raise _too_large(f"{width} x {height} pixels", where)
-    if max(image.size) > MAX_PICTURE_RATIO * min(image.size):
-        what = f"the picture has {width} x {height} pixels"
+        why = f"a picture may have {MAX_PICTURE_PIXELS:,} pixels"
+    elif max(image.size) > MAX_PICTURE_RATIO * min(image.size):
         why = f"one side may be {MAX_PICTURE_RATIO} times the other"
-        raise DataError(what, where=where, why=why, fix="crop it, or delete the row")
-    if image.mode.startswith(("I;16S", "I;32", "F")) or (image.mode, image.format) == ("I", "TIFF"):
-        what = f"the {image.format} picture has numbers as pixels (mode {image.mode})"
-        why = "nothing says which of them is white"
-        raise DataError(what, where=where, why=why, fix=_CONVERT)
-    if is_animated:
-        what = f"the {image.format} picture is animated, or has several pages"
-        why = "a picture is one frame"
-        fix = "write the frame that is meant as PNG, or delete the row"
-        raise DataError(what, where=where, why=why, fix=fix)
+    elif image.mode.startswith(_NUMBER_MODES) or (image.mode, image.format) == ("I", "TIFF"):
+        why = "its pixels are numbers, and nothing says which of them is white"
+    elif is_animated:
+        why = "a picture is one frame, and this one is animated or has several pages"
+    if why:
+        what = f"a {image.format} picture of {width} x {height} pixels (mode {image.mode})"
+        raise DataError(f"{what} is not trained on", where=where, why=why, fix=_CONVERT)
     return image
 
 
-def _too_large(what: str, where: str) -> DataError:
-    why = f"a picture may have {MAX_PICTURE_PIXELS:,} pixels"
-    fix = "scale the file down, or delete the row"
-    return DataError(f"the picture has {what}", where=where, why=why, fix=fix)
-
-
 def _unreadable_picture(error: Exception, where: str) -> DataError:
-    fix = "download or write the picture again, or delete the row"
-    return DataError("the picture is broken", where=where, why=first_line(error), fix=fix)
+    what = "the picture cannot be read"
+    return DataError(what, where=where, why=first_line(error), fix=_CONVERT)
 
 
 def _load(image: Image, where: str) -> None:

@@ -6,7 +6,7 @@ What nothing reads is remembered, so that the user is told of it.
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -138,21 +138,20 @@ def _yaml_text(name: str) -> str:
 
 def guess_columns(
     needed: Mapping[str, Sequence[str]],
-    columns: Sequence[str],
     meant: Mapping[str, str],
-    rows: Sequence[Mapping[str, object]],
+    row: Mapping[str, object],
 ) -> dict[str, str]:
     """Find the likeliest column for each name that is needed; some may have none.
 
     A column whose name is near to the one that the recipe has comes first, then one of a usual
-    name, then one that is mistyped, then those with the most text, in the order of the file.
+    name, then one that is mistyped, then those with a text, in the order of the file.
 
     Args:
         needed: names of a format -> their usual names in files.
         meant: names of a format -> the columns that the recipe names, of which there is none.
-        rows: some rows, to find the columns with the most text.
+        row: a row, to find the columns with texts.
     """
-    free = {plain(column): column for column in columns}
+    free = {plain(column): column for column in row}
     guessed: dict[str, str] = {}
 
     def near(name: str) -> str | None:
@@ -168,21 +167,16 @@ def guess_columns(
             key = None if name in guessed else find(name)
             if key:
                 guessed[name] = free.pop(key)
-    letters = {}
-    for name, column in free.items():
-        # The worse answers are not to be learned.
-        is_worse = "rejected" not in needed and is_named_rejected(column)
-        # A column of NO_TEXTS is proposed only if another name was found by its column's name.
-        is_likely = bool(guessed) or name not in NO_TEXTS
-        count = count_letters(row.get(column) for row in rows)
-        if count and is_likely and not is_worse:
-            letters[column] = (name not in NO_TEXTS, count)
     missing = [
         name for name in needed if name not in guessed and not isinstance(needed[name], ChatColumn)
     ]
-    likeliest = sorted(letters, key=letters.__getitem__, reverse=True)[: len(missing)]
-    picked = sorted(likeliest, key=columns.index)
-    guessed |= zip(missing, picked, strict=False)
+    texts = []
+    for name, column in free.items():
+        # The worse answers are not to be learned.
+        is_worse = "rejected" not in needed and is_named_rejected(column)
+        if isinstance(row[column], str | None) and name not in NO_TEXTS and not is_worse:
+            texts.append(column)
+    guessed |= zip(missing, texts, strict=False)
     return {name: guessed[name] for name in needed if name in guessed}
 
 
@@ -192,16 +186,6 @@ def is_named_rejected(column: str) -> bool:
     return "rejected" in name.split("_") or bool(
         nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
     )
-
-
-def count_letters(values: Iterable[object]) -> int:
-    """Count the letters of values. Return 0 if one is not text: its column cannot be learned."""
-    count = 0
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            return 0
-        count += sum(map(str.isalpha, value or ""))
-    return count
 
 
 class RowReader:
@@ -288,54 +272,29 @@ class RowReader:
         return columns
 
     def _missing_columns(self, column: str) -> DataError:
-        """The error for a column that the row does not have.
-
-        It names all columns that are mapped to one that is missing. Its fix is the whole
-        `columns:` line, and the formats that fit as the row is.
-        """
+        """The error for a column that the row does not have, with a `columns:` line as its fix."""
         mapped = self.source.columns
-        needed = ROW_FORMATS[self.source.format].layouts[0].needed
+        form = ROW_FORMATS[self.source.format]
+        needed = form.layouts[0].needed
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        fix = self._propose_columns(missing)
+        read = {mapped.get(name, name) for name in form.columns}
+        free = {name: value for name, value in self.row.items() if name not in read}
+        guessed = guess_columns({name: form.names(name) for name in missing}, mapped, free)
+        fix = "add it to the row, or delete the row"
+        if guessed:
+            names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
+            pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
+            fix = f"{propose_header(self.where, self.row)}columns: {{{', '.join(pairs)}}}"
         fitting = []
-        for format_name, form in ROW_FORMATS.items():
-            if self.row.keys() >= form.layouts[0].needed.keys():
+        for format_name, other in ROW_FORMATS.items():
+            if self.row.keys() >= other.layouts[0].needed.keys():
                 fitting.append(format_name)
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
+        absent = dict.fromkeys([column, *(mapped.get(name, name) for name in missing)])
         columns = ", ".join(map(str, self.row)) or "none"
-        # Of a recipe's mapping all that are wrong are named at once.
-        wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
-        what = f"there is no column {column}"
         why = f"format {self.source.format} needs it; the columns are {columns}"
-        if len(wrong) > 1:
-            what = f"there are no columns {', '.join(wrong)}"
-            why = why.replace("needs it", "needs them", 1)
-        return self.error(what, why, fix)
-
-    def _propose_columns(self, missing: Sequence[str]) -> str:
-        """Propose a `columns:` line with columns that nothing reads yet.
-
-        If none of them fits the format, propose columns of questions and answers.
-        """
-        mapped = self.source.columns
-        form = ROW_FORMATS[self.source.format]
-        read = {mapped.get(name, name) for name in form.columns}
-        # A number is no text to learn.
-        texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
-        free = [name for name in texts if name not in read]
-        guessed = guess_columns({n: form.names(n) for n in missing}, free, mapped, [self.row])
-        names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
-        ending = ""
-        if not guessed:
-            needed = ROW_FORMATS["prompt-completion"].layouts[0].needed
-            names = guess_columns(needed, texts, {}, [self.row])
-            ending = ", with format: prompt-completion"
-            if len(names) < len(needed) or all(n == column for n, column in names.items()):
-                return "add it to the row, or delete the row"
-        header = propose_header(self.where, list(self.row), names)
-        pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
-        return f"{header}columns: {{{', '.join(pairs)}}}{ending}"
+        return self.error(f"there is no column {' or '.join(absent)}", why, fix)
 
     def text(self, value: object, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""

@@ -7,11 +7,8 @@ parsed when they are read; a JSON array alone is in memory as a whole.
 """
 
 import codecs
-import itertools
 import json
 import os
-import re
-import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +18,6 @@ from pathlib import Path
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.config.paths import TEXT_SUFFIXES
 from tunesmith.data.source.arrow_nulls import without_arrow_nulls
-from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.csv_files import read_csv
 from tunesmith.data.source.sessions import read_sessions, session_form
 from tunesmith.data.source.table import (
@@ -92,8 +88,8 @@ def check_data_file(path: Path) -> None:
             f"{path.name} is not a supported data file",
             where=str(path),
             why=f"the types are {', '.join(SUFFIXES)}",
-            fix=conversion(path)
-            or "unpack or convert it to JSON lines, one object per line, and use that file",
+            fix="unpack or convert it to JSON lines, one object per line, or a document to text,"
+            " for example with pandoc or pdftotext; and use that file",
         )
     if path.stat().st_size == 0:
         fix = "add rows to it, or use another file"
@@ -101,46 +97,57 @@ def check_data_file(path: Path) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """DataError where there is no regular file."""
-    if not path.is_file():
-        raise _missing_file(path)
-
-
-def _missing_file(path: Path) -> DataError:
-    """The error for a path at which there is no regular file."""
-    if path.is_symlink() and not path.exists():
-        return DataError(
-            f"the link points to {os.readlink(path)}, which does not exist",
-            where=str(path),
-            fix=f"ls -l {shell_path(path)}   # use the file itself, or fix the link",
-        )
+    """Raise DataError if there is no regular file at a path."""
+    if path.is_file():
+        return
+    what = "there is no such file"
+    why = "" if path.parent.is_dir() else f"there is no folder {path.parent}"
+    fix = "fix the path"
     if path.exists():
         what = "the source is not a regular file"
-        return DataError(
-            what, where=str(path), fix="copy its rows into a regular file and use that"
-        )
-    why = "" if path.parent.is_dir() else f"there is no folder {path.parent}"
-    near = near_file(path, SUFFIXES)
-    fix = "fix the path" if near is None else f"did you mean {near}?"
-    return DataError("there is no such file", where=str(path), why=why, fix=fix)
-
-
-class _RepeatedKeyError(ValueError):
-    """An object of JSON with a key twice: one of the two values would be lost."""
+        fix = "copy its rows into a regular file and use that"
+    elif path.is_symlink():
+        why = f"it is a link to {os.readlink(path)}, which does not exist"
+    elif near := near_file(path, SUFFIXES):
+        fix = f"did you mean {near}?"
+    raise DataError(what, where=str(path), why=why, fix=fix)
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON, whose keys must differ."""
+    """Return an object of JSON. Raise ValueError if a key repeats, because a value is lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise _RepeatedKeyError(f"an object has {json.dumps(repeated, ensure_ascii=False)} twice")
+        raise ValueError(f"an object has {json.dumps(repeated, ensure_ascii=False)} twice")
     return values
 
 
 # Calls of json.loads with this argument would make one anew each time.
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
+def _decode_json(path: Path, line: int, text: str, *, is_line: bool) -> object:
+    """Decode JSON that begins in a line of a file; `is_line`: it is expected to end there, too."""
+    is_several = is_line and (text.startswith("[") or text.rstrip().endswith("{"))
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        why = f"{error.msg}: column {error.colno}"
+        is_several = is_several or (error.msg == "Extra data" and text[error.pos] in "[{")
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as error:
+        # A repeated key, or a whole number of more digits than Python reads.
+        why = str(error).partition(";")[0]
+    what = "this is not JSON"
+    fix = f"sed -n {line}p {shell_path(path)}   # fix this line, or write the file again"
+    if is_several:
+        what = "the file is neither one JSON array nor one JSON object a line"
+        output = new_name(path, "rows.jsonl")
+        fix = f"jq -c 'if type == \"array\" then .[] else . end' {shell_path(path)} > {output}"
+    raise DataError(what, where=f"{path}:{line}", why=why, fix=fix)
 
 
 class _JsonLines:
@@ -196,46 +203,11 @@ def _read_json_lines(path: Path) -> Table:
                 fix="write one row per line, or split the text into several rows",
             )
         # Blank lines may follow it.
-        data, line_break, _ = read_span(path, version, start, stop).partition(b"\n")
+        data = read_span(path, version, start, stop).partition(b"\n")[0]
         text = decode_text(path, data, lambda _: where(i), "utf-8")
-        try:
-            return _DECODER.decode(text)
-        except json.JSONDecodeError as error:
-            why = f"{error.msg}: column {error.colno}"
-        except _RepeatedKeyError as error:
-            raise _repeated_key(error, where(i)) from None
-        except ValueError:
-            raise _long_number(where(i)) from None
-        except RecursionError:
-            why = "nested too deep"
-        if i == 0:
-            # The first object may span several lines.
-            stop = min(start + READ_BYTES, lines.starts[-1])
-            text = read_span(path, version, start, stop).decode(errors="replace")
-        is_cut = i == count - 1 and not line_break
-        raise _broken_line(path, lines.numbers[i], text, why, is_cut=is_cut)
+        return _decode_json(path, lines.numbers[i], text, is_line=True)
 
     return Table(count, row, where, fingerprint=lambda: file_digest(path))
-
-
-def _broken_line(path: Path, number: int, text: str, why: str, *, is_cut: bool) -> DataError:
-    """Return the error for a line that is not JSON.
-
-    Args:
-        text: the line; for the first one, the beginning of the file.
-        is_cut: whether the file ends in this line, without a line break.
-    """
-    fix = f"sed -n {number}p {shell_path(path)}   # fix or delete this line: one JSON object a line"
-    command = _conversion_of_values(path, text)
-    if command:
-        fix = command
-    elif is_cut:
-        why += "; the file ends here without a line break, so it may be cut off"
-        fix = "download or write the file again, or delete its last line"
-    elif "\n" in text and text.lstrip().startswith("["):
-        why += "; the file looks like one JSON array"
-        fix = f"mv {shell_path(path)} {shell_path(path.with_suffix('.json'))}   # and name that"
-    return DataError("the line is not JSON", where=f"{path}:{number}", why=why, fix=fix)
 
 
 def _read_json(path: Path) -> Table:
@@ -260,11 +232,7 @@ def _read_json(path: Path) -> Table:
         return f"{path}:{line_breaks + 1}"
 
     text = decode_text(path, data, where, "utf-8-sig")
-    try:
-        rows = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        # ValueError itself stands for a number of too many digits.
-        raise _broken_json(path, text, error) from None
+    rows = _decode_json(path, 1, text, is_line=False)
     if isinstance(rows, list) and rows:
         return Table(
             len(rows),
@@ -272,23 +240,18 @@ def _read_json(path: Path) -> Table:
             where=lambda i: f"{path} row {i + 1}",
             fingerprint=lambda: file_digest(path),
         )
-    what = f"the file contains {json_type(rows)}, not an array of rows"
     why = ""
-    fix = 'write an array of objects: [{"messages": ...}, ...]'
-    if isinstance(rows, list):
-        what = "the file has no rows"
-    elif isinstance(rows, dict):
-        what = "the file contains one object, not an array of rows"
+    fix = "write an array of objects; in pandas: df.to_json('rows.json', orient='records')"
+    if isinstance(rows, dict):
         why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
-        fix = "put the rows in [ ]"
-        lists = [key for key, value in rows.items() if isinstance(_first(value), dict)]
-        output = new_name(path, "rows.json")
-        program = _program_of_rows(rows)
-        if lists:
-            fix = f"jq {_jq_key(lists[0])} {shell_path(path)} > {output}"
-        elif program:
-            fix = f"jq {shell_word(program)} {shell_path(path)} > {output}"
-    raise DataError(what, where=str(path), why=why, fix=fix)
+        for key, value in rows.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                output = new_name(path, "rows.json")
+                fix = f"jq {shell_word(f'.[{json.dumps(key)}]')} {shell_path(path)} > {output}"
+    what = f"the file contains {json_type(rows)}, not an array of rows"
+    raise DataError(
+        "the file has no rows" if rows == [] else what, where=str(path), why=why, fix=fix
+    )
 
 
 def _has_object_a_line(path: Path) -> bool:
@@ -304,92 +267,6 @@ def _has_object_a_line(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _first(value: object) -> object:
-    """The first of a list; None for what is none, or empty."""
-    return value[0] if isinstance(value, list) and value else None
-
-
-def _program_of_rows(value: dict[str, object]) -> str:
-    """The program of jq that makes rows of an object of columns, or of one that has rows by their
-    ids; empty for another.
-
-    A column is a list, or an object with the numbers of the rows, as pandas writes it.
-    """
-    parts = list(value.values())
-    objects = [part for part in parts if isinstance(part, dict)]
-    if len(objects) == len(parts) and not all(map(str.isdigit, itertools.chain(*objects))):
-        return "[.[]]"
-    columns = [part for part in parts if isinstance(part, list | dict)]
-    is_even = len(columns) == len(parts) and len(set(map(len, columns))) == 1
-    if not is_even or not columns[0] or any(isinstance(_first(part), list) for part in parts):
-        return ""
-    return "[(.[keys_unsorted[0]] | keys_unsorted[]) as $row | map_values(.[$row])]"
-
-
-def _jq_key(key: str) -> str:
-    """The program of jq that takes a key, as a word of a command line."""
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-        return f"'.{key}'"
-    return shell_word(f".[{json.dumps(key)}]")
-
-
-def _broken_json(path: Path, text: str, error: Exception) -> DataError:
-    if isinstance(error, RecursionError):
-        fix = "write an array of flat objects"
-        return DataError("the file is nested too deep", where=str(path), fix=fix)
-    if isinstance(error, _RepeatedKeyError):
-        return _repeated_key(error, str(path))
-    if not isinstance(error, json.JSONDecodeError):
-        return _long_number(str(path))
-    place = f"line {error.lineno} column {error.colno}"
-    what = "the file is not JSON"
-    fix = f"fix it at {place}"
-    command = _conversion_of_values(path, text)
-    if command:
-        what = "the file has JSON values one after another, not an array of rows"
-        return DataError(what, where=f"{path}:{error.lineno}", why=place, fix=command)
-    is_at_end = error.pos >= len(text.rstrip()) - 1
-    # The fault at the end of the text: the file was cut.
-    if is_at_end or error.msg.startswith("Unterminated string"):
-        what = "the file ends in the middle of its JSON"
-        fix = "download or write the file again"
-    return DataError(what, where=f"{path}:{error.lineno}", why=f"{error.msg}, {place}", fix=fix)
-
-
-def _conversion_of_values(path: Path, text: str) -> str:
-    """Return the command that converts a file of JSON values one after another to rows.
-
-    Return an empty text if `text`, the beginning of the file or a line, does not begin as one.
-    """
-    text = text.lstrip()
-    try:
-        rest = text[_DECODER.raw_decode(text)[1] :].lstrip()
-    except (ValueError, RecursionError):
-        return ""
-    marks = text[0] + (rest or text)[0]
-    if marks == "{,":
-        program = "1s/^/[/; $s/,*[[:space:]]*$/]/"
-        return f"sed '{program}' {shell_path(path)} > {new_name(path, 'rows.json')}"
-    command = {"{{": "jq -c .", "[[": "jq -c '.[]'"}.get(marks)
-    output = new_name(path, "rows.jsonl")
-    return f"{command} {shell_path(path)} > {output}" if command else ""
-
-
-def _repeated_key(error: _RepeatedKeyError, where: str) -> DataError:
-    """The error for JSON with a key twice in an object."""
-    fix = "delete one of them, or give it another name"
-    return DataError(str(error), where=where, why="only one would be read", fix=fix)
-
-
-def _long_number(where: str) -> DataError:
-    """The error for JSON with a whole number that Python does not read.
-
-    int() of a text takes a time of its square.
-    """
-    what = f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
-    return DataError(what, where=where, fix='write it as a string, "123...", or delete it')
 
 
 def _read_arrow(path: Path) -> Table:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
-from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import SKIPPED_FOLDERS, list_files
 from tunesmith.data.source.sessions import session_form
@@ -30,8 +29,6 @@ _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 _README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
 # Rows name them: they are no rows themselves.
 _PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ppm".split())
-# One kind of file under two names.
-_SUFFIX_ALIASES = {".ndjson": ".jsonl"}
 # Names of folders and words of file names that are a split, as `datasets` reads them.
 SPLIT_NAMES = {
     "train": "train",
@@ -54,9 +51,7 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
     """
     if not _has_several(path):
         table = open_table(path)
-        if not len(table):
-            raise _unanswered(path)
-        return {"train": table}
+        return _without_empty({"train": table}, path)
     content = _look_into(path, config)
     tables = {}
     for split, files in content.splits.items():
@@ -67,23 +62,21 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
                 table = _join([open_table(file) for file in files])
         except OSError as error:
             raise unreadable_error(path, error) from error
-        if len(table):
-            tables[split] = table
-    if not tables and not content.is_text:
-        raise _unanswered(path)
-    if not tables:
-        raise DataError("no file of the folder has any text", where=str(path), fix="add text")
-    for split, table in tables.items():
         layout = ", ".join(filter(None, (table.layout, content.layout)))
         skipped = ", ".join(filter(None, (table.skipped, content.skipped)))
         tables[split] = replace(table, layout=layout, skipped=skipped)
-    return tables
+    return _without_empty(tables, path)
 
 
-def _unanswered(path: Path) -> DataError:
-    """Return the error for sessions of agents without any answer."""
-    what = "no session has an answer to train on"
-    return DataError(what, where=str(path), fix="add sessions in which the agent answered")
+def _without_empty(tables: dict[str, Table], path: Path) -> dict[str, Table]:
+    """The splits that have rows; DataError if none has."""
+    filled = {split: table for split, table in tables.items() if len(table)}
+    if not filled:
+        what = "there is no text, and no session with an answer, to train on"
+        raise DataError(
+            what, where=str(path), fix="add texts, or sessions in which agents answered"
+        )
+    return filled
 
 
 def check_local(path: Path, config: str | None = None) -> None:
@@ -201,60 +194,39 @@ def _look_into(folder: Path, config: str | None) -> _Content:
 
 
 def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Path]) -> None:
-    """Raise DataError if the files are of several kinds; its fix names a source for each kind."""
-    kinds: dict[str, list[Path]] = {}
-    for file in rows:
-        suffix = file.suffix.lower()
-        kinds.setdefault(f"{_SUFFIX_ALIASES.get(suffix, suffix)} file", []).append(file)
+    """Raise DataError if the files are of several kinds."""
+    suffixes = Counter(file.suffix.lower().replace(".ndjson", ".jsonl") for file in rows)
+    counts = [count_of(count, f"{suffix} file") for suffix, count in suffixes.items()]
     if texts:
-        kinds["text file"] = texts
-    if len(kinds) > 1:
-        counts = [count_of(len(files), kind) for kind, files in kinds.items()]
-        largest_first = sorted(kinds.values(), key=lambda files: -len(files))
-        ways = [f"source: {_source_of(parent, files)}" for files in largest_first]
+        counts.append(count_of(len(texts), "text file"))
+    if len(counts) > 1:
+        pattern = f"{glob.escape(str(parent))}/**/*{(rows + texts)[0].suffix}"
         raise DataError(
             "the folder has files of different kinds",
             where=str(source),
             why=" and ".join(counts),
-            fix=f"choose one kind: {' or '.join(ways)}",
+            fix=f"choose one kind by a pattern, such as source: {shell_word(pattern)}",
         )
 
 
-def _source_of(folder: Path, files: Sequence[Path]) -> str:
-    """Return a source that has only these files of a folder: their pattern, or the single file."""
-    if len(files) == 1:
-        return shell_word(files[0])
-    below = "**/" if any(file.parent != folder for file in files) else ""
-    suffixes = sorted({file.suffix for file in files})
-    ending = suffixes[0] if len(suffixes) == 1 else f".[{''.join(s[1] for s in suffixes)}]*"
-    return shell_word(f"{glob.escape(str(folder))}/{below}*{ending}")
-
-
 def _name_others(files: Sequence[Path]) -> str:
-    """Files that are not read, by their kind, with the command for those that hold text."""
+    """Name files that are not read by their kinds."""
     suffixes = Counter(file.suffix.lower() or file.name for file in files)
     parts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(NAMES_SHOWN)]
     if len(suffixes) > NAMES_SHOWN:
         parts.append("others")
-    first = next((file for file in files if conversion(file)), None)
-    text = f"{', '.join(parts)} (such as {from_here(first or files[0])}"
-    if first is not None:
-        text += f"; to read it: {conversion(first)}"
-    return f"{text})"
+    return f"{', '.join(parts)} (such as {from_here(files[0])})"
 
 
 def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
     what = "the folder has no data file"
-    why = "it is empty"
     if is_pattern(str(folder)):
         what = "no data file matches the pattern"
-        why = ""
-    fix = f"put files in it that end in {', '.join((*ROW_SUFFIXES, *TEXT_SUFFIXES))}"
-    if others:
-        why = f"it has {_name_others(others)}"
-        first = next((file for file in others if conversion(file)), None)
-        if first is not None:
-            fix = conversion(first)
-        elif any(file.suffix.lower() in _PICTURE_SUFFIXES for file in others):
-            fix = "put a file rows.csv beside them, with a header image,question,answer"
-    return DataError(what, where=str(folder), why=why, fix=fix)
+    suffixes = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
+    return DataError(
+        what,
+        where=str(folder),
+        why=f"it has {_name_others(others)}" if others else "",
+        fix=f"put files in it that end in {', '.join(suffixes)}; pictures need a file of rows that"
+        " names them, such as rows.csv with the header image,question,answer",
+    )

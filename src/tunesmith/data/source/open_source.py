@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.paths import DATA_SUFFIXES, is_pattern
+from tunesmith.config.paths import DATA_SUFFIXES, is_pattern, is_written_as_path
 from tunesmith.config.schema import Source
 from tunesmith.data.source.arrow_nulls import without_nulls
-from tunesmith.data.source.conversions import CONVERTED_SUFFIXES
 from tunesmith.data.source.folders import open_local
 from tunesmith.data.source.listings import config_error
 from tunesmith.data.source.table import Place, Row, Rows, Table
@@ -97,11 +96,8 @@ def is_local(name: str) -> bool:
 
     It exists, is written as a path, ends as a file of rows or text does, or is a pattern.
     """
-    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    is_path = is_path or name.endswith("/")
-    suffixes = (*DATA_SUFFIXES, *CONVERTED_SUFFIXES)
-    is_path = is_path or name.lower().endswith(suffixes) or is_pattern(name)
-    return is_path or Path(name).exists()
+    is_file = name.lower().endswith(DATA_SUFFIXES) or is_pattern(name) or Path(name).exists()
+    return is_written_as_path(name) or is_file
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> Rows:

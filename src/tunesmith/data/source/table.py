@@ -6,7 +6,6 @@ kills the process (SIGBUS).
 """
 
 import bisect
-import codecs
 import hashlib
 import itertools
 import json
@@ -16,7 +15,6 @@ import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
@@ -29,25 +27,8 @@ from tunesmith.host.shell import shell_path, shell_word
 
 # A longer row is a file with its line breaks lost; tokenizing it would take minutes.
 MAX_ROW_BYTES = 32 << 20
-# Bytes at the beginning of a file from which its encoding is guessed.
+# Bytes at the beginning of a text from which its encoding is guessed.
 HEAD_BYTES = 1 << 16
-# Maximum share of the non-ASCII characters that may be unusual in an encoding.
-MAX_UNUSUAL = 0.25
-_CYRILLIC = r"[А-ЯЁ]?[а-яё]{2,}"
-_CHINESE = r"[一-鿿\u3000-\u303f\uff00-\uffef]+"
-# Encoding -> pattern of its usual non-ASCII text. If two encodings fit equally, the first one is
-# taken: the bytes of a Korean text are also Chinese characters. cp1252 includes latin1's letters.
-_USUAL_TEXT = {
-    "cp1252": r"(?<![^\0-\x7f])[À-ÖØ-öø-ÿŒœŠšŽž‘’“”–—…€£©®°«»¡¿\xa0·]{1,2}(?![^\0-\x7f])",
-    "cp1251": _CYRILLIC,
-    "koi8-r": _CYRILLIC,
-    "cp932": r"[ぁ-ヿ一-龠々\u3000-\u303f\uff00-\uff60]+",
-    "euc-jp": r"[一-龠々]{0,4}[ぁ-ヿ。、「」]+",
-    "euc-kr": r"[가-힣]+",
-    "gb18030": _CHINESE,
-    "big5": _CHINESE,
-}
-_ASCII = re.compile(r"[\0-\x7f]+")
 # In memory, for the files of a folder.
 DIGESTS_KEPT = 100_000
 
@@ -287,52 +268,30 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         why = f"byte 0x{data[error.start]:02x} at position {error.start + 1}: {error.reason}"
-        raise not_utf8_error(path, data, where(error.start), why) from None
+        raise _not_utf8_error(path, where(error.start), why, "cp1252") from None
 
 
 def check_not_wide(path: Path, data: bytes, where: str) -> None:
     """Raise DataError if `data` begins as UTF-16 or UTF-32."""
-    if encoding := wide_encoding(data):
-        raise not_utf8_error(path, data, where, f"it begins as {encoding} text does")
+    encoding: str = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        # The last character may be cut.
+        head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
+        if not re.search("[\x00-\x08\ufffd]", head):
+            # iconv's name of utf-16-le is utf-16le.
+            encoding = encoding.replace("6-", "6").replace("2-", "2")
+            raise _not_utf8_error(path, where, f"it begins as {encoding} text does", encoding)
 
 
-def wide_encoding(data: bytes) -> str:
-    """Return the encoding of a text in UTF-16 or UTF-32; empty for other texts and for no text."""
-    encoding = json.detect_encoding(data)
-    if encoding.startswith("utf-8"):
-        return ""
-    # The last character may be cut.
-    head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
-    return "" if re.search("[\x00-\x08\ufffd]", head) else encoding
-
-
-def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
-    """Return the error for a file in which `data` is not UTF-8."""
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    # The beginning of the file shows more than a single row does.
-    encoding = likely_encoding(data if head.isascii() and b"\0" not in head else head)
+def _not_utf8_error(path: Path, where: str, why: str, encoding: str) -> DataError:
     output = new_name(path, f"fixed{path.suffix}")
     return DataError(
         "the file is not UTF-8 text",
         where=where,
         why=why,
-        fix=f"iconv -f {shell_word(encoding)} -t utf-8 {shell_path(path)} > {output}",
+        fix=f"iconv -f {encoding} -t utf-8 {shell_path(path)} > {output}"
+        "   # or the encoding that it has, such as cp1251, gb18030, cp932 or euc-kr",
     )
-
-
-def likely_encoding(data: bytes) -> str:
-    """Return the likely encoding of a text that is not UTF-8, by the name that iconv has for it."""
-    if wide := wide_encoding(data):
-        return wide.replace("6-", "6").replace("2-", "2")
-    unusual_shares = {"": MAX_UNUSUAL}
-    for encoding, usual in _USUAL_TEXT.items():
-        with suppress(UnicodeDecodeError):
-            # The last character may be cut.
-            text = codecs.getincrementaldecoder(encoding)().decode(data)
-            unusual = _ASCII.sub("", re.sub(usual, "", text))
-            unusual_shares[encoding] = len(unusual) / max(1, len(_ASCII.sub("", text)))
-    return min(unusual_shares, key=unusual_shares.__getitem__) or "cp1252"
 
 
 def new_name(path: Path, name: str) -> str:

@@ -59,12 +59,11 @@ def read_text_files(paths: Sequence[Path]) -> Table:
     if blank:
         names = ", ".join(from_here(path) for path in blank[:NAMES_SHOWN])
         skipped = f"{count_of(len(blank), 'file')} without text: {names}"
-    cut = list(dict.fromkeys(block.path.name for block in blocks if block.start))
+    cut = len({block.path for block in blocks if block.start})
     layout = ""
     if cut:
-        shown = ", ".join([*cut[:NAMES_SHOWN], *["..."] * (len(cut) > NAMES_SHOWN)])
-        size = BLOCK_BYTES >> 20
-        layout = f"read in blocks of {size} MiB that end with a paragraph or a line: {shown}"
+        kind = f"blocks of {BLOCK_BYTES >> 20} MiB that end with a paragraph or a line"
+        layout = f"{count_of(cut, 'file')} read in {kind}"
     versions = dict.fromkeys((block.path, block.version) for block in blocks)
 
     def fingerprint() -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.bad_rows import LISTED, BadRows, error_of_sources
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.labels import low_grades
+from tunesmith.data.rows.labels import check_grades
 from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
@@ -264,7 +264,7 @@ def _tokenize_rows(
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
-    low_grades(named["grades"], rows, source)
+    check_grades(named["grades"], rows, source)
     arrays = writer.arrays()
     if lengths:
         counts["longest"] = max(lengths)
