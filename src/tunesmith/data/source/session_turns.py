@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
-# Anthropic's names of parts. Others are texts, or written as such.
-_KINDS = {"thinking": "thought", "tool_use": "call", "tool_result": "result"}
 # Why an answer ends that was cut off: in the Responses API, in Anthropic's API, and in chats.
 _CUT = {"incomplete", "max_tokens", "length"}
 
@@ -23,12 +21,12 @@ class SessionPart(NamedTuple):
         call_id: of a call and of its result.
     """
 
-    role: str
     kind: str
     value: Any
-    call_id: object
-    name: object
-    is_trained: bool
+    call_id: object = None
+    name: object = None
+    role: str = "assistant"
+    is_trained: bool = True
 
 
 def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[SessionPart]:
@@ -57,64 +55,63 @@ def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[SessionPa
         case {"messages": [*items]}:
             items = [{"role": "system", "content": line.get("system_prompt")}, *items]
     for item in items:
-        yield from _parts_of_item(item, is_trained, notes)
+        is_cut = not _CUT.isdisjoint(map(item.get, ("status", "stop_reason", "finish_reason")))
+        notes["parts of answers that were cut off, not trained"] += is_cut
+        role = _ROLES.get(str(item.get("role")), "assistant")
+        for part in _parts_of_item(item, role, notes):
+            yield part._replace(role=role, is_trained=is_trained and not is_cut)
 
 
 def _parts_of_item(
-    item: Mapping[str, Any], is_trained: bool, notes: Counter[str]
+    item: Mapping[str, Any], role: str, notes: Counter[str]
 ) -> Iterator[SessionPart]:
     """Yield the parts of an item of the Responses API, or of a message of a chat."""
-    if not _CUT.isdisjoint(map(item.get, ("status", "stop_reason", "finish_reason"))):
-        is_trained = False
-        notes["parts of answers that were cut off, not trained"] += 1
-    role = _ROLES.get(str(item.get("role")), "assistant")
-    for part in _given_parts(item, notes):
-        kind = part.get("type")
-        value: object = part.get("input")
-        call_id = part.get("id")
-        if kind == "tool_result":
-            value = _text(part.get("content"), notes)
-            call_id = part.get("tool_use_id")
-        elif kind == "thinking":
-            value = _text(part.get("thinking"), notes)
-            notes["thoughts that are encrypted or not recorded, left out"] += not value
-        elif kind != "tool_use":
-            if role == "assistant" and "text" not in part:
-                notes[f"parts of type {kind}, left out"] += 1
-                continue
-            value = _text([part], notes)
-        if value or kind in ("tool_use", "tool_result"):
-            name = _KINDS.get(str(kind), "text")
-            yield SessionPart(role, name, value, call_id, part.get("name"), is_trained)
-
-
-def _given_parts(item: Mapping[str, Any], notes: Counter[str]) -> list[Mapping[str, Any]]:
-    """Return the parts of an item in the form of Anthropic's API."""
     kind = str(item.get("type", "message"))
     content = item.get("content")
     call_id = item.get("call_id", item.get("tool_call_id"))
     if kind.endswith("_output") or item.get("role") == "tool":
-        output = item.get("output", content)
-        return [{"type": "tool_result", "tool_use_id": call_id, "content": output}]
-    # A call without an id is one whose result the model got in another way.
-    if kind.endswith("_call") and call_id:
+        yield SessionPart("result", _text(item.get("output", content), notes), call_id)
+    elif kind.endswith("_call") and call_id:
+        # A call without an id is one whose result the model got in another way.
         name = item.get("name", kind.removesuffix("_call"))
         keys = [key for key in ("arguments", "action", "operation") if key in item]
         arguments = item[keys[0]] if keys else {"input": item.get("input")}
-        return [{"type": "tool_use", "id": call_id, "name": name, "input": arguments}]
-    if kind == "reasoning":
-        return [{"type": "thinking", "thinking": content or item.get("summary")}]
-    if item.get("role") not in _ROLES:
+        yield SessionPart("call", arguments, call_id, name)
+    elif kind == "reasoning":
+        thinking = {"type": "thinking", "thinking": content or item.get("summary")}
+        yield from _parts_of_content(thinking, role, notes)
+    elif item.get("role") not in _ROLES:
         notes[f"lines of type {item.get('type', item.get('role'))}, left out"] += 1
-        return []
-    given = list(content) if isinstance(content, list) else [{"type": "text", "text": content}]
-    if thought := item.get("reasoning_content") or item.get("reasoning"):
-        given.insert(0, {"type": "thinking", "thinking": thought})
-    for call in item.get("tool_calls") or ():
-        function = call["function"]
-        arguments = function.get("arguments")
-        given.append({**function, "type": "tool_use", "id": call.get("id"), "input": arguments})
-    return given
+    else:
+        parts = list(content) if isinstance(content, list) else [{"type": "text", "text": content}]
+        if thought := item.get("reasoning_content") or item.get("reasoning"):
+            parts.insert(0, {"type": "thinking", "thinking": thought})
+        for part in parts:
+            yield from _parts_of_content(part, role, notes)
+        for call in item.get("tool_calls") or ():
+            function = call["function"]
+            yield SessionPart("call", function.get("arguments"), call.get("id"), function["name"])
+
+
+def _parts_of_content(
+    part: Mapping[str, Any], role: str, notes: Counter[str]
+) -> Iterator[SessionPart]:
+    """Yield the part of a content in the form of Anthropic's API, unless it is empty."""
+    kind = part.get("type")
+    if kind == "tool_use":
+        yield SessionPart("call", part.get("input"), part.get("id"), part.get("name"))
+    elif kind == "tool_result":
+        text = _text(part.get("content"), notes)
+        yield SessionPart("result", text, part.get("tool_use_id"))
+    elif kind == "thinking":
+        thought = _text(part.get("thinking"), notes)
+        notes["thoughts that are encrypted or not recorded, left out"] += not thought
+        if thought:
+            yield SessionPart("thought", thought)
+    elif role == "assistant" and "text" not in part:
+        notes[f"parts of type {kind}, left out"] += 1
+    elif text := _text([part], notes):
+        yield SessionPart("text", text)
 
 
 def _text(content: object, notes: Counter[str]) -> str:
