@@ -54,7 +54,7 @@ DIGITS = "9" * 4301  # more than int() reads
 # file name, content, keys of the source, and parts of what, where and fix
 FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", "", {}, "the file is empty", "a.jsonl", "add rows"),
-    ("a.jsonl", "\n \n", {}, "only blank lines", "a.jsonl", "add rows"),
+    ("a.jsonl", "\n \n", {}, "no rows", "a.jsonl", "add rows"),
     ("a.jsonl", f"{GOOD}\nnot json\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.jsonl", f'{GOOD}\n\n{{"text": "cut', {}, "not JSON", "a.jsonl:3", "write the file again"),
     ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "one JSON object a line", "a.jsonl:1", "jq -c "),
@@ -69,7 +69,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "text": "b"}}\n', {}, "not JSON", "a.jsonl:2", "fix this line"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {{"a": 1, "a": 2}}}}', {}, "not JSON", "a.jsonl:2", "fix this line"),
     ("a.json", f'[{GOOD},\n{{"text": "a", "text": "b"}}]', {}, "not JSON", "a.json", "fix this line"),
-    ("a.json", "[]", {}, "has no rows", "a.json", "array of objects"),
+    ("a.json", "[]", {}, "no rows", "a.json", "add rows"),
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "an object, not an array", "a.json", "jq '.[\"data\"]'"),
     ("a.json", f'{{"info": {{"v": 1}}\n, "data": [{GOOD}]}}', {}, "an object, not an array", "a.json", "jq '.[\"data\"]'"),
@@ -87,9 +87,9 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f"{GOOD}\n{GOOD} x\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
-    ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "add rows"),
-    ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a unique name"),
-    ("a.csv", ",text\nx,a\n", {}, "an unnamed column", "a.csv:1", "a unique name"),
+    ("a.csv", "text\n", {}, "no rows", "a.csv", "add rows"),
+    ("a.csv", "text,text\n1,2\n", {}, "without a name of their own: text", "a.csv:1", "a unique name"),
+    ("a.csv", ",text\nx,a\n", {}, "without a name of their own", "a.csv:1", "a unique name"),
     ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "in quotes"),
     ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv:2", "close the quote"),
     ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not CSV", "a.csv:2", 'twice: "say ""hi"""'),
@@ -98,7 +98,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
     ("a.bin", "hello", {}, "not a supported data file", "a.bin", "JSON lines"),
     ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
-    ("a.txt", " \n", {}, "only blank lines", "a.txt", "add text"),
+    ("a.txt", " \n", {}, "no rows", "a.txt", "texts"),
     ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md, line 2", "iconv"),
     ("a.txt", "a\nb\0", {}, "no text", "a.txt, line 2", "file "),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
@@ -136,7 +136,7 @@ def test_a_refused_file_is_closed(write: Callable[[str, str | bytes], str]) -> N
     source = Source(source=write("a.jsonl", "\n \n"), format="text")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        assert_refused(source, "only blank lines", "a.jsonl", "add rows")
+        assert_refused(source, "no rows", "a.jsonl", "add rows")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -303,7 +303,7 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
         (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be read", "check the network"),
-        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs a configuration", "data.train.name=x"),
+        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs one of its configurations", "data.train.name=x"),
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip

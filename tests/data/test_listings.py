@@ -16,7 +16,7 @@ from recipes import make_run
 from tunesmith.cli.options import fixes_as_options
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Source
-from tunesmith.data.source.open_source import open_splits, read_rows
+from tunesmith.data.source.open_source import open_splits
 from tunesmith.errors import DataError
 from tunesmith.tools.launch.inputs import recipe_inputs
 
@@ -47,7 +47,6 @@ def test_a_saved_data_set_has_the_rows_of_its_state(tmp_path: Path, name: str) -
     with pa.ipc.new_stream(str(tmp_path / name), table.schema) as out:
         out.write_table(table)
     assert texts(tmp_path) == {"train": list(ROWS["text"])}
-    assert holds(read_rows(Source(source=str(tmp_path))).layout, "1", "cache")
     (tmp_path / "data-00000-of-00001.arrow").unlink()
     with refuses(DataError, where=f"{tmp_path}/data-00000-of-00001.arrow"):
         texts(tmp_path)
@@ -162,7 +161,6 @@ def test_a_file_with_links_is_read_once(tmp_path: Path) -> None:
     (folder / "sub" / "parent").symlink_to(folder)
     (folder / "above").symlink_to(tmp_path)
     assert texts(folder) == {"train": ["b", "other", "c"]}
-    assert holds(read_rows(Source(source=str(folder))).layout, "3", "links")
 
 
 @pytest.mark.parametrize(

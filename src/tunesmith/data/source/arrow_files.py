@@ -1,7 +1,7 @@
 """Parquet and Arrow files -> tables of rows; a few rows at a time are in memory.
 
 Rows are read on from the last one: these formats have no place for each. One before it is found by
-reading its group again from the start (Parquet's row group, Arrow's record batch).
+reading its group again from the start (Parquet's row group, or the entire Arrow file).
 """
 
 import bisect
@@ -43,8 +43,6 @@ def read_arrow(path: Path) -> Table:
         sizes, read_group = read_groups(path)
     except (pa.ArrowException, OSError) as error:
         raise _broken(path, error, version) from None
-    if not sum(sizes):
-        raise DataError("the file has no rows", where=str(path), fix="name a file that does")
     ends = list(itertools.accumulate(sizes))
 
     def row(i: int) -> Row:
@@ -59,7 +57,7 @@ def read_arrow(path: Path) -> Table:
     # somebody reads; another file that is read then is found again from the start of its group.
     weakref.finalize(row, _open_group.cache_clear)
     return Table(
-        ends[-1],
+        sum(sizes),
         row,
         where=lambda i: f"{path} row {i + 1}",
         fingerprint=lambda: file_digest(path),
@@ -154,21 +152,13 @@ def _open_ipc(path: Path) -> _Groups:
     with path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
 
-    def read_batches() -> Iterator[pa.RecordBatch]:
+    def read_batches(_: int = 0) -> Iterator[pa.RecordBatch]:
         with open_uncached(path) as opened:
             if is_file:
                 reader = pa.ipc.open_file(opened)
-                for n in range(reader.num_record_batches):
-                    yield reader.get_batch(n)
+                yield from map(reader.get_batch, range(reader.num_record_batches))
             else:
                 yield from pa.ipc.open_stream(opened)
 
-    def read_batch(n: int) -> Iterator[pa.RecordBatch]:
-        if not is_file:
-            # A stream has no table of its batches: it is read from its start.
-            return read_batches()
-        with open_uncached(path) as opened:
-            return iter([pa.ipc.open_file(opened).get_batch(n)])
-
-    sizes = [len(batch) for batch in read_batches()]
-    return sizes if is_file else [sum(sizes)], read_batch
+    # One group: a stream has no table of its batches, and is read from its start.
+    return [sum(map(len, read_batches()))], read_batches

@@ -51,14 +51,9 @@ def read_csv(path: Path) -> Table:
     header = index.header[index.has_row_numbers :]
     repeated = sorted(name for name, count in Counter(header).items() if count > 1)
     if repeated or "" in header:
-        what = "the header has an unnamed column"
-        if repeated:
-            what = f"the header names {', '.join(repeated)} twice"
+        what = f"the header has columns without a name of their own: {', '.join(repeated)}"
         fix = "give each column a unique name in the first line, or write a header above it"
         raise DataError(what, where=f"{path}:1", fix=fix)
-    if not index.lines:
-        fix = "add rows below the header"
-        raise DataError("the file has a header and no rows", where=str(path), fix=fix)
     separator = index.separator
     version = version_of(path)
 

@@ -35,7 +35,7 @@ from tunesmith.data.source.table import (
     unreadable_error,
     version_of,
 )
-from tunesmith.data.source.text_files import read_text_file
+from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import near_file
 from tunesmith.host.memory import available_memory, open_uncached
@@ -184,10 +184,6 @@ def _read_json_lines(path: Path) -> Table:
     """One JSON object a line; blank lines are skipped."""
     version = version_of(path)
     lines = _JsonLines(path)
-    count = len(lines.numbers)
-    if not count:
-        fix = "add rows to it"
-        raise DataError("the file has only blank lines", where=str(path), fix=fix)
 
     def where(i: int) -> str:
         return f"{path}:{lines.numbers[i]}"
@@ -207,7 +203,7 @@ def _read_json_lines(path: Path) -> Table:
         text = decode_text(path, data, lambda _: where(i), "utf-8")
         return _decode_json(path, lines.numbers[i], text, is_line=True)
 
-    return Table(count, row, where, fingerprint=lambda: file_digest(path))
+    return Table(len(lines.numbers), row, where, fingerprint=lambda: file_digest(path))
 
 
 def _read_json(path: Path) -> Table:
@@ -233,7 +229,7 @@ def _read_json(path: Path) -> Table:
 
     text = decode_text(path, data, where, "utf-8-sig")
     rows = _decode_json(path, 1, text, is_line=False)
-    if isinstance(rows, list) and rows:
+    if isinstance(rows, list):
         return Table(
             len(rows),
             rows.__getitem__,
@@ -249,9 +245,7 @@ def _read_json(path: Path) -> Table:
                 output = new_name(path, "rows.json")
                 fix = f"jq {shell_word(f'.[{json.dumps(key)}]')} {shell_path(path)} > {output}"
     what = f"the file contains {json_type(rows)}, not an array of rows"
-    raise DataError(
-        "the file has no rows" if rows == [] else what, where=str(path), why=why, fix=fix
-    )
+    raise DataError(what, where=str(path), why=why, fix=fix)
 
 
 def _has_object_a_line(path: Path) -> bool:
@@ -283,5 +277,5 @@ _FILE_READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": read_csv,
     ".parquet": _read_arrow,
     ".arrow": _read_arrow,
-    **dict.fromkeys(TEXT_SUFFIXES, read_text_file),
+    **dict.fromkeys(TEXT_SUFFIXES, lambda path: read_text_files([path])),
 }

@@ -14,15 +14,17 @@ from typing import NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
-from tunesmith.data.source.listings import SKIPPED_FOLDERS, list_files
+from tunesmith.data.source.listings import list_files
 from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.table import Rows, Table, unreadable_error
-from tunesmith.data.source.text_files import NAMES_SHOWN, read_text_files
+from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
+# Kinds of files in a line for the user.
+KINDS_SHOWN = 3
 # Beside the rows that `datasets` saves.
 _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A text beside files of rows that is about them.
@@ -72,10 +74,11 @@ def _without_empty(tables: dict[str, Table], path: Path) -> dict[str, Table]:
     """The splits that have rows; DataError if none has."""
     filled = {split: table for split, table in tables.items() if len(table)}
     if not filled:
-        what = "there is no text, and no session with an answer, to train on"
-        raise DataError(
-            what, where=str(path), fix="add texts, or sessions in which agents answered"
+        why = (
+            "its files have blank lines, a header, or sessions without an answer, and nothing else"
         )
+        fix = "add rows or texts to it, or sessions in which the agent answered"
+        raise DataError("the source has no rows", where=str(path), why=why, fix=fix)
     return filled
 
 
@@ -114,7 +117,7 @@ class _Content(NamedTuple):
     Attributes:
         splits: the files of each split; `train` comes first.
         skipped: a clause that names the files that are not read.
-        layout: a clause about the configuration, and files that are hidden or describe others.
+        layout: a clause about the configuration.
     """
 
     splits: dict[str, list[Path]]
@@ -149,17 +152,13 @@ def _split_of(place: Path, *, is_text: bool) -> str:
 def _look_into(folder: Path, config: str | None) -> _Content:
     """Choose the files of a folder to read; DataError if there are none, or both rows and texts."""
     listing = list_files(folder, config)
-    left_out = listing.left_out
-    about: list[str] = []
     rows: list[Path] = []
     texts: list[Path] = []
     others: list[Path] = []
     for file in listing.files:
-        if file.name.startswith(".") or file.name in SKIPPED_FOLDERS:
-            left_out["hidden file"] += 1
-        elif file.name in _ABOUT_ROWS:
-            about.append(file.name)
-        elif file.suffix.lower() in ROW_SUFFIXES:
+        if file.name in _ABOUT_ROWS:
+            continue
+        if file.suffix.lower() in ROW_SUFFIXES:
             rows.append(file)
         elif file.suffix.lower() in TEXT_SUFFIXES:
             texts.append(file)
@@ -171,15 +170,12 @@ def _look_into(folder: Path, config: str | None) -> _Content:
         rows, texts = list(sessions), []
     elif rows:
         others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
-        about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
     _check_one_kind(folder, listing.folder, rows, texts)
     if not rows and not texts:
         raise _nothing_to_read(folder, others)
     for file in rows or texts:
         check_is_file(file)
-    about += [count_of(count, noun) for noun, count in left_out.items() if count]
-    skipped = f"skipped: {', '.join(dict.fromkeys(about))}" if about else ""
     splits = listing.splits
     if splits is None:
         splits = _splits_by_name(listing.folder, rows or texts, is_text=not rows)
@@ -189,7 +185,7 @@ def _look_into(folder: Path, config: str | None) -> _Content:
         {split: files for split, files in splits.items() if files},
         is_text=not rows,
         skipped=_name_others(others) if others else "",
-        layout="; ".join(filter(None, (listing.layout, skipped))),
+        layout=listing.layout,
     )
 
 
@@ -212,8 +208,8 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
 def _name_others(files: Sequence[Path]) -> str:
     """Name files that are not read by their kinds."""
     suffixes = Counter(file.suffix.lower() or file.name for file in files)
-    parts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(NAMES_SHOWN)]
-    if len(suffixes) > NAMES_SHOWN:
+    parts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(KINDS_SHOWN)]
+    if len(suffixes) > KINDS_SHOWN:
         parts.append("others")
     return f"{', '.join(parts)} (such as {from_here(files[0])})"
 

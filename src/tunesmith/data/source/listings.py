@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from tunesmith.config.paths import pattern_folder
 from tunesmith.errors import DataError
 from tunesmith.host.shell import shell_word
 
-SKIPPED_FOLDERS = ("__pycache__",)
 # The results of `map` and `filter`, which `datasets` keeps next to the rows of a data set.
 _CACHE_FILE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 # The head of a README.md with the key `configs`.
@@ -31,14 +29,12 @@ class Listing(NamedTuple):
     Attributes:
         folder: the folder that contains all of them.
         splits: the files of each split; None if only their names tell the splits.
-        left_out: how many files are not listed, by their kind, such as `cache file`.
         layout: the configuration that is read, for the user.
     """
 
     folder: Path
     files: list[Path]
     splits: dict[str, list[Path]] | None
-    left_out: Counter[str]
     layout: str = ""
 
 
@@ -51,16 +47,15 @@ def list_files(path: Path, config: str | None) -> Listing:
     Raises:
         DataError: a listed file is missing, or the folder has several configurations.
     """
-    left_out: Counter[str] = Counter()
     if not path.is_dir():
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-        walks = [_walk(match, left_out) if match.is_dir() else [match] for match in matches]
+        walks = [_walk(match) if match.is_dir() else [match] for match in matches]
         files = list(dict.fromkeys(itertools.chain(*walks)))
-        return Listing(pattern_folder(path), files, None, left_out)
+        return Listing(pattern_folder(path), files, None)
     layout = ""
     readme = path / "README.md"
     saved_splits = _read_list(path / "dataset_dict.json", "splits")
-    splits = {name: _walk(path / name, left_out) for name in saved_splits}
+    splits = {name: _walk(path / name) for name in saved_splits}
     if readme.is_file() and _CONFIGS.match(readme.read_bytes()):
         splits, layout = _files_of_config(path, config)
     for name, files in splits.items():
@@ -68,8 +63,8 @@ def list_files(path: Path, config: str | None) -> Listing:
             what = f"the data set has no file of the split {name}"
             raise DataError(what, where=str(path), fix="copy or download the entire folder again")
     if not splits:
-        return Listing(path, _walk(path, left_out), None, left_out)
-    return Listing(path, list(itertools.chain(*splits.values())), splits, left_out, layout)
+        return Listing(path, _walk(path), None)
+    return Listing(path, list(itertools.chain(*splits.values())), splits, layout)
 
 
 def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:
@@ -94,24 +89,17 @@ def config_error(name: str, error: Exception) -> DataError:
     error: the error of `datasets`, which lists the names.
     """
     names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
+    why = f"it has {', '.join(names)}"
+    fix = f"choose one: data.train.name={shell_word(names[0])}" if names else ""
     if not names:
-        return DataError(
-            f"the configurations of the dataset {name} cannot be read",
-            where=name,
-            why=" ".join(str(error).split()),
-            fix="fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet",
-        )
-    return DataError(
-        f"the dataset {name} needs a configuration",
-        where=name,
-        why=f"it has {', '.join(names)}",
-        fix=f"choose one: data.train.name={shell_word(names[0])}",
-    )
+        why = f"they cannot be read: {' '.join(str(error).split())}"
+        fix = "fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet"
+    what = f"the dataset {name} needs one of its configurations"
+    return DataError(what, where=name, why=why, fix=fix)
 
 
-def _walk(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """List all files below a folder, each once, sorted by their paths; a hidden folder counts as a
-    file.
+def _walk(folder: Path) -> list[Path]:
+    """List all files below a folder, each once, sorted by their paths, without hidden ones.
 
     Links to folders are followed, except those to a folder that contains this one.
     """
@@ -123,18 +111,13 @@ def _walk(folder: Path, left_out: Counter[str]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        hidden = [f for f in folders if f.startswith(".") or f in SKIPPED_FOLDERS]
         # Sorted: of a folder and a link to it, always the first by name is walked.
-        folders[:] = sorted(f for f in folders if f not in hidden)
-        own = _without_caches(Path(name), names)
-        left_out["cache file"] += len(set(names).difference(own))
-        for file in sorted(own + hidden):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        for file in sorted(_without_caches(Path(name), names)):
             target = os.path.join(real, file)
             if os.path.islink(target):
                 target = os.path.realpath(target)
-            if target in seen:
-                left_out["repeated link"] += 1
-            else:
+            if target not in seen and not file.startswith("."):
                 seen.add(target)
                 files.append(Path(name, file))
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())

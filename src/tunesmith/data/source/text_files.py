@@ -21,7 +21,6 @@ from tunesmith.data.source.table import (
     version_of,
 )
 from tunesmith.errors import DataError
-from tunesmith.host.files import from_here
 from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.host.shell import shell_path
 from tunesmith.units import count_of
@@ -32,33 +31,19 @@ DOCUMENT_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20
 # A smaller file may have nothing but blanks: it is looked at.
 BLANK_BYTES = 4096
-# Names in a line for the user.
-NAMES_SHOWN = 3
-
-
-def read_text_file(path: Path) -> Table:
-    """One text file; DataError if it has no text."""
-    table = read_text_files([path])
-    if not len(table):
-        fix = "add text to it, or use another file"
-        raise DataError("the file has only blank lines", where=str(path), fix=fix)
-    return table
 
 
 def read_text_files(paths: Sequence[Path]) -> Table:
     """The documents of some files, in this order; those without text are `skipped`."""
     blocks: list[_Block] = []
-    blank: list[Path] = []
+    blank = 0
     for path in paths:
         size = path.stat().st_size
         if size <= BLANK_BYTES and _is_blank(path):
-            blank.append(path)
+            blank += 1
         else:
             blocks += _find_blocks(path, size)
-    skipped = ""
-    if blank:
-        names = ", ".join(from_here(path) for path in blank[:NAMES_SHOWN])
-        skipped = f"{count_of(len(blank), 'file')} without text: {names}"
+    skipped = f"{count_of(blank, 'file')} without text" if blank else ""
     cut = len({block.path for block in blocks if block.start})
     layout = ""
     if cut:
