@@ -16,7 +16,6 @@ from tunesmith.config.schema import Source
 from tunesmith.data.rows.labels import (
     check_no_bad_label,
     grades_of,
-    has_other_preference,
     read_label,
 )
 from tunesmith.data.rows.marks import check_row_marks
@@ -51,6 +50,7 @@ from tunesmith.data.rows.samples import (
     with_system,
 )
 from tunesmith.data.source.folders import SPLIT_NAMES
+from tunesmith.errors import DataError
 
 # Columns that name the split of a row.
 SPLIT_COLUMNS = ("split", "subset")
@@ -86,9 +86,6 @@ def convert_row(
         if row_samples.is_answered:
             check_no_bad_label(reader)
             row_samples = replace(row_samples, grades=grades_of(reader))
-        elif len(samples) == 2:
-            is_other = has_other_preference(reader)
-            row_samples = replace(row_samples, has_other_preference=is_other)
     if unread is not None:
         unread |= reader.unread
         texts = [
@@ -356,9 +353,7 @@ def _shared_beginning(
     while count and chosen[count]["role"] != "assistant":
         count -= 1
     if not count:
-        why = "without a prompt, both begin with the messages that they answer"
-        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
-        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+        raise _not_shared(row)
     return chosen[:count]
 
 
@@ -374,10 +369,14 @@ def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
     while prompt and not prompt[-1].isspace():
         prompt = prompt[:-1]
     if not prompt.strip():
-        why = "without a column prompt, both begin with the text that they answer"
-        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
-        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+        raise _not_shared(row)
     return prompt
+
+
+def _not_shared(row: RowReader) -> DataError:
+    why = "without a column prompt, both begin with what they answer"
+    fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    return row.error("chosen and rejected do not begin with the same prompt", why, fix)
 
 
 def _texts_of(messages: list[Message]) -> list[str]:
