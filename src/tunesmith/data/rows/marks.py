@@ -77,7 +77,7 @@ def check_row_marks(row: RowReader) -> None:
         value = value_of_cell(as_written)
         is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
         if is_plain_mark and bool(value) == _MARKS.get(name, True):
-            row.mark_read(column)
+            row.read.add(column)
             continue
         if is_plain_mark or is_weight or isinstance(value, list):
             what = f"the row has {column}: {value}"

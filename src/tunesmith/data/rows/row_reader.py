@@ -74,9 +74,11 @@ def plain(name: object) -> str:
 
 
 @cache
-def _names_in_files(format_name: FormatName, column: str) -> dict[str, None]:
-    """The names that files have for a column of a format, in order."""
-    return dict.fromkeys(ROW_FORMATS[format_name].names(column))
+def _names_in_files(format_name: FormatName, column: str) -> Sequence[str]:
+    """The names under which a column of a format is read if the recipe maps it to none."""
+    if column in READ_BY_ANY_NAME:
+        return list(dict.fromkeys(ROW_FORMATS[format_name].names(column)))
+    return [column]
 
 
 def is_absent(value: object) -> bool:
@@ -192,6 +194,7 @@ class RowReader:
     """One row with its column mapping and place.
 
     Attributes:
+        read: the columns that have been read.
         unread: names of the columns, and of the keys of turns and calls, that nothing reads.
         is_good: as of `RowSamples`.
         folder: as of `Place`; a program's rows have paths from the working directory.
@@ -210,7 +213,7 @@ class RowReader:
         self.column_pictures: tuple[Picture, ...] = ()
         self.pictures: list[Picture | None] = []
         self.bad_turns: list[tuple[str, str, object]] = []
-        self._read: set[str] = set()
+        self.read: set[str] = set()
 
     def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:
         where = f"{self.where}, {at}" if at else self.where
@@ -218,56 +221,38 @@ class RowReader:
 
     def optional(self, name: str) -> object:
         """The value of one of the format's columns; None where the row has none."""
-        column = self.source.columns.get(name)
-        if column is None and name in READ_BY_ANY_NAME:
-            return self._by_any_name(name)
-        if column is None and name in self.source.columns.values():
-            return None  # it serves as another column
-        column = column or name
-        self._read.add(column)
-        return self.row.get(column)
-
-    def _by_any_name(self, name: str) -> object:
-        """The value of a column that is read by each of its names in files."""
-        filled: dict[str, object] = {}
-        columns = _names_in_files(self.source.format, name)
-        self._read.update(columns)
-        # Most rows have none of them.
-        if columns.keys().isdisjoint(self.row):
-            return None
-        for column in columns:
-            if column in self.source.columns.values():
-                continue  # it serves as another column
-            value = self.row.get(column)
-            if not is_absent(value) and value not in filled.values():
-                filled[column] = value
-        if len(filled) > 1:
+        mapped = self.source.columns
+        names = [mapped[name]] if name in mapped else _names_in_files(self.source.format, name)
+        if name not in mapped:
+            # A column may serve as another one.
+            names = [column for column in names if column not in mapped.values()]
+        self.read.update(names)
+        values = {column: self.row[column] for column in names if column in self.row}
+        filled = {column: value for column, value in values.items() if not is_absent(value)}
+        first = next(iter((filled or values).values()), None)
+        if any(value != first for value in filled.values()):
             what = f"the columns {' and '.join(filled)} differ"
             fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(filled))}}}"
             raise self.error(what, f"both are read as {name}", fix)
-        return next(iter(filled.values()), None)
+        return first
 
     def required(self, name: str) -> object:
         column = self.source.columns.get(name, name)
-        self._read.add(column)
+        self.read.add(column)
         if column not in self.row:
             raise self._missing_columns(column)
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
 
-    def mark_read(self, column: str) -> None:
-        """Note that a column has been read by its own name."""
-        self._read.add(column)
-
     def unread_columns(self) -> dict[str, object]:
         """The columns that nothing has read, with their values; null counts as absent."""
         columns: dict[str, object] = {}
         # Of most rows everything is read.
-        if self.row.keys() <= self._read:
+        if self.row.keys() <= self.read:
             return columns
         for column, value in self.row.items():
-            if column not in self._read and not is_absent(value):
+            if column not in self.read and not is_absent(value):
                 columns[column] = value
         return columns
 
