@@ -205,7 +205,7 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
 def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for splits, told in (
-        (("train", "test", "Validation", "train"), ["2 of 4", f"{path}:2"]),
+        (("train", "test", "Validation", "train"), ["2 rows", f"{path}:2"]),
         (("train", "en", None, "train"), []),
         (("test", "test", "test", "test"), []),
     ):

@@ -222,14 +222,12 @@ class TrainingData:
                 "model.vision is true, and no row has a picture; fix: model.vision=false, or name"
                 " the column of the pictures, such as columns: {images: COLUMN}"
             )
-        skipped = {}
-        for _, part in self.sources():
-            if part.rows.skipped:
-                # Rows that are held out are of the same folder.
-                skipped[from_here(part.counts.source)] = part.rows.skipped
-        warnings += [
-            f"files in {folder} are not read: {names}" for folder, names in skipped.items()
-        ]
+        # Rows that are held out are of the same folder.
+        warnings += dict.fromkeys(
+            f"files in {from_here(part.counts.source)} are not read: {part.rows.skipped}"
+            for _, part in self.sources()
+            if part.rows.skipped
+        )
         warnings += self._of_sources(self._tell_lost_tokens)
         warnings += self._of_sources(self._tell_flaws)
         # Most of them are repeated rows, which have their line below.
@@ -288,16 +286,8 @@ class TrainingData:
         for name, (count, first) in unread:
             if name == "rejected" and "chosen" in columns:
                 continue  # who names the chosen answers leaves out the others
-            if plain(name) in SPLIT_COLUMNS:
-                # A file that has nothing else was chosen for it.
-                if count < part.counts.rows:
-                    yield (
-                        f"rows of another split, by the column {name}, are used as the others are:"
-                        f" {count:,} of {count_of(part.counts.rows, 'row')}, first"
-                        f" {part.rows.where(first)}; fix: put the rows of each split into a file of"
-                        " their own"
-                    )
-                continue
+            if plain(name) in SPLIT_COLUMNS and count == part.counts.rows:
+                continue  # a file of one split was chosen for it
             some = f" in {count_of(count, 'row')} (first {part.rows.where(first)})"
             names.append(name + some * (count < part.counts.rows))
         if names:
