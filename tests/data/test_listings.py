@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from errors import holds, refuses
+from errors import refuses
 from recipes import make_run
 from tunesmith.cli.options import fixes_as_options
 from tunesmith.config.load import load_recipe
