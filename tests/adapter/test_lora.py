@@ -158,26 +158,6 @@ def test_disabled_is_the_base_model_and_comes_back(model, tiny):
     assert torch.equal(model(ids).logits, tuned)
 
 
-def test_merged_weights_answer_as_the_adapter_does(model):
-    lora.attach_lora(model, Adapter(target=("all-linear")), seed=1)
-    randomise(model)
-    ids = torch.randint(0, 250, (1, 11))
-    expected = model(ids).logits
-    for _, layer in lora.loras(model):
-        layer.weight = nn.Parameter(lora.merged_weight(layer), requires_grad=False)
-        layer.enabled = False
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_merging_rounds_once():
-    base = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
-    layer = lora.LoraLinear(base, Adapter(rank=2))
-    nn.init.normal_(layer.lora_A)
-    nn.init.normal_(layer.lora_B)
-    exact = base.weight.float() + 8.0 * (layer.lora_B @ layer.lora_A)
-    assert torch.equal(lora.merged_weight(layer), exact.bfloat16())
-
-
 def test_a_trained_embedding_leaves_a_tied_head_as_it_was(model):
     lora.attach_lora(model, Adapter(modules_to_save=("embed_tokens",)), seed=1)
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight

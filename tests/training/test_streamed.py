@@ -26,7 +26,6 @@ from recipes import make_run, merge, write_feedback, write_pairs
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.build_model import build_model
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.inference.decoding import merged_meanwhile
 from tunesmith.inference.load_run import load_run
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.planning import memory, resolve
@@ -256,8 +255,7 @@ def test_a_model_that_does_not_fit_streams_as_it_answers(deep, tmp_path, monkeyp
     for share in (0.8, 0.0):
         monkeypatch.setattr(resolve, "ANSWERING_SHARE", share)
         loaded = load_run(tmp_path / "run/run")
-        # As answers are decoded: an adapter in fp32 is merged where the weights stay in place.
-        with torch.no_grad(), merged_meanwhile(loaded.model):
+        with torch.no_grad():
             found.append(loaded.model(input_ids=ids).logits)
         monkeypatch.setattr(memory, "moved_to_host", lambda run, machine: run.train.cpu_offload)
     assert isinstance(loaded.train_model.layers[0], StreamedLayer)

@@ -393,19 +393,6 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield name, module, key.removeprefix(ORIGINAL)
 
 
-@torch.no_grad()
-def merged_weight(layer: LoraLinear) -> Tensor:
-    """Base weight plus update, [out_features, in_features] in the base's dtype.
-
-    They are added in fp32 and rounded once.
-    """
-    # In fp32 at least: base and update would each lose bits if rounded before the sum.
-    weight = layer.dense()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide) + layer.update().to(wide)
-    return merged.to(weight.dtype)
-
-
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone: no adapter, and modules trained in full back at their base values."""

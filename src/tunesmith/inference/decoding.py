@@ -26,7 +26,6 @@ from transformers import (
     TextStreamer,
 )
 
-from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.data.batches.batch import join_pixels
 from tunesmith.data.text.example import Example, Pixels
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -35,7 +34,6 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.vision import mark_pictures
-from tunesmith.runtime.stream import streamed_modules
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
 MIN_SAMPLE_TOKENS = 16  # of a sample answer that is cut to save time
@@ -63,18 +61,17 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(name: str, value: float, is_allowed: bool, allowed: str) -> None:
+        ranges = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or above"),
+            ("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        )
+        for name, is_allowed, allowed in ranges:
             if not is_allowed:
-                what = f"{name} {value} is out of range"
+                what = f"{name} {getattr(self, name)} is out of range"
                 raise UsageError(what, where=name, fix=f"give {allowed}")
-
-        check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        is_finite = 0 <= self.temperature < math.inf
-        check("temperature", self.temperature, is_finite, "0 (greedy) or above")
-        check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("top_k", self.top_k, self.top_k >= 0, "0 (off) or above")
-        fits = 0 <= self.seed < 2**63
-        check("seed", self.seed, fits, "a whole number from 0 to 2^63 - 1")
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
             raise UsageError(
                 "top-p and top-k have no effect",
@@ -304,8 +301,7 @@ def answer_all(
     answered: Callable[[Sequence[Answer]], object] = lambda _: None,
     pictures: Callable[[int], Pixels | None] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from
-    index `start` on.
+    """Answer many prompts; yield (index, answer) in their order, from index `start` on.
 
     The batches do not depend on `start`: the window that holds it is computed whole. Once
     `cancelled` says so, the current window is dropped and the iterator ends. Each of several ranks
@@ -343,48 +339,19 @@ def answer_all(
             answered([answers[i] for i in rows if i >= start])
         return answers
 
-    with merged_meanwhile(model):
-        # Whole windows, so that a start in the middle forms the same batches.
-        for turn in range(start // window * window, len(prompts), window * ranks.world):
-            answers_of_rank: dict[int, Answer] | None = {}
-            with ranks.raise_on_all_ranks():
-                first = turn + ranks.rank * window
-                if first < len(prompts):
-                    answers_of_rank = answer_window(first)
-            for answers in ranks.all_gather_object(answers_of_rank):
-                if answers is None:
-                    return
-                for i in sorted(answers):
-                    if i >= start:
-                        yield i, answers[i]
-
-
-@contextmanager
-def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
-    """Merge an fp32 model's adapter into its weights inside the block: fewer matmuls a token, equal
-    up to rounding.
-
-    In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base
-    cannot take them. Outside its forward a streamed layer's weights are those of another one.
-    """
-    layers = []
-    streamed = streamed_modules(model)
-    for _, layer in loras(model):
-        if not isinstance(layer, LoraLinear) or layer in streamed:
-            continue
-        if layer.enabled and layer.weight.dtype == torch.float32:
-            layers.append(layer)
-    weights = [layer.weight for layer in layers]
-    try:
-        for layer in layers:
-            layer.weight = torch.nn.Parameter(merged_weight(layer), requires_grad=False)
-            layer.enabled = False
-        yield
-    # The weights themselves come back: subtracting the update would leave a rounding.
-    finally:
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.weight = weight
-            layer.enabled = True
+    # Whole windows, so that a start in the middle forms the same batches.
+    for turn in range(start // window * window, len(prompts), window * ranks.world):
+        answers_of_rank: dict[int, Answer] | None = {}
+        with ranks.raise_on_all_ranks():
+            first = turn + ranks.rank * window
+            if first < len(prompts):
+                answers_of_rank = answer_window(first)
+        for answers in ranks.all_gather_object(answers_of_rank):
+            if answers is None:
+                return
+            for i in sorted(answers):
+                if i >= start:
+                    yield i, answers[i]
 
 
 class AnswerClock:
@@ -498,7 +465,6 @@ def sample_answers(
         train_model.use_training_attention()
     if clock.late:
         return []
-    samples = []
-    for prompt, answer, reference, row in zip(prompts, answers, expected, rows, strict=True):
-        samples.append(SampleAnswer(decode(tokenizer, prompt), answer.text, reference, row))
-    return samples
+    texts = [decode(tokenizer, prompt) for prompt in prompts]
+    written = [answer.text for answer in answers]
+    return list(map(SampleAnswer, texts, written, expected, rows))

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe, untrusted_code
-from tunesmith.config.names import nearest
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.data.text import builtin_templates
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
@@ -123,11 +122,10 @@ class LoadedModel(OpenedRun, Tabular):
 
     def table(self) -> ResultTable:
         """Show what was loaded, where it is, and how it is prompted."""
-        kinds = {"adapter": "an adapter over its base", "full": "trained in full", "base": "a base"}
         device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
         rows = [
             ("model", str(self.location.folder or self.location.base.name)),
-            ("kind", kinds[self.location.holds]),
+            ("kind", self.location.holds),
             ("base", self.location.base.name),
             ("device", f"{device}, in {dtype}"),
             ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
@@ -185,24 +183,11 @@ class LoadedModel(OpenedRun, Tabular):
             self.train_model.use_inference_attention()
 
 
-def path_of(run: object) -> str:
-    """The path that names a run: itself, or of its Result; UsageError for anything else."""
-    if isinstance(run, str | os.PathLike):
-        return os.fspath(run)
-    raise UsageError(
-        f"a run is named by its folder, not by {type(run).__name__}",
-        where=f"{run!r:.80}",
-        fix='pass one run, such as "runs/my-run", or what train returned; '
-        "tunesmith.compare(a, b) puts several side by side",
-    )
-
-
 def check_dtype(dtype: str | None) -> None:
     """UsageError for a dtype of another name than the recipe's."""
     names = get_args(Dtype)
     if dtype is not None and dtype not in names:
-        near = nearest(str(dtype), names)
-        fix = f"did you mean {near}?" if near else f"use one of {', '.join(names)}"
+        fix = f"use one of {', '.join(names)}"
         raise UsageError(f"there is no dtype {dtype}", where="--dtype", fix=fix)
 
 
@@ -220,9 +205,9 @@ def locate_run(
         CheckpointError: a run directory without a finished checkpoint, or a damaged one that was
             named.
     """
-    path = path_of(path)
+    path = os.fspath(path)
     place = Path(path)
-    if str(path) == demo_model.DEMO_NAME and not _holds_model(place):
+    if path == demo_model.DEMO_NAME and not _holds_model(place):
         base = Model(name=str(demo_model.demo_model()))
         location = RunLocation(
             "base", None, base, note=f"the demo's model: {demo_model.DEMO_DESCRIPTION}"
@@ -241,10 +226,10 @@ def locate_run(
             note += f"; its run is {from_here(run.output_dir)}"
         location = RunLocation("base", None, run.model, run, note, is_worth_telling=has_run)
     elif place.is_file() and place.suffix == ".gguf":
-        location = RunLocation("base", None, Model(name=str(path)))
+        location = RunLocation("base", None, Model(name=path))
     # A folder of that name wins over a Hub id.
-    elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
-        location = RunLocation("base", None, Model(name=str(path)), note=_note_of_hub(str(path)))
+    elif _HUB_ID.match(path) and not place.parent.is_dir():
+        location = RunLocation("base", None, Model(name=path), note=_note_of_hub(path))
     elif place.is_file():
         raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
@@ -450,7 +435,13 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
         location = _with_base(location, replace(location.base, dtype=dtype or location.dtype))
     folder = location.folder
     if folder and location.holds == "base" and folder != Path(location.base.name):
-        manifest.check_sums(folder, reads=_is_read_beside_base)
+        # The weights are those of the run's base.
+        manifest.check_sums(
+            folder,
+            reads=lambda name: (
+                not name.startswith("state/") and Path(name).suffix != ".safetensors"
+            ),
+        )
     elif folder:
         manifest.check_sums(folder)
     run = _inference_recipe(location, dtype)
@@ -524,11 +515,6 @@ def _read_files(
     return run, replace(files, model=run.model, tokenizer=tokenizer)
 
 
-def _is_read_beside_base(name: str) -> bool:
-    """Tell whether a file of a run's folder is read although the weights are the run's base's."""
-    return not name.startswith("state/") and not name.endswith(".safetensors")
-
-
 def _check_room(files: "ModelFiles", device: "torch.device") -> None:
     """MachineError where a CPU cannot hold the dense weights, whatever other programs give back."""
     from tunesmith.model.dtypes import DTYPES
@@ -539,17 +525,15 @@ def _check_room(files: "ModelFiles", device: "torch.device") -> None:
         return
     needed = files.spec.parameters * DTYPES[model.dtype].itemsize
     budget = host_budget()
-    if needed <= budget.ceiling:
-        return
-    weights = f"{needed / 2**30:.1f} GiB"
-    room = f"{budget.ceiling / 2**30:.1f} GiB"
-    fix = budget.limit.fix(needed * 5 // 4 - budget.free)
-    raise MachineError(
-        f"the model does not fit: its weights take {weights}, and {room} can be used",
-        where=", ".join(filter(None, ["cpu", budget.limit.describe()])),
-        why=f"{files.spec.parameters:,} parameters in {model.dtype}",
-        fix=fix or "a smaller model, or a machine with more memory",
-    )
+    if needed > budget.ceiling:
+        raise MachineError(
+            f"the model does not fit: its weights take {needed / 2**30:.1f} GiB, and "
+            f"{budget.ceiling / 2**30:.1f} GiB can be used",
+            where=", ".join(filter(None, ["cpu", budget.limit.describe()])),
+            why=f"{files.spec.parameters:,} parameters in {model.dtype}",
+            fix=budget.limit.fix(needed * 5 // 4 - budget.free)
+            or "a smaller model, or a machine with more memory",
+        )
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +45,6 @@ from tunesmith.inference.load_run import (
     RunLocation,
     load_run,
     locate_run,
-    path_of,
     require_held_out,
     that_sees,
 )
@@ -86,7 +84,6 @@ class EvalResult:
         loss: mean cross-entropy over them, in nats.
         perplexity: exp(loss).
         token_accuracy: share of them that are the most likely token after all true tokens before.
-        pair_accuracy: of pairs of answers, the mean of `pairs`.
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
             log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
             models share.
@@ -98,7 +95,6 @@ class EvalResult:
     loss: float
     perplexity: float
     token_accuracy: float
-    pair_accuracy: float | None = None
     pairs: tuple[float, ...] = field(default=(), repr=False)
     row_losses: tuple[float, ...] = field(default=(), repr=False)
     row_tokens: tuple[int, ...] = field(default=(), repr=False)
@@ -279,7 +275,6 @@ def score(
         loss,
         perplexity,
         hits / count,
-        pair_accuracy=fmean(pairs) if pairs else None,
         pairs=tuple(pairs),
         row_losses=tuple(row_losses.tolist()),
         row_tokens=tuple(row_tokens.tolist()),
@@ -384,7 +379,7 @@ def evaluate(
         scorers = check_scorer_names(scorers)
         location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
-            parts, name = _held_out_rows(location, path_of(path))
+            parts, name = _held_out_rows(location, os.fspath(path))
         else:
             source, rows = _rows_of(data, split, max_examples)
             name = source.source

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 from tunesmith.cli.options import (
@@ -22,7 +22,7 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.host.streams import width_of
-from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence
+from tunesmith.metrics.intervals import Interval, loss_sentence
 from tunesmith.tools.evaluate.decoding_options import decoding_of
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
@@ -91,14 +91,13 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         "cut": result.cut,
     }
     for name, score in result.scores.items():
-        values = asdict(score)
-        for key in ("pair_accuracy", "pairs", "row_losses", "row_tokens"):
-            del values[key]
-        for key, value in values.items():
-            # JSON has neither NaN nor infinity.
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None
-        report[name] = values
+        report[name] = {
+            "rows": score.rows,
+            "tokens": score.tokens,
+            "loss": finite_or_none(score.loss),
+            "perplexity": finite_or_none(score.perplexity),
+            "token_accuracy": finite_or_none(score.token_accuracy),
+        }
     if result.answers is not None:
         report["answers"] = str(result.answers)
         report["unanswered"] = result.unanswered
@@ -106,7 +105,9 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
     if result.by_scorer:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
     if result.loss_difference is not None:
-        report["loss_difference"] = loss_difference_as_json(result.loss_difference)
+        loss = result.loss_difference
+        values = difference_as_json(loss.mean, loss.interval)
+        report["loss_difference"] = {"rows": loss.rows, **values, "verdict": loss_sentence(loss)}
     if result.seen is not None:
         report["seen"] = result.seen.count
     return report
@@ -133,16 +134,15 @@ def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str
     return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
 
 
-def loss_difference_as_json(difference: LossDifference) -> dict[str, object]:
-    """Return how much the loss of tuned differs from that of base, and the verdict."""
-    values = difference_as_json(difference.mean, difference.interval)
-    return {"rows": difference.rows, **values, "verdict": loss_sentence(difference)}
+def finite_or_none(value: float) -> float | None:
+    """Return a number that JSON can hold: it has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def difference_as_json(mean: float, interval: Interval | None) -> dict[str, float | None]:
     """A difference and the ends of its interval; None where there are too few rows for one."""
     low, high = (None, None) if interval is None else interval[1:]
-    return {"mean": mean if math.isfinite(mean) else None, "low": low, "high": high}
+    return {"mean": finite_or_none(mean), "low": low, "high": high}
 
 
 def scores_as_json(scores: RowScores) -> dict[str, object]:

@@ -32,7 +32,6 @@ from tunesmith.inference.load_run import (
     RunLocation,
     check_dtype,
     locate_run,
-    path_of,
     read_run_files,
     select_device,
     undeleted,
@@ -130,7 +129,7 @@ def merge(
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
     check_dtype(dtype)
-    path = path_of(path)
+    path = os.fspath(path)
     location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = merge_place(path, output, location, force=force)
     dtype = dtype or location.dtype

@@ -52,15 +52,10 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
     """
     if not runs:
         raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
-    folders = with_runs_of_folders([os.fspath(run) for run in runs])
-    read = [RunFiles(folder) for folder in folders]
+    read = [RunFiles(folder) for folder in with_runs_of_folders([os.fspath(run) for run in runs])]
     label_apart(read)
     names = tuple(run.label for run in read)
-    verdict = judge(read)
-    reasons = list(verdict.reasons)
-    if len(folders) == 1 < len(runs):
-        reasons.insert(0, f"All {len(runs)} names are of one run: {folders[0]}.")
-    return Comparison(names, verdict._replace(reasons=reasons), _figures(read))
+    return Comparison(names, judge(read), _figures(read))
 
 
 def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
