@@ -336,7 +336,7 @@ def test_a_removed_command_gets_one_line(
     assert chat(monkeypatch, f"{command}\n/quit\nnot asked\n", str(run)) == EXIT_OK
     out, err = capsys.readouterr()
     assert out == ""
-    (_,) = lines_with(err, command.partition(" ")[0], "/reset", "/quit", "--side-by-side")
+    (_,) = lines_with(err, command.partition(" ")[0], "/reset", "/quit")
     assert [*tmp_path.iterdir()] == []
 
 
@@ -348,27 +348,24 @@ def test_other_words_that_leave_a_chat(
     assert capsys.readouterr() == ("", "")
 
 
-def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
+def test_a_chat_sees_its_earlier_answers_until_a_reset(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each side answers as in a chat of its own, also after /reset."""
     from tunesmith.tools.evaluate.chat import Chat
 
     chats: list[Chat] = []
     talk = Chat.talk
     monkeypatch.setattr(Chat, "talk", lambda self: (chats.append(self), talk(self)))
 
-    def turns(text: str, *words: str) -> dict[str, list[tuple[str, str]]]:
+    def turns(text: str, *words: str) -> list[tuple[str, str]]:
         assert chat(monkeypatch, text, str(run), *words) == EXIT_OK
         return chats[-1].turns
 
-    base = turns("first\nsecond\n", "--base")
     tuned = turns("first\nsecond\n")
-    assert base["base"] != tuned["tuned"]
-    assert turns("first\nsecond\n", "--side-by-side") == {**base, **tuned}
+    assert turns("first\nsecond\n", "--base") != tuned
     alone = turns("second\n")
     # What was said before counts, until it is forgotten
-    assert alone["tuned"] != tuned["tuned"][1:]
+    assert alone != tuned[1:]
     assert turns("first\n/reset\nsecond\n") == alone
 
 
@@ -389,7 +386,7 @@ def test_a_question_that_does_not_fit_costs_no_turn(
     )
     monkeypatch.setattr(Chat, "_typed_lines", typed_lines)
     assert chat(monkeypatch, "", str(run)) == EXIT_OK
-    assert [question for question, _ in chats[0].turns["tuned"]] == ["hello"]
+    assert [question for question, _ in chats[0].turns] == ["hello"]
 
 
 def test_a_chat_shows_the_model_its_tools(
@@ -416,25 +413,25 @@ def test_a_chat_shows_the_model_its_tools(
         check_shown(capsys.readouterr().err, where=str(name))
 
 
-def test_chat_forgets_the_oldest_turns_and_says_so(
+def test_a_conversation_that_is_full_is_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A context of 2048 byte tokens holds two of these questions, not three."""
-    assert chat(monkeypatch, f"{'a' * 900}\n{'b' * 900}\n{'c' * 900}\n", str(run)) == EXIT_OK
-    assert lines_with(capsys.readouterr().err, "tuned", 1)
-    assert chat(monkeypatch, "d" * 2100, str(run)) == EXIT_USAGE
-    assert holds(capsys.readouterr().err, 2042)
+    questions = [letter * 900 for letter in "abc"]
+    assert chat(monkeypatch, "\n".join(questions), str(run)) == EXIT_USAGE
+    assert holds(capsys.readouterr().err, 2042, "/reset")
+    assert chat(monkeypatch, "\n".join([*questions[:2], "/reset", questions[2]]), str(run)) == 0
 
 
-def test_chat_with_a_full_run_opens_its_base_beside_it(
+def test_chat_with_the_base_of_a_full_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = peft_model(tiny).merge_and_unload()
     make_run(tmp_path / "full", tiny, whole)
-    assert chat(monkeypatch, "hello there\n", str(tmp_path / "full"), "--side-by-side") == EXIT_OK
-    both = capsys.readouterr().out
+    assert chat(monkeypatch, "hello there\n", str(tmp_path / "full"), "--base") == EXIT_OK
+    base = capsys.readouterr().out
     assert chat(monkeypatch, "hello there\n", str(tiny)) == EXIT_OK
-    assert both.startswith(f"base: {capsys.readouterr().out}tuned: ")
+    assert base == capsys.readouterr().out
 
 
 ECHO = "hello\r\n"  # a question is on its way
@@ -478,17 +475,16 @@ def on_a_terminal(
 
 
 def test_chat_on_a_terminal(run: Path) -> None:
-    """Both answers; then ctrl-C twice leaves without a fault."""
+    """An answer; then ctrl-C twice leaves without a fault."""
     steps = [
         ("you> ", b"hello\n"),
         ("you> ", b"/reset\n"),
         ("you> ", b"\x03"),
         ("again exits", b"\x03"),
     ]
-    shown, code = on_a_terminal(["chat", str(run), "--side-by-side", *SHORT], steps, columns=100)
+    shown, code = on_a_terminal(["chat", str(run), *SHORT], steps, columns=100)
     assert code == EXIT_OK, shown
-    for side in ("base", "tuned"):
-        assert f"{side}> " in shown
+    assert "tuned> " in shown
     assert "forgotten" in shown
     assert "Traceback" not in shown
 
@@ -555,12 +551,10 @@ def test_eval_compares_two_runs(
 
 
 def test_benchmarks_are_run_by_their_own_command(capsys):
-    assert (
-        main(["eval", "run", "--limit", "9", "--tasks", "gsm8k", "--chat-template"]) == EXIT_USAGE
-    )
+    assert main(["eval", "run", "--tasks", "gsm8k"]) == EXIT_USAGE
     error = error_in(capsys.readouterr().err)
     fix = ["lm-eval run", "peft=RUN/final", "docs/evaluate.md"]
-    check_error(error, where="command line: --tasks", fix=fix)
+    check_error(error, where="command line: tunesmith eval", fix=fix)
 
 
 @pytest.mark.parametrize(
@@ -601,11 +595,11 @@ def test_columns_on_the_command_line(
         (["--columns", "{prompt: [a]}"], "is not name=column"),
         (
             ["--columns", "promt=q", "--format", "prompt-completion"],
-            "promt is not a column of format prompt-completion",
+            "format prompt-completion has no column promt",
         ),
         (
             ["--columns", "promt=q,complete=a", "--format", "prompt-completion"],
-            "promt, complete are not columns of format prompt-completion",
+            "format prompt-completion has no column promt, complete",
         ),
     ],
 )

@@ -123,6 +123,12 @@ OTHER_OPTIONS = {
         "remove it: plan shows the mesh that train takes; parallel.shard=N parallel.tensor=N plans "
         "another one"
     ),
+    "tunesmith eval --tasks": (
+        "pip install lm-eval, then: lm-eval run --model hf --model_args "
+        "pretrained=BASE,peft=RUN/final --tasks NAME (docs/evaluate.md)"
+    ),
+    "tunesmith eval --exact-match": "--score exact",
+    "tunesmith chat --side-by-side": "tunesmith chat RUN, and tunesmith chat RUN --base",
     "tunesmith report --markdown": "the page, or --json for a script",
     "tunesmith watch --json": "tunesmith report --json, or tunesmith status --json",
     "tunesmith sweep --candidates": "list the values: train.learning_rate=1e-5,1e-4,1e-3",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from pydantic import JsonValue, TypeAdapter
 
@@ -90,9 +90,7 @@ class AnswersHeader:
             clauses.append("its prompts differ: the rows, the template or the tokenizer changed")
         if earlier.get("weights") != self.weights or earlier.get("base") != self.base:
             clauses.append("its model differs: another checkpoint, or trained further")
-        decoding = earlier.get("decoding")
-        options = decoding if isinstance(decoding, dict) else {}
-        before = {**options, "batch_size": earlier.get("batch_size")}
+        before = {**earlier, **(cast("dict[str, JsonValue]", earlier.get("decoding")) or {})}
         for name, value in {**asdict(self.decoding), "batch_size": self.batch_size}.items():
             if before.get(name) != value:
                 option = f"--{name.replace('_', '-')}"

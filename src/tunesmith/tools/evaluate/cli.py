@@ -38,7 +38,6 @@ lm-evaluation-harness.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tunesmith.cli.options import (
     add_decoding,
@@ -53,33 +52,12 @@ from tunesmith.cli.options import (
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import reported_once_a_node
-from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.tools.evaluate.scorers import check_scorer_names
 
 LOADS_TORCH = "here"
 
 MAX_NEW_TOKENS = 256
-
-
-class RemovedExactMatch(argparse.Action):
-    """The removed option `--exact-match`: an error that names its replacement."""
-
-    def __call__(self, *args: Any) -> None:
-        raise UsageError("the option was removed", where="--exact-match", fix="--score exact")
-
-
-class RemovedTasks(argparse.Action):
-    """The removed option `--tasks`: an error that names its replacement."""
-
-    def __call__(self, *args: Any) -> None:
-        raise UsageError(
-            "eval runs no benchmarks",
-            where="command line: --tasks",
-            why="lm-evaluation-harness opens adapters and models by itself",
-            fix="pip install lm-eval, then: lm-eval run --model hf --model_args "
-            "pretrained=BASE,peft=RUN/final --tasks NAME (docs/evaluate.md)",
-        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for --score: move earlier answers aside and answer again",
     )
-    parser.add_argument("--tasks", action=RemovedTasks, help=argparse.SUPPRESS)
-    parser.add_argument("--exact-match", action=RemovedExactMatch, nargs=0, help=argparse.SUPPRESS)
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")
     add_json(parser)

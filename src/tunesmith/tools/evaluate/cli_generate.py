@@ -14,7 +14,6 @@ ctrl-C, --resume continues.
 
 import argparse
 import json
-import os
 import sys
 from contextlib import suppress
 from itertools import takewhile
@@ -26,11 +25,9 @@ from tunesmith.data.rows.detect import sample_rows
 from tunesmith.data.source.open_source import Rows, from_list, read_rows
 from tunesmith.errors import (
     DataError,
-    MachineError,
     StoppedError,
     UsageError,
 )
-from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.load_run import load_run, locate_run, that_sees
@@ -78,43 +75,39 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.tools.evaluate.generate import generate
 
     decoding = decoding_of(args)
-    stop = StopRequest(interactive=True)
     location = that_sees(location, sample_rows(rows)[0].values())
-    loaded = load_run(location, device=args.device)
-    with options.fixes_as_options():
-        answers = generate(
-            loaded,
-            rows,
-            decoding,
-            format_name=args.format_name,
-            columns=dict(args.columns) or None,
-            batch_size=args.batch_size,
-            start=answer_count,
-            cancelled=stop.requested,
-        )
-    if location.note:
-        options.notify(location.note)
-    print(f"{count_of(len(rows) - answer_count, 'row')}, {decoding.describe()}", file=sys.stderr)
-    name = output or "standard output"
-    with sink, stop, options.ProgressCounter() as progress:
-        progress("answers", answer_count, len(rows))
-        for row in answers:
-            sink.write(row, why=f"it holds {answer_count} of {count_of(len(rows), 'row')}")
-            answer_count += 1
+    stop = StopRequest(interactive=True)
+    # An output that cannot be written is reported before the model is loaded.
+    with sink:
+        loaded = load_run(location, device=args.device)
+        with options.fixes_as_options():
+            answers = generate(
+                loaded,
+                rows,
+                decoding,
+                format_name=args.format_name,
+                columns=dict(args.columns) or None,
+                batch_size=args.batch_size,
+                start=answer_count,
+                cancelled=stop.requested,
+            )
+        if location.note:
+            options.notify(location.note)
+        rows_left = count_of(len(rows) - answer_count, "row")
+        print(f"{rows_left}, {decoding.describe()}", file=sys.stderr)
+        with stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
+            for row in answers:
+                sink.write(row, why=f"it holds {answer_count} of {count_of(len(rows), 'row')}")
+                answer_count += 1
+                progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
-        again = _with_resume(output, args)
-        go_on = f"; to continue, run the same command again{again}" if again else ""
-        raise StoppedError(
-            f"stopped: {name} holds {answer_count} of {count_of(len(rows), 'row')}{go_on}"
-        )
-
-
-def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
-    """Name the flags that the command needs to go on with its output; "" if that is no file."""
-    if output is None or not output.is_file():
-        return ""
-    return " with --resume" + (" instead of --force" if args.force else "")
+        go_on = ""
+        if output and output.is_file():
+            go_on = "; to continue, run the same command again with --resume"
+            go_on += " instead of --force" if args.force else ""
+        held = f"{answer_count} of {count_of(len(rows), 'row')}"
+        raise StoppedError(f"stopped: {output or 'standard output'} holds {held}{go_on}")
 
 
 def _is_stream(output: Path) -> bool:
@@ -181,30 +174,16 @@ def _read_input(name: str) -> Rows:
 
 
 def check_output(output: Path | None, args: argparse.Namespace) -> None:
-    """UsageError or MachineError for an output that cannot be written, or gone on with."""
+    """UsageError for an output that cannot be gone on with, or that is the input."""
     where = "--output"
     if args.resume and (output is None or _is_stream(output)):
         place = f"{where} {args.output}"
         raise UsageError("--resume requires an output file", where=place, fix="name a file")
     if output is None:
         return
-    if output.suffix.lower() in (".csv", ".parquet"):
-        fix = f"--output {shell_path(output.with_suffix('.jsonl'))}"
-        raise UsageError("answers are written as JSON lines", where=f"{where} {output}", fix=fix)
     # Opening the output would empty the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")
-    # The file need not be there yet: its first folder that is there tells whether it may be.
-    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
-    why = ""
-    if nearest != output and not nearest.is_dir():
-        why = f"{nearest} is a file, not a folder"
-    elif not os.access(nearest, os.W_OK):
-        why = f"no permission to write to {nearest}"
-    if why:
-        what = f"{output} cannot be written"
-        fix = "use a writable file"
-        raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
 
 
 def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:

@@ -185,9 +185,8 @@ def _source_by_columns(
     known = FORMAT_COLUMNS[format_name]
     unknown = [column for column in columns if column not in known]
     if unknown:
-        are_no = "is not a column" if len(unknown) == 1 else "are not columns"
         raise UsageError(
-            f"{', '.join(unknown)} {are_no} of format {format_name}",
+            f"format {format_name} has no column {', '.join(unknown)}",
             where="--columns",
             fix=f"its columns are {', '.join(known)}: write one of them before each =",
         )
@@ -233,20 +232,14 @@ def _detect_source(
         key_column = _key_column(layout.format, layout.columns)
         if layout.format == "text":
             # Any single column would train as text, but the run answers what it was trained on.
-            is_right = plain(key_column) in ROW_FORMATS["text"].names("text")
+            is_usual = plain(key_column) in ROW_FORMATS["text"].names("text")
+            is_right = format_name == "text" or is_usual
         else:
             is_right = like is None or key_column == _key_column(like.format, like.columns)
         if not is_right or not all(key_column in row for row in sample.values()):
             continue
         if layout.renamed != source.columns:
-            # Without the answer that was put in.
-            columns_here = {
-                name: column
-                for name, column in layout.columns.items()
-                if any(column in row for row in sample.values())
-            }
-            shown = replace(layout, columns=columns_here)
-            log.info(f"{from_here(name)}: {shown.describe()}")
+            log.info(f"{from_here(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
         return replace(source, format=layout.format, columns=layout.renamed)
     return None
 

@@ -31,6 +31,7 @@ class ResumedFile:
         self.lines: list[bytes] = []
         self.torn = b""
         self._file: BinaryIO | None = None
+        self._is_cut = False  # to the whole lines, before the first write
         self._read_size = 0
         if path.exists():
             try:
@@ -46,12 +47,11 @@ class ResumedFile:
             *self.lines, self.torn = content.split(b"\n")
 
     def __enter__(self) -> Self:
-        kept = sum(len(line) + 1 for line in self.lines)
+        """Create the file and lock it. Its content stays until the first line is written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab")
             self._lock(self._file)
-            self._file.truncate(kept)
         except BlockingIOError:
             self.__exit__()
             raise UsageError(
@@ -88,6 +88,9 @@ class ResumedFile:
         assert self._file is not None
         line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
         try:
+            if not self._is_cut:
+                self._file.truncate(sum(len(line) + 1 for line in self.lines))
+                self._is_cut = True
             # UTF-8 has no lone surrogate: it is written as its JSON escape.
             self._file.write(line.encode("utf-8", "backslashreplace"))
             # A process that is killed loses one answer.
