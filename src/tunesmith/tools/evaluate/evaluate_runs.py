@@ -1,6 +1,5 @@
 """Several runs on the same rows: each as `evaluate` measures it, and compared row by row."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from tunesmith.tools.evaluate.evaluate import (
     interval_rows,
     loss_rows,
 )
-
-_CHECKPOINT_FOLDER = re.compile(r"final|checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -197,11 +194,7 @@ def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocatio
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
     """Name the runs by their folders' names, if these differ."""
-    names = []
-    for path in paths:
-        place = Path(path)
-        is_part = _CHECKPOINT_FOLDER.fullmatch(place.name) is not None
-        names.append(f"{place.parent.name}/{place.name}" if is_part else place.name)
+    names = [Path(path).name for path in paths]
     if len(set(names)) == len(names) and "base" not in names and all(names):
         return names
     return [str(path) for path in paths]

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict
@@ -79,9 +79,9 @@ def call_score(answer: list[ToolCall], reference: list[ToolCall]) -> float:
 def learn_call_form(rendering: str) -> CallReader | None:
     """The reader of calls written as CALL_PROBE is in `rendering`; None if no form fits."""
     for learn in (_json_form, _named_form, _tagged_form, _python_form):
-        form = learn(rendering)
-        if form is not None and form.read(rendering) == [CALL_PROBE]:
-            return form.read
+        read = learn(rendering)
+        if read is not None and read(rendering) == [CALL_PROBE]:
+            return read
     return None
 
 
@@ -107,32 +107,23 @@ def _decode(text: str, start: int) -> "tuple[JsonValue, int]":
         raise ValueError("it is nested too deeply") from None
 
 
-@dataclass(frozen=True)
-class _JsonForm:
-    """One JSON value for a call, or a list of such; at the start where nothing opens it."""
-
-    opening: str
-
-    def read(self, text: str) -> list[ToolCall]:
-        calls: list[ToolCall] = []
-        end = 0
-        for start in self._starts(text):
-            if start < end:
-                continue
-            end = start
-            # Several may follow each other behind one opening.
-            with suppress(ValueError):
-                while True:
-                    value, end = _decode(text, end)
-                    calls += _calls_in(value)
-        return calls
-
-    def _starts(self, text: str) -> Iterator[int]:
-        if not self.opening:
-            yield 0
-            return
-        for match in re.finditer(re.escape(self.opening), text):
-            yield match.end()
+def _read_json(opening: str, text: str) -> list[ToolCall]:
+    """Read one JSON value for a call, or a list of such; at the start where nothing opens it."""
+    starts = [0]
+    if opening:
+        starts = [match.end() for match in re.finditer(re.escape(opening), text)]
+    calls: list[ToolCall] = []
+    end = 0
+    for start in starts:
+        if start < end:
+            continue
+        end = start
+        # Several may follow each other behind one opening.
+        with suppress(ValueError):
+            while True:
+                value, end = _decode(text, end)
+                calls += _calls_in(value)
+    return calls
 
 
 def _calls_in(value: "JsonValue") -> Iterator[ToolCall]:
@@ -155,29 +146,24 @@ def _calls_in(value: "JsonValue") -> Iterator[ToolCall]:
             yield ToolCall(name, arguments)
 
 
-def _json_form(rendering: str) -> _JsonForm | None:
+def _json_form(rendering: str) -> CallReader | None:
     for match in re.finditer(r"[\[{]", rendering):
         with suppress(ValueError):
             value, _ = _decode(rendering, match.start())
             if list(_calls_in(value)) == [CALL_PROBE]:
-                return _JsonForm(_opening(rendering[: match.start()]))
+                return partial(_read_json, _opening(rendering[: match.start()]))
     return None
 
 
-@dataclass(frozen=True)
-class _NamedForm:
-    """A name, then its arguments as one JSON object, or in Gemma's notation of one."""
-
-    head: re.Pattern[str]
-
-    def read(self, text: str) -> list[ToolCall]:
-        calls = []
-        for match in self.head.finditer(text):
-            with suppress(ValueError):
-                arguments = _decode_arguments(text[match.end() :])
-                if isinstance(arguments, dict):
-                    calls.append(ToolCall(match[1], arguments))
-        return calls
+def _read_named(head: re.Pattern[str], text: str) -> list[ToolCall]:
+    """Read a name, then its arguments as one JSON object, or in Gemma's notation of one."""
+    calls = []
+    for match in head.finditer(text):
+        with suppress(ValueError):
+            arguments = _decode_arguments(text[match.end() :])
+            if isinstance(arguments, dict):
+                calls.append(ToolCall(match[1], arguments))
+    return calls
 
 
 def _decode_arguments(text: str) -> "JsonValue":
@@ -194,33 +180,30 @@ def _as_json(match: re.Match[str]) -> str:
     return "null" if match[1] is None else json.dumps(match[1])
 
 
-def _named_form(rendering: str) -> _NamedForm | None:
+def _named_form(rendering: str) -> CallReader | None:
     prefix, _, after = rendering.partition(CALL_PROBE.name)
     between, brace, _ = after.partition("{")
     opening = _opening(prefix)
     if not brace or not (opening or between.strip()):
         return None
-    return _NamedForm(re.compile(_flexible(opening) + _CALL_NAME + _flexible(between) + r"(?=\{)"))
+    head = _flexible(opening) + _CALL_NAME + _flexible(between) + r"(?=\{)"
+    return partial(_read_named, re.compile(head))
 
 
-@dataclass(frozen=True)
-class _TaggedForm:
-    """A name, then each argument's name and value between tags. Values are JSON where they can be
-    read as such, else texts."""
+def _read_tagged(head: re.Pattern[str], argument: re.Pattern[str], text: str) -> list[ToolCall]:
+    """Read a name, then each argument's name and value between tags.
 
-    head: re.Pattern[str]
-    argument: re.Pattern[str]
-
-    def read(self, text: str) -> list[ToolCall]:
-        calls = []
-        for head in self.head.finditer(text):
-            arguments = {}
-            position = head.end()
-            while (match := self.argument.match(text, position)) is not None:
-                arguments[match[1]] = _value_of(match[2])
-                position = match.end()
-            calls.append(ToolCall(head[1], arguments))
-        return calls
+    Values are JSON if they can be read as such, else texts.
+    """
+    calls = []
+    for match in head.finditer(text):
+        arguments = {}
+        position = match.end()
+        while (pair := argument.match(text, position)) is not None:
+            arguments[pair[1]] = _value_of(pair[2])
+            position = pair.end()
+        calls.append(ToolCall(match[1], arguments))
+    return calls
 
 
 def _value_of(text: str) -> "JsonValue":
@@ -230,7 +213,7 @@ def _value_of(text: str) -> "JsonValue":
         return text
 
 
-def _tagged_form(rendering: str) -> _TaggedForm | None:
+def _tagged_form(rendering: str) -> CallReader | None:
     words = [CALL_PROBE.name]
     for name, value in CALL_PROBE.arguments.items():
         words += [name, str(value)]
@@ -253,54 +236,40 @@ def _tagged_form(rendering: str) -> _TaggedForm | None:
     argument = (
         f"{_flexible(key_opening)}{_CALL_NAME}{_flexible(to_value)}(.*?){_flexible(value_end)}"
     )
-    return _TaggedForm(
+    return partial(
+        _read_tagged,
         re.compile(_flexible(opening) + _CALL_NAME + name_end),
         re.compile(argument, re.DOTALL),
     )
 
 
-@dataclass(frozen=True)
-class _PythonForm:
-    """Calls as Python writes them, in a list or one a line."""
-
-    opening: str
-    closing: str
-
-    def read(self, text: str) -> list[ToolCall]:
-        start = 0
-        if self.opening:
-            place = text.find(self.opening)
-            if place < 0:
-                return []
-            start = place + len(self.opening)
-        end = text.find(self.closing, start) if self.closing else -1
+def _read_python(opening: str, closing: str, text: str) -> list[ToolCall]:
+    """Read calls as Python writes them, in a list or one a line."""
+    if opening not in text:
+        return []
+    source = text.partition(opening)[2] if opening else text
+    if closing:
         # A call that is cut off may lack its closing.
-        source = text[start : end if end >= 0 else len(text)].strip()
-        try:
-            body = ast.parse(source).body
-            return [call for statement in body for call in _python_calls(statement)]
-        # An answer may hold anything: what is no Python holds no calls.
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return []
+        source = source.partition(closing)[0]
+    try:
+        statements = ast.parse(source.strip()).body
+        return [call for statement in statements for call in _python_calls(statement)]
+    # An answer may hold anything: what is no Python holds no calls.
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
 
 
-def _python_calls(statement: ast.stmt) -> list[ToolCall]:
-    """The calls of a line; ValueError for anything else."""
-    if not isinstance(statement, ast.Expr):
-        raise ValueError("it is not an expression")  # noqa: TRY004
-    nodes = statement.value.elts if isinstance(statement.value, ast.List) else [statement.value]
-    calls = []
-    for node in nodes:
+def _python_calls(statement: ast.stmt) -> Iterator[ToolCall]:
+    """Yield the calls of a line. Raise ValueError for anything else."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    for node in value.elts if isinstance(value, ast.List) else [value]:
         if not isinstance(node, ast.Call) or node.args:
             raise ValueError("it is not a call with named arguments")
         arguments = {}
         for keyword in node.keywords:
-            if keyword.arg is None:
-                raise ValueError("it has arguments without names")
-            # Templates mix JSON's constants with Python's.
-            arguments[keyword.arg] = ast.literal_eval(_Constants().visit(keyword.value))
-        calls.append(ToolCall(ast.unparse(node.func), arguments))
-    return calls
+            # Templates mix JSON's constants with Python's. An argument **x has no name.
+            arguments[keyword.arg or ""] = ast.literal_eval(_Constants().visit(keyword.value))
+        yield ToolCall(ast.unparse(node.func), arguments)
 
 
 class _Constants(ast.NodeTransformer):
@@ -312,11 +281,11 @@ class _Constants(ast.NodeTransformer):
         return node
 
 
-def _python_form(rendering: str) -> _PythonForm | None:
+def _python_form(rendering: str) -> CallReader | None:
     prefix, _, after = rendering.partition(CALL_PROBE.name)
     if not after.startswith("("):
         return None
     end = after.find(")")
     prefix = prefix.rstrip().removesuffix("[")
     closing = after[end + 1 :].lstrip().removeprefix("]").strip()
-    return _PythonForm(_opening(prefix), closing)
+    return partial(_read_python, _opening(prefix), closing)
