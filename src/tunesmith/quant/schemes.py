@@ -36,6 +36,7 @@ class Scheme:
             model's dtype.
         expert_scale_bytes: of the scales of a stack, per weight, that no rank shares.
         expert_dense_bytes: per weight, read and written where a stack is dequantized.
+        block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
         has_fp8_matmuls: it needs a machine with them; the base stays dense on others. The scales of
@@ -51,6 +52,7 @@ class Scheme:
     expert_bytes: float | None = None
     expert_scale_bytes: float = 0.0
     expert_dense_bytes: float = 0.0
+    block: int = 1
     # Dense in 16 bits: two passes read 2 bytes a weight.
     traffic_bytes: float = 4.0
     has_fp8_matmuls: bool = False
@@ -129,6 +131,7 @@ NF4 = Scheme(
     expert_scale_bytes=1 / 64 + 4 / (64 * 256),
     # bitsandbytes' kernel: the codes, scales in fp32, the dense weight.
     expert_dense_bytes=0.5 + 4 / 64 + 2,
+    block=64,
     # The codes are read, and the dequantized weight is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
 )

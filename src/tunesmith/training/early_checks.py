@@ -78,7 +78,7 @@ def _check_rows(run: Run) -> None:
         if not path.is_file() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
             continue
         bad = find_bad_rows(read_rows(source), source, run.data.system)
-        if bad and (run.data.bad_rows == "error" or bad.is_whole):
+        if bad and (run.data.bad_rows == "error" or bad.count == bad.rows):
             refused.append(bad)
     if refused:
         raise error_of_sources(refused)
