@@ -136,22 +136,10 @@ class Step:
 
     def time(self) -> StepTime:
         """Estimate the seconds of the step; in proportion where the chip's speed is unknown."""
-        estimator = self.estimator
-        itemsize = estimator.itemsize
         micro_batches = self.micro_batches
-        shard, tensor = estimator.mesh[1:]
-        # Bytes that a pass gathers, and that a backward reduces: of a frozen base only the layers
-        # are sharded.
-        layers, ends = estimator.weights(itemsize)
-        gathered, reduced, embedding_share = float(layers), 0.0, 0.0
-        if not estimator.trains_adapter:
-            gathered += ends
-            # Gradients are reduced in fp32.
-            reduced = 4 / itemsize * gathered
-            embedding_share = self.spec.head_matmul * itemsize / tensor / gathered
+        tensor = self.estimator.mesh.tensor
+        gather, reduce, copies, embedding_share = self._shard_seconds()
         streamed = self._streamed_bytes / (1e9 * self.host_link)
-        gather = self._ring_seconds(gathered, shard, tensor)
-        reduce = self._ring_seconds(reduced, shard, tensor)
         # No compute runs while the embedding is gathered, or while its gradient is reduced at the
         # end of the backward.
         beside_forward = streamed + (1 - embedding_share) * gather
@@ -162,20 +150,40 @@ class Step:
         backward = (1 + self._recompute_share) * compute - forward
         exposed = embedding_share * (gather + reduce)
         exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
-        # FSDP2 reads and writes what it copies: weights in both passes, and gradients from the
-        # weights' dtype to fp32.
-        copied = micro_batches * (2 * 2 * gathered + (1 + itemsize / 4) * reduced)
         # Each sum of a tensor group is a scatter and a gather.
-        tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden * itemsize
+        tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden
         parts = self._compute_seconds() | {
-            "shard copies": copied / self._memory_bandwidth if shard > 1 else 0.0,
-            "tensor parallel": self._ring_seconds(tensor_bytes, tensor, 1),
+            "shard copies": micro_batches * copies,
+            "tensor parallel": self._ring_seconds(
+                tensor_bytes * self.estimator.itemsize, tensor, 1
+            ),
             "host copies" if streamed else "shards": micro_batches * exposed,
             "gradients": self._gradient_seconds(backward),
         }
         # The passes, and so the micro batch, must be so many times longer.
         longer = max(beside_forward / forward, beside_backward / backward)
-        return StepTime(parts, hides_from=math.ceil(longer * self.tokens / micro_batches))
+        return StepTime(parts, math.ceil(longer * self.tokens / micro_batches))
+
+    def _shard_seconds(self) -> tuple[float, float, float, float]:
+        """Seconds in which a pass gathers weights, a backward reduces gradients, and a micro batch
+        copies both; and the share of the embedding in the weights that are gathered.
+        """
+        itemsize = self.estimator.itemsize
+        _, shard, tensor = self.estimator.mesh
+        # Of a frozen base only the layers are sharded.
+        gathered, ends = self.estimator.weights(itemsize)
+        reduced = embedding_share = 0.0
+        if not self.estimator.trains_adapter:
+            gathered += ends
+            # Gradients are reduced in fp32.
+            reduced = 4 / itemsize * gathered
+            embedding_share = self.spec.head_matmul * itemsize / tensor / gathered
+        # FSDP2 reads and writes what it copies: weights in both passes, and gradients from the
+        # weights' dtype to fp32.
+        copied = 2 * 2 * gathered + (1 + itemsize / 4) * reduced if shard > 1 else 0.0
+        gather = self._ring_seconds(gathered, shard, tensor)
+        reduce = self._ring_seconds(reduced, shard, tensor)
+        return gather, reduce, copied / self._memory_bandwidth, embedding_share
 
     def _gradient_seconds(self, backward: float) -> float:
         """Estimate the seconds that the sum of gradients over the data ranks adds to a step.

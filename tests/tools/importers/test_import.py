@@ -488,17 +488,6 @@ def test_a_recipe_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[
         check_shown(capsys.readouterr().err, where=path.name, fix=["tunesmith train"])
 
 
-def test_held_out_rows_without_an_interval_are_told(tmp_path: Path) -> None:
-    held_out = {"val_set_size": 0.05}
-    recipe = translated("axolotl", BASES["axolotl"] | held_out, tmp_path)
-    assert recipe.values["validate.every"] is None
-    note = notes_by_key(recipe)["val_set_size"]
-    assert note.differs
-    assert "validate.every" in note.why
-    measured = translated("axolotl", BASES["axolotl"] | held_out | {"eval_steps": 5}, tmp_path)
-    assert "val_set_size" not in notes_by_key(measured)
-
-
 def test_each_value_has_a_comment(tmp_path: Path) -> None:
     for tool, values in BASES.items():
         recipe = translated(tool, values | {"val_set_size": 0.05, "val_size": 0.05}, tmp_path)

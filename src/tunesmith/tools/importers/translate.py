@@ -363,11 +363,6 @@ def _set_intervals(recipe: Translation) -> None:
         elif recipe.get(names[1]) == "steps" and steps:
             every = length(steps)
         recipe.set_key(key, every, *names)
-        if every is None and "data.hold_out" in recipe.values and what == "eval":
-            why = (
-                "The source sets no interval. validate.every='1 epochs' measures the held-out rows."
-            )
-            recipe.note("hold_out", why)
 
 
 def _set_batch(recipe: Translation, world: int | None) -> None:
