@@ -211,3 +211,21 @@ def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> Non
     (unread,) = warnings_with(told, "rating")
     assert holds(unread, "rating, notes")
     assert not any(holds(unread, name) for name in others if name != "notes")
+
+
+def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    scores = [
+        {"score_chosen": 9.0, "score_rejected": 2.0},
+        {"score_chosen": 2.0, "score_rejected": 9.0},
+        {"chosen-rating": 5, "rejected-rating": 5},
+        {"rewardChosen": "1", "rewardRejected": "3"},
+        {"chosen_mood": 2, "rejected_mood": 3},
+        {"chosen_score": None, "rejected_score": 3},
+    ]
+    told = "\n".join(
+        prepared(tiny, tmp_path, [{**pair, **row} for row in scores], "preference").warnings()
+    )
+    assert warnings_with(told, "preference", "3 of 6", f"{tmp_path}/rows.jsonl:2")
+    (unread,) = warnings_with(told, "chosen_mood")
+    assert not holds(unread, "score_chosen")

@@ -16,6 +16,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.rows.labels import (
     check_no_bad_label,
     grades_of,
+    has_other_preference,
     read_label,
 )
 from tunesmith.data.rows.marks import check_row_marks
@@ -86,6 +87,9 @@ def convert_row(
         if row_samples.is_answered:
             check_no_bad_label(reader)
             row_samples = replace(row_samples, grades=grades_of(reader))
+        elif len(samples) == 2:
+            is_other = has_other_preference(reader)
+            row_samples = replace(row_samples, has_other_preference=is_other)
     if unread is not None:
         unread |= reader.unread
         texts = [

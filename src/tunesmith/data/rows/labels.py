@@ -1,4 +1,4 @@
-"""Columns that rate an answer: labels and grades.
+"""Columns that rate an answer: labels, grades, and the scores of a pair.
 
 A row that is trained on as it is must not have an answer that its own columns call bad. A label is
 judged row by row. A number may be a grade, whose meaning depends on the other rows: grades are
@@ -67,6 +67,7 @@ _is_remark = re.compile(_RATING % _REMARK_WORDS).fullmatch
 _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
+_has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
 # Numbers that may be labels. Any other number becomes _NO_LABEL: its column measures something.
 _NUMBERED_LABELS = (-1, 0, 1)
 _NO_LABEL = 99
@@ -190,3 +191,19 @@ def check_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source
                 fix=f"{_use_labels(source, column)}; or delete these rows; or rename {column} if it"
                 " says something else",
             )
+
+
+def has_other_preference(row: RowReader) -> bool:
+    """Return whether the scores of a pair contradict its preference, or are equal."""
+    columns = {plain(column): column for column in row.unread_columns()}
+    is_other = False
+    for name in filter(_has_score, columns):
+        other = name.replace("chosen", "rejected")
+        if other == name or other not in columns:
+            continue
+        pair = [columns[name], columns[other]]
+        chosen, rejected = (value_of_cell(row.row[column]) for column in pair)
+        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+            is_other = is_other or chosen <= rejected
+            row.read.update(pair)
+    return is_other

@@ -116,11 +116,13 @@ class RowSamples:
     Attributes:
         is_good: whether an answer is a good one; None where the row has no label.
         grades: numbers in columns that may grade the answer, as `rating 3`.
+        has_other_preference: whether the scores of a pair contradict its preference.
     """
 
     samples: tuple[Sample, ...]
     is_good: bool | None = None
     grades: tuple[str, ...] = ()
+    has_other_preference: bool = False
 
     @property
     def is_answered(self) -> bool:

@@ -41,6 +41,11 @@ ROW_WARNINGS = {
         fix="delete it from the answers; of pairs whose answers both begin with it, deleting the"
         " column prompt does too",
     ),
+    "other_preference": RowWarning(
+        what="scores that contradict the preference, or are equal",
+        why="the rejected answer has the higher score, or the same one",
+        fix="swap the answers of these rows, or delete the rows",
+    ),
     "written_turns": RowWarning(
         what="a question that ends where an answer begins, such as with Assistant:",
         why="it was written for a prompt without a template, and the template makes a turn of it"

@@ -155,6 +155,8 @@ class RowEncoder:
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *row.lost, *example.flaws]
+        if row.row.has_other_preference:
+            warnings.append("other_preference")
         # Of a pair the rejected answer is no row to warn of.
         has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
         grades = row.row.grades
