@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.filesize import decimal as size_text
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,7 +45,7 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
-from tunesmith.runtime.stream import SLOTS, LayerStream
+from tunesmith.runtime.stream import LayerStream
 from tunesmith.units import ceil_div
 
 Weights = Literal["stored", "random"]
@@ -184,33 +183,10 @@ def build_model(
         plan = calibrate_recompute(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )
-        if stream is not None:
-            plan = keep_what_fits(stream, plan)
     staging = stream.describe_staging() if stream else ""
     if staging:
         plan = replace(plan, warnings=(*plan.warnings, f"warning: {staging}"))
     return root, plan
-
-
-def keep_what_fits(stream: LayerStream, plan: RunPlan) -> RunPlan:
-    """Let further layers stay on the device, as many as the trial of memory has left room for."""
-    more = plan.spare_bytes // stream.slot_bytes
-    count = max(SLOTS + 1, plan.streamed_layers - more)
-    if count >= plan.streamed_layers:
-        return plan
-    before = stream.host_bytes
-    stream.keep(count)
-    kept = before - stream.host_bytes
-    memory = plan.memory
-    memory = replace(
-        memory, weights=memory.weights + kept, host=memory.host - kept, streamed_layers=count
-    )
-    reason = (
-        f"{size_text(memory.host)} of the host's memory: the trial of memory left room for "
-        f"{size_text(kept)} of it"
-    )
-    why = {**plan.why, "cpu offload": reason}
-    return replace(plan, streamed_layers=count, memory=memory, why=why)
 
 
 def _check_eager(run: Run, model: PreTrainedModel, support: Support) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from devices import gpu
 from errors import holds, refuses
-from tunesmith.build_model import keep_what_fits
 from tunesmith.errors import MachineError
-from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.runtime import stream as stream_module
 from tunesmith.runtime.stream import ALIGNED_BYTES, SLOTS, LayerStream, evenly
 
@@ -119,19 +117,6 @@ def test_a_micro_batch_copies_each_layer_twice_but_for_two_at_each_turn(name):
     assert stream.copies - copies[2] == LAYERS - 2
 
 
-@cpu_and_gpu
-def test_layers_that_are_kept_stay_and_the_others_stream_on(name):
-    device = torch.device(name)
-    expected = results(built(device, 0)[0], device)
-    layers, stream = built(device, LAYERS)
-    before = stream.host_bytes
-    stream.keep(4)
-    for a, b in zip(results(layers, device), expected, strict=True):
-        assert torch.equal(a, b)
-    assert stream.host_bytes * LAYERS == before * 4
-    assert [layer.turn for layer in layers].count(None) == LAYERS - 4
-
-
 class Driver:
     """A driver that page-locks so many blocks, and no more."""
 
@@ -154,8 +139,7 @@ class Driver:
 
 @cpu_and_gpu
 @pytest.mark.parametrize("blocks", [2, 3, 5])
-@pytest.mark.parametrize("kept", [LAYERS, 4])
-def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, kept, monkeypatch):
+def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, monkeypatch):
     device = torch.device(name)
     expected = results(built(device, 0)[0], device)
     driver = Driver(monkeypatch, blocks)
@@ -163,13 +147,11 @@ def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, kept, mon
     # Two of them stage the others.
     assert [host.locked for host in stream.streamed].count(True) == blocks - SLOTS
     assert len(driver.locked) == blocks
-    if kept < LAYERS:
-        stream.keep(kept)
     for a, b in zip(results(layers, device), expected, strict=True):
         assert torch.equal(a, b)
     staged = [host.locked for host in stream.streamed].count(False)
-    assert holds(stream.describe_staging(), f"{staged} of {kept}", "thread")
-    assert len(driver.locked) == kept - staged + SLOTS
+    assert holds(stream.describe_staging(), f"{staged} of {LAYERS}", "thread")
+    assert len(driver.locked) == LAYERS - staged + SLOTS
 
 
 @cpu_and_gpu
@@ -258,41 +240,6 @@ def test_on_a_gpu_two_slots_are_taken_and_the_host_is_page_locked():
     del stream, _
     gc.collect()
     assert not block.is_pinned()
-
-
-@pytest.mark.parametrize(("spare_layers", "streamed"), [(0, 7), (0.9, 7), (1, 6), (100, 3)])
-def test_what_stays_after_the_trial_is_in_the_plan(spare_layers, streamed):
-    """Three at least stream on: more than have a slot."""
-    size = 1000
-
-    class Stream:
-        slot_bytes = size
-        count = 7
-
-        def keep(self, count):
-            self.count = count
-
-        @property
-        def host_bytes(self):
-            return self.count * size
-
-    stream = Stream()
-    inputs = 300  # of recomputed layers, on the host too
-    memory = MemoryEstimate(weights=5000, host=7 * size + inputs, streamed_layers=7)
-    plan = RunPlan(
-        "cuda:0", "varlen", "bf16", 9, streamed_layers=7, memory=memory,
-        spare_bytes=int(spare_layers * size), why={"cpu offload": "forecast", "base": "kept"},
-    )  # fmt: skip
-    found = keep_what_fits(stream, plan)
-    stayed = 7 - streamed
-    assert stream.count == found.streamed_layers == found.memory.streamed_layers == streamed
-    assert found.memory.host == streamed * size + inputs
-    assert found.memory.weights == 5000 + stayed * size
-    assert found.why["base"] == "kept"
-    if stayed:
-        assert holds(found.why["cpu offload"], f"{found.memory.host / 1000:.1f} kB")
-    else:
-        assert found == plan
 
 
 def test_layers_are_spread_evenly():

@@ -123,12 +123,7 @@ def calibrate_recompute(
     recompute_layers(layers, revised)
     model.train(was_training)
     # The allocator itself still counts the last trial's peak.
-    return replace(
-        plan,
-        recomputed_layers=revised,
-        trial_peak=meter.previous_peak,
-        spare_bytes=max(0, int(room)),
-    )
+    return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
 
 
 def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:

@@ -231,7 +231,6 @@ class RunPlan:
             asked for, as it takes some 0.3 s.
         trial_peak: the most bytes that were allocated before the last trial of memory, which begins
             the allocator's statistics anew.
-        spare_bytes: that it left, beyond what the run takes later.
     """
 
     device: str
@@ -253,7 +252,6 @@ class RunPlan:
     mesh: MeshShape = ONE
     savings: Callable[[], Sequence[Saving]] = tuple
     trial_peak: int = 0
-    spare_bytes: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -208,19 +208,6 @@ class LayerStream:
         for turn, host in enumerate(self.streamed):
             host.bind(self._slots[turn % SLOTS])
 
-    def keep(self, count: int) -> None:
-        """Let all but `count` of the streamed layers stay on the device, between two steps."""
-        self._finish()
-        hosts = self.streamed
-        numbers = evenly(count, len(hosts))
-        freed = [host for number, host in enumerate(hosts) if number not in numbers]
-        for host in freed:
-            host.bind(self._empty(host.block.nbytes).copy_(host.block))
-        self.streamed = [hosts[number] for number in numbers]
-        page_unlock([host.block for host in freed if host.locked], self.device)
-        self._locked[:] = [host.block for host in self.streamed if host.locked] + self._staging
-        self._bind()
-
     def _finish(self) -> None:
         """Return when all copies have arrived."""
         for slot in range(SLOTS):
