@@ -124,7 +124,6 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(tiny: Path, tmp_path: Path) ->
     (folder / "hf_quant_config.json").write_text(json.dumps(stated))
     files = read_model_files(folder, make_run(folder, tmp_path, held=False).model)
     assert files.spec.quantized == "nvfp4"
-    assert files.form.has_activation_scales
     kept = layers_of(built(folder, tmp_path, "auto"))
     assert len(kept) == 10
     assert not any("layers.0.self_attn" in name for name in kept)

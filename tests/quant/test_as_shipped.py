@@ -23,7 +23,6 @@ from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.form import ROW
 from tunesmith.formats.fp8_blocks import Fp8Blocks
 from tunesmith.formats.linear import FrozenLinear, has_codes
-from tunesmith.model.shipped import form_of_folder
 
 IDS = torch.arange(5, 35).view(2, 15)
 # Both divide the tiny model's matrices, as Transformers wants it.
@@ -108,23 +107,6 @@ def test_dense_bits_are_codes_times_the_scale_of_all(tool, tiny, tmp_path) -> No
     for name, layer in kept.items():
         codes, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"]
         assert torch.equal(layer.dense(), codes.float() * scale), name
-
-
-@pytest.mark.parametrize(
-    ("tool", "block", "has_scales"),
-    [
-        ("transformers", (32, 16), False),
-        ("transformers", None, True),
-        ("compressed-tensors", ROW, False),
-        ("compressed-tensors", None, True),
-        ("modelopt", None, True),
-        ("autofp8", None, True),
-    ],
-)
-def test_scales_of_activations_are_named(tool, block, has_scales, tiny, tmp_path) -> None:
-    form = form_of_folder(write_fp8(tiny, tmp_path, block, tool=tool))
-    assert form.method == "fp8"
-    assert form.has_activation_scales == has_scales
 
 
 def layers_of(model: nn.Module) -> dict[str, FrozenLinear]:

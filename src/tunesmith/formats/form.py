@@ -48,8 +48,6 @@ class ShippedForm:
         has_expressions: these patterns are regular expressions; False: Transformers' own.
         scale_suffix: how the name of the scales of fp8 ends.
         names: of the tensors of nvfp4.
-        has_activation_scales: it ships scales for inputs, or keys and values, which training does
-            not round.
     """
 
     method: str
@@ -59,7 +57,6 @@ class ShippedForm:
     has_expressions: bool = False
     scale_suffix: str = WEIGHT_SCALE_INV
     names: Nvfp4Names | None = None
-    has_activation_scales: bool = False
 
     def describe(self) -> str:
         """Words for the user."""

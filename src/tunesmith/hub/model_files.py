@@ -66,10 +66,7 @@ class ModelFiles:
             self.model.quantize,
             f"dequantized, and quantized to {self.model.quantize}, while loading",
         )
-        line = f"the base ships in {self.form.describe()}: {use}"
-        if self.form.has_activation_scales:
-            line += "; its activation scales are not used"
-        return [line]
+        return [f"the base ships in {self.form.describe()}: {use}"]
 
     def _describe_rows(self) -> list[str]:
         embedding_rows = int(self.config.vocab_size)

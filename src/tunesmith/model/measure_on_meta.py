@@ -1,7 +1,5 @@
 """The sizes of a model that no table has: built without weights, run on meta, and counted."""
 
-from collections.abc import Mapping
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,10 +15,11 @@ from tunesmith.model.measured_spec import (
     read_configs,
 )
 from tunesmith.model.meta_forward import run_on_meta
+from tunesmith.model.safetensors_files import Config
 from tunesmith.model.spec import ModelSpec, read_spec
 
 
-def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
+def measure_sizes(sizes: Config, where: str) -> ModelSpec:
     """Build and run the model, and count what is seen."""
     config, whole = read_configs(sizes, where)
     # The text part of a composite may be a family of the table.

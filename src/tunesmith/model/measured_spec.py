@@ -7,15 +7,15 @@ a model that was measured before.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.names import has_own_class, text_part
+from tunesmith.model.safetensors_files import Config
 from tunesmith.model.shipped import stored_quantization
 from tunesmith.model.spec import (
     EXPERTS_PER_TOKEN,
@@ -47,9 +47,7 @@ NO_SIZES = (
 PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k")
 
 
-def model_spec(
-    config: Mapping[str, object], *, where: str, trust_remote_code: bool = False
-) -> ModelSpec:
+def model_spec(config: Config, *, where: str, trust_remote_code: bool = False) -> ModelSpec:
     """The spec of a parsed config.json, which errors call `where`.
 
     It says nothing about whether this engine trains the model. Raises as `read_spec` for a family
@@ -62,7 +60,7 @@ def model_spec(
     return measure_spec(config, where=where)
 
 
-def measure_spec(config: Mapping[str, object], *, where: str) -> ModelSpec:
+def measure_spec(config: Config, *, where: str) -> ModelSpec:
     """The spec of a model of Transformers, from its parsed config.json or `to_dict` of its config.
 
     Of a checkpoint with images or sound it is that of the text model. Only code of Transformers
@@ -79,15 +77,13 @@ def measure_spec(config: Mapping[str, object], *, where: str) -> ModelSpec:
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
 
 
-def _measure(sizes: Mapping[str, object], where: str) -> ModelSpec:
+def _measure(sizes: Config, where: str) -> ModelSpec:
     from tunesmith.model.measure_on_meta import measure_sizes  # loads torch
 
     return measure_sizes(sizes, where)
 
 
-def read_configs(
-    sizes: Mapping[str, object], where: str
-) -> tuple["PretrainedConfig", "PretrainedConfig | None"]:
+def read_configs(sizes: Config, where: str) -> tuple["PretrainedConfig", "PretrainedConfig | None"]:
     """The config of a model's text part, with all defaults, and the whole model's config where
     Transformers has the text model in that alone, and no class of it by itself (Qwen3-VL).
 
@@ -95,7 +91,8 @@ def read_configs(
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    values = _decode_floats(sizes)
+    # Infinity, for which JSON has no number, is a mapping there.
+    values = PretrainedConfig._decode_special_floats(dict(sizes))
     try:
         whole: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
         config = text_part(whole)
@@ -111,20 +108,7 @@ def read_configs(
     return config, whole
 
 
-def _decode_floats(value: Any) -> Any:
-    """A value of config.json with Transformers' form of what JSON has no number for,
-    `{"__float__": "Infinity"}`, as a float.
-    """
-    if isinstance(value, Mapping):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _decode_floats(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_decode_floats(part) for part in value]
-    return value
-
-
-def cannot_measure(config: Mapping[str, object], where: str, error: Exception) -> ModelError:
+def cannot_measure(config: Config, where: str, error: Exception) -> ModelError:
     """The error for a config that a library does not make a model of."""
     text = " ".join(str(error).split())
     why = f"{type(error).__name__}: {text[:300]}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.safetensors_files import Config
 
 
 def write_for_older_readers(folder: Path) -> None:
@@ -35,7 +36,7 @@ def write_for_older_readers(folder: Path) -> None:
             file.write_text(f"{text}\n", encoding="utf-8")
 
 
-def with_older_config(config: Mapping[str, object]) -> dict[str, object]:
+def with_older_config(config: Config) -> dict[str, object]:
     """A config.json of Transformers 5 with the older keys.
 
     Keys that it has already are not changed.
@@ -65,7 +66,7 @@ def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
     return older
 
 
-def _older_scaling(model_type: str, rope: Mapping[str, object]) -> dict[str, object] | None:
+def _older_scaling(model_type: str, rope: Config) -> dict[str, object] | None:
     """The older `rope_scaling`, None where frequencies are not scaled."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
@@ -84,7 +85,7 @@ def _older_scaling(model_type: str, rope: Mapping[str, object]) -> dict[str, obj
     return scaling | {"rope_type": rope_type, "type": rope_type}
 
 
-def with_older_tokenizer(config: Mapping[str, object]) -> dict[str, object]:
+def with_older_tokenizer(config: Config) -> dict[str, object]:
     """A tokenizer_config.json of Transformers 5 in the form that 4 reads; 5 reads both."""
     older = dict(config)
     if older.get("tokenizer_class") == "TokenizersBackend":

@@ -9,7 +9,7 @@ JSON header of that length, then the tensors (https://huggingface.co/docs/safete
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +26,7 @@ from tunesmith.units import count_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+Config = Mapping[str, object]  # a parsed config.json, or a section of one
 # Of an adapter in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

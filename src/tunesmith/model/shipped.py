@@ -21,7 +21,7 @@ from tunesmith.formats.form import (
     WEIGHT_SCALE,
     ShippedForm,
 )
-from tunesmith.model.safetensors_files import read_model_config
+from tunesmith.model.safetensors_files import Config, read_model_config
 
 if TYPE_CHECKING:
     from tunesmith.model.spec import ModelSpec
@@ -46,7 +46,7 @@ NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 # ---- config.json
 
 
-def stated_quantization(config: Mapping[str, object], where: str) -> Mapping[str, object]:
+def stated_quantization(config: Config, where: str) -> Config:
     """Read how the weights are quantized; empty where they are not. ModelError for no mapping.
 
     A vision-language model says it of the whole, or of its text model.
@@ -65,7 +65,7 @@ def stated_quantization(config: Mapping[str, object], where: str) -> Mapping[str
     return stored
 
 
-def stored_quantization(config: Mapping[str, object], where: str) -> str | None:
+def stored_quantization(config: Config, where: str) -> str | None:
     """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEEPABLE; None: plain.
 
     ModelError for every other kind.
@@ -95,7 +95,7 @@ def stored_quantization(config: Mapping[str, object], where: str) -> str | None:
     )
 
 
-def shipped_form(config: Mapping[str, object], where: str) -> ShippedForm | None:
+def shipped_form(config: Config, where: str) -> ShippedForm | None:
     """The form that a parsed config.json, called `where`, says its weights have; None: another.
 
     ModelError where it says so in a way that is not read.
@@ -108,32 +108,29 @@ def shipped_form(config: Mapping[str, object], where: str) -> ShippedForm | None
         return reader(stored)
 
 
-def _transformers_form(stored: Mapping[str, object]) -> ShippedForm:
+def _transformers_form(stored: Config) -> ShippedForm:
     """FP8 and MXFP4, as Transformers writes them; FP8 also as AutoFP8 does."""
     for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
         _check_value(stored, key, (plain,))
     skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers")))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
-    has_activation_scales = stored.get("activation_scheme") == "static"
     # AutoFP8 calls its method the same, and has other names: one scale a matrix.
     if not {"weight_block_size", "modules_to_not_convert"} & stored.keys():
         return ShippedForm(
             "fp8",
             not_converted=skipped,
             scale_suffix=WEIGHT_SCALE,
-            has_activation_scales=has_activation_scales,
         )
     block = stored.get("weight_block_size", DEFAULT_FP8_BLOCK)
     return ShippedForm(
         "fp8",
         None if block is None else _block_size(block, "weight_block_size"),
         skipped,
-        has_activation_scales=has_activation_scales,
     )
 
 
-def _compressed_tensors_form(stored: Mapping[str, object]) -> ShippedForm | None:
+def _compressed_tensors_form(stored: Config) -> ShippedForm | None:
     """FP8 and NVFP4 as compressed-tensors writes them: llm-compressor, and `export --quant`."""
     stated = stored.get("format")
     if stated not in (*COMPRESSED_FP8, COMPRESSED_NVFP4):
@@ -160,7 +157,6 @@ def _compressed_tensors_form(stored: Mapping[str, object]) -> ShippedForm | None
             converted,
             has_expressions=True,
             scale_suffix=WEIGHT_SCALE,
-            has_activation_scales=_has_static_scales(stored, group),
         )
     return ShippedForm(
         "nvfp4",
@@ -168,11 +164,10 @@ def _compressed_tensors_form(stored: Mapping[str, object]) -> ShippedForm | None
         converted=converted,
         has_expressions=True,
         names=COMPRESSED_TENSORS,
-        has_activation_scales=bool(group.get("input_activations")),
     )
 
 
-def _strategy_block(weights: Mapping[str, object]) -> tuple[int, int] | None:
+def _strategy_block(weights: Config) -> tuple[int, int] | None:
     """`ShippedForm.block` by the strategy of compressed-tensors."""
     _check_value(weights, "dynamic", (False,))
     _check_value(weights, "strategy", ("tensor", "channel", "block"))
@@ -182,14 +177,7 @@ def _strategy_block(weights: Mapping[str, object]) -> tuple[int, int] | None:
     return ROW if strategy == "channel" else None
 
 
-def _has_static_scales(stored: Mapping[str, object], group: Mapping[str, object]) -> bool:
-    """Tell whether compressed-tensors has scales of inputs, or of keys and values, in its files."""
-    inputs = group.get("input_activations")
-    is_static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
-    return is_static or bool(stored.get("kv_cache_scheme"))
-
-
-def _modelopt_form(stored: Mapping[str, object]) -> ShippedForm | None:
+def _modelopt_form(stored: Config) -> ShippedForm | None:
     """FP8 with a scale a matrix, and NVFP4, as NVIDIA's ModelOpt writes them. Its names of modules
     have wildcards.
     """
@@ -208,11 +196,10 @@ def _modelopt_form(stored: Mapping[str, object]) -> ShippedForm | None:
         has_expressions=True,
         scale_suffix=WEIGHT_SCALE,
         names=None if is_fp8 else MODELOPT,
-        has_activation_scales=algorithm != "W4A16_NVFP4",
     )
 
 
-FORM_READERS: dict[str, Callable[[Mapping[str, object]], ShippedForm | None]] = {
+FORM_READERS: dict[str, Callable[[Config], ShippedForm | None]] = {
     "fp8": _transformers_form,
     "mxfp4": _transformers_form,
     "compressed-tensors": _compressed_tensors_form,
@@ -220,7 +207,7 @@ FORM_READERS: dict[str, Callable[[Mapping[str, object]], ShippedForm | None]] = 
 }
 
 
-def _only_group(stored: Mapping[str, object], expected: Mapping[str, object]) -> Mapping[str, Any]:
+def _only_group(stored: Config, expected: Config) -> Mapping[str, Any]:
     """The only one of `config_groups`, whose weights are as `expected`."""
     groups = stored.get("config_groups")
     group = None
@@ -237,7 +224,7 @@ def _only_group(stored: Mapping[str, object], expected: Mapping[str, object]) ->
     return group
 
 
-def _check_value(stored: Mapping[str, object], key: str, read: Sequence[object]) -> None:
+def _check_value(stored: Config, key: str, read: Sequence[object]) -> None:
     """ModelError for a key that is there with another value than those that are read, and not
     empty.
     """
@@ -251,7 +238,7 @@ def _check_value(stored: Mapping[str, object], key: str, read: Sequence[object])
     )
 
 
-def _names(stored: Mapping[str, object], keys: Sequence[str]) -> Sequence[str]:
+def _names(stored: Config, keys: Sequence[str]) -> Sequence[str]:
     """The list of names under the first of these keys that has one."""
     key = next((key for key in keys if stored.get(key)), keys[0])
     names = stored.get(key) or []
@@ -282,7 +269,7 @@ def _expressions(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(expressions)
 
 
-def check_quantize(quantize: str, config: Mapping[str, object], where: str) -> None:
+def check_quantize(quantize: str, config: Config, where: str) -> None:
     """ModelError where `model.quantize` and what config.json says of the weights do not fit."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":

@@ -16,6 +16,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError, errors_at
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 from tunesmith.model.model_types import read_model_types
+from tunesmith.model.safetensors_files import Config
 from tunesmith.model.shipped import (
     FETCH_CONFIG,
     shipped_form,
@@ -191,9 +192,7 @@ class ModelSpec:
         return sum(layer.active - layer.matmul for layer in self.layers)
 
 
-def read_spec(
-    config: Mapping[str, object], *, where: str, trust_remote_code: bool = False
-) -> ModelSpec:
+def read_spec(config: Config, *, where: str, trust_remote_code: bool = False) -> ModelSpec:
     """The spec of a parsed config.json of a family in the table, which errors call `where`.
 
     `trust_remote_code` takes a type that is not in the table, as Llama's shape, when its repository
@@ -276,9 +275,7 @@ def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head
     )
 
 
-def _vector_parameters(
-    config: Mapping[str, object], family: Architecture, hidden: int, layer: Layer
-) -> int:
+def _vector_parameters(config: Config, family: Architecture, hidden: int, layer: Layer) -> int:
     """Parameters of a layer's biases and norms."""
     q = layer.heads * layer.head_dim
     kv = layer.kv_heads * layer.head_dim
@@ -299,7 +296,7 @@ def _vector_parameters(
     return count
 
 
-def check_decoder(config: Mapping[str, object], where: str) -> None:
+def check_decoder(config: Config, where: str) -> None:
     """ModelError for a config that names no type, or one of an encoder."""
     with errors_at(where):
         model_type = config.get("model_type")
@@ -371,7 +368,7 @@ def _check_shares(config: Mapping[str, Any]) -> None:
         raise ModelError(f"{key} is {value}: it must be {expected}", fix=FETCH_CONFIG)
 
 
-def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
+def _is_encoder(name: str, config: Config) -> bool:
     """By its type, in small letters and underscores, and its keys."""
     is_named_so = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
     # "vision": between the tokens of an image alone.
@@ -379,7 +376,7 @@ def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
     return is_named_so or bidirectional or bool(config.get("is_encoder_decoder"))
 
 
-def check_supported(config: Mapping[str, object], where: str, *, vision: bool = False) -> None:
+def check_supported(config: Config, where: str, *, vision: bool = False) -> None:
     """Raise ModelError, naming what the model is, for an encoder and for a quantization that is not
     read.
 
@@ -407,7 +404,7 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
             )
 
 
-def _check_describes_text(config: Mapping[str, object]) -> None:
+def _check_describes_text(config: Config) -> None:
     """Raise ModelError if a config with other parts has no sizes of the text model: Transformers
     fills in the sizes of another model.
     """
@@ -421,7 +418,7 @@ def _check_describes_text(config: Mapping[str, object]) -> None:
     raise _no_text("the config has no text_config")
 
 
-def _size(config: Mapping[str, object], name: str, default: int | None = None) -> int:
+def _size(config: Config, name: str, default: int | None = None) -> int:
     value = config.get(name)
     if value is None:
         value = default
@@ -481,9 +478,7 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
     return max(_scaled_positions(config, scaling, positions) for scaling in scalings)
 
 
-def _scaled_positions(
-    config: Mapping[str, object], scaling: Mapping[str, object], positions: int
-) -> int:
+def _scaled_positions(config: Config, scaling: Config, positions: int) -> int:
     """Compute how far one set of rotary parameters reaches."""
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     key = "original_max_position_embeddings"

@@ -18,6 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.load import auto_class_of, one_line
+from tunesmith.model.safetensors_files import Config
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
 from tunesmith.model.vision import text_key
 
@@ -38,7 +39,7 @@ MOST_PARAMETERS = 50_000_000
 SPREAD = 0.1
 
 # Keys by what they become. Those of a group have one value in every model.
-_KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
+_KEYS_BY_SIZE = (
     (
         VOCAB,
         (
@@ -290,7 +291,7 @@ FIRST_SPECIAL_ID = VOCAB - 16
 TEXT_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Keys of the parts that see and hear, by the size that they get.
 PART_DEPTHS = (*DEPTHS, "depth")
-_PART_KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
+_PART_KEYS_BY_SIZE = (
     (
         32,
         (
@@ -485,7 +486,7 @@ def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
     return _with_hints(small, values.get("model_type", ""))
 
 
-def _shrink_part_value(key: str, value: object, values: Mapping[str, object], width: int) -> object:
+def _shrink_part_value(key: str, value: object, values: Config, width: int) -> object:
     """Return the small value of a key; `values` are all values of its part."""
     if "drop" in key and isinstance(value, float):
         return 0.0
@@ -504,7 +505,7 @@ def _shrink_part_value(key: str, value: object, values: Mapping[str, object], wi
     return SIZE_OF_KEY[key] if key == "vocab_size" else value
 
 
-def choose_layers(values: Mapping[str, object], depth: int, *, each: int = 1) -> list[int]:
+def choose_layers(values: Config, depth: int, *, each: int = 1) -> list[int]:
     """The first layers of each kind, in their order: `each` of every kind, and two at least.
 
     Layers are of one kind where everything that the config says by layer is the same.
@@ -519,7 +520,7 @@ def choose_layers(values: Mapping[str, object], depth: int, *, each: int = 1) ->
     return sorted([*chosen, *others[:missing]])
 
 
-def _layer_kind(values: Mapping[str, object], index: int, depth: int) -> list[object]:
+def _layer_kind(values: Config, index: int, depth: int) -> list[object]:
     kind: list[object] = []
     for key, value in values.items():
         if isinstance(value, list) and key in LISTS_OF_LAYERS:
@@ -538,14 +539,12 @@ def _of_layer(by_layer: Mapping[str, Any], index: int) -> Any:
     return {int(key): value for key, value in by_layer.items()}.get(index)
 
 
-def _shrink_values(values: Mapping[str, object], layers: list[int], depth: int) -> dict[str, Any]:
+def _shrink_values(values: Config, layers: list[int], depth: int) -> dict[str, Any]:
     """A config's values, with its `depth` layers cut to those of the indices `layers`."""
     return {key: _shrink_entry(key, value, values, layers, depth) for key, value in values.items()}
 
 
-def _shrink_entry(
-    key: str, value: object, values: Mapping[str, object], layers: list[int], depth: int
-) -> object:
+def _shrink_entry(key: str, value: object, values: Config, layers: list[int], depth: int) -> object:
     """The value of one key, which may be one of layers; `values` are those beside it."""
     if isinstance(value, list):
         # The same layers by their new numbers.
@@ -581,7 +580,7 @@ def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, d
     return small
 
 
-def _shrink_value(key: str, value: object, values: Mapping[str, object]) -> object:
+def _shrink_value(key: str, value: object, values: Config) -> object:
     """The value of one key; `values` are those beside it."""
     if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
         left_out = ("model_type", *NOT_COPIED)
