@@ -21,6 +21,7 @@ from tunesmith.formats.base import Format, TensorForm
 from tunesmith.formats.form import FETCH, ShippedForm
 
 if TYPE_CHECKING:
+    from tunesmith.formats.base import Stored
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
     from tunesmith.model.weights import StoredTensor
@@ -77,9 +78,7 @@ class AsShipped(Format):
         return False
 
     @torch.no_grad()
-    def load_matrix(
-        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
-    ) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
         if isinstance(weight, Tensor):
@@ -97,7 +96,7 @@ class AsShipped(Format):
         weight.check_rows([local_part(target) for target in targets[: len(weight.codes)]])
 
     @torch.no_grad()
-    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return

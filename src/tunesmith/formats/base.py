@@ -17,7 +17,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
     from tunesmith.model.weights import StoredTensor
+
+    Stored: TypeAlias = StoredTensor | Tensor  # a weight of a checkpoint, or one that was drawn
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -96,16 +98,14 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_matrix(
-        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
-    ) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
         """Take the weight, called `name`, of a checkpoint, or a tensor that was drawn.
 
         It may be a collective call.
         """
         raise NotImplementedError
 
-    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         """Take the experts of a dense or stored stack, of which this one's begin at `first`.
 
         A rank takes those that it holds. Where ranks share the stack it is a collective call.

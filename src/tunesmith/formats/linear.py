@@ -16,6 +16,7 @@ from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.matmul import grouped_matmul
 
 if TYPE_CHECKING:
+    from tunesmith.formats.base import Stored
     from tunesmith.model.weights import StoredTensor
 
 
@@ -145,7 +146,7 @@ class FrozenLinear(FrozenTensors):
         self.format = kind
         self.hold(kind.matrix_forms(*self.shape), tensors)
 
-    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+    def load(self, stored: Mapping[str, Stored], name: str) -> None:
         """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`.
 
         It may be a collective call.
@@ -158,7 +159,7 @@ class FrozenLinear(FrozenTensors):
             return FrozenWeight(DENSE_FORMAT, [self.read_dense()], self.shape)
         return FrozenWeight(self.format, self.read_tensors(), self.shape)
 
-    def part_of(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
+    def part_of(self, dense: Stored, rows: slice) -> Tensor:
         """Rows of this rank's part of the whole weight; a new tensor where read from a file."""
         # `rows` count from the first row of this rank's part, `dense` is the whole layer.
         first_row, first_column = self.origin

@@ -23,9 +23,9 @@ from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
+    from tunesmith.formats.base import Stored
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
-    from tunesmith.model.weights import StoredTensor
 
 NF4_BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
@@ -165,17 +165,10 @@ class Nf4(Format):
         if not nested:
             return self._state(absmax, weight.shape, code)
         nested_absmax, nested_code, offset = nested
-        of_scales = nested_state(nested_absmax, nested_code, self.nested_block)
-        return self._state(absmax, weight.shape, code, offset, of_scales)
+        state2 = nested_state(nested_absmax, nested_code, self.nested_block)
+        return self._state(absmax, weight.shape, code, offset=offset, state2=state2)
 
-    def _state(
-        self,
-        absmax: Tensor,
-        shape: tuple[int, int],
-        code: Tensor,
-        offset: Tensor | None = None,
-        of_scales: Any = None,
-    ) -> Any:
+    def _state(self, absmax: Tensor, shape: tuple[int, int], code: Tensor, **nested: Any) -> Any:
         return nf4_functions().QuantState(
             absmax,
             shape=torch.Size(shape),
@@ -183,8 +176,7 @@ class Nf4(Format):
             blocksize=self.block,
             quant_type="nf4",
             dtype=self.dtype,
-            offset=offset,
-            state2=of_scales,
+            **nested,
         )
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
@@ -212,9 +204,7 @@ class Nf4(Format):
 
     # ---- a matrix
 
-    def load_matrix(
-        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
-    ) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
         if len(stored) == 1:
             self.quantize(layer, stored[""])
             return
@@ -226,7 +216,7 @@ class Nf4(Format):
         self.load_quantized(layer, parts, where=name)
 
     @torch.no_grad()
-    def quantize(self, layer: FrozenLinear, dense: StoredTensor | Tensor) -> None:
+    def quantize(self, layer: FrozenLinear, dense: Stored) -> None:
         """Store the whole layer's `dense` [out_features, in_features].
 
         It is rounded to the compute dtype first, as Transformers does. A rank reads and quantizes
@@ -234,26 +224,18 @@ class Nf4(Format):
         all blocks are quantized together. Where those of a tensor-parallel part are not whole
         groups in one piece they are stored in fp32 (4.5 bits a weight in place of 4.13).
         """
-        scales = self._quantize_local_rows(layer, dense)
-        scales = _gather_scales(layer, scales, dense.shape)
-        self._quantize_scales(layer, scales, rows=dense.shape[0])
-
-    def _quantize_local_rows(self, layer: FrozenLinear, dense: StoredTensor | Tensor) -> Tensor:
-        """Store the codes that this rank holds of its part of the layer.
-
-        Returns:
-            The scales of the part's blocks, fp32 [blocks]; 0 where other ranks hold the block.
-        """
         device = layer.get_buffer("absmax").device
         width = layer.in_features
         # Codes lie in one row, byte by byte. FSDP2 cuts it into equal parts, wherever rows end.
         codes = local_part(layer.weight).view(-1)
         local_bytes = local_slices(layer.weight)[0]
+        # The scales of the part's blocks; 0 where other ranks hold the block.
         scales = torch.zeros(ceil_div(layer.out_features * width, NF4_BLOCK), device=device)
         for rows in _pieces_of_rows(layer, local_bytes):
             weights = layer.part_of(dense, rows).flatten().to(device, self.dtype)
             _quantize_piece(weights, rows.start * width, codes, local_bytes, scales)
-        return scales
+        scales = _gather_scales(layer, scales, dense.shape)
+        self._quantize_scales(layer, scales, rows=dense.shape[0])
 
     def _quantize_scales(self, layer: FrozenLinear, scales: Tensor, rows: int) -> None:
         """Store this rank's part of the whole layer's scales, in 8 bits with scales of their own.
@@ -319,7 +301,7 @@ class Nf4(Format):
     # ---- a stack
 
     @torch.no_grad()
-    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         codes, absmax, code, nested_absmax, nested_code, nested_offset = stack.stored_tensors()
         code.copy_(nf4_functions().get_4bit_type("nf4", device=code.device))
         # It depends on no scale.

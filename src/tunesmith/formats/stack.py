@@ -21,7 +21,7 @@ from tunesmith.formats.form import FETCH
 from tunesmith.formats.linear import FrozenTensors, empty_tensors
 
 if TYPE_CHECKING:
-    from tunesmith.model.weights import StoredTensor
+    from tunesmith.formats.base import Stored
 
 
 class ExpertStack(FrozenTensors):
@@ -95,11 +95,11 @@ class ExpertStack(FrozenTensors):
         is_transposed = self.is_transposed and not self.is_turned
         return FrozenStack(self.format, self.read_tensors(), self.shape, is_transposed)
 
-    def store(self, weight: StoredTensor | Tensor, first: int = 0) -> None:
+    def store(self, weight: Stored, first: int = 0) -> None:
         """Take the experts of a dense or stored stack, of which this one's begin at `first`."""
         self.format.load_stack(self, weight, first)
 
-    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+    def load(self, stored: Mapping[str, Stored], name: str) -> None:
         """Take the stack, called `name`, of a checkpoint: a hook of `load_weights`."""
         weight = stored[""]
         if len(stored) > 1:
@@ -114,7 +114,7 @@ class ExpertStack(FrozenTensors):
             raise ModelError(what, where=name, fix=FETCH)
         self.store(weight)
 
-    def rounded(self, weight: StoredTensor | Tensor, first: int, last: int) -> Tensor:
+    def rounded(self, weight: Stored, first: int, last: int) -> Tensor:
         """The experts of a stack from `first` to before `last`, rounded as this stack does, dense
         on the CPU: [last - first, *stored_shape[1:]] in the compute dtype.
         """
