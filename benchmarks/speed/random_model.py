@@ -36,7 +36,7 @@ def write_random_model(
     model = load.build_on_meta(load.load_config(folder, recipe), recipe)
     stored = dict(model.state_dict())
     load.materialize(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    random_init.init_random_weights(model, stored, seed=0)
+    random_init.init_random_weights(model, stored, seed=0, convert={}, device=None)
     save_torch_state_dict(weights_of(model), folder, max_shard_size=file_size)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

@@ -163,7 +163,7 @@ def test_generation_is_unchanged(family, tmp_path):
     folder = families.build(family, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     fused = copy.deepcopy(plain)
-    assert fuse_modules(fused) > 0
+    assert fuse_modules(fused, project=lora.project) > 0
     ids = torch.randint(3, 120, (2, 9))
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     assert torch.equal(plain.generate(ids, **settings), fused.generate(ids, **settings))
@@ -172,7 +172,7 @@ def test_generation_is_unchanged(family, tmp_path):
 def test_names_and_values_of_the_weights_stay(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(families.build("qwen3", tmp_path))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fuse_modules(model)
+    fuse_modules(model, project=lora.project)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from errors import refuses
+from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batches.batch import Batch, collate
 from tunesmith.data.text.example import Example
@@ -244,7 +245,7 @@ def test_packed_documents_are_computed_as_if_alone(model_type: str) -> None:
     cotangent = torch.randn(sum(LENGTHS), 64, generator=torch.Generator().manual_seed(2))
     expected_logits, expected = alone(model, batch, cotangent)
     recurrent = FAMILIES[model_type][1]
-    fuse_modules(model)
+    fuse_modules(model, project=lora.project)
     root = TrainModel(
         model, make_method(MethodConfig()), attention_backend="products", recurrent=recurrent
     ).train()
@@ -285,7 +286,7 @@ OF_ATTENTION = [name for name, (_, recurrent) in FAMILIES.items() if not recurre
 def test_a_prompt_that_a_row_holds_once_is_computed_as_in_both_documents(model_type: str) -> None:
     """The second document of a pair without its own copy of the prompt, beside it with one."""
     model = build(model_type)
-    fuse_modules(model)
+    fuse_modules(model, project=lora.project)
     root = TrainModel(model, make_method(MethodConfig()), attention_backend="products").train()
     random = np.random.default_rng(3)
     pairs = []

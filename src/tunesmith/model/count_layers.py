@@ -1,5 +1,6 @@
 """The widths and parameters of a model's layers, counted on meta after one forward of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -148,11 +149,9 @@ def _matrices(model: nn.Module) -> int:
     """Parameters of a module's matrices; those of embeddings are looked up."""
     count = 0
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            if _is_matrix(name, weight):
-                count += weight.numel()
+        if not isinstance(module, nn.Embedding):
+            own = module.named_parameters(recurse=False)
+            count += sum(weight.numel() for name, weight in own if _is_matrix(name, weight))
     return count
 
 
@@ -166,12 +165,9 @@ def _stacks(module: nn.Module) -> list[nn.Parameter]:
         return stacks
     if not are_experts(module):
         return []
-    below = []
-    for name, weight in module.named_parameters():
-        # Linear layers are counted as matrices.
-        if weight.ndim > 1 and not _is_matrix(name, weight):
-            below.append(weight)
-    return below
+    # Linear layers are counted as matrices.
+    below = module.named_parameters()
+    return [weight for name, weight in below if weight.ndim > 1 and not _is_matrix(name, weight)]
 
 
 def _state(values: Mapping[str, Any]) -> int:
@@ -180,8 +176,5 @@ def _state(values: Mapping[str, Any]) -> int:
     """
     for keys in STATE_KEYS:
         if all(isinstance(values.get(key), int) for key in keys):
-            state = 1
-            for key in keys:
-                state *= values[key]
-            return state
+            return math.prod(values[key] for key in keys)
     return 0

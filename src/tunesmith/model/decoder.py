@@ -239,9 +239,8 @@ def find_head(causal_lm: "PreTrainedModel") -> Head:
     if config.model_type in MULTIPLIES_BY_SCALING:
         scale = math.prod(stated(DIVISORS), start=1.0)
     else:
-        scale = math.prod(stated(MULTIPLIERS), start=1.0)
-        for divisor in stated(DIVISORS):
-            scale *= 1.0 / divisor
+        divisors = [1.0 / divisor for divisor in stated(DIVISORS)]
+        scale = math.prod([*stated(MULTIPLIERS), *divisors], start=1.0)
     return Head(softcaps[-1] if softcaps else None, scale)
 
 

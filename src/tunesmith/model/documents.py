@@ -31,6 +31,7 @@ MAX_SAVED_TOKENS = 512
 # fast at 15 to 45 tokens, 10 % at 90 to 130.
 MAX_GROUP_TOKENS = 512
 MIN_LENGTH_SHARE = 0.8
+Members = list[tuple[int, int]]  # documents of a group: length and start of each
 
 
 def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
@@ -167,7 +168,7 @@ class Documents:
         # argsort of a permutation is its inverse: token -> place.
         return torch.cat(parts).argsort()
 
-    def _group_by_length(self, fits: Callable[[int, list[tuple[int, int]]], bool]) -> list[Group]:
+    def _group_by_length(self, fits: Callable[[int, Members], bool]) -> list[Group]:
         """`fits` says of a document's length whether it joins a group of (length, start)s."""
         documents = []  # (length, start) of each
         for start, end in pairwise(self.edges):
@@ -175,7 +176,7 @@ class Documents:
                 documents.append((end - start, start))
         # Longest first: the first of a group sets its padded length.
         documents.sort(reverse=True)
-        groups: list[list[tuple[int, int]]] = []
+        groups: list[Members] = []
         for length, start in documents:
             if groups and fits(length, groups[-1]):
                 groups[-1].append((length, start))
@@ -183,7 +184,7 @@ class Documents:
                 groups.append([(length, start)])
         return [self._group(members) for members in groups]
 
-    def _group(self, members: list[tuple[int, int]]) -> Group:
+    def _group(self, members: Members) -> Group:
         longest, start = members[0]
         if len(members) == 1:
             return Group(start=start, count=1, length=longest)
@@ -230,12 +231,12 @@ def use_documents(documents: Documents | None) -> Iterator[None]:
         _in_use.pop()
 
 
-def _is_alike(length: int, group: list[tuple[int, int]]) -> bool:
+def _is_alike(length: int, group: Members) -> bool:
     longest, _ = group[0]
     return length >= MIN_LENGTH_SHARE * longest
 
 
-def _fits_products(length: int, group: list[tuple[int, int]]) -> bool:
+def _fits_products(length: int, group: Members) -> bool:
     """Tell whether a document of no more tokens than those of the group is multiplied together with
     them.
     """

@@ -25,15 +25,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Mixin = TypeVar("Mixin", bound=nn.Module)
+Gated = Callable[[Tensor, Tensor], Tensor]  # a function of gate and up
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
-def separately(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Project one input by several layers, one after the other."""
-    return [linear(x) for linear in linears]
-
-
-def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
+def fuse_modules(model: nn.Module, *, project: Project) -> int:
     """Give the modules that run the code of a reference their faster forward, in place; returns how
     many were changed.
 
@@ -66,7 +62,7 @@ def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
 
 
 @cache
-def _gated_activations() -> dict[type, Callable[[Tensor, Tensor], Tensor]]:
+def _gated_activations() -> dict[type, Gated]:
     """Class of an MLP's activation -> function of gate and up."""
     from transformers.activations import ACT2FN
 
@@ -298,7 +294,7 @@ class FusedMLP(nn.Module):
     activation = "act_fn"  # its name in Transformers' class
     group = ("gate_proj", "up_proj")
     project: Project
-    gated: Callable[[Tensor, Tensor], Tensor]
+    gated: Gated
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
@@ -312,7 +308,7 @@ class FusedJoinedMLP(nn.Module):
     """A gated MLP whose gate and up are one linear layer."""
 
     activation = "activation_fn"
-    gated: Callable[[Tensor, Tensor], Tensor]
+    gated: Gated
     gate_up_proj: nn.Module
     down_proj: nn.Module
 

@@ -117,19 +117,10 @@ class ModelType:
 
     def row(self) -> dict[str, object]:
         """Return the row that the table and `tunesmith models --json` have of it, in one level."""
-        values = asdict(self.support)
-        errors = values.pop("errors") or {"logits": None, "gradients": None}
-        return {
-            "model_type": self.model_type,
-            **values,
-            **errors,
-            "text": self.text,
-            "entire": self.entire,
-            "pictures": self.pictures,
-            "tensor": self.tensor,
-            "uncut": self.uncut,
-            "since": self.since,
-        }
+        values = asdict(self)
+        support = values.pop("support")
+        errors = support.pop("errors") or {"logits": None, "gradients": None}
+        return {"model_type": self.model_type, **support, **errors, **values}
 
 
 # Keys of the table that are not of `Support`.

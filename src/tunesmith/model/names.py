@@ -59,19 +59,22 @@ class Pieces:
         return self.pieces[0].entry.start
 
 
+# Parameter -> what is stored of it: itself under "", its companions (scales) under their suffixes.
+StoredGroups = dict[str, dict[str, StoredEntry | Pieces]]
+
+
 @dataclass
 class StoredNames:
     """The tensors of a checkpoint, by what they are to a model.
 
     Attributes:
-        groups: parameter -> what is stored of it: itself under "", its companions (scales) under
-            their suffixes.
+        groups: what is stored of each parameter.
         aside: tensors of other parts of the checkpoint, which the model does not have.
         unexpected: names that have no place.
         split: parameters whose entry is some rows of a stored tensor.
     """
 
-    groups: dict[str, dict[str, StoredEntry | Pieces]] = field(default_factory=dict)
+    groups: StoredGroups = field(default_factory=dict)
     aside: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     split: set[str] = field(default_factory=set)

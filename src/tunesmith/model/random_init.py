@@ -39,8 +39,8 @@ def init_random_weights(
     checkpoint: Mapping[str, Tensor],
     *,
     seed: int,
-    convert: Mapping[str, Hook] | None = None,
-    device: torch.device | None = None,
+    convert: Mapping[str, Hook],
+    device: torch.device | None,
 ) -> None:
     """Initialise a materialized model as `load_weights` loads one, from tensors that are drawn one
     at a time.
@@ -51,7 +51,7 @@ def init_random_weights(
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
-        hook = None if convert is None else convert.get(name)
+        hook = convert.get(name)
         if hook is not None:
             holder = model.get_submodule(name.removesuffix(".weight"))
             if isinstance(holder, FrozenTensors) and not holder.format.rounds:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 from tunesmith.errors import ModelError
 from tunesmith.model.documents import Documents, current_documents
@@ -76,25 +77,25 @@ def _run_apart(
     return _join_rows(outputs, documents)
 
 
-def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], Tensor]) -> Any:
-    """An argument with `change` of every tensor [1, n, ...] in it, which is called on its row
+def _change_tokens(values: Any, documents: Documents, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with `change` of every tensor [1, n, ...] in them, which is called on its row
     [n, ...].
     """
-    if isinstance(value, tuple | list):
-        return type(value)(_change_tokens(part, documents, change) for part in value)
-    if isinstance(value, dict):
-        return {name: _change_tokens(part, documents, change) for name, part in value.items()}
-    # By sizes alone: an argument of n tokens counts as one of each token.
     n = documents.edges[-1]
-    if not isinstance(value, Tensor) or value.dim() < 2 or n not in value.shape:
-        return value
-    if value.shape[:2] != (1, n):
-        raise ModelError(
-            f"a recurrent layer takes an argument of shape {list(value.shape)}",
-            why=f"documents can only be separated in [1, {n}, ...]",
-            fix="set model.attention: eager and data.pack: false",
-        )
-    return change(value.squeeze(0))
+
+    def change_row(tensor: Tensor) -> Tensor:
+        # By sizes alone: an argument of n tokens counts as one of each token.
+        if tensor.dim() < 2 or n not in tensor.shape:
+            return tensor
+        if tensor.shape[:2] != (1, n):
+            raise ModelError(
+                f"a recurrent layer takes an argument of shape {list(tensor.shape)}",
+                why=f"documents can only be separated in [1, {n}, ...]",
+                fix="set model.attention: eager and data.pack: false",
+            )
+        return change(tensor.squeeze(0))
+
+    return tree_map_only(Tensor, change_row, values)
 
 
 def _join_rows(outputs: list[Any], documents: Documents) -> Any:
@@ -103,22 +104,17 @@ def _join_rows(outputs: list[Any], documents: Documents) -> Any:
     None for what is not of each token: the state after the last one (MiniMax), which only
     generation reads.
     """
-    first = outputs[0]
-    if isinstance(first, tuple | list):
-        return type(first)(
-            _join_rows(list(parts), documents) for parts in zip(*outputs, strict=True)
-        )
-    if first is None:
-        return None
-    parts = []
-    # Not one value a token: a state, which the caller does not need.
-    for group, output in zip(documents.rows, outputs, strict=True):
-        if output.shape[:2] != (group.count, group.length):
-            return None
-        tokens = output.flatten(0, 1)
-        # Without the padding, in the order of `group.tokens`.
-        if group.places is not None:
-            tokens = tokens.index_select(0, group.places)
-        parts.append(tokens)
-    # [n, ...] in the order of the groups, then that of the block.
-    return torch.cat(parts).index_select(0, documents.places_in_rows).unsqueeze(0)
+
+    def join(*parts: Tensor | None) -> Tensor | None:
+        tokens = []
+        for group, part in zip(documents.rows, parts, strict=True):
+            # Not one value a token: a state, which the caller does not need.
+            if part is None or part.shape[:2] != (group.count, group.length):
+                return None
+            flat = part.flatten(0, 1)
+            # Without the padding, in the order of `group.tokens`.
+            tokens.append(flat if group.places is None else flat.index_select(0, group.places))
+        # [n, ...] in the order of the groups, then that of the block.
+        return torch.cat(tokens).index_select(0, documents.places_in_rows).unsqueeze(0)
+
+    return tree_map(join, *outputs)

@@ -61,6 +61,8 @@ TEXT_INPUTS = {
 }
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
+# Name of a module -> what the second document is on its way in and out.
+Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
 
 TUNED_SUPPORT = Support(
     "tuned", "this engine's own forwards, held to Transformers' by tests", packs_eager=True
@@ -302,6 +304,13 @@ def _random_ids(twin: PreTrainedModel) -> Tensor:
     return torch.randint(FIRST_ID, end, (sum(DOCUMENT_LENGTHS),), generator=generator)
 
 
+def _with_other_ids(ids: Tensor, changed: slice) -> Tensor:
+    """Return the ids with others in this place: the next one in a circle."""
+    others = ids.clone()
+    others[changed] = (ids[changed] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
+    return others
+
+
 def _does_not_run(twin: PreTrainedModel, error: Exception) -> Support:
     """Refuse a model whose forward fails on texts; name the inputs that the error asks for."""
     known = inspect.signature(twin.forward).parameters.keys() - TEXT_INPUTS
@@ -328,9 +337,7 @@ def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
 @torch.no_grad()
 def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
     """Check whether the last token of a document reaches those before it."""
-    others = ids.clone()
-    # The next id in a circle, so always another one.
-    others[-1] = (ids[-1] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
+    others = _with_other_ids(ids, slice(len(ids) - 1, None))
     logits, other_logits = (
         twin(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, others)
     )
@@ -410,12 +417,9 @@ def differentiate(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> TwinOut
     F.cross_entropy(logits, targets, reduction="sum").backward()
     gradients = {}
     for name, parameter in twin.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is not None:
-            gradients[name] = parameter.grad.clone()
-        else:
-            gradients[name] = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            missing = parameter.grad is None
+            gradients[name] = torch.zeros_like(parameter) if missing else parameter.grad.clone()
     return TwinOutput(logits.detach(), gradients)
 
 
@@ -427,13 +431,9 @@ def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     The innermost are named: what holds them does the same.
     """
     documents = packed_documents(DOCUMENT_LENGTHS, None)
-    others = ids.clone()
-    # Every token of the first document is another one; the second document is the same.
-    others[: DOCUMENT_LENGTHS[0]] = (ids[: DOCUMENT_LENGTHS[0]] - FIRST_ID + 1) % (
-        VOCAB - FIRST_ID
-    ) + FIRST_ID
-    first: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-    second: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    others = _with_other_ids(ids, slice(DOCUMENT_LENGTHS[0]))
+    first: Seen = {}
+    second: Seen = {}
     with use_documents(documents):
         for row, seen in ((ids, first), (others, second)):
             with _watch_modules(twin, seen):
@@ -467,32 +467,29 @@ def find_bypassed(
     it is not computed. Where their package is missing, the layer falls back to the forwards of its
     parts, so that gradients do not show it; the weight is read all the same.
     """
-    layers = twin.get_submodule(find_layers(twin))
-    watched = {}
-    for module in layers.modules():
-        if type(module).__name__ not in class_names:
-            continue
-        for part in module.modules():
-            if type(part) is nn.Linear:
-                watched[part] = _WatchedLinear.watch(part)
+    layers = find_layers(twin)
+    watched = []
+    for module in twin.get_submodule(layers).modules():
+        if type(module).__name__ in class_names:
+            watched += [part for part in module.modules() if type(part) is nn.Linear]
     if not watched:
         return ()
+    for part in watched:
+        part.__class__ = _WatchedLinear
     documents = packed_documents(DOCUMENT_LENGTHS, None)
     # In training: the fused kernels, which read weights past the forward, run only there.
     twin.train()
     try:
         with use_documents(documents):
             _hidden(twin, ids[None], _positions(), documents=documents)
-        prefix = f"{find_layers(twin)}."
         names = []
         for name, module in twin.named_modules():
-            if module in watched and watched[module].is_read:
-                names.append(target_of(name, prefix))
+            if isinstance(module, _WatchedLinear) and module.is_read:
+                names.append(target_of(name, f"{layers}."))
         return tuple(dict.fromkeys(names))
     finally:
         twin.eval()
         for part in watched:
-            # Back to the class that `watch` replaced.
             part.__class__ = nn.Linear
 
 
@@ -501,13 +498,6 @@ class _WatchedLinear(nn.Linear):
 
     is_running = False
     is_read = False
-
-    @classmethod
-    def watch(cls, linear: nn.Linear) -> "_WatchedLinear":
-        """The layer itself, watched until its class is set back."""
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         self.is_running = True
@@ -531,11 +521,8 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _watch_modules(
-    twin: PreTrainedModel, seen: dict[str, tuple[list[Tensor], list[Tensor]]]
-) -> Iterator[None]:
+def _watch_modules(twin: PreTrainedModel, seen: Seen) -> Iterator[None]:
     """Note of each module below a layer what the second document is on its way in and out."""
-    hooks = []
 
     def second_document(values: Iterable[object]) -> list[Tensor]:
         tensors = []
@@ -559,41 +546,32 @@ def _watch_modules(
             inputs = second_document((*args, *kwargs.values()))
             seen[name] = (inputs, second_document((output,)))
 
-        hooks.append(module.register_forward_hook(note, with_kwargs=True))
+        hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
 
     layers = find_layers(twin)
-    for name, module in twin.get_submodule(layers).named_modules(prefix=layers):
-        watch(name, module)
-    try:
+    with ExitStack() as hooks:
+        for name, module in twin.get_submodule(layers).named_modules(prefix=layers):
+            watch(name, module)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-class LinearCalls:
+class LinearCalls(ExitStack):
     """Which linear layers of a model's decoder layers pass a gradient on through their forward.
 
     Inside its block they are watched.
     """
 
     def __init__(self, twin: PreTrainedModel) -> None:
+        super().__init__()
         prefix = f"{find_layers(twin)}."
         # Each by its name within its layer, which all layers share.
         self.targets: dict[str, str] = {}
         self.called: set[str] = set()
         self.alive: set[str] = set()
-        self.hooks = ExitStack()
         for name, module in twin.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(prefix):
                 self.targets[name] = target_of(name, prefix)
-                self.hooks.callback(module.register_forward_hook(self._note(name)).remove)
-
-    def __enter__(self) -> "LinearCalls":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hooks.close()
+                self.callback(module.register_forward_hook(self._note(name)).remove)
 
     def _note(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def note_gradient(gradient: Tensor) -> None:

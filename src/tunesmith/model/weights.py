@@ -25,7 +25,7 @@ from tunesmith.formats.as_shipped import not_finite
 from tunesmith.formats.base import Format
 from tunesmith.formats.registry import shipped_format
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.names import Piece, Pieces, assign_names
+from tunesmith.model.names import Piece, Pieces, StoredGroups, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entries
 from tunesmith.units import count_of
@@ -488,7 +488,7 @@ def _assign_entries(
     hooks: Mapping[str, object],
     grow_from: int | None,
     where: str,
-) -> dict[str, dict[str, StoredEntry | Pieces]]:
+) -> StoredGroups:
     """Which stored tensors are those of `targets` and, with their companions, of `hooks`.
 
     Tied ones are there once. ModelError where what is stored is not this model.
@@ -536,7 +536,7 @@ def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 def drop_tied_copies(
-    groups: dict[str, dict[str, StoredEntry | Pieces]],
+    groups: StoredGroups,
     targets: Mapping[str, torch.Tensor],
     where: str,
 ) -> None:
@@ -568,7 +568,7 @@ def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
 
 
 def _check_complete(
-    groups: dict[str, dict[str, StoredEntry | Pieces]],
+    groups: StoredGroups,
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, object],
     unexpected: list[str],
