@@ -94,12 +94,10 @@ def test_a_full_run_writes_the_keys_that_older_readers_need(
     (base / "config.json").write_text(json.dumps(config))
     run, written = make_run(base, tmp_path, adapter={"kind": "none"}), tmp_path / "written"
     written.mkdir()
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     model = built_model(run, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     template = select_template(run.data, tokenizer, {tokenizer.eos_token_id})
-    files = tokenizer_files(tokenizer, template, base, scratch)
+    files = tokenizer_files(tokenizer, template, base)
     write_model_files(written, run, model, files)
     values = json.loads((written / "config.json").read_text())
     assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (

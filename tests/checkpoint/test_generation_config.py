@@ -30,7 +30,7 @@ def test_what_is_written_stops_at_each_end_of_an_answer(
     assert template.end_ids >= {other_end, tokenizer.eos_token_id}
     written = tmp_path / "written"
     written.mkdir()
-    files = tokenizer_files(tokenizer, template, base, tmp_path)
+    files = tokenizer_files(tokenizer, template, base)
     write_model_files(written, run, built_model(run, base), files)
     settings = GenerationConfig.from_pretrained(written)
     assert set(settings.eos_token_id) == set(template.end_ids)

@@ -81,7 +81,6 @@ FOREIGN: dict[str, dict[str, str | bytes] | Callable[[World], object]] = {
     "hidden folder .final.old": {".final.old/x": "1"},
     "hidden folder .final.partial": {".final.partial/x": "1"},
     "hidden file .env.json.7.partial": {".env.json.7.partial": "{"},
-    "hidden folder .tokenizer-abc.partial": {".tokenizer-abc.partial/x": "1"},
     "a lock of a run, and metrics": {".lock": "a run of tunesmith\n", "metrics.jsonl": STEP},
     "a lock of a run, and config.yaml": {".lock": "a run of tunesmith\n", "config.yaml": "colour: red\n"},
     "a lock of a run, and final": {".lock": "a run of tunesmith\n", "final/x": "1"},

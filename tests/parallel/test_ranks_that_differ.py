@@ -81,9 +81,13 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
     where = end_together(
         run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {}), layout, "RecipeError"
     )
-    assert "train.learning_rate: 0.001 on node-a, 0.002 on node-b" in where
-    assert "train.seed: 42 on node-a, 7 on node-b" in where
-    assert "train.micro_batch: 128 tokens on node-a, 2 examples on node-b" in where
+    for key, here, there in (
+        ("learning_rate", "0.001", "0.002"),
+        ("seed", "42", "7"),
+        ("micro_batch", "128 tokens", "2 examples"),
+    ):
+        assert f"train.{key}: {here} for rank 0 on node-a" in where
+        assert f"; {there} for rank {layout.index('b')} on node-b" in where
 
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
@@ -93,7 +97,7 @@ def test_one_rank_of_a_node_is_named_where_the_others_agree():
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), run_dir_writers=(0,) * 4)
     parts = [{"seed": "1"}] * 3 + [{"seed": "2"}]
     differences = find_differences(ranks, parts)["seed"]
-    first, second = differences.split(", 2 ")
+    first, second = differences.split("; 2 ")
     assert holds(first, 1, "rank 0", "rank 1", "rank 2", "node-a", "node-b")
     assert holds(second, "rank 3", "node-b")
 
@@ -114,7 +118,7 @@ def test_another_number_of_rows(what, tiny, tmp_path):
     )
     where = end_together(found, "ab", "DataError")
     assert "data.train: 48 rows, " in where
-    assert "on node-a, 11 rows, " in where
+    assert "on node-a; 11 rows, " in where
 
 
 def test_other_rows_of_the_same_number(tiny, tmp_path):
@@ -153,7 +157,7 @@ def test_another_base_of_the_same_shape(tiny, tmp_path):
         "ModelError",
     )
     assert where.startswith("model.name: weights: ")
-    assert "on node-a, " in where
+    assert "on node-a; " in where
 
 
 def test_another_configuration_and_tokenizer(tiny, tmp_path):
@@ -162,7 +166,7 @@ def test_another_configuration_and_tokenizer(tiny, tmp_path):
     byte_tokenizer(bos_token="<|bos|>").save_pretrained(other)
     found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {"model": {"name": str(other)}}, {})
     where = end_together(found, "ab", "ModelError")
-    assert lines_with(where, "rms_norm_eps", "1e-06 on node-a, 0.0001 on node-b")
+    assert lines_with(where, "rms_norm_eps", "1e-06 for rank 0", "0.0001 for rank 1")
     assert "model.tokenizer: " in where
     assert "model.name: weights" not in where
 
@@ -179,12 +183,12 @@ def test_another_template_at_the_same_place(tiny, tmp_path):
     found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": one}, {"data": two}, {})
     where = end_together(found, "ab", "DataError")
     assert where.startswith("data.template: ")
-    assert "on node-a, " in where
+    assert "on node-a; " in where
 
 
 def test_another_version(tiny, tmp_path):
     found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {}, {"tokenizers": "0.1"})
-    assert end_together(found, "ab", "MachineError").endswith("0.1 on node-b")
+    assert end_together(found, "ab", "MachineError").endswith("0.1 for rank 1 on node-b")
 
 
 def test_another_adapter_to_begin_with(tiny, tmp_path):

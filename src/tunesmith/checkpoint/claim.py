@@ -64,7 +64,7 @@ def _any_of(names: Iterable[str]) -> str:
 
 _LEFTOVER = re.compile(
     rf"\.(?:{_any_of(RUN_FILES)})(?:\.\d+)?\.partial"
-    r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
+    r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)"
 )
 _WRITTEN = re.compile(
     rf"{_any_of(RUN_FILES)}|final|tensorboard|profile|{EVALS}|checkpoint-\d+|{_RANK_METRICS}"

@@ -33,7 +33,7 @@ OptimizerState = Mapping[str, Tensor]
 
 
 def tokenizer_files(
-    tokenizer: PreTrainedTokenizerBase, template: Template, base: Path, scratch: Path
+    tokenizer: PreTrainedTokenizerBase, template: Template, base: Path
 ) -> TokenizerFiles:
     """The tokenizer's files, with the template in use as its chat template, and the settings of
     generation, with all tokens that end an answer.
@@ -44,14 +44,11 @@ def tokenizer_files(
     thread would hold the interpreter's lock.
 
     base: the base's folder.
-    scratch: a folder for a temporary one, which `claim.remove_leftovers` removes after a kill.
     """
     original_template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.jinja
-        with tempfile.TemporaryDirectory(
-            dir=scratch, prefix=".tokenizer-", suffix=".partial"
-        ) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             write_for_older_readers(Path(folder))
             text = generation_config_text(base, tokenizer, template.end_ids)

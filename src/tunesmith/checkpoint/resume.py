@@ -27,7 +27,6 @@ from tunesmith.errors import (
     TunesmithError,
 )
 from tunesmith.metrics.record import StepRecord
-from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.run_dir import BEST, FINAL, METRICS, RECIPE, SAMPLES
 from tunesmith.units import Size, count_of
 
@@ -37,7 +36,6 @@ PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
-JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is reported
 MIXED_RUNS_REASON = "resuming would mix two runs in one set of metrics"
 FORCE = "or resume anyway with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
@@ -304,18 +302,19 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
     """Lines for the user about a resumed run.
 
-    From which step it goes on, its new duration, and what that does to the learning rate.
+    From which step it goes on, and its new duration.
     RecipeError if the duration is shorter than it was, and `checkpoint.resume` is not `force`.
     """
     progress = start.progress
     if start.checkpoint is None or progress is None or start.previous_run is None:
         return []
     previous_train = start.previous_run.train
-    previous_steps, previous_duration, previous_rate = _outlook(previous_train, schedule, progress)
-    steps, duration, rate = _outlook(run.train, schedule, progress)
+    previous_steps, previous_duration = _outlook(previous_train, schedule, progress)
+    steps, duration = _outlook(run.train, schedule, progress)
     end = duration if run.train.duration.seconds else steps
     lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint}"]
-    if previous_train.duration != run.train.duration:
+    is_other = previous_train.duration != run.train.duration
+    if is_other:
         lines.append(f"train.duration: {previous_duration} -> {duration}")
     if steps < previous_steps and run.checkpoint.resume != "force":
         raise RecipeError(
@@ -324,33 +323,22 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
             why=MIXED_RUNS_REASON,
             fix=f"a longer train.duration, or {START_OVER}, {FORCE}",
         )
-    jump = abs(rate - previous_rate)
-    has_steps_left = progress.step < steps
-    if progress.record and has_steps_left and jump > JUMP * run.train.learning_rate:
-        rates = f"{progress.record.learning_rate:.2e} to {rate:.2e}"
-        lines.append(f"the learning rate jumps from {rates}: its schedule now spans {duration}")
+    if is_other and run.train.schedule != "constant":
+        lines.append(f"the learning rate may jump: its schedule now spans {duration}")
     return lines
 
 
-def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str, float]:
-    """The steps of the whole run (of one by the clock, at the speed so far), its duration in words,
-    and the learning rate of the next step, by a `train` section."""
-    total = schedule.steps(train.duration)
+def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str]:
+    """Return the steps of the whole run and its duration in words, by a `train` section.
+
+    The steps of a run by the clock are those that it makes at the speed so far.
+    """
+    steps = schedule.steps(train.duration)
     text = str(train.duration)
-    if total:
-        steps = total
-        if train.duration.unit != "steps":
-            text += f" (= {count_of(steps, 'step')})"
-    else:
+    if steps is None:
         seconds = train.duration.seconds or 0.0
-        # By the clock: as many steps as the speed so far makes in the whole time.
         steps = round(seconds * progress.step / max(progress.seconds, 1e-9))
         text += f" (about {count_of(steps, 'step')})"
-    rate = scheduled_rate(
-        train,
-        progress.step,
-        total=total,
-        steps_per_epoch=schedule.steps_per_epoch(0),
-        seconds=progress.seconds,
-    )
-    return steps, text, rate
+    elif train.duration.unit != "steps":
+        text += f" (= {count_of(steps, 'step')})"
+    return steps, text

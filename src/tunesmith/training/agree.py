@@ -10,7 +10,7 @@ kilobytes a rank. A difference ends all ranks with exit code 2.
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import NoReturn
 
@@ -166,7 +166,7 @@ def data_parts(data: TrainingData) -> dict[str, str]:
 
 
 def find_differences(ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Describe how the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
+    """Describe how the ranks differ, by key: `1e-4 for rank 0 on spark-a; 2e-4 for rank 1 on ...`.
 
     `parts_of_ranks` has those of each rank.
     """
@@ -176,18 +176,12 @@ def find_differences(ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, str]]) 
         for rank, parts in enumerate(parts_of_ranks):
             holders.setdefault(parts.get(key, "not there"), []).append(rank)
         if len(holders) > 1:
-            sides = [f"{text} on {name_places(ranks, group)}" for text, group in holders.items()]
-            differences[key] = ", ".join(sides)
+            sides = []
+            for text, group in holders.items():
+                more = f" and {len(group) - MAX_NAMES} more" if len(group) > MAX_NAMES else ""
+                sides.append(f"{text} for {', '.join(map(ranks.name, group[:MAX_NAMES]))}{more}")
+            differences[key] = "; ".join(sides)
     return differences
-
-
-def name_places(ranks: Ranks, group: Collection[int]) -> str:
-    """Name some ranks: by their nodes if the group has all ranks of these."""
-    hosts = dict.fromkeys(ranks.hosts[rank] for rank in group)
-    whole = all(rank in group for rank, host in enumerate(ranks.hosts) if host in hosts)
-    names = [*hosts] if whole else [ranks.name(rank) for rank in group]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def lines_by_key(differences: Mapping[str, str]) -> str:

@@ -130,13 +130,6 @@ class Session:
         """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
-    def describe_ranks(self, step: int) -> str:
-        """A line for the user about several ranks, before step `step`."""
-        idle = self.loader(step).batch(step).idle_share if self.mesh.shape.data > 1 else 0.0
-        hosts = ", ".join(dict.fromkeys(self.ranks.hosts))
-        mesh = f"{self.mesh.shape.describe()}, {self.plan.why['mesh']}"
-        return f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"
-
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the
         device.

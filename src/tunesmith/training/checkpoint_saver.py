@@ -49,9 +49,7 @@ class CheckpointSaver(LoopPart):
         if self.ranks.is_main_process:
             template = self.session.data.template
             files = self.session.files
-            self.tokenizer = contents.tokenizer_files(
-                files.tokenizer, template, files.folder, self.out
-            )
+            self.tokenizer = contents.tokenizer_files(files.tokenizer, template, files.folder)
         self.schedule = self.cadence(self.run.checkpoint.every)
 
     def is_due(self) -> bool:

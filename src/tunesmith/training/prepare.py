@@ -22,7 +22,6 @@ from tunesmith.build_model import Weights, count_trained, define_model
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import Start, as_it_began, check_unchanged, describe_resume
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
-from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source.folders import check_local
@@ -50,7 +49,7 @@ from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_p
 from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.run_dir import RECIPE, Phase
+from tunesmith.run_dir import Phase, read_recipe
 from tunesmith.runtime.device import chip_of
 from tunesmith.units import count_of
 
@@ -237,11 +236,11 @@ def read_data(
     log.info(data.describe(why=why))
     if run.adapter.from_ is not None and start.checkpoint is None:
         # The adapter may be from elsewhere than a run.
-        recipe = find_adapter(run.adapter.from_).parent / RECIPE
-        base = load_recipe(recipe, trusts_code=True).model.name if recipe.is_file() else None
+        folder = find_adapter(run.adapter.from_).parent
+        base = read_recipe(folder).value.get("model", {}).get("name")
         if base and base != run.model.name:
             log.warning(
-                f"the base of {from_here(recipe.parent)} is {base}, and here it is "
+                f"the base of {from_here(folder)} is {base}, and here it is "
                 f"{run.model.name}; if they are two: {shell_word(f'model.name={base}')}"
             )
     limit = files.spec.position_limit or files.spec.context

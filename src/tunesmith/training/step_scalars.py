@@ -65,11 +65,9 @@ class StepScalars:
         self.on_host = AsyncScalars(*self.values, grad_norm.to(self.values[0].device))
 
     def read(self) -> StepNumbers:
-        """The numbers; waits for the step that they are of, and for no later one."""
-        return self.unpack(self.on_host.read())
-
-    def unpack(self, values: Sequence[float]) -> StepNumbers:
-        """The numbers by name, in the order of `pack` and `copy_to_host`."""
+        """The numbers by name; waits for the step that they are of, and for no later one."""
+        # In the order of `pack` and `copy_to_host`.
+        values = self.on_host.read()
         after_metrics = 1 + len(self.metric_names)
         metrics = dict(zip(self.metric_names, values[1:after_metrics], strict=True))
         status = RankStatus(*values[after_metrics:-1]) if self.has_status else None

@@ -186,7 +186,12 @@ class Trainer(LoopPart):
         lr = self.learning_rate(batch.step, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
-        totals = self.begin_method(batch)
+        # What the losses of the step share; a collective call.
+        totals = model.method.begin_step(
+            model,
+            StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched),
+            lambda total: all_reduce_together([total], mesh.data_group),
+        )
         loss_of = partial(model.method, totals=totals)
         # fp16 scales the loss up, and the optimizer divides the gradients by the scale again.
         loss_factor = (optimizer.scale or 1.0) / denominator
@@ -221,15 +226,6 @@ class Trainer(LoopPart):
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
         return StepOutput(batch.step + 1, batch, lr, scalars, Mark(self.session.device))
-
-    def begin_method(self, batch: GlobalBatch) -> StepTotals:
-        """Begin the step: compute what its losses share; a collective call."""
-        totals = StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched)
-        group = self.session.mesh.data_group
-        model = self.session.model
-        return model.method.begin_step(
-            model, totals, lambda total: all_reduce_together([total], group)
-        )
 
     def report_phase(self) -> None:
         """Tell the heartbeat that a step begins, and how long it may take."""

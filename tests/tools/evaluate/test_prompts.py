@@ -121,7 +121,7 @@ def test_one_prompt_in_training_and_use(
     assert tokenizer.decode(example.ids[first:]).removesuffix("\n") == f"{SAID}<|im_end|>"
 
     (tmp_path / "final").mkdir()
-    for name, content in tokenizer_files(tokenizer, template, tmp_path, tmp_path).items():
+    for name, content in tokenizer_files(tokenizer, template, tmp_path).items():
         (tmp_path / "final" / name).write_bytes(content)
     saved = AutoTokenizer.from_pretrained(tmp_path / "final")
     run = replace(loaded.recipe, data=data)
