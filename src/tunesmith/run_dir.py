@@ -38,7 +38,7 @@ from typing_extensions import TypedDict  # that pydantic reads also before Pytho
 
 from tunesmith.config import schema
 from tunesmith.config.load import RUN_IDENTITY, RUN_RECIPE, load_recipe
-from tunesmith.config.names import keys, nearest
+from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
@@ -158,26 +158,11 @@ def shown(path: str | Path) -> str:
 
 
 def name_a_run(path: Path) -> str:
-    """The fix for a path that is no run's: the folder of nearly its name, or those that are
-    there."""
-    if not path.is_dir():
-        # One name of the path is wrong.
-        name = nearest(path.name, _folders_in(path.parent))
-        near = path.with_name(name) if name else near_path(path)
-        if near and near.is_dir():
-            return f"did you mean {from_here(near)}?"
-    folder = path if path.is_dir() else path.parent
-    names = _folders_in(folder)
-    if names:
-        more = ", ..." if len(names) > 8 else ""
-        return f"{folder} contains: {', '.join(names[:8])}{more}"
+    """The fix for a path that is no run's: the folder of nearly its name, if there is one."""
+    near = None if path.is_dir() else near_path(path)
+    if near and near.is_dir():
+        return f"did you mean {from_here(near)}?"
     return "use the output_dir of a run"
-
-
-def _folders_in(folder: Path) -> list[str]:
-    with suppress(OSError):
-        return sorted(each.name for each in folder.iterdir() if each.is_dir())
-    return []
 
 
 def parse_json(text: str | bytes) -> object:

@@ -54,7 +54,7 @@ _FORM = [
     _file("unknown alias", "+method: *gone\n", "YAML", "r.yaml:4", "correct it"),
     _file("alias to itself", "+train: &a {seed: *a}\n", "too deeply nested", "r.yaml:4", "no aliases"),
     _file("tag", "+method: !!python/name:os.system x\n", "tag", "r.yaml:4", "plain value"),
-    _file("merge of a word", "+train: {<<: sft}\n", "`<<` takes a mapping", "r.yaml:4", "<<: *"),
+    _file("merge key", "+train: {<<: sft}\n", "YAML 1.2 has no merge key", "r.yaml:4", "extends"),
     _file("too deep", "+train: " + "[" * 40 + "]" * 40 + "\n", "too deeply nested", "r.yaml:4", "fewer levels"),
 ]  # fmt: skip
 

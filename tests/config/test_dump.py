@@ -94,8 +94,6 @@ def test_a_mapping_with_a_key_that_yaml_knows(key: str) -> None:
     """A column may have any name."""
     values = {key: "x", "columns": {"prompt": "a", key: "b"}}
     assert read_value(to_yaml(values), where="", base=Path()).plain() == values
-    merged = read_value("a: &a {x: 1}\nb: {<<: *a, '<<': 2}\n", where="", base=Path()).plain()
-    assert merged["b"] == {"x": 1, "<<": 2}
 
 
 @pytest.fixture

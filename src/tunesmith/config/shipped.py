@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
-from tunesmith.host.files import from_here, near_path
-from tunesmith.host.shell import shell_path
+from tunesmith.host.files import near_path
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # How the YAML language server, and so an editor, finds a file's schema.
@@ -63,15 +62,11 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     if is_folder:
         fix = "name a .yaml file in it"
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
-    near = nearest(path.stem, recipes)
-    fix = "see those that ship: tunesmith recipes"
-    if path.suffix in YAML_SUFFIXES:
-        near_recipe = near_path(path)
-        near = str(near_recipe) if near_recipe else near
-        fix = (
-            f"make one: tunesmith recipes copy smollm2-135m-lora {shell_path(from_here(path))}; "
-            "or from your rows: tunesmith train --model demo --data faq.csv"
-        )
+    near = (path.suffix and near_path(path)) or nearest(path.stem, recipes)
+    fix = (
+        "see those that ship: tunesmith recipes; or make one from your rows: tunesmith train "
+        "--model demo --data faq.csv"
+    )
     if near:
         fix = f"did you mean {near}? or {fix}"
     what = f"no recipe {str(recipe)!r}: neither a file nor one that ships"

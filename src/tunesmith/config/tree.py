@@ -277,7 +277,6 @@ class _Reader:
 
     def mapping(self, yaml_node: nodes.Node, line: int, depth: int) -> dict[str, Node]:
         values: dict[str, Node] = {}
-        merges: dict[str, Node] = {}
         for name, content in yaml_node.value:
             # A key is a node too, with its place and its type.
             key = self.node(name, line, depth)
@@ -285,23 +284,14 @@ class _Reader:
                 what = f"a key is text, this one is {key.plain()!r}"
                 raise RecipeError(what, where=key.where, fix="put it in quotes")
             # In quotes `<<` is a name like others, such as that of a column.
-            is_merge = key.value == "<<" and name.style is None
-            target = merges if is_merge else values
-            if key.value in target:
+            if key.value == "<<" and name.style is None:
+                fix = "write the keys out, or build on another recipe: extends: RECIPE"
+                raise RecipeError("YAML 1.2 has no merge key `<<`", where=key.where, fix=fix)
+            if key.value in values:
                 what = f"the key {key.value!r} is given twice"
-                why = f"the first one is at {target[key.value].where}"
+                why = f"the first one is at {values[key.value].where}"
                 raise RecipeError(what, where=key.where, why=why, fix="remove one of the two")
             # An error of a value points to its key's line: a block of text begins a line below.
             value = self.node(content, max(line, name.start_mark.line), depth)
-            target[key.value] = replace(value, where=key.where)
-        if "<<" not in merges:
-            return values
-        merged = merges["<<"]
-        for source in merged.value if isinstance(merged.value, list) else [merged]:
-            if not isinstance(source.value, dict):
-                what = "`<<` takes a mapping"
-                fix = "write <<: *name_of_a_mapping"
-                raise RecipeError(what, where=source.where, fix=fix)
-            # The first source of a list wins over later ones, and keys written here win over all.
-            values = {**source.value, **values}
+            values[key.value] = replace(value, where=key.where)
         return values

@@ -96,7 +96,9 @@ class _Value(NamedTuple):
             is_entry = True
         spec, hint = keys()[schema_key]
         if is_entry:
-            hint = _entry_type(hint)
+            # The type of a list's entries, or of a mapping's values.
+            [inside] = [get_args(m) for m in members(hint) if get_origin(m) in (tuple, dict)]
+            hint = inside[1] if dict in map(get_origin, members(hint)) else inside[0]
         return cls(node, key, hint, spec)
 
     def line(self, value: str) -> str:
@@ -116,16 +118,6 @@ class _Value(NamedTuple):
         if without_indices(owner) not in keys():
             value = "name"
         return self._replace(key=owner).line(value)
-
-
-def _entry_type(hint: object) -> object:
-    """The type of a list's entries, or of a mapping's values."""
-    for member in members(hint):
-        if get_origin(member) is tuple:
-            return get_args(member)[0]
-        if get_origin(member) is dict:
-            return get_args(member)[1]
-    raise TypeError(f"{hint} has no entries")
 
 
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:

@@ -69,33 +69,18 @@ class ListedGpu(NamedTuple):
 MEASURED = "measured"  # how the source of a peak begins that no data sheet states
 CHIP_TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
 CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in CHIP_TABLE["machines"].items()}
-# A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb`
-# for a part of two.
-_MIG = re.compile(r"\bMIG (?:(\d)c\.)?(\d)g\.")
 
 
 def peak_of(name: str) -> Peak:
-    """Dense bf16 peak of a GPU by its name; that of a MIG slice is its share of compute slices.
+    """Dense bf16 peak of a GPU by its name.
 
     The first pattern of the table that fits the name wins. Laptop parts share the names of desktop
-    ones at other clocks and have no peak. The share of a slice errs by up to a tenth, upwards: 1g
-    of an A100 has 14 of 108 multiprocessors, and counts a seventh.
+    ones at other clocks and have no peak, and a MIG slice has a part of its chip's.
     """
-    # The first pattern that fits wins.
     for row in CHIP_TABLE["peaks"]:
-        if re.search(row["pattern"], name, re.IGNORECASE):
-            break
-    else:
-        return Peak()
-    tflops, source = row["tflops"], row["source"]
-    slice_name = _MIG.search(name)
-    # A MIG slice is named by its share: 1g, 2g, ...
-    if tflops and slice_name:
-        slices = int(slice_name[1] or slice_name[2])
-        slices_of_chip = 4 if re.search(r"\bA30\b|\bRTX PRO\b", name) else 7
-        share = tflops * slices / slices_of_chip
-        return Peak(share, f"{source}; {slices} of {slices_of_chip} MIG slices")
-    return Peak(tflops or None, source)
+        if " MIG " not in name and re.search(row["pattern"], name, re.IGNORECASE):
+            return Peak(row["tflops"] or None, row["source"])
+    return Peak()
 
 
 def list_gpus() -> list[ListedGpu]:

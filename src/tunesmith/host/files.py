@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Measured = TypeVar("Measured", bound="DataclassInstance")
 
 ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenized or converted for so long
-PARTIAL_WRITE_S = 10.0  # seconds without a change, in which nothing writes a file atomically
+PARTIAL_WRITE_S = 600.0  # seconds without a change: no atomic write takes so long
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -51,7 +51,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     removes those of kills.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove_partial_writes(path)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        # A process that is at work, here or on another machine, writes for moments.
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > PARTIAL_WRITE_S:
+                partial.unlink()
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -64,28 +68,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             error.filename = str(path)
             error.filename2 = None
         raise
-
-
-def _remove_partial_writes(path: Path) -> None:
-    """Delete what killed processes left of a file that they replaced."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = partial.suffixes[-2].removeprefix(".")
-        # A process that cannot be seen from here, on another machine, writes for moments.
-        with suppress(OSError):
-            is_old = time.time() - partial.stat().st_mtime > PARTIAL_WRITE_S
-            if is_old and pid.isdecimal() and not is_running(int(pid)):
-                partial.unlink()
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process of this machine has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def measure_once(
@@ -157,29 +139,18 @@ def from_here(path: str | Path) -> str:
     return str(path)
 
 
-def near_file(path: Path, suffixes: Iterable[str]) -> Path | None:
-    """The file beside a missing one whose name, without its suffix, is nearly the same."""
-    try:
-        files = [file for file in path.parent.iterdir() if file.suffix.lower() in suffixes]
-    except OSError:
-        return None
-    by_name = {file.stem.lower(): file for file in sorted(files)}
-    # Two letters of three may have changed places.
-    near = difflib.get_close_matches(path.stem.lower(), by_name, n=1, cutoff=0.66)
-    return by_name[near[0]] if near else None
-
-
 def near_path(path: Path) -> Path | None:
     """Find what is there in place of a path whose folders exist up to one, which is misspelt."""
     misspelt = path
     while not misspelt.parent.is_dir():
         misspelt = misspelt.parent
     try:
-        names = sorted(entry.name for entry in misspelt.parent.iterdir())
+        names = {each.name.lower(): each.name for each in sorted(misspelt.parent.iterdir())}
     except OSError:
         return None
-    for name in difflib.get_close_matches(misspelt.name, names, n=3):
-        near = misspelt.with_name(name) / path.relative_to(misspelt)
+    # A common suffix of two unlike names is less than this.
+    for name in difflib.get_close_matches(misspelt.name.lower(), names, n=3, cutoff=0.7):
+        near = misspelt.with_name(names[name]) / path.relative_to(misspelt)
         if near.exists():
             return near
     return None

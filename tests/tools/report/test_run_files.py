@@ -142,7 +142,7 @@ def test_only_folders_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    cases = {"runs/notse.txt": "runs contains: first", "runs/note": "runs contains: first"}
+    cases = dict.fromkeys(("runs/notse.txt", "runs/note"), "use the output_dir of a run")
     meant = ("runs/frist", "runs/FIRST", "rnus/first")
     for missing, fix in (cases | dict.fromkeys(meant, "did you mean runs/first?")).items():
         with refuses(UsageError, where=missing, fix=[fix]):

@@ -37,7 +37,7 @@ from tunesmith.data.source.table import (
 )
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
-from tunesmith.host.files import near_file
+from tunesmith.host.files import near_path
 from tunesmith.host.memory import available_memory, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -108,7 +108,7 @@ def check_is_file(path: Path) -> None:
         fix = "copy its rows into a regular file and use that"
     elif path.is_symlink():
         why = f"it is a link to {os.readlink(path)}, which does not exist"
-    elif near := near_file(path, SUFFIXES):
+    elif near := near_path(path):
         fix = f"did you mean {near}?"
     raise DataError(what, where=str(path), why=why, fix=fix)
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from tunesmith.config.tree import Node, Scalar, read_file, scalar, wrap
 from tunesmith.errors import RecipeError, UsageError
-from tunesmith.host.files import near_file
+from tunesmith.host.files import near_path
 from tunesmith.host.shell import shell_path
 
 IMPORTED_TOOLS = ("torchtune", "axolotl", "llamafactory", "trl")
@@ -136,7 +136,7 @@ def source_keys(path: Path) -> Iterator[SourceKey]:
         yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)
     except RecipeError as error:
         fix = error.fix
-        near = None if path.exists() else near_file(path, (".yaml", ".yml", ".json"))
+        near = None if path.exists() else near_path(path)
         if near:
             fix = f"did you mean {near}?"
         if "a recipe is" in error.what:
