@@ -126,8 +126,8 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
     ("words", "said"),
     [
         ((), "requires a recipe or a model"),
-        (("no/such/path",), "there is nothing at no/such/path"),
-        (("./nothing",), "there is nothing at ./nothing"),
+        (("no/such/path",), "there is no folder or .gguf file no/such/path"),
+        (("./nothing",), "there is no folder or .gguf file ./nothing"),
         (("./pyprojcet",), "did you mean pyproject.toml?"),
         (("bad id!",), "neither a folder"),
         (("demo",), "tunesmith train --model demo"),

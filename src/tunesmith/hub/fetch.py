@@ -45,7 +45,6 @@ from tunesmith.model.safetensors_files import (
 from tunesmith.model.shapes import config_of_model
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
-from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +108,13 @@ def local_model(model: Model) -> Path | None:
     path = Path(os.path.expanduser(name))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.is_file():
-        raise ModelError(
-            f"{path.name} is neither a folder nor a .gguf file",
-            where=str(path),
-            fix=f"use its folder: model.name: {path.parent}",
-        )
     # What looks like a path is not looked up at the Hub.
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        near = near_path(path)
+    is_path = name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or path.is_file():
+        near = path.parent if path.is_file() else near_path(path)
         fix = f"did you mean {near}?" if near else "correct the path, or give a Hub id: owner/name"
         raise ModelError(
-            f"there is nothing at {name}",
+            f"there is no folder or .gguf file {name}",
             where="model.name",
             fix=f"{fix}; of a run whose base has moved: model.name in its config.yaml",
         )
@@ -159,17 +153,14 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
     broken."""
     check_regular_files(folder)
     headers = read_entries(folder)
-    config = folder / "config.json"
-    spec = model_spec(
-        read_json(config), where=str(config), trust_remote_code=model.trust_remote_code
-    )
+    spec = spec_of_folder(folder, model)
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
     # Before modules of that size are built.
     if spec.parameters > MOST_PER_NUMBER * stored:
         described = f"config.json describes {spec.parameters:,} parameters"
         raise ModelError(
             f"{described}, and the weights have {stored:,}",
-            where=str(config),
+            where=str(folder / "config.json"),
             why="the weights and config.json do not describe the same model",
             fix="fetch the model again, or correct config.json",
         )
@@ -182,6 +173,12 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
             "that has one",
         )
     return spec
+
+
+def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
+    """The sizes of the model in `folder`, by its config.json alone."""
+    file = folder / "config.json"
+    return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -207,12 +204,11 @@ def stated_license(info: ModelInfo | DatasetInfo) -> str:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The files that a model needs from the Hub, and those of its repository it does not need."""
+    """The files that a model needs from the Hub."""
 
     model: Model
     info: ModelInfo | DatasetInfo
     files: tuple[DryRunFileInfo, ...]
-    left_out: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -263,26 +259,18 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
         weights = indexed_files(small_file(INDEX))
     missing = [name for name in weights if name not in all_names]
     if missing:
-        named = ", ".join(missing[:3])
-        count = count_of(len(missing), "weight file")
-        what = f"the index lists {count} not in the repository: {named}"
+        what = f"weight files are not in the repository: {', '.join(missing[:3])}"
         raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
     targets = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
     targets += weights
-    # For the user to know what is not fetched.
-    left_out = tuple(
-        name
-        for name in sorted(all_names.difference(targets))
-        if not name.endswith((".md", ".gitattributes"))
-    )
     with hub_calls(model.name, model.revision):
         files = snapshot_download(
             model.name, revision=info.sha, allow_patterns=targets, dry_run=True
         )
-    return DownloadPlan(model, info, tuple(files), left_out)
+    return DownloadPlan(model, info, tuple(files))
 
 
 def repo_cache(repo: str, repo_type: str = "model") -> Path:
@@ -375,13 +363,11 @@ class CachedItem:
     Attributes:
         kind: model, dataset, converted or shipped.
         size: in bytes.
-        used: seconds since the epoch.
     """
 
     name: str
     kind: str
     size: int
-    used: float
     folder: Path
 
 
@@ -405,9 +391,7 @@ def _items_in(cache: Path, kind: str, prefix: str = "") -> list[CachedItem]:
             name = name.removeprefix(prefix).replace("--", "/")
         # Links are not followed, so that a blob counts once.
         files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-        used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
-        size = sum(file.st_size for file in files)
-        items.append(CachedItem(name, kind, size, used, folder))
+        items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
     return items
 
 

@@ -38,17 +38,6 @@ def convert_gguf(file: Path, dtype: str | None) -> Path:
     ModelError where Transformers cannot read the file, MachineError where the package or the cache
     is missing.
     """
-    file = _check_gguf(file)
-    for content in (dtype,) if dtype else (*get_args(Dtype), WITHOUT_WEIGHTS):
-        target = _cached_folder(file, content)
-        if target.is_dir():
-            return target
-    _write_once(file, target, dtype)
-    return target
-
-
-def _check_gguf(file: Path) -> Path:
-    """The file's absolute path; ModelError where it is no .gguf file."""
     file = file.resolve()
     try:
         with file.open("rb") as stream:
@@ -62,7 +51,12 @@ def _check_gguf(file: Path) -> Path:
             why=f"it begins with {start!r}, not {MAGIC!r}",
             fix="download it again; a small file is often a saved web page or a Git LFS pointer",
         )
-    return file
+    for content in (dtype,) if dtype else (*get_args(Dtype), WITHOUT_WEIGHTS):
+        target = _cached_folder(file, content)
+        if target.is_dir():
+            return target
+    _write_once(file, target, dtype)
+    return target
 
 
 def _cached_folder(file: Path, content: str) -> Path:
@@ -78,15 +72,12 @@ def _write_once(file: Path, target: Path, dtype: str | None) -> None:
     when it is complete.
     """
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
-    from tunesmith.hub.gguf_folder import write_with_weights, write_without_weights
+    from tunesmith.hub.gguf_folder import write_folder
 
     what = f"to {dtype} safetensors" if dtype else "without its weights"
     log.info(f"converting {file.name} {what}, once, in {target}")
     with cached_once(target, what="the converted model") as folder:
-        if dtype is None:
-            write_without_weights(file, folder)
-        else:
-            write_with_weights(file, dtype, folder)
+        write_folder(file, dtype, folder)
         follow_umask(folder)
         for read_file in (file, *folder.glob(SINGLE)):
             with open_uncached(read_file) as stream:

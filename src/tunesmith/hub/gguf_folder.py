@@ -48,54 +48,46 @@ def _reading(file: Path) -> Iterator[None]:
         hf_logging.set_verbosity(level)
 
 
-def write_with_weights(file: Path, dtype: str, folder: Path) -> None:
-    """Write the model of a .gguf file into a folder, its weights in `dtype`."""
-    torch_dtype = DTYPES[dtype]
+def write_folder(file: Path, dtype: str | None, folder: Path) -> None:
+    """Write configuration and tokenizer of a .gguf file into a folder, and its weights in `dtype`
+    unless it is None.
+    """
     with _reading(file):
         tokenizer = _tokenizer_of(file)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch_dtype
-        )
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if dtype is not None:
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=DTYPES[dtype]
+            )
+    _save_tokenizer(tokenizer, folder, file)
+    if dtype is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        _save_config(config, folder)
+        return
     # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
     # quantized file.
     model.generation_config.save_pretrained(folder)
-    _save_config(
-        model.config,
-        folder,
-        dtype=str(torch_dtype).removeprefix("torch."),
-        architectures=[type(model).__name__],
-    )
-    _save_tokenizer(tokenizer, folder, file)
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    _save_config(model.config, folder, dtype=name, architectures=[type(model).__name__])
     # named_parameters names a shared tensor once, and no buffer of these families is in a
     # checkpoint.
     state = {
-        name: tensor.detach().to(torch_dtype).contiguous()
+        name: tensor.detach().to(DTYPES[dtype]).contiguous()
         for name, tensor in model.named_parameters()
     }
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
 
 
-def write_without_weights(file: Path, folder: Path) -> None:
-    """Write configuration and tokenizer of a .gguf file into a folder."""
-    with _reading(file):
-        tokenizer = _tokenizer_of(file)
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    _save_config(config, folder)
-    _save_tokenizer(tokenizer, folder, file)
-
-
 def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
     header = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
     if header.get("general.type") == "adapter":
-        base = header.get("general.base_model.0.name")
-        file_of_base = shell_path(base) if base else "BASE.gguf"
+        base = header.get("general.base_model.0.name", "BASE.gguf")
         raise ModelError(
             f"{file.name} holds an adapter, not a model",
             where=str(file),
-            why=f"general.type is 'adapter'; its base is {base or 'not named in the file'}",
-            fix=f"name the base's file: {file_of_base}; or to serve both: llama-server -m "
-            f"{file_of_base} --lora {shell_path(file)}",
+            why=f"its base is {base}",
+            fix=f"name the base's file; or to serve both: llama-server -m {shell_path(base)} "
+            f"--lora {shell_path(file)}",
         )
     return read_file_tokenizer(header, str(file))
 

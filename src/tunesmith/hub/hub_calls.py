@@ -4,7 +4,6 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from huggingface_hub import constants, errors, get_token
 from huggingface_hub.utils import (
@@ -79,30 +78,27 @@ def hub_error(
     why = clean(error)
     if not status:
         return _local_error(error, repo, page)
+    what = f"the Hub answers {status}"
+    fix = "try again later; finished downloads are kept"
     cause = ""
     # A GatedRepoError is a RepositoryNotFoundError too.
-    if isinstance(error, errors.GatedRepoError):
-        account = "your token's account" if _token() else "you (no token found)"
-        what = f"{repo} is gated, and access has not been granted to {account}"
-        fix = f"ask for access on {page}, then {LOGIN}"
-        cause = "licence"
-    elif isinstance(error, errors.RevisionNotFoundError):
+    is_missing = isinstance(error, errors.RepositoryNotFoundError)
+    is_missing = is_missing and not isinstance(error, errors.GatedRepoError)
+    if isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
         fix = f"use one from {page}/tree/main"
-    elif isinstance(error, errors.DisabledRepoError):
-        what = f"{repo} was disabled on the Hub"
-        fix = "use another model"
-    elif isinstance(error, errors.RepositoryNotFoundError):
+    elif is_missing:
         what = f"no {repo_type} {repo} is visible to you on the Hub"
         fix = f"check the name; for a private one log in: {LOGIN}"
         why = "it does not exist, or it is private and your token has no access"
-    elif status in (401, 403):
-        what = f"the Hub denies access to {repo} ({status})"
-        fix = f"{LOGIN}; a fine-grained token needs read access to gated repositories"
+    elif status in (401, 403) and not isinstance(error, errors.DisabledRepoError):
+        account = "your token's account" if _token() else "you (no token found)"
+        what = f"{repo} is gated, and access has not been granted to {account}"
+        fix = (
+            f"ask for access on {page}, then {LOGIN}; a fine-grained token needs read access to "
+            "gated repositories"
+        )
         cause = "licence"
-    else:
-        what = f"the Hub answers {status}"
-        fix = "try again later; finished downloads are kept"
     return ModelError(what, where=page, why=why, fix=fix, cause=cause)
 
 
@@ -135,14 +131,12 @@ def _local_error(error: Exception, repo: str, page: str) -> TunesmithError:
 def names_no_model(name: str) -> ModelError:
     """Return the error for a name that is no folder and no Hub id; it proposes a similar name."""
     models = {repo.partition("/")[2]: repo for shape in SHAPES.values() for repo in shape.models}
-    folders = [path.parent.name for path in Path().glob("*/config.json")]
-    files = [str(path) for path in Path().glob("*.gguf")]
-    near = nearest(name, [demo_model.DEMO_NAME, *folders, *files, *models])
+    near = nearest(name, [demo_model.DEMO_NAME, *models])
     fix = "use an existing path, or owner/name as on the Hub"
     if near == demo_model.DEMO_NAME:
         fix = "tunesmith train --model demo --data FILE: it needs no download"
     elif near:
-        fix = f"did you mean {models.get(near, near)}? Or {fix}"
+        fix = f"did you mean {models[near]}? Or {fix}"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id", where="model.name", fix=fix
     )

@@ -86,12 +86,6 @@ class ModelFiles:
         ]
 
 
-def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
-    """The sizes of the model in `folder`, by its config.json alone."""
-    file = folder / "config.json"
-    return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
-
-
 def read_picture_processor(
     folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run
 ) -> "PictureProcessor | None":

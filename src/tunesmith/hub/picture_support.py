@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,11 @@ class ReadyPixels:
         return self.ready
 
 
+def _sizes_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The values of a config without those that are no sizes."""
+    return {name: value for name, value in config.to_dict().items() if name not in NO_SIZES}
+
+
 def find_picture_support(
     whole: PretrainedConfig,
     processor: PictureProcessor,
@@ -58,9 +64,7 @@ def find_picture_support(
     """Find how a vision-language model trains with pictures, from its config, which errors call
     `where`, or from the disk; ModelError for one that is refused, with the figures.
     """
-    sizes = whole.to_dict()
-    for name in NO_SIZES:
-        sizes.pop(name, None)
+    sizes = _sizes_of(whole)
     versions = [version("transformers"), version("torch")]
     key = [PICTURE_SUPPORT_VERSION, *versions, processor.digest, sizes]
     with errors_at(where):
@@ -96,10 +100,6 @@ class VisionSize:
 
 def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProcessor) -> ModelSpec:
     """The spec with the sizes of the vision part, and of what it is given."""
-    values = whole.to_dict()
-    for name in NO_SIZES:
-        values.pop(name, None)
-
     pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
 
     def measure() -> VisionSize:
@@ -117,7 +117,7 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
             log.warning(f"the operations of the vision part are not counted: {first_line(error)}")
             return VisionSize(parameters, projector, 0)
 
-    key = [PICTURE_SUPPORT_VERSION, version("transformers"), processor.digest, values]
+    key = [PICTURE_SUPPORT_VERSION, version("transformers"), processor.digest, _sizes_of(whole)]
     size = measure_once("specs", key, measure, VisionSize)
     given = sum(array.nbytes for array in pixels.inputs.values())
     tokens = processor.count_tokens(TYPICAL_SIZE)

@@ -108,7 +108,7 @@ def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
     """The dtype of a base on a device of this machine; a choice other than bf16 is logged."""
     if model.dtype != "auto":
         return model.dtype
-    from tunesmith.hub.model_files import spec_of_folder
+    from tunesmith.hub.fetch import spec_of_folder
 
     # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
     def read_sizes() -> ModelSpec:

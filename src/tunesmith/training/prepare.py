@@ -35,7 +35,8 @@ from tunesmith.host.files import from_here
 from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
+from tunesmith.hub.fetch import spec_of_folder
+from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods import METHODS
 from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
