@@ -54,20 +54,10 @@ class ForwardStop:
             if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
                 signal.signal(signal.Signals[name], self._forward)
 
-    @property
-    def is_requested(self) -> bool:
-        """Tell whether a stop signal came."""
-        return self.number > 0
-
     def not_begun(self, why: str) -> StoppedError:
         """The error of a stop before the first step."""
         what = f"stopped by {signal.Signals(self.number).name} before the first step"
         return StoppedError(what, why=why, fix="start the same command again")
-
-    def reach_new_ranks(self) -> None:
-        """Hand the signal on to ranks that were being started when it came."""
-        if self.is_requested:
-            self._send(again=False)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -76,11 +66,12 @@ class ForwardStop:
         line = f"{name} came to {agent}, which forwards it to its ranks\n"
         # The signal may have come in the middle of a print, which cannot be entered again.
         os.write(sys.stderr.fileno(), line.encode())
-        self._send(again=True)
+        self.send(again=True)
         if not self.ranks_began:
             raise self.not_begun("the other nodes had not joined yet")
 
-    def _send(self, *, again: bool) -> None:
+    def send(self, *, again: bool) -> None:
+        """Hand the last signal on, `again` also to ranks that have got one."""
         import psutil
 
         for rank in psutil.Process().children():
@@ -101,7 +92,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
         """torch's own, which sees signals: those to itself, and those that killed a rank."""
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
-            if stop.is_requested:
+            if stop.number:
                 raise stop.not_begun("the ranks were being restarted")
             stop.ranks_began = True
             # The kernel counts kills since its start: the difference is that of this attempt.
@@ -109,11 +100,13 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             return super()._start_workers(worker_group)
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-            stop.reach_new_ranks()
+            # Ranks may have been starting when the signal came.
+            if stop.number:
+                stop.send(again=False)
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
                 return result
-            if stop.is_requested:
+            if stop.number:
                 # torch starts failed ranks again; after a stop it must not.
                 self._remaining_restarts = 0
             signals = {}
@@ -139,14 +132,14 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
         signals: the ranks that were killed, and the numbers of the signals.
         new_oom_kills: of the kernel, since the ranks were started.
     """
+    # The lowest rank stands for all that were killed.
+    rank = min(signals)
     try:
         if not store.check([HEARTBEAT_NAME]):
             return
         heartbeats = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
-        # The lowest rank stands for all that were killed.
-        rank = min(signals)
         beat = json.loads(heartbeats.get(f"beat/{rank}"))
-        fault = kill_fault(rank, signals[rank], beat, new_oom_kills=new_oom_kills)
+        fault = kill_fault(rank, signals[rank], beat, is_oom=new_oom_kills > 0)
         # The first fault stands: a rank may have seen it before.
         heartbeats.compare_set("fault", UNDECIDED, json.dumps(fault))
         sleep(READ_TIME)
@@ -154,36 +147,28 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
         return
 
 
-def kill_fault(
-    rank: int, number: int, beat: Mapping[str, str], *, new_oom_kills: int
-) -> ErrorFields:
+def kill_fault(rank: int, number: int, beat: Mapping[str, str], *, is_oom: bool) -> ErrorFields:
     """The error that ends all ranks, in the fields that their heartbeats expect.
 
     Args:
         number: of the signal.
         beat: the last of the killed rank.
+        is_oom: whether the kernel has killed for want of memory.
     """
     host = socket.gethostname()
     name = signal.Signals(number).name
-    cause = "killed"
+    cause = "oom-kill" if number == signal.SIGKILL and is_oom else "killed"
     why = f"its node agent saw {name}"
-    if number == signal.SIGKILL and new_oom_kills > 0:
-        cause = "oom-kill"
-        why += f"; {CAUSES[cause]}"
-    where = ""
-    if beat.get("place"):
-        where = f"rank {rank}: {beat['place']}"
-    failed_rank = {
-        "rank": rank,
-        "host": host,
-        "phase": beat.get("phase") or None,
-        "collective": beat.get("collective") or None,
-    }
     return {
         "what": f"rank {rank} on {host} was killed by {name}",
-        "where": where,
-        "why": why,
+        "where": f"rank {rank}: {beat['place']}" if beat.get("place") else "",
+        "why": f"{why}; {CAUSES[cause]}" if cause == "oom-kill" else why,
         "fix": AGAIN,
         "cause": cause,
-        "failed_rank": failed_rank,
+        "failed_rank": {
+            "rank": rank,
+            "host": host,
+            "phase": beat.get("phase") or None,
+            "collective": beat.get("collective") or None,
+        },
     }

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tunesmith.checkpoint.claim import LAUNCH, check_run_dir, is_run
@@ -224,26 +225,11 @@ def first_error(log: Path) -> str:
     return ""
 
 
-def holds_runs(folder: Path) -> bool:
-    """Tell whether a folder is no run but has runs in it, as a sweep's has, even as it trains."""
-    is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
-    return not is_run_itself and next(run_folders(folder), None) is not None
-
-
 def run_folders(folder: Path) -> Iterator[Path]:
     """Yield the run directories in a folder and in those of its folders that are not runs."""
-    for path in _subfolders(folder):
-        if holds_run(path):
+    for path in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
+        if holds_run(path) and (path.parent == folder or not holds_run(path.parent)):
             yield path
-        else:
-            yield from (inner for inner in _subfolders(path) if holds_run(inner))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
 
 
 def with_runs_of_folders(words: Sequence[str]) -> list[str]:
@@ -251,7 +237,9 @@ def with_runs_of_folders(words: Sequence[str]) -> list[str]:
     named = []
     for word in words:
         folder = Path(word)
-        runs = run_folders(folder) if holds_runs(folder) else ()
+        # The folder of a sweep is no run, even while it trains.
+        is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
+        runs = () if is_run_itself else run_folders(folder)
         named += [*map(str, runs)] or [word]
     return list(dict.fromkeys(named))
 
@@ -296,17 +284,13 @@ def last_step(run_dir: str | Path) -> str:
 
 def step_and_time_left(run_dir: str | Path) -> str:
     """`last_step` of a run that is at work, with the time that is left by its newest steps."""
+    text = last_step(run_dir)
     records = list(itertools.islice(newest_records(Path(run_dir)), RECENT_STEPS))
-    if not records:
-        return ""
-    newest = records[0]
-    total = _total_steps(Path(run_dir), newest)
-    text = _describe_step(newest, total)
-    step = newest.get("step")
     seconds = list(filter(None, (record.get("step_seconds") for record in records)))
-    if not text or not seconds or total is None or step is None:
+    total = _total_steps(Path(run_dir), records[0]) if records else None
+    if not text or not seconds or total is None:
         return text
-    left = max(0.0, total - step) * sum(seconds) / len(seconds)
+    left = max(0.0, total - (records[0].get("step") or 0)) * fmean(seconds)
     return f"{text}, {format_seconds(left)} left"
 
 
@@ -363,19 +347,13 @@ def recipe_file(run_dir: str) -> Path:
 def write_recipe(run: Run) -> Path:
     """Write the resolved recipe into the run directory, for the nodes.
 
-    UsageError where a run is at work there, which may read its recipe again; MachineError where it
-    cannot be written.
+    UsageError where a run is at work there, which may read its recipe again.
     """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
     check_free(run.output_dir)
     check_run_dir(Path(run.output_dir), inputs_of(run).values())
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, dump(run))
-    except OSError as error:
-        fix = "choose another one: output_dir=runs/my-run"
-        what = f"the run directory cannot be written: {error.strerror}"
-        raise MachineError(what, where=str(file.parent), fix=fix) from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, dump(run))
     return file
 
 
@@ -396,15 +374,7 @@ def _notes() -> Path:
 def state_folder() -> Path:
     """The user's folder of jobs, created for the user alone."""
     folder = _notes()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise MachineError(
-            "the list of jobs cannot be written",
-            where=str(folder),
-            why=error.strerror or "",
-            fix="export XDG_STATE_HOME=/a/folder/of/yours",
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 

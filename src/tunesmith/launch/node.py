@@ -171,7 +171,7 @@ def run_program(
         return EXIT_STOPPED
     is_done = out is not None and (out / FINAL).is_dir()
     # stopped.json may be on another node.
-    if stop.is_requested and code == EXIT_OK and not is_done:
+    if stop.number and code == EXIT_OK and not is_done:
         return EXIT_STOPPED
     return code
 
@@ -231,7 +231,7 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
     what = "lost the launcher of the node with the ranks' store"
     # A machine that refuses a connection is up, and so is the network to it.
     # The store's node answers with a refusal: its launcher ended, the machine did not.
-    if stop.is_requested or refuses_connections(store.host, store.port):
+    if stop.number or refuses_connections(store.host, store.port):
         return RunError(what, where=where, why=why, fix=AGAIN, cause="killed")
     return RunError(f"{what}, or the network to it", where=where, why=why, fix=fix, cause="link")
 
