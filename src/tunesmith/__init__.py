@@ -28,8 +28,8 @@ export_gguf write a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
 Results print as tables, and render in a notebook. Errors that a user can fix are `TunesmithError`s,
-which `tunesmith.errors` lists: they say what happened, where, why, and the fix. If a fix is
-key=value, pass overrides={"key": value}.
+which `tunesmith.errors` lists: they say what happened, where, why, and the fix, in the words of the
+command line. For key=value pass overrides={"key": value}, for an option the argument of its name.
 """
 
 from importlib import import_module
@@ -127,8 +127,6 @@ def __getattr__(name: str) -> Any:
     host.bound_shape_caches()
     host.prepare_threads()
     value = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
-    if not isinstance(value, type):
-        value = import_module(f"{__name__}.cli.from_python").name_arguments_in_errors(value)
     globals()[name] = value
     return value
 

@@ -21,7 +21,6 @@ import tunesmith
 from errors import refuses
 from ranks import run_ranks
 from recipes import recipe
-from tunesmith.cli.from_python import name_arguments_in_errors
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
 
@@ -189,27 +188,6 @@ def test_public_functions_take_nothing_of_ours_and_have_plain_defaults() -> None
         ), name
 
 
-@pytest.mark.parametrize(
-    ("function", "text", "expected"),
-    [
-        ("generate", "--columns prompt=question,completion=answer", "columns={'prompt': 'question', 'completion': 'answer'}"),
-        ("train", "--columns prompt=q; or --format text.", "overrides={'data.train.columns': {'prompt': 'q'}}; or overrides={'data.train.format': 'text'}."),
-        ("inspect_data", "--columns prompt=...,completion=...", "overrides={'data.train.columns': {'prompt': '...', 'completion': '...'}}"),
-        ("evaluate", "give --format; or --score exact", "give format_name; or scorers='exact'"),
-        ("merge", "--force replaces it", "force=True replaces it"),
-        ("train", "tunesmith train x.yaml --fresh; or --fresh", "tunesmith train x.yaml --fresh; or fresh=True"),
-    ],
-)  # fmt: skip
-def test_errors_name_arguments_in_place_of_options(function: str, text: str, expected: str) -> None:
-    def fail() -> None:
-        raise UsageError("wrong", where="--format", fix=text)
-
-    fail.__name__ = function
-    with refuses(UsageError, where="format_name") as caught:
-        name_arguments_in_errors(fail)()
-    assert caught.value.fix == expected
-
-
 def test_plan_data_and_sweep_return_what_json_prints(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,10 +218,10 @@ def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path
     with refuses(UsageError, where="--dtype", names=["float32"], fix=["fp32"]):
         tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
     with refuses(
-        UsageError, where="scorers", names=["function"], fix=["my_scorers.py:my_function"]
+        UsageError, where="--score", names=["function"], fix=["my_scorers.py:my_function"]
     ):
         tunesmith.evaluate(tiny, scorers=[lambda answer, row: 1.0])  # type: ignore[list-item]
-    with refuses(UsageError, where="scorers", names=["exakt"], fix=["scorers='exact'"]):
+    with refuses(UsageError, where="--score", names=["exakt"], fix=["--score exact"]):
         tunesmith.evaluate(tiny, scorers="exakt")
     (tmp_path / "my-run").mkdir()
     for function in (tunesmith.load_run, tunesmith.compare):

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from errors import check_shown, holds, lines_with, refuses, warnings_with
+from errors import check_shown, lines_with, refuses, warnings_with
 from rows import alpaca
 from tunesmith.cli import run_data as verb
 from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
-from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer
@@ -62,23 +61,6 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     # One line for all checks; each of them is in --json.
     assert lines_with(out, 9, 60, "contract", "<|im_end|>")
     assert "BROKEN" not in out
-
-
-def test_a_system_prompt_of_the_template_is_said_to_be_its_own(
-    recipe, write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    template = write(
-        "kind.jinja",
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    )
-    words = ["data", recipe(alpaca(60)), f"data.template={template}"]
-    assert main(words) == 0
-    assert lines_with(capsys.readouterr().out, '"Be kind."', "data.system='You are ...'")
-    for others in ("data.system=Be brief.", "data.template=auto"):
-        assert main([*words, others]) == 0
-        assert "data.system=" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -278,84 +260,3 @@ def test_a_run_directory_shows_its_recipe(
     (tmp_path / "run" / "config.yaml").write_text(dump(load_recipe(file)))
     assert main(["data", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == shown
-
-
-HOLDS_OUT = "  hold_out: 25 %\nvalidate: {max_examples: 2}\n"
-
-
-def test_held_out_rows_are_written_for_other_models(
-    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = recipe(alpaca(12), HOLDS_OUT)
-    output = tmp_path / "held-out.jsonl"
-    assert main(["data", file, "--write-held-out", str(output)]) == 0
-    run = load_recipe(file)
-    _, held_out = read_splits(run.data, run.train.seed)
-    rows = [rows[i] for _, rows in held_out for i in range(len(rows))]
-    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
-    assert len(rows) == 3
-    first, then = capsys.readouterr().out.splitlines()
-    assert holds(first, output, 3, "rows.jsonl")
-    assert then == f"next: tunesmith eval RUN --data {output} --max-examples 2"
-    for words, names, fix in (
-        (["--write-held-out", str(output)], [output], "a new name"),
-        (["--write-held-out", "rows.csv"], ["rows.csv"], "--write-held-out rows.jsonl"),
-        (["--write-held-out", "new.jsonl", "data.hold_out=null"], [], "data.hold_out='5 %'"),
-    ):
-        assert main(["data", file, *words]) == 2
-        check_shown(capsys.readouterr().err, where="--write-held-out", names=names, fix=[fix])
-    assert main(["data", file, "--write-held-out", str(tmp_path / "none" / "new.jsonl")]) == 2
-    check_shown(capsys.readouterr().err, where="--write-held-out")
-
-
-def test_a_run_that_held_out_no_rows_is_not_told_to_hold_out_some_now(
-    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "my run"
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(dump(load_recipe(recipe(alpaca(12)))))
-    assert main(["data", str(run_dir), "--write-held-out", "new.jsonl"]) == 2
-    shown = capsys.readouterr().err
-    check_shown(
-        shown,
-        where="--write-held-out",
-        fix=[f"tunesmith eval '{run_dir}' --data FILE"],
-    )
-    assert "data.hold_out" not in shown
-
-
-def test_other_held_out_rows_than_the_run_s_are_not_written(
-    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = recipe(alpaca(12), HOLDS_OUT)
-    run_dir, output = tmp_path / "run", tmp_path / "held-out.jsonl"
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(dump(load_recipe(file)))
-    (run_dir / "env.json").write_text(json.dumps({"validation_hash": "v" * 64}))
-    assert main(["data", str(run_dir), "--write-held-out", str(output)]) == 2
-    check_shown(capsys.readouterr().err, where=str(run_dir))
-    assert not output.exists()
-    # Nor are they where it cannot be told which they are.
-    (run_dir / "env.json").write_text('{"validation_hash": ')
-    assert main(["data", str(run_dir), "--write-held-out", str(output)]) == 2
-    check_shown(capsys.readouterr().err, where=str(run_dir / "env.json"), fix=["--data FILE"])
-    assert not output.exists()
-    # Other rows may be asked for.
-    words = ["--write-held-out", str(output), "--json", "data.hold_out_seed=7"]
-    assert main(["data", str(run_dir), *words]) == 0
-    written = json.loads(capsys.readouterr().out)
-    assert written == {"file": str(output), "rows": 3, "sources": [str(tmp_path / "rows.jsonl")]}
-
-
-def test_the_columns_of_written_rows_are_those_of_their_source(
-    recipe, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write("faq.csv", "Question,Answer\n" + "".join(f"what {i}?,{i}\n" for i in range(8)))
-    source = f"data.train={{source: {tmp_path}/faq.csv, format: prompt-completion, columns: {{prompt: Question, completion: Answer}}}}"
-    output = tmp_path / "held-out.jsonl"
-    assert (
-        main(["data", recipe(alpaca(1), HOLDS_OUT), source, "--write-held-out", str(output)]) == 0
-    )
-    assert output.read_text().startswith('{"Question": "what ')
-    columns = "--format prompt-completion --columns prompt=Question,completion=Answer"
-    assert holds(capsys.readouterr().out, columns)

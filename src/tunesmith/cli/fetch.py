@@ -22,7 +22,7 @@ from tunesmith.config.schema import Model, Source
 from tunesmith.config.shipped import shipped
 from tunesmith.data.source.open_source import is_local
 from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.host.shell import shell_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +68,15 @@ def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
     if args.name is None:
         fix = "tunesmith fetch smollm2-135m-lora, or --list"
         raise UsageError("fetch requires a recipe or a model", where="command line", fix=fix)
-    if args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml"):
-        if args.revision is not None:
-            command = shell_command(
-                ["tunesmith", "fetch", args.name, f"model.revision={args.revision}"]
-            )
-            raise UsageError("a recipe sets its own revision", where="--revision", fix=command)
+    is_recipe = args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml")
+    if (is_recipe and args.revision is not None) or (args.overrides and not is_recipe):
+        raise UsageError(
+            "key=value is for a recipe, and --revision for a model",
+            where="command line",
+            fix=f"tunesmith fetch {shell_word(args.name)} "
+            + ("model.revision=REVISION" if is_recipe else "--revision REVISION"),
+        )
+    if is_recipe:
         recipe = load_recipe(args.name, args.overrides)
         sources = {}
         # A data set may be the source of several splits: it is fetched once.
@@ -81,9 +84,4 @@ def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
             if not is_local(source.source):
                 sources[source.source, source.name, source.revision] = source
         return recipe.model, list(sources.values())
-    if args.overrides:
-        command = f"tunesmith fetch {shell_word(args.name)} --revision REVISION"
-        what = f"{args.overrides[0]!r} needs a recipe"
-        fix = f"{command}; key=value requires a recipe"
-        raise UsageError(what, where="command line", fix=fix)
     return Model(name=args.name, revision=args.revision), []

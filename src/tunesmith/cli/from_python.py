@@ -1,32 +1,17 @@
 """Functions for programs: `plan`, `inspect_data` and `sweep` return what the commands print with
---json, and errors name arguments instead of options.
+--json.
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from tunesmith.config.layers import override_words
-from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import lines_by_default
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-FLAG_ARGUMENTS = ("fresh", "force", "trust-remote-code")
-# Option of the command line -> argument, where they differ.
-ARGUMENT_NAMES = {"format": "format_name", "score": "scorers"}
-# A command stays unchanged, because it is typed in a shell. Only options that functions take match.
-_OPTION = re.compile(
-    r"tunesmith [^;]*|(?<![\w-])--(?P<name>columns|format|split|score|device|max-new-tokens"
-    rf"|{'|'.join(FLAG_ARGUMENTS)})(?:[ =](?P<value>'[^']*'|[^\s;]*(?:=\.\.\.|[^\s;,.?)])))?"
-)
 
 
 def plan(
@@ -128,41 +113,3 @@ def _json_of(
 def _value_word(value: object) -> str:
     """Return a value as a recipe writes it: JSON is YAML, but a text needs no quotes."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def name_arguments_in_errors(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function with errors that name its arguments instead of command-line options."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except TunesmithError as error:
-            replace = functools.partial(_argument, function.__name__)
-            for name in ("what", "where", "why", "fix"):
-                vars(error)[name] = _OPTION.sub(replace, vars(error)[name])
-            raise
-
-    # pickle finds the function there.
-    call.__module__ = "tunesmith"
-    return call
-
-
-def _argument(function: str, match: re.Match[str]) -> str:
-    """Return an option of the command line as an argument of a function."""
-    name, value = match["name"], match["value"]
-    if name is None:
-        return match[0]
-    argument = ARGUMENT_NAMES.get(name, name.replace("-", "_"))
-    if name in FLAG_ARGUMENTS:
-        # A flag has no value: the text after it stays.
-        return f"{argument}=True{match[0].removeprefix(f'--{name}')}"
-    if value is None:
-        return argument
-    written: object = value.strip("'")
-    if name == "columns":
-        written = dict(pair.partition("=")[::2] for pair in str(written).split(","))
-    if function in ("train", "plan", "inspect_data") and name in ("columns", "format", "split"):
-        # These functions have no such arguments: they are keys of the recipe.
-        return f"overrides={ {f'data.train.{name}': written} }"
-    return f"{argument}={written!r}"

@@ -45,7 +45,7 @@ from tunesmith.errors import (
 from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.packages import pip_install
-from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_shape_caches, prepare_threads
@@ -95,6 +95,10 @@ OTHER_NAMES = {
 }
 # Options, or one of their choices, that went -> what does the same.
 OTHER_OPTIONS = {
+    "tunesmith data --write-held-out": (
+        "name your own held-out rows in data.validation; held-out.txt in the run directory lists "
+        "the rows that data.hold_out drew"
+    ),
     "tunesmith doctor --fix": "tunesmith doctor: each fault has its command",
     "tunesmith doctor RECIPE": "tunesmith fetch RECIPE --dry-run",
     "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
@@ -141,12 +145,10 @@ OTHER_OPTIONS = {
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
-_NOT_PERMITTED = ("not permitted", "ls -ld {place}; choose a writable folder")
-_UNUSABLE = ("this path cannot be used", "correct the path, or move the existing file")
-_PATH_FAULTS = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_PERMITTED),
-    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG), _UNUSABLE),
-}
+_PATH_FAULTS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 # How often a positional argument may occur, as usage lines write it.
@@ -194,13 +196,7 @@ class Parser(argparse.ArgumentParser):
         """Name what goes in place of a word that went or is nearly an option or a recipe key."""
         choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
         if choice:
-            option, word = choice.groups()
-            if f"{self.prog} {option} {word}" in OTHER_OPTIONS:
-                return OTHER_OPTIONS[f"{self.prog} {option} {word}"]
-            for action in self._actions:
-                if "/".join(action.option_strings) == option:
-                    near = difflib.get_close_matches(word, map(str, action.choices or ()), n=1)
-                    return f"did you mean {action.option_strings[-1]} {near[0]}?" if near else None
+            return OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}")
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if not unknown:
             return None
@@ -231,13 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return framed(lambda: dispatch(words), process=argv is None)
 
 
-def _is_of_no_released_config(record: logging.LogRecord) -> bool:
-    """Tell whether a warning of Transformers is news: Llama 4 was released with equal factors of
-    low and high frequencies.
-    """
-    return "high_freq_factor" not in record.getMessage()
-
-
 def run_process() -> NoReturn:
     """The program `tunesmith`: run the words of this process, which ends with the exit code."""
     StopRequest.is_of_command = True
@@ -259,7 +248,9 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         faulthandler.enable()
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_no_released_config)
+    # Llama 4 was released with equal factors of low and high frequencies, which are warned of.
+    rope = logging.getLogger("transformers.modeling_rope_utils")
+    rope.addFilter(lambda record: "high_freq_factor" not in record.getMessage())
     # One of the two is read when torch is loaded.
     bound_shape_caches()
     failure: BaseException | None = None
@@ -307,12 +298,11 @@ def dispatch(words: list[str]) -> int:
             return EXIT_OK
         verb = " ".join(words[:2])
         rest = rest[1:]
-        if verb not in VERBS:
-            raise _no_launch(words[1])
     if verb not in VERBS:
-        raise UsageError(
-            f"there is no command {verb!r}", where="command line", fix=_command_for(words)
-        )
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        fix = f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
+        fix = OTHER_NAMES.get(verb, fix)
+        raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
     name, purpose = VERBS[verb]
     module = import_module(name)
     parser = Parser(
@@ -332,34 +322,6 @@ def dispatch(words: list[str]) -> int:
     if vars(module).get("LOADS_TORCH") == "here":
         prepare_threads()
     return module.run(args) or EXIT_OK
-
-
-def _command_for(words: list[str]) -> str:
-    """Name what goes in place of a command that there is not."""
-    verb, *rest = words
-    if rest and rest[0] in VERBS:
-        return shell_command(["tunesmith", rest[0], verb, *rest[1:]])
-    if verb in OTHER_NAMES:
-        return OTHER_NAMES[verb]
-    near = difflib.get_close_matches(verb, VERBS, n=1)
-    return f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
-
-
-def _no_launch(word: str) -> UsageError:
-    """The error for a word after `launch` that is no kind of it: a kind that is misspelt, or what
-    follows the kind."""
-    kinds = [name.removeprefix("launch ") for name in LAUNCHES]
-    near = [f"launch {kind}" for kind in difflib.get_close_matches(word, kinds, n=1)]
-    what = shell_word(word)
-    rest = "RECIPE" if word.startswith("-") else what
-    fix = "; or ".join(f"tunesmith {launch} {rest}" for launch in LAUNCHES)
-    if near:
-        fix = f"did you mean tunesmith {near[0]}?"
-    return UsageError(
-        f"launch takes one of {', '.join(kinds)}, then a recipe, not {what}",
-        where="command line: tunesmith launch",
-        fix=fix,
-    )
 
 
 def _overview() -> str:
@@ -458,12 +420,11 @@ def _machine_error(error: BaseException) -> MachineError | None:
     # Without a path nobody knows what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
-    what, fix = _PATH_FAULTS[error.errno]
     path = Path(where)
     # A file that could not be made is not there to be listed: its folder is.
     place = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-    fix = fix.format(place=shell_path(place))
-    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix)
+    fix = f"ls -ld {shell_path(place)}; choose a writable folder, or move what is in the way"
+    return MachineError(f"this path cannot be used: {error.strerror}", where=where, fix=fix)
 
 
 def _internal_error(error: BaseException, trace: str) -> TunesmithError:

@@ -20,7 +20,6 @@ converter, untried if no file of that converter was compared with the model.
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,19 +31,11 @@ from tunesmith.host.streams import show, visible
 from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.model_types import (
     ModelType,
-    Pictures,
-    Support,
     find_model_type,
     measured_with,
     read_model_types,
 )
 
-PICTURES: dict[Pictures, str] = {
-    "": "",
-    "packed": "packed rows, with model.vision: true",
-    "refused": "not supported",
-    "untried": "a run with model.vision: true measures it before it starts",
-}
 # Kernels of recurrent layers; without them they are computed by plain PyTorch.
 KERNEL_PACKAGE = "flash-linear-attention"
 
@@ -109,42 +100,18 @@ def print_table(types: Iterable[ModelType]) -> None:
         for row in rows
     ]
     print_columns([("type", "text", "pictures", "GGUF", ""), *columns])
-    counts: Counter[str] = Counter(entry.support.state for entry in rows)
-    counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
-    print(f"\n{len(rows)} types: {counted}; measured with {versions}", file=sys.stderr)
-
-
-def _packs_eager_too(support: Support) -> bool:
-    return support.packs_eager or support.state not in ("tuned", "packed")
+    print(f"\n{len(rows)} types, measured with {versions}", file=sys.stderr)
 
 
 def print_one(entry: ModelType) -> None:
-    """Print what was measured of one type."""
-    support = entry.support
-    can_train = support.state != "refused"
-    lines = {
-        "state": support.state,
-        "why": support.why,
-        "text model": entry.text + (", in the class of the entire model" if entry.entire else ""),
-        "pictures": PICTURES[entry.pictures],
-        "Transformers": f"{entry.since} or newer" if entry.since else "",
-        "run one row a document": ", ".join(support.recurrent),
-        "GGUF": describe_gguf_export(entry.model_type, entry.text) if can_train else "",
-        "no adapter on": ", ".join(support.dead_targets),
-        "not with packed rows": "" if _packs_eager_too(support) else "model.attention: eager",
-        "missing here": missing_here(entry),
-    }
-    errors = support.errors
-    if errors is not None:
-        lines["largest difference"] = (
-            f"logits {errors.logits:.1e}, gradients {errors.gradients:.1e}"
-        )
-    if entry.uncut:
-        lines["parallel.tensor"] = f"1 alone: {entry.uncut}"
-    if entry.tensor is not None:
-        lines["parallel.tensor"] = f"{entry.tensor:.1e} from one rank, in losses and gradients"
-    print(visible(entry.model_type))
-    for name, value in lines.items():
-        if value:
-            show(f"  {name}: {value}", sys.stdout)
+    """Print what was measured of one type, by the names of the JSON row."""
+    row = as_row(entry)
+    # A type that is refused is not exported.
+    if entry.support.state != "refused":
+        row["gguf"] = describe_gguf_export(entry.model_type, entry.text)
+    print(visible(row.pop("model_type")))
+    for name, value in row.items():
+        if value or isinstance(value, float):
+            text = ", ".join(value) if isinstance(value, tuple) else value
+            show(f"  {name}: {text}", sys.stdout)

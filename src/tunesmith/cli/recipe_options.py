@@ -1,10 +1,8 @@
 """The recipe of a command line: a file with overrides, or one that is made of a model and rows."""
 
 import argparse
-import itertools
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,50 +69,22 @@ def add_new_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
-    """UsageError where the word in the place of a recipe names a file or folder of rows."""
-    if not _names_rows(recipe):
+    """UsageError where the word in the place of a recipe names a file of rows."""
+    suffix = Path(recipe).suffix.lower()
+    # A recipe may be a .json file.
+    if "=" in recipe or suffix == ".json" or suffix not in DATA_SUFFIXES:
         return
-    kind = "folder" if Path(recipe).is_dir() else "file"
     why = "a recipe is a .yaml file that names a model and rows"
     rows = recipe
     if args.data:
         why = "--data takes one source, and the shell replaces a pattern that is not in quotes"
         rows = f"{Path(recipe).parent}/*{Path(recipe).suffix}"
     raise UsageError(
-        f"{recipe} is a {kind} of rows, not a recipe",
+        f"{recipe} is a file of rows, not a recipe",
         where="command line",
         why=why,
         fix=command_on_rows(args, rows),
     )
-
-
-def _names_rows(word: str) -> bool:
-    """Tell whether a file is of rows by its name; a recipe may be a .json file, but not an array.
-
-    Or a folder, by the files in it.
-    """
-    path = Path(word)
-    # Unlike Path.is_dir, it is False for a word that is too long for a path.
-    if os.path.isdir(path):
-        return _is_folder_of_rows(path)
-    if "=" in word or path.suffix.lower() not in DATA_SUFFIXES:
-        return False
-    if path.suffix.lower() != ".json":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"[")
-    except OSError:
-        return False
-
-
-def _is_folder_of_rows(path: Path) -> bool:
-    """By the files in it alone: below a home folder there may be millions."""
-    try:
-        suffixes = {file.suffix.lower() for file in path.iterdir()}
-    except OSError:
-        return False
-    return suffixes.isdisjoint((".yaml", ".yml")) and not suffixes.isdisjoint(DATA_SUFFIXES)
 
 
 def command_on_rows(args: argparse.Namespace, file: str) -> str:
@@ -122,14 +92,6 @@ def command_on_rows(args: argparse.Namespace, file: str) -> str:
     named."""
     words = ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
     return shell_command(words)
-
-
-def _check_no_blanks(words: list[str]) -> None:
-    """UsageError for an override whose key, sign and value are words of their own."""
-    for key, sign in itertools.pairwise(words):
-        if sign.startswith("=") or key.endswith("="):
-            fix = "write key=value as one word, without blanks around ="
-            raise UsageError(f"{key} {sign} is no override", where="command line", fix=fix)
 
 
 def chosen_recipe(
@@ -149,7 +111,6 @@ def chosen_recipe(
     on_look: called with what the rows show, before torch is imported.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
-    _check_no_blanks(words)
     if words:
         check_no_rows(words[0], args)
     names = ("model", "data", "split", "format", "columns")
@@ -157,23 +118,19 @@ def chosen_recipe(
     # Beside these options the first word may be a key=value already.
     if words and not (options and "=" in words[0]):
         if options:
-            what = f"a recipe and {options[0]} cannot be combined"
-            keys = "override keys of an existing recipe with key=value"
-            why = f"{options[0]} is for writing a new recipe; {keys}"
-            fix = f"remove {words[0]}, or {', '.join(options)}"
-            if args.data and not args.model:
-                rows = shell_word(f"data.train.source={args.data[0]}")
-                fix += f"; to train {words[0]} on these rows: {rows} data.hold_out='5 %'"
-            raise UsageError(what, where="command line", why=why, fix=fix)
+            rows = shell_word(f"data.train.source={args.data[0] if args.data else 'FILE'}")
+            raise UsageError(
+                f"a recipe and {options[0]} cannot be combined",
+                where="command line",
+                why=f"{options[0]} is for writing a new recipe",
+                fix=f"remove {words[0]}, or {', '.join(options)}; key=value overrides keys of a "
+                f"recipe: {rows} data.hold_out='5 %'",
+            )
         return load_recipe(
             words[0], words[1:], announce=True, trusts_code=None if is_own else False
         ), None
     if not args.model or len(args.data or ()) != 1:
-        what = "a recipe is required, or --model and --data to write one"
-        if args.data and not args.model:
-            what += "; --model is missing"
-        elif args.model and not args.data:
-            what += "; --data is missing"
+        what = "a recipe is required, or --model and one --data to write one"
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)

@@ -11,22 +11,18 @@ example:
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-from tunesmith.cli.options import add_json, print_columns
+from tunesmith.cli.options import add_json, print_columns, require_folder
 from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, locate_recipe, purpose, shipped
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.quant.schemes import NF4, scheme_of
-
-# Columns of a terminal that leave 60 for what a recipe is for.
-WIDE = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,15 +91,7 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    columns = ["name", "model", "method", "purpose"]
-    lines = []
-    # The purpose names model and method in words, and stands for them where the line is short.
-    if sys.stdout.isatty():
-        if shutil.get_terminal_size().columns < WIDE:
-            columns = ["name", "purpose"]
-        lines.append(columns)
-    lines += [[row[column] for column in columns] for row in rows]
-    print_columns(lines)
+    print_columns([(row["name"], row["model"], row["method"], row["purpose"]) for row in rows])
     if sys.stdout.isatty():
         print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
 
@@ -119,6 +107,7 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
     path = destination
     if destination.is_dir():
         path = destination / f"{name}.yaml"
+    require_folder(path.parent, "DEST")
     text = copy_of(recipes[name])
     try:
         # "x" leaves a file that is there as it is, also one that came since.
@@ -128,10 +117,5 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
         command = f"tunesmith recipes copy {shell_word(name)} {shell_path(destination)} --force"
         fix = f"choose another file, or: {command}"
         raise UsageError("this file already exists", where=str(path), fix=fix) from error
-    except OSError as error:
-        fix = "choose a writable folder"
-        if not path.parent.exists():
-            fix = f"mkdir -p {shell_path(path.parent)}"
-        raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)
     print(f"edit it, then: tunesmith train {shell_path(path)}", file=sys.stderr)

@@ -1,13 +1,10 @@
-"""Show rows with their supervised tokens, counts, lengths and findings, or write the held-out rows,
-for `data`."""
+"""Show rows with their supervised tokens, counts, lengths and findings, for `data`."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -17,23 +14,14 @@ from rich.text import Text
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.describe_findings import describe_rows, findings_as_json
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.source.open_source import is_local
-from tunesmith.data.tokens.contract import Contract
 from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
-from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.shell import shell_command
 from tunesmith.host.streams import show, visible, width_of
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_picture_processor
-from tunesmith.metrics.conversations import turns_of
 from tunesmith.model.load import load_config
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import check_seq_len
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
-from tunesmith.run_dir import held_out_hash
 from tunesmith.units import ceil_div, count_of
 
 # Of the length histogram.
@@ -41,20 +29,13 @@ _BARS = 16
 _BAR_COLUMNS = 40
 # Tokens of a row that are shown.
 _SHOWN_ROW_TOKENS = 800
-SYSTEM_WIDTH = 100  # characters of a system prompt that are shown
 
 
-def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> None:
-    """Tokenize the rows of a recipe, as training does, and print them as the options of `data` say.
-
-    run_dir: the run that the recipe is of.
-    """
+def show_data(args: argparse.Namespace, recipe: Run) -> None:
+    """Tokenize the rows of a recipe, as training does, and print them by the options of `data`."""
     folder = fetch.fetch_for_tokens(recipe.model)
-    file = folder / "config.json"
-    spec = model_spec(
-        read_json(file), where=str(file), trust_remote_code=recipe.model.trust_remote_code
-    )
-    check_seq_len(spec, recipe.data.seq_len, where=str(file))
+    spec = fetch.spec_of_folder(folder, recipe.model)
+    check_seq_len(spec, recipe.data.seq_len, where=str(folder / "config.json"))
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(
@@ -67,17 +48,6 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
         position_limit=spec.position_limit,
         pictures=read_picture_processor(folder, tokenizer, recipe),
     )
-    if args.write_held_out is not None:
-        if run_dir is not None and not args.overrides:
-            _check_held_out(prepared, run_dir)
-        written = _write_held_out(prepared, args.write_held_out)
-        if args.json:
-            print(json.dumps(written, ensure_ascii=False, indent=2))
-            return
-        names = ", ".join(map(from_here, written["sources"]))
-        print(f"{written['file']}: {count_of(written['rows'], 'row')} of {names}")
-        print(f"next: tunesmith eval RUN {_eval_options(recipe, args.write_held_out)}")
-        return
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
@@ -86,122 +56,35 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
         contract.raise_if_broken()
 
 
-def _write_held_out(prepared: TrainingData, file: Path) -> dict[str, Any]:
-    """Write the held-out rows, with the columns of their source; returns what was written."""
-    parts = [part for split, part in prepared.sources() if split == "validation"]
-    lines = []
-    for part in parts:
-        for i in range(len(part.rows)):
-            lines.append(json.dumps(part.rows[i], ensure_ascii=False, default=str) + "\n")
-    # Half of a surrogate pair becomes the escape that JSON has for it.
-    content = "".join(lines).encode("utf-8", "backslashreplace")
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise MachineError(
-            f"cannot write {file}: {error.strerror}",
-            where="--write-held-out",
-            fix="use an existing folder that is writable, on a disk with free space",
-        ) from error
-    sources = [part.counts.source for part in parts]
-    return {"file": str(file), "rows": len(lines), "sources": sources}
-
-
-def _eval_options(recipe: Run, file: Path) -> str:
-    """Write the options that make `eval` read these held-out rows, as many as the run does."""
-    source = (recipe.data.validation or recipe.data.train)[0]
-    words: list[object] = ["--data", file]
-    if source.columns:
-        pairs = ",".join(f"{name}={column}" for name, column in source.columns.items())
-        words += ["--format", source.format, "--columns", pairs]
-    if recipe.validate.max_examples is not None:
-        words += ["--max-examples", recipe.validate.max_examples]
-    return shell_command(words)
-
-
-def _check_held_out(prepared: TrainingData, run_dir: Path) -> None:
-    """UsageError where the held-out rows are not those that the run validated on."""
-    if held_out_hash(run_dir) not in (None, prepared.validation_digest):
-        raise UsageError(
-            "these are not the run's held-out rows",
-            where=str(run_dir),
-            why="the file, the template or the tokenizer has changed since the run started",
-            fix="undo the change",
-        )
-
-
 def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
-    lines = [
-        prepared.template.describe(),
-        describe_system(prepared, tokenizer, rows),
-        *_describe_sources(prepared),
-        "tokens per example:",
-        *_draw_lengths(prepared.train),
-        *describe_rows(prepared.splits),
-        prepared.describe_schedule(),
-        *prepared.warnings(),
-        *_describe_broken(prepared.contracts),
-        *prepared.describe_checks(),
-    ]
-    show("\n".join(filter(None, lines)), sys.stdout)
-
-
-def _describe_sources(prepared: TrainingData) -> Iterator[str]:
-    """Each source and its figures, a line for each."""
+    lines = [prepared.template.describe()]
     for split, part in prepared.sources():
         name = part.counts.source
-        if is_local(name):
-            name = Path(name).name
-        yield f"{split}: {name}"
+        lines.append(f"{split}: {Path(name).name if is_local(name) else name}")
         for figure in prepared.figures(part):
-            yield f"  {figure}"
-
-
-def _draw_lengths(tokens: TokenSet) -> Iterator[str]:
-    """The histogram, a line for each length that examples have."""
-    bars = histogram(tokens)
+            lines.append(f"  {figure}")
+    lines.append("tokens per example:")
+    bars = histogram(prepared.train)
     most = max((count for _, _, count in bars), default=0)
     for low, high, count in bars:
         if count:
             # A few examples are seen too, beside many.
             bar = "█" * ceil_div(_BAR_COLUMNS * count, most)
-            yield f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}"
-
-
-def _describe_broken(contracts: Iterable[Contract]) -> Iterator[str]:
-    """The rules that the tokens of a split break: where, why and the fix."""
-    for contract in contracts:
+            lines.append(f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}")
+    lines += [*describe_rows(prepared.splits), prepared.describe_schedule(), *prepared.warnings()]
+    for contract in prepared.contracts:
         for check in contract.broken:
             broken = f"{check.broken:,} of {count_of(check.checked, check.of)}"
-            yield f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}"
-            yield f"  {check.why}"
-            yield f"  fix: {check.fix}"
-
-
-def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
-    """A line about the system prompt that the template itself writes; empty where none of the first
-    `rows` examples has it."""
-    if prepared.template.name in ("raw", "text", "pattern"):
-        return ""
-    probe = prepared.template.prompt(Conversation([{"role": "user", "content": "Hello"}]))
-    system = _system_of(tokenizer, probe)
-    shown = [prepared.train[i] for i in range(min(rows, len(prepared.train)))]
-    if not system or all(_system_of(tokenizer, example.ids) != system for example in shown):
-        return ""
-    shown_text = shorten(system, SYSTEM_WIDTH)
-    return (
-        f'system prompt: "{shown_text}" is the chat template\'s, which writes it '
-        "where a row has none; data.system='You are ...' sets another"
-    )
-
-
-def _system_of(tokenizer: Any, ids: Any) -> str:
-    """The system message that token ids begin with; empty where they have none."""
-    turns = turns_of(str(tokenizer.decode(ids, skip_special_tokens=True)))
-    return turns[0].text if turns and turns[0].role == "system" else ""
+            lines += [
+                f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}",
+                f"  {check.why}",
+                f"  fix: {check.fix}",
+            ]
+    lines += prepared.describe_checks()
+    show("\n".join(filter(None, lines)), sys.stdout)
 
 
 def segments(

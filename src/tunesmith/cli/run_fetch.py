@@ -10,12 +10,11 @@ from typing import Any
 from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
+from tunesmith.cli.options import print_columns
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Model, Source
 from tunesmith.data.source.open_source import read_rows
-from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.shell import shell_path
-from tunesmith.host.streams import visible
+from tunesmith.errors import UsageError
 from tunesmith.hub import fetch
 from tunesmith.hub.fetch import cached_items, remove_cached
 from tunesmith.inference.load_run import select_device
@@ -33,13 +32,7 @@ def fetch_all(
 
 def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
     """Fetch a model, or with `dry` only look; a row of the output, with sizes in bytes."""
-    row: dict[str, Any] = {
-        "name": model.name,
-        "kind": "model",
-        "licence": None,
-        "bytes": None,
-        "missing_bytes": 0,
-    }
+    row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "missing_bytes": 0}
     folder = fetch.local_model(model)
     if folder is None and not update:
         folder = fetch.cached_model(model)
@@ -51,7 +44,6 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
         row["revision"] = plan.info.sha
         row["bytes"] = plan.total
         row["missing_bytes"] = plan.missing
-        row["left_out"] = list(plan.left_out)
         fetch.check_cache_room(model.name, plan.missing)
         if not dry:
             folder = fetch.download_model(plan)
@@ -66,8 +58,7 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
         spec = fetch.check_folder(folder, model)
         row["type"] = spec.model_type
         row["parameters"] = spec.parameters
-        if not row["bytes"]:
-            row["bytes"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        row["bytes"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     if model.tokenizer is not None and not dry:
         fetch.fetch_without_weights(model.tokenizer)
     row["folder"] = None if folder is None else str(folder)
@@ -94,20 +85,18 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> str:
     """A row as text."""
-    parts = [row["name"], row["kind"]]
-    if row["licence"]:
-        parts.append(f"license {row['licence']}")
-    if row["bytes"]:
-        parts.append(size_text(row["bytes"]))
-    if row.get("missing_bytes") and row["folder"] is None:
-        parts.append(f"{size_text(row['missing_bytes'])} to download")
-    if row.get("parameters"):
-        parts.append(f"{row['parameters'] / 1e9:.2f} B parameters")
-    if "rows" in row:
-        parts.append(count_of(row["rows"], "row"))
-    if row.get("folder"):
-        parts.append(row["folder"])
-    return "  ".join(parts)
+    missing = 0 if row.get("folder") else row.get("missing_bytes")
+    parts = [
+        row["name"],
+        row["kind"],
+        row["licence"] and f"license {row['licence']}",
+        row.get("bytes") and size_text(row["bytes"]),
+        missing and f"{size_text(missing)} to download",
+        row.get("parameters") and f"{row['parameters'] / 1e9:.2f} B parameters",
+        "rows" in row and count_of(row["rows"], "row"),
+        row.get("folder"),
+    ]
+    return "  ".join(filter(None, parts))
 
 
 def list_caches(*, as_json: bool) -> None:
@@ -117,10 +106,7 @@ def list_caches(*, as_json: bool) -> None:
         rows = [dataclasses.asdict(item) for item in items]
         print(json.dumps(rows, indent=2, default=str))
         return
-    width = max((len(item.name) for item in items), default=0)
-    for item in items:
-        line = f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}"
-        print(visible(line))
+    print_columns([(it.name, it.kind, size_text(it.size), str(it.folder)) for it in items])
     total = size_text(sum(item.size for item in items))
     print(f"{len(items)} in the caches, {total}", file=sys.stderr)
 
@@ -135,12 +121,7 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
         raise UsageError(f"{name} is not in the caches", where="--remove", fix=fix)
     if not dry:
         for item in items:
-            try:
-                remove_cached(item)
-            except OSError as error:
-                what = f"cannot delete {name}: {error.strerror}"
-                fix = f"ls -ld {shell_path(item.folder)}"
-                raise MachineError(what, where=str(item.folder), fix=fix) from error
+            remove_cached(item)
     if as_json:
         rows = []
         for item in items:
