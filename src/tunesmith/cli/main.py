@@ -24,7 +24,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import NoReturn
@@ -166,9 +165,6 @@ class Parser(argparse.ArgumentParser):
     The message names the nearest option or recipe key.
     """
 
-    # What is parsed.
-    words: Sequence[str] = ()
-
     def short_usage(self) -> str:
         """`tunesmith train [RECIPE] [key=value ...] [options]`: options have their own list."""
         words = [self.prog]
@@ -214,11 +210,11 @@ class Parser(argparse.ArgumentParser):
         takes_keys = any("key=value" in str(action.metavar) for action in shown)
         if not word.startswith("--") or not takes_keys:
             return None
-        from tunesmith.config.typed import suggest_override
+        from tunesmith.config.names import keys, suggest_key
 
-        value = dict(pairwise(self.words)).get(word, "-")
-        override = suggest_override(word, None if value.startswith("-") else value)
-        return f"recipe keys take no dashes: {override}" if override else None
+        name = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
+        key = f"{name}=VALUE" if name in keys() else suggest_key("", name)
+        return f"keys of a recipe are written key=value, without dashes: {key}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,7 +311,6 @@ def dispatch(words: list[str]) -> int:
     # A verb's flags are defined by its module, which is imported for this verb alone.
     module.add_arguments(parser)
     parser.usage = parser.usage or parser.short_usage()
-    parser.words = rest
     args = parser.parse_intermixed_args(rest)
     args.typed = parser.typed_options(args)
     # Before torch is loaded: libgomp reads its variables once.

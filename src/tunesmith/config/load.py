@@ -53,7 +53,7 @@ def load_recipe(
             the user's own files, see `_is_users_own`.
     """
     file = locate_recipe(recipe, base=Path(), where=str(recipe))
-    tree = _read_layers(file, (), announce)
+    tree = _read_layers(file, announce)
     tree = merge_layers(tree, override_layer(overrides), announce=announce)
     run = checked(tree)
     if run.model.trust_remote_code and not trusts_code:
@@ -123,7 +123,7 @@ def _with_formats(run: Run, places: Container[str]) -> Run:
     return replace(run, data=replace(run.data, **parts))
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
+def _read_layers(path: Path, announce: bool, depth: int = 0) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
@@ -135,20 +135,9 @@ def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:
         fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
         raise RecipeError("extends takes one recipe's name or file", where=extends.where, fix=fix)
     base = locate_recipe(extends.value, base=path.parent, where=extends.where)
-    # The real paths: the same file may be reached by a link.
-    chain = (*seen, path.resolve())
-    if base.resolve() in chain:
-        first = chain.index(base.resolve())
-        circle = [file.name for file in (*chain[first:], base)]
-        raise RecipeError(
-            "recipes extend each other in a circle",
-            where=extends.where,
-            why=" -> ".join(circle),
-            fix="remove one extends",
-        )
-    if len(chain) > MAX_EXTENDS:
-        what = f"more than {MAX_EXTENDS} recipes extend each other"
-        fix = "put several of them into one file"
+    if depth == MAX_EXTENDS:
+        what = f"more than {MAX_EXTENDS} recipes extend each other, or they do so in a circle"
+        fix = "remove one extends, or put several recipes into one file"
         raise RecipeError(what, where=extends.where, fix=fix)
     # The base first, then this file over it.
-    return merge_layers(_read_layers(base, chain, announce), tree, announce=announce)
+    return merge_layers(_read_layers(base, announce, depth + 1), tree, announce=announce)

@@ -69,7 +69,8 @@ def is_place(key: str) -> bool:
 def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:
     """The same tree with every path in it absolute; Hub ids stay as they are.
 
-    `beside`: instead as a recipe in that folder writes it: inputs below it by relative paths.
+    `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there;
+    absolute where a link on the way would make it another file.
     """
     # Below first: what a key holds decides only at a leaf.
     children = {}
@@ -88,9 +89,12 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
         return replace(node, value=path)
     if path == text or name in _OUTPUTS:
         return node
-    if Path(path).is_relative_to(beside):
-        path = os.path.relpath(path, beside)
-    return replace(node, value=path, base=beside)
+    relative = os.path.relpath(path, beside)
+    # `..` of a linked folder is another folder to one who enters it, or names it without the link.
+    entered = os.path.realpath(os.path.join(os.path.realpath(beside), relative))
+    if entered != os.path.realpath(path):
+        relative = path
+    return replace(node, value=relative, base=beside)
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:

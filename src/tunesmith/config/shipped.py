@@ -55,12 +55,8 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     recipes = shipped()
     if str(recipe) in recipes:
         return recipes[str(recipe)]
-    is_folder = os.path.isdir(path)
-    if is_folder and (path / "config.yaml").is_file():
-        fix = f"the recipe of that run is {path / 'config.yaml'}"
-        raise RecipeError(f"{recipe} is a run directory, not a recipe", where=where, fix=fix)
-    if is_folder:
-        fix = "name a .yaml file in it"
+    if os.path.isdir(path):
+        fix = f"name a .yaml file in it; of a run: {path / 'config.yaml'}"
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
     near = (path.suffix and near_path(path)) or nearest(path.stem, recipes)
     fix = (

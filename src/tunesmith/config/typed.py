@@ -21,10 +21,10 @@ from tunesmith.config.names import (
     suggest_key,
     without_indices,
 )
-from tunesmith.config.schema import Run, is_section
-from tunesmith.config.tree import Node, scalar
+from tunesmith.config.schema import Run
+from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
@@ -125,19 +125,13 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
 
     Unknown keys come first: a mistyped one is often missing under its right name.
     """
-    unknown = []
-    for error in errors:
-        if error["type"] == "unexpected_keyword_argument":
-            unknown.append((*_locate(tree, error), str(error["loc"][-1])))
+    located = [(*_locate(tree, error), error) for error in errors]
+    unknown = [one for one in located if one[2]["type"] == "unexpected_keyword_argument"]
     if unknown:
         return _explain_unknown(tree, unknown)
-    places = [_locate(tree, error) for error in errors]
     # Each member of a union has its error: take the one that got furthest into the value.
-    first_key = places[0][1]
-    same_value = [i for i, (_, key) in enumerate(places) if key.startswith(first_key)]
-    furthest = max(same_value, key=lambda i: len(places[i][1]))
-    node, key = places[furthest]
-    error = errors[furthest]
+    same_value = [one for one in located if one[1].startswith(located[0][1])]
+    node, key, error = max(same_value, key=lambda one: len(one[1]))
     name = error["loc"][-1] if error["loc"] else ""
     if error["type"] == "json_invalid":
         return RecipeError(
@@ -160,15 +154,14 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
-def _explain_unknown(tree: Node, unknown: list[tuple[Node, str, str]]) -> RecipeError:
-    """All unknown keys (value, dotted key, name) in one error; a file of another tool is one to
-    import.
-    """
+def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]") -> RecipeError:
+    """All unknown keys in one error; a file of another tool is one to import."""
     where = unknown[0][0].where
     file = where.rpartition(":")[0]
     places = []
     fixes = []
-    for node, key, name in unknown:
+    for node, key, error in unknown:
+        name = str(error["loc"][-1])
         places.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
         section = without_indices(key.removesuffix(name).rstrip("."))
         fixes.append(f"{key}: {suggest_key(section, name)}")
@@ -177,7 +170,7 @@ def _explain_unknown(tree: Node, unknown: list[tuple[Node, str, str]]) -> Recipe
         return RecipeError(f"unknown key {key}", where=where, fix=fix)
     fix = "; ".join(fixes)
     # Keys of other tools at the top of a file, which has no section `model` as a recipe has.
-    foreign = [name for _, _, name in unknown if name in other_tools("keys")]
+    foreign = [key for _, key, _ in unknown if key in other_tools("keys")]
     if len(foreign) > 1 and "model" not in dict(tree.children()) and Path(file).is_file():
         fix = f"tunesmith import {shell_path(file)}   # these are keys of another tool"
     return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
@@ -271,44 +264,3 @@ def type_in_words(hint: object) -> str:
     if is_dataclass(hint):
         return "a mapping of keys"
     return " or ".join(type_in_words(member) for member in members(hint))
-
-
-# Names of other tools whose number is not the one that is written here: a ratio, a count per epoch.
-_OTHER_NUMBER = re.compile("ratio|per_epoch|accumulation|val_s")
-_FIRST_VALUE = re.compile(r"\{.*?\}|\[.*?\]|[^,; ]+(?: (?:steps|epochs|examples|%))?")
-
-
-def suggest_override(option: str, next_word: str | None) -> str | None:
-    """The `key=value` that an option such as `--lr` or `--train.seed=3` most likely means.
-
-    `next_word`: the word behind the option, if there is one.
-    """
-    name, equals, value_in_option = option.lstrip("-").partition("=")
-    name = name.replace("-", "_").lower()
-    key, _, line = other_tools("keys").get(name, "").partition(": ")
-    if key not in keys():
-        key = _key_named(name)
-        line = ""
-    if not key:
-        return None
-    spec, hint = keys()[key]
-    types_ = members(hint)
-    match = _FIRST_VALUE.match(line or example(hint, spec))
-    suggestion = match[0] if match else ""
-    # `--lr 2e-4` may come without a value: then the example of the key stands there.
-    value = value_in_option if equals else next_word or ""
-    kind = type(scalar(value))
-    if kind in types_ or (kind is int and float in types_) or value in literal_words(hint):
-        suggestion = value
-    elif kind is int and not _OTHER_NUMBER.search(name) and _AMOUNTS.intersection(types_):
-        suggestion = f"{value} {suggestion.partition(' ')[2] or 'examples'}"
-    return shell_word(f"{key}={suggestion}")
-
-
-def _key_named(name: str) -> str:
-    """The key of this name, or of the most similar last part; empty if none is similar."""
-    choices = [key for key, (_, hint) in keys().items() if not is_section(hint)]
-    if name in choices:
-        return name
-    near = nearest(name, [key.rpartition(".")[2] for key in choices])
-    return next((key for key in choices if near and key.rpartition(".")[2] == near), "")

@@ -375,10 +375,12 @@ def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
     hub = Path(constants.HF_HUB_CACHE)
-    items = _items_in(hub, "model", "models--")
-    items += _items_in(hub, "dataset", "datasets--")
-    items += _items_in(cache_folder("models"), "converted")
-    items += _items_in(cache_folder("shipped"), "shipped")
+    items = [
+        *_items_in(hub, "model", "models--"),
+        *_items_in(hub, "dataset", "datasets--"),
+        *_items_in(cache_folder("models"), "converted"),
+        *_items_in(cache_folder("shipped"), "shipped"),
+    ]
     return sorted(items, key=lambda item: -item.size)
 
 
