@@ -106,10 +106,10 @@ def _alone(run: RunFiles) -> Verdict:
     best = run.best_val_loss_text
     if best is not None:
         return Verdict("alone", f"{headline}, lowest val_loss {best}", [])
-    reason = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
-    if run.validation_hash:
-        reason = "It has not been validated yet."
-    return Verdict("alone", f"{headline}, without val_loss", [reason])
+    reasons = []
+    if not run.validation_hash:
+        reasons.append("Without held-out rows the quality is unknown: data.hold_out: 5 %.")
+    return Verdict("alone", f"{headline}, without val_loss", reasons)
 
 
 class MeasuredRows(NamedTuple):

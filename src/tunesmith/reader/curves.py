@@ -1,6 +1,6 @@
 """The curves of runs as the page draws them.
 
-Every chart has one panel of record fields. A long curve is thinned, and a curve that fluctuates
+Every chart has one record field. A long curve is thinned, and a curve that fluctuates
 from step to step is smoothed too.
 """
 
@@ -17,39 +17,17 @@ from tunesmith.run_dir import Fields
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
 
 
-class Panel(NamedTuple):
-    """One chart: the record fields that it shows, and by what they are multiplied for its unit."""
-
-    title: str
-    unit: str
-    columns: tuple[str, ...]
-    scale: float = 1.0
-
-
-PANELS = (
-    Panel("Training loss", "", ("loss",)),
-    Panel("Validation loss", "", ("val_loss",)),
+# Record fields in the order of their charts. Other fields, such as a method's own metric, follow.
+CHARTS = (
+    *("loss", "val_loss"),
     # Methods that learn from preferences record these.
-    Panel("Reward accuracy", "%", ("reward_accuracy", "val_reward_accuracy"), 100),
-    Panel("Reward margin", "", ("reward_margin", "val_reward_margin")),
-    Panel("Reward of chosen answers", "", ("rewards_chosen", "val_rewards_chosen")),
-    Panel("Reward of rejected answers", "", ("rewards_rejected", "val_rewards_rejected")),
-    Panel("KL to the reference", "", ("kl", "val_kl")),
-    Panel("Speed", "tokens/s", ("tokens_per_second",)),
-    Panel("MFU", "%", ("mfu",), 100),
-    Panel("Memory", "GiB", ("memory_gib",)),
-    Panel("Host memory", "%", ("host_memory_percent",)),
-    Panel("GPU utilization", "%", ("gpu_utilization",)),
-    Panel("GPU power", "W", ("gpu_power_watts",)),
-    Panel("GPU temperature", "°C", ("gpu_temperature_celsius",)),
-    Panel("GPU clock", "MHz", ("gpu_clock_mhz",)),
-    Panel("Network", "MB/s", ("network_bytes_per_second",), 1e-6),
-    Panel("NVLink", "GB/s", ("nvlink_bytes_per_second",), 1e-9),
-    Panel("Wait for data", "ms", ("data_seconds",), 1e3),
-    Panel("Imbalance of ranks", "%", ("idle_share",), 100),
-    Panel("Step time", "s", ("step_seconds",)),
-    Panel("Learning rate", "", ("learning_rate",)),
-    Panel("Gradient norm", "", ("grad_norm",)),
+    *("reward_accuracy", "val_reward_accuracy", "reward_margin", "val_reward_margin"),
+    *("rewards_chosen", "val_rewards_chosen", "rewards_rejected", "val_rewards_rejected"),
+    *("kl", "val_kl"),
+    *("tokens_per_second", "mfu", "memory_gib", "host_memory_percent"),
+    *("gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz"),
+    *("network_bytes_per_second", "nvlink_bytes_per_second", "data_seconds", "idle_share"),
+    *("step_seconds", "learning_rate", "grad_norm"),
 )
 # Fields that each rank measures itself; the others have the same value on all ranks.
 _OF_RANKS = {
@@ -75,14 +53,17 @@ _SMOOTHED = {
     "grad_norm",
     "step_seconds",
 }
-_IN_PANELS = {column for panel in PANELS for column in panel.columns}
 POINTS = 600  # of a curve: two for each pixel of a wide chart
 COLORS = 8  # of the page
 MAX_RANKS = 7  # in one chart
 # Smoothing: a value counts over this fraction of a run's steps, but over 5 at least.
 SMOOTH_FRACTION, MIN_SMOOTH_SPAN = 0.02, 5
 SMOOTH_FROM = 15  # steps; with fewer, the raw values are easy to read
-FROM_ZERO = {"%", "tokens/s", "GiB", "W", "ms"}  # units whose charts start at zero
+# Fields whose charts start at zero
+FROM_ZERO = {
+    *("reward_accuracy", "val_reward_accuracy", "tokens_per_second", "mfu", "memory_gib"),
+    *("host_memory_percent", "gpu_utilization", "gpu_power_watts", "data_seconds", "idle_share"),
+}
 
 
 class Line(NamedTuple):
@@ -97,52 +78,39 @@ class Line(NamedTuple):
 
 def curves(runs: Sequence[RunFiles]) -> tuple[list[Fields], list[tuple[str, str]]]:
     """Return the charts of the runs, and the names and values of fields that never change."""
-    charts: list[Fields] = []
-    constants = []
-    for panel in (*PANELS, *_panels_of_other_columns(runs)):
-        title = f"{panel.title} ({panel.unit})" if panel.unit else panel.title
-        lines = [line for line in _lines_of(runs, panel) if line.x]
-        values = {value for line in lines for value in line.y}
-        if len(values) == 1:
-            constants.append((title, f"{values.pop():.4g}"))
-        elif lines:
-            series = [line._asdict() for line in lines]
-            from_zero = panel.unit in FROM_ZERO
-            charts.append({"title": title, "from_zero": from_zero, "series": series})
-    return charts, constants
-
-
-def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
-    """Return a panel for each record field that has none, such as a method's own metric."""
     names = set[str]()
     for run in runs:
         names.update(run.figures.columns, *run.ranks.values())
-    names -= {*_IN_PANELS, *NO_CHART}
-    return [Panel(name, "", (name,)) for name in sorted(names)]
+    charts: list[Fields] = []
+    constants = []
+    for field in (*CHARTS, *sorted(names - {*CHARTS, *NO_CHART})):
+        lines = [line for line in _lines_of(runs, field) if line.x]
+        values = {value for line in lines for value in line.y}
+        if len(values) == 1:
+            constants.append((field, f"{values.pop():.4g}"))
+        elif lines:
+            series = [line._asdict() for line in lines]
+            charts.append({"title": field, "from_zero": field in FROM_ZERO, "series": series})
+    return charts, constants
 
 
-def _lines_of(runs: Sequence[RunFiles], panel: Panel) -> Iterator[Line]:
-    """Yield the lines of a panel.
+def _lines_of(runs: Sequence[RunFiles], field: str) -> Iterator[Line]:
+    """Yield the lines of a chart.
 
     Several runs have a color each, and only their rank 0 is drawn. A single run has a color for
-    each rank and field.
+    each rank.
     """
-    if len(runs) == 1 and len(panel.columns) == 1 and panel.columns[0] in _OF_RANKS:
-        by_rank = _by_rank(runs[0], panel.columns[0])
-        if by_rank.keys() - {0}:
-            for rank, columns in by_rank.items():
-                yield from _lines(columns, panel.columns[0], f"rank {rank}", rank, panel.scale)
-            return
+    by_rank = _by_rank(runs[0], field) if len(runs) == 1 and field in _OF_RANKS else {}
+    if by_rank.keys() - {0}:
+        for rank, columns in by_rank.items():
+            yield from _lines(columns, field, f"rank {rank}", rank)
+        return
     for index, run in enumerate(runs):
-        for number, field in enumerate(panel.columns):
-            label = field
-            if len(runs) > 1:
-                label = run.label if len(panel.columns) == 1 else f"{run.label} {field}"
-            color = index if len(runs) > 1 else number
-            yield from _lines(run.figures.columns, field, label, color, panel.scale)
+        label = run.label if len(runs) > 1 else field
+        yield from _lines(run.figures.columns, field, label, index)
 
 
-def _lines(columns: Columns, field: str, label: str, color: int, scale: float) -> Iterator[Line]:
+def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Line]:
     """Yield the smoothed line of a field if it has one, and its raw line or dots."""
     x, y = columns.get("step", []), columns.get(field, [])
     drawn = [(label, "dots" if field.startswith("val_") else "smooth", y)]
@@ -151,8 +119,8 @@ def _lines(columns: Columns, field: str, label: str, color: int, scale: float) -
         drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smoothed)]
     for name, look, values in drawn:
         steps, thinned = downsample(x, values, POINTS)
-        scaled = [float(f"{value * scale:.6g}") for value in thinned]
-        yield Line(name, color % COLORS, look, steps, scaled)
+        rounded = [float(f"{value:.6g}") for value in thinned]
+        yield Line(name, color % COLORS, look, steps, rounded)
 
 
 def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:

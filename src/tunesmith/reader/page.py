@@ -28,11 +28,8 @@ SCRIPTS = ("uPlot.iife.min.js", "curves.js")
 LIVE_SCRIPTS = (*SCRIPTS, "live.js")
 
 
-def write_report(runs: Sequence[RunFiles], output: Path, *, note: str = "") -> None:
+def write_report(runs: Sequence[RunFiles], output: Path) -> None:
     """Write the page of runs to a file, replacing an earlier report.
-
-    Args:
-        note: a paragraph below the verdict, such as what the runs were chosen from.
 
     Raises:
         UsageError: the file exists and is not a report.
@@ -45,7 +42,7 @@ def write_report(runs: Sequence[RunFiles], output: Path, *, note: str = "") -> N
                 where=str(output),
                 fix="--output another-name.html",
             )
-        output.write_text(render_page(runs, note=note), encoding="utf-8")
+        output.write_text(render_page(runs), encoding="utf-8")
     except OSError as error:
         raise MachineError(
             "the report cannot be written",
@@ -55,7 +52,7 @@ def write_report(runs: Sequence[RunFiles], output: Path, *, note: str = "") -> N
         ) from error
 
 
-def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False) -> str:
+def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
     """Return the page as HTML. A live page asks its server whether it has changed."""
     loader = PackageLoader("tunesmith.reader", "templates")
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
@@ -68,7 +65,6 @@ def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False)
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
         runs=runs,
-        note=note,
         live=live,
         colors=COLORS,
         verdict=judge(runs),

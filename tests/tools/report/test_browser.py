@@ -76,7 +76,7 @@ def pointed_steps(page: Any) -> list[int]:
     over.scroll_into_view_if_needed()
     box = over.bounding_box()
     page.mouse.move(box["x"] + 1, box["y"] + 50)
-    rows = [legend_parts(page, title)[-1] for title in ("Training loss", "Validation loss")]
+    rows = [legend_parts(page, title)[-1] for title in ("loss", "val_loss")]
     return [step for _, step in rows]
 
 
@@ -89,14 +89,14 @@ def legend_parts(page: Any, title: str) -> list[tuple[str, int]]:
 def test_it_draws_offline_and_each_value_has_its_step(report: Path, visit: Any) -> None:
     with visit(report.as_uri(), offline=True) as seen:
         page = seen.page
-        assert legend_parts(page, "Training loss") == [
+        assert legend_parts(page, "loss") == [
             ("good, raw1.007", 300),
             ("good1.094", 300),
             ("bad, raw1.007", 300),
             ("bad1.094", 300),
         ]
         # The failed run was validated for the last time at step 200.
-        assert legend_parts(page, "Validation loss") == [("good0.49", 300), ("bad4.01", 200)]
+        assert legend_parts(page, "val_loss") == [("good0.49", 300), ("bad4.01", 200)]
         answers = page.locator("#samples .answers").first.text_content()
         assert holds(answers, "step 300, final")
         assert "weights4" in answers

@@ -85,7 +85,7 @@ def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
         for step in range(1, 100_001)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
-    raw = series(RunFiles(folder))["Training loss"][0]
+    raw = series(RunFiles(folder))["loss"][0]
     assert len(raw["x"]) <= POINTS + 2
     assert raw["x"][raw["y"].index(max(raw["y"]))] == 54_321
 
@@ -97,26 +97,26 @@ def test_every_panel_of_the_fields_of_a_run(tmp_path: Path) -> None:
         file.write(record(31, loss=math.nan, extra=extra).to_json() + "\n")
     run = RunFiles(folder)
     panels = series(run)
-    assert [(line["label"], line["y"][-1]) for line in panels["Memory (GiB)"]] == [
+    assert [(line["label"], line["y"][-1]) for line in panels["memory_gib"]] == [
         ("rank 0", 1.5),
         ("rank 1", 2.0),
         ("rank 2", 3.0),
     ]
     # The records of other ranks repeat the loss.
-    assert [line["label"] for line in panels["Training loss"]] == ["loss, raw", "loss"]
-    assert panels["Training loss"][0]["x"][-1] == 30.0
+    assert [line["label"] for line in panels["loss"]] == ["loss, raw", "loss"]
+    assert panels["loss"][0]["x"][-1] == 30.0
     constants = dict(curves([run])[1])
-    assert constants["MFU (%)"] == "40"
-    assert constants["Wait for data (ms)"] == "10"
+    assert constants["mfu"] == "0.4"
+    assert constants["data_seconds"] == "0.01"
     assert constants["my_own"] == "2"
-    assert constants["Reward accuracy (%)"] == "75"
-    assert constants["Reward margin"] == "0.5"
-    assert "GPU temperature (°C)" not in {*panels, *constants}
+    assert constants["val_reward_accuracy"] == "0.75"
+    assert constants["reward_margin"] == "0.5"
+    assert "gpu_temperature_celsius" not in {*panels, *constants}
 
 
 def test_of_many_ranks_the_outermost_are_drawn(tmp_path: Path) -> None:
     run = RunFiles(write_run(tmp_path / "run", 5, ranks=16))
-    labels = [line["label"] for line in series(run)["Memory (GiB)"]]
+    labels = [line["label"] for line in series(run)["memory_gib"]]
     assert labels == [f"rank {rank}" for rank in (0, 1, 2, 3, 13, 14, 15)]
     assert len(labels) == MAX_RANKS
 
@@ -127,18 +127,18 @@ def test_of_several_runs_rank_0_is_drawn_in_the_color_of_the_run(tmp_path: Path)
         folder.read_text().replace('"memory_gib": 1.5', '"memory_gib": 2.5')
     )
     runs[1].refresh()
-    lines = series(*runs)["Memory (GiB)"]
+    lines = series(*runs)["memory_gib"]
     assert [(line["label"], line["color"], line["y"][0]) for line in lines] == [
         ("a", 0, 1.5),
         ("b", 1, 2.5),
     ]
-    labels = [(line["label"], line["color"]) for line in series(*runs)["Training loss"]]
+    labels = [(line["label"], line["color"]) for line in series(*runs)["loss"]]
     assert labels == [("a, raw", 0), ("a", 0), ("b, raw", 1), ("b", 1)]
 
 
 def test_fields_that_fluctuate_are_smoothed_from_15_steps_on(tmp_path: Path) -> None:
     """Over 2 % of all steps, and then thinned."""
-    assert len(series(RunFiles(write_run(tmp_path / "14", 14)))["Training loss"]) == 1
+    assert len(series(RunFiles(write_run(tmp_path / "14", 14)))["loss"]) == 1
     run = RunFiles(write_run(tmp_path / "run", 2000, spike=500))
     decay = 1 - 2 / (0.02 * 2000 + 1)
     mean = weight = 0.0
@@ -147,7 +147,7 @@ def test_fields_that_fluctuate_are_smoothed_from_15_steps_on(tmp_path: Path) -> 
         loss = 9.0 if step == 500 else 1.0 + math.exp(-step / 100)
         mean, weight = decay * mean + (1 - decay) * loss, decay * weight + (1 - decay)
         expected[float(step)] = mean / weight
-    raw, line = series(run)["Training loss"]
+    raw, line = series(run)["loss"]
     assert (raw["look"], line["look"]) == ("raw", "smooth")
     assert max(raw["y"]) == 9.0
     # The page has values in six digits.

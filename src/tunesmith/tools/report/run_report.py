@@ -11,13 +11,10 @@ from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.reader.run_files import RunFiles, label_apart
-from tunesmith.run_dir import shown
 
 
-def read_runs(
-    words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles
-) -> tuple[list[RunFiles], list[UsageError]]:
-    """Read the runs of the command line, and return those that cannot be read as errors.
+def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) -> list[RunFiles]:
+    """Read the runs of the command line, and report those that cannot be read.
 
     Raise UsageError if no run can be read.
     """
@@ -31,7 +28,7 @@ def read_runs(
             unreadable.append(error)
     report_unreadable(unreadable, shown=len(runs))
     label_apart(runs)
-    return runs, unreadable
+    return runs
 
 
 def write_page(args: argparse.Namespace) -> None:
@@ -42,14 +39,10 @@ def write_page(args: argparse.Namespace) -> None:
     from tunesmith.tools.report.comparison import comparison_values
 
     output = Path(args.output or "report.html")
-    runs, unreadable = read_runs(args.runs)
-    note = ""
-    if unreadable:
-        reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
-        note = f"Skipped: {reasons}"
+    runs = read_runs(args.runs)
     # A script that reads the JSON needs no page, unless it names one.
     if args.output or not args.json:
-        write_report(runs, output, note=shown(note))
+        write_report(runs, output)
     for run in runs:
         for file in run.damaged:
             show(f"damaged: {run.label}: {file}", sys.stderr)

@@ -20,7 +20,7 @@ from tunesmith.tools.report.server import serve_page
 def watch(args: argparse.Namespace) -> None:
     """Serve the page of the runs that the options of `watch` name, until it is stopped."""
     with suppress(KeyboardInterrupt), _ended_by_signals():
-        runs, _ = read_runs(args.runs, open_run)
+        runs = read_runs(args.runs, open_run)
         serve_page(runs, partial(_print_address, browser=args.open), port=args.port or 0)
 
 
