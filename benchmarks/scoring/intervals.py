@@ -115,8 +115,8 @@ def coverage(trials: int) -> Iterator[dict[str, Any]]:
             # A bootstrap of 400 rows takes long, and is no question there.
             count = trials // 4 if n == 400 and paired is intervals_of else trials
             for _ in range(count):
-                intervals = paired(*draw.pairs(rng, n))
-                base_holds += holds(intervals.base, draw.mean)
+                base, intervals = paired(*draw.pairs(rng, n))
+                base_holds += holds(base, draw.mean)
                 difference_holds += holds(intervals.difference, draw.gain)
                 apart += intervals.is_apart
             yield {
@@ -133,22 +133,19 @@ def holds(interval: Interval, value: float) -> bool:
     return interval.low <= value + 1e-12 and value <= interval.high + 1e-12
 
 
-def intervals_of(base: np.ndarray, tuned: np.ndarray) -> PairedIntervals:
-    return paired_intervals(base.tolist(), tuned.tolist(), resamples=RESAMPLES)
+def intervals_of(base: np.ndarray, tuned: np.ndarray) -> tuple[Interval, PairedIntervals]:
+    difference = paired_intervals(base.tolist(), tuned.tolist(), resamples=RESAMPLES)
+    return mean_interval(base.tolist(), resamples=RESAMPLES), difference
 
 
-def intervals_of_counts(base: np.ndarray, tuned: np.ndarray) -> PairedIntervals:
+def intervals_of_counts(base: np.ndarray, tuned: np.ndarray) -> tuple[Interval, PairedIntervals]:
     """Those of right or wrong answers, whose few outcomes are computed once."""
     rows = len(base)
     won = int((tuned > base).sum())
     lost = int((tuned < base).sum())
-    return PairedIntervals(
-        mean_of_count(int(base.sum()), rows),
-        mean_of_count(int(tuned.sum()), rows),
-        difference_of_counts(won, lost, rows),
-        won + lost,
-        mcnemar_chance(won, lost),
-    )
+    difference = difference_of_counts(won, lost, rows)
+    paired = PairedIntervals(difference, won + lost, mcnemar_chance(won, lost))
+    return mean_of_count(int(base.sum()), rows), paired
 
 
 @cache

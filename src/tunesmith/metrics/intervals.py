@@ -50,7 +50,7 @@ class Interval(NamedTuple):
 
 
 class PairedIntervals(NamedTuple):
-    """The intervals of two models on the same rows.
+    """The difference of two models on the same rows, with its interval.
 
     Attributes:
         difference: tuned less base.
@@ -59,8 +59,6 @@ class PairedIntervals(NamedTuple):
             where both models are equally good (McNemar's mid-p); None of other scores.
     """
 
-    base: Interval
-    tuned: Interval
     difference: Interval
     differing: int
     chance: float | None
@@ -102,13 +100,7 @@ def paired_intervals(
     # All values are equal: that other ones are rare is all that they tell.
     if _is_constant(differences):
         difference = _constant_interval(differences, -1.0)
-    return PairedIntervals(
-        mean_interval(base, resamples=resamples),
-        mean_interval(tuned, resamples=resamples),
-        difference,
-        differing,
-        chance,
-    )
+    return PairedIntervals(difference, differing, chance)
 
 
 def _is_constant(values: np.ndarray) -> bool:

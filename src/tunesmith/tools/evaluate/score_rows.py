@@ -218,17 +218,16 @@ class Scoring:
         if answer_count == total:
             return
         what = f"answers of {model}"
+        progress(what, answer_count, total, 0)
+        done = answer_count
         tokens = 0
-        progress(what, answer_count, total, tokens)
-        rows_here = answer_count
-        tokens_here = 0
 
         def count_batch(batch: Sequence[Answer]) -> None:
-            """Count this rank's answers; those of the others come at the end of a window."""
-            nonlocal rows_here, tokens_here
-            rows_here += len(batch)
-            tokens_here += sum(len(answer.ids) for answer in batch)
-            progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
+            """Count this rank's answers, and as many of each other rank."""
+            nonlocal done, tokens
+            done = min(total, done + len(batch) * self.ranks.world)
+            tokens += sum(len(answer.ids) for answer in batch) * self.ranks.world
+            progress(what, done, total, tokens)
 
         with StopRequest(interactive=True) as stop:
             answers = answer_all(
@@ -247,9 +246,6 @@ class Scoring:
             for i, answer in answers:
                 if self.file is not None:
                     self.file.append(self._saved(loaded, model, i, answer))
-                answer_count = i + 1
-                tokens += len(answer.ids)
-                progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
         answer_count = self._answered(model)
         with self.ranks.raise_on_all_ranks():
             if answer_count < total:
@@ -303,7 +299,6 @@ class Scoring:
                     len(self.prompts),
                     row_hash.hexdigest(),
                     {**about, "scores": {result.name: saved_scores(result) for result in results}},
-                    fix="start the same command again when it can: the answers are kept",
                 )
         return self.ranks.broadcast_object(results)
 
@@ -328,11 +323,10 @@ class Scoring:
 def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
     """Means and intervals of each model's scores; of base and tuned with the sentence."""
     count = len(next(iter(scores.values())))
+    models = {model: mean_interval(values) for model, values in scores.items()}
     if not {"base", "tuned"} <= scores.keys():
-        models = {model: mean_interval(values) for model, values in scores.items()}
         return RowScores(name, count, models, None, "", scores)
     paired = paired_intervals(scores["base"], scores["tuned"])
-    models = {"base": paired.base, "tuned": paired.tuned}
     verdict = difference_sentence(name, paired, count)
     return RowScores(name, count, models, paired, verdict, scores)
 
@@ -352,8 +346,7 @@ def save_scores(
     rows: int,
     row_hash: str,
     values: Mapping[str, object],
-    fix: str = "make sure the folder is writable and the disk is not full, then start again",
-) -> Path:
+) -> None:
     """Write the file of scores that stands beside a file of answers; MachineError where that fails.
 
     Args:
@@ -370,9 +363,8 @@ def save_scores(
             "the scores cannot be written",
             where=str(path),
             why=error.strerror or str(error),
-            fix=fix,
+            fix="make sure the folder is writable and the disk is not full, then start again",
         ) from error
-    return path
 
 
 def no_scored_rows(name: str, why: str) -> UsageError:
