@@ -11,11 +11,11 @@ import torch
 from export.converter_models import trained_run, write_base
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.inference.load_run import load_run, locate_run, read_run_files
-from tunesmith.tools.export.gguf.answers import questions_of
 from tunesmith.tools.export.gguf.check import check_file
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.tools.export.merge_check import probe_prompts
 from tunesmith.tools.export.tuned_weights import open_tuned_model
 
 pytest.importorskip("xllamacpp")
@@ -74,7 +74,7 @@ def test_an_adapter_and_its_base_are_the_tuned_model(
 def test_llama_cpp_writes_what_chat_writes(
     name: str, near_tie: float, converter: Converter, tmp_path: Path
 ) -> None:
-    """Token for token: greedy answers of up to 50 tokens from a file in f16.
+    """Token for token: greedy continuations of up to 50 tokens from a file in f16.
 
     If two tokens are nearer than `near_tie`, in nats, either may be written.
     """
@@ -88,19 +88,20 @@ def test_llama_cpp_writes_what_chat_writes(
     rows = loaded.files.config.vocab_size
     compared = 0
     with LlamaCpp(file, context=512) as server:
-        for question in questions_of(loaded):
+        for prompt in probe_prompts(loaded, rows=3, tokens=24)[0]:
             (own,) = answer_batch(
                 loaded.model,
                 loaded.files.tokenizer,
-                [question.ids],
+                [prompt],
                 Decoding(max_new_tokens=50),
                 stops=loaded.template.end_ids,
             )
             # The server's answer has its end token, too.
-            theirs = server.answer(question.ids, 50)[: len(own.ids)]
+            body = {"prompt": prompt, "n_predict": 50, "temperature": 0, "return_tokens": True}
+            theirs = server.post("/completion", body)["tokens"][: len(own.ids)]
             if theirs != own.ids:
                 same = next(i for i, token in enumerate(own.ids) if theirs[i : i + 1] != [token])
-                values = server.log_probabilities([*question.ids, *own.ids[:same]], rows)
+                values = server.log_probabilities([*prompt, *own.ids[:same]], rows)
                 assert values is not None
                 assert values.max() - values[own.ids[same]] < near_tie
             compared += len(own.ids)

@@ -222,7 +222,7 @@ def test_limit_on_the_difference_follows_the_type(
     quant: str, mean: float, median: float, agreement: float, routed: bool, is_refused: bool
 ) -> None:
     base = Difference(9.0, 1.0, 0.1, 1.0)
-    check = FileCheck(20, Difference(0.5, mean, agreement, median), base, 24, ())
+    check = FileCheck(20, Difference(0.5, mean, agreement, median), base, 24)
     expected: Any = nullcontext()
     if is_refused:
         # Only the rounding to few bits can be told apart by another type.

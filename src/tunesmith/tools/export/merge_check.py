@@ -10,14 +10,13 @@ fp16    things are required. In fp32 arithmetic the merge answers like the adapt
         against itself with another attention kernel.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.samples import Sample
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.inference.load_run import OpenedRun
@@ -166,33 +165,24 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
-def probe_sources(read: OpenedRun) -> list[tuple[str, Source]]:
-    """The run's own rows that a check may read, the held-out ones first; none without a recipe."""
-    run = read.location.run
-    if run is None:
-        return []
-    sources = [("validation", source) for source in run.data.validation[:1]]
-    return [*sources, ("training", run.data.train[0])]
-
-
-def probe_samples(read: OpenedRun, source: Source, rows: int) -> Iterator[tuple[Sample, str]]:
-    """The first rows of a source, and where each of them is."""
-    source_rows = read_rows(source)
-    for number in range(min(rows, len(source_rows))):
-        where = source_rows.where(number)
-        system = read.recipe.data.system
-        yield convert_sample(source_rows[number], source, where=where, system=system), where
-
-
 def probe_prompts(
     read: OpenedRun, *, rows: int = PROBES, tokens: int = PROMPT_TOKENS
 ) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""
-    for name, source in probe_sources(read):
+    run = read.location.run
+    sources: list[tuple[str, Source]] = []
+    if run is not None:
+        sources += [("validation", source) for source in run.data.validation[:1]]
+        sources.append(("training", run.data.train[0]))
+    for name, source in sources:
         prompts = []
         try:
-            for sample, where in probe_samples(read, source, rows):
+            source_rows = read_rows(source)
+            for number in range(min(rows, len(source_rows))):
+                where = source_rows.where(number)
+                system = read.recipe.data.system
+                sample = convert_sample(source_rows[number], source, where=where, system=system)
                 example = read.template.encode(sample, read.recipe.data.train_on, where=where)
                 prompts.append(example.ids[:tokens].tolist())
         # The data need not be on the machine that merges.

@@ -1,7 +1,6 @@
 """The record of what an export measured of a GGUF file, stored beside it: `FILE.gguf.json`.
 
-`push` reads the model card and the figures from it. It is not sent: it has the answers that were
-compared, and so rows of the run.
+`push` reads the model card and the figures from it, and does not send it.
 """
 
 import json

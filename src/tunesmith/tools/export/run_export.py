@@ -23,11 +23,7 @@ from tunesmith.tools.export.gguf.export import (
 )
 from tunesmith.tools.export.gguf.ollama import ollama_name
 from tunesmith.tools.export.merge import merge
-from tunesmith.tools.export.record import record_path
 from tunesmith.tools.export.vllm_adapter import export_peft
-
-# Those whose rounding is too small to show in three answers.
-NEAREST_QUANTS = ("f32", "f16", "bf16", "q8_0")
 
 
 def export_for_gguf(args: argparse.Namespace) -> None:
@@ -60,9 +56,6 @@ def export_for_gguf(args: argparse.Namespace) -> None:
     print(replace(exported, notes=()).table().text(width_of(sys.stdout)))
     warn_of_distance(exported)
     print(f"next: {_next_command(args, exported)}")
-    if exported.check and exported.check.answers:
-        record = shell_path(record_path(Path(exported.file)))
-        print(f"do not share: {record}, which contains rows of your data")
 
 
 def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
@@ -117,8 +110,6 @@ def warn_of_distance(exported: ExportedFile) -> None:
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
         )
-    elif exported.quant not in NEAREST_QUANTS and any(a.differs_at for a in check.answers):
-        notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
 
 
 def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:

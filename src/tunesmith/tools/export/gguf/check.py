@@ -14,13 +14,6 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import CheckpointError
-from tunesmith.tools.export.gguf.answers import (
-    MAX_ANSWER_TOKENS,
-    SideBySide,
-    compare_answers,
-    questions_of,
-    up_to_end,
-)
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import decoder_layers, streamed_logits
@@ -61,14 +54,12 @@ class FileCheck:
         base: the base against the tuned model; None of a model that was not trained, or where the
             base is not at hand.
         positions: where next tokens were compared.
-        answers: to rows of the run, side by side.
     """
 
     prompts: int
     tuned: Difference
     base: Difference | None
     positions: int
-    answers: tuple[SideBySide, ...]
 
     @property
     def is_near(self) -> bool:
@@ -132,14 +123,13 @@ def check_file(
     wrongly.
     """
     prompts, places = _prompts_and_places(tuned, beyond_window=beyond_window)
-    questions = questions_of(tuned)
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp answers {count_of(len(questions), 'prompt')}, and {layers} layers are "
+        f"check: llama.cpp answers {count_of(len(prompts), 'prompt')}, and {layers} layers are "
         "computed in fp32 to compare with (--no-check skips this)"
     )
-    advance = _count_parts(layers + len(questions) + sum(map(len, places)), progress)
+    advance = _count_parts(layers + sum(map(len, places)), progress)
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
     with LlamaCpp(
         base_file or file,
@@ -152,26 +142,13 @@ def check_file(
         base_logits = None
         if base is not None:
             base_logits = compute(base, prompts, values="base", places=places)
-        # Answers and prompts in one pass, which reads every weight once.
-        passages, passage_places = [*prompts], [*places]
-        answers = []
-        for question in questions:
-            answer = up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned)
-            answers.append(answer)
-            passages.append([*question.ids, *answer])
-            # The token before the answer predicts its first one.
-            passage_places.append([len(question.ids) - 1 + number for number in range(len(answer))])
-            advance()
-        logits = compute(tuned, passages, values="adapter", places=passage_places)
-        expected = logits[: len(prompts)]
+        expected = compute(tuned, prompts, values="adapter", places=places)
         compared, served = _served_logits(server, prompts, places, expected, advance)
-    answered = zip(questions, answers, logits[len(prompts) :], strict=True)
     return FileCheck(
         len(texts),
         compare_logits(compared, served),
         None if base_logits is None else compare_logits(expected, base_logits),
         len(served),
-        tuple(compare_answers(*parts, tuned) for parts in answered),
     )
 
 

@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
-from operator import eq
 from pathlib import Path
 
 import torch
@@ -76,7 +74,6 @@ from tunesmith.tools.export.tuned_weights import (
     TunedWeight,
     open_tuned_model,
 )
-from tunesmith.units import count_of
 
 DEFAULT_QUANT = "q4_k_m"
 OLLAMA_NOTE = (
@@ -94,8 +91,6 @@ TRAINED_PROJECTOR_NOTE = (
 )
 NO_CHECK = "--no-check"  # why a file is not compared, in the words of the command line
 CHAT_TEMPLATE = "chat_template.jinja"
-ANSWER_CHARS = 67  # of an answer that is shown
-CHARS_BEFORE = 20  # of them in front of a difference
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class ExportedFile(Tabular):
     chat_template: str | None = None
 
     def table(self) -> ResultTable:
-        """Show the file, how far its answers are from the tuned model's, and some of them."""
+        """Show the file, and how far its next tokens are from the tuned model's."""
         rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
         notes = [f"note: {note}" for note in self.notes]
         check = self.check
@@ -142,28 +137,7 @@ class ExportedFile(Tabular):
             ("next tokens", f"the same at {same} of {check.positions} positions"),
             ("verdict", verdict),
         ]
-        for answer in check.answers:
-            # The end of what both have in common stays in sight.
-            shared = sum(takewhile(bool, map(eq, answer.file, answer.tuned)))
-            tuned = f"the same {count_of(answer.tokens, 'token')}"
-            if answer.differs_at is not None:
-                place = f"differs from token {answer.differs_at} of {answer.tokens}"
-                part = _cut(f"{answer.tuned} ...", shared)
-                tuned = f"{part} ({place}: one near tie changes what follows)"
-            notes += [
-                f"asked: {_cut(answer.question)}",
-                f"  reference: {_cut(answer.reference)}",
-                f"  file: {_cut(answer.file, 0 if answer.differs_at is None else shared)}",
-                f"  tuned: {tuned}",
-            ]
         return ResultTable(rows, notes=notes)
-
-
-def _cut(text: str, at: int = 0) -> str:
-    """Return what fits a line of a terminal, the character `at` of the text among it."""
-    if at > ANSWER_CHARS - CHARS_BEFORE:
-        text = f"... {text[at - CHARS_BEFORE :]}"
-    return text if len(text) <= ANSWER_CHARS else f"{text[: ANSWER_CHARS - 4]} ..."
 
 
 def _ignore(done: int, total: int) -> None:

@@ -194,9 +194,3 @@ class LlamaCpp:
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             values[token["id"]] = token["logprob"]
         return values
-
-    def answer(self, ids: list[int], tokens: int) -> list[int]:
-        """The ids that it writes after `ids`, the likeliest each time, an end token among them."""
-        options = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
-        body = {"prompt": ids, "n_predict": tokens, **options}
-        return self.post("/completion", body)["tokens"]
