@@ -78,27 +78,25 @@ class Merged(Tabular):
     merge_check: MergeCheck
 
     def table(self) -> ResultTable:
-        """Show how far answers are from the adapter's, what was required, and what was written."""
+        """Show what was written, how far its answers are from the adapter's, and the rules."""
         check = self.merge_check
-        compared = {"merged": check.merged}
-        if check.exact is not None:
-            compared["merged, in fp32"] = check.exact.difference
-        compared |= {"base": check.base, f"noise of {check.dtype}": check.noise}
-        rows = []
-        for name, diff in compared.items():
-            figures = (f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
-            rows.append([name, *figures])
-        positions = f"{check.positions} positions of {check.probes}"
-        notes = [f"largest logit difference {check.merged.max_logit:.3g}, over {positions}"]
+        rows = [
+            ("folder", self.output),
+            ("size", f"{self.bytes / 2**20:.0f} MiB in {self.dtype}; load it with Transformers"),
+            ("compared", f"with the adapter, at {check.positions} positions of {check.probes}"),
+            (
+                "answers",
+                f"mean KL {check.merged.mean_kl:.2g} nats (base: {check.base.mean_kl:.2g})",
+            ),
+            ("next tokens", f"the same at {check.merged.agreement:.2%} of the positions"),
+        ]
+        notes = []
         for text, is_met in check.rules:
             notes.append(f"{'passed' if is_met else 'failed'}: {text}")
         if self.note:
             notes.append(self.note)
-        size = f"{self.bytes / 2**20:.0f} MiB in {self.dtype}"
-        notes.append(f"{self.output}: {size}; load it with Transformers")
         notes.append(f"next: tunesmith chat {shell_path(self.output)}")
-        columns = ["max logit diff", "mean KL (nats)", "same top token"]
-        return ResultTable(rows, columns, "against the adapter", notes)
+        return ResultTable(rows, notes=notes)
 
 
 @lines_by_default()
