@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from errors import holds
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import describe_misread
@@ -124,21 +123,3 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
     assert after.keys() == before.keys()
     untouched = [name for name, tensor in before.items() if torch.equal(after[name], tensor)]
     assert bool(untouched) == (model_type != "mistral4"), "towers are copied"
-
-
-def test_an_adapter_that_peft_renames_is_named(tmp_path: Path) -> None:
-    """Transformers' rules for DeepSeek-OCR 2 give a second prefix to names that have it already."""
-    from peft import PeftModel
-
-    base = tmp_path / "base"
-    build_twin(default_config("deepseek_ocr2")).save_pretrained(base)
-    write_letters(base)
-    run = make_run(base, tmp_path, adapter={"target": ["q_proj"]})
-    model = built_model(run, base)
-    (tmp_path / "adapter").mkdir()
-    write_model_files(tmp_path / "adapter", run, model, {})
-    count = sum(parameter.requires_grad for parameter in model.parameters())
-    warning = describe_misread(model.model)
-    assert holds(warning, "PEFT", count, "deepseek_ocr2", "tunesmith merge")
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        PeftModel.from_pretrained(entire(base), tmp_path / "adapter")

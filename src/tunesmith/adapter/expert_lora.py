@@ -72,11 +72,6 @@ class ExpertsLora(LowRank, StackUpdate):
         update = self.scaling * (lora_B @ lora_A)
         return update.mT if self.is_transposed else update
 
-    def extra_repr(self) -> str:
-        experts, in_features, out_features = self.shape
-        rank = self.lora_A.shape[0] // experts
-        return f"{experts} x {in_features}, {out_features}, rank={rank}, scaling={self.scaling:g}"
-
 
 def expert_updates(model: nn.Module) -> Iterator[tuple[str, ExpertsLora]]:
     """Every update of a stack of experts, by the full name of the stack."""

@@ -10,7 +10,7 @@ it as before.
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +88,6 @@ class LoraLinear(LowRank, FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
         return project(x, [self])[0]
-
-    def extra_repr(self) -> str:
-        rank = self.lora_A.shape[0]
-        return f"{super().extra_repr()}, rank={rank}, scaling={self.scaling:g}"
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
@@ -397,22 +393,17 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone: no adapter, and modules trained in full back at their base values."""
     enabled = [(layer, layer.enabled) for _, layer in low_ranks(model)]
-    trained = []
+    originals = []
     for _, module, key in saved_parameters(model):
-        # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.
-        parameter = module.get_parameter(key)
-        trained.append((parameter, parameter.data, module.get_buffer(ORIGINAL + key)))
+        originals.append((module.get_parameter(key), module.get_buffer(ORIGINAL + key)))
     try:
         for layer, _ in enabled:
             layer.enabled = False
-        for parameter, _, original in trained:
-            parameter.data = original
-        yield
+        with _in_place(originals):
+            yield
     finally:
         for layer, was_enabled in enabled:
             layer.enabled = was_enabled
-        for parameter, tuned, _ in trained:
-            parameter.data = tuned
 
 
 class TrainedValues:
@@ -421,18 +412,23 @@ class TrainedValues:
     def __init__(self, model: nn.Module) -> None:
         self.values = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Compute with them, in place of what the parameters hold."""
-        current = [parameter.data for parameter, _ in self.values]
-        try:
-            # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.
-            for parameter, value in self.values:
-                parameter.data = value
-            yield
-        finally:
-            for (parameter, _), value in zip(self.values, current, strict=True):
-                parameter.data = value
+        return _in_place(self.values)
+
+
+@contextmanager
+def _in_place(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Give parameters other values within the block."""
+    current = [parameter.data for parameter, _ in values]
+    try:
+        # `.data` is exchanged, not the parameter: optimizer and hooks hold the parameter.
+        for parameter, value in values:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), value in zip(values, current, strict=True):
+            parameter.data = value
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:

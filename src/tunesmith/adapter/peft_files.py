@@ -196,7 +196,7 @@ def describe_misread(model: PreTrainedModel) -> str:
 
     PEFT 0.21 takes gate_proj, up_proj and down_proj of many models with experts for the experts' of
     older files, and drops the adapters of linear layers of these names (shared experts, dense first
-    layers). It also renames the adapter's tensors as Transformers renames those of checkpoints.
+    layers).
     """
     # Other models have no such rules, and importing PEFT takes a second.
     if not is_whole(model) and not any(parameter.ndim == 3 for parameter in model.parameters()):
@@ -204,10 +204,7 @@ def describe_misread(model: PreTrainedModel) -> str:
     from peft import LoraConfig
 
     try:
-        from peft.utils.transformers_weight_conversion import (
-            convert_peft_adapter_state_dict_for_transformers,
-            convert_peft_config_for_transformers,
-        )
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:  # an older PEFT, which converts nothing
         return ""
     # PEFT goes by the type and the rules of the model that it opens.
@@ -219,32 +216,16 @@ def describe_misread(model: PreTrainedModel) -> str:
     except ValueError as error:
         return f"warning: PEFT does not open this adapter: {error}"
     read = set(config.target_modules)
-    model_type = opened.config.model_type
     if adapted <= read:
-        tensors = {}
-        for name, parameter in _peft_tensors(model).items():
-            tensors[name] = torch.empty(parameter.shape, device="meta")
-        renamed = convert_peft_adapter_state_dict_for_transformers(opened, config, tensors)
-        lost = len(tensors.keys() - renamed.keys())
-        if not lost:
-            return ""
-        return (
-            f"warning: PEFT loads {count_of(lost, 'tensor')} of this adapter nowhere, because it "
-            f"renames them by Transformers' rules for a {model_type}; merge it (tunesmith merge)"
-        )
-    fix = "merge it (tunesmith merge)"
-    if read:
-        targets = sorted(read)
-        if any(expert_updates(model)):
-            targets.append(EXPERTS_TARGET)
-        fix += f", or set adapter.target: [{', '.join(targets)}]"
-    result = "does not load these adapters"
+        return ""
+    targets = sorted(read)
     if any(expert_updates(model)):
-        # It gives the experts twice the rank.
-        result = "refuses the file"
+        targets.append(EXPERTS_TARGET)
+    # Of a file with experts too, PEFT refuses all: it gives the experts twice the rank.
     return (
-        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {model_type} "
-        f"for its experts and {result}; {fix}"
+        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {opened.config.model_type} "
+        "for its experts, and does not load these adapters; merge it (tunesmith merge), or set "
+        f"adapter.target: [{', '.join(targets)}]"
     )
 
 
