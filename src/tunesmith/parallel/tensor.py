@@ -17,7 +17,6 @@ Parameters become DTensors on the tensor mesh, so that sharding, the optimizer a
 their whole shapes.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -102,35 +101,29 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
 
 def _check_sizes(model: PreTrainedModel, blocks: list[ParallelBlock], size: int) -> None:
     """RecipeError where heads, columns or blocks of 4-bit weights do not divide among the ranks."""
-    # Of layers with other numbers, the greatest that divides all.
-    counts = {"attention heads": find_decoder(model).config.num_attention_heads}
+    counts = [("attention heads", find_decoder(model).config.num_attention_heads)]
     for block in blocks:
         kind = block.name.rpartition(".")[2]
         [(name, layer)] = block.rowwise.items()
-        units = {f"columns in {kind}": layer.in_features}
         if block.kv_heads is not None:
-            units = {f"key-value heads in {kind}": block.kv_heads}
+            counts.append((f"key-value heads in {kind}", block.kv_heads))
+        else:
+            counts.append((f"columns in {kind}", layer.in_features))
         block_size = layer.format.block if isinstance(layer, FrozenLinear) else 1
         if block_size > 1:
             # No block of weights with one scale reaches into another row, of this layer and of
             # those it follows.
             whole = layer.in_features % block_size == layer.out_features % block_size == 0
-            units[f"nf4 blocks in a row of {kind}.{name}"] = (
-                layer.in_features // block_size if whole else 1
+            count = layer.in_features // block_size if whole else 1
+            counts.append((f"nf4 blocks in a row of {kind}.{name}", count))
+    for what, count in counts:
+        if count % size:
+            raise RecipeError(
+                f"{size} ranks cannot share the layers of this model",
+                where=TENSOR_KEY,
+                why=f"it has {count:,} {what}, which must be divisible by the number of ranks",
+                fix=f"{TENSOR_KEY}: 1, or another divisor of {count}",
             )
-        for what, count in units.items():
-            counts[what] = math.gcd(counts.get(what, 0), count)
-    wrong = [f"{count:,} {name}" for name, count in counts.items() if count % size]
-    if not wrong:
-        return
-    common = math.gcd(*counts.values())
-    divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
-    raise RecipeError(
-        f"{size} ranks cannot share the layers of this model",
-        where=TENSOR_KEY,
-        why=f"it has {' and '.join(wrong)}, which must be divisible by the number of ranks",
-        fix=f"{TENSOR_KEY}: {' or '.join(divisors)}",
-    )
 
 
 class TensorParallelPart(nn.Module):
