@@ -56,19 +56,14 @@ def push_files(
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        # The commit before ours tells whether anything changed.
-        previous_commit = api.repo_info(repo, revision=revision).sha
         size = size_text(sum(addition.upload_info.size for addition in additions))
         visibility = "private" if private else "public"
-        text = f"pushing {count_of(len(files), 'file')} ({size}) to {repo}, {visibility}"
-        log.info(text)
+        log.info(f"pushing {count_of(len(files), 'file')} ({size}) to {repo}, {visibility}")
         commit = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
-    if commit.oid == previous_commit:
-        log.info("already up to date")
-    else:
-        log.info(f"commit {commit.oid[:12]}")
+    # The newest there is where nothing has changed.
+    log.info(f"commit {commit.oid[:12]}")
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
 
 
