@@ -89,7 +89,7 @@ DATA = [
     Case("data", "no such validation file", lambda w: w.train(held=True, data={"validation": {"source": str(w.folder / "no.jsonl")}}), "no.jsonl"),
     Case("data", "row 40 is no JSON", lambda w: w.rows("a.jsonl", GOOD * 39 + "{'prompt': 'a'}\n"), "a.jsonl:40", "not JSON", "sed -n 40p"),
     Case("data", "binary junk", lambda w: w.rows("a.jsonl", bytes(range(256)) * 99), "a.jsonl:1", "not JSON", "sed -n 1p"),
-    Case("data", "a web page named json", lambda w: w.rows("a.json", "<!doctype html><html>"), "a.json", "not JSON", "line 1 column 1"),
+    Case("data", "a web page named json", lambda w: w.rows("a.json", "<!doctype html><html>"), "a.json", "not JSON", "column 1"),
     Case("data", "a column of the wrong name", lambda w: w.rows("a.jsonl", GOOD, source={"columns": {"prompt": "question"}}), "a.jsonl:1", "question", "columns:"),
     Case("data", "an empty validation split", lambda w: w.train(held=True, data={"validation": {"source": str(w.write("v.jsonl", GOOD)), "split": "train[:1%]"}}), "v.jsonl", "train[:1%]"),
     Case("data", "a row of 40 MiB", lambda w: w.rows("a.jsonl", GOOD + line(prompt="a" * (40 << 20), completion="b")), "a.jsonl:2", "MiB"),

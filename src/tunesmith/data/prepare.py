@@ -34,6 +34,7 @@ from tunesmith.data.tokens.token_set import (
 from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
+from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import HELD_OUT, with_earlier_runs
 from tunesmith.units import count_of
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 # Of a source's tokens; where more are lost, a warning says so.
 MOST_LOST_TOKENS = 0.01
+# Of an epoch's order: indices, random keys and their sort, 8 bytes each.
+BYTES_PER_EXAMPLE = 32
 
 
 @dataclass(frozen=True)
@@ -509,7 +512,15 @@ def _check_labels(train: TokenSet) -> None:
 
 
 def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
-    """The schedule; DataError where an epoch is empty."""
+    """The schedule; DataError where an epoch is empty, or too long to be ordered in memory."""
+    examples = float(train.repeats.sum())
+    if BYTES_PER_EXAMPLE * examples > available_memory():
+        raise DataError(
+            f"the weights of the sources make {examples:,.0f} examples an epoch",
+            where="data.train",
+            why="they are more than memory can order",
+            fix="lower weight, to 1 where it is not needed",
+        )
     schedule = BatchSchedule.of(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
