@@ -10,6 +10,7 @@ import codecs
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -117,9 +118,8 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object of JSON. Raise ValueError if a key repeats, because a value is lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has {json.dumps(repeated, ensure_ascii=False)} twice")
+        [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'an object has "{repeated}" twice')
     return values
 
 

@@ -23,8 +23,6 @@ from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
-# Kinds of files in a line for the user.
-KINDS_SHOWN = 3
 # Beside the rows that `datasets` saves.
 _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A text beside files of rows that is about them.
@@ -208,10 +206,8 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
 def _name_others(files: Sequence[Path]) -> str:
     """Name files that are not read by their kinds."""
     suffixes = Counter(file.suffix.lower() or file.name for file in files)
-    parts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(KINDS_SHOWN)]
-    if len(suffixes) > KINDS_SHOWN:
-        parts.append("others")
-    return f"{', '.join(parts)} (such as {from_here(files[0])})"
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common())
+    return f"{kinds} (such as {from_here(files[0])})"
 
 
 def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
