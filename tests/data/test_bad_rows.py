@@ -116,7 +116,7 @@ def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> No
         (line,) = lines_with(data.describe(), "35 of 40", 5)
         assert holds(line, "data.bad_rows")
         (warning,) = [line for line in data.warnings() if holds(line, "5 of 40")]
-        assert holds(warning, *(f"{path}:{number}" for number in BAD))
+        assert holds(warning, f"{path}:{next(iter(BAD))}")
     # Examples keep the places of their rows.
     assert data.train.where(2).endswith("rows.jsonl:4")
 

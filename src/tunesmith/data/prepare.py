@@ -236,13 +236,13 @@ class TrainingData:
         # Most of them are repeated rows, which have their line below.
         if self.duplicates.count > count_repeating(self.splits):
             what = "training examples are duplicates"
-            text = _describe_repeats(self.duplicates, self.train, what)
+            text = _describe_repeats(self.duplicates, len(self.train), what)
             warnings.append(f"{text}; fix: delete them, or 'data.leave_out=[near-duplicates]'")
-        if self.overlap.count:
+        if self.overlap.count and self.validation is not None:
             what = (
                 "validation examples are also in the training data, so val_loss is too optimistic"
             )
-            text = _describe_repeats(self.overlap, self.validation, what)
+            text = _describe_repeats(self.overlap, len(self.validation), what)
             warnings.append(
                 f"{text}; fix: splits that share no row, such as train[:95%] and train[95%:];"
                 " or delete the duplicates"
@@ -270,12 +270,11 @@ class TrainingData:
         counts = part.counts
         if not counts.bad:
             return
-        listed = [f"{part.rows.where(row)}: {what}" for row, what in counts.bad_rows]
-        if counts.bad > len(listed):
-            listed.append(f"and {counts.bad - len(listed):,} more")
+        first, what = counts.bad_rows[0]
         yield (
-            f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')}:"
-            f" {'; '.join(listed)}; fix: fix these rows"
+            f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')},"
+            f" first {part.rows.where(first)}: {what}; fix: fix these rows, which"
+            " `tunesmith data --json` lists"
         )
 
     def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
@@ -373,8 +372,7 @@ def _percent(share: float) -> str:
     return "less than 0.1%" if share < 0.001 else f"{share:.1%}"
 
 
-def _describe_repeats(repeats: Repeats, tokens: TokenSet | None, what: str) -> str:
-    total = 0 if tokens is None else len(tokens)
+def _describe_repeats(repeats: Repeats, total: int, what: str) -> str:
     first = f"{repeats.where} ({repeats.earlier})"
     return f"{repeats.count:,} of {total:,} {what}; first {first}"
 

@@ -30,11 +30,6 @@ class BadRows:
     def __len__(self) -> int:
         return self.count
 
-    @property
-    def first(self) -> list[tuple[int, str]]:
-        """List them without their places."""
-        return [(row, what) for _, row, what in self.listed]
-
     def add(self, row: int, place: str, error: DataError) -> bool:
         """Count a row by its error; False if the error is not of this row, but of the file."""
         if not is_of_row(error, place):

@@ -98,12 +98,10 @@ class _Trial(NamedTuple):
 
     Attributes:
         read: indices of the rows that it reads.
-        has_pictures: as of `Detected`.
     """
 
     layout: Detected
     read: frozenset[int]
-    has_pictures: bool
 
 
 def detect(
@@ -136,7 +134,7 @@ def detect(
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
         ignored = [name for name in examined.columns if name not in used and not is_mark(name)]
-        return replace(layout, ignored=tuple(ignored), has_pictures=readable[0].has_pictures)
+        return replace(layout, ignored=tuple(ignored))
     if readable:
         raise examined.ambiguous(readable)
     if trials:
@@ -269,7 +267,7 @@ class _SampledRows:
                 samples = convert_row(row, source, where=self.rows.where(i)).samples
                 read.add(i)
                 has_pictures = has_pictures or any(map(pictures_of, samples))
-        return _Trial(layout, frozenset(read), has_pictures)
+        return _Trial(replace(layout, has_pictures=has_pictures), frozenset(read))
 
     def check_rejected_is_read(self, layouts: list[Detected]) -> None:
         """Raise DataError if a column is named as the worse answers of pairs, and none is read."""

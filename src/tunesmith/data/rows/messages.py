@@ -82,7 +82,10 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
     for n, value_of_turn in enumerate(turns, 1):
         at = f"{form.noun} {n}"
         turn = _as_turn(row, value_of_turn, form, at)
-        role = _role(row, turn[form.role], at)
+        role = CHAT_ROLES.get(str(turn[form.role]).strip().lower(), "")
+        if not role:
+            why = f"the roles are {', '.join(CHAT_ROLES)}"
+            raise row.error(f"unknown role {turn[form.role]!r}", why, "rename the role", at)
         of_turn = _read_turn(row, role, turn, form, at)
         # Several calls in one answer are written as turns after one another.
         if role == previous_role == "call":
@@ -138,14 +141,6 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
         what = f"a {form.noun} has no `{form.role}` and `{form.content}`: {turn!r:.80}"
         raise row.error(what, fix=form.example, at=at)
     return turn
-
-
-def _role(row: RowReader, name: object, at: str) -> str:
-    role = CHAT_ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        why = f"the roles are {', '.join(CHAT_ROLES)}"
-        raise row.error(f"unknown role {name!r}", why, "rename the role", at)
-    return role
 
 
 @dataclass

@@ -30,6 +30,8 @@ PICTURE_KEYS = ("image", "image_url", "url", "source", "path", *_IN_BASE64)
 _HARMLESS_PART_KEYS = ("type", "text", "index", "cache_control")
 
 PICTURE_TEXT_MARK = "<image>"
+# Types of columns that count pictures, or say whether there are any.
+_FIGURE = (int, float)
 _NETWORK = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # Linux has no longer paths: a longer text is the picture itself.
 _MAX_PATH = 4096
@@ -57,7 +59,7 @@ def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at:
 def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
     """The pictures of the row's column `images`: one, or a list of them."""
     value = row.optional("images")
-    if value is None or ("images" not in row.source.columns and _is_figure(value)):
+    if value is None or ("images" not in row.source.columns and isinstance(value, _FIGURE)):
         return ()
     # A list in a cell of a csv file.
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
@@ -95,15 +97,10 @@ def check_media(row: RowReader) -> None:
             why = "texts and pictures are trained on"
             fix = f"delete the column {column}, or these rows"
             raise row.error(f"the row has {column}", why, fix)
-        if plain(column) in PICTURE_NAMES and not takes_pictures and not _is_figure(value):
+        if plain(column) in PICTURE_NAMES and not takes_pictures and not isinstance(value, _FIGURE):
             raise _no_place(row, f"the row has {column}: {json_type(value)}")
     if row.pictures and not takes_pictures:
         raise _no_place(row, "a message has a part of type image")
-
-
-def _is_figure(value: object) -> bool:
-    """Tell whether a column counts pictures, or says whether there are any."""
-    return isinstance(value, int | float)
 
 
 def _no_place(row: RowReader, what: str) -> DataError:

@@ -85,7 +85,11 @@ class _OpenGroup:
     """A group of rows: a block of them is in memory, from row `first` on, as `rows` once read."""
 
     def __init__(self, read_group: _ReadGroup, group: int, first: int) -> None:
-        self.blocks = _blocks(read_group(group))
+        self.blocks = (
+            batch.slice(start, BLOCK_ROWS)
+            for batch in read_group(group)
+            for start in range(0, len(batch), BLOCK_ROWS)
+        )
         self.first = first
         self.block = pa.RecordBatch.from_pylist([])
         self.rows: list[Row] = []
@@ -115,12 +119,6 @@ def _read_row(read_group: _ReadGroup, ends: list[int], i: int) -> Row:
         _open_group.cache_clear()
         raise
     return group.rows[i - group.first]
-
-
-def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        for start in range(0, len(batch), BLOCK_ROWS):
-            yield batch.slice(start, BLOCK_ROWS)
 
 
 _Groups = tuple[list[int], _ReadGroup]

@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.data.source.table import Row, Table
 from tunesmith.errors import DataError
 
-# Rows looked at, spread over the file.
+# Rows looked at, from the first.
 _EXAMINED = 200
 ARROW_LAYOUT = "exported from Arrow (null keys of objects are left out)"
 
@@ -38,10 +38,9 @@ def _is_exported(table: Table) -> bool:
     calls = 0
     has_null = False
     keys: frozenset[str] | None = None
-    count = min(_EXAMINED, len(table))
-    for n in range(count):
+    for i in range(min(_EXAMINED, len(table))):
         try:
-            row = table.row(n * (len(table) - 1) // max(1, count - 1))
+            row = table.row(i)
         except DataError:
             # It is named when all rows are read.
             continue

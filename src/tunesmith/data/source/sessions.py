@@ -44,12 +44,6 @@ _ITEM_KEYS = {
     "compaction": "encrypted_content",
 }
 _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
-# What no session of a form records.
-_NOT_RECORDED = {
-    "Claude Code": " (no system prompt and no tools are recorded)",
-    "Codex": " (no tools are recorded)",
-    "OpenAI Agents": " (no system prompt and no tools are recorded)",
-}
 _BRANCHES = "lines of other branches, left out"
 
 # The line at which a conversation begins, and the numbers of its lines.
@@ -117,7 +111,7 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
         lambda i: _read_row(lines, *rows[i], Counter())[0],
         where=lambda i: lines.where(rows[i][0]),
         fingerprint=lambda: file_digest(path),
-        notes=Counter({f"rows of {form} sessions{_NOT_RECORDED.get(form, '')}": len(rows)}) + notes,
+        notes=Counter({f"rows of {form} sessions": len(rows)}) + notes,
         secrets=secrets,
     )
 

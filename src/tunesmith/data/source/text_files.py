@@ -14,7 +14,6 @@ from tunesmith.data.source.table import (
     FileVersion,
     Table,
     changed_error,
-    check_not_wide,
     decode_text,
     file_digest,
     read_span,
@@ -141,14 +140,12 @@ def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) ->
         line_breaks = data.count(b"\n", 0, at)
         return f"{place}, line {first_line + line_breaks}"
 
-    check_not_wide(path, data, place)
-    if b"\0" in data:
+    text = decode_text(path, data, where, "utf-8" if start else "utf-8-sig")
+    if "\0" in text:
         raise DataError(
             "the file has bytes that are no text",
             where=where(data.index(b"\0")),
             why="a null character is in it, as in the files of other programs",
             fix=f"file {shell_path(path)}   # shows what it is; convert it to text",
         )
-    encoding = "utf-8" if start else "utf-8-sig"
-    text = decode_text(path, data, where, encoding)
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -277,7 +277,7 @@ def _tokenize_rows(
         "digest": arrays.sha256(),
         **named,
         "bad": len(bad),
-        "bad_rows": bad.first,
+        "bad_rows": [(row, what) for _, row, what in bad.listed],
     }
     return arrays, {"counts": about, "reached": leaks, "empties": empties}
 
