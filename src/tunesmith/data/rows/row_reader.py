@@ -257,29 +257,34 @@ class RowReader:
         return columns
 
     def _missing_columns(self, column: str) -> DataError:
-        """The error for a column that the row does not have, with a `columns:` line as its fix."""
+        """The error for a column that the row does not have."""
         mapped = self.source.columns
-        form = ROW_FORMATS[self.source.format]
-        needed = form.layouts[0].needed
+        needed = ROW_FORMATS[self.source.format].layouts[0].needed
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        read = {mapped.get(name, name) for name in form.columns}
-        free = {name: value for name, value in self.row.items() if name not in read}
-        guessed = guess_columns({name: form.names(name) for name in missing}, mapped, free)
-        fix = "add it to the row, or delete the row"
-        if guessed:
-            names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
-            pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
-            fix = f"{propose_header(self.where, self.row)}columns: {{{', '.join(pairs)}}}"
+        absent = dict.fromkeys([column, *(mapped.get(name, name) for name in missing)])
+        fix = self._propose_columns(missing)
         fitting = []
-        for format_name, other in ROW_FORMATS.items():
-            if self.row.keys() >= other.layouts[0].needed.keys():
+        for format_name, form in ROW_FORMATS.items():
+            if self.row.keys() >= form.layouts[0].needed.keys():
                 fitting.append(format_name)
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
-        absent = dict.fromkeys([column, *(mapped.get(name, name) for name in missing)])
         columns = ", ".join(map(str, self.row)) or "none"
         why = f"format {self.source.format} needs it; the columns are {columns}"
         return self.error(f"there is no column {' or '.join(absent)}", why, fix)
+
+    def _propose_columns(self, missing: Sequence[str]) -> str:
+        """Propose a `columns:` line with columns that nothing reads yet."""
+        mapped = self.source.columns
+        form = ROW_FORMATS[self.source.format]
+        read = {mapped.get(name, name) for name in form.columns}
+        free = {name: value for name, value in self.row.items() if name not in read}
+        guessed = guess_columns({name: form.names(name) for name in missing}, mapped, free)
+        if not guessed:
+            return "add it to the row, or delete the row"
+        names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
+        pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
+        return f"{propose_header(self.where, self.row)}columns: {{{', '.join(pairs)}}}"
 
     def text(self, value: object, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
