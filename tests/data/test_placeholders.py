@@ -341,11 +341,10 @@ def test_large_pictures_are_scaled_down_first(folders: dict[str, Path], tmp_path
     assert template.pictures is not None
     sample = conversation("#?", "Blue.", pictures=(picture(tmp_path, (112, 112)),))
     example = template.encode(sample, "response", where="row 1")
-    [seen] = example.seen
-    size = scaled_size((112, 112), 5000)
-    assert (seen.size, seen.is_scaled) == ((112, 112), True)
-    assert seen.tokens == template.pictures.count_tokens(size)
-    assert seen.tokens < load(folders["qwen2_5_vl"]).count_tokens((112, 112))
+    tokens = np.count_nonzero(example.ids == template.pictures.token_id)
+    assert example.scaled == 1
+    assert tokens == template.pictures.count_tokens(scaled_size((112, 112), 5000))
+    assert tokens < load(folders["qwen2_5_vl"]).count_tokens((112, 112))
 
 
 # --- refusals
@@ -734,8 +733,8 @@ def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path)
     rows = [row(tmp_path, f"{size}-0.png", "What?", "Blue.") for size in ("112x112", "57x43")]
     data = prepared(folders["qwen2_5_vl"], tmp_path, rows)
     [part] = data.train.parts
-    assert part.counts.picture_tokens == [4, 16, 16]
+    assert part.counts.pictures == 2
     assert part.counts.placeholders == 20
     share = f"{20 / part.counts.tokens:.1%}"
     assert any(holds(figure, 2, share) for figure in data.figures(part))
-    assert any(holds(figure, 4, 16) for figure in data.figures(part))
+    assert any(holds(figure, 10, "a picture") for figure in data.figures(part))

@@ -182,9 +182,8 @@ class TrainingData:
         if counts.pictures:
             all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
             share = f"{counts.placeholders / all_tokens:.1%} of the tokens"
-            least, _, most = counts.picture_tokens
             figures.append(f"{count_of(counts.pictures, 'picture')}, {share}")
-            figures.append(f"{least:,} to {most:,} tokens a picture")
+            figures.append(f"{counts.placeholders / counts.pictures:,.0f} tokens a picture")
         if counts.scaled_pictures:
             limit = f"data.image_max_pixels: {self.run.data.image_max_pixels}"
             figures.append(f"{counts.scaled_pictures:,} of them scaled down ({limit})")

@@ -21,20 +21,6 @@ class Pixels(NamedTuple):
     grids: np.ndarray
 
 
-class SeenPicture(NamedTuple):
-    """A picture of a row, by its header.
-
-    Attributes:
-        size: width and height in pixels, as it is stored.
-        is_scaled: it has more than `data.image_max_pixels`.
-        tokens: placeholders that stand for it.
-    """
-
-    size: tuple[int, int]
-    is_scaled: bool
-    tokens: int
-
-
 class RowPictures(Protocol):
     """The pictures of a row, whose pixels other processes prepare."""
 
@@ -65,7 +51,8 @@ class Example(NamedTuple):
             they are those of the first one and no position of either has a target (`count_shared`).
         digests: of the bytes of each of its pictures, 63 bits.
         pictures: hands over their pixels, once a token set has the processor of a model that sees.
-        seen: its pictures, until it is stored.
+        scaled: how many of its pictures were scaled down to `data.image_max_pixels`, until it is
+            stored.
         flaws: names in ROW_WARNINGS of what its tokens show, until it is stored.
         control_tokens: special tokens that the row's own text spells, until it is stored.
     """
@@ -78,7 +65,7 @@ class Example(NamedTuple):
     shared: int = 0
     digests: tuple[int, ...] = ()
     pictures: RowPictures | None = None
-    seen: tuple[SeenPicture, ...] = ()
+    scaled: int = 0
     flaws: tuple[str, ...] = ()
     control_tokens: frozenset[str] = frozenset()
 

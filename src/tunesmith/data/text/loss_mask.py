@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from tunesmith.data.rows.samples import PICTURE_MARK
 from tunesmith.data.text.align import CharSpan
-from tunesmith.data.text.example import SeenPicture
 from tunesmith.data.text.rendering import FIX_WITH_TAGS, Block, ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Field, Messages, Tools
 from tunesmith.data.text.template_args import names_of_arguments
@@ -47,14 +46,16 @@ class RenderedAnswers(NamedTuple):
             of answers; `earlier_thought`, one that the template leaves out because the conversation
             continues; `earlier_prompt`, an answer without what its prompt ends with, for the same
             reason; and `unlisted_tools`.
-        digests, seen: of the row's pictures, once their placeholders are in the text.
+        digests, scaled: as of `Example`, once the placeholders of the pictures are in the text.
+        placeholders: how many these are.
     """
 
     text: str
     spans: list[CharSpan]
     missing: frozenset[str] = frozenset()
     digests: tuple[int, ...] = ()
-    seen: tuple[SeenPicture, ...] = ()
+    scaled: int = 0
+    placeholders: int = 0
 
 
 def find_answers(

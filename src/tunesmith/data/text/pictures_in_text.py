@@ -7,6 +7,7 @@ between tokens of its own: these are put in before the text is tokenized.
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from operator import ne
 from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.data.rows.pictures import (
@@ -19,7 +20,6 @@ from tunesmith.data.rows.pictures import (
 from tunesmith.data.rows.samples import Conversation, Sample, pictures_of
 from tunesmith.data.text.align import CharSpan
 from tunesmith.data.text.answer_ends import any_of
-from tunesmith.data.text.example import SeenPicture
 from tunesmith.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ class SeenPictures(NamedTuple):
 
     Attributes:
         digests: of their bytes, 63 bits.
-        pictures: what their headers tell.
+        scaled: how many of them were scaled down.
     """
 
     texts: tuple[str, ...] = ()
     digests: tuple[int, ...] = ()
-    pictures: tuple[SeenPicture, ...] = ()
+    scaled: int = 0
 
 
 def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: str) -> SeenPictures:
@@ -79,10 +79,8 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
             why=first_line(error),
             fix="scale or crop them, or delete the row",
         ) from error
-    seen = []
-    for size, new_size, text in zip(sizes, scaled, texts, strict=True):
-        seen.append(SeenPicture(size, new_size != size, text.count(processor.token)))
-    return SeenPictures(texts, tuple(digests), tuple(seen))
+    is_scaled = map(ne, scaled, sizes)
+    return SeenPictures(texts, tuple(digests), sum(is_scaled))
 
 
 def put_placeholders(

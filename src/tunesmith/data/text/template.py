@@ -481,13 +481,13 @@ class Template:
             # With train_on all they are within the spans.
             trained &= ~np.isin(ids, self.pictures.ids)
             count = np.count_nonzero(ids == self.pictures.token_id)
-            if count != sum(picture.tokens for picture in answers.seen):
+            if count != answers.placeholders:
                 raise literal_placeholder(self.pictures.token)
         return Example(
             ids,
             trained,
             digests=answers.digests,
-            seen=answers.seen,
+            scaled=answers.scaled,
             flaws=(*_flaws(answers.text, aligned), *sorted(answers.missing)),
             control_tokens=self._control_tokens(sample),
         )
@@ -521,7 +521,10 @@ class Template:
                 "use the model's own chat template: data.template=chat",
             )
         text, spans = put_placeholders(answers.text, answers.spans, mark, seen.texts)
-        return answers._replace(text=text, spans=spans, digests=seen.digests, seen=seen.pictures)
+        placeholders = sum(put.count(self.pictures.token) for put in seen.texts)
+        return RenderedAnswers(
+            text, spans, answers.missing, seen.digests, seen.scaled, placeholders
+        )
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]

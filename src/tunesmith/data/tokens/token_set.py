@@ -60,9 +60,6 @@ class TokenCounts:
         pictures: of all rows, uncut, as the following ones.
         scaled_pictures: those of more than `data.image_max_pixels`.
         placeholders: tokens of pictures.
-        picture_tokens: tokens of the picture that has the fewest, of the one in the middle, and of
-            the one that has the most; empty without pictures.
-        largest_picture: width and height in pixels of the one that has the most.
     """
 
     source: str
@@ -93,8 +90,6 @@ class TokenCounts:
     pictures: int = 0
     scaled_pictures: int = 0
     placeholders: int = 0
-    picture_tokens: list[int] = field(default_factory=list)
-    largest_picture: list[int] = field(default_factory=list)
 
     @property
     def lost_share(self) -> float:
@@ -230,8 +225,11 @@ class TokenSet:
             # Of a pair the first sequence ends here; 0 where an example is one sequence.
             firsts = _join_arrays(part.arrays.firsts for part in self.parts)
             self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
-        weights = np.array([part.weight for part in self.parts], np.float64)
-        self.repeats = np.repeat(weights, np.diff(self._firsts))
+        weights = [part.weight for part in self.parts]
+        if len(set(weights)) == 1:
+            self.repeats = np.broadcast_to(np.float64(weights[0]), len(self))
+        else:
+            self.repeats = np.repeat(np.array(weights, np.float64), np.diff(self._firsts))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import sys
 from array import array
 from collections import Counter
@@ -12,7 +11,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +21,7 @@ from tunesmith.data.rows.labels import check_grades
 from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
-from tunesmith.data.text.example import Example, SeenPicture
+from tunesmith.data.text.example import Example
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.tokens.documents import (
@@ -48,7 +46,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-TOKENS_VERSION = 19
+TOKENS_VERSION = 20
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH_ROWS = 256
@@ -232,7 +230,6 @@ def _tokenize_rows(
     }
     bad = BadRows(len(rows))
     lengths = array("q")
-    seen: list[SeenPicture] = []
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
@@ -254,7 +251,11 @@ def _tokenize_rows(
                 for name in names:
                     rows_of.setdefault(name, [0, i])[0] += 1
             lengths.append(row.example.longest_sequence)
-            seen += row.example.seen
+            if template.pictures is not None:
+                counts["pictures"] += len(row.example.digests)
+                counts["scaled_pictures"] += row.example.scaled
+                is_placeholder = row.example.ids == template.pictures.token_id
+                counts["placeholders"] += int(np.count_nonzero(is_placeholder))
             if too_long == "split":
                 splitter.add(row.example, i)
             else:
@@ -273,27 +274,12 @@ def _tokenize_rows(
         "rows": len(rows),
         **count_tokens(arrays),
         **counts,
-        **_count_pictures(seen),
         "digest": arrays.sha256(),
         **named,
         "bad": len(bad),
         "bad_rows": [(row, what) for _, row, what in bad.listed],
     }
     return arrays, {"counts": about, "reached": leaks, "empties": empties}
-
-
-def _count_pictures(seen: Sequence[SeenPicture]) -> dict[str, Any]:
-    """Count the pictures of a source, by the names of `TokenCounts`."""
-    if not seen:
-        return {}
-    tokens = sorted(picture.tokens for picture in seen)
-    return {
-        "pictures": len(seen),
-        "scaled_pictures": sum(picture.is_scaled for picture in seen),
-        "placeholders": sum(tokens),
-        "picture_tokens": [tokens[0], tokens[len(tokens) // 2], tokens[-1]],
-        "largest_picture": list(max((picture.size for picture in seen), key=math.prod)),
-    }
 
 
 def _add_example(
