@@ -281,7 +281,7 @@ def test_masks_are_those_of_the_text_with_its_placeholders_typed_in(
         assert example.ids.tolist() == typed_in
         paths = [one.path for one in pictures[:count] if one.path]
         assert example.digests == tuple(picture_digest(path.read_bytes()) for path in paths)
-        assert [one.size for one in example.seen] == sizes[:count]
+        assert example.scaled == 0
         # Generation begins with the same tokens.
         prompt = template.prompt(sample)
         last = example.trained.nonzero()[0][0] if len(turns) == 2 else len(prompt)
