@@ -8,7 +8,7 @@ stack, or one by one, and then an expert in one part or two (gate and up).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, TensorForm
+from tunesmith.formats.base import Format, Forms
 from tunesmith.formats.form import FETCH, ShippedForm
 
 if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored
+    from tunesmith.formats.base import Stored, StoredParts
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
     from tunesmith.model.weights import StoredTensor
@@ -40,9 +40,7 @@ class AsShipped(Format):
         super().__init__(*options)
         self.form = form
 
-    def stack_forms(
-        self, experts: int, rows: int, columns: int, parts: int
-    ) -> dict[str, TensorForm]:
+    def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
         of_part = self.matrix_forms(rows // parts, columns)
         forms = {}
         for name, form in self.matrix_forms(rows, columns).items():
@@ -78,7 +76,7 @@ class AsShipped(Format):
         return False
 
     @torch.no_grad()
-    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
         if isinstance(weight, Tensor):

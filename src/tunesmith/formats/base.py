@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.model.weights import StoredTensor
 
     Stored: TypeAlias = StoredTensor | Tensor  # a weight of a checkpoint, or one that was drawn
+    StoredParts: TypeAlias = Mapping[str, Stored]  # a weight under "", companions by suffix
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -56,6 +57,9 @@ class TensorForm(NamedTuple):
     dtype: torch.dtype = torch.float32
     is_shared: bool = False
     read_as: torch.dtype | None = None
+
+
+Forms = dict[str, TensorForm]  # the tensors of a weight, by their names in a layer
 
 
 class Format(ABC):
@@ -86,19 +90,17 @@ class Format(ABC):
     # ---- tensors
 
     @abstractmethod
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         """The tensors of a matrix, by their names in a layer; the weight's codes come first."""
 
-    def stack_forms(
-        self, experts: int, rows: int, columns: int, parts: int
-    ) -> dict[str, TensorForm]:
+    def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
         """Those of a stack, whose experts are the first dimension of what is shared.
 
         parts: that an expert is stored in, one over the other.
         """
         raise NotImplementedError
 
-    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         """Take the weight, called `name`, of a checkpoint, or a tensor that was drawn.
 
         It may be a collective call.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, TensorForm
+from tunesmith.formats.base import Format, Forms, FrozenStack, FrozenWeight, TensorForm
 
 
 class Dense(Format):
@@ -13,7 +13,7 @@ class Dense(Format):
 
     name = "dense"
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         return {"weight": TensorForm((rows, columns), is_shared=True)}
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ rounded: the adapter's own matmuls and gradients stay in bf16.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,7 @@ from tunesmith.formats.base import (
     E4M3_MAX,
     LEAST_SCALE,
     Format,
+    Forms,
     FrozenWeight,
     TensorForm,
     Update,
@@ -37,7 +38,7 @@ from tunesmith.formats.scaled_matmul import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored
+    from tunesmith.formats.base import Stored, StoredParts
     from tunesmith.formats.linear import FrozenLinear
 
 MAX_FP8_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
@@ -71,7 +72,7 @@ class Fp8(Format):
         self.recipe = recipe
         self.fast_sums = fast_sums
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         scales = 1 if self.recipe == TENSOR_WISE else rows
         return {
             "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
@@ -147,7 +148,7 @@ class Fp8(Format):
 
     # ---- loading
 
-    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         dense = stored[""]
         if len(stored) > 1:
             more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)

@@ -14,6 +14,7 @@ from tunesmith.formats.as_shipped import AsShipped, not_finite
 from tunesmith.formats.base import (
     E4M3,
     MAX_DECODED_WEIGHTS,
+    Forms,
     FrozenStack,
     FrozenWeight,
     TensorForm,
@@ -43,7 +44,7 @@ class Fp8Blocks(AsShipped):
     def parse(cls, height: int, width: int) -> Fp8Blocks:
         return cls(ShippedForm("fp8", (height, width) if height else None))
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         return {
             "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
             # Not persistent: a checkpoint of the base holds dense weights.

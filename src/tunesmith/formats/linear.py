@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.base import Format, FrozenWeight, TensorForm
+from tunesmith.formats.base import Format, Forms, FrozenWeight, TensorForm
 from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.matmul import grouped_matmul
 
 if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored
+    from tunesmith.formats.base import Stored, StoredParts
     from tunesmith.model.weights import StoredTensor
 
 
@@ -76,7 +76,7 @@ class FrozenTensors(nn.Module):
         return tensors
 
 
-def empty_tensors(forms: Mapping[str, TensorForm], device: torch.device) -> list[Tensor]:
+def empty_tensors(forms: Forms, device: torch.device) -> list[Tensor]:
     """Tensors of these forms without values."""
     return [torch.empty(form.shape, dtype=form.dtype, device=device) for form in forms.values()]
 
@@ -146,7 +146,7 @@ class FrozenLinear(FrozenTensors):
         self.format = kind
         self.hold(kind.matrix_forms(*self.shape), tensors)
 
-    def load(self, stored: Mapping[str, Stored], name: str) -> None:
+    def load(self, stored: StoredParts, name: str) -> None:
         """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`.
 
         It may be a collective call.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tunesmith.formats.as_shipped import AsShipped
 from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
+    Forms,
     FrozenStack,
     FrozenWeight,
     TensorForm,
@@ -37,7 +38,7 @@ class Mxfp4(AsShipped):
     def parse(cls) -> Mxfp4:
         return cls(ShippedForm("mxfp4"))
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         groups = (rows, columns // MXFP4_GROUP)
         return {
             "weight": TensorForm((*groups, MXFP4_GROUP // 2), torch.uint8, is_shared=True),

@@ -18,12 +18,12 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import collective, local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, TensorForm
+from tunesmith.formats.base import Format, Forms, FrozenStack, FrozenWeight, TensorForm
 from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored
+    from tunesmith.formats.base import Stored, StoredParts
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
 
@@ -99,7 +99,7 @@ class Nf4(Format):
     def parse(cls, dtype: str, block: int, nested_block: int) -> Nf4:
         return cls(QUANT_STATE_DTYPES[dtype], block, nested_block)
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         count = rows * columns
         blocks = ceil_div(count, self.block)
         codes = (ceil_div(count, WEIGHTS_PER_BYTE), 1)
@@ -115,9 +115,7 @@ class Nf4(Format):
             "nested_offset": TensorForm(()),
         }
 
-    def stack_forms(
-        self, experts: int, rows: int, columns: int, parts: int
-    ) -> dict[str, TensorForm]:
+    def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
         blocks = ceil_div(rows * columns, self.block)
         forms = self.matrix_forms(blocks, self.block)
         codes = (experts, blocks * self.block // WEIGHTS_PER_BYTE)
@@ -204,7 +202,7 @@ class Nf4(Format):
 
     # ---- a matrix
 
-    def load_matrix(self, layer: FrozenLinear, stored: Mapping[str, Stored], name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         if len(stored) == 1:
             self.quantize(layer, stored[""])
             return

@@ -14,6 +14,7 @@ from tunesmith.formats.as_shipped import AsShipped, not_finite
 from tunesmith.formats.base import (
     E4M3,
     MAX_DECODED_WEIGHTS,
+    Forms,
     FrozenStack,
     FrozenWeight,
     TensorForm,
@@ -49,7 +50,7 @@ class Nvfp4(AsShipped):
     def parse(cls, divides: bool) -> Nvfp4:
         return cls(ShippedForm("nvfp4", names=COMPRESSED_TENSORS if divides else MODELOPT))
 
-    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+    def matrix_forms(self, rows: int, columns: int) -> Forms:
         groups = (rows, columns // NVFP4_GROUP)
         return {
             "weight": TensorForm((rows, columns // 2), torch.uint8, is_shared=True),

@@ -7,7 +7,6 @@ is read, and rounded, at a time: a dense stack is never in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from tunesmith.formats.form import FETCH
 from tunesmith.formats.linear import FrozenTensors, empty_tensors
 
 if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored
+    from tunesmith.formats.base import Stored, StoredParts
 
 
 class ExpertStack(FrozenTensors):
@@ -99,7 +98,7 @@ class ExpertStack(FrozenTensors):
         """Take the experts of a dense or stored stack, of which this one's begin at `first`."""
         self.format.load_stack(self, weight, first)
 
-    def load(self, stored: Mapping[str, Stored], name: str) -> None:
+    def load(self, stored: StoredParts, name: str) -> None:
         """Take the stack, called `name`, of a checkpoint: a hook of `load_weights`."""
         weight = stored[""]
         if len(stored) > 1:

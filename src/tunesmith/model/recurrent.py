@@ -71,8 +71,7 @@ def _run_apart(
         return forward(*args, **kwargs)
     outputs = []
     for group in documents.rows:
-        row_args = _change_tokens(args, documents, group.rows_of)
-        row_kwargs = _change_tokens(kwargs, documents, group.rows_of)
+        row_args, row_kwargs = _change_tokens((args, kwargs), documents, group.rows_of)
         outputs.append(forward(*row_args, **row_kwargs))
     return _join_rows(outputs, documents)
 

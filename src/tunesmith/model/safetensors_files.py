@@ -113,13 +113,11 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "U8")]
     if not integers or any("bitsandbytes__" in entry.name for entry in entries):
         return
-    others = [entry for entry in integers if entry.dtype != "U8"]
     why = "GPTQ, AWQ and compressed-tensors store weights so"
-    config = folder / "config.json"
-    if config.exists():
+    if (folder / "config.json").exists():
         quantization = read_model_config(folder).get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method in FOUR_BITS and not others:
+        if method in FOUR_BITS and all(entry.dtype == "U8" for entry in integers):
             return
         if method:
             why = f"config.json calls them {method}"

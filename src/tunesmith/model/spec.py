@@ -551,13 +551,10 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
     widths["o_proj"] = (hidden, q)
     widths["down_proj"] = (hidden, wide)
 
-    targets: set[str]
+    names = [adapter.target] if isinstance(adapter.target, str) else adapter.target
+    targets = {_last_part(name) for name in names}
     if adapter.target == "all-linear":
         targets = set(widths)
-    elif isinstance(adapter.target, str):
-        targets = {_last_part(adapter.target)}
-    else:
-        targets = {_last_part(name) for name in adapter.target}
     count = 0
     for name in targets & widths.keys():
         whole, shared = widths[name]
@@ -566,11 +563,9 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
         count += spec.depth * adapter.rank * (whole + ceil_div(shared, tensor))
     if "lm_head" in targets:
         count += adapter.rank * (hidden + ceil_div(spec.vocab, tensor))
-    tables = 0
-    for name in adapter.modules_to_save:
-        if _last_part(name) in ("embed_tokens", "lm_head"):
-            # A table is sharded along the vocabulary over the tensor group.
-            tables += 1
+    # A table is sharded along the vocabulary over the tensor group.
+    saved = map(_last_part, adapter.modules_to_save)
+    tables = sum(name in ("embed_tokens", "lm_head") for name in saved)
     return count + ceil_div(tables * spec.head_matmul, tensor)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -380,9 +381,7 @@ def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = Non
 
 def packed_documents(lengths: tuple[int, ...], chunk_size: int | None) -> Documents:
     """Documents of these lengths, one after another."""
-    edges = [0]
-    for length in lengths:
-        edges.append(edges[-1] + length)
+    edges = [0, *accumulate(lengths)]
     documents = Documents(torch.tensor(edges, dtype=torch.int32), max(lengths), "products")
     documents.set_edges(edges)
     if chunk_size is None:

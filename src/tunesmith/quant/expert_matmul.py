@@ -23,7 +23,7 @@ long.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,13 +80,8 @@ def expert_matmul(
 # ---- the arithmetic; `lora` is [A, B], or empty
 
 
-class ExpertProducts(NamedTuple):
+class ExpertProducts(AtOnce):
     """The products of a stack with the rows of some tokens, forward and backward."""
-
-    stack: FrozenStack
-    row_index: RowIndex
-    gathers: bool
-    sums: bool
 
     def parts(self) -> tuple[list[Tensor], list[Tensor], str, list[int], list[bool]]:
         """All of it as an operator takes it, for `of_parts`."""
@@ -113,7 +108,7 @@ class ExpertProducts(NamedTuple):
     def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
         """The output, and x A^T [rows, rank] where there is an update."""
         if _is_at_once(x):
-            return AtOnce(*self).forward(x, lora)
+            return super().forward(x, lora)
         index = self.row_index
         y = x.new_empty(len(index.tokens), self.stack.shape[2])
         xa = [x.new_empty(len(index.tokens), lora[0].shape[1])] if lora else []
@@ -139,7 +134,7 @@ class ExpertProducts(NamedTuple):
         """
         dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
         if _is_at_once(dy):
-            return AtOnce(*self).backward(dy, saved, lora, needs_dx)
+            return super().backward(dy, saved, lora, needs_dx)
         index = self.row_index
         dx = dy.new_empty((len(index.tokens), self.stack.shape[1]) if needs_dx else 0)
         # An expert without rows has gradients of zeros.
