@@ -44,7 +44,7 @@ from tunesmith.run_dir import (
 from tunesmith.units import count_of
 
 # What `--json` shows of a Result under its own name.
-FIGURES = (
+RESULT_FIGURES = (
     "steps",
     "first_step",
     "seconds",
@@ -150,7 +150,7 @@ class Result(Tabular):
 
     def values(self) -> dict[str, object]:
         """The result as plain values, for `--json`."""
-        figures = {name: getattr(self, name) for name in FIGURES}
+        figures = {name: getattr(self, name) for name in RESULT_FIGURES}
         return {"output_dir": str(self.output_dir), **figures, "best_val_loss": self.best_loss}
 
 
