@@ -62,8 +62,8 @@ class ResumedFile:
         except OSError as error:
             self.__exit__()
             raise MachineError(
-                f"{self.path.name} cannot be written",
-                where=str(self.path),
+                f"{self.path} cannot be written",
+                where=f"--output {self.path}",
                 why=error.strerror or str(error),
                 fix="write it elsewhere: --output",
             ) from error
