@@ -37,8 +37,8 @@ def _best_accuracy_text(run: RunFiles) -> str | None:
     return f"{text} at step {step}"
 
 
-# Rows of the table of figures.
-FIGURES: dict[str, Callable[[RunFiles], Figure]] = {
+# Name of a row of the table -> its figure of a run
+FIGURE_ROWS: dict[str, Callable[[RunFiles], Figure]] = {
     "state": lambda run: run.described_state,
     "lowest val_loss": lambda run: run.best_val_loss_text,
     "val_loss, last": lambda run: next(reversed(run.figures.validations.values()), None),
@@ -59,7 +59,7 @@ FIGURES: dict[str, Callable[[RunFiles], Figure]] = {
 def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """The table of figures: a name, and a text for each run, `–` for what was not measured."""
     rows = []
-    for name, figure in FIGURES.items():
+    for name, figure in FIGURE_ROWS.items():
         cells = [figure(run) for run in runs]
         # A figure that no run has is left out.
         if any(cells):
