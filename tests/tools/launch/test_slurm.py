@@ -291,8 +291,7 @@ def test_rendered_it_is_a_script_with_its_recipe_and_nothing_is_submitted(
     flags = ("--gpus-per-node", "4", "--partition", "other")
     assert main(["launch", "slurm", "recipe.yaml", *flags, "--render"]) == 0
     said = capfd.readouterr()
-    *resources, told, submit = said.err.splitlines()
-    assert "--cpus-per-task 32 (or --exclusive) --mem 0" in " ".join(map(str.strip, resources))
+    *_, told, submit = said.err.splitlines()
     assert holds(told, "data.train.source", rows)
     assert "#SBATCH --partition=other\n" in said.out
     assert "#SBATCH --gpus-per-node=4\n" in said.out
