@@ -284,10 +284,12 @@ def last_step(run_dir: str | Path) -> str:
 
 def step_and_time_left(run_dir: str | Path) -> str:
     """`last_step` of a run that is at work, with the time that is left by its newest steps."""
-    text = last_step(run_dir)
     records = list(itertools.islice(newest_records(Path(run_dir)), RECENT_STEPS))
+    if not records:
+        return ""
+    total = _total_steps(Path(run_dir), records[0])
+    text = _describe_step(records[0], total)
     seconds = list(filter(None, (record.get("step_seconds") for record in records)))
-    total = _total_steps(Path(run_dir), records[0]) if records else None
     if not text or not seconds or total is None:
         return text
     left = max(0.0, total - (records[0].get("step") or 0)) * fmean(seconds)
