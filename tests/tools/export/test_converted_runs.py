@@ -98,11 +98,12 @@ def test_llama_cpp_writes_what_chat_writes(
             )
             # The server's answer has its end token, too.
             body = {"prompt": prompt, "n_predict": 50, "temperature": 0, "return_tokens": True}
-            theirs = server.post("/completion", body)["tokens"][: len(own.ids)]
+            reply = server.post("/completion", {**body, "cache_prompt": False})
+            theirs = reply["tokens"][: len(own.ids)]
             if theirs != own.ids:
                 same = next(i for i, token in enumerate(own.ids) if theirs[i : i + 1] != [token])
                 values = server.log_probabilities([*prompt, *own.ids[:same]], rows)
                 assert values is not None
-                assert values.max() - values[own.ids[same]] < near_tie
+                assert values.max() - values[own.ids[same]] <= near_tie
             compared += len(own.ids)
     assert compared >= 50
