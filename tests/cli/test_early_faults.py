@@ -167,7 +167,7 @@ def test_a_fault_beside_a_run_is_told_without_torch(name: str, tmp_path: Path):
 
 def test_a_kind_of_launch_that_is_none_has_a_fix(tmp_path: Path):
     _, _, err = start(["locl", "a.yaml"], tmp_path, "launch")
-    check_shown(err, where="command line", fix=["launch local?"])
+    check_shown(err, where="command line", fix=["local?"])
     _, _, err = start(["a.yaml"], tmp_path, "launch")
     check_shown(err, where="command line", fix=["tunesmith"])
 

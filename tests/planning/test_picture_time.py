@@ -99,4 +99,4 @@ def test_operations_that_could_not_be_counted_are_said_to_lack(
 
     monkeypatch.setattr(picture_support, "measure_once", lambda _, __, make, ___: make())
     monkeypatch.setattr(picture_support, "count_picture_flops", zero)
-    assert lines_with(planned(), "vision part", "not in these figures")
+    assert lines_with(planned(), "  the time", "vision")

@@ -23,6 +23,7 @@ from tunesmith.errors import UsageError
 from tunesmith.host import chips
 from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.host.memory import MemoryFigures
+from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.shapes import SHAPES, config_of_model
 from tunesmith.model.spec import read_spec
 from tunesmith.planning import machines
@@ -261,6 +262,7 @@ def test_one_sentence_comes_first_and_then_the_details(
         "memory of a GPU: weights ",
         " seconds: products ",
         "disk: ",
+        f"GGUF: {describe_gguf_export('llama')}",
     ):
         assert part in said
 
@@ -455,6 +457,7 @@ def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert best["phases"]["step"] <= best["room"]
     assert found["work"]["longest"] == 300
     assert found["machines"]["chip"]["network"] == 20
+    assert found["gguf"] == {"writer": "own", "needs": describe_gguf_export("llama")}
 
 
 def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(

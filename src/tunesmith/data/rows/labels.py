@@ -68,9 +68,9 @@ _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
 _has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
-# Numbers that may be labels. Any other number becomes _NO_LABEL: its column measures something.
+# Numbers that may be labels. Any other number becomes _NO_GRADE_LABEL: its column measures something.
 _NUMBERED_LABELS = (-1, 0, 1)
-_NO_LABEL = 99
+_NO_GRADE_LABEL = 99
 
 
 def read_label(value: object) -> bool | None:
@@ -165,7 +165,9 @@ def grades_of(row: RowReader) -> tuple[str, ...]:
     for column, cell in row.unread_columns().items():
         value = value_of_cell(cell)
         if isinstance(value, int | float) and _is_opinion(plain(column)):
-            grades.append(f"{column} {int(value) if value in _NUMBERED_LABELS else _NO_LABEL}")
+            grades.append(
+                f"{column} {int(value) if value in _NUMBERED_LABELS else _NO_GRADE_LABEL}"
+            )
     return tuple(grades)
 
 

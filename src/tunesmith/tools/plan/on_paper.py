@@ -62,6 +62,13 @@ class PaperModel(NamedTuple):
     where: str
     folder: Path | None
 
+    @property
+    def types(self) -> tuple[str, str]:
+        """The model type and that of the text model, which is the same if there is no other part."""
+        model_type = str(self.config["model_type"])
+        text_type = (self.config.get("text_config") or {}).get("model_type")
+        return model_type, str(text_type or model_type)
+
 
 def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, PaperModel]:
     """The planner of a recipe on machines that need not be here, and its model.

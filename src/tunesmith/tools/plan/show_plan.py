@@ -10,6 +10,7 @@ from rich.filesize import decimal as size_text
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import describe_long_warmup
 from tunesmith.host.streams import show
+from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes
@@ -57,6 +58,10 @@ def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, ob
         "machines": vars(planner.cluster),
         "work": planner.work._asdict(),
         "checkpoint_bytes": size,
+        "gguf": {
+            "writer": gguf_writer(*model.types),
+            "needs": describe_gguf_export(*model.types),
+        },
         # The mesh that `train` takes.
         "meshes": [vars(best) | {"plan": plan}],
     }
@@ -124,6 +129,7 @@ def _details(planner: Planner, best: Forecast, model: PaperModel) -> list[str]:
     size, copies = checkpoint_bytes(planner.run, planner.trained, model.folder)
     most = f"at most {copies} at once, {size_text(copies * size)}"
     lines.append(f"disk: {size_text(size)} per checkpoint, {most}")
+    lines.append(f"GGUF: {describe_gguf_export(*model.types)}")
     return lines + _warnings(planner, best)
 
 
