@@ -68,7 +68,7 @@ _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
 _has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
-# Numbers that may be labels. Any other number becomes _NO_GRADE_LABEL: its column measures something.
+# Numbers that may be labels. Any other number becomes _NO_GRADE_LABEL: its column is no label.
 _NUMBERED_LABELS = (-1, 0, 1)
 _NO_GRADE_LABEL = 99
 

@@ -64,7 +64,7 @@ class PaperModel(NamedTuple):
 
     @property
     def types(self) -> tuple[str, str]:
-        """The model type and that of the text model, which is the same if there is no other part."""
+        """The model type and that of its text model, which is the same without other parts."""
         model_type = str(self.config["model_type"])
         text_type = (self.config.get("text_config") or {}).get("model_type")
         return model_type, str(text_type or model_type)
