@@ -115,8 +115,8 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
     [
         ("runs/dp", ["runs/dpo"]),
         ("./runs/dp", ["runs/dpo"]),
-        ("runs/stf/final", ["runs/sft/final"]),
-        ("runs/other", ["dpo, sft"]),
+        ("runs/stf/final", ["output_dir"]),
+        ("runs/other", ["output_dir"]),
     ],
 )
 def test_a_run_to_continue_that_is_not_there_names_those_that_are(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from errors import refuses
+from errors import holds, refuses
 from recipes import make_run
 from tunesmith.cli.options import fixes_as_options
 from tunesmith.config.load import load_recipe
@@ -19,6 +20,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.source.open_source import open_splits
 from tunesmith.errors import DataError
 from tunesmith.tools.launch.inputs import recipe_inputs
+from tunesmith.training.result import warn_of_changed_rows
 
 ROWS = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(6)])
 
@@ -149,6 +151,19 @@ def test_a_container_gets_the_folder_of_a_pattern(tmp_path: Path) -> None:
     train = {"source": f"{tmp_path}/rows/*/*.jsonl", "format": "text"}
     run = make_run(tmp_path, tmp_path, data={"train": train})
     assert tmp_path / "rows" in recipe_inputs(run)
+
+
+def test_a_finished_run_tells_of_a_changed_file_of_its_pattern(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_files(tmp_path, {"rows/a.jsonl": "{}", "run/config.yaml": ""})
+    train = {"source": f"{tmp_path}/rows/*.jsonl", "format": "text"}
+    run = make_run(tmp_path, tmp_path, held=False, data={"train": train})
+    for written, is_told in ((1, False), (3, True)):
+        os.utime(tmp_path / "rows/a.jsonl", (written, written))
+        os.utime(tmp_path / "run/config.yaml", (2, 2))
+        warn_of_changed_rows(run)
+        assert holds(caplog.text, "--fresh") == is_told
 
 
 def test_a_file_with_links_is_read_once(tmp_path: Path) -> None:

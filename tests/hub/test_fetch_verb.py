@@ -128,18 +128,19 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
         ((), "requires a recipe or a model"),
         (("no/such/path",), "there is no folder or .gguf file no/such/path"),
         (("./nothing",), "there is no folder or .gguf file ./nothing"),
-        (("./pyprojcet",), "did you mean pyproject.toml?"),
+        (("./my-modle",), "did you mean my-model?"),
         (("bad id!",), "neither a folder"),
         (("demo",), "tunesmith train --model demo"),
         (("missing.yaml",), "missing.yaml"),
         (("someone/tiny",), "HF_HUB_OFFLINE"),
         (("someone/tiny", "model.dtype=fp32"), "--revision"),
-        (("smollm2-135m-lora", "--revision", "x"), "model.revision=x"),
+        (("smollm2-135m-lora", "--revision", "x"), "model.revision=REVISION"),
         (("pyproject.toml",), "pyproject.toml"),
     ],
 )
 def test_what_is_wrong_is_said(fetch, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "my-model").mkdir()
     code, out, err = fetch(*words)
     assert (code, out) == (2, "")
     assert said in err

@@ -86,8 +86,8 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
         ("seed", "42", "7"),
         ("micro_batch", "128 tokens", "2 examples"),
     ):
-        (told,) = [part for part in where.splitlines() if part.startswith(f"train.{key}: ")]
-        assert holds(told, here, " 0 on node-a", there, f" {layout.index('b')} on node-b")
+        (told,) = [part for part in where.split("train.") if part.startswith(f"{key}: ")]
+        assert holds(told, here, "0 on node-a", there, f"{layout.index('b')} on node-b")
 
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():

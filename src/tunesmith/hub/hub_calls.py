@@ -133,8 +133,10 @@ def names_no_model(name: str) -> ModelError:
     models = {repo.partition("/")[2]: repo for shape in SHAPES.values() for repo in shape.models}
     near = nearest(name, [demo_model.DEMO_NAME, *models])
     fix = "use an existing path, or owner/name as on the Hub"
-    if near:
-        fix = f"did you mean {models.get(near, near)}? Or {fix}"
+    if near == demo_model.DEMO_NAME:
+        fix = "tunesmith train --model demo --data FILE: it needs no download"
+    elif near:
+        fix = f"did you mean {models[near]}? Or {fix}"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id", where="model.name", fix=fix
     )

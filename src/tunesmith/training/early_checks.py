@@ -30,7 +30,7 @@ from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.host import demo_model
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
-from tunesmith.training.result import Result
+from tunesmith.training.result import Result, warn_of_changed_rows
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
             with suppress(CheckpointError):
                 finished = finished_step(run)
     if finished is not None:
+        warn_of_changed_rows(run)
         return Result.of_finished(Path(run.output_dir), finished)
     # Checkpoints have the adapter that they began with.
     if run.adapter.from_ is not None and not (resumes and copies_in(Path(run.output_dir))):

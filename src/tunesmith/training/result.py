@@ -1,6 +1,8 @@
 """The end of a run: a Result, or the error that ended it in words that help."""
 
+import glob
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,6 +35,7 @@ from tunesmith.run_dir import (
     FINAL,
     LOG,
     METRICS,
+    RECIPE,
     STOP_FILE,
     STOPPED,
     Fields,
@@ -42,6 +45,8 @@ from tunesmith.run_dir import (
     weights_step,
 )
 from tunesmith.units import count_of
+
+log = logging.getLogger(__name__)
 
 # What `--json` shows of a Result under its own name.
 RESULT_FIGURES = (
@@ -268,3 +273,19 @@ def how_to_resume(saved_step: int | None) -> str:
     if saved_step:
         return f"{again}: it resumes from checkpoint-{saved_step}"
     return again
+
+
+def warn_of_changed_rows(run: Run) -> None:
+    """Warn of source files that were written after the finished run began: it lacks their rows."""
+    began = (Path(run.output_dir) / RECIPE).stat().st_mtime
+    changed = []
+    for source in (*run.data.train, *run.data.validation):
+        place = Path(source.source)
+        below = place.iterdir() if place.is_dir() else map(Path, glob.glob(source.source))
+        if any(file.stat().st_mtime > began for file in (place, *below) if file.exists()):
+            changed.append(from_here(place))
+    if changed:
+        log.warning(
+            f"{', '.join(changed)} changed after this run began, which has not been trained on the "
+            "new rows; fix: --fresh, or output_dir=runs/another-name"
+        )

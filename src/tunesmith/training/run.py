@@ -91,6 +91,7 @@ from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import (
     Result,
     how_to_resume,
+    warn_of_changed_rows,
     write_stopped,
 )
 from tunesmith.training.stop_control import StopControl
@@ -278,6 +279,8 @@ def start_run(
             stack.enter_context(noted_early_stop(out, stop.request))
             stop.request.on_exit = partial(note_early_stop, out, stop.request)
         if start.finished is not None:
+            if ranks.is_main_process:
+                warn_of_changed_rows(run)
             return Result.of_finished(out, start.finished)
         run = with_start_adapter(run, start, ranks)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
