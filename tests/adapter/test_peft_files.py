@@ -381,16 +381,12 @@ def test_an_adapter_that_is_meant_is_proposed(tmp_path, monkeypatch):
             find_adapter(name)
         return caught.value.fix
 
-    no_run = "name the output_dir of a run, or a folder with adapter_config.json"
+    no_run = "use the output_dir of a run"
     assert fix_for("runs/zzz") == no_run
     (runs / "notes.txt").touch()
     (runs / "first").mkdir()
     assert fix_for("runs/note.txt") == no_run, "a file is no adapter"
-    assert fix_for("runs/frist") == "did you mean adapter.from=runs/first?"
-    (runs / "first" / "config.yaml").touch()
-    (runs / "other").mkdir()
-    for name in ("zzz", "FIRST"):
-        assert fix_for(f"runs/{name}") == "runs has first: adapter.from=runs/first"
+    assert fix_for("runs/frist") == "did you mean runs/first?"
 
 
 def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):

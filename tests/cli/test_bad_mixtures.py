@@ -4,9 +4,11 @@ and nothing is written.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cli.bad_mixtures import MIXTURES, MixtureWorld
@@ -17,7 +19,6 @@ from shipped_bases import write_fp8, write_mxfp4_gpt_oss
 from tunesmith.adapter import lora, peft_files
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter
-from tunesmith.tools.export.vllm_adapter import export_peft
 
 # The quickest of each kind; the others are slow.
 QUICK = ("one stack without the other", "top_k over experts", "both forms")
@@ -41,7 +42,12 @@ def models(mixture: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
         if name == "stacked":
             for file in mixture.glob("tokenizer*"):
                 (folder / name / file.name).write_bytes(file.read_bytes())
-            export_peft(folder / name, folder / "single")
+            shutil.copytree(folder / name, folder / "single")
+            weights = {
+                key.replace(".experts.", ".experts.0.gate_proj."): tensor
+                for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
+            }
+            save_file(weights, folder / "single" / "adapter_model.safetensors")
     return folder
 
 

@@ -93,7 +93,7 @@ def test_rows_that_say_something_else_are_none(rows: list[RowText | None]) -> No
     [
         ({"is_good": True}, {"is_good": False}),
         ({"chosen": "The copper one."}, {"chosen": "The keeper's daughter."}),
-        ({"tools": "[1]"}, {"tools": "[2]"}),
+        ({"given": "[1]"}, {"given": "[2]"}),
     ],
 )
 def test_rows_that_teach_something_else_are_none(

@@ -95,7 +95,7 @@ def test_stacks_name_the_python_lines_of_an_operation(tmp_path: Path) -> None:
 def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None:
     from tunesmith.training.run import train
 
-    with refuses(UsageError, where="profile.ranks", names=["rank 3", "0 to 0"]):
+    with refuses(UsageError, where="profile.ranks", names=["rank 3"], fix=["profile.ranks=[0]"]):
         train(make_run(tiny, tmp_path, profile={"enabled": True, "ranks": [3]}), quiet=True)
     assert not (tmp_path / "run").exists()
 

@@ -15,6 +15,8 @@ import pytest
 import tunesmith
 from errors import check_error, holds, refuses
 from recipes import make_run, write_pairs
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.formats import convert_row
 from tunesmith.errors import DataError, TunesmithError, UsageError
 
 U = {"role": "user", "content": "1 + 2?"}
@@ -46,9 +48,7 @@ PAIRS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no message": (CHAT | {"chosen": []}, ("chosen",)),
     "a prompt without a message": (CHAT | {"prompt": []}, ("prompt",)),
     "numbers": (PAIR | {"chosen": 3, "rejected": 4}, ("chosen",)),
-    "a number and a text": (PAIR | {"chosen": 3}, ("chosen", "rejected")),
-    "a text and a chat": (PAIR | {"rejected": [BAD]}, ("chosen", "rejected")),
-    "a chat and a text": (CHAT | {"rejected": "It is three."}, ("chosen", "rejected")),
+    "a number and a text": (PAIR | {"chosen": 3}, ("chosen",)),
     "a prompt of a number": (PAIR | {"prompt": 12}, ("prompt",)),
     "texts that share nothing": (without(PAIR, "prompt"), ("prompt",)),
     "chats that share nothing": (
@@ -122,6 +122,13 @@ def refused(tiny: Path, folder: Path, method: Any, data: dict[str, Any], **more:
     assert caught.value.what
     assert caught.value.fix
     return caught.value
+
+
+def test_a_text_beside_a_chat_is_its_message() -> None:
+    for row in (CHAT | {"rejected": "It is three."}, CHAT | {"chosen": "3"}):
+        assert convert_row(
+            row, Source(source="a", format="preference"), where="a:1"
+        ) == convert_row(CHAT, Source(source="a", format="preference"), where="a:1")
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *ANSWERS])

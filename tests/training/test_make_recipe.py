@@ -833,4 +833,4 @@ def test_the_train_split_of_a_folder_is_taken_and_the_others_are_named(
         made = make_recipe("small", "set")
     assert made.run.data.train[0].split == "train"
     (line,) = [line for line in caplog.messages if holds(line, "validation")]
-    assert holds(line, "set", "train", "validation (3 rows)", "test (1 row)")
+    assert holds(line, "set", "train", "validation (3)", "test (1)")

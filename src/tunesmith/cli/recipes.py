@@ -91,7 +91,8 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    print_columns([(row["name"], row["model"], row["method"], row["purpose"]) for row in rows])
+    # The purpose names the model and the method.
+    print_columns([(row["name"], row["purpose"]) for row in rows])
     if sys.stdout.isatty():
         print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
 

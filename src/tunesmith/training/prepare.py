@@ -49,7 +49,7 @@ from tunesmith.planning.resolve import check_bf16, probe_machine, with_dtype
 from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_prompts
 from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
-from tunesmith.quant.schemes import scheme_of
+from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_dir import Phase, read_recipe
 from tunesmith.runtime.device import chip_of
 from tunesmith.units import count_of
@@ -285,17 +285,20 @@ def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:
     # `memory.host` is a rank's share; the ranks of a node have one host.
     needed, there = plan.memory.host * ranks.local_world, available_memory()
     why = f"it has {count_of(ranks.local_world, 'rank')}"
+    fixes = ["train.cpu_offload=[]"]
     if plan.streamed_layers:
         needed += int(needed * SPARE_HOST_SHARE)
         why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
+        fixes = ["train.recompute=full"] if plan.recomputed_layers < plan.layers else []
+        if scheme_of(run.model) is DENSE:
+            fixes.append("model.quantize=nf4")
     if needed > there:
         raise MachineError(
             f"the host needs {size_text(needed)} for offloading, "
             f"but only {size_text(there)} are available",
             where="train.cpu_offload",
             why=why,
-            fix="train.cpu_offload=[], train.recompute=full or model.quantize=nf4, for more layers "
-            "on the GPU; or more nodes",
+            fix=" or ".join([*fixes, "more GPUs"]),
         )
 
 

@@ -90,8 +90,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if len(sources) != 1:
         what = "bench requires one recipe or one shape"
         why = f"given: {', '.join(sources) or 'none'}"
-        usage = "bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
-        raise UsageError(what, where="command line", why=why, fix=f"tunesmith {usage}")
+        fix = (
+            "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
+        )
+        raise UsageError(what, where="command line", why=why, fix=fix)
     # What a recipe has as a key is an option of a shape, and the other way round.
     for option, (key, example) in SHAPE_OPTIONS.items():
         flag = f"--{option}"

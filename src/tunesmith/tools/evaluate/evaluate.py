@@ -343,7 +343,7 @@ def evaluate(
     fresh: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = lambda *_, **__: None,
-    ranks: Ranks = ONE_PROCESS,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
@@ -366,7 +366,7 @@ def evaluate(
         trust_remote_code: as for `load_run`.
         progress: called with what is counted, their count so far, and their total.
         ranks: each has the entire model and evaluates a part of the rows. Rank 0 writes the
-            answers. All return the result of a single process.
+            answers. All return the result of a single process. None is one process.
 
     Raises:
         UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
@@ -374,6 +374,7 @@ def evaluate(
         StoppedError: a signal came while rows were answered; the same call resumes.
     """
     scoring = None
+    ranks = ranks or ONE_PROCESS
     with ranks.raise_on_all_ranks():
         # Wrong names end it before a model is loaded.
         scorers = check_scorer_names(scorers)

@@ -326,9 +326,10 @@ SCORERS = (*_TEXT_SCORERS, TOOL_CALL)
 
 def _own_scorer_file(name: str) -> tuple[Path, str]:
     """The file and the function that `file.py:function` names; UsageError for anything else."""
-    file, _, function = name.rpartition(":")
+    # From Python, anything may come.
+    file, _, function = str(name).rpartition(":")
     if not file.endswith(".py") or not re.fullmatch(r"[A-Za-z_]\w*", function):
-        near = difflib.get_close_matches(name, SCORERS, n=1)
+        near = difflib.get_close_matches(str(name), SCORERS, n=1)
         raise UsageError(
             f"there is no scorer {name}",
             where="--score",
