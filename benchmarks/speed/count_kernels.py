@@ -62,7 +62,7 @@ from transformers import AutoConfig
 
 from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
-from tunesmith.formats import matmul
+from tunesmith.formats import matmul, mxfp4
 from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.host.chips import CHIPS
 from tunesmith.model import attention
@@ -132,6 +132,18 @@ counted_attention_backward.register_fake(
 counted_attention.register_autograd(
     lambda ctx, d: (*counted_attention_backward(d, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output, inputs[3]),
+)
+
+
+@torch.library.custom_op("count::mxfp4", mutates_args=())
+def counted_mxfp4(blocks: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return blocks.new_empty(len(blocks), exponents.shape[-1] * 32, dtype=dtype)
+
+
+counted_mxfp4.register_fake(
+    lambda blocks, exponents, dtype: blocks.new_empty(
+        len(blocks), exponents.shape[-1] * 32, dtype=dtype
+    )
 )
 
 
@@ -370,7 +382,8 @@ def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear
 @contextmanager
 def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
     """Products of experts as on a GPU: by one kernel for all, or one expert after the other, each
-    with as many rows. The update of rows is added by one kernel that reads and writes them.
+    with as many rows. MXFP4 is dequantized by one compiled kernel, and the update of rows added by
+    one that reads and writes them.
     """
 
     def even_ends(index: RowIndex) -> list[int]:
@@ -382,6 +395,7 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
         patch.object(RowIndex, "ends_on_host", even_ends),
         patch.object(expert_matmul, "is_cpu", lambda _: False),
         patch.object(experts_at_once, "add_low", lambda y, *_: y.neg_()),
+        patch.object(mxfp4, "compiled_mxfp4", lambda: counted_mxfp4),
     ):
         yield
 

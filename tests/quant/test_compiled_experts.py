@@ -16,6 +16,8 @@ from devices import gpu
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import mark_varying
+from tunesmith.formats import mxfp4
+from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.formats.stack import ExpertStack
@@ -90,6 +92,7 @@ def test_a_layer_is_one_graph_with_the_same_bits(
     model_type: str, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_: is_grouped)
+    monkeypatch.setattr(mxfp4, "compiled_mxfp4", lambda: mxfp4.mxfp4_formula)
     torch.compiler.reset()
     model = build(model_type, torch.bfloat16, "cpu")
     expected = results(model, "cpu")
@@ -142,6 +145,35 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for one, other in zip(run(), expected, strict=True):
         assert (one - other).norm() < tolerance * other.norm()
+
+
+def all_codes() -> tuple[Tensor, Tensor]:
+    """Every byte of codes beside every exponent that is a number."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    exponents = torch.arange(mxfp4.NAN_EXPONENT, dtype=torch.uint8).unsqueeze(1)
+    return blocks.expand(mxfp4.NAN_EXPONENT, 16, 16).contiguous(), exponents.expand(
+        -1, 16
+    ).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_of_mxfp4_has_the_bits_of_the_look_up(dtype: torch.dtype) -> None:
+    blocks, exponents = all_codes()
+    found = mxfp4.mxfp4_formula(blocks, exponents, dtype)
+    expected = mxfp4.decode_mxfp4(blocks, exponents, dtype)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(word), expected.view(word))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_stack_of_mxfp4(device: str) -> None:
+    blocks, exponents = (tensor.to(device) for tensor in all_codes())
+    tensors = [blocks.view(5, 51, 16, 16), exponents.view(5, 51, 16)]
+    shape = (5, 512, 51)
+    expected = FrozenStack(Mxfp4.parse(), tensors, shape).dense(1, 4, torch.bfloat16)
+    stack = FrozenStack(Mxfp4.parse(), tensors, shape, is_compiled=True)
+    assert torch.equal(stack.dense(1, 4, torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize(

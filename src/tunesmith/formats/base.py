@@ -219,12 +219,14 @@ class FrozenStack(NamedTuple):
         tensors: those of `format.stack_forms`.
         shape: (experts, in_features, out_features).
         is_transposed: the matrices of experts are stored as [in, out], not [out, in].
+        is_compiled: the compiler runs, and may make a kernel of its own for `dense`.
     """
 
     format: Format
     tensors: Sequence[Tensor]
     shape: tuple[int, int, int]
     is_transposed: bool = False
+    is_compiled: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -271,8 +271,12 @@ class Step:
         linears = spec.active - spec.active_of_experts
         experts = spec.layer_matrices - spec.linear_matrices
         # The products read dense weights; codes are dequantized first.
-        dense = spec.expert_stacks * scheme.expert_dense_bytes
-        of_experts = 2 * (experts * estimator.itemsize + dense)
+        dense_bytes = scheme.expert_dense_bytes
+        # Experts that train in full are Transformers', and in no compiled graph.
+        compiled = estimator.machine.compiles[0] and estimator.trains_adapter
+        if compiled and scheme.compiled_dense_bytes:
+            dense_bytes = scheme.compiled_dense_bytes
+        of_experts = 2 * (experts * estimator.itemsize + spec.expert_stacks * dense_bytes)
         return linears * scheme.traffic_bytes / estimator.mesh.tensor + of_experts
 
     def _tile_cost(self) -> float:

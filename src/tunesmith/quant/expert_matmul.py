@@ -98,11 +98,13 @@ class ExpertProducts(AtOnce):
         encoding: str,
         shape: Sequence[int],
         flags: Sequence[bool],
+        *,
+        is_compiled: bool = False,
     ) -> "ExpertProducts":
         experts, in_features, out_features = shape
         gathers, sums, is_transposed = flags
         sizes = (experts, in_features, out_features)
-        stack = FrozenStack(find_format(encoding), tensors, sizes, is_transposed)
+        stack = FrozenStack(find_format(encoding), tensors, sizes, is_transposed, is_compiled)
         return cls(stack, RowIndex.of_tensors(of_index), gathers, sums)
 
     def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
@@ -262,7 +264,7 @@ def _expert_products(
     flags: list[bool],
 ) -> list[Tensor]:
     parts = (of_index, tensors, encoding, shape, flags)
-    return ExpertProducts.of_parts(*parts).forward(x, lora)
+    return ExpertProducts.of_parts(*parts, is_compiled=True).forward(x, lora)
 
 
 def _expert_products_backward(
@@ -277,7 +279,8 @@ def _expert_products_backward(
     needs_dx: bool,
 ) -> list[Tensor]:
     parts = (of_index, tensors, encoding, shape, flags)
-    return ExpertProducts.of_parts(*parts).backward(dy, saved, lora, needs_dx)
+    products = ExpertProducts.of_parts(*parts, is_compiled=True)
+    return products.backward(dy, saved, lora, needs_dx)
 
 
 expert_products = torch.library.custom_op(

@@ -36,6 +36,7 @@ class Scheme:
             model's dtype.
         expert_scale_bytes: of the scales of a stack, per weight, that no rank shares.
         expert_dense_bytes: per weight, read and written where a stack is dequantized.
+        compiled_dense_bytes: the same by a kernel of the compiler; 0: there is none.
         block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
@@ -52,6 +53,7 @@ class Scheme:
     expert_bytes: float | None = None
     expert_scale_bytes: float = 0.0
     expert_dense_bytes: float = 0.0
+    compiled_dense_bytes: float = 0.0
     block: int = 1
     # Dense in 16 bits: two passes read 2 bytes a weight.
     traffic_bytes: float = 4.0
@@ -158,6 +160,7 @@ SHIPPED_MXFP4 = Scheme(
     expert_bytes=1 / 2 + 1 / 32,
     # In plain PyTorch: bytes to int32, two values of each looked up, times the scales.
     expert_dense_bytes=(0.5 + 2) + (2 + 2) + (2 + 2),
+    compiled_dense_bytes=0.5 + 1 / 32 + 2,
     # 2 x (0.53 + 2 + 2)
     traffic_bytes=9.06,
 )
