@@ -53,6 +53,7 @@ LEFT_OUT = (
     "work.source",
     "plan.why.",
     "plan.memory.free",
+    "plan.memory.least",
     "gguf.",
 )
 

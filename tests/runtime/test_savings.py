@@ -200,6 +200,18 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     assert plan.memory.total > GIB
 
 
+def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
+    """The frozen weights fit, and with them nothing of a step: what the largest micro batch takes
+    is not certain.
+    """
+    run = load_recipe(recipe, {"model.dtype": "bf16"})
+    busy = {"device": "cpu", "compiles": (False, "")}
+    memory = plan_of(run, "llama3-3b", 60, **busy).memory
+    assert memory.static < memory.least < memory.total
+    with refuses(MachineError, where="cpu", names=NEEDS):
+        plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **busy)
+
+
 @pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     recipe: Path, free: float, warned: bool

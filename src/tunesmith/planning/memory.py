@@ -139,6 +139,16 @@ class MemoryEstimator:
             return self.spec.depth
         return min(recompute, self.spec.depth)
 
+    def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
+        """Estimate what the forward of a micro batch of `tokens` takes in a later step.
+
+        The moments are there, gradients are not.
+        """
+        run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
+        memory = replace(self, run=run).estimate(tokens)
+        # The moments are in `total`; the gradients of the step before are dropped.
+        return memory.step - memory.gradients
+
     @property
     def itemsize(self) -> int:
         """Bytes of a number that products compute with."""

@@ -244,6 +244,8 @@ def resolve_plan(
     train = run.train
     chosen = choose_micro_batch(estimator, cluster, work, previous_micro_batch)
     memory = chosen.memory
+    least = estimator.least_bytes(min(memory.tokens, work.longest), memory.recomputed_layers)
+    memory = replace(memory, least=least)
     compiled, compile_reason = machine.compiles
     reference = describe_reference(run)
     why = {

@@ -154,6 +154,7 @@ class MemoryEstimate:
         host: in the host's memory, by train.cpu_offload; in none of the sums.
         streamed_layers: whose frozen matrices come from there, on one process.
         free: what there was before anything was built.
+        least: what a step on the longest example alone takes, before any gradient is there.
     """
 
     tokens: int = 0
@@ -169,6 +170,7 @@ class MemoryEstimate:
     host: int = 0
     streamed_layers: int = 0
     free: int = 0
+    least: int = 0
 
     @property
     def static(self) -> int:

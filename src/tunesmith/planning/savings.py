@@ -259,13 +259,14 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
 def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """Bytes that a plan cannot do without, and those that there are (0: unknown).
 
-    A CPU's free memory grows as other programs give way, and micro batches may be smaller than
-    planned: there only what is certain counts, against all that the process could have.
+    A CPU's free memory grows as other programs give way, and
+    micro batches may be smaller than planned: there only what is certain counts, the whole run's
+    share or a step on the longest example alone, against all that the process could have.
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
         return memory.step, int(machine.free_bytes * ALLOCATABLE_SHARE)
-    return memory.static - memory.copies, machine.card_bytes
+    return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
 def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
