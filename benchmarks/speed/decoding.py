@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from tunesmith.build_model import build_model
-from tunesmith.hub.model_files import read_model_files, spec_of_folder
+from tunesmith.hub.fetch import spec_of_folder
+from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.model.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, with_dtype

@@ -223,7 +223,7 @@ def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["fp8", "fp8 of an export", "nvfp4", "nvfp4 of modelopt"])
+@pytest.mark.parametrize("form", ["fp8", "fp8, a scale a row", "nvfp4", "nvfp4 of modelopt"])
 def test_a_base_is_drawn_in_its_codes(form: str, tiny, tmp_path) -> None:
     folder = FORMS[form](tiny, tmp_path / "base")
     run = make_run(folder, tmp_path, held=False, model={"quantize": "as-shipped"})

@@ -59,16 +59,17 @@ def write_folder(file: Path, dtype: str | None, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=DTYPES[dtype]
             )
-    _save_tokenizer(tokenizer, folder, file)
     if dtype is None:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         _save_config(config, folder)
+        _save_tokenizer(tokenizer, folder, file)
         return
     # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
     # quantized file.
     model.generation_config.save_pretrained(folder)
     name = str(DTYPES[dtype]).removeprefix("torch.")
     _save_config(model.config, folder, dtype=name, architectures=[type(model).__name__])
+    _save_tokenizer(tokenizer, folder, file)
     # named_parameters names a shared tensor once, and no buffer of these families is in a
     # checkpoint.
     state = {
@@ -93,7 +94,10 @@ def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, file: Path) -> None:
-    """Save it beside config.json; ModelError where the two are read back as another tokenizer."""
+    """Save it beside the config.json in `folder`.
+
+    ModelError where the two are read back as another tokenizer.
+    """
     tokenizer.save_pretrained(folder)
     # Transformers has classes that split text in their own way for some model types, as qwen2.
     read = AutoTokenizer.from_pretrained(folder)

@@ -519,9 +519,9 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
     again = scored(tmp_path / "run", data, answers, "tool-call", base=False).by_scorer[0]
     assert again.scores["tuned"] == [1, 0, 0, 0]
     without = write_rows(tmp_path / "without.jsonl", [*rows, call_row(9, tools=False)])
-    with refuses(DataError, names=["--score tool-call"], fix=["--score exact"]) as refused:
+    with refuses(DataError, names=["--score tool-call"]) as refused:
         scored(tmp_path / "run", without, tmp_path / "no.jsonl", "tool-call")
-    assert refused.value.where == f"{without}:5"
+    assert refused.value.where == f"{without}:5, tools"
     assert not (tmp_path / "no.jsonl").exists()
 
 
