@@ -209,13 +209,13 @@ def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
     steps = {"duration": "1 steps", "warmup": "0 steps"}
     tunesmith.train(make_run(tiny, tmp_path, method="dpo", data=sources, train=steps))
     before = sorted(tmp_path.rglob("*"))
-    for name, rows, line in (
-        ("no-rejected", [PAIR, without(PAIR, "rejected")], 2),
-        ("empty", [PAIR, PAIR, PAIR | {"chosen": ""}], 3),
-        ("two-kinds", [PAIR, PAIR | {"rejected": ["x"]}], 2),
+    for name, rows, place in (
+        ("no-rejected", [PAIR, without(PAIR, "rejected")], "2"),
+        ("empty", [PAIR, PAIR, PAIR | {"chosen": ""}], "3"),
+        ("no-message", [PAIR, PAIR | {"rejected": ["x"]}], "2, message 1"),
     ):
         file = write_lines(tmp_path.parent / f"{tmp_path.name}-{name}.jsonl", rows)
-        with refuses(DataError, where=f"{file.name}:{line}"):
+        with refuses(DataError, where=f"{file.name}:{place}"):
             tunesmith.evaluate(tmp_path / "run", file)
     # Rows that were held out, and are others now.
     write_lines(held, [PAIR] * 4)

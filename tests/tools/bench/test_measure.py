@@ -237,4 +237,4 @@ def test_the_base_is_named_as_it_was_held(
     assert found.quantize.startswith("fp8")
     monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", -1.0)
     with refuses(ModelError, where="model.quantize", fix=["model.quantize=none"]):
-        run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path / "other")
+        run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path, "other")
