@@ -172,7 +172,7 @@ def test_an_error_reads_well_in_python_and_in_a_notebook(recipe_file: Path) -> N
     lines = str(raised.value).splitlines()
     assert lines[0] == raised.value.what
     assert lines[1] == "  where: overrides: train.learning_rate"
-    assert holds(lines[0], "train.learning_rate:", "'fast'")
+    assert holds(lines[0], "train.learning_rate:", "fast")
     assert lines[2].startswith("  fix: ")
     # A notebook shows it without the name of its class.
     assert raised.value._render_traceback_() == [f"error: {lines[0]}", *lines[1:]]
