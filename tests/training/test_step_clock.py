@@ -103,19 +103,19 @@ def loop_seconds(trainer: Trainer) -> float:
     """Wall time of the whole loop, less that of what comes between two steps."""
     aside = 0.0
 
-    def timed(function: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
+    def timed(function: Callable[..., Any]) -> Callable[[], Any]:
+        def call(**options: Any) -> Any:
             nonlocal aside
             began = time.perf_counter()
             try:
-                return function()
+                return function(**options)
             finally:
                 aside += time.perf_counter() - began
 
         return call
 
     trainer.validate = timed(trainer.validate)
-    trainer.checkpoints.save_periodic = timed(trainer.checkpoints.save_periodic)
+    trainer.checkpoints.save = timed(trainer.checkpoints.save)
     with trainer.session.loader(0) as batches:
         began = time.perf_counter()
         for _ in trainer.steps(batches):
