@@ -193,7 +193,7 @@ def test_numbers_that_are_labels(
 def test_other_grades_are_no_labels(tiny: Path, tmp_path: Path, values: list[Any]) -> None:
     rows = [{**PAIR, "rating": value} for value in values]
     told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
-    assert warnings_with(told, "rating")
+    assert warnings_with(told, "nothing reads rating")
 
 
 def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_files_of_several_formats_are_refused(tmp_path: Path) -> None:
     source = Source(source=str(path))
     with refuses(DataError, where=str(path), fix=["file"]) as refused:
         detect(read_rows(source), source)
-    assert holds(refused.value.why, "3", "messages", "2", "prompt-completion")
+    assert holds(refused.value.why, "3 as messages", "2 as prompt-completion")
 
 
 def test_a_chat_that_pandas_wrote_as_python_is_refused(tmp_path: Path) -> None:

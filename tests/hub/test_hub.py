@@ -155,7 +155,10 @@ def test_an_error_of_the_library_for_large_files_is_ours(monkeypatch) -> None:
 
 def test_a_disabled_model_is_not_told_to_log_in() -> None:
     response = SimpleNamespace(status_code=403, headers={}, request=None)
-    text = hub_error(DisabledRepoError("no access", response=response), NAME, None).text()
+    text = hub_error(
+        DisabledRepoError("disabled-by-its-owner", response=response), NAME, None
+    ).text()
+    assert "disabled-by-its-owner" in text
     assert "licence" not in text
 
 

@@ -193,7 +193,7 @@ def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(
     assert steps_of(tmp_path) == (2, 5)
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
     assert same_weights(tmp_path, 2, "model.safetensors")
-    assert lines_with((run / "log.txt").read_text(), "validation", 1, 2)
+    assert lines_with((run / "log.txt").read_text(), "checkpoint", "final/", 1, 2)
 
 
 def train_on_ranks(model: Path, folder: Path, changes: dict[str, Any]) -> int | None:

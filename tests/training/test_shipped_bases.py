@@ -178,7 +178,7 @@ def test_the_text_model_of_ministral_3_is_kept_as_it_ships(tiny: Path, tmp_path:
     file.write_text(to_yaml(made))
     train(file, quiet=True)
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert len(lines_with(text, "FP8")) == 1
+    assert len(lines_with(text, "FP8", "the base ships")) == 1
     merge(tmp_path / "run", tmp_path / "merged")
     written = {}
     for part in (tmp_path / "merged").glob("*.safetensors"):

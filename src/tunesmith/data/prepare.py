@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # Of a source's tokens; where more are lost, a warning says so.
 MOST_LOST_TOKENS = 0.01
-# Of an epoch's order: indices, random keys and their sort, 8 bytes each.
+# Memory to order an epoch: indices, random keys and their sort take 8 bytes an example each.
 BYTES_PER_EXAMPLE = 32
 
 

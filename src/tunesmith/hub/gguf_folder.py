@@ -94,7 +94,7 @@ def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, file: Path) -> None:
-    """Save it beside the config.json in `folder`.
+    """Save the tokenizer in `folder`, whose config.json is written already.
 
     ModelError where the two are read back as another tokenizer.
     """

@@ -62,7 +62,7 @@ def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None
     assert holds(text, "step 40, final", "weights 4 Answers", "(1) step 60 sixty")
     assert best.missing_answers() == ""
     none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
-    assert f"none: {NO_FINAL_ANSWERS}" in visible(render_page([best, none]))
+    assert f"none: {NO_FINAL_ANSWERS}see log.txt." in visible(render_page([best, none]))
     unfinished = write_run(tmp_path / "unfinished", samples=samples[:2], finished=False)
     text = visible(render_page([unfinished]))
     assert unfinished.missing_answers()

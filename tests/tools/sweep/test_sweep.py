@@ -146,7 +146,7 @@ def test_the_best_is_the_lowest_val_loss_of_the_weights_in_final(
         assert candidate["loss"] == losses[candidate["name"]]
     assert outcome["best"] == min(losses, key=losses.__getitem__)
     lines = "\n".join(sweep_lines(outcome))
-    assert f" 4: {outcome['best']}, val_loss" in lines
+    assert f"best of 4: {outcome['best']}, val_loss" in lines
     assert "/config.yaml" in lines
 
 

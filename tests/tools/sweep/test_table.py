@@ -36,7 +36,7 @@ def test_how_far_the_best_is_ahead_and_what_comes_next(tmp_path: Path) -> None:
     second = candidate(tmp_path / "02-b", 1.25)
     third = candidate(tmp_path / "03-c", 2.0)
     lines = lines_of(third, second, best)
-    assert holds(lines[0], 3, "01-a", "1.0000")
+    assert holds(lines[0], "best of 3: 01-a", "1.0000")
     assert holds(lines[1], "02-b", "1.2500", "0.2500 higher")
     assert holds(lines[2], f"tunesmith eval {tmp_path / '01-a'} {tmp_path / '02-b'}")
     assert holds(lines[-1], f"tunesmith report {tmp_path}")
