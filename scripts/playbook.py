@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from accelerate_env import LauncherSettings, read_launcher
 from tunesmith.checkpoint.claim import LOCK, claim_run_dir, is_run
-from tunesmith.cli.main import Parser, framed
+from tunesmith.cli.main import Parser, run_command
 from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
@@ -138,7 +138,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
             error.fix += not_here(error.fix, flags_of(name))
             raise
 
-    return framed(run, process=argv is None)
+    return run_command(run, process=argv is None)
 
 
 def ranks_to_start(args: argparse.Namespace) -> int:

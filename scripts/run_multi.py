@@ -113,11 +113,11 @@ def find_place() -> Place:
         return place
     from tunesmith.errors import TunesmithError
     from tunesmith.launch.rendezvous import find_endpoint
-    from tunesmith.tools.launch.deploy import look_at, variables_of_ranks
+    from tunesmith.tools.launch.deploy import read_facts, variables_of_ranks
 
     nodes = number("PET_NNODES")
     host = os.environ.get("MASTER_ADDR")
-    devices = look_at("").rdma
+    devices = read_facts("").rdma
     if nodes == 1 or not (nodes or host or devices):
         print("one node: no Slurm step of several, no MASTER_ADDR, no cable", file=sys.stderr)
         return Place(1, 0, "127.0.0.1", 0)

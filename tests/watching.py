@@ -95,12 +95,12 @@ def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.P
     )
     try:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        # The line before names runs that were left out.
-        while said.startswith("left out") or said.startswith(" "):
-            said = process.stdout.readline()
-        found = re.search(r"http://\S+", said)
-        assert found, said + process.communicate(timeout=MAX_WAIT_S)[0]
+        said, found = "", None
+        # Lines before the address name runs that are left out.
+        while not found and (line := process.stdout.readline()):
+            said += line
+            found = re.search(r"http://\S+", line)
+        assert found, said
         yield found[0], process
     finally:
         if process.poll() is None:

@@ -448,7 +448,7 @@ def strike(
     errors = [
         line
         for line in log.splitlines()
-        if re.match(r"error: |srun: error|SIG\w+ came|.* job .*exit code", line)
+        if re.match(r"error: |srun: error|the node agent on \S+ received|.* job .*exit code", line)
     ]
     return {
         "cluster": cluster.name, "target": target, "node": node, "phase": phase, "step": at_step,

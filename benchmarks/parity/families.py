@@ -4,7 +4,7 @@
     python benchmarks/parity/families.py llama4_text  # some types
     python benchmarks/parity/families.py --write      # the table, and docs/models.md from it; with types, their rows
 
-Each type's own config is shrunk to a twin (`model/twin.py`), and two documents in one row are
+Each type's own config is shrunk to a tiny model (`model/tiny_model.py`), and two documents in one row are
 compared with each of them alone under Transformers' own attention, in logits and every gradient
 (`model/support.py`). Of a multimodal model the text model is trained: in its own class, whose logits
 must be those of the entire model, or else in the class of the entire model. With pictures the
@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -55,7 +56,7 @@ from tunesmith.model.model_types import (
 from tunesmith.model.names import has_own_class
 from tunesmith.model.spec import check_supported
 from tunesmith.model.support import TUNED_SUPPORT, measure_own_class, measure_support
-from tunesmith.model.twin import shrink, shrink_whole
+from tunesmith.model.tiny_model import shrink, shrink_multimodal
 from tunesmith.model.vision_support import measure_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,39 +113,57 @@ COMPLETE: dict[str, dict[str, Any]] = {
 VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text", "entire", "pictures")
 HEADER = """# Models
 
-Support for every causal and multimodal language model type in Transformers {release}.
-`tunesmith models` prints the same table, and `tunesmith models FOLDER` measures the model in a folder.
+{total} causal and multimodal model types of Transformers {release}: {trained} train, {refused} do not.
 
-*Text* is how the type trains on texts:
+```
+tunesmith models              # all types, with the reason of each
+tunesmith models qwen3_5      # one type, with the measured differences
+tunesmith models ./my-model   # measure the model in a folder
+```
 
-- **tuned**: packed rows, with tunesmith's optimized forwards.
-- **packed**: packed rows, with Transformers' forwards. Layers named in the last column are recurrent: they run with one
-  document per row.
-- **padded**: one document per row, which is slower, because the model cannot keep packed documents apart.
-- **refused**: not supported: an encoder, or a model that needs more than text.
+## Types that train
 
-{counts}. Measured on a tiny model of each type, in fp32: the largest difference between two packed (or padded) documents
-and each document alone, in logits and gradients, relative to the largest value. `make families` repeats the measurement.
+- *tuned*: packed rows, with tunesmith's optimized forward passes. *packed*: packed rows, with Transformers' forward passes; recurrent layers
+  process one document at a time. *padded*: one document per row, which is slower.
+- `parallel.tensor`: whether it works. `tunesmith models TYPE` gives the reason if not.
+- *GGUF*: the writer of the file: `tunesmith export` itself (*own*) or [llama.cpp's converter](export.md#with-llamacpps-converter), whose files were
+  compared with the models (*converter*) or not (*untried*). *no*: not supported.
 
-If a type also sees or hears, its text model is trained: in its own class, if Transformers has one that computes the same logits,
-or else in the class of the entire model, which the last column calls *entire*.
+Models for pictures or sound are trained on text with their text model. LoRA cannot train the experts of `dbrx` and `longcat_flash`.
 
-*Pictures*: `packed` if packed rows with [pictures](pictures.md) were compared with each document alone; `untried` if
-no processor of the type was at hand: a run with `model.vision: true` measures it on the model's own files before it starts.
-
-The {cut} types with a figure under *cut* support `parallel.tensor`: the largest difference between two
-ranks and one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
-It is that of the text model.
-
-[Mixtures of experts](experts.md): adapters, memory, speed and recipes. LoRA does not support the experts of `dbrx` and
-`longcat_flash`.
-
-*GGUF*: `own` if `tunesmith export` writes the model itself; `converter` if it uses
-[llama.cpp's converter](export.md), whose files were compared with the models; `untried` if none was: the check of `export` decides.
-
-| type | text | pictures | logits | gradients | cut | GGUF | |
-|---|---|---|---|---|---|---|---|
+| trains | `parallel.tensor` | GGUF | model types |
+|---|---|---|---|
 """
+# The last parts of the page. `{name}` is replaced by the model types.
+FOOTER = """
+Each type was measured on a small model in fp32 (`make families`): documents in packed or padded rows differ from single documents by at most
+{logits:.0e} in logits and {gradients:.0e} in gradients, and two ranks with `parallel.tensor` differ from one by at most {tensor:.0e}.
+
+## Pictures
+
+[Pictures](pictures.md) were tested with {pictures}. They are refused for {no_pictures}. For other vision-language types,
+a run with `model.vision: true` measures the model before the first step.
+
+## Types that do not train
+
+{encoders} encoders and encoder-decoders (BERT, BART, RoBERTa, Whisper, ...) do not train. Others:
+
+| reason | model types |
+|---|---|
+"""
+ENCODER = "an encoder or encoder-decoder"
+# Reasons of refused types, by words of the measured reason. The first match is used.
+REASONS = {
+    "encoder or encoder-decoder": ENCODER,
+    "attends to an encoder": ENCODER,
+    "last linear layer": "the logits are not the output of the last linear layer",
+    "not causal": "a token depends on later tokens",
+    "padded on the right": "padding changes the results",
+    "computes other logits": "the class of the text model computes other logits",
+    "not support text alone": "the model requires more than text",
+    "requires the timm": "the type was measured without the package timm, which it requires",
+    "": "other; `tunesmith models TYPE` prints the reason",
+}
 
 
 def default_config(model_type: str) -> PretrainedConfig:
@@ -183,7 +202,7 @@ def _measure(config: PretrainedConfig, *, entire: bool) -> Support:
     check_supported(config.to_dict(), config.model_type)
     support = _measure_text(config, entire=entire)
     if support.state != "refused":
-        small = shrink_whole(config) if entire else shrink(config.get_text_config())
+        small = shrink_multimodal(config) if entire else shrink(config.get_text_config())
         # What its memory is planned by; ModelError where it does not run on meta.
         measure_spec(small.to_dict(), where=config.model_type)
     errors = support.errors
@@ -255,44 +274,52 @@ def as_json(entries: list[ModelType], versions: dict[str, str]) -> str:
 
 
 def as_page(entries: list[ModelType], versions: dict[str, str]) -> str:
-    """docs/models.md."""
-    lines = []
+    """Return the text of docs/models.md."""
+    trained = [entry for entry in entries if entry.support.state != "refused"]
+    refused = [entry for entry in entries if entry.support.state == "refused"]
+    added = [entry for entry in entries if entry.since]
+    newest = max((entry.since for entry in added), default="", key=Version)
+    release = versions["transformers"] + (f" and {newest}" if added else "")
+    header = HEADER.format(
+        total=len(entries), release=release, trained=len(trained), refused=len(refused)
+    )
+    errors = [entry.support.errors for entry in trained if entry.support.errors is not None]
+    others = [entry for entry in refused if _reason(entry) != (ENCODER,)]
+    footer = FOOTER.format(
+        encoders=len(refused) - len(others),
+        logits=max(error.logits for error in errors),
+        gradients=max(error.gradients for error in errors),
+        tensor=max(entry.tensor for entry in entries if entry.tensor is not None),
+        pictures=_names(entry for entry in trained if entry.pictures == "packed"),
+        no_pictures=_names(entry for entry in trained if entry.pictures == "refused"),
+    )
+    trained.sort(key=lambda entry: ("tuned", "packed", "padded").index(entry.support.state))
+    return header + _rows(trained, _training_columns) + footer + _rows(others, _reason)
+
+
+def _names(entries: Iterable[ModelType]) -> str:
+    return ", ".join(f"`{entry.model_type}`" for entry in entries)
+
+
+def _rows(entries: list[ModelType], columns: Callable[[ModelType], tuple[str, ...]]) -> str:
+    """Return the rows of a table that lists the types with equal columns together."""
+    groups: dict[tuple[str, ...], list[ModelType]] = {}
     for entry in entries:
-        support = entry.support
-        figures = ["", ""]
-        if support.errors is not None:
-            figures = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
-        cells = [
-            f"`{entry.model_type}`",
-            support.state,
-            entry.pictures,
-            *figures,
-            "" if entry.tensor is None else f"{entry.tensor:.0e}",
-            entry.gguf or "-",
-            "; ".join(_notes(entry)).replace("|", "/"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    cut = sum(entry.tensor is not None for entry in entries)
-    release = versions["transformers"]
-    if added := {entry.since for entry in entries if entry.since}:
-        release += f", and those that {', '.join(sorted(added))} added, which the last column names"
-    header = HEADER.format(counts=count(entries), cut=cut, release=release)
-    return header + "\n".join(lines) + "\n"
+        groups.setdefault(columns(entry), []).append(entry)
+    lines = []
+    for group, members in groups.items():
+        lines.append(f"| {' | '.join([*group, _names(members)])} |\n")
+    return "".join(lines)
 
 
-def _notes(entry: ModelType) -> list[str]:
-    """What the page says of a type beside its figures."""
-    support = entry.support
-    notes = []
-    if entry.since:
-        notes.append(f"Transformers {entry.since}")
-    if entry.text:
-        notes.append(f"text model: `{entry.text}`" + (", entire" if entry.entire else ""))
-    if support.state in ("padded", "refused"):
-        notes.append(support.why)
-    elif support.recurrent:
-        notes.append(f"by document: {', '.join(support.recurrent)}")
-    return notes
+def _training_columns(entry: ModelType) -> tuple[str, ...]:
+    is_cut = "no" if entry.tensor is None else "yes"
+    return entry.support.state, is_cut, entry.gguf or "no"
+
+
+def _reason(entry: ModelType) -> tuple[str, ...]:
+    words = next(words for words in REASONS if words in entry.support.why)
+    return (REASONS[words],)
 
 
 def write(entries: list[ModelType], versions: dict[str, str]) -> None:

@@ -1,8 +1,11 @@
 """What every shipped recipe's run becomes: trained, merged, and written for vLLM and llama.cpp.
 
-    python benchmarks/parity/recipe_exports.py                         # all recipes, into the record
-    python benchmarks/parity/recipe_exports.py qwen3-8b-lora           # some: their rows of the record
-    python benchmarks/parity/recipe_exports.py --write docs/export.md  # the table, from the record
+    # all recipes, into the record
+    python benchmarks/parity/recipe_exports.py
+    # some recipes: their rows of the record
+    python benchmarks/parity/recipe_exports.py qwen3-8b-lora
+    # the table, from the record
+    python benchmarks/parity/recipe_exports.py --write docs/measurements/README.md
 
 A recipe is trained by its own file for two steps on a tiny random model of its family, whose
 config.json has the keys of the Hub's file (the makers are those of the tests), with rows of the

@@ -5,7 +5,7 @@
     python benchmarks/parity/tensor_cuts.py --write    # the table, and docs/models.md from it
 
 Types are cut by Transformers' own plan (`parallel/cuts.py`); what it does not know is printed with
-the reason. Of the others the small twin is trained for STEPS steps in fp32, in full and with an
+the reason. Of the others a tiny model is trained for STEPS steps in fp32, in full and with an
 adapter, by two processes that compute each layer together (gloo) and by one. Losses, the gradients
 of the first step, and names and shapes of all parameters must agree. It ends with 1, and names the
 types, where one is cut otherwise than the table says.
@@ -36,7 +36,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import drop_other_parts
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.model_types import ModelType, measured_with, read_model_types
-from tunesmith.model.twin import VOCAB, build_twin
+from tunesmith.model.tiny_model import VOCAB, build_tiny_model
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.cuts import find_blocks
 from tunesmith.parallel.mesh import Mesh
@@ -50,7 +50,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 STEPS = 5
 LEARNING_RATE = 1e-3
 ADAPTER = Adapter(rank=4, alpha=8.0)
-LENGTHS = (5, 12, 3, 20)  # of the documents of a batch: longer and shorter than a twin's windows
+LENGTHS = (
+    5,
+    12,
+    3,
+    20,
+)  # of the documents of a batch: longer and shorter than the tiny model's windows
 # Of losses, relative to themselves, and gradients, relative to the largest value of each.
 TOLERANCE = 1e-5
 # A gradient this much smaller than the largest of all is rounding.
@@ -73,12 +78,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
-    """The twin of a type, with its rules and an adapter or trained in full: the same each time."""
+    """The tiny model of a type, with its rules and an adapter or trained in full: the same each time."""
     config = families.default_config(entry.model_type)
     if not entry.entire:
         config = config.get_text_config()
     config.update(PUBLISHED.get(entry.model_type, {}))
-    twin = build_twin(config)
+    twin = build_tiny_model(config)
     if entry.entire:
         drop_other_parts(twin)
     twin.requires_grad_(True)

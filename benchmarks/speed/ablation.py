@@ -34,7 +34,7 @@ from tunesmith.formats import nf4
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused, packed_attention
-from tunesmith.quant import expert_rows, experts_at_once
+from tunesmith.quant import expert_rows, grouped_experts
 from tunesmith.units import ratio
 
 BASELINE = "as given"
@@ -133,7 +133,7 @@ def nf4_of_bitsandbytes() -> None:
 
 def experts_by_row() -> None:
     """The updates of experts are products of all rows, and torch's kernels move rows."""
-    experts_at_once.DENSE_COLUMNS = 0
+    grouped_experts.DENSE_COLUMNS = 0
     expert_rows._has_kernels = lambda _: False
 
 

@@ -72,7 +72,7 @@ from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
 from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.quant import expert_matmul, expert_rows, experts_at_once
+from tunesmith.quant import expert_matmul, expert_rows, grouped_experts
 from tunesmith.quant.expert_rows import RowIndex
 from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.runtime.compilation import compile_layers
@@ -394,7 +394,7 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
         patch.object(expert_rows, "uses_grouped_mm", lambda *_: not by_expert),
         patch.object(RowIndex, "ends_on_host", even_ends),
         patch.object(expert_matmul, "is_cpu", lambda _: False),
-        patch.object(experts_at_once, "add_low", lambda y, *_: y.neg_()),
+        patch.object(grouped_experts, "add_low", lambda y, *_: y.neg_()),
         patch.object(mxfp4, "compiled_mxfp4", lambda: counted_mxfp4),
     ):
         yield
@@ -420,7 +420,7 @@ def count_layer(
             vocab_rows=config.vocab_size,
             support=TUNED_SUPPORT,
             form=form,
-            whole=None,
+            full_config=None,
         ),
     )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU

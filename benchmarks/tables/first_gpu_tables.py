@@ -4,8 +4,8 @@
     python benchmarks/tables/first_gpu_tables.py --check README.md       # exit status 1 if the page differs from the results
 
 The results are docs/measurements/gpu/DEVICE/results-A.json to -D.json, as the stages wrote them;
-beside.json there has what was forecast of a step before, and what other programs reached on such a
-device. README.md gets the speed alone.
+beside.json contains the figures of other programs on such a device. README.md gets only the table
+of speeds.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ NOTHING_YET = "\nNo results yet: none of these runs has been measured on a GPU.\
 GOAL_OF_STEP = {goal.step: goal for goal in GOALS}
 # What is measured without a goal, and its stage; the goals are stage A's.
 OTHER_RUNS = {
-    "own-batch": "8B LoRA, bf16, 64 rows a step",
+    "own-batch": "8B LoRA, bf16, 64 rows per step",
     "least-memory": "8B LoRA, every layer recomputed, 2,048 tokens",
-    "30b-experts": "Qwen3-30B-A3B LoRA, experts too, bf16",
+    "30b-experts": "Qwen3-30B-A3B LoRA, also on the experts, bf16",
 }
 
 Stages = Mapping[str, dict[str, Any]]  # results by the stage's letter
@@ -45,7 +45,7 @@ def read_devices(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def read_beside(device: str) -> dict[str, dict[str, Any]]:
-    """The forecast and the figures of other programs by step; empty where there is no such file."""
+    """Return the figures of other programs by step, or {} if there is no such file."""
     file = RESULTS / device / "beside.json"
     beside: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     return beside
@@ -73,22 +73,20 @@ def runs_of(stages: Stages) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def speed_table(device: str, stages: Stages) -> str:
-    """Each run beside its forecast and other programs, with the memory that it took."""
-    head = ("run", "tokens/s", "forecast before", "peak GiB", "others")
+    """The speed and memory of each run, and those of other programs."""
+    head = ("run", "tokens/s", "peak GiB", "other tools: tokens/s (peak GiB)")
     beside = read_beside(device)
     rows = []
     for step, title, figures in runs_of(stages):
         known = beside.get(step, {})
         others = [
-            f"{other['name']} {number(other['tokens_per_second'])} ({other['peak_memory_gib']:.0f} GiB)"
+            f"{other['name']} {number(other['tokens_per_second'])} ({other['peak_memory_gib']:.0f})"
             for other in known.get("others", [])
         ]
-        forecast = " to ".join(number(speed) for speed in known.get("forecast", []))
         rows.append(
             (
                 title,
                 number(figures.get("tokens_per_second")),
-                forecast,
                 number(figures.get("peak_memory_gib"), ".0f"),
                 "; ".join(others),
             )
@@ -101,7 +99,7 @@ def details_table(stages: Stages) -> str:
     head = (
         "run",
         "tokens/s",
-        "goal",
+        "target",
         "reached",
         "of the measured peak",
         "peak GiB",
@@ -157,8 +155,8 @@ def device_line(stages: Stages) -> str:
     versions = device["versions"]
     commit = f"commit {results['commit']}, " if results["commit"] else ""
     return (
-        f"{device['name']}, {device['memory_gib']} GiB; a copy moves {device['copy_tb_per_s']:.2f} TB/s, a bf16 product of "
-        f"8192^3 runs at {device['product_tflops']:.0f} TFLOP/s.\ntorch {versions['torch']}, Transformers "
+        f"{device['name']}, {device['memory_gib']} GiB; measured: memory copies at {device['copy_tb_per_s']:.2f} TB/s, a bf16 matmul of "
+        f"8192^3 at {device['product_tflops']:.0f} TFLOP/s.\ntorch {versions['torch']}, Transformers "
         f"{versions['transformers']}, CUDA {versions['cuda']}; {commit}{results['date'][:10]}.\n"
     )
 

@@ -29,7 +29,7 @@ from tunesmith.planning.run_plan import Machine
 MODELS = ("llama3-3b", "llama3-8b", "llama3-70b")
 METHODS = {
     "full": {"adapter": {"kind": "none"}},
-    "full, 8-bit moments, stochastic rounding": {
+    "full, 8-bit, stochastic": {
         "adapter": {"kind": "none"},
         "train": {"optimizer": "adamw-8bit", "master_weights": "stochastic"},
     },
@@ -63,46 +63,36 @@ def trained_parameters(name: str, run: Run, spec: ModelSpec) -> int:
     return count_adapter_parameters(model, run.adapter)
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    """A row for each model and method."""
+def cell(name: str, method: str) -> str:
+    """Return the memory of a model and a method in three cases, and the smallest GPU."""
     machine = Machine("cuda", 0, ("varlen", ""), (True, ""))
-    for name in MODELS:
-        spec = read_spec(SHAPES[name].config, where=name)
-        for method, keys in METHODS.items():
-            least = recipe(name, keys, "full")
-            trained = trained_parameters(name, least, spec)
-            cases = (
-                (least, 2048),
-                (recipe(name, keys, "none"), 2048),
-                (recipe(name, keys, "none"), 16384),
-            )
-            bytes_ = [
-                MemoryEstimator(run, spec, machine, trained).estimate(tokens).total
-                for run, tokens in cases
-            ]
-            cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE_SHARE]
-            model = SHAPES[name].source.partition("/")[2]
-            yield (
-                model,
-                method,
-                f"{trained / 1e6:,.0f} M",
-                *(f"{b / 2**30:,.0f}" for b in bytes_),
-                (*cards, "several")[0],
-            )
+    spec = read_spec(SHAPES[name].config, where=name)
+    keys = METHODS[method]
+    least = recipe(name, keys, "full")
+    trained = trained_parameters(name, least, spec)
+    cases = (
+        (least, 2048),
+        (recipe(name, keys, "none"), 2048),
+        (recipe(name, keys, "none"), 16384),
+    )
+    bytes_ = [
+        MemoryEstimator(run, spec, machine, trained).estimate(tokens).total for run, tokens in cases
+    ]
+    cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE_SHARE]
+    gib = " / ".join(f"{b / 2**30:,.0f}" for b in bytes_)
+    return f"{gib}; {(*cards, 'several')[0]}"
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """Yield a row for each method."""
+    for method in METHODS:
+        yield (method, *(cell(name, method) for name in MODELS))
 
 
 def page() -> str:
-    """The table in Markdown."""
-    head = (
-        "model",
-        "method",
-        "trained",
-        "GiB, at least",
-        "GiB, 2,048 tokens",
-        "GiB, 16,384 tokens",
-        "smallest GPU",
-    )
-    return table(head, rows())
+    """Return the table in Markdown."""
+    models = [SHAPES[name].source.partition("/")[2] for name in MODELS]
+    return table(("method", *models), rows())
 
 
 if __name__ == "__main__":

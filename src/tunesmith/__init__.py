@@ -1,35 +1,36 @@
 """tunesmith: fine-tune open-weight language models on the hardware that people have.
 
-Five functions to start with; `help(tunesmith.train)` has all options of one:
+Start with these five functions. `help(tunesmith.train)` shows all options of a function.
 
-train       train a recipe, or resume it; rows may be a list of dicts or a data frame
+train       train a recipe, or resume its run; `rows` can be a list of dicts or a data frame
             >>> result = tunesmith.train(model="demo", rows=[{"prompt": "Hi", "completion": "Ho"}])
             >>> result = tunesmith.train(recipe="my.yaml", overrides={"train.learning_rate": 2e-4})
-load_run    load what a run has trained
+load_run    load the model that a run has trained
             >>> loaded = tunesmith.load_run("runs/my-run")
-generate    answer rows
+generate    generate answers to rows
             >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
-evaluate    measure a run on held-out rows, beside its base
+evaluate    measure a run and its base model on held-out rows
             >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
-merge       put an adapter into its base: a plain Transformers folder
+merge       merge an adapter into its base model and write a Transformers folder
             >>> tunesmith.merge("runs/my-run", "merged")
 
-Then:
+More functions:
 
-plan        forecast memory and hours of a recipe on some machines
+plan        forecast the memory and hours of a recipe on given machines
             >>> tunesmith.plan("my.yaml", on="2x8xh100")["meshes"][0]["hours"]
 inspect_data  return the rows of a recipe as tokens, with counts and warnings
             >>> tunesmith.inspect_data(model="demo", data="faq.csv")["warnings"]
 sweep       train adapters for several values of a key on one base
             >>> tunesmith.sweep("my.yaml", {"train.learning_rate": [1e-4, 3e-4]})
-compare     say which of some runs is better
+compare     find out which of several runs is better
             >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
-export_gguf write a run as one file for llama.cpp
+export_gguf write the model of a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
-Results print as tables, and render in a notebook. Errors that a user can fix are `TunesmithError`s,
-which `tunesmith.errors` lists: they say what happened, where, why, and the fix, in the words of the
-command line. For key=value pass overrides={"key": value}, for an option the argument of its name.
+Results are printed as tables, also in a notebook. Errors that a user can fix are `TunesmithError`s,
+see `tunesmith.errors`. They state the problem, its place, the reason and the fix. A fix is written
+for the command line: for key=value pass overrides={"key": value}, for an option pass the argument
+of the same name.
 """
 
 from importlib import import_module
@@ -94,8 +95,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Where each lies. No module of these names is directly below the package: importing one would
-# replace the function.
+# Maps each public name to the module that defines it. No module directly in the package may have
+# one of these names: importing such a module would replace the function of the same name.
 _MODULES = {
     "train": "training.run",
     "load_run": "inference.load_run",
@@ -122,7 +123,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that `import tunesmith` does not import torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Both set variables that torch and its libraries read when they are loaded.
+    # `bound_shape_caches` sets environment variables that torch and its libraries read when they
+    # are loaded, so call it before the import.
     host = import_module(f"{__name__}.runtime.host")
     host.bound_shape_caches()
     host.prepare_threads()

@@ -1,10 +1,10 @@
-"""`python -m tunesmith` is the command `tunesmith`."""
+"""Entry point of the command `tunesmith`, also as `python -m tunesmith`."""
 
 import signal
 
 
 def run() -> None:
-    """The program `tunesmith`; a ctrl-C while it is imported ends it without a traceback."""
+    """Run the command `tunesmith`. A ctrl-C during the imports ends it without a traceback."""
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,6 @@
-"""From a recipe to its model: the whole order of changes, in one function that reads as a list."""
+"""Functions that build the model of a recipe. `build_model` applies all changes to the model in the
+correct order.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +26,7 @@ from tunesmith.loss import loss_and_grad
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
-from tunesmith.model.decoder import find_text_part
+from tunesmith.model.decoder import find_text_model
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.support import Support
 from tunesmith.model.vision import skip_device_checks
@@ -50,44 +52,50 @@ from tunesmith.units import ceil_div
 
 Weights = Literal["stored", "random"]
 
-# Tensor cores want the vocabulary, a dimension of the head's product, in multiples of this.
+# The number of rows of embedding and output layer is rounded up to a multiple of this number,
+# because the matmul of the output layer is then faster on tensor cores.
 VOCABULARY_MULTIPLE = 64
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
-    """The model on meta, as the recipe trains it.
+    """Build the model of a recipe on the meta device. The weights are not loaded.
 
-    Quantized layers, adapter and fused modules, but no weights.
+    The model has the quantized layers, the adapter and the fused modules of the recipe.
     """
-    # `read_model_files` says what `auto` means with a base; of one in codes the recipe has it now.
+    # `read_model_files` replaces the value `auto` by the storage format of the base. Therefore
+    # `auto` is only left if the base is not quantized.
     assert run.model.quantize != "auto" or files.model.quantize == "none"
     model = build_unchanged(run, files)
-    # First: what other code reads past the forward is neither quantized nor adapted.
+    # Mark layers whose weight other code uses without calling the layer's forward. Marked layers
+    # are neither quantized nor adapted, so mark them before both steps.
     set_bypassed(model, files.support.dead_targets)
     if run.adapter.kind == "lora":
-        # First: Llama 4's own stacks are no experts that a scheme knows.
+        # Replace Llama 4's stacks of experts before quantization, because the quantization schemes
+        # do not support them.
         choose_top_k(model)
-    # Before the adapter, which is added to the quantized layers.
+    # Quantize before `attach_lora`, because the adapter is attached to the quantized layers.
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype], files.form)
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
-    _, text = find_text_part(model)
+    _, text = find_text_model(model)
     fused.fuse_modules(text, project=lora.project)
     return model
 
 
 def build_unchanged(run: Run, files: ModelFiles) -> PreTrainedModel:
-    """The model on meta as Transformers has it, with the rows of the recipe."""
+    """Build Transformers' model on the meta device, and resize the embedding to
+    `embedding_rows`.
+    """
     rows = embedding_rows(run, files)
-    return load.build_on_meta(files.config, run.model, rows=rows, whole=files.whole)
+    return load.build_on_meta(files.config, run.model, rows=rows, full_config=files.full_config)
 
 
 def embedding_rows(run: Run, files: ModelFiles) -> int:
-    """Rows of embedding and head.
+    """Return the number of rows of the embedding and of the output layer.
 
-    Where tokens were added, a multiple of 64 in a model trained in full, which the head's product
-    is fast with; with an adapter as many as the tokenizer has tokens: to so many PEFT and its users
-    resize the base.
+    If tokens were added and the entire model is trained, the number is rounded up to a multiple of
+    64, which makes the matmul of the output layer fast. With an adapter the number is the size of
+    the tokenizer, because the base is resized to this size before PEFT loads the adapter.
     """
     rows = files.vocab_rows
     if run.adapter.kind == "none" and rows > files.config.vocab_size:
@@ -96,7 +104,7 @@ def embedding_rows(run: Run, files: ModelFiles) -> int:
 
 
 def count_trained(run: Run, model: nn.Module) -> int:
-    """Trained parameters of a model from `define_model`, on meta or not; tied ones once."""
+    """Count the trained parameters of a model from `define_model`. Tied weights count once."""
     if run.adapter.kind == "lora":
         return lora.count_adapter_parameters(model, run.adapter)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -114,23 +122,29 @@ def build_model(
     mesh: Mesh = ALONE,
     ranks: Ranks = ONE_PROCESS,
 ) -> tuple[TrainModel, RunPlan]:
-    """Build the model of a recipe, with its weights, ready for its first step.
+    """Build the model of a recipe with its weights, ready for the first step.
 
     Args:
-        model: from `define_model`, on meta; it is changed in place. None makes it.
-        weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to
-            measure speed.
-        adapter: folder of the checkpoint whose adapter training resumes from.
-        probe: a micro batch of the run, one of the largest, on the plan's device, the same at every
-            start: recompute is calibrated on it.
-        mesh, ranks: those that share the model; building it is then a collective call.
+        run: the recipe.
+        files: the files of the base model.
+        plan: the plan of the run for this machine.
+        model: the model from `define_model`, on the meta device. It is changed in place. None
+            calls `define_model`.
+        weights: the folder of the safetensors files. None means `files.folder`. If "random", the
+            weights are initialized randomly, which is enough to measure the speed.
+        adapter: the checkpoint folder with the adapter to resume from.
+        probe: one of the largest micro batches of the run, on the plan's device. A trial step with
+            this batch determines the number of recomputed layers. The batch must be the same when
+            the run is resumed.
+        mesh, ranks: the ranks that share the model. With several ranks this is a collective call.
 
     Returns:
-        The root module, and the plan, corrected by what was measured on `probe`.
+        The root module, and the plan. If the trial step with `probe` changed the number of
+        recomputed layers, the plan has the new number.
 
     Raises:
-        ModelError, RecipeError: files and recipe do not fit each other.
-        MachineError: the GPU's memory is too small.
+        ModelError, RecipeError: if the files of the model do not fit the recipe.
+        MachineError: if the GPU's memory is too small.
     """
     device = torch.device(plan.device)
     if device.type == "cpu":
@@ -138,9 +152,10 @@ def build_model(
         bound_shape_caches()
     if device.type == "cuda" and run.model.vision:
         skip_device_checks()
-    prepare_allocator(device)  # inference names a device without `choose_device`
+    prepare_allocator(device)  # inference does not call `choose_device`, which does the same
     model = model or define_model(run, files)
-    # By the plan: the scaling recipe of fp8 depends on the machine.
+    # Convert to fp8 here and not in `define_model`, because only the plan knows the scaling recipe
+    # for the machine.
     if plan.base in SCALING_RECIPES:
         skip = lora.modules_to_save(model, run.adapter)
         check_plain(model, eight_bit_names(model, skip), files.form)
@@ -155,13 +170,14 @@ def build_model(
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
         loss_and_grad_fn=loss_fn,
-        both_ways=files.support.both_ways,
+        bidirectional_pictures=files.support.bidirectional_pictures,
     )
-    # Before what wraps the layers: it changes the modules inside them.
+    # Apply tensor parallelism before the layers are wrapped, because it changes modules inside
+    # the layers.
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
-    # After recompute: the mixin that is added last runs first, so the graph holds the
-    # recomputation.
+    # Compile after `recompute_layers`, because the mixin that is added last runs first. The
+    # compiled graph then includes the recomputation.
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=varied)
     if plan.fp32_gradients:
@@ -176,7 +192,8 @@ def build_model(
     if stream is not None:
         stream.attach()
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
-        # Of what was free before anything was built: the trial counts all that is allocated.
+        # Compute the budget from the memory that was free before the model was built, because
+        # `calibrate_recompute` counts the model's memory too.
         budget = int(plan.memory.free * USABLE_SHARE)
         meter = MemoryMeter(device)
         shares = max(mesh.shape.shard, mesh.shape.tensor) > 1
@@ -190,15 +207,19 @@ def build_model(
 
 
 def _check_eager(run: Run, model: PreTrainedModel, support: Support) -> None:
-    """RecipeError for Transformers' own attention on a model in which it does not tell packed
-    documents apart by their positions, or pictures from text.
+    """Raise RecipeError if the model does not support `model.attention: eager`.
+
+    In some models, eager attention cannot separate packed documents, because it does not read their
+    positions. In other models, it does not know which tokens are images.
     """
-    if support.both_ways:
+    if support.bidirectional_pictures:
         raise RecipeError(
-            "model.attention: eager does not know where pictures are",
+            "model.attention: eager does not support this model",
             where="model.attention",
-            why=f"their tokens see each other both ways in a {model.config.model_type}",
-            fix="model.attention=auto",
+            why="the tokens of an image must attend to each other in both directions in a "
+            f"{model.config.model_type} model, and eager attention does not know which tokens "
+            "belong to an image",
+            fix="set model.attention=auto",
         )
     if support.packs_eager or support.state == "padded" or not run.data.pack:
         return
@@ -206,20 +227,21 @@ def _check_eager(run: Run, model: PreTrainedModel, support: Support) -> None:
     if support.recurrent:
         layers = "recurrent layers"
     raise RecipeError(
-        "model.attention: eager does not keep packed documents apart in the "
-        f"{layers} of this {model.config.model_type}",
+        "with model.attention: eager, packed documents would influence each other in the "
+        f"{layers} of this {model.config.model_type} model",
         where="model.attention",
-        why="a small model of its class gave different results for packed documents than "
-        "for single ones",
-        fix="model.attention=auto, or data.pack=false",
+        why="in a test with a small model of the same type, a document gave different results if "
+        "it was packed with other documents",
+        fix="set model.attention=auto, or data.pack=false",
     )
 
 
 def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> LayerStream | None:
-    """Shard a model on meta, and give this rank's part its memory, on the device or the host.
+    """Shard a model on the meta device, and allocate this rank's shards on the device or the host.
 
-    Returns the stream of the layers that go from one to the other, to be attached when they are
-    loaded; None where there are none.
+    Returns:
+        The stream that copies layers from the host to the device. It must be attached after the
+        weights are loaded. None if all layers are on the device.
     """
     device = torch.device(plan.device)
     on_host = "parameters" in plan.cpu_offload and mesh.shape.world > 1
@@ -236,8 +258,8 @@ def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> LayerStre
         load.materialize(root.model, device, skip=stream.parameters)
         return stream
     load.materialize(root.model, device, shards=torch.device("cpu") if on_host else None)
-    # FSDP adds its padding to the shards now: tensors that refer to them earlier would be left
-    # behind.
+    # FSDP pads its shards in this call and replaces their tensors. Code that runs before must
+    # therefore not keep references to these tensors.
     root.to(None if on_host else device)
     return None
 
@@ -250,12 +272,17 @@ def fill_parameters(
     ranks: Ranks,
     device: torch.device | None = None,
 ) -> None:
-    """Give a materialized model its values: the base's weights, then those of the adapter.
+    """Load or initialize the weights of a model whose parameters are allocated. The base is loaded
+    before the adapter.
 
-    device: where random ones are drawn; None: where each parameter is.
+    Args:
+        weights: the folder of the weights, or "random".
+        device: the device on which random weights are drawn. None means that each weight is drawn
+            on the device of its parameter.
     """
     if weights == "random":
-        # The parameters as in a checkpoint.
+        # Draw random parameters in the shapes of an unquantized checkpoint. The hooks from
+        # `load_hooks` then quantize them.
         stored = build_unchanged(run, files)
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(
@@ -278,12 +305,14 @@ def fill_parameters(
 
 
 def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextManager[None]] | None:
-    """Return what puts the model that training begins from in place, for a method that compares
-    with it; before a resumed adapter is read.
+    """Return a function that creates a context manager. In its block, the model computes as the
+    reference model.
 
-    With an adapter that is the base without it, or the adapter of `adapter.from` as it came. Of a
-    model trained in full nothing of it is left; its numbers are computed before training
-    (`training/reference.py`).
+    The reference is the model before training. With an adapter, the reference is the base without
+    the adapter. If the recipe has `adapter.from`, it is the base with the adapter's initial values.
+    Therefore call this function before the adapter of a resumed run is loaded. Return None if the
+    method needs no reference. Also return None if all weights are trained, because
+    `training/reference.py` then computes the reference's log-probabilities before training.
     """
     if not root.method.needs_reference or run.adapter.kind == "none":
         return None
@@ -293,7 +322,7 @@ def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextMana
 
 
 def init_adapter(run: Run, model: nn.Module) -> None:
-    """Give the adapter of a model its first values: random ones, or those of `adapter.from`."""
+    """Initialize the adapter of a model, randomly or with the weights of `adapter.from`."""
     lora.init_lora(model, run.adapter, seed=run.train.seed)
     if run.adapter.from_ is not None:
         peft_files.load_adapter(model, find_adapter(run.adapter.from_))

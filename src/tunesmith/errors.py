@@ -1,4 +1,4 @@
-"""The errors of tunesmith, as one small tree.
+"""The errors of tunesmith, as one small class hierarchy.
 
     TunesmithError
     ├── UsageError            exit 2: raised before the first step; nothing was started
@@ -10,12 +10,12 @@
     │   ├── NonFiniteError
     │   └── CheckpointError
     ├── StoppedError          exit 75: a signal came, everything is saved, start again to resume
-    │   ├── StoppedEarlyError   before the first step: there was nothing to save
-    │   └── LowMemoryError      the same, because the host's memory is short
-    └── OtherRankError        the exit code of the rank that failed, which tells why
+    │   ├── StoppedEarlyError   stopped before the first step, with nothing to save
+    │   └── LowMemoryError      stopped because the host's memory is low
+    └── OtherRankError        exit code of another rank that failed and reports the reason
 
-Every error says what is wrong, where (file:line, key or step), why, and the command or edit that
-fixes it.
+Every error states the problem, the place (file:line, key or step), the reason, and the command or
+edit that fixes it.
 """
 
 import errno
@@ -28,7 +28,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
 
-# Likely causes of an end, by the names that failure.json has, in an engineer's words.
+# Likely causes of a failure: the name in failure.json, and a description for the user.
 CAUSES = {
     "out-of-memory": "the device or the host could not allocate a tensor",
     "memory": "the host was running out of memory, because of this run or other programs",
@@ -43,20 +43,20 @@ CAUSES = {
     "licence": "the model's owner has not granted access to this account",
     "version": "incompatible packages",
     "damaged": "files of a checkpoint are damaged or missing",
-    "preempted": "Slurm stopped the job: time limit, preemption or scancel",
+    "preempted": "Slurm stopped the job because of its time limit, a preemption or scancel",
 }
 
 
 class TunesmithError(Exception):
-    """Base of all errors that a user sees.
+    """Base class of all errors that a user sees.
 
     Args:
-        what: one sentence, without a full stop: what is wrong.
-        where: `file:line`, a key of the recipe, a step; empty if it has no place.
-        why: the reason; empty if `what` says it.
-        fix: the command or edit that fixes it.
-        cause: the likely one, a name of CAUSES; empty where unknown.
-        failed_rank: of a failed rank, for failure.json: `rank`, `host`, `phase` and `collective`.
+        what: the problem, as one sentence without a full stop.
+        where: `file:line`, a key of the recipe, or a step. "" if there is no place.
+        why: the reason. "" if `what` states it.
+        fix: the command or edit that fixes the problem.
+        cause: the likely cause, a key of CAUSES. "" if it is unknown.
+        failed_rank: `rank`, `host`, `phase` and `collective` of a failed rank, for failure.json.
     """
 
     exit_code = EXIT_FAILED
@@ -81,17 +81,21 @@ class TunesmithError(Exception):
         self.failed_rank = dict(failed_rank)
 
     def __str__(self) -> str:
-        """The block as the end of a traceback, where the name of the class is before it."""
+        """Return the error text without "error: ", because a traceback shows the class name."""
         return self.text().removeprefix("error: ")
 
     def _render_traceback_(self) -> list[str]:
-        """Return what IPython and Jupyter show in place of a traceback. The name is IPython's."""
+        """Return the lines that IPython and Jupyter show instead of a traceback.
+
+        IPython requires this method name.
+        """
         return self.text().splitlines()
 
     def text(self) -> str:
-        """The block for the terminal: a line each, if there is a text.
+        """Return the error text for the terminal.
 
-        What, where, why, the likely cause and the fix, cut where one is endless.
+        It has one line each for what, where, why, the likely cause and the fix. Empty parts are
+        omitted, and long parts are truncated.
         """
         rows = {
             "where": self.where,
@@ -107,26 +111,28 @@ class TunesmithError(Exception):
 
 
 class UsageError(TunesmithError):
-    """Raised before the first step: the command, recipe, data, model, license or disk."""
+    """An error before the first step: in the command, recipe, data, model, license or machine."""
 
     exit_code = EXIT_USAGE
 
 
 class RecipeError(UsageError):
-    """A recipe file that cannot be read, or a key or value in it that is wrong."""
+    """A recipe file that cannot be read, or that has a wrong key or value."""
 
 
 class DataError(UsageError):
-    """A data file, row or column that cannot be trained on, or a broken token contract."""
+    """A data file, row or column that cannot be used for training, or tokens that fail a check."""
 
 
 class ModelError(UsageError):
-    """A model that is missing, not supported, not permitted or damaged."""
+    """A model that is missing, not supported, damaged, or that the user may not download."""
 
 
 @contextmanager
 def errors_at(where: str) -> Iterator[None]:
-    """Give `where` to a ModelError that is raised in the block and names no place."""
+    """Set `where` of a ModelError that is raised in the block, unless the error already has a
+    `where`.
+    """
     try:
         yield
     except ModelError as error:
@@ -135,11 +141,11 @@ def errors_at(where: str) -> Iterator[None]:
 
 
 class MachineError(UsageError):
-    """This machine lacks something: a package, room on the disk, a folder that can be written."""
+    """This machine lacks something, such as a package, disk space or write permission."""
 
 
 class RunError(TunesmithError):
-    """The run began and failed; `failure.json` holds the same text."""
+    """The run began and failed. `failure.json` has the same text."""
 
 
 class NonFiniteError(RunError):
@@ -153,33 +159,37 @@ class CheckpointError(RunError):
 
 
 class StoppedError(TunesmithError):
-    """A signal stopped the run; everything is saved, and the next start resumes there."""
+    """A signal stopped the run. Everything is saved, and the next start resumes the run."""
 
     exit_code = EXIT_STOPPED
 
     def text(self) -> str:
-        """The block without `error:`, for nothing is lost."""
+        """Return the text without "error: ", because a stop is not a failure."""
         return super().text().removeprefix("error: ")
 
 
 class StoppedEarlyError(StoppedError):
-    """A signal stopped this process without a save, as before its first step.
+    """A signal stopped this process without a save, for example before its first step.
 
-    Other ranks may not know of it.
+    The other ranks may not know that this process was stopped.
     """
 
 
 class LowMemoryError(StoppedError):
-    """The host's memory is nearly used up; everything is saved.
+    """The host's memory is nearly exhausted. Everything is saved.
 
-    The process ends at once: Python's own end takes a second, on a busy machine five.
+    The process exits immediately without Python's cleanup, which takes one second, or five on a
+    busy machine.
     """
 
     cause = "memory"
 
 
 class OtherRankError(TunesmithError):
-    """Another rank of this run failed, and tells why: this one ends with its exit code."""
+    """Another rank of this run failed and reports the reason.
+
+    This rank exits with the same exit code.
+    """
 
     def __init__(self, what: str, *, exit_code: int) -> None:
         super().__init__(what)
@@ -194,16 +204,16 @@ _DISK = {
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """Why the disk takes no more data, or None."""
+    """Return why the disk cannot store more data. Return None if the error has another cause."""
     if isinstance(error, OSError):
         return _DISK.get(error.errno or 0)
-    # Libraries in Rust give the number only in their message.
+    # Errors of libraries that are written in Rust have the errno only in their message.
     match = re.search(r"\(os error (\d+)\)", str(error))
     return _DISK.get(int(match[1])) if match else None
 
 
-# The messages of other libraries where an allocation fails: torch, the dynamic linker, safetensors,
-# C++, Python's threads.
+# Parts of the messages for a failed memory allocation in torch, in the dynamic linker, in
+# safetensors, in C++ and in Python's threads.
 _OUT_OF_MEMORY = (
     "tried to allocate",
     "failed to map segment from shared object",
@@ -214,8 +224,8 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an allocation failed, in whichever library."""
-    # torch's own class by its name: torch is not loaded here.
+    """Return whether an error means that a memory allocation failed, in any library."""
+    # Compare torch's OutOfMemoryError by name, because this module does not import torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
@@ -223,21 +233,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Return whether an error is an exception of Python or a panic of a library in Rust, which is
-    not an `Exception`.
+    """Return whether an error is an `Exception` or a panic of a Rust library.
+
+    A panic is a BaseException but not an Exception. KeyboardInterrupt and SystemExit are no errors,
+    so return False for them.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, without secrets; its type if it says nothing."""
+    """Return the first line of a library's error message with secrets masked.
+
+    If the message is empty, return the name of the error's type.
+    """
     lines = str(error).strip().splitlines()
     return mask(lines[0]) if lines else type(error).__name__
 
 
 _WORD_OF_A_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_WORDS = {"passphrase", "auth"}
-_SECRET_PARTS = ("secret", "passw", "credential", "apikey")  # also inside a word: DBPASSWORD
+_SECRET_PARTS = ("secret", "passw", "credential", "apikey")  # can be inside a word: DBPASSWORD
 _WORDS_BEFORE_KEY = {
     "api",
     "access",
@@ -248,7 +263,8 @@ _WORDS_BEFORE_KEY = {
     "encryption",
     "license",
 }
-# `pad_token` and the like are words of a tokenizer.
+# If one of these words comes before "token", the name does not mean a secret. An example is
+# `pad_token` of a tokenizer.
 _PLAIN_TOKENS = {
     "pad",
     "eos",
@@ -282,9 +298,9 @@ _PLAIN_TOKENS = {
 
 
 def is_secret_name(name: str) -> bool:
-    """Tell whether the name of a key or of a variable says that its value is a secret.
+    """Return whether the name of a key or variable shows that its value is a secret.
 
-    HF_TOKEN, wandb_api_key, hubToken.
+    Examples are HF_TOKEN, wandb_api_key and hubToken.
     """
     previous = ""
     for word in map(str.lower, _WORD_OF_A_NAME.findall(name)):
@@ -299,7 +315,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def mask_words(words: Iterable[str]) -> list[str]:
-    """The words of a command, with *** for the values of secret flags and variables."""
+    """Replace the values of secret flags and variables in a command by ***."""
     masked = []
     after_secret_flag = False
     for word in words:
@@ -322,5 +338,5 @@ _URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
 
 
 def mask(text: str) -> str:
-    """A text with what has the form of a token, and passwords in addresses, replaced by ***."""
+    """Replace tokens and the passwords of URLs in a text by ***."""
     return _URL_PASSWORD.sub(r"\1***@", _TOKEN.sub("***", text))

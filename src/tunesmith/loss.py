@@ -1,11 +1,11 @@
-"""The output head and the cross-entropy together, a chunk of positions at a time.
+"""Cross-entropy fused with the output layer (the "head"), computed in chunks of positions.
 
-Logits are the largest tensor of a training step: 4096 positions of a 128k vocabulary take 2 GiB in
-fp32, and autograd would keep several copies. Here only positions with a label come in, one chunk of
-logits exists at a time, and its gradient is computed while it exists, so the backward holds nothing
-larger than the hidden states. The idea is that of Liger's fused linear cross-entropy (Hsu et al.
-2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and tied heads, a soft cap
-and a logit scale all take the same path.
+The logits are the largest tensor of a training step: 4096 positions with a vocabulary of 128k take
+2 GiB in fp32, and autograd would store several copies. This module computes the logits only for
+positions with a label, and one chunk at a time. The gradient of a chunk is computed together with
+its loss, so that no tensor larger than the hidden states is stored for the backward. The idea comes
+from Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). This implementation
+uses the same code for frozen, trained and tied heads, with a soft cap and a logit scale.
 """
 
 from collections.abc import Callable
@@ -20,31 +20,36 @@ from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, l
 from tunesmith.units import ceil_div
 
 Shard = VocabularyShard | None
-# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale, the logits' part of
-# the vocabulary -> weighted losses [c], and the gradient of their sum by the raw logits.
+# Function with these arguments: raw logits [c, vocabulary], targets [c], weights [c] or None, soft
+# cap, scale, and the vocabulary shard of the logits. It returns the weighted losses [c] and the
+# gradient of their sum with respect to the raw logits.
 LossAndGradFn = Callable[
     [Tensor, Tensor, Tensor | None, float | None, float, Shard], tuple[Tensor, Tensor]
 ]
 
-# Budget of one chunk of fp32 logits. On a CPU the chunk should stay in the last-level cache. On a
-# GPU the gradient by the hidden states is a product of only [rows, h]: with h = 4096, 512 rows make
-# 64 tiles of 128 x 256 for the 132 multiprocessors of an H200, 2048 rows make 256. Large cards get
-# the room for that, and long micro batches alone.
+# Maximum bytes of the fp32 logits of one chunk on a CPU. A chunk of this size fits into the
+# last-level cache.
 CPU_CHUNK_BYTES = 32 << 20
-# At least and at most, between them a 96th of the card's memory.
+# Minimum and maximum bytes of the fp32 logits of one chunk on a GPU. Between these limits, a chunk
+# may take 1/96 of the GPU's memory. The gradient of the hidden states is a matmul with a result of
+# only [rows, h]. With h = 4096, a chunk of 512 rows gives only 64 tiles of 128 x 256 for the 132
+# multiprocessors of an H200, and a chunk of 2048 rows gives 256 tiles. Therefore chunks are larger
+# on a large GPU.
 GPU_CHUNK_BYTES = (256 << 20, 1 << 30)
-MAX_TRAINED_CHUNK_BYTES = 2 << 30  # with a trained head
-# Rows whose loss is computed together on a CPU: their fp32 logits stay in its cache, for half the
-# time of a whole chunk.
+# Maximum bytes of the fp32 logits of one chunk on a GPU if the head is trained.
+MAX_TRAINED_CHUNK_BYTES = 2 << 30
+# Rows whose loss is computed together on a CPU, so that their fp32 logits fit into the cache. This
+# takes half the time of computing the loss of an entire chunk at once.
 CACHED_ROWS = 16
-# Rows of the head that a thread multiplies together on a CPU in fp32, with MKL: 55 to 80 % of the
-# time of the whole on two threads, for 16 to 168 positions and heads [49152, 576] and [128256,
-# 2048]. Four times as many take 75 to 90 %, eight times as many 90 to 103 %.
+# Rows of the head per thread in one fp32 matmul with MKL on a CPU. The head is multiplied in
+# several matmuls of this size, because they take 55 to 80 % of the time of one large matmul (two
+# threads, 16 to 168 positions, heads of [49152, 576] and [128256, 2048]). With 2,048 rows per
+# thread, they take 75 to 90 %, and with 4,096 rows 90 to 103 %.
 HEAD_ROWS_A_THREAD = 512
-# Rows of a trained head's gradient that are added up together on a CPU: 2 MiB where they have 576
-# columns. SmolLM2's trained head and its backward take a fifth less time than without.
+# Rows of a trained head's gradient that are accumulated in one step on a CPU. With 576 columns they
+# take 2 MiB. This reduces the time of SmolLM2's trained head with its backward by a fifth.
 GRADIENT_ROWS = 1024
-# Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
+# Rows of one tile of a GPU matmul. A partial tile takes as long as a full tile.
 TILE_ROWS = 128
 
 
@@ -58,30 +63,31 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     loss_and_grad_fn: LossAndGradFn | None = None,
 ) -> Tensor:
-    """Sum of `cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
+    """Compute the sum of `cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
 
     Args:
         hidden: [n, h], hidden states of the supervised positions.
-        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in
-            the forward; one with another forward (an adapter) is called again in the backward,
-            chunk by chunk. Of a `ShardedHead` the loss is whole on every rank, and the gradient of
-            `hidden` this rank's part of a sum.
+        head: the output layer. The gradients of a plain `nn.Linear` are computed in the forward. If
+            the forward of the head is not that of `nn.Linear`, for example because of an adapter,
+            the head is called again in the backward for each chunk. If it is a `ShardedHead`, every
+            rank gets the full loss but only a part of the gradient of `hidden`. The caller must sum
+            these gradients over the ranks.
         targets: int64 [n].
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
-        chunk: positions per chunk; None takes `chunk_size`.
-        loss_and_grad_fn: computes loss and gradient of a chunk; None takes `loss_and_grad`, which
-            may also be passed compiled.
+        chunk: positions per chunk. None means `chunk_size`.
+        loss_and_grad_fn: function that computes the loss and gradient of a chunk, such as a
+            compiled `loss_and_grad`. None means `loss_and_grad`.
 
     Returns:
-        0-d, fp32 (fp64 where hidden is fp64).
+        A 0-d tensor in fp32, or in fp64 if `hidden` is fp64.
     """
-    # The forward computes the gradients too, as the loss is a sum.
     args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
         weight = local_part(head.weight)
         return _HeadLoss.apply(hidden, weight, local_part(head.bias), args)
-    # A head with an adapter: plain autograd, with each chunk's logits recomputed.
+    # The forward of the head is not that of `nn.Linear`, for example because of an adapter. Use
+    # autograd, and recompute the logits of each chunk in the backward.
     return _module_losses(hidden, head, args).sum()
 
 
@@ -95,13 +101,21 @@ def token_logprobs(
     chunk: int | None = None,
     loss_and_grad_fn: LossAndGradFn | None = None,
 ) -> Tensor:
-    """Log-probability of each target, with gradient: fp32 (or fp64) [n].
+    """Compute the log-probability of each target. The result has a gradient.
 
-    Each position's weight in a loss is known only in the backward. Over a frozen head the forward
-    makes the gradient of each log-probability by its hidden state, for the backward to weigh: as
-    many head matmuls as `chunked_cross_entropy`. A trained head's own gradient adds up weighted
-    positions, so the backward computes each chunk's logits again: one more. The memory is the same.
-    Args as there.
+    The weight of each position in the loss is only known in the backward. If the head is frozen,
+    the forward computes the gradient of each log-probability with respect to its hidden state, and
+    the backward multiplies this gradient by the weight. The number of matmuls with the head is the
+    same as in `chunked_cross_entropy`. If the head is trained, the backward computes the logits of
+    each chunk again, because the gradient of the head is a weighted sum over positions. This takes
+    one more matmul with the head, but no more memory.
+
+    Args:
+        hidden, head, targets, softcap, scale, chunk, loss_and_grad_fn: as in
+            `chunked_cross_entropy`.
+
+    Returns:
+        fp32 [n], or fp64 if `hidden` is fp64.
     """
     args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
@@ -118,14 +132,16 @@ def token_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each position, and whether the most likely token is the target.
+    """Compute the cross-entropy of each position, and whether the most likely token is the target.
 
     Returns:
-        fp32 or fp64 [n], and bool [n].
+        The cross-entropy, fp32 or fp64 [n], and whether the most likely token is the target, bool
+        [n].
     """
     size = chunk_size(head.out_features, len(targets), hidden.device)
     shard = shard_of(head)
-    # Empty first items: `cat` then has a tensor, of the right dtype, for a batch without labels.
+    # Start with empty tensors, so that `torch.cat` returns the right dtype if the batch has no
+    # labels.
     losses = [hidden.new_zeros(0, dtype=_wide(hidden))]
     hits = [targets.new_zeros(0, dtype=torch.bool)]
     for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
@@ -135,14 +151,13 @@ def token_cross_entropy(
         if shard is None:
             losses.append(F.cross_entropy(logits, chunk_targets, reduction="none"))
         else:
-            losses.append(
-                shard.softmax(logits, chunk_targets)[0].squeeze(1)
-            )  # in the logits' place
+            # `shard.softmax` overwrites the logits.
+            losses.append(shard.softmax(logits, chunk_targets)[0].squeeze(1))
     return torch.cat(losses), torch.cat(hits)
 
 
 def card_bytes(device: torch.device) -> int:
-    """All memory of a GPU, in use or not; 0 for other devices."""
+    """Return the total memory of a GPU in bytes, or 0 for other devices."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).total_memory
@@ -156,68 +171,73 @@ def chunk_size(
     trained: bool = False,
     card: int | None = None,
 ) -> int:
-    """Choose how many of `positions` make a chunk, by the budget of the device.
-
-    A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that
-    takes longer than the matmuls of a small chunk, so it gets up to four times the room.
+    """Return the number of positions per chunk, from the memory budget of the device.
 
     Args:
-        card: bytes of the GPU; None asks it.
+        vocabulary: the number of rows of the head.
+        positions: the number of positions with a label.
+        trained: whether the head is trained. The gradient of a trained head, [vocabulary, h] in
+            fp32, is accumulated once per chunk. On a GPU this takes longer than the matmuls of a
+            small chunk. Therefore the memory budget for a trained head is up to four times as
+            large.
+        card: the memory of the GPU in bytes. None queries the device.
     """
-    # The loss is computed in fp32, whatever dtype the head's product has.
-    row_bytes = 4 * vocabulary  # of fp32 logits
+    # Bytes of the logits of one position. The loss is computed in fp32 for every dtype of the head.
+    row_bytes = 4 * vocabulary
     if device.type == "cpu":
         return max(16, CPU_CHUNK_BYTES // row_bytes)
     if card is None:
         card = card_bytes(device)
-    least, most = GPU_CHUNK_BYTES
-    # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch
-    # its small peak.
-    # vocabulary * positions is a quarter of 4 * vocabulary * positions, all the fp32 logits.
-    budget = max(least, min(most, card // 96, vocabulary * positions))
+    minimum, maximum = GPU_CHUNK_BYTES
+    # Limit a chunk to a quarter of all fp32 logits. All logits take 4 * vocabulary * positions
+    # bytes, and a quarter is vocabulary * positions bytes. In a small micro batch, larger chunks
+    # would increase the peak memory but save almost no time.
+    budget = max(minimum, min(maximum, card // 96, vocabulary * positions))
     if trained:
         budget = min(4 * budget, MAX_TRAINED_CHUNK_BYTES)
     rows = budget // row_bytes
-    # Below one tile there is no whole one; then as many rows as the budget has.
-    whole_tiles = rows // TILE_ROWS * TILE_ROWS
-    return max(16, whole_tiles or rows)
+    # Round down to full tiles, unless the budget is smaller than one tile.
+    full_tiles = rows // TILE_ROWS * TILE_ROWS
+    return max(16, full_tiles or rows)
 
 
 def even_chunk_size(count: int, size: int, *, tile: int = 1) -> int:
-    """Size of equal chunks, as many as `size` makes of `count`: compiled code sees no small last
-    one.
+    """Return a chunk size that divides `count` positions into chunks of about equal size.
 
-    With a `tile` all chunks but the last are whole tiles, unless that leaves one position for the
-    last: torch.compile makes another graph for a dimension of 1.
+    The number of chunks is the same as with chunks of `size` positions. If all chunks have about
+    the same size, torch.compile does not compile a second graph for a small last chunk. The size is
+    rounded up to full tiles of `tile` positions, unless the last chunk would then have only one
+    position, because torch.compile creates another graph for a dimension of 1.
     """
     chunks = max(1, ceil_div(count, size))
-    # `or 1`: without labels `spans` would count in steps of 0.
+    # Use at least 1. If there are no labels, the result would be 0, which `range` in `spans` does
+    # not accept.
     even = ceil_div(count, chunks) or 1
-    whole_tiles = ceil_div(even, tile) * tile
-    if count % whole_tiles == 1 or whole_tiles > size:
+    full_tiles = ceil_div(even, tile) * tile
+    if count % full_tiles == 1 or full_tiles > size:
         return even
-    return whole_tiles
+    return full_tiles
 
 
 class _LossArguments(NamedTuple):
-    """The arguments that the autograd functions take beside their differentiable inputs."""
+    """Arguments without gradient, for the autograd functions of this module."""
 
     targets: Tensor
     softcap: float | None
     scale: float
-    size: int  # positions of a chunk
+    size: int  # number of positions per chunk
     loss_and_grad_fn: LossAndGradFn
     shard: Shard
 
     def spans(self) -> list[slice]:
-        """The positions of each chunk."""
+        """Return the range of positions of each chunk."""
         starts = range(0, len(self.targets), self.size)
         return [slice(start, start + self.size) for start in starts]
 
     def loss_and_grad(
         self, raw: Tensor, span: slice, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Losses and gradient of one chunk, of its raw logits and weights."""
+        """Compute the losses and the gradient of one chunk from its raw logits and weights."""
         return self.loss_and_grad_fn(
             raw, self.targets[span], weights, self.softcap, self.scale, self.shard
         )
@@ -237,7 +257,7 @@ def _arguments(
         trained = any(p.requires_grad for p in head.parameters())
         chunk = chunk_size(head.out_features, len(targets), device, trained=trained)
         if device.type != "cpu":
-            # Only a GPU's matmul has tiles that a few more rows would leave partly empty.
+            # On a GPU a partial tile of a matmul takes as long as a full tile.
             tile = TILE_ROWS
     size = even_chunk_size(len(targets), chunk, tile=tile)
     loss_and_grad_fn = loss_and_grad_fn or loss_and_grad
@@ -245,9 +265,9 @@ def _arguments(
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Tell whether the head computes what an `nn.Linear` does.
+    """Return whether the head computes the same as `nn.Linear`.
 
-    By its forward: `fully_shard` gives it a class of another name.
+    The check compares the `forward` method, because `fully_shard` replaces the class of the head.
     """
     return isinstance(head, ShardedHead) or type(head).forward is nn.Linear.forward
 
@@ -266,19 +286,19 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
 
 
 def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Tensor:
-    """Cross-entropy of each position by plain autograd, [n].
+    """Compute the cross-entropy of each position, [n], with autograd.
 
-    The head is called again in the backward, chunk by chunk.
+    The head is called again in the backward for each chunk.
     """
 
-    # [c, h] -> [c]; `checkpoint` keeps the chunk's inputs and drops its logits until the backward.
+    # [c, h] -> [c]. `checkpoint` stores only the inputs of the chunk, not its logits.
     def chunk_losses(chunk: Tensor, targets: Tensor) -> Tensor:
         logits = _logits(head(chunk), args.softcap, args.scale)
         return F.cross_entropy(logits, targets, reduction="none")
 
     losses = [hidden.new_zeros(0, dtype=_wide(hidden))]
-    # Without a position the head is called on no rows: its adapter then gets a gradient of zeros,
-    # as on other ranks.
+    # If there are no positions, call the head with zero rows, so that the adapter gets a gradient
+    # of zeros instead of None. Gradients are summed over the ranks, so every rank must have one.
     for span in args.spans() or [slice(0, 0)]:
         chunk = hidden[span]
         targets = args.targets[span]
@@ -287,12 +307,12 @@ def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Ten
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden W^T + b, [c, vocabulary]: a new tensor, which the loss may overwrite."""
+    """Compute hidden W^T + b, [c, vocabulary]. The loss may overwrite the new tensor."""
     is_cpu_fp32 = hidden.device.type == "cpu" and hidden.dtype == torch.float32
     if not is_cpu_fp32 or bias is not None or not torch.backends.mkl.is_available():
         return F.linear(hidden, weight, bias)
     raw = hidden.new_empty(len(hidden), len(weight))
-    # All threads wait for the slowest at the end of each part.
+    # Several matmuls with HEAD_ROWS_A_THREAD rows per thread are faster than one large matmul.
     size = HEAD_ROWS_A_THREAD * torch.get_num_threads()
     for columns, rows in zip(raw.split(size, 1), weight.split(size), strict=True):
         torch.mm(hidden, rows.T, out=columns)
@@ -300,31 +320,36 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _HeadGradients:
-    """Gradients of a chunked head, added up chunk by chunk; None where an input needs none."""
+    """Gradients of hidden states, weight and bias, accumulated over the chunks. A gradient is None
+    if the input does not require one.
+    """
 
     def __init__(
         self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
-        # Every position lies in one chunk, which writes its rows: no zeros are needed.
+        # The tensor need not be filled with zeros, because every position is in exactly one chunk,
+        # and the chunk writes the row of the position.
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight = None
         self.bias = None
-        # A sum over many chunks in bf16 would lose what the later ones add.
+        # Accumulate in fp32, because a bf16 sum over many chunks would lose the contributions of
+        # later chunks.
         if needed[1]:
             self.weight = torch.zeros_like(weight, dtype=_wide(hidden))
         if bias is not None and needed[2]:
             self.bias = torch.zeros_like(bias, dtype=_wide(hidden))
 
     def add(self, span: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Add one chunk's part: grad_logits [c, vocabulary], hidden [c, h]."""
+        """Add the gradients of one chunk, from grad_logits [c, vocabulary] and hidden [c, h]."""
         if self.hidden is not None:
             # [c, vocabulary] x [vocabulary, h]
             self.hidden[span] = grad_logits @ weight
         if self.weight is not None:
             # [vocabulary, c] x [c, h]
             product = grad_logits.T @ hidden
-            # Of two dtypes torch widens one on a CPU into a tensor of its own, which should stay in
-            # the cache.
+            # On a CPU, torch first converts `product` to the dtype of the sum, which creates a new
+            # tensor. Therefore add only a few rows at a time, so that the new tensor fits into the
+            # cache.
             rows = GRADIENT_ROWS if product.device.type == "cpu" else len(product)
             for total, part in zip(self.weight.split(rows), product.split(rows), strict=True):
                 total.add_(part)
@@ -333,7 +358,9 @@ class _HeadGradients:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss sum and its gradients in one pass over chunks of logits."""
+    """Autograd function for the sum of the losses. The forward computes the gradients together with
+    the losses.
+    """
 
     @staticmethod
     def forward(
@@ -344,15 +371,16 @@ class _HeadLoss(torch.autograd.Function):
         args: _LossArguments,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden))
-        # Of needs_input_grad only the first three are read: hidden, weight, bias.
+        # `_HeadGradients` reads only the first three entries: hidden, weight, bias.
         grads = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
-            # [c, vocabulary], this chunk's alone: the loss may overwrite it.
+            # [c, vocabulary]. The loss may overwrite this tensor, because only this chunk uses it.
             raw = _raw_logits(hidden[span], weight, bias)
             losses, grad_logits = args.loss_and_grad(raw, span, None)
             total += losses.sum()
             grads.add(span, grad_logits, hidden[span], weight)
-        # Gradients, not inputs: the backward only multiplies them by the gradient of the sum.
+        # Save the gradients, not the inputs: the backward only multiplies them by the gradient of
+        # the loss.
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -362,16 +390,16 @@ class _HeadLoss(torch.autograd.Function):
         def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if grad is None:
                 return None
-            # Written in its last dtype: in fp32 first, a trained head's is 1.6 GB more to write and
-            # read.
-            # grads[0] is the 0-d gradient of the loss, on the device: no value is read by the host.
+            # Write the result in its final dtype. For a trained head, an fp32 result in between
+            # would write and read 1.6 GB more. `grads[0]`, the gradient of the loss, is a 0-d
+            # tensor on the device, so the host does not wait for its value.
             return torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
 
         return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """Log-probability of each target; see `token_logprobs`."""
+    """Autograd function that computes the log-probability of each target. See `token_logprobs`."""
 
     @staticmethod
     def forward(
@@ -380,13 +408,14 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.args = args
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
         by_hidden, *by_head = ctx.needs_input_grad[:3]
-        # Over a frozen head the gradients are computed here, and weighted in the backward.
+        # If the head is frozen, compute the gradients here, and multiply them by the weights in the
+        # backward.
         ctx.only_hidden = by_hidden and not any(by_head)
         grads = _HeadGradients((ctx.only_hidden, False, False), hidden, weight, bias)
         for span in args.spans():
             raw = _raw_logits(hidden[span], weight, bias)
-            # Of a reference too, whose loss is then rounded as the model's: where both are alike,
-            # their log-probabilities are equal.
+            # Use the same function for a reference model, which needs no gradient. Its losses are
+            # then rounded in the same way, so that equal models give equal log-probabilities.
             losses, grad_logits = args.loss_and_grad(raw, span, None)
             grads.add(span, grad_logits, hidden[span], weight)
             logprobs[span] = -losses
@@ -400,7 +429,7 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.only_hidden:
             [loss_by_hidden] = ctx.saved_tensors
-            # A log-probability is minus a loss.
+            # The log-probability is the negative loss.
             factors = -grads[0].unsqueeze(1)
             by_hidden = torch.mul(loss_by_hidden, factors, out=torch.empty_like(loss_by_hidden))
             return by_hidden, None, None, None
@@ -409,8 +438,8 @@ class _HeadLogprobs(torch.autograd.Function):
         sums = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
             raw = _raw_logits(hidden[span], weight, bias)
-            # d(sum of g * logprob) = -d(sum of g * loss): the gradient of a log-probability comes
-            # in as minus the weight of its loss.
+            # A log-probability is a negative loss: sum(g * logprob) = sum(-g * loss). Therefore the
+            # weight of each loss is the negative gradient g of the log-probability.
             _, grad_logits = args.loss_and_grad(raw, span, -grads[0][span])
             sums.add(span, grad_logits, hidden[span], weight)
         d_weight = None if sums.weight is None else sums.weight.to(weight.dtype)
@@ -426,13 +455,14 @@ def loss_and_grad(
     scale: float,
     shard: Shard = None,
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's weighted losses [c], and the gradient of their sum by the raw logits, in their
-    dtype.
+    """Compute the weighted losses [c] of a chunk, and the gradient of their sum.
 
-    On a CPU the gradient overwrites `raw` [c, vocabulary], a few rows at a time.
+    The gradient is with respect to `raw` [c, vocabulary] and has its dtype. On a CPU the gradient
+    overwrites `raw`, a few rows at a time.
     """
-    # Eager code on a CPU works through rows that fit its cache; a compiler makes such loops itself.
-    # A shard reduces over ranks in each call, so its chunk stays whole.
+    # In eager mode on a CPU, process a few rows at a time, which fit into the cache. torch.compile
+    # generates such loops itself. If the vocabulary is sharded, each call needs a reduction over
+    # the ranks, so the chunk is not divided.
     is_eager_on_cpu = raw.device.type == "cpu" and not torch.compiler.is_compiling()
     if shard is not None or not is_eager_on_cpu:
         return _loss_and_grad(raw, targets, weights, softcap, scale, shard)
@@ -441,7 +471,8 @@ def loss_and_grad(
         rows = slice(start, start + CACHED_ROWS)
         row_weights = None if weights is None else weights[rows]
         losses[rows], grad = _loss_and_grad(raw[rows], targets[rows], row_weights, softcap, scale)
-        # The product's memory takes the gradient: no second tensor [c, vocabulary].
+        # Overwrite the logits with the gradient, so that no second tensor [c, vocabulary] is
+        # needed.
         raw[rows] = grad
     return losses, raw
 
@@ -454,26 +485,28 @@ def _loss_and_grad(
     scale: float,
     shard: Shard = None,
 ) -> tuple[Tensor, Tensor]:
-    # raw belongs to this chunk alone, so the wide copy and everything after it work in place.
+    # Only this chunk uses `raw`, so all operations work in place.
     logits = raw.to(_wide(raw))
     if scale != 1.0:
         logits = logits.mul_(scale)
     softcap_grad = None
     if softcap is not None:
-        # d tanh(z) / dz = 1 - tanh(z)^2; the factors softcap and 1 / softcap cancel.
+        # d tanh(z) / dz = 1 - tanh(z)^2. The factors softcap and 1 / softcap cancel out in the
+        # gradient.
         logits = logits.div_(softcap).tanh_()
         softcap_grad = 1 - logits * logits
         logits = logits.mul_(softcap)
 
-    # Losses [c, 1], and the probabilities in place of the logits.
+    # Compute the losses [c, 1]. `grad` holds the probabilities, which overwrite the logits.
     column = targets.unsqueeze(1)
     is_compiling = torch.compiler.is_compiling()
     if shard is not None:
         losses, grad = shard.softmax(logits, targets)
-        # Target ids of this rank's part count from its first token; others match no column.
+        # Make the target ids relative to the first token of this rank's shard. A target in another
+        # shard then matches no column of this rank.
         column = column - shard.first
     elif is_compiling or logits.dtype == raw.dtype:
-        # Log-sum-exp in steps: exp(logit - largest) cannot overflow.
+        # Log-sum-exp with the largest logit subtracted, so that exp cannot overflow.
         largest = logits.amax(-1, keepdim=True)
         picked = logits.gather(1, column)
         grad = logits.sub_(largest).exp_()
@@ -481,33 +514,34 @@ def _loss_and_grad(
         losses = total.log().add_(largest) - picked
         grad.div_(total)
     else:
-        # One kernel, whose exponential errs by 2e-6: much less than 16-bit logits do. The largest
-        # probability is one over the sum of exp(logit - largest), and never 0.
-        # [c, 1]
+        # Use the softmax kernel. Its exponential has an error of 2e-6, which is much smaller than
+        # the rounding error of 16-bit logits. `largest` and `picked` are [c, 1].
         largest = logits.amax(-1, keepdim=True)
         picked = logits.gather(1, column)
         grad = logits.softmax(-1)
-        # log-sum-exp = largest - log(largest probability), as that probability is 1 / total.
+        # log-sum-exp = largest - log(largest probability), because the largest probability is
+        # 1 / sum(exp(logit - largest)). It is never 0.
         losses = largest.sub_(grad.amax(-1, keepdim=True).log_()) - picked
 
-    # The gradient of a loss by its logits: the probabilities, less 1 at the target.
+    # The gradient of the loss with respect to the logits: the probabilities, minus 1 at the target.
     if is_compiling:
-        # Fused into the kernel that writes the gradient; for a scatter the compiler would first
-        # write it out in fp32.
+        # Subtract a one-hot tensor, because the compiler can fuse this into the kernel that writes
+        # the gradient. With a scatter, the compiler would first write the gradient in fp32 to
+        # memory.
         one_hot = torch.arange(grad.shape[1], device=grad.device) == column
         grad = grad - one_hot.to(grad.dtype)
     elif shard is not None:
         shard.subtract_one_hot(grad, targets)
     else:
-        # One entry a row; `expand` makes the -1 of each row a view of one number.
+        # Subtract 1 at the target of each row. `expand` creates a view of a single number.
         grad.scatter_add_(1, column, grad.new_full((), -1.0).expand(len(targets), 1))
     if softcap_grad is not None:
-        # The chain rule in reverse: cap, then scale, then the weight of the position.
+        # Apply the chain rule in reverse order: soft cap, scale, weight of the position.
         grad.mul_(softcap_grad)
     if scale != 1.0:
         grad.mul_(scale)
     if weights is not None:
         losses = losses * weights.unsqueeze(1)
         grad.mul_(weights.unsqueeze(1))
-    # In the dtype of the logits: the head's matmuls take it as it is.
+    # Return the gradient in the dtype of the logits, which the matmuls of the head need.
     return losses.squeeze(1), grad.to(raw.dtype)

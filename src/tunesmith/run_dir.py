@@ -1,15 +1,15 @@
-"""The files of a run directory: their names, and what a reader may take from each.
+"""Names and checked readers of the files in a run directory.
 
-Whoever shows, compares or continues a run reads its small files here. A run may have been killed
-while it wrote, copied in part, edited by hand, or written by another version, so nothing in it is
-believed unchecked:
+Every part of tunesmith that shows, compares or continues a run reads the small files of the run
+with this module. The files may be incomplete (the run was killed, or only partly copied), edited by
+hand or written by another version, so all values are checked:
 
-    open_regular   a pipe or a device is never opened: reading one may never end
-    parse_json     no NaN, lone surrogates, endless nesting, or number that a float cannot hold
-    read_*         the values whose type is right, and a sentence on what is wrong with the rest
+    open_regular  refuses pipes and devices, because reading them may block forever
+    parse_json    refuses NaN, lone surrogates, very deep nesting and numbers that are too large
+    read_*        return the values of the right type, and a text about the wrong values
 
-A file that is not there is no fault: most of them come late or never. The records' own types are in
-`metrics/record.py`.
+A missing file is not an error, because a run writes most files late or never. The types of the
+metrics records are in `metrics/record.py`.
 """
 
 import json
@@ -34,7 +34,7 @@ from typing import (
 )
 
 from annotated_types import Ge, Le, Len
-from typing_extensions import TypedDict  # that pydantic reads also before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from tunesmith.config import schema
 from tunesmith.config.load import RUN_IDENTITY, RUN_RECIPE, load_recipe
@@ -42,7 +42,7 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
-from tunesmith.host.files import from_here, near_path
+from tunesmith.host.files import find_similar_path, relative_to_cwd
 from tunesmith.host.packages import COMPUTE
 from tunesmith.units import Length
 
@@ -51,48 +51,50 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-Fields = dict[str, Any]  # of a JSON or YAML file whose values may be anything
+Fields = dict[str, Any]  # content of a JSON or YAML file with unchecked values
 
 RECIPE = RUN_RECIPE
 IDENTITY = RUN_IDENTITY
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-NO_FINAL_ANSWERS = "no sample answers of the final weights: "  # in log.txt, before the reason
-HELD_OUT = "held-out.txt"  # the rows that data.hold_out drew: `file:line  how it begins`
+NO_FINAL_ANSWERS = "no sample answers of the final weights: "  # prefix of a line in log.txt
+HELD_OUT = "held-out.txt"  # the held-out rows, one per line: `file:line  start of the row`
 LOG = "log.txt"
 FAILURE = "failure.json"
-STOPPED = "stopped.json"  # says that the run was stopped, and why
-RUNNING = "running.json"  # is there while a start is at work, and after it was killed
+STOPPED = "stopped.json"  # exists if the run was stopped, with the reason
+RUNNING = "running.json"  # exists while a process is training, and after it was killed
 BEST = "best.json"
 LOCK = ".lock"
-STOP_FILE = "stop"  # asks a run to save and end
+STOP_FILE = "stop"  # creating this file asks the run to save and end
 FINAL = "final"
-MANIFEST = "manifest.json"  # of final/ and of each checkpoint
+MANIFEST = "manifest.json"  # in final/ and in each checkpoint
 SWEEP = "sweep.json"
-EVALS = "evals"  # a folder of answers and scores of `eval`
-SCORES = "*.scores.json"  # in it
-PAIRS = "pairs in order"  # a score: the share of pairs whose chosen answer the model finds likelier
+EVALS = "evals"  # folder of the answers and scores of `eval`
+SCORES = "*.scores.json"  # the files with scores in EVALS
+# Name of a score. The score is the fraction of pairs whose chosen answer has a higher probability
+# than the rejected answer.
+PAIRS = "pairs in order"
 
 
 class RunState(StrEnum):
-    """The state of a run, in the words of `status`, `watch`, `report` and their JSON."""
+    """The state of a run, as `status`, `watch`, `report` and their JSON show it."""
 
-    QUEUED = "queued"  # it waits for a node or a container
+    QUEUED = "queued"  # waiting for a node or a container
     RUNNING = "running"
     FINISHED = "finished"
-    STOPPED = "stopped"  # by a request, or for want of memory; the same command resumes
-    FAILED = "failed"  # by an error, which failure.json has
-    KILLED = "killed"  # no process is at work, and none wrote how it ended
-    UNKNOWN = "unknown"  # nothing of it can be read from here
+    STOPPED = "stopped"  # by a request or because of low memory; the same command resumes
+    FAILED = "failed"  # by an error, which is in failure.json
+    KILLED = "killed"  # no process is running, and no file says how it ended
+    UNKNOWN = "unknown"  # the run directory cannot be read from this machine
 
 
 class Phase(StrEnum):
-    """The work of a run at the moment: in the bar of `train`, in failure.json and stopped.json."""
+    """The current phase of a run, as shown in the progress bar, failure.json and stopped.json."""
 
     JOINING = "joining the ranks"
     START = "start"
     LOADING = "loading the model"
-    REFERENCE = "reference"  # the base scores the rows of preferences
+    REFERENCE = "reference"  # computing the reference's log probabilities of the answers
     COMPARING = "comparing the base in 8 bits with bf16"
     FIRST_STEP = "first step"
     TRAINING = "training"
@@ -103,18 +105,23 @@ class Phase(StrEnum):
     END = "end"
 
 
-LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
-LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here
-MAX_FILE_BYTES = 64 << 20  # of a JSON file: the largest manifests have a few MiB
+# Maximum absolute value of a number in a file. With this limit, the sum of the squares of many
+# numbers is still finite.
+LARGEST = 1e100
+# Maximum step or count in a file. JavaScript represents integers exactly up to this number.
+LARGEST_COUNT = 2**53
+# Maximum size of a JSON file. The largest manifests have a few MiB.
+MAX_FILE_BYTES = 64 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Part(NamedTuple, Generic[T_co]):
-    """The part of a file that a reader may take.
+    """The valid part of a file.
 
     Attributes:
-        fault: what is wrong with the file; empty for nothing.
-        lines: that were skipped, of a file of lines.
+        value: the valid content.
+        fault: the problem with the file, or "".
+        lines: the number of skipped lines, for a file with one record per line.
     """
 
     value: T_co
@@ -123,10 +130,11 @@ class Part(NamedTuple, Generic[T_co]):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, links followed; OSError for anything else, without waiting.
+    """Open a regular file for reading. Symbolic links are followed.
 
-    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at first.
-    O_NONBLOCK is for what takes the file's place in between.
+    Raise OSError for a pipe or a device. The type is checked before the file is opened, because
+    opening a pipe waits for a writer. O_NONBLOCK avoids this wait if a pipe replaces the file after
+    the check.
     """
     _check_regular(path.stat().st_mode, path)
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -140,35 +148,32 @@ def open_regular(path: Path) -> BinaryIO:
 
 def _check_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
-        raise OSError(0, "it is not a regular file", str(path))
+        raise OSError(0, "the path is not a regular file", str(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file; OSError as `open_regular`."""
+    """Return the content of a regular file. Raise OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that any file and page can hold.
-
-    Bytes of a name that are not UTF-8 are replaced.
-    """
+    """Return a path as valid Unicode text. Bytes that are not UTF-8 are replaced."""
     return os.fsencode(path).decode(errors="replace")
 
 
-def name_a_run(path: Path) -> str:
-    """The fix for a path that is no run's: the folder of nearly its name, if there is one."""
-    near = None if path.is_dir() else near_path(path)
+def suggest_run(path: Path) -> str:
+    """Return the fix for a path that is not a run. The fix names a similar folder, if any."""
+    near = None if path.is_dir() else find_similar_path(path)
     if near and near.is_dir():
-        return f"did you mean {from_here(near)}?"
+        return f"did you mean {relative_to_cwd(near)}?"
     return "use the output_dir of a run"
 
 
 def parse_json(text: str | bytes) -> object:
-    """A JSON value.
+    """Parse a JSON text.
 
-    ValueError for what is not strict JSON, or holds a number that no run writes.
+    Raise ValueError if the text is not strict JSON, or contains a number beyond LARGEST.
     """
     from pydantic_core import from_json
 
@@ -178,7 +183,7 @@ def parse_json(text: str | bytes) -> object:
 
 
 def _check_numbers(value: object) -> None:
-    """ValueError for a number beyond LARGEST; the depth is bounded by the parser."""
+    """Raise ValueError for a number beyond LARGEST. The JSON parser limits the recursion depth."""
     if isinstance(value, dict):
         for item in value.values():
             _check_numbers(item)
@@ -186,27 +191,27 @@ def _check_numbers(value: object) -> None:
         for item in value:
             _check_numbers(item)
     elif isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
-        raise ValueError("a number in it is too large")
+        raise ValueError("a number in the file is too large")
 
 
 def is_number(value: object) -> bool:
-    """A finite number up to LARGEST; true and false are none."""
+    """Return whether a value is a number up to LARGEST. A bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -LARGEST <= value <= LARGEST
 
 
 def is_count(value: object) -> bool:
-    """A whole number from 0 that a browser holds exactly."""
+    """Return whether a value is an integer from 0 to LARGEST_COUNT."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
 
 Count = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
-Interval = Annotated[list[float], Len(3, 3)]  # a mean and the ends of its interval
+Interval = Annotated[list[float], Len(3, 3)]  # mean, lower and upper end of the interval
 
 
 def form_fault(value: object, form: object) -> str:
-    """Say what about a value is not of a form, which is a type for pydantic; empty for nothing."""
+    """Return why a value does not have the type `form`, or "" if it does. pydantic checks it."""
     from pydantic import ValidationError
 
     try:
@@ -226,14 +231,14 @@ def _validator(form: Any) -> "TypeAdapter[object]":
 
 
 def read_object(path: Path, form: type[T]) -> T:
-    """Read a JSON file that holds an object of a form, with what the form does not name.
+    """Read a JSON file with an object of the type `form`. Additional keys are kept.
 
-    OSError where it cannot be read, ValueError where it holds something else.
+    Raise OSError if the file cannot be read, and ValueError if its content has another type.
     """
     with open_regular(path) as file:
         text = file.read(MAX_FILE_BYTES + 1)
     if len(text) > MAX_FILE_BYTES:
-        raise ValueError("it is larger than 64 MiB")
+        raise ValueError("the file is larger than 64 MiB")
     values = parse_json(text)
     fault = form_fault(values, form)
     if fault:
@@ -242,7 +247,11 @@ def read_object(path: Path, form: type[T]) -> T:
 
 
 def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
-    """Read a file of a run; None without it, or where it is damaged."""
+    """Read a file of a run with the function `read`.
+
+    The value is None if the file does not exist or is damaged. For a damaged file, `fault` has the
+    reason.
+    """
     try:
         return Part(read(path))
     except FileNotFoundError:
@@ -252,9 +261,9 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
 
 
 def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[Fields | None]:
-    """Read the object of a JSON file without the values of a wrong type.
+    """Read a JSON file that contains an object, and remove its values of a wrong type.
 
-    Return None if there is no file.
+    The value is None if there is no file.
     """
     values, fault, _ = read_part(path, lambda file: read_object(file, Fields))
     if values is not None:
@@ -263,17 +272,17 @@ def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[Fields | None]
 
 
 def _drop_wrong_types(values: Fields, forms: Mapping[str, object]) -> str:
-    """Remove the values that are not of their form, and say which these are."""
+    """Remove the values of a wrong type, and return a text with their names."""
     wrong = []
     for name, form in forms.items():
         if values.get(name) is not None and form_fault(values[name], form):
             wrong.append(name)
             del values[name]
-    return f"of the wrong type: {', '.join(wrong)}" if wrong else ""
+    return f"values of the wrong type: {', '.join(wrong)}" if wrong else ""
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """Why a file was not read, as a clause."""
+    """Return why a file could not be read, in words."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error)
@@ -297,7 +306,7 @@ _ENV_FORMS = {
 
 
 class Failure(TypedDict, total=False):
-    """failure.json: what ended the run, on which rank, at which of its work."""
+    """Content of failure.json: the error that ended the run, with its rank and phase."""
 
     what: str
     where: str
@@ -312,7 +321,7 @@ class Failure(TypedDict, total=False):
 
 
 class Stopped(TypedDict, total=False):
-    """stopped.json: who asked for the stop, and the step that is saved."""
+    """Content of stopped.json: the reason of the stop, and the saved step."""
 
     signal: str
     reason: str
@@ -322,7 +331,7 @@ class Stopped(TypedDict, total=False):
 
 
 class RunningNote(TypedDict):
-    """running.json, of a start that is at work or was killed."""
+    """Content of running.json: the process that is training, or that was killed."""
 
     host: str
     boot: str
@@ -332,15 +341,16 @@ class RunningNote(TypedDict):
 
 
 def read_env(folder: Path) -> Part[Fields]:
-    """env.json; empty where it is not there."""
+    """Read env.json. The value is an empty dict if the file does not exist."""
     values, fault, _ = _read_fields(folder / IDENTITY, _ENV_FORMS)
     return Part(values or {}, fault)
 
 
 def held_out_hash(folder: Path) -> str | None:
-    """The hash of the rows that a run held out, by its env.json; None where it has none.
+    """Return the hash of a run's held-out rows from env.json, or None if there is no such hash.
 
-    UsageError where it is damaged: other rows must not pass for these.
+    Raise UsageError if env.json is damaged, because other rows must not be taken for the held-out
+    rows.
     """
     values, fault, _ = read_env(folder)
     validation_hash: str | None = values.get("validation_hash")
@@ -349,8 +359,8 @@ def held_out_hash(folder: Path) -> str | None:
             "env.json is damaged, so the run's held-out rows are unknown",
             where=str(folder / IDENTITY),
             why=fault,
-            fix="copy the run directory again from where it was trained; "
-            "or name rows: tunesmith eval RUN --data FILE",
+            fix="copy the run directory again from the machine that trained it, "
+            "or give the rows with `tunesmith eval RUN --data FILE`",
         )
     return validation_hash
 
@@ -365,21 +375,22 @@ def read_stopped(folder: Path) -> Part[Stopped | None]:
     return cast("Part[Stopped | None]", part)
 
 
-def how_far(
+def ended_state(
     recorded: float | None,
     failure: Failure | None,
     stopped: Stopped | None,
     final: "Manifest | None",
 ) -> tuple[RunState, int]:
-    """Tell how a run that no process is at work on has ended, and the steps that it has taken.
+    """Return the state and the number of steps of a run that has no running process.
 
-    These are those recorded or, of a stop, those that stopped.json says are saved: the record of a
-    step whose validation was cut off is written once a resume has measured it.
+    The number of steps is taken from the newest record. If the run was stopped, stopped.json may
+    have a later step, because the record of a step is missing if its validation was interrupted.
+    The resumed run measures the validation again and then writes the record.
 
     Args:
         recorded: the step of the newest record.
-        failure, stopped: what the last start left.
-        final: the manifest of final/, which may be of a shorter run.
+        failure, stopped: the content of failure.json and stopped.json of the last start.
+        final: the manifest of final/, which may be from an earlier, shorter run.
     """
     step = int(recorded or 0)
     if failure is not None:
@@ -392,19 +403,19 @@ def how_far(
 
 
 def read_running(folder: Path) -> RunningNote | None:
-    """The note of a start; None where it is not there or lacks something."""
+    """Read running.json. Return None if it does not exist or is incomplete."""
     return read_part(folder / RUNNING, lambda path: read_object(path, RunningNote)).value
 
 
 def read_recipe(folder: Path) -> Part[Fields]:
-    """config.yaml as plain values, without sections of a wrong type.
+    """Read config.yaml as plain values, without sections of a wrong type.
 
-    Empty where it is not there. It is not checked against the schema: the run may be of another
-    version.
+    The value is an empty dict if the file does not exist. The values are not checked against the
+    schema, because the run may be from another version of tunesmith.
     """
     path = folder / RECIPE
     try:
-        # A pipe of that name would be waited for; the reader of recipes opens the file itself.
+        # Refuse a pipe or a device here, because `read_file` would block when it opens one.
         open_regular(path).close()
         values: Fields = read_file(path).plain()
     except FileNotFoundError:
@@ -413,16 +424,16 @@ def read_recipe(folder: Path) -> Part[Fields]:
         return Part({}, reason_of(error))
     except RecipeError as error:
         return Part({}, error.why or error.what)
-    # A lone half of a surrogate pair cannot be written to any file or page.
+    # Refuse a lone half of a surrogate pair, because it cannot be encoded in a file or a page.
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
-        return Part({}, "it contains invalid Unicode")
+        return Part({}, "the file contains invalid Unicode")
     return Part(values, _drop_wrong_types(values, _SECTION_FORMS))
 
 
 def share_done(recipe: Fields, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
-    """Compute the part of its duration that a run has trained, from 0 to 1.
+    """Compute the completed fraction of a run's duration, from 0 to 1.
 
-    None where there is no recipe yet, or somebody edited it, and before the first step.
+    Return None before the first step, and if there is no recipe or no valid duration.
     """
     try:
         duration = Length.parse(recipe["train"]["duration"])
@@ -435,43 +446,46 @@ _SECTION_FORMS = {
     name: dict[str, object]
     for name, (_, hint) in keys().items()
     if "." not in name and schema.is_section(hint)
-} | {"method": str | dict[str, object]}  # one without keys is written as its name
+} | {"method": str | dict[str, object]}  # a method without parameters is written as its name
 
 
 def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
-    """The recipes of a run and of those that it continues, by `adapter.from` or by a model that a
-    run has written; and why not all of them are known.
+    """Return the recipes of a run and of all runs that it continues, and a text about missing
+    recipes.
 
-    Where an adapter or a model on the Hub comes from is not asked.
+    A run continues another run if its `adapter.from` or its model is the output of the other run.
+    The origin of adapters and models on the Hub is not checked.
     """
     runs = [run]
     fault = ""
-    for later in runs:  # The list grows in the loop.
+    for later in runs:  # the list grows during the loop
         model = later.model.name if Path(later.model.name, MANIFEST).is_file() else None
         for place in filter(None, (model, later.adapter.from_)):
             file = Path(place).parent / RECIPE
             try:
                 earlier = load_recipe(file, trusts_code=True)
             except TunesmithError as error:
-                fault = f"it continues {place}: {error.what}"
+                fault = f"the training continued from {place}, whose recipe cannot be read: "
+                fault += error.what
                 continue
-            # Two runs may have continued each other in turn.
+            # Add each run only once. Otherwise two runs that continue each other would make the
+            # loop endless.
             if earlier not in runs:
                 runs.append(earlier)
     return runs, fault
 
 
 class ManifestEntry(TypedDict):
-    """A file of a checkpoint."""
+    """Size and hash of one file of a checkpoint."""
 
     bytes: Count
     sha256: str
 
 
 class Manifest(TypedDict):
-    """manifest.json: the step of the weights, that of the run, and the files.
+    """Content of manifest.json: the step of the weights, the last step of the run, and the files.
 
-    `last_step` is written in final/ alone, whose weights may be of an earlier step.
+    Only the manifest of final/ has `last_step`, because its weights may be from an earlier step.
     """
 
     step: Count
@@ -480,14 +494,14 @@ class Manifest(TypedDict):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """manifest.json of final/ or of a checkpoint; None where it is not there.
+    """Read manifest.json of final/ or of a checkpoint. Return None if it does not exist.
 
-    ValueError where it is damaged.
+    Raise ValueError if the file is damaged.
     """
     values, fault, _ = read_part(folder / MANIFEST, lambda path: read_object(path, Manifest))
-    # No system opens a file whose name has a zero byte.
+    # Refuse a file name with a zero byte, because no operating system can open it.
     if values is not None and any("\0" in name for name in values["files"]):
-        fault = "a file's name in it contains a zero byte"
+        fault = "a file name in the manifest contains a zero byte"
     if fault:
         raise ValueError(fault)
     if values is not None:
@@ -496,7 +510,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def weights_step(folder: Path | None) -> int | None:
-    """The step of the weights in a folder of a run, by its manifest; None where unknown."""
+    """Return the step of the weights in final/ or a checkpoint, or None if it is unknown."""
     manifest = None
     with suppress(ValueError):
         manifest = read_manifest(folder) if folder else None
@@ -504,14 +518,14 @@ def weights_step(folder: Path | None) -> int | None:
 
 
 def describe_weights(step: int, last_step: int) -> str:
-    """Which weights of a run these are, by the steps of its manifest."""
+    """Describe in words whether the weights are from the last step or from the best validation."""
     if step == last_step:
         return f"of the last step, {step:,}"
     return f"of step {step:,} of {last_step:,}, the best saved validation"
 
 
 class Sample(TypedDict):
-    """A line of samples.jsonl; `expected` and `row` came later."""
+    """A line of samples.jsonl. Earlier versions did not write `expected` and `row`."""
 
     step: Count
     prompt: str
@@ -521,9 +535,10 @@ class Sample(TypedDict):
 
 
 def read_samples(folder: Path) -> Part[list[Sample]]:
-    """The answers of samples.jsonl in the order of their steps.
+    """Read the sample answers in samples.jsonl, sorted by step.
 
-    A last line without its end may still be written.
+    An invalid last line without a newline is ignored, because a process may still be writing this
+    line.
     """
     content, fault, _ = read_part(folder / SAMPLES, read_bytes)
     rows: list[Sample] = []
@@ -536,7 +551,8 @@ def read_samples(folder: Path) -> Part[list[Sample]]:
             reason = str(error)
         if not reason:
             rows.append(cast("Sample", row))
-        # A torn line in the middle is a fault; at the end it may still be written.
+        # Report an invalid line, unless it is the incomplete last line, which a process may still
+        # be writing.
         elif line.endswith(b"\n"):
             skipped += 1
             fault = fault or f"line {number}: {reason}"
@@ -545,7 +561,10 @@ def read_samples(folder: Path) -> Part[list[Sample]]:
 
 
 class RowLosses(TypedDict):
-    """The loss of each row and its tokens; of a row whose loss is not finite it has none."""
+    """The number of tokens of each row, and the loss of each row by model (`tuned`, `base`).
+
+    A model whose loss is not finite is omitted.
+    """
 
     row_hash: str
     tokens: list[Count]
@@ -554,7 +573,7 @@ class RowLosses(TypedDict):
 
 
 class Score(TypedDict):
-    """The numbers that a scorer measured of each model, their difference, and each row's score."""
+    """The result of a scorer for each model, the difference of the models, and the row scores."""
 
     verdict: str
     tuned: Interval
@@ -564,10 +583,10 @@ class Score(TypedDict):
 
 
 class EvalScores(TypedDict):
-    """The numbers of an `eval`.
+    """The results of `eval`.
 
-    `losses`, by model, and `row_losses` are None of a task; `seen` counts rows that were trained
-    on.
+    `losses` has the loss of each model. `losses` and `row_losses` are None if the file has no valid
+    losses. `seen` is the number of rows that were in the training data, or None if it is unknown.
     """
 
     data: str
@@ -581,9 +600,9 @@ class EvalScores(TypedDict):
 
 
 def read_scores(path: Path) -> EvalScores:
-    """Read a file of scores; OSError or ValueError where it is damaged."""
+    """Read a file with scores. Raise OSError or ValueError if it is damaged."""
     values: Fields = {**dict.fromkeys(EvalScores.__annotations__), **read_object(path, Fields)}
-    # A loss that is not finite is written as text.
+    # Remove losses that are not finite. They are written as null or as text.
     if isinstance(values["losses"], dict):
         losses = values["losses"].items()
         values["losses"] = {name: loss for name, loss in losses if is_number(loss)}

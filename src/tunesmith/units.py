@@ -1,8 +1,8 @@
-"""The grammars of a recipe: lengths, sizes and shares.
+"""Amounts with units, as recipes write them: lengths, sizes and shares.
 
-`200 steps`, `2 epochs`, `10 min`, `3 %`; `64 examples`; `5 %`. Each is an amount and a unit, read
-from text and printed back in the same form. `Cadence` tells when an interval has passed, and
-`format_seconds` writes a duration for a person.
+A length is `200 steps`, `2 epochs`, `10 min` or `3 %`. A size is `64 examples`. A share is `5 %`.
+Each of them is parsed from a text, and is converted back to a text with the same meaning. `Cadence`
+checks whether an interval has passed. `format_seconds` formats a duration for a person.
 """
 
 import math
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 SECONDS_PER_UNIT = {"s": 1.0, "min": 60.0, "h": 3600.0}
-# A smaller share of a run says nothing about when it ends.
-SMALLEST_SHARE = 1e-12
-MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
+# Minimum completed fraction of a run that is needed to estimate its end.
+MIN_FRACTION = 1e-12
+# Maximum amount in any unit. No run has so many steps, seconds or tokens per batch.
+MAX_AMOUNT = 10**9
 
 _ALIASES = {
     "step": "steps",
@@ -36,27 +37,27 @@ _FORM = re.compile(rf"^\s*({_NUMBER_PATTERN})\s*([A-Za-z%]+)\s*$")
 
 
 def ratio(amount: float, divisor: float) -> float:
-    """`amount / divisor`; 0 where the divisor is 0.
+    """Return `amount / divisor`, or 0 if the divisor is 0.
 
-    A clock that stood still between two looks measures no rate.
+    For example, the time between two readings of a clock can be 0.
     """
     return amount / divisor if divisor else 0.0
 
 
 def ceil_div(amount: int, divisor: int) -> int:
-    """`amount / divisor`, rounded up."""
+    """Return `amount / divisor`, rounded up."""
     return -(-amount // divisor)
 
 
 def count_of(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`, `1,000 rows`: a count with its noun, whose plural ends with an s."""
+    """Return a count with its noun: `1 row`, `2 rows`, `1,000 rows`. The plural gets an "s"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds for a person: `42 s`, `3:07 min`, `2:05 h`.
+    """Format seconds for a person: `42 s`, `3:07 min`, `2:05 h`.
 
-    The pages of `watch` and `report` write them alike.
+    The pages of `watch` and `report` use this format too.
     """
     whole = round(seconds)
     if whole < 60:
@@ -75,7 +76,7 @@ class _Amount:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read an amount and a unit; raise ValueError with the allowed units otherwise."""
+        """Parse an amount and a unit. Raise ValueError, with the allowed units, if this fails."""
         match = _FORM.match(text)
         unit = ""
         if match is not None:
@@ -85,14 +86,14 @@ class _Amount:
             listed = f"write a number and one of {', '.join(cls.units)}, such as '{cls.example}'"
             raise ValueError(f"{reprlib.repr(text)} is not a {cls.__name__.lower()}: {listed}")
         amount = float(match[1].replace("_", ""))
-        if amount > MOST:
-            raise ValueError(f"{reprlib.repr(text)} is too large: at most {MOST:,} {unit}")
+        if amount > MAX_AMOUNT:
+            raise ValueError(f"{reprlib.repr(text)} is too large: at most {MAX_AMOUNT:,} {unit}")
         if unit in Size.units:
             if amount != int(amount) or amount < 1:
-                raise ValueError(f"{text!r}: {unit} must be a whole number of at least 1")
+                raise ValueError(f"{text!r}: the number of {unit} must be a whole number above 0")
             return cls(int(amount), unit)
         if unit == "steps" and amount != int(amount):
-            raise ValueError(f"{text!r}: {unit} must be a whole number")
+            raise ValueError(f"{text!r}: the number of {unit} must be a whole number")
         return cls(amount, unit)
 
     def __str__(self) -> str:
@@ -103,21 +104,23 @@ class _Amount:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """In a recipe it is text."""
+        """Return the schema of a field of this type for pydantic. The field is a text that `parse`
+        converts.
+        """
         from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
         return no_info_after_validator_function(cls.parse, str_schema())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-        """Its grammar, for editors."""
+        """Return the JSON Schema for editors: a text that matches the pattern of an amount."""
         words = [*cls.units, *(alias for alias, unit in _ALIASES.items() if unit in cls.units)]
         return {"type": "string", "pattern": rf"^\s*{_NUMBER_PATTERN}\s*({'|'.join(words)})\s*$"}
 
 
 @dataclass(frozen=True)
 class Length(_Amount):
-    """A length of training: how long something lasts or how often it comes.
+    """A duration or an interval of training.
 
     >>> Length.parse("3 %"), str(Length.parse("2h"))
     (Length(amount=3.0, unit='%'), '2 h')
@@ -128,23 +131,23 @@ class Length(_Amount):
 
     @property
     def seconds(self) -> float | None:
-        """The length in seconds, or None where it is counted in steps, epochs or percent."""
+        """The length in seconds, or None if its unit is not a unit of time."""
         if self.unit not in SECONDS_PER_UNIT:
             return None
         return self.amount * SECONDS_PER_UNIT[self.unit]
 
     def share(self, *, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
-        """The part of this length that has passed, from 0 to 1.
+        """Return which fraction of this length is completed, from 0 to 1.
 
-        None where it is too small to go by, and for a length in %.
+        Return None if the fraction is too small to estimate the end, or if the unit is %.
         """
         whole = self.amount if self.seconds is None else self.seconds
         passed = {"steps": steps, "epochs": epochs, "%": 0.0}.get(self.unit, seconds)
         share = min(1.0, passed / whole) if whole > 0 else 0.0
-        return share if share > SMALLEST_SHARE else None
+        return share if share > MIN_FRACTION else None
 
     def in_words(self) -> str:
-        """`1 epoch`, where a recipe has `1 epochs`."""
+        """Return the length for a sentence: `1 epoch` instead of the recipe's `1 epochs`."""
         is_one = self.amount == 1 and self.unit in ("steps", "epochs")
         return str(self).removesuffix("s") if is_one else str(self)
 
@@ -164,7 +167,7 @@ class Size(_Amount):
 
 @dataclass(frozen=True)
 class Share(_Amount):
-    """A part of the rows.
+    """A part of the rows, in percent or as a number of examples.
 
     >>> Share.parse("5 %")
     Share(amount=5.0, unit='%')
@@ -174,15 +177,16 @@ class Share(_Amount):
     example = "5 %"
 
     def of(self, rows: int) -> int:
-        """Count the rows of this share of `rows`; a percentage is rounded up."""
+        """Return this share of `rows` as a number of rows. A percentage is rounded up."""
         if self.unit != "%":
             return int(self.amount)
-        # A tiny bit is subtracted, as the division of floats may err upwards.
+        # Subtract a small number, because a rounding error could make the quotient slightly larger
+        # than an integer.
         return math.ceil(rows * self.amount / 100 - 1e-9)
 
 
 class Cadence:
-    """Tells when something that comes `every` so often is due."""
+    """A check whether a repeated action, such as a validation, is due. `every` is the interval."""
 
     def __init__(
         self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float
@@ -202,9 +206,9 @@ class Cadence:
             self.interval = max(1, round(every.amount * steps[every.unit]))
 
     def due(self, step: int, seconds: float) -> bool:
-        """Tell whether it is due after `step`, `seconds` into the training.
+        """Return whether the action is due after step `step`, when `seconds` of training are over.
 
-        By the clock, counted from the last time.
+        If the interval is a time and the action is due, the next interval starts at `seconds`.
         """
         if self.period is None:
             return self.interval > 0 and step % self.interval == 0

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model.twin import build_twin
+from tunesmith.model.tiny_model import build_tiny_model
 
 # Stacks [experts, out, in] and [experts, in, out], with biases, and without a gate.
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "granitemoe", "llama4_text")
@@ -22,7 +22,7 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "granitemoe", "llam
 
 @pytest.fixture(params=FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    build_twin(AutoConfig.for_model(request.param)).save_pretrained(tmp_path / "base")
+    build_tiny_model(AutoConfig.for_model(request.param)).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -89,7 +89,7 @@ def test_one_stack_alone_is_refused(tmp_path: Path) -> None:
 def test_modules_trained_in_full_beside_experts(saved: tuple[str, ...], tmp_path: Path) -> None:
     """Experts with an adapter beside an embedding in full, and experts in full beside an adapter."""
     base = tmp_path / "base"
-    build_twin(AutoConfig.for_model("qwen3_moe")).save_pretrained(base)
+    build_tiny_model(AutoConfig.for_model("qwen3_moe")).save_pretrained(base)
     target = ("q_proj",) if "experts" in saved else ("q_proj", "experts")
     adapter = Adapter(rank=3, alpha=6, target=target, modules_to_save=saved)
     model = attached(base, adapter)

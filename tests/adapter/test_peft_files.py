@@ -18,7 +18,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model import twin
+from tunesmith.model import tiny_model
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),
@@ -71,7 +71,7 @@ def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
     """The shared experts of DeepSeek-V3: PEFT leaves their adapters out, and does not open a file
     with those of the experts beside them.
     """
-    small = twin.shrink(AutoConfig.for_model("deepseek_v3"))
+    small = tiny_model.shrink(AutoConfig.for_model("deepseek_v3"))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "base")
     differences = []

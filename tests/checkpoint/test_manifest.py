@@ -64,7 +64,7 @@ def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
             "cannot be read",
         ),
         (lambda p: (p / "a.bin").unlink(), "a.bin is missing"),
-        (lambda p: (p / "a.bin").write_text("short"), "has 5 bytes of 70"),
+        (lambda p: (p / "a.bin").write_text("short"), "has 5 bytes instead of 70"),
         (lambda p: (p / "a.bin").write_text("WEIGHTS" * 10), "do not match their checksum"),
     ],
 )

@@ -178,7 +178,7 @@ VERBS = [
     Case("eval", "an output that is a folder", lambda w: w.evaluate(GOOD, "--score", "exact", "--output", str(w.folder)), "--output", "cannot be read"),
     Case("eval", "an output of somebody else", lambda w: w.evaluate(GOOD, "--score", "exact", "--output", str(w.write("o.jsonl", GOOD))), "o.jsonl", "does not contain answers from eval", "--output"),
     Case("eval", "an output below a file", lambda w: w.evaluate(GOOD, "--score", "exact", "--output", str(w.write("o.txt", "") / "o.jsonl")), "o.jsonl", "cannot be", "--output"),
-    Case("eval", "no room for the answer", lambda w: w.evaluate(GOOD, "--score", "exact", "--max-new-tokens", "4096"), "b.jsonl:1", "too long", "--max-new-tokens"),
+    Case("eval", "no room for the answer", lambda w: w.evaluate(GOOD, "--score", "exact", "--max-new-tokens", "4096"), "b.jsonl:1", "too short", "--max-new-tokens"),
     Case("eval", "an unknown split", lambda w: w.evaluate(GOOD, "--split", "test"), "b.jsonl", "test", "--split train"),
 ]  # fmt: skip
 

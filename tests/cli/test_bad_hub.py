@@ -161,7 +161,7 @@ CHEAP: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no template": ({"data": {"template": "no.jinja"}}, "a file that does not exist"),
     "no tokenizer": ({"model": {"tokenizer": "./no"}}, "neither a folder"),
-    "no adapter": ({"adapter": {"from": "./no"}}, "there is no"),
+    "no adapter": ({"adapter": {"from": "./no"}}, "does not exist"),
     "no place for the run": ({"output_dir": "/dev/null/run"}, "cannot be written"),
 }
 

@@ -130,7 +130,7 @@ def test_no_room_is_told_before_the_first_step(
 
 @pytest.mark.parametrize(
     ("room", "keep", "fix"),
-    [(4, 2, "checkpoint.keep=1, or"), (5, 9, "checkpoint.keep=2, or"), (3, 1, "")],
+    [(4, 2, "set checkpoint.keep=1, or"), (5, 9, "set checkpoint.keep=2, or"), (3, 1, "")],
 )
 def test_a_fix_for_a_full_disk_is_one_that_helps(
     room: int, keep: int, fix: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -181,10 +181,10 @@ SMALLER = (
 @pytest.mark.parametrize(
     ("savings", "saved_step", "fix"),
     [
-        (SMALLER, None, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB); or data.seq_len=1024 (2.0 GiB)"),
-        (SMALLER, 2, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB)"),
-        (SMALLER[2:], 2, "data.seq_len=1024 (2.0 GiB) with --fresh"),
-        ((), None, "a smaller model, more GPUs, or a device with more memory"),
+        (SMALLER, None, "set train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB); or data.seq_len=1024 (2.0 GiB)"),
+        (SMALLER, 2, "set train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB)"),
+        (SMALLER[2:], 2, "set data.seq_len=1024 (2.0 GiB) with --fresh"),
+        ((), None, "use a smaller model, more GPUs, or a device with more memory"),
     ],
     ids=["at the start", "what a resumed run may change", "what it may not", "nothing helps"],
 )  # fmt: skip

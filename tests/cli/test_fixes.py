@@ -62,7 +62,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 THEIR_FLAGS = {
     "--advertise-addr", "--flag", "--force", "--lora", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
     "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
-    "--set-as-default", "--model_args", "--validate",
+    "--availability", "--set-as-default", "--model_args", "--validate", "--repo-type",
 }  # fmt: skip
 # Read in the worker that asks: each collects these tests, and one runs them.
 fixes = cache(collect)
@@ -331,13 +331,12 @@ def test_a_name_behind_a_printed_command_is_one_word(
     copied = f"./{HOSTILE}/smollm2-135m-lora.yaml"
     assert words_in_bash(err.rpartition("tunesmith train ")[2], tmp_path) == [copied]
     fix = fix_of(lambda: export_gguf(tiny, f"{HOSTILE}/a"))
-    assert words_in_bash(fix, tmp_path) == ["--output", str(tmp_path / HOSTILE / "a.gguf")]
+    assert words_in_bash(fix, tmp_path) == ["use", "--output", str(tmp_path / HOSTILE / "a.gguf")]
 
 
 def test_keys_that_are_proposed_can_be_given() -> None:
-    fix = fix_of(lambda: read_space(["train.lr=1e-4,3e-4"])).partition("here it is ")[2]
-    key, _, value = fix.partition(": ")
-    assert read_space([f"{key}={value},3e-4"]).grid()[0] == {"train.learning_rate": "1e-4"}
+    setting = fix_of(lambda: read_space(["train.lr=1e-4,3e-4"])).partition("write ")[2]
+    assert read_space([f"{setting},3e-4"]).grid()[0] == {"train.learning_rate": "1e-4"}
 
 
 @pytest.mark.slow
@@ -354,7 +353,7 @@ def test_commands_of_ours_that_are_pasted(
     there = f"./{HOSTILE}/{HOSTILE}.yaml"
     for _ in range(2):
         assert command_line.main(["recipes", "copy", "smollm2-135m-lora", there]) == 2
-        fix = re.search(r"fix: (?:.*, or: )?(.*)", capsys.readouterr().err)
+        fix = re.search(r"fix: (?:.*, or run: )?(.*)", capsys.readouterr().err)
         assert fix is not None
         subprocess.run(["bash", "-c", fix[1]], cwd=tmp_path, check=True, capture_output=True)
         if not Path(there).exists():

@@ -87,7 +87,8 @@ def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(
     assert f"control group {group} of {LIMIT / 2**30:.2f} GiB" in parts["where"]
     assert "docker run --memory=" in parts["fix"]
     assert not (recipe.parent / "run" / "metrics.jsonl").exists()
-    options = [option.rpartition(" (")[0] for option in parts["fix"].split(" or ")[:-1]]
+    fix = parts["fix"].removeprefix("set ")
+    options = [option.rpartition(" (")[0] for option in fix.split(" or ")[:-1]]
     assert "adapter.kind=lora" in options
     done = in_group(group, "train", str(recipe), *shlex.split("adapter.kind=lora"))
     assert done.returncode == EXIT_OK, done.stderr

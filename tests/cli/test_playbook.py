@@ -348,8 +348,8 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
             "lower --learning_rate or lengthen train.warmup",
         ),
         (
-            "choose another one: output_dir=runs/my-run",
-            "choose another one: --output_dir runs/my-run",
+            "choose another folder: output_dir=runs/my-run",
+            "choose another folder: --output_dir runs/my-run",
         ),
         (
             "at /my/output_dir/x, my.output_dir and output_dirs",

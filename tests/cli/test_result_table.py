@@ -118,7 +118,7 @@ def test_a_training_result_says_what_came_of_it_and_what_is_next(tmp_path: Path)
 def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [3.0, 1.5])
     (folder / "best.json").write_text('{"step": 1, "val_loss": 0.5}')
-    result = Result.of_finished(folder, 2)
+    result = Result.from_finished_run(folder, 2)
     assert holds(str(result), "3.0000 -> 1.5000", "fresh=True")
     assert (result.first_loss, result.last_loss) == (3.0, 1.5)
     assert (result.best_step, result.best_loss) == (1, 0.5)
@@ -126,7 +126,7 @@ def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: 
     assert result.tokens == result.values()["tokens"] > 0
     for name in ("metrics.jsonl", "best.json"):
         (folder / name).unlink()
-    assert holds(str(Result.of_finished(folder, 2)), "steps", 2)
+    assert holds(str(Result.from_finished_run(folder, 2)), "steps", 2)
 
 
 def test_an_evaluation_has_a_column_for_each_model_and_says_what_to_know() -> None:

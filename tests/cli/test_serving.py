@@ -178,8 +178,8 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(
             ["--force"],
             "; to continue, run the same command again with --resume instead of --force\n",
         ),
-        ("-", [], "standard output holds 0 of 12 rows\n"),
-        ("/dev/null", [], "/dev/null holds 0 of 12 rows\n"),
+        ("-", [], "standard output has the answers for 0 of 12 rows\n"),
+        ("/dev/null", [], "/dev/null has the answers for 0 of 12 rows\n"),
     ],
 )
 def test_a_stopped_job_names_a_command_that_works(
@@ -485,7 +485,7 @@ def test_chat_on_a_terminal(run: Path) -> None:
     shown, code = on_a_terminal(["chat", str(run), *SHORT], steps, columns=100)
     assert code == EXIT_OK, shown
     assert "tuned> " in shown
-    assert "forgotten" in shown
+    assert "a new conversation has started" in shown
     assert "Traceback" not in shown
 
 
@@ -591,8 +591,8 @@ def test_columns_on_the_command_line(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--columns", "prompt"], "prompt is not name=column"),
-        (["--columns", "{prompt: [a]}"], "is not name=column"),
+        (["--columns", "prompt"], "prompt does not have the form name=column"),
+        (["--columns", "{prompt: [a]}"], "does not have the form name=column"),
         (
             ["--columns", "promt=q", "--format", "prompt-completion"],
             "format prompt-completion has no column promt",

@@ -53,13 +53,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (huge, "larger than 256 KiB", str(huge), "page of YAML"),
         (
             tmp_path / "gone.yaml",
-            "neither a file nor one that ships",
+            "neither a file nor a shipped recipe",
             str(tmp_path / "gone.yaml"),
             "tunesmith recipes",
         ),
-        (run, "is a folder", str(run), "name a .yaml file"),
-        (pipe, "neither a file nor one that ships", str(pipe), "tunesmith recipes"),
-        (Path("/dev/zero"), "neither a file nor one that ships", "/dev/zero", "tunesmith recipes"),
+        (run, "is a folder", str(run), "name a recipe file"),
+        (pipe, "neither a file nor a shipped recipe", str(pipe), "tunesmith recipes"),
+        (
+            Path("/dev/zero"),
+            "neither a file nor a shipped recipe",
+            "/dev/zero",
+            "tunesmith recipes",
+        ),
     ]
     for path, what, where, fix in cases:
         with pytest.raises(UsageError) as caught:

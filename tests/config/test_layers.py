@@ -278,7 +278,7 @@ def test_other_rows_have_the_format_that_the_method_learns_from(
     run = load_recipe(parent, [f"{key}={name}", "data.validation.source=other.jsonl"])
     formats = {source.format for source in (*run.data.train, *run.data.validation)}
     assert formats == {expected}
-    with refuses(RecipeError, fix=[f"data.train.format: {expected}"]):
+    with refuses(RecipeError, fix=[f"data.train.format={expected}"]):
         load_recipe(parent, ["data.train.source=rows.jsonl", "data.train.format=messages"])
 
 

@@ -169,8 +169,16 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
             "overrides: train.learning_rate",
         ),
         ({"train.sed": 3}, "unknown key train.sed", "overrides: train.sed"),
-        ({"train": {"seed": {1}}}, "a set is not a recipe's value", "overrides: train.seed"),
-        ({"extends": "qwen3-8b-lora"}, "extends is only allowed in a file", "overrides: extends"),
+        (
+            {"train": {"seed": {1}}},
+            "a recipe cannot have a value of type set",
+            "overrides: train.seed",
+        ),
+        (
+            {"extends": "qwen3-8b-lora"},
+            "extends is only allowed in a recipe file",
+            "overrides: extends",
+        ),
         ({"adapter.kind": "none", "adapter.rank": 3}, "has no effect", "overrides: adapter.rank"),
     ],
 )

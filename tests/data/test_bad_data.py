@@ -57,13 +57,13 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", "\n \n", {}, "no rows", "a.jsonl", "add rows"),
     ("a.jsonl", f"{GOOD}\nnot json\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.jsonl", f'{GOOD}\n\n{{"text": "cut', {}, "not JSON", "a.jsonl:3", "write the file again"),
-    ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "one JSON object a line", "a.jsonl:1", "jq -c "),
+    ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "one JSON object per line", "a.jsonl:1", "jq -c "),
     ("a.jsonl", f'{GOOD}\n["text"]\n', {}, "an array, not an object", "a.jsonl:2", '{"column": value'),
-    ("a.jsonl", f"{GOOD}\nnull\n", {}, "null, not an object", "a.jsonl:2", "delete it"),
+    ("a.jsonl", f"{GOOD}\nnull\n", {}, "null, not an object", "a.jsonl:2", "delete the row"),
     ("a.jsonl", f"{GOOD}\n".encode() + b'{"text": "caf\xe9"}\n', {}, "not UTF-8", "a.jsonl:2", "iconv -f cp1252"),
     ("a.jsonl", GOOD.encode("utf-16"), {}, "not UTF-8", "a.jsonl:1", "iconv -f utf-16"),
     ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "write the file again"),
-    ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a surrogate pair", "a.jsonl:2", "write the whole character"),
+    ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a surrogate pair", "a.jsonl:2", "write the complete character"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {DIGITS}}}\n', {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.json", f'[{GOOD},\n{GOOD}, {{"n": {DIGITS}}}]', {}, "not JSON", "a.json:1", "sed -n 1p"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "text": "b"}}\n', {}, "not JSON", "a.jsonl:2", "fix this line"),
@@ -81,34 +81,34 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", f"[{GOOD}]\n[{GOOD}]", {}, "neither one JSON array", "a.json:2", "jq -c "),
     ("a.json", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.json:1", "sed -n 1p"),
     ("a.json", f"{GOOD}\n{{text: 1}}\n{GOOD}", {}, "not JSON", "a.json:2", "sed -n 2p"),
-    ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "one JSON object a line", "a.jsonl:1", "jq -c "),
-    ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "one JSON object a line", "a.jsonl:2", "jq -c "),
+    ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "one JSON object per line", "a.jsonl:1", "jq -c "),
+    ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "one JSON object per line", "a.jsonl:2", "jq -c "),
     ("a.jsonl", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.jsonl:1", "sed -n 1p"),
     ("a.jsonl", f"{GOOD}\n{GOOD} x\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
-    ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
+    ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete the row"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
     ("a.csv", "text\n", {}, "no rows", "a.csv", "add rows"),
-    ("a.csv", "text,text\n1,2\n", {}, "without a name of their own: text", "a.csv:1", "a unique name"),
-    ("a.csv", ",text\nx,a\n", {}, "without a name of their own", "a.csv:1", "a unique name"),
-    ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "in quotes"),
-    ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv:2", "close the quote"),
-    ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not CSV", "a.csv:2", 'twice: "say ""hi"""'),
-    ("a.csv", "text,n\na,1\nb\n", {}, "1 value under a header of 2", "a.csv:3", "add the missing values"),
-    ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "download or write"),
-    ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
+    ("a.csv", "text,text\n1,2\n", {}, "without a name or with the same name: text", "a.csv:1", "a unique name"),
+    ("a.csv", ",text\nx,a\n", {}, "without a name or with the same name", "a.csv:1", "a unique name"),
+    ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values, but the header has 2", "a.csv:3", "in quotes"),
+    ("a.csv", 'text\n"open\n', {}, "not valid CSV", "a.csv:2", "close the quote"),
+    ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not valid CSV", "a.csv:2", '"a ""quoted"" word"'),
+    ("a.csv", "text,n\na,1\nb\n", {}, "1 value, but the header has 2", "a.csv:3", "add the missing values"),
+    ("a.parquet", b"PAR1 torn", {}, "not a valid parquet file", "a.parquet", "download or write"),
+    ("a.arrow", b"ARROW1 torn", {}, "not a valid arrow file", "a.arrow", "download or write"),
     ("a.bin", "hello", {}, "not a supported data file", "a.bin", "JSON lines"),
     ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
     ("a.txt", " \n", {}, "no rows", "a.txt", "texts"),
     ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md, line 2", "iconv"),
-    ("a.txt", "a\nb\0", {}, "no text", "a.txt, line 2", "file "),
+    ("a.txt", "a\nb\0", {}, "is not text", "a.txt, line 2", "file "),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
     ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
     ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "larger slice"),
     ("a.jsonl", GOOD, {"split": "train[:1%]"}, "selects no rows", "a.jsonl", "larger slice"),
-    ("a.jsonl", GOOD, {"split": "train[:200%]"}, "cannot be read", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "cannot be read", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"split": "train[a:b]"}, "cannot be read", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or format: text"),
+    ("a.jsonl", GOOD, {"split": "train[:200%]"}, "is invalid", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "is invalid", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"split": "train[a:b]"}, "is invalid", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or use format: text"),
     ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
     (
         "a.jsonl", line(Topic="t", Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Qestion", "completion": "Anwser"}},
@@ -122,8 +122,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
         "a.jsonl", line(question="q", question_en="q", answer="a"), {"format": "prompt-completion", "columns": {"prompt": "question_eng"}},
         "no column question_eng", "a.jsonl:1", "columns: {prompt: question_en, completion: answer}",
     ),
-    ("a.jsonl", line(question="q", answer="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "add it to the row"),
-    ("a.jsonl", line(prompt="q", completion="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "the row, or format: prompt-completion"),
+    ("a.jsonl", line(question="q", answer="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "add the column"),
+    ("a.jsonl", line(prompt="q", completion="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "the row, or use format: prompt-completion"),
     ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
     ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),
@@ -151,20 +151,20 @@ def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, st
 CALL = {"name": "f", "arguments": {}}
 MESSAGES: list[tuple[Any, str, str, str]] = [
     ([], "messages is empty", ":1", "delete the row"),
-    ("hi", "messages is not JSON", ":1", "fix the text"),
+    ("hi", "messages is not JSON", ":1", "correct the JSON text"),
     ({"role": "user"}, "messages is an object, not a list", ":1", "[...]"),
     ([U, "ho"], "has no `role`", "message 2", '"role"'),
     ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
     ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
     ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
-    ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "part of type 'video'", "message 1", "delete the row"),
+    ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "parts of type 'video'", "message 1", "delete the row"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([U, A, U], "does not end with an answer", ":1", "last messages"),
     ([A, U, A], "without a question", "message 1", "fix the row"),
-    ([U, {"role": "tool", "content": "3"}, A], "behind no answer", "message 2", "fix the row"),
+    ([U, {"role": "tool", "content": "3"}, A], "does not follow an answer", "message 2", "fix the row"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
-    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),
-    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": f'{{"a": {DIGITS}}}'}]}], "arguments is not JSON", ":1", "fix the text"),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "correct the JSON text"),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": f'{{"a": {DIGITS}}}'}]}], "arguments is not JSON", ":1", "correct the JSON text"),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
     ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "fix the row"),
     ([U, {**A, "loss_weight": 0.5}], "loss_weight: 0.5", "message 2", "remove loss_weight"),
@@ -186,9 +186,9 @@ def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None
     [
         ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "fix the text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "fix the text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 is 'add'", "parameters"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "correct the JSON text"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "correct the JSON text"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 has no name", "parameters"),
         ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
     ],
 )  # fmt: skip
@@ -269,7 +269,7 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
     big = line(text="x" * (3 << 20))
     assert_refused(
         Source(source=write("a.jsonl", f"{GOOD}\n{big}\n"), format="text"),
-        "a row of 3 MiB",
+        "the row has 3 MiB",
         "a.jsonl:2",
         "one row per line",
     )
@@ -278,7 +278,7 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
         Source(source=write("a.json", f"[{big}]"), format="text"),
         "a text of 3 MiB",
         "a.json row 1",
-        "split it",
+        "split the text",
     )
 
 
@@ -303,7 +303,7 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
         (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be read", "check the network"),
-        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs one of its configurations", "data.train.name=x"),
+        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "data.train.name=x"),
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip
@@ -324,7 +324,9 @@ def test_a_folder_of_nearly_that_name_is_proposed_beside_the_hub(
 ) -> None:
     (tmp_path / "stories").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert_refused(Source(source="storeis"), "not in the Hub cache", "storeis", "mean stories,")
+    assert_refused(
+        Source(source="storeis"), "not in the Hub cache", "storeis", "the local path stories?"
+    )
 
 
 class _Gate(BaseHTTPRequestHandler):

@@ -57,7 +57,7 @@ def test_all_bad_rows_are_listed_at_once(
     tiny: Path, tmp_path: Path, are_parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if are_parallel:
-        monkeypatch.setattr(workers, "ROWS_EACH", 10)
+        monkeypatch.setattr(workers, "MIN_ROWS_PER_WORKER", 10)
         monkeypatch.setattr(workers, "available_cores", lambda: 2)
     path = write_rows(tmp_path / "rows.jsonl")
     with refuses(DataError, names=[5, 40], fix=["data.bad_rows=skip"]) as refused:
@@ -225,7 +225,7 @@ def test_worse_answers_beside_chosen_ones_that_are_named_are_no_loss(
     path.write_text(f"{json.dumps(row)}\n" * 3)
     named = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
     data = prepared(tiny, tmp_path, path, train={"source": str(path), **named})
-    (warning,) = [line for line in data.warnings() if "nothing reads" in line]
+    (warning,) = [line for line in data.warnings() if "training does not read" in line]
     assert holds(warning, "score")
     assert "rejected" not in warning
 

@@ -112,7 +112,7 @@ def test_an_empty_split(make, simple: Simple) -> None:
 def test_a_row_without_a_supervised_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     two = given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0]))
-    error = assert_broken(simple, two, "supervised", "(1 of 2 rows)")
+    error = assert_broken(simple, two, "supervised", "for 1 of 2 rows:")
     assert error.where == "train: made row 2"
 
 
@@ -120,11 +120,13 @@ def test_an_answer_of_which_the_end_token_alone_is_supervised(simple: Simple) ->
     end = simple.tokenizer.eos_token_id
     whole = ([70, 71, end], [0, 1, 1])
     lost = ([70, 71, end], [0, 0, 1])
-    error = assert_broken(simple, given(simple, whole, lost), "besides its end", "(1 of 2 answers)")
+    error = assert_broken(
+        simple, given(simple, whole, lost), "besides its end", "for 1 of 2 answers:"
+    )
     assert holds(error.where, 2)
     # Each answer of a row counts.
     twice = ([70, 71, end, 72, 73, end], [0, 1, 1, 0, 0, 1])
-    assert_broken(simple, given(simple, twice), "besides its end", "(1 of 2 answers)")
+    assert_broken(simple, given(simple, twice), "besides its end", "for 1 of 2 answers:")
     # That of the row before does not lend its end.
     assert_broken(simple, given(simple, whole, ([end, end], [0, 1])), "besides its end")
     # What the template writes behind the end may be supervised too.
@@ -145,7 +147,7 @@ def test_a_missing_end_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     two = ([70, 71, end, 72, 73, 74], [0, 1, 1, 0, 1, 0])
     rows = given(simple, ([70, 71, end], [0, 1, 1]), two)
-    error = assert_broken(simple, rows, "end token", "(1 of 3 answers)")
+    error = assert_broken(simple, rows, "end token", "for 1 of 3 answers:")
     assert error.where == "train: made row 2"
     word = simple.tokenizer.decode([73])
     assert f"⟦{word}⟧" in error.why
@@ -171,7 +173,8 @@ def test_an_end_of_earlier_answers_stands_behind_them(simple: Simple) -> None:
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     """It is counted by a rule of its own; an earlier answer of the same row must end."""
     one = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    assert_broken(simple, one, "cut off", "data.seq_len (1 of 1 row)")
+    error = assert_broken(simple, one, "cut off", "for 1 of 1 row:")
+    assert "data.seq_len" in error.what
     end = simple.tokenizer.eos_token_id
     two = given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True)
     assert_broken(simple, two, "end token")
@@ -187,12 +190,12 @@ def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) ->
     (warning,) = contract.warnings
     assert warning.startswith("2 of 20 rows (10.0%) ")
     assert holds(warning, "data.seq_len")
-    assert f"fix: data.seq_len={longest} (" in warning
+    assert f"fix: set data.seq_len={longest} (" in warning
 
     tokens = make(alpaca(20, letters=lambda i: 200 if i < 3 else 5), seq_len=100)
     error = assert_broken(simple, tokens, "cut off")
     assert error.exit_code == 2
-    assert "(3 of 20 rows)" in error.what
+    assert "for 3 of 20 rows:" in error.what
     assert error.where.endswith("rows0.jsonl:1")
     for way in (f"data.seq_len={longest} (", "data.too_long=drop", "data.allow_cut_answers=true"):
         assert way in error.fix
@@ -208,7 +211,7 @@ def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
     (broken,) = judge(position_limit=128).broken
     assert holds(broken.fix, "data.seq_len=128", "data.allow_cut_answers=true")
     assert "data.too_long" not in broken.fix, "dropping all rows is no way on"
-    assert [c.fix for c in judge(position_limit=100).broken] == ["data.allow_cut_answers=true"]
+    assert [c.fix for c in judge(position_limit=100).broken] == ["set data.allow_cut_answers=true"]
     accepted, warned = judge(cut_answers="accept"), judge(cut_answers="warn")
     assert (accepted.broken, accepted.warnings, warned.broken) == ((), (), ())
     assert "9 of 9 rows (100.0%)" in accepted.checks[-1].note
@@ -232,7 +235,7 @@ def test_a_doubled_bos(simple: Simple) -> None:
     bos = simple.tokenizer.bos_token_id
     assert_holds(simple, given(simple, ([bos, 70, end], [0, 1, 1])))
     two = given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1]))
-    error = assert_broken(simple, two, "BOS", "(1 of 2 rows)")
+    error = assert_broken(simple, two, "BOS", "for 1 of 2 rows:")
     assert error.where == "train: made row 2"
 
 
@@ -254,7 +257,7 @@ def test_a_mask_that_reaches_into_the_prompt(
         return example
 
     monkeypatch.setattr(Simple, "encode", greedy)
-    error = assert_broken(simple, make(alpaca(5), seq_len=256), "prompt", "(1 of 5 rows)")
+    error = assert_broken(simple, make(alpaca(5), seq_len=256), "prompt", "for 1 of 5 rows:")
     assert error.where.endswith("rows0.jsonl:4")
     assert "assistant⟦\\n⟧" in error.why
 
@@ -272,7 +275,7 @@ def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPa
     end = simple.tokenizer.eos_token_id
     good, bad = ([70, 71, end], [0, 1, 1]), ([70, 71, 72], [0, 1, 1])
     rows = given(simple, *[good] * 40, bad, *[good] * 40, bad)
-    error = assert_broken(simple, rows, "end token", "(2 of 82 answers)")
+    error = assert_broken(simple, rows, "end token", "for 2 of 82 answers:")
     assert error.where == "train: made row 41"
     assert_holds(simple, make(alpaca(50), alpaca(30), seq_len=256))
 

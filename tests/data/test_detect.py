@@ -265,15 +265,15 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     ),
     "text and its class": (
         {"text": "x y", "label": "pos"}, "label looks like the class",
-        "--columns prompt=text,completion=label; to learn the text alone: --columns text=text",
+        "use --columns prompt=text,completion=label to train on the class, written as a text, as the answer, or --columns text=text to",
     ),
     "text and the number of its class": (
         {"content": "x y", "label": 1, "split": "train"}, "label looks like the class",
-        "in words: --columns prompt=content,completion=label;",
+        "use --columns prompt=content,completion=label to",
     ),
-    "a question and its kind": ({"text": "x y", "coarse_label": 1, "fine_label": 3}, "coarse_label looks like the class", "prompt=text,completion=coarse_label;"),
-    "a text and its feelings": ({"text": "x y", "emotions": [3, 5], "url": "u"}, "emotions looks like the class", "completion=emotions;"),
-    "several classes": ({"text": "x y", "labels": [1, 3], "id": "a"}, "labels looks like the class", "completion=labels;"),
+    "a question and its kind": ({"text": "x y", "coarse_label": 1, "fine_label": 3}, "coarse_label looks like the class", "prompt=text,completion=coarse_label to"),
+    "a text and its feelings": ({"text": "x y", "emotions": [3, 5], "url": "u"}, "emotions looks like the class", "completion=emotions to"),
+    "several classes": ({"text": "x y", "labels": [1, 3], "id": "a"}, "labels looks like the class", "completion=labels to"),
     "unknown names": (texts("x", "y"), "no column name indicates", "--columns prompt=x,completion=y"),
     "an answer with two more": (
         {"title": "x", "body": "a longer text", "reply": "y"}, "no column name indicates", "--columns prompt=body,completion=reply",
@@ -281,7 +281,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "images of pairs": (
         {**texts("chosen", "rejected", "prompt"), "images": ["a.png"]}, "the row has images: an array", "delete the pictures",
     ),
-    "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
+    "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write the value in quotes"),
     "messages of an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",
     ),
@@ -289,7 +289,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"dialog": [{"speaker": "a", "output": "x"}]}, "a message has no `role` and `content`: {'speaker': 'a', 'output'", '{"role": "user"',
     ),
     "empty chats": ({"messages": []}, "messages is empty", "delete the row"),
-    "an empty answer": ({"question": "x", "answer": None}, "column answer is null", "fill it"),
+    "an empty answer": ({"question": "x", "answer": None}, "column answer is null", "fill the column"),
 }  # fmt: skip
 
 
@@ -417,7 +417,7 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
             Source(source="rows.jsonl", format="prompt-completion"),
             where="rows.jsonl:1",
         )
-    words = shlex.split(refused.value.fix.partition(", or ")[0])
+    words = shlex.split(refused.value.fix.removeprefix("use ").partition(", or ")[0])
     assert words[0] == "--columns"
     assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "...")]
 
@@ -441,7 +441,7 @@ def test_columns_are_proposed_alike_with_a_recipe_and_without(row: Row, columns:
     for format_name in ("prompt-completion", "alpaca"):
         with pytest.raises(DataError) as refused, fixes_as_options():
             convert_row(row, Source(source="r.jsonl", format=format_name), where="r.jsonl:1")
-        words = shlex.split(refused.value.fix)
+        words = shlex.split(refused.value.fix.removeprefix("use "))
         named = dict(column_names(words[1]))
         assert [*named.values()] == [name for name in columns if name not in named]
         assert words[2:] == []

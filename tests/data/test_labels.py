@@ -111,7 +111,7 @@ def test_the_way_on_names_the_columns_of_feedback(
 
 @pytest.mark.parametrize(("column", "bad"), [("stars", "1 star"), ("accepted", -1)])
 def test_a_label_that_feedback_does_not_read_is_to_be_written_anew(column: str, bad: Any) -> None:
-    with refuses(DataError, fix=[f"label: {column}}}'", "after true"]):
+    with refuses(DataError, fix=[f"label: {column}}}'", "first write true"]):
         convert({**PAIR, column: bad})
 
 
@@ -149,7 +149,7 @@ def test_a_value_that_calls_no_answer_bad(harmless: Row) -> None:
 
 def test_a_bad_label_in_an_object() -> None:
     label = {"metadata": {"id": 7, "is_correct": False}}
-    fix = ["copy it into a column", "rename metadata.is_correct"]
+    fix = ["copy metadata.is_correct into a separate column", "rename metadata.is_correct"]
     with refuses(DataError, where="rows.jsonl:1", names=["metadata.is_correct"], fix=fix):
         convert({**PAIR, **label})
     with refuses(DataError, fix=["label: metadata.is_correct"]):
@@ -193,7 +193,7 @@ def test_numbers_that_are_labels(
 def test_other_grades_are_no_labels(tiny: Path, tmp_path: Path, values: list[Any]) -> None:
     rows = [{**PAIR, "rating": value} for value in values]
     told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
-    assert warnings_with(told, "nothing reads rating")
+    assert warnings_with(told, "not read rating")
 
 
 def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_groups_join_over_others() -> None:
     groups = Groups()
     for one, other in [(5, 3), (8, 9), (3, 1), (9, 2)]:
         groups.join(one, other)
-    assert groups.of_several() == [[1, 3, 5], [2, 8, 9]]
+    assert groups.joined_groups() == [[1, 3, 5], [2, 8, 9]]
     assert groups.are_joined(5, 1)
     assert not groups.are_joined(5, 8)
     assert not groups.are_joined(7, 8)

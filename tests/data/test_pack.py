@@ -63,8 +63,8 @@ def test_fill_on_lengths_like_those_of_alpaca() -> None:
 
 
 def test_an_item_that_does_not_fit_is_refused() -> None:
-    with refuses(ValueError, names=["5..5", "1..4"]):
+    with refuses(ValueError, names=["1 to 4", "5 to 5"]):
         best_fit_decreasing([5], 4)
-    with refuses(ValueError, names=["0..0", "1..4"]):
+    with refuses(ValueError, names=["1 to 4", "0 to 0"]):
         best_fit_decreasing([0], 4)
     assert best_fit_decreasing([], 4) == []

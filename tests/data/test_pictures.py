@@ -29,7 +29,6 @@ from tunesmith.data.compare.row_texts import row_text
 from tunesmith.data.compare.splits import read_checked_splits
 from tunesmith.data.rows.detect import detect
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.lost_pictures import find_lost_pictures
 from tunesmith.data.rows.pictures import (
     MAX_PICTURE_RATIO,
     open_picture,
@@ -39,11 +38,12 @@ from tunesmith.data.rows.pictures import (
     scaled_size,
 )
 from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Picture, pictures_of
+from tunesmith.data.rows.unread_pictures import find_unread_pictures
 from tunesmith.data.source.open_source import count_characters, read_rows
 from tunesmith.data.source.table import Place
 from tunesmith.errors import DataError
 from tunesmith.hub import fetch
-from tunesmith.training.early_checks import look_at_rows
+from tunesmith.training.early_checks import preview_rows
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.program_rows import keep_rows
 
@@ -592,7 +592,7 @@ def test_a_picture_that_nothing_reads(name: str, folder: Path) -> None:
     place = Place("rows.jsonl:3", folder)
     [found] = convert_row(row, source, where=place).samples
     for sees in (False, True):
-        assert dict(find_lost_pictures(row, found, place, sees=sees)) == expected[sees]
+        assert dict(find_unread_pictures(row, found, place, sees=sees)) == expected[sees]
 
 
 # Files of rows ------------------------------------------------------------------------------------
@@ -844,7 +844,7 @@ def test_rows_of_files_are_compared_by_their_pictures(
 def test_a_recipe_for_rows_with_pictures_has_a_model_that_sees(folder: Path) -> None:
     rows = "image,question,answer\npictures/red.png,Color?,red\n,Hi,Ho\n"
     (folder / "a.csv").write_text(rows)
-    look = look_at_rows("someone/model", str(folder / "a.csv"))
+    look = preview_rows("someone/model", str(folder / "a.csv"))
     assert look.chosen["model.vision"] is True
     assert look.draft.model.vision
     assert look.chosen["data.train.columns"] == {
@@ -852,11 +852,11 @@ def test_a_recipe_for_rows_with_pictures_has_a_model_that_sees(folder: Path) -> 
         "completion": "answer",
         "images": "image",
     }
-    look = look_at_rows("someone/model", str(folder / "a.csv"), ["model.vision=false"])
+    look = preview_rows("someone/model", str(folder / "a.csv"), ["model.vision=false"])
     assert "model.vision" not in look.chosen
     assert not look.draft.model.vision
     (folder / "b.csv").write_text("question,answer\nHi,Ho\n")
-    assert "model.vision" not in look_at_rows("someone/model", str(folder / "b.csv")).chosen
+    assert "model.vision" not in preview_rows("someone/model", str(folder / "b.csv")).chosen
 
 
 def test_the_recipe_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -720,7 +720,7 @@ def test_data_tells_what_the_smallest_picture_costs(
         picture(tmp_path, size)
         rows = [row(tmp_path, f"{size[0]}x{size[1]}-0.png", "What?", "Blue.")]
         data = prepared(folders[family], tmp_path, rows, seq_len=1024)
-        assert any("a picture" in figure for figure in data.figures(data.train.parts[0]))
+        assert any(figure.endswith(" picture") for figure in data.figures(data.train.parts[0]))
 
 
 def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -733,4 +733,4 @@ def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path)
     assert part.counts.placeholders == 20
     share = f"{20 / part.counts.tokens:.1%}"
     assert any(holds(figure, 2, share) for figure in data.figures(part))
-    assert any(holds(figure, 10, "a picture") for figure in data.figures(part))
+    assert any(holds(figure, 10, "per picture") for figure in data.figures(part))

@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
             "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
         ),
         [user("a"), answer("b")],
-        "other than its generation prompt",
+        "does not write its generation prompt",
     ),
     "roles must alternate": (
         (TEMPLATES / "gemma.jinja").read_text(encoding="utf-8"),

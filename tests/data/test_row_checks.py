@@ -183,7 +183,7 @@ def test_a_line_says_that_many_rows_are_compared(
     rows = [{"prompt": f"Is number {i} told of?", "completion": "It is."} for i in range(9)]
     source = source_of(tmp_path / "rows.jsonl", rows)
     sources = [(source, read_rows(source))]
-    monkeypatch.setattr(row_checks, "TOLD_ROWS", 8)
+    monkeypatch.setattr(row_checks, "ANNOUNCED_ROWS", 8)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     for expected in (1, 0):
         with logged_lines() as lines:
@@ -282,9 +282,10 @@ def test_what_is_left_out_is_counted_and_no_warning(tmp_path: Path) -> None:
     ]
     assert row_warnings_of(splits, []) == []
     told = describe_rows(splits)
-    assert ["near-duplicates: 1 row" in told[0], "contradictions: 2 rows" in told[1]] == [
-        True,
-        True,
+    parts = [line.partition(",")[0].split() for line in told]
+    assert [(count, *key) for count, _, _, _, _, *key in parts] == [
+        ("1", "data.leave_out", "(near-duplicates)"),
+        ("2", "data.leave_out", "(contradictions)"),
     ]
     assert findings_as_json(splits, [])["left_out"] == {"near-duplicates": 1, "contradictions": 2}
 

@@ -312,7 +312,7 @@ KEPT = [
     "u:Summary: started.//Keep | (a):Kept. | u:Go on | a:Went on.",
 ]
 ENCRYPTED = "thoughts that are encrypted or not recorded, left out"
-UNANSWERED = "messages behind the last trained answer, left out"
+UNANSWERED = "messages after the last trained answer, left out"
 CUT_LINE = "lines cut off at the end of a file"
 CUT_CONVERSATION = "conversations cut off after 1 MiB"
 BRANCHES = "lines of other branches, left out"
@@ -410,7 +410,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         codex(say("user", "Hi"), say("assistant", "Hello."), thought("Call."), item("a")),
         ["s:Be brief. | u:Hi | a:<think>/Call./</think>//Hello. >a"],
         {
-            "parts of answers moved in front of a text or a call": 1,
+            "parts of answers moved before a text or a call": 1,
             "tool calls without a result": 1,
         },
     ),

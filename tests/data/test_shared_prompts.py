@@ -100,7 +100,7 @@ def test_documents_are_the_sequences(texts: list[tuple[str, str, str]], padding:
     for document, sequence in zip(documents, sequences, strict=False):
         assert ids[document].tolist() == sequence.ids.tolist()
         assert positions[document].tolist() == list(range(len(sequence.ids)))
-    # In the order of the row, as `Sequences.of_target` takes them.
+    # In the order of the row, as `Sequences.sequence_indices` takes them.
     expected = [token for part in sequences for token in part.ids[1:][part.trained[1:]].tolist()]
     assert targets[targets != IGNORE].tolist() == expected
     if batch.whole is not None:

@@ -316,7 +316,7 @@ items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1
 @given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
 def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:
     costs, lengths = np.array(pairs, np.float64)[:, 0], np.array(pairs)[:, 1]
-    bins = balanced_bins(costs, lengths, count, room=room, most=most)
+    bins = balanced_bins(costs, lengths, count, capacity=room, max_items=most)
     # The definition, step by step.
     wanted: list[list[int]] | None = [[] for _ in range(count)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -336,7 +336,11 @@ def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], 
     1969).
     """
     bins = balanced_bins(
-        np.array(costs, np.float64), np.ones(len(costs), int), count, room=10**6, most=10**6
+        np.array(costs, np.float64),
+        np.ones(len(costs), int),
+        count,
+        capacity=10**6,
+        max_items=10**6,
     )
     assert bins is not None
     largest = max(sum(costs[i] for i in b) for b in bins)
@@ -349,7 +353,7 @@ def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
     2 finds no room.
     """
     lengths = np.array([3, 3, 2, 2, 2]) * 2
-    assert balanced_bins(lengths.astype(float), lengths, 2, room=12, most=5) is None
+    assert balanced_bins(lengths.astype(float), lengths, 2, capacity=12, max_items=5) is None
     assert len(best_fit_decreasing(lengths, 12)) == 2
     ranks = all_ranks(
         Numbered(lengths.tolist()),

@@ -464,8 +464,8 @@ def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) 
     message = answer("Hm.", tool_calls=[call("weather")])
     message["tool_calls"][0]["function"]["arguments"] = arguments
     written = json.dumps(arguments, ensure_ascii=ascii_only)
-    assert missing_parts(message, f"Hm.<call>weather{written}</call>") == []
-    assert missing_parts(message, f"Hm.<call>weathe{written}</call>") == ["lost_call"]
+    assert [*missing_parts(message, f"Hm.<call>weather{written}</call>")] == []
+    assert [*missing_parts(message, f"Hm.<call>weathe{written}</call>")] == ["lost_call"]
 
 
 # --- counted over all rows

@@ -68,7 +68,7 @@ def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) 
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
     for start in ([], ["train.global_batch=64 examples"]):
         assert main(["data", path, *start, "train.duration=0.5 epochs"]) == 0
-        warning = re.search(r"warning: .*fix: (.*)", capsys.readouterr().out)
+        warning = re.search(r"warning: .*fix: set (.*)", capsys.readouterr().out)
         assert warning is not None
         assert main(["data", path, *start, warning[1].replace('"', "")]) == 0
         assert "warning" not in capsys.readouterr().out

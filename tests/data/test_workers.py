@@ -72,7 +72,7 @@ def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> 
 
     monkeypatch.setattr(pool.subprocess, "Popen", started)
     monkeypatch.setattr(select_template_module, "try_template", lambda *_: None)
-    monkeypatch.setattr(workers, "ROWS_EACH", 100)
+    monkeypatch.setattr(workers, "MIN_ROWS_PER_WORKER", 100)
     monkeypatch.setattr(workers, "available_cores", lambda: 3)
     return processes
 

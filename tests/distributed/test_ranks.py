@@ -19,7 +19,7 @@ from torch.testing._internal.distributed import fake_pg
 
 from errors import refuses
 from ranks import run_ranks
-from tunesmith.cli.main import framed
+from tunesmith.cli.main import run_command
 from tunesmith.distributed.ranks import (
     COLLECTIVE_TIMEOUT,
     REPORT_S,
@@ -112,7 +112,7 @@ def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(
     def fail() -> int:
         raise OtherRankError("rank 1 on b failed", exit_code=2)
 
-    assert framed(fail, process=False) == 2
+    assert run_command(fail, process=False) == 2
     assert capsys.readouterr().err == ""
 
 

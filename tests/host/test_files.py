@@ -83,7 +83,7 @@ def test_what_a_stopped_write_leaves_is_removed_by_it_or_by_the_next_one(
 @dataclass(frozen=True)
 class Figures:
     count: int
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
 
 def test_what_was_measured_is_measured_again_where_its_file_is_bad(
@@ -109,7 +109,7 @@ def test_what_was_measured_is_measured_again_where_its_file_is_bad(
     [file] = (tmp_path / "specs").iterdir()
     whole = file.read_bytes()
     bad = (b"", whole[:-1], b"\xff", b"7", b"null", b"[]", b"{}", b'{"names": 7}', b"[" * 100_000)
-    for content in (*bad, whole.replace(b"count", b"amount")):
+    for content in (*bad, whole.replace(b"count", b"amount"), whole.replace(b"names", b"words")):
         file.write_bytes(content)
         measured.clear()
         assert figures(1) == Figures(3, ("a", "b"))
@@ -130,7 +130,7 @@ def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path)
     place = tmp_path / "not" / "there" / "yet"
     free = shutil.disk_usage(tmp_path).free
     files.require_disk_space(place, 1, what="the model", fix="-")
-    with refuses(MachineError, cause="disk", names=["the model", "needed", "short"]) as caught:
+    with refuses(MachineError, cause="disk", names=["the model", "needed", "missing"]) as caught:
         files.require_disk_space(
             place, free * 2, what="the model", why="it is large", fix="take a larger disk"
         )

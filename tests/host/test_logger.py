@@ -48,7 +48,7 @@ def test_a_line_is_shown_as_it_is(capsys: Capture) -> None:
 
 
 def test_stderr_is_the_one_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `lasting`, a progress bar or a notebook replaces it while a command runs."""
+    """As `survive_write_errors`, a progress bar or a notebook replaces it while a command runs."""
     first, second = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", first)
     with lines_on_stderr():

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.cli.main import framed
+from tunesmith.cli.main import run_command
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import DEFAULT_COLUMNS, LastingOutput, folded, visible, width_of
 from tunesmith.metrics.log_file import LogFile
 
 
 def test_python_u_stays_unbuffered() -> None:
-    made = "import sys, time; from tunesmith.host.streams import lasting; s = lasting(sys.stdout)"
+    made = "import sys, time; from tunesmith.host.streams import survive_write_errors; s = survive_write_errors(sys.stdout)"
     code = f"{made}; print('now', file=s); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -82,6 +82,13 @@ def test_a_comment_behind_a_command_is_not_cut() -> None:
     assert folded(f"{command}   {comment}", 80).splitlines() == [command, f"    {comment}"]
 
 
+def test_a_fix_is_folded_only_between_its_clauses() -> None:
+    command = "iconv -f latin1 -t utf-8 'the rows of my data set.csv' > fixed.csv"
+    clauses = [f"  fix: {command};", "or use another file, which is already UTF-8 text"]
+    lines = folded(" ".join(clauses), 60, indent=4, between_clauses=True).splitlines()
+    assert lines == [clauses[0], f"    {clauses[1]}"]
+
+
 def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS")
     assert width_of(io.StringIO()) == DEFAULT_COLUMNS
@@ -111,7 +118,7 @@ def test_no_control_of_a_row_or_name_reaches_terminal_or_log(
             logging.getLogger("tunesmith.data").warning("a row: %s", CONTROLS)
             raise UsageError(CONTROLS, where=CONTROLS, why=CONTROLS, fix=CONTROLS)
 
-    assert framed(command, process=False) == 2
+    assert run_command(command, process=False) == 2
     for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_bytes().decode()):
         assert text.count("\\x1b]0;title\\x07") == 5
         assert not {*text} & {*CONTROLS} - {*" ]0;title[2J"}

@@ -132,7 +132,7 @@ def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
 
 def test_a_busy_hub_is_named(ask, files) -> None:
     with StandIn({NAME: Repo(files, failing=99)}) as hub:
-        assert_refused(ask(hub)[0], "answers 503", "try again later")
+        assert_refused(ask(hub)[0], "HTTP status 503", "try again later")
 
 
 def test_what_is_left_of_a_killed_download_is_not_taken_for_the_model(ask, files) -> None:
@@ -246,7 +246,12 @@ def test_a_full_disk_says_how_much_is_missing(ask, files) -> None:
     with StandIn({NAME: Repo(files)}) as hub:
         answer, _ = ask(hub, free=1 << 20)
         assert_refused(
-            answer, "no room on the disk", " short", "HF_HOME", str(ask.home), kind="MachineError"
+            answer,
+            "not enough disk space",
+            " missing",
+            "HF_HOME",
+            str(ask.home),
+            kind="MachineError",
         )
         assert not hub.downloads("network/someone/tiny/model.safetensors")
 
@@ -273,7 +278,7 @@ def test_a_tokenizer_that_is_not_here_offline(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with refuses(ModelError, names=["someone/tiny", "HF_HUB_OFFLINE"]) as caught:
         fetch_without_weights("someone/tiny")
-    assert caught.value.fix == "HF_HUB_OFFLINE=0 tunesmith fetch someone/tiny"
+    assert caught.value.fix == "run `HF_HUB_OFFLINE=0 tunesmith fetch someone/tiny`"
 
 
 def test_a_snapshot_that_lost_a_file_is_made_whole(ask, files) -> None:

@@ -62,7 +62,7 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     assert capsys.readouterr().err == "", "it was named"
     (run / "final").mkdir()
     assert "final" in locate_run(run).note
-    assert not locate_run(run).is_worth_telling, "final/ is damaged"
+    assert not locate_run(run).is_note_shown, "final/ is damaged"
 
 
 def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
@@ -142,7 +142,7 @@ def test_a_plain_model_is_computed_in_the_faster_dtype(
     config.write_text(json.dumps(values))
     chip = Chip("cpu", gib, bf16=has_units)
     monkeypatch.setattr(resolve, "chip_of", lambda device: chip)
-    monkeypatch.setattr(load_run_module, "_check_room", lambda files, place: None)
+    monkeypatch.setattr(load_run_module, "_check_memory", lambda files, place: None)
     assert load_run(folder, device="cpu").model.dtype == dtype
     assert load_run(folder, device="cpu", dtype="bf16").model.dtype == torch.bfloat16
     recipe = run / "config.yaml"
@@ -171,7 +171,7 @@ def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     place = locate_run(recipe)
     assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
     # Told where the run that it made is there
-    assert place.is_worth_telling == (Path(place.run.output_dir) / "config.yaml").is_file()
+    assert place.is_note_shown == (Path(place.run.output_dir) / "config.yaml").is_file()
 
 
 def _nothing(run: Path) -> Path:
@@ -245,7 +245,7 @@ def _broken_manifest(run: Path) -> Path:
         (_no_checkpoint, EXIT_FAILED, "tunesmith train"),
         (_torn_final, EXIT_FAILED, "adapter_model.safetensors"),
         (_torn_by_name, EXIT_FAILED, "incomplete"),
-        (_state_only, EXIT_FAILED, "training state only"),
+        (_state_only, EXIT_FAILED, "only training state"),
         (_empty, EXIT_USAGE, "has no model"),
         (_text_file, EXIT_USAGE, ".txt"),
         (_garbled_adapter, EXIT_USAGE, "adapter_config.json:1"),

@@ -352,7 +352,7 @@ def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
     assert batch.targets[0].tolist() == [-100, 2, 3, -100, 5, 6, -100, -100, -100]
     assert (batch.examples, batch.tokens, batch.supervised, batch.max_seqlen) == (1, 7, 4, 4)
     assert batch.sequences is not None
-    assert batch.sequences.of_target.tolist() == [0, 0, 1, 1]
+    assert batch.sequences.sequence_indices.tolist() == [0, 0, 1, 1]
     assert batch.sequences.labels.tolist() == [True, False]
     assert batch.chosen_tokens == 2
 

@@ -214,7 +214,7 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
         (6, 0, 0, "better"),
         (5, 0, 5, "different rows: only 5, which can be chance)"),
         (1, 0, 0, "no significant difference between tuned and base on 1 row ("),
-        (15, 6, 79, "+0.0 to +18.4; by chance alone this happens in 5.2% of evaluations)"),
+        (15, 6, 79, "+0.0 to +18.4; chance alone causes such a difference in 5.2% of evaluations)"),
     ],
 )  # fmt: skip
 def test_one_sentence_says_better_worse_or_not_told_apart(

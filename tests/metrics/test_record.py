@@ -111,7 +111,7 @@ def test_a_methods_metrics_stand_beside_the_others_and_come_back() -> None:
     assert StepRecord.from_plain(full.to_plain()) == full
     assert full.values()["kl"] == -math.inf
     for name in ("loss", "val_loss", "extra"):
-        with pytest.raises(ValueError, match=f"{name} in `extra`"):
+        with pytest.raises(ValueError, match=rf"{name} must\W+not\W+be\W+in `extra`"):
             record(extra={"kl": 1.0, name: 2.0})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.summary import closing_summary, has_risen, named_figures, write_failure
+from tunesmith.metrics.summary import closing_summary, named_figures, write_failure
 from tunesmith.units import Share
 
 
@@ -196,14 +195,6 @@ def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
     assert values.train.duration.amount == 2 * run.train.duration.amount
     assert "--fresh" in text
     assert "15 s" in text, "the time of the steps, as this start took none"
-
-
-def test_a_loss_has_risen_above_a_share_of_the_lowest() -> None:
-    assert has_risen(2.03, 2.0)
-    assert not has_risen(2.01, 2.0)
-    assert not has_risen(-2.0, -2.0), "a loss of a method may be negative"
-    assert has_risen(-1.9, -2.0)
-    assert not has_risen(math.nan, 2.0)
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: s
     [
         ("mlflow", {"trackers": ["mlflow"]}, "log.trackers", "remove mlflow from log.trackers"),
         ("wandb", {"trackers": ["wandb"]}, "log.trackers", "remove wandb from log.trackers"),
-        ("wandb", {"wandb": True}, "log.wandb", "log.wandb=false"),
+        ("wandb", {"wandb": True}, "log.wandb", "set log.wandb=false"),
     ],
 )
 def test_a_missing_package_is_told_before_the_model_is_looked_for(
@@ -187,7 +187,7 @@ def test_a_missing_package_is_told_before_the_model_is_looked_for(
     with pytest.raises(MachineError) as raised:
         train(path, quiet=True)
     check_error(raised.value, where=where, names=[name], fix=["pip install"])
-    assert raised.value.fix.startswith("pip install ")
+    assert raised.value.fix.startswith("run `pip install ")
     assert raised.value.fix.endswith(f", or {way_out}")
 
 

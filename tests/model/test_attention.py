@@ -350,9 +350,9 @@ def test_tokens_that_two_documents_share_are_attended_to_in_both(backend, option
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 
 
-def with_pictures(lengths: list[int], both_ways: str) -> Documents:
+def with_pictures(lengths: list[int], bidirectional_pictures: str) -> Documents:
     """Pictures at the beginning, in the middle and at the end of documents."""
-    made = replace(documents(lengths), both_ways=both_ways)
+    made = replace(documents(lengths), bidirectional_pictures=bidirectional_pictures)
     made.set_pictures(PICTURES)
     return made
 
@@ -385,13 +385,17 @@ def test_fused_kernels_compute_each_document(width, window, fused_only):
 
 @pytest.mark.usefixtures("fused_only")
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("both_ways", ["", "all", "sliding"])
-def test_pictures_are_seen_both_ways_as_the_formula_says(window, both_ways):
+@pytest.mark.parametrize("bidirectional_pictures", ["", "all", "sliding"])
+def test_pictures_are_seen_both_ways_as_the_formula_says(window, bidirectional_pictures):
     torch.manual_seed(0)
     leaves = [torch.randn(30, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2)]
     d_out = torch.randn(30, 4, 8, dtype=torch.float64)
-    out = attend(*leaves, with_pictures(PICTURE_LENGTHS, both_ways), scale=0.3, window=window)
-    sees = both_ways == "all" or (both_ways == "sliding" and window is not None)
+    out = attend(
+        *leaves, with_pictures(PICTURE_LENGTHS, bidirectional_pictures), scale=0.3, window=window
+    )
+    sees = bidirectional_pictures == "all" or (
+        bidirectional_pictures == "sliding" and window is not None
+    )
     seen = PICTURES if sees else ()
     expected = formula(*leaves, PICTURE_LENGTHS, scale=0.3, window=window, pictures=seen)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
@@ -414,7 +418,7 @@ def test_attention_over_pictures_holds_no_scores(window):
     leaves = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
     d_out = torch.randn(shapes[0], device="cuda").bfloat16()
     edges = torch.tensor([0, 8192], dtype=torch.int32, device="cuda")
-    made = Documents(edges, 8192, both_ways="all")
+    made = Documents(edges, 8192, bidirectional_pictures="all")
     pictures = [(first, first + 256) for first in range(100, 8100, 500)]
     made.set_pictures(pictures)
 
@@ -450,5 +454,5 @@ def test_weights_of_pictures_are_dropped_too():
 )
 def test_what_pictures_would_be_seen_without_is_refused(option):
     q, k, v = (torch.randn(30, h, 8) for h in (4, 2, 2))
-    with refuses(ModelError, names=["both ways"], fix=["model.vision=false"]):
+    with refuses(ModelError, names=["bidirectional"], fix=["model.vision=false"]):
         attend(q, k, v, with_pictures(PICTURE_LENGTHS, "all"), **option)

@@ -87,7 +87,7 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
         "unquantized"),
     "no scales": (
         tensors_of(scale=None), f"the scales of {UP} are missing", "safetensors", "fetch"),
-    "no weight": (tensors_of(up=None), f"no weight in codes for {SCALE}", "safetensors", "fetch"),
+    "no weight": (tensors_of(up=None), f"quantized weight of {SCALE} is missing", "safetensors", "fetch"),
     "scales of another shape": (
         tensors_of(scale=ones(4, 3)), "up_proj.weight_scale_inv is [4, 3]", "safetensors", "fetch"),
     "one scale where there are blocks": (
@@ -218,7 +218,7 @@ COMPRESSED: dict[str, tuple[Fault, str, str, str]] = {
         all_faults(part_of("weight_scale", None), part_of("weight_scale_inv", ones(128, 1))),
         f"the scales of {UP} are missing", "safetensors", "fetch"),
     "no weight": (
-        part_of("weight", None), f"no weight in codes for {LAYER}.weight_scale", "safetensors", "fetch"),
+        part_of("weight", None), f"quantized weight of {LAYER}.weight_scale", "safetensors", "fetch"),
     "too few scales": (
         part_of("weight_scale", ones(127, 1)), "weight_scale is [127, 1]", "safetensors", "fetch"),
     "one scale where rows have one each": (
@@ -294,14 +294,14 @@ NVFP4: dict[str, tuple[Fault, str, str, str]] = {
     "ignored names that are none": (
         nvfp4_of(ignore=[3]), "must be a list of names", "config.json", "fetch"),
     "an expression that is none": (
-        nvfp4_of(ignore=["re:(.*"]), "no regular expression", "config.json", "fetch"),
+        nvfp4_of(ignore=["re:(.*"]), "not a valid regular expression", "config.json", "fetch"),
     "no scales": (
         part_of("weight_scale", None), f"{LAYER}.weight_scale", "safetensors", "fetch"),
     "no scale of all": (
         part_of("weight_global_scale", None), f"{LAYER}.weight_global_scale",
         "safetensors", "fetch"),
     "no codes": (
-        part_of("weight_packed", None), f"no weight in codes for {LAYER}.weight_", "safetensors", "fetch"),
+        part_of("weight_packed", None), f"quantized weight of {LAYER}.weight_", "safetensors", "fetch"),
     "torn codes": (
         part_of("weight_packed", ones(128, 31, dtype=torch.uint8)), "is [128, 31]", "safetensors",
         "fetch"),
@@ -442,7 +442,7 @@ def test_a_file_that_is_cut_off(tiny: Path, tmp_path: Path) -> None:
 
 MXFP4_FAULTS: dict[str, tuple[str, torch.Tensor | None, str]] = {
     "no scales": ("_scales", None, f"the scales of {EXPERTS}_blocks are missing"),
-    "no blocks": ("_blocks", None, f"there is no weight in codes for {EXPERTS}_scales"),
+    "no blocks": ("_blocks", None, f"the quantized weight of {EXPERTS}_scales is missing"),
     "torn blocks": ("_blocks", ones(4, 64, 3, 15, dtype=torch.uint8), "is [4, 64, 3, 15]"),
     "scales of another shape": ("_scales", ones(4, 64, 2, dtype=torch.uint8), "is [4, 64, 2]"),
     "scales that are no bytes": ("_scales", ones(4, 64, 3), "stored as F32"),
@@ -500,7 +500,7 @@ def test_a_layer_as_it_ships_is_not_cut_over_ranks(tiny: Path, tmp_path: Path) -
     spec = read_model_files(folder, run.model).spec
     with refuses(RecipeError, names=["replicate 1 x shard 1 x tensor 2"]) as caught:
         check_mesh(run, spec, MeshShape(1, 1, 2), 2)
-    assert caught.value.fix == "model.quantize=none"
+    assert caught.value.fix == "set model.quantize=none"
     check_mesh(run, spec, MeshShape(1, 2, 1), 2)
 
 

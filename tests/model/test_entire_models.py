@@ -21,7 +21,7 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import describe_misread
 from tunesmith.checkpoint.contents import write_model_files
 from tunesmith.model.load import auto_class_of
-from tunesmith.model.twin import FIRST_SPECIAL_ID, build_twin
+from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, build_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
     from peft import PeftModel
 
     base = tmp_path / "base"
-    build_twin(default_config(model_type)).save_pretrained(base)
+    build_tiny_model(default_config(model_type)).save_pretrained(base)
     write_letters(base)
     expected = logits(entire(base))
 

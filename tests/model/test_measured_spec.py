@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from errors import refuses
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model import measured_spec, meta_forward, spec, twin
+from tunesmith.model import measured_spec, meta_forward, spec, tiny_model
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import measure_spec, model_spec
@@ -71,7 +71,7 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
 
 @pytest.mark.parametrize("name", ["glm_moe_dsa", "gptj"])
 def test_a_model_that_reads_its_mask_or_positions_is_measured(name: str):
-    config = twin.shrink(AutoConfig.for_model(name))
+    config = tiny_model.shrink(AutoConfig.for_model(name))
     assert measure_spec(config.to_dict(), where="test").depth == config.num_hidden_layers
 
 
@@ -81,7 +81,7 @@ def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
 
     Transformers allots `gate_up_proj` for the experts without weights too, and `down_proj` not.
     """
-    config = twin.shrink(AutoConfig.for_model("longcat_flash", moe_topk=2))
+    config = tiny_model.shrink(AutoConfig.for_model("longcat_flash", moe_topk=2))
     layer = measure_spec(config.to_dict(), where="test").layers[0]
     # Two attentions of 4 heads: each has its own keys.
     assert (layer.heads, layer.kv_heads) == (8, 8)
@@ -97,13 +97,13 @@ def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
 
 
 def test_a_model_whose_layers_run_again_and_again_is_refused() -> None:
-    config = twin.shrink(AutoConfig.for_model("hrm_text"))
+    config = tiny_model.shrink(AutoConfig.for_model("hrm_text"))
     with refuses(ModelError, names=["2 layers", "hrm_text", 12]):
         measure_spec(config.to_dict(), where="test")
 
 
 def test_a_model_whose_code_reads_values_says_so() -> None:
-    config = twin.shrink(AutoConfig.for_model("jetmoe"))
+    config = tiny_model.shrink(AutoConfig.for_model("jetmoe"))
     with refuses(ModelError, where="test", names=["jetmoe"]) as caught:
         measure_spec(config.to_dict(), where="test")
     assert caught.value.why
@@ -112,7 +112,7 @@ def test_a_model_whose_code_reads_values_says_so() -> None:
 
 def test_a_layer_of_several_sublayers_is_one():
     """LongCat's `num_hidden_layers` counts the two attentions of each layer."""
-    model = twin.build_twin(AutoConfig.for_model("longcat_flash"))
+    model = tiny_model.build_tiny_model(AutoConfig.for_model("longcat_flash"))
     layers = model.get_submodule(find_layers(model))
     assert len(layers) == model.config.num_layers < model.config.num_hidden_layers
 
@@ -230,7 +230,7 @@ def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"model_type": "olmo3", "hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"model_type": "olmo3", "num_attention_heads": 0}, "cannot build this olmo3"),
         ({"model_type": "bert"}, "an encoder"),
-        ({}, "names no model_type"),
+        ({}, "has no model_type"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}}, "awq"),
     ],
 )

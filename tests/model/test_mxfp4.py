@@ -53,9 +53,9 @@ def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatc
 
 
 RUNS = {
-    "as it ships": ({}, "as-shipped", "kept quantized, and dequantized for one matmul at a time"),
+    "as it ships": ({}, "as-shipped", "stay quantized and are dequantized for one matmul at a time"),
     "dense": ({"model": {"quantize": "none"}}, "none", "dequantized to fp32 while loading"),
-    "nf4": ({"model": {"quantize": "nf4"}}, "nf4", "dequantized, and quantized to nf4, while loading"),
+    "nf4": ({"model": {"quantize": "nf4"}}, "nf4", "dequantized and quantized to nf4 while loading"),
     "full": (
         {"model": {"quantize": "none"}, "adapter": {"kind": "none"}}, "none", "dequantized to fp32"
     ),
@@ -74,7 +74,9 @@ def test_it_trains(base: Path, tmp_path: Path, changes: dict, quantize: str, lin
     if "adapter" not in changes:
         merged = merge(run, tmp_path / "merged")
         assert merged.merge_check.passed
-        note = "the base is in nf4" if quantize == "nf4" else "the base ships in MXFP4"
+        note = (
+            "the run trained on an nf4 base" if quantize == "nf4" else "the base is stored in MXFP4"
+        )
         assert merged.note.startswith(note)
         final = tmp_path / "merged"
     assert "quantization_config" not in json.loads((final / "config.json").read_text())

@@ -107,10 +107,10 @@ def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("without", "more", "words"),
     [
-        (NAME, {}, "do not make"),
+        (NAME, {}, "cannot be combined"),
         (NAME.replace("up", "down"), {}, "with a different shape"),
         (NAME.replace("2.up", "3.down"), {}, "with a different shape"),
-        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "do not make"),
+        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "cannot be combined"),
         ("", {"model.layers.1.mlp.extra.weight": torch.zeros(1)}, "not part of this model"),
     ],
     ids=["an expert's half", "an expert", "the last", "a turned expert", "a tensor too much"],

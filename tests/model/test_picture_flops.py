@@ -22,7 +22,7 @@ from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.picture_flops import count_picture_flops
 from tunesmith.model.shapes import SHAPES
-from tunesmith.model.vision import see
+from tunesmith.model.vision import picture_features
 
 pytestmark = pytest.mark.slow
 SIZE = (120, 90)
@@ -50,12 +50,12 @@ def test_they_are_those_of_a_real_forward(family: str, tmp_path: Path) -> None:
     else:
         inputs = inputs_of(load(tmp_path, config))
     stated = Model(name=family, dtype="fp32", vision=True)
-    on_meta = build_on_meta(config.get_text_config(), stated, whole=config)
+    on_meta = build_on_meta(config.get_text_config(), stated, full_config=config)
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
     with FlopCounterMode(display=False) as counter:
-        see(model, inputs)
+        picture_features(model, inputs)
     assert count_picture_flops(on_meta, inputs) == counter.get_total_flops() > 0
 
 

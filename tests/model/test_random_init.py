@@ -115,7 +115,7 @@ def test_a_shape_has_the_parameters_of_its_model(
 )  # fmt: skip
 def test_a_measured_shape_has_the_size_of_its_model(name: str, billions: float) -> None:
     config, whole = measured_spec.read_configs(SHAPES[name].config, where=name)
-    model = build_to_measure(config, whole=whole)
+    model = build_to_measure(config, full_config=whole)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digits = len(str(billions).partition(".")[2])
     assert round(parameters / 1e9, digits) == billions

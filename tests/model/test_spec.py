@@ -21,7 +21,7 @@ REFUSED = {
     "encoder or": {"model_type": "modernbert"},
     "encoder-decoder": {"model_type": "t5", "is_encoder_decoder": True},
     "an encoder or": {"model_type": "gemma3_text", "use_bidirectional_attention": True},
-    "not read from its config alone": {"model_type": "brand_new"},
+    "cannot be read from its config": {"model_type": "brand_new"},
     "no model_type": {"architectures": ["LlamaForCausalLM"]},
     "quantized with gptq": {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
     "quantized with awq": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
@@ -262,4 +262,4 @@ def test_the_positions_of_a_config_with_its_scaling(
     spec.check_seq_len(found, limit, where="config.json")
     with refuses(RecipeError, names=[f"{limit:,}"]) as caught:
         spec.check_seq_len(found, limit + 1, where="config.json")
-    assert (caught.value.where, caught.value.fix) == ("data.seq_len", f"data.seq_len={limit}")
+    assert (caught.value.where, caught.value.fix) == ("data.seq_len", f"set data.seq_len={limit}")

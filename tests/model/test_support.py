@@ -20,7 +20,7 @@ from tunesmith.adapter import lora
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import support, twin
+from tunesmith.model import support, tiny_model
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.model_types import read_model_types
@@ -110,7 +110,7 @@ def test_a_layer_whose_leak_is_not_named_is_not_packed(monkeypatch: pytest.Monke
 
 def test_a_twin_has_each_kind_of_layer_once_and_windows_shorter_than_documents():
     config = config_of("gemma4_text")
-    small = twin.shrink(config)
+    small = tiny_model.shrink(config)
     assert sorted(set(small.layer_types)) == ["full_attention", "sliding_attention"]
     assert small.sliding_window < min(support.DOCUMENT_LENGTHS)
     assert small.num_hidden_layers < config.num_hidden_layers
@@ -126,7 +126,7 @@ def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
         top_k_experts=8,
         moe_intermediate_size=704,
     )
-    small = twin.shrink(config)
+    small = tiny_model.shrink(config)
     assert small.top_k_experts < small.num_experts
     assert support.measure_support(config).state == "packed"
 
@@ -158,7 +158,7 @@ def test_a_model_whose_checkpoints_cannot_be_read_is_refused():
 
 def test_layers_are_those_of_the_text_model():
     """Phi-4's towers may have as many layers, which are larger in its twin."""
-    small = twin.build_twin(config_of("phi4_multimodal"))
+    small = tiny_model.build_tiny_model(config_of("phi4_multimodal"))
     assert find_layers(small) == "model.layers"
 
 
@@ -176,7 +176,7 @@ def test_a_fault_of_the_entire_class_keeps_no_text_model_from_training(
 
 def test_a_text_model_inside_another_part_is_refused():
     with pytest.raises(ModelError) as caught:
-        twin.build_twin(config_of("qwen2_5_omni"))
+        tiny_model.build_tiny_model(config_of("qwen2_5_omni"))
     assert holds(caught.value.what, "qwen2_5_omni")
 
 
@@ -195,7 +195,7 @@ def test_masked_logits_are_refused():
 
 
 def test_a_twin_that_does_not_shrink_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(twin, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(tiny_model, "MAX_TINY_PARAMETERS", 1000)
     with pytest.raises(ModelError) as caught:
         support.measure_support(config_of("mixtral"))
     assert "parameters" in caught.value.why
@@ -229,7 +229,7 @@ def test_a_weight_that_a_fused_kernel_takes_has_no_adapter():
 
 
 def tiny_mamba() -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("mamba")))
+    model = AutoModelForCausalLM.from_config(tiny_model.shrink(config_of("mamba")))
     set_bypassed(model, ("mixer.dt_proj",))
     return model
 
@@ -247,7 +247,7 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
 
 
 def test_a_linear_layer_in_other_words_takes_an_adapter():
-    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("falcon")))
+    model = AutoModelForCausalLM.from_config(tiny_model.shrink(config_of("falcon")))
     names = lora.attach_lora(model, Adapter(rank=2), seed=0)
     assert {name.rpartition(".")[2] for name in names} == {
         "query_key_value",
@@ -258,7 +258,7 @@ def test_a_linear_layer_in_other_words_takes_an_adapter():
 
 
 def test_a_model_without_linear_layers_takes_no_adapter():
-    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("gpt2", n_head=4)))
+    model = AutoModelForCausalLM.from_config(tiny_model.shrink(config_of("gpt2", n_head=4)))
     with pytest.raises(RecipeError) as caught:
         lora.attach_lora(model, Adapter(rank=2), seed=0)
     assert caught.value.where == "adapter.target"
@@ -266,7 +266,7 @@ def test_a_model_without_linear_layers_takes_no_adapter():
 
 
 def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():
-    model = AutoModelForCausalLM.from_config(twin.shrink(config_of("llama4_text")))
+    model = AutoModelForCausalLM.from_config(tiny_model.shrink(config_of("llama4_text")))
     assert not [name for name in linear_names(model, head=True) if name.endswith("router")]
     lora.attach_lora(model, Adapter(rank=2), seed=0)
     left_out = lora.describe_unreached(model)
@@ -290,7 +290,7 @@ def test_models_lists_types_and_measures_a_folder(
     assert rows["llama4"]["pictures"] == "refused"
     assert "pixel_values" in rows["blip"]["why"]
     folder = tmp_path / "model"
-    twin.shrink(config_of("mamba")).save_pretrained(folder)
+    tiny_model.shrink(config_of("mamba")).save_pretrained(folder)
     assert main(["models", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "MambaMixer" in printed

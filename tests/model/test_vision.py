@@ -37,7 +37,7 @@ from tunesmith.model import vision as vision_model
 from tunesmith.model.decoder import (
     find_decoder,
     find_projector,
-    find_text_part,
+    find_text_model,
     vision_parameters,
 )
 from tunesmith.model.measured_spec import has_own_class, model_spec
@@ -260,7 +260,7 @@ def test_a_picture_is_seen_both_ways_in_layers_with_a_window(tmp_path: Path) -> 
     """Gemma 4 of more than a few billion parameters: not in all layers, as Gemma 3."""
     vision.write_processor(tmp_path, "gemma4_both_ways")
     files = read_model_files(tmp_path, Model(name=str(tmp_path), dtype="fp32", vision=True))
-    assert files.support.both_ways == "sliding"
+    assert files.support.bidirectional_pictures == "sliding"
     assert files.support.errors is not None
     assert files.support.errors.are_rounding()
 
@@ -337,7 +337,7 @@ def test_a_packed_row_trains_as_each_document_alone(
 def test_hidden_states_of_the_vision_part_are_not_kept(folder: Path, tmp_path: Path) -> None:
     run = seeing(folder, tmp_path)
     batch = make_batch(folder, run)
-    features = vision_model.see(built_model(run, folder).model, batch.pictures)
+    features = vision_model.picture_features(built_model(run, folder).model, batch.pictures)
     assert set(features) <= {"pooler_output", "deepstack_features"}
     assert features.pooler_output is not None
 
@@ -366,14 +366,14 @@ def test_windows_of_a_length_share_a_call(tmp_path: Path, monkeypatch: pytest.Mo
     run = seeing(folder, tmp_path)
     model, batch = built_model(run, folder), make_batch(folder, run)
     sizes.clear()
-    vision_model.see(model.model, batch.pictures)
+    vision_model.picture_features(model.model, batch.pictures)
     assert sizes == [(1, 4), (2, 8), (2, 16), (1, 12), (1, 16), (1, 24)]
 
 
 def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:
     run = seeing(folder, tmp_path)
     model = built_model(run, folder)
-    text, _ = find_text_part(model.model)
+    text, _ = find_text_model(model.model)
     adapted = [name for name, _ in lora.loras(model.model)]
     assert adapted
     assert all(name.startswith(f"{text}.") for name in adapted)

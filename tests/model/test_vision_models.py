@@ -39,7 +39,7 @@ IDS = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(1))
 def read(folder: Path) -> PreTrainedModel:
     spec = Model(name=str(folder), dtype="fp32")
     config, entire = load.load_configs(folder, spec)
-    model = load.build_on_meta(config, spec, whole=entire)
+    model = load.build_on_meta(config, spec, full_config=entire)
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     return model.eval()

@@ -321,7 +321,7 @@ BAD = {
     "header that lies": (lying_header, "invalid shape, data type, or offset"),
     "header of another form": (odd_header, "invalid JSON in header"),
     "embedding of fewer rows": (short_embedding, "[260, 64] in model.safetensors, [272, 64] in the model"),
-    "int8": (int8, "2 tensors of integers"),
+    "int8": (int8, "2 tensors with integers"),
     "gptq": (gptq, "GPTQ, AWQ"),
     "a format that the config names": (named_format, "config.json calls them compressed-tensors"),
     "a name twice in the header": (twice, "invalid offset for tensor"),
@@ -351,7 +351,7 @@ BAD = {
     "config of a wrong type": (lambda f: config(f, rms_norm_eps="small"), "Transformers cannot read the config"),
     "config that cannot be built": (lambda f: config(f, hidden_act="nothing"), "cannot build this llama"),
     "index names a missing file": (
-        lambda f: index(f, '{"weight_map": {"a": "model-1.safetensors"}}'), "1 of 1 weight file missing",
+        lambda f: index(f, '{"weight_map": {"a": "model-1.safetensors"}}'), "1 of 1 weight file: model-1.safetensors",
     ),
     "index that leaves the folder": (
         lambda f: index(f, '{"weight_map": {"a": "../a.safetensors"}}'), "names '../a.safetensors', which is not in its",

@@ -208,7 +208,7 @@ def test_8bit_state_is_refused_by_another_optimizer() -> None:
     one = Optimizer(named, Train(optimizer="adamw-8bit"))
     feed(named, 0)
     advance(one, 1e-3, 0)
-    with pytest.raises(CheckpointError, match=r"no w\.exp_avg .*float32"):
+    with pytest.raises(CheckpointError, match=r"no \w+ w\.exp_avg .*float32"):
         Optimizer(named, Train()).load_state_dict(
             one.state_dict(), scale=None, growth_tracker=0, where="here"
         )
@@ -290,7 +290,7 @@ def test_8bit_updates_are_adamw_s_but_for_the_rounding_of_the_moments() -> None:
 
 def test_foreign_state_is_refused() -> None:
     optimizer = Optimizer(params(torch.bfloat16), Train())
-    with pytest.raises(CheckpointError, match=r"no [bw]\.master"):
+    with pytest.raises(CheckpointError, match=r"no \w+ [bw]\.master"):
         optimizer.load_state_dict({}, scale=None, growth_tracker=0, where="here")
 
 

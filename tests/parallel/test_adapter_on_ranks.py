@@ -24,7 +24,7 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.model import save_tensors
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.model.weights import copy_whole
+from tunesmith.model.weights import copy_full_tensor
 from tunesmith.parallel.mesh import Mesh, possible_shapes
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.training.build import make_optimizer
@@ -71,10 +71,12 @@ def write_all(
             run, root = built(model, folder, mesh, ranks, adapter)
             optimizer = make_optimizer(run, root, Start(), ranks)
             for name, part in optimizer.parts.items():
-                copy_whole(part.param.data, drawn(name, part.param))
+                copy_full_tensor(part.param.data, drawn(name, part.param))
                 part.state = part.initial_state()
                 for field in ("exp_avg", "exp_avg_sq"):
-                    copy_whole(part.whole(part.state[field]), drawn(f"{name}.{field}", part.param))
+                    copy_full_tensor(
+                        part.whole(part.state[field]), drawn(f"{name}.{field}", part.param)
+                    )
             state = optimizer.state_dict()
             save, copied = contents.adapter_save_function(
                 run, root, {}, state, Progress(), ranks.is_main_process

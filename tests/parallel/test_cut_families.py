@@ -52,14 +52,14 @@ KINDS: dict[str, Adapter | None] = {
     "llama4_text": None,  # experts with code of their own; chunks
 }
 REFUSED = {
-    "dbrx": "Transformers has no tensor-parallel plan for it",
-    "flint": "it has layers.0.self_attn.sinks [4], which is not in the plan",
-    "qwen3_5_text": "plan is colwise_gather_output for layers.0.linear_attn.",
-    "glm4": "plan is colwise_gather_output for layers.0.mlp.gate_up_proj",
-    "olmo_hybrid": "which is not in the plan",
-    "phi3": "plan is rowwise_split_input for layers.0.self_attn.o_proj",
-    "gemma3n_text": "it has layers.0.altup.",
-    "youtu": "it has layers.0.self_attn.q_a_proj.weight [16 x 64], which is not in the plan",
+    "dbrx": "Transformers has no tensor-parallel plan for this model type",
+    "flint": "the plan of Transformers does not cover layers.0.self_attn.sinks [4]",
+    "qwen3_5_text": "plan has the unsupported action colwise_gather_output for layers.0.linear_attn.",
+    "glm4": "plan has the unsupported action colwise_gather_output for layers.0.mlp.gate_up_proj",
+    "olmo_hybrid": "the plan of Transformers does not cover",
+    "phi3": "plan has the unsupported action rowwise_split_input for layers.0.self_attn.o_proj",
+    "gemma3n_text": "does not cover layers.0.altup.",
+    "youtu": "the plan of Transformers does not cover layers.0.self_attn.q_a_proj.weight [16 x 64]",
 }
 
 

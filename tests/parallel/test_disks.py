@@ -308,7 +308,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
     on_node(folder, "ab")
     out = Path("run")
     with join_ranks() as joined:
-        ranks = replicate.find_run_dir_writers(joined, out, lambda: out.mkdir(exist_ok=True))
+        ranks = replicate.choose_run_dir_writers(joined, out, lambda: out.mkdir(exist_ok=True))
         (out / "env.json").write_text("{}")
         (out / "config.yaml").write_text("")
         writer = RanksWriter(out, 1, None, sync=lambda: None, ranks=ranks)
@@ -336,7 +336,7 @@ def look(folder: Path) -> tuple[int, set[bytes]]:
     on_node(folder, "ab")
     out = Path("run")
     with logged_lines() as said, join_ranks() as joined:
-        ranks = replicate.find_run_dir_writers(joined, out, lambda: None)
+        ranks = replicate.choose_run_dir_writers(joined, out, lambda: None)
         found = replicate.newest_checkpoint(out, ranks)
     assert found is not None, said
     assert not said
@@ -367,7 +367,7 @@ def pass_files(folder: Path, fault: str) -> Any:
     replicate.CHUNK_BYTES = 1000
     out, names = Path("run"), ["big", "empty", "state/small"]
     with join_ranks() as joined:
-        ranks = replicate.find_run_dir_writers(
+        ranks = replicate.choose_run_dir_writers(
             joined, out, lambda: (out / "state").mkdir(parents=True)
         )
         if node == "a":

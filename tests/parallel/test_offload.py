@@ -31,7 +31,7 @@ from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import load
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.weights import copy_whole
+from tunesmith.model.weights import copy_full_tensor
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel import shard
 from tunesmith.parallel.mesh import DIMENSIONS, Mesh
@@ -157,7 +157,7 @@ def built(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in whole:
-                copy_whole(parameter, whole[name])
+                copy_full_tensor(parameter, whole[name])
             else:
                 nn.init.constant_(parameter, 0.01)
     return root

@@ -226,7 +226,7 @@ def resumed_state(
             found = decide_start(run, ranks)
         assert lines == []
         session = build(run, found, ranks=ranks)
-        tensors = sharded._named(session.model, session.optimizer.state_dict())
+        tensors = sharded._tensors_by_name(session.model, session.optimizer.state_dict())
         whole = {
             name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()
         }

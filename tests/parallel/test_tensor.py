@@ -35,7 +35,7 @@ from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model import load
 from tunesmith.model.decoder import Head
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.weights import copy_whole, load_weights
+from tunesmith.model.weights import copy_full_tensor, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
@@ -288,7 +288,7 @@ def loaded() -> dict[str, float]:
         whole = dict(alone.model.named_parameters())
         for name, parameter in model.named_parameters():
             if not lora.is_adapter_weight(name):
-                copy_whole(parameter.detach(), whole[name].detach())
+                copy_full_tensor(parameter.detach(), whole[name].detach())
         lora.init_lora(model, SAVED, seed=5)
         found = {
             name: difference(p, whole[name])
@@ -298,7 +298,7 @@ def loaded() -> dict[str, float]:
         for each in (alone, root):
             for name, parameter in each.trained_parameters():
                 if "lora_B" in name:
-                    copy_whole(
+                    copy_full_tensor(
                         parameter.detach(), torch.full(parameter.shape, 0.1, dtype=torch.float64)
                     )
         return {**found, "gradients": max(differences(root, partial, mesh, alone))}

@@ -194,4 +194,4 @@ def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
         pytest.fail("the case is too small to be refused")
     with refuses(MachineError, names=["GiB", "weights", "recompute"]) as refused:
         planned_in_training(monkeypatch, planner, tokens)
-    assert refused.value.fix.startswith("parallel.tensor=auto (")
+    assert refused.value.fix.startswith("set parallel.tensor=auto (")

@@ -20,7 +20,7 @@ from tunesmith.host.chips import Chip
 from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
-from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
+from tunesmith.parallel.copies import GRADIENT_PIECE, MAX_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Forecast, Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster, read_cluster
@@ -85,7 +85,7 @@ def test_copies_trained_in_full_hold_what_one_process_holds() -> None:
         forecast("llama3-3b", "2x-dgx-spark", mesh, rounded).plan.memory
         for mesh in ((1, 1, 1), (2, 1, 1))
     )
-    pieces = 4 * GRADIENT_PIECE * MOST_GRADIENT_PIECES
+    pieces = 4 * GRADIENT_PIECE * MAX_GRADIENT_PIECES
     assert (one.gathered, copies.gathered) == (0, pieces)
     assert copies.static - pieces == one.static
 
@@ -205,8 +205,8 @@ def test_auto_cuts_what_can_be_cut_evenly() -> None:
 
 REFUSED = {
     "does not fit 16 ranks": {"shard": 5},
-    "64 heads, 8 of keys and values": {"tensor": 3, "world": "3xh100"},
-    "16 ranks that share a layer are not all on one node, which has 8": {"tensor": 16},
+    "64 attention heads, 8 key-value heads": {"tensor": 3, "world": "3xh100"},
+    "8 ranks on each node cannot be divided into groups of 16": {"tensor": 16},
 }
 
 

@@ -17,7 +17,7 @@ from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.scaled_matmul import (
-    LEAST_ROWS,
+    MIN_ROWS,
     ROW_WISE,
     SCALING_RECIPES,
     TENSOR_WISE,
@@ -117,21 +117,21 @@ def dequantized(a, b, scale_a, scale_b):
         (
             scaled_mm,
             TENSOR_WISE,
-            "matmuls run here",
+            "this device supports",
         ),
         (
             refuse_row_wise,
             TENSOR_WISE,
-            "fp8 row-wise does not: 1 rows times [32, 48]: row-wise scaling is not supported",
+            "fp8 row-wise fails for 1 row times [32, 48]: row-wise scaling is not supported",
         ),
-        (refuse_few_rows, ROW_WISE, "fp8 row-wise matmuls run here"),
+        (refuse_few_rows, ROW_WISE, "this device supports fp8 row-wise matmuls"),
         (
             refuse_large_k,
             TENSOR_WISE,
-            "fp8 row-wise does not: 1 rows times [1024, 48]: CUBLAS_STATUS_NOT_SUPPORTED",
+            "fp8 row-wise fails for 1 row times [1024, 48]: CUBLAS_STATUS_NOT_SUPPORTED",
         ),
-        (swap_scales, TENSOR_WISE, "fp8 row-wise does not: 1 rows times [32, 48]: a wrong result"),
-        (zeros, None, "this device has no fp8 matmuls: fp8 row-wise does not: 1 rows"),
+        (swap_scales, TENSOR_WISE, "fp8 row-wise fails for 1 row times [32, 48]: a wrong result"),
+        (zeros, None, "this device has no fp8 matmuls: fp8 row-wise fails for 1 row"),
         (refuse, None, "not supported"),
     ],
 )
@@ -231,7 +231,7 @@ def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
     """
 
     def product(a, b, **rest):
-        assert len(a) >= LEAST_ROWS[kind]
+        assert len(a) >= MIN_ROWS[kind]
         return dequantized(a, b, rest["scale_a"], rest["scale_b"])
 
     monkeypatch.setattr(scaled_matmul, "scaled_mm", product)

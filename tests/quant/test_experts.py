@@ -24,8 +24,8 @@ from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.experts import LORA_SUFFIX, find_experts
-from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, expert_rows, experts, experts_at_once
+from tunesmith.model.tiny_model import VOCAB, build_tiny_model
+from tunesmith.quant import expert_matmul, expert_rows, experts, grouped_experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
 from tunesmith.quant.replace import replace_by_codes
 
@@ -48,7 +48,7 @@ FP32: dict[str, float] = {"gemma4_text": 2e-5}
 
 def twin(model_type: str, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.for_model(model_type, **OPTIONS.get(model_type, {}))
-    return build_twin(config).to(dtype)
+    return build_tiny_model(config).to(dtype)
 
 
 def draw(model: nn.Module, dtype: torch.dtype) -> None:
@@ -234,7 +234,7 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
 
     One token chooses an expert twice.
     """
-    monkeypatch.setattr(experts_at_once, "DENSE_COLUMNS", dense_columns)
+    monkeypatch.setattr(grouped_experts, "DENSE_COLUMNS", dense_columns)
     counts = torch.tensor([5, 0, 9, 2])
     torch.manual_seed(0)
     chosen = torch.arange(4).repeat_interleave(counts)[torch.randperm(16)].view(8, 2)
@@ -265,7 +265,7 @@ def test_llama4_computes_the_chosen_experts_alone(
 ) -> None:
     """Transformers multiplies all of them, most by zeros."""
     config = AutoConfig.for_model("llama4_text", num_experts_per_tok=per_token)
-    model = build_twin(config)
+    model = build_tiny_model(config)
     expected, _ = compute(model, {})
     product = experts.expert_matmul
     rows = []
@@ -298,10 +298,10 @@ def test_llama4_experts_may_train_in_full_beside_an_adapter() -> None:
         assert error(gradient, reference.get_parameter(name).grad) < 2e-6, name
 
 
-@pytest.mark.parametrize("experts_at_once", [1, 2, 3])
+@pytest.mark.parametrize("experts_per_step", [1, 2, 3])
 @pytest.mark.parametrize("has_lora", [True, False])
 def test_groups_of_experts_equal_all_at_once(
-    experts_at_once: int, has_lora: bool, monkeypatch: pytest.MonkeyPatch
+    experts_per_step: int, has_lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU runs where a stack in codes is large; the first and third experts have no rows."""
     chosen = torch.arange(5).repeat_interleave(torch.tensor([0, 5, 0, 9, 2]))
@@ -318,8 +318,8 @@ def test_groups_of_experts_equal_all_at_once(
 
     monkeypatch.setattr(FrozenStack, "dense", dense)
     results = []
-    for at_once in (5, experts_at_once):
-        monkeypatch.setattr(FrozenStack, "experts_at_once", lambda *_, count=at_once: count)
+    for at_once in (5, experts_per_step):
+        monkeypatch.setattr(FrozenStack, "experts_per_step", lambda *_, count=at_once: count)
         rows = ExpertRows.of(chosen.unsqueeze(1), 5, torch.float32, in_groups=at_once < 5)
         ends = None if rows.row_index.ends is None else rows.row_index.ends_on_host()
         assert ends == (None if at_once == 5 else [0, 5, 5, 14, 16])
@@ -331,7 +331,7 @@ def test_groups_of_experts_equal_all_at_once(
         assert error(one, other) < 1e-6
     # Forward and backward: all at once, then groups.
     assert sizes[:2] == [5, 5]
-    assert max(sizes[2:]) == experts_at_once
+    assert max(sizes[2:]) == experts_per_step
 
 
 def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,20 +342,20 @@ def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.Monk
         shape = torch.Size((count, height, width))
         layer = ExpertStack(Nf4(bf16), shape, is_transposed=False, compute_dtype=bf16)
         stack = layer.frozen_stack()
-        at_once[name] = stack.experts_at_once(bf16)
+        at_once[name] = stack.experts_per_step(bf16)
     assert at_once == {"Qwen3-30B-A3B": 128, "gpt-oss-120b": 32}
     weight = torch.empty(shape, dtype=bf16, device="meta")
     # A view takes no memory, a copy in another dtype does.
-    assert dense_stack(weight, is_transposed=False).experts_at_once(bf16) == 128
-    assert dense_stack(weight, is_transposed=False).experts_at_once(torch.float32) == 16
+    assert dense_stack(weight, is_transposed=False).experts_per_step(bf16) == 128
+    assert dense_stack(weight, is_transposed=False).experts_per_step(torch.float32) == 16
     monkeypatch.setattr(base, "DENSE_BYTES", 1)
-    assert stack.experts_at_once(bf16) == 1
+    assert stack.experts_per_step(bf16) == 1
 
 
 def test_experts_in_turns_are_dense_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: of three experts a group each, and no group beside another."""
     monkeypatch.setattr(expert_matmul, "is_cpu", lambda _: False)
-    monkeypatch.setattr(FrozenStack, "experts_at_once", lambda *_: 3)
+    monkeypatch.setattr(FrozenStack, "experts_per_step", lambda *_: 3)
     alive: list[weakref.ref[Tensor]] = []
     groups = []
 
@@ -416,7 +416,7 @@ def gradients_of(dtype: torch.dtype) -> list[Tensor]:
 
 REFUSALS = {
     "router": (Adapter(target=("gate",)), "'gate' is a router"),
-    "one stack": (Adapter(target=("experts.gate_up_proj",)), "and not 'down_proj'"),
+    "one stack": (Adapter(target=("experts.gate_up_proj",)), "but not 'down_proj'"),
     "dropout": (Adapter(dropout=0.1), "dropout is not supported for experts"),
     "both": (Adapter(modules_to_save=("experts",), target=("experts",)), "and a module to save"),
     "no such name": (Adapter(target=("w1",)), "experts named 'w1'"),
@@ -444,8 +444,8 @@ DBRX = {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}}
 def test_experts_without_the_interface_are_refused_by_name(
     model_type: str, options: dict, target: str
 ) -> None:
-    model = build_twin(AutoConfig.for_model(model_type, **options))
-    what = f"'{target}' of a {type(model).__name__} takes no adapter"
+    model = build_tiny_model(AutoConfig.for_model(model_type, **options))
+    what = f"'{target}' of a {type(model).__name__} cannot have an adapter"
     with pytest.raises(RecipeError, match=what):
         lora.attach_lora(model, Adapter(target=(target,)), seed=0)
     lora.attach_lora(model, Adapter(), seed=0)

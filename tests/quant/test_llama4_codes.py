@@ -37,7 +37,12 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
     )
     config, _ = read_configs(TINY, where="test")
     files = SimpleNamespace(
-        config=config, model=run.model, vocab_rows=128, support=TUNED_SUPPORT, form=None, whole=None
+        config=config,
+        model=run.model,
+        vocab_rows=128,
+        support=TUNED_SUPPORT,
+        form=None,
+        full_config=None,
     )
     model = define_model(run, files)  # type: ignore[arg-type]
     found = find_experts(model)

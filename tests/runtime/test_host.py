@@ -178,10 +178,10 @@ def stat(cpus: int, busy: int, at: int) -> str:
 @pytest.mark.parametrize(
     ("busy", "threads", "why"),
     [
-        (0, 8, "one a core"),
+        (0, 8, "one per core"),
         (3, 5, "busy cores: 3 of 8"),
-        (4, 8, "one a core"),
-        (8, 8, "one a core"),
+        (4, 8, "one per core"),
+        (8, 8, "one per core"),
     ],
 )
 def test_busy_cores_are_left_out_while_more_than_half_are_free(

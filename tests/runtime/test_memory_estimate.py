@@ -102,7 +102,7 @@ def measure(
         folder=folder,
         vocab_rows=vocabulary,
         support=TUNED_SUPPORT,
-        whole=None,
+        full_config=None,
         form=None,
     )
     plan = replace(

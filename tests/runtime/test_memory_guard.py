@@ -261,10 +261,10 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     assert text.startswith(f"{PHASE}, ")
     for word in (
         "0.10 GiB are available",
-        "the limit is 1.32 GiB",
+        "the minimum is 1.32 GiB",
         "shared memory 3.00",
         "page cache 6.00",
-        "; others have most: ",
+        "; largest other processes: ",
     ):
         assert word in text
     assert (record["phase"], record["available_bytes"], record["shared_bytes"]) == (

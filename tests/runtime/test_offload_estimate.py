@@ -140,7 +140,8 @@ def test_what_is_offloaded_is_in_the_plan_and_its_words() -> None:
 def test_a_gpu_that_shares_the_hosts_memory_refuses_offload(moved: str) -> None:
     with refuses(RecipeError, where="train.cpu_offload") as refused:
         plan(recipe(LORA, moved), SHARDS, machine(integrated=True))
-    assert (refused.value.where, refused.value.fix) == ("train.cpu_offload", "train.cpu_offload=[]")
+    expected = ("train.cpu_offload", "set train.cpu_offload=[]")
+    assert (refused.value.where, refused.value.fix) == expected
 
 
 def test_one_process_offloads_frozen_parameters_alone() -> None:

@@ -28,7 +28,7 @@ from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.memory import MemoryEstimator, fewest_recomputed
+from tunesmith.planning.memory import MemoryEstimator, min_recomputed
 from tunesmith.planning.micro_batch import MIN_ROW_LENGTHS
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
@@ -300,7 +300,7 @@ def test_trained_parameters_are_counted_on_meta(tiny, tmp_path, changes):
 
 def test_fewest_layers():
     for room in range(-10, 100, 7):
-        count = fewest_recomputed(room, [10] * 8, 2)
+        count = min_recomputed(room, [10] * 8, 2)
 
         def activations(layers: int) -> int:
             return (8 - layers) * 10 + layers * 2
@@ -404,7 +404,7 @@ def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
     assert {*range(1, 8)} < {*counts} or estimated == 8
     with refuses(MachineError, where="train.micro_batch", names=["128 tokens"]) as refused:
         trial(1000, 900)
-    assert refused.value.fix == "data.seq_len=64 (1.0 GiB)"
+    assert refused.value.fix == "set data.seq_len=64 (1.0 GiB)"
 
 
 def kept_without_recompute(model, batch) -> int:

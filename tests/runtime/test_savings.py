@@ -93,7 +93,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
     with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), shape, gib)
     assert refused.value.exit_code == EXIT_USAGE
-    changes = dict(change.rpartition(" (")[::2] for change in refused.value.fix.split("; or "))
+    fix = refused.value.fix.removeprefix("set ")
+    changes = dict(change.rpartition(" (")[::2] for change in fix.split("; or "))
     assert offered in changes
     for words, claimed in changes.items():
         # As the user would: the same recipe, with the words on the command line.
@@ -135,7 +136,7 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
     keys = ["train.recompute=full", "train.micro_batch=2048 tokens"]
     with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), "llama3-8b", gib)
-    words, _, claimed = refused.value.fix.partition(" (")
+    words, _, claimed = refused.value.fix.removeprefix("set ").partition(" (")
     assert words == "model.quantize=nf4"
     again = plan_of(load_recipe(recipe, [*keys, words]), "llama3-8b", gib)
     needed = again.memory.step
@@ -148,10 +149,10 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
     [
         (
             {"train.recompute": "none"},
-            "train.recompute=full (16.3 GiB); or "
+            "set train.recompute=full (16.3 GiB); or "
             "train.cpu_offload='[parameters]' (21.1 GiB; 4.4 GB of the host's memory)",
         ),
-        (FULL, "adapter.kind=lora (21.3 GiB) with --fresh"),
+        (FULL, "set adapter.kind=lora (21.3 GiB) with --fresh"),
     ],
 )
 def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
@@ -233,7 +234,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     assert len(plan.warnings) == warned
     if warned:
         assert warnings_with(plan.warnings[0], "/job", "200.00 GiB")
-        assert "fix: train.optimizer=adamw-8bit" in plan.warnings[0]
+        assert "fix: set train.optimizer=adamw-8bit" in plan.warnings[0]
         assert "docker run --memory=" in plan.warnings[0]
 
 

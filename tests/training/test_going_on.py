@@ -105,7 +105,7 @@ def test_other_free_memory_does_not_change_the_numbers(
         with logged_lines() as lines:
             train(run)
         assert chosen == [int(kept.split()[0])], "it is not chosen again"
-    assert not [line for line in lines if "micro batch is" in line]
+    assert not [line for line in lines if "micro batch changes" in line]
     go(tiny, tmp_path / "whole", [], **DROPOUT)
     assert int(kept.split()[0]) > 128
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
@@ -125,7 +125,7 @@ def test_another_micro_batch_is_told(
     adapter = {"adapter": {"dropout": dropout}}
     go(tiny, tmp_path, [], **adapter, train={"micro_batch": "256 tokens"})
     go(tiny, tmp_path, shown, **adapter, train={"duration": "5 steps", "micro_batch": "128 tokens"})
-    told = [line for line in shown if "micro batch is" in line]
+    told = [line for line in shown if "micro batch changes" in line]
     assert len(told) == 1
     assert holds(told[0], "128 tokens", "256 tokens", "train.micro_batch='256 tokens'")
     assert effect in told[0]
@@ -134,7 +134,7 @@ def test_another_micro_batch_is_told(
     chosen = MemoryEstimate(384)
     monkeypatch.setattr(micro_batch, "fastest_micro_batch", lambda *args, **options: chosen)
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
-    told = [line for line in shown if "micro batch is" in line]
+    told = [line for line in shown if "micro batch changes" in line]
     assert len(told) == 1
     assert holds(told[0], "384 tokens", "128 tokens")
     assert "train.micro_batch" not in told[0]

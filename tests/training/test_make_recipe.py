@@ -42,7 +42,7 @@ from tunesmith.errors import (
     RecipeError,
     StoppedError,
 )
-from tunesmith.model import twin
+from tunesmith.model import tiny_model
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.run_dir import SWEEP
 from tunesmith.training.make_recipe import (
@@ -465,30 +465,30 @@ EXAMPLE = "--model demo --data faq.csv"
         (
             ["smollm2-135m-lora", "--data", "faq.csv"],
             BOTH,
-            "remove smollm2-135m-lora, or --data",
+            "remove smollm2-135m-lora, or remove --data",
         ),
-        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),
-        (["smollm2-135m-lora", "--format", "text"], BOTH, "or --format"),
-        (["smollm2-135m-lora", "--split", "train"], BOTH, "or --split"),
+        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "remove --model"),
+        (["smollm2-135m-lora", "--format", "text"], BOTH, "remove --format"),
+        (["smollm2-135m-lora", "--split", "train"], BOTH, "remove --split"),
         (
             [*OWN, "model.name=other"],
             "model.name cannot be combined with --model and --data",
-            "use only those",
+            "use only --model and --data",
         ),
         (
             [*OWN, "data.train.source=chat.jsonl"],
             "data.train.source cannot be combined",
-            "use only those",
+            "use only --model and --data",
         ),
         ([*OWN, "data.train=[]"], "data.train cannot be combined", "write a recipe"),
         ([*OWN, "data.train=null"], "data.train cannot be combined", "write a recipe"),
         (
             [*OWN, "--columns", "prompt=Question,completion=Question"],
-            "no format reads prompt=Question, c",
+            "no row format can read the columns prompt=Question, c",
             "--columns",
         ),
         ([*OWN, "--split", "test"], "there is no split test", "--split train"),
-        ([*OWN, "--columns", "question"], "is not name=column", "--help"),
+        ([*OWN, "--columns", "question"], "does not have the form name=column", "--help"),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "data", "plan"])
@@ -751,7 +751,7 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     model_type: str, packs: bool, home: Path, capsys: Capture
 ) -> None:
     """A hybrid, whose recurrent layers are told where a document begins, and one on padded rows."""
-    config = twin.shrink(AutoConfig.for_model(model_type))
+    config = tiny_model.shrink(AutoConfig.for_model(model_type))
     tokenizer = byte_tokenizer()
     config.vocab_size = 272
     config.max_position_embeddings = 2048
@@ -770,7 +770,7 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     above_rate = re.search(r"((?: *#.*\n)+) *learning_rate: ", text)
     assert above_rate
     assert model_type in above_rate[1]
-    reason = f"  # {model_type} cannot keep packed examples apart\n  pack: false"
+    reason = f"  # {model_type} cannot separate packed examples\n  pack: false"
     assert (reason in text) is not packs
     assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()
 

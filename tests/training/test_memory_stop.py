@@ -19,7 +19,7 @@ from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
 from tunesmith.host.signals import LowMemory
 from tunesmith.methods.base import TrainModel
-from tunesmith.reader.run_files import RunFiles, how_it_ended
+from tunesmith.reader.run_files import RunFiles, end_fields
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
 from tunesmith.training.result import stopped_by
@@ -90,7 +90,7 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     )
     assert f"({os.getpid()})" in error.why
     assert "\n  cause: memory: " in error.text()
-    told = how_it_ended(RunFiles(out))
+    told = end_fields(RunFiles(out))
     assert (stopped["cause"], told["reason"], told["cause"]) == ("memory", "memory", "memory")
     assert lines_with("\n".join(lines), "memory", f"training, step {step}")
     assert len(records(out)) == step

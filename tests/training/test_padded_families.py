@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import byte_tokenizer
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.metrics.record import StepRecord
-from tunesmith.model import twin
+from tunesmith.model import tiny_model
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # model type, method, wha
 
 def write_model(model_type: str, folder: Path) -> Path:
     """A tiny random model of a type, with a tokenizer of bytes."""
-    config = twin.shrink(AutoConfig.for_model(model_type))
+    config = tiny_model.shrink(AutoConfig.for_model(model_type))
     tokenizer = byte_tokenizer()
     config.vocab_size = 272
     config.eos_token_id = tokenizer.eos_token_id

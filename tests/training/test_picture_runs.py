@@ -216,7 +216,7 @@ def bad_recipes(run: Trained, tiny: Path, folder: Path) -> dict[str, tuple[list[
         "no vision": ([*train, "model.vision=false"], ["model.vision", "model.vision=true"]),
         "tensor": (
             ["plan", train[1], "parallel.tensor=2", "--on", "1x2xh100"],
-            ["vision part", "parallel.tensor=1"],
+            ["vision encoder", "parallel.tensor=1"],
         ),
         "a video": ([*train, f"data.train.source={video}"], ["video"]),
     }
@@ -340,7 +340,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(
 
 def two_workers() -> None:
     """Before a command: it prepares pictures in two other processes, as on a larger machine."""
-    pixels.available_cores = lambda: 2 * pixels.CORES_EACH  # type: ignore[assignment]
+    pixels.available_cores = lambda: 2 * pixels.CORES_PER_WORKER  # type: ignore[assignment]
 
 
 def workers_of(pid: int) -> set[int]:

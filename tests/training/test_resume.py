@@ -459,7 +459,9 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
             began = time.monotonic()
             busy(1.5)
             took = time.monotonic() - began
-            announced = [at - began for at, text in said if "press again to stop now" in text]
+            announced = [
+                at - began for at, text in said if "press ctrl-C again to stop now" in text
+            ]
             assert [at < 0.7 * took for at in announced] == [True]
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)

@@ -29,8 +29,8 @@ FOUR = {"train": {"duration": "4 steps"}, "checkpoint": {"every": "2 steps", "ke
 # Words of what a run says of each.
 FORMS = {
     "fp8": ("FP8", "48 x 40"),
-    "fp8 of compressed-tensors": ("FP8 with a scale a row", "kept quantized"),
-    "nvfp4": ("NVFP4", "kept quantized"),
+    "fp8 of compressed-tensors": ("FP8 with one scale per row", "stay quantized"),
+    "nvfp4": ("NVFP4", "stay quantized"),
 }
 
 
@@ -178,7 +178,7 @@ def test_the_text_model_of_ministral_3_is_kept_as_it_ships(tiny: Path, tmp_path:
     file.write_text(to_yaml(made))
     train(file, quiet=True)
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert len(lines_with(text, "FP8", "the base ships")) == 1
+    assert len(lines_with(text, "FP8", "the base model is stored in")) == 1
     merge(tmp_path / "run", tmp_path / "merged")
     written = {}
     for part in (tmp_path / "merged").glob("*.safetensors"):

@@ -116,4 +116,4 @@ def test_ranks_that_a_launcher_would_start_again_stay_stopped(file: Path, tmp_pa
     assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
     assert "Traceback" not in printed
     assert "cause: link" not in printed
-    assert ("came to the node agent" in printed) == ("launcher" in how)
+    assert ("forwards it to its ranks" in printed) == ("launcher" in how)

@@ -1,4 +1,6 @@
-"""The two factors that every update of low rank has, and what they are scaled by."""
+"""Base class of modules with the two factors of a low-rank update, and the scaling of the
+update.
+"""
 
 import math
 from abc import abstractmethod
@@ -10,10 +12,11 @@ from tunesmith.config.schema import Adapter
 
 
 class LowRank(nn.Module):
-    """An update scaling * B A. With `enabled = False` the base alone is computed.
+    """Base class of modules with a low-rank update, scaling * B A. If `enabled` is False, the
+    update is not applied.
 
     Attributes:
-        lora_A, lora_B: fp32, of `factor_shapes`.
+        lora_A, lora_B: fp32, with the shapes of `factor_shapes`.
     """
 
     scaling: float
@@ -22,10 +25,10 @@ class LowRank(nn.Module):
 
     @abstractmethod
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B."""
+        """Return the shapes of A and B for a rank."""
 
     def add_lora(self, adapter: Adapter, device: torch.device) -> None:
-        """Make A and B; `init_lora` draws their values."""
+        """Create A and B. `init_lora` initializes their values."""
         shape_A, shape_B = self.factor_shapes(adapter.rank)
         fp32 = torch.float32
         self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=fp32, device=device))
@@ -36,7 +39,7 @@ class LowRank(nn.Module):
 
 
 def lora_scaling(adapter: Adapter) -> float:
-    """The factor on an adapter's update."""
+    """Return the factor by which the product B A of an adapter is multiplied."""
     if adapter.rslora:
         return adapter.alpha / math.sqrt(adapter.rank)
     return adapter.alpha / adapter.rank

@@ -1,7 +1,7 @@
-"""PEFT's files, `adapter_config.json` and `adapter_model.safetensors`, written and read.
+"""Reading and writing of PEFT's files `adapter_config.json` and `adapter_model.safetensors`.
 
-What an adapter asks for and is not computed here (DoRA, a rank by layer, ...) is refused by name,
-never ignored.
+If an adapter uses a feature that is not supported (DoRA, a rank per layer, ...), an error names the
+feature. Features are never ignored.
 """
 
 import json
@@ -22,14 +22,20 @@ from transformers import PreTrainedModel
 from tunesmith.adapter import lora
 from tunesmith.adapter.expert_lora import EXPERTS_TARGET, ExpertsLora, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
+from tunesmith.config.names import last_part
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
-from tunesmith.model.decoder import find_projector, is_whole, trained_projector
+from tunesmith.model.decoder import find_projector, has_vision_language_class, trained_projector
 from tunesmith.model.experts import find_experts
-from tunesmith.model.names import entire_model, is_in_whole, name_in_text, name_in_whole
+from tunesmith.model.names import (
+    entire_model,
+    is_vision_language,
+    name_in_entire_model,
+    name_in_text,
+)
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -37,59 +43,62 @@ from tunesmith.model.safetensors_files import (
     read_json,
 )
 from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.weights import StoredTensor, stored_tensors
-from tunesmith.units import count_of
+from tunesmith.model.weights import StoredTensor, name_tensors, stored_tensors
 
 PREFIX = "base_model.model."
 MERGE = "merge it into its base with PEFT, and start from the merged model"
-# Names of tensors that are refused -> for the error: what the adapter does, why, and the fix.
+# Patterns for names of tensors that are not supported. Each pattern has three texts for the error
+# message: what the adapter does, why it is not supported, and the fix.
 NOT_READ = (
     (
         re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight"),
         "stores its experts separately",
-        "this is the form for vLLM; PEFT's stacked form (target_parameters) is read",
-        f"name the run that it was exported from; an adapter of another tool: {MERGE}",
+        "this is vLLM's format, but only PEFT's stacked format (target_parameters) can be read",
+        f"name the run that it was exported from; for an adapter of another tool, {MERGE}",
     ),
     (
         re.compile(r".+\.(vision|visual)\w*\..+\.lora_[AB]\.weight"),
         "changes the vision part of the model",
-        "the vision part is frozen, and takes no adapter",
+        "the vision part is frozen and cannot have an adapter",
         MERGE,
     ),
     (
         re.compile(r".+\.lora_embedding_[AB]"),
         "has a low-rank update of an embedding",
-        "only linear layers and experts take an adapter",
+        "only linear layers and experts can have an adapter",
         MERGE,
     ),
 )
-# PEFT stores a resized embedding two more times, under the names of its wrapper.
+# Parts of names that PEFT's wrapper module adds. PEFT stores a resized embedding two more times
+# under such names.
 WRAPPER = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
-# Keys of PEFT's LoraConfig -> whether a value means plain LoRA. Keys that are neither here nor in
-# HARMLESS must be empty.
+# Keys of PEFT's LoraConfig. The function of a key returns True if its argument, the value of the
+# key, is allowed for a plain LoRA. All keys that are neither in NEUTRAL nor in HARMLESS must have
+# an empty or false value.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: v == "LORA",
     "task_type": lambda v: v in (None, "CAUSAL_LM"),
     "bias": lambda v: v in (None, "none"),
-    # Other initializations (pissa, olora, corda, loftq, lora_ga) change the base's weights. The
-    # value is true in adapters that PEFT converted back.
+    # Other initializations (pissa, olora, corda, loftq, lora_ga) change the base's weights. If PEFT
+    # has converted such an adapter back to the original base, the value is true.
     "init_lora_weights": lambda v: (
         v in (None, True, False, "gaussian", "orthogonal", "eva", "mica")
     ),
 }
-# Keys that `read_adapter` reads, and keys that do not change what an adapter computes.
+# Keys that `read_adapter` reads, and keys that do not change the result of an adapter.
 HARMLESS = frozenset(
     "r lora_alpha lora_dropout use_rslora modules_to_save target_modules target_parameters"
     " exclude_modules layers_to_transform layers_pattern base_model_name_or_path revision"
     " auto_mapping peft_version inference_mode runtime_config megatron_core qalora_group_size"
     " eva_config loftq_config".split()
 )
-# Keys that choose some of the layers that `target_modules` names.
+# Keys that restrict the adapter to some of the layers in `target_modules`.
 LAYER_CHOICES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
-# What every plain LoRA's configuration says; PEFT's defaults for the rest mean the same. Written by
-# hand: `import peft` takes a second, in which the training thread hardly gets the interpreter.
+# Values that are the same for every plain LoRA. PEFT uses its defaults for keys that are not
+# listed. The values are not read from PEFT, because `import peft` takes a second and would block
+# the training thread for most of this time.
 PLAIN_LORA_CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -109,21 +118,25 @@ PLAIN_LORA_CONFIG: dict[str, Any] = {
 def adapter_files(
     model: nn.Module, adapter: Adapter, base_name: str, revision: str | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
-    """The contents of PEFT's two files: the trained parameters and the configuration.
+    """Return the contents of PEFT's two files: the trained parameters and the configuration.
 
-    The parameters go by PEFT's names and are not copied. `base_name` is the base model's Hub id or
-    the folder that the recipe names.
+    The keys of the parameters are PEFT's names. The tensors are not copied.
+
+    Args:
+        base_name: Hub id of the base model, or the path of its folder in the recipe.
     """
     adapted = {name for name, _ in lora.loras(model)}
     trained = {name for name, _, _ in lora.saved_parameters(model)}
     targets, to_save = _peft_modules(model, adapted, trained)
-    # PEFT declares `lora_alpha` as an int.
-    is_whole = adapter.alpha == int(adapter.alpha)
+    alpha = adapter.alpha
+    # PEFT declares `lora_alpha` as an int, so write an integer if possible.
+    if alpha == int(alpha):
+        alpha = int(alpha)
     settings = PLAIN_LORA_CONFIG | {
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": adapter.rank,
-        "lora_alpha": int(adapter.alpha) if is_whole else adapter.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         "target_modules": sorted(targets),
@@ -138,16 +151,19 @@ def adapter_files(
 def _peft_modules(
     model: nn.Module, adapted: set[str], trained: set[str]
 ) -> tuple[set[str], set[str]]:
-    """Choose the names by which PEFT matches the adapted modules, and those trained in full.
+    """Return two lists of names for PEFT's configuration: those of the adapted modules, and those
+    of the fully trained modules.
 
-    Last parts of names, but full names where it would match other modules by a last part too. In
-    the vision-language model that a text model is part of, those are the vision tower's.
+    A list has only the last part of each module's name, unless the last parts would match other
+    modules too. Then it has full names. This happens in a vision-language model if the vision tower
+    has layers with the same names as the text model.
     """
     trained = _joined_projector(model, trained)
-    if is_in_whole(model):
-        in_whole = partial(name_in_whole, model)
+    if is_vision_language(model):
+        in_whole = partial(name_in_entire_model, model)
         return set(map(in_whole, adapted)), set(map(in_whole, trained))
-    # PEFT matches a target with the end of a name, and a saved module with any end of it.
+    # PEFT matches a target against the last parts of a name, and a saved module against any suffix
+    # of a name.
     targets = {last_part(name) for name in adapted}
     to_save = {last_part(name) for name in trained}
     matched_by_target = set()
@@ -157,7 +173,7 @@ def _peft_modules(
             matched_by_target.add(name)
         if name.endswith(tuple(to_save)):
             matched_by_saved.add(name)
-    # A last part that matches too much: full names, which match nothing else.
+    # If a last part matches other modules too, use full names, which match nothing else.
     if matched_by_target != adapted:
         targets = adapted
     if matched_by_saved != trained:
@@ -166,48 +182,63 @@ def _peft_modules(
 
 
 def _joined_projector(model: nn.Module, trained: set[str]) -> set[str]:
-    """Names of modules trained in full, with those of a projector as the one that they are parts
-    of: PEFT copies such a module whole.
+    """Return the names of fully trained modules. The name of a projector replaces the names of its
+    parts.
+
+    PEFT copies a projector with all of its modules, so only the projector must be listed.
     """
     if not trained_projector(model):
         return trained
     projector = find_projector(model)
     inside = tuple(f"{name}." for name in projector)
-    return {name for name in trained if not f"{name}.".startswith(inside)}.union(projector)
+    joined = set(projector)
+    for name in trained:
+        if not f"{name}.".startswith(inside):
+            joined.add(name)
+    return joined
 
 
 def _peft_stacks(model: nn.Module) -> list[str]:
-    """Choose the names by which PEFT matches the adapted stacks of experts: their ends, but full
-    names where an end would match others too.
+    """Return the names of the adapted stacks of experts for PEFT's configuration.
+
+    The list has only the last three parts of each name, or full names if the last parts would match
+    other parameters too.
     """
     adapted = [name for name, _ in expert_updates(model)]
-    if is_in_whole(model):
-        return [name_in_whole(model, name) for name in adapted]
+    if is_vision_language(model):
+        return [name_in_entire_model(model, name) for name in adapted]
     ends = {".".join(name.split(".")[-3:]) for name in adapted}
+    endings = tuple(f".{end}" for end in ends)
     matched = set()
     for name, _ in model.named_parameters():
-        if name.endswith(tuple(f".{end}" for end in ends)):
+        if name.endswith(endings):
             matched.add(name)
-    return sorted(ends if matched == set(adapted) else adapted)
+    if matched == set(adapted):
+        return sorted(ends)
+    return sorted(adapted)
 
 
 def describe_misread(model: PreTrainedModel) -> str:
-    """Return a warning if PEFT reads the adapter otherwise than it is trained, or an empty string.
+    """Return a warning if PEFT would not load all of this adapter's updates, or an empty string.
 
-    PEFT 0.21 takes gate_proj, up_proj and down_proj of many models with experts for the experts' of
-    older files, and drops the adapters of linear layers of these names (shared experts, dense first
-    layers).
+    In many models with experts, PEFT 0.21 treats the targets gate_proj, up_proj and down_proj as
+    the experts of older files. PEFT then does not load the adapters of linear layers with these
+    names, such as those of shared experts and of dense first layers.
     """
-    # Other models have no such rules, and importing PEFT takes a second.
-    if not is_whole(model) and not any(parameter.ndim == 3 for parameter in model.parameters()):
+    # Only models with experts or a vision part need this conversion. Return early for other models,
+    # because importing PEFT takes a second.
+    if not has_vision_language_class(model) and not any(
+        parameter.ndim == 3 for parameter in model.parameters()
+    ):
         return ""
     from peft import LoraConfig
 
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # an older PEFT, which converts nothing
+    except ImportError:  # older versions of PEFT have no such conversion
         return ""
-    # PEFT goes by the type and the rules of the model that it opens.
+    # Use the entire vision-language model, because PEFT loads this model and applies the conversion
+    # rules for its type.
     opened = entire_model(model)
     adapted = {last_part(name) for name, _ in lora.loras(model)}
     config = LoraConfig(target_modules=sorted(adapted), target_parameters=_peft_stacks(model))
@@ -221,85 +252,81 @@ def describe_misread(model: PreTrainedModel) -> str:
     targets = sorted(read)
     if any(expert_updates(model)):
         targets.append(EXPERTS_TARGET)
-    # Of a file with experts too, PEFT refuses all: it gives the experts twice the rank.
+    # This warning also covers adapters with updates of experts. For these, PEFT expects twice the
+    # rank and rejects the entire adapter.
     return (
-        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {opened.config.model_type} "
-        "for its experts, and does not load these adapters; merge it (tunesmith merge), or set "
+        f"warning: PEFT treats {', '.join(sorted(adapted - read))} of a {opened.config.model_type} "
+        "as experts, and does not load these adapters; merge the adapter (tunesmith merge), or set "
         f"adapter.target: [{', '.join(targets)}]"
     )
-
-
-def last_part(name: str) -> str:
-    """The last part of a module's full name."""
-    return name.rsplit(".", 1)[-1]
 
 
 def write_adapter(
     folder: Path | None, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Write PEFT's two files, as of `adapter_files`, to `folder`, an existing one.
+    """Write the result of `adapter_files` as PEFT's two files to an existing folder.
 
-    None: as in `save_tensors`.
+    Args:
+        folder: None on ranks that write no files, see `save_tensors`.
     """
     shapes = {name: _file_shape(name, tensor) for name, tensor in tensors.items()}
-    if folder is None:
-        save_tensors(None, tensors, {"format": "pt"}, shapes=shapes)
-        return
-    save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, shapes=shapes)
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    path = folder / ADAPTER_WEIGHTS if folder else None
+    save_tensors(path, tensors, {"format": "pt"}, shapes=shapes)
+    if folder:
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _file_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter in PEFT's file: B of experts, [out, rank, experts], is flat."""
+    """Return the shape of a parameter in PEFT's file. B of experts, [out, rank, experts], has the
+    shape [out, rank * experts] there.
+    """
     if name.endswith(".lora_B.weight") and tensor.ndim == 3:
         return tensor.shape[0], tensor.shape[1] * tensor.shape[2]
     return tuple(tensor.shape)
 
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by PEFT's names."""
-    # Layers by their names in the whole model: PEFT opens that one, not its text part.
-    layers = {}
-    for name, layer in lora.loras(model):
-        layers[PREFIX + name_in_whole(model, name)] = layer
-    tensors = {f"{name}.lora_A.weight": layer.lora_A for name, layer in layers.items()}
-    tensors |= {f"{name}.lora_B.weight": layer.lora_B for name, layer in layers.items()}
-    tensors |= _peft_expert_tensors(model)
-    for name, module, key in lora.saved_parameters(model):
-        tensors[f"{PREFIX}{name_in_whole(model, name)}.{key}"] = module.get_parameter(key)
-    return tensors
-
-
-def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of experts, by PEFT's names, which wraps the first of two stacks twice."""
+    """Return the trained parameters. The keys are PEFT's names."""
     tensors = {}
+    # Use the names of layers in the entire vision-language model, because PEFT loads this model and
+    # not only its text part.
+    for name, layer in lora.loras(model):
+        peft_name = PREFIX + name_in_entire_model(model, name)
+        tensors[f"{peft_name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{peft_name}.lora_B.weight"] = layer.lora_B
     for name, experts in find_experts(model).items():
         updates = []
         for stack in experts.stacks_in_order():
             update = experts.update(stack)
             if isinstance(update, ExpertsLora):
                 updates.append(update)
-        key = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"
+        # PEFT wraps the experts' module once per stack. Each wrapper adds `.base_layer` to the
+        # name, so the first stack has one `.base_layer` more than the second.
+        peft_name = PREFIX + name_in_entire_model(model, name) + len(updates) * ".base_layer"
         for update in updates:
-            key = key.removesuffix(".base_layer")
-            tensors[f"{key}.lora_A.weight"] = update.lora_A
-            tensors[f"{key}.lora_B.weight"] = update.lora_B
+            peft_name = peft_name.removesuffix(".base_layer")
+            tensors[f"{peft_name}.lora_A.weight"] = update.lora_A
+            tensors[f"{peft_name}.lora_B.weight"] = update.lora_B
+    for name, module, key in lora.saved_parameters(model):
+        peft_name = PREFIX + name_in_entire_model(model, name)
+        tensors[f"{peft_name}.{key}"] = module.get_parameter(key)
     return tensors
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter of a folder by its `adapter_config.json`.
+    """Read the adapter's settings from the `adapter_config.json` in a folder.
 
-    ModelError where that is missing, broken or not plain LoRA.
+    Raise ModelError if the file is missing or damaged, or if the adapter is not a plain LoRA.
     """
     check_regular_files(folder)
     file = folder / ADAPTER_CONFIG
     if not file.exists():
         what = f"there is no {ADAPTER_CONFIG}"
-        raise ModelError(what, where=str(folder), fix="name a PEFT adapter's folder")
+        raise ModelError(what, where=str(folder), fix="use the folder of a PEFT adapter")
     settings = read_json(file, again="copy the adapter again")
-    # peft_type comes first: the name of another method says more than its keys.
+    # Check peft_type first. If the adapter uses another method, an error with the name of the
+    # method is clearer than an error about one of its keys.
     for name, value in sorted(settings.items(), key=lambda setting: setting[0] != "peft_type"):
         if name not in HARMLESS and not NEUTRAL.get(name, operator.not_)(value):
             raise ModelError(
@@ -308,21 +335,22 @@ def read_adapter(folder: Path) -> Adapter:
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix=MERGE,
             )
+    weights = folder / ADAPTER_WEIGHTS
     pickled = folder / "adapter_model.bin"
-    if pickled.exists() and not (folder / ADAPTER_WEIGHTS).exists():
+    if pickled.exists() and not weights.exists():
         raise ModelError(
             "the adapter's weights are pickled",
             where=str(pickled),
             why="only safetensors files are read, because a pickle can run code",
             fix="load the adapter with PEFT, and save it again with save_pretrained(FOLDER)",
         )
-    _check_names(folder / ADAPTER_WEIGHTS)
+    _check_names(weights)
     try:
         target = settings["target_modules"]
         experts = _experts_of(settings.get("target_parameters") or [], file)
         is_pattern = isinstance(target, str) and target != lora.ALL_LINEAR
         if is_pattern or any(settings.get(key) is not None for key in LAYER_CHOICES):
-            target = _adapted_modules(folder / ADAPTER_WEIGHTS)
+            target = _adapted_modules(weights)
         elif not isinstance(target, str):
             target = sorted({*(target or ()), *experts})
         values = {
@@ -333,7 +361,7 @@ def read_adapter(folder: Path) -> Adapter:
             "modules_to_save": settings.get("modules_to_save") or [],
             "target": target,
         }
-        # By the recipe's types and bounds.
+        # Validate the values with the types and limits of the recipe.
         return TypeAdapter(Adapter).validate_json(json.dumps(values))
     except (KeyError, TypeError, ValueError) as error:
         why = f"a value is missing or invalid: {error}"
@@ -344,14 +372,15 @@ def read_adapter(folder: Path) -> Adapter:
             "the adapter's configuration cannot be read",
             where=str(file),
             why=why,
-            fix="name a PEFT adapter's folder, or copy it again",
+            fix="copy the adapter again, or use the folder of another PEFT adapter",
         ) from error
 
 
 def _adapted_modules(file: Path) -> list[str]:
-    """Return the full names of the modules, experts included, for which an adapter has weights.
+    """Return the full names of the modules, including experts, for which an adapter has weights.
 
-    The configuration does not name them if it has a regular expression or excludes layers.
+    This is needed if the configuration has a regular expression or excludes layers instead of
+    listing the names.
     """
     names = set()
     for entry in read_header(file):
@@ -362,9 +391,9 @@ def _adapted_modules(file: Path) -> list[str]:
 
 
 def _check_names(file: Path) -> None:
-    """Raise ModelError if an adapter has a tensor that NOT_READ names."""
+    """Raise ModelError if the name of a tensor matches a pattern in NOT_READ."""
     names: list[str] = []
-    # A file that is missing or damaged is reported where it is loaded.
+    # Ignore a missing or damaged file, because the error is raised when the file is loaded.
     with suppress(ModelError):
         names = [entry.name for entry in read_header(file)]
     for name, (pattern, what, why, fix) in product(names, NOT_READ):
@@ -374,7 +403,7 @@ def _check_names(file: Path) -> None:
 
 
 def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
-    """The modules whose two stacks an adapter's `target_parameters` name."""
+    """Return the modules of experts whose two stacks are both in `target_parameters`."""
     stacks: dict[str, set[str]] = {}
     for parameter in parameters:
         module, _, stack = parameter.rpartition(".")
@@ -385,8 +414,8 @@ def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
                 f"the adapter has target_parameters = {json.dumps(list(parameters))}, "
                 "which is not supported",
                 where=str(file),
-                why="of experts both stacks are adapted here, gate_up_proj (or up_proj) and "
-                "down_proj, and no other parameters",
+                why="for experts, only the two stacks gate_up_proj (or up_proj) and down_proj can "
+                "be adapted, and only together",
                 fix=MERGE,
             )
     return sorted(stacks)
@@ -396,11 +425,12 @@ def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Load PEFT's two files into the model's adapter.
 
-    ModelError where scaling, layers, shapes or names differ from the model's.
+    Raise ModelError if scaling, layers, shapes or names differ from the model's.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    # This rank compares its own part: parameters may be sharded by now.
+    # Compare only this rank's shard of the parameter, because the parameters may already be
+    # sharded.
     def is_base(name: str, stored: StoredTensor) -> bool:
         parameter = parameters[name]
         stored_part = stored[local_slices(parameter)].to(parameter.dtype)
@@ -415,20 +445,24 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 def stored_adapter(
     model: nn.Module, folder: Path, is_base: Callable[[str, StoredTensor], bool]
 ) -> Iterator[dict[str, StoredTensor]]:
-    """Yield what PEFT's two files hold of a model's adapter, by the model's parameter names.
+    """Yield (name of the model's parameter, tensor) for each tensor of an adapter in PEFT's two
+    files.
 
     Args:
-        model: with the adapter, on meta or not.
-        is_base: whether a tensor equals the base's parameter of that name. PEFT adds copies of
-            embedding and head when one of them carries an adapter.
+        model: the model with the adapter, on the meta device or not.
+        is_base: returns whether a tensor equals the base's parameter with this name. The function
+            is needed because PEFT adds copies of embedding and head to the file if one of them has
+            an adapter.
 
-    ModelError where scaling, layers, shapes or names differ from the model's.
+    Raise ModelError if scaling, layers, shapes or names differ from the model's.
     """
     adapter = read_adapter(folder)
     _check_scaling(model, adapter, folder / ADAPTER_CONFIG)
     file = folder / ADAPTER_WEIGHTS
     parameters = _peft_tensors(model)
-    # By identity: the mapping of PEFT's names holds the model's very parameters.
+    in_base = dict(model.named_parameters(remove_duplicate=False))
+    # Map the id of each parameter object to its name in the model. `parameters` has the same
+    # objects under PEFT's names.
     own_names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
         read_header(file)
@@ -437,16 +471,21 @@ def stored_adapter(
         why = f"{error.what}. {error.why}"
         raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
     with stored_tensors(file) as stored:
-        _check_rows(model, stored, file)
+        _check_rows(model, in_base, stored, file)
         names = set()
         for name, tensor in stored.items():
             if WRAPPER.search(name) and WRAPPER.sub("", name) in stored:
                 continue
-            # A copy of the base's values that PEFT added is skipped. One that differs stays here,
-            # and reported as unknown below.
-            base_name = None if name in parameters else _base_name(model, name, tensor)
-            if base_name is None or not is_base(base_name, tensor):
-                names.add(name)
+            # Skip copies of the base's values that PEFT added. If a copy differs from the base, its
+            # name is added and reported as unknown below.
+            if name not in parameters:
+                path = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+                base_name = name_in_text(model, path)
+                base = in_base.get(base_name)
+                may_be_copy = base is not None and base.shape == tensor.shape
+                if may_be_copy and is_base(base_name, tensor):
+                    continue
+            names.add(name)
         unknown = names - parameters.keys()
         reshaped = set()
         for name in names - unknown:
@@ -463,16 +502,27 @@ def stored_adapter(
         yield in_model
 
 
-def _check_rows(model: nn.Module, stored: Mapping[str, StoredTensor], file: Path) -> None:
-    """Raise ModelError if the adapter has another number of rows in the embedding or the head."""
-    in_model = dict(model.named_parameters(remove_duplicate=False))
+def _check_rows(
+    model: nn.Module,
+    in_model: Mapping[str, nn.Parameter],
+    stored: Mapping[str, StoredTensor],
+    file: Path,
+) -> None:
+    """Raise ModelError if the embedding or head in the adapter has another number of rows than in
+    the model.
+    """
     for name, tensor in stored.items():
         own_name = name_in_text(model, name.removeprefix(PREFIX))
-        own_shape = in_model[own_name].shape if own_name in in_model else tensor.shape
-        # A tensor of one number has no rows.
-        if tensor.shape == own_shape or not tensor.shape or tensor.shape[1:] != own_shape[1:]:
+        if own_name not in in_model:
             continue
-        rows, own_rows = tensor.shape[0], own_shape[0]
+        shape = tensor.shape
+        own_shape = in_model[own_name].shape
+        # Skip tensors that differ in another dimension than the rows, and scalar tensors, which
+        # have no rows.
+        if shape == own_shape or not shape or shape[1:] != own_shape[1:]:
+            continue
+        rows = shape[0]
+        own_rows = own_shape[0]
         fix = (
             f"load the base in Transformers, call resize_token_embeddings({rows}), merge the "
             "adapter with PEFT, and start from the merged model"
@@ -484,7 +534,7 @@ def _check_rows(model: nn.Module, stored: Mapping[str, StoredTensor], file: Path
                 f"{fix}"
             )
         raise ModelError(
-            f"the adapter has {rows:,} rows in {own_name}, and the model {own_rows:,}",
+            f"the adapter has {rows:,} rows in {own_name}, but the model has {own_rows:,}",
             where=str(file),
             why="tokens were added or removed before the adapter was trained",
             fix=fix,
@@ -492,41 +542,32 @@ def _check_rows(model: nn.Module, stored: Mapping[str, StoredTensor], file: Path
 
 
 def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
-    """ModelError where the model does not scale its updates as the adapter in `file` does."""
+    """Raise ModelError if the model's adapter and the adapter in `file` have different scaling."""
     scaling = lora_scaling(adapter)
     for name, layer in lora.low_ranks(model):
-        # Relative to the scaling: alpha and rank have gone through JSON and a division.
+        # Use a relative tolerance, because `scaling` is a quotient of numbers that were converted
+        # to JSON.
         if abs(layer.scaling - scaling) > 1e-9 * abs(scaling):
             keys = f"adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}"
             raise ModelError(
-                f"the adapter scales its update by {scaling:g}, the recipe by {layer.scaling:g}",
+                f"the adapter has the scaling factor {scaling:g}, but the recipe has "
+                f"{layer.scaling:g}",
                 where=f"{file}, layer {name}",
                 fix=f"set {keys}, adapter.rslora: {str(adapter.rslora).lower()}",
             )
 
 
 def _check_none(names: Collection[str], problem: str, file: Path) -> None:
-    """ModelError that says the problem and some of the names, if there are any."""
+    """Raise ModelError if `names` is not empty. The message has the problem and some of the
+    names.
+    """
     if not names:
         return
-    shown = ", ".join(name.removeprefix(PREFIX) for name in sorted(names)[:3])
-    if len(names) > 3:
-        shown += ", ..."
+    shown = [name.removeprefix(PREFIX) for name in sorted(names)]
     raise ModelError(
-        f"{count_of(len(names), 'tensor')} {problem}: {shown}",
+        name_tensors(shown, problem),
         where=str(file),
         why="adapter and model do not match",
         fix="use the base model, target, rank and modules_to_save that the adapter was "
         "trained with",
     )
-
-
-def _base_name(model: nn.Module, name: str, stored: StoredTensor) -> str | None:
-    """The base's parameter that a stored tensor may be a copy of; None where there is none of its
-    name and shape.
-    """
-    base_name = name_in_text(model, name.removeprefix(PREFIX).replace(".base_layer.", "."))
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(base_name)
-    if parameter is None or parameter.shape != stored.shape:
-        return None
-    return base_name

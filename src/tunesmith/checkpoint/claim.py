@@ -1,9 +1,11 @@
-"""The run directory as a place: whose files lie in it, and which run holds it.
+"""Checks that decide whether a directory belongs to a run, and the lock that a run holds on its
+directory.
 
-A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
-that a run began to write. In other directories the start is refused and nothing is touched if there
-is a file with a name that a run writes, or if it is the working or the home directory. Files of
-other names are never touched. An earlier run is moved aside, never deleted.
+A directory belongs to a run if its env.json was written by a run. Until env.json exists, the
+content of `.lock` shows that a run has begun to write. A new run refuses to start in a directory
+that does not belong to a run but contains a file with a name that the run would write. A run also
+refuses to start in the working directory or the home directory. Files with other names are never
+changed. An earlier run is moved to another folder, never deleted.
 """
 
 import contextlib
@@ -36,9 +38,9 @@ from tunesmith.run_dir import (
     read_object,
 )
 
-LAUNCH = "launch"  # a folder of what a launcher writes
-NAMED_FILES = 5  # in an error
-LOCK_CONTENT = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
+LAUNCH = "launch"  # folder for the files of `tunesmith launch`
+NAMED_FILES = 5  # maximum number of file names in an error message
+LOCK_CONTENT = b"a run of tunesmith\n"  # content of .lock after a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 RUN_FILES = (
     RECIPE,
@@ -58,8 +60,8 @@ _RANK_METRICS = r"metrics-rank\d+\.jsonl"
 
 
 def _any_of(names: Iterable[str]) -> str:
-    """A pattern that matches each of the names."""
-    return "|".join(re.escape(name) for name in names)
+    """Return a regular expression that matches any of the names."""
+    return "|".join(map(re.escape, names))
 
 
 _LEFTOVER = re.compile(
@@ -74,9 +76,9 @@ _EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pat
 
 
 def run_files(output_dir: Path) -> list[Path]:
-    """List what lies in a directory under a name that a run writes.
+    """Return all paths in a directory with names that a run uses for its files.
 
-    Links and leftovers of a kill are included.
+    Links and the leftovers of a killed run are included.
     """
     if not output_dir.is_dir():
         return []
@@ -84,7 +86,7 @@ def run_files(output_dir: Path) -> list[Path]:
 
 
 def is_run(output_dir: Path) -> bool:
-    """Tell whether a run wrote into this directory."""
+    """Return whether a run has written into this directory."""
     lock = output_dir / LOCK
     identity = output_dir / IDENTITY
     metrics = output_dir / METRICS
@@ -93,7 +95,8 @@ def is_run(output_dir: Path) -> bool:
             return "recipe_hash" in read_object(identity, Fields)
         if not lock.is_file() or lock.read_bytes() != LOCK_CONTENT:
             return False
-        # The first step is recorded after the identity is written.
+        # A run writes env.json before its first step. If there are recorded steps but no env.json,
+        # the directory is not from a run.
         if metrics.exists() and metrics.stat().st_size:
             return False
     except (OSError, ValueError, TypeError):
@@ -102,9 +105,10 @@ def is_run(output_dir: Path) -> bool:
 
 
 def _stop_requested_at(output_dir: Path) -> int:
-    """When the file that asks a run to stop was last touched, by its disk's clock.
+    """Return the modification time in nanoseconds of the file that requests a stop.
 
-    In nanoseconds; 0: it is not there.
+    The file system sets this time, so it may differ from the clock of this machine. Return 0 if the
+    file does not exist.
     """
     try:
         return (output_dir / STOP_FILE).stat().st_mtime_ns
@@ -113,13 +117,15 @@ def _stop_requested_at(output_dir: Path) -> int:
 
 
 def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
-    """UsageError where a run would mix its files with somebody else's.
+    """Raise UsageError if a run in this directory would mix its files with other files.
 
-    inputs: what the run reads: paths, and Hub ids, which are ignored.
+    Args:
+        inputs: paths that the run reads. Hub ids can be included: they are ignored.
     """
     folder = output_dir.resolve()
     is_of_run = is_run(output_dir)
     names = [path.name for path in run_files(output_dir)]
+
     why = "the run's files would be mixed with other files"
     if not is_of_run and any(
         place.resolve().is_relative_to(folder) for place in (Path.cwd(), Path.home())
@@ -128,37 +134,43 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
     elif any(path.is_dir() and path.resolve() == folder for path in map(Path, inputs)):
         what = "output_dir is a folder that the run reads"
     elif names and not is_of_run:
-        more = ", ..." if len(names) > NAMED_FILES else ""
-        files = ", ".join(names[:NAMED_FILES]) + more
+        files = ", ".join(names[:NAMED_FILES])
+        if len(names) > NAMED_FILES:
+            files += ", ..."
         what = f"output_dir contains files that are not from a tunesmith run: {files}"
         why = f"a run writes files with these names, and the folder has no {IDENTITY} of a run"
     else:
         return
+
     fix = "use a new folder: output_dir=runs/my-run"
     raise UsageError(what, where=str(output_dir), why=why, fix=fix)
 
 
 @contextlib.contextmanager
 def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
-    """Create the run directory and lock it; remove what was created if no run wrote into it.
+    """Create the run directory and lock it.
 
-    Yields a function to be called before anything is written into it: it marks the directory as a
-    run's, and removes a request to stop that was there before.
+    At the end, remove the directory if no run wrote into it.
 
-    inputs: as of `check_run_dir`.
+    Yields a function that the caller must call before it writes any file. The function marks the
+    directory as a run's directory and removes an old stop request.
+
+    Args:
+        inputs: see `check_run_dir`.
 
     Raises:
-        ModelError: a pipe, a socket or a device lies in it.
-        UsageError: it holds files that no run wrote.
-        MachineError: it cannot be written, or another run holds it.
+        ModelError: the directory contains a pipe, a socket or a device.
+        UsageError: the directory contains files that are not from a run.
+        MachineError: the directory is not writable, or another run holds its lock.
     """
-    fix = "delete it, or use a new folder: output_dir=runs/my-run"
+    fix = "delete this file, or use a new folder: output_dir=runs/my-run"
     check_regular_files(output_dir, fix=fix)
     check_run_dir(output_dir, inputs)
-    # The innermost first.
+
+    # Folders that this call creates, innermost first.
     created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     lock = output_dir / LOCK
-    # Looked at before `_lock` creates it.
+    # Check whether the lock file is new before `_lock` creates the file.
     is_new = not lock.exists()
     handle = _lock(output_dir)
     earlier_request = _stop_requested_at(output_dir)
@@ -167,7 +179,8 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         if os.fstat(handle).st_size == 0:
             os.pwrite(handle, LOCK_CONTENT, 0)
             os.fsync(handle)
-        # One that came since is for this start.
+        # Remove only an old stop request. A request that came after the lock was taken is for this
+        # run.
         if _stop_requested_at(output_dir) == earlier_request:
             (output_dir / STOP_FILE).unlink(missing_ok=True)
 
@@ -177,8 +190,9 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         with contextlib.suppress(OSError):
             if not run_files(output_dir) and (is_new or lock.read_bytes() == LOCK_CONTENT):
                 lock.unlink()
-        # A refused start leaves no trace. A folder may have files by now, or another start creates
-        # the same folders at this moment.
+        # Remove the created folders if they are empty, so that a failed start of a run leaves no
+        # folders behind. rmdir fails if a folder is not empty, for example because another start
+        # uses the same parent folders.
         with contextlib.suppress(OSError):
             for folder in created:
                 folder.rmdir()
@@ -186,17 +200,17 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
 
 
 def _lock(output_dir: Path) -> int:
-    """An open handle on the lock file, locked for this process."""
+    """Open the lock file, lock it for this process and return its file descriptor."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Not through a link, which may lead to somebody else's file.
+        # Use O_NOFOLLOW, because a link could lead to a file that does not belong to the run.
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise MachineError(
             f"the run directory cannot be written: {error.strerror}",
             where=str(output_dir),
             why="output_dir must be a writable folder",
-            fix="choose another one: output_dir=runs/my-run",
+            fix="choose another folder: output_dir=runs/my-run",
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,9 +220,10 @@ def _lock(output_dir: Path) -> int:
             "another run is writing to this run directory",
             where=str(output_dir),
             why="two runs would overwrite each other's checkpoints",
-            fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
+            fix="wait for the other run, stop it, or choose another folder: output_dir=runs/my-run",
         ) from error
-    # The run that had the lock has just removed the empty folder.
+    # If the lock file was deleted after it was opened, open it again. This happens if the run that
+    # held the lock has removed its empty folder.
     if os.fstat(handle).st_nlink == 0:
         os.close(handle)
         return _lock(output_dir)
@@ -216,15 +231,17 @@ def _lock(output_dir: Path) -> int:
 
 
 def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
-    """Move an earlier run to `<output_dir>.previous-<n>`, and return that.
+    """Move an earlier run to `<output_dir>.previous-<n>`, and return the new path.
 
-    None if there was nothing to move. What a run does not write stays where it is. A link is
-    followed: the run stays on its disk.
+    Return None if there is no earlier run. Only files of the run are moved. If output_dir is a
+    link, the new folder is created next to the link's target, so that the run stays on its disk.
 
-    inputs: what the new run reads: paths, and Hub ids, which are ignored.
+    Args:
+        inputs: paths that the new run reads. Hub ids can be included: they are ignored.
 
-    UsageError if one of them, or the working directory, would be moved; MachineError if the folder
-    cannot be, such as a mounted one.
+    Raises:
+        UsageError: an input or the working directory would be moved.
+        MachineError: the files cannot be moved, for example because the folder is a mount point.
     """
     files = run_files(output_dir)
     if not files:
@@ -240,7 +257,8 @@ def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
                 fix="use another folder: output_dir=runs/my-run",
             )
     place = free_name(output_dir.resolve())
-    # The identity last: what a kill leaves here is still a run's.
+    # Move env.json last. If the process is killed during the move, env.json still marks the
+    # remaining files in the old directory as files of a run.
     files.sort(key=lambda path: path.name == IDENTITY)
     try:
         place.mkdir()
@@ -259,16 +277,23 @@ def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
 
 
 def restore(run_dir: Path) -> None:
-    """Give a whole folder its name back that a kill caught while it was replaced or deleted."""
+    """Rename complete `.old` folders to their original names.
+
+    A run that was killed while it replaced or deleted a folder leaves its old contents in an `.old`
+    folder.
+    """
     for path in run_files(run_dir):
-        # `.checkpoint-40.old` was `checkpoint-40`.
+        # Remove "." and ".old" from the name: `.checkpoint-40.old` becomes `checkpoint-40`.
         place = run_dir / path.stem.removeprefix(".")
         if path.suffix == ".old" and not place.exists() and find_damage(path) is None:
             path.rename(place)
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove from a run's directory what a killed write left behind, after `restore`."""
+    """Remove the partial files and folders of a killed run from its directory.
+
+    Complete folders are restored first, see `restore`.
+    """
     restore(run_dir)
     for path in run_files(run_dir):
         if _LEFTOVER.fullmatch(path.name):

@@ -1,6 +1,6 @@
 """The files of a checkpoint.
 
-PEFT's adapter or a Transformers model, the tokenizer, the optimizer's state.
+These are a PEFT adapter or a Transformers model, the tokenizer and the optimizer state.
 """
 
 import tempfile
@@ -28,32 +28,38 @@ from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
-TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
+TokenizerFiles = Mapping[str, bytes]  # path in the checkpoint -> content of the file
 OptimizerState = Mapping[str, Tensor]
 
 
 def tokenizer_files(
     tokenizer: PreTrainedTokenizerBase, template: Template, base: Path
 ) -> TokenizerFiles:
-    """The tokenizer's files, with the template in use as its chat template, and the settings of
-    generation, with all tokens that end an answer.
+    """Return the tokenizer's files and generation_config.json by path.
 
-    With pictures also the base's files of their processor, as Transformers looks for them here.
-    So inference prompts as training did, and stops where answers ended. Make them once, in the main
-    thread: others use and change the tokenizer, and serializing a large vocabulary in a background
-    thread would hold the interpreter's lock.
+    The chat template is the same as in training, and generation_config.json lists all tokens that
+    end an answer. Inference therefore renders the same prompts as training and stops at the end of
+    an answer. For a model with images, the files of the base's image processor are included,
+    because Transformers expects them next to the tokenizer.
 
-    base: the base's folder.
+    Call this once, in the main thread, for two reasons. A background thread could read the
+    tokenizer while other code changes it. Also, serializing a large vocabulary in a background
+    thread would hold the GIL and block training.
+
+    Args:
+        base: the base model's folder.
     """
     original_template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.jinja
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             tokenizer.save_pretrained(folder)
-            write_for_older_readers(Path(folder))
+            write_for_older_readers(folder)
             text = generation_config_text(base, tokenizer, template.end_ids)
-            (Path(folder) / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+
+            files = [path for path in folder.rglob("*") if path.is_file()]
             contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
             if template.pictures is not None:
                 contents |= {path.name: path.read_bytes() for path in base.glob(PROCESSORS)}
@@ -72,10 +78,11 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
 def write_model_files(
     folder: Path | None, run: Run, model: TrainModel, tokenizer: TokenizerFiles
 ) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer, into a folder.
+    """Write the model and the tokenizer into a folder.
 
-    Which of both, `adapter.kind` says. Where ranks hold parts all of them call it, and those that
-    write nothing give no folder.
+    The model is a PEFT adapter, or the entire Transformers model if `adapter.kind` is "none". If
+    the weights are sharded, this is a collective call: ranks that write no files pass None as the
+    folder.
     """
     if run.adapter.kind == "none":
         tensors = in_stored_form(model.model, weights_of(model.model))
@@ -92,19 +99,20 @@ def write_model_files(
 
 
 def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> None:
-    """Write a whole model's files but its weights."""
+    """Write all files of an entire model except its weights."""
     write_model_config(model.model, folder)
     _write_tokenizer(folder, tokenizer)
     write_for_older_readers(folder)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Collect the weights that a model's checkpoint holds.
+    """Return the weights that a model's checkpoint contains.
 
-    A tied weight is there once, as the embedding: the name that bases have. Transformers 4.57 does
-    not find it under the head's.
+    A tied weight is included once, under the name of the embedding, as in published base models.
+    Transformers 4.57 cannot load a tied weight under the name of the output head.
     """
-    # Tied weights by their first name only; the second set has all names.
+    # A tied weight has several names. `names` has only the first of them, and `names_of_tied` has
+    # the others.
     names = {name for name, _ in model.named_parameters()}
     names_of_tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
     return {
@@ -120,9 +128,10 @@ def write_checkpoint(
     progress: Progress,
     folder: Path,
 ) -> None:
-    """Write all that a checkpoint holds into an existing, empty folder.
+    """Write all files of a checkpoint into an existing, empty folder.
 
-    optimizer: its state dict of tensors.
+    Args:
+        optimizer: tensors of the optimizer's state dict.
     """
     write_model_files(folder, run, model, tokenizer)
     write_optimizer(folder, optimizer)
@@ -137,34 +146,39 @@ def adapter_save_function(
     progress: Progress,
     copy: bool,
 ) -> tuple[SaveFunction, bool]:
-    """Return what writes an adapter's checkpoint into a folder, once.
+    """Return a function that writes an adapter's checkpoint into a folder. Call it only once.
 
-    A collective call where ranks hold parts. Tensors are copied on their own device, in stream
-    order, so this does not wait for it; of those that ranks share, rank 0 gets one after the other
-    into its host's memory.
+    This is a collective call if tensors are sharded. If tensors are copied, each copy is made on
+    the tensor's device in stream order, so this function does not wait for the copies. Sharded
+    tensors are gathered one after the other, into the host memory of rank 0.
 
     Args:
-        copy: write the state of this moment, from any thread; else it must be called before the
-            next step.
+        copy: copy the current state, so that any thread can call the returned function later. If
+            the state is not copied, the returned function must be called before the next step.
 
     Returns:
-        The function, and whether tensors were copied, for which the device may have no room.
+        The function, and whether the tensors were copied. They are not copied if the device does
+        not have enough memory.
     """
     tensors, settings = peft_files.adapter_files(
         model.model, run.adapter, run.model.name, run.model.revision
     )
-    # The caller changes its own while a thread writes this one.
+
+    # Copy `progress`, because the caller changes the object while a thread writes this checkpoint.
     progress = replace(progress)
-    # On all ranks, in the same order: what is sharded is gathered in collectives.
+
+    # All ranks gather the sharded tensors in the same order, because each gather is a collective.
     gathered_tensors = gathered(tensors)
     gathered_moments = gathered(optimizer)
     local_tensors: dict[str, Tensor] = {
         name: tensors[name] for name in tensors.keys() - gathered_tensors
     }
     local_moments = {name: optimizer[name] for name in optimizer.keys() - gathered_moments}
+
     snapshots: list[Snapshot] = []
     if copy:
-        # Without room for copies the function must be called before the next step.
+        # If the memory is too small for copies, `snapshots` is empty, and `save` must be called
+        # before the next step.
         with suppress(torch.OutOfMemoryError):
             snapshots = [Snapshot(local_tensors), Snapshot(local_moments)]
 
@@ -190,9 +204,9 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
 
 @contextmanager
 def read_optimizer(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The optimizer's tensors of a checkpoint, to be read in the block.
+    """Yield the optimizer's tensors of a checkpoint. They can be read only inside the block.
 
-    CheckpointError if they cannot be.
+    Raise CheckpointError if the file cannot be read.
     """
     try:
         with stored_tensors(folder / OPTIMIZER) as tensors:

@@ -1,7 +1,9 @@
-"""The model card: the README.md beside the weights, as the Hub shows it.
+"""The model card, which is the file README.md next to the weights.
 
-It is made from a run directory's own files (recipe, metrics.jsonl, env.json) and holds no path of
-this machine.
+The Hub shows it as the page of the model.
+
+The card is made from files in the run directory (recipe, metrics.jsonl, env.json). It contains no
+path of this machine.
 """
 
 import re
@@ -22,7 +24,7 @@ from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
 from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
 
-# The Jinja template of a card, by `ModelCard.from_template`.
+# Jinja template of a model card, for `ModelCard.from_template`.
 TEMPLATE = """\
 ---
 {{ card_data }}
@@ -66,12 +68,13 @@ _PACKAGES = ("tunesmith", "python", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class CardFile:
-    """A row of the card's table of files.
+    """A row of the table of files in the model card.
 
     Attributes:
-        kind: format and type of the weights.
-        mean_kl: divergence from the tuned model in nats, measured at export; None: not measured.
-        agreement: share of positions with the same most likely token.
+        kind: format and dtype of the weights.
+        mean_kl: KL divergence from the fine-tuned model in nats, measured at export. None if it was
+            not measured.
+        agreement: fraction of positions with the same most likely token.
     """
 
     name: str
@@ -91,29 +94,38 @@ def model_card(
     is_trained: bool = True,
     step: int | None = None,
 ) -> str:
-    """The text of a README.md.
+    """Return the text of the README.md of a model.
 
     Args:
-        base: the model that was trained, or that the adapter belongs to.
-        run, run_dir: the resolved recipe and its directory, where they are known.
-        merged: the form of the weights that an adapter was merged into, a dtype or GGUF; empty: it
-            was merged into none.
-        library: the Hub's name of what opens the files; None: Transformers or PEFT.
-        is_trained: whether it is more than the base in another format.
-        step: that the weights are of; None: that is not known.
+        base: the model that was trained, or the base model of the adapter.
+        run, run_dir: the resolved recipe and the run directory, if they are known.
+        merged: if the adapter was merged into the base weights, the dtype of the merged weights, or
+            "GGUF". Otherwise empty.
+        library: the Hub's name of the library that reads the files. None means Transformers or
+            PEFT.
+        is_trained: whether the model was trained. False if it is only the base in another format.
+        step: step of the weights. None if it is not known.
     """
     is_full = run is not None and run.adapter.kind == "none"
-    training_tags = ["full" if is_full else "lora", *([run.method.name] if run else [])]
-    # In their order, without repetitions.
-    sources = list(dict.fromkeys(source.source for source in run.data.train)) if run else []
+    tags = ["tunesmith"]
+    if is_trained:
+        tags.append("full" if is_full else "lora")
+        if run:
+            tags.append(run.method.name)
+    sources: list[str] = []
+    if run:
+        # Data sources in the order of the recipe, without duplicates.
+        sources = list(dict.fromkeys(source.source for source in run.data.train))
+
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
         library_name=library or ("transformers" if is_full or merged else "peft"),
         pipeline_tag="text-generation",
-        tags=["tunesmith", *(training_tags if is_trained else [])],
+        tags=tags,
         **_license(base),
     )
+
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -129,8 +141,10 @@ def model_card(
 
 
 def with_files(card: str, files: Sequence[CardFile]) -> str:
-    """A card of `model_card` with a table of its files in front of the last paragraph, which is
-    about the license."""
+    """Insert a table of files into a card that `model_card` has returned.
+
+    The table is put before the last paragraph, which is about the license.
+    """
     lines = [
         "## Files",
         "",
@@ -143,7 +157,8 @@ def with_files(card: str, files: Sequence[CardFile]) -> str:
             measured = f"{file.mean_kl:.2g} | {file.agreement:.0%}"
         lines.append(f"| `{file.name}` | {file.kind} | {file.bytes / 1e6:,.1f} | {measured} |")
     if any(file.mean_kl is not None for file in files):
-        lines += ["", "Both compared with the tuned model on its own rows, at export time."]
+        lines += ["", "Both are compared with the fine-tuned model on its own rows at export time."]
+
     text, _, license_paragraph = card.rstrip("\n").rpartition("\n\n")
     return "\n\n".join([text, "\n".join(lines), license_paragraph]) + "\n"
 
@@ -151,34 +166,40 @@ def with_files(card: str, files: Sequence[CardFile]) -> str:
 def weights_file(
     folder: Path, kind: str, mean_kl: float | None = None, agreement: float | None = None
 ) -> CardFile:
-    """The row of a folder's safetensors files."""
+    """Return the table row for the safetensors files of a folder."""
     files = sorted(folder.glob("*.safetensors"))
-    name = files[0].name if len(files) == 1 else f"*.safetensors, {len(files)} files"
+    if len(files) == 1:
+        name = files[0].name
+    else:
+        name = f"*.safetensors, {len(files)} files"
     size = sum(file.stat().st_size for file in files)
     return CardFile(name, kind, size, mean_kl, agreement)
 
 
 def _figures(run_dir: Path, step: int | None) -> str:
-    """Return the lines on weights, training and machine from what the run wrote. Return "" if a
-    file is unreadable.
+    """Return the lines of the card about weights, training and machine. They are read from the
+    files of the run.
+
+    Return "" if a file cannot be read.
     """
     with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
         records = read_records(run_dir / METRICS)
         env = read_env(run_dir).value
         machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
         versions = ", ".join(f"{name} {env[name]}" for name in _PACKAGES if name in env)
-        figures = [
-            *([f"{'weights':<12}{describe_weights(step, records[-1].step)}"] if step else []),
-            *run_figures(records, 0.0),
-            f"{'hardware':<12}{machine}",
-            f"{'versions':<12}{versions}",
-        ]
+
+        figures = []
+        if step:
+            figures.append(f"weights     {describe_weights(step, records[-1].step)}")
+        figures += run_figures(records, 0.0)
+        figures.append(f"hardware    {machine}")
+        figures.append(f"versions    {versions}")
         return "\n".join(figures)
     return ""
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a model or source of a recipe is on the Hub, and no path of this machine."""
+    """Return whether a model or data source is on the Hub instead of a path on this machine."""
     with suppress(HFValidationError):
         validate_repo_id(name)
         return not (Path(name).exists() or name.endswith((".gguf", *DATA_SUFFIXES)))
@@ -190,9 +211,9 @@ def _shown(name: str) -> str:
 
 
 def _license(base: Model) -> Fields:
-    """The keys about the license in the card of the base.
+    """Return the license keys in the card of the base model.
 
-    Empty if that lies neither in its folder nor in the Hub's cache.
+    Return an empty dict if the card is neither in the model's folder nor in the Hub's cache.
     """
     card = Path(base.name).expanduser() / "README.md"
     if is_hub_id(base.name):
@@ -200,7 +221,8 @@ def _license(base: Model) -> Fields:
         if isinstance(cached, str):
             card = Path(cached)
     metadata: Fields = {}
-    # None may be there, or what is no card: nothing in it may keep trained weights from the disk.
+    # The card of the base model can be missing or invalid. Ignore all errors, so that the trained
+    # weights are saved in any case.
     with suppress(Exception):
         metadata = metadata_load(card) or {}
     keys = ("license", "license_name", "license_link")

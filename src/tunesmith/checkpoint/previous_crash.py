@@ -1,6 +1,7 @@
-"""The trace that a start leaves behind when it is killed, and the next one reports.
+"""A note in the run directory that a process is training. If the process is killed, the next start
+of the run finds the note and reports this.
 
-It is `running.json`, which every other end removes.
+The note is `running.json`. It is removed at the end of the run, unless the process is killed.
 """
 
 import contextlib
@@ -22,15 +23,18 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _boot_id() -> str:
-    """Differs after each start of the machine; empty where this is not Linux."""
+    """Return an id that changes at each boot of the machine.
+
+    Return "" if the system is not Linux.
+    """
     return BOOT.read_text().strip() if BOOT.exists() else ""
 
 
 @contextlib.contextmanager
 def note_running(run_dir: Path) -> Iterator[None]:
-    """Leave a note in the run directory for the time of the block.
+    """Keep a note in the run directory while the block runs.
 
-    A process that is killed cannot remove it.
+    A killed process cannot remove the note, so the next start of the run finds it.
     """
     note = {
         "process": os.getpid(),
@@ -48,11 +52,10 @@ def note_running(run_dir: Path) -> Iterator[None]:
 
 
 def find_previous_crash(run_dir: Path) -> RunError | None:
-    """An error that says how the last start of this directory was killed: after which step, and the
-    likely cause as seen from here.
+    """Return an error that says how the previous process in this run directory was killed.
 
-    None if it was not killed, or if another rank has reported how it ended. No run may hold the
-    directory.
+    The error names the last step and the likely cause. Return None if the process was not killed or
+    if a rank has already reported the failure. Call this only if no run is active in the directory.
     """
     note = read_running(run_dir)
     if note is None:
@@ -60,10 +63,12 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
     if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
     step = newest_record(run_dir).get("step")
-    moment = f"after step {step}" if step else "before its first step"
+    moment = "before its first step"
+    if step:
+        moment = f"after step {step}"
     why, cause = _likely_cause(note)
     return RunError(
-        f"the last start was killed {moment}",
+        f"the previous process of this run was killed {moment}",
         where=f"process {note['process']} on {note['host']}, started {note['began']}",
         why=why,
         fix=AGAIN,
@@ -72,17 +77,17 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
 
 
 def _likely_cause(note: RunningNote) -> tuple[str, str]:
-    """Why that process was killed, and the name of the cause."""
+    """Return why the process was probably killed, and the name of the cause."""
     if note["host"] != socket.gethostname():
-        return "on that host, check: dmesg -T | grep -i oom", "killed"
+        return "the reason is unknown here; check `dmesg -T | grep -i oom` on that host", "killed"
     if note["boot"] != _boot_id():
-        return "this machine was rebooted since", "restarted"
-    # The kernel counts them from its start on.
+        return "this machine was rebooted after that start", "restarted"
+    # Subtract the count at the start of the run, because the kernel counts from boot.
     kills = oom_kills() - note["oom_kills"]
     if kills > 0:
         return (
-            f"the kernel killed {kills} of this machine's processes since then "
+            f"the kernel killed {kills} of this machine's processes after that start "
             "(dmesg -T | grep -i oom)",
             "oom-kill",
         )
-    return "the kernel has not killed a process since then", "killed"
+    return "the kernel has not killed a process after that start", "killed"

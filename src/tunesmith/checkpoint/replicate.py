@@ -1,10 +1,11 @@
-"""Run directories of nodes that share no disk, used as one.
+"""Synchronization of the run directories of nodes that do not share a disk.
 
-Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`): rank 0, and where others
-do not see rank 0's, one of theirs. The manifest of a checkpoint is the same in all of them and
-lists all files. Each directory holds all but the parts that ranks elsewhere wrote, so a checkpoint
-is whole if some directory has each file. What a node lacks and needs is copied to it over the
-ranks' process group.
+Each run directory has one rank that writes it (`Ranks.is_run_dir_writer`). Rank 0 is the writer for
+all ranks that see the run directory of rank 0. On a node that does not see this directory, one of
+the node's ranks is the writer. The manifest of a checkpoint is identical in all directories and
+lists all files. Each directory contains all files except the shards that ranks on other nodes
+wrote. A checkpoint is therefore complete if each file is in at least one directory. Files that a
+node needs are copied to it over the process group.
 """
 
 import hashlib
@@ -47,13 +48,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 16 << 20  # of a file in memory while it is copied
+CHUNK_BYTES = 16 << 20  # size of the chunks in which a file is copied
 _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file that rank `source` sends to rank `target`; `digest` is empty if it is not known."""
+    """A file that rank `source` sends to rank `target`.
+
+    `digest` is empty if it is not known.
+    """
 
     name: str
     source: int
@@ -62,20 +66,24 @@ class Transfer:
     digest: str
 
 
-def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]) -> Ranks:
-    """The ranks, which now know who of them see the same `folder`; a collective call.
+def choose_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]) -> Ranks:
+    """Find out which ranks see the same `folder`, and return `ranks` with this information.
 
-    claim: creates the folder; called on the lowest rank that sees it, once for each disk that has
-        one.
+    This is a collective call.
+
+    Args:
+        claim: creates the folder. It is called once for each disk, on the lowest rank that sees the
+            folder.
     """
     if ranks.world == 1:
         claim()
         return ranks
+
     writers: dict[int, int] = {}
     while len(writers) < ranks.world:
         missing = [rank for rank in range(ranks.world) if rank not in writers]
         lowest = missing[0]
-        # A new name each time: what an earlier start left behind must not count as it.
+        # Use a new file name each time, because a killed process may have left its file behind.
         token = folder / ranks.broadcast_object(f".seen-{uuid.uuid4().hex}")
         with ranks.raise_on_all_ranks():
             if ranks.rank == lowest:
@@ -90,18 +98,22 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
 
 
 def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, int] | None:
-    """The step of the newest checkpoint that is whole over all nodes, and the lowest rank whose
-    directory had it; a collective call.
+    """Find the newest checkpoint that is complete across all nodes. Return its step and a rank, or
+    None.
 
-    Where a node lacks it or files of it, all but other ranks' parts are copied there. That is
-    logged, and each damaged checkpoint that is skipped.
+    The rank is the lowest one whose directory has the checkpoint. Files that a node lacks, except
+    the shards of other ranks, are copied to the node. The copy and each skipped damaged checkpoint
+    are logged. This is a collective call.
 
-    MachineError if there is none, but one whose missing parts may lie on a node that is not here.
+    Raise MachineError if there is no complete checkpoint, but a missing shard may be on a node that
+    does not take part in this run.
     """
     local_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
-    keys = {key for keys in ranks.all_gather_object([*local_copies]) for key in keys}
+    keys = set[tuple[int, str]]().union(*ranks.all_gather_object([*local_copies]))
     incomplete = ""
-    # In one order on all ranks: the body holds collectives.
+
+    # Sort the keys, because the loop body contains collectives, so all ranks must process the keys
+    # in the same order.
     for step, digest in sorted(keys, reverse=True):
         place = run_dir / f"checkpoint-{step}"
         local_copy = local_copies.get((step, digest))
@@ -110,28 +122,32 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
         with ranks.raise_on_all_ranks():
             if local_copy:
                 damage = dict(damaged_files(local_copy))
-        # The damaged files of each copy, by the rank that writes its directory.
-        damages = {
-            rank: found
-            for rank, found in enumerate(ranks.all_gather_object(damage))
-            if found is not None
-        }
-        # A file is lost where every copy lacks it or has it damaged.
+
+        # Damaged files in each node's copy of the checkpoint. The key is the rank that writes the
+        # node's directory.
+        damages = {}
+        for rank, found in enumerate(ranks.all_gather_object(damage)):
+            if found is not None:
+                damages[rank] = found
+        # A file is lost if it is missing or damaged in every copy.
         lost_files = set.intersection(*map(set, damages.values()))
         if not lost_files:
             source = min(damages)
             with ranks.raise_on_all_ranks():
                 if local_copy:
                     _rename_copy(local_copy, place, damages[ranks.rank])
-            bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer)
+            copy_folder(ranks, place, source, needs_files=ranks.is_run_dir_writer)
             return step, source
-        # Of a folder that a kill left behind under another name nothing was expected.
+
+        # Do not report a checkpoint that only exists as a hidden folder: a run was killed while it
+        # wrote this folder.
         if place.name not in names:
             continue
         clauses = [damage[file] for file in sorted(lost_files) for damage in damages.values()]
-        # A part that is missing may lie on a node that is not here; any other fault is certain.
+        # Prefer faults that are certain. A missing shard is not certain, because it may be on a
+        # node that does not take part in this run.
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
-        log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
+        log.info(f"{place.name} cannot be used and is skipped: {(certain or clauses)[0]}")
         if not certain:
             incomplete = incomplete or f"{place.name} is incomplete: {clauses[0]}"
     with ranks.raise_on_all_ranks():
@@ -139,23 +155,26 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
             raise MachineError(
                 incomplete,
                 where=str(run_dir),
-                why="without it the run would start over",
-                fix="start on that node too, or copy its checkpoint's files into this one; "
-                "--fresh starts over",
+                why="without this checkpoint the run would start over",
+                fix="start the run on that node too, copy the missing files from that node to this "
+                "node, or start over with --fresh",
             )
     return None
 
 
 def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
-    """The checkpoints of one directory by step and SHA-256 of the manifest.
+    """Return all checkpoints in a run directory as a dict from (step, SHA-256 of the manifest) to
+    the folder.
 
-    That is empty where there is none. Hidden ones count only with a manifest: a kill caught them in
-    a rename.
+    The SHA-256 is "" if there is no manifest. A hidden folder is included only if it has a
+    manifest. In this case the checkpoint is complete, but the run was killed before it could rename
+    the folder.
     """
-    copies: dict[tuple[int, str], Path] = {}
     if not run_dir.is_dir():
-        return copies
-    # Sorted, hidden ones come first: a visible one with the same manifest takes their place.
+        return {}
+    copies = {}
+    # Sorting puts hidden folders first. A visible folder with the same manifest then replaces the
+    # hidden folder in `copies`.
     for path in sorted(run_dir.iterdir()):
         match = _COPY.fullmatch(path.name)
         if not match or not path.is_dir():
@@ -178,52 +197,62 @@ def _rename_copy(copy: Path, place: Path, damage: Collection[str]) -> None:
         (place / name).unlink(missing_ok=True)
 
 
-def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool) -> None:
-    """Copy a complete folder, but no parts, from the directory of rank `source`.
+def copy_folder(ranks: Ranks, place: Path, source: int, *, needs_files: bool) -> None:
+    """Copy a complete folder, except for the shards of a sharded checkpoint, from rank `source`'s
+    directory.
 
-    It goes to the directories of ranks that want it, in place of another one of that name. Where it
-    is already, only what is missing is copied. A collective call.
+    This is a collective call.
+
+    The folder is copied to the directory of each rank that passes `needs_files=True`. A different
+    folder of the same name is replaced. If the same folder already exists, only missing files are
+    copied.
     """
     if not any(ranks.run_dir_writers):
         return
-    # In this order: the first makes the directory a run's.
+    # Copy env.json first, because it marks the directory as a run's directory.
     identity = [place.parent / name for name in (IDENTITY, RECIPE)]
+    manifest_path = place / MANIFEST
     texts: list[bytes] = []
     with ranks.raise_on_all_ranks():
         if ranks.rank == source:
-            texts = [path.read_bytes() for path in (place / MANIFEST, *identity)]
+            texts = [path.read_bytes() for path in (manifest_path, *identity)]
     manifest, *identity_texts = ranks.all_gather_object(texts)[source]
+
     values = json.loads(manifest)
     entries: Entries = values["files"]
     folder = place
     lacks_folder = False
     with ExitStack() as unfinished:
         with ranks.raise_on_all_ranks():
-            if wants:
-                has_folder = (place / MANIFEST).is_file()
-                lacks_folder = not has_folder or (place / MANIFEST).read_bytes() != manifest
+            if needs_files:
+                has_folder = manifest_path.is_file()
+                lacks_folder = not has_folder or manifest_path.read_bytes() != manifest
             if lacks_folder:
                 for path, text in zip(identity, identity_texts, strict=True):
                     write_atomically(path, text)
                 folder = unfinished.enter_context(atomic_folder(place, values["step"]))
             common = [name for name in entries if not name.endswith(PART)]
-            missing = [name for name in common if wants and not (folder / name).is_file()]
+            missing = [name for name in common if needs_files and not (folder / name).is_file()]
         copy_files(ranks, folder, missing, entries)
         with ranks.raise_on_all_ranks():
             if lacks_folder:
                 write_atomically(folder / MANIFEST, manifest)
-        # No rank gives the folder its name before all have their files.
+        # Do not close `atomic_folder` yet. Closing it renames the folder, and before this all ranks
+        # must have their files.
         finish = unfinished.pop_all()
     with ranks.raise_on_all_ranks():
         finish.close()
 
 
 def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) -> None:
-    """Make a checkpoint's folder complete on every node; a collective call.
+    """Copy the missing files of a checkpoint's folder to every node, and write its manifest.
 
-    Each gets what rank 0 wrote, but no parts, and one manifest of all files.
+    This is a collective call.
 
-    hashed: the entries of the parts that this rank wrote.
+    Each node receives the files of rank 0 except shards, and one manifest of all files.
+
+    Args:
+        hashed: manifest entries of the shards that this rank wrote.
     """
     parts: Entries = {}
     for entries_of_rank in ranks.all_gather_object(hashed):
@@ -232,11 +261,14 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             local_entries = flush_files(folder, parts)
+
     all_entries = ranks.all_gather_object(local_entries)
     entries: Entries = {}
-    # Of a file that several have, the lowest rank's counts.
+    # Go from the highest rank to the lowest, so that the entry of the lowest rank is used if
+    # several ranks have the same file.
     for entries_of_rank in reversed(all_entries):
         entries |= entries_of_rank
+
     common = [name for name in all_entries[0] if not name.endswith(PART)]
     missing = [name for name in common if ranks.is_run_dir_writer and name not in local_entries]
     copy_files(ranks, folder, missing, entries)
@@ -253,59 +285,70 @@ def copy_files(
     *,
     source: int | None = None,
 ) -> None:
-    """Copy files below `folder` between directories; a collective call.
+    """Copy files in `folder` from the run directories that have them to the run directories that do
+    not.
 
-    From a directory that has them to that of a rank that wants them. They appear there whole, with
-    the SHA-256 of `entries`, if these name them.
+    A file appears in the target directory only when it is complete. If `entries` has an SHA-256 for
+    the file, the received file must have the same SHA-256. This is a collective call.
 
     Args:
-        entries: of a manifest.
-        source: the rank whose directory gives them; None: the first that has each.
+        missing: names of the files that this rank needs.
+        entries: entries of a manifest.
+        source: rank whose directory sends the files. If it is None, the first rank that has a file
+            sends this file.
 
-    CheckpointError if no node has one, or it cannot be read, written or is damaged; MachineError
-    where the disk has no room.
+    Raises:
+        CheckpointError: no node has the file, it cannot be read or written, or it is damaged.
+        MachineError: the disk does not have enough free space.
     """
-    wants = set()
+    requests = set()
     for rank, names in enumerate(ranks.all_gather_object([*missing])):
-        # By directory: ranks that see the same one want a file once.
-        wants |= {(name, ranks.run_dir_writers[rank]) for name in names}
-    if not wants:
+        # Collect the files by run directory and not by rank. Ranks that see the same directory need
+        # only one copy of a file.
+        requests |= {(name, ranks.run_dir_writers[rank]) for name in names}
+    if not requests:
         return
+
     sizes: dict[str, int] = {}
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and source in (None, ranks.rank):
-            paths = {name: folder / name for name, _ in wants}
+            paths = {name: folder / name for name, _ in requests}
             sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
     all_sizes = ranks.all_gather_object(sizes)
+
     transfers: list[Transfer] = []
     with ranks.raise_on_all_ranks():
-        # Sorted: both sides of each transfer come to it in the same order.
-        for name, target in sorted(wants):
+        # Sort the files, so that sender and receiver process the transfers in the same order.
+        for name, target in sorted(requests):
             givers = [
                 rank for rank, files in enumerate(all_sizes) if name in files and rank != target
             ]
             if givers:
-                # People edit the card, so its entry may not be true any more.
+                # Users edit the model card, so the SHA-256 in the manifest's entry for it may be
+                # outdated.
                 is_summed = name in entries and name != CARD
                 digest = entries[name]["sha256"] if is_summed else ""
-                size = all_sizes[givers[0]][name]
-                transfers.append(Transfer(name, givers[0], target, size, digest))
-            # Nobody may have written a card.
+                giver = givers[0]
+                transfers.append(Transfer(name, giver, target, all_sizes[giver][name], digest))
+            # The model card is optional, so no error is raised if it is missing.
             elif name != CARD:
                 raise CheckpointError(
-                    f"no node has {name}",
+                    f"no node has the file {name}",
                     where=str(folder),
-                    fix="include the node that has it in the run",
+                    fix="include the node that has this file in the run",
                 )
+        received = [transfer.size for transfer in transfers if transfer.target == ranks.rank]
         require_disk_space(
             folder,
-            sum(transfer.size for transfer in transfers if transfer.target == ranks.rank),
+            sum(received),
             what="files of other nodes",
-            fix="free disk space there and start again",
+            fix="free disk space on this node and start again",
         )
+
     total = sum(transfer.size for transfer in transfers)
     if total > ANNOUNCED_BYTES:
         log.info(f"copying {count_of(len(transfers), 'file')}, {total:,} bytes, to other nodes")
+
     faults: list[OSError] = []
     for transfer in transfers:
         if ranks.rank == transfer.source:
@@ -323,53 +366,55 @@ def copy_files(
 
 
 def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
-    # Nodes that share no disk have loaded it: a start is decided without.
+    # Import torch here and not at the top of the module, because the checks at the start of a run
+    # use this module but must not load torch, which takes seconds.
     import torch.distributed as dist
 
     path = folder / transfer.name
     with ExitStack() as stack:
-        with _noted(faults):
+        with _collect_error(faults):
             file = stack.enter_context(open_uncached(path))
         for memory, chunk in _chunks(transfer.size):
-            with _noted(faults):
+            with _collect_error(faults):
                 if not faults and file.readinto(memory) < len(memory):
                     raise OSError(f"{path} was truncated while it was read")
             dist.send(chunk, transfer.target, group=ranks.group)
 
 
 def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
-    # Nodes that share no disk have loaded it: a start is decided without.
+    # Import torch here for the reason that is given in `_send`.
     import torch.distributed as dist
 
     path = folder / transfer.name
     partial = path.with_name(f".{path.name}.partial")
-    # Those of earlier files do not keep this one from being written.
+    # Remember the number of errors in earlier files, because only a new error must stop the writing
+    # of this file.
     earlier_faults = len(faults)
     sha256 = hashlib.sha256()
-    with _noted(faults), ExitStack() as stack:  # closing writes too
-        with _noted(faults):
+    with _collect_error(faults), ExitStack() as stack:  # closing the file can raise an error too
+        with _collect_error(faults):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(partial.open("wb"))
         for memory, chunk in _chunks(transfer.size):
             dist.recv(chunk, transfer.source, group=ranks.group)
             sha256.update(memory)
-            with _noted(faults):
+            with _collect_error(faults):
                 if len(faults) == earlier_faults:
                     file.write(memory)
-    with _noted(faults):
+    with _collect_error(faults):
         if len(faults) > earlier_faults:
             return
         if transfer.digest not in ("", sha256.hexdigest()):
             sender = ranks.name(transfer.source)
-            raise OSError(f"what {sender} sent of {path} does not match its checksum")
+            raise OSError(f"the data of {path} from {sender} does not match its checksum")
         flush_to_disk(partial)
-        # Leaves the page cache when it closes.
+        # Closing the file removes its pages from the page cache.
         with open_uncached(partial):
             partial.replace(path)
 
 
 def _chunks(size: int) -> "Iterator[tuple[memoryview, torch.Tensor]]":
-    """Memory for each piece of a file of `size` bytes, and the same as a tensor."""
+    """Yield a buffer for each chunk of a file of `size` bytes, as a memoryview and as a tensor."""
     import torch
 
     memory = bytearray(min(size, CHUNK_BYTES))
@@ -379,8 +424,11 @@ def _chunks(size: int) -> "Iterator[tuple[memoryview, torch.Tensor]]":
 
 
 @contextmanager
-def _noted(faults: list[OSError]) -> Iterator[None]:
-    """Keep an error for the end: the other rank waits for every chunk of every file."""
+def _collect_error(faults: list[OSError]) -> Iterator[None]:
+    """Add an OSError of the block to `faults` instead of raising it.
+
+    The rank at the other end waits for every chunk of every file, so the transfer must continue.
+    """
     try:
         yield
     except OSError as error:

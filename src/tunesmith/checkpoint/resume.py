@@ -1,6 +1,5 @@
-"""The start in a run directory: it begins, resumes or finds a finished run.
-
-And the state that a resume needs.
+"""The decision whether a command begins a new run, resumes a run or finds a finished run, and the
+state that a resumed run needs.
 """
 
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
 from tunesmith.checkpoint.manifest import last_step_of
-from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
+from tunesmith.checkpoint.replicate import copies_in, copy_files, copy_folder, newest_checkpoint
 from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
-DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
+DELETE = "delete this checkpoint to resume from the one before it, or start over with --fresh"
 MIXED_RUNS_REASON = "resuming would mix two runs in one set of metrics"
 FORCE = "or resume anyway with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
@@ -43,31 +42,33 @@ START_OVER = "start over with --fresh (the old run is moved aside), or use anoth
 
 @dataclass
 class Progress:
-    """The point that a run has reached: all that a resumed run needs beside tensors.
+    """The progress of a run. Together with the saved tensors, it is sufficient to resume the run.
 
     The fields are the keys of progress.json. The hashes, `micro_batch` and `threads` are None in a
     checkpoint of an older version.
 
     Attributes:
-        step: optimizer steps so far.
-        seconds: training time so far, for durations by the clock.
-        record: of the last step; None before the first.
-        validated: whether the validation due at this step is complete.
-        best_step, best_loss, best_accuracy: of the best validation so far.
-        kept_step, kept_score: of the best validation so far whose step has a checkpoint, with its
-            `validation_score`.
-        worse: validations since the best one.
-        loss_scale: fp16's.
-        good_steps: since it last changed.
-        ended: the duration that the run completed, as in its recipe; None before its end.
-        data_hash: sha256 (hex) of the training examples, as tokens.
-        validation_hash: of the held-out ones.
-        model_hash: of the base's weights, see `weights_digest`.
-        reference_hash: of the adapter that a method compares with; None: it compares with none.
-        micro_batch: what one forward takes, such as `4096 tokens`.
-        threads: that torch computes with on the host.
-        shares_prompts: whether rows hold the prompt of a pair once; None: in an older version's
-            they did not.
+        step: number of completed optimizer steps.
+        seconds: training time so far, for durations that are given as time.
+        record: record of the last step. None before the first step.
+        validated: whether the validation of this step is complete.
+        best_step, best_loss, best_accuracy: values of the best validation so far.
+        kept_step, kept_score: step and `validation_score` of the best validation so far, among the
+            steps that have a checkpoint.
+        worse: number of validations after the best one.
+        loss_scale: loss scale of fp16 training.
+        good_steps: number of steps after the last change of the loss scale.
+        ended: the duration in the recipe with which the run has ended. None before the run has
+            ended.
+        data_hash: SHA-256 (hex) of the tokens of the training examples.
+        validation_hash: SHA-256 of the tokens of the validation examples.
+        model_hash: hash of the base model's weights, see `weights_digest`.
+        reference_hash: hash of the adapter that the method uses as the reference. None if the
+            method has no reference.
+        micro_batch: size of the micro batch, such as `4096 tokens`.
+        threads: number of torch's CPU threads.
+        shares_prompts: whether a packed row holds the prompt of a preference pair only once. None
+            in checkpoints of older versions, which stored the prompt twice.
     """
 
     step: int = 0
@@ -100,30 +101,34 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> "Progress":
-        """Read progress.json of a checkpoint's folder; CheckpointError if it is not readable."""
+        """Read progress.json in a checkpoint's folder.
+
+        Raise CheckpointError if it is not readable.
+        """
         try:
             values = json.loads((folder / PROGRESS).read_text())
             values["record"] = StepRecord.from_plain(values["record"])
-            # A file of an earlier version may have keys that are not read any more.
+            # Ignore unknown keys: an earlier version may have written keys that are no longer used.
             return cls(**{key: values[key] for key in values.keys() & vars(cls()).keys()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder.name} has no readable {PROGRESS}",
                 where=str(folder),
-                why=f"it has no key {error}" if isinstance(error, KeyError) else str(error),
+                why=f"the file has no key {error}" if isinstance(error, KeyError) else str(error),
                 fix=DELETE,
             ) from error
 
 
 @dataclass(frozen=True)
 class Start:
-    """The way a run starts.
+    """The way in which a run starts: from step 0, from a checkpoint, or not at all because it is
+    finished.
 
     Attributes:
-        checkpoint: the folder where it resumes; None: it begins at step 0.
-        progress: of the checkpoint.
-        finished: the last step of a run that has nothing left to do.
-        previous_run: the recipe that the checkpoint was written with.
+        checkpoint: folder of the checkpoint to resume from. None if the run begins at step 0.
+        progress: progress in the checkpoint.
+        finished: last step of the run if it is already finished, else None.
+        previous_run: the recipe with which the checkpoint was written.
     """
 
     checkpoint: Path | None = None
@@ -133,7 +138,7 @@ class Start:
 
     @property
     def micro_batch(self) -> Size | None:
-        """The micro batch of the earlier start, where it was noted."""
+        """The micro batch in the checkpoint, or None if the checkpoint does not contain it."""
         if self.progress is None or not self.progress.micro_batch:
             return None
         return Size.parse(self.progress.micro_batch)
@@ -142,20 +147,29 @@ class Start:
 def validation_score(
     loss: float | None, accuracy: float | None, best_by: str
 ) -> list[float] | None:
-    """Score a validation: the lower of two is the better one, of equal accuracies by the loss; None
-    for a loss that is none or not finite, which is worse than any.
+    """Return the score of a validation. A lower score is better.
+
+    If `best_by` is accuracy, a higher accuracy is better, and the loss decides if accuracies are
+    equal. Return None if the loss is missing or not finite. Such a validation is worse than any
+    validation with a score.
     """
     if loss is None or not math.isfinite(loss):
         return None
-    return [-accuracy, loss] if best_by == "accuracy" and accuracy is not None else [loss]
+    if best_by == "accuracy" and accuracy is not None:
+        return [-accuracy, loss]
+    return [loss]
 
 
 def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
-    """Decide from the run directory, or those of all nodes, how the run starts.
+    """Decide from the run directories of all nodes how the run starts.
 
-    A collective call. Afterwards each node has what all ranks read of the checkpoint, and rank 0's
-    the records and final/ of a finished run. RecipeError where keys differ from the recipe of the
-    checkpoints and may not, or that recipe cannot be read.
+    This is a collective call.
+
+    When the function returns, each node has the files of the checkpoint that all ranks read. The
+    node of rank 0 also has the records, such as metrics.jsonl, and final/ if the run is finished.
+
+    Raise RecipeError if the recipe of the earlier run cannot be read, or if it differs in a key
+    that must not change.
     """
     output_dir = Path(run.output_dir)
     final_step: int | None = None
@@ -163,12 +177,14 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             final_step, previous_run = _earlier_run(run, output_dir)
+
     final_steps = ranks.all_gather_object(final_step)
     previous_runs = ranks.all_gather_object(previous_run)
     if not any(previous_runs):
         return Start()
-    # Nodes may have ended at other steps: the newest final/ counts.
+    # If the nodes have final/ of different steps, use the latest step.
     final_step = max((step for step in final_steps if step is not None), default=None)
+
     newest = newest_checkpoint(output_dir, ranks)
     start = Start()
     if newest is not None:
@@ -178,23 +194,27 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
             start = Start(folder, Progress.read(folder), previous_run=previous_runs[source])
     if final_step is not None:
         progress = start.progress
-        # A longer duration than the one that it completed goes on.
+        # The run is finished only if the recipe still has the duration with which it ended. If the
+        # recipe now has a longer duration, the run resumes.
         duration = str(run.train.duration)
         if progress is None or (progress.step, progress.ended) == (final_step, duration):
             source = final_steps.index(final_step)
-            bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
+            copy_folder(ranks, output_dir / FINAL, source, needs_files=ranks.is_main_process)
             return Start(finished=final_step)
+
     if start.checkpoint is None:
         log.info("there is no complete checkpoint: the run starts over")
     else:
-        _bring_records(output_dir, ranks)
+        _copy_newest_records(output_dir, ranks)
     return start
 
 
 def finished_step(run: Run) -> int | None:
-    """The last step of a run of one process that has nothing left to do; raises as `decide_start`.
+    """Return the last step of the run in `run.output_dir`, or None if the run is not finished.
 
-    The contents of checkpoints are compared only where the run seems to have ended.
+    This is for starts with one process, because it looks only at the directory on this node. The
+    contents of checkpoints are compared with their checksums only if the run seems to be finished.
+    Raise the same errors as `decide_start`.
     """
     output_dir = Path(run.output_dir)
     final_step, _ = _earlier_run(run, output_dir)
@@ -207,7 +227,9 @@ def finished_step(run: Run) -> int | None:
 
 
 def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
-    """The last step by final/, and the recipe of checkpoints, of one directory."""
+    """Return the last step of the earlier run in a directory, from the manifest of final/, and the
+    recipe of that run. A missing value is None.
+    """
     restore(output_dir)
     final_step = last_step_of(output_dir / FINAL)
     if not copies_in(output_dir) and final_step is None:
@@ -223,24 +245,30 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
             why=error.why,
             fix=f"undo the change in {recipe}, or {START_OVER}",
         ) from error
-    run = replace(run, model=as_it_began(run.model, previous_run))
+
+    run = replace(run, model=restore_resolved_values(run.model, previous_run))
     if folder_in_run(previous_run.adapter.from_, run.adapter.from_):
-        # So does a run directory, for the folder in it that the run began with.
+        # The run started from an adapter in a folder, and `adapter.from` may now name the run
+        # directory of this folder. Both names mean the same adapter, so use the earlier name.
         run = replace(run, adapter=replace(run.adapter, from_=previous_run.adapter.from_))
+
     refused = [change for change in differences(previous_run, run) if not change.allowed]
     if refused and not is_forced:
         raise RecipeError(
             "the recipe changed since this run started",
             where="\n         ".join(map(str, refused)),
             why=MIXED_RUNS_REASON,
-            # A finished run has nothing to resume.
+            # Offer `checkpoint.resume=force` only if the run is not finished. A finished run has
+            # nothing to resume.
             fix=f"{START_OVER}, {FORCE}" if final_step is None else START_OVER,
         )
     return final_step, previous_run
 
 
-def as_it_began(model: Model, previous_run: Run | None) -> Model:
-    """The recipe's `model` section; `auto` stands for what it stood for when the run began."""
+def restore_resolved_values(model: Model, previous_run: Run | None) -> Model:
+    """Return the recipe's section `model`, with each `auto` replaced by the value that was chosen
+    when the run began.
+    """
     if previous_run is None:
         return model
     previous = previous_run.model
@@ -249,21 +277,26 @@ def as_it_began(model: Model, previous_run: Run | None) -> Model:
     return replace(model, dtype=dtype, quantize=quantize)
 
 
-def _bring_records(output_dir: Path, ranks: Ranks) -> None:
-    """Copy what only rank 0 writes to rank 0's node, where another one has more of it.
+def _copy_newest_records(output_dir: Path, ranks: Ranks) -> None:
+    """Copy files such as metrics.jsonl to the node of rank 0, if another node has newer versions.
 
-    A collective call.
+    Only rank 0 writes these files.
+
+    This is a collective call.
     """
     sizes: dict[str, int] = {}
     with ranks.raise_on_all_ranks():
-        # Where all see one directory there is nothing to copy.
+        # Look for files only if the ranks see different directories. If all ranks see the same
+        # directory, there is nothing to copy.
         if ranks.is_run_dir_writer and any(ranks.run_dir_writers):
             paths = [output_dir / name for name in RECORDS]
             sizes = {path.name: path.stat().st_size for path in paths if path.is_file()}
     all_sizes = ranks.all_gather_object(sizes)
-    # Each step is a line: the longest one goes furthest.
+
+    # metrics.jsonl grows with every step, so the longest file has the latest step.
     lengths = [sizes_of_rank.get(METRICS, 0) for sizes_of_rank in all_sizes]
-    # The lowest rank of those with as much: rank 0 where nothing is to be copied.
+    # `index` returns the lowest rank with the longest file. If it is rank 0, nothing must be
+    # copied.
     source = lengths.index(max(lengths))
     if source != 0:
         missing = [*all_sizes[source]] if ranks.is_main_process else []
@@ -271,9 +304,10 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
-    """ModelError or DataError where a hash is not the checkpoint's.
+    """Raise ModelError or DataError if a hash differs from the hash in the checkpoint.
 
-    hashes: by their names in `Progress`.
+    Args:
+        hashes: the hashes of the current inputs. The keys are names of fields of `Progress`.
     """
     if start.progress is None or run.checkpoint.resume == "force":
         return
@@ -283,55 +317,62 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         "data_hash": ("data.train", [source.source for source in run.data.train]),
         "validation_hash": ("data.validation", [source.source for source in run.data.validation]),
     }
+
     for name, digest in hashes.items():
         previous = vars(start.progress)[name]
         if digest is None or previous in (None, digest):
             continue
         key, sources = keys[name]
-        is_data = key.startswith("data.")
-        changed = "rows, pictures, template or tokenizer" if is_data else "weights"
-        error: type[ModelError | DataError] = DataError if is_data else ModelError
+        error: type[ModelError | DataError]
+        if key.startswith("data."):
+            changed = "rows, pictures, template or tokenizer"
+            error = DataError
+        else:
+            changed = "weights"
+            error = ModelError
         raise error(
             f"the {changed} of {key} changed since this run started",
             where=f"{key}: {', '.join(sources)}",
-            why=f"the hash is {digest[:12]}, the checkpoint's is {previous[:12]}",
+            why=f"the hash is now {digest[:12]}, but the checkpoint has {previous[:12]}",
             fix=f"undo the change, or {START_OVER}, {FORCE}",
         )
 
 
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
-    """Lines for the user about a resumed run.
+    """Return lines for the user about a resumed run. They give its first step and its new duration.
 
-    From which step it goes on, and its new duration.
-    RecipeError if the duration is shorter than it was, and `checkpoint.resume` is not `force`.
+    Raise RecipeError if the duration is shorter than before, unless `checkpoint.resume` is `force`.
     """
     progress = start.progress
     if start.checkpoint is None or progress is None or start.previous_run is None:
         return []
+
     previous_train = start.previous_run.train
-    previous_steps, previous_duration = _outlook(previous_train, schedule, progress)
-    steps, duration = _outlook(run.train, schedule, progress)
+    previous_steps, previous_duration = _planned_steps(previous_train, schedule, progress)
+    steps, duration = _planned_steps(run.train, schedule, progress)
     end = duration if run.train.duration.seconds else steps
     lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint}"]
     is_other = previous_train.duration != run.train.duration
     if is_other:
         lines.append(f"train.duration: {previous_duration} -> {duration}")
+
     if steps < previous_steps and run.checkpoint.resume != "force":
         raise RecipeError(
-            "the run would be shorter than at its start",
+            "train.duration is shorter than when the run started",
             where=lines[-1],
             why=MIXED_RUNS_REASON,
-            fix=f"a longer train.duration, or {START_OVER}, {FORCE}",
+            fix=f"set a longer train.duration, or {START_OVER}, {FORCE}",
         )
     if is_other and run.train.schedule != "constant":
-        lines.append(f"the learning rate may jump: its schedule now spans {duration}")
+        lines.append(f"the learning rate may jump, because its schedule now spans {duration}")
     return lines
 
 
-def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str]:
-    """Return the steps of the whole run and its duration in words, by a `train` section.
+def _planned_steps(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str]:
+    """Return the number of steps of the entire run that a `train` section of the recipe describes,
+    and its duration as text.
 
-    The steps of a run by the clock are those that it makes at the speed so far.
+    If the duration is given as time, the number of steps is estimated from the speed so far.
     """
     steps = schedule.steps(train.duration)
     text = str(train.duration)

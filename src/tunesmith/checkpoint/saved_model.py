@@ -1,4 +1,4 @@
-"""Which folder of a run directory holds the model that the run has trained."""
+"""Search for the folder in a run directory that contains the trained model."""
 
 from pathlib import Path
 
@@ -9,19 +9,21 @@ from tunesmith.run_dir import FINAL, RECIPE, describe_weights, read_manifest
 
 
 def find_saved_model(run_dir: Path) -> tuple[Path, str, bool]:
-    """Find final/ of a run directory, else the newest whole checkpoint that holds model files.
+    """Find final/ in a run directory, or else the newest complete checkpoint with model files.
 
     Returns:
-        The folder; a line for the user that says which it is, and which ones were passed over and
-        why; and whether it does not hold the last step of a run that has finished.
+        A tuple of three values: the folder; a line for the user with the name of the folder, and
+        each skipped folder with the reason; and True if the model is not from the last step of a
+        finished run.
 
-    CheckpointError where there is none.
+    Raise CheckpointError if there is no such folder.
     """
     skipped: list[str] = []
     for candidate in (run_dir / FINAL, *manifest.list_checkpoints(run_dir).values()):
         if not candidate.is_dir():
             continue
-        # Sizes only: reading every byte takes minutes, and comes before weights are used.
+        # Check only the sizes, because reading every byte takes minutes. `check_sums` reads every
+        # byte before the weights are used.
         damage = manifest.find_damage(candidate, contents=False)
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
@@ -36,11 +38,13 @@ def find_saved_model(run_dir: Path) -> tuple[Path, str, bool]:
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
             return candidate, note, is_unfinished or is_earlier
-        # The user sees which checkpoints were passed over, and why.
-        skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
+        # Collect the skipped folders with the reason, because the user sees them in `note` or the
+        # error.
+        skipped.append(f"{candidate.name}: {damage or 'it has only training state'}")
+
     raise CheckpointError(
         "this run has no finished checkpoint",
         where=str(run_dir),
         why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ exists",
-        fix=f"continue it: tunesmith train {shell_path(run_dir / RECIPE)}",
+        fix=f"continue the run with `tunesmith train {shell_path(run_dir / RECIPE)}`",
     )

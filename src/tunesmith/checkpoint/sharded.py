@@ -1,10 +1,11 @@
-"""Checkpoints of a model trained in full on several ranks.
+"""Checkpoints of a fully trained model on several ranks.
 
-Each rank writes what it holds, and any mesh reads it again. torch.distributed.checkpoint (DCP)
-makes state/: a file or more of each rank, and `.metadata`, which says where in them each tensor's
-parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What
-copies have alike is there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are
-in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
+Each rank writes its shards, and a run with any other mesh can read them.
+torch.distributed.checkpoint (DCP) writes the folder state/: one or more files of each rank, and
+`.metadata`, which contains the file and position of each shard. `model.<name>` are the weights or
+their fp32 masters. Shards that are trained in fp32 have no separate master. Replicated tensors are
+stored once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are stored in
+optimizer.safetensors. The config, tokenizer and progress are the same files as in every checkpoint.
 """
 
 import json
@@ -71,22 +72,25 @@ from tunesmith.runtime.device import is_integrated
 
 STATE_FOLDER = "state"
 METADATA = ".metadata"
-COPY_SHARE = 0.7  # of the host's free memory, which a copy may take
+COPY_SHARE = 0.7  # maximum fraction of the host's free memory that a copy uses
 
 
 def is_sharded(folder: Path) -> bool:
-    """Tell whether a checkpoint was written by ranks together."""
+    """Return whether several ranks wrote the checkpoint together."""
     return (folder / STATE_FOLDER / METADATA).is_file()
 
 
 class RanksWriter(Writer):
-    """Writes checkpoints with the other ranks, on every node that has a run directory of its own.
+    """A writer of checkpoints for runs with several ranks.
 
-    The rank that writes a directory makes, commits and renames the folder, and all write into it.
-    Every rank makes a writer, and calls its methods, at the same step as the others.
+    All ranks write a checkpoint together, on every node that has a run directory.
+
+    The rank that writes a directory creates, commits and renames the folder, and all ranks write
+    into the folder. Every rank creates a RanksWriter and calls its methods at the same steps.
 
     Attributes:
-        ranks: over a group of their own, as a thread may use it beside the steps.
+        ranks: the ranks with a separate process group, because a background thread uses the group
+            during training steps.
     """
 
     def __init__(
@@ -102,11 +106,14 @@ class RanksWriter(Writer):
         self.ranks = replace(
             ranks, group=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         )
-        # The identity of the thread that writes, or wrote last.
+        # Identifier of the thread that is writing or was the last to write.
         self._thread: int | None = None
 
     def wait(self) -> None:
-        """Wait as `Writer.wait` does; the heartbeat says what the writing thread waits for."""
+        """Wait as `Writer.wait` does.
+
+        Meanwhile, the heartbeat shows what the writing thread waits for.
+        """
         with self.ranks.heartbeat.activity.waits_for(self._thread):
             super().wait()
 
@@ -115,42 +122,44 @@ class RanksWriter(Writer):
         try:
             self._write_on_all_ranks(save, step, keep_step)
         except OtherRankError as error:
-            # Rank 0 reports it, as it writes failure.json.
+            # Another rank has failed and reports its error. Rank 0 raises a CheckpointError, so
+            # that it writes failure.json. All other ranks raise the OtherRankError unchanged.
             if not self.ranks.is_main_process:
                 raise
             raise CheckpointError(
                 error.what,
                 where=f"checkpoint-{step}",
-                fix="start the same command again: it resumes from the newest checkpoint that is "
-                "whole",
+                fix="start the same command again: it resumes from the newest complete checkpoint",
             ) from error
 
     def _write_on_all_ranks(self, save: SaveFunction, step: int, keep_step: int | None) -> None:
+        ranks = self.ranks
         place = self._run_dir / f"checkpoint-{step}"
         folder = place.with_name(f".{place.name}.partial")
         with ExitStack() as unfinished:
-            with self.ranks.raise_on_all_ranks():
+            with ranks.raise_on_all_ranks():
                 self._sync()
-                if self.ranks.is_run_dir_writer:
+                if ranks.is_run_dir_writer:
                     folder = unfinished.enter_context(atomic_folder(place, step))
-            # The collectives in `save` fail on all ranks alike.
-            with self.ranks.raise_on_all_ranks():
+            # If `save` fails on one rank, raise the error on all ranks.
+            with ranks.raise_on_all_ranks():
                 hashed = save(folder) or {}
-            commit_on_all_ranks(self.ranks, folder, step, hashed)
+            commit_on_all_ranks(ranks, folder, step, hashed)
             finish = unfinished.pop_all()
-        with self.ranks.raise_on_all_ranks():
+        with ranks.raise_on_all_ranks():
             finish.close()
-        # No node deletes an older one before all have this one.
-        with self.ranks.raise_on_all_ranks():
-            if self.ranks.is_run_dir_writer:
+        # Wait for all nodes, so that no node deletes an older checkpoint before all have the new
+        # one.
+        with ranks.raise_on_all_ranks():
+            if ranks.is_run_dir_writer:
                 prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
         self.saved_step = step
 
 
 class _PartsReader(FileSystemReader):
-    """DCP's reader, which first copies files here that this node's ranks read.
+    """A DCP reader for nodes without a shared disk.
 
-    Those are the ones that other nodes have, and this one lacks.
+    It first copies the files that this node needs from other nodes.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
@@ -160,10 +169,11 @@ class _PartsReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         if self.ranks.world > 1:
-            # The files that DCP's plan reads of this rank, by where the tensors' parts lie.
+            # Names of the files that this rank must read according to DCP's plan.
             names = set()
             for item in plan.items:
-                names.add(f"{STATE_FOLDER}/{self.storage_data[item.storage_index].relative_path}")
+                stored = self.storage_data[item.storage_index]
+                names.add(f"{STATE_FOLDER}/{stored.relative_path}")
             missing = [name for name in names if not (self.folder / name).is_file()]
             entries = json.loads((self.folder / MANIFEST).read_text())["files"]
             copy_files(self.ranks, self.folder, missing, entries)
@@ -171,16 +181,20 @@ class _PartsReader(FileSystemReader):
 
 
 class _PartsWriter(FileSystemWriter):
-    """DCP's writer of files."""
+    """A DCP writer that raises the operating system's error if the disk is full."""
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        """Write as DCP does; where the disk takes no more, raise the OSError that says why."""
+        """Write the shards as DCP does.
+
+        Raise the original OSError if the disk cannot be written.
+        """
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # torch.save raises an error of its own on top of it.
+            # Search the chain of causes, because torch.save raises a RuntimeError whose cause is
+            # the OSError.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -190,13 +204,14 @@ class _PartsWriter(FileSystemWriter):
 def fits_twice(
     optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device
 ) -> bool:
-    """Tell whether the host of every rank has room for a copy of what its ranks write.
+    """Return whether every host has enough free memory to copy the tensors that its ranks write.
 
-    A collective call. An integrated GPU's memory is the host's, where there is none to spare.
+    Return False for an integrated GPU, because it shares the host's memory. This is a collective
+    call.
     """
-    size = sum(local_part(tensor).nbytes for tensor in _named(model, optimizer).values())
+    size = sum(local_part(tensor).nbytes for tensor in _tensors_by_name(model, optimizer).values())
     has_host_memory = device.type == "cpu" or not is_integrated(device)
-    # The ranks of a node copy at the same time.
+    # Multiply by the number of ranks on the node, because all of them copy at the same time.
     fits = has_host_memory and size * ranks.local_world < COPY_SHARE * available_memory()
     return all(ranks.all_gather_object(fits))
 
@@ -211,17 +226,21 @@ def sharded_save_function(
     ranks: Ranks,
     copy: bool,
 ) -> SaveFunction:
-    """Return what a `RanksWriter` with these `ranks` writes a checkpoint with.
+    """Return a function that writes a checkpoint.
 
-    copy: write the state of this moment, which any thread may do later; else it must be written
-        before the next step.
+    The caller passes it to a `RanksWriter` that has the same `ranks`.
+
+    Args:
+        copy: copy the current state, so that any thread can write it later. If the state is not
+            copied, it must be written before the next step.
     """
-    tensors = _named(model, optimizer)
+    tensors = _tensors_by_name(model, optimizer)
     progress = replace(progress)
     if copy:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-    # Every rank reads all step counts. DCP would spread them over the parts, and every node would
-    # need all of these.
+
+    # Store the step counts separately, because every rank reads all of them. DCP would distribute
+    # them over the shards, and every node would need all shards.
     scalars = {}
     for name, tensor in list(tensors.items()):
         if name.startswith("optimizer.") and tensor.dim() == 0:
@@ -236,7 +255,7 @@ def sharded_save_function(
                 progress.write(folder)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
-        except CheckpointException as error:  # on all ranks alike, and not an Exception
+        except CheckpointException as error:  # raised on all ranks; not a subclass of Exception
             rank, (cause, _) = min(error.failures.items())
             if ranks.is_main_process:
                 cause.add_note(f"on {ranks.name(rank)}")
@@ -244,19 +263,23 @@ def sharded_save_function(
             raise OtherRankError(
                 f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED
             ) from None
-        # Each rank hashes what it has written; DCP names the files after the rank.
+
+        # Each rank hashes the files that it has written. DCP puts the rank into the names of the
+        # files.
         parts = (folder / STATE_FOLDER).glob(f"__{ranks.rank}_*{PART}")
         return {f"{STATE_FOLDER}/{path.name}": entry_of_file(path) for path in parts}
 
     return save
 
 
-def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
-    """Collect what ranks write, by its name in a checkpoint.
+def _tensors_by_name(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
+    """Return a dict from names in the checkpoint to the tensors that are written.
 
-    An fp32 master takes the place of its 16-bit weight.
+    An fp32 master replaces its 16-bit weight.
     """
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in weights_of(model.model).items()}
+    tensors = {}
+    for name, tensor in weights_of(model.model).items():
+        tensors[f"model.{name}"] = tensor.detach()
     for name, tensor in optimizer.items():
         weight, _, field = name.rpartition(".")
         place = f"model.{weight}" if field == "master" else f"optimizer.{name}"
@@ -265,10 +288,15 @@ def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
 
 
 def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
-    """Load a materialized model, or this rank's shards of it, in its own dtype.
+    """Load the weights of a checkpoint into a model, in the model's dtype.
 
-    A collective call of `ranks`, whose nodes get what they lack from each other. CheckpointError if
-    it cannot be read; MachineError where the disk has no room for files of other nodes.
+    If the model is sharded, only this rank's shards are loaded.
+
+    Nodes copy missing files from each other. This is a collective call.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        MachineError: the disk does not have enough space for files of other nodes.
     """
     _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()}, ranks)
 
@@ -276,29 +304,38 @@ def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROC
 def read_sharded_optimizer(
     optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS
 ) -> None:
-    """Load a checkpoint's state into the optimizer, or into this rank's part of it; as above."""
+    """Load a checkpoint's optimizer state into the optimizer.
+
+    If the state is sharded, only this rank's shards are loaded.
+
+    This is a collective call. The errors are those of `read_sharded_weights`.
+    """
     with read_optimizer(folder) as scalars:
         for name, part in optimizer.parts.items():
-            if f"{name}.step" in scalars:
+            step = scalars.get(f"{name}.step")
+            if step is not None:
                 part.state = part.initial_state()
-                part.state["step"].copy_(scalars[f"{name}.step"].read())
-    # Scalars are read above, masters below under the name of their weight.
-    stored_elsewhere = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
+                part.state["step"].copy_(step.read())
+
+    masters = optimizer.masters
+    # Skip scalars, which are already read, and masters, which are read below under the names of
+    # their weights.
+    stored_elsewhere = {f"{name}.master" for name in masters}.union(scalars)
     moments = {}
     for name, tensor in optimizer.state_dict().items():
         if name not in stored_elsewhere:
             moments[f"optimizer.{name}"] = tensor
     _read(folder, moments, ranks)
-    _read(folder, {f"model.{name}": master for name, master in optimizer.masters.items()}, ranks)
+    _read(folder, {f"model.{name}": master for name, master in masters.items()}, ranks)
     optimizer.scale = progress.loss_scale
     optimizer.growth_tracker = progress.good_steps
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
-    """Read into tensors, each rank what it holds of them."""
+    """Read the stored values into `tensors`. Each rank reads only its own shards."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # DCP says so of `no_dist`.
+            # Hide DCP's warning about `no_dist`, because this setting is intended.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({**tensors}, storage_reader=_PartsReader(folder, ranks), no_dist=True)
     except CheckpointException as error:
@@ -318,12 +355,12 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 
 
 class ShardedTensors:
-    """The model's tensors of a sharded checkpoint, by their names.
+    """Reader of the model's tensors in a sharded checkpoint, by name.
 
     Attributes:
-        shapes: of each, and the dtype that it is stored in; fp32 for masters.
+        shapes: meta tensors with the stored shape and dtype. The dtype of masters is fp32.
 
-    CheckpointError if it cannot be read.
+    Raise CheckpointError if the checkpoint cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -331,7 +368,7 @@ class ShardedTensors:
         self.shapes: dict[str, Tensor] = {}
         try:
             metadata = FileSystemReader(folder / STATE_FOLDER).read_metadata()
-        except Exception as error:  # pickle's are of many kinds
+        except Exception as error:  # pickle raises errors of many types
             raise _unreadable(folder, error) from error
         for key, entry in metadata.state_dict_metadata.items():
             if key.startswith("model.") and isinstance(entry, TensorStorageMetadata):
@@ -339,43 +376,52 @@ class ShardedTensors:
                 self.shapes[key.removeprefix("model.")] = shape
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU."""
+        """Return the entire tensor on the CPU."""
         tensor = torch.empty_like(self.shapes[name], device="cpu")
         _read(self._folder, {f"model.{name}": tensor})
         return tensor
 
 
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
-    """Write a sharded checkpoint's model as Transformers' files into a new folder.
+    """Write the model of a sharded checkpoint as a Transformers model into a new folder.
 
-    One tensor is in memory at a time; where experts are written singly, two stacks of them.
-    CheckpointError if it cannot be read, or `output` not be written.
+    At most two tensors are in memory at a time.
+
+    Raise CheckpointError if the checkpoint cannot be read or `output` cannot be written.
     """
+    settings = run.model
     stored = ShardedTensors(folder)
     shapes: dict[str, Tensor] = {}
     for name, shape in stored.shapes.items():
-        # Masters are fp32 there.
-        dtype = DTYPES[run.model.dtype] if shape.is_floating_point() else shape.dtype
+        dtype = shape.dtype
+        if shape.is_floating_point():
+            # The checkpoint may have an fp32 master of a weight. Export the weight in the dtype of
+            # the recipe.
+            dtype = DTYPES[settings.dtype]
         shapes[name] = shape.to(dtype)
     names = {id(shape): name for name, shape in shapes.items()}
-    # The experts of a layer take turns, of two stacks.
+    # Keep the last two tensors in memory. All experts of a layer are stored in two tensors, and
+    # `save_sharded` reads slices of both alternately.
     read_whole = lru_cache(maxsize=2)(stored.read)
 
     def read(shape: Tensor, rows: slice) -> Iterator[Tensor]:
-        whole = read_whole(names[id(shape)])
-        yield whole[rows] if whole.ndim else whole
+        full = read_whole(names[id(shape)])
+        yield full[rows] if full.ndim else full
 
-    step = int(json.loads((folder / MANIFEST).read_text())["step"])
+    manifest = json.loads((folder / MANIFEST).read_text())
+    step = int(manifest["step"])
     with atomic_folder(output, step) as inside:
-        config, whole = load.load_configs(folder, run.model)
-        model = load.build_on_meta(config, run.model, whole=whole)
-        base = fetch(run.model) if is_stored_otherwise(model) else None
-        save_sharded(inside, in_stored_form(model, shapes, base), read=read)
+        config, full_config = load.load_configs(folder, settings)
+        model = load.build_on_meta(config, settings, full_config=full_config)
+        base = fetch(settings) if is_stored_otherwise(model) else None
+        tensors = in_stored_form(model, shapes, base)
+        save_sharded(inside, tensors, read=read)
         for path in folder.iterdir():
             if path.is_file() and path.name != MANIFEST:
                 shutil.copyfile(path, inside / path.name)
-        # A checkpoint of an earlier version has the new keys alone.
+        # Add the keys that older versions of libraries read. A checkpoint that an earlier version
+        # of tunesmith wrote lacks these keys.
         write_for_older_readers(inside)
-        files = [weights_file(inside, f"Transformers, {run.model.dtype}")]
-        card = with_files(model_card(run.model, run, folder.parent, step=step), files)
-        (inside / CARD).write_text(card, encoding="utf-8")
+        files = [weights_file(inside, f"Transformers, {settings.dtype}")]
+        card = model_card(settings, run, folder.parent, step=step)
+        (inside / CARD).write_text(with_files(card, files), encoding="utf-8")

@@ -1,10 +1,13 @@
-"""The adapter that a run continues from, `adapter.from` in its recipe."""
+"""Search for the adapter that the recipe key `adapter.from` names.
+
+The run starts with the weights of this adapter.
+"""
 
 from pathlib import Path
 
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
@@ -13,17 +16,19 @@ from tunesmith.model.safetensors_files import (
     read_header,
     sampled_digest,
 )
-from tunesmith.run_dir import RECIPE, name_a_run
+from tunesmith.run_dir import RECIPE, suggest_run
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of PEFT files that `adapter.from` names: a folder, a run directory, or a Hub id.
+    """Return the folder of the adapter that `adapter.from` names: a folder, a run directory or a
+    Hub id.
 
-    Of a run directory it is the one that `chat`, `eval` and `export` take.
+    If the name is a run directory, the result is the adapter that the commands `chat`, `eval` and
+    `export` would also use.
 
     Raises:
-        ModelError: there is neither a folder nor an adapter on the Hub, or the run has trained all
-            weights.
+        ModelError: the name is neither a folder nor an adapter on the Hub, or the run has trained
+            all weights.
         CheckpointError: the run has no finished checkpoint.
     """
     local = find_local_adapter(name)
@@ -35,57 +40,74 @@ def find_adapter(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = (
-            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
-        )
+        what = f"the adapter {name!r} is neither a folder nor a readable adapter on the Hub"
         fix = (
-            "name a run directory, a folder with adapter_config.json, or a Hub id; for a private "
-            "one set HF_TOKEN"
+            "name a run directory, a folder with adapter_config.json, or a Hub id; set HF_TOKEN "
+            "for a private adapter"
         )
         raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
 
 
 def find_local_adapter(name: str) -> Path | None:
-    """`find_adapter` without the Hub, from small files alone; None for a Hub id."""
+    """Return the adapter's folder without using the Hub, or None for a Hub id.
+
+    Only small files are read. See `find_adapter`.
+    """
     place = Path(name)
     if is_run_dir(name):
         return adapter_of_run(place)[0]
     if place.is_dir():
         return place
-    # As for a model: an existing folder in front of the slash makes it a path.
+    # A name such as `a/b` is a path if the folder `a` exists, else a Hub id. `model.name` follows
+    # the same rule.
     if not (place.is_absolute() or place.parent.is_dir()):
         return None
-    raise ModelError(f"there is no {from_here(place)}", where="adapter.from", fix=name_a_run(place))
+    raise ModelError(
+        f"the folder {relative_to_cwd(place)} does not exist",
+        where="adapter.from",
+        fix=suggest_run(place),
+    )
 
 
 def is_run_dir(name: str) -> bool:
-    """Tell whether `adapter.from` names a run directory, which may come to hold other adapters."""
+    """Return whether `adapter.from` names a run directory.
+
+    Unlike an adapter in another folder, the adapter of a run directory can change while that run is
+    trained.
+    """
     return (Path(name) / RECIPE).is_file() and not (Path(name) / ADAPTER_CONFIG).is_file()
 
 
 def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
-    """The name of `folder` if it lies in `run_dir`; both as in `adapter.from`."""
+    """Return the name of `folder` if this folder is in `run_dir`, else None.
+
+    Both arguments are values of `adapter.from`.
+    """
     if folder and run_dir and Path(folder).parent == Path(run_dir):
         return Path(folder).name
     return None
 
 
 def adapter_of_run(run_dir: Path) -> tuple[Path, str]:
-    """The adapter of a run directory, and which of its folders that is, in words.
+    """Return the adapter's folder in a run directory, and a line that describes which folder it is.
 
-    Raises: as `find_adapter`.
+    Raise the same errors as `find_adapter`.
     """
-    folder, note, _ = find_saved_model(Path(from_here(run_dir)))
+    folder, note, _ = find_saved_model(Path(relative_to_cwd(run_dir)))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            "the run has no adapter: it trained all weights",
+            "the run has no adapter, because it trained all weights",
             where=f"adapter.from: {run_dir}",
-            fix=f"continue from its model: {shell_word(f'model.name={folder}')}, without "
-            "adapter.from",
+            fix=f"continue from the run's model with {shell_word(f'model.name={folder}')}, and "
+            "leave out adapter.from",
         )
     return folder.absolute(), note
 
 
 def adapter_digest(name: str) -> str:
-    """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
+    """Return a SHA-256 (hex) of samples of an adapter's weights.
+
+    Args:
+        name: a value of `adapter.from`.
+    """
     return sampled_digest(read_header(find_adapter(name) / ADAPTER_WEIGHTS), ENDS_AND_MIDDLE)

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints, at once or in a thread beside the steps."""
+"""The writer of a run's checkpoints. It writes immediately or in a background thread."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,22 +6,25 @@ from pathlib import Path
 
 from tunesmith.checkpoint.manifest import Entries, atomic_folder, prune
 
-# Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
+# Type of a function that writes files into an empty folder. It returns the manifest entries of the
+# files that it has already hashed.
 SaveFunction = Callable[[Path], Entries | None]
 
 
 class Writer:
-    """Writes `checkpoint-<step>` into a run directory and deletes the oldest beyond `keep`.
+    """A writer of `checkpoint-<step>` folders in a run directory.
 
-    An error of the background thread is raised unchanged by the next `write`, `write_async` or
-    `wait`. A run waits before it ends, so that no thread writes into a directory that another run
-    may already hold.
+    It keeps the `keep` newest folders and deletes older ones.
+
+    An error of the background thread is raised unchanged by the next call of `write`, `write_async`
+    or `wait`. A run calls `wait` before it ends, so that no thread writes into a directory that
+    another run may already use.
 
     Args:
-        saved_step: step of the newest complete checkpoint, at first of that which the run resumes
-            from; or None.
-        sync: flushes to the disk what must be there before a checkpoint counts; called in the
-            thread that writes.
+        saved_step: step of the newest complete checkpoint, initially the one from which the run
+            resumes. None if there is none.
+        sync: function that flushes other files of the run to the disk. It is called before each
+            checkpoint, in the thread that writes the checkpoint.
     """
 
     def __init__(
@@ -35,17 +38,18 @@ class Writer:
         self._running: Future[None] | None = None
 
     def write(self, save: SaveFunction, step: int, *, keep_step: int | None) -> None:
-        """Write a checkpoint now, after the one in progress.
+        """Write a checkpoint now. If another checkpoint is in progress, wait for it first.
 
-        keep_step: this checkpoint stays however old it is.
+        Args:
+            keep_step: step of a checkpoint that is not deleted, regardless of its age.
 
-        CheckpointError if it cannot be written; what was there before stays.
+        Raise CheckpointError if it cannot be written. Existing checkpoints are then unchanged.
         """
         self.wait()
         self._write(save, step, keep_step)
 
     def write_async(self, save: SaveFunction, step: int, *, keep_step: int | None) -> None:
-        """Write as `write` does, in the background thread."""
+        """Write a checkpoint as `write` does, but in the background thread."""
         self.wait()
         self._running = self._pool.submit(self._write, save, step, keep_step)
 
@@ -58,22 +62,22 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Tell whether the last write has ended with an error, which `wait` raises."""
+        """Return whether the last write has failed. `wait` raises its error."""
         running = self._running
         return running is not None and running.done() and running.exception() is not None
 
     def wait(self) -> None:
         """Wait for the write in progress, if there is one, and raise its error."""
         running = self._running
-        # The error is raised once.
+        # Clear the attribute before waiting, so that an error is raised only once.
         self._running = None
         if running is not None:
             running.result()
 
     def close(self) -> None:
-        """Let the write in progress finish, and end the thread.
+        """Wait for the write in progress, and end the thread.
 
-        Its error is not raised: the run ends for another reason.
+        The error of the write is not raised, because the run already ends for another reason.
         """
         self._running = None
         self._pool.shutdown()

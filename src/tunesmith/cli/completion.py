@@ -1,11 +1,11 @@
 """Print a shell completion script for commands, options, recipes and keys.
 
 example:
-  source <(tunesmith completion bash)  # in this shell
-  # in every new one:
+  source <(tunesmith completion bash)  # only for this shell
+  # for every new shell
   tunesmith completion bash > \\
     ~/.local/share/bash-completion/completions/tunesmith
-  # with fpath+=~/.zfunc before compinit
+  # ~/.zshrc needs fpath+=~/.zfunc before compinit
   tunesmith completion zsh > ~/.zfunc/_tunesmith
   tunesmith completion fish > ~/.config/fish/completions/tunesmith.fish
 """
@@ -19,8 +19,8 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.config.shipped import shipped
 
-# Two functions for each shell: recipes and files, and those with keys before them. Behind `=`
-# stands a value or a file.
+# Source code of two completion functions for each shell. `_tunesmith_recipe` completes recipes and
+# files. `_tunesmith_key` also completes recipe keys, and files after `key=`.
 FUNCTIONS = {
     "bash": """\
 _tunesmith_recipe() { compgen -W "RECIPES" -- "$1"; compgen -f -- "$1"; }
@@ -37,7 +37,8 @@ _tunesmith_key() {
 function _tunesmith_recipe; string join \\n RECIPES; __fish_complete_path (commandline -ct); end
 function _tunesmith_key; string join \\n KEYS; _tunesmith_recipe; end""",
 }
-# bash sets a space behind a word that is complete, but a key is followed by its value.
+# Bash code that suppresses the space after a completed key, because the user types the value
+# directly after "=".
 NO_SPACE = """
 _tunesmith() {
   _shtab_tunesmith "$@"
@@ -57,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     groups: dict[str, Any] = {"": top.add_subparsers()}
     for verb, (module, purpose) in VERBS.items():
         group, _, name = verb.rpartition(" ")
-        # `launch`, before its kinds.
+        # Create the parser of the group, such as `launch`, before the parser of its first command.
         if group not in groups:
             groups[group] = groups[""].add_parser(group, help=purpose).add_subparsers()
         parser = groups[group].add_parser(name, help=purpose, description=purpose)
         import_module(module).add_arguments(parser)
-        # shtab reads an attribute of each action.
+        # Set the attribute `complete`, which shtab reads from each argparse action.
         action: Any
         for action in parser._actions:
             metavar = str(action.metavar or action.dest)
@@ -81,5 +82,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _by_function(name: str) -> dict[str, str]:
-    """Return what shtab takes for an argument that a function of the shell completes."""
+    """Return the attribute `complete` for an argument that the shell function `name` completes."""
     return {"bash": name, "zsh": name, "fish": f"({name})"}

@@ -5,13 +5,13 @@ example:
   # your own rows
   tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
-  tunesmith data runs/my-run  # those of a run
+  tunesmith data runs/my-run  # the rows of a run
   tunesmith data my-recipe.yaml --json > tokens.json
 
-Supervised tokens are green, or between ⟦ and ⟧ if colors are off. Then it
-prints counts, lengths, packing, the number of optimizer steps, and checks of
-the tokens. The exit code is 2 if a check fails. For a model on the Hub, only
-the tokenizer and the configuration are downloaded.
+Supervised tokens are green, or between ⟦ and ⟧ if colors are off. The
+command also prints counts, lengths, packing, the number of optimizer steps,
+and checks of the tokens. The exit code is 2 if a check fails. For a model on
+the Hub, only the tokenizer and the configuration are downloaded.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LOADS_TORCH = "in ranks"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, recipe_help=f"{RECIPE_HELP}, or a run directory")
     parser.add_argument(
-        "--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)"
+        "--rows", type=int, default=3, metavar="N", help="number of rows to show (default: 3)"
     )
     add_json(parser)
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_dir(recipe: str | None) -> Path | None:
-    """The run directory that RECIPE names, if it is one and no recipe."""
+    """Return the run directory that the argument RECIPE names, or None if it names a recipe."""
     if recipe is None or recipe in shipped() or not Path(recipe, RECIPE).is_file():
         return None
     return Path(recipe)

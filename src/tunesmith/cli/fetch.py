@@ -8,8 +8,8 @@ example:
   tunesmith fetch --remove Qwen/Qwen3-8B
   ssh spark-b tunesmith fetch --remove "'meta-llama/*'" --dry-run
 
-An interrupted download resumes where it stopped. HF_HOME names the cache,
-HF_TOKEN is your access token.
+An interrupted download resumes where it stopped. The variable HF_HOME is the
+folder of the cache, and HF_TOKEN is your access token.
 """
 
 import argparse
@@ -30,26 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="RECIPE|MODEL",
-        help="a recipe, or a Hub id, folder or .gguf file",
+        help="a recipe, or a model: a Hub id, a folder or a .gguf file",
     )
     add_overrides(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of a model, without a recipe")
+    parser.add_argument("--revision", help="branch, tag or commit of a model (not with a recipe)")
     parser.add_argument(
         "--update", action="store_true", help="ask the Hub for a newer commit of a cached model"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="only check and show; download or remove nothing"
+        "--dry-run",
+        action="store_true",
+        help="only check license, access and disk, and show what would be downloaded or removed",
     )
     parser.add_argument(
         "--list", action="store_true", help="list the contents of the caches, largest first"
     )
-    what = "delete a model or data set from the cache; patterns work"
+    what = "delete a model or data set from the cache; NAME can be a pattern such as 'Qwen/*'"
     parser.add_argument("--remove", metavar="NAME", help=what)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    # What the words name is told before the Hub's library is loaded.
+    # Check the arguments first, because the import of huggingface_hub is slow.
     named = None
     if not args.list and args.remove is None:
         named = _model_and_sources(args)
@@ -64,22 +66,28 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
-    """The model and the Hub's data sets that the command line asks for."""
+    """Return the model and the data sets on the Hub that the command line asks for."""
     if args.name is None:
-        fix = "tunesmith fetch smollm2-135m-lora, or --list"
+        fix = "run `tunesmith fetch smollm2-135m-lora`, or `tunesmith fetch --list`"
         raise UsageError("fetch requires a recipe or a model", where="command line", fix=fix)
     is_recipe = args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml")
-    if (is_recipe and args.revision is not None) or (args.overrides and not is_recipe):
+    command = f"tunesmith fetch {shell_word(args.name)}"
+    if is_recipe and args.revision is not None:
         raise UsageError(
-            "key=value is for a recipe, and --revision for a model",
+            f"--revision is for a model, but {args.name} is a recipe",
             where="command line",
-            fix=f"tunesmith fetch {shell_word(args.name)} "
-            + ("model.revision=REVISION" if is_recipe else "--revision REVISION"),
+            fix=f"run `{command} model.revision=REVISION`",
+        )
+    if args.overrides and not is_recipe:
+        raise UsageError(
+            f"{args.name} is not a recipe, so its keys cannot be set with key=value",
+            where="command line",
+            fix=f"run `{command}`; to choose the commit of a model, add --revision REVISION",
         )
     if is_recipe:
         recipe = load_recipe(args.name, args.overrides)
         sources = {}
-        # A data set may be the source of several splits: it is fetched once.
+        # Add each data set only once, even if several sources use splits of the same data set.
         for source in (*recipe.data.train, *recipe.data.validation):
             if not is_local(source.source):
                 sources[source.source, source.name, source.revision] = source

@@ -1,5 +1,5 @@
-"""Functions for programs: `plan`, `inspect_data` and `sweep` return what the commands print with
---json.
+"""Python functions `plan`, `inspect_data` and `sweep`, which return the same values as the commands
+print with --json.
 """
 
 import contextlib
@@ -10,58 +10,58 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.layers import override_words
+from tunesmith.config.layers import Overrides, override_words
 from tunesmith.host.logger import lines_by_default
 
 
 def plan(
     recipe: str | Path | None = None,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     model: str | None = None,
     data: str | Path | None = None,
     on: str | None = None,
 ) -> dict[str, Any]:
-    """Forecast memory, hours and the layout of a run without training.
+    """Forecast the memory, hours and layout of a run without training.
 
     >>> tunesmith.plan("my-recipe.yaml", on="2x8xh100")["meshes"][0]["hours"]
 
     Args:
         recipe, overrides: as for `train`.
-        model, data: for a new recipe, as `tunesmith train --model X --data FILE` makes it.
-        on: machines such as `2x8xh100` or `dgx-spark`; None is this machine.
+        model, data: create a new recipe, as `tunesmith train --model X --data FILE` does.
+        on: machines such as `2x8xh100` or `dgx-spark`. None means this machine.
 
     Returns:
-        what `tunesmith plan --json` prints; the best mesh is the first.
+        The values that `tunesmith plan --json` prints. The best mesh is the first.
 
     Raises:
-        UsageError: something is wrong with the recipe, data or model.
-        MachineError: the run does not fit.
+        UsageError: if the recipe, data or model is wrong.
+        MachineError: if the run does not fit on the machine.
     """
     return _json_of("plan", recipe, overrides, model=model, data=data, on=on)
 
 
 def inspect_data(
     recipe: str | Path | None = None,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     model: str | None = None,
     data: str | Path | None = None,
     rows: int = 3,
 ) -> dict[str, Any]:
-    """Return the rows of a recipe as the tokens that are trained, with counts and findings.
+    """Return the tokens of a recipe's rows, marked as supervised or not, with counts and checks.
 
     >>> tunesmith.inspect_data(model="demo", data="faq.csv")["warnings"]
 
     Args:
-        recipe, overrides, model, data: as for `plan`; `recipe` may be a run directory.
-        rows: how many rows are returned in full.
+        recipe, overrides, model, data: as for `plan`. `recipe` can also be a run directory.
+        rows: number of rows whose tokens are returned.
 
     Returns:
-        what `tunesmith data --json` prints.
+        The values that `tunesmith data --json` prints.
 
     Raises:
-        UsageError: something is wrong with the recipe, data or model.
+        UsageError: if the recipe, data or model is wrong.
     """
     return _json_of("data", recipe, overrides, model=model, data=data, rows=rows)
 
@@ -69,21 +69,21 @@ def inspect_data(
 def sweep(
     recipe: str | Path,
     space: Mapping[str, Sequence[object]],
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Train one adapter for each combination of values on one base, and find the best.
 
     >>> tunesmith.sweep("my-recipe.yaml", {"train.learning_rate": [1e-4, 3e-4]})["candidates"]
 
     Args:
-        recipe, overrides: as for `train`; the same call resumes.
-        space: key of the recipe -> its values.
+        recipe, overrides: as for `train`. The same call resumes an interrupted sweep.
+        space: the values to try for each key of the recipe.
 
     Returns:
-        what `tunesmith sweep --json` prints.
+        The values that `tunesmith sweep --json` prints.
 
     Raises:
-        As `train`.
+        TunesmithError: the same errors as `train`.
     """
     words = [f"{key}={','.join(map(_value_word, values))}" for key, values in space.items()]
     return _json_of("sweep", recipe, [*override_words(overrides), *words])
@@ -92,10 +92,10 @@ def sweep(
 def _json_of(
     verb: str,
     recipe: str | Path | None,
-    overrides: Mapping[str, object] | Sequence[str],
+    overrides: Overrides,
     **options: object,
 ) -> dict[str, Any]:
-    """Run a command in this process and return what it prints with --json."""
+    """Run a command with --json in this process and return the values that it prints."""
     from tunesmith.cli.main import dispatch
 
     words = [verb] if recipe is None else [verb, os.fspath(recipe)]
@@ -111,5 +111,8 @@ def _json_of(
 
 
 def _value_word(value: object) -> str:
-    """Return a value as a recipe writes it: JSON is YAML, but a text needs no quotes."""
+    """Convert a value to YAML for the command line.
+
+    Text is returned unchanged. Other values become JSON, which is valid YAML.
+    """
     return value if isinstance(value, str) else json.dumps(value, default=str)

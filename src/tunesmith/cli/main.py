@@ -1,15 +1,16 @@
-"""The command line: finds the command, imports only that one, ends with a message and an exit code.
+"""The command line of tunesmith.
 
-Each command is a module, of this package or of a tool's, with `add_arguments(parser)` and
-`run(args)`, which returns an exit code unless that is 0. Its docstring begins its help page: a
-sentence, then examples that work, then what else a user needs. Its `EPILOG`, if any, ends the page.
-Work that takes long to load is a module of its own, which `run` imports when it has checked what
-words and files alone can tell.
-`LOADS_TORCH` is "here" in one that loads torch or Transformers, and "in ranks" in one that starts
-processes which do.
+It imports only the module of the given command, and converts errors to messages and exit codes.
 
-Exit codes: 0 success, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
-interrupted before there was anything to save, 141 nobody reads the output any more.
+Each command is a module of this package or of a folder in tools/. It has the functions
+`add_arguments(parser)` and `run(args)`. `run` returns an exit code, or None for the exit code 0.
+The module's docstring is the start of the help page: one sentence, tested examples, further
+information. The optional `EPILOG` is the end of the page. Code with slow imports is in a separate
+module. `run` imports this module after it has checked the arguments and files. `LOADS_TORCH` is
+"here" if the command imports torch or Transformers, and "in ranks" if it starts processes that do.
+
+Exit codes: 0 success, 1 failed, 2 the command or recipe is wrong, 75 stopped and saved, 130
+interrupted before there was anything to save, 141 the reader of the output has closed the pipe.
 """
 
 import argparse
@@ -46,20 +47,22 @@ from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
-from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
+from tunesmith.host.streams import fault_of, folded, survive_write_errors, visible, width_of
 from tunesmith.runtime.host import bound_shape_caches, prepare_threads
 
-# 128 + SIGINT and 128 + SIGPIPE, as shells count.
+# Exit codes that shells use for a process that was ended by a signal: 128 + SIGINT, and 128 +
+# SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-# group -> command -> (module, what it does), of the engine's own commands.
+# Type of a table of commands. It maps the name of a group to the commands of the group, and the
+# name of a command to its module and its purpose.
 Verbs = dict[str, dict[str, tuple[str, str]]]
 ENGINE_VERBS: Verbs = {
     "start here": {
         "train": ("tunesmith.cli.train", "fine-tune a model on your rows or from a recipe"),
         "recipes": ("tunesmith.cli.recipes", "list, show and copy shipped recipes"),
-        "models": ("tunesmith.cli.models", "list model types and what works with each"),
+        "models": ("tunesmith.cli.models", "list model types and what each of them supports"),
     },
     "look at the data": {
         "data": ("tunesmith.cli.data", "show which tokens a recipe trains on"),
@@ -74,10 +77,11 @@ ENGINE_VERBS: Verbs = {
 
 
 def find_verbs() -> Verbs:
-    """Find the engine's commands and those of each folder of tools/, by group.
+    """Return all commands by group: the commands in ENGINE_VERBS, and the commands of each folder
+    in tools/.
 
-    A tool's `__init__` has its `COMMANDS` in the same form. It imports nothing, so that
-    `tunesmith --help` is quick.
+    The `__init__.py` of a folder in tools/ defines `COMMANDS` in the format of ENGINE_VERBS. It
+    must not import anything, so that `tunesmith --help` is fast.
     """
     groups = {group: dict(verbs) for group, verbs in ENGINE_VERBS.items()}
     for tool in iter_modules([str(Path(__file__).parents[1] / "tools")], "tunesmith.tools."):
@@ -87,59 +91,63 @@ def find_verbs() -> Verbs:
 
 
 VERB_GROUPS = find_verbs()
-# What somebody may type who has not found the command.
+# Names that users may try although no such command exists, with the fix that the error shows.
 OTHER_NAMES = {
-    "serve": "tunesmith chat RUN; or, for a server: tunesmith export RUN --to vllm --output FOLDER",
-    "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
+    "serve": "run `tunesmith chat RUN` in a terminal, or, for a server, "
+    "`tunesmith export RUN --to vllm --output FOLDER`",
+    "compare": "run `tunesmith report A B` for curves and losses, or `tunesmith eval A B` to "
+    "compare row by row",
 }
-# Options, or one of their choices, that went -> what does the same.
+# Options and choices that were removed, with the replacement that the error shows.
 OTHER_OPTIONS = {
     "tunesmith data --write-held-out": (
-        "name your own held-out rows in data.validation; held-out.txt in the run directory lists "
-        "the rows that data.hold_out drew"
+        "give your own held-out rows in data.validation; held-out.txt in the run directory lists "
+        "the rows that data.hold_out has chosen"
     ),
-    "tunesmith doctor --fix": "tunesmith doctor: each fault has its command",
-    "tunesmith doctor RECIPE": "tunesmith fetch RECIPE --dry-run",
-    "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
-    "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
+    "tunesmith doctor --fix": "run `tunesmith doctor`, which shows a command for each fault",
+    "tunesmith doctor RECIPE": "run `tunesmith fetch RECIPE --dry-run`",
+    "tunesmith launch slurm --site": "use --partition, --account, --setup and --sbatch-arg",
+    "tunesmith fetch --hosts": "run `ssh HOST tunesmith fetch --remove NAME`",
     **dict.fromkeys(
         ("tunesmith export --quant nvfp4", "tunesmith export --quant fp8"),
-        "--quant bf16, and quantize as vLLM loads it: vllm serve FOLDER --quantization fp8",
+        "use --quant bf16, and quantize the model in vLLM with `vllm serve FOLDER --quantization "
+        "fp8`",
     ),
     **dict.fromkeys(
         ("tunesmith bench --ablation", "tunesmith bench --only", "tunesmith bench --rounds"),
-        "bench with the other value of a key, beside bench without it; in turns, "
+        "run bench once with the key and once without it; to alternate the two, run "
         "benchmarks/speed/ablation.py --only key=value",
     ),
     "tunesmith bench --cold": (
-        "bench twice with one new TORCHINDUCTOR_CACHE_DIR: the second finds what the first has "
-        "compiled"
+        "run bench twice with the same new TORCHINDUCTOR_CACHE_DIR: the second run uses the code "
+        "that the first run has compiled"
     ),
-    "tunesmith bench --picture": "bench on the recipe's own rows",
-    "tunesmith bench --plain": "nothing: the table is plain text",
-    "tunesmith plan --price": "multiply: hours x GPUs x price; `hours` is in plan --json",
+    "tunesmith bench --picture": "run bench on the recipe's own rows",
+    "tunesmith bench --plain": "remove the option: the table is always plain text",
+    "tunesmith plan --price": "multiply `hours` of plan --json by the number of GPUs and the price",
     "tunesmith plan --assume": (
-        "--on with the GPU of the table that is nearest to yours, or plan on the machine itself; "
-        "an unknown bandwidth of a link only leaves the times out"
+        "use --on with the GPU that is most similar to yours, or run plan on the machine itself; "
+        "if the bandwidth of a link is unknown, plan only omits the times"
     ),
     "tunesmith plan --all": (
-        "remove it: plan shows the mesh that train takes; parallel.shard=N parallel.tensor=N plans "
-        "another one"
+        "remove the option: plan shows the mesh that train uses; for another mesh, add "
+        "parallel.shard=N parallel.tensor=N"
     ),
     "tunesmith eval --tasks": (
-        "pip install lm-eval, then: lm-eval run --model hf --model_args "
-        "pretrained=BASE,peft=RUN/final --tasks NAME (docs/evaluate.md)"
+        "run `pip install lm-eval`, then `lm-eval run --model hf --model_args "
+        "pretrained=BASE,peft=RUN/final --tasks NAME` (docs/evaluate.md)"
     ),
-    "tunesmith eval --exact-match": "--score exact",
-    "tunesmith chat --side-by-side": "tunesmith chat RUN, and tunesmith chat RUN --base",
-    "tunesmith report --markdown": "the page, or --json for a script",
-    "tunesmith watch --json": "tunesmith report --json, or tunesmith status --json",
-    "tunesmith sweep --candidates": "list the values: train.learning_rate=1e-5,1e-4,1e-3",
+    "tunesmith eval --exact-match": "use --score exact",
+    "tunesmith chat --side-by-side": "run `tunesmith chat RUN` and `tunesmith chat RUN --base`",
+    "tunesmith report --markdown": "run `tunesmith report` for the page, or `tunesmith report "
+    "--json` for a script",
+    "tunesmith watch --json": "run `tunesmith report --json` or `tunesmith status --json`",
+    "tunesmith sweep --candidates": "list the values, such as train.learning_rate=1e-5,1e-4,1e-3",
     "tunesmith sweep --rungs": (
-        "remove it: every candidate trains to its end. To stop candidates early, use Optuna: its "
-        "TrialPruned may be raised in on_record of tunesmith.train (docs/python.md)"
+        "remove the option: every candidate trains to its end. To stop candidates early, use "
+        "Optuna and raise its TrialPruned in on_record of tunesmith.train (docs/python.md)"
     ),
-    "tunesmith sweep --to-the-end": "remove it: every candidate trains to its end",
+    "tunesmith sweep --to-the-end": "remove the option: every candidate trains to its end",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
@@ -150,7 +158,7 @@ _PATH_FAULTS = (
 )
 
 
-# How often a positional argument may occur, as usage lines write it.
+# Format of a positional argument in a usage line, by the argument's `nargs`.
 _USAGE: dict[int | str | None, str] = {
     None: "{}",
     "?": "[{}]",
@@ -160,13 +168,16 @@ _USAGE: dict[int | str | None, str] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors: exit code 2, and no usage page above the message.
+    """An argparse parser that raises UsageError and does not print the usage.
 
-    The message names the nearest option or recipe key.
+    The error suggests a similar option or recipe key.
     """
 
     def short_usage(self) -> str:
-        """`tunesmith train [RECIPE] [key=value ...] [options]`: options have their own list."""
+        """Return the usage line, such as `tunesmith train [RECIPE] [key=value ...] [options]`.
+
+        The word `[options]` represents all options, because the help page lists them.
+        """
         words = [self.prog]
         for action in self._actions:
             if action.option_strings:
@@ -177,7 +188,10 @@ class Parser(argparse.ArgumentParser):
         return " ".join([*words, "[options]"])
 
     def typed_options(self, args: argparse.Namespace) -> dict[str, str]:
-        """The options with another value than their default: attribute of `args` -> as typed."""
+        """Return the options that the user has set to a value other than the default.
+
+        The keys are attributes of `args`, and the values are the options, such as `--batch-size`.
+        """
         typed = {}
         for action in self._actions:
             if action.option_strings and vars(args).get(action.dest) != action.default:
@@ -185,11 +199,14 @@ class Parser(argparse.ArgumentParser):
         return typed
 
     def error(self, message: str) -> NoReturn:
-        fix = self._fix_of(message) or f"{self.prog} --help"
+        fix = self._fix_of(message) or f"run `{self.prog} --help`, which lists the options"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 
     def _fix_of(self, message: str) -> str | None:
-        """Name what goes in place of a word that went or is nearly an option or a recipe key."""
+        """Return a text that says how to fix an argparse error, or None if no fix is known.
+
+        The fix names the replacement of a removed option, a similar option or a recipe key.
+        """
         choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
         if choice:
             return OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}")
@@ -201,60 +218,72 @@ class Parser(argparse.ArgumentParser):
         other = OTHER_OPTIONS.get(f"{self.prog} {option}")
         if other:
             return other
-        # A hidden option is for processes that a command starts.
+        # Do not suggest hidden options to users. They are for the processes that a command starts.
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         options = [option for action in shown for option in action.option_strings]
         near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
         if near:
-            return f"did you mean {near[0]}? see {self.prog} --help"
+            return f"did you mean {near[0]}? `{self.prog} --help` lists all options"
         takes_keys = any("key=value" in str(action.metavar) for action in shown)
         if not word.startswith("--") or not takes_keys:
             return None
         from tunesmith.config.names import keys, suggest_key
 
         name = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
-        key = f"{name}=VALUE" if name in keys() else suggest_key("", name)
-        return f"keys of a recipe are written key=value, without dashes: {key}"
+        if name in keys():
+            return f"write {name}=VALUE, without dashes"
+        hint = suggest_key("", name, on_command_line=True)
+        if hint.startswith("write "):
+            return f"{hint}, without dashes"
+        return f"write a key of the recipe as key=value, without dashes; {hint}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: the words after `tunesmith` (None: those of the process) -> exit code."""
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the words after `tunesmith`. None means the arguments of this process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    return framed(lambda: dispatch(words), process=argv is None)
+    return run_command(lambda: dispatch(words), process=argv is None)
 
 
 def run_process() -> NoReturn:
-    """The program `tunesmith`: run the words of this process, which ends with the exit code."""
+    """Run the command in the arguments of this process, and end the process with its exit code."""
     StopRequest.is_of_command = True
     run_and_exit(main)
 
 
 @lines_on_stderr()
-def framed(command: Callable[[], int], *, process: bool) -> int:
-    """Run a command; whatever ends it becomes a message and an exit code.
+def run_command(command: Callable[[], int], *, process: bool) -> int:
+    """Run a command and return its exit code. Errors are printed as messages.
 
-    process: whether the process ends with it.
+    Args:
+        process: whether this process ends after the command.
     """
     if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115  it lives as long as the process
-    sys.stdout = lasting(sys.stdout, raises=True)
-    sys.stderr = lasting(sys.stderr)
+        sys.stdin = open(os.devnull)  # noqa: SIM115  stays open until the process ends
+    sys.stdout = survive_write_errors(sys.stdout, raises=True)
+    sys.stderr = survive_write_errors(sys.stderr)
     if process:
-        # A crash in a library ends a process without a word: it says where each thread was.
+        # If a library crashes, such as by a segmentation fault, print the stack of each thread. By
+        # default, Python prints nothing.
         faulthandler.enable()
-    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
+    # Hide bitsandbytes' warning about a CPU kernel that it would download from the Hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Llama 4 was released with equal factors of low and high frequencies, which are warned of.
+    # Hide Transformers' warning that the RoPE factors of low and high frequencies are equal,
+    # because Llama 4 was released with equal factors.
     rope = logging.getLogger("transformers.modeling_rope_utils")
     rope.addFilter(lambda record: "high_freq_factor" not in record.getMessage())
-    # One of the two is read when torch is loaded.
+    # `bound_shape_caches` sets environment variables. Call it before torch is imported, because
+    # torch reads one of these variables during the import.
     bound_shape_caches()
     failure: BaseException | None = None
     try:
         code = command()
         sys.stdout.flush()
     except SystemExit as stop:
-        # argparse ends --help so, and rich where no one reads.
+        # argparse raises SystemExit after --help, and rich raises it if the output pipe is closed.
         code = EXIT_FAILED if stop.code else EXIT_OK
         if isinstance(stop.code, int):
             code = stop.code
@@ -267,7 +296,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         failure = error
         reported = error if isinstance(error, TunesmithError) else _machine_error(error)
         code = reported.exit_code if reported else EXIT_FAILED
-    # As in `tunesmith recipes | head -1`.
+    # The reader has closed the pipe, as in `tunesmith recipes | head -1`. This is not a failure.
     if isinstance(fault_of(sys.stdout), BrokenPipeError):
         code = EXIT_BROKEN_PIPE
         failure = None
@@ -279,7 +308,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Run the command that these words name -> exit code; errors are raised."""
+    """Run the command that `words` name, and return its exit code. Errors are raised."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return EXIT_OK
@@ -287,7 +316,7 @@ def dispatch(words: list[str]) -> int:
         print(f"tunesmith {__version__}")
         return EXIT_OK
     verb, *rest = words
-    # `launch` alone is no command: `launch local` is.
+    # `launch` has subcommands, such as `launch local`.
     if verb == "launch":
         if rest[:1] in ([], ["-h"], ["--help"]):
             print(_launch_help())
@@ -296,7 +325,9 @@ def dispatch(words: list[str]) -> int:
         rest = rest[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        fix = f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
+        fix = "run `tunesmith --help`, which lists the commands"
+        if near:
+            fix = f"did you mean tunesmith {near[0]}?"
         fix = OTHER_NAMES.get(verb, fix)
         raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
     name, purpose = VERBS[verb]
@@ -308,19 +339,19 @@ def dispatch(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # A verb's flags are defined by its module, which is imported for this verb alone.
     module.add_arguments(parser)
     parser.usage = parser.usage or parser.short_usage()
     args = parser.parse_intermixed_args(rest)
     args.typed = parser.typed_options(args)
-    # Before torch is loaded: libgomp reads its variables once.
+    # Set the environment variables for threads before torch is imported, because libgomp reads them
+    # only once.
     if vars(module).get("LOADS_TORCH") == "here":
         prepare_threads()
     return module.run(args) or EXIT_OK
 
 
 def _overview() -> str:
-    """The page of `tunesmith --help`."""
+    """Return the page of `tunesmith --help`."""
     lines = [
         "usage: tunesmith COMMAND [...]",
         "",
@@ -341,7 +372,7 @@ def _overview() -> str:
 
 
 def _launch_help() -> str:
-    """The page of `tunesmith launch --help`."""
+    """Return the page of `tunesmith launch --help`."""
     lines = [
         "usage: tunesmith launch KIND RECIPE [key=value ...] [options]",
         "",
@@ -360,48 +391,53 @@ def _launch_help() -> str:
 
 
 def _listed(verbs: Iterable[str]) -> list[str]:
-    """A line for each command, with what it does."""
+    """Return one line for each command, with its purpose."""
     width = max(map(len, VERBS)) + 2
     return [f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs]
 
 
 def _report(error: BaseException) -> None:
-    """Print what a user should read about an error."""
+    """Print the message for an error."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         print(trace, file=sys.stderr)
-    # That rank reports it.
+    # Print nothing here, because the rank that failed prints the error.
     if isinstance(error, OtherRankError):
         return
     if not isinstance(error, TunesmithError):
         error = _machine_error(error) or _internal_error(error, trace)
     width = width_of(sys.stderr)
     for line in visible(error.text()).splitlines():
-        # Places and commands are copied: a long line of commands has each choice on its own line.
-        if line.startswith("  fix: ") and len(line) > width:
-            shown = line.replace("; or ", ";\n    or ")
-        elif line.startswith(("  where: ", "  fix: ")):
-            shown = line
-        else:
-            shown = folded(line, width)
-        print(shown, file=sys.stderr)
+        # Paths are not broken, because users copy them.
+        if line.startswith("  where: "):
+            print(line, file=sys.stderr)
+            continue
+        # If the line of the fix is too long, write each alternative on a separate line.
+        is_fix = line.startswith("  fix: ")
+        is_long_fix = is_fix and len(line) > width
+        shown = line.replace("; or ", ";\n    or ") if is_long_fix else line
+        print(folded(shown, width, indent=4, between_clauses=is_fix), file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:
-    """Say what this machine lacks, met where nothing checked for it: room on a disk, a package."""
+    """Convert an unexpected error to a MachineError if the machine lacks something.
+
+    The machine may lack a package, memory, disk space or access to a path. Return None for other
+    errors.
+    """
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        # A missing module of ours is no package to install.
+        # A missing module of tunesmith is an internal error: pip cannot install it.
         if package and not package.startswith("tunesmith"):
             what = f"the Python package {package} is missing"
             return MachineError(what, fix=pip_install(package))
     if is_out_of_memory(error):
         why = first_line(error)[:300]
-        fix = "a smaller batch (--batch-size), a smaller model, or a machine with more memory"
-        fix += "; ulimit -v unlimited, if `ulimit -v` shows a limit"
+        fix = "use a smaller batch (--batch-size), a smaller model, or a machine with more memory"
+        fix += "; if `ulimit -v` shows a limit, run `ulimit -v unlimited`"
         return MachineError("out of memory", where="this machine", why=why, fix=fix)
     where = ""
     if isinstance(error, OSError):
@@ -412,26 +448,31 @@ def _machine_error(error: BaseException) -> MachineError | None:
             where = "standard output"
         fix = "free disk space (df -h), then run the same command again"
         return MachineError(full_disk, where=where, fix=fix, cause="disk")
-    # Without a path nobody knows what to change.
+    # Do not convert an error without a path, because the user would not know what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     path = Path(where)
-    # A file that could not be made is not there to be listed: its folder is.
+    # If the file does not exist, the fix names the nearest existing parent folder.
     place = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-    fix = f"ls -ld {shell_path(place)}; choose a writable folder, or move what is in the way"
-    return MachineError(f"this path cannot be used: {error.strerror}", where=where, fix=fix)
+    fix = (
+        f"check the type and the permissions with `ls -ld {shell_path(place)}`, or use another path"
+    )
+    return MachineError(f"{where} cannot be used: {error.strerror}", where=where, fix=fix)
 
 
 def _internal_error(error: BaseException, trace: str) -> TunesmithError:
-    """A fault of ours; the traceback goes to a file, because few who meet it can use it."""
+    """Build the error for a bug in tunesmith, and write the traceback to a file.
+
+    The traceback is not shown, because most users cannot use it.
+    """
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="tunesmith-", suffix=".log", delete=False
         ) as file:
             file.write(f"tunesmith {__version__}, python {sys.version}\n{trace}")
-        fix = f"please report it with {file.name}; TUNESMITH_DEBUG=1 shows the traceback here"
+        fix = f"report the error with the file {file.name}; TUNESMITH_DEBUG=1 prints the traceback"
     except OSError:
         print(trace, file=sys.stderr)
-        fix = "please report it with the traceback above"
+        fix = "report the error with the traceback above"
     message = (str(error).strip().splitlines() or ["no message"])[0]
     return TunesmithError(f"internal error: {type(error).__name__}: {message}", fix=fix)

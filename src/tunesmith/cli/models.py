@@ -1,4 +1,4 @@
-"""List the model types, and what works with each.
+"""List the model types and what each of them supports.
 
 example:
   tunesmith models  # all types that Transformers has
@@ -11,10 +11,10 @@ packed: packed rows, with Transformers' forwards.
 padded: one document per row, which is slower.
 refused: not supported, with the reason.
 
-pictures: packed if rows with pictures were measured; untried if a run
-with model.vision measures them on the model's own files.
-GGUF: own if `export` writes the model, converter if it uses llama.cpp's
-converter, untried if no file of that converter was compared with the model.
+pictures: packed if rows with images were tested; untried if a run with
+model.vision tests them with the files of the model.
+GGUF: own if `export` writes the file itself; converter if it uses llama.cpp's
+converter; untried if no file of the converter was compared with the model.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from tunesmith.model.model_types import (
     read_model_types,
 )
 
-# Kernels of recurrent layers; without them they are computed by plain PyTorch.
+# Package with kernels for recurrent layers. If the package is not installed, PyTorch code is used
+# instead.
 KERNEL_PACKAGE = "flash-linear-attention"
 
 
@@ -72,27 +73,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def is_folder(name: str) -> bool:
-    """Tell whether a word names a place, and no model type."""
+    """Return whether the argument `name` is a path and not a model type."""
     return "/" in name or Path(name).is_dir()
 
 
-def missing_here(entry: ModelType) -> str:
-    """Say what this machine lacks that would make the type faster; "" where nothing."""
-    if entry.support.recurrent and find_spec("fla") is None:
-        return KERNEL_PACKAGE
-    return ""
-
-
 def as_row(entry: ModelType) -> dict[str, Any]:
-    """A type as JSON has it."""
+    """Return the values of a model type for JSON."""
     row = entry.row()
     row["gguf"] = entry.gguf
-    row["missing"] = missing_here(entry)
+    row["missing"] = ""
+    if entry.support.recurrent and find_spec("fla") is None:
+        row["missing"] = KERNEL_PACKAGE
     return row
 
 
 def print_table(types: Iterable[ModelType]) -> None:
-    """All types, those that train best first."""
+    """Print a table of all model types, the best supported types first."""
     order = ("tuned", "packed", "padded", "refused")
     rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
     columns = [
@@ -105,9 +101,9 @@ def print_table(types: Iterable[ModelType]) -> None:
 
 
 def print_one(entry: ModelType) -> None:
-    """Print what was measured of one type, by the names of the JSON row."""
+    """Print the values of one model type. The names are the same as the keys of --json."""
     row = as_row(entry)
-    # A type that is refused is not exported.
+    # Refused model types cannot be exported.
     if entry.support.state != "refused":
         row["gguf"] = describe_gguf_export(entry.model_type, entry.text)
     print(visible(row.pop("model_type")))

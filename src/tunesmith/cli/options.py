@@ -1,4 +1,4 @@
-"""Share options and their types, notes, columns, lines of stdin and a progress count."""
+"""Shared parts of the commands: options and their types, notes, tables, stdin and progress."""
 
 import argparse
 import io
@@ -25,28 +25,30 @@ if TYPE_CHECKING:
 
     from tunesmith.inference.load_run import RunLocation
 
-# Of progress, without a terminal.
+# Seconds between two progress lines if stderr is not a terminal.
 SECONDS_BETWEEN_LINES = 10.0
-# The time left is shown once this share of the work is done: of answers that are written in one
-# batch, the first one to end says nothing of the others.
-TELLING_SHARE = 0.1
+# Fraction of the work after which the remaining time is shown. An earlier estimate would be too
+# low, because the first answer of a batch is much shorter than the others.
+MIN_DONE_FRACTION = 0.1
 
 
 def require_folder(folder: Path, option: str) -> None:
-    """UsageError where the folder of a file that an option names is not there."""
+    """Raise UsageError if `folder`, in which the file of an option is written, does not exist."""
     if not folder.is_dir():
         fix = f"mkdir -p {shell_path(folder)}"
         raise UsageError(f"there is no folder {folder}", where=option, fix=fix)
 
 
 def notify(text: str) -> None:
-    """A note to the user, on stderr: stdout is for answers."""
+    """Print a note for the user on stderr, because stdout is for results."""
     show(text, sys.stderr)
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns; on a terminal the last one is folded, in a pipe each row is a
-    line, for grep.
+    """Print the rows of a table in aligned columns.
+
+    On a terminal the last column is broken into several lines. In a pipe each row is one line, for
+    use with grep.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *cells, last in rows:
@@ -60,25 +62,25 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def is_main_process() -> bool:
-    """Tell whether this process speaks to the user: of several ranks rank 0 does."""
+    """Return whether this process prints to the user. Only rank 0 does."""
     ranks = started_as()
     return ranks is None or ranks["RANK"] == 0
 
 
 def notify_weights(location: "RunLocation") -> None:
-    """Say which weights stand for a run, where they are not those of its end."""
-    if location.is_worth_telling and is_main_process():
+    """Print which weights of a run are used, unless they are the final weights."""
+    if location.is_note_shown and is_main_process():
         notify(location.note)
 
 
 def leave_lines_to_rank_0() -> None:
-    """On another rank log warnings alone, until the command ends."""
+    """Let all ranks except rank 0 log only warnings, until the command ends."""
     if not is_main_process():
         PACKAGE.setLevel(logging.WARNING)
 
 
 def whole_number(text: str) -> int:
-    """A count of at least 1."""
+    """Convert the text of an option to an integer of at least 1."""
     with suppress(ValueError):
         if (value := int(text)) >= 1:
             return value
@@ -86,15 +88,17 @@ def whole_number(text: str) -> int:
 
 
 def add_json(options: argparse._ActionsContainer) -> None:
-    """The result for scripts, on stdout; an option of a parser or of one of its groups."""
+    """Add the option --json to a parser or to a group of options."""
     options.add_argument(
         "--json", action="store_true", help="print the result as JSON on stdout, for scripts"
     )
 
 
 def add_columns(options: argparse._ActionsContainer) -> None:
-    """Names of a format's columns in the user's file."""
-    names = "column names in the file: prompt=question,completion=answer"
+    """Add the option --columns, which maps column names of a row format to names in the user's
+    file.
+    """
+    names = "names of the columns in the file, such as prompt=question,completion=answer"
     options.add_argument(
         "--columns",
         type=column_names,
@@ -106,48 +110,63 @@ def add_columns(options: argparse._ActionsContainer) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add RUN, or `several` of them as `runs`, and the options of how a run is loaded."""
+    """Add the argument RUN, and the options that control how a run is loaded.
+
+    Args:
+        several: accept several runs, in `args.runs` instead of `args.run`.
+    """
     forms = "run directory, checkpoint, final/, adapter or model folder"
     if several:
         parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
     else:
         parser.add_argument("run", metavar="RUN", help=forms)
     parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)"
+        "--device",
+        metavar="NAME",
+        help="device, such as cpu, cuda or cuda:1 (default: cuda if available)",
     )
-    trust = "run Python code that comes with the base model, which you have reviewed"
+    trust = "run Python code that comes with the base model; review the code first"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
 def report_unreadable(errors: Sequence[UsageError], *, shown: int) -> None:
-    """Print which of several runs could not be opened; if none could, raise the first error."""
+    """Print which of several runs could not be opened.
+
+    Raise the first error if no run was opened.
+    """
     if errors and not shown:
         raise errors[0]
     for error in errors:
-        notify(f"left out: {error.where}: {error.what}")
+        notify(f"{error.where} is skipped: {error.what}")
 
 
 def column_names(text: str) -> list[tuple[str, str]]:
-    """`prompt=question,completion=answer`, or a mapping as recipes write it.
+    """Parse the option --columns, such as `prompt=question,completion=answer`.
 
-    That is `{prompt: question, completion: answer}`.
+    The notation of recipes, `{prompt: question, completion: answer}`, is also accepted.
     """
     if text.lstrip().startswith("{"):
         pairs = list(read_value(text, where="--columns", base=Path()).plain().items())
     else:
         pairs = []
-        # A column's name may hold a comma.
+        # Split only at a comma before "name=", because the name of a column may contain a comma.
         for pair in re.split(r",(?=[\w-]+=)", text):
             name, _, column = pair.partition("=")
             pairs.append((name.strip(), column.strip()))
     for pair in pairs:
         if not all(isinstance(part, str) and part for part in pair):
-            raise argparse.ArgumentTypeError(f"{text} is not name=column, such as prompt=question")
+            raise argparse.ArgumentTypeError(
+                f"{text} does not have the form name=column, for example prompt=question"
+            )
     return pairs
 
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """Add how rows are read (`format_name`, `columns`) and how many are answered at once."""
+    """Add the options for the row format, the columns and the batch size.
+
+    Args:
+        batch_size: the help text of --batch-size.
+    """
     formats = ("auto", *FORMAT_COLUMNS)
     parser.add_argument(
         "--format",
@@ -155,8 +174,8 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
         default="auto",
         dest="format_name",
         metavar="FORMAT",
-        help=f"one of {', '.join(formats)} (default: auto, as in training where its columns fit, "
-        "else as `train` finds them)",
+        help=f"format of the rows: one of {', '.join(formats)}; auto (the default) uses the run's "
+        "format if the columns match, else detects the format",
     )
     add_columns(parser)
     parser.add_argument(
@@ -168,23 +187,26 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     )
 
 
-# `columns: {name: column, ...}`, whose names may be in double quotes.
+# Matches `columns: {name: column, ...}` in the text of a fix. The names may be in double quotes.
 _COLUMNS_PATTERN = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
 
 
-def _columns_option(mapping: str) -> str:
-    """The option for a mapping as recipes write it."""
-    pairs = ",".join(f"{name}={column}" for name, column in column_names(mapping))
+def _columns_option(mapping: re.Match[str]) -> str:
+    """Convert a recipe's mapping of columns to the option --columns."""
+    pairs = ",".join(f"{name}={column}" for name, column in column_names(mapping[1]))
     return f"--columns {shell_word(pairs)}"
 
 
 @contextmanager
 def fixes_as_options() -> Iterator[None]:
-    """Fixes that name keys of a recipe name options instead, for commands that have no recipe."""
+    """Replace recipe keys by command-line options in the fix of a DataError.
+
+    Use this for commands that have no recipe.
+    """
     try:
         yield
     except DataError as error:
-        error.fix = re.sub(_COLUMNS_PATTERN, lambda match: _columns_option(match[1]), error.fix)
+        error.fix = re.sub(_COLUMNS_PATTERN, _columns_option, error.fix)
         error.fix = re.sub(r"\bsource: ", "--data ", error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
@@ -197,10 +219,12 @@ def check_not_given(
     *,
     fix: str = "remove {option}",
 ) -> None:
-    """UsageError for the first of these options that is given.
+    """Raise UsageError if the user has given one of the options `names`.
 
-    what: the predicate of the error's sentence, such as "is for a whole model".
-    names: attributes of `args`.
+    Args:
+        names: the options, as names of attributes of `args`.
+        what: the predicate of the error message, such as "requires --data".
+        fix: the fix, in which `{option}` is replaced by the option.
     """
     for name in names:
         option = args.typed.get(name)
@@ -210,11 +234,13 @@ def check_not_given(
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """Add the options of how tokens are chosen; greedy without a temperature."""
-    longest = f"longest answer (default: {max_new_tokens})"
-    temperature = "0 is greedy (default); 1.0 samples from the model's probabilities"
-    top_p = "with a temperature: sample from the likeliest tokens with total probability P"
-    top_k = "with a temperature: sample from the K likeliest tokens"
+    """Add the options of decoding. Decoding is greedy if there is no temperature."""
+    longest = f"maximum number of tokens of an answer (default: {max_new_tokens})"
+    temperature = "0 (the default) is greedy decoding; 1.0 samples from the model's probabilities"
+    top_p = (
+        "if a temperature is set: sample from the most likely tokens with a total probability of P"
+    )
+    top_k = "if a temperature is set: sample from the K most likely tokens"
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=longest)
     add("--temperature", type=float, default=0.0, metavar="T", help=temperature)
@@ -224,16 +250,16 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank.
+    """Yield the number (from 1) and the text of every non-blank line of stdin.
 
-    It is read as UTF-8 in any locale, else DataError.
+    The lines are decoded as UTF-8 in every locale. Raise DataError if a line is not UTF-8.
     """
     stream = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin
     for number, line in enumerate(stream, 1):
         text = line
         if isinstance(line, bytes):
             try:
-                # A byte order mark is no part of the first line.
+                # Remove a byte order mark from the first line.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
@@ -241,17 +267,19 @@ def stdin_lines() -> Iterator[tuple[int, str]]:
                     "the line is not UTF-8 text",
                     where=f"stdin:{number}",
                     why=f"{byte}: {error.reason}",
-                    fix="convert it first: iconv -f cp1252 -t utf-8 rows.jsonl | tunesmith ...",
+                    fix="convert the text to UTF-8, for example with "
+                    "`iconv -f cp1252 -t utf-8 rows.jsonl | tunesmith ...`",
                 ) from None
         if text.strip():
             yield number, text
 
 
 class ProgressCounter:
-    """A count that goes up, on stderr: a bar on a terminal, a line every ten seconds elsewhere.
+    """Progress display on stderr: a bar on a terminal, else a line every ten seconds.
 
-    `progress("answers", 7, 100)` in its block; another name starts another count, from where its
-    first call says. With the tokens since then, the speed is in tokens too.
+    Use it as a context manager, and call `progress("answers", 7, 100)` inside the `with` block. A
+    new name starts a new count. The count begins with the number in the first call with this name.
+    If the number of tokens is given, the speed is also shown in tokens per second.
     """
 
     def __init__(self) -> None:
@@ -259,7 +287,7 @@ class ProgressCounter:
         self._start = 0
         self._began = 0.0
         self._shown = 0.0
-        self._line = ""  # that is still to be shown
+        self._line = ""  # the newest line, which is not yet printed
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -286,27 +314,33 @@ class ProgressCounter:
         return self
 
     def __call__(self, what: str, count: int, total: int, tokens: int = 0) -> None:
-        """`count` of `total` are complete, with `tokens` written for them since the first call."""
+        """Show that `count` of `total` items are complete.
+
+        Args:
+            what: the name of the items.
+            tokens: the number of tokens generated since the first call.
+        """
         now = time.monotonic()
         if what != self._what:
-            # Another task begins: the line of the last one is completed.
+            # A new count begins, so print the last line of the previous count.
             self._show()
             self._what = what
             self._start = count
             self._began = self._shown = now
             if self._bar is not None:
                 self._task = self._bar.add_task(what, total=total, completed=count, speed="")
-        # The rate is that of this start: answers of an earlier one do not count.
+        # Compute the rate only from the items of this process. If the work was resumed, `_start`
+        # items were already done.
         rate = (count - self._start) / max(now - self._began, 1e-9)
         speed = f"{tokens / max(now - self._began, 1e-9):,.0f} tokens/s" if tokens else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=count, speed=speed)
         elif rate:
             parts = [f"{what}: {count}/{total}", f"{rate:.1f}/s", speed]
-            if TELLING_SHARE * (total - self._start) <= count - self._start and count < total:
+            if MIN_DONE_FRACTION * (total - self._start) <= count - self._start and count < total:
                 parts.append(f"about {format_seconds((total - count) / rate)} left")
             self._line = "  ".join(filter(None, parts))
-            # As in a log, lines come seldom.
+            # Print a line only every SECONDS_BETWEEN_LINES, because the output may be a log file.
             if now - self._shown >= SECONDS_BETWEEN_LINES:
                 self._shown = now
                 self._show()

@@ -1,4 +1,7 @@
-"""The recipe of a command line: a file with overrides, or one that is made of a model and rows."""
+"""Command-line options for the recipe of a command.
+
+Users give a recipe with overrides, or a model and rows from which a new recipe is made.
+"""
 
 import argparse
 import json
@@ -18,78 +21,83 @@ from tunesmith.host.shell import shell_command, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.early_checks import RowsLook
+    from tunesmith.training.early_checks import RowsPreview
     from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
 
-RECIPE_HELP = "a recipe file, or the name of a shipped one (see `tunesmith recipes`)"
+RECIPE_HELP = "a recipe file, or the name of a shipped recipe (see `tunesmith recipes`)"
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Keys that win over a recipe's."""
+    """Add the arguments key=value, which override keys of the recipe."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe keys that override the file's"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override values of the recipe, such as train.learning_rate=1e-4",
     )
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HELP) -> None:
-    """A recipe with overrides; or a model and rows for a new one."""
+    """Add the arguments for a recipe with overrides, and for a new recipe from a model and rows."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe_help)
     add_overrides(parser)
     add_new_recipe(parser)
 
 
 def add_new_recipe(parser: argparse.ArgumentParser) -> None:
-    """A model and rows for a new recipe."""
-    # For the commands that errors name.
+    """Add the options for a new recipe: the model, the rows and their format."""
+    # Save the command's name, because error messages propose commands.
     parser.set_defaults(verb=parser.prog.removeprefix("tunesmith "))
     rows = parser.add_argument_group(
-        "without a recipe: detect the format of your rows and make one"
+        "without a recipe: detect the format of your rows and write a new recipe"
     )
     rows.add_argument(
-        "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo: a small model"
+        "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo (a small model)"
     )
     rows.add_argument(
         "--data",
         metavar="FILE",
         action="append",
-        help="json, jsonl, csv, parquet, arrow, or a Hub id",
+        help="file with the rows (json, jsonl, csv, parquet, arrow), or a data set's Hub id",
     )
     rows.add_argument(
-        "--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]"
+        "--split", metavar="SPLIT", help="split of a Hub data set, or a slice such as train[:1000]"
     )
     rows.add_argument(
         "--format",
         choices=FORMAT_COLUMNS,
         metavar="FORMAT",
-        help=f"row format, if it is ambiguous: one of {', '.join(FORMAT_COLUMNS)}",
+        help=f"row format, if the columns fit several formats: one of {', '.join(FORMAT_COLUMNS)}",
     )
     add_columns(rows)
 
 
 def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
-    """UsageError where the word in the place of a recipe names a file of rows."""
+    """Raise UsageError if the user gave a file of rows instead of a recipe."""
     suffix = Path(recipe).suffix.lower()
-    # A recipe may be a .json file.
+    # Accept a .json file, because it can be a recipe: JSON is valid YAML.
     if "=" in recipe or suffix == ".json" or suffix not in DATA_SUFFIXES:
         return
     why = "a recipe is a .yaml file that names a model and rows"
     rows = recipe
     if args.data:
-        why = "--data takes one source, and the shell replaces a pattern that is not in quotes"
+        why = "--data takes one source, and the shell expands a pattern that is not in quotes"
         rows = f"{Path(recipe).parent}/*{Path(recipe).suffix}"
     raise UsageError(
         f"{recipe} is a file of rows, not a recipe",
         where="command line",
         why=why,
-        fix=command_on_rows(args, rows),
+        fix=f"run `{command_on_rows(args, rows)}`",
     )
 
 
 def command_on_rows(args: argparse.Namespace, file: str) -> str:
-    """The command that makes a recipe for these rows: the same verb, on the small model if none is
-    named."""
+    """Return the command line for the same command with the rows in `file` instead of a recipe.
+
+    The command uses the model `demo` if no model is given.
+    """
     words = ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
     return shell_command(words)
 
@@ -101,55 +109,63 @@ def chosen_recipe(
     row_count: int | None = None,
     ranks: int = 1,
     is_own: bool = True,
-    on_look: "Callable[[RowsLook], object]" = lambda look: None,
+    on_preview: "Callable[[RowsPreview], object]" = lambda preview: None,
 ) -> "tuple[Run, NewRecipe | None]":
-    """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
+    """Load or make the recipe that the options of `add_recipe` describe. Log the chosen values.
 
-    Where they make one, also its file's form; the other arguments are for `make_recipe`.
+    Args:
+        on_paper, row_count, ranks: arguments of `make_recipe`.
+        is_own: whether the user wrote the recipe. The recipe of a run directory may be from another
+            person.
+        on_preview: function that is called with the result of `preview_rows`, before torch is
+            imported.
 
-    is_own: whether the recipe is the user's own. That of a run directory may be from others.
-    on_look: called with what the rows show, before torch is imported.
+    Returns:
+        The recipe, and the file of a new recipe. The file is None if the recipe already exists.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     if words:
         check_no_rows(words[0], args)
     names = ("model", "data", "split", "format", "columns")
     options = [f"--{name}" for name in names if vars(args)[name]]
-    # Beside these options the first word may be a key=value already.
+    # If options for a new recipe are given, the first word can be key=value instead of a recipe.
     if words and not (options and "=" in words[0]):
         if options:
             rows = shell_word(f"data.train.source={args.data[0] if args.data else 'FILE'}")
             raise UsageError(
                 f"a recipe and {options[0]} cannot be combined",
                 where="command line",
-                why=f"{options[0]} is for writing a new recipe",
-                fix=f"remove {words[0]}, or {', '.join(options)}; key=value overrides keys of a "
-                f"recipe: {rows} data.hold_out='5 %'",
+                why=f"{options[0]} is an option for a new recipe",
+                fix=f"remove {words[0]}, or remove {', '.join(options)} and change the recipe with "
+                f"key=value, such as {rows}",
             )
         return load_recipe(
             words[0], words[1:], announce=True, trusts_code=None if is_own else False
         ), None
     if not args.model or len(args.data or ()) != 1:
-        what = "a recipe is required, or --model and one --data to write one"
+        what = "a recipe is required, or --model and one --data for a new recipe"
         file = args.data[0] if args.data else "faq.csv"
-        fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
+        fix = (
+            f"choose a recipe with `tunesmith recipes`, or make one: {command_on_rows(args, file)}"
+        )
         raise UsageError(what, where="command line", fix=fix)
-    # This check comes before numpy is imported. A folder whose configuration is named is checked
-    # later, with its rows.
+    # Check a local file before numpy is imported. A folder whose configuration is given by
+    # `data.train.name` is checked later, when its rows are read.
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
         with fixes_as_options():
             check_local(Path(args.data[0]).expanduser().absolute())
-    from tunesmith.training.early_checks import look_at_rows
+    from tunesmith.training.early_checks import preview_rows
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
-    # The options of rows are keys of the recipe, so that errors name one thing alone.
+    # Convert the options to key=value words. If there is an error, `fixes_as_options` converts the
+    # keys in its fix back to options.
     for key, value in keys_of_rows.items():
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
-        look = look_at_rows(args.model, args.data[0], words)
-        on_look(look)
+        preview = preview_rows(args.model, args.data[0], words)
+        on_preview(preview)
         from tunesmith.training.make_recipe import make_recipe
 
         recipe = make_recipe(
@@ -159,7 +175,7 @@ def chosen_recipe(
             on_paper=on_paper,
             row_count=row_count,
             ranks=ranks,
-            look=look,
+            preview=preview,
         )
     log.info(recipe.about_data)
     return recipe.run, recipe

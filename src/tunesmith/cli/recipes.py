@@ -3,9 +3,9 @@
 example:
   tunesmith recipes  # list all
   tunesmith recipes show smollm2-135m-lora  # the file, with its comments
-  # changed, and with all defaults
+  # the resolved recipe with a changed key and all defaults
   tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4
-  # copy one to edit
+  # copy a recipe to edit it
   tunesmith recipes copy smollm2-135m-lora mine.yaml
 """
 
@@ -31,16 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=("list", "show", "copy"),
         default="list",
-        help="default: list",
+        help="list all recipes, show one, or copy one (default: list)",
     )
     parser.add_argument(
-        "name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe"
+        "name",
+        nargs="?",
+        help="with `show`: a shipped recipe or a file; with `copy`: a shipped recipe",
     )
     parser.add_argument(
-        "rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to"
+        "rest",
+        nargs="*",
+        metavar="key=value | DEST",
+        help="with `show`: keys to override; with `copy`: the destination file or folder",
     )
     add_json(parser)
-    parser.add_argument("--force", action="store_true", help="copy: overwrite an existing file")
+    parser.add_argument(
+        "--force", action="store_true", help="with `copy`: overwrite an existing file"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,19 +64,21 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             text = json.dumps(to_mapping(recipe), indent=2) + "\n"
         elif not args.rest and file in shipped().values():
-            # Its comments name what else it needs.
+            # Show the file of a shipped recipe instead of its values, because its comments have
+            # further information.
             text = file.read_text(encoding="utf-8")
         sys.stdout.write(text)
     elif len(args.rest) > 1:
         what = f"recipes copy takes one destination, not {len(args.rest)}"
-        fix = shell_command(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
+        command = shell_command(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
+        fix = f"run `{command}`"
         raise UsageError(what, where="command line", fix=fix)
     else:
         _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
 
 def describe_adapter(run: Run) -> str:
-    """Describe how a recipe trains: `full`, `LoRA r=8`, `QLoRA r=8`."""
+    """Describe what a recipe trains: `full`, `LoRA r=8` or `QLoRA r=8`."""
     if run.adapter.kind == "none":
         return "full"
     method = "QLoRA" if scheme_of(run.model) is NF4 else "LoRA"
@@ -91,17 +100,19 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    # The purpose names the model and the method.
+    # Print only the name and the purpose, because the purpose includes the model and the method.
     print_columns([(row["name"], row["purpose"]) for row in rows])
     if sys.stdout.isatty():
-        print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
+        print("\ntunesmith recipes copy NAME    copies a recipe for editing", file=sys.stderr)
 
 
 def _copy(name: str, destination: Path, *, force: bool) -> None:
     recipes = shipped()
     if name not in recipes:
         near = nearest(name, recipes)
-        fix = f"did you mean {near}?" if near else "tunesmith recipes"
+        fix = "run `tunesmith recipes`, which lists the shipped recipes"
+        if near:
+            fix = f"did you mean {near}?"
         raise UsageError(
             f"no recipe {name!r} is shipped with tunesmith", where="command line", fix=fix
         )
@@ -111,12 +122,13 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
     require_folder(path.parent, "DEST")
     text = copy_of(recipes[name])
     try:
-        # "x" leaves a file that is there as it is, also one that came since.
+        # Open with mode "x", which raises FileExistsError even if the file was created a moment
+        # ago.
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
         command = f"tunesmith recipes copy {shell_word(name)} {shell_path(destination)} --force"
-        fix = f"choose another file, or: {command}"
+        fix = f"choose another file, or run: {command}"
         raise UsageError("this file already exists", where=str(path), fix=fix) from error
     print(path)
-    print(f"edit it, then: tunesmith train {shell_path(path)}", file=sys.stderr)
+    print(f"edit the recipe, then run: tunesmith train {shell_path(path)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Show rows with their supervised tokens, counts, lengths and findings, for `data`."""
+"""Output of the command `data`: rows with their supervised tokens, counts, lengths and findings."""
 
 import argparse
 import json
@@ -24,15 +24,15 @@ from tunesmith.model.spec import check_seq_len
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 from tunesmith.units import ceil_div, count_of
 
-# Of the length histogram.
+# Number of bars in the histogram of lengths, and the length of the longest bar in columns.
 _BARS = 16
 _BAR_COLUMNS = 40
-# Tokens of a row that are shown.
+# Maximum number of tokens that are shown of one row.
 _SHOWN_ROW_TOKENS = 800
 
 
 def show_data(args: argparse.Namespace, recipe: Run) -> None:
-    """Tokenize the rows of a recipe, as training does, and print them by the options of `data`."""
+    """Tokenize the rows of a recipe as in training, and print them as text or JSON."""
     folder = fetch.fetch_for_tokens(recipe.model)
     spec = fetch.spec_of_folder(folder, recipe.model)
     check_seq_len(spec, recipe.data.seq_len, where=str(folder / "config.json"))
@@ -43,7 +43,8 @@ def show_data(args: argparse.Namespace, recipe: Run) -> None:
         tokenizer,
         eos_ids(folder, tokenizer),
         rows,
-        # Not strict: what breaks the contract is shown with the rest, and raised at the end.
+        # Do not raise errors of the token contract (the checks of the tokens) now. They are first
+        # shown with the other results, and raised at the end.
         strict=False,
         position_limit=spec.position_limit,
         pictures=read_picture_processor(folder, tokenizer, recipe),
@@ -57,7 +58,7 @@ def show_data(args: argparse.Namespace, recipe: Run) -> None:
 
 
 def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
-    """Everything, on stdout: rows, counts, lengths, packing, contract."""
+    """Print rows, counts, lengths, packing and the checks of the token contract on stdout."""
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
     lines = [prepared.template.describe()]
@@ -68,11 +69,11 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
             lines.append(f"  {figure}")
     lines.append("tokens per example:")
     bars = histogram(prepared.train)
-    most = max((count for _, _, count in bars), default=0)
+    largest = max((count for _, _, count in bars), default=0)
     for low, high, count in bars:
         if count:
-            # A few examples are seen too, beside many.
-            bar = "█" * ceil_div(_BAR_COLUMNS * count, most)
+            # Round up, so that even a few examples have a visible bar.
+            bar = "█" * ceil_div(_BAR_COLUMNS * count, largest)
             lines.append(f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}")
     lines += [*describe_rows(prepared.splits), prepared.describe_schedule(), *prepared.warnings()]
     for contract in prepared.contracts:
@@ -90,9 +91,11 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
 def segments(
     tokens: TokenSet, tokenizer: Any, i: int, limit: int = _SHOWN_ROW_TOKENS
 ) -> list[tuple[str, bool, bool]]:
-    """Example i as (text, supervised, special) stretches.
+    """Split example i into segments of tokens of the same kind.
 
-    Of an example longer than `limit` tokens these are the beginning and the end.
+    Return tuples (text, is supervised, is special), one for each segment.
+
+    If the example has more than `limit` tokens, only its beginning and its end are used.
     """
     ids = tokens[i].ids.tolist()
     special_ids = set(tokenizer.all_special_ids)
@@ -101,7 +104,8 @@ def segments(
         kinds.append((is_supervised, token in special_ids))
 
     def decode(end: int) -> str:
-        # From the start: a token alone may be a piece of a character, or lose its leading space.
+        # Always decode from the first token. If only one token is decoded, the result can be an
+        # incomplete character, or lack the leading space.
         text = tokenizer.decode(
             ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -109,25 +113,24 @@ def segments(
 
     ranges = [(0, len(ids))]
     if len(ids) > limit:
-        # Of a long example the beginning and the end.
         half = limit // 2
         ranges = [(0, half), (len(ids) - half, len(ids))]
-    stretches: list[tuple[str, bool, bool]] = []
+    found: list[tuple[str, bool, bool]] = []
     last_stop = 0
     for start, stop in ranges:
         if start:
-            stretches.append((f"\n… {count_of(start - last_stop, 'token')} …\n", False, False))
+            found.append((f"\n… {count_of(start - last_stop, 'token')} …\n", False, False))
         last_stop = stop
         first = start
         prefix = decode(start)
         for end in range(start + 1, stop + 1):
-            # A stretch ends where the next token is of another kind, or at the end of the range.
+            # A segment ends before a token of another kind, and at the end of the range.
             if end == stop or kinds[end] != kinds[first]:
                 text = decode(end)
-                stretches.append((text[len(prefix) :], *kinds[first]))
+                found.append((text[len(prefix) :], *kinds[first]))
                 first = end
                 prefix = text
-    return stretches
+    return found
 
 
 def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
@@ -147,7 +150,7 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
                     style += " reverse"
                 text.append(shown, style=style)
                 continue
-            # Without colors brackets stand around what is supervised.
+            # Without colors, put brackets around the supervised text.
             if is_supervised != is_inside:
                 text.append("⟦" if is_supervised else "⟧")
                 is_inside = is_supervised
@@ -159,7 +162,11 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
 
 
 def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
-    """(shortest, longest, examples) of equal steps of length, in tokens."""
+    """Count the examples by their length in tokens, in intervals of equal width.
+
+    Returns:
+        Tuples of the minimum length, the maximum length and the number of examples.
+    """
     if not len(tokens.lengths):
         return []
     first = int(tokens.lengths.min())
@@ -173,13 +180,13 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
 
 
 def _count_values(part: SourceTokens) -> dict[str, Any]:
-    """The counts of a source, with the places of its bad rows."""
+    """Return the counts of a data source, and the file and line of its bad rows."""
     bad_rows = [{"where": part.rows.where(row), "what": what} for row, what in part.counts.bad_rows]
     return {**asdict(part.counts), "bad_rows": bad_rows}
 
 
 def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
-    """The same as plain values, for --json."""
+    """Return the result of the command as plain values for --json."""
     train = prepared.train
     examples = []
     for i in range(min(rows, len(train))):

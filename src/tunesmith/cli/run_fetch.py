@@ -1,4 +1,6 @@
-"""The work of `fetch`: download a model and data sets, list the caches, delete from them."""
+"""Implementation of the command `fetch`, which downloads models and data sets, and lists or deletes
+the entries of the caches.
+"""
 
 import dataclasses
 import json
@@ -24,19 +26,19 @@ from tunesmith.units import count_of
 def fetch_all(
     model: Model, sources: Sequence[Source], *, dry: bool, update: bool, as_json: bool
 ) -> None:
-    """Fetch a model and data sets, or with `dry` only look; print a row for each."""
+    """Download a model and data sets, and print a row for each. `dry` only checks them."""
     rows = [_model(model, dry=dry, update=update)]
     rows += [_dataset(source, dry=dry) for source in sources]
     print(json.dumps(rows, indent=2) if as_json else "\n".join(map(_line, rows)))
 
 
 def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
-    """Fetch a model, or with `dry` only look; a row of the output, with sizes in bytes."""
+    """Download a model, or only check it if `dry`. Return its output row, with sizes in bytes."""
     row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "missing_bytes": 0}
     folder = fetch.local_model(model)
     if folder is None and not update:
         folder = fetch.cached_model(model)
-    # Neither a folder nor in the cache: what the Hub lists is fetched.
+    # If the model is neither a local folder nor in the cache, download it from the Hub.
     if folder is None:
         plan = fetch.plan_download(model)
         row["licence"] = fetch.stated_license(plan.info)
@@ -44,16 +46,16 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
         row["revision"] = plan.info.sha
         row["bytes"] = plan.total
         row["missing_bytes"] = plan.missing
-        fetch.check_cache_room(model.name, plan.missing)
+        fetch.check_cache_space(model.name, plan.missing)
         if not dry:
             folder = fetch.download_model(plan)
-    # A GGUF file is read into a folder of its own.
+    # Convert a GGUF file to a model folder in the cache.
     elif folder.is_file() and not dry:
         from tunesmith.planning.resolve import resolve_dtype_here  # loads torch
 
         dtype = resolve_dtype_here(model, select_device(None))
         folder = fetch.fetch(dataclasses.replace(model, dtype=dtype))
-    # The folder is checked also where nothing was fetched.
+    # Check the folder even if nothing was downloaded.
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
         row["type"] = spec.model_type
@@ -66,7 +68,7 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
 
 
 def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
-    """Fetch one of the Hub's data sets, or with `dry` only look."""
+    """Download a data set from the Hub, or only check it if `dry`. Return its output row."""
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
         info = fetch.describe_repo(source.source, source.revision, "dataset")
@@ -76,15 +78,16 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
         row["revision"] = info.sha
         row["bytes"] = size
         if not fetch.repo_cache(source.source, "dataset").exists():
-            # As it is on the Hub, and as an Arrow table.
-            fetch.check_cache_room(source.source, 2 * size)
+            # Require twice the size, because the cache stores the files of the Hub, and the same
+            # data as an Arrow table.
+            fetch.check_cache_space(source.source, 2 * size)
     if not dry:
         row["rows"] = len(read_rows(source))
     return row
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Format an output row as text."""
     missing = 0 if row.get("folder") else row.get("missing_bytes")
     parts = [
         row["name"],
@@ -100,7 +103,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def list_caches(*, as_json: bool) -> None:
-    """Print what the caches hold, largest first."""
+    """Print the content of the caches, the largest items first."""
     items = cached_items()
     if as_json:
         rows = [dataclasses.asdict(item) for item in items]
@@ -108,17 +111,21 @@ def list_caches(*, as_json: bool) -> None:
         return
     print_columns([(it.name, it.kind, size_text(it.size), str(it.folder)) for it in items])
     total = size_text(sum(item.size for item in items))
-    print(f"{len(items)} in the caches, {total}", file=sys.stderr)
+    print(f"{count_of(len(items), 'item')} in the caches, {total}", file=sys.stderr)
 
 
 def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
-    """Delete what the pattern names from the caches; print what goes."""
+    """Delete the items that match a name or pattern from the caches, and print them."""
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
     if not items:
         near = nearest(name, [item.name for item in cached])
-        fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
-        raise UsageError(f"{name} is not in the caches", where="--remove", fix=fix)
+        fix = "run `tunesmith fetch --list`, which lists the items in the caches"
+        if near:
+            fix = f"did you mean {near}?"
+        raise UsageError(
+            f"the caches contain no model or data set named {name}", where="--remove", fix=fix
+        )
     if not dry:
         for item in items:
             remove_cached(item)

@@ -1,16 +1,16 @@
 """Fine-tune a model on your rows or from a recipe, or resume a run.
 
 example:
-  # detects the row format and writes a recipe
+  # detect the row format and write a recipe
   tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
   tunesmith train smollm2-135m-lora \\
     data.train.source=rows.jsonl data.train.format=alpaca
-  tunesmith train my-recipe.yaml train.duration='2 epochs'  # resumes a run
-  tunesmith train my-recipe.yaml --fresh  # moves an earlier run aside
+  tunesmith train my-recipe.yaml train.duration='2 epochs'  # resume a run
+  tunesmith train my-recipe.yaml --fresh  # move an earlier run aside
 
 ctrl-C (or SIGTERM, SIGHUP, SIGUSR1) saves after the current step and exits
-with 75; the same command resumes. A second ctrl-C stops at once; the same
-command then resumes from the newest checkpoint.
+with 75; the same command resumes. A second ctrl-C stops immediately; the
+same command then resumes from the newest checkpoint.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from tunesmith.cli.options import add_json, is_main_process, leave_lines_to_rank
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
-from tunesmith.host.streams import lasting, show
+from tunesmith.host.streams import show, survive_write_errors
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.summary import closing_summary
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.early_checks import RowsLook
+    from tunesmith.training.early_checks import RowsPreview
     from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.result import Result
 
@@ -47,15 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="move an existing run in output_dir aside and start over",
     )
-    parser.add_argument("--why", action="store_true", help="explain each choice for this machine")
+    parser.add_argument(
+        "--why", action="store_true", help="explain each value that was chosen for this machine"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     leave_lines_to_rank_0()
     log_file = LogFile()
-    # The run opens it, with the lines of before it at its beginning.
+    # Collect log lines in memory until the run opens log.txt and writes them to it.
     with log_file.attached():
         with StopRequest() as early:
             recipe, new_file, result = _read_recipe(args, early)
@@ -66,7 +68,10 @@ def run(args: argparse.Namespace) -> None:
                 raise early.not_begun()
 
         def write_recipe(record: object) -> None:
-            """Write the recipe's file: a start that is refused leaves none."""
+            """Write the file of a new recipe.
+
+            This is called after the first step, so that a start that fails leaves no file.
+            """
             if new_file is not None:
                 new_file.write_file()
 
@@ -75,14 +80,17 @@ def run(args: argparse.Namespace) -> None:
                 recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
             )
         if is_main_process():
-            took = None if result.finished_before else time.monotonic() - began
-            _show_result(args, recipe, new_file, result, log_file, took)
+            wall_seconds = None if result.finished_before else time.monotonic() - start
+            _show_result(args, recipe, new_file, result, log_file, wall_seconds)
     log_file.close()
 
 
 def _check_start(recipe: "Run", *, resumes: bool) -> "Result | None":
-    """Check what files alone can tell of a start; the Result where the run is finished."""
-    # Ranks check it together, when they have joined.
+    """Check before the start of a run what can be checked by reading files only.
+
+    Return the Result of a finished run. Return None if the run is not finished.
+    """
+    # Skip the checks in ranks that a launcher started. They check together after all have joined.
     if is_launched():
         return None
     from tunesmith.training.early_checks import check_start
@@ -93,26 +101,29 @@ def _check_start(recipe: "Run", *, resumes: bool) -> "Result | None":
 def _read_recipe(
     args: argparse.Namespace, early: StopRequest
 ) -> "tuple[Run, NewRecipe | None, Result | None]":
-    """The recipe of the command line, the file that a new one is written to, and the Result of a
-    run that is finished.
+    """Read or make the recipe that the command line describes.
 
-    What files alone can tell is told before torch is imported.
+    Check files before torch is imported.
+
+    Returns:
+        The recipe, the file of a new recipe or None, and the Result of a finished run or None.
     """
     result: Result | None = None
 
-    def on_look(look: "RowsLook") -> None:
-        """Check what is known of the recipe, and load the libraries that make the rest."""
-        _check_start(look.draft, resumes=False)
+    def on_preview(preview: "RowsPreview") -> None:
+        """Check the draft of the recipe, then import the libraries that complete the recipe."""
+        _check_start(preview.draft, resumes=False)
         with early.loading_libraries():
-            import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` takes it
+            import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` uses it
 
     if is_launched():
-        # A rank that waits for the report of another one is stopped by its launcher.
+        # Record signals without raising an exception. If this rank waits for another rank, the
+        # launcher stops it.
         early.defer_signals(announce=False)
     elif StopRequest.is_of_command:
         early.patience = STOP_PATIENCE_SECONDS
     with reported_once_a_node():
-        recipe, new_file = chosen_recipe(args, on_look=on_look)
+        recipe, new_file = chosen_recipe(args, on_preview=on_preview)
         if new_file is not None:
             new_file.check_file()
         else:
@@ -120,7 +131,7 @@ def _read_recipe(
             result = _check_start(recipe, resumes=resumes)
     if new_file is not None:
         name = new_file.name
-        log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")
+        log.info(f"recipe: {name} (edit it and run: tunesmith train {name})")
     return recipe, new_file, result
 
 
@@ -130,11 +141,11 @@ def _show_result(
     new_file: "NewRecipe | None",
     result: "Result",
     log_file: LogFile,
-    took: float | None,
+    wall_seconds: float | None,
 ) -> None:
-    """Show what the run came to, on stdout and in its log."""
-    # The run has ended well, whether or not someone reads this.
-    sys.stdout = lasting(sys.stdout)
+    """Print the result of the run on stdout and in its log."""
+    # Ignore write errors on stdout, because a closed pipe must not make a successful run fail.
+    sys.stdout = survive_write_errors(sys.stdout)
     with StopRequest() as late:
         late.defer_signals(announce=False)
         if args.json:
@@ -144,7 +155,7 @@ def _show_result(
             recipe,
             steps=result.steps,
             seconds=result.seconds,
-            took=took,
+            took=wall_seconds,
             finished_before=result.finished_before,
         )
         show(text, sys.stdout)

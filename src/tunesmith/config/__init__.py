@@ -1,1 +1,4 @@
-"""A recipe file and its overrides become one frozen `Run`. Imports no torch."""
+"""Package that reads a recipe file and its overrides into one frozen `Run`.
+
+It does not import torch.
+"""

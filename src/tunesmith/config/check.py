@@ -1,35 +1,41 @@
-"""The rules that span several keys of a recipe, or that a type and its bounds cannot express."""
+"""Checks of a recipe that involve several keys, or that the type of a key cannot express."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.config.names import nearest
+from tunesmith.config.layers import COMMAND_LINE
+from tunesmith.config.names import last_part, nearest
 from tunesmith.config.paths import TEMPLATES
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
+from tunesmith.host.shell import shell_word
 from tunesmith.units import Length, Size
 
-# The format of the rows that a method other than sft learns from.
+# The row format that each training method needs. sft is not listed, because it accepts several
+# formats.
 METHOD_FORMATS: dict[str, FormatName] = {
     "dpo": "preference",
     "orpo": "preference",
     "simpo": "preference",
     "kto": "feedback",
 }
-# Formats with turns, and so with a system message.
+# Row formats with turns. Only rows in these formats can have a system message.
 CHATS = tuple(name for name, form in ROW_FORMATS.items() if form.has_turns)
 
 
 class Problem(NamedTuple):
-    """A broken rule.
+    """A recipe key that breaks a rule.
 
     Attributes:
-        what: what is wrong with the key, read after it.
-        why: the reason, where it is not plain.
+        key: the dotted key.
+        what: the problem. The error message is the key followed by this text.
+        fix: the line to write instead.
+        why: the reason for the rule, if the reason is not obvious.
     """
 
     key: str
@@ -38,12 +44,13 @@ class Problem(NamedTuple):
     why: str = ""
 
 
-# The place of a dotted key; "" if the recipe does not give it.
+# Type of a function that takes a dotted key. It returns the position of the key, such as
+# "recipe.yaml:3", or "" if the recipe does not have the key.
 Place = Callable[[str], str]
 
 
 def check_run(run: Run, where: Place) -> None:
-    """RecipeError for the first rule that a recipe breaks."""
+    """Raise RecipeError for the first rule that the recipe breaks."""
     problems = chain(
         _method(run, where),
         _model(run),
@@ -56,16 +63,28 @@ def check_run(run: Run, where: Place) -> None:
         _validate(run),
     )
     for problem in problems:
-        raise RecipeError(
-            f"{problem.key} {problem.what}",
-            where=where(problem.key) or problem.key,
-            why=problem.why,
-            fix=problem.fix,
-        )
+        place = where(problem.key) or problem.key
+        fix = problem.fix
+        if place.startswith(COMMAND_LINE):
+            fix = _SETTING_IN_FIX.sub(_as_argument, fix)
+        raise RecipeError(f"{problem.key} {problem.what}", where=place, why=problem.why, fix=fix)
 
 
-def _no_effect(key: str, beside: str, fix: str) -> Problem:
-    return Problem(key, f"has no effect {beside}", f"remove it, or {fix}")
+# A setting in a fix, such as `train.duration: 1 epochs`: the key, and the value, which is one word,
+# a quantity with its unit, a list or a mapping.
+_SETTING_IN_FIX = re.compile(
+    r"\b((?:\w+\.)+\w+|method): "
+    r"(\{.*?\}|\[.*?\]|[^\s,;()]+(?: (?:%|steps|epochs|examples|tokens)(?!\w))?)"
+)
+
+
+def _as_argument(setting: re.Match[str]) -> str:
+    """Convert a setting in a fix to the format of the command line: `key=value`."""
+    return shell_word(f"{setting[1]}={setting[2]}")
+
+
+def _no_effect(key: str, context: str, fix: str) -> Problem:
+    return Problem(key, f"has no effect {context}", f"remove the key, or {fix}")
 
 
 def _method(run: Run, where: Place) -> Iterator[Problem]:
@@ -74,16 +93,16 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
     for name in sorted(keys_of_others - set(METHOD_KEYS[method.name])):
         if where(f"method.{name}"):
             readers = [other for other, keys in METHOD_KEYS.items() if name in keys]
-            fix = f"method.name: {' or '.join(readers)}"
+            fix = f"set method.name: {' or '.join(readers)}"
             yield _no_effect(f"method.{name}", f"with method: {method.name}", fix)
     if method.label_smoothing and method.loss_type != "robust":
-        beside = f"with method.loss_type: {method.loss_type}"
-        yield _no_effect("method.label_smoothing", beside, "method.loss_type: robust")
+        context = f"with method.loss_type: {method.loss_type}"
+        yield _no_effect("method.label_smoothing", context, "set method.loss_type: robust")
     if method.loss_type == "robust" and not method.label_smoothing:
         yield Problem(
             "method.loss_type",
-            "is robust, which is sigmoid without method.label_smoothing",
-            fix="method.label_smoothing: 0.1, or method.loss_type: sigmoid",
+            "is robust, but method.label_smoothing is 0, so the loss is the same as with sigmoid",
+            fix="set method.label_smoothing: 0.1, or method.loss_type: sigmoid",
         )
     if method.name == "kto":
         yield from _kto(run)
@@ -94,38 +113,42 @@ def _kto(run: Run) -> Iterator[Problem]:
     if run.adapter.kind == "none" and run.train.duration.seconds is not None:
         yield Problem(
             "train.duration",
-            f"is {run.train.duration}, and full fine-tuning with kto needs a duration in "
+            f"is {run.train.duration}, but full fine-tuning with kto needs a duration in "
             "steps or epochs",
-            fix="train.duration: 1 epochs, or adapter.kind: lora",
-            why="before training the base scores the answers that each step compares with",
+            fix="set train.duration: 1 epochs, or adapter.kind: lora",
+            why="the base model computes the log probabilities of all answers before training;"
+            " therefore the number of steps must be known",
         )
     if run.train.global_batch == Size(1, "examples"):
         yield Problem(
             "train.global_batch",
-            "of one example leaves kto no other answer to compare with",
-            fix="train.global_batch: 16 examples",
-            why="its reference point uses prompts paired with other answers of the batch",
+            "is one example, but kto needs at least two examples per batch",
+            fix="set train.global_batch: 16 examples",
+            why="kto's reference point pairs each prompt with the answer to another prompt of the"
+            " batch",
         )
 
 
 def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
-    """Rows that the method cannot learn from."""
+    """Yield a problem for each source whose row format does not fit the training method."""
     method_format = METHOD_FORMATS.get(run.method.name)
-    for key, source in _numbered(run, where):
+    for key, source in _sources_with_keys(run, where):
         other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), None)
         if source.format == method_format or not (method_format or other):
             continue
         fixes = []
         if method_format:
-            fixes.append(f"rows of format {method_format}, and {key}.format: {method_format}")
+            fixes.append(
+                f"use rows of format {method_format} and set {key}.format: {method_format}"
+            )
         if other:
-            fixes.append(f"method: {other}")
+            fixes.append(f"set method: {other}")
         yield Problem(
             f"{key}.format",
-            f"is {source.format}, which method: {run.method.name} does not learn from",
+            f"is {source.format}, a row format that method {run.method.name} cannot use",
             fix=", or ".join(fixes),
-            why="dpo, orpo and simpo learn from pairs (preference), kto from answers that are"
-            " labeled good or bad (feedback), and sft from answers",
+            why="dpo, orpo and simpo need pairs of answers (preference), kto needs answers that are"
+            " labeled good or bad (feedback), and sft uses all other formats",
         )
 
 
@@ -136,42 +159,43 @@ def _model(run: Run) -> Iterator[Problem]:
         yield Problem(
             "model.quantize",
             f"is fp8, but model.dtype is {model.dtype}",
-            fix="model.dtype: bf16",
+            fix="set model.dtype: bf16",
             why="fp8 matmuls return bf16",
         )
     if model.train_projector and not model.vision:
-        yield _no_effect("model.train_projector", "without model.vision", "model.vision: true")
+        yield _no_effect("model.train_projector", "without model.vision", "set model.vision: true")
     if model.quantize not in ("auto", "none") and adapter.kind == "none":
-        fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
+        fix = "train an adapter instead (adapter.kind: lora), or set model.quantize: none"
         if model.quantize == "as-shipped":
             fix += ", which trains dequantized 16-bit weights"
         yield Problem(
             "model.quantize",
             f"is {model.quantize}, but adapter.kind is none",
             fix=fix,
-            why="full fine-tuning trains the base weights, and quantized ones are frozen",
+            why="full fine-tuning trains the base weights, and quantized weights are frozen",
         )
     if len(set(model.added_tokens)) < len(model.added_tokens):
-        yield Problem("model.added_tokens", "has a repeated token", fix="name each one once")
-    last_names = [name.rpartition(".")[2] for name in adapter.modules_to_save]
-    trains_embeddings = any(name.startswith("embed") for name in last_names)
+        yield Problem("model.added_tokens", "has a repeated token", fix="list each token once")
+    saved = map(last_part, adapter.modules_to_save)
+    trains_embeddings = any(name.startswith("embed") for name in saved)
     if model.added_tokens and adapter.kind == "lora" and not trains_embeddings:
         yield Problem(
             "model.added_tokens",
             "needs trained embeddings",
-            fix="adapter.modules_to_save: [embed_tokens, lm_head]"
-            "   # both, even if tied: each is trained as its own copy",
-            why="their embeddings are random, and a LoRA adapter alone does not train them",
+            fix="set adapter.modules_to_save: [embed_tokens, lm_head]"
+            "   # list both even if they are tied: each is trained as a separate copy",
+            why="the embeddings of new tokens are random, and LoRA does not train embeddings",
         )
 
 
 def _adapter(run: Run, where: Place) -> Iterator[Problem]:
     if run.adapter.kind == "none":
-        # `where` has a place only for keys that somebody wrote: a default is no mistake.
+        # `where` returns "" for a key with its default value. Therefore only keys that the user
+        # wrote are reported.
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
             key = f"adapter.{name}"
             if where(key):
-                fix = f"remove {key}, or train an adapter: adapter.kind: lora"
+                fix = f"remove {key}, or train an adapter with adapter.kind: lora"
                 yield Problem(key, "has no effect with adapter.kind: none", fix)
         return
     target = run.adapter.target
@@ -180,15 +204,15 @@ def _adapter(run: Run, where: Place) -> Iterator[Problem]:
     if not names or is_mistyped:
         yield Problem(
             "adapter.target",
-            f"is {target}, which names no modules",
-            fix="adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]",
+            f"is {target}, which is not the name of a module",
+            fix="set adapter.target: all-linear, or a list of module names: [q_proj, v_proj]",
         )
 
 
 def _data(run: Run, where: Place) -> Iterator[Problem]:
     data = run.data
     if not data.train:
-        fix = "data.train: {source: rows.jsonl, format: messages}"
+        fix = "set data.train: {source: rows.jsonl, format: messages}"
         yield Problem("data.train", "is empty", fix)
     yield from _columns(run, where)
     if data.hold_out is not None:
@@ -196,42 +220,47 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
             yield Problem(
                 "data.hold_out",
                 "and data.validation are both set",
-                fix="remove data.hold_out, or data.validation: null",
+                fix="remove data.hold_out, or set data.validation: null",
                 why="both define the validation rows",
             )
-        # A share must leave rows to train on; a count is checked once the rows are read.
+        # A percentage must be below 100, so that rows for training are left. A number of rows is
+        # checked later, when the size of the data set is known.
         limit = 100 if data.hold_out.unit == "%" else math.inf
         if not 0 < data.hold_out.amount < limit:
-            what = f"is {data.hold_out}: above 0 % and below 100 %"
-            yield Problem("data.hold_out", what, fix="data.hold_out: 5 %")
+            what = f"is {data.hold_out}, but must be above 0"
+            if data.hold_out.unit == "%":
+                what += " % and below 100 %"
+            yield Problem("data.hold_out", what, fix="set data.hold_out: 5 %")
     elif data.hold_out_seed is not None:
-        yield _no_effect("data.hold_out_seed", "without data.hold_out", "data.hold_out: 5 %")
+        yield _no_effect("data.hold_out_seed", "without data.hold_out", "set data.hold_out: 5 %")
     yield from _template(run)
     formats = {source.format for source in data.train}
     if data.system is not None and not formats & set(CHATS):
-        beside = f"on rows of format {' and '.join(sorted(formats))}"
-        yield _no_effect("data.system", beside, f"use a format with turns: {', '.join(CHATS)}")
+        context = f"on rows of format {' and '.join(sorted(formats))}"
+        yield _no_effect("data.system", context, f"use a row format with turns: {', '.join(CHATS)}")
 
 
-def _numbered(run: Run, where: Place) -> Iterator[tuple[str, Source]]:
-    """Each source with its key."""
+def _sources_with_keys(run: Run, where: Place) -> Iterator[tuple[str, Source]]:
+    """Yield each data source with its dotted key, such as `data.train.0`."""
     for key, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
         for i, source in enumerate(sources):
-            # A single source is written without an index, and its places are known without one.
+            # A single source that is not in a list has a key without an index: `data.train`.
             is_indexed = where(f"{key}.{i}") or len(sources) > 1
             yield f"{key}.{i}" if is_indexed else key, source
 
 
 def _columns(run: Run, where: Place) -> Iterator[Problem]:
-    for key, source in _numbered(run, where):
+    for key, source in _sources_with_keys(run, where):
         columns = FORMAT_COLUMNS[source.format]
         for name in set(source.columns) - set(columns):
             near = nearest(name, columns)
             yield Problem(
                 f"{key}.columns.{name}",
                 f"is not a column of format {source.format}",
-                fix=f"did you mean {near}?" if near else f"its columns are {', '.join(columns)}",
-                why="columns are written as the format's name: the file's name",
+                fix=f"did you mean {near}?"
+                if near
+                else f"use one of the format's columns: {', '.join(columns)}",
+                why="`columns` maps the format's column name to the file's column name",
             )
 
 
@@ -239,15 +268,15 @@ def _template(run: Run) -> Iterator[Problem]:
     data = run.data
     if data.template not in TEMPLATES and not Path(data.template).is_file():
         near = nearest(Path(data.template).name, TEMPLATES)
-        fix = f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
+        fix = f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file"
         if near:
             fix = f"did you mean {near}?"
         what = f"is a file that does not exist: {data.template}"
         yield Problem("data.template", what, fix)
-    # `raw` and `alpaca` write text themselves; arguments are for Jinja.
+    # Only Jinja templates take arguments. `raw` and `alpaca` build the text without Jinja.
     if data.template in ("raw", "alpaca") and data.template_args:
-        beside = f"with data.template: {data.template}"
-        yield _no_effect("data.template_args", beside, "data.template: chat")
+        context = f"with data.template: {data.template}"
+        yield _no_effect("data.template_args", context, "set data.template: chat")
     formats = {source.format for source in (*data.train, *data.validation)}
     plain = {name for name, form in ROW_FORMATS.items() if form.is_plain}
     with_turns = sorted(formats & set(CHATS) - plain - set(METHOD_FORMATS.values()))
@@ -255,8 +284,8 @@ def _template(run: Run) -> Iterator[Problem]:
         yield Problem(
             "data.template",
             f"is raw, which cannot write the turns of format {' and '.join(with_turns)}",
-            fix="data.template: auto, or rows of format prompt-completion",
-            why="raw joins a prompt and a completion, or a text, without a template",
+            fix="set data.template: auto, or use rows of format prompt-completion",
+            why="raw has no template: it joins a prompt and a completion, or takes a text as it is",
         )
 
 
@@ -264,24 +293,24 @@ def _train(run: Run) -> Iterator[Problem]:
     train = run.train
     key = "train.min_learning_rate"
     if train.min_learning_rate > train.learning_rate:
-        what = f"is {train.min_learning_rate}, above train.learning_rate {train.learning_rate}"
-        yield Problem(key, what, fix="write a smaller one, such as 0")
+        what = f"is {train.min_learning_rate}, but train.learning_rate is {train.learning_rate}"
+        yield Problem(key, what, fix="set a smaller value, such as 0")
     if train.schedule == "constant" and train.min_learning_rate:
-        yield _no_effect(key, "with train.schedule: constant", "train.schedule: cosine")
+        yield _no_effect(key, "with train.schedule: constant", "set train.schedule: cosine")
     trains_bf16 = run.model.dtype in ("auto", "bf16") and run.adapter.kind == "none"
     if train.master_weights == "stochastic" and not trains_bf16:
         yield Problem(
             "train.master_weights",
-            "is stochastic, but has nothing to round here",
-            fix="remove it, or model.dtype: bf16 with adapter.kind: none",
-            why="it rounds trained bf16 parameters; those of an adapter and of model.dtype: fp32"
-            " are fp32",
+            "is stochastic, but this run trains no bf16 parameters",
+            fix="remove the key, or set model.dtype: bf16 with adapter.kind: none",
+            why="stochastic rounding is for trained bf16 parameters; the parameters of an adapter"
+            " and of a model with model.dtype: fp32 are fp32",
         )
     if "activations" in train.cpu_offload and train.recompute in ("none", 0):
         yield Problem(
             "train.cpu_offload",
-            "moves the inputs of recomputed layers, and train.recompute is none",
-            fix="train.recompute: full, or auto",
+            "has activations, the inputs of recomputed layers, but train.recompute is none",
+            fix="set train.recompute: full, or auto",
         )
 
 
@@ -289,37 +318,42 @@ def _batch(run: Run) -> Iterator[Problem]:
     batch = run.train.global_batch
     micro = run.train.micro_batch
     if batch.unit == "tokens" and not run.data.pack:
-        fix = "train.global_batch: 64 examples, or data.pack: true"
-        yield Problem("train.global_batch", "in tokens needs packed rows", fix)
+        fix = "set train.global_batch: 64 examples, or data.pack: true"
+        yield Problem("train.global_batch", f"is {batch}, but this needs packed rows", fix)
     for key, size in (("train.global_batch", batch), ("train.micro_batch", micro)):
-        # `auto` is chosen later, within the other limits.
+        # Skip `auto`, because the size that later replaces it fits these limits.
         if size == "auto" or size.unit != "tokens" or size.amount >= run.row_tokens:
             continue
         row = f"one row of data.seq_len {run.data.seq_len}"
         if run.row_tokens != run.data.seq_len:
-            row = f"one pair, of two sequences of data.seq_len {run.data.seq_len}"
-        fix = f"{key}: {run.row_tokens} tokens or more, or a smaller data.seq_len"
+            row = f"one pair of two sequences of data.seq_len {run.data.seq_len}"
+        fix = f"set {key}: {run.row_tokens} tokens or more, or a smaller data.seq_len"
         yield Problem(key, f"of {size} is smaller than {row}", fix)
     if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
-        yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
+        yield Problem("train.micro_batch", what, f"set train.micro_batch: {batch}, or auto")
 
 
 def _optimizer_in_backward(run: Run) -> Iterator[Problem]:
-    """Find settings that need all gradients, or several backward passes, before the update."""
+    """Yield a problem for each setting that cannot work with `train.optimizer_in_backward`.
+
+    Such a setting needs all gradients, or several backward passes, before the weights are updated.
+    """
     train = run.train
     if not train.optimizer_in_backward:
         return
     too_late = "is only known after the last gradient, when the weights are already updated"
-    # The setting, whether the recipe has it, and why the two cannot be combined.
+    # The keys are settings that conflict with optimizer_in_backward. Each value has two parts:
+    # whether the recipe has the setting, and the reason of the conflict.
     conflicts = {
         f"adapter.kind: {run.adapter.kind}": (
             run.adapter.kind != "none",
-            "it saves the memory of gradients, which is small for an adapter",
+            "train.optimizer_in_backward saves the memory of the gradients, and the gradients of"
+            " an adapter are small",
         ),
         f"train.clip_norm: {train.clip_norm}": (
             train.clip_norm is not None,
-            f"the norm {too_late}; null turns clipping off",
+            f"the gradient norm {too_late}; null turns clipping off",
         ),
         "model.dtype: fp16": (
             run.model.dtype == "fp16",
@@ -327,7 +361,8 @@ def _optimizer_in_backward(run: Run) -> Iterator[Problem]:
         ),
         "train.cpu_offload: parameters": (
             "parameters" in train.cpu_offload,
-            "a gradient is still on its way to the host when the next one is made",
+            "the gradient of one layer is still being copied to the host when the next one is"
+            " computed",
         ),
         f"train.micro_batch: {train.micro_batch}": (
             train.micro_batch not in ("auto", train.global_batch),
@@ -340,17 +375,19 @@ def _optimizer_in_backward(run: Run) -> Iterator[Problem]:
             yield Problem(
                 "train.optimizer_in_backward",
                 f"cannot be combined with {setting}",
-                fix=f"change {setting.partition(':')[0]}, or train.optimizer_in_backward: false",
+                fix=f"change {setting.partition(':')[0]}, or set "
+                "train.optimizer_in_backward: false",
                 why=why,
             )
 
 
 def _lengths(run: Run) -> Iterator[Problem]:
-    """Units and amounts of the durations and intervals."""
+    """Yield a problem for each duration or interval with a wrong unit or amount."""
     duration = run.train.duration
     warmup = run.train.warmup
     units: tuple[str, ...] = ("steps", "epochs", "s", "min", "h")
-    # A share of the run is a number of steps, which a run of a fixed time does not know.
+    # An interval in % is converted to steps. This needs the number of steps of the run, which is
+    # unknown if the duration is a time.
     interval_units = units if duration.seconds is not None else (*units, "%")
     lengths: dict[str, tuple[Length | None, tuple[str, ...], str]] = {
         "train.duration": (duration, units, "1 epochs"),
@@ -360,26 +397,26 @@ def _lengths(run: Run) -> Iterator[Problem]:
         "log.every": (run.log.every, interval_units, "1 steps"),
     }
     for key, (length, known, example) in lengths.items():
-        fix = f"{key}: {example}"
+        fix = f"set {key}: {example}"
         if length is None:
             continue
         if length.unit not in known:
-            yield Problem(key, f"is {length}, but is counted in {', '.join(known)}", fix)
+            yield Problem(key, f"is {length}, but its unit must be one of {', '.join(known)}", fix)
         elif length.amount <= 0 and length is not warmup:
-            yield Problem(key, f"is {length}: it must be above 0", fix)
+            yield Problem(key, f"is {length}, but must be above 0", fix)
     longest = {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf)
     if warmup.amount > longest:
-        what = f"is {warmup}, longer than train.duration of {duration}"
-        yield Problem("train.warmup", what, fix="train.warmup: 3 %")
+        what = f"is {warmup}, which is longer than train.duration of {duration}"
+        yield Problem("train.warmup", what, fix="set train.warmup: 3 %")
 
 
 def _validate(run: Run) -> Iterator[Problem]:
     if run.validate.best_by == "accuracy" and run.method.name not in PAIR_METHODS:
         yield Problem(
             "validate.best_by",
-            f"is accuracy, which method: {run.method.name} does not have",
-            fix="validate.best_by: loss",
-            why="it is the share of pairs where the chosen answer has the higher reward",
+            f"is accuracy, a score that method {run.method.name} does not compute",
+            fix="set validate.best_by: loss",
+            why="accuracy is the fraction of pairs whose chosen answer has the higher reward",
         )
     if run.validate.patience is None:
         return
@@ -392,6 +429,6 @@ def _validate(run: Run) -> Iterator[Problem]:
     if run.validate.every is None:
         yield Problem(
             "validate.patience",
-            "needs several validations, and validate.every: null validates once, at the end",
-            fix="validate.every: 100 steps, or validate.patience: null",
+            "needs several validations, but validate.every: null allows only one, at the end",
+            fix="set validate.every: 100 steps, or validate.patience: null",
         )

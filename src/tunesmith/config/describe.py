@@ -1,9 +1,9 @@
-"""The texts generated from the schema: the reference of all keys in docs/recipe.md, and
-recipes/schema.json for editors.
+"""Generator of the two files that are derived from the schema: the key reference in docs/recipe.md,
+and recipes/schema.json for editors.
 
-`python -m tunesmith.config.describe --write FILE` writes either, by the ending `.md` or `.json`; of
-a page it replaces what follows the mark. `--check FILE` compares instead, and exits 1 if the file
-has drifted.
+`python -m tunesmith.config.describe --write FILE` writes Markdown to a `.md` file and JSON Schema
+to a `.json` file. In a `.md` file only the text below `GENERATED_MARK` is replaced. `--check FILE`
+compares the file with the schema and exits with 1 if they differ.
 """
 
 import json
@@ -26,7 +26,9 @@ GENERATED_MARK = (
 
 
 def reference() -> str:
-    """One table for each section of the recipe, in Markdown."""
+    """Return the reference of all recipe keys in Markdown, with one table for each section of the
+    recipe.
+    """
     sections: dict[str, list[tuple[str, ...]]] = {}
     for key, (spec, hint) in keys().items():
         if is_section(hint):
@@ -43,8 +45,7 @@ def reference() -> str:
     parts = ["\n## The keys\n\nA key without a default is required.\n"]
     for section, rows in sections.items():
         table = _table(("key", "form", "default", "what it is"), rows)
-        # A source has the same keys in both lists.
-        # The sections come in the schema's order, and data.train is described for both.
+        # Skip data.validation, because it has the same keys as data.train.
         if section == "data.validation":
             continue
         if section == "data.train":
@@ -72,20 +73,23 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def json_schema() -> dict[str, object]:
-    """The JSON Schema of a recipe file as plain values, of draft 7, which editors know best."""
+    """Return the JSON Schema of a recipe file as plain values.
+
+    The schema uses draft 7, because editors support this version best.
+    """
     run_schema = run_type().json_schema()
     sections = {**run_schema.pop("$defs"), Run.__name__: run_schema}
     for key, (spec, hint) in keys().items():
-        # A source is written out once.
+        # Skip data.validation, because it has the same type as data.train.
         if key.startswith("data.validation."):
             continue
         section, _, name = key.rpartition(".")
         section_type = keys()[section][1] if section else Run
-        # Of a list of sources, the source.
+        # `data.train` is tuple[Source, ...]: use the type of its elements.
         section_type = (get_args(section_type) or (section_type,))[0]
         properties = sections[section_type.__name__]["properties"]
         properties[name] = _property(spec, hint, properties[name])
-    # A recipe that extends another may leave any key out.
+    # A recipe that extends another recipe may omit any key, so no key is required.
     for section_schema in sections.values():
         section_schema.pop("required", None)
     sections[Run.__name__]["properties"]["extends"] = {
@@ -101,7 +105,7 @@ def json_schema() -> dict[str, object]:
 
 
 def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    """pydantic's schema of a key, in draft 7, with documentation and the default as written."""
+    """Convert pydantic's schema of one key to draft 7, and add its documentation and default."""
     if hint is MethodConfig:
         name = {"enum": list(get_args(MethodName)), "type": "string"}
         reference = {"$ref": f"#/$defs/{hint.__name__}"}
@@ -120,14 +124,14 @@ def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, 
     schema["description"] = spec.metadata["doc"]
     if default:
         schema["default"] = default
-        # Unless it is a word or a length, which stands for itself.
+        # A default such as "3 epochs" is not JSON. If `json.loads` fails, keep the default as text.
         with suppress(ValueError):
             schema["default"] = json.loads(default)
     return schema
 
 
 def write_or_check(arguments: list[str]) -> int:
-    """`--write FILE` or `--check FILE`; the exit status of a command."""
+    """Run the command `--write FILE` or `--check FILE`, and return its exit status."""
     if len(arguments) != 2 or arguments[0] not in ("--write", "--check"):
         print(
             "usage: python -m tunesmith.config.describe --write|--check FILE.md|FILE.json",
@@ -136,7 +140,7 @@ def write_or_check(arguments: list[str]) -> int:
         return 2
     path = Path(arguments[1])
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    # What stands above the mark is written by hand, and stays.
+    # Keep the text above the mark, because it is written by hand.
     page = old.partition(GENERATED_MARK)[0] + GENERATED_MARK + reference()
     if path.suffix == ".json":
         page = json.dumps(json_schema(), indent=1) + "\n"
@@ -147,7 +151,7 @@ def write_or_check(arguments: list[str]) -> int:
         print(f"{path} differs from the schema; run: {command}", file=sys.stderr)
         return 1
     else:
-        print(f"{path}: {len(page.splitlines())} lines agree with the schema")
+        print(f"{path} agrees with the schema ({len(page.splitlines())} lines)")
     return 0
 
 

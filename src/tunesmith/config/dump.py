@@ -1,7 +1,7 @@
-"""A `Run` as YAML again, its digest, and what differs between two of them.
+"""Functions that write a `Run` as YAML, compute the digest of a `Run`, and compare two `Run`s.
 
-What is written reads back as the same `Run`, to the last bit of every number: floats are written by
-`repr`, and text is quoted unless it can only be text.
+Reading the written YAML gives an identical `Run`, with bit for bit equal numbers: floats are
+written with `repr`, and text is quoted unless YAML cannot read it as another type.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from tunesmith.config.schema import METHOD_KEYS, Adapter, MethodConfig, Run, yam
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
-# It may grow when a run resumes.
+# Key of the duration of a run. A resumed run may have a longer duration than before.
 DURATION = "train.duration"
 
 _TEXT = re.compile(r"[A-Za-z/][\w./-]*(?: [\w./-]+)*|[0-9]+(?:\.[0-9]+)? (?:[a-z]+|%)", re.ASCII)
 
 
 def to_mapping(run: Run) -> dict[str, Any]:
-    """The recipe as plain YAML values under its written names, defaults included.
+    """Convert the recipe to plain values (dicts, lists, scalars), including defaults.
 
-    With `adapter.kind: none` the adapter's other keys are left out, because a recipe may not give
-    them.
+    With `adapter.kind: none` the other keys of `adapter` are omitted, because a recipe with them
+    is refused.
     """
     values = _plain(run)
     for part in ("train", "validation"):
@@ -41,11 +41,10 @@ def to_mapping(run: Run) -> dict[str, Any]:
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes
-    text.
+    """Convert the recipe to JSON values: tuples become lists, lengths and sizes become text.
 
-    A method has its own keys alone; one without any is its name, as recipes had it before there
-    were others.
+    The section `method` has only the keys that this method reads. A method without keys, such as
+    sft, is written as its name (`method: sft`), as in recipes of earlier versions.
     """
 
     def default(value: object) -> object:
@@ -61,7 +60,7 @@ def _plain(run: Run) -> dict[str, Any]:
 
 
 def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
-    """Dotted key -> value, for what takes no nested ones; lists as JSON text."""
+    """Return the recipe as a flat dict of dotted keys. Lists and mappings become JSON text."""
     values = leaves(to_mapping(run))
     for key, value in values.items():
         if isinstance(value, list | dict):
@@ -70,14 +69,15 @@ def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
 
 
 def dump(run: Run) -> str:
-    """The resolved recipe as YAML 1.2."""
+    """Return the resolved recipe as YAML 1.2 text."""
     return to_yaml(to_mapping(run))
 
 
 def to_yaml(values: Mapping[str, object], comments: Mapping[str, str] | None = None) -> str:
-    """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line.
+    """Convert plain values to YAML 1.2 text: sections in block style, lists of scalars on one line.
 
-    `comments` are written above their dotted key; keys below a list have none.
+    Args:
+        comments: the comment to write above each dotted key. Keys inside a list cannot have one.
     """
     return "\n".join([*_yaml_lines(values, comments or {}), ""])
 
@@ -106,7 +106,7 @@ def _yaml_lines(
 
 
 def _yaml_value(value: object) -> str:
-    """A value on one line. Text is in double quotes wherever it could be anything but text."""
+    """Return a value as YAML on one line. Text that YAML could read as another type is quoted."""
     if isinstance(value, dict):
         pairs = [f"{_yaml_value(name)}: {_yaml_value(item)}" for name, item in value.items()]
         return f"{{{', '.join(pairs)}}}"
@@ -114,7 +114,7 @@ def _yaml_value(value: object) -> str:
         return f"[{', '.join(map(_yaml_value, value))}]"
     if isinstance(value, str) and _TEXT.fullmatch(value) and isinstance(scalar(value), str):
         return value
-    # JSON is YAML, but for characters that YAML allows only as escapes.
+    # JSON is valid YAML, except that YAML requires escapes for non-printable characters.
     text = json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
@@ -124,8 +124,10 @@ def _nested(value: object) -> bool:
 
 
 class Change(NamedTuple):
-    """One key that differs between two recipes; `allowed` says whether a resumed run may differ
-    there.
+    """A key that differs between two recipes.
+
+    Attributes:
+        allowed: whether a run can resume although this key has changed.
     """
 
     key: str
@@ -138,8 +140,9 @@ class Change(NamedTuple):
 
 
 def digest(run: Run) -> str:
-    """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is
-    left out.
+    """Return the SHA-256 (hex) of all keys that must be equal when a run resumes.
+
+    The duration is not included, because a resumed run may have a longer one.
     """
     values = {}
     for key, value in leaves(_plain(run)).items():
@@ -149,10 +152,10 @@ def digest(run: Run) -> str:
 
 
 def differences(old: Run, new: Run) -> list[Change]:
-    """Every key that differs, in the order of the schema.
+    """Return every key that differs between two recipes, in the order of the schema.
 
-    A duration in another unit (epochs for steps) is allowed: its steps are fixed once the data is
-    read.
+    A duration in another unit, such as epochs instead of steps, is an allowed change: its number of
+    steps is not known before the data is read, so the durations cannot be compared.
     """
     old_values = leaves(_plain(old))
     new_values = leaves(_plain(new))
@@ -164,7 +167,8 @@ def differences(old: Run, new: Run) -> list[Change]:
             continue
         allowed = is_free(key)
         if key == DURATION:
-            # It is not known to be shorter.
+            # Steps, epochs and times cannot be compared before the data is read, so a change from
+            # one to another is allowed.
             before = old.train.duration
             after = new.train.duration
             allowed = before.unit != after.unit or after.amount >= before.amount
@@ -175,7 +179,10 @@ def differences(old: Run, new: Run) -> list[Change]:
 
 
 def is_free(key: str) -> bool:
-    """Tell whether a dotted key may change when a run resumes: it changes no step."""
+    """Return whether a run can resume with another value of this dotted key.
+
+    This is possible if no training step depends on the key.
+    """
     return any(
         spec.metadata["free"] and f"{key}.".startswith(f"{name}.")
         for name, (spec, _) in keys().items()
@@ -183,7 +190,10 @@ def is_free(key: str) -> bool:
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> value; a list of scalars is one leaf, so a changed list is one change."""
+    """Return nested values as a flat dict of dotted keys.
+
+    A list of scalars is one value, so a changed list counts as one change.
+    """
     if _nested(value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:

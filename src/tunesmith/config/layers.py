@@ -1,9 +1,9 @@
-"""Layers of a recipe over each other: a file over those that it extends, and the command line over
-all.
+"""Merging of recipe layers: a recipe file overrides the recipes that it extends, and the command
+line overrides all files.
 
-Later layers win: mappings are merged, lists and scalars replaced. A new source of rows takes
-nothing from the layers below, because the split, the columns and the held-out rows of one data set
-mean nothing in another. Every value keeps the place it came from.
+A later layer wins: its mappings are merged into the earlier ones, and its lists and scalars replace
+them. If a layer names a new data source, the old split, columns and held-out rows are dropped,
+because they belong to another data set. Every value keeps the file and line that it comes from.
 """
 
 import json
@@ -25,13 +25,16 @@ log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 FROM_PYTHON = "overrides"
+# Overrides of a recipe: a mapping from dotted keys to values, or a list of `key=value` texts.
+Overrides = Mapping[str, object] | Sequence[str]
 _DOTTED_KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
 def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
-    """The upper layer over the lower.
+    """Merge two layers of a recipe. Values of the upper layer win.
 
-    announce: log a line about what a new source of rows leaves behind.
+    Args:
+        announce: log a line with the data keys that are dropped because of a new data source.
     """
     lower = with_method_section(lower)
     upper = with_method_section(upper)
@@ -41,35 +44,38 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     for key, _ in lower.places():
         if key.startswith("data.") and key not in remaining:
             dropped.append(key)
-    # Of a section that is dropped as a whole, its own name is enough.
+    # If an entire section is dropped, list only the section and not its keys.
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
     if shown and announce:
         text = (
-            f"{upper.where} names other rows, so it does not inherit {', '.join(shown)} from the"
-            " recipe that it changes"
+            f"{upper.where} names another data source, so the run does not use these keys of the"
+            f" recipe that is overridden: {', '.join(shown)}"
         )
         has_validation = {"data.validation", "data.hold_out"} & remaining
         if "data.validation" in dropped and not has_validation:
-            text += "; nothing is left to validate on: data.hold_out='5 %' holds out rows of yours"
+            text += (
+                ". No validation rows are left: add data.hold_out='5 %' to hold out some of the"
+                " training rows"
+            )
         log.info(text)
     return merged
 
 
-def override_words(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Return overrides as texts `key.sub=value`, as the command line takes them."""
+def override_words(overrides: Overrides) -> list[str]:
+    """Return the overrides as `key.sub=value` texts, the format of the command line."""
     if isinstance(overrides, str):
         return [overrides]
     if isinstance(overrides, Mapping):
-        # JSON is YAML. In quotes, no text is read as anything else.
+        # JSON is valid YAML, and its quotes keep YAML from reading a text as a number or bool.
         return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     return [*overrides]
 
 
-def override_layer(overrides: Mapping[str, object] | Sequence[str]) -> Node:
-    """One layer of all overrides, whatever their order.
+def override_layer(overrides: Overrides) -> Node:
+    """Combine all overrides into one layer. Their order does not matter.
 
     Args:
-        overrides: `{"key.sub": value}`, or texts `key.sub=value`; a single text is one.
+        overrides: a mapping `{"key.sub": value}`, one text `key.sub=value`, or a list of texts.
     """
     if isinstance(overrides, str):
         overrides = [overrides]
@@ -80,22 +86,26 @@ def override_layer(overrides: Mapping[str, object] | Sequence[str]) -> Node:
     for text in overrides:
         key, equals, value = map(str.strip, str(text).partition("="))
         has_value = bool(equals)
-        # A mapping from Python has keys and values apart; a word has both in one text.
+        # If `overrides` is a mapping, its keys must not contain "=". If it is a list of texts, each
+        # text must contain "=".
         if has_value == is_mapping or not _DOTTED_KEY.fullmatch(key):
-            raise RecipeError(
-                f"{reprlib.repr(text)} is not of the form key.sub=value",
-                where=origin,
-                fix="such as train.learning_rate=2e-4; with spaces in quotes:"
-                " 'train.duration=3 epochs'",
+            what = f"{reprlib.repr(text)} is not of the form key.sub=value"
+            fix = (
+                "write overrides such as train.learning_rate=2e-4; put an override with spaces in"
+                " quotes: 'train.duration=3 epochs'"
             )
+            if is_mapping:
+                what = f"{reprlib.repr(text)} is not a key of a recipe"
+                fix = 'write overrides such as {"train.learning_rate": 2e-4}'
+            raise RecipeError(what, where=origin, fix=fix)
         if isinstance(overrides, Mapping):
             node = wrap(overrides[text], where=origin, base=base, key=key)
         else:
             node = read_value(value, where=f"{origin}: {key}", base=base)
         if key == "extends":
-            fix = "use that recipe instead of this one"
-            raise RecipeError("extends is only allowed in a file", where=node.where, fix=fix)
-        # From the inside out: a.b=1 is {a: {b: 1}}.
+            fix = f"name the recipe {value} in the command, or write extends into the recipe file"
+            raise RecipeError("extends is only allowed in a recipe file", where=node.where, fix=fix)
+        # Build the nested mapping from the inside: a.b=1 becomes {a: {b: 1}}.
         for name in reversed(key.split(".")):
             node = Node({name: node}, node.where, base)
         layer = _merge(layer, with_method_section(node), same_layer=True)
@@ -103,7 +113,10 @@ def override_layer(overrides: Mapping[str, object] | Sequence[str]) -> Node:
 
 
 def with_method_section(tree: Node) -> Node:
-    """The recipe with `method: dpo` written `method: {name: dpo}`, which other keys can join."""
+    """Return the recipe with `method: dpo` expanded to `method: {name: dpo}`.
+
+    Other keys of `method` can then be merged into the mapping.
+    """
     values = dict(tree.children())
     method = values.get("method")
     if method is None or not isinstance(method.value, str):
@@ -113,26 +126,28 @@ def with_method_section(tree: Node) -> Node:
 
 
 def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
-    """The upper layer over the lower at `key`.
+    """Merge the values of two layers at `key`. Values of the upper layer win.
 
-    Mappings are merged, all else is replaced: also by a null, of a key that takes none. `build_run`
-    refuses it there, and `train.learning_rate=` of an unset variable does not pass for the default.
+    Mappings are merged, and every other value is replaced. A null also replaces, even if the key
+    does not accept null: `build_run` then raises an error. Otherwise `train.learning_rate=$UNSET`
+    would silently use the default.
 
     Args:
-        same_layer: the upper one is a single override, and the lower one those before it, which all
-            stay.
+        same_layer: `upper` is one command-line override and `lower` holds the overrides before it.
+            No override of the command line may replace another one.
     """
     are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
-    # An empty mapping clears a key that takes one, such as columns; over a section it changes
-    # nothing.
+    # An empty mapping clears the value of a key such as `columns`, whose value is a mapping. For a
+    # section, such as `train: {}`, an empty mapping changes nothing.
     if not are_mappings or (not upper.value and _takes_mapping(key)):
         is_part = isinstance(upper.value, dict) and upper.value
         if same_layer and is_part and lower.value is not None:
-            what = f"{key} is given as a whole, and a part of it"
-            raise RecipeError(what, where=upper.where, fix=f"set all of {key} instead")
+            what = f"one override sets {key}, and another override sets only a key in {key}"
+            raise RecipeError(what, where=upper.where, fix=f"set {key} completely in one override")
         return upper
     values = dict(lower.children())
-    # What a lower layer says may mean nothing under the upper one, as columns of other rows.
+    # Drop values of the lower layer that no longer apply. For example, drop `columns` if the upper
+    # layer names another data source.
     if not same_layer:
         values = _without_stale(lower, upper, key)
     merged = dict(values)
@@ -142,14 +157,17 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
             merged[name] = _merge(values[name], node, path, same_layer=same_layer)
         else:
             merged[name] = node
-    # A key that is missing is missing in the file, whatever the command line gives beside it.
+    # If a required key is missing, the error must point to the recipe file and not to the command
+    # line. Keep the position of the lower layer if the upper layer is an override.
     is_override = upper.where.startswith((COMMAND_LINE, FROM_PYTHON))
-    # So the place of an error is that of the lower layer.
     return replace(lower if is_override else upper, value=merged)
 
 
 def _takes_mapping(key: str) -> bool:
-    """Tell whether a key that is no section takes a mapping or list; an empty mapping clears it."""
+    """Return True if a key, such as `columns`, has a mapping or a list as its value.
+
+    Return False for a section, such as `train`: it is a mapping too, but it contains keys.
+    """
     key = without_indices(key)
     if key not in keys():
         return False
@@ -158,22 +176,23 @@ def _takes_mapping(key: str) -> bool:
 
 
 def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
-    """The values of a lower layer at `key` that still mean something under the upper one."""
+    """Return the values of the lower layer at `key` that still apply with the upper layer."""
     values = dict(lower.children())
     changes = dict(upper.children())
-    # The split and the columns of one data set mean nothing in another.
+    # The split and the columns of one data set do not apply to another data set.
     names_source = "source" in values and "source" in changes
     if names_source and _sources(lower) != _sources(upper):
         return {}
-    # `adapter.kind: none` leaves the adapter's other keys without effect.
+    # With `adapter.kind: none` the other adapter keys have no effect, so drop them.
     if key == "adapter" and "kind" in changes and changes["kind"].value == "none":
         return {}
-    # Each method has its own numbers.
+    # The parameters of one method, such as `beta`, do not apply to another method.
     if key == "method" and "name" in changes:
         name = values["name"].value if "name" in values else "sft"
         if changes["name"].value != name:
             return {}
-    # Neither do the rows held out of one data set.
+    # If the training source changes, drop the validation rows, because they are from the old data
+    # set.
     if key == "data" and "train" in values and "train" in changes:
         train = _merge(values["train"], changes["train"], "data.train")
         if _sources(train) != _sources(values["train"]):
@@ -182,13 +201,14 @@ def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
 
 
 def _sources(rows: Node) -> list[object]:
-    """List the sources of `data.train`: Hub ids and absolute paths."""
+    """Return the sources of `rows`, such as `data.train`, as Hub ids and absolute paths."""
     sources = []
     for entry in rows.value if isinstance(rows.value, list) else [rows]:
         if not isinstance(entry.value, dict) or "source" not in entry.value:
             continue
         source = entry.value["source"]
-        # A text that is neither is refused later, unless a layer replaces it.
+        # Ignore an invalid source for now: a later layer may replace it, and the final recipe is
+        # checked again.
         with suppress(RecipeError):
             source = resolve_paths(source, "data.train.source")
         sources.append(source.plain())

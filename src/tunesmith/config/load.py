@@ -1,12 +1,15 @@
-"""A recipe file and its overrides -> one frozen, checked `Run`.
+"""Loader that turns a recipe file and its overrides into one frozen, checked `Run`.
 
-    file -> extends, from the base up -> key=value -> absolute paths -> types -> rules
+The steps are:
 
-Every value keeps the place it came from, so an error names the file and line, or the key on the
-command line.
+    read the file -> merge it over the recipes that it extends -> apply key=value overrides
+    -> make paths absolute -> check types -> check the rules of check.py
+
+Every value keeps the file and line, or the command-line key, that it comes from. Error messages
+show this position.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from tunesmith.config.check import METHOD_FORMATS, check_run
 from tunesmith.config.layers import (
     COMMAND_LINE,
     FROM_PYTHON,
+    Overrides,
     merge_layers,
     override_layer,
     with_method_section,
@@ -26,31 +30,35 @@ from tunesmith.config.tree import Node, read_file, wrap
 from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
 
-# Recipes one over the other.
+# Maximum length of a chain of recipes in which each one extends the next.
 MAX_EXTENDS = 20
-# The files that make a folder a run directory; `run_dir.py` describes them.
+# Two files of a run directory: the resolved recipe of the run, and the file that identifies the
+# run. `run_dir.py` lists all files.
 RUN_RECIPE = "config.yaml"
 RUN_IDENTITY = "env.json"
 
 
 def load_recipe(
     recipe: str | Path,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     announce: bool = False,
     trusts_code: bool | None = None,
 ) -> Run:
-    """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong,
-    its place and the fix.
+    """Read a recipe, apply overrides and check the result.
 
     Args:
-        recipe: a file, or the name of a recipe that ships.
-        overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in
-            YAML 1.2; all of them are one layer.
-        announce: log a line for each layer that names other rows, about the keys that it leaves
-            behind.
-        trusts_code: whether `model.trust_remote_code: true` in a file is accepted. None: only in
-            the user's own files, see `_is_users_own`.
+        recipe: a recipe file, or the name of a shipped recipe.
+        overrides: a mapping `{"key.sub": value}` of Python values, or texts `key.sub=value` with
+            the value in YAML 1.2.
+        announce: log a line for each layer that names another data source, with the keys that are
+            dropped because of it.
+        trusts_code: whether `model.trust_remote_code: true` in a file is accepted. None means that
+            it is accepted only in files that the user wrote, see `_is_users_own`.
+
+    Raises:
+        RecipeError: if the recipe is invalid. The error names the problem, the position and a fix.
+        MachineError: if the recipe uses the model `demo`, which is not installed.
     """
     file = locate_recipe(recipe, base=Path(), where=str(recipe))
     tree = _read_layers(file, announce)
@@ -65,22 +73,23 @@ def load_recipe(
 
 
 def untrusted_code(model: str, where: str) -> RecipeError:
-    """Return the error for another person's file that enables the model's own code."""
+    """Build the error for a recipe from another person that enables `trust_remote_code`."""
     return RecipeError(
         "model.trust_remote_code: true is not accepted from this file",
         where=where,
-        why=f"it runs Python code that comes with the model {model}, and only the user's own "
-        "recipe or command can allow that",
-        fix="review that code; to run it, add model.trust_remote_code=true to the command, or "
-        "--trust-remote-code to a command that takes a run; in Python trust_remote_code=True",
+        why=f"this setting runs Python code that comes with the model {model}, and only the user's "
+        "own recipe or command can allow that",
+        fix="review the model's code; to run it, add model.trust_remote_code=true to the command, "
+        "--trust-remote-code if the command takes a run, or trust_remote_code=True in Python",
     )
 
 
 def _is_users_own(where: str, recipe: Path) -> bool:
-    """Return whether a place is in a file of the user, who has named `recipe`.
+    """Return whether `where`, a position such as "recipe.yaml:3", is in a file that the user wrote.
 
-    The user's files are in the folder of `recipe` or below it, except the config.yaml of a run
-    directory, because others may have written it. A run directory has env.json or a checkpoint.
+    The user has named the file `recipe`, so files in its folder, or in a subfolder, are the user's.
+    The config.yaml of a run directory does not count, because another person may have written it. A
+    folder is a run directory if it has env.json or a checkpoint.
     """
     file = Path(where.rpartition(":")[0]).resolve()
     saved = (RUN_IDENTITY, "final/manifest.json", "checkpoint-*/manifest.json")
@@ -90,10 +99,14 @@ def _is_users_own(where: str, recipe: Path) -> bool:
 
 
 def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run:
-    """A `Run` from plain values, as `to_mapping` gives them; raises as `load_recipe`.
+    """Build a `Run` from plain values, the output of `to_mapping`.
 
-    `where` is what errors call it, such as the file's name, and `base` the folder that relative
-    paths start from.
+    Args:
+        where: the name of the source in error messages, such as the file's name.
+        base: the folder that relative paths are relative to.
+
+    Raises:
+        RecipeError, MachineError: as in `load_recipe`.
     """
     return checked(wrap(values, where=where, base=base))
 
@@ -108,7 +121,9 @@ def checked(tree: Node) -> Run:
 
 
 def _with_formats(run: Run, places: Container[str]) -> Run:
-    """The run; a source without a format has that of the rows that the method learns from."""
+    """Set the row format of each data source without a `format` to the format that the training
+    method needs.
+    """
     format_name = METHOD_FORMATS.get(run.method.name)
     if format_name is None:
         return run
@@ -116,7 +131,7 @@ def _with_formats(run: Run, places: Container[str]) -> Run:
     for part, sources in (("train", run.data.train), ("validation", run.data.validation)):
         with_format = []
         for i, source in enumerate(sources):
-            # A single source is written without an index.
+            # A single source that is not in a list has a key without an index: `data.train`.
             is_set = f"data.{part}.format" in places or f"data.{part}.{i}.format" in places
             with_format.append(source if is_set else replace(source, format=format_name))
         parts[part] = tuple(with_format)
@@ -124,20 +139,19 @@ def _with_formats(run: Run, places: Container[str]) -> Run:
 
 
 def _read_layers(path: Path, announce: bool, depth: int = 0) -> Node:
-    """The file's tree over those of the recipes that it extends."""
+    """Read a recipe file and merge it over the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
-    # Removed: `extends` is no key of the schema.
+    # Remove `extends` from the tree, because the schema does not have this key.
     extends = tree.value.pop("extends", None)
     if extends is None:
         return tree
     if not isinstance(extends.value, str):
-        fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
-        raise RecipeError("extends takes one recipe's name or file", where=extends.where, fix=fix)
+        fix = "write extends: llama3.1-8b-lora, or a file such as ../base.yaml"
+        raise RecipeError("extends must name one recipe or file", where=extends.where, fix=fix)
     base = locate_recipe(extends.value, base=path.parent, where=extends.where)
     if depth == MAX_EXTENDS:
-        what = f"more than {MAX_EXTENDS} recipes extend each other, or they do so in a circle"
+        what = f"more than {MAX_EXTENDS} recipes extend each other, or the recipes form a circle"
         fix = "remove one extends, or put several recipes into one file"
         raise RecipeError(what, where=extends.where, fix=fix)
-    # The base first, then this file over it.
     return merge_layers(_read_layers(base, announce, depth + 1), tree, announce=announce)

@@ -1,4 +1,6 @@
-"""The recipe key or value that a mistyped or foreign name most likely means."""
+"""Lookup of recipe keys and values, and suggestions for names that are mistyped or belong to
+another tool.
+"""
 
 import difflib
 import json
@@ -17,9 +19,10 @@ from tunesmith.units import Length, Share, Size
 
 @cache
 def keys() -> dict[str, tuple[Field[Any], Any]]:
-    """Every dotted key with its field and type.
+    """Return every dotted key of the schema with its dataclass field and type.
 
-    Those of a source stand under `data.train` and `data.validation`.
+    The keys of a data source are included twice, with the prefixes `data.train.` and
+    `data.validation.`.
     """
     return dict(_keys_below(Run, ""))
 
@@ -30,28 +33,34 @@ def _keys_below(section: type, prefix: str) -> Iterator[tuple[str, tuple[Field[A
         key = prefix + yaml_name(spec.name)
         hint = hints[spec.name]
         yield key, (spec, hint)
-        # A section itself, or a list of them.
+        # The type can be a section or a tuple of sections. For example, `data.train` is
+        # tuple[Source, ...].
         for inner in (hint, *get_args(hint)[:1]):
             if is_section(inner):
                 yield from _keys_below(inner, f"{key}.")
 
 
 def without_indices(key: str) -> str:
-    """The key of the schema: `data.train.0.split` -> `data.train.split`."""
+    """Remove list indices from a key: `data.train.0.split` -> `data.train.split`."""
     return re.sub(r"\.[0-9]+(?=\.|$)", "", key)
 
 
 @cache
 def other_tools(section: str) -> dict[str, str]:
-    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`."""
+    """Return a dict from each name that other tools use to its entry in other_tools.yaml.
+
+    Args:
+        section: the part of other_tools.yaml: `keys`, `words` or `absent`.
+    """
     table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[section]
     return {name: meaning for meaning, names in table.items() for name in names}
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The choice that a mistyped word most likely means; None if none is near.
+    """Return the choice that a mistyped word most likely means, or None if no choice is similar.
 
-    cutoff: the least similarity, of 1 for the same word.
+    Args:
+        cutoff: the minimum similarity, from 0 to 1 (equal words).
     """
     choices = list(choices)
     plain = _plain(word)
@@ -69,23 +78,30 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def suggest_key(section: str, name: str) -> str:
-    """Suggest, in one line, what replaces an unknown key `name` of `section` ("" at the top)."""
-    siblings = [_last(key) for key in keys() if key.rpartition(".")[0] == section]
+def suggest_key(section: str, name: str, *, on_command_line: bool = False) -> str:
+    """Return a one-line hint for the unknown key `name` in `section` ("" for the top level).
+
+    Args:
+        on_command_line: write settings as `key=value` instead of `key: value`.
+    """
+    siblings = [last_part(key) for key in keys() if key.rpartition(".")[0] == section]
     plain = _plain(name)
-    # `train.seed` below a section: the form of the command line in a file.
+    # The key exists, but it was written with a dot, as in `train.seed`. Only the command line
+    # allows this form.
     if f"{section}.{name}".lstrip(".") in keys():
         outer, _, inner = name.rpartition(".")
         return (
-            f"nest the keys in a file: {outer}: {{{inner}: ...}};"
-            " the form with a dot is for the command line"
+            f"nest the keys, as in `{outer}: {{{inner}: ...}}`;"
+            " only the command line takes the form with a dot"
         )
-    # Keys of other tools that mean the same here.
+    # The key belongs to another tool, and other_tools.yaml lists the equivalent recipe key.
     if plain in other_tools("keys"):
-        return f"here it is {other_tools('keys')[plain]}"
+        setting = other_tools("keys")[plain]
+        return f"write {_as_argument(setting) if on_command_line else setting}"
     suggestion = nearest(plain, siblings)
-    names = {_last(key) for key in keys()}
-    # A key of that name elsewhere is likelier meant than one that looks alike here.
+    names = {last_part(key) for key in keys()}
+    # If another section has a key of exactly this name, suggest this key instead of a similar name
+    # in the given section.
     if plain in names:
         suggestion = _keys_named(plain)
     elif suggestion:
@@ -94,16 +110,28 @@ def suggest_key(section: str, name: str) -> str:
         suggestion = _keys_named(nearest(plain, names))
     if suggestion:
         return f"did you mean {suggestion}?"
-    return f"{section or 'a recipe'} has {', '.join(siblings)}"
+    return f"use one of the keys of {section or 'a recipe'}: {', '.join(siblings)}"
+
+
+def _as_argument(setting: str) -> str:
+    """Convert an entry of other_tools.yaml, such as `train.learning_rate: 1e-4`, to the format of
+    the command line.
+
+    If the value has several words, write VALUE and append the entry.
+    """
+    key, _, value = setting.partition(": ")
+    if re.fullmatch(r"[\w.-]+", value):
+        return f"{key}={value}"
+    return f"{key}=VALUE" + (f" (in a file: {setting})" if value else "")
 
 
 def members(hint: object) -> tuple[object, ...]:
-    """The alternatives of a union, or the one type that it is."""
+    """Return the members of a union type. For any other type, return a tuple with the type."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def default_of(spec: Field[Any]) -> str:
-    """The default of a key as YAML; empty if it has none."""
+    """Return the default of a key as YAML text, or "" if the key is required."""
     value = spec.default if spec.default_factory is MISSING else spec.default_factory()
     if value is MISSING:
         return ""
@@ -113,7 +141,10 @@ def default_of(spec: Field[Any]) -> str:
 
 
 def example(hint: Any, spec: Field[Any]) -> str:
-    """A value of a key as YAML: its example or default, or one that its type takes."""
+    """Return an example value of a key as YAML text.
+
+    Use the key's `example` if there is one, else its default, else any value of its type.
+    """
     if hint is bool:
         return "true"
     value = spec.metadata["example"] or default_of(spec)
@@ -122,9 +153,10 @@ def example(hint: Any, spec: Field[Any]) -> str:
     return "8" if int in members(hint) else "name"
 
 
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
+def last_part(name: str) -> str:
+    """Return the last part of a dotted name: of a recipe key, a module or a parameter."""
+    return name.rpartition(".")[2]
 
 
 def _keys_named(name: str | None) -> str:
-    return " or ".join(key for key in keys() if _last(key) == name)
+    return " or ".join(key for key in keys() if last_part(key) == name)

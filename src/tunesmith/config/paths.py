@@ -1,8 +1,9 @@
-"""The values of a recipe that are files, and the folder that a relative path starts from.
+"""Resolution of the paths in a recipe: which values are paths, and which folder they are relative
+to.
 
-In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move
-together; on the command line it starts from the working directory, and so do `output_dir` and
-`log.tensorboard_dir` always.
+A relative path in a recipe file is relative to the file's folder, so that a recipe and its data can
+be moved together. A relative path on the command line is relative to the working directory. The
+paths `output_dir` and `log.tensorboard_dir` are always relative to the working directory.
 """
 
 import glob
@@ -24,7 +25,7 @@ DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")
-# The keys that hold a path or a Hub id -> the endings that make a text a path.
+# Keys whose value is a path or a Hub id. A value with one of the listed file suffixes is a path.
 _INPUTS = {
     "model.name": (".gguf",),
     "model.tokenizer": (".gguf",),
@@ -37,23 +38,28 @@ _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether a source is a pattern of files, such as `rows/*.jsonl`."""
+    """Return whether a source is a glob pattern, such as `rows/*.jsonl`."""
     return glob.has_magic(text) and not os.path.exists(text)
 
 
 def is_written_as_path(text: str) -> bool:
-    """Return whether a text is a path by its form. A Hub id has one slash."""
+    """Return whether a text can only be a path and not a Hub id, which has exactly one slash in the
+    middle.
+    """
     begins = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
     return begins or text.endswith("/") or text.count("/") > 1
 
 
 def pattern_folder(pattern: Path) -> Path:
-    """Return the innermost folder that contains all files of a pattern."""
+    """Return the innermost folder that contains all files of a glob pattern."""
     return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def inputs_of(run: Run) -> dict[str, str]:
-    """Collect a resolved recipe's inputs by key: absolute paths, Hub ids, the template's name."""
+    """Return a dict from the dotted key of each input of a resolved recipe to its value.
+
+    An input is an absolute path, a Hub id or the name of a template.
+    """
     inputs = {}
     for key, value in flatten(run).items():
         if value is not None and without_indices(key) in _INPUTS:
@@ -62,20 +68,21 @@ def inputs_of(run: Run) -> dict[str, str]:
 
 
 def is_place(key: str) -> bool:
-    """Tell whether a key of a resolved recipe names a file, a folder or a Hub id."""
+    """Return whether the value of a dotted key is a file, a folder or a Hub id."""
     return without_indices(key) in (*_INPUTS, *_OUTPUTS)
 
 
-def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:
-    """The same tree with every path in it absolute; Hub ids stay as they are.
+def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None) -> Node:
+    """Return the tree with absolute paths. Hub ids are unchanged.
 
-    `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there;
-    absolute where a link on the way would make it another file.
+    Args:
+        relative_to: make the paths of inputs relative to this folder, because the recipe file is
+            written to this folder. A path stays absolute if the relative path would lead to another
+            file because of a symbolic link.
     """
-    # Below first: what a key holds decides only at a leaf.
     children = {}
     for name, child in node.children():
-        children[name] = resolve_paths(child, f"{key}.{name}".lstrip("."), beside=beside)
+        children[name] = resolve_paths(child, f"{key}.{name}".lstrip("."), relative_to=relative_to)
     if isinstance(node.value, dict):
         return replace(node, value=children)
     if isinstance(node.value, list):
@@ -85,45 +92,48 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
     if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
     path = _resolve(text, name, node, key)
-    if beside is None:
+    if relative_to is None:
         return replace(node, value=path)
     if path == text or name in _OUTPUTS:
         return node
-    relative = os.path.relpath(path, beside)
-    # `..` of a linked folder is another folder to one who enters it, or names it without the link.
-    entered = os.path.realpath(os.path.join(os.path.realpath(beside), relative))
+    relative = os.path.relpath(path, relative_to)
+    # If `relative_to` contains a symbolic link, `..` means the parent of the link's target. Use the
+    # absolute path if `relative` then leads to another file.
+    entered = os.path.realpath(os.path.join(os.path.realpath(relative_to), relative))
     if entered != os.path.realpath(path):
         relative = path
-    return replace(node, value=relative, base=beside)
+    return replace(node, value=relative, base=relative_to)
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:
-    """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a
-    template; MachineError if it is the demo's model, which is not installed.
+    """Return the absolute path of `text`. A Hub id or the name of a template is unchanged.
+
+    Raise MachineError if `text` is `demo` and the demo model is not installed.
     """
-    # `build_run` refuses it.
+    # `build_run` later raises an error for an empty text.
     if not text:
         return text
     hub = _HUB.match(text)
     if "$" in text or "://" in text or "\0" in text:
         raise RecipeError(
-            f"{key} is a path or a Hub id, without variables, null characters or ://: {text!r}",
+            f"{key} must be a path or a Hub id, without $, :// and null characters, but is"
+            f" {text!r}",
             where=node.where,
             fix=f"write the Hub id: {hub[1]}"
             if hub
-            else "write the path itself; a URL must be downloaded first, and the shell expands "
-            "variables on the command line",
+            else "write the path itself: the file of a URL must be downloaded first, and only the "
+            "command line expands variables",
         )
-    # Outputs belong to where one works, inputs to the file that names them.
+    # Outputs are relative to the working directory, and inputs to the folder of the recipe file.
     base = Path.cwd() if name in _OUTPUTS else node.base
-    # Unlike Path.expanduser, it leaves ~name of no user as it is.
+    # os.path.expanduser keeps `~name` of an unknown user; Path.expanduser raises RuntimeError.
     path = os.path.abspath(base / os.path.expanduser(text))
     if name == "data.template":
         return text if text in TEMPLATES else path
     if name in _OUTPUTS or is_written_as_path(text):
         return path
-    # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is
-    # there.
+    # `name/name` can be a Hub id or a relative path. It is a path if it has the suffix of a data
+    # file, is a glob pattern, or exists on the disk.
     if text.lower().endswith(_INPUTS[name]) or is_pattern(text) or os.path.exists(path):
         return path
     if name == "model.name" and text == demo_model.DEMO_NAME:

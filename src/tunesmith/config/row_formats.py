@@ -1,7 +1,8 @@
-"""The formats of rows: the columns that each needs and may have, by their names in files.
+"""Table of the row formats: their required and optional columns, and the names of these columns in
+data files.
 
-A new format has its entry here, and its reader in data/rows/formats.py; the recipe's schema, the
-detection, templates and the commands follow from them.
+To add a format, add an entry to `ROW_FORMATS` and a reader to data/rows/formats.py. The schema, the
+format detection, the templates and the commands are derived from this table.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ FormatName = Literal[
     "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
 ]
 
-# Names of columns as `data/rows/detect.py` writes them: in small letters, without accents, words
+# Column names after the normalization of `data/rows/detect.py`: lower case, no accents, words
 # joined by underscores.
 _QUESTION_NAMES = (
     *("prompt", "question", "query", "input", "problem", "user", "human", "q"),
@@ -26,7 +27,8 @@ _ANSWER_NAMES = (
     *("ответ", "回答", "答案", "답변", "대답", "cevap", "جواب"),
 )
 _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
-# Where the turns are a list, instructions are what OpenAI's and Anthropic's interfaces put first.
+# Formats with a list of turns also accept "instructions", which is the system message of OpenAI's
+# API.
 _CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
 _TOOLS_NAMES = ("tools", "functions")
 _INPUT_NAMES = ("input", "context")
@@ -35,8 +37,10 @@ _LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thum
 
 
 class ChatColumn(tuple[str, ...]):
-    """A column of any name with lists of objects, or JSON text of them, that have one of these keys
-    for who speaks.
+    """A column whose values are chats. It may have any name in the file.
+
+    Each value is a list of turns, or the JSON text of such a list. A turn is an object. The items
+    of this tuple are the possible names of its key for the speaker, such as `role`.
     """
 
 
@@ -44,26 +48,26 @@ _ROLE_CHAT = ChatColumn(("role",))
 _FROM_CHAT = ChatColumn(("from",))
 _ANY_CHAT = ChatColumn(("role", "from"))
 
-# The format's name of a column -> its names in files.
+# Mapping from the name of a column in the row format to its possible names in files.
 Names = Mapping[str, tuple[str, ...]]
 
 
 class ColumnSet(NamedTuple):
-    """Columns that rows of a format need, and those that they may have."""
+    """Required and optional columns of a row format."""
 
     needed: Names
     optional: Names
 
 
 class RowFormat(NamedTuple):
-    """A format of rows.
+    """A row format of a data set.
 
     Attributes:
-        layouts: the sets of columns that rows may have.
+        layouts: the possible sets of columns.
         answer: the column with the answer.
-        key: the column that tells the format from others.
-        has_turns: False for plain text, which has no place for a system message.
-        is_plain: its rows need no chat template.
+        key: the column that distinguishes this format from the other formats.
+        has_turns: whether rows consist of turns. False for plain text, which has no system message.
+        is_plain: whether rows can be used without a chat template.
     """
 
     layouts: tuple[ColumnSet, ...]
@@ -74,7 +78,10 @@ class RowFormat(NamedTuple):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns that rows may have, those that are needed first."""
+        """Names of all columns of the format.
+
+        The required columns of a layout come before its optional columns.
+        """
         names: dict[str, None] = {}
         for layout in self.layouts:
             names |= dict.fromkeys([*layout.needed, *layout.optional])
@@ -82,12 +89,14 @@ class RowFormat(NamedTuple):
 
     @property
     def answers_in_text(self) -> bool:
-        """True where a column of its own holds the answer; False where a list of turns does."""
+        """True if the answer is in a separate column instead of a list of turns."""
         names = self.names(self.answer)
         return bool(names) and not isinstance(names, ChatColumn)
 
     def names(self, column: str) -> tuple[str, ...]:
-        """The names that files have for one of these columns."""
+        """Return the names that a column can have in files, or () if the format does not have the
+        column.
+        """
         for layout in self.layouts:
             for names in (layout.needed, layout.optional):
                 if column in names:
@@ -200,10 +209,10 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         key="label",
     ),
 }
-# The column names of each format; `columns` maps them to those of a file.
+# Column names of each format. The recipe key `columns` maps these names to the names in the file.
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     name: form.columns for name, form in ROW_FORMATS.items()
 }
-# Columns that are read by any of their names where `columns` does not map them: rows that have one
-# mean it, whether the recipe names it or not.
+# Optional columns. They are found under any of their possible names, even if the recipe's `columns`
+# does not list them.
 READ_BY_ANY_NAME = ("system", "tools", "images")

@@ -1,12 +1,13 @@
-"""The recipe as frozen, typed dataclasses: every key, its type, its bounds, its default and its
+"""Schema of a recipe as frozen, typed dataclasses: every key with its type, bounds, default and
 documentation.
 
-`typed.py` builds these from YAML and the command line with pydantic, `check.py` holds the rules
-that span several keys, and `describe.py` prints the reference page. Nothing here imports torch.
+`typed.py` builds the dataclasses from YAML and the command line with pydantic. `check.py` has the
+rules that involve several keys. `describe.py` writes the reference page. This module does not
+import torch.
 
-The type of a field is all that it accepts: `Literal` fields take the listed words, `Length`, `Size`
-and `Share` fields take text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is
-no coercion: `pack: "true"` is refused.
+A field accepts only values of its type. A `Literal` field accepts the listed words. A `Length`,
+`Size` or `Share` field accepts text in the grammar of `tunesmith.units`. `X | None` also accepts
+`null`. Values are not converted to another type: `pack: "true"` is refused.
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from tunesmith.config.row_formats import FormatName
 from tunesmith.units import Length, Share, Size
 
-# A name, a path or a branch; only a system message may be empty.
+# Text that must not be empty: a name, a path or a branch.
 Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
-# Times a layer's width it is a size that torch can hold.
+# The upper bound prevents an overflow of torch's 64-bit tensor sizes by rank * width of a layer.
 Rank = Annotated[int, Interval(ge=1, lt=2**31)]
 AtLeastTwo = Annotated[int, Interval(ge=2, lt=2**63)]
 CountOrZero = Annotated[int, Interval(ge=0, lt=2**63)]
@@ -28,22 +29,25 @@ Positive = Annotated[float, Gt(0)]
 PositiveOrZero = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
-# Those of accelerate whose runs can be continued; metrics/trackers.py says how.
+# accelerate's trackers that can continue an existing run; see metrics/trackers.py.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
-# Minimum size of a batch that is proposed for kto, in examples. Its reference point is a mean over
-# the prompts of a batch, each with the answer to another prompt.
+# Minimum batch size, in examples, that tunesmith proposes for kto. KTO's reference point is a mean
+# over the prompts of a batch, each paired with the answer to another prompt, so it needs several
+# examples.
 MIN_KTO_BATCH = 4
-# What `data.leave_out` may name; data/compare/row_checks.py finds it.
+# Names of the problems of rows, which are the values of `data.leave_out`.
+# data/compare/row_checks.py finds rows with these problems.
 RowFault = Literal["near-duplicates", "contradictions"]
 MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
 
-# Methods whose examples are pairs of answers.
+# Training methods whose examples are pairs of answers: one is better than the other.
 PAIR_METHODS = ("dpo", "orpo", "simpo")
-# The keys below `method` that each method reads beside its name; those of the others are refused.
+# Keys in the recipe section `method` that each training method reads, in addition to `name`. A
+# recipe with a key that its method does not read is refused.
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "sft": (),
     "dpo": ("beta", "loss_type", "label_smoothing", "sft_weight"),
@@ -60,12 +64,15 @@ def key(
     example: str = "",
     free: bool = False,
 ) -> Any:
-    """Declare a recipe key: all that belongs to it but its type and its effect.
+    """Declare a recipe key. This function is a wrapper of `dataclasses.field`.
 
     Args:
-        default: of the key; `...`: it is required, and has an example.
-        free: whether it may change when a run resumes, as it changes no step; so may the keys
-            below it.
+        default: the default value. `...` means that the key is required. A required key must have
+            an example.
+        doc: the documentation for the reference page and for error messages.
+        example: an example value in YAML.
+        free: whether a run can resume with other values of this key and its nested keys. This is
+            possible if no training step depends on them.
     """
     metadata = {"doc": doc, "example": example, "free": free}
     if default is ...:
@@ -76,27 +83,28 @@ def key(
 
 
 def yaml_name(name: str) -> str:
-    """A field's name as a recipe writes it: `from_` is written `from`."""
+    """Convert the name of a dataclass field to a recipe key, for example `from_` to `from`."""
     return name.removesuffix("_")
 
 
 def is_section(hint: Any) -> bool:
-    """Tell whether a type is one of the dataclasses below, not a value such as `Length`."""
+    """Return whether a type is a section of the recipe, which is a dataclass of this module."""
     return isinstance(hint, type) and hint.__module__ == __name__
 
 
-# With fewer, the learning rate is mostly in its warm-up and the model changes little.
+# Minimum number of optimizer steps without a warning. In a shorter run most steps are warmup of the
+# learning rate, so the model changes little.
 FEW_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """What the loss is; the names and defaults of the numbers are TRL's."""
+    """The training method and the parameters of its loss. Names and defaults are those of TRL."""
 
     name: MethodName = key(
         "sft",
-        "sft: supervised fine-tuning; from pairs of a good and a bad answer: dpo, orpo, simpo; from"
-        " answers labeled good or bad: kto",
+        "sft: supervised fine-tuning; dpo, orpo, simpo: training on pairs of a good and a bad"
+        " answer; kto: training on answers labeled good or bad",
     )
     beta: Positive = key(
         0.1,
@@ -105,10 +113,10 @@ class MethodConfig:
     )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
         "sigmoid",
-        "dpo: loss on a pair's margin; robust: for partly wrong labels",
+        "dpo: loss function of a pair's margin; robust: for labels that are partly wrong",
     )
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = key(
-        0.0, "dpo, loss_type robust: the assumed share of pairs with swapped answers"
+        0.0, "dpo with loss_type robust: assumed fraction of pairs whose answers are swapped"
     )
     sft_weight: PositiveOrZero = key(
         0.0, "dpo: weight of the cross-entropy of the chosen answer, added to the loss"
@@ -126,41 +134,46 @@ class Model:
 
     name: Text = key(
         ...,
-        "Hub id, a local folder, a `.gguf` file, or `demo`",
+        "Hub id, local folder or `.gguf` file of the model, or `demo`",
         example="meta-llama/Llama-3.1-8B-Instruct",
     )
     revision: Text | None = key(None, "branch, tag or commit on the Hub; null: `main`")
-    tokenizer: Text | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
+    tokenizer: Text | None = key(
+        None, "Hub id or folder of the tokenizer; null: the tokenizer of the model"
+    )
     dtype: StatedDtype = key(
         "auto",
-        "dtype of weights and matmuls; fp16 scales the loss; auto: bf16 where the processor has"
-        " units for it, else fp32 if the weights fit",
+        "dtype of weights and matmuls; fp16 uses loss scaling; auto: bf16 if the processor supports"
+        " it in hardware, else fp32 if the weights fit into memory",
     )
     quantize: Quantize = key(
         "auto",
-        "quantization of the frozen base: none, fp8 for speed (needs bf16; on Hopper, Ada and"
-        " Blackwell GPUs), nf4 (bitsandbytes' format) for memory, as-shipped: the codes and scales"
-        " of a base that ships in FP8, NVFP4 or MXFP4; auto: as-shipped for such a base, none for"
-        " others",
+        "quantization of the frozen base model; none: no quantization; fp8: faster (needs bf16 "
+        "and a Hopper, Ada or"
+        " Blackwell GPU); nf4: less memory (the format of bitsandbytes); as-shipped: keep the"
+        " quantized weights of a checkpoint in FP8, NVFP4 or MXFP4; auto: as-shipped for such a"
+        " checkpoint, else none",
     )
     attention: Literal["auto", "eager"] = key(
         "auto",
-        "auto: the fastest for packed rows; eager: Transformers' implementation",
+        "attention implementation; auto: the fastest one for packed rows; eager: Transformers'"
+        " eager attention",
         free=True,
     )
     vision: bool = key(
         False,
-        "build the vision part of a vision-language model too, frozen: rows may have pictures;"
-        " false: its text model alone",
+        "load the vision encoder of a vision-language model too, frozen, so that rows can have"
+        " images; false: only the text model",
     )
     train_projector: bool = key(
         False,
-        "with `vision`: also train, in full, what turns features of pictures into those of tokens",
+        "with `vision`: also train all weights of the projector, which converts image features to"
+        " token embeddings",
     )
     trust_remote_code: bool = key(
         False,
         "run Python code from the model's repository; accepted in your own recipe and on the"
-        " command line, not in a run directory or in a recipe of another folder that you extend",
+        " command line; refused in a run directory and in an extended recipe of another folder",
     )
     added_tokens: tuple[Text, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
@@ -172,31 +185,34 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What is trained: a LoRA adapter, or with `kind: none` all weights."""
+    """The trained weights: a LoRA adapter, or all weights of the model with `kind: none`."""
 
     kind: Literal["lora", "none"] = key(
         "lora",
-        "lora, or none for full fine-tuning",
+        "lora: train a LoRA adapter; none: full fine-tuning",
     )
     rank: Rank = key(
         8,
         "LoRA rank (r)",
     )
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
+    dropout: Fraction = key(0.0, "dropout on the input of lora_A, at least 0 and below 1")
     target: Text | tuple[Text, ...] = key(
         "all-linear",
-        "`all-linear` (linear layers but the head, and experts) or a list of module names",
+        "`all-linear` (all linear layers except the output layer, and all experts) or a list of"
+        " module names",
     )
     rslora: bool = key(
         False,
         "scale by alpha / sqrt(rank), as rsLoRA does",
     )
     modules_to_save: tuple[Text, ...] = key(
-        (), "modules trained in full, such as `embed_tokens`, `lm_head`"
+        (), "modules whose weights are all trained, such as `embed_tokens`, `lm_head`"
     )
-    # `from` in a recipe.
-    from_: Text | None = key(None, "run, folder or Hub id of a PEFT adapter to continue from")
+    # A recipe calls this key `from`, which is a keyword of Python.
+    from_: Text | None = key(
+        None, "PEFT adapter to continue from: a run directory, a folder or a Hub id"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,36 +221,41 @@ class Source:
 
     source: Text = key(
         ...,
-        "Hub id, or a file, a folder or a pattern: json, jsonl, csv, parquet, arrow, txt, md",
+        "Hub id, or a file, a folder or a glob pattern: json, jsonl, csv, parquet, arrow, txt, md",
         example="rows.jsonl",
     )
-    name: Text | None = key(None, "configuration of a Hub dataset, or of its clone")
-    revision: Text | None = key(None, "branch, tag or commit of a Hub dataset")
-    split: Text | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
+    name: Text | None = key(None, "configuration of a dataset on the Hub, or of a clone of one")
+    revision: Text | None = key(None, "branch, tag or commit of a dataset on the Hub")
+    split: Text | None = key(
+        None, "split of the data set, such as `train` or `train[:95%]`; null: all rows"
+    )
     format: FormatName = key(
         "messages",
-        "row format; not given, it is preference with dpo, orpo and simpo, and feedback with kto",
+        "row format; the default is preference with dpo, orpo and simpo, feedback with kto",
     )
-    columns: dict[str, Text] = key({}, "column names: `{format's column: file's column}`")
-    max_examples: Count | None = key(None, "take the first N rows of the split")
-    weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
+    columns: dict[str, Text] = key(
+        {}, "names of the columns in the file: `{format's column: file's column}`"
+    )
+    max_examples: Count | None = key(None, "use only the first N rows of the split")
+    weight: Positive = key(
+        1.0, "with several sources: how often the rows of this source are seen in an epoch"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The rows, and how they become tokens."""
+    """The rows of the data set and their conversion to tokens."""
 
     train: tuple[Source, ...] = key(
         ...,
-        "a source, or a list",
+        "training rows: a source, or a list of sources",
         example="{source: rows.jsonl, format: messages}",
     )
-    validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
+    validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of sources, or null")
     hold_out: Share | None = key(
         None,
         "rows of `train` to hold out for validation, chosen by the seed: `5 %` or `50 "
-        "examples`; null:"
-        " none",
+        "examples`; null: none",
         example="5 %",
     )
     hold_out_seed: Seed | None = key(
@@ -242,25 +263,26 @@ class Data:
     )
     leave_out: tuple[RowFault, ...] = key(
         (),
-        "rows of `train` to leave out, before any are held out; they are counted: near-duplicates"
-        " (the first stays), contradictions (all answers to one prompt)",
+        "rows of `train` to leave out before rows are held out; near-duplicates: all but the first"
+        " of similar rows; contradictions: all rows of a prompt with contradictory answers; the"
+        " number of these rows is reported",
     )
     template: Text = key(
         "auto",
-        "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has"
+        "`auto` (the tokenizer's chat template; if it has none: alpaca, or raw if no row has"
         " turns), `chat`, `alpaca`, "
         "`raw` (prompt and completion without a template) or a Jinja file",
     )
     template_args: dict[str, bool | int | float | str] = key(
         {},
-        "arguments of the chat template, such as `{enable_thinking: false}`; saved with the"
-        " trained model as a part of its template",
+        "arguments of the chat template, such as `{enable_thinking: false}`; they are saved in the"
+        " template of the trained model",
     )
     system: str | None = key(None, "system message for rows that have none")
     image_max_pixels: Count | None = key(
         None,
-        "pictures of more pixels are scaled down to so many before the model's processor sees them;"
-        " null: they go to it as they are",
+        "maximum number of pixels of an image; larger images are scaled down before the model's"
+        " processor; null: no limit",
     )
     seq_len: AtLeastTwo = key(
         2048,
@@ -268,42 +290,45 @@ class Data:
     )
     pack: bool = key(
         True,
-        "put several examples in a row, isolated by attention; false: one example a row, padded",
+        "put several examples into one row, whose tokens attend only to their own example; false:"
+        " one example per row, padded",
     )
     train_on: Literal["response", "last", "all"] = key(
         "response",
-        "all assistant turns, the last one, or all tokens",
+        "tokens that enter the loss; response: all assistant turns; last: the last assistant turn;"
+        " all: all tokens",
     )
     too_long: Literal["auto", "truncate", "drop", "error"] = key(
         "auto",
-        "what to do with longer examples; they are counted. auto: split text into several examples,"
-        " and truncate others",
+        "what to do with examples longer than `seq_len`, whose number is reported; auto: split text"
+        " into several examples, and truncate other examples",
     )
     bad_rows: Literal["error", "skip"] = key(
         "error",
-        "what to do with rows that cannot be read or rendered: error lists them, skip leaves them"
-        " out; they are counted",
+        "what to do with rows that cannot be read or rendered; error: list them and stop; skip:"
+        " leave them out and report their number",
     )
     allow_cut_answers: bool = key(
         False,
-        "train although more than a tenth of the rows have an answer whose end is cut off by"
-        " `seq_len`",
+        "train even if `seq_len` cuts off the end of the answer in more than a tenth of the rows",
         free=True,
     )
     allow_secrets: bool = key(
         False,
-        "train on sessions of agents with secrets: access tokens, private keys, passwords in"
-        " addresses",
+        "train even if agent sessions contain secrets: access tokens, private keys, passwords in"
+        " URLs",
         free=True,
     )
-    shuffle: bool = key(True, "reshuffle each epoch, by the seed; false: file order")
+    shuffle: bool = key(True, "shuffle the rows in each epoch, by the seed; false: file order")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """The optimizer and its schedule."""
 
-    duration: Length = key(Length(1, "epochs"), "`1 epochs`, `500 steps` or `2 h`")
+    duration: Length = key(
+        Length(1, "epochs"), "length of the run, such as `1 epochs`, `500 steps` or `2 h`"
+    )
     global_batch: Size = key(
         Size(64, "examples"), "batch size of an optimizer step, over all ranks"
     )
@@ -313,21 +338,23 @@ class Train:
         free=True,
     )
     learning_rate: Positive = key(1e-4, "peak learning rate")
-    min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
+    min_learning_rate: PositiveOrZero = key(
+        0.0, "final learning rate of the schedules linear and cosine"
+    )
     schedule: Literal["constant", "linear", "cosine"] = key(
         "cosine", "learning-rate schedule after warmup"
     )
     warmup: Length = key(
         Length(3, "%"),
-        "linear warmup of the learning rate, as a share of the run or in steps",
+        "linear warmup of the learning rate, in % of the run, in steps or in epochs",
     )
     optimizer: Literal["adamw", "adamw-8bit"] = key(
-        "adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)"
+        "adamw", "optimizer; adamw-8bit stores both moments in 8 bits (bitsandbytes)"
     )
     optimizer_in_backward: bool = key(
         False,
-        "update each parameter during backward and free its gradient: full fine-tuning in less"
-        " memory; "
+        "update each parameter during backward and free its gradient, which saves memory in full"
+        " fine-tuning; "
         "needs `clip_norm: null`, and the global batch must fit in one forward pass",
     )
     betas: tuple[Fraction, Fraction] = key(
@@ -336,102 +363,105 @@ class Train:
     )
     eps: Positive = key(1e-8, "AdamW's epsilon")
     weight_decay: PositiveOrZero = key(
-        0.0, "decoupled weight decay of matrices, not of norms, biases and scalars"
+        0.0, "decoupled weight decay of matrices; norms, biases and scalars have none"
     )
     clip_norm: Positive | None = key(
         1.0,
         "maximum L2 norm of the gradient; null: no clipping",
     )
     master_weights: Literal["fp32", "stochastic"] = key(
-        "fp32", "bf16 weights: fp32 copy, or stochastic rounding"
+        "fp32", "how to train bf16 weights: with an fp32 copy, or with stochastic rounding"
     )
     seed: Seed = key(
         42,
-        "seed of data order, new weights and dropout",
+        "seed of the data order, of new weights and of dropout",
     )
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto",
-        "activation checkpointing: how many layers to recompute in backward; auto: as few as fit"
-        " in memory",
+        "activation checkpointing: number of layers to recompute in backward; auto: the smallest"
+        " number that fits into memory",
         free=True,
     )
     cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
         (),
-        "keep in the host's memory, at the cost of time: parameters (beside an adapter the frozen"
-        " layers, without embedding and head, of one process those that do not fit; on several"
-        " ranks also a model trained in full, with gradients and moments), activations (the inputs"
-        " of recomputed layers)",
+        "tensors to store in host memory, which is slower; parameters: with an adapter, the frozen"
+        " layers without embeddings and output layer (in one process only the layers that do not"
+        " fit); on several ranks also a fully trained model with its gradients and moments;"
+        " activations: the inputs of recomputed layers",
         free=True,
     )
-    compile: Literal["auto", "on", "off"] = key("auto", "torch.compile", free=True)
+    compile: Literal["auto", "on", "off"] = key(
+        "auto", "use torch.compile; auto: on a GPU where the compiler works", free=True
+    )
     deterministic: bool = key(
         False,
-        "bitwise reproducible runs and resumes on a GPU too; slower, and an operator without a"
-        " deterministic implementation ends the run",
+        "make runs and resumes on a GPU bit for bit reproducible; this is slower, and an operator"
+        " without a deterministic implementation stops the run",
         free=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How ranks share the work; nothing here changes the result."""
+    """The distribution of the work over the ranks. These keys do not change the result."""
 
-    replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
+    replicate: Count | Literal["auto"] = key("auto", "number of data-parallel replicas")
     shard: Count | Literal["auto"] = key(
         "auto",
-        "ranks that shard one replica",
+        "number of ranks that shard one replica",
     )
     tensor: Count | Literal["auto"] = key(
         1,
-        "tensor-parallel ranks, on one node; auto: the fastest",
+        "number of tensor-parallel ranks, on one node; auto: the fastest number",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validate:
-    """Loss on the held-out rows."""
+    """Validation: the loss on the held-out rows."""
 
     every: Length | None = key(
         Length(100, "steps"),
-        "interval; always also at the end; null: only at the end",
+        "interval of the validations; null: only at the end; a validation at the end always runs",
     )
-    max_examples: Count | None = key(None, "take the first N held-out examples")
+    max_examples: Count | None = key(None, "use only the first N held-out examples")
     patience: Count | None = key(None, "stop after N validations without improvement")
     best_by: Literal["loss", "accuracy"] = key(
         "loss",
-        "what makes a validation better: a lower loss, or with pairs of answers a higher share of"
-        " them in the right order",
+        "score that selects the best validation; loss: the lowest loss; accuracy: with pairs of "
+        "answers,"
+        " the largest fraction of pairs in the right order",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What is saved during the run, and how a run resumes."""
+    """Checkpoints that are saved during the run, and how a run resumes."""
 
     every: Length | None = key(
         Length(200, "steps"),
-        "interval; null: only at the end and when stopped",
+        "interval of the checkpoints; null: only at the end and when the run is stopped",
     )
     keep: Count = key(
         3,
-        "how many checkpoints to keep, newest first, beside the best one",
+        "number of newest checkpoints to keep, in addition to the best one",
     )
     final: Literal["best", "last"] = key(
         "best",
-        "the weights of final/: best: of the best validation whose step has a checkpoint, which"
-        " an adapter saves at each new best, and a full model only at `every`; last: of the last"
-        " step",
+        "weights to write to final/; best: those of the best validation whose step has a checkpoint"
+        " (an adapter is saved at each new best, a full model only at `every`); last: those of the"
+        " last step",
     )
     resume: Literal["auto", "never", "force"] = key(
         "auto",
-        "auto: from the newest complete checkpoint; never: start over; force: although the recipe"
-        " differs",
+        "how to start if output_dir has checkpoints; auto: resume from the newest complete"
+        " checkpoint; never: start over; force: resume even if the recipe differs",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """What is shown and written during training."""
+    """Log lines, trackers and sample answers during training."""
 
     every: Length = key(
         Length(1, "steps"),
@@ -439,54 +469,60 @@ class Log:
     )
     tensorboard: bool | None = key(
         None,
-        "write TensorBoard events; null: if tensorboard is installed or tensorboard_dir is set",
+        "write TensorBoard events; null: only if tensorboard is installed or tensorboard_dir is "
+        "set",
     )
     tensorboard_dir: Text | None = key(
-        None, "folder of the events; null: `tensorboard/` in output_dir"
+        None, "folder of the TensorBoard events; null: `tensorboard/` in output_dir"
     )
-    wandb: bool = key(False, "log to Weights & Biases, configured by its own WANDB_ variables")
+    wandb: bool = key(False, "log to Weights & Biases, configured by the variables WANDB_*")
     trackers: tuple[TrackerName, ...] = key(
         (),
-        "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb",
+        "trackers to log to, each configured by its environment variables: mlflow, trackio,"
+        " comet_ml, swanlab, wandb",
     )
     project: Text | None = key(
         None,
-        "project of the trackers; null: their own variables (WANDB_PROJECT), else `tunesmith`",
+        "project name for the trackers; null: from their environment variables, such as"
+        " WANDB_PROJECT, else `tunesmith`",
         example="my-project",
     )
     samples: CountOrZero = key(
         2,
-        "sample answers to held-out prompts, before the first step (not on shards) and at each"
-        " validation; 0: none",
+        "number of sample answers to held-out prompts, before the first step (not with sharded"
+        " weights) and at each validation; 0: none",
     )
     sample_seconds: Positive = key(
         20.0,
-        "seconds for the sample answers before the first step, and again for those of the final"
-        " weights, or 1 % of the run's time if that is more; validations take what is left",
+        "maximum seconds for the sample answers before the first step, and again for those of the"
+        " final weights, or 1 % of the run's time if this is more; validations use the remaining"
+        " time",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Traces for Perfetto, and a memory snapshot."""
+    """Profiling: traces for Perfetto, and a memory snapshot."""
 
     enabled: bool = key(False, "record a trace and a memory snapshot")
     wait: CountOrZero = key(5, "steps to skip before each cycle")
-    warmup: CountOrZero = key(3, "steps to trace and discard")
-    active: Count = key(20, "steps to record")
-    cycles: Count = key(1, "how many cycles")
-    stacks: bool = key(False, "record Python call stacks: larger traces, slower steps")
+    warmup: CountOrZero = key(3, "steps to trace and discard in each cycle")
+    active: Count = key(20, "steps to record in each cycle")
+    cycles: Count = key(1, "number of cycles")
+    stacks: bool = key(
+        False, "record Python call stacks, which makes traces larger and steps slower"
+    )
     ranks: tuple[CountOrZero, ...] | Literal["all"] = key(
-        "all", "the ranks that record, such as [0]"
+        "all", "ranks that record a trace, such as [0]"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One resolved recipe: everything that defines a run."""
+    """A resolved recipe, which defines a run completely."""
 
-    # Read by pydantic, also for the sections below: nothing coerced, nothing unknown, `from_`
-    # written `from`.
+    # Settings of pydantic for this class and its sections. Values are not converted to another
+    # type, unknown keys are refused, and the field `from_` is read from the key `from`.
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "strict": True,
         "extra": "forbid",
@@ -500,31 +536,32 @@ class Run:
         example="{name: dpo}",
     )
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
-    adapter: Adapter = key(Adapter(), "what is trained")
+    adapter: Adapter = key(Adapter(), "the trained weights: a LoRA adapter, or all weights")
     data: Data = key(
         ...,
         "the rows and their tokenization",
         example="{train: {source: rows.jsonl, format: messages}}",
     )
     train: Train = key(Train(), "the optimizer and its schedule")
-    parallel: Parallel = key(Parallel(), "how ranks share the work", free=True)
-    validate: Validate = key(Validate(), "loss on the held-out rows", free=True)
+    parallel: Parallel = key(Parallel(), "how the ranks share the work", free=True)
+    validate: Validate = key(Validate(), "the loss on the held-out rows", free=True)
     checkpoint: Checkpoint = key(Checkpoint(), "checkpoints, and how a run resumes", free=True)
     log: Log = key(Log(), "logging and trackers", free=True)
     profile: Profile = key(Profile(), "traces and a memory snapshot", free=True)
     output_dir: Text = key(
         ...,
-        "the run directory; not the working or the home directory",
+        "the run directory, which must not be the working or the home directory",
         example="runs/mine",
         free=True,
     )
 
     @property
     def extra_forwards(self) -> int:
-        """Passes of a step's tokens beside the one that is trained on.
+        """Number of forward passes per step in addition to the pass of the training loss.
 
-        A reference that is not known before training takes one. KTO's reference point takes two
-        more, on answers of other rows: the model, and its reference where unknown.
+        A reference model needs one pass per step, unless its log probabilities are computed before
+        training. KTO also computes a reference point from answers of other rows. This takes one
+        more pass of the model, and one more pass of the reference model if it runs in each step.
         """
         if self.adapter.kind == "none":
             return 1 if self.method.name == "kto" else 0
@@ -533,5 +570,8 @@ class Run:
 
     @property
     def row_tokens(self) -> int:
-        """Length of a packed row: the largest example fits, of which a pair has two sequences."""
+        """Length of a packed row in tokens.
+
+        For preference pairs it is 2 * `data.seq_len`, because a pair has two sequences.
+        """
         return self.data.seq_len * (2 if self.method.name in PAIR_METHODS else 1)

@@ -1,5 +1,6 @@
-"""The recipes that come with tunesmith: `recipes/` of a checkout, `tunesmith/recipes` of an
-installed package.
+"""Access to the shipped recipes.
+
+They are in `recipes/` of a source checkout, or in `tunesmith/recipes` of an installed package.
 """
 
 import os
@@ -7,15 +8,15 @@ from pathlib import Path
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
-from tunesmith.host.files import near_path
+from tunesmith.host.files import find_similar_path
 
 YAML_SUFFIXES = (".yaml", ".yml")
-# How the YAML language server, and so an editor, finds a file's schema.
+# Start of the comment that tells an editor's YAML language server which schema a file has.
 MODELINE = "# yaml-language-server: $schema="
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> file of every shipped recipe, by name."""
+    """Return a dict from the name of every shipped recipe to its file, sorted by name."""
     package = Path(__file__).resolve().parents[1]
     folder = package / "recipes"
     if not folder.is_dir():
@@ -24,46 +25,53 @@ def shipped() -> dict[str, Path]:
 
 
 def purpose(path: Path) -> str:
-    """Read what a recipe is for: the comment below the line for editors."""
+    """Return the first comment of a recipe file, which states its purpose.
+
+    The line that names the schema for editors is skipped.
+    """
     with path.open(encoding="utf-8") as file:
         return next(line.lstrip("# ").strip() for line in file if not line.startswith(MODELINE))
 
 
 def copy_of(path: Path) -> str:
-    """The text of a shipped recipe for another folder: its first line leads editors to the schema
-    beside the original.
+    """Return the text of a shipped recipe, with an absolute path to the schema in its first line.
+
+    With this path, editors find the schema from any folder that contains the copy of the recipe.
     """
     return "\n".join([schema_line(), path.read_text(encoding="utf-8").partition("\n")[2]])
 
 
 def schema_line() -> str:
-    """The first line of a recipe in any folder: it leads editors to the schema beside the shipped
-    recipes.
-    """
+    """Return the first line of a recipe: a comment with the schema's URI, for editors."""
     return f"{MODELINE}{next(iter(shipped().values())).with_name('schema.json').as_uri()}"
 
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
-    """The file that a recipe's name or path means, else a RecipeError; a file wins over a shipped
-    recipe of its name.
+    """Return the file of a recipe. `recipe` is a path or the name of a shipped recipe.
+
+    An existing file is preferred to a shipped recipe of the same name. Raise RecipeError if neither
+    exists.
     """
-    # Unlike Path.expanduser, it leaves ~name of no user as it is.
+    # os.path.expanduser keeps `~name` of an unknown user; Path.expanduser raises RuntimeError.
     path = base / os.path.expanduser(recipe)
-    # Unlike those of Path, they are False for a name that is too long for a path.
+    # os.path.isfile returns False if the name is too long for a path; Path.is_file raises OSError.
     if os.path.isfile(path):
         return path
     recipes = shipped()
     if str(recipe) in recipes:
         return recipes[str(recipe)]
     if os.path.isdir(path):
-        fix = f"name a .yaml file in it; of a run: {path / 'config.yaml'}"
+        fix = (
+            "name a recipe file (.yaml) in this folder; if the folder is a run directory, its "
+            f"recipe is {path / 'config.yaml'}"
+        )
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
-    near = (path.suffix and near_path(path)) or nearest(path.stem, recipes)
+    near = (path.suffix and find_similar_path(path)) or nearest(path.stem, recipes)
     fix = (
-        "see those that ship: tunesmith recipes; or make one from your rows: tunesmith train "
-        "--model demo --data faq.csv"
+        "list the shipped recipes with `tunesmith recipes`, or train without a recipe: "
+        "`tunesmith train --model demo --data faq.csv`"
     )
     if near:
-        fix = f"did you mean {near}? or {fix}"
-    what = f"no recipe {str(recipe)!r}: neither a file nor one that ships"
+        fix = f"did you mean {near}? If not, {fix}"
+    what = f"there is neither a file nor a shipped recipe with the name {str(recipe)!r}"
     raise RecipeError(what, where=where, fix=fix)

@@ -1,7 +1,7 @@
-"""A tree of recipe values becomes a `Run`: pydantic holds it against the schema, and its errors get
-a place and a fix.
+"""Conversion of a tree of recipe values to a `Run`. pydantic validates the values against the
+schema, and this module adds the position and a fix to its errors.
 
-Nothing is coerced. The one conversion is from a whole number to a number: `alpha: 16`.
+Values are not coerced, with one exception: an integer is accepted as a float, as in `alpha: 16`.
 """
 
 import json
@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
+from tunesmith.config.layers import COMMAND_LINE
 from tunesmith.config.names import (
     example,
     keys,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
-# pydantic's errors of numbers of the right type.
+# pydantic's error types for a number of the right type that is out of bounds.
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "finite_number")
 _AMOUNTS = {Length, Size, Share}
 
@@ -49,37 +50,39 @@ _FORMS = {
 
 @cache
 def run_type() -> "TypeAdapter[Run]":
-    """Pydantic's view of the schema: it validates, and gives the JSON Schema."""
+    """Return the pydantic adapter of `Run`, which validates values and creates the JSON Schema."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Run)
 
 
 def build_run(tree: Node) -> Run:
-    """The recipe in the types of the schema.
+    """Convert a tree of recipe values to a `Run`.
 
     Raises:
-        RecipeError: the first key or value that does not fit, with its place.
+        RecipeError: if a key or value does not fit the schema. The error names the first problem
+            and its position.
     """
     from pydantic import ValidationError
 
     values = tree.plain()
     data = values.get("data")
     if isinstance(data, dict):
-        # A single source needs no list; null and {} stand for none.
+        # Put a single source that is given without a list into a list. null and {} mean that there
+        # is no source.
         for part in ("train", "validation"):
             if part in data and isinstance(data[part], dict | None):
                 data[part] = [data[part]] if data[part] else []
     try:
-        # In JSON, unlike in Python, strict mode takes a list as a tuple and a mapping as a
-        # dataclass.
+        # Validate JSON, because pydantic's strict mode accepts a list as a tuple, and a mapping as
+        # a dataclass, only in JSON input.
         return run_type().validate_json(json.dumps(values))
     except ValidationError as error:
         raise _explain(error.errors(include_url=False), tree) from None
 
 
 class _Value(NamedTuple):
-    """A value of the recipe with its dotted key, and what the schema says of it."""
+    """A value of the recipe with its dotted key, its type and its field of the schema."""
 
     node: Node
     key: str
@@ -90,19 +93,22 @@ class _Value(NamedTuple):
     def at(cls, node: Node, key: str) -> "_Value":
         schema_key = without_indices(key)
         is_entry = key[-1:].isdigit() and not key.endswith(schema_key)
-        # An entry of a mapping: data.train.columns.prompt.
+        # A key that is not in the schema is an entry of a mapping. An example is
+        # data.train.columns.prompt.
         if schema_key not in keys():
             schema_key = schema_key.rpartition(".")[0]
             is_entry = True
         spec, hint = keys()[schema_key]
         if is_entry:
-            # The type of a list's entries, or of a mapping's values.
+            # Replace `hint` by the type of the list's items or of the mapping's values.
             [inside] = [get_args(m) for m in members(hint) if get_origin(m) in (tuple, dict)]
             hint = inside[1] if dict in map(get_origin, members(hint)) else inside[0]
         return cls(node, key, hint, spec)
 
     def line(self, value: str) -> str:
-        """Write `value` in the form of its place: `key=value`, or `key: value` in a file."""
+        """Return the text that sets this key: `key=value` on the command line, or `key: value` in a
+        file.
+        """
         name = self.key.rpartition(".")[2]
         if name.isdigit():
             return value
@@ -111,25 +117,26 @@ class _Value(NamedTuple):
         return f"{name}: {value}"
 
     def example(self) -> str:
-        """The line with a value that can stand here; the whole list for one of its entries."""
+        """Return a line with a valid example value. For a list item, return the entire list."""
         owner = re.sub(r"\.[0-9]+$", "", self.key)
         value = example(self.hint, self.spec)
-        # An entry of a mapping, whose example is a whole mapping.
+        # The schema's example is for the entire mapping, so it does not fit one of its entries.
         if without_indices(owner) not in keys():
             value = "name"
         return self._replace(key=owner).line(value)
 
 
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
-    """The first error as ours.
+    """Convert pydantic's errors to one RecipeError.
 
-    Unknown keys come first: a mistyped one is often missing under its right name.
+    Unknown keys are reported first, because a mistyped key also causes a "missing key" error.
     """
     located = [(*_locate(tree, error), error) for error in errors]
     unknown = [one for one in located if one[2]["type"] == "unexpected_keyword_argument"]
     if unknown:
         return _explain_unknown(tree, unknown)
-    # Each member of a union has its error: take the one that got furthest into the value.
+    # pydantic reports one error for each member type of a union. Use the error with the longest
+    # key, because this member type matched the largest part of the value.
     same_value = [one for one in located if one[1].startswith(located[0][1])]
     node, key, error = max(same_value, key=lambda one: len(one[1]))
     name = error["loc"][-1] if error["loc"] else ""
@@ -138,9 +145,10 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
             "the recipe has text that is not Unicode",
             where=node.where,
             why=error["msg"],
-            fix="remove escapes such as \\ud800, which are half a character",
+            fix="remove escapes such as \\ud800, which are half of a character",
         )
-    # "missing" with a number is an entry of a tuple: that is a value of the wrong length.
+    # `name` is the missing key. If `name` is a number, a list has too few items, and
+    # `_explain_value` handles this error.
     if error["type"] == "missing" and isinstance(name, str):
         value = _Value.at(node, f"{key}.{name}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
@@ -148,14 +156,18 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
         return RecipeError(what, where=node.where, fix=fix)
     what, fix = _explain_value(_Value.at(node, key), error)
     why = ""
-    # `key=$UNSET` comes as `key=`, which is null.
+    # The value may be null because of an unset shell variable: the shell turns `key=$UNSET` into
+    # `key=`.
     if node.value is None and node.where.startswith("command line"):
-        why = "an unset shell variable leaves a value empty"
+        why = "the value is empty, perhaps because a shell variable is not set"
     return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
 def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]") -> RecipeError:
-    """All unknown keys in one error; a file of another tool is one to import."""
+    """Build one error for all unknown keys.
+
+    If the file is a configuration of another tool, the fix is the command `tunesmith import`.
+    """
     where = unknown[0][0].where
     file = where.rpartition(":")[0]
     places = []
@@ -164,20 +176,24 @@ def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]"
         name = str(error["loc"][-1])
         places.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
         section = without_indices(key.removesuffix(name).rstrip("."))
-        fixes.append(f"{key}: {suggest_key(section, name)}")
+        on_command_line = node.where.startswith(COMMAND_LINE)
+        hint = suggest_key(section, name, on_command_line=on_command_line)
+        fixes.append(f"{key}: {hint}")
     if len(unknown) == 1:
         fix = fixes[0].removeprefix(f"{key}: ")
         return RecipeError(f"unknown key {key}", where=where, fix=fix)
     fix = "; ".join(fixes)
-    # Keys of other tools at the top of a file, which has no section `model` as a recipe has.
+    # A file with several top-level keys of other tools and without a `model` section is a
+    # configuration file of another tool.
     foreign = [key for _, key, _ in unknown if key in other_tools("keys")]
     if len(foreign) > 1 and "model" not in dict(tree.children()) and Path(file).is_file():
-        fix = f"tunesmith import {shell_path(file)}   # these are keys of another tool"
+        command = f"tunesmith import {shell_path(file)}"
+        fix = f"convert the file with `{command}`, because these are keys of another tool"
     return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
 
 
 def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
-    """Say what is wrong with a value, and the fix."""
+    """Return two texts: the problem with a value, and the fix."""
     content = value.node.value
     is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
     fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
@@ -193,9 +209,9 @@ def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
 
 
 def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
-    """The value that an error is about, and its key.
+    """Return the node and the dotted key of the value that a pydantic error is about.
 
-    pydantic's parts for a single source and a union are skipped.
+    Parts of pydantic's location that are not keys of the tree, such as union members, are skipped.
     """
     node = tree
     key = ""
@@ -208,11 +224,11 @@ def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
 
 
 def _fix_type(value: _Value) -> str:
-    """The line to write for a value of the wrong type, if it can be guessed; else empty."""
+    """Return the fix for a value of the wrong type, or "" if no fix can be guessed."""
     content = value.node.value
     types_ = members(value.hint)
     words = literal_words(value.hint)
-    # A word that another tool has here may have another name.
+    # The given value may be the name that another tool uses for one of the allowed words.
     if words and isinstance(content, str | bool):
         one_of = f"write one of {', '.join(words)}"
         absent = other_tools("absent").get(str(content).lower())
@@ -225,7 +241,7 @@ def _fix_type(value: _Value) -> str:
         return f"write it as a list: {value.line(f'[{content}]')}"
     if isinstance(content, int | float) and str in types_:
         return f"put it in quotes: {value.line(json.dumps(str(content).lower()))}"
-    # A bare number where an amount needs its unit.
+    # The value is a number without a unit, but the key needs a unit, as in `3 epochs`.
     for kind in _AMOUNTS.intersection(types_):
         if type(content) is int:
             lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
@@ -234,7 +250,7 @@ def _fix_type(value: _Value) -> str:
 
 
 def literal_words(hint: object) -> tuple[str, ...]:
-    """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
+    """Return the words that a type allows: `Literal["a", "b"] | int` -> ("a", "b")."""
     words: list[str] = []
     for member in members(hint):
         if get_origin(member) is Literal:
@@ -243,7 +259,7 @@ def literal_words(hint: object) -> tuple[str, ...]:
 
 
 def type_in_words(hint: object) -> str:
-    """A type in words, such as "a whole number or `auto`"."""
+    """Describe a type in words, such as "a whole number or `auto`"."""
     origin = get_origin(hint)
     inside = get_args(hint)
     if origin is Literal:

@@ -1,6 +1,6 @@
-"""A recipe's data, ready to train on: template, tokens, contract and schedule.
+"""Preparation of a recipe's data for training: template, tokens, contract and schedule.
 
-`train` and `data` both start here.
+The commands `train` and `data` both call `prepare_data`.
 """
 
 import math
@@ -33,7 +33,7 @@ from tunesmith.data.tokens.token_set import (
 )
 from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
-from tunesmith.host.files import cache_folder, from_here
+from tunesmith.host.files import cache_folder, relative_to_cwd
 from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import HELD_OUT, with_earlier_runs
 from tunesmith.units import count_of
@@ -43,26 +43,28 @@ if TYPE_CHECKING:
 
     from tunesmith.data.text.placeholders import PictureProcessor
 
-# Of a source's tokens; where more are lost, a warning says so.
-MOST_LOST_TOKENS = 0.01
-# Memory to order an epoch: indices, random keys and their sort take 8 bytes an example each.
+# Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
+# are truncated or dropped.
+MAX_LOST_TOKENS_SHARE = 0.01
+# Bytes per example to shuffle an epoch: examples, keys, order and the sort take 8 bytes each.
 BYTES_PER_EXAMPLE = 32
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data of a run as training needs it.
+    """The examples of a run, their batch schedule, and the results of all checks.
 
     Attributes:
-        validation: None where the recipe names none.
-        duplicates: training examples that repeat an earlier one.
-        overlap: validation examples that are trained on too.
-        splits: the rows that all of it is made of, and what was found in them.
-        across: pairs of a row of `data.validation` and one of `data.train` that are
-            near-duplicates, by their indices over all sources of either.
-        validation_digest: sha256 (hex) of all validation examples, also of those that
-            `validate.max_examples` leaves out.
-        position_limit: the model's longest sequence, where it has one.
+        validation: the validation examples, or None if there are none.
+        duplicates: training examples that repeat an earlier training example.
+        overlap: validation examples that are also training examples.
+        splits: the training rows and the validation rows, with the problems that were found in
+            them.
+        across: pairs of near-duplicates. The first row number is from `data.validation` and the
+            second is from `data.train`. Rows are counted over all sources of a split.
+        validation_digest: sha256 (hex) of all validation examples, including examples that
+            `validate.max_examples` excludes.
+        position_limit: maximum sequence length of the model, or None if it has no limit.
     """
 
     run: Run
@@ -84,10 +86,7 @@ class TrainingData:
         return self.train.counts.digest
 
     def repeated(self, steps: int) -> Self:
-        """The same where all of the first `steps` steps are full.
-
-        Each example comes several times in an epoch if need be.
-        """
+        """Return the data with repeated examples, so that the first `steps` steps are full."""
         schedule = self.schedule
         repeats = self.train.repeats
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
@@ -96,26 +95,26 @@ class TrainingData:
         return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
-        """Each source with its split, `train` or `validation`."""
+        """Return each source with the name of its split, `train` or `validation`."""
         sources = [("train", part) for part in self.train.parts]
         if self.validation is not None:
             sources += [("validation", part) for part in self.validation.parts]
         return sources
 
     def describe(self, *, why: bool = False) -> str:
-        """Lines for the user: which rows are trained on, what was left out, how many steps.
+        """Return lines for the user: which rows are used, which are left out, and how many steps.
 
-        With `why` also the template, which is always shown where rows are not a chat or the model
-        has none, and what was checked.
+        If `why` is True, the lines include the template and the results of the checks. The template
+        is also shown if no chat template is used, or if tunesmith has chosen the alpaca template.
         """
         lines = []
-        # A base has no template of its own: its prompt is our choice.
+        # Whether tunesmith has chosen the alpaca template, because the model has no chat template.
         is_chosen = self.run.data.template == "auto" and self.template.name == "alpaca"
         if why or self.template.raw or is_chosen:
             lines.append(self.template.describe())
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
-            lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
+            lines.append(f"{split}: {relative_to_cwd(part.counts.source)}: {figures}")
         lines += describe_layouts(part.rows for _, part in self.sources())
         lines += describe_rows(self.splits)
         if self.run.data.hold_out and self.validation is not None:
@@ -127,70 +126,83 @@ class TrainingData:
         return "\n".join(lines)
 
     def describe_checks(self) -> list[str]:
-        """A line for each split: how many rules its tokens passed, how many rows were looked at,
-        and what the rules noted."""
+        """Return a line with the results of the token contract for each split.
+
+        The line contains the number of passed rules, the number of checked rows, and the notes of
+        the rules.
+        """
         lines = []
         for contract in self.contracts:
-            # The most that a rule checked of each kind of thing, as rows or tokens.
+            checks = contract.checks
+            # Kind of item, such as "row" -> the largest number of these items that a rule has
+            # checked.
             counts: dict[str, int] = {}
-            for check in contract.checks:
+            notes = []
+            for check in checks:
                 counts[check.of] = max(check.checked, counts.get(check.of, 0))
+                if check.note and not check.broken:
+                    notes.append(check.note)
             things = ", ".join(count_of(count, kind) for kind, count in counts.items())
-            count = count_of(len(contract.checks), "check")
+            passed = count_of(len(checks), "check")
             if contract.broken:
-                count = f"{len(contract.checks) - len(contract.broken)} of {count}"
-            line = f"token contract of {contract.split}: passed {count} of {things}"
-            notes = [check.note for check in contract.checks if check.note and not check.broken]
+                passed = f"{len(checks) - len(contract.broken)} of {passed}"
+            line = f"token contract of {contract.split}: passed {passed} of {things}"
             lines.append("; ".join([line, *notes]))
         return lines
 
     def describe_held_out(self) -> str:
-        """A line for the user: what it means that rows are held out, and where they are listed."""
+        """Return a line that says how many rows are held out, and where the user finds their
+        list.
+        """
         assert self.validation is not None
         count = count_of(self.validation.counts.kept_rows, "held-out row")
         if self.run.validate.max_examples is not None:
-            count = "held-out rows"  # more than those that are measured
-        listed = from_here(Path(self.run.output_dir) / HELD_OUT)
+            count = "held-out rows"  # the validation set has fewer rows than are held out
+        listed = relative_to_cwd(Path(self.run.output_dir) / HELD_OUT)
         return (
-            f"this run does not train on the {count} (listed in {listed}); "
-            "data.hold_out=null trains on all rows"
+            f"this run does not train on the {count} (listed in {listed}); to train on all rows, "
+            "set data.hold_out=null"
         )
 
-    def figures(self, part: SourceTokens) -> list[str]:
-        """Describe what one source gives, and what of it is left out and why."""
-        counts = part.counts
-        left_out = _left_out(part)
-        rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
-        if left_out:
-            rows += f" ({', '.join(left_out)})"
-        supervised = counts.supervised / max(1, counts.tokens)
+    def figures(self, part: SourceTokens) -> Iterator[str]:
+        """Yield texts with the counts of rows, tokens and pictures of one source.
 
-        figures = [rows]
+        Dropped rows are counted separately, with the reason.
+        """
+        counts = part.counts
+        rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
+        left_out = ", ".join(_left_out(part))
+        if left_out:
+            rows += f" ({left_out})"
+        yield rows
         if part.weight != 1:
-            figures.append(f"weight {part.weight:g}")
-        figures.append(f"{count_of(counts.tokens, 'token')}, {supervised:.1%} supervised")
+            yield f"weight {part.weight:g}"
+        supervised = counts.supervised / max(1, counts.tokens)
+        yield f"{count_of(counts.tokens, 'token')}, {supervised:.1%} supervised"
         if counts.split:
             parts = counts.kept - counts.kept_rows + counts.split
-            figures.append(f"{counts.split:,} split into {parts:,} (data.seq_len)")
+            rows = count_of(counts.split, "row")
+            yield f"{rows} split into {count_of(parts, 'example')} (data.seq_len)"
         if counts.cut:
-            figures.append(f"{counts.cut:,} cut (data.too_long: {part.too_long})")
+            yield f"{count_of(counts.cut, 'row')} truncated (data.too_long: {part.too_long})"
         if counts.lost_share:
-            figures.append(f"{_percent(counts.lost_share)} of the tokens lost")
+            yield f"{_percent(counts.lost_share)} of the tokens lost"
         if "empty" in counts.flaws:
-            figures.append(f"{counts.flaws['empty'][0]:,} with an empty answer")
-        figures.append(f"longest {count_of(counts.longest, 'token')}")
+            count, _ = counts.flaws["empty"]
+            yield f"{count_of(count, 'row')} with an empty answer"
+        yield f"longest {count_of(counts.longest, 'token')}"
         if counts.pictures:
             all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
-            share = f"{counts.placeholders / all_tokens:.1%} of the tokens"
-            figures.append(f"{count_of(counts.pictures, 'picture')}, {share}")
-            figures.append(f"{counts.placeholders / counts.pictures:,.0f} tokens a picture")
+            share = counts.placeholders / all_tokens
+            yield f"{count_of(counts.pictures, 'picture')}, {share:.1%} of the tokens"
+            tokens_each = counts.placeholders / counts.pictures
+            yield f"{tokens_each:,.0f} tokens per picture"
         if counts.scaled_pictures:
             limit = f"data.image_max_pixels: {self.run.data.image_max_pixels}"
-            figures.append(f"{counts.scaled_pictures:,} of them scaled down ({limit})")
-        return figures
+            yield f"{counts.scaled_pictures:,} of them scaled down ({limit})"
 
     def describe_schedule(self) -> str:
-        """A line for the user: how many optimizer steps, and of which examples."""
+        """Return a line with the number of optimizer steps and the number of examples per epoch."""
         duration = self.run.train.duration
         summary = self.schedule.summary(duration)
         steps = f"as many as fit in {duration.in_words()}"
@@ -206,168 +218,178 @@ class TrainingData:
             rows += f" of {self.schedule.row_length:,} tokens"
         examples = count_of(summary.examples, "example")
         return (
-            f"steps: {steps}; an epoch has {summary.steps_per_epoch:,}: "
+            f"steps: {steps}; an epoch has {count_of(summary.steps_per_epoch, 'step')}: "
             f"{examples} in {rows}, {summary.fill:.1%} filled"
         )
 
     def warnings(self) -> list[str]:
-        """List what is valid but seldom meant, each with its fix."""
+        """Return warnings about valid but rarely intended data, each with its fix."""
         train = self.run.train
-        warnings = self._few_steps_warnings()
+        warnings = list(self._few_steps_warnings())
         warnings += describe_long_warmup(train, self.schedule.steps(train.duration))
         for contract in self.contracts:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
-        for tell in (self._tell_bad_rows, self._tell_unread, self._tell_control_tokens):
-            warnings += self._of_sources(tell)
+        for warn in (self._warn_bad_rows, self._warn_unread, self._warn_control_tokens):
+            warnings += self._warn_by_source(warn)
         if self.template.pictures is not None and not self.train.counts.pictures:
             warnings.append(
-                "model.vision is true, and no row has a picture; fix: model.vision=false, or name"
-                " the column of the pictures, such as columns: {images: COLUMN}"
+                "model.vision is true, but no row has a picture; fix: set model.vision=false, or"
+                " name the column of the pictures, such as columns: {images: COLUMN}"
             )
-        # Rows that are held out are of the same folder.
+        # Remove repeated warnings. Held-out rows are in the same folder as the training rows, so
+        # both give the same warning.
         warnings += dict.fromkeys(
-            f"files in {from_here(part.counts.source)} are not read: {part.rows.skipped}"
+            f"files in {relative_to_cwd(part.counts.source)} are not read: {part.rows.skipped}"
             for _, part in self.sources()
             if part.rows.skipped
         )
-        warnings += self._of_sources(self._tell_lost_tokens)
-        warnings += self._of_sources(self._tell_flaws)
-        # Most of them are repeated rows, which have their line below.
+        warnings += self._warn_by_source(self._warn_lost_tokens)
+        warnings += self._warn_by_source(self._warn_flaws)
+        # Most duplicate examples come from near-duplicate rows, which have a separate warning. Warn
+        # only if there are more duplicate examples than near-duplicate rows.
         if self.duplicates.count > count_repeating(self.splits):
             what = "training examples are duplicates"
             text = _describe_repeats(self.duplicates, len(self.train), what)
-            warnings.append(f"{text}; fix: delete them, or 'data.leave_out=[near-duplicates]'")
+            fix = "delete the duplicates, or set 'data.leave_out=[near-duplicates]'"
+            warnings.append(f"{text}; fix: {fix}")
         if self.overlap.count and self.validation is not None:
             what = (
                 "validation examples are also in the training data, so val_loss is too optimistic"
             )
             text = _describe_repeats(self.overlap, len(self.validation), what)
             warnings.append(
-                f"{text}; fix: splits that share no row, such as train[:95%] and train[95%:];"
+                f"{text}; fix: use splits that share no row, such as train[:95%] and train[95%:];"
                 " or delete the duplicates"
             )
         warnings += row_warnings_of(self.splits, self.across)
         return [f"warning: {text}" for text in warnings]
 
-    def _few_steps_warnings(self) -> list[str]:
+    def _few_steps_warnings(self) -> Iterator[str]:
         steps = self.schedule.steps(self.run.train.duration)
         steps_per_epoch = self.schedule.steps_per_epoch(0)
         if steps is None or steps >= FEW_STEPS or not steps_per_epoch:
-            return []
+            return
         if self.run.adapter.from_ is not None:
-            return []  # an adapter that is continued has learned before
-        only = f"only {count_of(steps, 'optimizer step')}"
-        fix = f'train.duration="{math.ceil(FEW_STEPS / steps_per_epoch)} epochs"'
-        return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
+            return  # The adapter was trained before, so few steps can be enough.
+        only = f"the run has only {count_of(steps, 'optimizer step')}"
+        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
+        fix = f'set train.duration="{epochs} epochs"'
+        yield f"{only}, but a model hardly changes in fewer than {FEW_STEPS} steps; fix: {fix}"
 
-    def _of_sources(self, tell: Callable[[SourceTokens], Iterator[str]]) -> list[str]:
-        """Collect the lines about each source, behind its split."""
-        return [f"{split}: {text}" for split, part in self.sources() for text in tell(part)]
+    def _warn_by_source(self, warn: Callable[[SourceTokens], Iterator[str]]) -> list[str]:
+        """Collect the warnings about each source.
 
-    def _tell_bad_rows(self, part: SourceTokens) -> Iterator[str]:
-        """The rows that are left out because they cannot be read."""
+        Each warning starts with the name of the source's split.
+        """
+        return [f"{split}: {text}" for split, part in self.sources() for text in warn(part)]
+
+    def _warn_bad_rows(self, part: SourceTokens) -> Iterator[str]:
+        """Yield a warning about rows that are skipped because they cannot be read."""
         counts = part.counts
         if not counts.bad:
             return
         first, what = counts.bad_rows[0]
         yield (
             f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')},"
-            f" first {part.rows.where(first)}: {what}; fix: fix these rows, which"
+            f" first {part.rows.where(first)}: {what}; fix: correct these rows, which"
             " `tunesmith data --json` lists"
         )
 
-    def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
-        """Yield warnings about columns, and keys of turns, that nothing reads and that may matter.
+    def _warn_unread(self, part: SourceTokens) -> Iterator[str]:
+        """Yield warnings about columns and message keys that may be important but are not read.
 
-        Columns that may rate the answers come first.
+        Warnings about columns that may rate the answers come first.
         """
         names = []
         columns = part.source.columns.values() if part.source else ()
         unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
         for name, (count, first) in unread:
             if name == "rejected" and "chosen" in columns:
-                continue  # who names the chosen answers leaves out the others
+                # a recipe that maps the chosen answers leaves out the rejected answers on purpose
+                continue
             if plain(name) in SPLIT_COLUMNS and count == part.counts.rows:
-                continue  # a file of one split was chosen for it
+                # The column contains the name of a split, and all rows of the file belong to the
+                # chosen split.
+                continue
             some = f" in {count_of(count, 'row')} (first {part.rows.where(first)})"
             names.append(name + some * (count < part.counts.rows))
         if names:
             yield (
-                f"nothing reads {', '.join(names)}: if one changes what is to be learned, it is"
-                " lost; fix: map a column by columns, or delete what is not needed"
+                f"training does not read {', '.join(names)}; fix: map the columns with `columns`,"
+                " or delete the information that is not needed"
             )
 
-    def _tell_control_tokens(self, part: SourceTokens) -> Iterator[str]:
-        """Special tokens that rows spell in their own text."""
+    def _warn_control_tokens(self, part: SourceTokens) -> Iterator[str]:
+        """Yield a warning about special tokens in the text of rows."""
         if self.run.data.template == "raw":
-            return  # the recipe asks for texts that hold their own
+            return  # raw texts contain their special tokens on purpose
         tokens = []
         for token, (count, first) in part.counts.control_tokens.items():
-            # Tokens that the recipe adds are for the rows to use.
+            # Do not warn about tokens of `model.added_tokens`, because they are expected in the
+            # rows.
             if token not in self.run.model.added_tokens:
                 where = part.rows.where(first)
                 tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
         if tokens:
             yield (
-                "the text of a row contains special tokens of the tokenizer:"
-                f" {', '.join(tokens)}: the model sees the control token, which may end the turn or"
-                " begin another, and not its characters; fix: remove it from the text, or put a"
-                " space into it"
+                "the text of rows contains special tokens of the tokenizer:"
+                f" {', '.join(tokens)}. The model sees such a text as a control token, which may"
+                " end the turn or begin another; fix: remove it from the rows, or put a space"
+                " into it"
             )
 
-    def _tell_lost_tokens(self, part: SourceTokens) -> Iterator[str]:
-        """More than a few tokens that are not trained on."""
+    def _warn_lost_tokens(self, part: SourceTokens) -> Iterator[str]:
+        """Yield a warning if too many tokens of a source are lost in truncated or dropped rows."""
         counts = part.counts
-        if counts.lost_share <= MOST_LOST_TOKENS:
+        if counts.lost_share <= MAX_LOST_TOKENS_SHARE:
             return
         left_out = counts.dropped + counts.emptied
         lost = []
         if left_out:
             lost.append(f"{count_of(left_out, 'row')} dropped")
         if counts.cut:
-            lost.append(f"{count_of(counts.cut, 'row')} cut")
+            lost.append(f"{count_of(counts.cut, 'row')} truncated")
         fixes = []
         if part.source is not None and part.source.format == "text":
-            fixes.append("data.too_long=auto, which splits text")
+            fixes.append("set data.too_long=auto, which splits texts")
         seq_len = self.run.data.seq_len
         for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
             if seq_len < length <= (self.position_limit or length):
-                fixes.append(f"data.seq_len={length}")
+                fixes.append(f"set data.seq_len={length}")
         if not fixes:
-            fixes.append("shorten or split these rows: the model takes no longer ones")
+            fixes.append("shorten or split these rows: the model does not support longer rows")
         yield (
-            f"{_percent(counts.lost_share)} of the tokens of {from_here(counts.source)} are lost:"
-            f" {' and '.join(lost)} at data.seq_len {seq_len:,}; fix: {', or '.join(fixes)}"
+            f"{_percent(counts.lost_share)} of the tokens of {relative_to_cwd(counts.source)} are "
+            f"lost: {' and '.join(lost)} at data.seq_len {seq_len:,}; fix: {', or '.join(fixes)}"
         )
 
-    def _tell_flaws(self, part: SourceTokens) -> Iterator[str]:
+    def _warn_flaws(self, part: SourceTokens) -> Iterator[str]:
         for name, (count, first) in part.counts.flaws.items():
-            # Without a template the texts are joined as the recipe asks.
+            # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
+            # texts is then intended.
             if name != "joined" or self.run.data.template == "auto":
                 warning = ROW_WARNINGS[name]
                 what = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
                 yield f"{what}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
 
 
-def _left_out(part: SourceTokens) -> list[str]:
-    """Describe the rows of a source that are left out, and why."""
+def _left_out(part: SourceTokens) -> Iterator[str]:
+    """Yield texts with the number of rows of a source that are left out, and the reason."""
     counts = part.counts
-    left_out = []
-    # Rows that a key of the recipe left out before tokenization.
+    # If fewer rows were read than are available, a recipe key selects a part of the rows.
     read = counts.kept_rows + counts.dropped + counts.emptied
     if read < counts.available and counts.taken:
-        left_out.append(counts.taken)
+        yield counts.taken
     if counts.bad:
-        left_out.append(f"{counts.bad:,} that cannot be read (data.bad_rows: skip)")
+        yield f"{counts.bad:,} that cannot be read (data.bad_rows: skip)"
     if counts.dropped:
-        left_out.append(f"{counts.dropped:,} dropped (data.too_long: {part.too_long})")
+        yield f"{counts.dropped:,} dropped (data.too_long: {part.too_long})"
     if counts.emptied:
-        left_out.append(f"{counts.emptied:,} dropped because truncation left no supervised token")
-    return left_out
+        yield f"{counts.emptied:,} dropped because truncation left no supervised token"
 
 
 def _percent(share: float) -> str:
-    """A share as words; one that is not 0 is never shown as 0."""
+    """Format a fraction as a percentage. A value above 0 is never shown as 0."""
     return "less than 0.1%" if share < 0.001 else f"{share:.1%}"
 
 
@@ -392,29 +414,31 @@ def prepare_data(
     """Read, tokenize and check the rows of a recipe.
 
     Args:
-        eos_ids: ids that end a turn, by the model's generation config.
-        vocab_size: entries of the model's embedding.
-        cache: folder of the token cache; None takes `tokens` in the cache folder.
-        strict: raise on a broken contract; False leaves it to the caller to look at `contracts`.
-        cut_answers: as for `check_tokens`, of the training rows; `data.allow_cut_answers` accepts
-            them in any case.
-        position_limit: the model's longest sequence, where it has one.
-        shares_prompts: as of `TokenSet`.
-        pictures: as of `Template`.
+        eos_ids: ids that end a turn, from the model's generation config.
+        vocab_size: number of rows of the model's embedding.
+        cache: folder of the token cache. If None, the folder `tokens` in tunesmith's cache folder.
+        strict: whether a broken token contract raises DataError. If False, the caller must check
+            `contracts`.
+        cut_answers: what happens if many training rows have a truncated answer, see `check_tokens`.
+            `data.allow_cut_answers` overrides this argument.
+        position_limit: maximum sequence length of the model, or None if it has no limit.
+        shares_prompts: see `TokenSet`.
+        pictures: see `Template`.
 
     Raises:
-        DataError: a source, a row or the contract is broken.
+        DataError: a source or a row is invalid, or the contract is broken.
     """
+    data = run.data
     cache = cache or cache_folder("tokens")
-    template = select_template(run.data, tokenizer, eos_ids, pictures)
-    splits = read_checked_splits(run.data, run.train.seed)
+    template = select_template(data, tokenizer, eos_ids, pictures)
+    splits = read_checked_splits(data, run.train.seed)
     across: list[list[int]] = []
-    if run.data.validation:
+    if data.validation:
         across = check_across(splits.validation, splits.train)
     sides = {"train": splits.train}
     if splits.validation:
         sides["validation"] = splits.validation
-    token_sets = tokenize_sides(sides, run.data, template, cache=cache)
+    token_sets = tokenize_sides(sides, data, template, cache=cache)
     if pictures is not None:
         reader = PixelReader(pictures)
         for tokens in token_sets.values():
@@ -422,15 +446,17 @@ def prepare_data(
     train = token_sets["train"]
     validation = token_sets.get("validation")
     validation_digest = None
-    if run.data.allow_cut_answers:
+    if data.allow_cut_answers:
         cut_answers = "accept"
     checked = [("train", train, cut_answers)]
     if validation is not None:
         validation_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
-        # Nothing is learned from these: a warning will do.
-        checked.append(("validation", validation, "accept" if cut_answers == "accept" else "warn"))
+        # The model does not learn from validation rows, so a warning about truncated answers is
+        # enough.
+        for_validation: CutAnswers = "accept" if cut_answers == "accept" else "warn"
+        checked.append(("validation", validation, for_validation))
     contracts = []
     for split, tokens, cut in checked:
         contract = check_tokens(
@@ -449,7 +475,9 @@ def prepare_data(
         _check_labels(train)
     schedule = _make_schedule(run, train)
     duplicates = find_repeats(train)
-    overlap = Repeats() if validation is None else find_repeats(validation, train)
+    overlap = Repeats()
+    if validation is not None:
+        overlap = find_repeats(validation, train)
     return TrainingData(
         run=run,
         train=train,
@@ -469,14 +497,17 @@ def prepare_data(
 def find_trained_rows(
     tokens: TokenSet, trained: Run, data: Data, template: Template
 ) -> tuple[Repeats | None, str]:
-    """The examples of `tokens` that a run was trained on, or one that it continues; and why not all
-    of that is known: None where no example was found by what is.
+    """Find the examples of `tokens` on which a run, or a run that it continues, was trained.
 
-    The training rows are read again, and may be gone. Of a pair the chosen answer is compared.
+    For pairs, only the chosen answers are compared.
+
+    Return the found examples, and the reason why some training rows are unknown, such as a deleted
+    file. The reason is empty if all rows are known. If there is a reason and no example was found,
+    the first value is None.
 
     Args:
-        trained: the recipe of that run.
-        data: how rows become tokens, as for `tokenize`; those of `tokens` did so too.
+        trained: the recipe of the run.
+        data: settings for the tokenization. They must be the settings with which `tokens` was made.
     """
     parts: list[SourceTokens] = []
     runs, fault = with_earlier_runs(trained)
@@ -489,42 +520,49 @@ def find_trained_rows(
             fault = f"{error.what} ({error.where})" if error.where else error.what
         except OSError as error:
             fault = first_line(error)
-    seen = find_repeats(tokens, TokenSet(parts), chosen=True) if parts else Repeats()
-    return None if fault and not seen.count else seen, fault
+    seen = Repeats()
+    if parts:
+        seen = find_repeats(tokens, TokenSet(parts), chosen=True)
+    if fault and not seen.count:
+        return None, fault
+    return seen, fault
 
 
 def _check_labels(train: TokenSet) -> None:
-    """DataError where all answers have one label: a method learns what tells them apart."""
+    """Raise DataError if all answers have the same label. KTO requires good and bad answers."""
     labels: set[int] = set()
     for part in train.parts:
         labels.update(np.unique(part.arrays.labels).tolist())
     if labels in ({0}, {1}):
         kind = "good" if labels == {1} else "bad"
         raise DataError(
-            f"each answer is labeled {kind}: {count_of(len(train), 'answer')}",
+            f"every answer has the label {kind}; the data has {count_of(len(train), 'answer')}",
             where=train.counts.source,
             why="kto needs both good and bad answers",
-            fix="add answers with the other label; or train on good ones only with method: sft",
+            fix="add answers with the other label; or train on good answers only with method: sft",
         )
 
 
 def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
-    """The schedule; DataError where an epoch is empty, or too long to be ordered in memory."""
+    """Build the batch schedule of a run.
+
+    Raise DataError if an epoch has no examples, or more examples than can be shuffled in memory.
+    """
     examples = float(train.repeats.sum())
     if BYTES_PER_EXAMPLE * examples > available_memory():
         raise DataError(
-            f"the weights of the sources make {examples:,.0f} examples an epoch",
+            f"an epoch would have {examples:,.0f} examples because of the weights in data.train",
             where="data.train",
-            why="they are more than memory can order",
-            fix="lower weight, to 1 where it is not needed",
+            why="the memory is too small to shuffle so many examples",
+            fix="use lower weights (data.train.weight); the default is 1",
         )
     schedule = BatchSchedule.of(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(
-            "the weights of the sources leave no example in an epoch",
+            "an epoch would have no examples because of the weights in data.train",
             where="data.train",
             why=f"{count_of(len(train), 'example')} with weights {weights}",
-            fix="raise weight",
+            fix="raise the weights (data.train.weight)",
         )
     return schedule

@@ -1,8 +1,11 @@
-"""A pool of processes that call one function, for work that holds Python's lock.
+"""Pool of processes that call one function.
 
-A worker is a new interpreter that reads the function, then its tasks, from its standard input, and
-ends with that. Unlike multiprocessing's it is not forked below torch's threads, never runs a user's
-script again, and no ctrl-C of the terminal reaches it.
+The pool is used for work that holds Python's global interpreter lock.
+
+A worker is a new Python interpreter. It reads the function and then its tasks from standard input,
+and exits at the end of the input. Unlike a multiprocessing worker, it is not forked from a process
+with torch's threads, does not run the user's script again, and does not receive Ctrl-C from the
+terminal.
 """
 
 import os
@@ -25,11 +28,11 @@ Result = TypeVar("Result")
 
 
 class WorkerPool(Generic[Task, Result]):
-    """Some processes, and the threads that wait for them.
+    """A pool of worker processes, with one thread per process that waits for the result.
 
     Args:
-        function: what each of them calls; it is pickled to it once.
-        what: what errors call one of them.
+        function: the function that the workers call. It is pickled once per worker.
+        what: name of a worker in error messages.
     """
 
     def __init__(self, function: Callable[[Task], Result], count: int, what: str) -> None:
@@ -40,9 +43,9 @@ class WorkerPool(Generic[Task, Result]):
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tunesmith-workers")
 
     def submit(self, task: Task, where: str) -> Future[Result]:
-        """Have a task done by the next idle worker; `where` is its place, for errors.
+        """Submit a task to the next idle worker. `where` names the task in error messages.
 
-        The future raises the function's error, or MachineError where the worker was killed.
+        The future raises the function's error, or MachineError if the worker was killed.
         """
         return self._threads.submit(self._call, task, where)
 
@@ -54,8 +57,9 @@ class WorkerPool(Generic[Task, Result]):
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End the processes, and lose what they were doing."""
-        # Killed, then collected: a worker that waits for a task would wait for ever.
+        """End the processes. Unfinished tasks are lost."""
+        # Kill the processes first, because `shutdown` waits until the threads have the results of
+        # all running tasks.
         for worker in self._workers:
             worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -64,12 +68,13 @@ class WorkerPool(Generic[Task, Result]):
 
 
 class Worker(Generic[Task, Result]):
-    """One process that calls a function, which is pickled to it once.
+    """A process that calls one function with the tasks that it receives.
 
-    The thread of its first task sends it the function too: so all workers start at once.
+    The function is pickled once. It is sent together with the first task, in the thread of this
+    task, so that all workers start concurrently.
 
     Args:
-        what: what errors call the process.
+        what: name of the process in error messages.
     """
 
     def __init__(self, function: Callable[[Task], Result], what: str) -> None:
@@ -77,7 +82,7 @@ class Worker(Generic[Task, Result]):
             f"import sys; sys.path[:] = {sys.path!r};"
             " from tunesmith.data.workers import serve; serve()"
         )
-        # The other cores have workers of their own.
+        # Disable the tokenizer's threads, because each CPU core already has a worker.
         env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         self.what = what
         self.process = subprocess.Popen(
@@ -93,7 +98,7 @@ class Worker(Generic[Task, Result]):
         """Apply the function to a task and return its result, or raise its error.
 
         Args:
-            where: the place of the task, for errors.
+            where: the name of the task in error messages.
             seconds: the time limit. After a TimeoutError the worker can only be closed.
 
         Raises:
@@ -104,7 +109,8 @@ class Worker(Generic[Task, Result]):
         answers = self.process.stdout
         assert requests is not None
         assert answers is not None
-        # The function, with all that it needs, goes first.
+        # The function must be sent before the first task. Until then, `_unsent` contains the
+        # function.
         self._unsent.append(task)
         try:
             while self._unsent:
@@ -115,28 +121,31 @@ class Worker(Generic[Task, Result]):
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()
             raise MachineError(
-                f"{self.what} ended before its answer",
+                f"{self.what} exited without a result",
                 where=where,
                 why=exit_text(exit_code),
-                fix="close other programs and start again",
+                fix="close other programs to free memory, and start again",
             ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
-        """Kill the process, also in the middle of a task."""
+        """Kill the process, even if it runs a task."""
         self.process.kill()
         self.process.communicate()
 
 
 def serve() -> None:
-    """A worker's life: a function, then tasks on stdin; the result or error of each on stdout."""
+    """Read a function and then tasks from stdin.
+
+    Write the result or error of each task to stdout.
+    """
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
-    # What a library prints must not come between the answers.
+    # Redirect stdout to stderr, so that text that libraries print is not mixed with the results.
     os.dup2(2, 1)
-    # The end of stdin ends the worker.
+    # EOFError means that stdin has ended. The worker exits in this case.
     with suppress(EOFError, BrokenPipeError):
         function = pickle.load(requests)
         while True:
@@ -149,5 +158,5 @@ def serve() -> None:
                 answer = RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
             pickle.dump(answer, answers)
             answers.flush()
-    # What was left to write has no reader.
+    # Exit without flushing buffers, because no process reads the remaining output.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The position of this rank: its phase, its step, and what its main thread does at this moment."""
+"""The activity of this rank: its phase, its step, and the current location of its main thread."""
 
 import sys
 import threading
@@ -11,26 +11,31 @@ from types import FrameType
 
 from tunesmith.distributed.beats import Beat, RunClock
 
-# Seconds without progress. On a machine that holds the model a micro batch or a token takes
-# seconds.
+# Seconds without progress after which a rank counts as stuck. The limit is long compared with the
+# seconds that a micro batch or a token takes if the model fits into the memory of the machine.
 STUCK_AFTER_S = 30 * 60.0
-# The first forward of a shape compiles the graphs of a layer, in minutes: so much more.
+# Additional seconds for the first forward pass of each shape. They are needed because compiling a
+# layer's graphs takes minutes.
 COMPILING_S = 30 * 60.0
 
 
 @dataclass
 class Probes:
-    """The questions of a heartbeat to its process; the defaults are a run of one process.
+    """Callbacks that the heartbeat calls to read the state of its process.
+
+    The defaults fit a run of one process.
 
     Attributes:
-        current_collective: the collective that the main thread is in, if not one of torch's own.
-            Lines of the module that defines it are not where a rank stands.
-        find_error: what went wrong with a collective that has raised nothing; empty: nothing.
-        store_is_closed: whether the machine of the store answers, and the process that hosted the
-            store is gone.
-        stop_signal: which signal requires this process to stop; empty: none.
-        gpu_is_busy: called where the main thread seems stuck. Collectives return at once on a GPU:
-            it is there that they wait.
+        current_collective: returns the name of the collective that the main thread is in, or "". It
+            only knows collectives that are called by `torch_private.collective`. `Activity.locate`
+            ignores stack frames of the module that defines this function.
+        find_error: returns the error of a collective that failed without an exception, or "".
+        store_is_closed: returns True if the host of the store is reachable but the process that
+            held the store has ended.
+        stop_signal: returns the name of the stop signal that this process has received, or "".
+        gpu_is_busy: returns whether the GPU has unfinished work. It is called if the main thread
+            seems stuck, because a collective call on a GPU returns at once, while the GPU still
+            waits for the other ranks.
     """
 
     current_collective: Callable[[], str] = lambda: ""
@@ -42,15 +47,20 @@ class Probes:
 
 @dataclass(eq=False)
 class Activity:
-    """The work that this rank does, noted by its main thread and sampled by the heartbeat's.
+    """The current activity of this rank.
+
+    The main thread records its phase and its progress. The heartbeat thread reads the stack of the
+    main thread.
 
     Attributes:
-        beat: the one that this rank sends next, where all of it is noted.
-        step: the last complete one.
-        moved_at: when the main thread last moved on, by the clock.
-        phase_name: the part of the run that goes on.
-        phase_prefix, longest_limit: what phases are part of, and the limit of each.
-        waited_thread: the identity of the thread that the main thread waits for.
+        beat: the next heartbeat message of this rank. It holds the recorded phase and location.
+        step: the last complete step.
+        moved_at: the time of the last progress of the main thread, in seconds of `clock`.
+        phase_name: the current phase of the run.
+        phase_prefix: text before the name of the phase in `beat`, for example the part of a
+            self-check.
+        longest_limit: the largest limit that a phase has, in seconds.
+        waited_thread: the identity of the thread that the main thread waits for, or None.
     """
 
     beat: Beat
@@ -64,21 +74,32 @@ class Activity:
     waited_thread: int | None = None
 
     def phase(self, name: str, limit: float | None = None) -> None:
-        """Begin a part of the run; see `Heartbeat.phase`."""
+        """Begin a phase of the run. See `Heartbeat.phase`."""
         self.phase_name = name
         self.beat.phase = f"{self.phase_prefix}{name}"
         self.beat.limit = min(limit or inf, self.longest_limit)
         self.progress()
 
     def progress(self, step: int | None = None) -> None:
-        """Note that the main thread moves on; `step`: the last complete one."""
+        """Record that the main thread has made progress.
+
+        Args:
+            step: the last complete step, if it has changed.
+        """
         self.moved_at = self.clock.seconds
         if step is not None:
             self.step = step
 
     @contextmanager
     def waits_for(self, thread: int | None) -> Iterator[None]:
-        """Inside, the main thread waits for another one: where that stands is this rank's place."""
+        """Report the stack of another thread as the location of this rank while the `with` block
+        runs.
+
+        Use this while the main thread waits for the other thread.
+
+        Args:
+            thread: the identity of the thread, or None to report the main thread.
+        """
         self.waited_thread = thread
         try:
             yield
@@ -87,26 +108,30 @@ class Activity:
 
     @property
     def doing(self) -> str:
-        """The phase and the last step, in words."""
+        """The phase and the last step as text."""
         if not self.step:
             return self.beat.phase
         return f"{self.beat.phase}, step {self.step}"
 
     def count_beat(self) -> None:
-        """Bring the numbers of the next beat up to date."""
+        """Update the counter and the idle time of the next heartbeat message."""
         self.beat.count += 1
         self.beat.idle = self.clock.seconds - self.moved_at
 
     def sample(self) -> None:
-        """Note where the main thread stands now, or the thread that it waits for."""
+        """Record the current location of the main thread, or of the thread that it waits for."""
         frames = sys._current_frames()
         main_thread = frames[threading.main_thread().ident or 0]
-        # That thread may have ended a moment ago.
+        # If the thread that the main thread waits for has ended, use the main thread.
         thread = frames.get(self.waited_thread or 0, main_thread)
         self.locate(traceback.walk_stack(thread))
 
     def locate(self, frames: Iterable[tuple[FrameType, int]]) -> None:
-        """Note the collective and our own line, by frames and lines from the innermost on."""
+        """Record the collective and the line of tunesmith's code that a stack is currently in.
+
+        Args:
+            frames: pairs of a stack frame and a line number, the innermost frame first.
+        """
         collective = self.probes.current_collective()
         own_line = ""
         for frame, line in frames:
@@ -114,15 +139,15 @@ class Activity:
             function = frame.f_code.co_name
             if module == self.probes.current_collective.__module__:
                 continue
-            # torch wraps each of its collectives in a logger's `wrapper`.
+            # Skip the function `wrapper`: torch's logger wraps each collective in it.
             if module.startswith("torch.distributed") and function != "wrapper":
                 collective = collective or function
             elif module == "__main__" or module.startswith("tunesmith."):
                 own_line = f"{module}:{line}"
                 break
         beat = self.beat
-        # NCCL's collectives return at once, so a main thread that waits for one shows no frame of
-        # it.
+        # A call of an NCCL collective returns at once. If the main thread waits for its result, no
+        # stack frame shows the collective.
         if not collective and beat.idle > beat.limit / 2 and self.probes.gpu_is_busy():
             collective = "a wait for the GPU"
         beat.collective = collective

@@ -1,4 +1,4 @@
-"""The beats that each rank of a run sends once a second, and what the others read from them."""
+"""Heartbeat messages ("beats"), which each rank sends once per second and all other ranks read."""
 
 import contextlib
 import json
@@ -12,22 +12,28 @@ from pathlib import Path
 
 from tunesmith.run_dir import Phase
 
-ENDED_STATES = ("Z", "X")  # states of a process that has ended
-HALTED_STATES = ("T", "t")  # states of a process that SIGSTOP or a debugger halts
-NAMED_RANKS = 4  # of those that an error is about
+# Letters of process states in /proc/PID/stat. A process with one of ENDED_STATES has ended. A
+# process with one of HALTED_STATES was halted by SIGSTOP or a debugger.
+ENDED_STATES = ("Z", "X")
+HALTED_STATES = ("T", "t")
+# Maximum number of ranks that an error message names.
+MAX_NAMED_RANKS = 4
 
 
 @dataclass
 class Beat:
-    """The state that a rank reports of itself.
+    """A heartbeat message: the state that a rank reports about itself.
 
     Attributes:
-        count: beats so far.
-        process: PID namespace and number.
-        place: of the main thread, in words.
-        collective: what the main thread waits in, if it does: a collective, or work of the GPU.
-        idle: seconds without progress, which must not exceed `limit`.
-        is_done: whether the rank has ended its work, and may be missed.
+        count: the number of messages that the rank has sent.
+        process: the PID namespace and the PID of the rank's process.
+        phase: the current phase of the run.
+        place: the location of the main thread as text.
+        collective: the name of the collective that the main thread waits in, or a text if it waits
+            for the GPU, or "".
+        idle: seconds since the last progress.
+        limit: maximum for `idle` before the rank counts as stuck.
+        is_done: whether the rank has finished. If True, missing messages of this rank are no fault.
     """
 
     count: int = 0
@@ -42,10 +48,10 @@ class Beat:
 
 @dataclass(eq=False)
 class RunClock:
-    """Seconds that this process ran, as far as its thread that advances the clock did.
+    """A clock that counts the seconds in which this process was running.
 
-    After a process was stopped (SIGSTOP) it must not take the other ranks for gone, so a turn
-    counts at most as long as `interval`.
+    One call of `advance` adds at most `interval` seconds. Otherwise a process that was halted with
+    SIGSTOP would assume, after it continues, that all other ranks are lost.
     """
 
     interval: float
@@ -53,21 +59,24 @@ class RunClock:
     _last_turn: float = field(default_factory=time.monotonic)
 
     def advance(self) -> None:
-        """Count the time since the last call."""
+        """Add the time since the last call, at most `interval` seconds."""
         now = time.monotonic()
         self.seconds += min(now - self._last_turn, self.interval)
         self._last_turn = now
 
 
 class Peers:
-    """The ranks of a run as this one sees them: their newest beats, hosts and processes.
+    """The heartbeat messages ("beats") of all ranks of a run, with the hosts and processes of the
+    ranks, as far as this rank knows them.
 
     Attributes:
-        local: the ranks of this node.
-        limit: seconds after which a rank without beats is gone.
-        own: the beat that this rank sends next.
-        heard_at: when each rank's beat was last a new one, by the clock.
-        answered_at: when the store last answered.
+        local: the numbers of the ranks on this node.
+        limit: seconds without a heartbeat after which a rank counts as lost.
+        own_beat: the next heartbeat that this rank sends.
+        beats: the newest heartbeat of each rank.
+        heard_at: the time at which the newest heartbeat of each rank was read, in seconds of
+            `clock`.
+        answered_at: the time of the store's last answer, in seconds of `clock`.
     """
 
     def __init__(self, rank: int, hosts: Sequence[str], local: Sequence[int], limit: float) -> None:
@@ -77,7 +86,7 @@ class Peers:
         self.limit = limit
         self.clock = RunClock(min(1.0, limit / 20))
         self.own_beat = Beat(phase=Phase.START)
-        # A system without namespaces has no such link.
+        # /proc/self/ns/pid does not exist on a system without PID namespaces.
         with contextlib.suppress(OSError):
             self.own_beat.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
         self.beats = [Beat() for _ in hosts]
@@ -85,22 +94,24 @@ class Peers:
         self.answered_at = 0.0
 
     def read(self, texts: Iterable[bytes]) -> None:
-        """Take over the beats of all ranks as they lie in the store."""
+        """Update `beats` from the texts that the store holds, one JSON text per rank."""
         now = self.clock.seconds
         self.answered_at = now
         for rank, text in enumerate(texts):
             beat = Beat(**json.loads(text))
-            # The same count is the beat that was read before.
+            # An unchanged count means that the rank has sent no new beat.
             if beat.count != self.beats[rank].count:
                 self.beats[rank] = beat
                 self.heard_at[rank] = now
 
     def is_silent(self, rank: int, limit: float) -> bool:
-        """Tell whether another rank has sent no beat for so many seconds."""
+        """Return whether another rank has sent no heartbeat for more than `limit` seconds."""
         return rank != self.rank and self.clock.seconds - self.heard_at[rank] > limit
 
     def ended(self) -> list[int]:
-        """The ranks of this node whose process is no more, though they had not finished."""
+        """Return the ranks of this node whose process has ended although they had not reported that
+        they are done.
+        """
         return [
             rank
             for rank in self.local
@@ -108,7 +119,9 @@ class Peers:
         ]
 
     def halted(self, limit: float) -> list[int]:
-        """The ranks of this node without beats for so many seconds whose process is halted."""
+        """Return the ranks of this node whose process is halted and that have sent no heartbeat for
+        `limit` seconds.
+        """
         return [
             rank
             for rank in self.local
@@ -116,45 +129,55 @@ class Peers:
         ]
 
     def process_state(self, rank: int) -> str:
-        """Read the state of a rank's process in /proc; empty where it cannot be seen from here."""
+        """Read the state letter of a rank's process from /proc.
+
+        Return "X" if the process has ended. Return "" if this process cannot see the rank's
+        process, for example in another container.
+        """
         pid = self.pid(rank)
         if not pid:
             return ""
         try:
-            # The program's name in parentheses may itself hold spaces and parentheses.
+            # Search for the last ")", because the program's name before it can contain spaces and
+            # parentheses.
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return "X"
 
     def pid(self, rank: int) -> int:
-        """The id of a rank's process; 0 where it cannot be seen from here."""
+        """Return the PID of a rank's process, or 0 if this process cannot see it."""
         namespace, _, pid = self.beats[rank].process.rpartition(" ")
-        # In a container the same number is another process.
+        # Compare the PID namespaces, because a PID of another container's namespace refers to a
+        # different process here.
         is_visible = namespace and self.own_beat.process.startswith(namespace)
         return int(pid) if is_visible else 0
 
     def local_processes(self) -> dict[int, int]:
-        """The ranks of this node by their process ids, as far as these can be seen from here."""
+        """Return a dict from PID to rank for the ranks of this node. Processes that are not visible
+        are left out.
+        """
         ranks = {self.pid(rank): rank for rank in self.local}
-        # 0 stands for processes that cannot be seen from here.
+        # Remove the key 0, because `pid` returns 0 for each process that this process cannot see.
         ranks.pop(0, None)
         ranks[os.getpid()] = self.rank
         return ranks
 
     def names(self, ranks: Collection[int]) -> str:
-        """Some ranks in words: `rank 3 on spark-b`."""
+        """Return a list of ranks as text, such as `rank 3 on spark-b, rank 4 on spark-b`."""
         names = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(ranks)]
-        text = ", ".join(names[:NAMED_RANKS])
-        if len(names) > NAMED_RANKS:
-            text += f" and {len(names) - NAMED_RANKS} more"
+        text = ", ".join(names[:MAX_NAMED_RANKS])
+        if len(names) > MAX_NAMED_RANKS:
+            text += f" and {len(names) - MAX_NAMED_RANKS} more"
         return text
 
     def place_of(self, rank: int) -> dict[str, object]:
-        """Describe where a rank is, or was when it last gave a beat, for failure.json."""
+        """Return the location that a rank reported in its last heartbeat, in the format of
+        failure.json.
+        """
         beat = self.own_beat if rank == self.rank else self.beats[rank]
         return {
             "rank": rank,
-            # Only a run of one process does not know its host's name.
+            # In a run of one process, the host name in `hosts` is empty.
             "host": self.hosts[rank] or socket.gethostname(),
             "phase": beat.phase or None,
             "collective": beat.collective or None,

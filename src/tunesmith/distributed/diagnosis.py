@@ -1,8 +1,8 @@
-"""Which fault the beats of the ranks show, as the fields of the error that ends all of them.
-
-Errors of a rank's own and killed processes are seen at once; broken connections and launchers that
-are gone in seconds; a rank without beats after the limit of the heartbeat; a stuck main thread
-after the limit of its phase.
+"""Diagnosis of faults in a distributed run, from the heartbeat messages ("beats") of the ranks. The
+diagnosis returns the fields of the error that ends all ranks. An error that a rank raises and a
+killed process are detected at once. A broken connection and a lost launcher are detected within
+seconds. A rank without heartbeats is detected after the limit of the heartbeat, and a stuck main
+thread after the limit of its phase.
 """
 
 from collections.abc import Collection
@@ -14,21 +14,25 @@ from tunesmith.distributed.beats import Peers
 from tunesmith.errors import RunError, StoppedEarlyError, TunesmithError, first_line
 from tunesmith.host.memory import oom_kills
 
-MISSED_BEATS = 4  # beats in a row, after which a rank is blamed for a connection that broke
+# After a connection is broken, a rank that misses this number of consecutive beats (heartbeat
+# messages) counts as the cause.
+MISSED_BEATS = 4
 AGAIN = "start the same command again: it resumes from the newest checkpoint"
 
-# Arguments of a RunError, and how it is reported; JSON in the store.
+# Arguments of a RunError, and values that say how the error is reported. The store holds them as
+# JSON.
 ErrorFields = dict[str, Any]
 
 
 @dataclass(eq=False)
 class Diagnosis:
-    """Looks for a fault in the beats that the peers have sent.
+    """Object that searches for faults in the heartbeat messages of all ranks.
 
     Attributes:
-        broken: torch's words for a connection that broke; empty while none did.
-        broken_at, ended_at: when that, and the end of a process, was first seen, by the clock.
-        first_oom_kills: those that the kernel had counted when the run began.
+        broken: torch's message about a broken connection, or "".
+        broken_at: the time at which the broken connection was detected, in seconds of the clock.
+        ended_at: the time at which an ended process was detected, in seconds of the clock.
+        first_oom_kills: the kernel's count of out-of-memory kills at the start of the run.
     """
 
     peers: Peers
@@ -39,39 +43,53 @@ class Diagnosis:
     first_oom_kills: int = field(default_factory=oom_kills)
 
     def note_broken(self, text: str) -> None:
-        """A connection broke: a rank that is silent for a few beats is to blame for it."""
-        # The other thread reads the time where it sees the text.
+        """Record that a connection is broken. From then on, a rank that misses a few heartbeat
+        messages counts as the cause of the broken connection.
+
+        Args:
+            text: torch's message.
+        """
+        # Set `broken_at` before `broken`, because another thread reads `broken_at` as soon as
+        # `broken` is set.
         self.broken_at = self.peers.clock.seconds
         self.broken = text
 
     def check_collectives(self) -> None:
-        """Note an error of a collective for which the GPU waits without raising it."""
+        """Record the error of a failed collective, because NCCL does not raise the error and the
+        GPU waits forever.
+        """
         if not self.broken:
             error = self.probes.find_error()
             if error:
                 self.note_broken(error)
 
     def find_fault(self, ended: list[int]) -> ErrorFields:
-        """The fields of the fault that the beats show; none: all is well.
+        """Return the error fields of the fault that the heartbeats show. Return {} if there is no
+        fault.
 
-        ended: ranks of this node without a process.
+        Args:
+            ended: the ranks of this node whose process has ended.
         """
         peers = self.peers
         if ended:
             return self._killed(ended)
         limit = MISSED_BEATS * peers.clock.interval if self.broken else peers.limit
-        # A rank that has finished beats no more. It is missed where another waits for it.
+        # A finished rank sends no heartbeats. Missing heartbeats of this rank are a fault only if
+        # another rank still waits for it.
         is_waiting = bool(self.broken or peers.own_beat.collective)
         expected = [rank for rank, beat in enumerate(peers.beats) if is_waiting or not beat.is_done]
-        # A rank whose connections hold may be halted, which the ranks of its node see: they first.
+        # If no connection is broken, a silent rank may be halted. Only ranks of the same node can
+        # see that a process is halted. Therefore wait longer for ranks of other nodes, so that a
+        # rank of their own node reports first.
         far_limit = limit if self.broken else limit + 2 * peers.clock.interval
         if any(
             peers.is_silent(rank, limit if rank in peers.local else far_limit) for rank in expected
         ):
-            # The ranks of a node do not beat at once.
+            # List the ranks that are silent for half the limit, because the ranks of a lost node
+            # sent their last heartbeats at slightly different times.
             silent = [rank for rank in expected if peers.is_silent(rank, limit / 2)]
             why, cause = self._likely_cause(
-                "it was killed or stopped, its machine is down, or the network to it is cut"
+                "the process was killed or stopped, its machine is down, or its network is cut"
             )
             what = f"{peers.names(silent)} sent no heartbeat for {limit:.0f} s"
             halted = peers.halted(limit / 2)
@@ -84,16 +102,17 @@ class Diagnosis:
         if hang:
             return hang
         if self.broken and peers.clock.seconds - self.broken_at > 2 * limit:
-            what = "a connection between the ranks broke; all ranks are alive"
+            what = "a connection between the ranks broke, but all ranks are alive"
             return self.fields(what, self.broken, "link")
         return {}
 
     def _killed(self, ended: list[int]) -> ErrorFields:
-        """The fault that processes of this node are gone."""
+        """Return the error fields for the ranks in `ended`, whose processes were killed."""
         clock = self.peers.clock
         if not self.ended_at:
             self.ended_at = clock.seconds
-        # The others have yet to send what they wait in.
+        # Wait for one more heartbeat of the other ranks, because it names the collective in which
+        # they wait.
         if clock.seconds - self.ended_at < clock.interval:
             return {}
         what = f"{self.peers.names(ended)} was killed"
@@ -101,14 +120,15 @@ class Diagnosis:
         if kills > 0:
             why = f"the kernel ended {kills} of this machine's processes since the run started"
             return self.fields(what, why, "oom-kill", gone=ended)
-        why = "its process exited without a message: a signal or a crash"
+        why = "the process exited without a message, because of a signal or a crash"
         return self.fields(what, why, "killed", gone=ended)
 
     def _find_hang(self) -> ErrorFields:
-        """The fault that a rank has made no progress for the limit of its phase.
+        """Return the error fields for ranks without progress for the limit of their phase.
 
-        Ranks in a collective wait for the others: none of them is at fault as long as another one
-        moves on, or may still take its time in a phase of a longer limit.
+        Return {} if there are no such ranks. A rank in a collective waits for the other ranks, so
+        it does not count as stuck as long as another rank makes progress or is in a phase with a
+        longer limit.
         """
         beats = self.peers.beats
         overdue = [rank for rank, beat in enumerate(beats) if beat.idle > beat.limit]
@@ -117,49 +137,68 @@ class Diagnosis:
         longest = max(beats[rank].idle for rank in overdue)
         stuck = [rank for rank in overdue if not beats[rank].collective]
         if stuck:
-            why = "its main thread hangs"
+            why = "the main thread hangs"
         else:
             for rank in range(len(beats)):
                 if rank not in overdue and self._may_move(rank, longest):
                     return {}
-            why = "they wait in collectives, for each other or for the network"
-        # The others came to their collective a little after they last moved.
+            why = "the ranks wait in collectives, for each other or for the network"
+        # List all ranks that have been idle for at least half of `longest` seconds, because they
+        # reached the collective at different times.
         idle = [rank for rank, beat in enumerate(beats) if beat.idle > longest / 2]
         what = f"{self.peers.names(stuck or idle)} made no progress for {longest:.0f} s"
         return self.fields(what, why, "hang", stuck=stuck)
 
     def _may_move(self, rank: int, longest: float) -> bool:
-        """Tell whether a rank within its limit may end the wait of others for `longest` seconds."""
+        """Return whether a rank may still make progress. If so, the ranks that wait for it do not
+        count as stuck.
+
+        Return False if the rank has finished, or if it has been waiting in a collective for at
+        least half of `longest` seconds.
+
+        Args:
+            rank: a rank that is within the limit of its phase.
+            longest: the time that the other ranks have been waiting, in seconds.
+        """
         beat = self.peers.beats[rank]
         waits_too = bool(beat.collective) and beat.idle > longest / 2
         return not beat.is_done and not waits_too
 
     def lost_store(self, why: str) -> ErrorFields:
-        """The fault that the store does not answer; `why` in torch's words."""
+        """Return the error fields for a store that does not answer.
+
+        Args:
+            why: torch's message.
+        """
         what = f"rank 0 on {self.peers.hosts[0]} or its launcher was lost"
         if self.probes.store_is_closed():
-            why = "its machine responds, but the ranks' store does not"
+            why = "the machine of rank 0 responds, but the rendezvous store on it does not"
             return self.fields(what, why, "killed")
         return self.fields(
-            f"{what}, or the network to it", *self._likely_cause(f"the store there: {why}")
+            f"{what}, or the network to it",
+            *self._likely_cause(f"the rendezvous store does not answer: {why}"),
         )
 
     def lost_launcher(self) -> ErrorFields:
-        """The fault that this rank's launcher has ended before it."""
-        what = f"the launcher of {self.peers.names([self.peers.rank])} is gone"
-        return self.fields(what, "its process exited before its ranks", "killed")
+        """Return the error fields for the fault that the launcher has ended before this rank."""
+        what = f"the launcher of {self.peers.names([self.peers.rank])} has exited"
+        return self.fields(what, "the launcher exited before its ranks", "killed")
 
     def _likely_cause(self, why: str) -> tuple[str, str]:
-        """Why a rank is silent, and the name of the cause.
+        """Return the reason why a rank sends no heartbeats, and the name of the cause.
 
-        Where a stop signal came, no network is to blame.
+        If this rank has received a stop signal, the network is not the reason: the launcher is
+        stopping the ranks.
+
+        Args:
+            why: the reason if there was no stop signal.
         """
         signal_name = self.probes.stop_signal()
         if not signal_name:
             return why, "link"
         return (
-            f"{signal_name} came to this rank: "
-            "a launcher ends what is left of a run when a part of it is gone",
+            f"this rank received {signal_name}: "
+            "a launcher ends all ranks of a run when one of them is lost",
             "killed",
         )
 
@@ -172,7 +211,13 @@ class Diagnosis:
         gone: Collection[int] = (),
         stuck: Collection[int] = (),
     ) -> ErrorFields:
-        """Those of an error that says what the ranks do and wait in that are not gone."""
+        """Build error fields that list the location of each remaining rank.
+
+        Args:
+            what, why, cause: the fields of the error with these names.
+            gone: the ranks that are lost. Their location is not listed.
+            stuck: the ranks whose main thread hangs.
+        """
         ranks_at: dict[str, list[str]] = {}
         for rank, beat in enumerate(self.peers.beats):
             if rank not in gone and beat.place:
@@ -194,9 +239,11 @@ class Diagnosis:
     def own_error(
         self, error: BaseException, failure: TunesmithError | None, activity: Activity
     ) -> ErrorFields:
-        """The fields by which this rank's error ends the others.
+        """Build the error fields for an error of this rank. The other ranks end with this error.
 
-        failure: as of `Heartbeat.share_error`.
+        Args:
+            failure: the error that this rank reports to the user, if its text is not that of
+                `error`.
         """
         if failure is None and isinstance(error, TunesmithError):
             failure = error
@@ -211,7 +258,8 @@ class Diagnosis:
             "fix": failure.fix,
             "cause": failure.cause,
             "reporter": peers.rank,
-            # It is newer than the beat that the others have read.
+            # Report the current location of this rank. The other ranks only know the location of
+            # its last heartbeat.
             "failed_rank": peers.place_of(peers.rank),
         }
         if isinstance(error, KeyboardInterrupt | StoppedEarlyError):

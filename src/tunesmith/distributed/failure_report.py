@@ -1,4 +1,6 @@
-"""The fault that ends all ranks: final once decided, and reported by one rank of each node."""
+"""Record of the fault that ends all ranks. Only the first fault is recorded, and one rank per node
+reports it.
+"""
 
 import contextlib
 import sys
@@ -14,18 +16,18 @@ from tunesmith.host.streams import visible
 
 @dataclass(eq=False)
 class FailureReport:
-    """The fault that ends this rank, if anything does.
+    """The fault that ends this rank, and the state of its report.
 
     Attributes:
-        fault: what ends all ranks, once it is decided.
-        fault_event: set then.
-        decided_at: when that was, by `time.monotonic`.
-        is_ending: whether the main thread has raised an error, and knows that it must end.
-        own_error: the fields of the fault that this rank has to publish; empty: none.
-        on_fault: called with the fault and the last step, by a thread, on the one rank of a node
-            that reports it.
-        stopped_code: the exit code of a rank that ends because another one was stopped before
-            there was a step to save.
+        fault: the error that ends all ranks, or None before it is decided.
+        fault_event: an event that is set when `fault` is decided.
+        decided_at: the value of `time.monotonic` when `fault` was decided.
+        is_ending: whether the main thread has raised an error and is about to end.
+        own_error: the error fields that this rank has to publish. Empty if it has none.
+        on_fault: a function with the arguments (fault, last step). On each node, a heartbeat thread
+            of the rank that reports the fault calls it.
+        stopped_code: the exit code of this rank if another rank was stopped before the first step,
+            so that there was nothing to save.
     """
 
     fault: TunesmithError | None = None
@@ -38,13 +40,16 @@ class FailureReport:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def decide(self, fields: ErrorFields, step: int, *, reports: bool, is_raised: bool) -> None:
-        """Record the fault on this rank.
+        """Record the fault on this rank. Later faults are ignored.
 
         Args:
-            reports: whether this rank reports it.
-            is_raised: whether the main thread raises it, and it is printed where that arrives.
+            fields: the arguments of the error.
+            step: the last complete step.
+            reports: whether this rank reports the fault for its node.
+            is_raised: whether the main thread raises the fault. If True, the main thread prints the
+                fault. If False, this function prints it.
         """
-        # Both threads of the heartbeat may come here.
+        # Use a lock, because both heartbeat threads may call this function.
         with self._lock:
             if self.fault is not None:
                 return
@@ -52,7 +57,8 @@ class FailureReport:
             fault = StoppedEarlyError(**fields) if is_stop else RunError(**fields)
             if is_stop:
                 fault.exit_code = self.stopped_code
-            # Before the fault: who sees it counts the seconds that the main thread has to end.
+            # Set `decided_at` before `fault`, because a thread that finds a fault counts the
+            # seconds since `decided_at`.
             self.decided_at = time.monotonic()
             self.fault = fault
         if reports:

@@ -1,12 +1,14 @@
-"""Signs of life between the ranks of a run, and what each of them does when one is gone.
+"""Heartbeats between the ranks of a run, which detect a lost rank and end the others.
 
-A collective waits for a rank that is gone until its time limit, and a short limit would end slow
-loads and compiles too. So a thread of each rank writes a beat to the launcher's store once a second
-and reads those of the others (`beats`, `activity`). The first rank that sees a fault (`diagnosis`)
-publishes it; then all end with exit code 1, and one of each node reports it (`failure_report`).
+A collective waits for a lost rank until the timeout of the collective. A short timeout is not
+possible, because a rank may also wait for a slow load or compilation of another rank. Therefore a
+thread of each rank writes a message ("beat") to the launcher's store once per second and reads the
+messages of all ranks (`beats`, `activity`). The first rank that detects a fault (`diagnosis`)
+publishes it. All ranks then end with exit code 1, and one rank of each node reports the fault
+(`failure_report`).
 
-A rank without beats, or a store without answers, is gone after TUNESMITH_HEARTBEAT_SECONDS
-(60 by default: `ranks.heartbeat_limit`).
+A rank without beats, or a store without answers, counts as lost after TUNESMITH_HEARTBEAT_SECONDS
+(default: 60, see `ranks.heartbeat_limit`).
 """
 
 import atexit
@@ -39,26 +41,31 @@ from tunesmith.errors import (
     first_line,
 )
 
-# Errors that all ranks raise at the same step.
+# Types of errors that all ranks raise at the same step. Therefore no rank has to publish them to
+# the others.
 AGREED = (OtherRankError, StoppedError, NonFiniteError)
-# Seconds that a rank has to end by itself once the ranks have decided on a fault: one whose main
-# thread may hang in a collective, and one whose main thread has raised an error and unwinds.
+# Seconds that the main thread of a rank has to end after a fault is decided. After this time,
+# `_exit_now` ends the process. A main thread that may hang in a collective gets 3 seconds. A main
+# thread that has raised an error and runs its cleanup gets 60 seconds.
 HUNG_RANK_SECONDS = 3.0
 UNWINDING_RANK_SECONDS = 60.0
-REFUSAL_SECONDS = 2.0  # seconds in which a machine that is up refuses a connection
-UNDECIDED = "-"  # what stands in the store as the fault until a rank publishes a fault
-# torch's errors of a collective and of a store
+# Maximum number of seconds that a running machine takes to refuse a connection to a closed port.
+REFUSAL_SECONDS = 2.0
+# Value of the key "fault" in the store before a rank publishes a fault.
+UNDECIDED = "-"
+# Pattern that matches torch's exceptions about collectives and stores.
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)
 
 
 class Heartbeat:
-    """The beats of this rank and of the others, in two threads.
+    """Two threads that exchange heartbeats with the other ranks and detect faults.
 
-    The defaults are a run of one process.
+    The defaults fit a run of one process, which starts no threads.
 
     Attributes:
-        agreed: an error that all ranks know of already, by other means.
-        probes: what it asks of the process around it.
+        agreed: an error that all ranks already know, because they have exchanged it in a
+            collective.
+        probes: callbacks that read the state of this process.
     """
 
     def __init__(
@@ -71,9 +78,13 @@ class Heartbeat:
     ) -> None:
         """
         Args:
+            rank: this rank.
+            hosts: the host name of each rank.
             local: the ranks of this node.
-            store: a client of torch's store for this object alone, after `meet` has opened the
-                keys; a rank that does not beat for its timeout is gone.
+            store: a client of torch's store that only this object uses. `ranks.meet` must have
+                created the keys before. The timeout of the client is also the number of seconds
+                without a heartbeat after which a rank counts as lost.
+            probes: callbacks that read the state of this process.
         """
         limit = store.timeout.total_seconds() if store is not None else inf
         self.store = store
@@ -85,12 +96,14 @@ class Heartbeat:
         self.agreed: BaseException | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._talker = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
+        self._exchange_thread = threading.Thread(
+            target=self._exchange_beats, name="heartbeat", daemon=True
+        )
 
     def __enter__(self) -> "Heartbeat":
         if self.store is not None:
-            self._talker.start()
-            threading.Thread(target=self._watch_time, name="heartbeat-time", daemon=True).start()
+            self._exchange_thread.start()
+            threading.Thread(target=self._watch_clock, name="heartbeat-time", daemon=True).start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -101,49 +114,59 @@ class Heartbeat:
             raise shared from error
 
     def phase(self, name: str, limit: float | None = None) -> None:
-        """Begin a part of the run.
+        """Begin a phase of the run.
 
-        limit: seconds that it may take without progress; None: any time.
+        Args:
+            limit: maximum number of seconds without progress. None means no maximum.
         """
         self.activity.phase(name, limit)
 
     def phase_name(self) -> str:
-        """The part of the run that goes on."""
+        """Return the current phase of the run."""
         return self.activity.phase_name
 
     def progress(self, step: int | None = None) -> None:
-        """Note that the main thread moves on; `step`: the last complete one."""
+        """Record that the main thread has made progress.
+
+        Args:
+            step: the last complete step, if it has changed.
+        """
         self.activity.progress(step)
 
     def share_error(
         self, error: BaseException, failure: TunesmithError | None = None
     ) -> BaseException:
-        """Return the error that ends this rank: `error`, published to the others.
+        """Publish an error of this rank and return the error with which the rank ends.
 
-        OtherRankError in its place, if another rank's end caused it.
+        If this error is only the consequence of another rank's end, return OtherRankError.
+        Otherwise return `error`.
 
-        failure: the error as this rank reports it, where that has other words.
+        Args:
+            failure: the error that this rank reports to the user, if its text is not that of
+                `error`.
         """
         chain = _causes(error)
         if self.store is None or any(self._is_agreed(cause) for cause in chain):
             self.agreed = error
             return error
         self.report.is_ending = True
-        # The first cause: a broken connection may have been raised in other words since.
+        # Use the first cause, because other code may have wrapped torch's error about a broken
+        # connection in another error.
         root = chain[-1]
         is_broken = isinstance(root, RuntimeError) and bool(
             _BROKEN.search(f"{type(root).__name__}: {root}")
         )
         if is_broken:
-            # `walk_tb` begins with the outermost frame, and `locate` with the innermost.
+            # Reverse the frames: `walk_tb` starts with the outermost frame, but `locate` expects
+            # the innermost frame first.
             frames = [*traceback.walk_tb(root.__traceback__)]
             self.activity.locate(reversed(frames))
             self.diagnosis.note_broken(first_line(root))
         elif not self.report.own_error:
             self.report.own_error = self.diagnosis.own_error(error, failure, self.activity)
         self._wake.set()
-        # At most: the other thread decides within the limit, or the store is lost and it decides
-        # alone.
+        # The heartbeat threads decide on a fault within the limit, even if the store is lost. The
+        # timeout of this wait is only needed if these threads fail.
         self.report.fault_event.wait(2 * self.peers.limit)
         fault = self.report.fault
         if is_broken and fault is not None:
@@ -151,37 +174,45 @@ class Heartbeat:
         return error
 
     def _is_agreed(self, error: BaseException) -> bool:
-        """Tell whether all ranks know of this error already."""
+        """Return whether all ranks already know this error."""
         is_of_all = isinstance(error, AGREED) and not isinstance(error, StoppedEarlyError)
         return is_of_all or error is self.agreed
 
     def _close(self) -> None:
         peers = self.peers
         peers.own_beat.is_done = True
-        # Where no launcher holds the store rank 0 does, and stays until the others have read it
-        # for the last time.
+        # If torchrun does not hold the store, the process of rank 0 does. In this case, rank 0 must
+        # not end before all other ranks have stopped using the store.
         is_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if peers.rank == 0 and not is_agent_store:
-            while self._talker.is_alive() and not self._all_are_done():
+            while self._exchange_thread.is_alive() and not self._all_are_done():
                 self._wake.set()
                 time.sleep(peers.clock.interval / 20)
         self._closing.set()
         self._wake.set()
-        self._talker.join(HUNG_RANK_SECONDS)
-        # A thread in a call to a mute store would crash an interpreter that ends.
-        if self._talker.is_alive():
-            atexit.register(_leave)
+        self._exchange_thread.join(HUNG_RANK_SECONDS)
+        # If the thread is blocked in a call to a store that does not answer, the interpreter would
+        # crash at its end. `_exit_now` exits without the interpreter's cleanup.
+        if self._exchange_thread.is_alive():
+            atexit.register(_exit_now)
 
     def _all_are_done(self) -> bool:
-        """Tell whether every rank has finished, by its beat, or is silent."""
+        """Return whether each rank has either reported that it has finished, or sends no beats any
+        more.
+        """
         peers = self.peers
         return all(
             beat.is_done or peers.is_silent(rank, MISSED_BEATS * peers.clock.interval)
             for rank, beat in enumerate(peers.beats)
         )
 
-    def _watch_time(self) -> None:
-        """In a thread of its own: a call to the store may not return for its whole timeout."""
+    def _watch_clock(self) -> None:
+        """Advance the clock, and end this process if its main thread does not end in time after a
+        fault. This function runs in a separate thread.
+
+        It does not call the store, because such a call may block for the entire timeout of the
+        client.
+        """
         parent = os.getppid()
         peers = self.peers
         report = self.report
@@ -190,20 +221,24 @@ class Heartbeat:
             if report.fault is not None:
                 seconds_to_end = UNWINDING_RANK_SECONDS if report.is_ending else HUNG_RANK_SECONDS
                 if time.monotonic() - report.decided_at > seconds_to_end:
-                    _leave(report.fault.exit_code)
+                    _exit_now(report.fault.exit_code)
             elif peers.clock.seconds - peers.answered_at > peers.limit:
                 self._lose_store(f"no answer for {peers.limit:.0f} s")
             elif os.getppid() != parent and not report.own_error:
                 report.own_error = self.diagnosis.lost_launcher()
 
-    def _talk(self) -> None:
-        """In a thread: a round each interval, until the store or this rank's work ends."""
+    def _exchange_beats(self) -> None:
+        """Exchange beats once per interval. This function runs in a separate thread.
+
+        The function returns when the store is lost or this rank has finished.
+        """
         while True:
-            # The last round publishes that this rank has finished.
+            # Read the flag before the round, because one complete round must follow after the flag
+            # is set. This last round publishes `is_done`.
             is_last = self._closing.is_set()
             try:
                 self._round()
-            except RuntimeError as error:  # torch's errors of a store and of a network
+            except RuntimeError as error:  # torch raises it for faults of the store and the network
                 if not self.peers.own_beat.is_done:
                     self._lose_store(first_line(error))
                 return
@@ -213,12 +248,16 @@ class Heartbeat:
             self._wake.clear()
 
     def _round(self) -> None:
-        """Write this rank's beat, read those of all, and look for a fault."""
+        """Write this rank's heartbeat, read the heartbeats of all ranks, and search them for a
+        fault.
+        """
         peers = self.peers
         if not self.report.is_ending:
             self.activity.sample()
         self.activity.count_beat()
-        # Before the beats are read: a rank publishes that it has finished, and then ends.
+        # List ended processes before the heartbeats are read. A rank that finishes sends a last
+        # heartbeat before its process ends. Therefore the heartbeats that are read below include
+        # the last one of every listed rank that has finished.
         ended = peers.ended()
         self.store.set(f"beat/{peers.rank}", json.dumps(asdict(peers.own_beat)))
         keys = [f"beat/{rank}" for rank in range(len(peers.hosts))]
@@ -233,42 +272,48 @@ class Heartbeat:
             )
             if not fields:
                 return
-            # Of ranks that publish at once the first one's fault stands for all.
+            # `compare_set` returns the stored fault. If several ranks publish a fault at the same
+            # time, all ranks use the first one.
             fault = self.store.compare_set("fault", UNDECIDED, json.dumps(fields))
         self._accept(json.loads(fault))
 
     def _accept(self, fields: ErrorFields) -> None:
-        """End by the fault that a rank has published, and end the ranks of this node that hang."""
+        """Accept the fault that a rank has published, and kill silent ranks of this node."""
         peers = self.peers
         reporter = fields.pop("reporter", None)
         is_first = self.store.add(f"reported/{peers.local[0]}", 1) == 1
-        # A rank that raises the error reports it, where that arrives.
+        # If the rank that raised the error is on this node, it reports the error. Otherwise the
+        # first rank of the node that reaches this line reports it.
         reports = reporter == peers.rank if reporter in peers.local else is_first
         self._decide(fields, reports=reports)
         for rank in peers.local:
             is_mute = peers.is_silent(rank, peers.limit)
             if is_mute and peers.process_state(rank) not in ("", *ENDED_STATES):
-                # It would hold up the launcher for 30 s.
+                # Kill the silent process, because the launcher would wait 30 s for it.
                 os.kill(peers.pid(rank), signal.SIGKILL)
 
     def _lose_store(self, why: str) -> None:
-        """Decide without the others, who cannot be reached."""
+        """Decide on a fault without the other ranks, because the store cannot be reached.
+
+        Args:
+            why: the reason, such as torch's message.
+        """
         living = {*self.peers.local} - {*self.peers.ended()}
         is_lowest = self.peers.rank == min(living)
         self._decide(self.diagnosis.lost_store(why), reports=is_lowest)
 
     def _decide(self, fields: ErrorFields, *, reports: bool) -> None:
-        # What broke a connection was the other rank's end: the main thread raises an error that
-        # says nothing.
+        # If a connection is broken, the main thread raises OtherRankError, which has no details. In
+        # this case the main thread does not print the fault.
         is_raised = self.report.is_ending and not self.diagnosis.broken
         self.report.decide(fields, self.activity.step, reports=reports, is_raised=is_raised)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, the first cause last."""
+    """Return a list of the error and its chain of causes. The last element is the first cause."""
     chain = [error]
     cause = error.__cause__
-    # A RunError may have other words for it; `raise error from error` makes a ring.
+    # Stop at an error that is already listed, because `raise error from error` creates a cycle.
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__
@@ -276,7 +321,10 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def refuses_connections(host: str, port: int) -> bool:
-    """Tell whether a host answers that no process listens at the port: its network is not cut."""
+    """Return whether a host refuses connections to a port.
+
+    If it does, the network works, but no process listens on the port.
+    """
     try:
         with socket.create_connection((host, port), timeout=REFUSAL_SECONDS):
             return False
@@ -286,8 +334,8 @@ def refuses_connections(host: str, port: int) -> bool:
         return False
 
 
-def _leave(code: int = RunError.exit_code) -> None:
-    """End this process though its main thread may be stuck."""
+def _exit_now(code: int = RunError.exit_code) -> None:
+    """End this process immediately, even if its main thread is stuck."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)

@@ -1,9 +1,10 @@
-"""The ranks of one run: which of them this process is, and what they agree on.
+"""The ranks of one run: how this process joins them, and how they share values and errors.
 
-Whoever starts the ranks (torchrun does) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT. What one rank decides alone, by its clock, a signal or an error, leaves
-the others waiting for it in a collective: every such decision is shared first. The functions here
-take any Python value and are for what comes before and after a step.
+The launcher (such as torchrun) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. If one rank reacted alone to its clock, a signal or an error, the other ranks would
+wait for it in a collective. Therefore the ranks first share each decision that depends on a clock,
+a signal or an error. The functions of this module accept any picklable value. They are meant for
+the time before and after a step.
 """
 
 import json
@@ -38,42 +39,51 @@ from tunesmith.units import count_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
-# A collective may wait for a rank that compiles, loads or saves; one that is gone is noticed by its
-# heartbeat.
+# Timeout of collectives. It is long because a collective may wait for a rank that compiles, loads
+# or saves. The heartbeat detects a lost rank much earlier.
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
-# A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
+# Key in the launcher's store. Its value is the prefix of the keys that these ranks use for their
+# heartbeats.
 HEARTBEAT_NAME = "heartbeat"
-DEFAULT_LIMIT_SECONDS = "60"  # seconds without a beat after which a rank is gone
-# Of the environment: for a slow network, or a test.
+# Seconds without a heartbeat message ("beat") after which a rank counts as lost.
+DEFAULT_LIMIT_SECONDS = "60"
+# Environment variable that replaces DEFAULT_LIMIT_SECONDS, for a slow network or a test.
 HEARTBEAT_VARIABLE = "TUNESMITH_HEARTBEAT_SECONDS"
-JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
-# Seconds that a rank leaves to the one of its node that reports the fault of both.
+# Seconds in which all ranks must join. torchrun uses the same timeout for its nodes.
+JOIN = 600.0
+# Seconds for which a rank waits while another rank of its node reports an error that both ranks
+# have.
 REPORT_S = 10.0
-# NCCL's watchdog would end a process by SIGABRT, before a rank has reported what happened, where a
-# collective or kernel failed or it stood still for minutes. Its sign to dump stays in the
-# launcher's store for the ranks that start again.
+# Settings that disable parts of NCCL's watchdog. If a collective or kernel fails or hangs for
+# minutes, the watchdog would end the process with SIGABRT, before the rank has reported the fault.
+# It would also write a request for a dump to the launcher's store, where the request would affect
+# the restarted ranks.
 WATCHDOG_SETTINGS = (
     "ASYNC_ERROR_HANDLING",
     "RETHROW_CUDA_ERRORS",
     "ENABLE_MONITORING",
     "DUMP_ON_TIMEOUT",
 )
-# Where torchrun and accelerate, srun, Open MPI, and other MPIs give the number of ranks.
-# SLURM_NTASKS does not: a batch script without srun has it too, and is one process.
+# Environment variables with the number of ranks, set by torchrun and accelerate, srun, Open MPI,
+# and other MPI implementations. SLURM_NTASKS is not listed, because it is also set in a batch
+# script that does not use srun and therefore has only one process.
 WORLD_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks of a run. The defaults are a run of one process.
+    """This process and the other ranks of its run. The defaults describe a run of one process.
 
     Attributes:
-        hosts: the name of each rank's host.
-        run_dir_writers: for each rank the one that writes the run directory that it sees: rank 0,
-            unless nodes share no disk (`checkpoint.replicate.find_run_dir_writers`).
-        heartbeat: watches over the ranks.
-        group: the process group that they share values over; None is the default one.
+        rank, world: the number of this rank and the number of all ranks.
+        local_rank, local_world: the number of this rank on its node, and the number of ranks on its
+            node.
+        hosts: the host name of each rank.
+        run_dir_writers: for each rank, the rank that writes the run directory on its disk. This is
+            rank 0, unless nodes share no disk (`checkpoint.replicate.choose_run_dir_writers`).
+        heartbeat: the heartbeat, which detects a lost rank.
+        group: the process group over which values are shared. None is torch's default group.
     """
 
     rank: int = 0
@@ -87,24 +97,27 @@ class Ranks:
 
     @property
     def is_main_process(self) -> bool:
-        """Tell whether this is rank 0, which speaks to the user and writes the run directory."""
+        """Return whether this is rank 0, which prints messages and writes the run directory."""
         return self.rank == 0
 
     @property
     def is_run_dir_writer(self) -> bool:
-        """Tell whether this rank writes the run directory that it sees."""
+        """Return whether this rank writes the run directory on the disk of its node."""
         return self.run_dir_writers[self.rank] == self.rank
 
     def name(self, rank: int) -> str:
-        """A rank in words: `rank 3 on spark-b`."""
+        """Return the name of a rank for messages, such as `rank 3 on spark-b`."""
         return f"rank {rank} on {self.hosts[rank]}"
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank. This is a collective call."""
         return self.all_gather_object(value)[0]
 
     def broadcast_number(self, value: float) -> float:
-        """Rank 0's number, on every rank: a collective of the hosts that no device waits for."""
+        """Return rank 0's number on every rank.
+
+        This is a collective call on the CPU, so that no GPU waits for the result.
+        """
         if self.world == 1:
             return value
         import torch
@@ -115,7 +128,10 @@ class Ranks:
         return number.item()
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank.
+
+        This is a collective call.
+        """
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -126,10 +142,12 @@ class Ranks:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """All ranks leave the block, or none: an error of one ends it on all, at its end.
+        """Context manager: if the block fails on one rank, raise an error on all ranks at the end
+        of the block.
 
-        It must hold no collective. The lowest rank that failed raises its own error and reports
-        it; the others raise `OtherRankError`, which says nothing and has the exit code.
+        The block must not contain a collective. The lowest failed rank raises its own error and
+        reports it. The other ranks raise `OtherRankError`, which is not printed and has the exit
+        code of the first error.
         """
         if self.world == 1:
             yield
@@ -137,9 +155,9 @@ class Ranks:
         error: BaseException | None = None
         try:
             yield
-        except BaseException as caught:  # a signal's KeyboardInterrupt too
+        except BaseException as caught:  # includes the KeyboardInterrupt of a signal
             error = caught
-        # One collective, which ranks reach with or without an error.
+        # All ranks reach this collective, with or without an error.
         outcomes = self.all_gather_object((_exit_code_of(error), str(error)))
         for rank, (code, text) in enumerate(outcomes):
             if not code:
@@ -151,11 +169,14 @@ class Ranks:
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """Let one rank of each node run the block before its others, which find what it cached.
+        """Context manager that runs the block on the first rank of each node before the other ranks
+        of the node.
 
-        The block itself must hold no collective.
+        The other ranks can read what the first rank has cached. The block must not contain a
+        collective.
         """
-        # The same collective for all: the others meet it before the block, the first rank after it.
+        # All ranks enter one collective: the first rank of a node enters it after the block, and
+        # the other ranks enter it before the block.
         if self.local_rank:
             self.all_gather_object(None)
         try:
@@ -179,9 +200,9 @@ ONE_PROCESS = Ranks()
 
 
 def started_as() -> dict[str, int] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from the environment.
 
-    None where this process is alone.
+    Return None if the world size is 1 or if a variable is missing.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     texts = [os.environ.get(name, "") for name in names]
@@ -192,19 +213,21 @@ def started_as() -> dict[str, int] | None:
 
 
 def is_launched() -> bool:
-    """Tell whether torchrun, or what stands in for it, started this process.
+    """Return whether this process was started by torchrun or a similar launcher.
 
-    It starts it again on an exit code other than 0.
+    Such a launcher restarts the process if its exit code is not 0.
     """
     return started_as() is not None or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
 def reported_once_a_node() -> Iterator[None]:
-    """Let one rank of a node report a fault of the command or recipe, which each finds alone.
+    """Context manager in which only one rank per node reports a UsageError of the command or
+    recipe.
 
-    For what happens before the ranks join. The others wait for it to end: a launcher stops all
-    ranks as soon as one ends, which would stop the one that has the fault to report.
+    Use this before the ranks join, when each rank finds the same error by itself. A launcher stops
+    all ranks as soon as one rank ends. Therefore the other ranks wait until the first rank has
+    ended, so that it can complete its report.
     """
     try:
         yield
@@ -218,7 +241,9 @@ def reported_once_a_node() -> Iterator[None]:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the other ranks for the time of the block, if this process is one of several."""
+    """Context manager that joins the other ranks of the run, if the run has several ranks. The
+    ranks leave the process group at the end of the block.
+    """
     environment = started_as()
     if environment is None:
         yield Ranks()
@@ -229,7 +254,7 @@ def join_ranks() -> Iterator[Ranks]:
 
     from tunesmith.distributed.torch_private import current_collective, find_nccl_error
 
-    # In the order of `started_as`.
+    # `started_as` inserts the values in this order.
     rank, world, local_rank, local_world = environment.values()
     limit = timedelta(seconds=heartbeat_limit())
     has_cuda = torch.cuda.is_available()
@@ -240,7 +265,8 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
         group, hosts = meet(store, rank, world)
-        # A client of its own, whose timeout is the limit of the heartbeat.
+        # Open a separate client of the store for the heartbeat, because its timeout must be the
+        # limit of the heartbeat.
         heartbeat_store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -248,9 +274,9 @@ def join_ranks() -> Iterator[Ranks]:
             timeout=limit,
         )
         heartbeat_store.set(HEARTBEAT_NAME, group)
-    except (RuntimeError, ValueError) as error:  # torch's, of a network and of an environment
-        raise _apart(
-            "the store of the ranks cannot be used", rank, world, why=first_line(error)
+    except (RuntimeError, ValueError) as error:  # torch's errors about network and environment
+        raise _join_error(
+            "the rendezvous store of the ranks cannot be used", rank, world, why=first_line(error)
         ) from error
     probes = Probes(
         current_collective=current_collective,
@@ -259,16 +285,18 @@ def join_ranks() -> Iterator[Ranks]:
     heartbeat = Heartbeat(
         rank,
         hosts,
-        # Ranks are numbered node by node.
+        # Ranks of the same node have consecutive numbers.
         range(rank - local_rank, rank - local_rank + local_world),
         dist.PrefixStore(group, heartbeat_store),
         probes,
     )
-    if is_launched():  # the launcher would start a rank of any other exit code again
+    if is_launched():
+        # Use exit code 0 for a stopped rank, because the launcher would restart a rank that ends
+        # with another exit code.
         heartbeat.report.stopped_code = EXIT_OK
     try:
         with heartbeat:
-            # Gloo waits for ever behind a wrong interface.
+            # Set a limit, because Gloo waits forever if it uses a wrong network interface.
             heartbeat.phase(Phase.JOINING, JOIN)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
@@ -284,15 +312,15 @@ def join_ranks() -> Iterator[Ranks]:
                 probes.gpu_is_busy = lambda: not stream.query()
             yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
-        # A group that a rank has left may wait for it.
+        # After a fault do not destroy the group, because the call may wait for a lost rank.
         if heartbeat.report.fault is None and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def choose_gpu(local_rank: int, local_world: int) -> None:
-    """Take this rank's GPU of the node, or the only one that its process is shown.
+    """Select the GPU of this rank. If only one GPU is visible to the process, select this GPU.
 
-    MachineError where there are too few.
+    Raise MachineError if there are fewer GPUs than ranks.
     """
     import torch
 
@@ -300,21 +328,21 @@ def choose_gpu(local_rank: int, local_world: int) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if count >= local_world:
         torch.cuda.set_device(local_rank)
-    # Slurm's --gpus-per-task shows each rank its own.
+    # With Slurm's --gpus-per-task each rank sees only its own GPU.
     elif count == 1 and visible:
         torch.cuda.set_device(0)
     else:
         raise MachineError(
-            f"{count_of(local_world, 'rank')} on a node with {count_of(count, 'GPU')}",
+            f"a node with {count_of(count, 'GPU')} has {count_of(local_world, 'rank')}",
             where=f"CUDA_VISIBLE_DEVICES={visible}",
-            fix=f"use one rank per GPU: --nproc-per-node {count}",
+            fix=f"start one rank per GPU with --nproc-per-node {count}",
         )
 
 
 def heartbeat_limit() -> float:
-    """Seconds after which a rank without beats is gone.
+    """Return the seconds without heartbeats after which a rank counts as lost.
 
-    MachineError where the environment names no such number.
+    Raise MachineError if the environment variable is not a number of at least 1.
     """
     text = os.environ.get(HEARTBEAT_VARIABLE, DEFAULT_LIMIT_SECONDS)
     try:
@@ -323,7 +351,7 @@ def heartbeat_limit() -> float:
         seconds = 0.0
     if not 1 <= seconds < inf:
         raise MachineError(
-            "not a number of seconds of at least 1",
+            "the heartbeat limit must be a number of seconds, at least 1",
             where=f"environment: {HEARTBEAT_VARIABLE}={text}",
             fix=f"unset {HEARTBEAT_VARIABLE}",
         )
@@ -331,19 +359,24 @@ def heartbeat_limit() -> float:
 
 
 def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
-    """Find the ranks that were started together.
+    """Find the ranks that were started together, and create the keys of their heartbeat.
 
-    Returns a new name for them, which prefixes their keys, and each one's host.
+    torchrun 2.13 keeps one store when it restarts the ranks, and the store still has the addresses
+    of the earlier ranks. The first rank that starts again would connect to these addresses, and
+    fail or wait forever. The restart counters of the nodes may differ, so they cannot identify a
+    start. Therefore each rank writes a unique name, rank 0 writes the list of all names, and each
+    rank confirms the list. The ranks continue when rank 0 has read all confirmations.
 
-    torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever
-    starts first would connect to those, and fail or wait for ever; and its nodes may count their
-    restarts differently. So each rank says who it is and agrees to the list that rank 0 reads, and
-    all go on when rank 0 has seen that every one agrees; MachineError if they have not after JOIN
-    seconds.
+    Returns:
+        A new name for these ranks, which is the prefix of their keys in the store, and the host of
+        each rank.
+
+    Raises:
+        MachineError: if the ranks have not agreed after JOIN seconds.
     """
 
     def read(key: str) -> str:
-        # `get` alone would wait for a key that nobody has written yet.
+        # Call `check` before `get`, because `get` blocks until the key exists.
         return store.get(key).decode() if store.check([key]) else ""
 
     own_name = f"{socket.gethostname()} {uuid.uuid4().hex}"
@@ -356,13 +389,13 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
                 store.set("list", json.dumps(hellos))
         listed = read("list")
         members = json.loads(listed or "[]")
-        # Any other list is of an earlier start.
-        # A slice: the list of an earlier start may be shorter.
+        # Ignore a list without this rank's name, because the ranks wrote it before they were
+        # restarted. Compare slices, because that list may be shorter.
         if members[rank : rank + 1] == [own_name]:
             name = members[0].split()[1]
             store.set(f"agreed/{rank}", listed)
             if rank == 0 and all(read(f"agreed/{other}") == listed for other in range(world)):
-                # As a PrefixStore would write them.
+                # Write the keys in the form "prefix/key", in which a PrefixStore reads them.
                 store.set(f"{name}/fault", UNDECIDED)
                 for other in range(world):
                     store.set(f"{name}/beat/{other}", "{}")
@@ -371,11 +404,11 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
                 return name, [member.split()[0] for member in members]
         time.sleep(0.05)
     silent = [str(other) for other in range(world) if not read(f"hello/{other}")]
-    missing = ", ".join(silent) or "that was there before"
-    raise _apart(f"no response from rank {missing} in {JOIN:.0f} s", rank, world)
+    missing = ", ".join(silent) or "(number unknown)"
+    raise _join_error(f"there was no response from rank {missing} in {JOIN:.0f} s", rank, world)
 
 
-def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
+def _join_error(what: str, rank: int, world: int, why: str = "") -> MachineError:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return MachineError(
         what,
@@ -386,7 +419,10 @@ def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
 
 
 def require_one_process(command: str) -> None:
-    """MachineError where this process is one of several that would each do all of `command`."""
+    """Raise MachineError if a launcher started several processes that cannot join each other.
+
+    Without this check, each process would execute the entire command.
+    """
     for name in WORLD_VARIABLES:
         text = os.environ.get(name, "")
         if not text.isdecimal() or int(text) < 2:
@@ -395,9 +431,9 @@ def require_one_process(command: str) -> None:
         if command in ("train", "sweep", "eval"):
             start = f"torchrun --nproc-per-node N -m tunesmith {command} ..."
         raise MachineError(
-            f"this process is one of {text}, and cannot find the others",
+            f"this process is one of {text} processes, but cannot find the other processes",
             where=f"environment: {name}={text}",
             why="each process would train separately, on all rows",
-            fix=f"{start}, without another launcher; or unset {name} if it is left over "
-            "from another program",
+            fix=f"start the command as `{start}` without another launcher, or unset {name} if it "
+            "is left over from another program",
         )

@@ -1,5 +1,6 @@
-"""Rows of activations gathered over the ranks of a group, and sums of them scattered, with
-gradients: each is the gradient of the other.
+"""All-gather and reduce-scatter of activation rows with autograd support.
+
+The backward of the all-gather is the reduce-scatter, and vice versa.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,9 @@ from tunesmith.distributed.torch_private import SavingContext, collective
 
 
 class RankGroup(NamedTuple):
-    """A process group as one of its ranks sees it, in constants of a compiled graph."""
+    """Name and size of a process group, and this rank's number in the group. Unlike a ProcessGroup
+    object, these values can be constants of a compiled graph.
+    """
 
     name: str
     size: int
@@ -19,18 +22,18 @@ class RankGroup(NamedTuple):
 
 
 def gather_rows(x: Tensor, group: RankGroup) -> Tensor:
-    """The rows of all ranks, in their order: [n, ...] -> [ranks * n, ...]; n is one on all ranks.
+    """Gather the rows of all ranks in rank order: [n, ...] -> [ranks * n, ...].
 
-    A collective call, and another one in the backward.
+    All ranks must have the same n. Forward and backward are collective calls.
     """
     rows: Tensor = _Exchange.apply(x, group, True)
     return rows
 
 
 def scatter_sum(x: Tensor, group: RankGroup) -> Tensor:
-    """This rank's rows of the sum over the ranks: [ranks * n, ...] -> [n, ...].
+    """Sum over the ranks and return this rank's rows of the sum: [ranks * n, ...] -> [n, ...].
 
-    A collective call, and another one in the backward.
+    Forward and backward are collective calls.
     """
     rows: Tensor = _Exchange.apply(x, group, False)
     return rows

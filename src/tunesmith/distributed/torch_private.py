@@ -1,6 +1,6 @@
-"""The private names of torch that the engine needs, here and nowhere else.
+"""Wrappers of private functions of torch. No other module uses private names of torch.
 
-A new release of torch may move them.
+If a new release of torch renames or removes a private function, only this module must be adapted.
 """
 
 from types import SimpleNamespace
@@ -10,30 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-# The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU. On a CPU, 2.11 scales
-# tensor-wise only.
+# The only fp8 matmul that torch 2.11 to 2.13 offer on both GPU and CPU. On a CPU, torch 2.11
+# supports only one scale per tensor.
 scaled_mm = torch._scaled_mm
 
-# Sets the options of PYTORCH_ALLOC_CONF in a process that has begun. torch 2.11 deprecates the
-# older name.
+# Function that sets the options of PYTORCH_ALLOC_CONF in a running process. torch 2.11 deprecates
+# the older name.
 _newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
 set_allocator = _newer or torch.cuda.memory._set_allocator_settings
 
 
 def collective(name: str, x: Tensor, *arguments: object) -> Tensor:
-    """The result of a collective as a new plain tensor, which torch.compile keeps in one graph.
+    """Run a collective and return its result as a new plain tensor.
 
-    torch's functions around these operators were renamed between 2.11 and 2.13.
+    torch.compile can trace the call without a graph break. The torch operators are called directly,
+    because torch renamed their public wrappers between 2.11 and 2.13.
 
     Args:
-        name: `all_reduce` (op, group), `all_gather_into_tensor` (size, group) or
-            `reduce_scatter_tensor` (op, size, group), by rows.
-        arguments: as in the parentheses; group: a process group's name.
+        name: `all_reduce`, `all_gather_into_tensor` or `reduce_scatter_tensor`. The last two work
+            on dimension 0.
+        arguments: for `all_reduce`: op, group. For `all_gather_into_tensor`: size, group. For
+            `reduce_scatter_tensor`: op, size, group. `group` is the name of a process group.
     """
     operators = torch.ops._c10d_functional
     operator = getattr(operators, name)
     if torch.compiler.is_compiling():
-        # These operators return at once; the result may be read after `wait_tensor`.
+        # The operator returns before the collective is complete, so wait for the result with
+        # `wait_tensor`.
         return operators.wait_tensor(operator(x.contiguous(), *arguments))
     _entered.append(name)
     try:
@@ -46,28 +49,30 @@ _entered: list[str] = []
 
 
 class SavingContext(FunctionCtx):
-    """The context of an autograd function, with what torch's annotations of it leave out."""
+    """Type of the `ctx` argument of an autograd function, with annotations that torch's class
+    lacks.
+    """
 
-    saved_tensors: tuple[Any, ...]  # None of what was saved as None
+    saved_tensors: tuple[Any, ...]  # has None for each value that was saved as None
     needs_input_grad: tuple[bool, ...]
 
 
 def current_collective() -> str:
-    """The collective that this process is in by `collective`; else empty.
+    """Return the name of the collective that this process is executing, or "".
 
-    For the diagnosis of a run that hangs.
+    Only calls of `collective` are known. The name is used to diagnose a run that hangs.
     """
     return _entered[-1] if _entered else ""
 
 
 def find_nccl_error() -> str:
-    """NCCL's error of a collective of any group; else empty.
+    """Return NCCL's error if a collective in any process group has failed, or "".
 
-    The GPU waits for such a collective, and nothing raises the error.
+    NCCL does not raise this error. The GPU waits for the failed collective instead.
     """
     from torch.distributed import distributed_c10d
 
-    # A list of its own, as other threads may make groups meanwhile.
+    # Copy the groups into a list, because other threads may create groups during the iteration.
     groups = [*distributed_c10d._world.pg_map]
     backends = [group._get_backend(device) for group in groups for device in group._device_types]
     errors = {backend.get_error().name for backend in backends if backend.name() == "nccl"}
@@ -84,9 +89,13 @@ def varlen_forward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator behind `varlen_attn`, causal: output, lse [heads, n] in fp32, random state.
+    """Call the operator for causal attention that torch's public `varlen_attn` calls.
 
-    The public function's backward takes its own output and lse; attention with a sink needs others.
+    The public function cannot be used, because its backward always uses the unmodified output and
+    log-sum-exp of its forward. Attention with a sink needs modified values of both.
+
+    Returns:
+        The output, the log-sum-exp [heads, n] in fp32, and the random state.
     """
     left = -1 if window is None else window - 1
     return torch.ops.torch_attn._varlen_attn(
@@ -118,7 +127,10 @@ def varlen_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for `varlen_forward`, with any output and lse in place of its own."""
+    """Compute the gradients of q, k and v for `varlen_forward`.
+
+    `out` and `lse` may be modified versions of the values that `varlen_forward` returned.
+    """
     left = -1 if window is None else window - 1
     return torch.ops.torch_attn._varlen_attn_backward(
         d_out,
@@ -139,20 +151,20 @@ def varlen_backward(
 
 
 def mark_varying(tensor: Tensor, dim: int) -> None:
-    """Tell torch.compile that a dimension differs from call to call.
+    """Mark a dimension whose size changes between calls, so that torch.compile makes it dynamic.
 
-    Otherwise each size of it makes a graph of its own.
+    Otherwise torch.compile builds another graph for each size.
     """
-    # A slow import, for runs that compile only.
+    # Import inside the function: the import is slow, and only compiled runs need it.
     from torch._dynamo import maybe_mark_dynamic
 
     maybe_mark_dynamic(tensor, dim)
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of a DTensor's global shape this rank holds, dimension by dimension.
+    """Return the slice of each dimension of a DTensor's global shape that this rank holds.
 
-    Of a plain tensor all of it.
+    For a plain tensor the slices cover the entire tensor.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -166,9 +178,10 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def let_codes_be_sharded() -> None:
-    """Let FSDP of torch 2.11 shard frozen integers.
+    """Patch FSDP of torch 2.11 so that it can shard frozen integer parameters.
 
-    It first makes each shard a parameter with gradients (pytorch#177844).
+    torch 2.11 creates each shard as a parameter with requires_grad=True, which fails for integers
+    (pytorch#177844).
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
@@ -180,9 +193,9 @@ def let_codes_be_sharded() -> None:
 
 
 def restart_compiler() -> None:
-    """Forget what torch.compile has built or failed to build, and end its workers.
+    """Reset torch.compile: clear its caches, including failed builds, and end its worker processes.
 
-    Workers keep the environment that they began with.
+    New workers are needed because a worker keeps the environment variables of its start.
     """
     from torch._inductor.async_compile import CompiledTritonKernels, shutdown_compile_workers
 
@@ -192,9 +205,10 @@ def restart_compiler() -> None:
 
 
 def set_elastic_agent(agent: type) -> None:
-    """Let torch's elastic launcher start the ranks of this node by `agent`.
+    """Replace the agent class with which torch's elastic launcher starts the ranks of this node.
 
-    agent: a subclass of its LocalElasticAgent.
+    Args:
+        agent: a subclass of torch's LocalElasticAgent.
     """
     from torch.distributed.launcher import api
 

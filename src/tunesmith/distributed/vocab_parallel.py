@@ -1,4 +1,6 @@
-"""Forwards of a model's modules where ranks hold parts of a parameter or of the vocabulary."""
+"""Functions and classes for the forward of modules whose parameters or vocabulary are sharded over
+ranks.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
@@ -14,15 +16,16 @@ T = TypeVar("T")
 
 
 def local_part(tensor: T) -> T:
-    """This rank's part of a DTensor, which its gradient goes back to; anything else as it is.
+    """Return this rank's shard of a DTensor as a plain tensor. Return any other value unchanged.
 
-    Forwards compute with parts: products of DTensors would make collectives of their own.
+    Gradients flow back to the DTensor. Forward passes use the local shard, because operations on
+    DTensors would insert collectives.
     """
     return cast("T", tensor.to_local()) if isinstance(tensor, DTensor) else tensor
 
 
 def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The groups whose ranks hold the other parts of a parameter; none where it is whole."""
+    """Return the process groups over which a parameter is sharded, or () if it is not sharded."""
     if not isinstance(param, DTensor):
         return ()
     mesh = param.device_mesh
@@ -34,81 +37,107 @@ def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 
 class VocabularyShard(NamedTuple):
-    """The tokens whose logits this rank has: as many as its output layer has rows, from `first` on.
+    """The range of tokens whose logits this rank computes, if the vocabulary is sharded.
 
-    Ranks share three numbers a position: the largest logit, the sum of the exponentials, and the
-    target's logit, which one of them has (Shoeybi et al. 2019, arXiv:1909.08053). Every method is a
-    collective call.
+    The range starts at `first` and has as many tokens as the local output layer has rows. For each
+    position the ranks exchange three numbers: the largest logit, the sum of the exponentials, and
+    the target's logit, which only one rank has (Shoeybi et al. 2019, arXiv:1909.08053). `softmax`
+    and `most_likely` are collective calls.
+
+    Attributes:
+        first: the first token of this rank.
+        group: the name of the process group whose ranks share the vocabulary.
     """
 
     first: int
-    group: str  # name of the process group whose ranks have the others
+    group: str
 
     def softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each position, [c, 1], and the probabilities of this rank's tokens.
+        """Compute the cross-entropy of each position and the probabilities of this rank's tokens.
 
         Args:
-            logits: [c, own tokens] in fp32 or wider; overwritten.
-            targets: int64 [c], tokens of the whole vocabulary.
+            logits: logits of this rank's tokens, [c, local tokens], in fp32 or wider. They are
+                overwritten.
+            targets: target tokens, int64 [c]. Any token of the entire vocabulary is allowed.
+
+        Returns:
+            The cross-entropy [c, 1] and the probabilities [c, local tokens].
         """
         column, inside = self._columns(targets, logits)
-        # A target of another rank reads a clamped column, and counts as 0 in the sum below.
+        # If another rank has the target, `column` is clamped to a valid column, and the value from
+        # this column is replaced by 0.
         picked = logits.gather(1, column).where(inside, 0)
         largest = collective("all_reduce", logits.amax(-1, keepdim=True), "max", self.group)
-        # Less the largest, so that no exponential overflows.
+        # Subtract the largest logit, so that no exponential overflows.
         exps = logits.sub_(largest).exp_()
-        # Both numbers in one collective: [c, 2].
+        # Sum the exponentials and the target's logit over the ranks in one collective.
         sums = torch.cat([exps.sum(-1, keepdim=True), picked], 1)
         total, picked = collective("all_reduce", sums, "sum", self.group).split(1, 1)
         return total.log() + largest - picked, exps.div_(total)
 
     def subtract_one_hot(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Subtract 1 at each position's target, in place, on the rank that has it."""
+        """Subtract 1 from the probability of each position's target, in place.
+
+        Only the rank whose shard contains the target changes its probabilities.
+        """
         column, inside = self._columns(targets, probabilities)
-        # -1 in the target's column, or 0 where another rank has it.
+        # Add -1 in the target's column, or 0 if another rank has the target.
         probabilities.scatter_add_(1, column, -inside.to(probabilities.dtype))
 
     def most_likely(self, logits: Tensor) -> Tensor:
-        """The token with the largest logit, the first of several, int64 [c].
+        """Return the token with the largest logit of each position, int64 [c].
 
-        logits: [c, own tokens].
+        If several tokens have the largest logit, return the smallest token.
+
+        Args:
+            logits: logits of this rank's tokens, [c, local tokens].
         """
-        # The first of equal ones on this rank; `min` below takes the first of all ranks.
+        # If several logits of this rank are equal, `max` returns the first of them. The "min"
+        # reduction below selects the first over all ranks.
         largest, token = logits.max(-1)
         global_largest = collective("all_reduce", largest, "max", self.group)
-        # Ranks that do not have it give a token that is larger than any.
+        # A rank that does not have the largest logit contributes a number that is larger than any
+        # token id.
         none = torch.iinfo(torch.int64).max
         token = (token + self.first).where(largest == global_largest, none)
         return collective("all_reduce", token, "min", self.group)
 
     def _columns(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Each target's column in `logits`, [c, 1], and whether it is there at all."""
+        """Return the column of each target in `logits`, and whether this rank has the target.
+
+        Both have the shape [c, 1]. If another rank has the target, its column is clamped to a valid
+        column.
+        """
         column = targets.unsqueeze(1) - self.first
         last = logits.shape[1] - 1
         return column.clamp(0, last), (column >= 0) & (column <= last)
 
 
 class ShardedHead(nn.Module):
-    """An output layer with the rows of `shard`; a mixin of `nn.Linear`."""
+    """Mixin for an output layer (`nn.Linear`) that has only the rows of the tokens in `shard`."""
 
     shard: VocabularyShard
 
 
 def shard_of(head: nn.Module) -> VocabularyShard | None:
-    """The tokens of a head that ranks share; None for a whole one."""
+    """Return the range of tokens that this rank has of a sharded head, or None if the head is not
+    sharded.
+    """
     return head.shard if isinstance(head, ShardedHead) else None
 
 
 class GatheredHead(nn.Module):
-    """An output layer that FSDP gathers for `compute`, as for its forward.
+    """Mixin for an output layer (`nn.Linear`) that is sharded by FSDP.
 
-    A mixin of `nn.Linear`.
+    FSDP gathers the weight before `compute`, as it does before `forward`.
     """
 
     def compute(
         self, function: Callable[..., Tensor], hidden: Tensor, *arguments: object, **options: object
     ) -> Tensor:
-        """`function(hidden, head, ...)`, which reads the head's weight."""
+        """Return the result of `function(hidden, head, ...)`. While the function runs, the weight
+        of the head is gathered.
+        """
         return function(hidden, self, *arguments, **options)
 
 
@@ -119,7 +148,10 @@ def compute_with_head(
     *arguments: object,
     **options: object,
 ) -> Tensor:
-    """`function(hidden, head, ...)`, for which a head that is a group of FSDP's is gathered."""
+    """Return `function(hidden, head, ...)`.
+
+    If FSDP shards the head, its weight is gathered first.
+    """
     if isinstance(head, GatheredHead):
         return head.compute(function, hidden, *arguments, **options)
     return function(hidden, head, *arguments, **options)

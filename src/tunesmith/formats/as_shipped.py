@@ -1,8 +1,9 @@
-"""The base of formats that keep the codes and scales which a checkpoint ships.
+"""Base class of the formats that keep the codes and scales of a quantized checkpoint.
 
-In memory is what is on the disk. A weight is dequantized for one product at a time, in the forward
-and again in the backward, and computes what the dense weight computes. Experts are stored as one
-stack, or one by one, and then an expert in one part or two (gate and up).
+The tensors in memory are those of the file. A weight is dequantized for one matmul at a time, in
+the forward and again in the backward pass. The result of the matmul is the same as with the dense
+weight. A checkpoint stores the experts of a layer as one stack or as separate weights. If gate and
+up are separate weights, they become two parts of the expert's matrix in the stack.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, Forms
+from tunesmith.formats.base import Format, Forms, FrozenStack, FrozenWeight
 from tunesmith.formats.form import FETCH, ShippedForm
 
 if TYPE_CHECKING:
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
 
 
 class AsShipped(Format):
-    """Tensors that are shared have rows of a matrix, and come first; another one has its scales.
+    """A format of quantized checkpoints.
+
+    The first tensors of a weight have values for each row of the matrix (`TensorForm.is_shared`). A
+    last tensor can follow, which contains the scales of the entire matrix.
 
     Attributes:
-        drawn_scales: each tensor's value but the codes', of drawn weights: these are of about 0.02.
+        form: the storage format of the checkpoint.
+        drawn_scales: values with which `draw` fills the tensors after the codes. With these scales,
+            the random weights are about 0.02.
     """
 
     drawn_scales: Sequence[float]
@@ -41,78 +47,101 @@ class AsShipped(Format):
         self.form = form
 
     def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
-        of_part = self.matrix_forms(rows // parts, columns)
+        part_forms = self.matrix_forms(rows // parts, columns)
         forms = {}
         for name, form in self.matrix_forms(rows, columns).items():
             shape = (experts, *form.shape)
             if not form.is_shared:
-                shape = (experts, parts, *of_part[name].shape)
+                shape = (experts, parts, *part_forms[name].shape)
             forms[name] = form._replace(shape=shape)
         return forms
 
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        # A group of weights that share a scale is within one row, so the rows of all experts can be
+        # dequantized as one matrix.
+        tensors = [tensor[experts].flatten(0, 1) for tensor in stack.tensors]
+        shape = (len(tensors[0]), stack.matrix[1])
+        dense = FrozenWeight(self, tensors, shape).dense(dtype)
+        return dense.view(-1, *stack.matrix)
+
     def draw(self, tensors: Sequence[Tensor]) -> None:
-        """Fill the tensors of a weight to measure speed with: random codes, equal scales."""
+        """Fill the tensors of a weight with random codes and constant scales, for speed
+        measurements.
+        """
         codes, *scales = tensors
         generator = torch.Generator(codes.device).manual_seed(0)
         codes.random_(0, 256, generator=generator)
-        # Without the highest bit of the exponent: no code is NaN, and few are large.
+        # Clear the highest bit of the exponent, so that no code is NaN and few values are large.
         codes.bitwise_and_(0b10111111)
+
         for scale, value in zip(scales, self.drawn_scales, strict=True):
             scale.fill_(value)
 
     @abstractmethod
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
-        """Rows of a matrix from `first` on, as they are read of a file: in fp32.
+        """Return rows of a matrix in fp32, dequantized from codes that were read from a file.
 
-        scale: of the whole matrix, as of `read_scale`.
+        Args:
+            scale: result of `read_scale` for the entire matrix.
+            first: index of the first row.
         """
 
     def read_scale(self, stored: StoredTensor, weight: str) -> Tensor:
-        """The scales of the whole weight of this name; ModelError where one is no finite number."""
+        """Read the scales of the entire weight `weight`.
+
+        Raise ModelError if a scale is not finite.
+        """
         raise NotImplementedError
 
     def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
-        """Tell whether a scale of some rows is no number."""
+        """Return whether one of these tensors is a scale tensor that contains NaN."""
         return False
 
     @torch.no_grad()
     def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
+        local = [local_part(target) for target in targets]
         if isinstance(weight, Tensor):
-            self.draw([local_part(target) for target in targets])
+            self.draw(local)
             return
-        if not self._is_of(weight):
-            raise self._without_scales(name, "its weight is")
+
+        if not self._has_this_format(weight):
+            raise self._missing_scales(name, "the weight is")
         if weight.shape != layer.shape:
-            what = f"it is stored as {list(weight.shape)}, and {list(layer.shape)} is needed"
+            what = f"it is stored as {list(weight.shape)}, but {list(layer.shape)} is needed"
             raise ModelError(what, where=name, fix=FETCH)
+
         for target, codes in zip(targets, weight.codes, strict=False):
             codes.into_part(target)
         if weight.scale is not None:
             targets[-1].copy_(weight.scale)
-        weight.check_rows([local_part(target) for target in targets[: len(weight.codes)]])
+        weight.check_rows(local[: len(weight.codes)])
 
     @torch.no_grad()
     def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
-        if self._is_of(weight):
+        if self._has_this_format(weight):
             self._load_whole_stack(stack, weight, first)
             return
-        pieces = list(weight.pieces(slice(first, first + stack.stored_shape[0])))
+
+        experts = slice(first, first + stack.stored_shape[0])
+        pieces = list(weight.pieces(experts))
         if not pieces:
-            raise self._without_scales(weight.name, "these experts are")
+            raise self._missing_scales(weight.name, "these experts are")
+
         for piece, stored in pieces:
-            if not self._is_of(stored):
-                raise self._without_scales(stored.name, "an expert is")
-            of_expert, rows, _ = piece.region
+            if not self._has_this_format(stored):
+                raise self._missing_scales(stored.name, "an expert is")
+            expert_slice, rows, _ = piece.region
             part = rows.start * stack.parts // stack.rows
-            *places, scale = stack.places_of(of_expert.start - first, part)
+            *places, scale = stack.tensors_of_part(expert_slice.start - first, part)
             assert scale is not None
             assert stored.scale is not None
             scale.copy_(stored.scale)
+            # Skip the tensors that are on other ranks. `tensors_of_part` returns None for them.
             local = [place for place in places if place is not None]
             for place, codes in zip(local, stored.codes, strict=False):
                 codes.into(place)
@@ -120,40 +149,50 @@ class AsShipped(Format):
                 stored.check_rows(local)
 
     def _load_whole_stack(self, stack: ExpertStack, weight: StoredTensor, first: int) -> None:
-        """Take the experts of a stack that is stored as one weight, in a run of the file each."""
+        """Load the experts of a stack that the checkpoint stores as one weight. Each tensor is read
+        in one contiguous read.
+        """
         targets = stack.stored_tensors()
-        expert = first + local_slices(targets[0])[0].start
+        # Index in the file of the first expert on this rank.
+        first_local = first + local_slices(targets[0])[0].start
+        # The first tensors are sharded by experts. A last scale tensor is complete on each rank.
         shared = [local_part(target) for target in targets[: len(weight.codes)]]
         for target, codes in zip(shared, weight.codes, strict=True):
-            codes.into(target, expert * codes.shape[1:].numel())
-        for place, of_expert in enumerate(zip(*shared, strict=True)):
-            weight.check_rows(of_expert, f": that of expert {expert + place}")
-        if weight.scale is not None:
-            scales = weight.scale[first : first + len(targets[-1])]
-            # A single scale of an expert is that of each of its parts.
-            parts = min(stack.parts, scales.shape[1])
-            targets[-1].copy_(scales.unflatten(1, (parts, -1)))
+            expert_size = codes.shape[1:].numel()
+            codes.into(target, first_local * expert_size)
 
-    def _is_of(self, weight: StoredTensor) -> bool:
+        for expert, expert_codes in enumerate(zip(*shared, strict=True), start=first_local):
+            weight.check_rows(expert_codes, f": that of expert {expert}")
+
+        if weight.scale is not None:
+            place = targets[-1]
+            scales = weight.scale[first : first + len(place)]
+            # If an expert has a single scale, all of its parts use this scale.
+            parts = min(stack.parts, scales.shape[1])
+            place.copy_(scales.unflatten(1, (parts, -1)))
+
+    def _has_this_format(self, weight: StoredTensor) -> bool:
         return weight.format is not None and weight.format.name == self.name
 
-    def _without_scales(self, name: str, what: str) -> ModelError:
-        """The error for a plain weight called `name` where config.json says that it is in codes."""
+    def _missing_scales(self, name: str, what: str) -> ModelError:
+        """Build the error for a weight that config.json declares as quantized but that has no
+        scales.
+        """
         return ModelError(
             f"{what} stored without scales",
             where=name,
-            why=f"config.json says that it is in {self.form.describe()}",
-            fix=f"name its module in quantization_config.{self.form.plain_key} of config.json,"
-            " or model.quantize=none",
+            why=f"config.json says that this module is quantized to {self.form.describe()}",
+            fix=f"add the module's name to quantization_config.{self.form.plain_key} in "
+            "config.json, or set model.quantize=none",
         )
 
 
 def not_finite(name: str, where: str, more: str = "") -> ModelError:
-    """The error for a scale of the weight `name`."""
+    """Build the error for a scale of the weight `name` that is not finite."""
     return ModelError(
         f"a scale of {name} is not finite{more}",
         where=where,
-        why="codes times scales are the weight: the file is damaged, or the model was broken when "
-        "it was quantized",
+        why="each weight is a code times a scale, so the file is damaged or the model was already "
+        "broken when it was quantized",
         fix=FETCH,
     )

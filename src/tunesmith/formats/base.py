@@ -1,14 +1,14 @@
-"""The interface of the formats in which frozen weights are stored: `Format`, one file a format.
+"""The interface `Format` for the storage formats of frozen weights. Each format has its own file.
 
-- dense: the weight itself.
+- dense: the weight is not quantized.
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
   arXiv:2305.14314).
-- fp8: 8-bit values with a scale a row, or one scale, for products in 8 bits.
-- fp8-blocks, nvfp4, mxfp4: what a checkpoint in FP8, NVFP4 or MXFP4 holds.
+- fp8: 8-bit values with one scale per row or one scale per matrix, for 8-bit matmuls.
+- fp8-blocks, nvfp4, mxfp4: the tensors of a checkpoint in FP8, NVFP4 or MXFP4.
 
-A format makes and reads the tensors of a matrix [out, in], and those of a stack of experts. It
-holds no tensors itself: `FrozenLinear` and `ExpertStack` do, and `FrozenWeight` and `FrozenStack`
-are what the products take of them.
+A format object creates and reads the tensors of a matrix [out, in] or of a stack of experts. The
+format object does not hold the tensors: the modules `FrozenLinear` and `ExpertStack` hold them.
+`FrozenWeight` and `FrozenStack` pass them to the matmuls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -28,29 +28,33 @@ if TYPE_CHECKING:
     from tunesmith.formats.stack import ExpertStack
     from tunesmith.model.weights import StoredTensor
 
-    Stored: TypeAlias = StoredTensor | Tensor  # a weight of a checkpoint, or one that was drawn
-    StoredParts: TypeAlias = Mapping[str, Stored]  # a weight under "", companions by suffix
+    Stored: TypeAlias = StoredTensor | Tensor  # a weight of a checkpoint, or random values
+    StoredParts: TypeAlias = Mapping[str, Stored]  # the weight under "", its scales by suffix
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12
-# and less.
-LEAST_SCALE = 1e-30
-# Weights as shipped that are dequantized at a time: they are in fp32 then.
+# Minimum scale, which avoids a division by zero for a row of zeros. It is tiny, because gradients
+# that are multiplied by the scales of W can be 1e-12 and smaller.
+MIN_SCALE = 1e-30
+# Maximum number of quantized weights that are dequantized in one step. The result is fp32, four
+# bytes each.
 MAX_DECODED_WEIGHTS = 1 << 24
-# Of a stack that is dense at a time, where all experts are multiplied by one kernel: a stack of
-# Qwen3-30B-A3B or of gpt-oss-20b takes less in 16 bits, one of gpt-oss-120b 4 GiB.
+# Maximum size of the experts that are dequantized in one step if one kernel multiplies all experts.
+# In 16 bits, a stack of Qwen3-30B-A3B or gpt-oss-20b is smaller than this limit, and a stack of
+# gpt-oss-120b has 4 GiB.
 DENSE_BYTES = 1 << 30
-Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
+Update = tuple[Tensor, Tensor] | None  # low-rank update: its two factors
 
 
 class TensorForm(NamedTuple):
-    """A tensor of a stored weight.
+    """Shape and dtype of one tensor of a stored weight.
 
     Attributes:
-        is_shared: it grows with the weight: a parameter, of which FSDP leaves each rank a part. The
-            others are buffers, whole on every rank.
-        read_as: the dtype of its bytes, where torch and FSDP shall move them as integers.
+        is_shared: whether FSDP shards the tensor. If True, the tensor is a parameter and has values
+            for each row or block of the weight. If False, the tensor is a buffer, which is complete
+            on every rank.
+        read_as: dtype of the values if it differs from the dtype of storage. Some tensors are
+            stored as integers because torch and FSDP cannot move them otherwise.
     """
 
     shape: tuple[int, ...]
@@ -59,19 +63,21 @@ class TensorForm(NamedTuple):
     read_as: torch.dtype | None = None
 
 
-Forms = dict[str, TensorForm]  # the tensors of a weight, by their names in a layer
+Forms = dict[str, TensorForm]  # tensors of a weight, by their names in a layer
 
 
 class Format(ABC):
     """A way to store a frozen weight.
 
     Attributes:
-        encoding: its name and options, of which `find_format` makes it again. It is one string
-            because a `torch.library` operator takes strings and tensors but no objects, and because
-            two weights can share an operator where their strings are equal.
-        block: weights of a row that share a scale, and whose codes cannot be parted.
-        rounds: a dense weight is rounded as it is loaded; False: it is taken as it is.
-        is_output_major: the rows of a matrix of experts are outputs, however Transformers has them.
+        encoding: name and options as a string, from which `find_format` creates the format again.
+            It is a string because a `torch.library` operator accepts strings and tensors but no
+            objects. Two weights can be multiplied by one operator call if their strings are equal.
+        block: number of consecutive weights of a row that share a scale. Their codes must be on the
+            same rank.
+        rounds: whether loading a dense weight quantizes it, which rounds its values.
+        is_output_major: whether an expert's matrix is always stored as [out, in], even if the stack
+            of Transformers is [experts, in, out].
     """
 
     name: ClassVar[str]
@@ -84,33 +90,42 @@ class Format(ABC):
 
     @classmethod
     def parse(cls, *options: Any) -> Format:
-        """The format of these options, as they are in `encoding`."""
+        """Create the format from the options in `encoding`."""
         return cls(*options)
 
     # ---- tensors
 
     @abstractmethod
     def matrix_forms(self, rows: int, columns: int) -> Forms:
-        """The tensors of a matrix, by their names in a layer; the weight's codes come first."""
+        """Return the shape and dtype of each tensor of a matrix. The keys are the names of the
+        tensors in a layer.
+
+        The first entry describes the codes of the weight.
+        """
 
     def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
-        """Those of a stack, whose experts are the first dimension of what is shared.
+        """Return the shape and dtype of each tensor of a stack. The first dimension of tensors with
+        `is_shared` is the expert.
 
-        parts: that an expert is stored in, one over the other.
+        Args:
+            parts: number of parts of an expert's matrix. The rows of the second part follow the
+                rows of the first part.
         """
         raise NotImplementedError
 
     def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
-        """Take the weight, called `name`, of a checkpoint, or a tensor that was drawn.
+        """Load the weight `name` into the layer, from the tensors of a checkpoint or from random
+        values.
 
-        It may be a collective call.
+        This can be a collective call.
         """
         raise NotImplementedError
 
     def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
-        """Take the experts of a dense or stored stack, of which this one's begin at `first`.
+        """Load the experts of a stack from a dense or quantized weight, starting at expert `first`
+        of the checkpoint.
 
-        A rank takes those that it holds. Where ranks share the stack it is a collective call.
+        A rank loads only its own experts. This is a collective call if the stack is sharded.
         """
         raise NotImplementedError
 
@@ -118,53 +133,55 @@ class Format(ABC):
 
     @abstractmethod
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        """The dense matrix."""
+        """Return the dense matrix."""
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
-        """The dense matrices of some experts: [experts, *stack.matrix]."""
+        """Return the dense matrices of some experts: [experts, *stack.matrix]."""
         raise NotImplementedError
 
-    def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        """Tell whether the weight is there in this dtype, so that `decode` takes no memory."""
-        return False
-
-    # ---- products
+    # ---- matmuls
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        """Return the tensors that `forward_matmul` needs of x beside x itself.
+        """Return the tensors that `forward_matmul` needs in addition to x.
 
-        Plain tensor code: the compiler fuses it into x's producer.
+        The code uses only plain tensor operations, so that the compiler can fuse them into the
+        kernel that computes x.
         """
         return []
 
     def quantize_gradients(
         self, weights: Sequence[FrozenWeight], dys: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the tensors that `backward_matmul` needs beside `dys` and `weights`, as above."""
+        """Return the tensors that `backward_matmul` needs in addition to `dys` and `weights`.
+
+        The code uses only plain tensor operations, for the reason given in `quantize_input`.
+        """
         return []
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
-        """x W^T for so few rows as decoding has, by a kernel of their own, without a backward.
+        """Compute x W^T for a few rows, as in generation, with a kernel that has no backward.
 
-        None where there is no such kernel.
+        Return None if the format has no such kernel.
         """
         return None
 
     def forward_matmul(
         self, weight: FrozenWeight, x: Tensor, quantized: Sequence[Tensor], update: Update
     ) -> Tensor:
-        """x W^T + (x A^T) B^T: a new [n, out].
+        """Compute x W^T + (x A^T) B^T as a new tensor [n, out].
 
         Args:
             x: [n, in].
             quantized: `quantize_input(x)`.
-            update: x A^T [n, rank] and B [out, rank] in the dtype of x, or None for x W^T alone.
+            update: x A^T [n, rank] and B [out, rank] in the dtype of x. None means that only x W^T
+                is computed.
         """
         dense = weight.dense(x.dtype)
         if update is None:
             return F.linear(x, dense)
         xa, b = update
-        # The small product first: `addmm` adds x W^T onto it in its epilogue, so y is written once.
+        # Compute the small product first. `addmm_` adds x W^T to it in its epilogue, so y is
+        # written once.
         return (xa @ b.T).addmm_(x, dense.T)
 
     def backward_matmul(
@@ -174,20 +191,20 @@ class Format(ABC):
         quantized: Sequence[Tensor],
         update: Update,
     ) -> Tensor:
-        """The sum of dy_i W_i, plus d_xa A: a new [n, in].
+        """Compute the sum of dy_i W_i, plus d_xa A, as a new tensor [n, in].
 
         Args:
-            weights: of the layers of one input.
-            dys: [n, out_i] each.
+            weights: weights of the layers that have the same input.
+            dys: gradients of the outputs, [n, out_i] each.
             quantized: `quantize_gradients(weights, dys)`.
             update: d_xa [n, rank] and A^T [in, rank], or None.
         """
         dx = None
         if update is not None:
             d_xa, a_transposed = update
-            # [n, rank] times [rank, in].
+            # The product of [n, rank] and [rank, in] is [n, in].
             dx = d_xa @ a_transposed.T
-        # Each product is added to the same dx: one tensor [n, in] for all layers.
+        # Add each product to the same dx, so that there is only one tensor [n, in] for all layers.
         for weight, dy in zip(weights, dys, strict=True):
             dense = weight.dense(dy.dtype)
             dx = dy @ dense if dx is None else dx.addmm_(dy, dense)
@@ -195,11 +212,18 @@ class Format(ABC):
         return dx
 
 
+def row_pieces(first: int, end: int, columns: int, max_weights: int) -> Iterator[slice]:
+    """Yield slices of rows with at most `max_weights` weights each, but at least one row."""
+    step = max(1, max_weights // columns)
+    for start in range(first, end, step):
+        yield slice(start, min(start + step, end))
+
+
 class FrozenWeight(NamedTuple):
-    """A weight W that gets no gradient, as the products take it.
+    """A frozen weight W in the form in which the matmuls use it.
 
     Attributes:
-        tensors: those of `format.matrix_forms`.
+        tensors: the tensors of `format.matrix_forms`.
         shape: (out_features, in_features).
     """
 
@@ -208,18 +232,18 @@ class FrozenWeight(NamedTuple):
     shape: tuple[int, int]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """W, [out, in]."""
+        """Return W, [out, in]."""
         return self.format.decode(self, dtype)
 
 
 class FrozenStack(NamedTuple):
-    """The weights of all experts of a layer, which get no gradient, as the products take them.
+    """The frozen weights of all experts of a layer, in the form in which the matmuls use them.
 
     Attributes:
-        tensors: those of `format.stack_forms`.
+        tensors: the tensors of `format.stack_forms`.
         shape: (experts, in_features, out_features).
-        is_transposed: the matrices of experts are stored as [in, out], not [out, in].
-        is_compiled: the compiler runs, and may make a kernel of its own for `dense`.
+        is_transposed: whether the experts' matrices are stored as [in, out] instead of [out, in].
+        is_compiled: whether torch.compile is used, which can generate a kernel for `dense`.
     """
 
     format: Format
@@ -230,22 +254,28 @@ class FrozenStack(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of an expert, as it is stored."""
+        """Number of rows and columns of the stored matrix of one expert."""
         _, in_features, out_features = self.shape
         return (in_features, out_features) if self.is_transposed else (out_features, in_features)
 
-    def experts_at_once(self, dtype: torch.dtype) -> int:
-        """So many experts are at most DENSE_BYTES when dense; one, if it is larger."""
+    def experts_per_step(self, dtype: torch.dtype) -> int:
+        """Return the number of experts that are dequantized in one step, so that their dense
+        weights take at most DENSE_BYTES.
+        """
         experts = self.shape[0]
-        if self.format.is_dense(self.tensors, dtype):
+        # A dense stack in this dtype needs no copy, so there is no limit. The codes of a quantized
+        # stack have another dtype.
+        if self.tensors[0].dtype == dtype:
             return experts
-        of_expert = math.prod(self.matrix) * dtype.itemsize
-        return min(experts, max(1, DENSE_BYTES // of_expert))
+        expert_bytes = math.prod(self.matrix) * dtype.itemsize
+        return min(experts, max(1, DENSE_BYTES // expert_bytes))
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """The experts from `first` to before `last`: [last - first, in, out], y = x W.
+        """Return the dense weights of the experts from `first` to `last` (exclusive): [last -
+        first, in, out], for y = x W.
 
-        A view where it is stored so, and transposed where it is stored as [experts, out, in].
+        The result is a view if the stack is dense. It is transposed if the stack is stored as
+        [experts, out, in].
         """
         dense = self.format.decode_experts(self, slice(first, last), dtype)
         return dense if self.is_transposed else dense.mT

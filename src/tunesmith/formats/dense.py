@@ -1,6 +1,4 @@
-"""Frozen weights as they are."""
-
-from collections.abc import Sequence
+"""Frozen weights that are not quantized."""
 
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from tunesmith.formats.base import Format, Forms, FrozenStack, FrozenWeight, Ten
 
 
 class Dense(Format):
-    """A weight in the dtype of x."""
+    """Format of a frozen weight that is stored unquantized, in the dtype of x."""
 
     name = "dense"
 
@@ -22,15 +20,12 @@ class Dense(Format):
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         return stack.tensors[0][experts].to(dtype)
 
-    def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        return tensors[0].dtype == dtype
-
 
 DENSE_FORMAT = Dense()
 
 
 def dense_stack(weight: Tensor, *, is_transposed: bool) -> FrozenStack:
-    """A stack `weight` as a module of Transformers has it."""
+    """Return a `FrozenStack` for the experts in `weight`, a parameter of a Transformers module."""
     experts, rows, columns = weight.shape
     shape = (experts, rows, columns) if is_transposed else (experts, columns, rows)
     return FrozenStack(DENSE_FORMAT, [weight], shape, is_transposed)

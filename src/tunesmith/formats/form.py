@@ -1,4 +1,7 @@
-"""The form of a checkpoint's weights, as its config.json says. No torch is imported here."""
+"""The storage formats of checkpoints, as their config.json describes them.
+
+This module does not import torch.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,21 +10,23 @@ from dataclasses import dataclass
 from tunesmith.units import ceil_div
 
 FETCH = "fetch the model again: tunesmith fetch MODEL"
-ROW = (1, 0)  # as a block: all of a row
-# How the name of the scales of a weight in fp8 ends, by Transformers and by other tools.
+ROW = (1, 0)  # value of `block` for one scale per row
+# Suffixes of the names of FP8 scales: first in files of Transformers, then in those of other tools.
 WEIGHT_SCALE_INV = ".weight_scale_inv"
 WEIGHT_SCALE = ".weight_scale"
-NVFP4_GROUP = 16  # weights of a row that share a scale
-MXFP4_GROUP = 32  # weights of a row that share an exponent
+NVFP4_GROUP = 16  # number of weights of a row that share a scale
+MXFP4_GROUP = 32  # number of weights of a row that share an exponent
 
 
 @dataclass(frozen=True)
 class Nvfp4Names:
-    """The names of a tool for the three tensors of a weight in nvfp4, after its module's.
+    """A tool's names for the three tensors of an NVFP4 weight, after the name of the module.
 
     Attributes:
-        codes: two a byte; scales: one for 16 weights of a row; scale: one of all.
-        divides: `scales` are divided by `scale`; False: multiplied.
+        codes: suffix of the codes, two per byte.
+        scales: suffix of the scales, one per 16 weights of a row.
+        scale: suffix of the single scale of the entire weight.
+        divides: whether `scales` are divided by `scale`. If False, they are multiplied by `scale`.
     """
 
     codes: str
@@ -38,16 +43,19 @@ MODELOPT = Nvfp4Names(".weight", ".weight_scale", ".weight_scale_2", divides=Fal
 
 @dataclass(frozen=True)
 class ShippedForm:
-    """The form in which a checkpoint stores its weights, as its config.json says.
+    """The storage format of a checkpoint's weights, as its config.json describes it.
 
     Attributes:
         method: fp8, nvfp4 or mxfp4.
-        block: rows and columns of a weight that share a scale; ROW: one a row; None: all share one.
-        not_converted: patterns of the modules whose weights are plain.
-        converted: those of the modules whose weights are not; empty: all others.
-        has_expressions: these patterns are regular expressions; False: Transformers' own.
-        scale_suffix: how the name of the scales of fp8 ends.
-        names: of the tensors of nvfp4.
+        block: rows and columns of a block of weights that share a scale. ROW means one scale per
+            row. None means one scale for the entire weight.
+        not_converted: patterns for the names of modules that are not quantized.
+        converted: patterns for the names of modules that are quantized. Empty means all modules
+            that do not match `not_converted`.
+        has_expressions: whether the patterns are regular expressions. If False, they have
+            Transformers' syntax.
+        scale_suffix: suffix of the names of FP8 scales.
+        names: names of the NVFP4 tensors.
     """
 
     method: str
@@ -59,27 +67,28 @@ class ShippedForm:
     names: Nvfp4Names | None = None
 
     def describe(self) -> str:
-        """Words for the user."""
+        """Return the format as text for messages, for example "FP8 with one scale per row"."""
         if self.method != "fp8":
             return self.method.upper()
         if self.block is None:
-            return "FP8 with a scale a matrix"
+            return "FP8 with one scale per matrix"
         if self.block == ROW:
-            return "FP8 with a scale a row"
+            return "FP8 with one scale per row"
         rows, columns = self.block
         return f"FP8 in blocks of {rows} x {columns}"
 
     @property
     def plain_key(self) -> str:
-        """Name the list in `quantization_config` that `not_converted` comes from."""
+        """Name of the list in `quantization_config` from which `not_converted` was read."""
         if self.has_expressions:
             return "ignore"
-        # AutoFP8's
+        # AutoFP8 calls the list "ignored_layers".
         return "ignored_layers" if self.scale_suffix == WEIGHT_SCALE else "modules_to_not_convert"
 
     def has_codes(self, module: str) -> bool:
-        """Tell whether the weights of a module, by its name in the checkpoint, are in codes; of
-        forms that have regular expressions.
+        """Return whether the weights of the module with this name in the checkpoint are quantized.
+
+        The patterns must be regular expressions.
         """
         if _matches(self.not_converted, module):
             return False

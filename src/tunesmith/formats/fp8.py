@@ -1,7 +1,8 @@
-"""Frozen weights in 8 bits for products in 8 bits, for speed; nf4 is for memory.
+"""Frozen weights in 8 bits for 8-bit matmuls. They make training faster. To save memory, nf4 is the
+better format.
 
-Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the frozen base is
-rounded: the adapter's own matmuls and gradients stay in bf16.
+Weights, inputs and output gradients are rounded to e4m3, and the matmuls return bf16. Only the
+frozen base is rounded: the matmuls and gradients of the adapter are in bf16.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from tunesmith.errors import ModelError, first_line
 from tunesmith.formats.base import (
     E4M3,
     E4M3_MAX,
-    LEAST_SCALE,
+    MIN_SCALE,
     Format,
     Forms,
     FrozenWeight,
     TensorForm,
     Update,
+    row_pieces,
 )
 from tunesmith.formats.scaled_matmul import (
     SCALING_RECIPES,
@@ -36,32 +38,37 @@ from tunesmith.formats.scaled_matmul import (
     round_to_e4m3,
     scaled_matmul,
 )
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.formats.base import Stored, StoredParts
     from tunesmith.formats.linear import FrozenLinear
 
-MAX_FP8_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
-# A row or a column may be wrong by this share of its norm. Fast sums and bf16 lose 0.5 % of it; a
-# scale of another row or column is wrong by half or more. No element is judged alone: of the
-# sixteen million of a large product some lose a tenth, on an H200 that multiplies rightly.
-WRONG_SHARE = 0.05
+MAX_FP8_ROUNDED_WEIGHTS = (
+    1 << 22
+)  # maximum number of weights that are rounded in one step; they are in fp32
+# Maximum error of a row or column, as a fraction of its norm. `fast_sums` and rounding to bf16 give
+# an error of 0.5 %. If a row or column has a wrong scale, the error is half the norm or more.
+# Single elements are not checked: of the 16 million elements of a large product, some are off by a
+# tenth even on an H200 that computes correctly.
+MAX_RELATIVE_ERROR = 0.05
 
 
 class Fp8(Format):
-    """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of all.
+    """FP8 format. Its tensors are the e4m3 codes of W [out, in] and their scales, fp32 [out, 1] or
+    [1, 1].
 
-    dx sums over the rows of W. Their scales are factors within that sum, where no matmul applies
-    them, so they are multiplied into dy before it is rounded. So the layers of one input need one
-    product: a longer sum. A GPU multiplies along contiguous rows only: the backward makes W^T of
-    the codes.
+    dx is a sum over the rows of W. The scale of a row is a factor of one term of this sum, so a
+    matmul cannot apply it. Therefore dy is multiplied by the scales before dy is rounded. Layers
+    with the same input then need only one matmul, whose sum runs over the rows of all layers. A GPU
+    can only multiply along contiguous rows, so the backward pass transposes the codes of W.
 
     Attributes:
         recipe: one of `scaled_matmul.SCALING_RECIPES`.
-        fast_sums: sums of the forward keep fewer bits. Hopper's cut each product to the 13 bits
-            that the running sum has, which takes a tenth to a fifth off the time; sums of one sign
-            lose 7.5 % over 4,096 products and 21.6 % over 14,336, others 0.3 % (measured on an
-            H200).
+        fast_sums: whether the matmuls of the forward pass accumulate with fewer bits. Hopper GPUs
+            then truncate each product to the 13 bits of the running sum, which saves 10 to 20 % of
+            the time. If all products have the same sign, the error is 7.5 % for 4,096 products and
+            21.6 % for 14,336. With mixed signs, the error is 0.3 % (measured on an H200).
     """
 
     name = "fp8"
@@ -76,19 +83,19 @@ class Fp8(Format):
         scales = 1 if self.recipe == TENSOR_WISE else rows
         return {
             "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
-            # Not persistent: a checkpoint of the base holds dense weights.
+            # The scale is not in `state_dict`: it is computed when a dense weight is loaded.
             "scale": TensorForm((scales, 1)),
         }
 
     def round(self, dense: Tensor) -> FrozenWeight:
-        """Quantize W [out, in] in the dtype of x."""
+        """Quantize W [out, in]. W has the dtype of x."""
         return FrozenWeight(self, quantize(self.recipe, dense), (dense.shape[0], dense.shape[1]))
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scale = weight.tensors
         return (codes.float() * scale).to(dtype)
 
-    # ---- products
+    # ---- matmuls
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         return list(quantize(self.recipe, x))
@@ -96,27 +103,36 @@ class Fp8(Format):
     def quantize_gradients(
         self, weights: Sequence[FrozenWeight], dys: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the factors of the one product that sums dy_i W_i over all layers.
+        """Return the operands of one matmul that computes the sum of dy_i W_i over all layers.
 
         Returns:
-            The codes of the dy_i times the scales of W_i, side by side [n, sum of out_i], the one
-            scale of all layers ([n, 1], or [1, 1]), and the codes of the W_i^T side by side
-            [in, sum of out_i]. Codes are uint8 here.
+            The codes of dy_i times the scales of W_i, concatenated to [n, sum of out_i]; the common
+            scale of all layers ([n, 1] or [1, 1]); and the codes of W_i^T, concatenated to [in, sum
+            of out_i]. The codes have dtype uint8.
         """
         layers = list(zip(weights, dys, strict=True))
-        # [n, out_i] times [1, out_i], or times [1, 1]. Multiplied again below: kept, it would be
-        # fp32 for all layers.
-        of_layers = [find_largest(self.recipe, dy * weight.tensors[1].T) for weight, dy in layers]
-        largest = functools.reduce(torch.maximum, of_layers).clamp(min=LEAST_SCALE * E4M3_MAX)
-        # Not by the scale: Inductor writes a part of `torch.cat` where dy is made, and reads dy no
-        # second time, only if that part reads a reduction. What the operator takes is none.
+        # Multiply dy [n, out_i] by the scales, [1, out_i] or [1, 1]. The product is computed again
+        # below, because storing it for all layers would take more memory: it is fp32.
+        layer_maxima = []
+        for weight, dy in layers:
+            _, weight_scale = weight.tensors
+            layer_maxima.append(find_largest(self.recipe, dy * weight_scale.T))
+        largest = functools.reduce(torch.maximum, layer_maxima)
+        largest = largest.clamp(min=MIN_SCALE * E4M3_MAX)
+
+        # Multiply by `factor` instead of dividing by the returned scale. Inductor fuses a part of
+        # `torch.cat` into the kernel that produces dy only if the part reads the result of a
+        # reduction. The returned scale is an input of the operator and does not count as a
+        # reduction.
         factor = E4M3_MAX / largest
+
         codes = []
         transposed = []
         for weight, dy in layers:
             weight_codes, weight_scale = weight.tensors
             codes.append((dy * weight_scale.T * factor).to(E4M3).view(torch.uint8))
-            # Contiguous: of a single part the compiler would drop the `cat`, and pass a view on.
+            # Make the codes contiguous. If there is only one layer, the compiler removes the `cat`
+            # and would pass a view to the operator.
             transposed.append(weight_codes.view(torch.uint8).t().contiguous())
         return [torch.cat(codes, 1), largest / E4M3_MAX, torch.cat(transposed, 1)]
 
@@ -137,9 +153,14 @@ class Fp8(Format):
         update: Update,
     ) -> Tensor:
         codes, scale, transposed = quantized
-        # The scales of W are in `codes`.
-        ones = scale.new_ones(1 if self.recipe == TENSOR_WISE else len(transposed), 1)
-        left, right = (codes.view(E4M3), scale), (transposed.view(E4M3), ones)
+        # `codes` already includes the scales of W, so the second factor has scales of 1.
+        scales = len(transposed)
+        if self.recipe == TENSOR_WISE:
+            scales = 1
+        ones = scale.new_ones(scales, 1)
+        left = (codes.view(E4M3), scale)
+        right = (transposed.view(E4M3), ones)
+
         dx = scaled_matmul(self.recipe, left, right, dys[0].dtype)
         if update is not None:
             d_xa, a_transposed = update
@@ -153,46 +174,45 @@ class Fp8(Format):
         if len(stored) > 1:
             more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)
             raise ModelError(
-                f"its weight is stored with {more}",
+                f"the weight is already quantized: it is stored with {more}",
                 where=name,
-                why="model.quantize: fp8 needs an unquantized one",
-                fix="use the unquantized model, or model.quantize=none",
+                why="model.quantize: fp8 needs an unquantized model",
+                fix="use the unquantized model, or set model.quantize=none",
             )
         self.quantize(layer, dense)
         layer.rounded_from = None if isinstance(dense, Tensor) else dense
 
     @torch.no_grad()
     def quantize(self, layer: FrozenLinear, dense: Stored) -> None:
-        """Store the whole layer's `dense` [out_features, in_features], rounded to bf16 first.
+        """Quantize and store the entire layer's `dense` [out_features, in_features].
 
-        A rank reads and rounds the rows that it holds, a piece at a time. Where ranks share the
-        layer it is a collective call.
+        The weight is rounded to bf16 first. A rank reads and rounds only its own rows, in pieces.
+        This is a collective call if the layer is sharded.
         """
-        # FSDP2 shards dimension 0: `rows` below count from the first row of the layer's part,
-        # `codes` from the first row of this rank.
+        # FSDP2 shards dimension 0. Below, `rows` are relative to the first row of the layer's
+        # tensor-parallel shard, but `codes` starts at the first row of this rank.
         local_rows = local_slices(layer.weight)[0]
         codes = local_part(layer.weight)
-        rows_per_piece = max(1, MAX_FP8_ROUNDED_WEIGHTS // layer.in_features)
-        pieces = []
-        for start in range(local_rows.start, local_rows.stop, rows_per_piece):
-            pieces.append(slice(start, min(start + rows_per_piece, local_rows.stop)))
+        first = local_rows.start
+        pieces = row_pieces(first, local_rows.stop, layer.in_features, MAX_FP8_ROUNDED_WEIGHTS)
 
         def store(rows: slice, weight: Tensor, scale: Tensor) -> None:
             rounded = round_to_e4m3(weight, scale).view(torch.uint8)
-            codes[rows.start - local_rows.start : rows.stop - local_rows.start] = rounded
+            codes[rows.start - first : rows.stop - first] = rounded
 
-        # Zeros: the maximum over ranks leaves alone what a rank does not hold.
+        # Start with zeros: each rank fills in the scales of its own rows, and the maximum over all
+        # ranks then gives the scales of all rows.
         scale = torch.zeros_like(layer.get_buffer("scale"))
         if self.recipe == TENSOR_WISE:
-            # Every piece stays until the one scale is there, which comes from all of them.
-            weights = [read_bf16_rows(layer, dense, rows) for rows in pieces]
-            for weight in weights:
+            # Keep all pieces in memory until their common scale is known.
+            weights = [(rows, read_bf16_rows(layer, dense, rows)) for rows in pieces]
+            for _, weight in weights:
                 scale = scale.maximum(find_scale(self.recipe, weight))
             scale = _largest_of_ranks(layer, scale)
-            for rows, weight in zip(pieces, weights, strict=True):
+            for rows, weight in weights:
                 store(rows, weight, scale)
         else:
-            # A row's scale depends on that row alone, so one piece is in memory at a time.
+            # The scale of a row depends only on this row, so only one piece is in memory at a time.
             for rows in pieces:
                 weight = read_bf16_rows(layer, dense, rows)
                 scale[rows] = find_scale(self.recipe, weight)
@@ -202,25 +222,28 @@ class Fp8(Format):
 
 
 def read_bf16_rows(layer: FrozenLinear, dense: Stored, rows: slice) -> Tensor:
-    """Rows of the layer's part of `dense`, in bf16, where the matmuls are."""
+    """Return rows of the layer's shard of `dense` in bf16, on the device of the matmuls."""
     return layer.part_of(dense, rows).to(layer.get_buffer("scale").device, torch.bfloat16)
 
 
 def _largest_of_ranks(layer: FrozenLinear, scale: Tensor) -> Tensor:
-    """The largest scales of the ranks that have shards of the weight.
+    """Return the maximum of the scales over the ranks that have shards of the weight.
 
-    The scales of rows of other ranks are 0.
+    On each rank, the scales of rows that belong to other ranks are 0.
     """
     for group in sharding_groups(layer.weight):
         scale = collective("all_reduce", scale, "max", group.group_name)
     return scale
 
 
-# ---- which recipe a machine takes
+# ---- selection of the scaling recipe
 
 
 class Scaling(NamedTuple):
-    """This machine's scaling of 8-bit matmuls: one of SCALING_RECIPES, or None; and why."""
+    """The fp8 scaling recipe that was selected for this machine, and the reason.
+
+    The recipe is None if fp8 matmuls do not work on this machine.
+    """
 
     recipe: str | None
     why: str
@@ -231,35 +254,43 @@ def select_scaling(
     shapes: Sequence[tuple[int, int]] = ((48, 32),),
     rows: Sequence[int] = (1, 16, 40),
 ) -> Scaling:
-    """The first scaling recipe whose matmuls are right on this device: by trying, not by version.
+    """Return the first scaling recipe whose matmuls give correct results on this device.
 
-    sm_120 and sm_121 have fp8 tensor-wise only. All layers take one recipe.
+    Each recipe is tested on the device: for example, sm_120 and sm_121 only support tensor-wise
+    fp8. All layers use the same recipe.
 
     Args:
         shapes: (out_features, in_features) of the model's layers.
-        rows: of x, each tried with each shape.
+        rows: numbers of rows of x. Each number is tested with each shape.
     """
     faults: list[str] = []
     for recipe in SCALING_RECIPES:
         fault = ""
-        # Few and many rows take different kernels, and one that is wrong rules the recipe out.
+        # Small and large numbers of rows use different kernels. One wrong kernel excludes the
+        # recipe.
         for shape, n_rows in product(shapes, rows):
             fault = matmul_fault(recipe, device, shape, n_rows)
             if fault:
                 break
         if not fault:
-            return Scaling(recipe, "; ".join([f"{recipe} matmuls run here", *faults]))
-        faults.append(f"{recipe} does not: {fault}")
+            return Scaling(recipe, "; ".join([f"this device supports {recipe} matmuls", *faults]))
+        faults.append(f"{recipe} fails for {fault}")
     return Scaling(None, f"this device has no fp8 matmuls: {'; '.join(faults)}")
 
 
-def _wrong_share(result: Tensor, expected: Tensor, sizes: Tensor) -> float:
-    """Find how much the worst row or column is off; sizes: of the elements, [n, m]."""
-    wrong = (result.float() - expected.float()) / sizes
-    # Beside the usual element and not the row's or column's own: that of one element may be 0.
-    usual = (expected.float() / sizes).square().mean().sqrt()
-    worst = [wrong.square().mean(dim).max().sqrt() for dim in (1, 0)]
-    return float(torch.stack(worst).max() / usual)
+def _relative_error(result: Tensor, expected: Tensor, sizes: Tensor) -> float:
+    """Return the largest relative error of a row or column.
+
+    Args:
+        sizes: expected magnitude of each element, [n, m].
+    """
+    right = expected.float()
+    squares = ((result.float() - right) / sizes).square()
+    # Divide by the average over all elements. The average of a single row or column could be 0.
+    usual = (right / sizes).square().mean().sqrt()
+    worst_row = squares.mean(1).max().sqrt()
+    worst_column = squares.mean(0).max().sqrt()
+    return float(worst_row.maximum(worst_column) / usual)
 
 
 @torch.no_grad()
@@ -268,13 +299,14 @@ def matmul_fault(
     device: torch.device,
     shape: tuple[int, int],
     n_rows: int,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """Find what is wrong with a frozen layer on n rows, or return "".
+    """Test the matmuls of a frozen layer on n rows. Return a description of the problem, or "" if
+    the results are correct.
 
-    One forward and the backward of a group of two layers are tried. Rows and columns are different
-    powers of two, so that scales that are swapped or shifted change the result. Signs are drawn: a
-    sum of one sign tells of fast sums rather than of a fault.
+    The test runs one forward pass, and the backward pass of a group of two layers. The magnitudes
+    of rows and columns are different powers of two, so that swapped or shifted scales change the
+    result. The signs are random, because fast sums of products with the same sign have a large
+    error, which the test would report as a problem.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -283,30 +315,32 @@ def matmul_fault(
 
     def signed(sizes: Tensor) -> Tensor:
         signs = torch.randint(2, sizes.shape, generator=generator, device=device)
-        return (sizes * (2 * signs - 1)).to(dtype)
+        return (sizes * (2 * signs - 1)).to(torch.bfloat16)
 
     row_powers = powers(n_rows, 7)
     out_powers = powers(shape[0], 5)
     in_powers = powers(shape[1], 3)
     dense = signed(out_powers.outer(in_powers))
+    half = dense / 2
     x = signed(row_powers.outer(torch.ones_like(in_powers)))
     dys = [signed(row_powers.outer(torch.ones_like(out_powers))) for _ in range(2)]
     fault = ""
     try:
         kind = Fp8(recipe, fast_sums=device.type == "cuda")
-        weights = [kind.round(dense), kind.round(dense / 2)]
+        weights = [kind.round(dense), kind.round(half)]
         y = kind.forward_matmul(weights[0], x, kind.quantize_input(x), None)
-        dx = kind.backward_matmul(weights, dys, kind.quantize_gradients(weights, dys), None)
-        # The powers are e4m3 numbers: only the sums and bf16 round.
-        expected_dx = dys[0] @ dense + dys[1] @ (dense / 2)
-        shares = [
-            _wrong_share(y, x @ dense.T, row_powers.outer(out_powers)),
-            _wrong_share(dx, expected_dx, row_powers.outer(in_powers)),
-        ]
-        if not all(share <= WRONG_SHARE for share in shares):  # NaN is wrong too
-            fault = f"a wrong result: off by {shares[0]:.1%} forward, {shares[1]:.1%} backward"
-    except Exception as error:  # whatever torch and the driver raise for matmuls that they lack
+        gradients = kind.quantize_gradients(weights, dys)
+        dx = kind.backward_matmul(weights, dys, gradients, None)
+
+        # The powers of two are exact in e4m3, so the only rounding is in the sums and in bf16.
+        expected_dx = dys[0] @ dense + dys[1] @ half
+        forward = _relative_error(y, x @ dense.T, row_powers.outer(out_powers))
+        backward = _relative_error(dx, expected_dx, row_powers.outer(in_powers))
+        # Use `not (... <= ...)` because it is also true if an error is NaN.
+        if not (forward <= MAX_RELATIVE_ERROR and backward <= MAX_RELATIVE_ERROR):
+            fault = f"a wrong result: off by {forward:.1%} forward, {backward:.1%} backward"
+    except Exception as error:  # errors of torch and the driver for missing matmuls have many types
         fault = first_line(error)
     if not fault:
         return ""
-    return f"{n_rows} rows times [{shape[1]}, {shape[0]}]: {fault}"
+    return f"{count_of(n_rows, 'row')} times [{shape[1]}, {shape[0]}]: {fault}"

@@ -1,6 +1,4 @@
-"""Frozen weights as FP8 checkpoints have them: 8-bit values with a scale a block or a row, or one
-scale.
-"""
+"""Frozen weights of FP8 checkpoints: 8-bit values with one scale per block, row or matrix."""
 
 from __future__ import annotations
 
@@ -27,10 +25,12 @@ if TYPE_CHECKING:
 
 
 class Fp8Blocks(AsShipped):
-    """tensors: the e4m3 codes of W [out, in], and their scales: fp32 [block rows, block columns].
+    """Format of FP8 checkpoints. Its tensors are the e4m3 codes of W [out, in] and the scales, fp32
+    [block rows, block columns].
 
     Attributes:
-        height, width: of a block that shares a scale; 0: all that W has.
+        height, width: size of a block of weights that share a scale. 0 means the entire dimension
+            of W.
     """
 
     name = "fp8-blocks"
@@ -47,7 +47,7 @@ class Fp8Blocks(AsShipped):
     def matrix_forms(self, rows: int, columns: int) -> Forms:
         return {
             "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
-            # Not persistent: a checkpoint of the base holds dense weights.
+            # The scale is not in `state_dict`: it is loaded together with the codes.
             "scale": TensorForm(self.form.scale_shape(rows, columns)),
         }
 
@@ -55,27 +55,36 @@ class Fp8Blocks(AsShipped):
         codes, scales = weight.tensors
         out_features, in_features = weight.shape
         dense = codes.new_empty(weight.shape, dtype=dtype)
+
         rows = self.height or out_features
-        of_columns = self._spread_columns(scales, in_features)  # [block rows, in or 1]
-        # In fp32 there is one piece, of whole blocks.
+        column_scales = self._spread_columns(scales, in_features)  # [block rows, in or 1]
+        # Number of rows of blocks that are converted to fp32 in one step.
         per_piece = max(1, MAX_DECODED_WEIGHTS // (rows * in_features))
-        if len(of_columns) == 1:
+        if len(column_scales) == 1:
+            # All rows have the same scales, so a piece can start at any row of the matrix.
             rows = max(1, MAX_DECODED_WEIGHTS // in_features)
-            of_columns = of_columns.expand(ceil_div(out_features, rows), -1)
-        for first in range(0, len(of_columns), per_piece):
-            last = min(first + per_piece, len(of_columns))
-            start, stop = first * rows, min(last * rows, out_features)
+            block_rows = ceil_div(out_features, rows)
+            column_scales = column_scales.expand(block_rows, -1)
+
+        for first in range(0, len(column_scales), per_piece):
+            last = min(first + per_piece, len(column_scales))
+            start = first * rows
+            stop = min(last * rows, out_features)
             values = codes[start:stop].float()
-            whole = (stop - start) // rows * rows
+            # Number of rows in complete blocks. The last block of the matrix may be incomplete.
+            whole = len(values) // rows * rows
             if whole:
                 blocks = values[:whole].view(-1, rows, in_features)
-                blocks.mul_(of_columns[first : first + len(blocks), None])
-            values[whole:].mul_(of_columns[last - 1])
+                block_scales = column_scales[first : first + len(blocks)]
+                blocks.mul_(block_scales.unsqueeze(1))
+            values[whole:].mul_(column_scales[last - 1])
             dense[start:stop] = values
         return dense
 
     def _spread_columns(self, scales: Tensor, in_features: int) -> Tensor:
-        """The scale of each column of each row of blocks, or one for all of a row."""
+        """Return the scale of each column, for each row of blocks. Return only one scale per row of
+        blocks if a block has all columns.
+        """
         if not self.width:
             return scales
         return scales.repeat_interleave(self.width, 1)[:, :in_features]
@@ -83,31 +92,36 @@ class Fp8Blocks(AsShipped):
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         codes, scales = (tensor[experts] for tensor in stack.tensors)
         rows, columns = stack.matrix
-        height = rows // scales.shape[1]  # of a part, in which blocks begin anew
+        height = rows // scales.shape[1]  # height of a part; blocks do not cross parts
         block_height = self.height or height
-        of_block = Fp8Blocks.parse(block_height, self.width)
+        part_format = Fp8Blocks.parse(block_height, self.width)
         codes = codes.flatten(0, 1)
         scales = scales.flatten(0, 1)
-        # Where each part has whole blocks alone, all parts are dequantized as one matrix.
-        parts_at_once = len(scales) if height % block_height == 0 else 1
+
+        parts_at_once = 1
+        if height % block_height == 0:
+            # Each part consists of complete blocks, so all parts can be dequantized as one matrix.
+            parts_at_once = len(scales)
         step = parts_at_once * height
+        pieces = zip(codes.split(step), scales.split(parts_at_once), strict=True)
         matrices = []
-        for part in range(0, len(scales), parts_at_once):
-            of_part = [
-                codes[part * height : part * height + step],
-                scales[part : part + parts_at_once].flatten(0, 1),
-            ]
-            matrices.append(FrozenWeight(of_block, of_part, (step, columns)).dense(dtype))
-        dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        return dense.view(-1, rows, columns)
+        for piece_codes, piece_scales in pieces:
+            tensors = [piece_codes, piece_scales.flatten(0, 1)]
+            weight = FrozenWeight(part_format, tensors, (step, columns))
+            matrices.append(weight.dense(dtype))
+
+        if len(matrices) == 1:
+            return matrices[0].view(-1, rows, columns)
+        return torch.cat(matrices).view(-1, rows, columns)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
         assert scale is not None
         values = codes[0].view(E4M3).float()
         if not self.height:
             return values * scale
-        of_rows = scale[torch.arange(first, first + len(values)) // self.height]
-        return values * self._spread_columns(of_rows, values.shape[1])
+        rows = torch.arange(first, first + len(values))
+        row_scales = scale[rows // self.height]
+        return values * self._spread_columns(row_scales, values.shape[1])
 
     def read_scale(self, stored: StoredTensor, weight: str) -> Tensor:
         scales = stored.read().float()

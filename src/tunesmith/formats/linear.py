@@ -1,4 +1,4 @@
-"""A linear layer with a weight that is not trained, however that is stored."""
+"""A linear layer with a frozen weight in any storage format."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class TensorShard(NamedTuple):
-    """Number `part` of `parts` equal ones along a dimension of a weight [out, in].
+    """The shard of a weight [out, in] on one rank. The weight is split along `dim` into `parts`
+    equal parts, and the shard has the index `part`.
 
-    The others are on the ranks of the process group named `group`.
+    The other shards are on the other ranks of the process group `group`.
     """
 
     dim: int
@@ -32,16 +33,20 @@ class TensorShard(NamedTuple):
     group: str
 
     def shard_of(self, blocks: Tensor, rows: int) -> Tensor:
-        """The shard [its rows, its blocks of a row] of [rows * blocks of a row], as a view."""
-        # Along dimension 0 whole rows, along dimension 1 a span of blocks of every row.
+        """Return this rank's shard of a tensor with one value per block. The result is a view
+        [rows, blocks per row].
+        """
+        # A chunk along dimension 0 has complete rows. A chunk along dimension 1 has some blocks of
+        # every row.
         return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
 
 
 class FrozenTensors(nn.Module):
-    """A module that holds the tensors of a format: empty until they are loaded.
+    """Module that holds the tensors of a frozen weight. The tensors are uninitialized until the
+    weight is loaded.
 
     Attributes:
-        compute_dtype: of `dense`.
+        compute_dtype: dtype of the result of `dense`.
     """
 
     format: Format
@@ -50,7 +55,7 @@ class FrozenTensors(nn.Module):
     _forms: Mapping[str, TensorForm] = MappingProxyType({})
 
     def hold(self, forms: Mapping[str, TensorForm], tensors: Sequence[Tensor]) -> None:
-        """Store these tensors, in place of those that are there."""
+        """Replace the module's tensors by `tensors`."""
         for name in self._forms.keys() - forms.keys():
             delattr(self, name)
         self._forms = forms
@@ -64,11 +69,13 @@ class FrozenTensors(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def stored_tensors(self) -> list[Tensor]:
-        """All tensors of the format, in its order; of shared ones perhaps a part is here."""
+        """Return all tensors of the weight, in the order of the format. Tensors with `is_shared`
+        may be DTensors.
+        """
         return [getattr(self, name) for name in self._forms]
 
     def read_tensors(self) -> list[Tensor]:
-        """Return those tensors that are here, as the products read them."""
+        """Return this rank's part of the tensors, with the dtypes that the matmuls use."""
         tensors = []
         for name, form in self._forms.items():
             tensor = local_part(getattr(self, name))
@@ -77,21 +84,21 @@ class FrozenTensors(nn.Module):
 
 
 def empty_tensors(forms: Forms, device: torch.device) -> list[Tensor]:
-    """Tensors of these forms without values."""
     return [torch.empty(form.shape, dtype=form.dtype, device=device) for form in forms.values()]
 
 
 class FrozenLinear(FrozenTensors):
-    """y = x W^T + b with a W that gets no gradient.
+    """A layer y = x W^T + b with a frozen W.
 
-    One layer is quantized without knowing of the others.
+    Each layer is quantized independently of the others.
 
     Attributes:
         bias: compute_dtype [out_features], or None.
-        tensor_shard: which part of the layer this rank of a tensor group has; `in_features` and
-            `out_features` are those of the part. None: all of it.
-        rounded_from: the dense weight in the file that it was read from, of fp8.
-        read_dense: gives the dense weight, which the layer then computes with instead.
+        tensor_shard: this rank's shard in a tensor-parallel group. `in_features` and `out_features`
+            then are the sizes of the shard. None if the layer is not sharded.
+        rounded_from: the dense weight in the file, if fp8 codes were computed from it.
+        read_dense: function that returns the dense weight. If set, the layer computes with the
+            dense weight instead of the codes.
     """
 
     in_features: int
@@ -119,7 +126,7 @@ class FrozenLinear(FrozenTensors):
         self.allocate(torch.device(device))
 
     def take_over(self, base: nn.Linear | FrozenLinear) -> None:
-        """Have the very tensors of another layer: tied weights stay tied."""
+        """Use the tensors of `base` in this layer, so that tied weights are still tied."""
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.bias = base.bias
@@ -137,38 +144,42 @@ class FrozenLinear(FrozenTensors):
         return self.out_features, self.in_features
 
     def allocate(self, device: torch.device) -> None:
-        """Make the tensors of the weight, empty, for the layer's sizes; the bias stays as it is."""
+        """Allocate uninitialized tensors for the weight. The bias is unchanged."""
         forms = self.format.matrix_forms(*self.shape)
         self.hold(forms, empty_tensors(forms, device))
 
     def store(self, kind: Format, tensors: Sequence[Tensor]) -> None:
-        """Have these tensors of a weight in this format."""
+        """Replace the weight by `tensors`, which are in the format `kind`."""
         self.format = kind
         self.hold(kind.matrix_forms(*self.shape), tensors)
 
     def load(self, stored: StoredParts, name: str) -> None:
-        """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`.
+        """Load the weight `name` from a checkpoint. `load_weights` calls this method.
 
-        It may be a collective call.
+        This can be a collective call.
         """
         self.format.load_matrix(self, stored, name)
 
     def frozen_weight(self) -> FrozenWeight:
-        """The weight as the operators take it."""
+        """Return the weight in the form in which the operators use it."""
         if self.read_dense is not None:
             return FrozenWeight(DENSE_FORMAT, [self.read_dense()], self.shape)
         return FrozenWeight(self.format, self.read_tensors(), self.shape)
 
     def part_of(self, dense: Stored, rows: slice) -> Tensor:
-        """Rows of this rank's part of the whole weight; a new tensor where read from a file."""
-        # `rows` count from the first row of this rank's part, `dense` is the whole layer.
+        """Return the given rows of this rank's shard of the weight.
+
+        If the weight is in a file, the rows are read into a new tensor.
+        """
+        # `rows` are relative to the first row of this rank's shard, but `dense` is the weight of
+        # the entire layer.
         first_row, first_column = self.origin
         columns = slice(first_column, first_column + self.in_features)
         return dense[slice(first_row + rows.start, first_row + rows.stop), columns]
 
     @property
     def origin(self) -> tuple[int, int]:
-        """The first row and column of the whole weight that this rank has."""
+        """Row and column of the entire weight at which this rank's shard starts."""
         shard = self.tensor_shard
         if shard is None:
             return 0, 0
@@ -178,20 +189,26 @@ class FrozenLinear(FrozenTensors):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The weight that the layer stands for, in the compute dtype; new where it is in codes."""
+        """Return the dense weight in the compute dtype.
+
+        It is a new tensor if the weight is quantized.
+        """
         return self.frozen_weight().dense(self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features]; returns [..., out_features]."""
+        """Compute the layer's output.
+
+        Args:
+            x: [..., in_features].
+
+        Returns:
+            [..., out_features].
+        """
         if self.format is DENSE_FORMAT:
             return F.linear(x, local_part(self.weight), local_part(self.bias))
         return grouped_matmul(x, [self.frozen_weight()], [local_part(self.bias)])[0]
 
-    def extra_repr(self) -> str:
-        has_bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, bias={has_bias}, {self.format.name}"
-
 
 def has_codes(module: nn.Module) -> bool:
-    """Tell whether a module has a frozen weight, or a stack of them, in codes."""
+    """Return whether a module has a quantized frozen weight or stack of weights."""
     return isinstance(module, FrozenTensors) and module.format is not DENSE_FORMAT

@@ -1,13 +1,16 @@
-"""One input times several frozen weights with LoRA updates: x is read once, each y written once.
+"""Matmuls of one input with several frozen weights and LoRA updates.
+
+x is read once, and each y is written once:
 
     xa  = x A^T                  A: the A's of all layers stacked, [sum of ranks, in]
     y_i = x W_i^T + xa_i B_i^T
 
-The backward saves x and xa and nothing dense, and adds up dx in place. Two paths share the
-arithmetic: an autograd function in eager mode (an operator takes 0.6 ms longer for three layers on
-a CPU), and one opaque operator inside torch.compile, whose own patterns would undo the order of the
-sums (see `Format.forward_matmul`). xa is an input of both: as an output of the operator it
-would make a recomputed layer run its last product again, whose y nobody reads.
+The backward pass saves x and xa but no dense weights, and accumulates dx in place. There are two
+code paths with the same arithmetic. Eager mode uses an autograd function, because an operator takes
+0.6 ms longer for three layers on a CPU. torch.compile uses one opaque operator, because the
+compiler's patterns would change the order of the sums (see `Format.forward_matmul`). xa is an input
+of both paths. If the operator returned xa, activation checkpointing would run the last matmul of a
+layer again only to get xa.
 """
 
 from collections.abc import Sequence
@@ -27,22 +30,23 @@ def grouped_matmul(
     lora_A: Sequence[Tensor] = (),
     lora_B: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
-    """y_i = x W_i^T + b_i + (x A_i^T) B_i^T; no gradient reaches W and b.
+    """Compute y_i = x W_i^T + b_i + (x A_i^T) B_i^T for each layer i. W and b get no gradient.
 
     Args:
         x: [..., in].
-        weights: of one encoding.
+        weights: weights with the same encoding.
         biases: [out_i] each, or None.
-        lora_A: [rank_i, in] each. Of any dtype, computed in that of x; empty: no update.
-        lora_B: [out_i, rank_i] each, times the layer's scaling.
+        lora_A: [rank_i, in] each, in any dtype. They are converted to the dtype of x. Empty if
+            there is no update.
+        lora_B: [out_i, rank_i] each, multiplied by the layer's scaling.
 
     Returns:
         [..., out_i] each, in the dtype of x.
     """
     tensors = [tensor for weight in weights for tensor in weight.tensors]
-    # A DTensor would make its own collectives out of the products.
+    # Do not accept DTensors, because a matmul with a DTensor would insert collectives.
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    # [n, in]: the kernels take matrices.
+    # The kernels need matrices: [n, in].
     rows = x.flatten(0, -2)
     kind = weights[0].format
     encoding = kind.encoding
@@ -50,41 +54,45 @@ def grouped_matmul(
     lora: list[Tensor] = []
     xa: list[Tensor] = []
     if lora_A:
-        # The A's become one matrix [sum of ranks, in]: x is read once for all of them.
+        # Concatenate the A's to one matrix [sum of ranks, in], so that x is read once for all of
+        # them.
         lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)]
-        # Detached: the operator's own backward makes the gradients of x and A.
+        # Detach x and A, because the backward of the operator computes their gradients.
         xa = [rows.detach() @ lora[0].detach().T]
 
     is_compiling = torch.compiler.is_compiling()
     outputs: Sequence[Tensor] = ()
-    # Decoding: there is no graph to build, so a kernel without a backward may do it.
+    # Generation has no autograd graph, so a kernel without a backward can be used.
     if not torch.is_grad_enabled() and not is_compiling:
         outputs = _few_rows(rows, weights, xa, lora)
     if not outputs:
         quantized = kind.quantize_input(rows.detach())
         if is_compiling:
-            # A traced graph holds the operator, whose list arguments torch.library takes as they
-            # are.
+            # In a traced graph, call the operator, whose arguments can be lists of tensors.
             outputs = frozen_matmul(rows, xa, quantized, lora, tensors, encoding, widths)
         else:
-            # Autograd follows tensors that are arguments, not those in lists.
+            # Pass the LoRA tensors one by one, because autograd does not track tensors in lists.
             outputs = _FrozenMatmul.apply(rows, xa, quantized, tensors, encoding, widths, *lora)
 
     results = []
     for y, bias in zip(outputs, biases, strict=True):
-        result = y if bias is None else y + bias
+        result = y
+        if bias is not None:
+            result = y + bias
         results.append(result.unflatten(0, x.shape[:-1]))
     return results
 
 
-# ---- the arithmetic; `lora` is [stacked A, B_1, B_2, ...] and `xa` is [x A^T], or both are empty
+# ---- arithmetic. `lora` is [stacked A, B_1, B_2, ...] and `xa` is [x A^T], or both are empty
 
 
 def _rebuild_weights(
     encoding: str, tensors: list[Tensor], widths: list[int], in_features: int
 ) -> list[FrozenWeight]:
     kind = find_format(encoding)
-    per_layer = len(tensors) // len(widths)  # one encoding, so equally many tensors a layer
+    per_layer = len(tensors) // len(
+        widths
+    )  # all layers have the same encoding and therefore the same number of tensors
     weights = []
     for i, width in enumerate(widths):
         layer_tensors = tensors[i * per_layer : (i + 1) * per_layer]
@@ -93,14 +101,17 @@ def _rebuild_weights(
 
 
 def _split_by_layer(xa: Tensor, lora_B: Sequence[Tensor]) -> Sequence[Tensor]:
-    """x A_i^T of each layer, of x A^T with the A's of all layers."""
+    """Split x A^T, which has the columns of all layers, into x A_i^T for each layer."""
     return xa.split([b.shape[1] for b in lora_B], 1)
 
 
 def _few_rows(
     x: Tensor, weights: Sequence[FrozenWeight], xa: Sequence[Tensor], lora: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The outputs where the weights have a kernel for so few rows, else none; no gradients."""
+    """Return the outputs if the weights have a kernel for few rows, else [].
+
+    The outputs have no gradients, because the kernel has no backward.
+    """
     products = []
     for weight in weights:
         product = weight.format.few_rows_matmul(weight, x)
@@ -111,7 +122,7 @@ def _few_rows(
         lora_B = lora[1:]
         parts = _split_by_layer(xa[0], lora_B)
         for product, part, b in zip(products, parts, lora_B, strict=True):
-            # In place: the kernel's product is a new tensor.
+            # Add in place, because the kernel has returned a new tensor.
             product.addmm_(part, b.T)
     return products
 
@@ -125,16 +136,16 @@ def _forward(
     encoding: str,
     widths: list[int],
 ) -> list[Tensor]:
-    """The outputs."""
     weights = _rebuild_weights(encoding, tensors, widths, x.shape[1])
-    if not lora:
-        return [weight.format.forward_matmul(weight, x, quantized, None) for weight in weights]
-    lora_B = lora[1:]
-    updates = zip(_split_by_layer(xa[0], lora_B), lora_B, strict=True)
-    return [
-        weight.format.forward_matmul(weight, x, quantized, update)
-        for weight, update in zip(weights, updates, strict=True)
-    ]
+    updates: list[Update] = [None] * len(weights)
+    if lora:
+        lora_B = lora[1:]
+        updates = [*zip(_split_by_layer(xa[0], lora_B), lora_B, strict=True)]
+
+    outputs = []
+    for weight, update in zip(weights, updates, strict=True):
+        outputs.append(weight.format.forward_matmul(weight, x, quantized, update))
+    return outputs
 
 
 def _backward(
@@ -147,18 +158,19 @@ def _backward(
     in_features: int,
     needs_dx: bool,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless `needs_dx`) and of `lora`.
+    """Compute the gradients of x and of `lora`. The gradient of x is empty unless `needs_dx`.
 
-    saved: [x, xa], or empty without updates. quantized: `quantize_gradients` of `dys`, or empty
-    unless `needs_dx`.
+    Args:
+        quantized: result of `quantize_gradients`. Empty unless `needs_dx`.
+        saved: [x, xa]. Empty if there are no LoRA updates.
     """
     update: Update = None
     d_lora: list[Tensor] = []
     if lora:
         x, xa = saved
         a, *lora_B = lora
-        # With y_i = x W_i^T + xa_i B_i^T and xa = x A^T:
-        # d_xa_i = dy_i B_i     [n, rank_i], side by side [n, sum of ranks]
+        # With y_i = x W_i^T + xa_i B_i^T and xa = x A^T, the gradients are:
+        # d_xa_i = dy_i B_i     [n, rank_i], concatenated to [n, sum of ranks]
         # dA     = d_xa^T x     [sum of ranks, in]
         # dB_i   = dy_i^T xa_i  [out_i, rank_i]
         # dx     = sum over i of dy_i W_i, plus d_xa A
@@ -166,7 +178,7 @@ def _backward(
         d_lora.append(d_xa.T @ x)
         for dy, xa_part in zip(dys, _split_by_layer(xa, lora_B), strict=True):
             d_lora.append(gradient_of_b(dy, xa_part))
-        # `backward_matmul` multiplies by the transpose of the second factor.
+        # `backward_matmul` multiplies by the transpose of the second factor, so transpose A here.
         update = (d_xa, a.T)
     if not needs_dx:
         return [dys[0].new_empty(0), *d_lora]
@@ -177,52 +189,57 @@ def _backward(
 
 
 def _gradient_of_xa(dy: Tensor, lora_B: Tensor) -> Tensor:
-    """dy B, [n, rank]."""
+    """Compute dy B, the gradient of xa = x A^T. The shape is [n, rank]."""
     if dy.device.type == "cpu" and dy.dtype == torch.float32 and lora_B.shape[1] <= 8:
-        # Of rows of 8 numbers MKL takes 1.7 times as long as of columns; of 16 to 64 columns take a
-        # tenth longer.
+        # Make the columns of B contiguous. With 8 columns, MKL takes 1.7 times as long if the rows
+        # are contiguous instead. With 16 to 64 columns, contiguous rows are 10 % faster.
         lora_B = lora_B.T.contiguous().T
     return dy @ lora_B
 
 
 def gradient_of_b(dy: Tensor, xa: Tensor) -> Tensor:
-    """dy^T xa, [out, rank]."""
+    """Compute dy^T xa, the gradient of B. The shape is [out, rank]."""
     if dy.device.type == "cpu":
-        # oneDNN takes two to three times as long for a transposed left factor of this shape.
+        # Transpose the result instead of dy, because oneDNN takes two to three times as long if the
+        # left factor dy is transposed.
         return (xa.T @ dy).T.contiguous()
     return dy.T @ xa
 
 
-# ---- what both paths save for the backward
+# ---- saved tensors of both code paths
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save what the backward reads, and how many tensors each list of the arguments has."""
+    """Save the tensors for the backward, and the number of tensors in each list argument."""
     x, xa, quantized, lora, tensors, encoding, widths = inputs
     ctx.encoding = encoding
     ctx.widths = widths
     ctx.in_features = x.shape[1]
     ctx.counts = [len(tensors_of) for tensors_of in (xa, quantized, lora, tensors)]
+
     if lora:
         ctx.save_for_backward(x, *xa, *lora, *tensors)
-    # W gets no gradient, so without adapters the backward of x W^T needs no x.
+    # Without adapters, do not save x: the backward needs x only for the gradients of the adapters.
     else:
         ctx.save_for_backward(*tensors)
 
 
 def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The arguments of `_backward`; an output that nobody used has a gradient of zeros."""
+    """Return the arguments of `_backward`. If an output is unused, zeros replace its missing
+    gradient.
+    """
     tensors = list(ctx.saved_tensors)
     saved = []
     lora = []
-    # In the order in which `_save` saved them.
+    # Unpack the tensors in the order in which `_save` has stored them.
     lora_count = ctx.counts[2]
     if lora_count:
         saved = tensors[:2]
         lora = tensors[2 : 2 + lora_count]
         tensors = tensors[2 + lora_count :]
 
-    # The shape of a gradient that is missing: as many rows, its own layer's width.
+    # Create zeros for each missing gradient. They have as many rows as the other gradients, and the
+    # width of their layer.
     like = next(grad for grad in grads if grad is not None)
     dys = []
     for dy, width in zip(grads[: len(ctx.widths)], ctx.widths, strict=True):
@@ -261,7 +278,8 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
-        # In the order of the arguments of `forward`. That of x through xa is in dx already.
+        # Gradients in the order of the arguments of `forward`. dx already includes the gradient
+        # through xa.
         return (dx if ctx.needs_input_grad[0] else None, *[None] * 5, *d_lora)
 
 
@@ -289,7 +307,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dx, *d_lora = frozen_matmul_backward(*_backward_inputs(ctx, grads))
     d_xa, d_quantized, _, d_tensors = ([None] * count for count in ctx.counts)
     dx_or_none = dx if ctx.needs_input_grad[0] else None
-    # In the order of the arguments of `_forward`.
+    # Gradients in the order of the arguments of `_forward`.
     return dx_or_none, d_xa, d_quantized, d_lora, d_tensors, None, None
 
 

@@ -1,8 +1,7 @@
-"""Frozen experts in MXFP4, in which gpt-oss ships them: 32 weights share an exponent (OCP
-Microscaling Formats, version 1.0).
+"""Frozen experts in MXFP4, the format of gpt-oss checkpoints. 32 weights share an exponent.
 
-A checkpoint has the experts of a layer in one tensor, as [experts, out, in]; the model has them as
-[experts, in, out].
+The format is defined in OCP Microscaling Formats, version 1.0. A checkpoint stores the experts of a
+layer in one tensor [experts, out, in]. Transformers' model has the experts as [experts, in, out].
 """
 
 from __future__ import annotations
@@ -20,16 +19,19 @@ from tunesmith.formats.base import (
     FrozenStack,
     FrozenWeight,
     TensorForm,
+    row_pieces,
 )
 from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
 EXPONENT_BIAS = 127
-NAN_EXPONENT = 255  # as it is stored
+NAN_EXPONENT = 255  # stored exponent that means NaN
 
 
 class Mxfp4(AsShipped):
-    """tensors: blocks uint8 [..., out, groups, 16] and exponents uint8 [..., out, groups]."""
+    """MXFP4 format. Its tensors are the blocks, uint8 [..., out, groups, 16], and the exponents,
+    uint8 [..., out, groups].
+    """
 
     name = "mxfp4"
     drawn_scales = (EXPONENT_BIAS - 7,)
@@ -43,29 +45,27 @@ class Mxfp4(AsShipped):
         groups = (rows, columns // MXFP4_GROUP)
         return {
             "weight": TensorForm((*groups, MXFP4_GROUP // 2), torch.uint8, is_shared=True),
-            # Shared too: it is a sixteenth of the blocks.
+            # Shard the scales too. They are large: a sixteenth of the size of the blocks.
             "weight_scales": TensorForm(groups, torch.uint8, is_shared=True),
         }
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         blocks, exponents = weight.tensors
-        _, in_features = weight.shape
         dense = blocks.new_empty(weight.shape, dtype=dtype)
-        # bf16 has every value of MXFP4, fp16 has not.
-        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        step = max(1, MAX_DECODED_WEIGHTS // in_features)  # rows that are looked up at a time
-        for start in range(0, len(blocks), step):
-            rows = slice(start, start + step)
+        exact = torch.float32
+        if dtype == torch.bfloat16:
+            # bf16 represents every value of MXFP4 exactly. fp16 does not, because its exponent
+            # range is smaller.
+            exact = dtype
+        for rows in row_pieces(0, *weight.shape, MAX_DECODED_WEIGHTS):
             decode_mxfp4(blocks[rows], exponents[rows], exact, out=dense[rows])
         return dense
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        if not stack.is_compiled:
+            return super().decode_experts(stack, experts, dtype)
         blocks, exponents = (tensor[experts].flatten(0, 1) for tensor in stack.tensors)
-        if stack.is_compiled:
-            dense = compiled_mxfp4()(blocks, exponents, dtype)
-        else:
-            shape = (len(blocks), stack.matrix[1])
-            dense = FrozenWeight(self, [blocks, exponents], shape).dense(dtype)
+        dense = compiled_mxfp4()(blocks, exponents, dtype)
         return dense.view(-1, *stack.matrix)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
@@ -82,15 +82,17 @@ def decode_mxfp4(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The values of mxfp4 weights: [..., groups * 32].
+    """Convert MXFP4 blocks to values [..., groups * 32].
 
-    Each is exact, but for the outermost exponents.
+    Each value is exact unless its exponent is close to the minimum or maximum of the range.
 
     Args:
-        blocks: uint8 [..., groups, 16], two codes a byte, the low half first.
-        exponents: uint8 [..., groups], of a power of two, with a bias of 127.
-        dtype: fp32 or bf16, which have the same exponents; in it the values are computed.
-        out: where they are written, rounded to its dtype.
+        blocks: uint8 [..., groups, 16], two codes per byte, the low half first.
+        exponents: uint8 [..., groups]. The scale of a group is 2 ** (exponent - 127).
+        dtype: dtype of the computation: fp32 or bf16, because both have the exponent range of
+            MXFP4.
+        out: tensor for the result, which is rounded to its dtype. If None, a new tensor is
+            returned.
     """
     ones = torch.ones_like(exponents, dtype=torch.float32)
     powers = torch.ldexp(ones, exponents.int() - EXPONENT_BIAS).to(dtype)
@@ -101,24 +103,34 @@ def decode_mxfp4(
 
 
 def mxfp4_formula(blocks: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """`decode_mxfp4` without look-ups, which a compiler makes one kernel of.
+    """Compute `decode_mxfp4` without lookups, so that a compiler can generate a single kernel.
 
-    It reads half a byte a weight and writes its value; the look-ups move eight bytes more.
+    The kernel reads half a byte per weight and writes the value. `decode_mxfp4` reads and writes
+    eight bytes per weight more.
     """
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
+    low = blocks & 15
+    high = blocks >> 4
+    codes = torch.stack([low, high], dim=-1).flatten(-2).int()  # [..., groups, 32]
+
+    # A code consists of a sign, two exponent bits and one mantissa bit.
     mantissa = codes & 1
     exponent = (codes >> 1) & 3
-    # Below 1 there is no leading one: 0 and a half.
-    halves = torch.where(exponent == 0, mantissa, (mantissa + 2) << (exponent - 1).clamp_min(0))
+    # Values below 1 (0 and 0.5) have exponent 0 and no implicit leading one.
+    shift = (exponent - 1).clamp_min(0)
+    normal_halves = (mantissa + 2) << shift
+    halves = torch.where(exponent == 0, mantissa, normal_halves)
     sizes = halves.to(torch.float32) * 0.5
     values = torch.where(codes >= 8, -sizes, sizes)
-    # The bits of a power of two: its exponent, or of the smallest one the highest of the mantissa.
+
+    # Build the bits of the fp32 power of two by shifting the exponent to its position. For exponent
+    # 0 the power is subnormal, and only its highest mantissa bit is set.
     biased = exponents.int()
-    powers = torch.where(biased == 0, 1 << 22, biased << 23).view(torch.float32)
-    return (values * powers.unsqueeze(-1)).to(dtype).flatten(-2)
+    bits = torch.where(biased == 0, 1 << 22, biased << 23)
+    powers = bits.view(torch.float32).unsqueeze(-1)
+    return (values * powers).to(dtype).flatten(-2)
 
 
 @cache
 def compiled_mxfp4() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
-    """`mxfp4_formula` as one kernel."""
+    """Compile `mxfp4_formula` to one kernel."""
     return torch.compile(mxfp4_formula)

@@ -1,9 +1,10 @@
 """Frozen weights in NF4, the 4-bit format of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a block, and the scales
-themselves in 8 bits (double quantization). Its own layer is not used: it repacks its weight inside
-a forward on some CPUs. An expert of a stack is quantized by itself, as a linear layer is: a rank
-that holds some of them, or a reader of one, has the same bits.
+The tensors have bitsandbytes' format: 4-bit codes in blocks of 64 weights, one scale per block, and
+the scales in 8 bits (double quantization). bitsandbytes' own layer is not used, because on some
+CPUs it repacks its weight in the forward. Each expert of a stack is quantized separately, like a
+linear layer. The codes of an expert are therefore the same, whether a rank has all experts or only
+some of them.
 """
 
 from __future__ import annotations
@@ -27,28 +28,32 @@ if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
 
-NF4_BLOCK = 64  # weights that share a scale
-NESTED_BLOCK = 256  # scales that share a scale
+NF4_BLOCK = 64  # number of weights that share a scale
+NESTED_BLOCK = 256  # number of scales that share a second scale
 WEIGHTS_PER_BYTE = 2
-# Weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each.
+# Maximum number of weights that are quantized in one step. bitsandbytes' CPU code takes about 20
+# bytes per weight.
 MAX_NF4_ROUNDED_WEIGHTS = 1 << 21
-# Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
-# nine times as many bytes.
+# Maximum number of rows for which bitsandbytes dequantizes inside the matmul kernel. Dequantization
+# in a separate kernel would read and write nine times as many bytes.
 MAX_FUSED_ROWS = 16
 QUANT_STATE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def nf4_functions() -> Any:
-    """`bitsandbytes.functional`, or a MachineError that says how to install it."""
+    """Return `bitsandbytes.functional`.
+
+    Raise a MachineError with the install command if it is missing.
+    """
     return packages.bnb_functional("nf4 weights", "model.quantize")
 
 
 @torch.no_grad()
 def check_nf4(device: torch.device) -> None:
-    """MachineError unless a small weight can be quantized and dequantized on this device.
+    """Raise MachineError unless a small weight can be quantized and dequantized on this device.
 
-    Called before anything is downloaded or loaded: a wheel of bitsandbytes is built for some
-    versions of CUDA, and says so in the first call only.
+    Call this before a model is downloaded or loaded. A wheel of bitsandbytes supports only some
+    versions of CUDA, and an unsupported version causes an error only at the first call.
     """
     functional = nf4_functions()
     weights = torch.ones(NF4_BLOCK, NF4_BLOCK, device=device, dtype=torch.bfloat16)
@@ -61,27 +66,30 @@ def check_nf4(device: torch.device) -> None:
             f"the installed bitsandbytes has no nf4 for {device.type}",
             where="model.quantize",
             why=first_line(error),
-            fix="pip install --upgrade bitsandbytes, or model.quantize=none; "
+            fix="run `pip install --upgrade bitsandbytes`, or set model.quantize=none; "
             "`python -m bitsandbytes` shows more",
         ) from error
 
 
 class Nf4(Format):
-    """tensors (n = weights of the matrix, of an expert filled up to whole blocks):
+    """NF4 format. n is the number of weights of the matrix. For experts, n is rounded up to
+    complete blocks. The tensors are:
 
-        weight: uint8 [(n + 1) // 2, 1], or [experts, n / 2]: two codes a byte.
-        absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double
-            quantization.
+        weight: uint8 [(n + 1) // 2, 1] or [experts, n / 2], two codes per byte.
+        absmax: the scale of each block of 64 weights: uint8 [blocks] with double quantization, else
+            fp32 [blocks].
         code: fp32 [16], the value of each 4-bit code.
-        nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 [].
-            They are there with double quantization. Those of experts have the experts first, but
-            for the values of codes.
+        nested_absmax: fp32 [ceil(blocks / 256)], only with double quantization.
+        nested_code: fp32 [256], only with double quantization.
+        nested_offset: fp32 [], only with double quantization.
 
-    The rows of a layer that a tensor group shards, and the parts of its rows, are blocks of 64.
+    For experts, all tensors except code and nested_code have the experts as first dimension. If a
+    layer is sharded by tensor parallelism, each shard consists of complete blocks of 64 weights.
 
     Attributes:
-        dtype: of the weight before, in which it is quantized.
-        block: weights that share a scale; nested_block: scales that do, 0: they are in fp32.
+        dtype: dtype of the weight before its quantization.
+        block: number of weights that share a scale.
+        nested_block: number of scales that share a second scale. 0 means that the scales are fp32.
     """
 
     name = "nf4"
@@ -104,16 +112,18 @@ class Nf4(Format):
         blocks = ceil_div(count, self.block)
         codes = (ceil_div(count, WEIGHTS_PER_BYTE), 1)
         forms = {"weight": TensorForm(codes, torch.uint8, is_shared=True)}
-        # Not persistent: a dense checkpoint does not hold them, and its reader would miss them.
-        if not self.nested_block:
-            return forms | {"absmax": TensorForm((blocks,)), "code": TensorForm((16,))}
-        return forms | {
-            "absmax": TensorForm((blocks,), torch.uint8),
-            "code": TensorForm((16,)),
-            "nested_absmax": TensorForm((ceil_div(blocks, self.nested_block),)),
-            "nested_code": TensorForm((256,)),
-            "nested_offset": TensorForm(()),
-        }
+
+        # The buffers are not persistent, because a dense checkpoint does not contain them. The code
+        # that loads the checkpoint would otherwise report them as missing.
+        forms["absmax"] = TensorForm((blocks,))
+        forms["code"] = TensorForm((16,))
+        if self.nested_block:
+            forms["absmax"] = TensorForm((blocks,), torch.uint8)
+            nested_blocks = ceil_div(blocks, self.nested_block)
+            forms["nested_absmax"] = TensorForm((nested_blocks,))
+            forms["nested_code"] = TensorForm((256,))
+            forms["nested_offset"] = TensorForm(())
+        return forms
 
     def stack_forms(self, experts: int, rows: int, columns: int, parts: int) -> Forms:
         blocks = ceil_div(rows * columns, self.block)
@@ -141,11 +151,20 @@ class Nf4(Format):
         nested: Sequence[Tensor],
         shape: tuple[int, int],
     ) -> Tensor:
-        from tunesmith.formats import nf4_kernel  # Triton comes with torch for CUDA alone
+        from tunesmith.formats import (
+            nf4_kernel,
+        )  # import here, because only torch for CUDA includes Triton
 
         dense = torch.empty(shape, dtype=self.dtype, device=codes.device)
-        blocks = {"block": self.block, "nested_block": self.nested_block}
-        nf4_kernel.decode_nf4(codes, scales, values, nested, dense, **blocks)
+        nf4_kernel.decode_nf4(
+            codes,
+            scales,
+            values,
+            nested,
+            dense,
+            block=self.block,
+            nested_block=self.nested_block,
+        )
         return dense
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
@@ -157,8 +176,8 @@ class Nf4(Format):
         return product
 
     def _quant_state(self, weight: FrozenWeight) -> Any:
-        """bitsandbytes' QuantState: what it needs beside the codes."""
-        # The codes, their scales, and where these are in 8 bits the scales of the scales.
+        """Return bitsandbytes' QuantState, which describes the codes."""
+        # `nested` has the scales of the scales. It is empty if the scales are fp32.
         _, absmax, code, *nested = weight.tensors
         if not nested:
             return self._state(absmax, weight.shape, code)
@@ -179,25 +198,29 @@ class Nf4(Format):
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         codes, _, code, *_ = stack.tensors
+        codes = codes[experts]
         scales = self.scales_of_experts(stack.tensors, experts)
         count, blocks = scales.shape
-        # One call for all of them: blocks do not reach from one expert into the next.
+
+        # Dequantize all experts in one call. This is possible because no block contains weights of
+        # two experts.
         shape = (count, blocks * self.block)
         weights: Tensor
         if _has_kernel(codes):
-            weights = self._decode_by_kernel(codes[experts], scales, code, (), shape)
+            weights = self._decode_by_kernel(codes, scales, code, (), shape)
         else:
             state = self._state(scales.flatten(), shape, code)
-            weights = nf4_functions().dequantize_4bit(codes[experts].reshape(-1, 1), state)
-        # Without what fills up an expert's last block.
-        return weights.to(dtype)[:, : math.prod(stack.matrix)].unflatten(1, stack.matrix)
+            weights = nf4_functions().dequantize_4bit(codes.reshape(-1, 1), state)
+        # Remove the padding in the last block of each expert.
+        weights = weights.to(dtype)[:, : math.prod(stack.matrix)]
+        return weights.unflatten(1, stack.matrix)
 
     def scales_of_experts(self, tensors: Sequence[Tensor], experts: slice) -> Tensor:
-        """The scale of each block of some experts: fp32 [experts, blocks]."""
+        """Return the scale of each block of some experts: fp32 [experts, blocks]."""
         _, absmax, _, nested_absmax, nested_code, nested_offset = tensors
         scales = nested_code[absmax[experts].int()]
-        of_scales = nested_absmax[experts].repeat_interleave(self.nested_block, 1)
-        scales.mul_(of_scales[:, : scales.shape[1]])
+        nested_scales = nested_absmax[experts].repeat_interleave(self.nested_block, 1)
+        scales.mul_(nested_scales[:, : scales.shape[1]])
         return scales.add_(nested_offset[experts, None])
 
     # ---- a matrix
@@ -206,88 +229,105 @@ class Nf4(Format):
         if len(stored) == 1:
             self.quantize(layer, stored[""])
             return
+
         parts = {}
         for suffix, part in stored.items():
             tensor = part if isinstance(part, Tensor) else part.read()
-            # Where the matmuls are: a shard may lie on the host.
+            # Copy the tensor to the device of the matmuls, because a shard may be on the host.
             parts[suffix] = tensor.to(layer.get_buffer("absmax").device)
         self.load_quantized(layer, parts, where=name)
 
     @torch.no_grad()
     def quantize(self, layer: FrozenLinear, dense: Stored) -> None:
-        """Store the whole layer's `dense` [out_features, in_features].
+        """Quantize and store the entire layer's `dense` [out_features, in_features].
 
-        It is rounded to the compute dtype first, as Transformers does. A rank reads and quantizes
-        the blocks that it holds. Where ranks share the layer it is a collective call: the scales of
-        all blocks are quantized together. Where those of a tensor-parallel part are not whole
-        groups in one piece they are stored in fp32 (4.5 bits a weight in place of 4.13).
+        The weight is rounded to the compute dtype first, as Transformers does. A rank reads and
+        quantizes only its own blocks. This is a collective call if the layer is sharded, because
+        the scales of all blocks are quantized together. If the scales of a tensor-parallel shard
+        are not complete contiguous groups of 256, they are stored in fp32 (4.5 bits per weight
+        instead of 4.13).
         """
         device = layer.get_buffer("absmax").device
         width = layer.in_features
-        # Codes lie in one row, byte by byte. FSDP2 cuts it into equal parts, wherever rows end.
+        # The codes are one sequence of bytes, which FSDP2 splits into equal parts regardless of the
+        # rows.
         codes = local_part(layer.weight).view(-1)
         local_bytes = local_slices(layer.weight)[0]
-        # The scales of the part's blocks; 0 where other ranks hold the block.
-        scales = torch.zeros(ceil_div(layer.out_features * width, NF4_BLOCK), device=device)
+        # Scales of the blocks of this shard. They are 0 for blocks on other ranks.
+        blocks = ceil_div(layer.out_features * width, NF4_BLOCK)
+        scales = torch.zeros(blocks, device=device)
         for rows in _pieces_of_rows(layer, local_bytes):
             weights = layer.part_of(dense, rows).flatten().to(device, self.dtype)
             _quantize_piece(weights, rows.start * width, codes, local_bytes, scales)
+
         scales = _gather_scales(layer, scales, dense.shape)
         self._quantize_scales(layer, scales, rows=dense.shape[0])
 
     def _quantize_scales(self, layer: FrozenLinear, scales: Tensor, rows: int) -> None:
-        """Store this rank's part of the whole layer's scales, in 8 bits with scales of their own.
+        """Quantize the scales of the entire layer to 8 bits, and store this rank's part.
 
         Args:
-            rows: number of the whole layer's rows.
+            scales: scales of the entire layer, fp32 [blocks].
+            rows: number of rows of the entire layer.
         """
         functional = nf4_functions()
         code = functional.get_4bit_type("nf4", device=scales.device)
         absmax, nested_absmax, nested_code, offset = quantize_scales(scales)
+
         nested_block = NESTED_BLOCK
         shard = layer.tensor_shard
         if shard is not None:
-            # A shard of whole rows has its scales in one piece. If that is whole groups of 256, a
-            # part of the codes of scales is cut, and the same part of the groups' own scales.
+            # A shard of rows has contiguous scales. If they are complete groups of 256, the scales
+            # and the scales of the groups can be split in the same way.
             has_whole_blocks = len(absmax) // shard.parts % NESTED_BLOCK == 0
             if shard.dim == 0 and has_whole_blocks:
                 absmax = absmax.chunk(shard.parts)[shard.part].clone()
                 nested_absmax = nested_absmax.chunk(shard.parts)[shard.part].clone()
             else:
-                # Of a shard of columns, or of rows that end within a group, no groups can be cut:
-                # the scales are stored in fp32, rounded to 8 bits before as one process has them.
-                nested_block = 0  # not nested
+                # Groups cannot be split for a shard of columns, or for rows that end within a
+                # group. Store these scales in fp32, but quantize and dequantize them first, so that
+                # the values are the same as in one process.
+                nested_block = 0  # no double quantization
                 nested = nested_state(nested_absmax, nested_code, NESTED_BLOCK)
                 absmax = functional.dequantize_blockwise(absmax, nested) + offset
                 absmax = shard.shard_of(absmax, rows).flatten().clone()
-        nested_scales = (nested_absmax, nested_code, offset) if nested_block else ()
-        kind = Nf4(self.dtype, NF4_BLOCK, nested_block)
-        layer.store(kind, [layer.weight, absmax, code, *nested_scales])
+
+        tensors = [layer.weight, absmax, code]
+        if nested_block:
+            tensors += [nested_absmax, nested_code, offset]
+        layer.store(Nf4(self.dtype, NF4_BLOCK, nested_block), tensors)
 
     @torch.no_grad()
     def load_quantized(
         self, layer: FrozenLinear, parts: Mapping[str, Tensor], *, where: str
     ) -> None:
-        """Store a weight that bitsandbytes has quantized, else a ModelError that names `where`.
+        """Store a weight that bitsandbytes has quantized. Raise ModelError if it does not fit the
+        layer.
 
-        parts: the checkpoint's tensors of this weight, by the rest of their names; "" is for the
-        codes.
+        Args:
+            parts: the checkpoint's tensors of this weight, by the suffix of their names. The codes
+                are under "".
+            where: location for the error.
         """
-        codes = parts[""]
-        scales = {name: tensor for name, tensor in parts.items() if name}
+        # Separate the codes, which are under "", from the tensors that describe them (absmax, ...).
+        scales = dict(parts)
+        codes = scales.pop("")
         try:
-            # "" is the codes; absmax, quant_map and the rest describe them.
             state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
             what = f"its bitsandbytes tensors are not complete: {error}"
-            fix = "copy the files again; of a model on the Hub: tunesmith fetch MODEL"
+            fix = "copy the files again; for a model on the Hub: tunesmith fetch MODEL"
             raise ModelError(what, where=where, fix=fix) from error
-        if state.quant_type != "nf4" or tuple(state.shape) != layer.shape:
-            what = f"stored as {state.quant_type} of shape {tuple(state.shape)}"
+
+        shape = tuple(state.shape)
+        if state.quant_type != "nf4" or shape != layer.shape:
+            what = f"stored as {state.quant_type} of shape {shape}"
             what += f", and nf4 of shape {layer.shape} is needed"
             raise ModelError(what, where=where, fix="use the unquantized model")
+
         codes = codes.contiguous().view(torch.uint8).view(-1, 1)
         local_part(layer.weight).copy_(codes[local_slices(layer.weight)])
+
         tensors = [layer.weight, state.absmax, state.code]
         nested_block = 0
         if state.nested:
@@ -302,64 +342,84 @@ class Nf4(Format):
     def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         codes, absmax, code, nested_absmax, nested_code, nested_offset = stack.stored_tensors()
         code.copy_(nf4_functions().get_4bit_type("nf4", device=code.device))
-        # It depends on no scale.
+        # nested_code does not depend on the scales, so compute it from an arbitrary scale.
         nested_code.copy_(quantize_scales(nested_offset.new_zeros(1))[2])
-        of_experts = (absmax, nested_absmax, nested_offset)
-        for scales in of_experts:
+        expert_scales = (absmax, nested_absmax, nested_offset)
+        for scales in expert_scales:
             scales.zero_()
-        local_codes = local_part(codes)
-        span = local_slices(codes)[0]
-        for expert in range(span.start, span.stop):
+
+        rows = slice(0, stack.rows)
+        columns = slice(0, stack.columns)
+        first_local = local_slices(codes)[0].start
+        for expert, expert_codes in enumerate(local_part(codes), start=first_local):
+            # The slice reads only this expert from the file.
             number = first + expert
-            # Only this expert is read.
-            dense = weight[slice(number, number + 1), slice(0, stack.rows), slice(0, stack.columns)]
-            flat = dense.flatten().to(absmax.device, self.dtype)
-            expert_codes = local_codes[expert - span.start]
+            dense = weight[slice(number, number + 1), rows, columns]
+            dense = dense.flatten().to(absmax.device, self.dtype)
+            all_bytes = slice(0, len(expert_codes))
             scales = torch.empty(absmax.shape[1], device=absmax.device)
-            for start in range(0, len(flat), MAX_NF4_ROUNDED_WEIGHTS):
-                piece = flat[start : start + MAX_NF4_ROUNDED_WEIGHTS]
-                _quantize_piece(piece, start, expert_codes, slice(0, len(expert_codes)), scales)
-            of_blocks, of_scales, _, offset = quantize_scales(scales)
-            for place, value in zip(of_experts, (of_blocks, of_scales, offset), strict=True):
-                place[expert] = value
+            for start in range(0, len(dense), MAX_NF4_ROUNDED_WEIGHTS):
+                piece = dense[start : start + MAX_NF4_ROUNDED_WEIGHTS]
+                _quantize_piece(piece, start, expert_codes, all_bytes, scales)
+            expert_absmax, expert_nested_absmax, _, offset = quantize_scales(scales)
+            absmax[expert] = expert_absmax
+            nested_absmax[expert] = expert_nested_absmax
+            nested_offset[expert] = offset
+
         for group in sharding_groups(codes):
-            for scales in of_experts:
-                # The largest: none is negative, and ranks have 0 for the experts of others.
+            for scales in expert_scales:
+                # Combine the scales of all ranks by the maximum: scales are not negative, and each
+                # rank has 0 for the experts of other ranks.
                 scales.copy_(collective("all_reduce", scales, "max", group.group_name))
 
 
 def _has_kernel(codes: Tensor) -> bool:
-    """Tell whether codes are on a GPU on which `nf4_kernel` was measured: H100 and H200."""
+    """Return whether the codes are on an H100 or H200, the GPUs on which `nf4_kernel` was
+    measured.
+    """
     return codes.is_cuda and torch.cuda.get_device_capability(codes.device) == (9, 0)
 
 
 def _pieces_of_rows(layer: FrozenLinear, local_bytes: slice) -> Iterator[slice]:
-    """The rows that have these bytes of the codes, in pieces of whole blocks."""
-    # The fewest rows that are whole blocks: their weights are lcm(NF4_BLOCK, in_features).
-    rows_per_group = NF4_BLOCK // math.gcd(NF4_BLOCK, layer.in_features)  # whole blocks together
-    group_weights = rows_per_group * layer.in_features
-    # From bytes to weights to groups, rounded outward: all bytes lie in the groups between.
+    """Yield slices of the rows that contain these bytes of the codes.
+
+    Each slice has complete blocks.
+    """
+    # A group is the smallest number of rows that consists of complete blocks.
+    group_weights = math.lcm(NF4_BLOCK, layer.in_features)
+    group_rows = group_weights // layer.in_features
+    # Convert bytes to weights and to groups, rounded outward, so that the groups contain all bytes.
     first_group = WEIGHTS_PER_BYTE * local_bytes.start // group_weights
     end_group = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights)
-    end_row = min(end_group * rows_per_group, layer.out_features)
-    rows_per_piece = max(1, MAX_NF4_ROUNDED_WEIGHTS // group_weights) * rows_per_group
-    for row in range(first_group * rows_per_group, end_row, rows_per_piece):
-        yield slice(row, min(row + rows_per_piece, end_row))
+    first_row = first_group * group_rows
+    # The last group may end after the last row of the matrix.
+    end_row = min(end_group * group_rows, layer.out_features)
+    groups_per_piece = max(1, MAX_NF4_ROUNDED_WEIGHTS // group_weights)
+    piece_rows = groups_per_piece * group_rows
+    for row in range(first_row, end_row, piece_rows):
+        yield slice(row, min(row + piece_rows, end_row))
 
 
 def _gather_scales(layer: FrozenLinear, scales: Tensor, shape: torch.Size) -> Tensor:
-    """The scales of the whole layer of that shape, of what each rank has of them."""
+    """Return the scales of the entire layer from the scales that each rank has computed.
+
+    Args:
+        shape: shape of the entire layer.
+    """
     groups: list[str] = [group.group_name for group in sharding_groups(layer.weight)]
     shard = layer.tensor_shard
-    # [rows of the part, blocks of a row] goes to its place in [rows, blocks of a row]; the rest
-    # stays 0 until the reduction.
+    # Copy the shard's scales to their position in [rows, blocks per row]. The other scales are 0
+    # until the reduction.
     if shard is not None:
-        of_shard = scales.view(layer.out_features, -1)
+        local_scales = scales.view(layer.out_features, -1)
         scales = torch.zeros(shape.numel() // NF4_BLOCK, device=scales.device)
-        shard.shard_of(scales, shape[0]).copy_(of_shard)
+        shard.shard_of(scales, shape[0]).copy_(local_scales)
         groups.append(shard.group)
+
     for group in groups:
-        # The largest: a block may reach over the edge of two shards, and other ranks have 0.
+        # Combine the scales of all ranks by the maximum, because a rank has 0 for blocks of other
+        # ranks. A block at the border of two shards has the same scale on both ranks, so a sum
+        # would be wrong.
         scales = collective("all_reduce", scales, "max", group)
     return scales
 
@@ -367,32 +427,39 @@ def _gather_scales(layer: FrozenLinear, scales: Tensor, shape: torch.Size) -> Te
 def _quantize_piece(
     weights: Tensor, first: int, codes: Tensor, local_bytes: slice, scales: Tensor
 ) -> None:
-    """Store the codes of weights [n] that a rank holds, and their blocks' scales.
+    """Quantize weights [n]. Store the codes of this rank and the scales of all blocks.
 
     Args:
-        first: the number of the first weight, at the edge of a block.
-        codes: those of `local_bytes`. The weights may begin before them, and end after them.
-        scales: of all blocks.
+        first: index of the first weight. It must be the start of a block.
+        codes: this rank's codes, which are the range `local_bytes` of all codes. Codes of `weights`
+            outside of this range are not stored.
+        scales: scales of all blocks.
     """
     packed, state = nf4_functions().quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
     first_block = first // NF4_BLOCK
-    scales[first_block : first_block + len(state.absmax)] = state.absmax
+    end_block = first_block + len(state.absmax)
+    scales[first_block:end_block] = state.absmax
+
+    # Bytes that are both in this piece and in this rank's codes.
     first_byte = first // WEIGHTS_PER_BYTE
     start = max(first_byte, local_bytes.start)
     stop = min(first_byte + len(packed), local_bytes.stop)
     local_codes = packed.view(-1)[start - first_byte : stop - first_byte]
-    codes[start - local_bytes.start : stop - local_bytes.start] = local_codes
+    # Position of these bytes in this rank's codes.
+    place = start - local_bytes.start
+    codes[place : place + len(local_codes)] = local_codes
 
 
 def nested_state(scales: Tensor, code: Tensor, block: int) -> Any:
-    """The QuantState of scales in 8 bits."""
+    """Return the QuantState of 8-bit scales."""
     return nf4_functions().QuantState(scales, blocksize=block, code=code, dtype=torch.float32)
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scales of a matrix's blocks, fp32 [blocks], in 8 bits with scales of their own.
+    """Quantize the scales of a matrix's blocks, fp32 [blocks], to 8 bits.
 
-    As in bitsandbytes and QLoRA: scales are positive, their 8-bit codes symmetric around zero.
+    As in bitsandbytes and QLoRA, the mean is subtracted first, because scales are positive but
+    their 8-bit codes are symmetric around zero.
 
     Returns:
         absmax, nested_absmax, nested_code and nested_offset of an `Nf4`.

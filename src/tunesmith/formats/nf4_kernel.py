@@ -1,7 +1,7 @@
-"""A Triton kernel that makes NF4 codes dense, with scales in 8 bits in the same pass.
+"""A Triton kernel that dequantizes NF4 codes and their 8-bit scales in one pass.
 
-bitsandbytes makes the scales wide first. Of [28672, 8192] it takes 0.27 ms on an H200, this 0.17,
-with the same bits.
+bitsandbytes dequantizes the scales in a separate pass. On an H200, bitsandbytes takes 0.27 ms for a
+matrix [28672, 8192], and this kernel takes 0.17 ms. The results are bit for bit equal.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 1024  # of codes, a program
+BYTES = 1024  # bytes of codes per Triton program
 
 
 def decode_nf4(
@@ -25,22 +25,22 @@ def decode_nf4(
     block: int,
     nested_block: int,
 ) -> None:
-    """Write the weights of the codes to `out`, which says how many there are.
+    """Dequantize the codes and write the weights to `out`, whose size is the number of weights.
 
     Args:
-        codes: uint8, two a byte, contiguous; the first is in the high half.
-        scales: of each block: fp32, or codes in uint8 with `nested`.
-        values: fp32 [16], of the codes.
-        nested: scales of the scales fp32, the values of their codes fp32 [256], and fp32 [], which
-            is added; or empty.
+        codes: uint8, two codes per byte, contiguous. The high half is the first code.
+        scales: scale of each block: fp32, or uint8 codes if there is `nested`.
+        values: fp32 [16], the value of each code.
+        nested: the scales of the scales (fp32), the values of the scales' codes (fp32 [256]), and
+            the offset that is added (fp32 []). Empty without double quantization.
     """
-    of_scales, scale_values, offset = nested or (scales, values, values)
+    nested_scales, scale_values, offset = nested or (scales, values, values)
     count = out.numel()
     _decode[(triton.cdiv(count, 2 * BYTES),)](
         codes,
         scales,
         values,
-        of_scales,
+        nested_scales,
         scale_values,
         offset,
         out,
@@ -53,18 +53,27 @@ def decode_nf4(
 
 @triton.jit
 def _decode(
-    codes, scales, values, of_scales, scale_values, offset, out, count,
+    codes, scales, values, nested_scales, scale_values, offset, out, count,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    packed = tl.load(codes + place, 2 * place < count, other=0)
-    block = place * 2 // BLOCK
-    scale = tl.load(scales + block, 2 * place < count, other=0)
+    program = tl.program_id(0).to(tl.int64)
+    byte = program * BYTES + tl.arange(0, BYTES)
+    is_inside = 2 * byte < count
+    packed = tl.load(codes + byte, is_inside, other=0)
+
+    block = byte * 2 // BLOCK
+    scale = tl.load(scales + block, is_inside, other=0)
     if NESTED:
-        of_scale = tl.load(of_scales + block // NESTED, 2 * place < count, other=0)
-        scale = tl.load(scale_values + scale.to(tl.int32)) * of_scale + tl.load(offset)
-    high = tl.load(values + (packed >> 4).to(tl.int32)) * scale
-    low = tl.load(values + (packed & 15).to(tl.int32)) * scale
+        nested_scale = tl.load(nested_scales + block // NESTED, is_inside, other=0)
+        scale_value = tl.load(scale_values + scale.to(tl.int32))
+        scale = scale_value * nested_scale + tl.load(offset)
+
+    # The high half of a byte is the first of its two weights.
+    high_code = (packed >> 4).to(tl.int32)
+    low_code = (packed & 15).to(tl.int32)
+    high = tl.load(values + high_code) * scale
+    low = tl.load(values + low_code) * scale
+
     weights = tl.interleave(high, low).to(out.dtype.element_ty)
-    place = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    place = program * (2 * BYTES) + tl.arange(0, 2 * BYTES)
     tl.store(out + place, weights, place < count)

@@ -1,5 +1,6 @@
-"""Frozen weights as NVFP4 checkpoints have them: 16 weights of a row share a scale in e4m3, and all
-of a matrix one in fp32.
+"""Frozen weights of NVFP4 checkpoints.
+
+16 weights of a row share a scale in e4m3, and all weights of a matrix share a scale in fp32.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from tunesmith.formats.base import (
     E4M3,
     MAX_DECODED_WEIGHTS,
     Forms,
-    FrozenStack,
     FrozenWeight,
     TensorForm,
+    row_pieces,
 )
 from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
@@ -25,17 +26,18 @@ from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, Sh
 if TYPE_CHECKING:
     from tunesmith.model.weights import StoredTensor
 
-SIGNLESS_NAN = 127  # as the byte of a scale
-ONE_IN_E4M3 = 0x38  # as above
+SIGNLESS_NAN = 127  # byte of a scale, without its sign, that means NaN
+ONE_IN_E4M3 = 0x38  # byte of a scale of 1
 
 
 class Nvfp4(AsShipped):
-    """tensors: the codes of W, uint8 [out, in / 2]; the scale of each 16 of a row, e4m3 [out, in /
-    16]; and that of all, fp32 [1, 1], or of each row, [out, 1].
+    """NVFP4 format. Its tensors are the codes of W, uint8 [out, in / 2]; the scale of each group of
+    16 weights of a row, e4m3 [out, in / 16]; and the scale of the matrix, fp32 [1, 1]. If the rows
+    of the matrix are divided into parts, each part has its own scale, [parts, 1, 1].
 
     Attributes:
-        divides: the groups' scales are divided by that of all, as compressed-tensors does; False:
-            multiplied, as ModelOpt does.
+        divides: whether the scales of the groups are divided by the scale of the matrix, as
+            compressed-tensors does. If False, they are multiplied by it, as ModelOpt does.
     """
 
     name = "nvfp4"
@@ -54,31 +56,19 @@ class Nvfp4(AsShipped):
         groups = (rows, columns // NVFP4_GROUP)
         return {
             "weight": TensorForm((rows, columns // 2), torch.uint8, is_shared=True),
-            # Shared too: it is an eighth of the codes.
+            # Shard the scales too. They are large: an eighth of the size of the codes.
             "weight_scales": TensorForm(groups, torch.uint8, is_shared=True, read_as=E4M3),
             "scale": TensorForm((1, 1)),
         }
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scales, scale = weight.tensors
-        out_features, in_features = weight.shape
-        scale = scale.expand(out_features, 1)
+        # `scale` has one value, or one value per part of a weight that is made of several parts.
+        scale = scale.view(-1, 1, 1).expand(-1, weight.shape[0] // scale.numel(), 1).reshape(-1, 1)
         dense = codes.new_empty(weight.shape, dtype=dtype)
-        step = max(1, MAX_DECODED_WEIGHTS // in_features)
-        for start in range(0, out_features, step):
-            rows = slice(start, start + step)
+        for rows in row_pieces(0, *weight.shape, MAX_DECODED_WEIGHTS):
             dense[rows] = decode_nvfp4(codes[rows], scales[rows], scale[rows], divides=self.divides)
         return dense
-
-    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
-        codes, scales, of_parts = (tensor[experts] for tensor in stack.tensors)
-        rows, columns = stack.matrix
-        # One matrix of all of them, whose rows have the scale of their part.
-        height = rows // of_parts.shape[1]
-        of_rows = of_parts.flatten().repeat_interleave(height).unsqueeze(1)
-        matrix = [codes.flatten(0, 1), scales.flatten(0, 1), of_rows]
-        dense = FrozenWeight(self, matrix, (len(of_rows), columns)).dense(dtype)
-        return dense.view(-1, rows, columns)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
         assert scale is not None
@@ -96,13 +86,13 @@ class Nvfp4(AsShipped):
 
 
 def decode_nvfp4(packed: Tensor, scales: Tensor, scale: Tensor, *, divides: bool) -> Tensor:
-    """The values of nvfp4 weights in fp32: [..., n].
+    """Convert NVFP4 codes to values in fp32: [..., n].
 
     Args:
-        packed: uint8 [..., n / 2], two codes a byte, the low half first.
+        packed: uint8 [..., n / 2], two codes per byte, the low half first.
         scales: e4m3 [..., n / 16].
-        scale: fp32, of all; of a shape that `scales` can be multiplied with.
-        divides: as of `Nvfp4`.
+        scale: fp32 scale of the matrix, with a shape that broadcasts to `scales`.
+        divides: see `Nvfp4`.
     """
     steps = scales.float()
     steps = steps.div_(scale) if divides else steps.mul_(scale)

@@ -1,4 +1,4 @@
-"""All formats, by their names."""
+"""Registry of all formats by name."""
 
 import json
 from functools import lru_cache
@@ -21,11 +21,11 @@ SHIPPED_FORMATS: dict[str, type[AsShipped]] = {"fp8": Fp8Blocks, "mxfp4": Mxfp4,
 
 @lru_cache(maxsize=256)
 def find_format(encoding: str) -> Format:
-    """The format whose `encoding` this is."""
+    """Create the format object for the string `encoding` (see `Format.encoding`)."""
     name, *options = json.loads(encoding)
     return FORMATS[name].parse(*options)
 
 
 def shipped_format(form: ShippedForm) -> AsShipped:
-    """Choose the format in which weights of a checkpoint of this form are stored."""
+    """Return the format for weights that a checkpoint stores in this form."""
     return SHIPPED_FORMATS[form.method](form)

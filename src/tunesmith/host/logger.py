@@ -1,8 +1,11 @@
-"""The package's logger `tunesmith`: its lines on stderr, for commands and for Python programs.
+"""Setup of the logger `tunesmith`.
 
-Every module logs to `logging.getLogger(__name__)`: at INFO what a user reads as it is, at WARNING
-what is shown after `warning: `. Importing the package sets nothing up. A command shows the lines
-itself; what a program calls shows them only if the program has not set up logging.
+Its lines are printed to stderr, both in commands and in Python programs that use tunesmith.
+
+Every module logs to `logging.getLogger(__name__)`. INFO lines are shown unchanged, and WARNING
+lines get the prefix `warning: `. Importing the package does not configure logging. A command always
+shows the lines. A function that a Python program calls shows the lines only if the program has not
+configured logging.
 """
 
 import logging
@@ -18,7 +21,7 @@ PACKAGE = logging.getLogger("tunesmith")
 
 
 class LineFormatter(logging.Formatter):
-    """A record as its user reads it, without time or module."""
+    """Formatter that shows only the message, without time and module."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -26,10 +29,11 @@ class LineFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.Handler):
-    """Prints records on stderr: stdout is for answers.
+    """Handler that prints records to stderr, because stdout is for results.
 
-    It is looked up anew for each record, because notebooks, progress bars and `lasting` replace it.
-    An error of the stream is raised, as print does, and is not shown as one of logging.
+    `sys.stderr` is looked up for each record, because notebooks, progress bars and the function
+    `survive_write_errors` replace it. If the write fails, the error is raised, as `print` does. The
+    standard handler would only print the error.
     """
 
     def __init__(self, formatter: logging.Formatter | None = None) -> None:
@@ -42,7 +46,7 @@ class StderrHandler(logging.Handler):
 
 @contextmanager
 def logged_if_slow(log: logging.Logger, text: str, seconds: float = 5.0) -> Iterator[None]:
-    """Log what the block does, once it takes longer: silence is not taken for a fault."""
+    """Log `text` if the block takes longer than `seconds`, so that the user knows the reason."""
     timer = threading.Timer(seconds, log.info, (text,))
     timer.daemon = True
     timer.start()
@@ -53,7 +57,10 @@ def logged_if_slow(log: logging.Logger, text: str, seconds: float = 5.0) -> Iter
 
 
 def _visible_record(*args: Any, **options: Any) -> logging.LogRecord:
-    """Make a record whose message is `visible`; arguments that do not fit are left to handlers."""
+    """Build a log record whose control characters are escaped by `visible`.
+
+    If the arguments do not fit the message, the record is unchanged and the handler reports it.
+    """
     record = logging.LogRecord(*args, **options)
     with suppress(TypeError, ValueError, KeyError):
         record.msg = visible(record.getMessage())
@@ -63,11 +70,13 @@ def _visible_record(*args: Any, **options: Any) -> logging.LogRecord:
 
 @contextmanager
 def lines_on_stderr(formatter: logging.Formatter | None = None) -> Iterator[None]:
-    """Show the package's lines on stderr in the block, which is a whole command.
+    """Show the package's log lines on stderr in the block, which runs an entire command.
 
-    What other packages log, such as a name in a file of the model, cannot control the terminal.
+    Control characters in the log lines of all packages are escaped, because the lines may contain
+    text from files of other people.
 
-    formatter: makes a line of a record, in place of that of a surrounding block.
+    Args:
+        formatter: converts a record to a line. It replaces the formatter of a surrounding block.
     """
     with ExitStack() as stack:
         stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
@@ -81,9 +90,10 @@ def lines_on_stderr(formatter: logging.Formatter | None = None) -> Iterator[None
 
 @contextmanager
 def lines_by_default(level: int = logging.INFO) -> Iterator[None]:
-    """Show the package's lines on stderr in the block, unless the program takes them.
+    """Show the package's log lines on stderr in the block, unless the Python program handles them.
 
-    It does if it has added a handler to the logger `tunesmith`, or has set up logging for INFO.
+    The program handles them if it has added a handler to the logger `tunesmith`, or has configured
+    logging for level INFO.
     """
     has_handler = PACKAGE.hasHandlers() and PACKAGE.isEnabledFor(logging.INFO)
     with ExitStack() as stack:
@@ -95,11 +105,11 @@ def lines_by_default(level: int = logging.INFO) -> Iterator[None]:
 
 @contextmanager
 def default_level(level: int) -> Iterator[None]:
-    """Log from `level` up in the block, unless the program has set a level of the package."""
+    """Set the package's log level in the block, unless the Python program has set a level."""
     if PACKAGE.level != logging.NOTSET:
         yield
         return
-    # Handlers of a root logger at WARNING, such as Colab's, are not for each line.
+    # If the root logger has level WARNING, as in Colab, do not pass INFO lines to its handlers.
     propagate = PACKAGE.propagate and PACKAGE.isEnabledFor(logging.INFO)
     with _level(level, propagate=propagate):
         yield
@@ -107,7 +117,7 @@ def default_level(level: int) -> Iterator[None]:
 
 @contextmanager
 def stderr_only_from(*names: str) -> Iterator[None]:
-    """In the block `StderrHandler` shows what these loggers and those below them log, alone."""
+    """Let `StderrHandler` show only the lines of these loggers and their children in the block."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         return f"{record.name}.".startswith(prefixes)

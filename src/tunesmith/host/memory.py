@@ -1,4 +1,7 @@
-"""The host's memory at one moment, and who uses it: by psutil and the files of control groups."""
+"""Functions that measure the size and the use of the host's memory.
+
+They use psutil and the files of control groups.
+"""
 
 import os
 import sys
@@ -15,17 +18,21 @@ from tunesmith.host.cores import control_groups
 from tunesmith.units import ceil_div
 
 ROOT = Path("/")
-# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what
-# grows while a micro batch ends. A fiftieth of the memory, within these.
+# The memory floor is the number of bytes of host memory that a run leaves free. A save needs this
+# memory to copy pieces of 64 MiB (see docs/ranks.md), and the process needs it because it grows
+# until the end of a micro batch. The floor is the total memory / FLOOR_SHARE, but at least
+# MIN_FLOOR and at most MAX_FLOOR.
 MIN_FLOOR = 128 << 20
 MAX_FLOOR = 1 << 30
 FLOOR_SHARE = 50
-# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with
-# 12.7. A twelfth, up to this.
+# If the GPU shares the host's memory, the memory floor is the total memory / UNIFIED_FLOOR_SHARE,
+# but at most MAX_UNIFIED_FLOOR. A GB10 with 122 GiB froze when 7.7, 6.1 and 0.3 GiB were available,
+# and once with 12.7 GiB.
 MAX_UNIFIED_FLOOR = 8 << 30
 UNIFIED_FLOOR_SHARE = 12
-# Files of a control group with its limit and its use, and the prefix of the lines of memory.stat
-# that count the page cache. Above `memory.high`, the kernel throttles the group.
+# Each entry has two files of a control group, for the limit and for the used memory, and the prefix
+# of the page cache lines in memory.stat. The kernel throttles a group that uses more than
+# `memory.high`.
 GROUP_FILES = (
     ("memory.max", "memory.current", ""),  # version 2
     ("memory.high", "memory.current", ""),
@@ -38,11 +45,11 @@ class MemoryLimit:
     """A limit on the memory of this process.
 
     Attributes:
-        name: the control group; empty for the machine itself.
-        size: in bytes.
-        used: bytes that count against it now, without page cache that the kernel can drop.
-        used_by_run: those of them that the processes of this run hold.
-        ranks: how many processes of this run share it.
+        name: the control group, or "" for the entire machine.
+        size: the limit in bytes.
+        used: bytes in use now, without page cache that the kernel can drop.
+        used_by_run: the part of `used` that the processes of this run hold.
+        ranks: number of processes of this run that share the limit.
     """
 
     name: str
@@ -52,35 +59,39 @@ class MemoryLimit:
     ranks: int = 1
 
     def describe(self) -> str:
-        """The limit in a clause; empty for the machine."""
+        """Describe the limit in words. Return "" for the limit of the entire machine."""
         if not self.name:
             return ""
         shared = f", which {self.ranks} ranks share" if self.ranks > 1 else ""
         return f"{self.name} of {gib(self.size)} GiB{shared}"
 
     def fix(self, more: int) -> str:
-        """Say how to raise it until each rank can have `more` bytes; empty for the machine."""
+        """Return how the user can raise the limit, so that each rank can use `more` additional
+        bytes.
+
+        Return "" for the entire machine.
+        """
         if not self.name:
             return ""
         enough = ceil_div(self.size + self.ranks * more, 1 << 20)
         options = (
             f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
         )
-        return f"a limit of {enough} MiB for the control group ({options})"
+        return f"set a limit of {enough} MiB for the control group ({options})"
 
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """Bytes of the host's memory.
+    """The state of the host's memory, in bytes.
 
     Attributes:
-        available: without swapping.
-        free: in use for nothing, not even page cache.
+        available: memory that can be used without swapping.
+        free: unused memory, which is not even page cache.
         cached: page cache, without shared memory.
-        shared: shared memory and tmpfs, which only a swap can make room of.
-        limit, used: those of the control group with the least room, of this process's and their
-            parents: what its processes hold, without the page cache that the kernel drops before it
-            kills. None: there is no limit.
+        shared: shared memory and tmpfs, which the kernel can only free by swapping.
+        limit, used: limit and use of the control group with the fewest free bytes. `used` does not
+            count page cache, because the kernel drops it before it kills a process. None if no
+            control group has a limit.
     """
 
     total: int
@@ -93,18 +104,14 @@ class MemoryFigures:
 
     @property
     def room(self) -> int:
-        """Compute what this process can still take before the kernel kills."""
+        """Bytes that this process can still allocate before the kernel kills a process."""
         room = self.available
         if self.limit is not None and self.used is not None:
             room = min(room, self.limit - self.used)
         return max(0, room)
 
-    def as_record(self) -> dict[str, int | None]:
-        """The figures as `stopped.json` has them."""
-        return {f"{name}_bytes": value for name, value in vars(self).items()}
-
     def describe(self) -> str:
-        """The figures in a clause, in GiB."""
+        """Describe the memory figures in words, in GiB."""
         group = ""
         if self.limit and self.used:
             group = f"; control group {gib(self.used)} of {gib(self.limit)} GiB"
@@ -123,13 +130,17 @@ class Holder(NamedTuple):
 
 
 def gib(size: int | None) -> str:
-    """Bytes as a number of GiB."""
+    """Convert bytes to a text in GiB with two decimals."""
     return f"{(size or 0) / 2**30:.2f}"
 
 
 def read_memory() -> MemoryFigures:
-    """Read the figures of now. The control group with the least room is the limit that counts."""
-    # macOS has no figures of page cache and shared memory.
+    """Read the current state of the host's memory.
+
+    If several control groups have limits, `limit` is the limit of the group with the fewest free
+    bytes.
+    """
+    # On macOS psutil does not report page cache and shared memory.
     memory = psutil.virtual_memory()._asdict()
     shared = memory.get("shared", 0)
     limits = group_limits()
@@ -138,7 +149,7 @@ def read_memory() -> MemoryFigures:
         memory["total"],
         memory["available"],
         memory["free"],
-        # Shared memory counts as cached, but cannot be dropped.
+        # The kernel counts shared memory as cached, but it cannot drop shared memory.
         cached=max(0, memory.get("cached", 0) + memory.get("buffers", 0) - shared),
         shared=shared,
         limit=group.size if group else None,
@@ -147,22 +158,27 @@ def read_memory() -> MemoryFigures:
 
 
 def group_limits(root: Path = ROOT) -> list[MemoryLimit]:
-    """Return the limits of the control groups of this process, read below `root`.
+    """Return the memory limits of this process's control groups.
 
-    A group that may have as much as the machine has no limit.
+    A limit is omitted if it is not lower than the machine's memory.
+
+    Args:
+        root: the folder that contains /proc and /sys. Tests use another folder.
     """
     total = physical_memory()
     limits = []
     for folder in control_groups("memory", root):
         for limit_file, usage_file, prefix in GROUP_FILES:
-            # The group has the files of the other version, or no limit: `max` is no number.
+            # Skip a file that does not exist in this version of control groups. Also skip the limit
+            # `max`, which means no limit.
             with suppress(OSError, ValueError):
                 size = int((folder / limit_file).read_text(encoding="ascii"))
                 if size >= total:
                     continue
                 stat = (folder / "memory.stat").read_text(encoding="ascii")
                 counts = dict(line.split() for line in stat.splitlines())
-                # The cache of a group is dropped before its limit kills.
+                # Do not count page cache as used, because the kernel drops the page cache of a
+                # group before it kills one of the group's processes.
                 cached = int(counts[f"{prefix}active_file"]) + int(counts[f"{prefix}inactive_file"])
                 used = int((folder / usage_file).read_text(encoding="ascii")) - cached
                 limits.append(MemoryLimit(f"control group {folder}", size, max(0, used)))
@@ -170,26 +186,34 @@ def group_limits(root: Path = ROOT) -> list[MemoryLimit]:
 
 
 def memory_floor(total: int, *, unified: bool) -> int:
-    """Bytes that stay free where `total` is all that there is, of the machine or its group."""
+    """Return the bytes that a run leaves free.
+
+    `total` is the memory of the machine or of the control group, in bytes.
+
+    Args:
+        unified: whether the GPU shares the host's memory.
+    """
     if unified:
         return min(MAX_UNIFIED_FLOOR, total // UNIFIED_FLOOR_SHARE)
     return min(max(MIN_FLOOR, total // FLOOR_SHARE), MAX_FLOOR)
 
 
 def unified_budget(figures: MemoryFigures) -> int:
-    """Bytes that a run can allocate where the GPU shares the host's memory.
+    """Return the bytes that a run can allocate if the GPU shares the host's memory.
 
-    A quarter of the floor more than the floor is left: the driver's context and the process grow
-    beside the allocator.
+    1.25 times the memory floor is left free, because the driver's context and the process also grow
+    outside torch's allocator.
     """
     floor = memory_floor(figures.limit or figures.total, unified=True)
     return max(0, figures.room - floor * 5 // 4)
 
 
 def memory_limits(ranks: Collection[int] = ()) -> list[MemoryLimit]:
-    """Return every limit on the memory of this process.
+    """Return every memory limit of this process: the memory of the machine, and the limit of each
+    control group.
 
-    `ranks` are the process ids of the run's ranks on this host, which share the limits.
+    Args:
+        ranks: the process ids of the run's ranks on this host. They share the limits.
     """
     processes = {os.getpid(), *ranks}
     memory = psutil.virtual_memory()
@@ -202,17 +226,21 @@ def memory_limits(ranks: Collection[int] = ()) -> list[MemoryLimit]:
 
 
 def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
-    """Tell the kernel that a file's pages are not needed again, where it has such a call.
+    """Remove a file from the page cache. This has an effect only on Linux.
 
-    Pages that are not on the disk yet, or that a process maps, stay. `size` 0: all from `start` on.
+    Pages that are not yet written to the disk, and pages that a process maps, are kept.
+
+    Args:
+        handle: the file descriptor.
+        start, size: the range in bytes. A size of 0 means to the end of the file.
     """
-    if sys.platform == "linux":  # macOS has no such call
+    if sys.platform == "linux":  # macOS has no posix_fadvise
         os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
 def open_uncached(path: Path) -> Iterator[BufferedReader]:
-    """The open file, closed at the end; no page of it stays in the page cache."""
+    """Open a file for reading. After the block, close it and remove it from the page cache."""
     with path.open("rb") as file:
         try:
             yield file
@@ -221,43 +249,49 @@ def open_uncached(path: Path) -> Iterator[BufferedReader]:
 
 
 def own_memory(pids: Collection[int]) -> int:
-    """Bytes of these processes that are resident, without files that they map."""
+    """Return the resident memory of these processes in bytes. Memory-mapped files do not count."""
     size = 0
     for pid in pids:
-        with suppress(psutil.Error):  # it has ended
+        with suppress(psutil.Error):  # the process has ended
             memory = psutil.Process(pid).memory_info()._asdict()
             size += memory["rss"] - memory.get("shared", 0)
     return size
 
 
 def largest_processes(ours: Collection[int], count: int = 4) -> tuple[list[Holder], list[Holder]]:
-    """The processes `ours`, and the `count` of others that hold the most, the largest first."""
+    """Return two lists: the processes `ours`, and the `count` largest other processes.
+
+    Both lists are sorted by resident memory, the largest first.
+    """
     holders = []
     for process in psutil.process_iter(["name", "memory_info"]):
-        # psutil gives None if this user must not read it.
+        # psutil returns None if this user is not allowed to read the process's memory.
         memory = process.info["memory_info"]
         if memory is not None:
             holders.append(Holder(process.pid, process.info["name"], memory.rss))
     holders.sort(key=lambda holder: holder.bytes, reverse=True)
-    of_run = [holder for holder in holders if holder.pid in ours]
+    in_run = [holder for holder in holders if holder.pid in ours]
     others = [holder for holder in holders if holder.pid not in ours]
-    return of_run, others[:count]
+    return in_run, others[:count]
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process can use without swapping."""
+    """Return the bytes of host memory that this process can allocate without swapping."""
     return read_memory().room
 
 
 def unavailable_percent() -> float:
-    """100 less the available share of the host's memory."""
+    """Return the percentage of the host's memory that is not available."""
     return float(psutil.virtual_memory().percent)
 
 
 def oom_kills(root: Path = ROOT) -> int:
-    """Processes of this machine that the kernel has ended for want of memory since it booted.
+    """Return how many processes the kernel has killed since boot because memory was exhausted.
 
-    /proc is below `root`.
+    Return 0 if the kernel does not report the number.
+
+    Args:
+        root: the folder that contains /proc. Tests use another folder.
     """
     with suppress(OSError, ValueError):
         lines = (root / "proc/vmstat").read_text(encoding="ascii").splitlines()
@@ -266,5 +300,5 @@ def oom_kills(root: Path = ROOT) -> int:
 
 
 def physical_memory() -> int:
-    """Bytes of host memory, in use or not."""
+    """Return the total size of the host's memory in bytes."""
     return int(psutil.virtual_memory().total)

@@ -1,4 +1,4 @@
-"""Optional packages: where each is imported, and how each is installed."""
+"""Checks of installed packages and their versions, and the pip commands that install them."""
 
 import hashlib
 from contextlib import suppress
@@ -11,7 +11,7 @@ from tunesmith.errors import MachineError
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-# What decides the numbers of a run.
+# Packages whose versions can change the numeric results of a run.
 COMPUTE = (
     "tunesmith",
     "torch",
@@ -25,9 +25,10 @@ COMPUTE = (
 
 
 def pip_install(package: str) -> str:
-    """The command that installs `package` in a version that works: `pip install 'peft>=0.20'`.
+    """Return the command that installs a package, such as `pip install 'peft>=0.20'`.
 
-    A package that tunesmith's own metadata does not name has no version.
+    The command includes the version that tunesmith's package metadata requires. It has no version
+    if the metadata does not list the package.
     """
     for requirement in _requirements():
         if requirement.name == package and requirement.specifier:
@@ -36,11 +37,11 @@ def pip_install(package: str) -> str:
 
 
 def _requirements() -> "list[Requirement]":
-    """Read what tunesmith's own metadata requires, with its extras.
+    """Return the requirements of tunesmith and its extras from the package metadata.
 
-    None in a source tree that is not installed.
+    Return an empty list in a source tree that is not installed.
     """
-    import importlib.metadata  # slow to import, and needed only here
+    import importlib.metadata  # imported late, because the import is slow
 
     from packaging.requirements import Requirement
 
@@ -51,7 +52,7 @@ def _requirements() -> "list[Requirement]":
 
 @cache
 def installed_versions() -> dict[str, str]:
-    """The versions of what computes, by name; one that is not installed is left out."""
+    """Return the installed version of each package in COMPUTE. Missing packages are omitted."""
     import importlib.metadata
 
     versions = {}
@@ -63,7 +64,7 @@ def installed_versions() -> dict[str, str]:
 
 @cache
 def source_digest() -> str:
-    """SHA-256 of this package's own files as this process first read them."""
+    """Return the SHA-256 of tunesmith's Python files. The value is computed once per process."""
     source = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(file.read_bytes())
@@ -71,16 +72,16 @@ def source_digest() -> str:
 
 
 def check_versions() -> None:
-    """MachineError where a package is not of a version that tunesmith's own metadata allows."""
+    """Raise MachineError if an installed package has a version that tunesmith does not support."""
     installed = installed_versions()
     for requirement in _requirements():
         version = installed.get(requirement.name)
-        # Those of extras and of other platforms have a marker.
+        # Skip requirements with a marker, because they are for extras or for other platforms.
         if version is None or requirement.marker:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             raise MachineError(
-                f"{requirement.name} {version} is installed, and {requirement} is needed",
+                f"{requirement.name} {version} is installed, but {requirement} is required",
                 where="the Python environment",
                 fix=f"pip install '{requirement}'",
                 cause="version",
@@ -88,21 +89,27 @@ def check_versions() -> None:
 
 
 def require(package: str, *, where: str, fix: str, module: str = "") -> None:
-    """MachineError unless `package` is installed; it is not imported. `fix` is another way out.
+    """Raise MachineError if a package is not installed. The package is not imported.
 
-    `module` is what it is imported as, where that is another name.
+    Args:
+        fix: another way to fix the error than to install the package, for the error message.
+        module: the name of the package's module, if it differs from the package's name.
     """
     from importlib.util import find_spec
 
     if find_spec(module or package) is None:
-        fix = f"{pip_install(package)}, or {fix}"
+        fix = f"run `{pip_install(package)}`, or {fix}"
         raise MachineError(f"{package} is not installed", where=where, fix=fix)
 
 
 def bnb_functional(what: str, where: str) -> Any:
-    """`bitsandbytes.functional`, or a MachineError that says how to install it.
+    """Return the module `bitsandbytes.functional`.
 
-    `what` needs it, in the plural ("nf4 weights"); `where` is the recipe key that asks for it.
+    Raise MachineError, with the install command, if bitsandbytes is not installed.
+
+    Args:
+        what: the things that need bitsandbytes, in the plural, such as "nf4 weights".
+        where: the recipe key that requires it.
     """
     try:
         import bitsandbytes.functional

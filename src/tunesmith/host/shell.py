@@ -1,15 +1,18 @@
-"""Words of commands that a user pastes into a shell: no name of a file or key runs there."""
+"""Quoting of commands that a user pastes into a shell, so that the shell does not run a file name
+as code.
+"""
 
 import os
 import shlex
 from collections.abc import Iterable
 
-# Bash's and zsh's own quotes, $'...', are the only ones that hold a control character on one line.
+# Escapes inside $'...', a kind of quotes in Bash and zsh. Only these quotes can represent control
+# characters on one line.
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def shell_word(value: object) -> str:
-    """A value as one word of a shell's command line."""
+    """Quote a value as one word of a shell command."""
     text = str(value)
     if all(letter.isprintable() for letter in text):
         return shlex.quote(text)
@@ -17,13 +20,16 @@ def shell_word(value: object) -> str:
 
 
 def shell_path(path: object) -> str:
-    """A path as one word, which no command takes for an option."""
+    """Quote a path as one word of a shell command.
+
+    A path that starts with "-" gets the prefix "./", so that no program reads it as an option.
+    """
     text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
     return shell_word(f"./{text}" if text.startswith("-") else text)
 
 
 def shell_command(words: Iterable[object]) -> str:
-    """The words of a command on one line."""
+    """Quote the words of a command and join them to one line."""
     return " ".join(shell_word(word) for word in words)
 
 
@@ -32,7 +38,8 @@ def _escaped(letter: str) -> str:
         return _ESCAPES[letter]
     if letter.isprintable():
         return letter
-    # A byte of a name that is no UTF-8 comes as a lone surrogate; the shell gets the byte itself.
+    # If a file name is not valid UTF-8, Python represents each invalid byte as a surrogate. Convert
+    # the surrogate back, because the shell needs the byte.
     is_byte = "\udc80" <= letter <= "\udcff"
     code = letter.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
     return "".join(f"\\{byte:03o}" for byte in code)

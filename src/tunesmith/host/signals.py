@@ -1,10 +1,11 @@
-"""Signals that ask a command to save and end, and the same request where memory is short.
+"""Handling of stop requests: signals that ask a command to save and end, and low host memory.
 
-SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm). A thread may ask for the
-same where the host's memory is short.
+The signals are SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed terminal) and SIGUSR1 (from Slurm). If
+the host's memory is low, a thread can request a stop in the same way.
 
-A signal that is ignored when a command starts stays ignored: `nohup` does that with SIGHUP, a shell
-with the SIGINT of its background jobs. A forked child has the handlers that its parent had before.
+A signal that is ignored when a command starts remains ignored. `nohup` ignores SIGHUP for its
+command, and a shell ignores SIGINT for its background jobs. In a forked child process, the handlers
+from before are restored.
 """
 
 import _thread
@@ -30,25 +31,31 @@ log = logging.getLogger(__name__)
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT = "stopped because memory is low"
 FREE_MEMORY_FIX = "close the programs that use the memory"
-# Set by the script of `launch slurm` where it puts the job back into the queue after SIGUSR1.
+# Environment variable. The job script of `launch slurm` sets it if the script requeues the job
+# after SIGUSR1.
 REQUEUE = "TUNESMITH_REQUEUE"
-# For `StopRequest.patience`, where Python alone has to end.
+# Value of `StopRequest.patience` while a command runs only Python code, which ends quickly after a
+# signal.
 STOP_PATIENCE_SECONDS = 0.7
-# Seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all.
+# Two SIGINTs within this time (in seconds) count as one press of ctrl-C: the terminal sends a
+# SIGINT to all processes, and a wrapper such as `timeout` forwards its SIGINT again.
 ONE_PRESS = 0.3
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by a stop signal.
+    """The exception that a stop signal raises.
 
-    `python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String.
+    A subclass of KeyboardInterrupt is needed, because `python -m` kills itself with SIGINT after a
+    plain KeyboardInterrupt has passed through PyRun_String.
     """
 
 
 class LowMemory(NamedTuple):
-    """Memory is short: the phase, the figures and who holds it.
+    """A report of low memory: the phase of the run, the memory figures and the largest processes.
 
-    In words, and as stopped.json has them.
+    Attributes:
+        text: the report in words.
+        record: the report in the format of stopped.json.
     """
 
     text: str
@@ -56,30 +63,38 @@ class LowMemory(NamedTuple):
 
 
 class StopRequest:
-    """A context that notes the first stop signal, and in `low_memory` that memory is short.
+    """A context manager that records stop requests of this process: signals and low memory.
 
-    What this process was asked; what the ranks of a run agree on is in `training/stop_control.py`.
+    This class handles one process. In `training/stop_control.py`, all ranks of a run agree on a
+    stop.
 
-    Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the
-    context ends with StoppedError whatever a library raised for it. From `defer_signals` on signals
-    are deferred: the caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and
-    raises the same.
+    Until `defer_signals` is called, a signal raises KeyboardInterrupt, because libraries rarely
+    catch this exception. At the end of the context, StoppedError replaces it. After `defer_signals`
+    a signal is only recorded: the caller reads `signal` and ends the run. A second ctrl-C then sets
+    `now` and raises KeyboardInterrupt.
 
     Attributes:
-        doing: what is completed before the stop, as a user reads it.
-        takes: seconds of that.
-        saving: bytes of the host that a save takes.
-        saved_step: that an earlier start has saved, 0 for none.
-        nothing_to_save: while it is set, a signal that is deferred ends a command at once, after
-            `on_exit`, in the watcher's thread; an exception inside torch's C++ code would abort.
-        patience: of a command, seconds that the main thread has to end after a signal that raises:
-            a library may hold it for long. Then the process ends too. None: it is a program's.
+        signal: name of the first stop signal, or None.
+        low_memory: the report of low memory, or None.
+        now: whether a second ctrl-C asked to stop without saving.
+        doing: the work that is completed before the run stops, in words for the user.
+        takes: duration of this work in seconds.
+        saving: bytes of host memory that a save needs.
+        saved_step: the step that an earlier start of the run has saved, or 0.
+        nothing_to_save: if True, a deferred signal ends a command immediately. The watcher thread
+            calls `on_exit` and exits, because an exception inside torch's C++ code would abort the
+            process.
+        patience: seconds between a signal that raises KeyboardInterrupt and the exit of the
+            process, if the main thread has not ended by then. A library may block the main thread.
+            None if the process belongs to another program.
 
     Args:
-        interactive: for commands that answer: SIGTERM and SIGINT are deferred from the start.
+        interactive: the command is interactive. SIGTERM and SIGINT are deferred from the start, and
+            other signals are not handled.
     """
 
-    # The process is a command's: a start may end it.
+    # True if this process was started as a command of tunesmith. Only then may a stop signal end
+    # the entire process.
     is_of_command = False
 
     def __init__(self, *, interactive: bool = False) -> None:
@@ -95,24 +110,25 @@ class StopRequest:
         self.on_exit: Callable[[], object] = lambda: None
         self._interactive = interactive
         self._deferred = interactive
-        self._force_exit = False  # the next signal raises
+        self._force_exit = False  # whether the next signal raises Interrupted even if deferred
         self._announces = False
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller
-        # keeps its own.
+        # Python sets signal handlers only in the main thread. In another thread, such as a
+        # notebook's worker, the caller's handlers are kept.
         if threading.current_thread() is not threading.main_thread():
             return self
-        # Without `__exit__` an exception from here would leave the handlers.
+        # Defer signals until `__enter__` is complete. If a signal raised an exception inside
+        # `__enter__`, `__exit__` would not be called and the handlers would stay installed.
         deferred = self._deferred
         self._deferred = True
         for name in SIGNAL_NAMES[:2] if self._interactive else SIGNAL_NAMES:
             number = signal.Signals[name]
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
-        # Python calls a handler between two bytecodes, which may be a whole backward later; it
-        # writes the signal's number to this pipe at once.
+        # Python calls a signal handler only between two bytecodes, so a long backward pass delays
+        # the handler. But Python writes the number of the signal to this pipe immediately.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -134,20 +150,26 @@ class StopRequest:
             raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
 
     def defer_signals(self, *, announce: bool = True) -> None:
-        """Defer signals: from here on there is something to save, and the loop ends the run.
+        """Defer signals from now on, because the run has something to save when it stops.
 
-        When a signal comes, `announce` logs a line at once, in another thread. Deferred already,
-        the loop that comes sees a signal of before.
+        The training loop then ends the run. Raise StoppedError if a signal came before this call
+        and was not deferred.
+
+        Args:
+            announce: log a line in another thread as soon as a signal comes.
         """
         deferred = self._deferred
         self._announces = announce
         self._deferred = True
-        if self.requested() and not deferred:  # a library swallowed the KeyboardInterrupt
+        if self.requested() and not deferred:  # a library has caught the KeyboardInterrupt
             raise self.not_begun()
 
     @contextmanager
     def loading_libraries(self) -> Iterator[None]:
-        """Defer signals in the block, while there is nothing to save."""
+        """Defer stop signals while the block loads libraries.
+
+        Nothing needs to be saved at this time, so a signal ends a command immediately.
+        """
         deferred = self._deferred
         self._deferred = self.nothing_to_save = True
         try:
@@ -160,20 +182,21 @@ class StopRequest:
         return self.signal is not None or self.low_memory is not None
 
     def ask(self, low_memory: LowMemory) -> None:
-        """Ask for a stop from another thread, as a signal would."""
+        """Request a stop because of low memory. Another thread may call this."""
         self.low_memory = low_memory
         if self._announces:
             log.info(f"memory is low: stopping after {self.doing}. {low_memory.text}")
         if not self._deferred and self._previous_handlers:
-            # Any signal that has our handler, which raises in the main thread.
+            # Simulate one of the handled signals, so that `_handle` raises KeyboardInterrupt in the
+            # main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
 
     def when(self) -> str:
-        """When the stop came that ended a start while it was loading, in words for an error."""
-        return "before a further step" if self.saved_step else "before the first step"
+        """Return a phrase for an error message that says before which step the run was stopped."""
+        return "before the next step" if self.saved_step else "before the first step"
 
     def not_begun(self) -> StoppedError:
-        """The error of a stop before the first step."""
+        """Build the error for a stop before this process has done its first training step."""
         when = self.when()
         why = "there was nothing to save yet"
         if self.saved_step:
@@ -189,9 +212,9 @@ class StopRequest:
         return StoppedEarlyError(what, why=why, fix=fix)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals, in the main thread."""
+        """Record a signal in the main thread. Raise Interrupted if signals are not deferred."""
         is_first = self.signal is None
-        # `ask` interrupts by a signal that nobody has sent: it is not noted.
+        # The signal was simulated by `ask`, so raise an exception without recording a signal.
         if self.low_memory is not None and is_first and not self._deferred:
             raise Interrupted
         if is_first:
@@ -201,13 +224,16 @@ class StopRequest:
             raise Interrupted
 
     def _watch(self, reader: int) -> None:
-        """Log each signal once, as soon as it comes, and count presses of ctrl-C; in a thread."""
+        """Log each signal once as soon as it comes, and detect a second ctrl-C.
+
+        This runs in a separate thread.
+        """
         logged = set()
         last_press = math.inf
         with open(reader, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
                 number = byte[0]
-                if number not in self._previous_handlers:  # the caller's own
+                if number not in self._previous_handlers:  # a signal that the caller handles
                     continue
                 self._end_without_save(number, pipe)
                 name = signal.Signals(number).name
@@ -216,27 +242,32 @@ class StopRequest:
                     last_press = now
                     self.now = True
                     self._force_exit = True
-                    # The handler may have run before `_force_exit` was set.
+                    # Send SIGINT again, because `_handle` may have run before `_force_exit` was
+                    # set.
                     os.kill(os.getpid(), signal.SIGINT)
                 elif name not in logged:
                     logged.add(name)
                     again = ""
                     if name == "SIGINT":
                         last_press = now
-                        again = "; press again to stop now"
+                        again = "; press ctrl-C again to stop now"
                     if self._announces:
                         log.info(f"{name}: stopping after {self.doing}{again}")
 
     def _end_without_save(self, number: int, pipe: FileIO) -> None:
-        """End a command that has nothing to save, if its main thread does not by itself."""
+        """Exit if there is nothing to save and the main thread does not end in time.
+
+        This is called in the watcher thread after a signal.
+        """
         if self.patience is None or (self._deferred and not self.nothing_to_save):
             return
         end = time.monotonic() + (0 if self._deferred else self.patience)
-        # The pipe is closed where the context is left.
+        # Wait until the main thread leaves the context, which closes the pipe.
         while (left := end - time.monotonic()) > 0:
             if self._deferred or select.select([pipe], [], [], min(left, 0.05))[0]:
                 return
-        # The handler may have to wait for the main thread.
+        # Record the signal in this thread, because `_handle` cannot run while the main thread is
+        # blocked.
         self.signal = self.signal or signal.Signals(number).name
         with suppress(Exception):
             self.on_exit()
@@ -247,7 +278,8 @@ class StopRequest:
     def _leave(self) -> None:
         _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
-        # Ends the watcher, whose own signal comes while the handler is still there.
+        # Closing the pipe ends the watcher thread. Wait for the thread to end before the handlers
+        # are restored, because the thread may still send SIGINT.
         os.close(self._writer)
         try:
             self._watcher.join(1.0)
@@ -268,16 +300,17 @@ os.register_at_fork(after_in_child=_leave_all)
 
 
 def wait_for_signal(seconds: float) -> None:
-    """Wait until a stop signal comes that a StopRequest defers, at most so long."""
+    """Wait for `seconds`, or until a StopRequest records a stop signal."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not any(request.requested() for request in _entered):
         time.sleep(0.05)
 
 
 def ignore_stop_signals() -> None:
-    """Ignore them from here on.
+    """Ignore stop signals until the process ends.
 
-    The exit code is decided, and one that comes while the interpreter ends must not change it.
+    Call this when the exit code is known, so that a signal during the interpreter's shutdown cannot
+    change the exit code.
     """
     for name in SIGNAL_NAMES:
         signal.signal(signal.Signals[name], signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Standard streams that outlive their readers.
+"""Standard streams that survive write errors, and functions that wrap text to the terminal's width.
 
-A closed pipe or descriptor, a terminal that is gone, a full disk.
+A write can fail because of a closed pipe, a closed terminal or a full disk.
 """
 
 import io
@@ -11,27 +11,33 @@ import sys
 import textwrap
 from typing import Any, TextIO
 
-# Columns of a line where no terminal says how many it has.
+# Maximum width of a line in columns if the stream is not a terminal.
 DEFAULT_COLUMNS = 100
-# What is copied from a sentence: a command, up to what ends it, settings of a recipe, and a comment
-# behind a command, whose rest would be a command of its own on the next line.
+# Parts of a text that must stay on one line, because users copy them: commands, settings of a
+# recipe (key=value), and comments after a command. If a comment were broken into two lines, the
+# shell would run the second line as a command.
 _SETTING = r"""[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
 _COPIED = re.compile(
     r"\b(?:tunesmith|pip|git|cd|ollama|vllm|tensorboard|ssh) [^;,)#]*[^;,)#\s]"
-    rf"|{_SETTING}(?: {_SETTING})*"
+    rf"|`[^`]*`|{_SETTING}(?: {_SETTING})*"
     r"|(?<=\s)# .*"
 )
-# All but line breaks and tabs: C0, DEL and C1, then overrides and isolates of the direction.
+# Control characters (C0, DEL and C1) except newlines and tabs, and the Unicode characters that
+# change the text direction.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# Stands for a space that no line is broken at.
+# A space that does not follow a punctuation mark, so that it is within a clause.
+_SPACE_IN_CLAUSE = re.compile(r"(?<![;,.?]) ")
+# Temporary replacement of a space at which a line must not be broken.
 _NO_BREAK = "\u00a0"
 
 
 class LastingOutput(io.FileIO):
-    """The descriptor of a standard stream: what cannot be written is dropped.
+    """A raw file for the descriptor of a standard stream. Data that cannot be written is dropped.
 
-    With `raises` the first error is raised, and kept in `raised`: for the output that a command is
-    there for.
+    Attributes:
+        raises: whether the first write error is raised. It should be True for a stream to which a
+            command writes its result.
+        raised: the write error that was raised, or None.
     """
 
     raises = False
@@ -40,7 +46,7 @@ class LastingOutput(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             count = super().write(data)
-            while count is None:  # a non-blocking pipe or terminal whose reader is behind
+            while count is None:  # a non-blocking pipe or terminal is full: wait for the reader
                 select.select([], [self], [])
                 count = super().write(data)
         except OSError as error:
@@ -52,7 +58,10 @@ class LastingOutput(io.FileIO):
 
 
 class LastingStream(io.TextIOWrapper):
-    """The text stream over a `LastingOutput`; what its encoding lacks is written as an escape."""
+    """A text stream whose data goes to a `LastingOutput`.
+
+    Characters that cannot be encoded are escaped.
+    """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
@@ -61,17 +70,22 @@ class LastingStream(io.TextIOWrapper):
             io.BufferedWriter(self.output),
             encoding=stream.encoding,
             errors="backslashreplace",
-            # `python -u` writes through.
+            # `python -u` makes the stream unbuffered (`write_through`). Use line buffering instead.
             line_buffering=stream.line_buffering or stream.write_through,
         )
 
 
-def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
-    """The lasting form of Python's own stdout or stderr.
+def survive_write_errors(stream: TextIO | None, *, raises: bool = False) -> TextIO:
+    """Return a version of Python's stdout or stderr that survives write errors.
 
-    Another stream (a notebook's, a test's) stays what it is.
+    A stream of a notebook or a test is returned unchanged.
+
+    Args:
+        raises: whether the first write error is raised.
     """
-    if stream is None:  # closed by the caller (`2>&-`): the next file opened would take its number
+    # The caller has closed the stream (`2>&-`). Open /dev/null instead: otherwise the next file
+    # that is opened would get the descriptor of the stream.
+    if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
         stream = LastingStream(stream)
@@ -81,14 +95,14 @@ def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
 
 
 def fault_of(stream: TextIO) -> OSError | None:
-    """Return what a lasting stream has raised."""
+    """Return the write error that a `LastingStream` has raised, or None."""
     return stream.output.raised if isinstance(stream, LastingStream) else None
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Tell whether `stream` can draw a progress bar.
+    """Return whether a stream can show a progress bar.
 
-    What rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE.
+    rich decides this. It respects the variables TERM, FORCE_COLOR and TTY_COMPATIBLE.
     """
     from rich.console import Console
 
@@ -96,32 +110,41 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def width_of(stream: TextIO) -> int:
-    """Columns of a line on `stream`: COLUMNS, the terminal's, or DEFAULT_COLUMNS if none."""
+    """Return the width of a stream in columns.
+
+    This is the variable COLUMNS, else the terminal's width, else DEFAULT_COLUMNS.
+    """
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return int(columns)
     try:
         return os.get_terminal_size(stream.fileno()).columns or DEFAULT_COLUMNS
-    except (OSError, ValueError):  # a pipe, a file, a notebook's stream, a closed one
+    except (OSError, ValueError):  # a pipe, a file, a notebook's stream or a closed stream
         return DEFAULT_COLUMNS
 
 
 def visible(text: str) -> str:
-    """The text with what controls a terminal, or turns its direction, as escapes: a row, a column
-    or a file's name may hold it.
+    """Escape the characters of a text that control a terminal or change the text direction.
+
+    Rows, column names and file names of other people may contain such characters.
     """
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def folded(text: str, width: int, *, indent: int | None = None) -> str:
-    """The text, `visible`, with its long lines broken between words.
+def folded(
+    text: str, width: int, *, indent: int | None = None, between_clauses: bool = False
+) -> str:
+    """Break the long lines of a text between words, and escape control characters with `visible`.
 
-    Words, such as paths, commands and settings stay whole, also where they are longer than `width`:
-    they are there to be copied.
+    Paths, commands and settings are not broken, even if they are longer than `width`, because users
+    copy them.
 
     Args:
-        width: columns of a line.
-        indent: columns before the rest of a line; None: two more than before the line itself.
+        width: the maximum width of a line in columns.
+        indent: the indentation of continuation lines. None means two columns more than the first
+            line.
+        between_clauses: break lines only after punctuation marks. Set this if the text may contain
+            any shell command, because a command with a line break cannot be copied.
     """
     lines = []
     for line in visible(text).splitlines():
@@ -130,6 +153,8 @@ def folded(text: str, width: int, *, indent: int | None = None) -> str:
             continue
         rest = len(line) - len(line.lstrip()) + 2 if indent is None else indent
         unbroken = _COPIED.sub(lambda match: match[0].replace(" ", _NO_BREAK), line)
+        if between_clauses:
+            unbroken = _SPACE_IN_CLAUSE.sub(_NO_BREAK, unbroken)
         parts = textwrap.wrap(
             unbroken,
             width,
@@ -142,5 +167,5 @@ def folded(text: str, width: int, *, indent: int | None = None) -> str:
 
 
 def show(text: str, stream: TextIO, *, indent: int | None = None) -> None:
-    """Print text for a person, folded to the width of the stream; see `folded`."""
+    """Print a text, with lines wrapped to the width of the terminal."""
     print(folded(text, width_of(stream), indent=indent), file=stream, flush=True)

@@ -1,8 +1,8 @@
-"""Get a model's folder: a local one, a .gguf file converted once, the Hub's cache, the Hub.
+"""Access to models in three forms: local folders, .gguf files, and models on the Hub.
 
-License, config, access and disk are checked before the first large byte. Only the files that
-training needs are downloaded: of several formats of the weights, safetensors. And what the caches
-hold: listed, and removed from them.
+License, config, access and disk space are checked before large files are downloaded. Only the files
+that training needs are downloaded. The weights must be in the safetensors format. The module also
+lists and deletes the contents of the caches.
 """
 
 import logging
@@ -30,9 +30,14 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
+from tunesmith.host.files import (
+    cache_folder,
+    check_regular_files,
+    find_similar_path,
+    require_disk_space,
+)
 from tunesmith.hub.gguf import convert_gguf
-from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, names_no_model, repo_page
+from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, unknown_model_name
 from tunesmith.model.measured_spec import model_spec, read_configs
 from tunesmith.model.safetensors_files import (
     INDEX,
@@ -48,7 +53,7 @@ from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
 
 log = logging.getLogger(__name__)
 
-# One of these is needed
+# Names of tokenizer files. A model folder must have at least one of these files.
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -56,11 +61,12 @@ TOKENIZER = (
     "spiece.model",
     "tekken.json",
 )
+# Name patterns of the small files (config, tokenizer, license) that are downloaded.
 SUPPORT = (
     "config.json",
     MODELOPT_CONFIG,
     "generation_config.json",
-    "*processor_config.json",  # of images, for whoever reads what is written
+    "*processor_config.json",  # image processor, for programs that load the trained model
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -75,22 +81,26 @@ SUPPORT = (
     "NOTICE*",
     "USE_POLICY*",
 )
-MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
-MARGIN = 64 << 20  # bytes to leave free
+MAX_PARAMETERS_PER_NUMBER = 8  # maximum parameters in one stored number; nf4 has two
+MIN_FREE_BYTES = 64 << 20  # bytes that must be free on the disk after a download
 
 
 def fetch(model: Model, *, seq_len: int | None = None, bars: bool = True) -> Path:
-    """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a
-    tokenizer.
+    """Return a folder with config.json, safetensors and a tokenizer. Download the model if needed.
+
+    The tokenizer may be missing if `model.tokenizer` is set.
 
     Args:
-        model: the recipe's block; `name` is a folder, a Hub id, or a .gguf file, which is converted
-            to `dtype` (not `auto`).
-        seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
+        model: the recipe's section `model`. `model.name` is a folder, a Hub id or a .gguf file. A
+            .gguf file is converted to `model.dtype`, which must not be `auto`.
+        seq_len: the recipe's seq_len. It is compared with the model's context length before a
+            download.
         bars: whether huggingface_hub draws progress bars if stderr is a terminal.
 
-    ModelError where the model cannot be had or read, MachineError where the disk or a package is
-    missing.
+    Raises:
+        ModelError: the model cannot be downloaded or read.
+        RecipeError: the model's context is shorter than `seq_len`.
+        MachineError: the disk has too little free space, or a package is missing.
     """
     path = local_model(model)
     if path is None:
@@ -102,21 +112,25 @@ def fetch(model: Model, *, seq_len: int | None = None, bars: bool = True) -> Pat
 
 
 def local_model(model: Model) -> Path | None:
-    """The local folder or .gguf file that `model.name` is, or None for a Hub id; ModelError for a
-    path to nothing."""
+    """Return the local folder or .gguf file that `model.name` names, or None for a Hub id.
+
+    Raise ModelError if the path does not exist.
+    """
     name = model.name
     path = Path(os.path.expanduser(name))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    # What looks like a path is not looked up at the Hub.
+    # The name is a path and not a Hub id if it ends with .gguf, starts like a path or has several
+    # slashes.
     is_path = name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path or path.is_file():
-        near = path.parent if path.is_file() else near_path(path)
-        fix = f"did you mean {near}?" if near else "correct the path, or give a Hub id: owner/name"
+        near = path.parent if path.is_file() else find_similar_path(path)
+        fix = f"did you mean {near}?" if near else "correct the path, or use a Hub id: owner/name"
         raise ModelError(
             f"there is no folder or .gguf file {name}",
             where="model.name",
-            fix=f"{fix}; of a run whose base has moved: model.name in its config.yaml",
+            fix=f"{fix}; if the base model of a run was moved, set model.name in the run's "
+            "config.yaml",
         )
     try:
         validate_repo_id(name)
@@ -125,21 +139,23 @@ def local_model(model: Model) -> Path | None:
     if "/" not in name and not isinstance(
         try_to_load_from_cache(name, "config.json", revision=model.revision), str
     ):
-        raise names_no_model(name)
+        raise unknown_model_name(name)
     return None
 
 
 def cached_model(model: Model) -> Path | None:
-    """The snapshot in the Hub's cache, or None where it is not there or not complete."""
+    """Return the model's folder in the Hub's cache, or None if it is missing or incomplete."""
     config = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
     weights = [SINGLE]
-    # The index names all shards; without it there is one file.
+    # The index file lists all shards of the weights. A model without an index file has only one
+    # file of weights.
     if (folder / INDEX).exists():
         weights = indexed_files(folder / INDEX)
-    # A download that was cut off leaves the index and a part of the shards.
+    # Check that every shard exists, because an interrupted download leaves the index file and only
+    # some of the shards.
     if not all((folder / name).exists() for name in weights):
         return None
     if model.tokenizer is None and not _has_tokenizer(folder):
@@ -149,17 +165,20 @@ def cached_model(model: Model) -> Path | None:
 
 
 def check_folder(folder: Path, model: Model) -> ModelSpec:
-    """The spec of a folder's model; ModelError names the file that is missing, cut off or
-    broken."""
+    """Check the files of a model folder, and return the model's sizes.
+
+    Raise ModelError if a file is missing, truncated or damaged.
+    """
     check_regular_files(folder)
     headers = read_entries(folder)
     spec = spec_of_folder(folder, model)
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
-    # Before modules of that size are built.
-    if spec.parameters > MOST_PER_NUMBER * stored:
+    # Compare config.json with the weights now. If a size in config.json is wrong, building the
+    # model later could need too much memory.
+    if spec.parameters > MAX_PARAMETERS_PER_NUMBER * stored:
         described = f"config.json describes {spec.parameters:,} parameters"
         raise ModelError(
-            f"{described}, and the weights have {stored:,}",
+            f"{described}, but the weights have {stored:,}",
             where=str(folder / "config.json"),
             why="the weights and config.json do not describe the same model",
             fix="fetch the model again, or correct config.json",
@@ -168,15 +187,15 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
         raise ModelError(
             "the folder has no tokenizer",
             where=str(folder),
-            why=f"none of {', '.join(TOKENIZER)}",
-            fix="copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id "
-            "that has one",
+            why=f"the folder has none of {', '.join(TOKENIZER)}",
+            fix="copy the tokenizer's files to this folder, or set model.tokenizer to a folder or "
+            "Hub id with a tokenizer",
         )
     return spec
 
 
 def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
-    """The sizes of the model in `folder`, by its config.json alone."""
+    """Return the sizes of the model in `folder`, from its config.json."""
     file = folder / "config.json"
     return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
@@ -186,7 +205,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def describe_repo(repo: str, revision: str | None, repo_type: str) -> ModelInfo | DatasetInfo:
-    """Ask the Hub about a repository, with the sizes of its files, and log its license."""
+    """Get the description of a repository with its file sizes from the Hub, and log its license."""
     ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
     with hub_calls(repo, revision, repo_type):
         info = ask(repo, revision=revision, files_metadata=True)
@@ -196,7 +215,7 @@ def describe_repo(repo: str, revision: str | None, repo_type: str) -> ModelInfo 
 
 
 def stated_license(info: ModelInfo | DatasetInfo) -> str:
-    """Return the license that a repository's card names, or "not stated"."""
+    """Return the license from the repository's model or dataset card, or "not stated"."""
     card = info.card_data.to_dict() if info.card_data is not None else {}
     stated = card.get("license_name") or card.get("license") or "not stated"
     return ", ".join(stated) if isinstance(stated, list) else str(stated)
@@ -204,7 +223,7 @@ def stated_license(info: ModelInfo | DatasetInfo) -> str:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The files that a model needs from the Hub."""
+    """The files of a Hub model that training needs, including files that are already cached."""
 
     model: Model
     info: ModelInfo | DatasetInfo
@@ -212,18 +231,21 @@ class DownloadPlan:
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files in bytes."""
         return sum(file.file_size or 0 for file in self.files)
 
     @property
     def missing(self) -> int:
-        """Bytes of the files that are not in the cache."""
+        """Total size in bytes of the files that are not in the cache."""
         return sum(file.file_size or 0 for file in self.files if file.will_download)
 
 
 def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
-    """Ask the Hub what the model is, and check it (license, format, config, shards) before a large
-    download."""
+    """List the files to download for a model, and check the model before a large download.
+
+    The checks cover license, format, config and shards. Raise ModelError if a check fails, and
+    RecipeError if the model's context is shorter than `seq_len`.
+    """
     info = describe_repo(model.name, model.revision, "model")
     page = repo_page(model.name)
     all_names = {file.rfilename for file in info.siblings or ()}
@@ -244,14 +266,16 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
 
     where = f"{page}/blob/{info.sha}/config.json"
     config = read_json(small_file("config.json"))
-    # All checks by config.json come before gigabytes are fetched.
+    # Check config.json now, before the weights are downloaded.
     check_supported(config, where, vision=model.vision)
     spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
-    if spec.measured:  # of Transformers' own code, so whether it trains is clear before its weights
+    # If the model type is not in tunesmith's table of architectures, run Transformers' model code
+    # to measure whether the model can be trained. The measurement needs no weights.
+    if spec.measured:
         from tunesmith.model.support import find_support
 
-        text, whole = read_configs(config, where)
-        find_support(text, model, where=where, whole=whole)
+        text, full_config = read_configs(config, where)
+        find_support(text, model, where=where, full_config=full_config)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
     weights = [SINGLE]
@@ -259,7 +283,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
         weights = indexed_files(small_file(INDEX))
     missing = [name for name in weights if name not in all_names]
     if missing:
-        what = f"weight files are not in the repository: {', '.join(missing[:3])}"
+        what = f"the repository lacks weight files that its index lists: {', '.join(missing[:3])}"
         raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
@@ -274,21 +298,26 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
 
 
 def repo_cache(repo: str, repo_type: str = "model") -> Path:
-    """A repository's folder in the Hub's cache."""
+    """Return the folder of a repository in the Hub's cache."""
     return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}"
 
 
-def check_cache_room(name: str, missing: int) -> None:
-    """Raise MachineError unless the cache's disk has room for `missing` bytes."""
+def check_cache_space(name: str, missing: int) -> None:
+    """Raise MachineError unless the disk of the cache has space for `missing` bytes."""
     if missing:
-        require_disk_space(Path(constants.HF_HUB_CACHE), missing + MARGIN, what=name, fix=DISK_FIX)
+        require_disk_space(
+            Path(constants.HF_HUB_CACHE), missing + MIN_FREE_BYTES, what=name, fix=DISK_FIX
+        )
 
 
 def download_model(plan: DownloadPlan, *, bars: bool = True) -> Path:
-    """Download what is missing of a plan, and return the snapshot's folder, checked; raises as
-    `fetch`."""
+    """Download the files of a plan that are not in the cache, check the model, and return its
+    folder.
+
+    The errors are those of `fetch`.
+    """
     model = plan.model
-    check_cache_room(model.name, plan.missing)
+    check_cache_space(model.name, plan.missing)
     if plan.missing:
         sizes = f"{size_text(plan.missing)} of {size_text(plan.total)}"
         log.info(f"fetching {model.name}: {sizes}")
@@ -301,21 +330,25 @@ def download_model(plan: DownloadPlan, *, bars: bool = True) -> Path:
 def _download_snapshot(
     repo: str, revision: str | None, patterns: Sequence[str], *, bars: bool = False
 ) -> Path:
-    """Return the snapshot's folder with the files of these patterns; missing ones are
-    downloaded."""
+    """Download the missing files that match the patterns, and return the folder of the snapshot."""
     with hub_calls(repo, revision, bars=bars):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
 
 def tokenizer_folder(model: Model, folder: Path) -> Path:
-    """The folder of a recipe's tokenizer: the model's own `folder`, or that of `model.tokenizer`,
-    fetched if needed."""
+    """Return the folder of the recipe's tokenizer.
+
+    If the recipe sets `model.tokenizer`, download this tokenizer if needed and return its folder.
+    Otherwise return the model's `folder`.
+    """
     return folder if model.tokenizer is None else fetch_without_weights(model.tokenizer)
 
 
 def fetch_for_tokens(model: Model) -> Path:
-    """A folder with a model's configuration and tokenizer; of a .gguf file, and of a model that is
-    not on this machine, without its weights."""
+    """Return a folder with the config and tokenizer of a model, downloaded if needed.
+
+    The weights of .gguf files are not converted, and the weights of Hub models are not downloaded.
+    """
     path = local_model(model)
     if path is None:
         return cached_model(model) or fetch_without_weights(model.name, model.revision)
@@ -325,8 +358,10 @@ def fetch_for_tokens(model: Model) -> Path:
 
 
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:
-    """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed;
-    ModelError for neither."""
+    """Return a folder with config and tokenizer. Download them if `name` is not a local folder.
+
+    Raise ModelError if the model does not exist on the Hub.
+    """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
@@ -336,10 +371,10 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
 
 
 def config_in_package(model: Model) -> Mapping[str, object] | None:
-    """config.json of a well-known Hub id of which nothing is on this machine; None for any other
-    model.
+    """Return the config.json of a well-known Hub model from a copy in the tunesmith package.
 
-    A plan for these needs no network, token or license.
+    With this copy, a plan for the model needs no network, token or license. Return None for other
+    models, and for models whose config is already on this machine.
     """
     if model.revision is not None or local_model(model) is not None:
         return None
@@ -350,19 +385,23 @@ def config_in_package(model: Model) -> Mapping[str, object] | None:
 
 
 def cached_without_weights(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a Hub id's tokenizer and configuration in the Hub's cache, without asking the
-    Hub; None if not there."""
+    """Return the folder in the Hub's cache with the tokenizer and config of a Hub id.
+
+    Return None if they are not in the cache. The Hub is not contacted.
+    """
     cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 @dataclass(frozen=True)
 class CachedItem:
-    """One thing in a cache.
+    """A model or a data set in one of the caches.
 
     Attributes:
+        name: the name for the user, such as the Hub id.
         kind: model, dataset, converted or shipped.
-        size: in bytes.
+        size: size in bytes.
+        folder: the folder in the cache.
     """
 
     name: str
@@ -372,8 +411,12 @@ class CachedItem:
 
 
 def cached_items() -> list[CachedItem]:
-    """Everything in the caches, the largest first; parts of unfinished downloads counted."""
-    # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
+    """Return all entries of the caches, including unfinished downloads.
+
+    The largest entry is first.
+    """
+    # List the folders directly, because huggingface_hub's `scan_cache_dir` omits repositories that
+    # have no complete file.
     hub = Path(constants.HF_HUB_CACHE)
     items = [
         *_items_in(hub, "model", "models--"),
@@ -385,19 +428,19 @@ def cached_items() -> list[CachedItem]:
 
 
 def _items_in(cache: Path, kind: str, prefix: str = "") -> list[CachedItem]:
-    """The folders of a cache whose names begin with `prefix`."""
+    """Return the entries of a cache whose folder names start with `prefix`."""
     items = []
     for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
         name = folder.name
         if prefix:
             name = name.removeprefix(prefix).replace("--", "/")
-        # Links are not followed, so that a blob counts once.
+        # Skip symbolic links, so that each file is counted only once.
         files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
         items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
     return items
 
 
 def remove_cached(item: CachedItem) -> None:
-    """Delete it from the disk, with its locks and parts."""
+    """Delete an entry of a cache from the disk, with its lock files and unfinished downloads."""
     shutil.rmtree(item.folder)
     shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)

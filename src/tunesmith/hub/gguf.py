@@ -1,9 +1,10 @@
-"""Convert a .gguf file to a Transformers folder, once, in a cache.
+"""Cached conversion of a .gguf file to a Transformers folder.
 
-Transformers reads the weights and dequantizes them (`gguf_file=`), which takes minutes and a full
-copy in memory; tokens are counted by a folder without weights, which takes seconds. The tokenizer
-is the file's own (gguf_tokenizer.py). A folder is written beside its place and renamed, so that a
-stopped conversion leaves nothing incomplete.
+Transformers reads the weights and dequantizes them (`gguf_file=`), which takes minutes and needs
+memory for the entire model. A conversion without weights takes seconds, and its folder is
+sufficient to count tokens. The tokenizer is built from the .gguf file (gguf_tokenizer.py). A folder
+is first written under a temporary name and renamed at the end, so that an interrupted conversion
+leaves no incomplete folder.
 """
 
 import hashlib
@@ -23,20 +24,22 @@ from tunesmith.model.safetensors_files import SINGLE, unreadable_file
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-# Goes up when what is written changes, so that older conversions are repeated.
+# Increase this version if the written files change, so that conversions by earlier versions are not
+# used.
 CONVERSION_VERSION = 2
-WITHOUT_WEIGHTS = "without-weights"  # in the name of such a folder
+WITHOUT_WEIGHTS = "without-weights"  # part of the name of a folder that has no weights
 
 
 def convert_gguf(file: Path, dtype: str | None) -> Path:
-    """The Transformers folder of a .gguf file, converted now or earlier.
+    """Return the Transformers folder of a .gguf file. Convert the file if it is not in the cache.
 
     Args:
-        dtype: of its weights (`bf16`, ...). None: any folder that is there will do, else one with
-            configuration and tokenizer alone: to count tokens takes no more, and no minutes.
+        dtype: dtype of the weights, such as `bf16`. None means that the weights are not needed:
+            return any existing folder of this file, or write only the config and the tokenizer.
 
-    ModelError where Transformers cannot read the file, MachineError where the package or the cache
-    is missing.
+    Raises:
+        ModelError: Transformers cannot read the file.
+        MachineError: the package gguf is missing, or the cache is not writable.
     """
     file = file.resolve()
     try:
@@ -48,8 +51,9 @@ def convert_gguf(file: Path, dtype: str | None) -> Path:
         raise ModelError(
             f"{file.name} is not a GGUF file",
             where=str(file),
-            why=f"it begins with {start!r}, not {MAGIC!r}",
-            fix="download it again; a small file is often a saved web page or a Git LFS pointer",
+            why=f"the file begins with {start!r} instead of {MAGIC!r}",
+            fix="download the file again; a small file is often a saved web page or a Git LFS "
+            "pointer",
         )
     for content in (dtype,) if dtype else (*get_args(Dtype), WITHOUT_WEIGHTS):
         target = _cached_folder(file, content)
@@ -60,7 +64,11 @@ def convert_gguf(file: Path, dtype: str | None) -> Path:
 
 
 def _cached_folder(file: Path, content: str) -> Path:
-    """Locate the cache's folder of this version of a file; `content` is part of its name."""
+    """Return the cache folder for a file.
+
+    The name depends on path, size and modification time of the file, and on `content`, which is a
+    dtype or WITHOUT_WEIGHTS.
+    """
     stat = file.stat()
     identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, content, CONVERSION_VERSION])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -68,18 +76,20 @@ def _cached_folder(file: Path, content: str) -> Path:
 
 
 def _write_once(file: Path, target: Path, dtype: str | None) -> None:
-    """Write a folder, without weights where there is no `dtype` for them, and move it to `target`
-    when it is complete.
+    """Convert the file to a new folder, and rename the folder to `target` when it is complete.
+
+    If `dtype` is None, the folder gets no weights.
     """
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
     from tunesmith.hub.gguf_folder import write_folder
 
     what = f"to {dtype} safetensors" if dtype else "without its weights"
-    log.info(f"converting {file.name} {what}, once, in {target}")
+    log.info(f"converting {file.name} {what} in the folder {target}, which later commands reuse")
     with cached_once(target, what="the converted model") as folder:
         write_folder(file, dtype, folder)
         follow_umask(folder)
         for read_file in (file, *folder.glob(SINGLE)):
             with open_uncached(read_file) as stream:
-                # What is not on the disk yet would stay in the page cache.
+                # Flush the file to the disk, because only pages that are on disk can be dropped
+                # from the page cache.
                 os.fsync(stream.fileno())

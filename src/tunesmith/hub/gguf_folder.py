@@ -1,4 +1,7 @@
-"""Write the Transformers folder of a .gguf file from what the libraries read of it."""
+"""Writer of a Transformers folder with the contents of a .gguf file.
+
+The packages gguf and Transformers read the file.
+"""
 
 import contextlib
 import io
@@ -21,39 +24,40 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.gguf_tokenizer import read_file_tokenizer, split_text, unknown_tokenizer
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import SINGLE
+from tunesmith.model.spec import one_line
 
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Let the libraries read a file silently; ModelError where they cannot."""
+    """Suppress the output of gguf and Transformers, and convert their errors to ModelError."""
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        # Hides the bars that tqdm draws.
+        # Hide the progress bars of tqdm, which are written to stderr.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except TunesmithError:
         raise
-    # gguf and Transformers raise many kinds for a file that is cut off or unknown to them.
+    # Catch any exception: gguf and Transformers raise many types for truncated or unknown files.
     except Exception as error:
         raise ModelError(
             f"{file.name} cannot be read as a model",
             where=str(file),
             why=one_line(error),
-            fix="download it again, or use the model's safetensors on the Hub",
+            fix="download the file again, or use the model's safetensors on the Hub",
         ) from error
     finally:
         hf_logging.set_verbosity(level)
 
 
 def write_folder(file: Path, dtype: str | None, folder: Path) -> None:
-    """Write configuration and tokenizer of a .gguf file into a folder, and its weights in `dtype`
-    unless it is None.
+    """Write the config, the tokenizer and the weights of a .gguf file to a folder.
+
+    The weights are written in `dtype`. If `dtype` is None, they are not written.
     """
     with _reading(file):
-        tokenizer = _tokenizer_of(file)
+        tokenizer = _read_tokenizer(file)
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         if dtype is not None:
             model = AutoModelForCausalLM.from_pretrained(
@@ -64,14 +68,14 @@ def write_folder(file: Path, dtype: str | None, folder: Path) -> None:
         _save_config(config, folder)
         _save_tokenizer(tokenizer, folder, file)
         return
-    # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
+    # Write each file separately. `model.save_pretrained` refuses a model that was loaded from a
     # quantized file.
     model.generation_config.save_pretrained(folder)
     name = str(DTYPES[dtype]).removeprefix("torch.")
     _save_config(model.config, folder, dtype=name, architectures=[type(model).__name__])
     _save_tokenizer(tokenizer, folder, file)
-    # named_parameters names a shared tensor once, and no buffer of these families is in a
-    # checkpoint.
+    # Use named_parameters, which yields a tied tensor only once. It yields no buffers, but
+    # checkpoints of these model families contain none.
     state = {
         name: tensor.detach().to(DTYPES[dtype]).contiguous()
         for name, tensor in model.named_parameters()
@@ -79,36 +83,42 @@ def write_folder(file: Path, dtype: str | None, folder: Path) -> None:
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
 
 
-def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
+def _read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     header = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
     if header.get("general.type") == "adapter":
         base = header.get("general.base_model.0.name", "BASE.gguf")
         raise ModelError(
             f"{file.name} holds an adapter, not a model",
             where=str(file),
-            why=f"its base is {base}",
-            fix=f"name the base's file; or to serve both: llama-server -m {shell_path(base)} "
-            f"--lora {shell_path(file)}",
+            why=f"the adapter's base is {base}",
+            fix="use the file of the base model; to serve both files, run "
+            f"`llama-server -m {shell_path(base)} --lora {shell_path(file)}`",
         )
     return read_file_tokenizer(header, str(file))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, file: Path) -> None:
-    """Save the tokenizer in `folder`, whose config.json is written already.
+    """Save the tokenizer in `folder`, which already contains config.json.
 
-    ModelError where the two are read back as another tokenizer.
+    Raise ModelError if Transformers loads the saved files as a tokenizer that splits text
+    differently.
     """
     tokenizer.save_pretrained(folder)
-    # Transformers has classes that split text in their own way for some model types, as qwen2.
+    # Load the saved files to check them. For some model types, such as qwen2, AutoTokenizer uses a
+    # class that ignores the saved pre-tokenizer.
     read = AutoTokenizer.from_pretrained(folder)
     if split_text(read) != split_text(tokenizer):
-        why = f"Transformers reads it as a {type(read).__name__}, which splits text in another way"
+        why = (
+            f"Transformers loads the tokenizer as a {type(read).__name__}, which splits text "
+            "differently"
+        )
         raise unknown_tokenizer(str(file), why)
 
 
 def _save_config(config: PretrainedConfig, folder: Path, **values: object) -> None:
     values = {**config.to_dict(), **values}
-    # The weights are plain now, and the path is of this machine.
+    # Remove the quantization config, because the weights are dequantized. Also remove
+    # `_name_or_path`, which is a path on this machine.
     for key in ("quantization_config", "_name_or_path"):
         values.pop(key, None)
     type(config).from_dict(values).save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""The tokenizer of a .gguf file, as llama.cpp reads it from the header.
+"""Conversion of the tokenizer in a .gguf header to a Transformers tokenizer, by llama.cpp's rules.
 
-Transformers' own conversion takes `tokenizer.ggml.pre`, the name of the expressions that text is
-split by first, for some names and leaves the others unread, and `add_space_prefix` for all; the ids
-are then others than the file's without an error.
+The conversion in Transformers is not used, because it can give wrong token ids without an error. It
+supports only some values of `tokenizer.ggml.pre`, which names the regular expressions that split a
+text. It also handles `add_space_prefix` in the same way for all tokenizers.
 """
 
 import json
@@ -18,39 +18,44 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.errors import ModelError
 
-# What the names in `tokenizer.ggml.pre` stand for; the export reads it the other way.
+# Regular expressions for each value of `tokenizer.ggml.pre`. The GGUF export uses the same table in
+# reverse, to find the value for a tokenizer.
 PRE_TOKENIZER_TABLE = json.loads(
     Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8")
 )
-SPACE = "\u2581"  # what SentencePiece has in place of a space
-# llama.cpp drops space after special tokens where `general.name` has this in it, but not after
-# three of them.
+SPACE = "\u2581"  # SentencePiece's character for a space
+# If the model's name (`general.name`) matches this pattern, llama.cpp removes whitespace after
+# special tokens, except after the tokens in NOT_STRIPPED.
 STRIPPING_NAME = re.compile("phi-?3", re.IGNORECASE)
 NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
-# Ids that llama.cpp takes where a file of SentencePiece's kind has none.
+# Default ids that llama.cpp uses if a file with a SentencePiece tokenizer does not give them.
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 _KEYS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 class TokenType(IntEnum):
-    """The kinds of tokens in llama.cpp; the numbers are those of `gguf.TokenType`."""
+    """Types of tokens in llama.cpp, with the values of `gguf.TokenType`."""
 
     NORMAL = 1
     UNKNOWN = 2
-    CONTROL = 3  # special: matched in text only where the caller asks for it
-    USER_DEFINED = 4  # added: matched in any text before the rest is split
+    CONTROL = 3  # special token: matched in a text only if the caller asks for it
+    USER_DEFINED = 4  # added token: matched in any text before the rest is split
     UNUSED = 5
     BYTE = 6
 
 
-# Matched in the text as a whole, before the rest is split.
+# Types of tokens that are matched in a text first, before the rest of the text is split into words.
 _WHOLE_TOKEN_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
 def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that a .gguf file's `header`, key to value, describes.
+    """Build a tokenizer from the header of a .gguf file.
 
-    ModelError with `where` for one whose rules are not known.
+    Args:
+        header: the values of the header by key.
+        where: the path of the file, for error messages.
+
+    Raise ModelError if the rules of the tokenizer are unknown.
     """
     kind = header["tokenizer.ggml.model"]
     tokens = header["tokenizer.ggml.tokens"]
@@ -65,7 +70,7 @@ def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedToke
         row = _row_of(name)
         if row is None:
             raise unknown_tokenizer(
-                where, f"tokenizer.ggml.pre is {name!r}, whose expressions are not known"
+                where, f"tokenizer.ggml.pre is {name!r}, whose regular expressions are unknown"
             )
         core = _byte_level(header, row)
         adds_bos = row.get("adds_bos", False)
@@ -74,7 +79,7 @@ def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedToke
         adds_bos = True
     else:
         raise unknown_tokenizer(
-            where, f"tokenizer.ggml.model is {kind!r}; gpt2 and llama are known"
+            where, f"tokenizer.ggml.model is {kind!r}; only gpt2 and llama are supported"
         )
     core.add_tokens(_added_tokens(header))
     begin = header.get("tokenizer.ggml.add_bos_token", adds_bos) and special.get("bos_token")
@@ -93,12 +98,13 @@ def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedToke
 
 
 def unknown_tokenizer(where: str, why: str) -> ModelError:
-    """The error for a file whose text would get other ids in training than in llama.cpp."""
+    """Build the error for a tokenizer that would give different token ids in llama.cpp."""
     return ModelError(
-        "the file's tokenizer is not supported: its text would get other ids than in llama.cpp",
+        "the file's tokenizer is not supported: its token ids would differ from those of llama.cpp",
         where=where,
         why=why,
-        fix="train on the safetensors version of this model: model.name: OWNER/NAME or its folder",
+        fix="train on the safetensors version of this model: set model.name to OWNER/NAME or a "
+        "folder",
     )
 
 
@@ -108,15 +114,16 @@ def _row_of(pre: str) -> dict[str, Any] | None:
 
 
 def served_splits(pre: str) -> list[str] | None:
-    """The expressions that llama.cpp splits by for a name in `tokenizer.ggml.pre`, one after the
-    other; None where they are not known.
+    """Return the regular expressions with which llama.cpp splits a text, in the order of their use.
+
+    `pre` is the value of `tokenizer.ggml.pre`. Return None if it is unknown.
     """
     row = _row_of(pre)
     return row.get("served", row["splits"]) if row else None
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
-    """Split the table's text into what a tokenizer joins tokens in; None if it splits no text."""
+    """Split a fixed text with the tokenizer's pre-tokenizer. Return None if it has none."""
     step = tokenizer.backend_tokenizer.pre_tokenizer
     return step.pre_tokenize_str(PRE_TOKENIZER_TABLE["text"]) if step else None
 
@@ -125,13 +132,13 @@ def _byte_level(header: Mapping[str, Any], row: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(header["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE(vocab, merges, ignore_merges=row["ignore_merges"]))
-    core.pre_tokenizer = pre_tokenizer_of(row.get("served", row["splits"]))
+    core.pre_tokenizer = build_pre_tokenizer(row.get("served", row["splits"]))
     core.decoder = decoders.ByteLevel()
     return core
 
 
-def pre_tokenizer_of(splits: list[str]) -> pre_tokenizers.PreTokenizer:
-    """The `splits` of a row of the table as steps, the last of which makes letters of bytes."""
+def build_pre_tokenizer(splits: list[str]) -> pre_tokenizers.PreTokenizer:
+    """Build a pre-tokenizer that splits a text by these expressions, then maps bytes to letters."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     for split in splits:
         if split == "digit":
@@ -145,7 +152,7 @@ def pre_tokenizer_of(splits: list[str]) -> pre_tokenizers.PreTokenizer:
 def _sentencepiece(header: Mapping[str, Any], unknown: str) -> Tokenizer:
     tokens = header["tokenizer.ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges_of(header, vocab)
+    merges = _merges(header, vocab)
     core = Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
     )
@@ -156,7 +163,8 @@ def _sentencepiece(header: Mapping[str, Any], unknown: str) -> Tokenizer:
         decoders.Fuse(),
     ]
     if header.get("tokenizer.ggml.add_space_prefix", True):
-        # Also behind each added token, as llama.cpp has it.
+        # `Prepend` adds a space before the text, and also before the text that follows an added
+        # token, as llama.cpp does.
         steps.insert(0, normalizers.Prepend(SPACE))
         undo.append(decoders.Strip(" ", 1, 0))
     core.normalizer = normalizers.Sequence(steps)
@@ -164,11 +172,15 @@ def _sentencepiece(header: Mapping[str, Any], unknown: str) -> Tokenizer:
     return core
 
 
-def _merges_of(header: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs that make a token, those of the highest score first: llama.cpp joins by score."""
+def _merges(header: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the BPE merges: all pairs of tokens whose concatenation is also a token.
+
+    The pairs are sorted by the score of the joined token, because llama.cpp joins the pair with the
+    highest score first.
+    """
     types = header["tokenizer.ggml.token_type"]
     scores = header["tokenizer.ggml.scores"]
-    # What is matched as a whole is joined from nothing.
+    # Use only normal tokens, because merges do not produce tokens of other types.
     joined = [token for token, index in vocab.items() if types[index] == TokenType.NORMAL]
     joined.sort(key=lambda token: -scores[vocab[token]])
     merges = []

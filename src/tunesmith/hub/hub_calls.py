@@ -1,4 +1,4 @@
-"""Calls of huggingface_hub, with errors in a user's terms."""
+"""Context manager for calls of huggingface_hub. It converts the errors to messages for the user."""
 
 import errno
 import re
@@ -20,25 +20,25 @@ from tunesmith.host.shell import shell_word
 from tunesmith.model.shapes import SHAPES
 
 DISK_FIX = (
-    "free disk space (tunesmith fetch --list), or move the Hub cache to another disk: "
-    "export HF_HOME=/path"
+    "free disk space (`tunesmith fetch --list` shows the models), or move the Hub cache to another "
+    "disk with `export HF_HOME=/path`"
 )
-LOGIN = "hf auth login (or set HF_TOKEN)"
-# Error numbers of a cache folder that cannot be written
+LOGIN = "run `hf auth login` (or set HF_TOKEN)"
+# Values of errno that mean that the cache folder is not writable.
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 
-# The root of the HTTP library's errors: httpx's up to huggingface_hub 1.x, httpx2's from 2.x on.
+# Base class of all errors of the HTTP library. huggingface_hub 1.x uses httpx, and 2.x uses httpx2.
 TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 
 
 def repo_page(repo: str, repo_type: str = "model") -> str:
-    """The address of a repository's page."""
+    """Return the URL of a repository's page."""
     folder = "datasets/" if repo_type == "dataset" else ""
     return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
 def http_status(error: Exception) -> int:
-    """Return the status of the Hub's answer, or 0 if there was none."""
+    """Return the HTTP status of the Hub's answer, or 0 if there was no answer."""
     return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
 
 
@@ -46,7 +46,7 @@ def http_status(error: Exception) -> int:
 def hub_calls(
     repo: str, revision: str | None = None, repo_type: str = "model", *, bars: bool = False
 ) -> Iterator[None]:
-    """Run calls of huggingface_hub without its warnings, and raise their errors as `hub_error`.
+    """Run calls of huggingface_hub without its warnings, and convert its errors with `hub_error`.
 
     Args:
         bars: whether huggingface_hub draws its progress bars if stderr is a terminal.
@@ -58,7 +58,7 @@ def hub_calls(
         disable_progress_bars()
     try:
         yield
-    # hf_xet raises RuntimeError, HFValidationError is a ValueError.
+    # RuntimeError is raised by hf_xet. ValueError is the base class of HFValidationError.
     except (TRANSPORT, OSError, RuntimeError, ValueError) as error:
         raise hub_error(error, repo, revision, repo_type) from error
     finally:
@@ -70,27 +70,27 @@ def hub_calls(
 def hub_error(
     error: Exception, repo: str, revision: str | None, repo_type: str = "model"
 ) -> TunesmithError:
-    """Return the error for a user: what the Hub, the network or the disk refused, and the fix."""
+    """Convert an error of huggingface_hub to a message with the cause and a fix."""
     if isinstance(error, errors.HFValidationError):
-        return names_no_model(repo)
+        return unknown_model_name(repo)
     page = repo_page(repo, repo_type)
     status = http_status(error)
     why = clean(error)
     if not status:
         return _local_error(error, repo, page)
-    what = f"the Hub answers {status}"
+    what = f"the Hub answers with the HTTP status {status}"
     fix = "try again later; finished downloads are kept"
     cause = ""
-    # A GatedRepoError is a RepositoryNotFoundError too.
+    # A GatedRepoError is also a RepositoryNotFoundError, but a gated repository is not missing.
     is_missing = isinstance(error, errors.RepositoryNotFoundError)
     is_missing = is_missing and not isinstance(error, errors.GatedRepoError)
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
-        fix = f"use one from {page}/tree/main"
+        fix = f"use a revision that is listed on {page}/tree/main"
     elif is_missing:
         what = f"no {repo_type} {repo} is visible to you on the Hub"
-        fix = f"check the name; for a private one log in: {LOGIN}"
-        why = "it does not exist, or it is private and your token has no access"
+        fix = f"check the name; if the repository is private, {LOGIN}"
+        why = "the repository does not exist, or it is private and your token has no access"
     elif status in (401, 403) and not isinstance(error, errors.DisabledRepoError):
         account = "your token's account" if _token() else "you (no token found)"
         what = f"{repo} is gated, and access has not been granted to {account}"
@@ -103,7 +103,7 @@ def hub_error(
 
 
 def _local_error(error: Exception, repo: str, page: str) -> TunesmithError:
-    """Return the error of a call that got no answer from the Hub."""
+    """Build the error for a call that got no answer from the Hub."""
     full_disk = disk_fault(error)
     if full_disk or (isinstance(error, OSError) and error.errno in UNWRITABLE):
         return MachineError(
@@ -117,26 +117,29 @@ def _local_error(error: Exception, repo: str, page: str) -> TunesmithError:
         return ModelError(
             f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
             where=constants.HF_HUB_CACHE,
-            fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}",
+            fix=f"run `HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}`",
         )
     return ModelError(
         f"the Hub cannot be reached for {repo}",
         where=page,
         why=f"{type(error).__name__}: {clean(error)}",
-        fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; "
+        fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and run the command again; "
         "finished downloads are kept",
     )
 
 
-def names_no_model(name: str) -> ModelError:
-    """Return the error for a name that is no folder and no Hub id; it proposes a similar name."""
+def unknown_model_name(name: str) -> ModelError:
+    """Build the error for a name that is neither a folder nor a Hub id.
+
+    The fix proposes a known model with a similar name.
+    """
     models = {repo.partition("/")[2]: repo for shape in SHAPES.values() for repo in shape.models}
     near = nearest(name, [demo_model.DEMO_NAME, *models])
     fix = "use an existing path, or owner/name as on the Hub"
     if near == demo_model.DEMO_NAME:
-        fix = "tunesmith train --model demo --data FILE: it needs no download"
+        fix = "run `tunesmith train --model demo --data FILE`, which needs no download"
     elif near:
-        fix = f"did you mean {models[near]}? Or {fix}"
+        fix = f"did you mean {models[near]}? If not, {fix}"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id", where="model.name", fix=fix
     )
@@ -145,14 +148,18 @@ def names_no_model(name: str) -> ModelError:
 def _token() -> str | None:
     try:
         return get_token()
-    # HF_HOME is a file or cannot be read. Writing to the cache reports the same.
+    # HF_HOME may be a file or not readable. Ignore the error now: the later write to the cache
+    # reports it.
     except OSError:
         return None
 
 
 def clean(error: BaseException | str) -> str:
-    """An error in one line, without tokens and without the query of an address, which may carry a
-    signature."""
+    """Return an error message in one line, without secrets.
+
+    Access tokens are masked. The query parts of URLs are removed, because they can contain a
+    signature.
+    """
     one_line = " ".join(str(error).split())
     text = mask(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", one_line))
     token = _token()

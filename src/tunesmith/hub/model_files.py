@@ -1,4 +1,6 @@
-"""The facts that a model's folder tells about it, read once."""
+"""Reader of the small files in a model folder, which are the config, the tokenizer and the image
+processor.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,34 +27,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder and what was read from it; the weights stay on the disk."""
+    """Contents of a model folder, except for the weights.
+
+    Attributes:
+        folder: the folder.
+        model: the recipe's section `model`. `quantize: auto` is already replaced by a value.
+        config: the config of the text model.
+        spec: the sizes of the model.
+        support: how the layers of the model can be trained. This is measured if the model type is
+            not in the table of architectures.
+        tokenizer: the tokenizer.
+        form: the quantization of the stored weights; None if they are not quantized.
+        full_config: the config of the entire vision-language model; None for a text model.
+        pictures: the image processor; None without `model.vision`.
+    """
 
     folder: Path
-    model: Model  # without `quantize: auto`
+    model: Model
     config: PretrainedConfig
     spec: ModelSpec
-    support: Support  # how its layers train, by measurement where the table has no row for them
+    support: Support
     tokenizer: PreTrainedTokenizerBase
-    form: ShippedForm | None = None  # of weights that ship in codes
-    # The config of the entire model that `config` is the text part of.
-    whole: PretrainedConfig | None = None
-    pictures: "PictureProcessor | None" = None  # with `model.vision`
+    form: ShippedForm | None = None
+    full_config: PretrainedConfig | None = None
+    pictures: "PictureProcessor | None" = None
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows; never attended to nor trained."""
+        """Id of the padding token. Padding is neither attended to nor trained."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def vocab_rows(self) -> int:
-        """Rows that embedding and head need."""
+        """Number of rows that the embedding and the output layer need."""
         return vocab_rows(self.config, self.tokenizer, self.model)
 
     def describe(self) -> list[str]:
-        """Lines for the user: how the base ships, where that is in codes, where tokenizer and
-        embedding differ in size, and whether the model can be exported as GGUF.
+        """Return lines for the user about the model.
+
+        They describe the quantization of the stored weights, tokens without an embedding, and
+        whether the model can be exported to GGUF.
         """
-        entire = self.config if self.whole is None else self.whole
+        entire = self.config if self.full_config is None else self.full_config
         gguf = describe_gguf_export(entire.model_type, self.config.model_type)
         return [*self._describe_form(), *self._describe_rows(), f"GGUF: {gguf}"]
 
@@ -60,13 +76,13 @@ class ModelFiles:
         if self.form is None:
             return []
         use = {
-            "as-shipped": "kept quantized, and dequantized for one matmul at a time",
-            "none": f"dequantized to {self.model.dtype} while loading",
+            "as-shipped": "the weights stay quantized and are dequantized for one matmul at a time",
+            "none": f"the weights are dequantized to {self.model.dtype} while loading",
         }.get(
             self.model.quantize,
-            f"dequantized, and quantized to {self.model.quantize}, while loading",
+            f"the weights are dequantized and quantized to {self.model.quantize} while loading",
         )
-        return [f"the base ships in {self.form.describe()}: {use}"]
+        return [f"the base model is stored in {self.form.describe()}: {use}"]
 
     def _describe_rows(self) -> list[str]:
         embedding_rows = int(self.config.vocab_size)
@@ -75,63 +91,72 @@ class ModelFiles:
             return []
         sizes = (
             f"the tokenizer has {tokens:,} tokens, "
-            f"and the model's embedding {embedding_rows:,} rows"
+            f"but the model's embedding has {embedding_rows:,} rows"
         )
         if self.model.added_tokens:
             names = ", ".join(self.model.added_tokens)
-            return [f"{sizes}: rows are added for {names}, each the mean of the others"]
+            return [
+                f"{sizes}: rows are added for {names}; each new row is the mean of the existing "
+                "rows"
+            ]
         return [
-            f"warning: {sizes}: text with a token beyond them is an error; "
-            "add rows with model.added_tokens"
+            f"warning: {sizes}, so data with one of the other tokens is rejected; fix: list the "
+            "tokens that you need in model.added_tokens, which adds rows to the embedding"
         ]
 
 
 def read_picture_processor(
     folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run
 ) -> "PictureProcessor | None":
-    """The processor of a recipe's pictures, by the model in `folder`; None without
-    `model.vision`.
+    """Load the image processor of the model in `folder`.
+
+    Return None if the recipe has no `model.vision`, or if the model is a text model.
     """
-    _, whole = load.load_configs(folder, run.model)
-    if whole is None or not run.model.vision:
+    _, full_config = load.load_configs(folder, run.model)
+    if full_config is None or not run.model.vision:
         return None
-    # It loads torch.
+    # Import here, because this module loads torch.
     from tunesmith.data.text.placeholders import PictureProcessor
 
-    return PictureProcessor.load(folder, tokenizer, whole, run.data.image_max_pixels)
+    return PictureProcessor.load(folder, tokenizer, full_config, run.data.image_max_pixels)
 
 
 def read_model_files(
     folder: Path, model: Model, *, image_max_pixels: int | None = None
 ) -> ModelFiles:
-    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
-    or ModelError.
+    """Read the config and the tokenizer of the model in `folder`.
 
-    image_max_pixels: as `data.image_max_pixels`.
+    Args:
+        model: the recipe's section `model`.
+        image_max_pixels: the recipe's `data.image_max_pixels`.
+
+    Raise ModelError if the files are damaged, or if the model is not supported.
     """
-    config, whole = load.load_configs(folder, model)
+    config, full_config = load.load_configs(folder, model)
     file = folder / "config.json"
     form = form_of_folder(folder)
     if form is not None and has_weights(folder):
-        read_entries(folder)  # what is torn is said now, and not after the rows are read
-    # Where the text part has no class of its own, the whole says what it is.
-    described = config if whole is None or has_own_class(config) else whole
+        read_entries(folder)  # report damaged weight files now, and not after the rows are read
+    # If Transformers has no separate class for the text model of a vision-language model, compute
+    # the spec from the config of the entire model.
+    described = config if full_config is None or has_own_class(config) else full_config
     spec = model_spec(
         described.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
-    # Transformers fills in max_position_embeddings where the file has none.
+    # Read the limit of positions from the file, because Transformers sets a default
+    # max_position_embeddings if the file has none.
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec)
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    if whole is None or not model.vision:
-        support = find_support(config, model, where=str(file), whole=whole)
-        return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole)
-    # With them come libraries for pictures.
+    if full_config is None or not model.vision:
+        support = find_support(config, model, where=str(file), full_config=full_config)
+        return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config)
+    # Import here, because these modules load image libraries.
     from tunesmith.data.text.placeholders import PictureProcessor
     from tunesmith.hub.picture_support import add_vision, find_picture_support
 
-    pictures = PictureProcessor.load(folder, tokenizer, whole, image_max_pixels)
-    support = find_picture_support(whole, pictures, tokenizer, where=str(file))
-    spec = add_vision(spec, whole, pictures)
-    return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole, pictures)
+    pictures = PictureProcessor.load(folder, tokenizer, full_config, image_max_pixels)
+    support = find_picture_support(full_config, pictures, tokenizer, where=str(file))
+    spec = add_vision(spec, full_config, pictures)
+    return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config, pictures)

@@ -1,9 +1,8 @@
-"""The measurement of how a vision-language model trains with pictures of its own processor."""
+"""Measurement of how a vision-language model can be trained with pictures."""
 
 import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,79 +17,85 @@ from tunesmith.errors import ModelError, errors_at, first_line
 from tunesmith.host.files import measure_once
 from tunesmith.model.decoder import find_projector, vision_parameters
 from tunesmith.model.load import build_on_meta
-from tunesmith.model.measured_spec import NO_SIZES
+from tunesmith.model.measured_spec import without_labels
 from tunesmith.model.model_types import Support
 from tunesmith.model.picture_flops import count_picture_flops
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.support import FIRST_ID
-from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
+from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
 
 log = logging.getLogger(__name__)
 
-PICTURE_SUPPORT_VERSION = 4  # of the cached files; what is measured, and how, counts
-# Width and height of each document's pictures: small, and no two alike.
+# Version of the cached results. Increase it if the measurement changes.
+PICTURE_SUPPORT_VERSION = 5
+# Width and height of the pictures in each test document. The pictures are small and have different
+# sizes. The second document has no picture.
 DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
 TYPICAL_SIZE = (640, 480)
-TEXT_AROUND = 9  # tokens before a document's first picture, and after each
+# Number of text tokens before the first picture of a document, and after each picture.
+TEXT_AROUND = 9
 
 
 @dataclass
 class ReadyPixels:
-    """The pictures of an example whose pixels are there."""
+    """The pictures of an example, with pixels that are already computed."""
 
     token_id: int
     ready: Pixels
 
     def begin(self) -> None:
-        """Do nothing."""
+        """Do nothing, because the pixels are already computed."""
 
     def pixels(self) -> Pixels:
         return self.ready
 
 
-def _sizes_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The values of a config without those that are no sizes."""
-    return {name: value for name, value in config.to_dict().items() if name not in NO_SIZES}
-
-
 def find_picture_support(
-    whole: PretrainedConfig,
+    full_config: PretrainedConfig,
     processor: PictureProcessor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     where: str,
 ) -> Support:
-    """Find how a vision-language model trains with pictures, from its config, which errors call
-    `where`, or from the disk; ModelError for one that is refused, with the figures.
+    """Measure how a vision-language model can be trained with pictures. Results are cached on disk.
+
+    Args:
+        full_config: the config of the entire model.
+        where: the path of the config, for error messages.
+
+    Raise ModelError if the model cannot be trained with pictures. The error gives the measured
+    values.
     """
-    sizes = _sizes_of(whole)
+    sizes = without_labels(full_config.to_dict())
     versions = [version("transformers"), version("torch")]
     key = [PICTURE_SUPPORT_VERSION, *versions, processor.digest, sizes]
     with errors_at(where):
         support = measure_once(
             "support",
             key,
-            lambda: measure_pictures(whole, make_picture_row(processor, tokenizer)),
+            lambda: measure_pictures(full_config, make_picture_row(processor, tokenizer)),
             Support,
         )
     if support.state == "refused":
         raise ModelError(
-            f"{whole.model_type} does not train with pictures here",
+            f"{full_config.model_type} cannot be trained with pictures in this environment",
             where=where,
             why=support.why,
-            fix="train its text model alone: model.vision=false; or use another model",
+            fix="train only the text model with model.vision=false, or use another model",
         )
     return support
 
 
 @dataclass(frozen=True)
 class VisionSize:
-    """The parameters of a model's vision part, and its operations on a picture of TYPICAL_SIZE.
+    """Size of a model's vision encoder.
 
     Attributes:
-        projector: those of the parameters that `model.train_projector` trains.
-        flops: 0 where they could not be counted.
+        parameters: number of all parameters, including the projector.
+        projector: number of the parameters that `model.train_projector` trains.
+        flops: floating-point operations for a picture of TYPICAL_SIZE; 0 if they could not be
+            counted.
     """
 
     parameters: int
@@ -98,13 +103,15 @@ class VisionSize:
     flops: int
 
 
-def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProcessor) -> ModelSpec:
-    """The spec with the sizes of the vision part, and of what it is given."""
+def add_vision(
+    spec: ModelSpec, full_config: PretrainedConfig, processor: PictureProcessor
+) -> ModelSpec:
+    """Return a copy of the spec with the sizes of the vision encoder and of its inputs."""
     pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
 
     def measure() -> VisionSize:
-        stated = Model(name=whole.model_type, dtype="fp32", vision=True)
-        model = build_on_meta(whole.get_text_config(), stated, whole=whole)
+        stated = Model(name=full_config.model_type, dtype="fp32", vision=True)
+        model = build_on_meta(full_config.get_text_config(), stated, full_config=full_config)
         parameters = sum(parameter.numel() for _, parameter in vision_parameters(model))
         projector = 0
         for name in find_projector(model):
@@ -112,12 +119,21 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
         try:
             inputs = {name: torch.from_numpy(array) for name, array in pixels.inputs.items()}
             return VisionSize(parameters, projector, count_picture_flops(model, inputs))
-        # Code of 90 model types, for a figure that a run can do without.
+        # Catch any error, because this runs the code of 90 model types, and a run does not need the
+        # number of FLOPs.
         except Exception as error:
-            log.warning(f"the operations of the vision part are not counted: {first_line(error)}")
+            log.warning(
+                "MFU does not include the vision encoder, because its operations cannot be "
+                f"counted: {first_line(error)}"
+            )
             return VisionSize(parameters, projector, 0)
 
-    key = [PICTURE_SUPPORT_VERSION, version("transformers"), processor.digest, _sizes_of(whole)]
+    key = [
+        PICTURE_SUPPORT_VERSION,
+        version("transformers"),
+        processor.digest,
+        without_labels(full_config.to_dict()),
+    ]
     size = measure_once("specs", key, measure, VisionSize)
     given = sum(array.nbytes for array in pixels.inputs.values())
     tokens = processor.count_tokens(TYPICAL_SIZE)
@@ -131,7 +147,7 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
 
 
 def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizerBase) -> PictureRow:
-    """Make documents with pictures of noise, as a twin takes them."""
+    """Build test documents with random tokens and noise pictures, for the tiny test model."""
     random = np.random.default_rng(0)
     examples = []
     for sizes in DOCUMENT_PICTURES:
@@ -150,10 +166,15 @@ def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizer
         examples.append(Example(ids, np.ones(len(ids), bool), pictures=pictures))
     lengths = tuple(len(example.ids) for example in examples)
     batch = collate([examples], length=sum(lengths), pad_id=0)
-    alone = []
+    inputs_by_document = []
     for example in examples:
         inputs = example.pictures.pixels().inputs if example.pictures else {}
-        alone.append({name: torch.from_numpy(array) for name, array in inputs.items()})
+        inputs_by_document.append({name: torch.from_numpy(array) for name, array in inputs.items()})
     return PictureRow(
-        batch.input_ids[0], batch.position_ids, lengths, batch.spans, batch.pictures, tuple(alone)
+        batch.input_ids[0],
+        batch.position_ids,
+        lengths,
+        batch.spans,
+        batch.pictures,
+        tuple(inputs_by_document),
     )

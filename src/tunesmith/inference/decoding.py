@@ -1,10 +1,9 @@
-"""Token ids in, answers out: batched decoding with Transformers' `generate`.
+"""Batched generation of answers from token ids, with Transformers' `generate`.
 
-Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows and each
-batch has its own seed, so a job that is stopped and resumed gives the same answers as an
-uninterrupted one, and several ranks, which take the windows in turn, those of one process.
-Generation settings that ship with a model (a repetition penalty, a default temperature) are
-ignored.
+Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows, and each
+batch has its own seed. A resumed job therefore gives the same answers as an uninterrupted job.
+Several ranks process the windows in turn and give the same answers as one process. Generation
+settings in the model's files, such as a repetition penalty or a default temperature, are ignored.
 """
 
 import math
@@ -35,23 +34,29 @@ from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.vision import mark_pictures
 
-SAMPLE_TOKENS = 64  # of a sample answer while training
-MIN_SAMPLE_TOKENS = 16  # of a sample answer that is cut to save time
-# Models that were looked at by `_reads_padding`.
-_reading_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
+SAMPLE_TOKENS = 64  # maximum tokens of a sample answer during training
+MIN_SAMPLE_TOKENS = 16  # minimum tokens of a sample answer that is cut off to save time
+# Saved results of `_is_affected_by_padding` for each model.
+_affected_by_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# Number of batches per window. Prompts are sorted by length inside a window. A larger window needs
+# less padding, but a resumed job must compute its first window again.
+WINDOW_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The way tokens are chosen; UsageError for a value out of range, or a sampling option without
-    a temperature.
+    """Settings that determine how the tokens of an answer are chosen.
 
     Attributes:
-        temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
-        top_p: draw from the smallest set of tokens whose probabilities sum to this (1: from all).
-        top_k: draw from the k most likely tokens (0: from all).
-        seed: of the draws.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: 0 means greedy decoding. Otherwise the logits are divided by the temperature,
+            and a token is sampled.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this value. 1 means
+            all tokens.
+        top_k: sample from the k most likely tokens. 0 means all tokens.
+        seed: seed of the sampling.
+
+    Raise UsageError if a value is out of range, or if top_p or top_k is set without a temperature.
     """
 
     max_new_tokens: int = 256
@@ -77,11 +82,11 @@ class Decoding:
                 "top-p and top-k have no effect",
                 where="temperature",
                 why="temperature 0 always picks the most likely token",
-                fix="give a temperature, such as 1.0, or neither of them",
+                fix="set a temperature, such as 1.0, or remove top-p and top-k",
             )
 
     def describe(self) -> str:
-        """One line for a log: `greedy, up to 256 new tokens`."""
+        """Return a description for a log line, such as `greedy, up to 256 new tokens`."""
         method = "greedy"
         if self.temperature > 0:
             method = (
@@ -91,8 +96,10 @@ class Decoding:
         return f"{method}, up to {self.max_new_tokens} new tokens"
 
     def config(self, **tokens: Any) -> GenerationConfig:
-        """Transformers' form, with every setting that a model might bring along at its neutral
-        value."""
+        """Return a `GenerationConfig` of Transformers with only these settings.
+
+        All other settings keep Transformers' defaults, whatever the model's files say.
+        """
         if self.temperature > 0:
             tokens |= {
                 "do_sample": True,
@@ -104,12 +111,13 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """The text that a model wrote.
+    """Answer of a model.
 
     Attributes:
-        text: without special tokens.
-        ids: without the stop token.
-        finished: it ended by a stop token; False when cut at `max_new_tokens` or cancelled.
+        text: the text without special tokens.
+        ids: the token ids without the stop token.
+        finished: True if the answer ended with a stop token. False if the answer was cut off at
+            `max_new_tokens` or cancelled.
     """
 
     text: str
@@ -118,7 +126,7 @@ class Answer(NamedTuple):
 
 
 class _Streamer(TextStreamer):
-    """Passes on each piece of an answer as soon as it is whole words."""
+    """Streamer that passes the text of an answer to `write`, one complete word after the other."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         super().__init__(
@@ -135,7 +143,7 @@ class _Streamer(TextStreamer):
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; the mode that was set comes back afterwards."""
+    """Set the model to eval mode, and disable gradients. The mode is restored afterwards."""
     training = model.training
     model.eval()
     try:
@@ -158,33 +166,36 @@ def answer_batch(
     synced: bool = False,
     pictures: Sequence[Pixels | None] = (),
 ) -> list[Answer]:
-    """Answer a few prompts, of at least one token each, in one batch.
+    """Generate answers to a few prompts in one batch.
 
     Args:
-        model: its attention must take a padding mask (sdpa or eager; not the one for packed rows).
-        stops: ids that end an answer.
-        write: gets the text as it comes; for a single prompt only.
-        cancelled: called after each token; once true, the answers end there and are returned as
-            they are.
-        generate: takes the place of the model's own, for a sharded root.
-        synced: whether all ranks answer together, as each gathers weights from the others: none
-            ends before the last. Transformers' own guess does not see FSDP2.
-        pictures: those of each prompt; none at all where no prompt has any.
+        model: a model whose attention supports a padding mask (sdpa or eager, but not the attention
+            for packed rows).
+        prompts: the token ids of each prompt, at least one.
+        stops: token ids that end an answer.
+        write: function that is called with the generated text; only for a single prompt.
+        cancelled: function that is called after each token. If it returns True, generation stops
+            and the partial answers are returned.
+        generate: function that replaces `model.generate`, for a sharded root module.
+        synced: whether all ranks must generate the same number of tokens, because they gather
+            weights from each other. Transformers detects this for ZeRO-3 and FSDP1, but not for
+            FSDP2.
+        pictures: the pictures of each prompt; empty if no prompt has pictures.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     _check_embedded(model, tokenizer, max(map(max, prompts)))
     generate = partial(generate or model.generate, synced_gpus=synced)
 
     def ended(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        # Waits until the token is there, so that `cancelled` may go by a clock; `generate` waits
-        # for it anyway.
+        # Wait until the GPU has computed the token, because `cancelled` may check a time limit.
+        # This costs nothing: `generate` waits for the token as well.
         input_ids[:, -1].cpu()
         return torch.full(
             (input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool
         )
 
     def continuations(numbers: Sequence[int]) -> list[list[int]]:
-        """Return what the model writes behind some of the prompts."""
+        """Generate the answers to the prompts with these indices."""
         rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in numbers]
         ones = [torch.ones_like(row) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
@@ -206,14 +217,14 @@ def answer_batch(
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
     written: dict[int, list[int]] = {}
-    # None from the checkpoint.
+    # Replace the generation settings of the checkpoint by defaults. They are restored below.
     settings = model.generation_config
     model.generation_config = GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
             batches = [*by_length.values()]
-            if len(batches) > 1 and not _reads_padding(model, generate):
+            if len(batches) > 1 and not _is_affected_by_padding(model, generate):
                 batches = [list(range(len(prompts)))]
             for batch in batches:
                 written.update(zip(batch, continuations(batch), strict=True))
@@ -225,22 +236,23 @@ def answer_batch(
 def _picture_inputs(
     model: PreTrainedModel, ids: torch.Tensor, pixels: Sequence[Pixels]
 ) -> dict[str, torch.Tensor]:
-    """The arguments of a forward for the pictures of some prompts, with ids [prompts, length]."""
+    """Return the forward arguments for the pictures of prompts with token ids [prompts, length]."""
     if not pixels:
         return {}
     inputs = {name: tensor.to(ids.device) for name, tensor in join_pixels(pixels).items()}
     return inputs | mark_pictures(model, ids)
 
 
-def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:
-    """Tell whether tokens that the padding mask hides change what a model writes, as in RWKV.
+def _is_affected_by_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:
+    """Return whether masked padding tokens change the outputs of a model. RWKV is such a model.
 
-    Measured once a model, by two rows that differ in hidden tokens alone: logits that heed the mask
-    are equal, but for kernels that round by a row's place; those of RWKV differ by their own size.
+    The result is measured once per model with two rows that differ only in masked tokens. If the
+    model respects the mask, the logits are equal except for rounding. In RWKV the difference is as
+    large as the logits.
     """
     if model.config.get_text_config().model_type in ARCHITECTURES:
         return False
-    if model not in _reading_padding:
+    if model not in _affected_by_padding:
         rows = torch.arange(16, device=model.device).repeat(2, 1)
         mask = torch.ones_like(rows)
         mask[:, :8] = 0
@@ -251,27 +263,27 @@ def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool
         out = generate(input_ids=rows, attention_mask=mask, generation_config=config)
         one, other = out.logits[0]
         difference = (one - other).abs().max()
-        _reading_padding[model] = bool(difference > 0.02 * one.abs().max())
-    return _reading_padding[model]
+        _affected_by_padding[model] = bool(difference > 0.02 * one.abs().max())
+    return _affected_by_padding[model]
 
 
 def _check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: int) -> None:
-    """UsageError where the model has no embedding of a token id."""
+    """Raise UsageError if the model has no embedding for the token id `token`."""
     embedding_rows = model.get_input_embeddings().weight.shape[0]
     if token < embedding_rows:
         return
     name = tokenizer.convert_ids_to_tokens(token)
     raise UsageError(
         f"a prompt contains {name}, a token without an embedding in the model",
-        why=f"its id is {token:,}, and the embedding has {embedding_rows:,} rows",
-        fix="change that text, or use the model's own tokenizer",
+        why=f"the id of the token is {token:,}, and the embedding has {embedding_rows:,} rows",
+        fix="remove this token from the text, or use the model's own tokenizer",
     )
 
 
 def cut_answer(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collection[int]
 ) -> Answer:
-    """The answer up to its first stop token, as tokens and text."""
+    """Cut generated token ids at the first stop token, and decode them to an `Answer`."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     return Answer(decode(tokenizer, ids[:end]), ids[:end], end is not None)
 
@@ -279,7 +291,10 @@ def cut_answer(
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, with_special: bool = False
 ) -> str:
-    """The text of tokens, spaces as the tokens have them; without special ones unless asked."""
+    """Decode token ids to text without cleaning up spaces.
+
+    Special tokens are removed unless `with_special` is True.
+    """
     return str(
         tokenizer.decode(
             list(ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
@@ -301,27 +316,36 @@ def answer_all(
     answered: Callable[[Sequence[Answer]], object] = lambda _: None,
     pictures: Callable[[int], Pixels | None] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer many prompts; yield (index, answer) in their order, from index `start` on.
+    """Generate answers to many prompts. Yield (index, answer) in the order of the prompts.
 
-    The batches do not depend on `start`: the window that holds it is computed whole. Once
-    `cancelled` says so, the current window is dropped and the iterator ends. Each of several ranks
-    holds the whole model and answers a window; all of them yield the answers of all. A window is
-    yielded at its end; `answered` gets each batch of this rank as soon as it is there. `pictures`
-    gives those of a prompt, by its index.
+    Answers are yielded when their window is complete.
+
+    Args:
+        stops: token ids that end an answer.
+        batch_size: number of prompts in a batch.
+        start: index of the first prompt to answer. The batches do not depend on `start`: a window
+            that contains this prompt is divided into the same batches as without `start`.
+        cancelled: function that is called after each token. If it returns True, the current window
+            is dropped and the iterator ends.
+        ranks: the processes that share the work. Each rank has the entire model and answers some of
+            the windows. All ranks yield all answers.
+        answered: function that is called with the answers of each batch of this rank, as soon as
+            the batch is complete.
+        pictures: function that returns the pictures of a prompt, by the prompt's index.
     """
     window = batch_size * WINDOW_BATCHES
 
     def answer_window(first: int) -> dict[int, Answer] | None:
         end = min(first + window, len(prompts))
-        # Prompts of like length in a batch pad little.
+        # Sort by length, because batches of similar lengths need little padding.
         by_length = sorted(range(first, end), key=lambda i: (len(prompts[i]), i))
         answers: dict[int, Answer] = {}
         for offset in range(0, len(by_length), batch_size):
             rows = by_length[offset : offset + batch_size]
-            # All of the batch is answered already.
+            # Skip a batch whose prompts are all before `start`.
             if max(rows) < start:
                 continue
-            # A seed of the batch's own: its answers do not depend on where a start began.
+            # The seed depends only on the batch, so the answers are the same in a resumed job.
             seed = (decoding.seed * 1_000_003 + min(rows)) % 2**63
             batch = answer_batch(
                 model,
@@ -332,14 +356,16 @@ def answer_all(
                 cancelled=cancelled,
                 pictures=[pictures(i) for i in rows] if pictures else (),
             )
-            # A batch that was cut short has unfinished answers: all of it is dropped.
+            # If the batch was cancelled, drop the window, because some of its answers are
+            # incomplete.
             if cancelled():
                 return None
             answers.update(zip(rows, batch, strict=True))
             answered([answers[i] for i in rows if i >= start])
         return answers
 
-    # Whole windows, so that a start in the middle forms the same batches.
+    # Begin with the first prompt of the window that contains `start`, so that a resumed job forms
+    # the same batches as an uninterrupted job.
     for turn in range(start // window * window, len(prompts), window * ranks.world):
         answers_of_rank: dict[int, Answer] | None = {}
         with ranks.raise_on_all_ranks():
@@ -355,17 +381,20 @@ def answer_all(
 
 
 class AnswerClock:
-    """A time limit: sample answers that would take more than `allowed` seconds are cut or skipped.
+    """Time limit for sample answers. Answers that would take too long are cut off or skipped.
 
-    The time of a token is that between the first and the second, because the first includes the
-    prompts. Ranks that answer together measure the first token only: a rank whose answers have
-    ended is not called again, and both prompts and tokens spend most of their time gathering
-    weights.
+    The time per token is measured between the first and the second token, because the time to the
+    first token includes processing the prompts. If ranks generate together, the time to the first
+    token is used instead, because only the first token is generated on all ranks for certain. This
+    is accurate enough: the prompts take about as long as one token, because both times are mostly
+    spent on gathering the weights.
 
     Attributes:
-        predicted: seconds that all tokens would take; None before it is known.
-        limit: tokens after which the answers end.
-        late: whether fewer than MIN_SAMPLE_TOKENS would fit, so that there are no answers.
+        allowed: maximum number of seconds.
+        predicted: predicted seconds for all tokens; None before the measurement.
+        limit: number of tokens after which the answers are cut off.
+        late: True if there is not enough time for MIN_SAMPLE_TOKENS tokens. The answers are then
+            skipped.
     """
 
     def __init__(
@@ -376,8 +405,14 @@ class AnswerClock:
         agree: Callable[[int], int] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`generated` is called after each token. If ranks answer together, `agree` returns the
-        same limit on all of them."""
+        """Start the clock.
+
+        Args:
+            generated: function that is called after each token.
+            agree: function that returns the same limit on all ranks. It is needed if ranks generate
+                together.
+            now: function that returns the time in seconds.
+        """
         self.allowed = allowed
         self.generated = generated
         self.agree = agree
@@ -386,15 +421,15 @@ class AnswerClock:
         self.limit = SAMPLE_TOKENS
         self.late = False
         self.began = now()
-        self.seconds = [0.0]  # until each token, from the beginning
+        self.seconds = [0.0]  # seconds from the start to each token
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the clock was started."""
         return self.now() - self.began
 
     def after_token(self) -> bool:
-        """Return whether the answers end here."""
+        """Record a token, and return whether the answers must end now."""
         self.generated()
         self.seconds.append(self.elapsed)
         tokens = len(self.seconds) - 1
@@ -404,7 +439,7 @@ class AnswerClock:
             self.predicted = last + (SAMPLE_TOKENS - tokens) * pace
             if self.predicted > self.allowed:
                 self.limit = max(tokens, tokens + int((self.allowed - last) / pace))
-            # All ranks must stop at the same token.
+            # Use the same limit on all ranks, because they must stop at the same token.
             if self.agree:
                 self.limit = self.agree(self.limit)
             self.late = self.limit < min(MIN_SAMPLE_TOKENS, SAMPLE_TOKENS)
@@ -422,12 +457,17 @@ def sample_answers(
     synced: bool = False,
     clock: AnswerClock | None = None,
 ) -> list[SampleAnswer]:
-    """Greedy answers to examples of a run in progress, none if the `clock` ends them; the training
-    attention is set again.
+    """Generate greedy answers to a few examples during training.
 
-    All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed
-    once a token. `places` are those of the examples' rows, `references` their answers; `synced` as
-    for `answer_batch`.
+    All examples are in one batch, so that sharded weights are gathered, and nf4 weights
+    dequantized, only once per token. The training attention is restored afterwards.
+
+    Args:
+        stops: token ids that end an answer.
+        places: file and line of each example's row.
+        references: the answer in each example's row.
+        synced: as for `answer_batch`.
+        clock: the time limit. Return an empty list if there is not enough time.
     """
     clock = clock or AnswerClock()
     prompts = []
@@ -435,14 +475,14 @@ def sample_answers(
     rows = []
     pictures = []
     for index, example in enumerate(examples):
-        # What stands before the first supervised token is the prompt; an example that is supervised
-        # whole has none.
+        # The prompt is the part before the first supervised token. Skip an example whose prompt is
+        # empty or only one token.
         start = int(example.trained.argmax())
         if start > 1:
             prompts.append(example.ids[:start].tolist())
             rows.append(places[index] if places else "")
             pictures.append(example.pictures.pixels() if example.pictures else None)
-            # As much of the row's own answer.
+            # Truncate the reference answer to the maximum length of a sample answer.
             reference = references[index] if references else ""
             reference_ids = tokenizer(reference, add_special_tokens=False)["input_ids"]
             expected.append(decode(tokenizer, reference_ids[:SAMPLE_TOKENS]))

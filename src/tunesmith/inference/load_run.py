@@ -1,15 +1,17 @@
-"""Load what a run has written, to chat with it, generate, evaluate or merge.
+"""Loader of trained models, for chat, generation, evaluation and merging.
 
-    RUN  a run directory      its final/, else its newest whole checkpoint
-         checkpoint-N, final  as it is; the run's config.yaml is one folder up
-         an adapter's folder  PEFT files; adapter_config.json names the base
-         a model's folder     Transformers files
-         a recipe, a Hub id, a .gguf   the plain base model (only where a command takes one)
-         demo                 the demo's model, a plain base too
+A path RUN can be:
 
-`locate_run` reads small files only, so that a wrong path is reported before torch is imported;
-`load_run` loads. The chat template is always the saved one: the prompt in use is the prompt that
-was trained.
+    a run directory          loads final/, else the newest complete checkpoint
+    checkpoint-N or final    loads this folder; the run's config.yaml is in the parent folder
+    an adapter folder        PEFT files; adapter_config.json names the base model
+    a model folder           Transformers files
+    a recipe, Hub id, .gguf  loads the base model (only if the command accepts a base model)
+    demo                     loads the demo's base model
+
+`locate_run` reads only small files, so that a wrong path is reported before torch is imported.
+`load_run` loads the model. It uses the saved chat template, so that prompts are the same as in
+training.
 """
 
 import logging
@@ -28,12 +30,12 @@ from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.data.text import builtin_templates
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import RECIPE, held_out_hash, name_a_run
+from tunesmith.run_dir import RECIPE, held_out_hash, suggest_run
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +56,18 @@ _SAVED_FOLDER_NAME = re.compile(r"^(final|checkpoint-\d+)$")
 
 @dataclass(frozen=True)
 class RunLocation:
-    """The place that a path stands for, read from small files alone.
+    """Location of the model that a path names. It is found by reading only small files.
 
     Attributes:
-        holds: PEFT files over a base; a whole model that a run wrote; a plain model.
-        folder: the tokenizer and the adapter or model; None for a base that is not a run's.
-        base: the base model; where it holds a `full` model, the one it was trained from.
-        run: the resolved recipe beside it, if there is one.
-        note: which of several candidates was chosen, and why.
-        is_worth_telling: the note is for the user: the path stands for a run, or for its recipe,
-            and does not hold the last step of a finished one.
+        holds: "adapter": PEFT files; "full": a complete model that a run wrote; "base": a base
+            model.
+        folder: folder with the tokenizer and the adapter or model; None if the model is not in a
+            local Transformers or PEFT folder.
+        base: the base model. For a "full" model this is the model before training.
+        run: the resolved recipe of the run; None if there is no recipe.
+        note: text that says which of several folders was chosen, and why.
+        is_note_shown: whether the note is shown to the user. True if the path is a run directory or
+            a recipe, and the chosen model is not the last step of a finished run.
     """
 
     holds: Literal["adapter", "full", "base"]
@@ -71,32 +75,40 @@ class RunLocation:
     base: Model
     run: Run | None = field(default=None, repr=False)
     note: str = ""
-    is_worth_telling: bool = False
+    is_note_shown: bool = False
 
     @property
     def held_out_hash(self) -> str | None:
-        """The hash of the rows that the run held out; None where unknown."""
+        """Hash of the rows that the run held out; None if unknown."""
         return held_out_hash(self.folder.parent) if self.folder else None
 
     @property
     def dtype(self) -> Dtype:
-        """The base's dtype; bf16 where it is `auto`, for what only reads the weights."""
+        """Dtype of the base model, or bf16 if `model.dtype` is `auto`.
+
+        Use it only to read or convert the weights. It does not consider what the device supports.
+        """
         return "bf16" if self.base.dtype == "auto" else self.base.dtype
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The run's own sources: rows of the same shape share their column mappings."""
+        """Data sources of the run.
+
+        New rows with the same columns use the column mappings of these sources.
+        """
         return (*self.run.data.validation, *self.run.data.train) if self.run else ()
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """The run or model that a path stands for, read but for its weights.
+    """A run or model. All its files have been read, except for the weights.
 
     Attributes:
-        recipe: by which the model is built; of what no run wrote, too.
-        files: of the base, or where all was trained of the trained model, with the saved tokenizer.
-        template: the saved one.
+        location: the location of the model.
+        recipe: the recipe from which the model is built. For a base model, it has default values.
+        files: the files of the base model, or of the fully fine-tuned model, with the saved
+            tokenizer.
+        template: the saved chat template.
     """
 
     location: RunLocation
@@ -106,22 +118,23 @@ class OpenedRun:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The saved one, with a padding token."""
+        """Saved tokenizer, with a padding token."""
         return self.files.tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel(OpenedRun, Tabular):
-    """A model ready to answer: in eval mode, with an attention that takes padding masks.
+    """Loaded model in eval mode, with an attention implementation that supports padding masks.
 
     Attributes:
-        train_model: the root of training, for losses; see `training_attention`.
+        train_model: the root module that training uses. It is needed to compute losses, see
+            `training_attention`.
     """
 
     train_model: "TrainModel" = field(repr=False)
 
     def table(self) -> ResultTable:
-        """Show what was loaded, where it is, and how it is prompted."""
+        """Return a table with the loaded model, its base, its device and an example call."""
         device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
         rows = [
             ("model", str(self.location.folder or self.location.base.name)),
@@ -130,13 +143,13 @@ class LoadedModel(OpenedRun, Tabular):
             ("device", f"{device}, in {dtype}"),
             ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
         ]
-        if self.location.is_worth_telling:
+        if self.location.is_note_shown:
             rows.insert(1, ("", self.location.note))
         return ResultTable(rows)
 
     @property
     def model(self) -> "PreTrainedModel":
-        """Transformers' causal LM; its linear layers carry the adapter, if there is one."""
+        """Causal LM of Transformers. Its linear layers contain the adapter, if there is one."""
         return self.train_model.model
 
     @property
@@ -149,7 +162,7 @@ class LoadedModel(OpenedRun, Tabular):
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model's positions reach; None where nothing limits them, as in Mamba."""
+        """Maximum number of tokens of the model's context; None if it is unlimited, as in Mamba."""
         try:
             positions = self.model.config.max_position_embeddings
         except AttributeError:
@@ -158,13 +171,16 @@ class LoadedModel(OpenedRun, Tabular):
 
     @property
     def system(self) -> str | None:
-        """The system message that the run gave to rows without one."""
+        """System message that the run added to rows without a system message."""
         return self.run.data.system if self.run else None
 
     def pixels(self, pictures: "tuple[Picture, ...]", where: str = "") -> "Pixels | None":
-        """The pictures of a prompt as the model takes them; None of none.
+        """Convert the pictures of a prompt to the inputs of the model.
 
-        where: the row's place, for the DataError of a picture that cannot be read.
+        Return None if there are no pictures. Raise DataError if a picture cannot be read.
+
+        Args:
+            where: file and line of the row, for the error message.
         """
         from tunesmith.data.batches.pixels import PixelMaker, PixelTask
 
@@ -174,8 +190,10 @@ class LoadedModel(OpenedRun, Tabular):
 
     @contextmanager
     def training_attention(self) -> "Iterator[TrainModel]":
-        """The root with the attention backend of training, for losses; that of inference again
-        afterwards."""
+        """Yield the root module with the attention implementation of training, to compute losses.
+
+        The attention implementation of inference is restored afterwards.
+        """
         self.train_model.use_training_attention()
         try:
             yield self.train_model
@@ -184,7 +202,7 @@ class LoadedModel(OpenedRun, Tabular):
 
 
 def check_dtype(dtype: str | None) -> None:
-    """UsageError for a dtype of another name than the recipe's."""
+    """Raise UsageError if `dtype` is not one of the dtypes of a recipe. None is allowed."""
     names = get_args(Dtype)
     if dtype is not None and dtype not in names:
         fix = f"use one of {', '.join(names)}"
@@ -194,46 +212,52 @@ def check_dtype(dtype: str | None) -> None:
 def locate_run(
     path: str | os.PathLike[str], *, base_only: bool = False, trust_remote_code: bool = False
 ) -> RunLocation:
-    """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only`
-    the base of it.
+    """Find the model that `path` names. The module's docstring lists the supported paths.
 
-    trust_remote_code: the base may run Python code that comes with it. A run directory that enables
-        this itself is refused, because others may have written it.
+    Args:
+        base_only: locate the base model instead of the trained model.
+        trust_remote_code: run Python code that comes with the base model. If it is False, a run
+            directory whose recipe enables the code is refused, because another person may have
+            written the recipe.
 
     Raises:
-        UsageError: there is no such path, it is none of these, or its code is not trusted.
-        CheckpointError: a run directory without a finished checkpoint, or a damaged one that was
-            named.
+        UsageError: the path does not exist or is not supported, or its code is not trusted.
+        CheckpointError: the run directory has no complete checkpoint, or the given checkpoint is
+            damaged.
     """
     path = os.fspath(path)
-    place = Path(path)
-    if path == demo_model.DEMO_NAME and not _holds_model(place):
+    local_path = Path(path)
+    # A run directory, an adapter folder and a model folder have one of these files.
+    names = (RECIPE, "adapter_config.json", "config.json")
+    if path == demo_model.DEMO_NAME and not any((local_path / n).is_file() for n in names):
         base = Model(name=str(demo_model.demo_model()))
         location = RunLocation(
             "base", None, base, note=f"the demo's model: {demo_model.DEMO_DESCRIPTION}"
         )
-    elif place.is_dir():
-        if (place / RECIPE).is_file():
-            folder, note, is_worth_telling = find_saved_model(place)
-            location = replace(_in_folder(folder, note=note), is_worth_telling=is_worth_telling)
+    elif local_path.is_dir():
+        if (local_path / RECIPE).is_file():
+            folder, note, is_note_shown = find_saved_model(local_path)
+            location = replace(_in_folder(folder, note=note), is_note_shown=is_note_shown)
         else:
-            location = _in_folder(place)
-    elif place.is_file() and place.suffix in (".yaml", ".yml"):
-        run = load_recipe(place, trusts_code=trust_remote_code or None)
+            location = _in_folder(local_path)
+    elif local_path.is_file() and local_path.suffix in (".yaml", ".yml"):
+        run = load_recipe(local_path, trusts_code=trust_remote_code or None)
         note = f"the base of the recipe {path}: {run.model.name}"
         has_run = (Path(run.output_dir) / RECIPE).is_file()
         if has_run:
-            note += f"; its run is {from_here(run.output_dir)}"
-        location = RunLocation("base", None, run.model, run, note, is_worth_telling=has_run)
-    elif place.is_file() and place.suffix == ".gguf":
+            note += f"; its run is {relative_to_cwd(run.output_dir)}"
+        location = RunLocation("base", None, run.model, run, note, is_note_shown=has_run)
+    elif local_path.is_file() and local_path.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=path))
-    # A folder of that name wins over a Hub id.
-    elif _HUB_ID.match(path) and not place.parent.is_dir():
-        location = RunLocation("base", None, Model(name=path), note=_note_of_hub(path))
-    elif place.is_file():
-        raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
+    # A local folder has priority over a Hub id with the same name.
+    elif _HUB_ID.match(path) and not local_path.parent.is_dir():
+        location = RunLocation("base", None, Model(name=path), note=_hub_note(path))
+    elif local_path.is_file():
+        raise _no_model(
+            local_path, f"{path} is a {local_path.suffix or 'nameless'} file, not a model"
+        )
     else:
-        raise _no_model(place, f"there is no {path}")
+        raise _no_model(local_path, f"there is no {path}")
     if trust_remote_code:
         location = _with_base(location, replace(location.base, trust_remote_code=True))
     elif location.folder and location.base.trust_remote_code:
@@ -244,14 +268,11 @@ def locate_run(
     return location
 
 
-def _holds_model(folder: Path) -> bool:
-    """Tell whether a folder is a run, an adapter or a model."""
-    names = (RECIPE, "adapter_config.json", "config.json")
-    return any((folder / name).is_file() for name in names)
+def _hub_note(name: str) -> str:
+    """Return a text that says whether a Hub id is in the cache.
 
-
-def _note_of_hub(name: str) -> str:
-    """Say what is known of a name that is no folder's; UsageError if the Hub cannot be asked."""
+    Raise UsageError if it is not in the cache and HF_HUB_OFFLINE is set.
+    """
     from huggingface_hub import constants
 
     from tunesmith.hub.fetch import repo_cache
@@ -261,41 +282,49 @@ def _note_of_hub(name: str) -> str:
     missing = f"there is neither a folder nor a cached model {name}"
     if constants.HF_HUB_OFFLINE:
         fetch = f"HF_HUB_OFFLINE=0 tunesmith fetch {name}"
-        fix = f"use the output_dir of a run; or, of a model on the Hub, {fetch}"
+        fix = f"use the output_dir of a run, or download a model from the Hub with `{fetch}`"
         raise UsageError(missing, where=name, fix=fix)
-    return f"{missing}: it is looked up on the Hub"
+    return f"{missing}: the model is looked up on the Hub"
 
 
 def _no_model(path: Path, what: str) -> UsageError:
-    """The error for a path that stands for nothing; it names the folders there."""
+    """Build the error for a path that is not a model. The fix lists run directories nearby."""
     return UsageError(
         what,
         where=str(path),
         why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or "
         "Hub id is needed",
-        fix=name_a_run(path),
+        fix=suggest_run(path),
     )
 
 
 def require_held_out(location: RunLocation, path: str | Path) -> Run:
-    """The recipe of a run; UsageError unless it holds out rows to validate on."""
+    """Return the recipe of a run. Raise UsageError if the run has no held-out rows."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
-        why = location.note or "it is not a run directory"
+        why = location.note or f"{path} is not a run directory"
         if run:
-            why = "its recipe has neither data.validation nor data.hold_out"
+            why = "the run's recipe has neither data.validation nor data.hold_out"
         raise UsageError(
-            f"{path} has no held-out rows of its own",
+            f"{path} has no held-out rows",
             where="--data",
             why=why,
-            fix="use a file with answers that it was not trained on: --data FILE",
+            fix="give --data FILE with rows that the run was not trained on",
         )
     return run
 
 
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
-    """A checkpoint, an adapter or a model; `note` is that of `find_saved_model`, which has
-    checked for damage."""
+    """Return the location of a checkpoint, adapter or model folder.
+
+    Args:
+        note: the note that `find_saved_model` has returned. If it is given, the folder is not
+            checked for damage again.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or it has no model.
+        UsageError: the folder has no model.
+    """
     recipe = folder.parent / RECIPE
     run = None
     if _SAVED_FOLDER_NAME.match(folder.name) and recipe.is_file():
@@ -311,23 +340,23 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
                 cause="damaged",
             )
     if (folder / "adapter_config.json").is_file():
-        base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
+        base = run.model if run else _adapter_base(folder / "adapter_config.json")
         return RunLocation("adapter", folder, base, run, note)
     if (folder / "config.json").is_file():
         base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder) or "auto")
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
         raise CheckpointError(
-            "this checkpoint has training state only",
+            "this checkpoint has no model, only training state",
             where=str(folder),
-            fix=f"use the run directory, which loads a checkpoint with a model: {folder.parent}",
+            fix=f"give the run directory {folder.parent}, which has a checkpoint with a model",
         )
     raise _no_model(
-        folder, f"{folder} has no model: no config.yaml, adapter_config.json or config.json"
+        folder, f"{folder} has no model: it has no config.yaml, adapter_config.json or config.json"
     )
 
 
-def _base_of_adapter(file: Path) -> Model:
+def _adapter_base(file: Path) -> Model:
     values = read_json(file)
     name = values.get("base_model_name_or_path")
     revision = values.get("revision")
@@ -335,7 +364,7 @@ def _base_of_adapter(file: Path) -> Model:
         raise ModelError(
             "the adapter's base model is unknown",
             where=f"{file}: base_model_name_or_path",
-            fix="write the base's Hub id or folder there",
+            fix="set base_model_name_or_path to the base's Hub id or folder",
         )
     return Model(
         name=name,
@@ -345,20 +374,19 @@ def _base_of_adapter(file: Path) -> Model:
 
 
 def _stored_dtype(folder: Path) -> Dtype | None:
-    """The dtype of weights by a model folder's config.json, where that is fp16 or fp32."""
+    """Return the dtype in a model folder's config.json if it is fp16 or fp32, else None."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
-    # A vision-language model may have it for its parts alone.
+    # In the config of a vision-language model, the dtype may be only in the section of the text
+    # model.
     values = {**(values.get("text_config") or {}), **values}
     names: dict[str, Dtype] = {"float16": "fp16", "float32": "fp32"}
     return names.get(str(values.get("dtype") or values.get("torch_dtype")))
 
 
 @lines_by_default()
-def that_sees(location: RunLocation, rows: Iterable[object]) -> RunLocation:
-    """The location, with the vision part of a model that no recipe describes where the first rows
-    have pictures.
-    """
+def add_vision_if_needed(location: RunLocation, rows: Iterable[object]) -> RunLocation:
+    """Enable the vision encoder of a model without a recipe, if a row has pictures."""
     from tunesmith.data.rows.picture_places import names_pictures
 
     if location.run is None and any(map(names_pictures, rows)):
@@ -374,26 +402,28 @@ def load_run(
     dtype: Dtype | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load what `path` stands for.
+    """Load the model of a run, a checkpoint, an adapter folder or a model folder.
 
     >>> tunesmith.load_run("runs/my-run")
 
     Args:
-        path: of a run, a checkpoint, an adapter or a model; or the `Result` of a run.
-        device: None takes the GPU where there is one.
-        base_only: the base of it, with the tuned model's template, without what was trained.
-        dtype: of weights and products: `bf16`, `fp16` or `fp32`. None: the run's, or the model's
-            own; for a model of no run in bf16 what `model.dtype: auto` stands for on the device.
-        trust_remote_code: run Python code that comes with the base, which you have reviewed.
+        path: path of a run, a checkpoint, an adapter or a model; or the `Result` of a run.
+        device: the device, such as "cuda:1" or "cpu"; None: the GPU if there is one.
+        base_only: load the base model instead of the trained model, with the chat template of the
+            trained model.
+        dtype: dtype of weights and matmuls: `bf16`, `fp16` or `fp32`. None: the dtype of the run
+            or of the model. For a bf16 model without a run, None chooses as `model.dtype: auto`.
+        trust_remote_code: run Python code that comes with the base model, which you have reviewed.
 
     Raises:
-        UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
-        ModelError: the base is missing, gated, damaged, or does not fit the adapter; a file differs
-            from its checksum.
-        MachineError: there is no such device, or the CPU's memory cannot hold the weights.
+        UsageError, CheckpointError: as `locate_run`. Also CheckpointError if the run deleted the
+            checkpoint while it was read.
+        ModelError: the base model is missing, gated or damaged, or does not match the adapter; or a
+            file differs from its checksum.
+        MachineError: the device does not exist, or the CPU's memory cannot hold the weights.
     """
     check_dtype(dtype)
-    # A wrong path is reported before torch is imported.
+    # Locate the run first, so that a wrong path is reported before torch is imported.
     location = path
     if not isinstance(location, RunLocation):
         location = locate_run(location, base_only=base_only, trust_remote_code=trust_remote_code)
@@ -402,15 +432,15 @@ def load_run(
     from tunesmith.build_model import build_model
     from tunesmith.planning.resolve import inference_plan, resolve_dtype_here
 
-    place = torch.device(select_device(device))
-    # Until the files are open nobody may delete the checkpoint.
-    with undeleted(location):
+    torch_device = torch.device(select_device(device))
+    # If the run is still training, it may delete the checkpoint while this function reads it.
+    with raise_if_deleted(location):
         if location.base.dtype == "auto":
-            chosen = dtype or resolve_dtype_here(location.base, place)
+            chosen = dtype or resolve_dtype_here(location.base, torch_device)
             location = _with_base(location, replace(location.base, dtype=chosen))
         read = read_run_files(location, dtype=dtype)
-        _check_room(read.files, place)
-        plan = inference_plan(read.recipe, read.files, place)
+        _check_memory(read.files, torch_device)
+        plan = inference_plan(read.recipe, read.files, torch_device)
         train_model, _ = build_model(read.recipe, read.files, plan)
         train_model.eval()
         train_model.use_inference_attention()
@@ -418,15 +448,15 @@ def load_run(
 
 
 def _with_base(location: RunLocation, base: Model) -> RunLocation:
-    """Return the location with other settings of its base, also in the recipe of its run."""
+    """Return a location with `base` as the base model, both in the location and in its recipe."""
     run = location.run
     return replace(location, base=base, run=replace(run, model=base) if run else None)
 
 
 def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> OpenedRun:
-    """Check and read all that `location` has but its weights, in a block of `undeleted`.
+    """Check and read all files of a run or model, except for the weights.
 
-    Raises: as `load_run`.
+    Call this inside `raise_if_deleted`. The errors are those of `load_run`.
     """
     from tunesmith.hub.fetch import fetch
     from tunesmith.model.tokenizer import eos_ids
@@ -435,7 +465,8 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
         location = _with_base(location, replace(location.base, dtype=dtype or location.dtype))
     folder = location.folder
     if folder and location.holds == "base" and folder != Path(location.base.name):
-        # The weights are those of the run's base.
+        # Only the weights of the base model are used. Do not check the trained weights in this
+        # folder, because they are not read.
         manifest.check_sums(
             folder,
             reads=lambda name: (
@@ -446,7 +477,7 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
         manifest.check_sums(folder)
     run = _inference_recipe(location, dtype)
     weights = folder if location.holds == "full" and folder else fetch(location.base)
-    # A base may be a model that an earlier run wrote.
+    # The base model may be the result of an earlier run. Check its files too.
     if weights != folder:
         manifest.check_sums(weights)
     saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
@@ -457,7 +488,10 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
 
 
 def select_device(device: "str | torch.device | None") -> str:
-    """The name of a device of this machine; the GPU where none is named."""
+    """Return the name of the device, or the default device if `device` is None.
+
+    The default is the first GPU, else the CPU. Raise MachineError if the device does not exist.
+    """
     import torch
 
     names = ["cpu"]
@@ -470,17 +504,17 @@ def select_device(device: "str | torch.device | None") -> str:
             f"there is no device {device}",
             where="--device",
             why=f"this machine has {', '.join(names)}",
-            fix="name one of these",
+            fix="use one of these devices",
         )
     return str(device)
 
 
 def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
-    """The recipe by which the model is built: the run's, without what is for training only."""
+    """Return the recipe that the model is built from, with recomputation and compilation off."""
     from tunesmith.adapter.peft_files import read_adapter
 
-    # Without a run's own recipe there is a placeholder; it needs a source and an output_dir, and
-    # neither is read or written.
+    # A model without a run gets a placeholder recipe. A recipe must have a source and an
+    # output_dir, but they are not used.
     run = location.run or Run(
         model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
     )
@@ -498,25 +532,37 @@ def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
 def _read_files(
     location: RunLocation, run: Run, weights: Path, saved: Path | None
 ) -> "tuple[Run, ModelFiles]":
-    """The model's files with the `saved` tokenizer, and the recipe with the tokens that it adds."""
+    """Read the model's files and the tokenizer.
+
+    Args:
+        weights: the folder of the weights.
+        saved: the folder of the saved tokenizer; None: the tokenizer of the base model.
+
+    Return two values: the recipe, with the tokenizer's added tokens, and the files.
+    """
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.tokenizer import load_tokenizer
 
-    most = run.data.image_max_pixels
-    files = read_model_files(weights, run.model, image_max_pixels=most)
+    max_pixels = run.data.image_max_pixels
+    files = read_model_files(weights, run.model, image_max_pixels=max_pixels)
     run = replace(run, model=files.model)
     if saved is None:
         return run, files
     tokenizer = load_tokenizer(saved, run.model)
     if location.run is None and run.adapter.modules_to_save:
-        # The adapter's tokenizer tells which rows the base lacks, as for PEFT's AutoPeftModel.
+        # Treat tokens of the adapter's tokenizer that the base model lacks as added tokens. The
+        # embedding is resized to the size of the tokenizer, as in PEFT's AutoPeftModel.
         added = tokenizer.convert_ids_to_tokens(range(files.spec.vocab, len(tokenizer)))
         run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
     return run, replace(files, model=run.model, tokenizer=tokenizer)
 
 
-def _check_room(files: "ModelFiles", device: "torch.device") -> None:
-    """MachineError where a CPU cannot hold the dense weights, whatever other programs give back."""
+def _check_memory(files: "ModelFiles", device: "torch.device") -> None:
+    """Raise MachineError if the memory of the machine cannot hold the weights on the CPU.
+
+    The check uses the total memory, because other programs may free the memory that they use now.
+    Models in a quantized format are not checked.
+    """
     from tunesmith.model.dtypes import DTYPES
     from tunesmith.runtime.device import host_budget
 
@@ -527,32 +573,35 @@ def _check_room(files: "ModelFiles", device: "torch.device") -> None:
     budget = host_budget()
     if needed > budget.ceiling:
         raise MachineError(
-            f"the model does not fit: its weights take {needed / 2**30:.1f} GiB, and "
-            f"{budget.ceiling / 2**30:.1f} GiB can be used",
+            f"the model does not fit into memory: its weights take {needed / 2**30:.1f} GiB, but "
+            f"only {budget.ceiling / 2**30:.1f} GiB can be used",
             where=", ".join(filter(None, ["cpu", budget.limit.describe()])),
-            why=f"{files.spec.parameters:,} parameters in {model.dtype}",
+            why=f"the model has {files.spec.parameters:,} parameters in {model.dtype}",
             fix=budget.limit.fix(needed * 5 // 4 - budget.free)
-            or "a smaller model, or a machine with more memory",
+            or "use a smaller model, or a machine with more memory",
         )
 
 
 @contextmanager
-def undeleted(location: RunLocation) -> Iterator[None]:
-    """CheckpointError where a run that goes on deletes the checkpoint in the block: some of its
-    files went unread."""
+def raise_if_deleted(location: RunLocation) -> Iterator[None]:
+    """Raise CheckpointError if the run deletes the checkpoint while the block reads it.
+
+    A run that is still training deletes old checkpoints, so some files may not have been read.
+    """
     fault: Exception | None = None
     try:
         yield
     except Exception as error:
         fault = error
     folder = location.folder
-    # The manifest is the first file that is deleted.
+    # When the run deletes a checkpoint, it deletes the manifest first. If the manifest is missing,
+    # the run has begun to delete the checkpoint.
     if location.run and folder and not (folder / manifest.MANIFEST).is_file():
         raise CheckpointError(
-            f"{folder.name} was deleted while it was read",
+            f"{folder.name} was deleted while it was being read",
             where=str(folder),
-            why="its run is still training and keeps only the newest checkpoints (checkpoint.keep)",
-            fix=f"try again, with the run directory: {folder.parent}",
+            why="the run is still training and keeps only the newest checkpoints (checkpoint.keep)",
+            fix=f"try again with the run directory {folder.parent}",
         ) from fault
     if fault:
         raise fault
@@ -565,7 +614,12 @@ def _template(
     saved: Path | None,
     pictures: "PictureProcessor | None",
 ) -> "Template":
-    """The template in use: what a run has written holds it as the tokenizer's chat template."""
+    """Return the chat template of the model. A run saves this template in its tokenizer.
+
+    Args:
+        ends: token ids that end an answer.
+        saved: the folder of the saved tokenizer, or None.
+    """
     from tunesmith.data.text.select_template import select_template
     from tunesmith.data.text.template import Template
 
@@ -573,23 +627,23 @@ def _template(
     run = location.run
     data = run.data if run else Data(train=(Source(source="none"),))
     if saved is not None:
-        # A run whose folder has no chat template was trained without one.
+        # If the run saved no chat template, it was trained without a template.
         is_raw = jinja is None and run is not None
         if isinstance(jinja, str):
             is_raw = builtin_templates.is_raw(jinja)
         if is_raw:
             data = replace(data, template="raw", template_args={}, system=None)
         else:
-            # Its arguments are a part of the saved template.
+            # Drop the template arguments, because the saved template already contains them.
             data = replace(data, template="auto", template_args={})
     template = select_template(data, tokenizer, ends, pictures)
     if saved is not None and template.jinja is not None and "message.input" in template.jinja:
-        # One of our own texts, with instruction and input apart: rows must reach it in that form,
-        # as in training.
+        # The saved template is one of tunesmith's templates that take instruction and input
+        # separately. Set its name, so that rows are converted as in training.
         alpaca_texts = [builtin_templates.alpaca(bos=bos) for bos in (True, False)]
         name = "alpaca" if template.jinja in alpaca_texts else "pattern"
         template = Template(tokenizer, ends, jinja=template.jinja, name=name, pictures=pictures)
-    # A base model without a template gets unchanged prompts; its chats take the alpaca
-    # text.
+    # If a base model has no chat template, its prompts are not changed, and chats are rendered as
+    # alpaca text.
     template.raw |= run is None and jinja is None
     return template

@@ -1,7 +1,9 @@
-"""torch's elastic agent of a node, with two things added: it names ranks that a signal killed, and
-starts none after a stop signal.
+"""Subclass of torch's elastic agent.
 
-The heartbeats of other nodes cannot see why a rank of this node is silent: its agent can.
+It reports ranks that were killed by a signal, and it does not restart ranks after a stop signal.
+
+If a rank is killed, ranks on other nodes only notice that its heartbeat stops. Only the agent on
+the node of the killed rank knows the reason.
 """
 
 import json
@@ -29,20 +31,22 @@ from tunesmith.host.signals import SIGNAL_NAMES
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-# Seconds in which the ranks of other nodes read the fault: they look once a second
+# Seconds to wait after a fault is reported, so that the ranks of other nodes can read it. They
+# check once per second.
 READ_TIME = 2.5
-# torch's errors of a store
+# Exceptions that torch's TCPStore raises.
 STORE_ERRORS = (RuntimeError, ValueError)
 
 
 class ForwardStop:
-    """Hands stop signals on to the ranks of this node, from when it is created.
+    """A handler that forwards stop signals to the ranks of this node.
 
-    Before there are any a signal ends the agent.
+    Creating an instance installs the handler. A signal that comes before the ranks are started ends
+    the agent's process.
 
     Attributes:
-        number: of the last stop signal; 0: none came.
-        ranks_began: whether ranks were started: from then on they decide how the run ends.
+        number: the number of the last stop signal, or 0.
+        ranks_began: whether ranks were started. From then on the ranks decide how the run ends.
     """
 
     def __init__(self) -> None:
@@ -50,12 +54,13 @@ class ForwardStop:
         self.ranks_began = False
         self._signalled: set[int] = set()
         for name in SIGNAL_NAMES:
-            # nohup ignores SIGHUP for its command, which stays so.
+            # Do not handle a signal that the calling program ignores. For example, `nohup` ignores
+            # SIGHUP.
             if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
                 signal.signal(signal.Signals[name], self._forward)
 
     def not_begun(self, why: str) -> StoppedError:
-        """The error of a stop before the first step."""
+        """Build the error for a stop before the first training step."""
         what = f"stopped by {signal.Signals(self.number).name} before the first step"
         return StoppedError(what, why=why, fix="start the same command again")
 
@@ -63,15 +68,19 @@ class ForwardStop:
         self.number = number
         name = signal.Signals(number).name
         agent = f"the node agent on {socket.gethostname()}"
-        line = f"{name} came to {agent}, which forwards it to its ranks\n"
-        # The signal may have come in the middle of a print, which cannot be entered again.
+        line = f"{agent} received {name} and forwards it to its ranks\n"
+        # Use os.write, because the signal may have interrupted a `print`, which is not reentrant.
         os.write(sys.stderr.fileno(), line.encode())
         self.send(again=True)
         if not self.ranks_began:
             raise self.not_begun("the other nodes had not joined yet")
 
     def send(self, *, again: bool) -> None:
-        """Hand the last signal on, `again` also to ranks that have got one."""
+        """Send the last signal to the ranks of this node.
+
+        Args:
+            again: also send it to ranks that have already received a signal.
+        """
         import psutil
 
         for rank in psutil.Process().children():
@@ -81,40 +90,42 @@ class ForwardStop:
 
 
 def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
-    """Let torch's launcher use the agent of this module.
+    """Make torch's launcher use the agent of this module.
 
     Args:
-        store: of the ranks of all nodes.
-        stop: the stop signals of this process.
+        store: the store of the ranks of all nodes.
+        stop: the handler of this process's stop signals.
     """
 
     class Agent(LocalElasticAgent):
-        """torch's own, which sees signals: those to itself, and those that killed a rank."""
+        """torch's elastic agent that also handles stop signals and reports killed ranks."""
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
             if stop.number:
                 raise stop.not_begun("the ranks were being restarted")
             stop.ranks_began = True
-            # The kernel counts kills since its start: the difference is that of this attempt.
+            # The kernel counts out-of-memory kills since boot. Save the count now, to compute later
+            # how many processes were killed during this attempt.
             self._oom_kills = oom_kills()
             return super()._start_workers(worker_group)
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-            # Ranks may have been starting when the signal came.
+            # Send the stop signal to ranks that were still starting when it came.
             if stop.number:
                 stop.send(again=False)
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
                 return result
             if stop.number:
-                # torch starts failed ranks again; after a stop it must not.
+                # Keep torch from restarting failed ranks after a stop signal.
                 self._remaining_restarts = 0
             signals = {}
             for rank, failure in result.failures.items():
-                # As of subprocess: a signal is a negative exit code.
+                # A negative exit code is the number of the signal that ended the process.
                 if failure.exitcode < 0:
                     signals[rank] = -failure.exitcode
-            # On one node all ranks have the same agent, which prints the signal.
+            # Report only if there are several nodes. On a single node, the launcher prints the
+            # signal.
             nodes = worker_group.group_world_size or 1
             if signals and nodes > 1:
                 publish_killed(store, signals, new_oom_kills=oom_kills() - self._oom_kills)
@@ -124,15 +135,17 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
 
 
 def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills: int) -> None:
-    """Tell the ranks of other nodes which rank of this one was killed, and wait until they know.
+    """Report a killed rank of this node to the ranks of other nodes, and wait until they read it.
 
-    The store may be gone with its node, and ranks may not have met yet: then nobody waits for it.
+    Do nothing if the node with the store has failed, or if the ranks have not connected to the
+    store yet.
 
     Args:
-        signals: the ranks that were killed, and the numbers of the signals.
-        new_oom_kills: of the kernel, since the ranks were started.
+        store: the store of the ranks of all nodes.
+        signals: the number of the signal for each killed rank.
+        new_oom_kills: number of out-of-memory kills by the kernel since the ranks were started.
     """
-    # The lowest rank stands for all that were killed.
+    # If several ranks were killed, report only the lowest of them.
     rank = min(signals)
     try:
         if not store.check([HEARTBEAT_NAME]):
@@ -140,7 +153,7 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
         heartbeats = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
         beat = json.loads(heartbeats.get(f"beat/{rank}"))
         fault = kill_fault(rank, signals[rank], beat, is_oom=new_oom_kills > 0)
-        # The first fault stands: a rank may have seen it before.
+        # Do not replace an earlier fault, because a rank may already have read it.
         heartbeats.compare_set("fault", UNDECIDED, json.dumps(fault))
         sleep(READ_TIME)
     except STORE_ERRORS:
@@ -148,17 +161,18 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
 
 
 def kill_fault(rank: int, number: int, beat: Mapping[str, str], *, is_oom: bool) -> ErrorFields:
-    """The error that ends all ranks, in the fields that their heartbeats expect.
+    """Build the error that ends all ranks, in the format that the heartbeats use.
 
     Args:
-        number: of the signal.
-        beat: the last of the killed rank.
-        is_oom: whether the kernel has killed for want of memory.
+        rank: the killed rank.
+        number: the number of the signal.
+        beat: the last heartbeat of the killed rank.
+        is_oom: whether the kernel has killed a process because memory was exhausted.
     """
     host = socket.gethostname()
     name = signal.Signals(number).name
     cause = "oom-kill" if number == signal.SIGKILL and is_oom else "killed"
-    why = f"its node agent saw {name}"
+    why = f"the agent of the rank's node reported {name}"
     return {
         "what": f"rank {rank} on {host} was killed by {name}",
         "where": f"rank {rank}: {beat['place']}" if beat.get("place") else "",

@@ -1,8 +1,9 @@
-"""Launched runs, as `status`, `logs` and `stop` find them again: by name, or by run directory.
+"""Registry of launched runs ("jobs"), which `status`, `logs` and `stop` look up by name or by run
+directory.
 
-A launch leaves one small file in the user's state folder: which kind it is, where the run directory
-and its log are, and what that kind needs to find it. It holds no token. A run that nobody launched
-is recognized by its directory all the same.
+A launch writes one small file to the user's state folder: the kind of launch, the run directory,
+the log file, and the data with which this kind of launch finds the job again. The file contains no
+token. A run that was started without `launch` has no such file, but is found by its run directory.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.files import near_path, write_atomically
+from tunesmith.host.files import find_similar_path, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import newest_record, newest_records
 from tunesmith.metrics.run_figures import RECENT_STEPS
@@ -44,7 +45,7 @@ from tunesmith.run_dir import (
     STOPPED,
     SWEEP,
     RunState,
-    how_far,
+    ended_state,
     open_regular,
     read_failure,
     read_manifest,
@@ -55,18 +56,21 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import format_seconds
 
-# kind -> its class, in tools/launch/<kind>.py
+# Name of the job class for each kind of launch. The class is in tools/launch/<kind>.py.
 JOB_CLASSES = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
-# In the run directory: what launches write there; runs do not touch it.
+# Name of a folder in the run directory. Only `launch` writes files to this folder.
 FOLDER = LAUNCH
-# Of these a run writes the first within seconds.
+# Files that are written by a run. If one of them exists, the run has started. The first of them is
+# written within seconds.
 WRITTEN_BY_RUNS = (METRICS, RECIPE, IDENTITY, LOG)
-LOG_BYTES = 1 << 20  # of a job's log, in which its first error is looked for
-POLL = 0.5  # seconds between two looks at a log that is followed
+# Number of bytes at the start of a job's log in which the first error is searched.
+LOG_BYTES = 1 << 20
+# Seconds between two reads of a log while a command waits for new text.
+POLL = 0.5
 
 
 class JobState(NamedTuple):
-    """The state of a job, and more of it in words."""
+    """The state of a job, with a description in words."""
 
     state: RunState
     text: str
@@ -76,10 +80,15 @@ class JobState(NamedTuple):
         return self.state in (RunState.QUEUED, RunState.RUNNING)
 
     def after(self, ending: RunState, words: str) -> "JobState":
-        """This state of a run directory, with what a queue says of how the job ended.
+        """Combine this state, which was read from the run directory, with the state in a job queue.
 
-        The run directory knows better of a stop and a failure: a job that was stopped may be
-        "completed" or "cancelled". It says nothing where this machine does not see its disk.
+        If the run directory says that the run was stopped or failed, its state is used, because the
+        queue may call such a job "completed" or "cancelled". Otherwise the state of the queue is
+        used, because this machine may not have access to the run directory.
+
+        Args:
+            ending: the state that the job queue reports.
+            words: a description of `ending`.
         """
         if self.state in (RunState.STOPPED, RunState.FAILED):
             ending = self.state
@@ -88,14 +97,15 @@ class JobState(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A run, identified by its directory alone; each kind of launch is a subclass with more.
+    """A run that is identified by its run directory. Each kind of launch has a subclass.
 
     Attributes:
-        name: `local-4711`, `slurm-123`; the first word is the kind. Empty: nobody launched it.
-        run_dir: absolute.
-        host: where it was launched.
-        log: the file of its output.
-        details: what this kind needs to find it.
+        name: the name, such as `local-4711` or `slurm-123`. The first word is the kind of launch.
+            "" if the run was started without `launch`.
+        run_dir: the absolute path of the run directory.
+        host: the host on which the run was launched.
+        log: the file with the output of the run.
+        details: the data that this kind of launch needs to find the job.
     """
 
     name: str
@@ -105,56 +115,65 @@ class Job:
     details: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> JobState:
-        """Read what the run directory says; if another job was launched there since, that alone."""
+        """Read the state of the job from its run directory.
+
+        The state is UNKNOWN if a later job was launched in the same run directory.
+        """
         later = self.later_job()
         if later:
-            text = f"{later.name} was later launched in the same run directory"
+            text = f"the newer job {later.name} uses the same run directory"
             return JobState(RunState.UNKNOWN, text)
         out = Path(self.run_dir)
-        # The lock first: while a process trains here, files of earlier starts do not describe this
-        # one.
+        # Check the lock first, because the directory of a running process may still have files of
+        # earlier starts, such as failure.json.
         if is_locked(out):
             return JobState(RunState.RUNNING, step_and_time_left(out) or "before the first step")
         failure = read_failure(out).value if self.has_written(FAILURE) else None
         stopped = read_stopped(out).value if self.has_written(STOPPED) else None
         final = read_part(out / FINAL, read_manifest).value
         record = newest_record(out)
-        state, step = how_far(record.get("step"), failure, stopped, final)
-        # By the step and the epoch of one record; what is saved may be a step further.
+        state, step = ended_state(record.get("step"), failure, stopped, final)
+        # Compute the total number of steps from the step and epoch of one record. Do not use the
+        # saved step, which may be one step later than the record.
         total = _total_steps(out, record)
         texts = [_describe_step({**record, "step": step}, total) or "before the first step"]
         if failure:
             texts.insert(0, failure.get("what") or "")
         elif stopped and stopped.get("step"):
             texts.insert(0, "saved")
-        # A start that ended before it wrote anything left its error in its log alone.
+        # If the job failed before it wrote any file, only the log contains its error.
         if self.log and not (failure or stopped or any(map(self.has_written, WRITTEN_BY_RUNS))):
             error = first_error(Path(self.log))
             if error:
                 return JobState(RunState.FAILED, error)
         if state is RunState.KILLED:
             if not holds_run(out):
-                return JobState(RunState.UNKNOWN, "its run directory contains no run yet")
-            texts.append("no process is running here; the same command resumes")
+                return JobState(RunState.UNKNOWN, "the run directory contains no run yet")
+            texts.append("this machine has no process of the run; the same command resumes the run")
         if state is RunState.FINISHED and final and final["step"] != step:
-            texts.append(f"{FINAL}/ is of step {final['step']}")
+            texts.append(f"{FINAL}/ has the weights of step {final['step']}")
         return JobState(state, ", ".join(filter(None, texts)))
 
     def is_alive(self) -> bool:
-        """Tell whether a process of it is known to run on this machine."""
+        """Return whether a process of this job is known to run on this machine."""
         return False
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
-        """The log's text, in pieces; `follow`: until the job has ended."""
+        """Yield the text of the log file in pieces.
+
+        Args:
+            follow: wait for new text until the job has ended.
+        """
         log = Path(self.log or Path(self.run_dir, LOG))
         while follow and not log.exists() and self.state().at_work:
             time.sleep(POLL)
         try:
             file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
-            fix = f"tunesmith status {shell_path(self.name or self.run_dir)}"
+            status = f"tunesmith status {shell_path(self.name or self.run_dir)}"
+            fix = f"check with `{status}` whether the job has started"
             raise MachineError(
-                "there is no log yet", where=str(log), why=error.strerror or "", fix=fix
+                "the log cannot be opened", where=str(log), why=error.strerror or "", fix=fix
             ) from None
         with file:
             is_over = not follow
@@ -166,78 +185,86 @@ class Job:
                     return
                 else:
                     time.sleep(POLL)
-                    # The end of the log is read once more after the job has ended.
+                    # If the job has ended, read the log once more to get its last lines.
                     is_over = not self.state().at_work
 
     def has_written(self, name: str) -> bool:
-        """Tell whether the run directory has this file, and it is not from before the launch."""
+        """Return whether the run directory has a file `name` that is newer than the launch of the
+        job.
+        """
         file = Path(self.run_dir, name)
         try:
             launched_at = (_notes() / f"{self.name}.json").stat().st_mtime
             return file.stat().st_mtime >= launched_at
         except OSError:
-            # Nobody launched the job, or on another machine: there is no note of it here.
+            # If this machine has no file of the job, the time of the launch is unknown. Therefore
+            # accept a file `name` of any age.
             return file.is_file()
 
     def later_job(self) -> "Job | None":
-        """The newest job of this run directory, where this one is an earlier job of it."""
+        """Return the newest job of this run directory if it is newer than this job, else None."""
         jobs = jobs_of(self.run_dir)
         is_earlier = self.name in [job.name for job in jobs[:-1]]
         return jobs[-1] if is_earlier else None
 
     def stop(self) -> str:
-        """Ask it to save and end, by the file `stop` in its directory.
+        """Ask the run to save and end, by creating the file `stop` in its run directory.
 
         Returns:
-            A line for the user about it.
+            A message for the user.
         """
         if self.later_job() or not is_locked(Path(self.run_dir)):
             state = self.state()
-            return f"nothing to stop: {state.state}, {state.text}"
+            return f"there is nothing to stop: the state is {state.state}, {state.text}"
         Path(self.run_dir, STOP_FILE).touch()
-        return "stop requested by the file `stop` in its run directory: saves, then stops"
+        return "stop requested by the file `stop` in the run directory: the run saves, then stops"
 
     def check_ended(self) -> None:
-        """UsageError where the job waits or runs: no second one is launched beside it."""
+        """Raise UsageError if the job is queued or running, so that no second job is launched."""
         state = self.state()
         if state.at_work:
             raise UsageError(
                 f"{self.name or 'a run'} is already running",
                 where=self.run_dir,
                 why=state.text,
-                fix=f"tunesmith stop {shell_path(self.name or self.run_dir)}; "
-                "or output_dir=runs/another-name",
+                fix=f"run `tunesmith stop {shell_path(self.name or self.run_dir)}`, "
+                "or set output_dir=runs/another-name",
             )
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Tell whether there is a run to read: some file of it, or a process that has begun one."""
+    """Return whether a folder contains a run: a file of a run, or the lock of a running process."""
     return any((run_dir / name).is_file() for name in WRITTEN_BY_RUNS) or is_locked(run_dir)
 
 
 def first_error(log: Path) -> str:
-    """Find the first error in a job's log, ours or one of Slurm's; empty if there is none."""
+    """Return the first error of tunesmith or Slurm in a job's log, or "" if there is none."""
     with suppress(OSError), open_regular(log) as file:
         text = file.read(LOG_BYTES).decode(errors="replace")
-        # The rest of a long line is indented; the lines below it have a name in front.
+        # Match the error message and its continuation lines, which are indented by at least three
+        # spaces. The lines after the message, such as "  fix: ...", are indented by two spaces.
         match = re.search(r"^(?:\w+: )?error: (.+(?:\n {3,}.+)*)", text, re.MULTILINE)
         return " ".join(match[1].split()) if match else ""
     return ""
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the run directories in a folder and in those of its folders that are not runs."""
+    """Yield the run directories in a folder. Subfolders that are not runs are searched too."""
     for path in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
         if holds_run(path) and (path.parent == folder or not holds_run(path.parent)):
             yield path
 
 
 def with_runs_of_folders(words: Sequence[str]) -> list[str]:
-    """Run directories, in place of a folder that holds runs these; each once, in their order."""
+    """Replace each folder that contains runs by its run directories.
+
+    Other words are kept. The order is kept, and duplicates are removed.
+    """
     named = []
     for word in words:
         folder = Path(word)
-        # The folder of a sweep is no run, even while it trains.
+        # The folder of a sweep contains runs but is not a run itself, although a running sweep
+        # locks it.
         is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
         runs = () if is_run_itself else run_folders(folder)
         named += [*map(str, runs)] or [word]
@@ -245,15 +272,15 @@ def with_runs_of_folders(words: Sequence[str]) -> list[str]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Tell whether a process of this machine has locked the run directory."""
+    """Return whether a process of this machine has locked the run directory."""
     try:
-        # To open a pipe of that name would wait for its other end.
+        # Use O_NONBLOCK, because opening a named pipe would otherwise block.
         handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        # A shared lock is refused where a run has the exclusive one; two readers do not disturb
-        # each other.
+        # A running run has the exclusive lock, so that this shared lock fails. The lock is shared,
+        # because several readers may check it at the same time.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -265,7 +292,10 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def is_at_work(run_dir: Path) -> bool:
-    """Tell whether a process of this machine trains here, or was launched to and has not locked."""
+    """Return whether a process of this machine trains in the run directory.
+
+    Also return True if a process was launched but has not locked the directory yet.
+    """
     if is_locked(run_dir):
         return True
     if not (run_dir / FOLDER).is_dir():
@@ -274,16 +304,19 @@ def is_at_work(run_dir: Path) -> bool:
 
 
 def last_step(run_dir: str | Path) -> str:
-    """`step 120 of 400, loss 1.234` of the newest record; empty before the first.
+    """Describe the newest metrics record, as in `step 120 of 400, loss 1.234`.
 
-    It reads the end of the file alone.
+    Return "" if there is no record yet. Only the end of metrics.jsonl is read.
     """
     record = newest_record(Path(run_dir))
     return _describe_step(record, _total_steps(Path(run_dir), record))
 
 
 def step_and_time_left(run_dir: str | Path) -> str:
-    """`last_step` of a run that is at work, with the time that is left by its newest steps."""
+    """Describe the newest record of a running run, with an estimate of the remaining time.
+
+    The estimate uses the mean duration of the newest steps.
+    """
     records = list(itertools.islice(newest_records(Path(run_dir)), RECENT_STEPS))
     if not records:
         return ""
@@ -297,42 +330,49 @@ def step_and_time_left(run_dir: str | Path) -> str:
 
 
 def _describe_step(record: Mapping[str, int | float | None], total: int | None) -> str:
-    """`step 120 of 400, loss 1.234`; empty without a loss."""
+    """Describe a record, as in `step 120 of 400, loss 1.234`. Return "" if it has no loss."""
     if record.get("loss") is None:
         return ""
-    of_total = f" of {total}" if total else ""
-    return f"step {record['step']}{of_total}, loss {record['loss']:.4g}"
+    total_text = f" of {total}" if total else ""
+    return f"step {record['step']}{total_text}, loss {record['loss']:.4g}"
 
 
 def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int | None:
-    """The steps of the whole run by its recipe; None where it ends by the clock."""
+    """Estimate the total number of steps of a run.
+
+    Return None if it is unknown, for example because the duration is a time.
+    """
     step = record.get("step") or 0
     share = share_done(read_recipe(run_dir).value, step, record.get("epoch") or 0)
     return round(step / share) if share else None
 
 
 def safe_value(value: str, where: str) -> str:
-    """The value, if it may stand in a script or a stack file.
+    """Return the value if it can be written to a shell script or a Docker stack file.
 
-    UsageError where it holds a control character: a newline would end the line that quotes it; the
-    others change what a terminal shows of the script.
+    Raise UsageError if the value has a control character. A newline would end the line of the
+    script, and other control characters would change how a terminal shows the script.
     """
     if not value.isprintable():
-        what = f"a line break or control character in {value!r}"
-        raise UsageError(what, where=where, fix="write the value without it")
+        what = f"{value!r} contains a line break or another control character"
+        raise UsageError(what, where=where, fix="remove the character from the value")
     return value
 
 
 def name_of_run(kind: str, run_dir: str) -> str:
-    """A job's name for a run directory, which no other directory has: `swarm-my-run-1f3a5c`."""
-    # Docker takes few characters in a name: small letters, digits and - are always among them.
+    """Return a job name that is unique for a run directory, such as `swarm-my-run-1f3a5c`."""
+    # Use only lowercase letters, digits and "-", which are allowed in all Docker names.
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run_dir).lower())[:30].strip("-")
     digest = hashlib.sha256(os.fsencode(run_dir)).hexdigest()
     return "-".join(filter(None, (kind, slug, digest[:6])))
 
 
 def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[str]:
-    """The words after `python` that start the node agent on a recipe; `flags` are its own."""
+    """Return the arguments of `python` that start the node agent with a recipe.
+
+    Args:
+        flags: flags of the node agent with their values.
+    """
     words = ["-m", "tunesmith.launch.node"]
     for flag, value in flags.items():
         words += [f"--{flag}", str(value)]
@@ -342,14 +382,15 @@ def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[s
 
 
 def recipe_file(run_dir: str) -> Path:
-    """Return the path at which `write_recipe` puts the recipe of a run directory."""
+    """Return the path to which `write_recipe` writes the recipe of a run directory."""
     return Path(run_dir, FOLDER, "recipe.yaml")
 
 
 def write_recipe(run: Run) -> Path:
-    """Write the resolved recipe into the run directory, for the nodes.
+    """Write the resolved recipe to the run directory, where all nodes read it.
 
-    UsageError where a run is at work there, which may read its recipe again.
+    Raise UsageError if a run is active in the directory, because a rank of this run may still read
+    the file.
     """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
     check_free(run.output_dir)
@@ -360,55 +401,60 @@ def write_recipe(run: Run) -> Path:
 
 
 def check_free(run_dir: str) -> None:
-    """UsageError where a job of the run directory waits or runs, or a process holds its lock."""
+    """Raise UsageError if a job is queued or running in the run directory, or if it is locked."""
     for job in (*jobs_of(run_dir), Job("", run_dir)):
-        # A queue or daemon that does not answer says nothing of its job: the lock does.
+        # If the job queue or daemon does not answer, `check_ended` raises MachineError, because the
+        # state of the job is unknown. Ignore this error. The last `Job` of the loop still checks
+        # whether a process has locked the run directory.
         with suppress(MachineError):
             job.check_ended()
 
 
 def _notes() -> Path:
-    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`."""
+    """Return the user's folder of job files, in `$XDG_STATE_HOME` or `~/.local/state`."""
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     return state / "tunesmith" / "jobs"
 
 
 def state_folder() -> Path:
-    """The user's folder of jobs, created for the user alone."""
+    """Return the user's folder of job files. Create it if needed, readable only by the user."""
     folder = _notes()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 
 def save_job(job: Job) -> None:
-    """Note a job, in place of an earlier one of its name."""
+    """Write the file of a job. It replaces the file of an earlier job with the same name."""
     write_atomically(state_folder() / f"{job.name}.json", json.dumps(asdict(job), indent=1))
 
 
 def all_jobs() -> list[Job]:
-    """The noted jobs, the newest last; a note that cannot be read is left out."""
+    """Return all saved jobs, the newest last. Files that cannot be read are skipped."""
     jobs = []
     for file in sorted(_notes().glob("*.json"), key=lambda path: path.stat().st_mtime):
         # The kind is the first word of the name: `swarm-my-run-1f3a5c`.
         kind = file.stem.partition("-")[0]
-        # A file of somebody else's, of another version, or of a tool that is not here.
+        # Skip a file of another user, of another version or of a launch tool that is not installed.
         with suppress(OSError, ValueError, TypeError, KeyError, ModuleNotFoundError):
             job_class = JOB_CLASSES[kind]
-            # Each kind is imported only if there is a job of it.
+            # Import the module of a kind only if there is a job of this kind.
             module = import_module(f"tunesmith.tools.launch.{kind}")
             jobs.append(vars(module)[job_class](**json.loads(file.read_bytes())))
     return jobs
 
 
 def jobs_of(run_dir: str) -> list[Job]:
-    """The noted jobs of a run directory, the newest last."""
-    # It may be reached by a link: paths are compared without links.
+    """Return the saved jobs of a run directory, the newest last."""
+    # Resolve symbolic links, because different paths can lead to the same directory.
     place = os.path.realpath(run_dir)
     return [job for job in all_jobs() if os.path.realpath(job.run_dir) == place]
 
 
 def find_job(word: str) -> Job:
-    """The job of that name, or the newest of that run directory; UsageError if there is neither."""
+    """Return the job whose name is `word`, or the newest job of the run directory `word`.
+
+    Raise UsageError if there is no such job and no such run.
+    """
     jobs = all_jobs()
     named = [job for job in jobs if job.name == word] or jobs_of(word)
     if named:
@@ -416,8 +462,12 @@ def find_job(word: str) -> Job:
     if is_run(Path(word)) or is_locked(Path(word)):
         return Job("", os.path.realpath(word))
     newest = ", ".join(job.name for job in jobs[-5:]) or "none"
-    near = near_path(Path(word))
-    fix = f"did you mean {near}?" if near and holds_run(near) else "tunesmith status lists all jobs"
+    near = find_similar_path(Path(word))
+    fix = (
+        f"did you mean {near}?"
+        if near and holds_run(near)
+        else "list all jobs with `tunesmith status`"
+    )
     raise UsageError(
         f"{word} is neither a job of {getpass.getuser()} nor a run directory",
         where="command line",

@@ -1,11 +1,13 @@
-"""The node agent: starts the ranks of one node, whoever starts it: a terminal, docker, srun, a
-Swarm task.
+"""The node agent, which starts the ranks of one node.
+
+It can be started from a terminal, by docker, by srun or as a Swarm task.
 
   python -m tunesmith.launch.node --nodes 2 --ranks 8 --endpoint HOST:29500 -- train my-recipe.yaml
 
-torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 success, 1 failed,
-2 refused before the first step, 75 stopped with all saved. A stop signal goes on to the ranks of
-this node, and all ranks of all nodes agree to save and end. One rank alone takes this process over.
+torch's elastic launcher runs in this process. The exit codes are the same as for `train`: 0
+success, 1 failed, 2 refused before the first step, 75 stopped and saved. A stop signal is forwarded
+to the ranks of this node, and the ranks of all nodes agree to save and end. If there is only one
+rank, it replaces this process.
 """
 
 import argparse
@@ -54,26 +56,31 @@ if TYPE_CHECKING:
 
     from tunesmith.launch.elastic import ForwardStop
 
-# NCCL takes the functions of one port for one device: 161 in place of 98 Gb/s between two Sparks,
-# by a report of their users.
+# NCCL setting that merges the PCIe functions of one network port into one device. With this
+# setting, users report 161 instead of 98 Gb/s between two DGX Sparks.
 MERGE_NICS = ("NCCL_IB_MERGE_NICS", "1")
 CPP_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The agent's flags; the words after `--` are those of `tunesmith`."""
+    """Build the parser of the agent's flags. The words after `--` are a command of tunesmith."""
     p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
-    p.add_argument("--nodes", default="1", metavar="N", help="of the run (default: 1)")
+    p.add_argument("--nodes", default="1", metavar="N", help="number of nodes (default: 1)")
     p.add_argument(
-        "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one per GPU, or one"
+        "--ranks",
+        default="auto",
+        metavar="N|auto",
+        help="number of ranks on this node; auto: one per GPU, or one if there is no GPU",
     )
     p.add_argument(
         "--endpoint",
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="of the node with the store",
+        help="address of the node that runs the rendezvous store (the first node)",
     )
-    p.add_argument("--id", default="tunesmith", help="of the run, if several share an endpoint")
+    p.add_argument(
+        "--id", default="tunesmith", help="id of the run, needed if several runs share an endpoint"
+    )
     p.add_argument(
         "--restarts",
         type=int,
@@ -86,19 +93,25 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=EXIT_STOPPED,
         metavar="CODE",
-        help="exit code of a stopped and saved run (75); 0 for Swarm, which restarts any other",
+        help="exit code of a stopped and saved run (default: 75); use 0 for Swarm, which restarts"
+        " a task after any other code",
     )
     p.add_argument(
-        "--debug", action="store_true", help="tracebacks, and what NCCL does, in the output"
+        "--debug", action="store_true", help="show tracebacks and NCCL's log in the output"
     )
-    p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
+    p.add_argument(
+        "words", nargs="+", metavar="-- train RECIPE", help="the command that every rank runs"
+    )
     return p
 
 
 def run_agent(argv: Sequence[str] | None = None) -> int:
-    """Run the agent with these words -> exit code; one rank alone does not return.
+    """Run the agent and return its exit code.
 
-    argv: None: those of the process.
+    The function does not return if there is only one rank, which replaces this process.
+
+    Args:
+        argv: the command-line arguments, or None for the arguments of this process.
     """
     args = parser().parse_args(argv)
     try:
@@ -106,14 +119,15 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         print(visible(error.text()), file=sys.stderr)
         code = error.exit_code
-    # A caller's signals are its own, and what it starts would inherit that they are ignored
+    # Ignore signals only if this process was started as the agent. If another program called this
+    # function, its later child processes would inherit the ignored signals.
     if argv is None:
         ignore_stop_signals()
     return args.stopped if code == EXIT_STOPPED else code
 
 
 def run_node(args: argparse.Namespace) -> int:
-    """Start the ranks that the parsed flags describe and wait for their end -> exit code."""
+    """Start the ranks that the flags describe, wait until they end and return the exit code."""
     command, *rest = args.words
     out = None
     if command == "train":
@@ -127,8 +141,8 @@ def run_node(args: argparse.Namespace) -> int:
         os.environ["TUNESMITH_DEBUG"] = "1"
         os.environ.setdefault("NCCL_DEBUG", "INFO")
     is_one_rank = ranks == args.nodes == 1
-    # One rank needs no launcher: it takes the place of this process, so that signals reach it
-    # directly.
+    # A single rank needs no launcher. Replace this process by the rank, so that the rank gets
+    # signals directly.
     if is_one_rank and not args.restarts:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
@@ -137,22 +151,25 @@ def run_node(args: argparse.Namespace) -> int:
 def run_program(
     args: argparse.Namespace, ranks: int, program: Sequence[str], out: Path | None
 ) -> int:
-    """Start a program as the ranks of this node, and wait -> exit code.
+    """Start a program once for each rank of this node, wait until all end and return the exit code.
 
     Args:
-        args: the parsed flags, but for `ranks` and `words`.
-        program: a script or `-m` a module, and its words.
-        out: the run directory, where the ranks write that they were stopped; None if they do not
-            train.
+        args: the parsed flags. `args.ranks` and `args.words` are not used.
+        ranks: number of ranks on this node.
+        program: a script, or `-m` and a module, with its arguments.
+        out: the run directory, in which the ranks write stopped.json. None if they do not train.
     """
     host, _, port = args.endpoint.rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(
-            f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500"
+            f"{args.endpoint} is not an address in the form HOST:PORT",
+            where="--endpoint",
+            fix="write the address like this: --endpoint 10.0.0.1:29500",
         )
     from tunesmith.launch.elastic import ForwardStop, install_agent  # loads torch
 
-    # A file of an earlier run in this directory is no news.
+    # Remember the modification time of stopped.json. If it does not change, the file is from an
+    # earlier run.
     stopped_before = stopped_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port))
@@ -163,14 +180,15 @@ def run_program(
         store = connect_store(endpoint)
     register_backend(store, endpoint)
     install_agent(store, stop)
-    # torch leaves its own folder behind.
+    # Give torch a temporary folder for logs, because torch does not delete the folder it creates.
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:
         launcher = _launcher_words(args, ranks, endpoint, folder)
         code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > stopped_before:
         return EXIT_STOPPED
     is_done = out is not None and (out / FINAL).is_dir()
-    # stopped.json may be on another node.
+    # The run was stopped even if this node has no new stopped.json, because another node may have
+    # written the file to its own disk.
     if stop.number and code == EXIT_OK and not is_done:
         return EXIT_STOPPED
     return code
@@ -179,7 +197,11 @@ def run_program(
 def _launcher_words(
     args: argparse.Namespace, ranks: int, endpoint: Endpoint, folder: str
 ) -> list[str]:
-    """The flags of torch's elastic launcher, but for the rendezvous id; `folder`: for logs."""
+    """Return all flags of torch's elastic launcher except the rendezvous id.
+
+    Args:
+        folder: the folder for the launcher's logs.
+    """
     flags = {
         "--nnodes": str(args.nodes),
         "--nproc-per-node": str(ranks),
@@ -187,7 +209,8 @@ def _launcher_words(
         "--rdzv-endpoint": endpoint.place,
         "--local-addr": endpoint.address,
         "--max-restarts": str(args.restarts),
-        # Its own handlers would kill ranks that save for longer than half a minute.
+        # Let torch handle only SIGQUIT. Its handlers of SIGTERM and SIGINT would kill ranks that
+        # need more than 30 seconds to save.
         "--signals-to-handle": "SIGQUIT",
         "--log-dir": folder,
     }
@@ -195,9 +218,12 @@ def _launcher_words(
 
 
 def run_ranks(launcher: list[str], store: "TCPStore", stop: "ForwardStop") -> int:
-    """torch's elastic launcher with these words -> exit code: that of the rank that failed first.
+    """Run torch's elastic launcher and return the exit code of the rank that failed first.
 
-    `store`: of the ranks of all nodes; `stop`: the stop signals of this process.
+    Args:
+        launcher: the arguments of the launcher.
+        store: the store of the ranks of all nodes.
+        stop: the handler of this process's stop signals.
     """
     import logging
 
@@ -206,7 +232,7 @@ def run_ranks(launcher: list[str], store: "TCPStore", stop: "ForwardStop") -> in
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_elastic
 
-    # The rank that failed has said why.
+    # Hide the launcher's error log, because the failed rank has already printed its error.
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     kills = oom_kills()
@@ -220,37 +246,41 @@ def run_ranks(launcher: list[str], store: "TCPStore", stop: "ForwardStop") -> in
 
 
 def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -> TunesmithError:
-    """The error of a rendezvous that fails: a RunError once ranks were started."""
+    """Build the error for a failed rendezvous.
+
+    The error is a MachineError if no ranks were started yet, else a RunError.
+    """
     where = "rendezvous"
     why = first_line(error)[:300]
-    # torch names the cause only in the text of its error.
-    fix = "start the same command on every node; tunesmith doctor --pair HOST finds the cause"
+    fix = "start the same command on every node; find the cause with `tunesmith doctor --pair HOST`"
     if not stop.ranks_began:
-        what = "this node and the others cannot find each other"
+        what = "this node and the other nodes cannot find each other"
         return MachineError(what, where=where, why=why, fix=fix)
-    what = "lost the launcher of the node with the ranks' store"
-    # A machine that refuses a connection is up, and so is the network to it.
-    # The store's node answers with a refusal: its launcher ended, the machine did not.
+    what = "the launcher on the node that runs the rendezvous store has ended"
+    # A refused connection means that the other machine and the network work, but the launcher on
+    # the other machine has ended.
     if stop.number or refuses_connections(store.host, store.port):
         return RunError(what, where=where, why=why, fix=AGAIN, cause="killed")
-    return RunError(f"{what}, or the network to it", where=where, why=why, fix=fix, cause="link")
+    what = f"{what}, or the network between the nodes is down"
+    return RunError(what, where=where, why=why, fix=fix, cause="link")
 
 
 def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> int:
-    """1, 2 or 75, as the rank that failed first ended.
+    """Return the exit code (1, 2 or 75) of the rank that failed first.
 
-    Its own words are on the terminal, unless a signal killed it.
+    If a signal killed the rank, print an error. Otherwise the rank has printed its error.
 
     Args:
-        error: of torch's launcher.
-        kills: of the kernel for want of memory, before the ranks began.
-        stop: the stop signals of this process.
+        error: the error of torch's launcher.
+        kills: number of out-of-memory kills by the kernel before the ranks were started.
+        stop: the handler of this process's stop signals.
     """
     rank, failure = error.get_first_failure()
     code = failure.exitcode
     # A negative exit code is the number of a signal.
     if code < 0:
-        # Python had not installed the rank's handlers yet.
+        # The rank was killed by the stop signal, because it had not yet installed its signal
+        # handlers.
         if stop.number == -code:
             raise stop.not_begun("the ranks had just started")
         line = f"error: rank {rank} was killed by {signal.Signals(-code).name}"
@@ -261,43 +291,48 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
 
 
 def stopped_at(out: Path | None) -> float:
-    """When ranks last wrote stopped.json; 0 where there is none."""
+    """Return the time at which stopped.json was last written, or 0 if there is none."""
     file = None if out is None else out / STOPPED
     return file.stat().st_mtime if file is not None and file.exists() else 0.0
 
 
 def prepare_environment(ranks: int, interface: str) -> None:
-    """Set the variables that each rank needs, unless they are set.
+    """Set the environment variables of the ranks. Variables that are already set are kept.
 
-    They are its threads, the interface to listen on, and beside NCCL_IB_HCA the one that joins the
-    functions of a port.
+    The variables set the number of threads, the network interface and torch's log level. If
+    NCCL_IB_HCA is set, NCCL_IB_MERGE_NICS is set too.
     """
-    # torch's launcher would set 1 thread a rank.
+    # Set the number of threads. Otherwise torch's launcher would use only one thread per rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
     if "NCCL_IB_HCA" in os.environ:
         os.environ.setdefault(*MERGE_NICS)
-    # torch reads it once, when it is loaded.
+    # Set torch's log level now, because torch reads it only when it is imported.
     if os.environ.get("TUNESMITH_DEBUG") != "1":
         os.environ.setdefault(CPP_LOG_VARIABLE, "ERROR")
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of nvidia-smi."""
+    """Return the number of GPUs that this process may use.
+
+    Count the GPUs in CUDA_VISIBLE_DEVICES if it is set, else all GPUs that nvidia-smi lists.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(list_gpus())
-    # CUDA sees none from -1 on.
+    # CUDA ignores -1 and all devices after it.
     valid, _, _ = visible.partition("-1")
     return sum(1 for name in valid.split(",") if name.strip())
 
 
 def positive_count(text: str, where: str) -> int:
-    """A count of at least 1; UsageError for any other text."""
+    """Convert a text to an integer of at least 1. Raise UsageError for any other text."""
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(
-            f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2"
+            f"{text} is not a whole number of at least 1",
+            where=where,
+            fix=f"use a positive whole number: {where} 2",
         )
     return int(text)
 

@@ -1,4 +1,4 @@
-"""The losses: one file a method. The recipe's `method` is a name of this table."""
+"""The training methods, one file per method. A recipe's `method` is a key of `METHODS`."""
 
 from tunesmith.config.schema import MethodConfig
 from tunesmith.methods.base import Method
@@ -18,5 +18,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(config: MethodConfig) -> Method:
-    """The method that a recipe names, with its numbers."""
+    """Create the method that a recipe selects, with its settings."""
     return METHODS[config.name](config)

@@ -1,4 +1,4 @@
-"""Whole answers and their log-probabilities, which methods that learn from preferences compare."""
+"""Log-probabilities of entire answers, which preference methods compare."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,59 +11,63 @@ from tunesmith.methods.base import TrainModel, supervised_positions
 
 
 class Answers(NamedTuple):
-    """The answers of a micro batch, in the order of its sequences.
+    """Log-probabilities and lengths of the answers in a micro batch, in the order of its sequences.
 
     Attributes:
-        logprobs: fp64 [sequences], the log-probability of each, with gradient.
-        lengths: int64 [sequences], supervised tokens of each.
+        logprobs: fp64 [sequences], the log-probability of each answer, with gradient.
+        lengths: int64 [sequences], number of supervised tokens of each answer.
     """
 
     logprobs: Tensor
     lengths: Tensor
 
     def per_token(self) -> Tensor:
-        """fp64 [sequences], mean log-probability of a token."""
+        """Return the mean log-probability per token, fp64 [sequences]."""
         return self.logprobs / self.lengths
 
-    def pairs(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Split values of all sequences into the chosen and the rejected ones, [pairs] each."""
-        return values[0::2], values[1::2]
+
+def split_pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Split [sequences] values into those of chosen and those of rejected answers, [pairs] each."""
+    return values[0::2], values[1::2]
 
 
 def answer_logprobs(model: TrainModel, batch: Batch) -> Answers:
-    """The log-probability of each answer: a sum over its supervised tokens.
+    """Compute the log-probability of each answer, the sum over its supervised tokens.
 
-    Only these positions reach the head, and their logits exist a chunk at a time. Sums are computed
-    in fp64 and in the order of the tokens: that of thousands of fp32 numbers would depend on how
-    many there are.
+    Only supervised positions reach the output layer, and logits are computed in chunks. The
+    log-probabilities of an answer are added in fp64 and in token order. In fp32, the rounding error
+    of the sum would grow with the number of tokens.
     """
     index, targets = supervised_positions(batch)
+    # Do not keep the hidden states of the other positions while the logits are computed.
     hidden = model.hidden(batch).index_select(0, index)
     logprobs = model.logprobs(hidden, targets).double()
     sequences = batch.sequences
     if sequences is None or not sequences.total:
-        # Nothing but padding, on a rank that has too few examples: its backward is still needed.
+        # This rank has no example left, so its batch contains only padding. The empty result has a
+        # gradient, because the rank must still run a backward.
         empty = logprobs.sum().expand(0)
-        return Answers(empty, torch.zeros(0, dtype=torch.int64, device=empty.device))
+        return Answers(empty, empty.to(torch.int64))
     sums = torch.segment_reduce(logprobs, "sum", lengths=sequences.lengths)
     return Answers(sums, sequences.lengths)
 
 
 @torch.no_grad()
 def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
-    """fp64 [sequences]: log-probabilities under the model that training began from.
+    """Return log-probabilities under the model at the start of training, fp64 [sequences].
 
-    They come with the batch where they were computed before training, and otherwise from a forward
-    of the same rows with the weights of then, without dropout.
+    If the values were computed before training, the batch contains them. Otherwise they are
+    computed by a forward with the initial weights and without dropout.
     """
     if batch.sequences is not None and batch.sequences.reference is not None:
         return batch.sequences.reference
     if model.reference is None:
         if batch.examples:
             raise RuntimeError(
-                "the method needs a reference, but the batch and the model have none"
+                "the method needs log-probabilities of a reference model, but the batch has none, "
+                "and there is no reference model"
             )
-        # Nothing but padding, on a rank that has too few examples.
+        # This rank has no example left, so its batch contains only padding.
         return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
     is_training = model.training
     model.eval()
@@ -77,11 +81,11 @@ def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
 def pair_metrics(
     chosen_rewards: Tensor, rejected_rewards: Tensor, chosen: Tensor, rejected: Tensor
 ) -> Mapping[str, Tensor]:
-    """The sums over pairs that a step's record has as means; see PAIR_METRICS.
+    """Return the sum of each metric in PAIR_METRICS over the pairs. A step's record has the means.
 
     Args:
-        chosen_rewards, rejected_rewards: [pairs], how much the method values each answer.
-        chosen, rejected: [pairs], log-probabilities.
+        chosen_rewards, rejected_rewards: [pairs], implicit reward of each answer.
+        chosen, rejected: [pairs], log-probability of each answer.
     """
     margins = chosen_rewards - rejected_rewards
     values = (
@@ -96,7 +100,7 @@ def pair_metrics(
 
 
 def accuracy(margins: Tensor) -> Tensor:
-    """1 where the better answer is valued more, 0.5 where both are valued alike, else 0."""
+    """Return 1 for each positive margin, 0.5 for a margin of zero, and 0 for a negative margin."""
     return (margins.detach().sign() + 1) / 2
 
 

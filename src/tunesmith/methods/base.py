@@ -1,9 +1,10 @@
-"""The root of what is trained, and what a method is.
+"""Base classes for training: `TrainModel` is the trained model, and `Method` computes the loss.
 
-`TrainModel` holds backbone, head and loss in one module. Everything that touches a parameter
-happens inside its forward: a sharded model gathers its weights in the root's forward, so a backbone
-or head called from outside finds shards. A method (`sft.py`) is called by the root. It returns a
-loss sum and what to divide it by, and owns no loop.
+`TrainModel` contains the decoder, the output layer and the loss in one module. All operations on
+parameters run inside its forward, because a sharded model gathers its weights there. A direct call
+of the decoder or the output layer would find only shards of the weights. The forward calls the
+method (for example `sft.py`). A method returns the sum of the losses and the number by which the
+sum is divided. The training loop is in another module.
 """
 
 from abc import ABC, abstractmethod
@@ -36,14 +37,14 @@ from tunesmith.model.documents import (
     current_documents,
     use_documents,
 )
-from tunesmith.model.model_types import BothWays
+from tunesmith.model.model_types import BidirectionalPictures
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.vision import (
     add_features_by_place,
-    see,
+    add_zero_gradients,
+    picture_features,
     set_text_attention,
-    with_unused,
 )
 from tunesmith.quant.linear_layers import parameter_count
 
@@ -51,24 +52,26 @@ Value = TypeVar("Value")
 
 
 class MethodOutput(NamedTuple):
-    """The sums that a method makes of one micro batch, local to the rank."""
+    """Sums that a method computes over one micro batch of this rank."""
 
     loss: Tensor  # 0-d, fp32 or fp64; the sum, not the mean
-    # This micro batch's part of what the loss of the global batch is divided by.
+    # Number of tokens or examples in this micro batch. The summed loss of the global batch is
+    # divided by the sum of these numbers.
     denominator: int
-    # Sums by name, 0-d and detached, divided by the same denominator.
+    # Sums of the method's metrics, 0-d and detached. They are divided by the same number as the
+    # loss.
     metrics: Mapping[str, Tensor] = {}
 
 
 class StepTotals(NamedTuple):
-    """The totals that the losses of an optimizer step share, or those of all held-out rows.
+    """Totals over an optimizer step or over all held-out rows. Each micro batch's loss uses them.
 
     Attributes:
-        examples: on all ranks.
-        chosen_tokens: supervised tokens of the chosen answers, on all ranks.
-        mismatched: prompts with answers of other rows, of this data rank; for methods that
-            `needs_mismatched`.
-        kl: 0-d, what such a method measured on them.
+        examples: number of examples on all ranks.
+        chosen_tokens: number of supervised tokens of chosen answers on all ranks.
+        mismatched: batches of this data rank in which each prompt is paired with the answer of
+            another row. Empty if the method does not set `needs_mismatched`.
+        kl: 0-d, the KL estimate that the method computes from `mismatched`. None if it needs none.
     """
 
     examples: int
@@ -78,12 +81,14 @@ class StepTotals(NamedTuple):
 
 
 class Method(ABC):
-    """The loss, and what it needs.
+    """Base class of the training methods. A method computes the loss and declares what it needs.
 
     Attributes:
-        metrics: names of the method's own sums in MethodOutput, in their order.
-        needs_reference: it compares with the model that training began from.
-        needs_mismatched: it needs prompts with answers of other rows.
+        metrics: names of the sums in `MethodOutput.metrics`, in order.
+        needs_reference: whether the loss also uses log-probabilities of the model as it was at the
+            start of training.
+        needs_mismatched: whether the loss needs batches in which each prompt is paired with the
+            answer of another row.
     """
 
     metrics: Sequence[str] = ()
@@ -95,18 +100,20 @@ class Method(ABC):
 
     @abstractmethod
     def denominator(self, batch: Batch | GlobalBatch) -> int:
-        """Return what the loss sum over a micro batch or a whole global batch is divided by.
+        """Return the number by which the loss sum over a micro batch or a global batch is divided.
 
-        It comes from the counts on the host, `supervised` and `examples`, and is additive over
-        micro batches and ranks.
+        The number is computed from the batch's counts `supervised` or `examples`, which are known
+        on the host. The number of a global batch is the sum over its micro batches on all ranks.
         """
 
     def begin_step(
         self, model: "TrainModel", totals: StepTotals, add_up: Callable[[Tensor], object]
     ) -> StepTotals:
-        """Measure what the first loss needs of a whole global batch; a collective call.
+        """Compute values over the global batch that the losses of its micro batches need. This is a
+        collective call.
 
-        add_up: sums a tensor over the data ranks, in place.
+        Args:
+            add_up: sums a tensor over the data ranks, in place.
         """
         return totals
 
@@ -114,26 +121,33 @@ class Method(ABC):
     def __call__(
         self, model: "TrainModel", batch: Batch, totals: StepTotals | None = None
     ) -> MethodOutput:
-        """Loss sum and metrics of one micro batch, with `denominator(batch)`.
+        """Compute the sums of loss and metrics over one micro batch, and its denominator.
 
-        totals: of the step that it belongs to; None takes the micro batch for a whole one.
+        Args:
+            totals: totals over the step to which the micro batch belongs. If None, the micro batch
+                is treated as an entire step.
         """
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return what a record shows, from the means of a step."""
+        """Convert the means of the metrics over a step to the metrics of the step's record."""
         return dict(metrics)
 
 
-class OfExamples(Method):
-    """A method whose loss is a mean over examples."""
+class MeanOverExamples(Method):
+    """Base class of methods whose loss is a mean over examples."""
 
     def denominator(self, batch: Batch | GlobalBatch) -> int:
         return batch.examples
 
     def cross_entropy(self, chosen: Tensor, batch: Batch, totals: StepTotals | None) -> Tensor:
-        """The mean cross-entropy of a chosen token, times the examples that the loss is divided by.
+        """Compute the cross-entropy per token of the chosen answers, multiplied by the number of
+        examples.
 
-        chosen: [pairs], log-probabilities of the chosen answers.
+        The later division of the loss by the number of examples cancels this factor, so that the
+        result is a mean over tokens.
+
+        Args:
+            chosen: [pairs], log-probabilities of the chosen answers.
         """
         if totals is not None:
             scale = totals.examples / max(1, totals.chosen_tokens)
@@ -146,19 +160,22 @@ class TrainModel(nn.Module):
     """A Transformers causal LM together with its loss.
 
     Args:
-        model: the causal LM; its parameters keep their names below `model.`.
-        method: what the loss is.
-        attention_backend: name of our block-diagonal attention's backend on the flattened batch
-            (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
-        recurrent: class names of the layers that carry a state along the row, which run on one row
-            a document.
-        loss_and_grad_fn: the loss of a chunk with its gradient.
-        both_ways: layers in which a picture's tokens see those behind them, up to its end.
+        model: the causal LM. Its parameters keep their names, with the prefix `model.`.
+        method: the method that computes the loss.
+        attention_backend: backend of tunesmith's block-diagonal attention for flattened batches
+            (`attention.select_attention_backend`), or "eager" for Transformers' attention on padded
+            rows.
+        recurrent: class names of layers with a recurrent state along the sequence. These layers
+            process each document as a separate row.
+        loss_and_grad_fn: computes the loss of a chunk and its gradient.
+        bidirectional_pictures: layers in which the tokens of a picture attend to each other in both
+            directions.
 
     Attributes:
-        partial_gradients: the names of the parameters for `tensor.reduce_gradients`.
-        reference: puts the weights that training began from in place; None where no method asks for
-            them, or where all their figures exist before training.
+        partial_gradients: names of the parameters whose gradients `tensor.reduce_gradients` sums
+            over the tensor-parallel ranks.
+        reference: returns a context in which the model has its initial weights. None if the method
+            needs no reference, or if all reference values were computed before training.
     """
 
     def __init__(
@@ -169,7 +186,7 @@ class TrainModel(nn.Module):
         attention_backend: str,
         recurrent: Collection[str] = (),
         loss_and_grad_fn: LossAndGradFn = loss_and_grad,
-        both_ways: BothWays = "",
+        bidirectional_pictures: BidirectionalPictures = "",
     ) -> None:
         super().__init__()
         self.model = model
@@ -178,12 +195,12 @@ class TrainModel(nn.Module):
         self.logit_rule = find_head(model)
         self.attention_backend = attention_backend
         self.loss_and_grad_fn = loss_and_grad_fn
-        self.both_ways = both_ways
+        self.bidirectional_pictures = bidirectional_pictures
         self.projector = trained_projector(model)
-        # These two follow once the model is sharded, and has its weights.
+        # The caller sets these attributes after it has sharded the model and loaded the weights.
         self.partial_gradients: frozenset[str] = frozenset()
         self.reference: Callable[[], AbstractContextManager[None]] | None = None
-        self.chunk_size = None  # of layers with chunked attention, in tokens
+        self.chunk_size = None  # chunk size of layers with chunked attention, in tokens
         if attention_backend != "eager":
             self.chunk_size = prepare_chunked_attention(model)
             run_by_document(model, recurrent)
@@ -191,30 +208,35 @@ class TrainModel(nn.Module):
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
-        """Set the attention of training; generation sets its own and calls this at its end."""
+        """Select the attention for training. Call this again after `generate`, because generation
+        needs another attention.
+        """
         if self.attention_backend == "eager":
             set_text_attention(self.model, "eager")
         else:
             set_text_attention(self.model, attention.register())
 
     def use_inference_attention(self) -> None:
-        """Set the attention of generation, which takes padding masks: sdpa where it can.
+        """Select Transformers' attention for generation, which must support padding masks. This is
+        sdpa if possible.
 
-        Where scores are capped (Gemma 2) it is eager: sdpa does not compute that, and Transformers
-        refuses it.
+        Models that cap attention scores (Gemma 2) use eager attention, because sdpa does not
+        support this and Transformers rejects it.
         """
         set_text_attention(self.model, "sdpa" if self.model._supports_sdpa else "eager")
 
     @property
     def packs_rows(self) -> bool:
-        """Tell whether documents may share a row; Transformers' own attention does not keep those
-        of every model apart.
+        """Return whether documents may share a row.
+
+        Return False for Transformers' attention, because in some models it does not separate the
+        documents of a row.
         """
         return self.attention_backend != "eager"
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers, in their order."""
+        """The decoder layers, in order."""
         return list(self.model.get_submodule(self.layers_name).children())
 
     @property
@@ -227,10 +249,10 @@ class TrainModel(nn.Module):
 
     @contextmanager
     def step_context(self, batch: Batch) -> Iterator[None]:
-        """A context around forward and backward of a micro batch.
+        """Return a context for forward and backward of a micro batch.
 
-        Layers that recompute run again in the backward, and some of them need to know its documents
-        then.
+        The backward must run inside the context too: it recomputes layers, and their attention
+        needs the documents of the batch.
         """
         with use_documents(self._documents(batch)):
             yield
@@ -244,13 +266,17 @@ class TrainModel(nn.Module):
     def forward(
         self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
     ) -> Any:
-        """Return what `compute` makes of this micro batch, local to the rank; None: the method's
-        loss sum and its denominator, as of a batch by itself.
+        """Return `compute(self, batch)`, the result for this rank.
+
+        If `compute` is None, the method computes its loss sum and denominator. It treats the batch
+        as an entire step.
         """
         return (compute or self.method)(self, batch)
 
     def _documents(self, batch: Batch) -> Documents | None:
-        """None for padded rows, which Transformers' own attention takes."""
+        """Return the documents of a batch, or None for padded rows, which use Transformers'
+        attention.
+        """
         if self.attention_backend == "eager":
             return None
         repeated = None if batch.whole is None else RepeatedTokens(*batch.whole)
@@ -261,8 +287,9 @@ class TrainModel(nn.Module):
             self.attention_backend,
             repeated=repeated,
             spans=spans_if_chosen(batch.cu_seqlens, tokens, batch.max_seqlen),
-            # Also without pictures: rows with and without them share one compiled graph.
-            both_ways=self.both_ways,
+            # Set this for text batches too, so that batches with and without pictures share a
+            # compiled graph.
+            bidirectional_pictures=self.bidirectional_pictures,
         )
         documents.set_pictures(batch.spans)
         if batch.edges:
@@ -272,42 +299,47 @@ class TrainModel(nn.Module):
         return documents.with_chunks(self.chunk_size)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states, [rows * length, width]; each document is computed as if it were
-        alone."""
+        """Compute the last hidden states, [rows * length, width]. Documents do not affect each
+        other.
+        """
         ids = batch.input_ids
         positions = batch.position_ids
         options: dict[str, Any] = {}
         if batch.pictures:
-            features = see(self.model, batch.pictures, trains=bool(self.projector))
+            features = picture_features(self.model, batch.pictures, trains=bool(self.projector))
             options["mm_encoder_outputs"] = {"image": features}
         documents = current_documents()
-        # Validation, or a forward outside `step_context`: by identity, so that documents of another
-        # batch are never used.
+        # Outside `step_context`, for example during validation, the documents of this batch are not
+        # set yet. Compare `cu_seqlens` by identity, so that documents of another batch are never
+        # used.
         if documents is None or documents.cu_seqlens is not batch.cu_seqlens:
             documents = self._documents(batch)
         if documents is not None:
-            # One row: attention and recurrent layers go by the documents, and every other layer
-            # works position by position.
+            # Flatten the batch to one row. Attention and recurrent layers use the documents, and
+            # all other layers process each position separately.
             ids = ids.view(1, -1)
-            # Those of a model whose positions have rows and columns: [3, 1, n].
+            # Position ids with rows and columns of pictures have the shape [3, 1, n].
             positions = positions.view(*positions.shape[:-2], 1, -1)
             options["documents"] = documents
         decoder = find_decoder(self.model)
-        # Again around the decoder alone: inside `step_context` these are the same documents.
+        # Outside `step_context`, the documents must be set for the decoder. Inside, this sets the
+        # documents that are already set.
         with use_documents(documents):
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-        return hidden if batch.pictures else with_unused(self.projector, hidden)
+        return hidden if batch.pictures else add_zero_gradients(self.projector, hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy summed over positions: hidden [n, width], targets [n]."""
+        """Compute the cross-entropy summed over positions: hidden [n, width], targets [n]."""
         options = self._loss_options()
         return compute_with_head(chunked_cross_entropy, hidden, self.head, targets, **options)
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of each target, fp32 (or fp64) [n], with gradient.
+        """Compute the log-probability of each target, fp32 (or fp64) [n], with gradient.
 
-        hidden [n, width], targets [n].
+        Args:
+            hidden: [n, width].
+            targets: [n].
         """
         options = self._loss_options()
         return compute_with_head(token_logprobs, hidden, self.head, targets, **options)
@@ -321,13 +353,14 @@ class TrainModel(nn.Module):
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every position that has a label, and whether the most likely token is
-        that label.
+        """Compute the cross-entropy at every labeled position, and whether the label is the top
+        token.
 
         Returns:
-            fp32 (or fp64) and bool, [rows, length] each; 0 and False where the target is IGNORE.
+            fp32 (or fp64) and bool, [rows, length] each. Positions whose target is IGNORE have 0
+            and False.
         """
-        # Only positions with a label reach the head: index [n] of the flattened batch.
+        # Only labeled positions reach the output layer. `index` [n] refers to the flattened batch.
         index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
         losses, hits = token_cross_entropy(
@@ -337,7 +370,7 @@ class TrainModel(nn.Module):
             softcap=self.logit_rule.softcap,
             scale=self.logit_rule.scale,
         )
-        # Scattered back: positions without a label keep 0 and False.
+        # Write the values to their positions. Positions without a label keep 0 and False.
         all_losses = losses.new_zeros(batch.targets.numel())
         all_losses[index] = losses
         all_hits = hits.new_zeros(batch.targets.numel())
@@ -345,18 +378,21 @@ class TrainModel(nn.Module):
         return all_losses.view_as(batch.targets), all_hits.view_as(batch.targets)
 
     def generate(self, **options: Any) -> Tensor:
-        """Token ids that the causal LM continues a prompt with; `options` as of Transformers'
-        own."""
+        """Generate token ids that continue a prompt. `options` are arguments of Transformers'
+        `generate`.
+        """
         return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained parameters by their names in the causal LM; tied ones once."""
+        """Yield the trained parameters with their names in the causal LM. Tied parameters
+        occur once.
+        """
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
     def describe(self) -> str:
-        """The model's class, and how much of it is trained."""
+        """Return the class of the model and the fraction of its parameters that are trained."""
         count = parameter_count(self.model)
         trained = sum(parameter.numel() for _, parameter in self.trained_parameters())
         share = f"{trained:,} of {count:,} parameters are trained ({trained / count:.2%})"
@@ -364,9 +400,8 @@ class TrainModel(nn.Module):
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64
-    [n]."""
+    """Return the labeled positions of the flattened batch and their labels, both int64 [n]."""
     flat = batch.targets.flatten()
-    # Their number is there on the host: nothing waits for a GPU.
+    # The number of positions is known on the host, so this does not wait for the GPU.
     index = torch.nonzero_static(flat != IGNORE, size=batch.supervised).squeeze(1)
     return index, flat[index]

@@ -1,12 +1,12 @@
-"""Kahneman-Tversky optimization: Ethayarajh et al. 2024, arXiv:2402.01306.
+"""Kahneman-Tversky optimization (KTO): Ethayarajh et al. 2024, arXiv:2402.01306.
 
     reward = beta * log (p(y) / p_ref(y))
-    loss = w_good * (1 - sigmoid(reward - beta KL))    of a good answer
-           w_bad * (1 - sigmoid(beta KL - reward))     of a bad one
+    loss = w_good * (1 - sigmoid(reward - beta KL))    for a good answer
+           w_bad * (1 - sigmoid(beta KL - reward))     for a bad answer
 
-KL is the mean log-ratio of prompts with answers of other rows, at least 0 and without gradient. The
-rows of a global batch give each their answer to the next one, and their mean is over all
-ranks before the losses: packing, micro batch and ranks do not change it.
+KL is the mean of log (p(y') / p_ref(y')), where y' is the answer of another row in the global
+batch. A negative mean is replaced by 0. KL has no gradient. It is computed before the losses and
+over all ranks, so packing, micro batch and number of ranks do not change it.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import answer_logprobs, reference_logprobs
-from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
+from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 KL = "kl"
 GOOD_SHARE = "good_share"
@@ -31,8 +31,8 @@ KTO_METRICS = (
 )
 
 
-class KahnemanTverskyOptimization(OfExamples):
-    """Mean loss of an answer over the global batch."""
+class KahnemanTverskyOptimization(MeanOverExamples):
+    """KTO loss: the mean over the answers of the global batch."""
 
     metrics = KTO_METRICS
     needs_reference = True
@@ -41,7 +41,7 @@ class KahnemanTverskyOptimization(OfExamples):
     def begin_step(
         self, model: TrainModel, totals: StepTotals, add_up: Callable[[Tensor], object]
     ) -> StepTotals:
-        """Measure KL on the answers of other rows; a collective call of the data ranks."""
+        """Estimate KL from `totals.mismatched`. This is a collective call of the data ranks."""
         total = torch.zeros((), dtype=torch.float64, device=model.model.device)
         with torch.no_grad():
             for batch in totals.mismatched:
@@ -65,7 +65,8 @@ class KahnemanTverskyOptimization(OfExamples):
         distance = torch.where(is_good, ratios - kl, kl - ratios)
         weights = torch.full_like(ratios, config.undesirable_weight)
         weights = weights.masked_fill(is_good, config.desirable_weight)
-        loss = (weights * (1 - F.sigmoid(config.beta * distance))).sum()
+        answer_values = F.sigmoid(config.beta * distance)
+        losses = weights * (1 - answer_values)
         rewards = (config.beta * ratios).detach()
         logprobs = logprobs.detach()
         values = (
@@ -77,18 +78,27 @@ class KahnemanTverskyOptimization(OfExamples):
             kl * len(ratios),
         )
         metrics = dict(zip(KTO_METRICS, values, strict=True))
-        return MethodOutput(loss, self.denominator(batch), metrics)
+        return MethodOutput(losses.sum(), self.denominator(batch), metrics)
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Means over good and over bad answers, each where the batch has some, and their margin."""
+        """Return the metrics as means over the good and over the bad answers, and the difference
+        between the mean rewards of both.
+
+        If the batch has no good answers or no bad answers, their means and the difference are
+        missing.
+        """
         finished = dict(metrics)
         good = finished.pop(GOOD_SHARE)
-        shares = {"chosen": good, "rejected": 1 - good}
-        for kind, share in shares.items():
-            for name in (f"rewards_{kind}", f"logps_{kind}"):
-                mean = finished.pop(name)
-                if share > 0:
-                    finished[name] = mean / share
+        shares = {
+            "rewards_chosen": good,
+            "logps_chosen": good,
+            "rewards_rejected": 1 - good,
+            "logps_rejected": 1 - good,
+        }
+        for name, share in shares.items():
+            mean = finished.pop(name)
+            if share > 0:
+                finished[name] = mean / share
         if 0 < good < 1:
             margin = finished["rewards_chosen"] - finished["rewards_rejected"]
             finished["reward_margin"] = margin
@@ -96,6 +106,6 @@ class KahnemanTverskyOptimization(OfExamples):
 
 
 def _log_ratio_sum(model: TrainModel, batch: Batch) -> Tensor:
-    """log (p / p_ref), summed over the answers of a batch."""
+    """Compute log (p / p_ref), summed over the answers of a batch."""
     reference = reference_logprobs(model, batch)
     return (answer_logprobs(model, batch).logprobs - reference).sum()

@@ -1,10 +1,10 @@
-"""Odds ratio preference optimization: Hong et al. 2024, arXiv:2403.07691.
+"""Odds ratio preference optimization (ORPO): Hong et al. 2024, arXiv:2403.07691.
 
-    odds(y) = p(y) / (1 - p(y))        with p(y) of the mean log-probability of a token
+    odds(y) = p(y) / (1 - p(y)), where log p(y) is the mean log-probability per token
     loss = cross-entropy of chosen - beta * log sigmoid(log (odds(chosen) / odds(rejected)))
 
-It needs no reference. The cross-entropy is that of the supervised tokens, as everywhere here;
-TRL's takes the prompt's too.
+The method needs no reference model. The cross-entropy includes only supervised tokens, as in all
+methods of tunesmith. TRL also includes the tokens of the prompt.
 """
 
 import torch
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics
-from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
+from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
-class OddsRatioPreferenceOptimization(OfExamples):
-    """Mean over the pairs of the global batch, and over the tokens of its chosen answers."""
+class OddsRatioPreferenceOptimization(MeanOverExamples):
+    """ORPO loss: the mean preference loss per pair, plus the cross-entropy per token of chosen
+    answers. Both are means over the global batch.
+    """
 
     metrics = PAIR_METRICS
 
@@ -25,16 +27,19 @@ class OddsRatioPreferenceOptimization(OfExamples):
         self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
     ) -> MethodOutput:
         answers = answer_logprobs(model, batch)
-        chosen_sum, _ = answers.pairs(answers.logprobs)
-        chosen, rejected = answers.pairs(answers.per_token())
+        chosen_sum, _ = split_pairs(answers.logprobs)
+        chosen, rejected = split_pairs(answers.per_token())
         log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+        preference = F.logsigmoid(log_odds_ratio).sum()
+        cross_entropy = self.cross_entropy(chosen_sum, batch, totals)
         beta = self.config.beta
-        loss = -beta * F.logsigmoid(log_odds_ratio).sum()
-        loss = loss + self.cross_entropy(chosen_sum, batch, totals)
-        metrics = pair_metrics(beta * chosen, beta * rejected, chosen, rejected)
+        loss = -beta * preference + cross_entropy
+        chosen_reward = beta * chosen
+        rejected_reward = beta * rejected
+        metrics = pair_metrics(chosen_reward, rejected_reward, chosen, rejected)
         return MethodOutput(loss, self.denominator(batch), metrics)
 
 
 def _log_odds(logprobs: Tensor) -> Tensor:
-    """log (p / (1 - p)) of log p, exact for p near 0 and near 1."""
+    """Compute log (p / (1 - p)) from log p, accurately for p near 0 and near 1."""
     return logprobs - torch.log(-torch.expm1(logprobs))

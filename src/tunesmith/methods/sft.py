@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the cross-entropy of the next token, wherever the batch has a label."""
+"""Supervised fine-tuning (SFT): cross-entropy of the next token at all labeled positions."""
 
 from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.loader import GlobalBatch
@@ -12,9 +12,9 @@ from tunesmith.methods.base import (
 
 
 class SupervisedFineTuning(Method):
-    """Mean loss over the supervised tokens of the global batch, in nats.
+    """SFT loss: the mean over the supervised tokens of the global batch, in nats.
 
-    Only these positions reach the head.
+    Only supervised positions reach the output layer.
     """
 
     def denominator(self, batch: Batch | GlobalBatch) -> int:

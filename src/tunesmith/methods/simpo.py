@@ -1,19 +1,19 @@
-"""Simple preference optimization: Meng et al. 2024, arXiv:2405.14734.
+"""Simple preference optimization (SimPO): Meng et al. 2024, arXiv:2405.14734.
 
     loss = -log sigmoid(beta * (mean log p(chosen) - mean log p(rejected)) - gamma)
 
-The means are over the tokens of an answer; it needs no reference.
+The means are over the tokens of an answer. The method needs no reference model.
 """
 
 import torch.nn.functional as F
 
 from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics
-from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
+from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
-class SimplePreferenceOptimization(OfExamples):
-    """Mean loss of a pair over the global batch."""
+class SimplePreferenceOptimization(MeanOverExamples):
+    """SimPO loss: the mean over the pairs of the global batch."""
 
     metrics = PAIR_METRICS
 
@@ -21,7 +21,7 @@ class SimplePreferenceOptimization(OfExamples):
         self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
     ) -> MethodOutput:
         answers = answer_logprobs(model, batch)
-        chosen, rejected = answers.pairs(answers.per_token())
+        chosen, rejected = split_pairs(answers.per_token())
         beta = self.config.beta
         margin = beta * (chosen - rejected) - self.config.simpo_gamma
         loss = -F.logsigmoid(margin).sum()

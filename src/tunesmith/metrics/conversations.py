@@ -1,7 +1,8 @@
-"""Sample prompts as the turns of a conversation.
+"""Functions that split a sample prompt into the turns of a conversation.
 
-samples.jsonl has a prompt as the text of its tokens, without the special ones. Most templates leave
-each role in a line of its own there; Llama 3's leave it right behind the turn before.
+samples.jsonl contains prompts as decoded text without special tokens. In this text, most chat
+templates put the role of a turn on a separate line. With Llama 3's template, the role directly
+follows the text of the previous turn.
 """
 
 import re
@@ -10,45 +11,50 @@ from typing import NamedTuple
 
 from tunesmith.data.rows.messages import CHAT_ROLES
 
-# The words that templates write: other names of rows would also match in a message's text.
+# Role names that chat templates write. Only these are recognized, because other names would also
+# match words in a message.
 _ROLE = "system|user|human|assistant|model|tool|ipython"
 _FIRST_ROLE = re.compile(rf"\s*(?:{_ROLE})(\n+)")
 _ROLE_IN_LINE = re.compile(rf"^({_ROLE})\n", re.MULTILINE)
 _ROLE_BEHIND_TEXT = re.compile(rf"(?:\A|(?<=\S)|(?<=\n))({_ROLE})\n\n")
-# What a template writes where a model shall answer without thinking first.
+# Empty reasoning block that a template writes if the model must answer without reasoning.
 _NO_THOUGHT = re.compile(r"<think>\s*</think>")
-# The model's answers end after so many tokens, which may be within a character.
+# A sampled answer ends after a fixed number of tokens. If this is in the middle of a character, the
+# decoder writes U+FFFD instead of the character.
 _CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Turn(NamedTuple):
-    """`role`: system | user | assistant | tool."""
+    """A turn of a conversation. `role` is system, user, assistant or tool."""
 
     role: str
     text: str
 
 
 def turns_of(prompt: str) -> list[Turn]:
-    """The turns of a prompt; one of the user, if its template names no roles."""
+    """Return the turns of a prompt. If its template writes no roles, return one user turn."""
     first = _FIRST_ROLE.match(prompt)
     if first is None:
         return [Turn("user", prompt.strip())]
-    pattern = _ROLE_IN_LINE if len(first[1]) == 1 else _ROLE_BEHIND_TEXT
-    # Text before the first role, then a role and a text in turn.
+    pattern = _ROLE_BEHIND_TEXT
+    if len(first[1]) == 1:
+        pattern = _ROLE_IN_LINE
+    # `split` returns the text before the first role, and then each role followed by its text.
     _, *parts = pattern.split(prompt.lstrip())
     turns = []
     for role, text in zip(parts[::2], parts[1::2], strict=True):
         content = _NO_THOUGHT.sub("", text).strip()
-        # The last one is the answer that the prompt asks for.
+        # Skip an empty turn. The last turn of a prompt is empty, because the model generates it.
         if content:
             turns.append(Turn(CHAT_ROLES[role], content))
     return turns
 
 
 def conversations_of(prompts: Iterable[str]) -> tuple[dict[str, list[Turn]], str]:
-    """The turns of each prompt, and the system prompt that all of them begin with.
+    """Return the turns of each prompt, and the system prompt that all of them share.
 
-    It tells nothing about one of them, so it is left out of their turns; empty if there is none.
+    The shared system prompt is removed from the turns, because it does not distinguish the prompts.
+    The second value is "" if the prompts do not share a system prompt.
     """
     conversations = {prompt: turns_of(prompt) for prompt in prompts}
     first_turns = {turns[0] for turns in conversations.values() if turns}
@@ -63,5 +69,5 @@ def conversations_of(prompts: Iterable[str]) -> tuple[dict[str, list[Turn]], str
 
 
 def whole_characters(answer: str) -> str:
-    """An answer without the part of a character, such as an emoji, that it was cut off in."""
+    """Remove an incomplete character, such as half of an emoji, from the end of an answer."""
     return answer.rstrip(_CUT_CHARACTER)

@@ -1,6 +1,6 @@
-"""The gauges of the machine while it trains.
+"""Readings of the machine's sensors during training, such as power and network traffic.
 
-A gauge never ends a run: a value that cannot be read is left out.
+A sensor that fails never ends a run. A value that cannot be read is omitted.
 """
 
 import contextlib
@@ -25,12 +25,15 @@ _GPU: dict[str, Callable[[torch.device], float]] = {
 
 
 class Gauges:
-    """The machine's gauges by the names of their record fields, read at most once per `every`
-    seconds.
+    """Reader of the machine's sensors. It reads them at most once per `every` seconds.
 
-    NVML takes about a millisecond and averages over 1/6 to 1 s, so reading it at each step adds
-    nothing. What NVML fails at is not read again: NVML is missing in many containers and incomplete
-    on unified-memory chips. Links are read where several ranks use them.
+    An NVML call takes about a millisecond and averages over 1/6 to 1 s, so reading at every step
+    gives no more information. If NVML cannot read a value, the value is not requested again. Many
+    containers have no NVML, and on chips with unified memory NVML lacks some values.
+
+    Args:
+        links: also measure network and NVLink traffic, for runs on several ranks.
+        root: folder that contains /sys, for tests.
     """
 
     def __init__(
@@ -45,29 +48,35 @@ class Gauges:
         self.gauges: Sources = {}
         if device.type == "cuda":
             self.gauges = {name: partial(gauge, device) for name, gauge in _GPU.items()}
-        # Bytes so far, of which the record has the growth in a second.
+
+        # Functions that return the number of bytes transferred since boot. The record has the bytes
+        # per second, computed from two readings.
         self.counters: Sources = {}
         if links:
             self.counters["network"] = partial(network_bytes, root)
             handle = _nvml_device(device)
             if handle:
                 self.counters["nvlink"] = partial(nvlink_bytes, handle)
+
         self._read_at = -every
         self._values: dict[str, float] = {}
         self._counts = _read_all(self.counters)
 
     def read(self) -> Mapping[str, float]:
-        """Percent, watts, MHz, degrees Celsius, bytes per second, by their names."""
+        """Return the sensor values. The keys are names of record fields. The units are percent,
+        watts, MHz, degrees Celsius and bytes per second.
+        """
         now = time.monotonic()
         if now - self._read_at < self.every:
             return self._values
         counts = _read_all(self.counters)
         seconds = max(now - self._read_at, 1e-9)
+
         self._read_at = now
         self._values = {"host_memory_percent": unavailable_percent(), **_read_all(self.gauges)}
         for name, count in counts.items():
             if name in self._counts:
-                # A counter that was reset has fallen.
+                # The difference is negative if the counter was reset.
                 growth = max(0.0, count - self._counts[name])
                 self._values[f"{name}_bytes_per_second"] = growth / seconds
         self._counts = counts
@@ -75,38 +84,46 @@ class Gauges:
 
 
 def _read_all(sources: Sources) -> dict[str, float]:
-    """The values of all sources; one whose file is away for a moment is left out, one that fails in
-    another way is removed."""
+    """Call all sources and return their values by name.
+
+    A source that raises OSError is omitted this time. A source that raises another error is
+    removed.
+    """
     values = {}
     for name, source in list(sources.items()):
         try:
             values[name] = source()
-        # A port that is reset, an interface that is created anew.
+        # The error can be temporary, for example if a port is being reset or a network interface is
+        # being recreated. Read this source again next time.
         except OSError:
             continue
-        # NVML's error type cannot be imported without NVML.
+        # Catch Exception, because NVML's error type cannot be imported without NVML.
         except Exception:
             del sources[name]
     return values
 
 
-def network_bytes(root: Path = Path("/")) -> int:
-    """Bytes that the RDMA ports of this machine sent and received; without such ports, those of the
-    interface that gloo or NCCL uses. Counters of /sys below `root`."""
-    # InfiniBand counts its data in words of four bytes, also over Ethernet.
+def network_bytes(root: Path) -> int:
+    """Return the number of bytes that this machine sent and received over its network.
+
+    If the machine has RDMA ports, their bytes are counted, else the bytes of the network interface
+    that gloo or NCCL uses. The counters are read from /sys below `root`.
+    """
+    # The counters of RDMA ports count words of four bytes, even if the link is Ethernet.
     words = [*root.glob("sys/class/infiniband/*/ports/*/counters/port_*_data")]
     if words:
         return 4 * sum(int(file.read_text()) for file in words)
     names = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME") or "lo"
-    # NCCL takes a list, and "=" before an exact name.
-    interface = root / "sys/class/net" / names.lstrip("=").partition(",")[0]
-    return sum(
-        int((interface / "statistics" / file).read_text()) for file in ("rx_bytes", "tx_bytes")
-    )
+    # NCCL_SOCKET_IFNAME can be a list of names, with "=" before exact names. Use the first name.
+    interface = names.lstrip("=").partition(",")[0]
+    statistics = root / "sys/class/net" / interface / "statistics"
+    received = (statistics / "rx_bytes").read_text()
+    sent = (statistics / "tx_bytes").read_text()
+    return int(received) + int(sent)
 
 
 def _nvml_device(device: torch.device) -> Any:
-    """NVML's handle of a CUDA device; None where there is none."""
+    """Return the NVML handle of a CUDA device, or None if NVML cannot find the device."""
     with contextlib.suppress(Exception):
         uuid = torch.cuda.get_device_properties(device).uuid
         import pynvml
@@ -117,15 +134,15 @@ def _nvml_device(device: torch.device) -> Any:
 
 
 def nvlink_bytes(handle: Any) -> int:
-    """Bytes of data that a GPU's NVLinks sent and received; NVML counts them in KiB."""
+    """Return the bytes that a GPU's NVLinks sent and received. NVML counts in KiB."""
     import pynvml
 
-    fields = [
-        pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
-        pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
-    ]
     all_links = 2**32 - 1
-    values = pynvml.nvmlDeviceGetFieldValues(handle, [(field, all_links) for field in fields])
+    fields = [
+        (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, all_links),
+        (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, all_links),
+    ]
+    values = pynvml.nvmlDeviceGetFieldValues(handle, fields)
     if any(value.nvmlReturn for value in values):
         raise OSError("no NVLink")
     return 1024 * sum(value.value.ullVal for value in values)

@@ -1,4 +1,4 @@
-"""The machine under a run: its description for env.json, its published peak and its memory."""
+"""Properties of the machine: its description for env.json, its peak FLOP/s and its memory use."""
 
 import contextlib
 import os
@@ -20,17 +20,17 @@ from tunesmith.host.memory import physical_memory
 from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # size of the square matrices for the measured peak
 ROUND_SECONDS = 0.2
 ROUNDS = 5
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak that MFU is relative to, without a figure for an unknown chip.
+    """Return the peak FLOP/s with which MFU is computed. Its `tflops` is None if it is unknown.
 
-    Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU
-    publishes a peak that its clock under AVX-512 holds. An integrated chip without a row of its own
-    is measured; it takes about two seconds.
+    The peak is known only for 16-bit dtypes on CUDA. The peak of fp32 depends on whether TF32 is
+    allowed, and no CPU vendor publishes a peak for the clock under AVX-512 load. The peak of an
+    integrated GPU that is not in the table is measured, which takes about two seconds.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return Peak()
@@ -43,51 +43,58 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """The measured peak: TFLOP/s of a dense product [size, size] x [size, size] in `dtype`, the
-    median of ROUNDS.
+    """Measure the TFLOP/s of a dense matmul [size, size] x [size, size] in `dtype`.
 
-    Few chips hold the clock of their published peak under load.
+    The result is the median of ROUNDS rounds. It is usually below the published peak, because under
+    load most chips run at a lower clock than the one for which the peak is published.
     """
     n = size or MATMUL_SIZE[device.type]
-    # Random numbers: zeros draw less power.
+    # Use random numbers, because zeros draw less power.
     left = torch.randn(n, n, device=device, dtype=dtype)
     right = torch.randn(n, n, device=device, dtype=dtype)
-    out = torch.empty(n, n, device=device, dtype=dtype)
-    return ratio(2 * n**3, seconds_of(lambda: torch.mm(left, right, out=out))) / 1e12
+    out = torch.empty_like(left)
+    seconds = seconds_of(lambda: torch.mm(left, right, out=out))
+    return ratio(2 * n**3, seconds) / 1e12
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:
-    """Seconds of one product, 0 where the clock did not move.
+    """Measure the seconds of one matmul. Return 0 if the clock did not advance.
 
-    The median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up.
+    The result is the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up.
     """
-    # The import takes a tenth of a second, which most runs can spare.
+    # Import here, because the import takes 0.1 s and most runs do not need it.
     from torch.utils.benchmark import Timer
 
     timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
     mean = timer.timeit(2).mean
-    # The clock stood still, for which torch's timer puts a nanosecond: rounds of that would never
-    # end.
+    # If the clock did not advance, torch's timer returns one nanosecond, so a round of
+    # ROUND_SECONDS would need too many calls and would not end.
     if mean < 1e-9:
         return 0.0
-    # On a GPU, waiting once per round costs nothing.
+    # The timer synchronizes with the GPU only once per round, so the time of the synchronization
+    # hardly changes the result.
     count = max(1, round(ROUND_SECONDS / mean))
     return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))
 
 
 def memory_gib(device: torch.device | None = None) -> float:
-    """Peak memory of this process so far, GiB: allocated on the CUDA device, else resident in
-    RAM."""
+    """Return the peak memory of this process so far in GiB.
+
+    This is the allocated memory of the CUDA device, or the resident memory in RAM on other devices.
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Bytes on macOS, KiB on Linux.
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
-    """Software, hardware and command for env.json: an allow-list, which never dumps the
-    environment, with argv masked."""
+    """Return the software, hardware and command of a run for env.json.
+
+    Environment variables are not stored, because they can contain secrets. Secrets in argv are
+    masked.
+    """
     gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -116,8 +123,10 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
 
 
 def _cpu_name() -> str:
-    """The processor's name from /proc/cpuinfo, or the architecture (on ARM, which has no name
-    there)."""
+    """Return the processor's name from /proc/cpuinfo, or else the architecture.
+
+    /proc/cpuinfo has no name on ARM.
+    """
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
         match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -127,11 +136,14 @@ def _cpu_name() -> str:
 
 
 def _source_commit(folder: Path) -> str | None:
-    """The git commit of tunesmith's source in `folder`, with "+" if tracked files of that
-    repository differ from it; None where no repository tracks the source, as for an installed
-    package.
+    """Return the git commit of tunesmith's source in `folder`.
+
+    "+" is appended if tracked files of the repository differ from the commit. Return None if no
+    repository tracks the source, for example for an installed package.
     """
-    # An environment inside somebody's repository is ignored there: its commit is not ours.
+    # Check that the repository tracks tunesmith's source. The source can also be in a virtual
+    # environment that is an ignored folder of another repository. The commit of that repository is
+    # not the commit of tunesmith.
     is_tracked = ["ls-files", "--error-unmatch", "__init__.py"]
     describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:

@@ -1,25 +1,29 @@
-"""The trust that a mean over rows deserves: 95 % intervals and a sentence.
+"""Computation of 95 % confidence intervals of means over rows, and sentences that describe them.
 
 Right or wrong (scores of 0 and 1)
-    A mean is a share of right rows: Clopper and Pearson's interval with mid-p (Lancaster 1961;
-    Agresti and Gottard 2005). A difference is that of two paired shares: Tango's score interval
-    (1998), and McNemar's mid-p test beside it, as Fagerland, Lydersen and Laake recommend (2014,
-    "Recommended tests and confidence intervals for paired binomial proportions"). A bootstrap of
-    such scores takes few values, and leaves out what no row among few has shown.
-Shares (f1, fields of a JSON)
-    A paired bootstrap: rows are drawn again with replacement, for both models the same ones, so
-    that what makes a row hard for both does not blur their difference. Its percentiles are further
-    out than 2.5 and 97.5: with few rows the bootstrap's are too narrow (Hesterberg 2015, "What
-    Teachers Should Know About the Bootstrap", expanded percentile interval). An end is at least as
-    far out as Student's: where few rows differ at all, nearly every resample has them on one side.
+    The mean is the fraction of right rows. Its interval is Clopper and Pearson's with mid-p
+    (Lancaster 1961; Agresti and Gottard 2005). The difference of two models is a difference of
+    paired fractions. Its interval is Tango's score interval (1998), together with McNemar's mid-p
+    test, as Fagerland, Lydersen and Laake recommend (2014, "Recommended tests and confidence
+    intervals for paired binomial proportions"). A bootstrap is not used: with few rows, its means
+    have only few different values, and an outcome that no row has shown never occurs.
+
+Fractions (f1, fields of a JSON)
+    The interval is that of a paired bootstrap. Rows are drawn with replacement, the same rows for
+    both models, so that rows that are difficult for both do not widen the interval of the
+    difference. The percentiles are farther out than 2.5 and 97.5, because with few rows these two
+    would give a too narrow interval (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", expanded percentile interval). The interval is at least as wide as Student's
+    interval, because if only few rows differ, nearly every resample has the same sign.
 
 Losses
-    A mean over tokens, whose rows are the sample: tokens of a row are easy or hard together. The
-    difference of two such means is a ratio of sums over rows, and its interval Student's (Cochran
-    1977, "Sampling Techniques", 6.4).
+    The mean is over tokens, but rows are the sample, because the tokens of one row are easy or
+    difficult together. The difference of two models is a ratio of sums over rows, with Student's
+    interval (Cochran 1977, "Sampling Techniques", 6.4).
 
-Where all values are equal no resample differs, and the interval is that of the share of such rows
-(Clopper-Pearson). The seed is fixed: the same scores give the same interval, on any machine.
+If all values are equal, all resamples are equal, so a bootstrap gives no interval. The interval is
+then derived from the maximum fraction of rows with other values (Clopper-Pearson). The seed is
+fixed, so the same scores give the same interval on every machine.
 """
 
 import math
@@ -33,16 +37,19 @@ from tunesmith.units import count_of
 
 RESAMPLES = 10_000
 SEED = 20_240_607
-TAIL_PROBABILITY = 0.025  # beyond each end of a 95 % interval
-# Five rows that differ all point one way once in 16 times by chance, six once in 32.
+TAIL_PROBABILITY = 0.025  # probability beyond each end of a 95 % interval
+# Minimum number of rows with different scores that can show a significant difference at 5 %. If two
+# models are equally good, five such rows all favor the same model with probability 1/16, and six
+# rows with probability 1/32.
 MIN_DIFFERING = 6
-# DRAWS_AT_ONCE are 32 MiB of row numbers, and as much of what they pick.
+# Maximum number of resamples and of drawn row indices in one step. DRAWS_AT_ONCE row indices take
+# 32 MiB, and the values of these rows take another 32 MiB.
 RESAMPLES_AT_ONCE = 100
 DRAWS_AT_ONCE = 1 << 22
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its 95 % interval."""
+    """A mean and the ends of its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -53,10 +60,11 @@ class PairedIntervals(NamedTuple):
     """The difference of two models on the same rows, with its interval.
 
     Attributes:
-        difference: tuned less base.
-        differing: rows on which their scores are not equal.
-        chance: of right or wrong answers, how often as many of the differing rows point one way
-            where both models are equally good (McNemar's mid-p); None of other scores.
+        difference: score of the tuned model minus score of the base.
+        differing: number of rows with different scores.
+        chance: p-value of McNemar's mid-p test. This is the probability that two equally good
+            models give a result that favors one of them at least as clearly. None for scores other
+            than 0 and 1.
     """
 
     difference: Interval
@@ -65,16 +73,17 @@ class PairedIntervals(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Tell whether the difference is more than chance does in 5 of 100 evaluations."""
+        """Return whether the difference is significant at the 5 % level."""
         holds_zero = self.difference.low <= 0 <= self.difference.high
         if holds_zero or self.differing < MIN_DIFFERING:
             return False
-        # At the edge the score interval leaves out 0 in up to 5.4 % of evaluations.
+        # For equally good models, the score interval excludes 0 in up to 5.4 % of evaluations.
+        # Therefore McNemar's test must be significant too.
         return self.chance is None or self.chance < 2 * TAIL_PROBABILITY
 
 
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
-    """Compute the interval of one model's scores, each from 0 to 1."""
+    """Compute the mean and its interval for the scores of one model. Scores are from 0 to 1."""
     values = np.asarray(scores, np.float64)
     if _is_constant(values):
         return _constant_interval(values, 0.0)
@@ -86,18 +95,22 @@ def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Int
 def paired_intervals(
     base: Sequence[float], tuned: Sequence[float], *, resamples: int = RESAMPLES
 ) -> PairedIntervals:
-    """Compare two models' scores on the same rows, in the same order, each from 0 to 1."""
+    """Compare two models' scores on the same rows, in the same order. Scores are from 0 to 1."""
     pairs = np.stack([np.asarray(base, np.float64), np.asarray(tuned, np.float64)], axis=1)
     differences = pairs[:, 1] - pairs[:, 0]
     differing = int(np.count_nonzero(differences))
+
     chance = None
     if _is_right_or_wrong(pairs):
         won = int((differences > 0).sum())
-        chance = mcnemar_chance(won, differing - won)
-        difference = paired_share_interval(won, differing - won, len(pairs))
+        lost = differing - won
+        chance = mcnemar_chance(won, lost)
+        difference = paired_share_interval(won, lost, len(pairs))
     else:
         difference = _bootstrap_interval(differences, -1.0, resamples)
-    # All values are equal: that other ones are rare is all that they tell.
+
+    # If all differences are equal, all resamples are equal too, so a bootstrap gives no interval.
+    # The sample shows only that other differences are rare.
     if _is_constant(differences):
         difference = _constant_interval(differences, -1.0)
     return PairedIntervals(difference, differing, chance)
@@ -112,38 +125,51 @@ def _is_right_or_wrong(values: np.ndarray) -> bool:
 
 
 def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
-    """Bound the mean of equal values. `lowest`: the least value there can be; the greatest is 1."""
+    """Compute the mean and its interval for values that are all equal.
+
+    Args:
+        lowest: the minimum possible value. The maximum is 1.
+    """
     mean = float(values.mean())
-    # Rows with another value are at most so rare that none among these is no surprise.
+    # `share` is the lower limit of the true fraction of rows that have the value of the sample. If
+    # the fraction is lower, the probability of a sample with only this value is below 2.5 %.
     share = TAIL_PROBABILITY ** (1 / len(values))
-    return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share) * 1.0)
+    low = share * mean + (1 - share) * lowest
+    high = share * mean + (1 - share) * 1.0
+    return Interval(mean, low, high)
 
 
 def share_interval(right: int, rows: int) -> Interval:
-    """Clopper and Pearson's interval of a share with mid-p."""
+    """Compute Clopper and Pearson's interval of a fraction with mid-p."""
     low = _root(lambda share: 1 - TAIL_PROBABILITY - _mid_p(right, rows, share), 0.0, 1.0)
     high = _root(lambda share: TAIL_PROBABILITY - _mid_p(right, rows, share), 0.0, 1.0)
     return Interval(right / rows, low, high)
 
 
 def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
-    """Tango's score interval of (won - lost) / rows: the differences that the data are no more than
-    1.96 standard errors from, the error computed as if each were the true one.
+    """Compute Tango's score interval of (won - lost) / rows.
+
+    The interval contains each difference d that is at most 1.96 standard errors from the observed
+    difference. The standard error is computed under the assumption that d is the true difference.
     """
     z = NormalDist().inv_cdf(1 - TAIL_PROBABILITY)
-    mean = (won - lost) / rows
+    net = won - lost
+    mean = net / rows
 
     def distance(difference: float) -> float:
-        """Measure how far the data are from a difference, in standard errors."""
-        # The most likely share of lost rows under this difference is a root of
-        # 2 rows x^2 + linear x - lost difference (1 - difference).
+        """Return how many standard errors `difference` is from the observed difference."""
+        # If `difference` is the true one, the maximum-likelihood fraction x of lost rows is a root
+        # of 2 rows x^2 + linear x - lost difference (1 - difference).
         linear = (2 * rows - won + lost) * difference - won - lost
         constant = lost * difference * (1 - difference)
-        root = math.sqrt(max(linear**2 + 8 * rows * constant, 0.0))
+        discriminant = linear**2 + 8 * rows * constant
+        root = math.sqrt(max(discriminant, 0.0))
         share_lost = (root - linear) / (4 * rows)
         variance = rows * (2 * share_lost + difference * (1 - difference))
-        # At -1 and 1 all rows are lost or won: there is no spread.
-        return (won - lost - rows * difference) / math.sqrt(max(variance, 1e-12))
+        # For a difference of -1 or 1 the variance is 0, because all rows are lost or all are won.
+        error = math.sqrt(max(variance, 1e-12))
+        surplus = net - rows * difference
+        return surplus / error
 
     low = _root(lambda difference: z - distance(difference), -1.0, mean)
     high = _root(lambda difference: -z - distance(difference), mean, 1.0)
@@ -151,15 +177,22 @@ def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
 
 
 def mcnemar_chance(won: int, lost: int) -> float:
-    """McNemar's mid-p: how often equally good models differ as one-sidedly on as many rows."""
+    """Compute the p-value of McNemar's mid-p test.
+
+    This is the probability that two equally good models give a result that favors one of them at
+    least as clearly.
+    """
     if won == lost:
         return 1.0
     return 2 * _mid_p(min(won, lost), won + lost, 0.5)
 
 
 def _mid_p(successes: int, count: int, share: float) -> float:
-    """The probability of fewer successes of `count`; as many count half."""
-    # It takes a sixth of a second to load, which who only reads a run does not need.
+    """Return the binomial probability of fewer than `successes` successes, plus half the
+    probability of exactly `successes`.
+    """
+    # Import here, because scipy takes 1/6 s to load and commands that only read a run do not need
+    # it.
     from scipy.special import bdtr
 
     fewer = bdtr(successes - 1, count, share) if successes else 0.0
@@ -167,7 +200,7 @@ def _mid_p(successes: int, count: int, share: float) -> float:
 
 
 def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Find where a rising function is 0, by bisection to the last bits."""
+    """Find the root of an increasing function by bisection, up to floating-point precision."""
     for _ in range(50):
         middle = (low + high) / 2
         if rising(middle) < 0:
@@ -178,40 +211,48 @@ def _root(rising: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> Interval:
-    """The expanded percentiles of the means over rows drawn with replacement, or Student's ends.
+    """Compute the bootstrap interval of a mean with expanded percentiles.
+
+    The interval is at least as wide as Student's interval on each side.
 
     Args:
         values: [rows], not all equal.
-        lowest: the least value there can be; the greatest is 1.
+        lowest: the minimum possible value. The maximum is 1.
     """
     count = len(values)
-    # The same rows for every call: what two models and their difference get is of the same draws.
+    # The fixed seed draws the same rows in every call, so the intervals of two models and of their
+    # difference use the same resamples.
     rng = np.random.default_rng(SEED)
     at_once = max(1, min(RESAMPLES_AT_ONCE, DRAWS_AT_ONCE // count))
-    parts = []
+    means = []
     for first in range(0, resamples, at_once):
-        rows = rng.integers(count, size=(min(at_once, resamples - first), count))
-        parts.append(values[rows].mean(axis=1))
+        draws = min(at_once, resamples - first)
+        rows = rng.integers(count, size=(draws, count))
+        means.append(values[rows].mean(axis=1))
+
     tail = expanded_tail(count)
-    low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     mean = float(values.mean())
-    reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
-    # Student's knows nothing of the ends of the scale.
-    return Interval(
-        mean,
-        min(float(low), max(mean - reach, lowest)),
-        max(float(high), min(mean + reach, 1.0)),
-    )
+    deviation = float(values.std(ddof=1))
+    reach = students_t(count) * deviation / math.sqrt(count)
+
+    # Student's interval can exceed the range of the scores, so limit it.
+    students_low = max(mean - reach, lowest)
+    students_high = min(mean + reach, 1.0)
+    return Interval(mean, min(float(low), students_low), max(float(high), students_high))
 
 
 def expanded_tail(count: int) -> float:
-    """The share of resampled means beyond each end of the interval: 2.5 % for many rows, less for
-    few."""
+    """Return the fraction of resampled means beyond each end of the interval.
+
+    The fraction is close to 2.5 % if `count`, the number of rows, is large. It is smaller for few
+    rows.
+    """
     return NormalDist().cdf(-students_t(count) * math.sqrt(count / (count - 1)))
 
 
 def students_t(count: int) -> float:
-    """The quantile of Student's t that leaves 2.5 % above it, for so many values."""
+    """Return the 97.5 % quantile of Student's t distribution for `count` values."""
     from scipy.special import stdtrit
 
     return float(stdtrit(count - 1, 1 - TAIL_PROBABILITY))
@@ -221,10 +262,10 @@ class LossDifference(NamedTuple):
     """The difference of two models' losses on the same rows.
 
     Attributes:
-        rows: those with supervised tokens.
-        differing: of them, rows on which the losses are not equal.
-        mean: nats per token, the second model's less the first's.
-        interval: of the mean; None where fewer than MIN_DIFFERING rows differ.
+        rows: number of rows with supervised tokens.
+        differing: number of these rows with different losses.
+        mean: loss of the second model minus loss of the first, in nats per token.
+        interval: interval of the mean. None if fewer than MIN_DIFFERING rows differ.
     """
 
     rows: int
@@ -234,58 +275,62 @@ class LossDifference(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Tell whether the difference is more than chance does in 5 of 100 evaluations."""
+        """Return whether the difference is significant at the 5 % level."""
         return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
 
 
 def paired_losses(
     first: Sequence[float], second: Sequence[float], tokens: Sequence[int]
 ) -> LossDifference:
-    """The difference of two models' losses, with its interval.
+    """Compute the difference of two models' losses, with its interval.
 
     Args:
-        first, second: nats of each row, summed over its supervised tokens.
-        tokens: how many these are.
+        first, second: loss of each row in nats, summed over its supervised tokens.
+        tokens: number of supervised tokens of each row.
     """
-    has_tokens = np.asarray(tokens) > 0
-    counts = np.asarray(tokens, np.float64)[has_tokens]
-    differences = (np.asarray(second, np.float64) - np.asarray(first, np.float64))[has_tokens]
+    counts = np.asarray(tokens, np.float64)
+    has_tokens = counts > 0
+    counts = counts[has_tokens]
+    differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    differences = differences[has_tokens]
     rows = len(counts)
-    mean = float(differences.sum() / counts.sum()) if rows else math.nan
     differing = int(np.count_nonzero(differences))
-    # A loss that is not finite has no interval either.
+    total_tokens = float(counts.sum())
+    mean = math.nan
+    if rows:
+        mean = float(differences.sum()) / total_tokens
+
+    # A mean that is not finite has no interval.
     if differing < MIN_DIFFERING or not math.isfinite(mean):
         return LossDifference(rows, differing, mean, None)
     residuals = differences - mean * counts
-    error = math.sqrt(float((residuals**2).sum()) * rows / (rows - 1)) / float(counts.sum())
+    squares = float((residuals**2).sum())
+    error = math.sqrt(squares * rows / (rows - 1)) / total_tokens
     reach = students_t(rows) * error
-    return LossDifference(rows, differing, mean, Interval(mean, mean - reach, mean + reach))
+    interval = Interval(mean, mean - reach, mean + reach)
+    return LossDifference(rows, differing, mean, interval)
 
 
 def loss_sentence(difference: LossDifference, *, first: str = "base", second: str = "tuned") -> str:
-    """One sentence: whether the second model is better or worse by its loss, or its rows do not
-    say."""
+    """Return a sentence that says whether the second model's loss is significantly better or
+    worse.
+    """
     rows = count_of(difference.rows, "row")
-    if not math.isfinite(difference.mean):
+    mean = difference.mean
+    if not math.isfinite(mean):
         return f"loss: {second} cannot be compared with {first}: a loss is not finite"
+    figures = f"{mean:+.4f} nats per token"
     if difference.interval is None:
-        text = f"loss: {second} against {first}: {difference.mean:+.4f} nats per token on {rows}"
-        return f"{text}; different rows: {difference.differing} of at least {MIN_DIFFERING} needed"
-    low, high = difference.interval.low, difference.interval.high
-    figures = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
-    if difference.is_apart:
-        return _apart("loss", difference.mean < 0, first, second, rows, figures)
-    figures += f"; {rows} like these show a difference from about {high - difference.mean:.4f}"
-    return _not_apart("loss", first, second, rows, figures)
+        needed = f"different rows: {difference.differing}, but at least {MIN_DIFFERING} are needed"
+        return f"loss: {second} minus {first} is {figures} on {rows}; {needed}"
 
-
-def _apart(name: str, is_better: bool, first: str, second: str, rows: str, figures: str) -> str:
-    direction = "better" if is_better else "worse"
-    return f"{name}: {second} is {direction} than {first} on these {rows} ({figures})"
-
-
-def _not_apart(name: str, first: str, second: str, rows: str, figures: str) -> str:
-    return f"{name}: no significant difference between {second} and {first} on {rows} ({figures})"
+    _, low, high = difference.interval
+    figures += f", 95 % interval {low:+.4f} to {high:+.4f}"
+    if not difference.is_apart:
+        reach = high - mean
+        figures += f"; {rows} like these can show a difference of about {reach:.4f} or more"
+    change = -mean if difference.is_apart else 0.0
+    return _verdict("loss", change, rows, figures, first=first, second=second)
 
 
 def difference_sentence(
@@ -296,23 +341,40 @@ def difference_sentence(
     first: str = "base",
     second: str = "tuned",
 ) -> str:
-    """One sentence: whether the second model is better or worse than the first, or the rows do not
-    say."""
-    difference = intervals.difference
-    low, high = points(difference.low), points(difference.high)
-    figures = f"{points(difference.mean)} points, 95 % interval {low} to {high}"
-    of_rows = count_of(rows, "row")
+    """Return a sentence that says whether the second model is significantly better or worse."""
+    mean, low, high = intervals.difference
+    differing = intervals.differing
+    chance = intervals.chance
+    figures = f"{points(mean)} points, 95 % interval {points(low)} to {points(high)}"
+    row_count = count_of(rows, "row")
+
     if intervals.is_apart:
-        return _apart(name, difference.mean > 0, first, second, of_rows, figures)
-    if not intervals.differing:
+        return _verdict(name, mean, row_count, figures, first=first, second=second)
+    if not differing:
         figures += "; their scores are equal on every row"
-    elif intervals.differing < MIN_DIFFERING:
-        figures += f"; different rows: only {intervals.differing}, which can be chance"
-    elif intervals.chance is not None and not difference.low <= 0 <= difference.high:
-        figures += f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
-    return _not_apart(name, first, second, of_rows, figures)
+    elif differing < MIN_DIFFERING:
+        figures += f"; different rows: only {differing}, which can be chance"
+    elif chance is not None and not low <= 0 <= high:
+        figures += f"; chance alone causes such a difference in {chance:.1%} of evaluations"
+    return _verdict(name, 0.0, row_count, figures, first=first, second=second)
+
+
+def _verdict(
+    name: str, improvement: float, rows: str, figures: str, *, first: str, second: str
+) -> str:
+    """Return the sentence that says which of two models is better.
+
+    Args:
+        name: the score or the loss that is compared.
+        improvement: how much better the second model is. 0 if the difference is not significant.
+        rows: the number of rows, such as "20 rows".
+    """
+    if improvement:
+        direction = "better" if improvement > 0 else "worse"
+        return f"{name}: {second} is {direction} than {first} on these {rows} ({figures})"
+    return f"{name}: no significant difference between {second} and {first} on {rows} ({figures})"
 
 
 def points(share: float) -> str:
-    """A difference of shares in points of a hundred, with its sign."""
+    """Format a difference of fractions in percentage points, with its sign."""
     return f"{100 * share:+.1f}"

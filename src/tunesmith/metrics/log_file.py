@@ -1,4 +1,4 @@
-"""log.txt: every line that a run showed, with its time."""
+"""The log file of a run, log.txt. It contains every line that the run has shown, with the time."""
 
 import contextlib
 import logging
@@ -14,7 +14,11 @@ from tunesmith.host.streams import visible
 
 
 def log_file_of_run(path: Path) -> "LogFile":
-    """The log of a run: that of the command, whose lines so far come first, or a new one."""
+    """Return the log of a run.
+
+    If the command has created a LogFile, return it, because it already has the first lines.
+    Otherwise return a new LogFile.
+    """
     for handler in PACKAGE.handlers:
         if isinstance(handler, LogFile) and handler.path is None:
             handler.path = path
@@ -23,10 +27,12 @@ def log_file_of_run(path: Path) -> "LogFile":
 
 
 class LogFile(logging.Handler):
-    """Lines stay in memory until `open`, since a start that is refused writes nothing.
+    """A log handler that writes log.txt. It keeps lines in memory until `open` is called, so that a
+    start that fails leaves no file.
 
-    As a context it also writes what the package logs, and the error that ends the run, and closes
-    the file. A line is one write, without a buffer, so that a signal's handler may write.
+    Inside a `with` block it also logs the messages of the package and the error that ends the run.
+    At the end of the block it closes the file. Each line is written with one unbuffered call, so
+    that a signal handler can write a line.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -37,14 +43,16 @@ class LogFile(logging.Handler):
         self._early = b""
 
     def open(self) -> None:
-        """Append to the file from here on, what was written before included."""
+        """Open the file and append the lines that were kept in memory. Later lines are written
+        directly.
+        """
         if self._file is None and self.path is not None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             os.write(self._file, self._early)
             self._early = b""
 
     def write(self, text: str) -> None:
-        """Write each line of a text; OSError where the disk is full."""
+        """Write each line of a text with the current time. Raise OSError if the disk is full."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         rows = "".join(f"{now}  {row}\n" for row in visible(text).splitlines())
         lines = rows.encode(errors="backslashreplace")
@@ -54,13 +62,13 @@ class LogFile(logging.Handler):
             os.write(self._file, lines)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # As far as the disk takes it.
+        # Ignore a full disk: a log line must not end the run.
         with contextlib.suppress(OSError):
             self.write(self.format(record))
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Write what the package logs in the block."""
+        """Write the log messages of the package while the block runs."""
         PACKAGE.addHandler(self)
         try:
             yield
@@ -82,7 +90,7 @@ class LogFile(logging.Handler):
         if error is not None:
             text = f"{type(error).__name__}: {error}"
             if isinstance(error, StoppedError):
-                # With everything saved a stop is no error.
+                # Omit the word "error", because a stop is not a failure: everything is saved.
                 text = error.text().removeprefix("error: ")
             elif isinstance(error, TunesmithError):
                 text = error.text()

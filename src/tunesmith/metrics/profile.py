@@ -1,9 +1,11 @@
-"""`profile:` of a recipe: PyTorch's traces and memory snapshots of some steps, on every rank.
+"""Profiler for the recipe key `profile`: PyTorch traces and memory snapshots of some steps on every
+rank.
 
-In its folder, `output_dir/profile/` for a training run, each rank r writes for each cycle:
+For each cycle, rank r writes these files into the profile folder (`output_dir/profile/` for a
+training run):
 
-    rank<r>.<time>.pt.trace.json.gz   the trace, for ui.perfetto.dev and TensorBoard
-    memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
+    rank<r>.<time>.pt.trace.json.gz   trace for ui.perfetto.dev and TensorBoard
+    memory-rank<r>-<cycle>.pickle     allocator segments for pytorch.org/memory_viz, only on GPUs
 """
 
 import pickle
@@ -18,10 +20,12 @@ from tunesmith.config.schema import Profile
 
 
 class Profiler:
-    """Context around the training loop; call `step()` after each optimizer step. Costs nothing when
-    not enabled.
+    """Context manager around the training loop. Call `step()` after each optimizer step.
 
-    `traces` are the files written so far, one per cycle.
+    It has no cost if the profile is not enabled.
+
+    Attributes:
+        traces: files written so far, one per cycle.
     """
 
     def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:
@@ -31,7 +35,7 @@ class Profiler:
         self.traces: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
-        # Ranks that are not profiled pay nothing.
+        # On a rank that is not profiled, create no profiler, so that it has no overhead.
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +54,8 @@ class Profiler:
             profile_memory=True,
             record_shapes=True,
             with_stack=settings.stacks,
-            # Else torch warns, 2.11 and 2.12 of every profile, that a new cycle clears the events.
+            # Without acc_events, torch warns that a new cycle clears the events. torch 2.11 and
+            # 2.12 give this warning even if there is only one cycle.
             acc_events=True,
         )
 
@@ -61,7 +66,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """Note an optimizer step. The profiler ends after its last cycle, with what it holds."""
+        """Count an optimizer step. After the last cycle, stop the profiler and write its data."""
         if self._profile is None:
             return
         self._profile.step()
@@ -71,9 +76,10 @@ class Profiler:
             self.__exit__()
 
     def _keep_traces_only(self) -> None:
-        """Parse no events of a cycle that has begun: its trace has them.
+        """Turn off the accumulation of events, because the trace file already contains them.
 
-        Torch takes a minute to parse 150,000 operations, and parses those of earlier cycles again.
+        Torch takes a minute to parse 150,000 operations, and it would parse the events of earlier
+        cycles again.
         """
         if self._profile is not None and self._profile.profiler is not None:
             self._profile.profiler.acc_events = False
@@ -85,17 +91,17 @@ class Profiler:
             running.stop()
 
     def _write(self, cycle: profile) -> None:
-        """Called by torch at the end of each cycle, also of one that the run's end cuts short."""
+        """Write a trace.
+
+        Torch calls this at the end of each cycle, and at the end of a run that ends during a cycle.
+        """
         trace = self.folder / f"rank{self.rank}.{time.time_ns()}.pt.trace.json.gz"
         cycle.export_chrome_trace(str(trace))
         self.traces.append(trace)
+
         if self.device.type == "cuda":
+            # The dictionary has the format that pytorch.org's memory viewer reads.
+            snapshot = {"segments": torch.cuda.memory_snapshot(), "device_traces": []}
             name = f"memory-rank{self.rank}-{len(self.traces)}.pickle"
-            _write_snapshot(self.folder / name)
-
-
-def _write_snapshot(file: Path) -> None:
-    """Write the state of the GPU's allocator in the form that pytorch.org's memory viewer opens."""
-    snapshot = {"segments": torch.cuda.memory_snapshot(), "device_traces": []}
-    with file.open("wb") as out:
-        pickle.dump(snapshot, out)
+            with (self.folder / name).open("wb") as file:
+                pickle.dump(snapshot, file)

@@ -1,10 +1,10 @@
-"""One record per step, and `metrics.jsonl`, the file of them.
+"""Step records, and the file `metrics.jsonl` that contains one record per step.
 
-Every other view of a run is derived from it.
+All other views of a run are derived from this file.
 
-A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit;
-NaN and the infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A
-killed process leaves at most a partial last line.
+A record is one line of strict JSON. Floats are written with `repr`, so they are read back bit for
+bit. NaN and infinities do not exist in JSON and are written as the strings "NaN", "Infinity" and
+"-Infinity". A killed process leaves at most one incomplete last line.
 """
 
 import contextlib
@@ -27,37 +27,43 @@ from tunesmith.run_dir import (
     read_bytes,
 )
 
-VALIDATION = "val_"  # how names of what was measured on held-out rows begin
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred records
+Values = dict[str, int | float | None]  # values of a record. The keys are the names of the fields
+VALIDATION = "val_"  # prefix of the names of validation metrics
+TAIL_BYTES = 1 << 16  # bytes to read from the end of metrics.jsonl: a few hundred records
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """The record of one optimizer step. Counts are those of the global batch, over all ranks.
+    """The record of one optimizer step. Counts are sums over the global batch of all ranks.
 
     Attributes:
-        step: optimizer steps so far, this one included; the first step is 1.
+        step: number of optimizer steps so far, including this one. The first step is 1.
         epoch: passes over the training rows, such as 1.25.
-        loss: mean over the supervised tokens, measured before the step's update.
-        learning_rate: of this step's update.
-        grad_norm: L2 norm over all trained parameters before clipping, tied ones once.
-        tokens: non-padding input tokens.
-        supervised_tokens: positions whose label enters the loss.
-        step_seconds: from the end of the step before, by the device's clock.
-        data_seconds: that the host waited for data.
+        loss: mean over the supervised tokens, computed before the update of this step.
+        learning_rate: learning rate of this step's update.
+        grad_norm: L2 norm over all trained parameters before clipping. Tied parameters are counted
+            once.
+        tokens: number of input tokens without padding.
+        supervised_tokens: number of positions whose label enters the loss.
+        step_seconds: time since the end of the previous step, measured by the device's clock.
+        data_seconds: time that the host waited for data.
         tokens_per_second: `tokens / step_seconds`.
-        mfu: model FLOPs per second over the peak, from 0 to 1; None without a peak
-            that bounds it.
-        memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
-        mfu_peak_tflops: the peak that `mfu` is relative to.
-        gpu_utilization: percent. This and the other gauges of a GPU: GPU only.
-        host_memory_percent: of this rank's host: 100 less the available share.
-        network_bytes_per_second: several ranks: sent and received by this rank's host.
-        nvlink_bytes_per_second: several ranks: sent and received by this rank's GPU.
-        idle_share: several data ranks: share of their time without work, by micro batches' cost.
-        val_loss: loss on the held-out rows, where it was measured after this step.
-        extra: further metrics of the method, by names that no field has. On disk they follow the
-            other values.
+        mfu: model FLOPs per second divided by the peak, from 0 to 1. None if there is no valid
+            peak.
+        memory_gib: peak memory so far: allocated on the GPU, or resident in RAM without a GPU.
+        mfu_peak_tflops: the peak TFLOP/s with which `mfu` was computed.
+        gpu_utilization: utilization in percent. All values whose name begins with `gpu_` exist only
+            on GPUs.
+        host_memory_percent: percentage of this rank's host memory that is in use and cannot be
+            freed.
+        network_bytes_per_second: bytes per second that this rank's host sends and receives.
+            Measured only with several ranks, like the next value.
+        nvlink_bytes_per_second: bytes per second that this rank's GPU sends and receives by NVLink.
+        idle_share: fraction of the time in which data ranks wait for a slower rank, estimated from
+            the cost of their micro batches. Only with several data ranks.
+        val_loss: validation loss, if a validation followed this step.
+        extra: other metrics of the method. Their names must differ from the names of the fields. In
+            the file they come after the fields.
     """
 
     step: int
@@ -73,7 +79,8 @@ class StepRecord:
     tokens_per_second: float
     mfu: float | None
     memory_gib: float
-    # Optional from here on, `_OPTIONAL`: left out of a record where they were not measured.
+    # This field and all fields below it (`_OPTIONAL`) are omitted from a record if they were not
+    # measured.
     mfu_peak_tflops: float | None = None
     gpu_utilization: float | None = None
     gpu_power_watts: float | None = None
@@ -90,11 +97,15 @@ class StepRecord:
         clashes = [name for name in self.extra if name in self.__dataclass_fields__]
         if clashes:
             names = ", ".join(clashes)
-            raise ValueError(f"{names} in `extra`: the record has a field of that name")
+            raise ValueError(
+                f"{names} must not be in `extra`, because the record has a field of this name"
+            )
 
-    def values(self) -> dict[str, int | float | None]:
-        """Name -> value in the order of the fields, then `extra`; an optional value that was not
-        measured is left out."""
+    def values(self) -> Values:
+        """Return the values by name in the order of the fields, followed by `extra`.
+
+        An optional value that was not measured is omitted.
+        """
         values = {}
         for name in _FIELD_NAMES:
             value = self.__dict__[name]
@@ -103,57 +114,68 @@ class StepRecord:
         return values | dict(self.extra)
 
     def tagged(self) -> dict[str, float]:
-        """List the measured values by a tracker's names: `train/loss`, `validation/loss`."""
+        """Return the measured values with the names that trackers use, such as `train/loss`."""
         tagged = {}
         for name, value in self.values().items():
-            if value is not None and name != "step":
-                held_out = name.removeprefix(VALIDATION)
-                tagged[f"train/{name}" if held_out == name else f"validation/{held_out}"] = value
+            if value is None or name == "step":
+                continue
+            tag = f"train/{name}"
+            if name.startswith(VALIDATION):
+                tag = f"validation/{name.removeprefix(VALIDATION)}"
+            tagged[tag] = value
         return tagged
 
     def to_plain(self) -> dict[str, int | float | str | None]:
-        """`values()` as strict JSON can hold them: non-finite floats are strings."""
-        values = self.values().items()
-        return {name: v if v is None or math.isfinite(v) else json.dumps(v) for name, v in values}
+        """Return `values()` with non-finite floats as strings, for strict JSON."""
+        plain = {}
+        for name, value in self.values().items():
+            is_plain = value is None or math.isfinite(value)
+            plain[name] = value if is_plain else json.dumps(value)
+        return plain
 
     def to_json(self) -> str:
-        """One line of strict JSON, without the newline."""
+        """Return one line of strict JSON without the newline."""
         return json.dumps(self.to_plain(), allow_nan=False)
 
     @classmethod
     def from_plain(cls, values: object) -> Self:
-        """The record of a `to_plain`. Unknown names go to `extra` if their value is a number,
-        else they are skipped.
+        """Build a record from the result of `to_plain`.
 
-        ValueError for a missing name, a value of another type, and what is no dict.
+        A value with an unknown name is added to `extra` if it is a number, else it is skipped.
+
+        Raise ValueError if a name is missing, a value has another type, or `values` is not a dict.
         """
         numbers = checked_values(values)
-        missing = [name for name in _FIELD_NAMES if name not in numbers and name not in _OPTIONAL]
+        missing = [name for name in _REQUIRED if name not in numbers]
         if missing:
-            raise ValueError(f"no value for {', '.join(missing)}")
+            raise ValueError(f"the record has no value for {', '.join(missing)}")
         fields: dict[str, Any] = {name: numbers.pop(name, None) for name in _FIELD_NAMES}
-        # A later version may write more: such numbers stay.
+
+        # The record may be from a later version with more fields. Keep their numbers in `extra`.
         extra = {name: number for name, number in numbers.items() if number is not None}
         return cls(**fields, extra=extra)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
-        """Read what `to_json` wrote; ValueError for anything else."""
+        """Parse a line that `to_json` returned. Raise ValueError for any other text."""
         return cls.from_plain(parse_json(line))
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
-_OPTIONAL = frozenset(_FIELD_NAMES[_FIELD_NAMES.index("memory_gib") + 1 :])
+_FIRST_OPTIONAL = _FIELD_NAMES.index("mfu_peak_tflops")
+_REQUIRED = _FIELD_NAMES[:_FIRST_OPTIONAL]
+_OPTIONAL = frozenset(_FIELD_NAMES[_FIRST_OPTIONAL:])
 _MAY_BE_NULL = _OPTIONAL | {"mfu"}
 _INTEGER_FIELDS = frozenset({"step", "tokens", "supervised_tokens", "examples"})
-_NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")  # spelling of json.dumps, which float() can read
 
 
 def read_records(path: str | Path) -> list[StepRecord]:
-    """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or
-    was killed).
+    """Return all records of a metrics.jsonl, except an incomplete last line.
 
-    RunError names an unreadable line before the last by file:line.
+    The last line is incomplete if the run is still writing or was killed.
+
+    Raise RunError with file:line if an earlier line cannot be read.
     """
     path = Path(path)
     records = []
@@ -167,41 +189,46 @@ def read_records(path: str | Path) -> list[StepRecord]:
                     "a line of the metrics cannot be read",
                     where=f"{path}:{number}",
                     why=str(error),
-                    fix="remove that line",
+                    fix="remove this line",
                 ) from None
     return records
 
 
-def checked_values(row: object) -> dict[str, int | float | None]:
-    """The numbers of one parsed line, for readers of a run of any version; ValueError for what is
-    no record.
+def checked_values(row: object) -> Values:
+    """Return the values of one parsed line. The run may have been made by any version.
 
-    A name that no field has may hold anything: what is no number becomes None. Fields other than
-    `step` may be absent.
+    A name that is not a field may have any value. If the value is not a number, it is replaced by
+    None. Fields other than `step` may be missing. Raise ValueError if the line is not a record.
     """
     if not isinstance(row, dict) or "step" not in row:
-        raise ValueError("it is not a JSON object with a step")
-    values: dict[str, int | float | None] = {}
+        raise ValueError("a record must be a JSON object with the key `step`")
+    values: Values = {}
     for name, value in row.items():
-        # JSON has no NaN and infinity: they are written as words.
-        number = float(value) if value in _NON_FINITE else value
+        # In the file, NaN and infinities are strings, because JSON has no such numbers.
+        number = value
+        if value in _NON_FINITE:
+            number = float(value)
         is_wrong = not is_number(number) and not isinstance(number, float)
         if name in _INTEGER_FIELDS:
             is_wrong = not is_count(value)
-        if is_wrong and name in _FIELD_NAMES and not (value is None and name in _MAY_BE_NULL):
-            raise ValueError(f"{name} is {value!r:.40}, which is not a number of that kind")
+
+        is_null = value is None and name in _MAY_BE_NULL
+        if is_wrong and name in _FIELD_NAMES and not is_null:
+            raise ValueError(f"{name} is {value!r:.40}, which is not a valid value of this field")
         values[name] = None if is_wrong else number
     return values
 
 
-def newest_record(folder: Path) -> dict[str, int | float | None]:
-    """The last whole record of a run directory's metrics.jsonl, read from the file's end alone;
-    empty without one."""
+def newest_record(folder: Path) -> Values:
+    """Return the last complete record of a run directory, or an empty dict if there is none.
+
+    Only the end of metrics.jsonl is read.
+    """
     return next(newest_records(folder), {})
 
 
-def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
-    """The whole records in the end of a run directory's metrics.jsonl, the newest first."""
+def newest_records(folder: Path) -> Iterator[Values]:
+    """Yield the complete records at the end of a run directory's metrics.jsonl, newest first."""
     try:
         with open_regular(folder / METRICS) as file:
             size = file.seek(0, os.SEEK_END)
@@ -216,10 +243,10 @@ def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
 
 
 def cut_back(path: str | Path, step: int) -> int:
-    """Remove from a file of JSON lines, in one move, those after `step` and every unreadable line;
-    return how many.
+    """Remove all lines after `step` and all unreadable lines from a file of JSON lines.
 
-    Lines that stay are not changed by a byte. A missing file stays missing.
+    Return the number of removed lines. The remaining lines are unchanged byte for byte. If the file
+    does not exist, it is not created.
     """
     path = Path(path)
     if not path.exists():
@@ -229,10 +256,10 @@ def cut_back(path: str | Path, step: int) -> int:
     for line in lines:
         with contextlib.suppress(ValueError):
             line_step = checked_values(parse_json(line))["step"] or 0
-            # Without its line break a record may be cut off.
+            # A line without a line break may be incomplete.
             if line.endswith(b"\n") and line_step <= step:
                 remaining.append(line)
-    # In one move: a crash leaves the old file or the new one.
+    # Replace the file atomically, so that a crash leaves either the old or the new file.
     if len(remaining) < len(lines):
         write_atomically(path, b"".join(remaining))
     return len(lines) - len(remaining)

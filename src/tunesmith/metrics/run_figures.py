@@ -1,6 +1,6 @@
-"""The figures of a run that follow from its records, by one name each.
+"""Statistics of a run, such as its mean speed, that are computed from its records.
 
-The closing summary, the page of runs and a sweep show these.
+The closing summary, the HTML report and a sweep show them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,43 +11,42 @@ from typing import Self
 
 from tunesmith.metrics.record import StepRecord
 
-# Record name -> one entry a step, None where it was not measured.
+# The values of each record field, one value per step. A value is None if it was not measured.
 Columns = dict[str, list[float | None]]
-RECENT_STEPS = 20  # that speeds are means of: one step alone would flicker
-FEWEST_LOSS_STEPS = 10  # of the mean training loss at the end
+RECENT_STEPS = 20  # steps for the mean speed, because the speed of one step fluctuates
+MIN_LOSS_STEPS = 10  # minimum number of steps for the mean of the last training losses
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """The finite ones."""
     return [value for value in values if value is not None and isfinite(value)]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the finite values; None without one."""
+    """Return the mean of the finite values, or None if there are none."""
     numbers = finite(values)
     return fmean(numbers) if numbers else None
 
 
 class RunFigures:
-    """The figures of some records. They are in the units of these, and computed once asked for.
+    """Statistics of a sequence of records. They have the units of the records, and each of them is
+    computed when it is first read.
 
-    The first step compiles: speeds leave it out where there are others.
+    If there are several steps, speeds do not include the first step, because it compiles the model.
     """
 
-    def __init__(self, columns: Columns | None = None) -> None:
-        self.columns = columns or {}
-        self.rows = max(map(len, self.columns.values()), default=0)
+    def __init__(self) -> None:
+        self.columns: Columns = {}
+        self.rows = 0
 
     @classmethod
     def of(cls, records: Iterable[StepRecord]) -> Self:
-        """The figures of these records."""
         figures = cls()
         for record in records:
             figures.add(record.values())
         return figures
 
     def add(self, row: Mapping[str, float | None]) -> None:
-        """Take the values of one more record; before any figure is asked for."""
+        """Add the values of one record. Call this before any statistic is read."""
         for name in row:
             if name not in self.columns:
                 self.columns[name] = [None] * self.rows
@@ -56,52 +55,54 @@ class RunFigures:
         self.rows += 1
 
     def column(self, name: str) -> list[float | None]:
-        """A column; None throughout where no record has it."""
+        """Return the values of a column. If no record has the column, all values are None."""
         return self.columns.get(name) or [None] * self.rows
 
     def last(self, name: str) -> float | None:
-        """The newest finite value of a column."""
-        values = reversed(self.column(name))
-        return next((value for value in values if value is not None and isfinite(value)), None)
+        """Return the newest finite value of a column, or None."""
+        values = finite(self.column(name))
+        return values[-1] if values else None
 
     def total(self, name: str) -> float:
-        """The sum of a column."""
         return sum(finite(self.column(name)))
 
     def recent_mean(self, name: str) -> float | None:
-        """The mean of the last steps."""
+        """Return the mean of a column over the last RECENT_STEPS steps."""
         return mean(self._after_first(name)[-RECENT_STEPS:])
 
     def _by_step(self, name: str) -> dict[int, float]:
-        pairs = zip(self.column("step"), self.column(name), strict=True)
-        return {
-            int(step or 0): value for step, value in pairs if value is not None and isfinite(value)
-        }
+        values: dict[int, float] = {}
+        for step, value in zip(self.column("step"), self.column(name), strict=True):
+            if value is not None and isfinite(value):
+                values[int(step or 0)] = value
+        return values
 
     @cached_property
     def validations(self) -> dict[int, float]:
-        """val_loss by step."""
+        """Validation losses. The key is the step."""
         return self._by_step("val_loss")
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest val_loss, of equal ones the first; None without one."""
+        """First step with the lowest val_loss. None if there was no validation."""
         return min(self.validations, key=self.validations.__getitem__, default=None)
 
     @cached_property
     def accuracies(self) -> dict[int, float]:
-        """The share of held-out pairs in order, by step."""
+        """Fraction of validation pairs whose chosen answer has the higher reward. The key is the
+        step.
+        """
         return self._by_step("val_reward_accuracy")
 
     @property
     def last_losses(self) -> list[float]:
-        """The training losses of a tenth of the steps, at least 10, at the end."""
+        """The last training losses: a tenth of all steps, but at least MIN_LOSS_STEPS."""
         losses = finite(self.column("loss"))
-        return losses[-max(FEWEST_LOSS_STEPS, len(losses) // 10) :]
+        return losses[-max(MIN_LOSS_STEPS, len(losses) // 10) :]
 
     @property
     def loss(self) -> float | None:
-        """The mean of the last training losses."""
+        """Mean of the last training losses."""
         return mean(self.last_losses)
 
     @cached_property
@@ -110,7 +111,6 @@ class RunFigures:
 
     @cached_property
     def seconds(self) -> float:
-        """The seconds of the recorded steps."""
         return self.total("step_seconds")
 
     @cached_property
@@ -121,26 +121,29 @@ class RunFigures:
         values = self.column(name)
         return values[1:] if len(values) > 1 else values
 
-    def _a_second(self, name: str) -> float | None:
-        """The sum of a column a second of training."""
+    def _per_second(self, name: str) -> float | None:
+        """Return the sum of a column divided by the sum of step_seconds, without the first step."""
+        total = sum(finite(self._after_first(name)))
         seconds = sum(finite(self._after_first("step_seconds")))
-        return sum(finite(self._after_first(name))) / seconds if seconds else None
+        return total / seconds if seconds else None
 
     @property
     def speed(self) -> float | None:
-        """Tokens per second, weighted by time."""
-        return self._a_second("tokens")
+        """Tokens per second over all steps except the first."""
+        return self._per_second("tokens")
 
     @cached_property
     def waiting(self) -> float | None:
-        """The share of the time spent waiting for data."""
-        return self._a_second("data_seconds")
+        """Fraction of the training time after the first step in which the host waited for data."""
+        return self._per_second("data_seconds")
 
     @cached_property
     def mfu(self) -> float | None:
-        """The mean over time, of the steps whose MFU was measured: a step that took twice as long
-        counts twice."""
+        """The mean MFU of the steps for which it was measured, weighted by the duration of each
+        step.
+        """
         values = zip(self._after_first("mfu"), self._after_first("step_seconds"), strict=True)
         measured = [(mfu, time) for mfu, time in values if mfu and time]
+        weighted = sum(mfu * time for mfu, time in measured)
         seconds = sum(time for _, time in measured)
-        return sum(mfu * time for mfu, time in measured) / seconds if seconds else None
+        return weighted / seconds if seconds else None

@@ -1,8 +1,8 @@
-"""The reports of a run, as one small class: the loop calls `Sinks`, which passes every event to
-each sink in turn.
+"""Sinks: objects that show or store the events of a run, such as a completed step. The training
+loop calls `Sinks`, which passes every event to each sink.
 
-A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Rank 0 has
-all of them. The terminal and the trackers have files of their own beside this one.
+A sink never computes anything. A resumed run reads only metrics.jsonl. Only rank 0 has all sinks.
+The sinks for the terminal and the trackers are in other modules.
 """
 
 import contextlib
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class SampleAnswer(NamedTuple):
-    """The model's answer to a held-out prompt, the answer that the row has, and the row's place,
-    such as `faq.csv:12`; empty where unknown.
+    """The model's answer to a held-out prompt, together with the answer in the data set.
+
+    `row` is the position of the row, such as `faq.csv:12`. It is empty if it is not known.
     """
 
     prompt: str
@@ -38,35 +39,44 @@ class SampleAnswer(NamedTuple):
 
 
 class Sink:
-    """The events of a run; a sink overrides those it shows."""
+    """Base class of the sinks. Each method handles one kind of event and does nothing by default. A
+    sink overrides the methods of the events that it shows or stores.
+    """
 
     def open(self, run: Run, resumed_at: int) -> None:
-        """Called before the first step. `resumed_at`: step of the checkpoint that the run resumes
-        from, 0 for none."""
+        """Start the sink. This method is called before the first step.
+
+        Args:
+            resumed_at: step of the checkpoint that the run resumes from. 0 for a new run.
+        """
 
     def step(self, record: StepRecord) -> None:
-        """A step is done. `val_loss` is set where the held-out rows were measured after it."""
+        """Report a completed step. `record.val_loss` is set if a validation followed the step."""
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
-        """The model answered these prompts."""
+        """Report the model's answers to sample prompts."""
 
     def text(self, title: str, body: str) -> None:
-        """Something to read: the recipe, the token contract, a warning."""
+        """Report a text for the user, such as the recipe, the checks of the tokens or a warning."""
 
     def flush(self) -> None:
-        """Called before a checkpoint becomes valid: everything reported so far must survive a crash
-        from here on.
+        """Flush everything reported so far, so that it survives a crash.
 
-        May run in the thread that writes the checkpoint, while the loop reports the next step.
+        This method is called before a checkpoint becomes valid. The call can come from the thread
+        that writes the checkpoint, while the training loop reports the next step.
         """
 
     def close(self) -> None:
-        """Called after the last step, or when the run fails. May be called twice."""
+        """Close the sink after the last step or a failure. This method can be called twice."""
 
 
 class RecordCallback(Sink):
-    """Hands each record to the caller's function; `error` is what that raised, and `has_ended` says
-    that it was StopIteration: the run is to end."""
+    """A sink that passes each record to a function, which the caller of `train` gave.
+
+    Attributes:
+        error: the error that the function raised, or None.
+        has_ended: whether the function raised StopIteration, which ends the run.
+    """
 
     def __init__(self, function: Callable[[StepRecord], object]) -> None:
         self.function = function
@@ -84,14 +94,17 @@ class RecordCallback(Sink):
 
 
 class Sinks(Sink):
-    """Several sinks as one."""
+    """A sink that passes all events to several sinks."""
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self.all = list(sinks)
 
     def open(self, run: Run, resumed_at: int) -> None:
-        """Open all, last first: one that may be refused comes before the run's own files are
-        touched."""
+        """Open all sinks in the reverse order of the list.
+
+        Sinks whose `open` can fail are last in the list. They are opened first, so that an error
+        occurs before the run's own files are changed.
+        """
         for sink in reversed(self.all):
             sink.open(run, resumed_at)
 
@@ -112,15 +125,17 @@ class Sinks(Sink):
             sink.flush()
 
     def close(self) -> None:
-        """Close all, also when one fails; its error is raised at the end."""
+        """Close all sinks, even if one of them raises an error. Raise the error at the end."""
         with contextlib.ExitStack() as stack:
             for sink in reversed(self.all):
                 stack.callback(sink.close)
 
 
 class JsonlSink(Sink):
-    """metrics.jsonl: one line per step, cut back to the checkpoint's step on resume, synced to the
-    disk by `flush`."""
+    """The sink of metrics.jsonl, with one line per step.
+
+    A resume removes the lines after the checkpoint's step. `flush` syncs the file to the disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,8 +150,8 @@ class JsonlSink(Sink):
         self._file.write(record.to_json() + "\n")
 
     def flush(self) -> None:
-        # The file is line-buffered, so the kernel has every whole line; the Python file object is
-        # not safe to flush in one thread while another writes.
+        # Call only fsync. The file is line-buffered, so the kernel already has every complete line,
+        # and flushing the Python file object is not thread-safe while another thread writes.
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -148,8 +163,10 @@ class JsonlSink(Sink):
 
 
 class SamplesSink(Sink):
-    """samples.jsonl: a line for each answer of the model to a held-out prompt; step 0 is before
-    training."""
+    """The sink of samples.jsonl, with one line per answer to a held-out prompt.
+
+    Step 0 is before training.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,11 +183,11 @@ class SamplesSink(Sink):
 
 
 class RankSink(Sink):
-    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and
-    gauges.
+    """The sink of metrics-rank<r>.jsonl, for ranks other than 0.
 
-    Nothing is read back from it, so a disk that takes no more ends no run here. Warnings go to the
-    rank's own terminal or log.
+    The records are those of metrics.jsonl, but data_seconds, memory and sensor values are those of
+    this rank. The file is never read back, so a full disk does not end the run. Warnings are
+    printed to the rank's stderr.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -191,7 +208,7 @@ class RankSink(Sink):
 def writes_tensorboard(run: Run) -> bool:
     """Return whether the run writes TensorBoard events.
 
-    It does so without being asked if the package is installed.
+    If the recipe does not set this, return True if the package is installed.
     """
     if run.log.tensorboard is not None:
         return run.log.tensorboard
@@ -199,13 +216,16 @@ def writes_tensorboard(run: Run) -> bool:
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers.
+    """The sink for TensorBoard. It writes the values of the records (`train/loss`,
+    `validation/loss`), the recipe and sample answers.
 
-    A `shared` folder may hold other runs' events, which a fresh start must not hide.
+    Args:
+        shared: whether the folder may contain events of other runs, which a new run must not hide.
     """
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
-        self.folder, self.shared = folder, shared
+        self.folder = folder
+        self.shared = shared
         self._writer: Any = None
         self._has_failed = False
         self._hook = threading.excepthook
@@ -213,7 +233,8 @@ class TensorBoardSink(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step=n makes TensorBoard hide every older event from step n on.
+        # With purge_step=n, TensorBoard hides the events of step n and later that were written
+        # before this start. With None, it hides nothing.
         purge_step = None if self.shared else 0
         if resumed_at:
             purge_step = resumed_at + 1
@@ -221,13 +242,13 @@ class TensorBoardSink(Sink):
             self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=10)
         except OSError as error:
             raise MachineError(
-                "TensorBoard's events cannot be written",
+                "the TensorBoard events cannot be written",
                 where=str(self.folder),
                 why=str(error),
-                fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
+                fix="set log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None
         self._hook = threading.excepthook
-        threading.excepthook = self._silent_for_tensorboard
+        threading.excepthook = self._hide_tensorboard_traceback
         self._add(self._writer.add_text, "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -236,37 +257,43 @@ class TensorBoardSink(Sink):
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
-            parts = [f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()]
+            parts = []
+            for name, text in row._asdict().items():
+                parts.append(f"**{name}**\n\n{_verbatim(text)}")
             self._add(self._writer.add_text, f"sample/{number}", "\n\n".join(parts), step)
 
     def text(self, title: str, body: str) -> None:
         self._add(self._writer.add_text, title, _verbatim(body))
 
     def flush(self) -> None:
-        with self._without_faults():
+        with self._suppress_errors():
             self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            with self._without_faults():
+            with self._suppress_errors():
                 self._writer.close()
-            if threading.excepthook == self._silent_for_tensorboard:
+            if threading.excepthook == self._hide_tensorboard_traceback:
                 threading.excepthook = self._hook
 
-    def _silent_for_tensorboard(self, fault: threading.ExceptHookArgs) -> None:
-        """Print no traceback of TensorBoard's thread: its error is said at the next call."""
+    def _hide_tensorboard_traceback(self, fault: threading.ExceptHookArgs) -> None:
+        """Print no traceback for an error in TensorBoard's thread, because `_suppress_errors` logs
+        it.
+        """
         if not type(fault.thread).__module__.startswith("tensorboard"):
             self._hook(fault)
 
     def _add(self, add: Callable[..., object], *values: object) -> None:
-        with self._without_faults():
+        with self._suppress_errors():
             add(*values)
 
     @contextlib.contextmanager
-    def _without_faults(self) -> Iterator[None]:
-        """Leave TensorBoard out from its first error on: metrics.jsonl has all of it.
+    def _suppress_errors(self) -> Iterator[None]:
+        """Log the first OSError of TensorBoard and ignore all later ones. No data is lost, because
+        metrics.jsonl has all records.
 
-        Its thread meets the error, and its writer raises it at each later call.
+        After an error in TensorBoard's thread, each later call of the writer raises this error
+        again.
         """
         try:
             yield
@@ -274,11 +301,11 @@ class TensorBoardSink(Sink):
             if not self._has_failed:
                 self._has_failed = True
                 log.warning(
-                    f"TensorBoard's events in {self.folder} are left out from here on: "
-                    f"{error.strerror}; {METRICS} has all records; fix: df -h"
+                    f"no more TensorBoard events are written to {self.folder}: "
+                    f"{error.strerror}; {METRICS} has all records; fix: free disk space (df -h)"
                 )
 
 
 def _verbatim(text: str) -> str:
-    """Text that Markdown shows as it is: four spaces before each line make it code."""
+    """Indent each line by four spaces, so that Markdown shows the text unchanged as code."""
     return indent(text or " ", "    ", lambda _: True)

@@ -1,4 +1,4 @@
-"""The end of a run in words: the closing summary, and failure.json."""
+"""Functions that write the closing summary of a run, and failure.json."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
-from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
@@ -28,16 +28,18 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import count_of, format_seconds
 
-# An increase of val_loss above its minimum, as a share of that, that is more than noise.
-RISE = 0.01
-ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
+ANSWER_WIDTH = 69  # maximum characters of a sample answer, so that its line fits in 80 columns
 
 
 def write_failure(
     folder: Path, error: TunesmithError, *, last_step: int, next_command: str
 ) -> None:
-    """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else
-    `next_command`; the likely cause, and the rank that failed, null where unknown."""
+    """Write failure.json, which describes the error that ended the run.
+
+    The file has the error, where and why it happened, and the last step. It has `error.fix`, or
+    `next_command` if the error has no fix. It also has the likely cause and the failed rank, which
+    are null if they are not known.
+    """
     failure = {
         "what": error.what,
         "where": error.where,
@@ -59,25 +61,35 @@ def closing_summary(
     took: float | None = None,
     finished_before: bool = False,
 ) -> str:
-    """The closing summary as plain text: numbers of all starts of the run, answers before and
-    after, files written, next commands.
+    """Return the closing summary as plain text.
 
-    `seconds` of training: 0 takes the sum of the recorded steps; `took`: of this start, with all
-    that is beside the steps. `finished_before`: this start did nothing.
+    The text has statistics over all starts of the run, answers before and after training, the files
+    that were written, and commands to continue with.
+
+    Args:
+        seconds: training time. If it is 0, the sum of the recorded steps is used.
+        took: duration of this start, including the time outside of steps.
+        finished_before: the run was already finished, so this start did nothing.
     """
-    folder = Path(from_here(run.output_dir))
+    folder = Path(relative_to_cwd(run.output_dir))
     records = read_records(folder / METRICS)
     rows = []
     if finished_before:
         duration = run.train.duration
         longer = replace(duration, amount=2 * duration.amount)
-        command = ["tunesmith", "train", from_here(folder / RECIPE), f"train.duration={longer}"]
+        command = [
+            "tunesmith",
+            "train",
+            relative_to_cwd(folder / RECIPE),
+            f"train.duration={longer}",
+        ]
         rows = [
-            f"this run has already finished all {count_of(steps, 'step')} before",
+            f"this run had already finished: {count_of(steps, 'step')}",
             f"  to continue: {shell_command(command)}",
             "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
+
     weights = None
     with suppress(ValueError):
         weights = read_manifest(folder / FINAL)
@@ -86,17 +98,13 @@ def closing_summary(
     return "\n".join(rows)
 
 
-def has_risen(loss: float, lowest: float) -> bool:
-    """Tell whether a val_loss says that the step of the lowest one is the model to take; a NaN does
-    not.
-    """
-    return loss - lowest > RISE * abs(lowest)
-
-
 def run_figures(
     records: Sequence[StepRecord], seconds: float, *, took: float | None = None
 ) -> list[str]:
-    """The numbers of a run, a line each; `seconds` and `took` as in `closing_summary`."""
+    """Return statistics of a run, one per line, such as its duration, speed and loss.
+
+    For `seconds` and `took`, see `closing_summary`.
+    """
     if not records:
         return ["no steps"]
     figures = named_figures(records, seconds)
@@ -106,13 +114,14 @@ def run_figures(
 
 
 def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
-    """The numbers of a run of at least one step, by what they are."""
+    """Return statistics of a run with at least one step. The keys are the printed names."""
     figures = RunFigures.of(records)
     last = records[-1]
     examples = count_of(round(figures.total("examples")), "example")
     supervised = figures.total("supervised_tokens")
-    # The sum of steps where nobody measured the whole.
+    # Use the sum of the recorded steps if the training time was not measured.
     time = format_seconds(seconds or figures.seconds)
+
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples})",
         "time": f"{time} in steps",
@@ -123,18 +132,22 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     if figures.mfu is not None:
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
-    # One batch's loss is noisy; the mean of all steps says nothing of the end.
+
+    # The loss of one batch is noisy, and the mean of all steps does not describe the end of the
+    # run. Therefore show the mean of the last steps.
     averaged = len(figures.last_losses)
     if figures.loss is not None and averaged < len(records):
         rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
+
     val_losses = [value for value in figures.column("val_loss") if value is not None]
     if val_losses:
-        rows["val_loss"] = f"{val_losses[0]:.4f}"
-    if len(val_losses) > 1:
-        rows["val_loss"] += f" -> {val_losses[-1]:.4f}"
-        if figures.best_step is not None:
-            best = figures.validations[figures.best_step]
-            rows["val_loss"] += f", best {best:.4f} at step {figures.best_step}"
+        text = f"{val_losses[0]:.4f}"
+        if len(val_losses) > 1:
+            text += f" -> {val_losses[-1]:.4f}"
+            step = figures.best_step
+            if step is not None:
+                text += f", best {figures.validations[step]:.4f} at step {step}"
+        rows["val_loss"] = text
     rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows
 
@@ -142,7 +155,7 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
 _FILE_NOTES = (
     (FINAL, "the weights {weights}"),
     (METRICS, "one record per step"),
-    (HELD_OUT, "the rows that were held out: file, line and how each begins"),
+    (HELD_OUT, "the held-out rows: file, line and first words of each"),
     ("tensorboard", "tensorboard --logdir {path}"),
     (LOG, "this output"),
     (RECIPE, "the resolved recipe"),
@@ -152,24 +165,28 @@ _FILE_NOTES = (
 
 
 def _written(folder: Path, weights: Manifest | None) -> list[str]:
-    """The files of the run, a line each; `weights` is the manifest of final/."""
+    """Return one line per file of the run. `weights` is the manifest of final/."""
     rows = [f"written to {folder}"]
-    which = describe_weights(weights["step"], weights["last_step"]) if weights else ""
+    which = ""
+    if weights:
+        which = describe_weights(weights["step"], weights["last_step"])
     for name, what in _FILE_NOTES:
-        if (folder / name).exists():
-            text = what.format(path=shell_path(folder / name), weights=which)
+        path = folder / name
+        if path.exists():
+            text = what.format(path=shell_path(path), weights=which)
             rows.append(f"  {name:<16}{text}".rstrip())
+
     checkpoints = folder.glob("checkpoint-*")
-    newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
     if newest:
         rows.append(f"  {newest.name:<16}the newest checkpoint, to resume from")
     return rows
 
 
 def _next(run: Run, folder: Path) -> list[str]:
-    """Complete commands that a user may want next; they use the weights of final/."""
-    # `folder` may be `.`, without a name.
-    exported = shell_path(from_here(f"{folder.absolute()}-exported"))
+    """Return commands that are useful after the run. They use the weights in final/."""
+    # Use the absolute path, because `folder` can be ".", to which no suffix can be appended.
+    exported = shell_path(relative_to_cwd(f"{folder.absolute()}-exported"))
     tuned = shell_path(folder)
     rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
@@ -182,37 +199,50 @@ def _next(run: Run, folder: Path) -> list[str]:
 
 
 def _answers(folder: Path, weights: Manifest | None) -> list[str]:
-    """The first two prompts that were answered both before training and by the weights of final/,
-    whose manifest is given.
+    """Return lines with the first two prompts that have answers before and after training.
+
+    The answers after training are from the weights in final/, whose manifest is `weights`.
     """
     samples = read_samples(folder).value
     if not samples or not weights:
         return []
     last = weights["step"]
-    first_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == 0}
-    last_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == last}
-    prompts = [prompt for prompt in last_answers if prompt in first_answers and last > 0]
+    before = {}
+    after = {}
+    for row in samples:
+        if row["step"] == 0:
+            before[row["prompt"]] = row["answer"]
+        elif row["step"] == last:
+            after[row["prompt"]] = row["answer"]
+
+    prompts = [prompt for prompt in after if prompt in before]
+    if not prompts:
+        return []
     rows = []
     for prompt in prompts[:2]:
-        # The beginning of an answer identifies it, and the end of a long question.
+        # Show the beginning of a long answer but the end of a long question, because the end of a
+        # question usually says what is asked.
         rows += [
             f"prompt  {_one_line(_question(prompt), from_end=True)}",
-            f"  before  {_one_line(first_answers[prompt])}",
-            f"  after   {_one_line(last_answers[prompt])}",
+            f"  before  {_one_line(before[prompt])}",
+            f"  after   {_one_line(after[prompt])}",
         ]
-    if rows and last != weights["last_step"]:
+    if last != weights["last_step"]:
         rows.append(f"after: by the weights {describe_weights(last, weights['last_step'])}")
-    return [*rows, ""] if rows else []
+    return [*rows, ""]
 
 
 def _question(prompt: str) -> str:
-    """The last turn of a prompt, without what its template writes around it."""
+    """Return the last turn of a prompt without the text of the chat template."""
     turns = turns_of(prompt)
     return turns[-1].text if turns else prompt
 
 
 def _one_line(text: str, *, from_end: bool = False) -> str:
-    """A text in one line of a terminal, cut at its beginning or at its end."""
+    """Convert a text to one line of a terminal.
+
+    A long text is truncated at its end or its beginning.
+    """
     text = " ".join(text.split())
     if len(text) <= ANSWER_WIDTH:
         return text

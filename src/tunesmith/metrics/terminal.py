@@ -1,5 +1,7 @@
-"""Progress for a person: a bar on a terminal, plain lines elsewhere, and log.txt with every line
-that is due."""
+"""The progress of a run: a progress bar on a terminal, plain lines in other output, and log.txt.
+
+log.txt has every line that `log.every` selects.
+"""
 
 import sys
 import time
@@ -27,11 +29,13 @@ from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import Phase
 from tunesmith.units import Cadence, format_seconds
 
-LINES_A_SECOND = 10.0
+LINES_PER_SECOND = 10.0
 
 
 class TimeLeftColumn(ProgressColumn):
-    """The time left; while the run does something else than its steps, what it does."""
+    """A column with the time left. If the run is not in a training step, it shows the name of the
+    current phase instead.
+    """
 
     def __init__(self, phase: Callable[[], str]) -> None:
         super().__init__()
@@ -45,12 +49,13 @@ class TimeLeftColumn(ProgressColumn):
 
 
 class Terminal(Sink):
-    """Progress for a person on `stream`, stderr by default, and in the file `log`.
+    """A sink that shows the progress on `stream` (default: stderr) and in the file `log`.
 
     Args:
-        total_steps: optimizer steps of the whole run; None where it ends by the clock.
-        trained_seconds: of the steps before this start.
-        phase: what the run does at the moment: `training`, `first step`, `sample answers`.
+        total_steps: number of optimizer steps of the entire run. None if the recipe gives the
+            duration as a time.
+        trained_seconds: training time of the earlier starts of this run, in seconds.
+        phase: returns the current phase of the run: `training`, `first step`, `sample answers`.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class Terminal(Sink):
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._recent: deque[float] = deque(maxlen=20)
-        self._steps = 0  # of this start
+        self._steps = 0  # steps of this start
         self._shown_at = 0.0
 
     def open(self, run: Run, resumed_at: int) -> None:
@@ -86,6 +91,7 @@ class Terminal(Sink):
         self._seconds = run.train.duration.seconds
         if not is_terminal(self.stream):
             return
+
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
@@ -105,41 +111,47 @@ class Terminal(Sink):
         self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        # The first step compiles and warms up, so its time is not that of the others.
+        # Do not average over the first step, because its time includes compilation and warm-up.
         if self._steps == 1:
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)
-        # What ends a run by the clock: the time of its steps, without validation and saving.
+        # This sum does not include the time for validation and saving. If the recipe gives the
+        # duration as a time, the remaining time is this duration minus the sum.
         self.trained_seconds += record.step_seconds
-        count = f"{record.step}/{self.total}" if self.total else str(record.step)
-        time_left = self._time_left(record.step)
+
+        step = record.step
+        count = str(step)
+        if self.total:
+            count += f"/{self.total}"
+        time_left = self._time_left(step)
         if self._progress is not None:
             self._progress.update(
                 self._task,
-                completed=record.step if self.total else self.trained_seconds,
+                completed=step if self.total else self.trained_seconds,
                 step=count,
                 status=f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s",
                 time_left=time_left,
             )
-        is_last = record.step == self.total
-        is_due = self._every.due(record.step, self.trained_seconds)
+
+        is_last = step == self.total
+        is_due = self._every.due(step, self.trained_seconds)
         if is_due or self._steps == 1 or is_last:
             self._show_step(record, count, time_left)
         if record.val_loss is not None:
-            self._show_validation(record.step, record.val_loss, record.extra)
+            self._show_validation(step, record.val_loss, record.extra)
 
     def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
-        lr = f"lr {record.learning_rate:.1e}".replace("e-0", "e-")
-        speed = f"{record.tokens_per_second:,.0f} tok/s"
-        grad = f"grad {record.grad_norm:.3g}"
-        figures = [f"step {count}", f"loss {record.loss:.4f}", lr, grad, speed]
+        rate = f"{record.learning_rate:.1e}".replace("e-0", "e-")
+        line = f"step {count}  loss {record.loss:.4f}  lr {rate}"
+        line += f"  grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tok/s"
         if record.mfu is not None:
-            figures.append(f"mfu {record.mfu:.1%}")
-        line = "  ".join([*figures, time_left]).rstrip()
+            line += f"  mfu {record.mfu:.1%}"
+        if time_left:
+            line += f"  {time_left}"
         self.log.write(line)
-        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
-        # every line.
+        # Do not show every line, because a fast run would flood a terminal or a scheduler's log.
+        # log.txt has every line.
         if self._progress is None and (self._may_show() or record.step == self.total):
             self._show(line)
 
@@ -151,8 +163,9 @@ class Terminal(Sink):
         self._show_and_log(line)
 
     def _time_left(self, step: int) -> str:
-        """The time to the end of the run, by the mean of the last 20 steps or by its duration;
-        empty where it has none.
+        """Return the time left, estimated from the last 20 steps or from the duration.
+
+        Return "" if the run has neither a number of steps nor a duration in seconds.
         """
         if self.total is not None:
             seconds = (self.total - step) * sum(self._recent) / len(self._recent)
@@ -163,9 +176,9 @@ class Terminal(Sink):
         return f"left {format_seconds(seconds)}"
 
     def _may_show(self) -> bool:
-        """Tell whether the last time was long enough ago, and from now on this one is the last."""
+        """Return whether a line may be shown now. If True, store the time of this line."""
         now = time.monotonic()
-        if now - self._shown_at < 1 / LINES_A_SECOND:
+        if now - self._shown_at < 1 / LINES_PER_SECOND:
             return False
         self._shown_at = now
         return True

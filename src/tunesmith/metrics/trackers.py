@@ -1,9 +1,9 @@
-"""Experiment trackers (W&B, MLflow, Trackio, Comet and others), driven through accelerate's classes
-by one sink.
+"""A sink for experiment trackers (W&B, MLflow, Trackio, Comet and others), based on accelerate's
+classes.
 
-A tracker is set up by its own files and variables, such as WANDB_PROJECT, MLFLOW_TRACKING_URI or
-TRACKIO_SPACE_ID. `<tracker>-id.txt` in the run directory holds the id of its run, which a resumed
-run continues.
+A tracker is configured by its own files and environment variables, such as WANDB_PROJECT,
+MLFLOW_TRACKING_URI or TRACKIO_SPACE_ID. `<tracker>-id.txt` in the run directory contains the id of
+the tracker's run, so that a resumed run continues it.
 """
 
 import os
@@ -26,14 +26,14 @@ PROJECT = "tunesmith"
 
 
 class Tracker(NamedTuple):
-    """A tracker, by how its run is begun, continued and named.
+    """Functions and texts with which tunesmith uses a tracker.
 
     Attributes:
-        options: (run directory, id of the run to continue or None) -> what accelerate's class hands
-            to the tracker.
-        run_id: of the tracker's own run object.
-        setup: how to set it up, for an error.
-        project: the variable that names the project if `log.project` does not.
+        options: returns the arguments that accelerate's class passes to the tracker. It is called
+            with the run directory and the id of the run to continue (None for a new run).
+        run_id: returns the id of the tracker's run object.
+        setup: instructions for the setup, for an error message.
+        project: the variable with the project's name, used if `log.project` is not set.
     """
 
     options: Callable[[Path, str | None], dict[str, object]]
@@ -51,7 +51,7 @@ TRACKERS = {
             "name": os.environ.get("WANDB_NAME", folder.name),
         },
         lambda run: run.id,
-        "wandb login, or WANDB_MODE=offline",
+        "run `wandb login`, or set WANDB_MODE=offline",
         "WANDB_PROJECT",
     ),
     "mlflow": Tracker(
@@ -60,20 +60,20 @@ TRACKERS = {
         "set MLFLOW_TRACKING_URI to a running server, or to a database such as sqlite:///mlflow.db",
     ),
     "trackio": Tracker(
-        # It finds a run by its name, so a new one gets a name of its own.
+        # Trackio identifies a run by its name, so a new run needs a unique name.
         lambda folder, run_id: {
             "name": run_id or f"{folder.name}-{token_hex(3)}",
             "resume": "allow",
             "embed": False,
         },
         lambda run: run.name,
-        "hf auth login, or unset TRACKIO_SPACE_ID to write to this machine",
+        "run `hf auth login`, or unset TRACKIO_SPACE_ID to write to a local folder",
         "TRACKIO_PROJECT",
     ),
     "comet_ml": Tracker(
         lambda folder, run_id: {"experiment_key": run_id},
         lambda experiment: experiment.get_key(),
-        "comet login, or COMET_START_ONLINE=0",
+        "run `comet login`, or set COMET_START_ONLINE=0",
         "COMET_PROJECT_NAME",
     ),
     "swanlab": Tracker(
@@ -83,13 +83,13 @@ TRACKERS = {
             "experiment_name": folder.name,
         },
         lambda run: run.id,
-        "swanlab login, or SWANLAB_MODE=offline",
+        "run `swanlab login`, or set SWANLAB_MODE=offline",
     ),
 }
 
 
 def trackers_of(run: Run) -> list[str]:
-    """The trackers that a recipe wants; `log.wandb` is short for one of them."""
+    """Return the trackers that a recipe requests. `log.wandb: true` requests W&B."""
     names = list(run.log.trackers)
     if run.log.wandb:
         names.insert(0, "wandb")
@@ -97,24 +97,27 @@ def trackers_of(run: Run) -> list[str]:
 
 
 def key_and_fix(run: Run, name: str) -> dict[str, str]:
-    """The key that names a tracker, and how to do without it: `where` and `fix` of an error."""
+    """Return `where` and `fix` for an error of a tracker: the recipe key that enables the tracker,
+    and how to disable it.
+    """
     if name in run.log.trackers:
         return {"where": "log.trackers", "fix": f"remove {name} from log.trackers"}
-    return {"where": f"log.{name}", "fix": f"log.{name}=false"}
+    return {"where": f"log.{name}", "fix": f"set log.{name}=false"}
 
 
 class TrackerSink(Sink):
-    """One tracker: the recipe as its config, `train/<record name>` and `validation/loss` at their
-    steps.
+    """A sink for one tracker. It sends the recipe as the config, and the values of the records
+    (`train/loss`, `validation/loss`).
 
-    Its calls run one by one in a thread of its own, so that a slow server does not delay a
-    step. After the first call that fails the tracker is left alone: each further one may wait for
-    minutes.
+    All calls run one after the other in a background thread, so that a slow server does not delay a
+    step. After the first call that fails, the tracker is no longer called, because each call could
+    wait for minutes.
 
     Args:
         name: a key of TRACKERS.
-        folder: the run directory, with metrics.jsonl as the run before left it.
-        warn: takes a line for the user.
+        folder: the run directory. Open this sink before metrics.jsonl is truncated for a resume,
+            because `open` reads the old records.
+        warn: shows a line to the user.
     """
 
     def __init__(self, name: str, folder: Path, warn: Callable[[str], None]) -> None:
@@ -122,7 +125,8 @@ class TrackerSink(Sink):
         self.folder = folder
         self.warn = warn
         self._tracker: Any = None
-        # Step, loss and val_loss of the records that the tracker has from an earlier start.
+        # Step, loss and val_loss of the records that an earlier start has already sent to the
+        # tracker.
         self._sent: set[tuple[int, float, float | None]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
@@ -132,13 +136,14 @@ class TrackerSink(Sink):
         run_id = None
         if resumed_at and id_file.exists():
             run_id = id_file.read_text().strip()
-        # What a killed run reported after its checkpoint is not reported twice, if it comes out the
-        # same.
+        # A resumed run repeats the steps after its checkpoint. Read the old records, so that a
+        # record with the same values is not sent twice.
         with suppress(OSError, RunError):
             for record in read_records(self.folder / METRICS) if run_id else ():
                 self._sent.add((record.step, record.loss, record.val_loss))
+
         try:
-            # stdout is for answers.
+            # Redirect the tracker's output to stderr, because stdout is for the command's results.
             with redirect_stdout(sys.stderr):
                 self._tracker = self._thread.submit(self._start, run, run_id).result()
         except Exception as error:
@@ -157,13 +162,17 @@ class TrackerSink(Sink):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         from accelerate.utils import patch_environment
 
-        # accelerate's classes log through its process state. Created now, and as that of one
-        # process, whatever launched this one: with a LOCAL_RANK it would start a process group.
+        # accelerate's classes need its PartialState for logging, so create it first. With the
+        # launcher's LOCAL_RANK, accelerate would start a process group. local_rank=-1 prevents
+        # this.
         with patch_environment(local_rank=-1):
             PartialState()
-        # Its own 7 tries wait 4 minutes for a server that is gone.
-        if self.name == "mlflow":
+        # Use fewer retries than MLflow's default of 7, which takes 4 minutes if the server is
+        # unreachable.
+        is_mlflow = self.name == "mlflow"
+        if is_mlflow:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
         settings = TRACKERS[self.name]
         project = run.log.project or os.environ.get(settings.project, PROJECT)
         options = settings.options(self.folder, run_id)
@@ -173,8 +182,9 @@ class TrackerSink(Sink):
             tracker.tracker.define_metric("train/*", step_metric="train/step")
             tracker.tracker.define_metric("validation/*", step_metric="train/step")
             tracker.store_init_configuration(to_mapping(run))
-        # MLflow refuses a changed parameter, such as a longer duration.
-        elif run_id is None or self.name != "mlflow":
+        # MLflow rejects a changed parameter, such as a longer duration, so send the recipe only
+        # once.
+        elif run_id is None or not is_mlflow:
             tracker.store_init_configuration(flatten(run))
         return tracker
 
@@ -182,20 +192,20 @@ class TrackerSink(Sink):
         if (record.step, record.loss, record.val_loss) in self._sent:
             return
         values = record.tagged()
-        # W&B's own step may not decrease, and a resumed run repeats the steps after its checkpoint.
+        step: int | None = record.step
+        # W&B's step must not decrease, but a resumed run repeats the steps after its checkpoint.
+        # Therefore send the step as a metric.
         if self.name == "wandb":
             values["train/step"] = record.step
-            self._thread.submit(self._call, lambda tracker: tracker.log(values))
-        else:
-            self._thread.submit(self._call, lambda tracker: tracker.log(values, step=record.step))
+            step = None
+        self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         def report(tracker: Any) -> None:
             import wandb
 
-            table = wandb.Table(
-                columns=["step", *SampleAnswer._fields], data=[[step, *row] for row in rows]
-            )
+            columns = ["step", *SampleAnswer._fields]
+            table = wandb.Table(columns=columns, data=[[step, *row] for row in rows])
             tracker.log({"samples": table, "train/step": step})
 
         if self.name == "wandb":
@@ -209,7 +219,7 @@ class TrackerSink(Sink):
         self._tracker = None
 
     def _call(self, action: Callable[[Any], object]) -> None:
-        """Do something with the tracker; if it fails, warn once and leave the tracker alone."""
+        """Call `action` with the tracker. If it fails, warn once and disable the tracker."""
         if self._tracker is None:
             return
         try:

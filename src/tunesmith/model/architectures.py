@@ -1,8 +1,9 @@
-"""The one table of model families: what config.json may leave out, and differences from Llama.
+"""A table of the supported families of dense decoders.
 
-To add a family, add a row here and a variant to `tests/model/families.py`: the parity tests then
-compare its sizes, attention keywords, logits, gradients and loaded weights with Transformers' own.
-No torch is imported here.
+Each row has the defaults of keys that config.json may omit, and the family's differences from
+Llama. To add a family, add a row to this table and a variant to `tests/model/families.py`. The
+parity tests then compare its sizes, attention keywords, logits, gradients and loaded weights with
+those of Transformers. This module does not import torch.
 """
 
 from dataclasses import dataclass
@@ -11,39 +12,42 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """A family in llama.cpp: what differs between families there."""
+    """A family's architecture name in llama.cpp, and the features that llama.cpp supports."""
 
-    arch: str  # its name of the architecture
-    # Its rotary kernel takes neighbors as a pair, Transformers' the two halves of a head: rows of
-    # q and k change places in a file.
+    arch: str  # value of general.architecture in the GGUF file
+    # Whether llama.cpp's rotary kernel rotates pairs of neighboring elements. Transformers rotates
+    # element i of a head's first half with element i of the second half, so the export reorders the
+    # rows of q and k.
     rotates_neighbors: bool = False
-    # Types of rotary embeddings beside the plain one.
+    # Types of rotary embeddings that llama.cpp supports in addition to the default type.
     ropes: tuple[str, ...] = ("linear", "yarn")
-    reads_biases: bool = False  # of linear layers
+    reads_biases: bool = False  # whether llama.cpp reads the biases of linear layers
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of dense decoders."""
+    """Sizes, defaults and features of one family of dense decoders."""
 
-    examples: str  # models of the family, for messages
-    tied: bool = False  # the default of tie_word_embeddings
-    head_dim: int | None = None  # its default; None: hidden_size / heads
-    # The default of num_key_value_heads; None: as many as heads.
+    examples: str  # names of models of this family, shown in messages
+    tied: bool = False  # default of `tie_word_embeddings`
+    head_dim: int | None = None  # default; None: hidden_size / attention heads
+    # Default of `num_key_value_heads`. None means the number of attention heads.
     kv_heads: int | None = None
-    # Whether attention's projections have a bias; None: as `attention_bias` says.
+    # Whether the attention projections have a bias. None means that the config's `attention_bias`
+    # decides.
     qkv_bias: bool | None = None
     output_bias: bool | None = None
-    norms: int = 2  # of hidden_size, per layer
-    # Norms on q and k: over one head, or over all of them.
+    norms: int = 2  # number of norms of width hidden_size in each layer
+    # Norms of q and k: none, one for each head, or one over the entire projection.
     head_norms: Literal["none", "head", "projection"] = "none"
-    # Which layers see a bounded window: none, all with `sliding_window`, those that the config
-    # picks and only with `use_sliding_window`, all but every second, or `sliding_window_pattern`.
+    # Layers with sliding-window attention. "all": all layers if the config sets `sliding_window`.
+    # "opt-in": the layers that the config lists if `use_sliding_window` is true. "pattern": the
+    # layers that `sliding_window_pattern` selects.
     window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
-    attention_softcap: float | None = None  # the default of attn_logit_softcapping
-    all_fused: bool = False  # attention, MLP and norms have the forwards of `model/fused.py`
-    joined: bool = False  # q, k and v are one linear layer, and so are gate and up
-    gguf: GgufFamily | None = None  # None: there is no export to GGUF
+    attention_softcap: float | None = None  # default of `attn_logit_softcapping`
+    all_fused: bool = False  # `model/fused.py` supports the family's attention, MLP and norms
+    joined: bool = False  # q, k and v are one linear layer; gate and up are another
+    gguf: GgufFamily | None = None  # None: export to GGUF is not supported
 
 
 _LLAMA_ROPES = ("linear", "yarn", "llama3")
@@ -127,5 +131,5 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def families_text() -> str:
-    """The families that work, for messages: `llama (Llama 2, ...); ...`."""
+    """Return the supported families as text for messages: `llama (Llama 2, ...); ...`."""
     return "; ".join(f"{name} ({row.examples})" for name, row in ARCHITECTURES.items())

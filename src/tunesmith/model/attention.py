@@ -1,17 +1,20 @@
-"""Block-diagonal causal attention: every document of a packed row sees itself and nothing else.
+"""Block-diagonal causal attention: each token attends only to tokens of its own document.
 
-The edges of the documents travel as one keyword argument, `documents`, through the model's forward;
-where a model does not pass it on, they are those of `current_documents`. Three backends:
+A packed row contains several documents. Their boundaries are passed through the model's forward as
+the keyword argument `documents`. If a model does not pass the argument on to its attention,
+`current_documents` is used. There are three backends:
 
-- varlen: kernels on the flattened block on CUDA, no padding, no mask: our own (`packed_attention`)
-  where they were measured, else cuDNN or FlashAttention by `torch.nn.attention.varlen`.
-- products: grouped batched matrix products with an explicit softmax: on a CPU several times faster
-  than sdpa in bf16 on short documents, and the only backend with a soft cap.
-- sdpa: one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention
-  dropout.
+- varlen: CUDA kernels on the flattened block, without padding or a mask. Our own kernel
+  (`packed_attention`) runs on GPUs where it was measured; otherwise cuDNN or FlashAttention runs
+  through `torch.nn.attention.varlen`.
+- products: batched matmuls over groups of documents with an explicit softmax. On a CPU this is
+  several times faster than sdpa for short documents in bf16. It is the only backend with a soft
+  cap.
+- sdpa: one `scaled_dot_product_attention` call per document, for GPUs that varlen does not support
+  and for attention dropout.
 
-Attention without documents is refused: a plain causal mask over a packed row would let documents
-see each other. Generation therefore runs under another name ("sdpa"), never this one.
+Attention without `documents` raises an error, because a plain causal mask over a packed row would
+let documents attend to each other. Generation therefore uses Transformers' "sdpa" attention.
 """
 
 import inspect
@@ -39,25 +42,27 @@ from tunesmith.model.documents import (
     RepeatedTokens,
     current_documents,
 )
-from tunesmith.model.sinks import varlen_with_sinks
+from tunesmith.model.sinks import SinkAttention
 
 ATTENTION_NAME = "tunesmith"
 
-# Keywords of this torch's varlen_attn: they differ between releases; 2.11 takes grouped heads
-# without `enable_gqa`.
+# Keyword arguments of the installed varlen_attn. They differ between torch releases. For example,
+# torch 2.11 supports grouped-query attention, but has no argument `enable_gqa`.
 VARLEN_KEYWORDS = frozenset(inspect.signature(varlen_attn).parameters)
 
-# Of the norm of output or gradients: bf16 loses half a percent, and a token that sees another
-# document changes much more.
+# Maximum error of a kernel, as a fraction of the norm of the output or gradient. bf16 rounding
+# causes an error of about 0.005. Attention to tokens of another document causes an error far above
+# this limit.
 VARLEN_TOLERANCE = 0.03
 
-# torch's FlashAttention takes grouped heads, but no mask, and on some cards only heads of at most
-# this width. Otherwise torch computes all scores in fp32, [heads, n, m], unless keys and values are
-# repeated.
+# Maximum head width for which grouped-query attention does not repeat the keys and values. torch's
+# FlashAttention supports grouped heads only without a mask, and on some GPUs only up to this width.
+# In all other cases the keys and values are repeated, because torch would otherwise compute the
+# matrix of all scores in fp32, [heads, n, m].
 MAX_GROUPED_WIDTH = 192
 
-# Keywords that Transformers passes to every attention function and that do not change the result
-# here.
+# Keyword arguments that Transformers passes to every attention function. They do not change the
+# result of this implementation.
 HARMLESS_KEYWORDS = frozenset(
     {
         "position_ids",
@@ -77,7 +82,7 @@ HARMLESS_KEYWORDS = frozenset(
 
 
 class Rule(NamedTuple):
-    """Who sees whom and how strongly; see `attend`."""
+    """The mask and the scaling of an attention call. `attend` describes the fields."""
 
     documents: Documents
     scale: float
@@ -86,15 +91,17 @@ class Rule(NamedTuple):
 
 
 def register() -> str:
-    """Register the attention with Transformers and return the name to give to
-    `set_attn_implementation`.
+    """Register `documents_attention` as an attention implementation of Transformers.
+
+    Returns:
+        The name to pass to `set_attn_implementation`.
     """
     from transformers import AttentionInterface
 
-    # Without a mask function: a [1, 1, n, n] mask would have 16 million entries for 4096 tokens,
-    # and before it makes one Transformers asks the device whether the row is packed.
+    # Do not register a mask function, so that Transformers builds no mask. A [1, 1, n, n] mask has
+    # 16 million elements for 4096 tokens. Before building it, Transformers would also synchronize
+    # with the device, to check for packed rows.
     AttentionInterface.register(ATTENTION_NAME, documents_attention)
-    # An error, not ignored: an unknown option may change the result.
     return ATTENTION_NAME
 
 
@@ -114,39 +121,46 @@ def documents_attention(
     query_factor: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention as Transformers calls it.
-
-    ModelError where neither the keyword nor the context names documents, or the model asks for
-    something that would have to be ignored.
+    """Compute the attention of a layer. Transformers calls this function.
 
     Args:
-        query: [1, heads, n, d]; key and value: [1, kv heads, n, d]; value may have another d.
-        s_aux: attention sinks, [heads]: one more score of each head, without a value.
-        query_factor: [n], multiplies the queries (`chunked.TunedAttention`).
+        query: [1, heads, n, d]. `key` and `value` are [1, kv heads, n, d], and the width d of
+            `value` may differ.
+        s_aux: attention sinks, [heads]. A sink is an additional score of its head that has no value
+            vector.
+        query_factor: [n], the factor by which each query is multiplied (`chunked.TunedAttention`).
 
     Returns:
-        [1, n, heads, d of value], and None for the weights.
+        The output [1, n, heads, width of value], and None in place of the attention weights.
+
+    Raises:
+        ModelError: if the documents are unknown, or if an argument is not supported and ignoring it
+            could change the result.
     """
     if documents is None:
         documents = current_documents()
-    unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS_KEYWORDS)
+    unknown = []
+    for name, option in others.items():
+        if option is not None and name not in HARMLESS_KEYWORDS:
+            unknown.append(name)
     request = ""
     if unknown:
-        request = f"an unknown attention option: {', '.join(unknown)}"
+        request = f"an unknown attention option: {', '.join(sorted(unknown))}"
     elif attention_mask is not None or documents is None or others.get("is_causal") is False:
-        request = "attention over unmarked documents"
+        request = "attention over a row with unknown document boundaries"
     if request:
         raise ModelError(
-            f"{type(module).__name__} asks for {request}",
+            f"{type(module).__name__} requests {request}",
             why="packed attention would ignore it and give different results",
             fix="set model.attention: eager",
         )
     assert documents is not None
-    # One factor a position, the same for all heads: [n, 1] on [1, heads, n, d].
+    # One factor per position for all heads: [n, 1] is broadcast to [1, heads, n, d].
     if query_factor is not None:
         query = (query * query_factor.unsqueeze(1)).to(query.dtype)
     out = attend(
-        # [1, heads, n, d] -> [n, heads, d]: a view, the order of the flattened batch.
+        # [1, heads, n, d] -> [n, heads, d]. This is a view. The tokens keep the order of the packed
+        # row.
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
@@ -172,73 +186,82 @@ def attend(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each document.
+    """Compute causal attention within each document.
 
     Args:
         q: [n, heads, d], with any strides.
-        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
-            width of v may differ (multi-head latent attention).
-        scale: factor on the products; None takes d ** -0.5.
-        window: how many tokens a query sees, itself counted; None sees all before it.
-        softcap: c in c * tanh(score / c) (Gemma 2); None leaves scores as they are.
-        sinks: [heads], one more score of each head, without a value (GPT-OSS); None: there is none.
+        k, v: [n, kv heads, d]. The number of heads is a multiple of kv heads (grouped-query
+            attention). The width of v may differ (multi-head latent attention).
+        scale: factor of the scores. The default None means d ** -0.5.
+        window: number of tokens that a query attends to, including itself. None means all earlier
+            tokens of its document.
+        softcap: c in c * tanh(score / c) (Gemma 2). None means no cap.
+        sinks: [heads], an additional score of each head without a value vector (GPT-OSS), or None.
         dropout: probability of dropping an attention weight.
 
-    Returns [n, heads, width of v] in q's dtype.
+    Returns:
+        [n, heads, width of v] in the dtype of q.
     """
-    sees_ahead = documents.both_ways == "all" or (documents.both_ways and window is not None)
-    # A window as long as the longest document hides nothing.
+    sees_ahead = documents.bidirectional_pictures == "all" or (
+        documents.bidirectional_pictures and window is not None
+    )
+    # A window that is as long as the longest document masks nothing.
     if window is not None and window >= documents.max_seqlen:
         window = None
     if scale is None:
         scale = q.shape[-1] ** -0.5
     rule = Rule(documents, scale, window, softcap)
     if documents.repeated is not None:
-        return _attend_whole(q, k, v, rule, documents.repeated, sinks, dropout)
-    out = _attend_each(q, k, v, rule, sinks, dropout)
+        return _attend_repeated(q, k, v, rule, documents.repeated, sinks, dropout)
+    out = _attend_documents(q, k, v, rule, sinks, dropout)
     if sees_ahead:
         if softcap is not None or sinks is not None:
-            what = "attention that sees pictures both ways has neither a soft cap nor sinks here"
-            raise ModelError(what, fix="model.vision=false")
-        out = _let_pictures_see(out, q, k, v, rule, dropout)
+            what = "bidirectional attention to pictures does not support a soft cap or sinks"
+            raise ModelError(what, fix="set model.vision=false")
+        out = _recompute_pictures(out, q, k, v, rule, dropout)
     return out
 
 
-@torch.compiler.disable  # shapes follow the pictures and change with every batch
-def _let_pictures_see(
+@torch.compiler.disable  # shapes depend on the pictures of the batch
+def _recompute_pictures(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float
 ) -> Tensor:
-    """Replace the rows of pictures' queries by those that see keys up to the picture's end.
+    """Recompute the output of picture tokens, which also attend to later tokens of the picture.
 
-    The window, or the document, still bounds what they see before them.
+    The window or the start of the document still limits attention to earlier tokens.
     """
     documents, _, window, _ = rule
-    # On the device: a copy of what the host made would be waited for in each layer.
+    # Create the indices on the device. Copying them from the host would synchronize in each layer.
     places = torch.arange(len(q), device=q.device)
     rows = []
     indices = []
     for first, stop in documents.pictures:
-        start = documents.edges[bisect_right(documents.edges, first) - 1]
+        document = bisect_right(documents.edges, first) - 1
+        start = documents.edges[document]
         mask = None
         if window is not None:
-            # The first query sees furthest back: `window` tokens, itself included.
+            # Keep the keys in the window of the picture's first query, which starts earliest. The
+            # window has `window` tokens, including the query itself.
             start = max(start, first - window + 1)
             if stop - start > window:
                 mask = places[first:stop, None] - places[start:stop] < window
-        seen = k[start:stop], v[start:stop]
-        rows.append(_attend_fused(q[first:stop], *seen, rule.scale, mask=mask, dropout=dropout))
+        queries = q[first:stop]
+        keys = k[start:stop]
+        values = v[start:stop]
+        row = _attend_fused(queries, keys, values, rule.scale, mask=mask, dropout=dropout)
+        rows.append(row)
         indices.append(places[first:stop])
     if not rows:
         return out
     return out.index_copy(0, torch.cat(indices), torch.cat(rows))
 
 
-def _attend_each(
+def _attend_documents(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None, dropout: float
 ) -> Tensor:
-    """`attend` where n are the tokens of all documents, one document after another."""
+    """Compute `attend` for a packed row in which no two documents share a token."""
     documents, _, window, softcap = rule
-    # Only sdpa drops weights, and it knows neither caps nor sinks.
+    # Only sdpa implements dropout, and sdpa supports neither a soft cap nor sinks.
     if dropout:
         if softcap is not None or sinks is not None:
             what = "attention dropout together with a soft cap or sinks is not supported"
@@ -251,22 +274,22 @@ def _attend_each(
         return _products(q, k, v, rule, sinks)
     if _takes_packed(q, k, v, rule, sinks):
         return _packed(q, k, v, rule)
-    # A run has one backend, and a layer may have heads that its kernel does not take: the full
-    # attention of Gemma 4 has heads of 512, its sliding attention of 256.
+    # The backend is selected once per run, but its kernel may not support all layers. For example,
+    # Gemma 4 has heads of width 512 in full attention and of width 256 in sliding attention.
     if (
         backend == "varlen"
         and (window is None or "window_size" in VARLEN_KEYWORDS)
         and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
     ):
         return _varlen(q, k, v, rule, sinks)
-    # sdpa takes no extra score; the products add a column for it.
+    # sdpa has no argument for sinks. `_products` adds a column of scores for them.
     if sinks is not None:
         return _products(q, k, v, rule, sinks)
     return _sdpa(q, k, v, rule)
 
 
-@torch.compiler.disable  # shapes follow the documents and change with every batch
-def _attend_whole(
+@torch.compiler.disable  # shapes depend on the documents of the batch
+def _attend_repeated(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -275,9 +298,9 @@ def _attend_whole(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """`attend` where n are the tokens of a block that holds some once for two documents."""
+    """Compute `attend` for a block that stores a token only once if two documents share it."""
     q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
-    out = _attend_each(q, k, v, rule, sinks, dropout)
+    out = _attend_documents(q, k, v, rule, sinks, dropout)
     return _TakeFirsts.apply(out, repeated)
 
 
@@ -286,7 +309,10 @@ class _RepeatContext(SavingContext):
 
 
 class _Repeat(torch.autograd.Function):
-    """The tokens of a block [n, ...] as those of its documents [m, ...]."""
+    """Conversion from the tokens of a block [n, ...] to the tokens of its documents [m, ...].
+
+    A token that two documents share is repeated, therefore m >= n.
+    """
 
     @staticmethod
     def forward(ctx: _RepeatContext, x: Tensor, repeated: RepeatedTokens) -> Tensor:
@@ -297,16 +323,16 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: _RepeatContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, firsts, seconds = ctx.repeated
         total = grads[0].index_select(0, firsts)
-        # No place comes twice among these, so that each sum has two terms and one order.
+        # No position occurs twice in the index, so each sum has two terms and is deterministic.
         total.index_add_(0, places.index_select(0, seconds), grads[0].index_select(0, seconds))
         return total, None
 
 
 class _TakeFirsts(torch.autograd.Function):
-    """Take of the tokens of documents [m, ...] the first at each place of the block, [n, ...].
+    """Conversion from the tokens of documents [m, ...] to the tokens of the block [n, ...].
 
-    Another one at that place has the same value (dropout aside): it sees the same
-    tokens before it.
+    If two documents share a token, take the first copy. Both copies have the same value (except for
+    dropout), because they attend to the same earlier tokens.
     """
 
     @staticmethod
@@ -317,11 +343,12 @@ class _TakeFirsts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _RepeatContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, firsts, _ = ctx.repeated
-        of_documents = grads[0].new_zeros(len(places), *grads[0].shape[1:])
-        return of_documents.index_copy_(0, firsts, grads[0]), None
+        d_documents = grads[0].new_zeros(len(places), *grads[0].shape[1:])
+        return d_documents.index_copy_(0, firsts, grads[0]), None
 
 
-# How each backend computes. That of varlen is the kernel that was chosen in this process.
+# Description of each backend's kernel, for the log. `select_attention_backend` adds "varlen", whose
+# kernel is selected at run time.
 ATTENTION_KERNELS = {
     "products": "grouped bmm",
     "sdpa": "one call a document",
@@ -338,9 +365,16 @@ def select_attention_backend(
     group: int = 1,
     softcap: bool = False,
 ) -> tuple[str, str]:
-    """The fastest backend that works here, by trying, and why.
+    """Select the fastest attention backend that gives correct results on this device.
 
-    `group`: query heads per key head. `softcap`: the model caps its attention scores.
+    The choice is made by running the kernels.
+
+    Args:
+        group: number of query heads per key head.
+        softcap: whether the model caps its attention scores.
+
+    Returns:
+        The name of the backend, and the reason for the choice.
     """
     if softcap:
         return (
@@ -353,9 +387,10 @@ def select_attention_backend(
             "on a CPU batched matmuls are faster than torch's attention per document",
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
-    # Chosen also where ours runs: layers that it does not take have torch's.
+    # Select torch's kernel even if our own kernel will run, because torch's kernel computes the
+    # layers that our kernel does not support.
     kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
-    # For `fits_varlen`, which the layers ask about the same shape.
+    # Store the result for `fits_varlen`, which the layers call with the same shape.
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if kernel in packed_attention.SLOWER and packed_attention.takes(device, dtype, head_dim, group):
         fault = find_varlen_fault(shape, "packed")
@@ -363,37 +398,41 @@ def select_attention_backend(
             faults.append(f"{packed_attention.NAME}: {fault}")
         else:
             packed_attention.choose_packed(device)
-            other = f"{kernel or 'batched products'} for layers that it does not take"
-            kernel, faults = packed_attention.NAME, [*faults, other]
+            faults.append(f"{kernel or 'batched products'} for layers that it does not support")
+            kernel = packed_attention.NAME
     if not kernel:
-        return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
+        faults_text = "; ".join(faults)
+        return "sdpa", f"varlen attention gives wrong results on this GPU in {dtype}: {faults_text}"
     ATTENTION_KERNELS["varlen"] = kernel
     why = f"{kernel} over packed documents is correct on this GPU, forward and backward"
     return "varlen", "; ".join([why, *faults])
 
 
 class VarlenShape(NamedTuple):
-    """The shape that decides whether the varlen kernel takes a layer."""
+    """Properties of an attention layer that decide whether the varlen kernel supports it."""
 
     device: torch.device
     dtype: torch.dtype
-    head_dim: int  # of queries and keys
+    head_dim: int  # width of a head of queries and keys
     v_dim: int
     has_sinks: bool = False
 
     def on_any_device(self) -> "VarlenShape":
-        """The same on the devices of this type; a process computes on one of them."""
+        """Return the shape without the index of the device, because a process uses one device."""
         return self._replace(device=torch.device(self.device.type))
 
 
-_FITS_VARLEN: dict[VarlenShape, bool] = {}  # what was tried in this process
+_FITS_VARLEN: dict[VarlenShape, bool] = {}  # results of the trials in this process
 
 
-@torch.compiler.assume_constant_result  # which takes no tuples
+@torch.compiler.assume_constant_result  # supports no tuples, such as VarlenShape
 def fits_varlen(
     device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int, has_sinks: bool
 ) -> bool:
-    """Try once whether this process's varlen kernel is right on layers of this shape."""
+    """Return whether this process's varlen kernel is correct for layers of this shape.
+
+    The kernel runs once per shape. Later calls return the stored result.
+    """
     shape = VarlenShape(device, dtype, head_dim, v_dim, has_sinks)
     key = shape.on_any_device()
     if key not in _FITS_VARLEN:
@@ -402,13 +441,16 @@ def fits_varlen(
 
 
 def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
-    """Find what is wrong with attention on a few packed documents, or return "".
+    """Return the error of an attention kernel on a few packed documents, or "" if it is correct.
 
-    kernels: "varlen" for torch's, "packed" for our own. They are compared with fp32 attention of
-    each document alone.
+    The result is compared with fp32 attention that is computed for each document separately.
+
+    Args:
+        kernels: "varlen" for torch's kernel, or "packed" for our own.
     """
     device, dtype, head_dim, v_dim, has_sinks = shape
-    # Three documents of 40, 160 and 256 tokens: edges that are and are not multiples of a tile.
+    # Three documents of 40, 160 and 256 tokens. Some of their edges are multiples of a kernel's
+    # tile size, others are not.
     edges = [0, 40, 200, 456]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
     spans = packed_attention.spans_of(cu_seqlens, edges[-1])
@@ -419,17 +461,18 @@ def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
     def draw(heads: int, width: int) -> Tensor:
         return torch.randn(edges[-1], heads, width, generator=generator, device=device).to(dtype)
 
-    # Four heads on two key heads: grouped queries are tried too.
+    # Four query heads and two key heads, so that grouped-query attention is tested as well.
     inputs = [draw(4, head_dim), draw(2, head_dim), draw(2, v_dim)]
     d_out = draw(4, v_dim)
     if has_sinks:
-        # About as large as a score's logsumexp, so that sinks take a part that shows.
+        # Use sinks that are about as large as the logsumexp of the scores, so that they change the
+        # result measurably.
         inputs.append(torch.linspace(0, 4, 4, device=device).to(dtype))
     try:
         results = _output_and_gradients(kernels, inputs, d_out, rule)
-    except Exception as error:  # FlashAttention 4 is compiled here, by a compiler of its own
+    except Exception as error:  # FlashAttention 4's compiler can raise any exception
         return first_line(error)
-    # Math only: the reference is torch's own formula and no kernel like the tried one.
+    # Use the MATH backend for the reference: it is torch's formula without a fused kernel.
     with sdpa_kernel(SDPBackend.MATH):
         inputs = [x.float() for x in inputs]
         backend = "products" if has_sinks else "sdpa"
@@ -437,31 +480,36 @@ def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
     errors = []
     for result, reference in zip(results, expected, strict=True):
         errors.append(float((result.float() - reference).norm() / reference.norm()))
-    largest = float(torch.tensor(errors).max())  # torch's maximum is NaN where one of them is
+    largest = float(torch.tensor(errors).max())  # is NaN if any error is NaN
     if largest < VARLEN_TOLERANCE:
         return ""
-    return f"it is off by {largest:.1%} of the values' norm"
+    return f"its error is {largest:.1%} of the norm of the correct result"
 
 
 def _output_and_gradients(
     backend: str, inputs: Sequence[Tensor], d_out: Tensor, rule: Rule
 ) -> list[Tensor]:
-    """Compute the output and the gradients of q, k, v and, where there is a fourth input, sinks."""
+    """Compute the output and the gradients of all inputs: q, k, v and optionally the sinks."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
         q, k, v, *rest = leaves
-        sinks = rest[0] if rest else None
+        sinks = None
+        if rest:
+            sinks = rest[0]
         if backend == "sdpa":
             out = _sdpa(q, k, v, rule)
         elif backend == "packed":
             out = _packed(q, k, v, rule)
+        elif backend == "varlen":
+            out = _varlen(q, k, v, rule, sinks)
         else:
-            out = (_varlen if backend == "varlen" else _products)(q, k, v, rule, sinks)
-        return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+            out = _products(q, k, v, rule, sinks)
+        gradients = torch.autograd.grad(out, leaves, d_out)
+        return [out.detach(), *gradients]
 
 
 def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
-    """Return whether our own kernels were chosen and support this layer."""
+    """Return whether our own kernels were selected and support this layer."""
     if rule.documents.spans is None or rule.window is not None or sinks is not None:
         return False
     group = q.shape[1] // k.shape[1]
@@ -477,64 +525,57 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
+    documents, scale, window, _ = rule
+    edges = documents.cu_seqlens
+    # max_seqlen is a constant of the compiled graph. All batches of a run have the same value (see
+    # data/batches/loader.py), so that the graph is compiled only once.
+    longest = documents.max_seqlen
+    head_dim = q.shape[-1]
     width = v.shape[-1]
-    # Multi-head latent attention: values are narrower than queries and keys.
-    if width < q.shape[-1]:
-        # The kernel takes one width: zeros add nothing to the output, and their part is cut off.
-        v = F.pad(v, (0, q.shape[-1] - width))
-    if sinks is None:
-        out = _plain_varlen(q, k, v, rule)
+    # In multi-head latent attention, values are narrower than queries and keys.
+    if width < head_dim:
+        # The kernel requires equal widths. Pad v with zeros; the padded columns of the output are
+        # removed below.
+        v = F.pad(v, (0, head_dim - width))
+    if sinks is not None:
+        out = SinkAttention.apply(q, k, v, sinks, edges, longest, scale, window)
     else:
-        out = varlen_with_sinks(
-            q,
-            k,
-            v,
-            sinks,
-            rule.documents.cu_seqlens,
-            longest=rule.documents.max_seqlen,
-            scale=rule.scale,
-            window=rule.window,
-        )
-    # A slice: the gradient of the padding is zero, as autograd pads it again.
+        # varlen_attn's window does not count the query itself, but `window` does.
+        left = -1
+        if window is not None:
+            left = window - 1
+        options: dict[str, Any] = {
+            "is_causal": True,
+            "window_size": (left, 0),
+            "enable_gqa": q.shape[1] != k.shape[1],
+            "scale": scale,
+        }
+        options = {name: value for name, value in options.items() if name in VARLEN_KEYWORDS}
+        # Older versions of varlen_attn always multiply the scores by d ** -0.5. Multiply q by scale
+        # / d ** -0.5, so that the total factor is `scale`.
+        if "scale" not in VARLEN_KEYWORDS and scale != head_dim**-0.5:
+            q = q * (scale * head_dim**0.5)
+        out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
+        assert isinstance(out, Tensor)  # varlen_attn returns a tuple only with return_aux
+    # Remove the padded columns. Their gradients are zero.
     return out[..., :width]
 
 
-def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    documents, scale, window, _ = rule
-    options: dict[str, Any] = {
-        "is_causal": True,
-        # The kernel counts the keys to the left of the query; ours counts the query itself.
-        "window_size": (-1 if window is None else window - 1, 0),
-        "enable_gqa": q.shape[1] != k.shape[1],
-        "scale": scale,
-    }
-    options = {name: value for name, value in options.items() if name in VARLEN_KEYWORDS}
-    # An older varlen_attn divides by sqrt(d) always: the rest of the factor goes into q.
-    if "scale" not in VARLEN_KEYWORDS and scale != q.shape[-1] ** -0.5:
-        q = q * (scale * q.shape[-1] ** 0.5)
-    # The bound is a constant of a compiled graph; the batches of a run all state the same one (see
-    # data/batches/loader.py).
-    edges = documents.cu_seqlens
-    longest = documents.max_seqlen
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
-    assert isinstance(out, Tensor)  # the tuple is for return_aux
-    return out
-
-
-@torch.compiler.disable  # shapes follow the documents and change with every batch
+@torch.compiler.disable  # shapes depend on the documents of the batch
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
     documents, scale, window, _ = rule
     outputs = []
-    # One call a document: [1, heads, length, d] each, so that none sees another.
+    # One call per document with inputs [1, heads, length, d], so that documents are independent.
     for start, end in pairwise(documents.edges):
         length = end - start
         mask = None
-        # Key j of query i is seen where 0 <= i - j < window.
+        # Query i attends to key j if 0 <= i - j < window.
         if window is not None and length > window:
             ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
             mask = ones.tril().triu(1 - window)
         document = q[start:end], k[start:end], v[start:end]
-        # Without a mask torch may take a fused kernel.
+        # Pass no mask if the document fits into the window, because torch's fused kernels do not
+        # support masks.
         out = _attend_fused(*document, scale, mask=mask, is_causal=mask is None, dropout=dropout)
         outputs.append(out)
     return torch.cat(outputs)
@@ -546,13 +587,14 @@ def _attend_fused(
     v: Tensor,
     scale: float,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | None,
     is_causal: bool = False,
-    dropout: float = 0.0,
+    dropout: float,
 ) -> Tensor:
-    """Compute the attention of q [n, heads, d] to k and v [m, kv heads, d] by torch's fused kernel.
+    """Compute the attention of q [n, heads, d] to k and v [m, kv heads, d] with torch's SDPA.
 
-    mask: bool [n, m], which keys each query sees.
+    Args:
+        mask: bool [n, m], True if the query attends to the key. None means no mask.
     """
     repeats = q.shape[1] // k.shape[1]
     takes_groups = mask is None and q.shape[-1] == v.shape[-1] <= MAX_GROUPED_WIDTH
@@ -573,7 +615,7 @@ def _attend_fused(
     return out.squeeze(0).transpose(0, 1)
 
 
-@torch.compiler.disable  # as above
+@torch.compiler.disable  # shapes depend on the documents of the batch
 def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None = None) -> Tensor:
     return _Products.apply(q, k, v, rule, sinks)
 
@@ -583,11 +625,11 @@ class _ProductsContext(SavingContext):
 
 
 class _Products(torch.autograd.Function):
-    """softmax(scale * q k^T + mask) v by batched products, one batch a group of documents.
+    """Attention, softmax(scale * q k^T + mask) v, with one batched matmul per group of documents.
 
-    Queries that share a key head are stacked in one matrix, so keys and values are never repeated.
-    The backward is FlashAttention's: dS = P * (dO V^T - rowsum(dO * O)). A sink is a last column of
-    scores whose value is zero.
+    Query heads that share a key head are stacked in one matrix, so keys and values are not
+    repeated. The backward uses FlashAttention's formula: dS = P * (dO V^T - rowsum(dO * O)). A sink
+    is an additional column of scores. Its value vector is zero.
     """
 
     @staticmethod
@@ -603,17 +645,17 @@ class _Products(torch.autograd.Function):
             queries = _pack_queries(q, group, k.shape[1], rule.scale)
             keys = _pack_keys(k, group)
             values = _pack_keys(v, group)
-            # A group either saves the probabilities of all its blocks or of none: the backward
-            # reads them back in this order.
+            # Save the probabilities of either all blocks of a group or none. The backward reads the
+            # saved probabilities in the order of this loop.
             saves = needs_backward and _saves_probabilities(group, rule.softcap)
             results = []
             for block in _blocks(group.length, rule.window):
-                # [count * kv heads, heads a kv head, rows, d]
+                # [count * kv heads, heads per kv head, rows, d]
                 rows = queries[:, :, block.queries]
                 probabilities, _ = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
-                # [batch, heads a kv head * rows, keys] without the column of the sinks.
-                of_keys, _ = _split_sinks(probabilities, sinks)
-                result = torch.bmm(of_keys, values[:, block.keys])
+                # [batch, heads per kv head * rows, keys], without the column of the sinks.
+                key_probabilities, _ = _split_sinks(probabilities, sinks)
+                result = torch.bmm(key_probabilities, values[:, block.keys])
                 results.append(result.view(*rows.shape[:3], -1))
                 if saves:
                     saved.append(probabilities)
@@ -625,20 +667,21 @@ class _Products(torch.autograd.Function):
     def backward(ctx: _ProductsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, *saved = ctx.saved_tensors
         saved_probabilities = iter(saved)
-        # `empty`: every token lies in one document of one group, so each row is written once.
+        # `empty_like` suffices: each token is in exactly one group, so each row is written once.
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         d_sinks = None
         if sinks is not None:
-            # A sum over all documents: in 16 bits the later ones would be lost.
+            # Sum over all documents in fp32: a 16-bit sum would round small terms to zero.
             d_sinks = torch.zeros_like(sinks, dtype=torch.promote_types(q.dtype, torch.float32))
         for group in ctx.rule.documents.groups:
             d_queries, d_keys, d_values = _group_gradients(
                 q, k, v, sinks, d_sinks, out, grads[0], group, ctx.rule, saved_probabilities
             )
             _scatter_back(dq, d_queries, group)
-            # Key heads as packed queries with one query head each.
+            # Add a dimension for the query heads per key head, because `_scatter_back` expects the
+            # layout of `_pack_queries`.
             _scatter_back(dk, d_keys.unsqueeze(1), group)
             _scatter_back(dv, d_values.unsqueeze(1), group)
         if d_sinks is not None:
@@ -658,16 +701,18 @@ def _group_gradients(
     rule: Rule,
     saved_probabilities: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a group's packed queries, keys and values; arguments are of the whole row.
+    """Compute the gradients of a group's packed queries, keys and values.
 
-    That of the sinks is added to `d_sinks`.
+    The tensor arguments contain all tokens of the packed row. The gradient of the sinks is added to
+    `d_sinks` in place.
     """
-    # Queries scaled as in the forward; `rule.scale` below is for their own gradient.
+    # Multiply the queries by `rule.scale`, as in the forward. Because the scores are (scale * q)
+    # k^T, the gradient of q is also multiplied by `rule.scale` below.
     queries = _pack_queries(q, group, k.shape[1], rule.scale)
     keys = _pack_keys(k, group)
     values = _pack_keys(v, group)
     d_result = _pack_queries(d_out, group, k.shape[1])
-    # rowsum(dO * O), [batch, heads a kv head, length, 1]: FlashAttention's delta.
+    # rowsum(dO * O), [batch, heads per kv head, length, 1]: "delta" in FlashAttention.
     delta = (d_result * _pack_queries(out, group, k.shape[1])).sum(-1, keepdim=True)
     d_queries = []
     d_keys = None
@@ -675,33 +720,34 @@ def _group_gradients(
     for block in _blocks(group.length, rule.window):
         rows = queries[:, :, block.queries]
         d_cap = None
-        # As the forward decided: by the group and the cap alone, which both see.
+        # The forward called this function with the same arguments to decide whether to save the
+        # probabilities.
         if _saves_probabilities(group, rule.softcap):
             probabilities = next(saved_probabilities)
         else:
             probabilities, d_cap = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
-        of_keys, of_sinks = _split_sinks(probabilities, sinks)
-        # [batch, heads a kv head * rows, d of v]
+        key_probabilities, sink_probabilities = _split_sinks(probabilities, sinks)
+        # [batch, heads per kv head * rows, width of v]
         d_rows = d_result[:, :, block.queries].flatten(1, 2)
-        # dP = dO V^T, [batch, heads a kv head * rows, keys]
+        # dP = dO V^T, [batch, heads per kv head * rows, keys]
         d_scores = torch.bmm(d_rows, values[:, block.keys].transpose(1, 2))
         delta_rows = delta[:, :, block.queries]
-        # dS = P * (dP - delta), in dP's memory.
-        d_scores.sub_(delta_rows.flatten(1, 2)).mul_(of_keys)
+        # dS = P * (dP - delta). The result overwrites dP in `d_scores`.
+        d_scores.sub_(delta_rows.flatten(1, 2)).mul_(key_probabilities)
         if d_cap is not None:
             d_scores.mul_(d_cap)
-        if d_sinks is not None and of_sinks is not None:
-            # A sink's value is zero, so its dP is 0 and dS = -P_sink * delta.
-            # [documents, heads, rows]: batch is documents times kv heads, documents outermost.
-            delta_rows = of_sinks.view_as(delta_rows) * delta_rows
-            d_sinks -= delta_rows.view(group.count, len(d_sinks), -1).sum(
-                (0, 2), dtype=d_sinks.dtype
-            )
-        # dV = P^T dO: the query heads of a key head are rows of one matrix, so the product adds
-        # them.
-        part = torch.bmm(of_keys.transpose(1, 2), d_rows)
+        if d_sinks is not None and sink_probabilities is not None:
+            # The value of a sink is zero, therefore its dP is 0 and its dS is -P_sink * delta. The
+            # batch dimension is documents * kv heads, with documents outermost. Therefore the
+            # result can be viewed as [documents, heads, rows].
+            delta_rows = sink_probabilities.view_as(delta_rows) * delta_rows
+            delta_rows = delta_rows.view(group.count, len(d_sinks), -1)
+            d_sinks -= delta_rows.sum((0, 2), dtype=d_sinks.dtype)
+        # dV = P^T dO. The query heads of a key head are stacked as rows of one matrix, so the
+        # matmul also sums over these heads.
+        part = torch.bmm(key_probabilities.transpose(1, 2), d_rows)
         d_values = _add_block(d_values, part, values, block)
-        # dK = dS^T (scale * Q): the rows are scaled already.
+        # dK = dS^T (scale * Q). `rows` already contains scale * Q.
         part = torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2))
         d_keys = _add_block(d_keys, part, keys, block)
         # dQ = scale * dS K
@@ -713,20 +759,24 @@ def _group_gradients(
 
 
 def _saves_probabilities(group: Group, softcap: float | None) -> bool:
-    """Tell whether the backward of a group reads its probabilities, not computes them again."""
+    """Return whether a group's probabilities are saved for the backward.
+
+    Otherwise the backward recomputes them.
+    """
     return softcap is None and group.length <= MAX_SAVED_TOKENS
 
 
 def _join(blocks: list[Tensor]) -> Tensor:
-    """Blocks of queries [..., rows, d] as one tensor; a single one is not copied."""
+    """Concatenate blocks of queries [..., rows, d]. A single block is returned without a copy."""
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat(blocks, 2)
 
 
 class Block(NamedTuple):
-    """Some queries of a document, and the keys that any of them sees; the last key is the last
-    query's.
+    """Some queries of a document, and the keys that at least one of these queries attends to.
+
+    The last key has the position of the last query.
     """
 
     queries: slice
@@ -738,19 +788,20 @@ def _blocks(length: int, window: int | None) -> Iterator[Block]:
         end = min(start + BLOCK_QUERIES, length)
         first_key = 0
         if window is not None:
-            # The first query of the block sees the furthest back: `window` tokens with itself.
+            # Keep the keys in the window of the block's first query, which starts earliest. The
+            # window has `window` tokens, including the query itself.
             first_key = max(0, start - window + 1)
         yield Block(slice(start, end), slice(first_key, end))
 
 
 def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block) -> Tensor:
-    """Add a block's part to the gradient of `packed` keys or values; `total` is None before the
-    first.
+    """Add a block's gradient `part` to `total`, the gradient of the `packed` keys or values.
 
-    The part of a single block is the gradient; several are summed in fp32.
+    `total` is None for the first block. Several blocks are summed in fp32. If a single block
+    contains all keys, its part is returned unchanged.
     """
     if total is None:
-        # One block that sees all keys: nothing to add up.
+        # This is the only block and it contains all keys, so there is nothing to sum.
         if part.shape == packed.shape:
             return part
         total = torch.zeros_like(packed, dtype=torch.promote_types(part.dtype, torch.float32))
@@ -759,39 +810,46 @@ def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block)
 
 
 def _pack_keys(x: Tensor, group: Group) -> Tensor:
-    """Keys or values x [n, kv heads, d] of the group, by head: [count * kv heads, length, d]."""
+    """Arrange keys or values x [n, kv heads, d] of a group as [count * kv heads, length, d]."""
     return group.rows_of(x).transpose(1, 2).reshape(-1, group.length, x.shape[2])
 
 
 def _pack_queries(x: Tensor, group: Group, kv_heads: int, scale: float = 1.0) -> Tensor:
-    """x [n, heads, d] of the group times `scale`, by key head.
+    """Multiply the group's queries x [n, heads, d] by `scale` and arrange them by key head.
 
     Returns:
-        [count * kv heads, heads a kv head, length, d].
+        [count * kv heads, heads per kv head, length, d].
     """
-    # [count, length, kv heads, heads a kv head, d] -> [count, kv heads, heads a kv head, length, d]
+    # [count, length, kv heads, heads per kv head, d]
+    # -> [count, kv heads, heads per kv head, length, d]
     rows = group.rows_of(x).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    # Written contiguous for `bmm`, and scaled in the same pass.
+    # Scale the rows and make them contiguous for `bmm` in a single pass over the data.
     return torch.mul(rows, scale, out=x.new_empty(rows.shape)).flatten(0, 1)
 
 
 def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
-    """Write packed heads to their tokens in out [n, heads, d].
+    """Write packed heads to the rows of their tokens in out [n, heads, d].
 
-    packed: [count * kv heads, heads a kv head, length, d].
+    Args:
+        packed: [count * kv heads, heads per kv head, length, d].
     """
-    # [count, kv heads, heads a kv head, length, d] -> [count, length, kv heads, heads a kv head, d]
+    # [count, kv heads, heads per kv head, length, d]
+    # -> [count, length, kv heads, heads per kv head, d]
     rows = packed.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4)
     if group.tokens is None or group.places is None:
         out[group.start : group.start + group.length].view(rows.shape[1:]).copy_(rows[0])
     else:
-        # Padding is left out: the padded places that hold tokens, in the order of `group.tokens`.
+        # Copy only real tokens. `group.places` are their positions in the padded rows, in the order
+        # of `group.tokens`.
         flat = rows.reshape(-1, *out.shape[1:]).index_select(0, group.places)
         out.index_copy_(0, group.tokens, flat.to(out.dtype))
 
 
 def _split_sinks(probabilities: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The probabilities of the keys, and those of the sinks [batch, rows] if there are any."""
+    """Split the probabilities of the keys from the last column, the probabilities of the sinks.
+
+    Return None in place of the column if there are no sinks.
+    """
     if sinks is None:
         return probabilities, None
     return probabilities[..., :-1], probabilities[..., -1]
@@ -800,50 +858,58 @@ def _split_sinks(probabilities: Tensor, sinks: Tensor | None) -> tuple[Tensor, T
 def _probabilities(
     queries: Tensor, keys: Tensor, sinks: Tensor | None, block: Block, rule: Rule
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax of a block's masked scores, and the soft cap's derivative.
+    """Compute the softmax of a block's masked scores, and the derivative of the soft cap.
 
     Args:
-        queries: [batch, heads a key head, rows, d], scaled.
+        queries: [batch, heads per key head, rows, d], already scaled.
         keys: [batch, keys, d].
-        sinks: [heads]; None: there are none.
+        sinks: [heads], or None.
 
     Returns:
-        [batch, heads a key head * rows, keys] each, or None without a cap. With sinks the first has
-        one more column, theirs.
+        The probabilities [batch, heads per key head * rows, keys] and the derivative of the same
+        shape. The derivative is None without a soft cap. With sinks, the probabilities have an
+        additional last column for the sinks.
     """
     _, _, window, softcap = rule
-    offset = block.queries.start - block.keys.start  # which key is the first query's own
-    # [batch, heads a key head * rows, keys]: heads are rows, so a key head is read once.
+    offset = block.queries.start - block.keys.start  # key index of the first query
+    # Shape [batch, heads per key head * rows, keys]. All query heads of a key head are in one
+    # matrix, so that the keys are read once.
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     d_cap = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
-        # d tanh(z) / dz; the cap's two factors cancel.
+        # The derivative of c * tanh(z / c) is 1 - tanh(z / c) ** 2.
         d_cap = 1 - scores * scores
         scores.mul_(softcap)
-    rows = queries.shape[2]
-    # [batch * heads a key head, rows, keys]: a view in which a mask is the same for each item.
-    by_head = scores.view(-1, rows, keys.shape[1])
-    # Keys before `offset` are the past of every query of the block.
-    by_head[:, :, offset:].add_(_future(scores.dtype, scores.device)[:rows, :rows])
+    batch, group, rows, _ = queries.shape
+    key_count = keys.shape[1]
+    # View the scores as [batch * heads per key head, rows, keys], so that one mask is broadcast to
+    # all heads.
+    by_head = scores.view(-1, rows, key_count)
+    # Keys before `offset` are visible to every query of the block, so only later keys are masked.
+    future = _future(scores.dtype, scores.device)
+    by_head[:, :, offset:].add_(future[:rows, :rows])
     if window is not None:
-        ones = torch.ones(rows, keys.shape[1], dtype=torch.bool, device=scores.device)
-        # Row i is the query of key offset + i: keys up to offset + i - window are out of its
-        # window.
-        by_head.masked_fill_(ones.tril(offset - window), float("-inf"))
+        ones = torch.ones(rows, key_count, dtype=torch.bool, device=scores.device)
+        # Row i is the query at key position offset + i. Keys up to offset + i - window are outside
+        # its window.
+        hidden = ones.tril(offset - window)
+        by_head.masked_fill_(hidden, float("-inf"))
     if sinks is not None:
-        documents = scores.shape[0] * queries.shape[1] // sinks.shape[0]
-        # [documents * kv heads, heads a kv head, rows], in the order of the rows of `scores`.
-        by_batch = sinks.to(scores.dtype).view(-1, queries.shape[1], 1).repeat(documents, 1, rows)
-        scores = torch.cat([scores, by_batch.view(*scores.shape[:2], 1)], -1)
+        documents = batch * group // sinks.shape[0]
+        # Repeat the sinks to [documents * kv heads, heads per kv head, rows], the row order of
+        # `scores`.
+        column = sinks.to(scores.dtype).view(-1, group, 1)
+        column = column.repeat(documents, 1, rows)
+        scores = torch.cat([scores, column.view(batch, -1, 1)], -1)
     return scores.softmax(-1), d_cap
 
 
 @cache
 def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[BLOCK_QUERIES, BLOCK_QUERIES]: minus infinity where the key lies in the query's future.
+    """Return a causal mask [BLOCK_QUERIES, BLOCK_QUERIES]: -inf for future keys, else 0.
 
-    To add it is cheaper than to fill.
+    Adding this mask is cheaper than `masked_fill_`.
     """
     infinite = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf"), dtype=dtype, device=device)
     return infinite.triu(1)

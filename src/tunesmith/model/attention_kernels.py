@@ -1,9 +1,9 @@
-"""Which of torch's kernels computes attention over packed documents on CUDA: the first that is
-right, by trying.
+"""Selection of torch's CUDA kernel for attention over packed documents.
 
-From 2.15 on torch takes cuDNN where it can: Hopper and data-center Blackwell, heads of at most 128,
-causal. Elsewhere it is FlashAttention: the fourth or third version where a package of it is
-installed, else torch's own second.
+The kernels are tried in order, and the first one with correct results is used. Since version 2.15,
+torch prefers cuDNN if cuDNN supports the case: Hopper and data-center Blackwell GPUs, causal
+attention, heads of width 128 or less. Otherwise torch uses FlashAttention: version 4 or 3 if its
+package is installed, else torch's built-in version 2.
 """
 
 from collections.abc import Callable
@@ -12,31 +12,36 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Torch's names of what may be installed.
+# Optional FlashAttention packages: torch's name and the product name of each.
 FLASH_ATTENTION_NAMES = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
 TORCH_KERNEL = "torch's own FlashAttention 2"
 
 
 def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
-    """Let torch take the first kernel without a fault; the choice holds for this process.
+    """Make torch use the first attention kernel that gives correct results in this process.
 
-    `find_fault` tries whatever torch takes, and returns what is wrong with it, or "".
+    Args:
+        find_fault: runs the kernel that torch currently selects. It returns a description of the
+            fault, or "" if the kernel is correct.
 
     Returns:
-        The kernel's name, or "" if there is none, and the faults of the kernels before it.
+        The name of the kernel, or "" if there is none, and the faults of the kernels that were
+        tried before.
     """
     faults: list[str] = []
-    with sdpa_kernel(SDPBackend.MATH):  # which is none of them
+    # varlen_attn does not support the MATH backend, so `refusal` is its error for an unsupported
+    # backend.
+    with sdpa_kernel(SDPBackend.MATH):
         refusal = find_fault()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         fault = find_fault()
-    # Before 2.15 torch had one kernel here, whatever the choice.
-    # The same answer in both: the choice had no effect, so cuDNN is not what ran.
+    # Before torch 2.15, varlen_attn ignores the `sdpa_kernel` choice. If both trials give the same
+    # result, cuDNN did not run.
     if fault != refusal:
         if not fault:
             return "cuDNN", faults
         faults.append(f"cuDNN: {fault}")
-        # Torch might take it for other shapes than those that were tried.
+        # Disable cuDNN entirely, because torch could select it for shapes that were not tested.
         torch.backends.cuda.enable_cudnn_sdp(False)
     for version, name in FLASH_ATTENTION_NAMES.items():
         if not _activate(version):
@@ -45,7 +50,7 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
         if not fault:
             return name, faults
         faults.append(f"{name}: {fault}")
-        # Back to torch's own before the next version is activated.
+        # Restore torch's built-in kernel before the next version is activated.
         nn.attention.restore_flash_attention_impl()
     fault = find_fault()
     if not fault:
@@ -54,7 +59,7 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
 
 
 def _activate(version: str) -> bool:
-    """Let torch take a version of FlashAttention; False where there is none."""
+    """Activate a version of FlashAttention in torch. Return False if it is not installed."""
     try:
         nn.attention.activate_flash_attention_impl(version)
     except (ImportError, ValueError):

@@ -1,9 +1,10 @@
-"""Chunked attention (Llama 4): layers whose tokens see their own chunk of the document only.
+"""Chunked attention (Llama 4): tokens attend only to tokens of the same chunk of their document.
 
-Transformers says it by a mask, which packed rows do without. It is attention over more documents:
-each is cut at multiples of the chunk size, counted from its own start. The layers in between have
-no rotary embedding; they scale their queries by a function of the position, which Transformers
-counts from the start of the row instead of the document.
+Transformers implements it with a mask, but packed rows have no mask. Instead, each document is
+split at multiples of the chunk size, counted from the document's start, and each chunk is treated
+as a separate document. Layers without chunked attention have no rotary embedding. They scale their
+queries by a function of the position. Transformers counts the position from the start of the row,
+but this module counts it from the start of the document.
 """
 
 import torch
@@ -16,10 +17,10 @@ from tunesmith.model.fused import add_mixin
 
 
 def prepare_chunked_attention(causal_lm: PreTrainedModel) -> int | None:
-    """Let the layers with chunked attention go by the chunks of packed documents.
+    """Make the layers with chunked attention use the chunks of packed documents.
 
-    Returns the size of a chunk in tokens; None where the model has no such layers, and is
-    unchanged.
+    Returns:
+        The chunk size in tokens. None if the model has no such layers; the model is then unchanged.
     """
     config = find_decoder(causal_lm).config
     layer_types = config.to_dict().get("layer_types") or ()
@@ -32,13 +33,14 @@ def prepare_chunked_attention(causal_lm: PreTrainedModel) -> int | None:
         attention = layer.get_submodule("self_attn")
         if layer_type == "chunked_attention":
             add_mixin(attention, ChunkedAttention)
-        if config.attn_temperature_tuning and not has_rotary:  # the key counts the wrong way round
+        # Despite its name, `no_rope_layers` has 1 for layers with rotary embedding.
+        if config.attn_temperature_tuning and not has_rotary:
             add_mixin(attention, TunedAttention)
     return int(config.attention_chunk_size)
 
 
 class ChunkedAttention(nn.Module):
-    """An attention layer that sees the chunks of the documents in their place."""
+    """An attention layer whose tokens attend only to tokens of the same chunk."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
         documents = kwargs.get("documents")
@@ -48,7 +50,7 @@ class ChunkedAttention(nn.Module):
 
 
 class TunedAttention(nn.Module):
-    """An attention layer that scales its queries by their position (Llama4TextAttention)."""
+    """A `Llama4TextAttention` that scales queries by a function of the position in the document."""
 
     floor_scale: float
     attn_scale: float
@@ -58,15 +60,20 @@ class TunedAttention(nn.Module):
         if isinstance(documents, Documents):
             edges = documents.cu_seqlens
             in_row = torch.arange(hidden_states.shape[1], device=edges.device)
-            # Of the tokens of documents, which the row may hold once for two of them.
-            tokens = in_row if documents.repeated is None else documents.repeated.firsts
-            # Each one less the start of its document: the edge before the first that is after it.
-            in_document = tokens - edges[torch.searchsorted(edges, tokens, right=True) - 1]
-            # Transformers' forward multiplies by the scale of the position in the row.
+            tokens = in_row
+            # A token that two documents share can be stored once. Use its position in the first of
+            # the two documents.
+            if documents.repeated is not None:
+                tokens = documents.repeated.firsts
+            # Index of the document that contains each token.
+            document = torch.searchsorted(edges, tokens, right=True) - 1
+            in_document = tokens - edges[document]
+            # Transformers' forward uses the scale for the position in the row instead of the
+            # position in the document. Multiply the queries by the quotient of both scales.
             kwargs["query_factor"] = self._scale(in_document) / self._scale(in_row)
         return super().forward(hidden_states, *args, **kwargs)
 
     def _scale(self, positions: Tensor) -> Tensor:
-        # floor((p + 1) / floor_scale): 0 for the first positions, where the factor is 1.
+        # If p is small, floor((p + 1) / floor_scale) is 0, so that the scale of position p is 1.
         steps = torch.floor((positions.float() + 1) / self.floor_scale)
         return torch.log1p(steps) * self.attn_scale + 1

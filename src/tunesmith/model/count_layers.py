@@ -1,4 +1,4 @@
-"""The widths and parameters of a model's layers, counted on meta after one forward of it."""
+"""Measurement of the widths and parameter counts of a model's layers after a forward on meta."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,15 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tunesmith.config.names import last_part
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_layers, find_text_part, vision_parameters
+from tunesmith.model.decoder import find_layers, find_text_model, vision_parameters
 from tunesmith.model.experts import CalledByInterface
 from tunesmith.model.meta_forward import LayerCall, are_experts, count_experts
 from tunesmith.model.spec import Layer, ModelSpec
 
-# Keys whose product is the state of a recurrent layer: its heads, and the channels of a key (or of
-# the state) and of a value.
+# Config keys of the number of heads, the width of a key (or of the state), and the width of a
+# value. The product of the three values is the number of elements of a recurrent layer's state.
 STATE_KEYS = (
     ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # gated delta rule
     ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron-H
@@ -28,18 +29,21 @@ STATE_KEYS = (
 def count_layers(
     model: PreTrainedModel, calls: list[LayerCall], experts_per_token: int | None
 ) -> ModelSpec:
-    """The spec of a model on meta, whose layers were seen to do `calls`.
+    """Return the spec of a model on the meta device.
 
-    experts_per_token: as the config says, if it does.
+    Args:
+        calls: what each layer computed in one forward.
+        experts_per_token: the value of the config, or None.
     """
     config = model.config.get_text_config()
     values = config.to_dict()
     layers = list(model.get_submodule(find_layers(model)).children())
     if len(calls) != len(layers):
         raise ModelError(
-            f"{len(layers)} layers of this {config.model_type} run {len(calls)} times",
-            why="a plan counts one run of each layer in a forward",
-            fix="use a model whose layers run once: tunesmith models lists the supported types",
+            f"{len(layers)} layers of this {config.model_type} are called {len(calls)} times in "
+            "one forward pass",
+            why="the memory plan assumes that each layer runs once per forward pass",
+            fix="use a model of another type; `tunesmith models` lists the supported types",
         )
     kinds = values.get("layer_types") or [""] * len(layers)
     counted = []
@@ -50,9 +54,19 @@ def count_layers(
             layer = replace(layer, chunk=values["attention_chunk_size"])
         counted.append(layer)
     head = model.get_output_embeddings().weight
-    _, text = find_text_part(model)
-    in_layers = sum(_matrices(module) for module in layers)
-    softcaps = [call.softcap for call in calls if call.softcap is not None]
+    _, text = find_text_model(model)
+    # Matmul weights outside of the layers: projections before the first layer or after the last
+    # layer.
+    other_matmul = _matrices(text) - sum(map(_matrices, layers))
+    if text is model:
+        other_matmul -= head.numel()
+    softcap = None
+    for call in calls:
+        if softcap is None:
+            softcap = call.softcap
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for _, parameter in vision_parameters(model):
+        parameters -= parameter.numel()
     return ModelSpec(
         model_type=config.model_type,
         layers=tuple(counted),
@@ -61,20 +75,18 @@ def count_layers(
         tied=head is model.get_input_embeddings().weight,
         context=values.get("max_position_embeddings") or 2048,
         position_limit=None,
-        parameters=sum(p.numel() for p in model.parameters())
-        - sum(p.numel() for _, p in vision_parameters(model)),
+        parameters=parameters,
         head_matmul=head.numel(),
         quantized=None,
-        attention_softcap=softcaps[0] if softcaps else None,
-        # What is left of all matrices: projections before the first layer or after the last.
-        other_matmul=_matrices(text) - in_layers - (head.numel() if text is model else 0),
+        attention_softcap=softcap,
+        other_matmul=other_matmul,
     )
 
 
 def _count_layer(
     module: nn.Module, call: LayerCall, config: PretrainedConfig, experts_per_token: int | None
 ) -> Layer:
-    """One layer's widths and parameters."""
+    """Return the widths and parameter counts of one layer."""
     matmul = _matrices(module)
     experts = 0
     expert_count = 0
@@ -86,30 +98,34 @@ def _count_layer(
     for name, weight in module.named_parameters():
         if _is_matrix(name, weight):
             largest = max(largest, weight.numel())
-            # [out, in]: the input of the down projection is the widest activation of a gated MLP.
+            # Weights are [out, in]. The input of the down projection is the widest activation of a
+            # gated MLP.
             intermediate = max(intermediate, weight.shape[1])
     for part in module.modules():
         stacks = _stacks(part)
         if not stacks:
             continue
         count = count_experts(part) or len(stacks[0])
-        # As the layer was seen to choose, else as its config says, else all.
+        # If the number of experts per token is unknown, assume that a token uses all experts.
         per_token = experts_per_token or count
+        sizes = [stack.numel() for stack in stacks]
+        experts += sum(sizes)
         if _has_interface(part):
             expert_count = count
             interface_per_token = per_token
-        for stack in stacks:
-            experts += stack.numel()
-            if not _has_interface(part):
-                own_experts += stack.numel()
-            # A token is multiplied with its own experts' share of the stack.
-            active += stack.numel() * per_token // count
-            largest = max(largest, stack.numel())
-        # The smallest is down, or up alone: gate and up in one are twice as wide.
-        width = min(stack.numel() // count // config.hidden_size for stack in stacks)
+        else:
+            own_experts += sum(sizes)
+        for size in sizes:
+            # Each token is multiplied only with its selected experts.
+            active += size * per_token // count
+        largest = max(largest, *sizes)
+        # The smallest stack is the down or up projection, because a joined gate_up projection is
+        # twice as large. Compute the width of one expert from this stack.
+        width = min(sizes) // count // config.hidden_size
         intermediate = max(intermediate, per_token * width)
     state = 0
-    # Every recurrent layer that STATE_KEYS knows has a short convolution; an MLP alone has none.
+    # Recognize recurrent layers by their short convolution. All layers that STATE_KEYS describes
+    # contain one, and a layer with only an MLP does not.
     if any(isinstance(part, nn.Conv1d) for part in module.modules()):
         state = _state(config.to_dict())
     return Layer(
@@ -132,47 +148,55 @@ def _count_layer(
 
 
 def _has_interface(experts: nn.Module) -> bool:
-    """Tell whether frozen experts are computed as Transformers' interface calls them.
+    """Return whether frozen experts are called through Transformers' experts interface.
 
-    With an adapter Llama 4's are, which have code of their own in Transformers.
+    Llama 4's experts have their own implementation in Transformers, but with an adapter they are
+    also called through the interface.
     """
     is_called = isinstance(experts, CalledByInterface)
     return is_called or type(experts).__name__ == "Llama4TextExperts"
 
 
 def _is_matrix(name: str, weight: nn.Parameter) -> bool:
-    """Tell whether tokens are multiplied with this parameter: stacks of biases are no matrices."""
-    return weight.ndim == 2 and name.rpartition(".")[2] == "weight"
+    """Return whether the parameter is a matmul weight. Stacked biases are not matmul weights."""
+    return weight.ndim == 2 and last_part(name) == "weight"
 
 
 def _matrices(model: nn.Module) -> int:
-    """Parameters of a module's matrices; those of embeddings are looked up."""
+    """Return the number of matmul parameters of a module, without embeddings."""
     count = 0
     for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            own = module.named_parameters(recurse=False)
-            count += sum(weight.numel() for name, weight in own if _is_matrix(name, weight))
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if _is_matrix(name, weight):
+                count += weight.numel()
     return count
 
 
 def _stacks(module: nn.Module) -> list[nn.Parameter]:
-    """The matrices of all experts of a module that has some: [experts, out, in], or in, out.
+    """Return the expert weights of a module: [experts, out, in] or [experts, in, out].
 
-    DBRX holds them in a module below, as [experts * out, in].
+    Return an empty list if the module has no experts. DBRX stores the weights in a child module as
+    [experts * out, in].
     """
     stacks = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
-    if stacks and (count_experts(module) or are_experts(module)):
+    has_choice = are_experts(module)
+    if stacks and (has_choice or count_experts(module)):
         return stacks
-    if not are_experts(module):
+    if not has_choice:
         return []
-    # Linear layers are counted as matrices.
-    below = module.named_parameters()
-    return [weight for name, weight in below if weight.ndim > 1 and not _is_matrix(name, weight)]
+    for name, weight in module.named_parameters():
+        # Skip linear layers, which `_matrices` counts.
+        if weight.ndim > 1 and not _is_matrix(name, weight):
+            stacks.append(weight)
+    return stacks
 
 
 def _state(values: Mapping[str, Any]) -> int:
-    """Elements of a recurrent layer's state, of a config's values; 0 where it keeps to none of
-    STATE_KEYS.
+    """Compute the number of elements of a recurrent layer's state from the config's values.
+
+    Return 0 if the config does not have all keys of any row of STATE_KEYS.
     """
     for keys in STATE_KEYS:
         if all(isinstance(values.get(key), int) for key in keys):

@@ -1,7 +1,8 @@
-"""The parts of a causal LM: its decoder, its layers, and what it does to its logits.
+"""The parts of a causal LM: its decoder, its layers, and the computation after its output layer.
 
-All of it is read off the model, on meta or not, so that a family needs no row of a table to run. Of
-a vision-language model in whole the decoder is what holds its text model and its vision part.
+The parts are found by inspecting the model, which may be on the meta device. Therefore a model
+family does not need an entry in a table. The decoder of an entire vision-language model contains
+both the text model and the vision part.
 """
 
 import math
@@ -15,31 +16,38 @@ from torch import Tensor, nn
 from tunesmith.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # slow, and a plan needs none
+    from transformers import PreTrainedModel  # only for type checking: the import is slow
 
-# Keys of the config that cap the logits, c * tanh(logits / c), and that scale them before the cap.
+# Config keys for the cap of the logits, c * tanh(logits / c), and for the scale of the logits,
+# which is applied before the cap.
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-# Families that multiply by what others divide by.
+# Model types that multiply the logits by the value of a key in DIVISORS. Other types divide the
+# logits by this value.
 MULTIPLIES_BY_SCALING = ("hyperclovax",)
 
-# Of the largest logit, in fp32: what a product of another order rounds away is a thousandth of it.
+# Maximum error in fp32 as a fraction of the largest logit. A different summation order of the
+# matmuls causes only a thousandth of this error.
 LOGITS_ERROR = 1e-3
-# Logits are scaled to this, or to three times the cap, where they are compared: those of
-# a random model are far below a cap of 30, and would look the same without it.
+# Magnitude to which the logits are scaled for the comparison. If the logits have a cap, three times
+# the cap is used instead. Unscaled logits of a random model are so small that a cap of 30 would
+# have no effect.
 LARGE_LOGIT = 100.0
 
 
 @dataclass(frozen=True)
 class Head:
-    """The end of a causal LM, after its last linear layer: cap(scale * (W h + b))."""
+    """The computation of a causal LM after its output layer: cap(scale * (W h + b))."""
 
     softcap: float | None = None  # c in c * tanh(logits / c); None: no cap
     scale: float = 1.0
 
     def logits(self, raw: Tensor) -> Tensor:
-        """The model's logits from those of its last linear layer, of any shape."""
+        """Compute the model's logits from `raw`, the output of its last linear layer.
+
+        The shape is unchanged.
+        """
         scaled = raw * self.scale
         if self.softcap is None:
             return scaled
@@ -47,57 +55,59 @@ class Head:
 
 
 def find_decoder(causal_lm: "PreTrainedModel") -> "PreTrainedModel":
-    """The model without its head, which returns the last hidden states.
+    """Return the model without its head. Its forward returns the last hidden states.
 
-    It is not always Transformers' `base_model`: where the `base_model_prefix` of the class is not
-    the name of the decoder (llama4_text), that is the causal LM itself. Of an entire model without
-    its other parts it is the text model. ModelError where there is none.
+    This can differ from Transformers' `base_model`, which is the causal LM itself if the class's
+    `base_model_prefix` is not the name of the decoder (llama4_text). If the vision part of a
+    vision-language model was dropped, return its text model. Raise ModelError if there is no
+    decoder.
     """
     from transformers import PreTrainedModel
 
-    if is_whole(causal_lm) and not any(vision_parameters(causal_lm)):
-        return cast("PreTrainedModel", find_text_part(causal_lm)[1])
+    if has_vision_language_class(causal_lm) and not any(vision_parameters(causal_lm)):
+        return cast("PreTrainedModel", find_text_model(causal_lm)[1])
     embedding = causal_lm.get_input_embeddings()
-    # Outermost first: a decoder may hold another model (OPT).
+    # Search from the outside to the inside, because a decoder may contain another model (OPT).
     for module in causal_lm.modules():
         if module is causal_lm or not isinstance(module, PreTrainedModel):
             continue
         if any(part is embedding for part in module.modules()):
             return module
     raise ModelError(
-        f"{type(causal_lm).__name__} has no decoder separate from its head",
-        why="hidden states are computed first, and the head chunk by chunk in the loss",
-        fix="take a causal language model of Transformers",
+        f"{type(causal_lm).__name__} has no decoder that is separate from its output head",
+        why="the decoder runs first, and then the output head and the loss run in chunks, so the "
+        "decoder and the head must be separate modules",
+        fix="use a causal language model of Transformers",
     )
 
 
-def is_whole(model: nn.Module) -> bool:
-    """Return whether a model has the class of a vision-language model.
+def has_vision_language_class(model: nn.Module) -> bool:
+    """Return whether the model has the class of a vision-language model.
 
-    Its other parts may have been dropped.
+    Its vision and audio parts may have been dropped.
     """
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config
 
 
-def find_text_part(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the text model without its head in a vision-language model in whole.
+def find_text_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name and module of a vision-language model's text model, without the head.
 
-    Of any other model it is the model itself, under "".
+    For any other model, return the model itself with the name "".
     """
-    if not is_whole(model):
+    if not has_vision_language_class(model):
         return "", model
     return find_innermost(cast("PreTrainedModel", model))
 
 
 def find_innermost(model: "PreTrainedModel") -> tuple[str, nn.Module]:
-    """Return name and module of the innermost model that holds the embedding."""
+    """Return the name and module of the innermost model that contains the input embedding."""
     from transformers import PreTrainedModel
 
     embedding = model.get_input_embeddings()
     found: tuple[str, nn.Module] = "", model
-    # A module comes after the module that it is in.
+    # `named_modules` yields outer modules first, so the last match is the innermost.
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and embedding in list(part.modules()):
             found = name, part
@@ -105,8 +115,9 @@ def find_innermost(model: "PreTrainedModel") -> tuple[str, nn.Module]:
 
 
 def name_of_head(model: "PreTrainedModel") -> str:
-    """Return the name of the output layer, which may be that of a causal LM inside the model; ""
-    if there is none.
+    """Return the name of the output layer, or "" if there is none.
+
+    The layer may belong to a causal LM inside the model.
     """
     from transformers import PreTrainedModel
 
@@ -119,7 +130,7 @@ def name_of_head(model: "PreTrainedModel") -> str:
 
 
 def drop_other_parts(model: "PreTrainedModel") -> None:
-    """Remove the towers and projectors from an entire model, so that its text model is left."""
+    """Remove the towers and projectors of a vision-language model. Keep only its text model."""
     _keep_modules(model, [find_innermost(model)[0], name_of_head(model)])
 
 
@@ -127,7 +138,8 @@ def _keep_modules(module: nn.Module, kept: list[str]) -> None:
     for name, _ in list(module.named_parameters(recurse=False)):
         setattr(module, name, None)
     for name, child in list(module.named_children()):
-        inside = [inner.removeprefix(f"{name}.") for inner in kept if inner.startswith(f"{name}.")]
+        prefix = f"{name}."
+        inside = [inner.removeprefix(prefix) for inner in kept if inner.startswith(prefix)]
         if inside:
             _keep_modules(child, inside)
         elif name not in kept:
@@ -135,11 +147,11 @@ def _keep_modules(module: nn.Module, kept: list[str]) -> None:
 
 
 def is_in_text(model: nn.Module) -> Callable[[str], bool]:
-    """Return what tells of a name in a model whether that part is of the text model, head and all.
+    """Return a function that checks whether a name belongs to the text model or to its head.
 
-    Everything is where the model is no vision-language model in whole.
+    For models without other parts, the function returns True for every name.
     """
-    prefix, _ = find_text_part(model)
+    prefix, _ = find_text_model(model)
     if not prefix:
         return lambda name: True
     head = name_of_head(cast("PreTrainedModel", model))
@@ -148,8 +160,9 @@ def is_in_text(model: nn.Module) -> Callable[[str], bool]:
 
 
 def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a vision-language model in whole that are not of its text part, by
-    name.
+    """Yield the parameters of a vision-language model that are not in its text model.
+
+    Each parameter is yielded with its name.
     """
     is_text = is_in_text(model)
     for name, parameter in model.named_parameters():
@@ -158,10 +171,10 @@ def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def find_projector(model: nn.Module) -> tuple[str, ...]:
-    """Name the modules of a vision-language model in whole between its tower and its text model.
+    """Return the names of the modules between the vision tower and the text model.
 
-    They are what stands beside both, or the tower's last part, of the families in which it is one.
-    Empty where there are none.
+    The projector is a sibling of both. In some families, it consists of the last modules of the
+    tower. Return an empty tuple if the model has no projector.
     """
     from transformers import PreTrainedModel
 
@@ -173,10 +186,11 @@ def find_projector(model: nn.Module) -> tuple[str, ...]:
     names = []
     for name, part in decoder.named_children():
         if isinstance(part, PreTrainedModel):
-            # Qwen's and GLM's towers end in one, and Qwen3-VL's has more of them in its middle.
+            # The towers of Qwen and GLM end in a module called "merger", which is the projector.
+            # Qwen3-VL's tower has a list of further mergers.
             for inner, module in part.named_children():
                 if isinstance(module, nn.ModuleList) and "merger" in inner:
-                    # PEFT cannot copy a list.
+                    # Name each module of the list, because PEFT cannot copy a ModuleList.
                     names += [f"{prefix}.{name}.{inner}.{number}" for number in range(len(module))]
                 elif "merger" in inner:
                     names.append(f"{prefix}.{name}.{inner}")
@@ -186,71 +200,77 @@ def find_projector(model: nn.Module) -> tuple[str, ...]:
 
 
 def trained_projector(model: nn.Module) -> list[nn.Module]:
-    """List the modules of the projector that is trained; none where it is frozen."""
+    """Return the trained modules of the projector. The list is empty if the projector is frozen."""
     projector = [model.get_submodule(name) for name in find_projector(model)]
     return [module for module in projector if next(module.parameters()).requires_grad]
 
 
 def find_layers(causal_lm: "PreTrainedModel") -> str:
-    """Dotted name of the list of decoder layers in the causal LM: "model.layers", "transformer.h".
+    """Return the dotted name of the list of decoder layers, for example "model.layers".
 
-    ModelError where none has as many entries as the config has layers.
+    Raise ModelError if no list has as many entries as the config has layers.
     """
     from transformers import PreTrainedModel
 
     config = find_decoder(causal_lm).config.get_text_config()
-    # Where a config has both, the other counts the sublayers (LongCat's two attentions of a layer).
+    # Prefer `num_layers`. LongCat's config has both keys, but its `num_hidden_layers` counts the
+    # attentions, and each layer has two.
     count = config.to_dict().get("num_layers", config.num_hidden_layers)
     largest = 0
     layers = ""
-    # Models without the embedding, which see or hear.
+    # Name prefixes of models without the text embedding, for example vision and audio towers.
     others: tuple[str, ...] = ()
     embedding = causal_lm.get_input_embeddings()
-    prefix, text = find_text_part(causal_lm)
+    prefix, text = find_text_model(causal_lm)
     for name, module in text.named_modules(prefix=prefix):
         if isinstance(module, PreTrainedModel) and embedding not in list(module.modules()):
             others += (f"{name}.",)
         if not isinstance(module, nn.ModuleList) or len(module) != count or name.startswith(others):
             continue
-        # Other lists may be as long by chance; the layers are what is largest.
+        # Another list may have the same length by chance. Therefore use the list with the most
+        # parameters.
         size = sum(parameter.numel() for parameter in module.parameters())
         if size > largest:
             largest = size
             layers = name
     if not layers:
         raise ModelError(
-            f"no list of {count} layers in {type(causal_lm).__name__}",
-            why="layers are recomputed, compiled and sharded one by one",
-            fix="take a causal language model of Transformers",
+            f"cannot find the module list that contains the {count} layers of "
+            f"{type(causal_lm).__name__}",
+            why="the layers of this list are recomputed, compiled and sharded one by one",
+            fix="use a causal language model of Transformers",
         )
     return layers
 
 
 def find_head(causal_lm: "PreTrainedModel") -> Head:
-    """Read from its config what the model does to its logits; `head_fits` proves it."""
+    """Read the cap and the scale of the logits from the config. `head_fits` verifies the result."""
     config = find_decoder(causal_lm).config.get_text_config()
 
     def stated(keys: tuple[str, ...]) -> list[float]:
-        # Attributes and not `to_dict`: MiniCPM3 computes its divisor in a property.
+        # Use getattr instead of `to_dict`, because MiniCPM3 computes its divisor in a property.
         values = [getattr(config, key, None) for key in keys]
         return [value for value in values if value]
 
     softcaps = stated(CAPS)
+    softcap = None
+    if softcaps:
+        softcap = softcaps[-1]
     if config.model_type in MULTIPLIES_BY_SCALING:
         scale = math.prod(stated(DIVISORS), start=1.0)
     else:
         divisors = [1.0 / divisor for divisor in stated(DIVISORS)]
         scale = math.prod([*stated(MULTIPLIERS), *divisors], start=1.0)
-    return Head(softcaps[-1] if softcaps else None, scale)
+    return Head(softcap, scale)
 
 
 @torch.no_grad()
 def head_fits(causal_lm: "PreTrainedModel", head: Head) -> bool:
-    """Check whether the model's own logits are those of `head` on its last hidden states.
+    """Return whether the model's logits equal `head` applied to its last hidden states.
 
     Args:
-        causal_lm: a small model with weights, in fp32 and in eval mode, with an attention that
-            takes rows without documents.
+        causal_lm: a small fp32 model with weights, in eval mode, whose attention supports rows
+            without `documents`.
     """
     output_layer = causal_lm.get_output_embeddings()
     if output_layer is None:
@@ -260,11 +280,13 @@ def head_fits(causal_lm: "PreTrainedModel", head: Head) -> bool:
     hidden = find_decoder(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state
     raw = output_layer(hidden)
     largest = LARGE_LOGIT
-    # Large enough to reach the flat part of tanh.
+    # Logits of 3 * softcap are in the flat part of tanh, so that a missing cap in `head` is
+    # detected.
     if head.softcap is not None:
         largest = 3 * head.softcap
     gain = largest / (raw * head.scale).abs().max()
-    # The head's output is scaled by a hook: the model applies its cap and factor to that.
+    # Scale the output layer's result with a hook. The model then applies its cap and scale to the
+    # scaled result.
     hook = output_layer.register_forward_hook(lambda _module, _inputs, output: output * gain)
     try:
         logits = causal_lm(input_ids=ids, use_cache=False).logits

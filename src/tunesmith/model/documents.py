@@ -1,8 +1,8 @@
-"""Edges of the documents in a packed block, and their grouping by length.
+"""Boundaries of the documents in a packed block, and groups of documents of similar length.
 
-Documents reach attention as a keyword of the model's forward. Some models do not pass keywords on
-to their attention (Nemotron, StableLM), and recurrent layers get none: they read the documents of
-the batch that is computed now, `current_documents`.
+Attention layers receive the documents as a keyword argument of the model's forward. Some models
+(Nemotron, StableLM) do not pass keyword arguments on to their attention, and recurrent layers
+receive none. These layers read the documents of the current batch from `current_documents`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,32 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.model.model_types import BothWays
+from tunesmith.model.model_types import BidirectionalPictures
 from tunesmith.model.packed_attention import spans_of
 
-# Queries of a document are computed this many at a time, so that scores are [heads, BLOCK_QUERIES,
-# n] and keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 %
-# faster than 512 for documents of 75 to 310 tokens.
+# Number of queries of a document that are computed at once. The scores are then [heads,
+# BLOCK_QUERIES, n], and keys that are in the future of the entire block are skipped. On 2 cores,
+# 128 is 10 % faster than 512 for documents of 75 to 310 tokens.
 BLOCK_QUERIES = 128
-# Documents up to this length keep their probabilities for the backward; longer ones compute them
-# again.
+# Maximum document length in tokens for which the attention probabilities are saved for the
+# backward. The backward recomputes the probabilities of longer documents.
 MAX_SAVED_TOKENS = 512
-# Documents within one block of queries are padded to a common length and multiplied together, up to
-# MAX_GROUP_TOKENS and where they have at least MIN_LENGTH_SHARE of the longest's length: twice as
-# fast at 15 to 45 tokens, 10 % at 90 to 130.
+# Documents of at most BLOCK_QUERIES tokens are computed in padded groups. A group has at most
+# MAX_GROUP_TOKENS tokens, including padding. The length of each document must be at least
+# MIN_LENGTH_SHARE of the longest document's length. Grouping is twice as fast for documents of 15
+# to 45 tokens, and 10 % faster for documents of 90 to 130 tokens.
 MAX_GROUP_TOKENS = 512
 MIN_LENGTH_SHARE = 0.8
-Members = list[tuple[int, int]]  # documents of a group: length and start of each
+Members = list[tuple[int, int]]  # (length, start) of each document of a group
 
 
 def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
-    """Count the probabilities a head saves for the backward of documents of these lengths, int64.
+    """Return the number (int64) of probabilities that one head saves for each document length.
 
-    A block of queries has those of all keys up to its end.
+    A block of queries saves the probabilities of all keys up to the end of the block.
     """
     blocks, rest = np.divmod(length, BLOCK_QUERIES)
-    # Full blocks have BLOCK_QUERIES rows and once, twice, ... as many keys; the last has `rest`
-    # rows and all keys.
+    # Full block number i (from 1) has BLOCK_QUERIES rows and i * BLOCK_QUERIES keys. The last,
+    # partial block has `rest` rows and all keys.
     return (length <= MAX_SAVED_TOKENS) * (
         BLOCK_QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length
     )
@@ -49,19 +50,20 @@ def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents of nearly one length, padded to the `length` of the longest."""
+    """`count` documents of similar length, padded to the `length` of the longest one."""
 
-    start: int  # the first token of a single document; -1 of several
+    start: int  # index of the first token if the group has one document, else -1
     count: int
     length: int
-    # int64 [tokens], which of the count * length padded places hold a token; None for a single one.
+    # int64 [tokens], indices of the real tokens in the count * length tokens of the padded group.
+    # None if the group has a single document.
     places: Tensor | None = None
-    tokens: Tensor | None = None  # int64 [tokens], which token each of these holds
+    tokens: Tensor | None = None  # int64 [tokens], each token's index in the block
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The group's documents of x [n, ...], padded with zeros: [count, length, ...]."""
+        """Return the group's rows of x [n, ...] as [count, length, ...], padded with zeros."""
         if self.places is None or self.tokens is None:
-            # A document alone is a run of the block: a view, nothing is gathered.
+            # A single document is contiguous in the block, so a view suffices.
             return x[self.start : self.start + self.length].unsqueeze(0)
         rows = x.new_zeros(self.count * self.length, *x.shape[1:])
         rows.index_copy_(0, self.places, x.index_select(0, self.tokens))
@@ -69,12 +71,14 @@ class Group:
 
 
 class RepeatedTokens(NamedTuple):
-    """Documents that have tokens of a block in common, which the block holds once.
+    """Index tensors for a block in which a token that two documents share is stored only once.
 
     Attributes:
-        places: int64 [tokens of all documents], where in the block each token is.
-        firsts: int64 [tokens of the block], the first of them at each place.
-        seconds: int64 [n], those whose place another one before them has; no place has three.
+        places: int64 [tokens of all documents], the position of each token in the block.
+        firsts: int64 [tokens of the block], for each position the index of the first document token
+            that is stored there.
+        seconds: int64 [n], indices of document tokens whose position already occurred in an earlier
+            document. At most two document tokens share a position.
     """
 
     places: Tensor
@@ -84,59 +88,66 @@ class RepeatedTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """Edges of the documents in a flattened block of n tokens."""
+    """Boundaries of the documents in a flattened block of n tokens."""
 
-    # int32 [documents + 1], 0 to n, on the tokens' device; equal neighbors are empty documents.
-    # With `repeated` they go to the tokens of all documents, of which the block has fewer.
+    # int32 [documents + 1], from 0 to n, on the device of the tokens. Two equal neighboring values
+    # mean an empty document. If `repeated` is set, the boundaries refer to the concatenated tokens
+    # of all documents, which are more than the tokens of the block.
     cu_seqlens: Tensor
-    max_seqlen: int  # an upper bound of the longest document, in tokens
-    # Of attention, by `attention.select_attention_backend`; None: selected at the call.
+    max_seqlen: int  # upper bound of the document length in tokens
+    # Attention backend from `attention.select_attention_backend`. None: the backend is selected at
+    # each call.
     backend: str | None = None
-    # Those of layers with chunked attention, by `cut`; None: the model has no such layers.
+    # Documents for layers with chunked attention, from `cut`. None if the model has no such layers.
     chunks: "Documents | None" = None
     repeated: RepeatedTokens | None = None
-    # Of `packed_attention.spans_of`; None: other kernels compute attention.
+    # Result of `packed_attention.spans_of`. None if other attention kernels are used.
     spans: Tensor | None = None
-    # In which layers the tokens of `pictures` see all others of their picture.
-    both_ways: BothWays = ""
+    # Layers in which the tokens of a picture attend to all tokens of the same picture.
+    bidirectional_pictures: BidirectionalPictures = ""
 
     @cached_property
     def edges(self) -> list[int]:
-        """`cu_seqlens` on the host; waits for the device where `set_edges` did not state them."""
+        """Values of `cu_seqlens` as a list.
+
+        Reading them synchronizes with the device, unless `set_edges` was called.
+        """
         return self.cu_seqlens.tolist()
 
     def set_edges(self, edges: Sequence[int]) -> None:
-        """State what `cu_seqlens` holds.
+        """Store the values of `cu_seqlens` on the host.
 
-        A field would make torch.compile compile a layer again for each batch: it reads all fields.
+        The values are not stored in a dataclass field, because torch.compile reads all fields and
+        would recompile a layer for each batch.
         """
         vars(self)["edges"] = [*edges]
 
     @property
     def pictures(self) -> tuple[tuple[int, int], ...]:
-        """The places of each picture's tokens: the first, and the one after the last."""
+        """Token range of each picture: index of its first token, and index after its last token."""
         return vars(self).get("_pictures", ())
 
     def set_pictures(self, spans: Sequence[tuple[int, int]]) -> None:
-        """State where pictures are; no field, as in `set_edges`."""
+        """Store the token ranges of the pictures, not in a dataclass field (see `set_edges`)."""
         vars(self)["_pictures"] = tuple(spans)
 
     def with_chunks(self, size: int) -> "Documents":
-        """The same documents, with those of layers with chunked attention beside them."""
+        """Return a copy whose `chunks` have this size, for layers with chunked attention."""
         documents = replace(self, chunks=self.cut(size))
         documents.set_edges(self.edges)
         documents.set_pictures(self.pictures)
         return documents
 
     def cut(self, size: int) -> "Documents":
-        """The same tokens, with each document cut at multiples of `size` from its own start."""
+        """Split each document into parts of `size` tokens. The last part can be shorter."""
         edges = [0]
         for start, end in pairwise(self.edges):
-            # The document's own end is added after its cuts: a multiple of `size` is no second
-            # edge.
+            # `range` excludes `end`, so `end` is appended separately. A document whose length is a
+            # multiple of `size` therefore gives no duplicate edge.
             edges += range(start + size, end, size)
             edges.append(end)
-        cu_seqlens = self._on_device(torch.tensor(edges, dtype=torch.int32))
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+        cu_seqlens = copy_to_device(cu_seqlens, self.cu_seqlens.device)
         longest = min(size, self.max_seqlen)
         spans = None
         if self.spans is not None:
@@ -147,17 +158,20 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """Documents grouped for `products`, computed once a batch and used by every layer."""
+        """Groups of documents for the backend `products`.
+
+        Computed once per batch for all layers.
+        """
         return self._group_by_length(_fits_products)
 
     @cached_property
     def rows(self) -> list[Group]:
-        """Documents grouped for layers that run on one row a document, computed once a batch."""
+        """Groups for layers that require one document per row. Computed once per batch."""
         return self._group_by_length(_is_alike)
 
     @cached_property
     def places_in_rows(self) -> Tensor:
-        """int64 [n]: which token of all `rows`, one after another, each token of the block is."""
+        """Index of each token in the concatenated groups of `rows`, int64 [n]."""
         parts = []
         for group in self.rows:
             if group.tokens is None:
@@ -165,16 +179,21 @@ class Documents:
                 parts.append(torch.arange(group.start, end, device=self.cu_seqlens.device))
             else:
                 parts.append(group.tokens)
-        # argsort of a permutation is its inverse: token -> place.
+        # `argsort` inverts the permutation, so that the result maps each token to its place.
         return torch.cat(parts).argsort()
 
     def _group_by_length(self, fits: Callable[[int, Members], bool]) -> list[Group]:
-        """`fits` says of a document's length whether it joins a group of (length, start)s."""
-        documents = []  # (length, start) of each
+        """Group the documents by length.
+
+        Args:
+            fits: returns whether a document of the given length can join a group.
+        """
+        documents = []  # (length, start) of each document
         for start, end in pairwise(self.edges):
             if end > start:
                 documents.append((end - start, start))
-        # Longest first: the first of a group sets its padded length.
+        # Sort by descending length, because the first document of a group determines the padded
+        # length.
         documents.sort(reverse=True)
         groups: list[Members] = []
         for length, start in documents:
@@ -188,41 +207,47 @@ class Documents:
         longest, start = members[0]
         if len(members) == 1:
             return Group(start=start, count=1, length=longest)
-        # [documents, 1] each, to broadcast with the columns.
+        # Both have the shape [documents, 1], so that `column` broadcasts to all documents.
         lengths, starts = torch.tensor(members).unsqueeze(2).unbind(1)
         # [longest]
         column = torch.arange(longest)
         is_token = column < lengths
-        # Of the padded [documents, longest], flattened: where tokens go, and which they are.
+        # Indices of the real tokens in the flattened [documents, longest].
         places = is_token.flatten().nonzero().squeeze(1)
-        # In the same order: both walk the padded rows from left to right.
+        # Boolean indexing returns the tokens in the same row-major order as `places`.
         tokens = (starts + column)[is_token]
-        return Group(-1, len(members), longest, self._on_device(places), self._on_device(tokens))
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host beside the tokens, without waiting for the device."""
         device = self.cu_seqlens.device
-        if device.type != "cuda":
-            return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
+        places = copy_to_device(places, device)
+        tokens = copy_to_device(tokens, device)
+        return Group(-1, len(members), longest, places, tokens)
 
 
-# The innermost last. A plain variable of the module: in the backward autograd runs layers again on
-# a thread of its own, which would not see a context variable, and torch.compile reads it in the
-# graph of a layer. No two threads compute batches at a time.
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without waiting for the copy to finish."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# Stack of the documents in use, innermost last. It is a module variable, because autograd
+# recomputes layers in its own thread, which does not see a context variable, and because
+# torch.compile can read it in a layer's graph. Batches are never computed by two threads at once.
 _in_use: list[Documents | None] = []
 
 
 def current_documents() -> Documents | None:
-    """Documents of the packed batch that is computed now; None outside of `use_documents`."""
-    return _in_use[-1] if _in_use else None
+    """Return the documents of the current packed batch, or None outside of `use_documents`."""
+    if _in_use:
+        return _in_use[-1]
+    return None
 
 
 @contextmanager
 def use_documents(documents: Documents | None) -> Iterator[None]:
-    """Let layers compute these documents; None: rows are not packed.
+    """Make layers use these documents inside the `with` block. None means that rows are not packed.
 
-    The backward needs it too: layers that recompute run again there.
+    The backward must also run inside the block, because with recomputation it runs the layers
+    again.
     """
     _in_use.append(documents)
     try:
@@ -237,8 +262,9 @@ def _is_alike(length: int, group: Members) -> bool:
 
 
 def _fits_products(length: int, group: Members) -> bool:
-    """Tell whether a document of no more tokens than those of the group is multiplied together with
-    them.
+    """Return whether a document can join the group for a batched matmul.
+
+    Documents are added by descending length, so no document of the group is shorter than `length`.
     """
     longest, _ = group[0]
     if longest > BLOCK_QUERIES or not _is_alike(length, group):

@@ -1,4 +1,4 @@
-"""The recipe's names of torch's dtypes, for what does without Transformers."""
+"""Mapping from the recipe's dtype names to torch dtypes, without importing Transformers."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""All experts of a layer, as this package has them: a mixin of Transformers' own classes."""
+"""Access to all experts of a layer, as a mixin that is added to Transformers' own classes."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -16,14 +16,17 @@ from tunesmith.model.fused import add_mixin
 
 @runtime_checkable
 class HasExperts(Protocol):
-    """A module that says how many experts it holds, or chooses among."""
+    """A module whose `num_experts` is the number of experts that it holds or selects from."""
 
     num_experts: int
 
 
 @runtime_checkable
 class CalledByInterface(Protocol):
-    """A module that Transformers calls through its experts interface, which marks it so."""
+    """A module that Transformers calls through its experts interface.
+
+    The interface sets the flags below.
+    """
 
     has_gate: bool
     has_bias: bool
@@ -31,28 +34,30 @@ class CalledByInterface(Protocol):
     is_concatenated: bool
 
 
-LORA_SUFFIX = "_lora"  # ends the name of the module beside a stack that has its A and B
+LORA_SUFFIX = "_lora"  # name suffix of a stack's adapter, a module with lora_A and lora_B
 
 
 class StackUpdate(nn.Module):
-    """The update of one stack by an adapter; a child of the experts' module."""
+    """The LoRA adapter of one stack of expert weights. It is a child of the experts' module."""
 
     @abstractmethod
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """A [experts, rank, in] and B [experts, rank, out] times the scaling, or None twice."""
+        """Return A [experts, rank, in], and B [experts, rank, out] multiplied by the scaling.
+
+        Return (None, None) if the adapter is disabled.
+        """
 
 
 class Experts(nn.Module):
-    """All experts of a layer: a mixin of the class that Transformers calls by its interface.
+    """Mixin for the module with a layer's experts, called through Transformers' interface.
 
-    Attributes:
-        num_experts ... is_concatenated: as Transformers sets them.
+    Transformers sets the attributes from `num_experts` to `is_concatenated`.
     """
 
     num_experts: int
     has_gate: bool
     has_bias: bool
-    has_post_expert_norm: bool = False  # no flag of Transformers 5.17
+    has_post_expert_norm: bool = False  # Transformers 5.17 does not set this flag
     is_transposed: bool
     is_concatenated: bool
     act_fn: nn.Module
@@ -61,25 +66,29 @@ class Experts(nn.Module):
 
     @property
     def stack_names(self) -> tuple[str, str]:
-        """Names of the two stacks: of the input, and of the output."""
+        """Names of the two stacks of weights: the input projection and the output projection."""
         return _stack_names(self.has_gate)
 
     def stacks_in_order(self) -> list[str]:
-        """`stack_names` in the order in which the module has them."""
+        """Return `stack_names` in the order in which the module defines them."""
         return sorted(self.stack_names, key=_held_names(self).index)
 
     def codes(self, name: str) -> ExpertStack | None:
-        """The stack of this name where it is stored in codes; None: it is a parameter."""
+        """Return the quantized stack of this name, or None if the stack is not quantized."""
         codes = self._modules.get(name)
-        return codes if isinstance(codes, ExpertStack) else None
+        if isinstance(codes, ExpertStack):
+            return codes
+        return None
 
     def update(self, name: str) -> StackUpdate | None:
-        """The adapter's update of the stack of this name, if it has one."""
+        """Return the adapter of the stack of this name, or None if it has no adapter."""
         update = self._modules.get(name + LORA_SUFFIX)
-        return update if isinstance(update, StackUpdate) else None
+        if isinstance(update, StackUpdate):
+            return update
+        return None
 
     def stack(self, name: str) -> FrozenStack:
-        """This rank's part of the stack of this name, as the products take it."""
+        """Return this rank's shard of the named stack, in the form that the matmuls use."""
         codes = self.codes(name)
         if codes is not None:
             return codes.frozen_stack()
@@ -87,29 +96,29 @@ class Experts(nn.Module):
         return dense_stack(weight, is_transposed=bool(self.is_transposed))
 
     def bias(self, name: str) -> Tensor:
-        """This rank's part of the biases of a stack: [experts, out]."""
+        """Return this rank's shard of the biases of a stack: [experts, out]."""
         return local_part(self.get_parameter(f"{name}_bias"))
 
     def store(self, name: str, stack: ExpertStack) -> None:
-        """Have a stack in codes in place of the parameter of this name."""
+        """Replace the parameter of this name by a quantized stack."""
         delattr(self, name)
         self.add_module(name, stack)
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
-        """The function between the two stacks."""
+        """The activation function between the two stacks."""
         return self._apply_gate if self.has_gate else self.act_fn
 
     def trains_in_full(self) -> bool:
-        """Tell whether a stack gets gradients."""
+        """Return whether at least one stack requires gradients."""
         dense = [name for name in self.stack_names if self.codes(name) is None]
         return any(self.get_parameter(name).requires_grad for name in dense)
 
 
 def find_experts(model: nn.Module) -> dict[str, Experts]:
-    """The experts of each layer that Transformers calls by its interface, by full name.
+    """Return the full names and modules of experts called through Transformers' interface.
 
-    They become `Experts` when they are found first.
+    The first call adds the mixin `Experts` to these modules.
     """
     found = {}
     for name, module in model.named_modules():
@@ -131,6 +140,6 @@ def _stack_names(has_gate: bool) -> tuple[str, str]:
 
 
 def _held_names(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters, and of the modules right below it."""
+    """Return the names of the module's own parameters and of its direct children."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     return names + [name for name, _ in module.named_children()]

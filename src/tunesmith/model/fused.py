@@ -1,10 +1,10 @@
-"""Faster, equal forwards for attention, gated MLPs and norms.
+"""Faster forwards for attention, gated MLPs and norms, with the same results as Transformers'.
 
-Transformers' modules read their input once for each of q, k and v, again for gate and up, and keep
-many small tensors for the backward. Here a module gets a class with another `forward`. It goes by
-code and not by names: a module that runs the code of one of the references below counts as that
-one. All others keep Transformers' forward, and so does generation, which has a cache and no
-documents.
+Transformers' modules read their input separately for q, k and v, and for gate and up, and save many
+small tensors for the backward. `fuse_modules` replaces the class of these modules by a subclass
+with another `forward`. The modules are recognized by their code, not by their name: the code must
+be identical to one of the references below. All other modules keep Transformers' forward.
+Generation also uses Transformers' forward, because generation has a cache and no `documents`.
 """
 
 import importlib
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Mixin = TypeVar("Mixin", bound=nn.Module)
-Gated = Callable[[Tensor, Tensor], Tensor]  # a function of gate and up
+Gated = Callable[[Tensor, Tensor], Tensor]  # a gated activation: (gate, up) -> Tensor
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
 def fuse_modules(model: nn.Module, *, project: Project) -> int:
-    """Give the modules that run the code of a reference their faster forward, in place; returns how
-    many were changed.
+    """Replace the forward of all modules whose code is identical to a reference, in place.
 
-    `project` computes several linear layers of one input; `adapter.lora.project` reads x once for
-    all adapters.
+    Args:
+        project: function that computes several linear layers with the same input.
+            `adapter.lora.project` reads the input only once for all adapters.
+
+    Returns:
+        The number of changed modules.
     """
     count = 0
     for module in model.modules():
@@ -63,7 +66,7 @@ def fuse_modules(model: nn.Module, *, project: Project) -> int:
 
 @cache
 def _gated_activations() -> dict[type, Gated]:
-    """Class of an MLP's activation -> function of gate and up."""
+    """Return a mapping from an activation class to its fused function of gate and up."""
     from transformers.activations import ACT2FN
 
     functions = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
@@ -71,9 +74,9 @@ def _gated_activations() -> dict[type, Gated]:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    """Tell whether it has what all attentions, MLPs or norms have, so may be a copy of one.
+    """Return whether the module may be an attention, an MLP or a norm.
 
-    References are not imported for the sake of the others.
+    This cheap check avoids importing the references for all other modules.
     """
     if type(module).forward.__module__.startswith(("torch.", "tunesmith.")):
         return False
@@ -83,12 +86,16 @@ def _is_candidate(module: nn.Module) -> bool:
 
 @cache
 def _reference_of(module_class: type[nn.Module]) -> str | None:
-    """The key of ATTENTIONS or MIXINS whose code the class runs; None where it runs none."""
-    # None where the class's code cannot be compared.
+    """Return the key, in ATTENTIONS or MIXINS, of the reference that has the code of the class.
+
+    Return None if no reference has this code.
+    """
+    # `forward_code` returns None if the code of the class cannot be compared.
     code = forward_code(module_class)
     if code is None:
         return None
-    # The class itself and its neighbors first: most runs import no other reference.
+    # First try the references from the Python module that defines the class, so that most runs
+    # import no other Python module.
     references = sorted(
         (*MIXINS, *ATTENTIONS),
         key=lambda reference: _module_name(reference) != module_class.__module__,
@@ -111,10 +118,10 @@ def _reference_code(reference: str) -> Hashable | None:
 
 
 def add_mixin(module: nn.Module, mixin: type[Mixin]) -> Mixin:
-    """Insert `mixin` before the module's own class: parameters, names and hooks stay as they are.
+    """Insert `mixin` before the module's own class. Parameters, names and hooks do not change.
 
-    Layers of one class share a graph of torch.compile; functions bound on the instances would be
-    compiled one by one.
+    Layers of one class share a compiled graph of torch.compile. If the forward were set on each
+    instance, every layer would be compiled separately.
     """
     module.__class__ = _mixed_class(mixin, type(module))  # type: ignore[arg-type]
     assert isinstance(module, mixin)
@@ -127,21 +134,24 @@ def _mixed_class(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Modul
 
 
 class AttentionForm(NamedTuple):
-    """The steps that an attention takes beside projecting, rotating and attending."""
+    """Optional features of an attention layer."""
 
-    # Norms on q and k: over one head, or over all of them.
+    # Norms of q and k: none, one for each head, or one over the entire projection.
     head_norms: Literal["none", "head", "projection"] = "none"
-    # Where a bounded window is stated: for all layers, or on each of them.
+    # Source of the sliding window: "none" if there is no window, "config" if one value in the
+    # config applies to all layers, or "layer" if each layer has its own attribute.
     window: Literal["none", "config", "layer"] = "none"
-    # Its module says by `use_rope` whether it rotates q and k.
+    # Whether the layer's attribute `use_rope` decides if q and k are rotated.
     rope_by_layer: bool = False
-    # An angle turns neighboring channels; cos and sin still have the two halves of most models.
+    # Whether the rotary embedding rotates neighboring channels. cos and sin still have the layout
+    # of two halves, as in most models.
     pairs: bool = False
-    # q_proj has twice as many rows: of each head the query, and a gate on its output.
+    # Whether q_proj has twice the rows: for each head the query, and a gate for the head's output.
     gated: bool = False
-    # Queries grow with the logarithm of the position, beyond the length of pre-training.
+    # Whether queries at positions beyond the pre-training length are scaled by the logarithm of the
+    # position.
     grows: bool = False
-    softcap: bool = False  # scores are capped
+    softcap: bool = False  # the scores have a soft cap
     joined: bool = False  # q, k and v are one linear layer
 
 
@@ -163,12 +173,12 @@ ATTENTIONS = {
 
 
 class FusedAttention(nn.Module):
-    """q, k and v from one reading of the input, rotated, and attended by document."""
+    """Attention within documents that computes q, k and v in one pass over the input."""
 
-    group = ("q_proj", "k_proj", "v_proj")  # layers of one input
+    group = ("q_proj", "k_proj", "v_proj")  # layers with the same input
     form: AttentionForm
     project: Project
-    # Of Transformers' class; each is there where the form has it.
+    # Attributes of Transformers' class. `form` decides which of them exist.
     config: "PretrainedConfig"
     q_proj: nn.Module
     k_proj: nn.Module
@@ -194,15 +204,18 @@ class FusedAttention(nn.Module):
         documents: Documents | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: [1, n, width].
+        """Compute attention within each document.
 
-        Without documents (generation, eager) it is the forward of Transformers' class.
+        Without `documents` (generation, eager attention), call the forward of Transformers' class.
+
+        Args:
+            hidden_states: [1, n, width].
         """
-        if documents is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, **others)
-        # No rotary embedding: Transformers' forward, whose attention reads the documents.
-        if position_embeddings is None:
+        # Without rotary embedding, use Transformers' forward. Pass it the documents, because it
+        # calls `documents_attention`.
+        if position_embeddings is None and documents is not None:
             others["documents"] = documents
+        if position_embeddings is None or documents is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **others)
         form = self.form
         q, k, v, gate = self._heads(hidden_states.flatten(0, -2))
@@ -212,12 +225,12 @@ class FusedAttention(nn.Module):
             if form.pairs:
                 cos = _by_pairs(cos)
                 sin = _by_pairs(sin)
-            # Before the growth: that is a factor on queries alone.
+            # Rotate k before cos and sin are scaled, because the scale applies only to q.
             k = rotate(k, cos, sin, pairs=form.pairs)
             if form.grows:
                 growth = _query_growth(others["position_ids"], self.config)
-                # (s q) rotated = q rotated by s cos, s sin: one product on [n, width], not on every
-                # head.
+                # Scaling cos and sin, [n, width], gives the same result as scaling q, and is
+                # cheaper because q has this shape for every head.
                 cos = (cos * growth).to(cos.dtype)
                 sin = (sin * growth).to(sin.dtype)
             q = rotate(q, cos, sin, pairs=form.pairs)
@@ -226,6 +239,12 @@ class FusedAttention(nn.Module):
             window = self.config.sliding_window
         elif form.window == "layer":
             window = self.sliding_window
+        softcap = None
+        if form.softcap:
+            softcap = self.attn_logit_softcapping
+        dropout = 0.0
+        if self.training:
+            dropout = self.attention_dropout
         out = attend(
             q,
             k,
@@ -233,8 +252,8 @@ class FusedAttention(nn.Module):
             documents,
             scale=self.scaling,
             window=window,
-            softcap=self.attn_logit_softcapping if form.softcap else None,
-            dropout=self.attention_dropout if self.training else 0.0,
+            softcap=softcap,
+            dropout=dropout,
         )
         if gate is not None:
             out = out * torch.sigmoid(gate)
@@ -242,30 +261,29 @@ class FusedAttention(nn.Module):
         return self.o_proj(out.flatten(1)).view_as(hidden_states), None
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v and, where there is one, the gate of an input [n, width]: [n, heads, head_dim]
-        each.
-        """
+        """Return q, k, v and the gate (or None) for x [n, width], each [n, heads, head_dim]."""
         form = self.form
         if form.joined:
             width = self.num_key_value_heads * self.head_dim
             qkv = self.qkv_proj(x)
-            # What is left of the rows after k and v is q's: its heads may be more.
+            # k and v have `width` columns each. The other columns belong to q, which may be wider.
             q, k, v = qkv.split([qkv.shape[-1] - 2 * width, width, width], -1)
         else:
             q, k, v = self.project(x, (self.q_proj, self.k_proj, self.v_proj))
-        # A norm over all heads: before they are split.
+        # A norm over the entire projection is applied before the heads are split.
         if form.head_norms == "projection":
             q = self.q_norm(q)
             k = self.k_norm(k)
         gate = None
+        by_head = (-1, self.head_dim)
         if form.gated:
-            # A head's rows in q_proj are its query, then its gate.
+            # In q_proj, each head has the rows of its query followed by the rows of its gate.
             q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
         else:
-            q = q.unflatten(-1, (-1, self.head_dim))
-        k = k.unflatten(-1, (-1, self.head_dim))
-        v = v.unflatten(-1, (-1, self.head_dim))
-        # A norm over one head: after the split.
+            q = q.unflatten(-1, by_head)
+        k = k.unflatten(-1, by_head)
+        v = v.unflatten(-1, by_head)
+        # A norm over each head is applied after the split.
         if form.head_norms == "head":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -273,25 +291,31 @@ class FusedAttention(nn.Module):
 
 
 def _by_pairs(angles: Tensor) -> Tensor:
-    """cos or sin of two halves alike, [n, width], with each angle twice in a row."""
+    """Convert cos or sin [n, width] from two equal halves to neighboring pairs of equal angles."""
     return angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
 
 
 def _query_growth(positions: Tensor, config: "PretrainedConfig") -> Tensor:
-    """Ministral 3's factor on the queries, 1 up to the length of pre-training.
+    """Return the factor by which Ministral 3 multiplies the query at each position.
 
-    positions: [1, n]; returns [n, 1] in fp32.
+    The factor is 1 up to the pre-training length.
+
+    Args:
+        positions: [1, n].
+
+    Returns:
+        [n, 1] in fp32.
     """
     rope = config.rope_parameters
-    # 0 within the length of pre-training, so the factor is 1 there.
+    # `lengths` is 0 within the pre-training length, so that the factor is 1.
     lengths = torch.floor(positions.squeeze(0) / rope["original_max_position_embeddings"])
     return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + lengths)).unsqueeze(1)
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP whose gate and up come from one reading of the input."""
+    """A gated MLP that computes gate and up in one pass over the input."""
 
-    activation = "act_fn"  # its name in Transformers' class
+    activation = "act_fn"  # attribute name in Transformers' class
     group = ("gate_proj", "up_proj")
     project: Project
     gated: Gated
@@ -305,7 +329,7 @@ class FusedMLP(nn.Module):
 
 
 class FusedJoinedMLP(nn.Module):
-    """A gated MLP whose gate and up are one linear layer."""
+    """A gated MLP that has gate and up in one linear layer."""
 
     activation = "activation_fn"
     gated: Gated
@@ -318,7 +342,7 @@ class FusedJoinedMLP(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """An RMSNorm that keeps its input and one number a row for the backward."""
+    """An RMSNorm that saves only its input and one number per row for the backward."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -328,7 +352,7 @@ class FusedNorm(nn.Module):
 
 
 class FusedWideNorm(FusedNorm):
-    """One that multiplies by its weight in fp32."""
+    """An RMSNorm that multiplies by its weight in fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = local_part(self.weight)
@@ -336,7 +360,7 @@ class FusedWideNorm(FusedNorm):
 
 
 class FusedZeroCenteredNorm(nn.Module):
-    """One whose weight is the difference from 1."""
+    """An RMSNorm that multiplies by 1 + weight."""
 
     weight: nn.Parameter
     eps: float

@@ -1,9 +1,8 @@
-"""Rotary embedding, gated activations and RMSNorm, each with a backward of its own that keeps
-little.
+"""Rotary embedding, gated activations and RMSNorm with memory-efficient backward functions.
 
-Inside torch.compile they are plain formulas, which the compiler fuses better than a hand-written
-backward. They compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64
-input) where it does.
+Inside torch.compile, the functions use plain formulas, because the compiler fuses these better than
+a custom backward. The computation uses the same precision as Transformers: the dtype of the input,
+or fp32 (fp64 for fp64 inputs) where Transformers uses fp32.
 """
 
 import torch
@@ -14,15 +13,17 @@ from tunesmith.distributed.torch_private import SavingContext
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tensor:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the first `width` channels of a head.
+    """Apply the rotary embedding (Su et al. 2021, arXiv:2104.09864) to the first `width` channels.
 
     Args:
         x: [n, heads, d].
-        cos, sin: [n, width]. Each angle occurs twice, where the two channels are that it turns.
-        pairs: an angle turns neighbors, as in the paper; else a channel of the first half and one
-            of the second, as in most models of Transformers.
+        cos, sin: [n, width]. Each angle occurs twice, at the two channels that it rotates.
+        pairs: if True, rotate pairs of neighboring channels, as in the paper. If False, rotate
+            channel i of the first half with channel i of the second half, as most models of
+            Transformers do.
 
-    Returns [n, heads, d] in x's dtype.
+    Returns:
+        [n, heads, d] in the dtype of x.
     """
     cos = cos.unsqueeze(1)
     sin = sin.unsqueeze(1)
@@ -45,20 +46,30 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _RotateContext, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        # The inverse of a rotation is its transpose; also where it scales.
+        # The gradient is multiplied by the transpose of the rotation matrix: sin becomes -sin.
         return _rotate_parts(grads[0], cos, -sin, ctx.pairs), None, None, None
 
 
 def _rotate_formula(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     width = cos.shape[-1]
     rotated = x[..., :width]
+    # (a, b) -> (a cos - b sin, b cos + a sin)
     if pairs:
-        half_rotated = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
+        a = rotated[..., ::2]
+        b = rotated[..., 1::2]
+        half_rotated = torch.stack((-b, a), -1).flatten(-2)
     else:
-        # (a, b) -> (a cos - b sin, b cos + a sin), with a and b half a width apart.
-        half = width // 2
-        half_rotated = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
-    out = (rotated * cos + half_rotated * sin).to(x.dtype)
+        # The channels a and b of a pair are width / 2 apart.
+        a = rotated[..., : width // 2]
+        b = rotated[..., width // 2 :]
+        half_rotated = torch.cat((-b, a), -1)
+    out = rotated * cos + half_rotated * sin
+    return _with_rest(out.to(x.dtype), x)
+
+
+def _with_rest(out: Tensor, x: Tensor) -> Tensor:
+    """Append the channels of x after `width`, which partial rotary embedding does not change."""
+    width = out.shape[-1]
     if width == x.shape[-1]:
         return out
     return torch.cat((out, x[..., width:]), -1)
@@ -72,26 +83,22 @@ def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         first = slice(0, None, 2)
         second = slice(1, None, 2)
     rotated = x[..., :width]
-    # In place on one tensor: first = a cos - b sin, second = b cos + a sin.
+    # Compute a cos - b sin in `first` and b cos + a sin in `second`, in place on one tensor.
     out = rotated * cos
     out[..., first].addcmul_(rotated[..., second], sin[..., first], value=-1)
     out[..., second].addcmul_(rotated[..., first], sin[..., second])
-    out = out.to(x.dtype)  # some models have cos and sin in fp32
-    if width == x.shape[-1]:
-        return out
-    # Channels past the rotary width (partial rotary) pass unchanged.
-    return torch.cat((out, x[..., width:]), -1)
+    return _with_rest(out.to(x.dtype), x)  # cos and sin can be fp32
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps the two inputs only."""
+    """Compute silu(gate) * up (Shazeer 2020, arXiv:2002.05202). Only the two inputs are saved."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
     return _Gated.apply(gate, up, False)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, by the formula with tanh (same paper); keeps the two inputs only."""
+    """Compute gelu(gate) * up with the tanh approximation. Only the two inputs are saved."""
     if torch.compiler.is_compiling():
         return F.gelu(gate, approximate="tanh") * up
     return _Gated.apply(gate, up, True)
@@ -106,16 +113,16 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: _GatedContext, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        # `mul_`: the activation is a new tensor that nobody else reads.
+        # Multiply in place, because `_activate` returns a new tensor.
         return _activate(gate, gelu).mul_(up)
 
     @staticmethod
     def backward(ctx: _GatedContext, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        # Computed again: the forward saved gate and up alone.
+        # Recompute the activation, because the forward saved only gate and up.
         activated = _activate(gate, ctx.gelu)
         d_up = grads[0] * activated
-        # Its memory is free now: d_activated takes it.
+        # Write d_activated to the memory of `activated`, which is no longer needed.
         d_activated = torch.mul(grads[0], up, out=activated)
         if ctx.gelu:
             d_gate = torch.ops.aten.gelu_backward(d_activated, gate, approximate="tanh")
@@ -125,29 +132,37 @@ class _Gated(torch.autograd.Function):
 
 
 def _activate(gate: Tensor, gelu: bool) -> Tensor:
-    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
+    if gelu:
+        return F.gelu(gate, approximate="tanh")
+    return F.silu(gate)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, wide: bool = False, offset: float = 0.0
 ) -> Tensor:
-    """(offset + weight) * x / sqrt(mean(x^2) + eps), the mean and root in fp32.
+    """Compute (offset + weight) * x / sqrt(mean(x^2) + eps), with the mean and the root in fp32.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    Reference: Zhang and Sennrich 2019, arXiv:1910.07467.
 
     Args:
-        wide: multiply in fp32 and round once (OLMo 2, Gemma); else the normed x is rounded to its
-            own dtype before it meets the weight (Llama).
-        offset: with `wide`; 1.0 of weights that are centered at zero (Gemma).
+        wide: if True, multiply by the weight in fp32 and round once (OLMo 2, Gemma). If False,
+            round the normalized x to its dtype before the multiplication (Llama).
+        offset: used only with `wide`. Gemma uses 1.0, because its weights are centered at zero.
     """
     if not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps, wide, offset)
-    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # [..., 1] in fp32
-    scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    normed, scale = _normalize(x, eps)
     if wide:
-        return (x_wide * scale * (weight.to(scale.dtype) + offset)).to(x.dtype)
-    return weight * (x_wide * scale).to(x.dtype)
+        factor = weight.to(scale.dtype) + offset
+        return (normed * factor).to(x.dtype)
+    return weight * normed.to(x.dtype)
+
+
+def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x * scale and scale = 1 / sqrt(mean(x^2) + eps), [..., 1]. Both are in fp32."""
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    return x_wide * scale, scale
 
 
 class _NormContext(SavingContext):
@@ -160,15 +175,14 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: _NormContext, x: Tensor, weight: Tensor, eps: float, wide: bool, offset: float
     ) -> Tensor:
-        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-        # One number a row; the normed row is computed again from it.
+        normed, scale = _normalize(x, eps)
+        # Save only one number per row. The backward recomputes the normalized row.
         ctx.save_for_backward(x, weight, scale)
         ctx.wide = wide
         ctx.offset = offset
-        normed = x_wide * scale
         if wide:
-            return normed.mul_(weight.to(scale.dtype) + offset).to(x.dtype)
+            factor = weight.to(scale.dtype) + offset
+            return normed.mul_(factor).to(x.dtype)
         return normed.to(x.dtype).mul_(weight)
 
     @staticmethod
@@ -176,18 +190,21 @@ class _RMSNorm(torch.autograd.Function):
         ctx: _NormContext, *grads: Tensor
     ) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        dy = grads[0]
         # [n, width] in fp32
         normed = x.to(scale.dtype) * scale
         if ctx.wide:
-            d_normed = grads[0].to(scale.dtype) * (weight.to(scale.dtype) + ctx.offset)
+            factor = weight.to(scale.dtype) + ctx.offset
+            d_normed = dy.to(scale.dtype) * factor
         else:
-            d_normed = (grads[0] * weight).to(scale.dtype)
+            d_normed = (dy * weight).to(scale.dtype)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            # The sum over all positions is in fp32, and rounded once.
-            d_weight = (grads[0].to(scale.dtype) * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        # With r = 1 / sqrt(mean(x^2) + eps) and normed = r x:
-        # dx = r * (d_normed - normed * mean(d_normed * normed))
+            # Sum over all positions in fp32 and round once.
+            d_weight = (dy.to(scale.dtype) * normed).flatten(0, -2).sum(0)
+            d_weight = d_weight.to(weight.dtype)
+        # Let r = 1 / sqrt(mean(x^2) + eps) and normed = r * x. Then dx = r * (d_normed - normed *
+        # mean(d_normed * normed)).
         inner = (d_normed * normed).mean(-1, keepdim=True)
         dx = d_normed.addcmul_(normed, inner, value=-1).mul_(scale).to(x.dtype)
         return dx, d_weight, None, None, None

@@ -1,24 +1,24 @@
-"""Which model types can be exported as a GGUF file: by tunesmith or by llama.cpp's converter.
+"""Tools that can export each model type to GGUF: tunesmith's own writer or llama.cpp's converter.
 
-No torch is imported here.
+This module does not import torch.
 """
 
 from typing import Literal
 
 from tunesmith.model.architectures import ARCHITECTURES
 
-# "own": tunesmith's writer. "converter": llama.cpp's converter, whose file computed the same as
-# Transformers. "untried": the converter has the type, but no file of it was compared here, so the
-# check of `export` decides. "": no writer has the type.
+# "own": tunesmith's writer. "converter": llama.cpp's converter, whose files give the same results
+# as Transformers. "untried": the converter supports the type, but no file was compared with
+# Transformers, so only the check of `export` shows the differences. "": no tool supports the type.
 GgufWriter = Literal["own", "converter", "untried", ""]
 
 # The package whose sdist contains the converter, and the command that downloads the sdist.
 CONVERTER_SDIST = "llama_cpp_python-0.3.36.tar.gz"
 CONVERTER_DOWNLOAD = "pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
 
-# The model types whose class in Transformers 5.23 or 5.24 is in the registry of the converter in
-# CONVERTER_SDIST, without the families that tunesmith writes. The log probabilities of these in
-# llama.cpp differ from those of Transformers by 0.02 at most (gpt_oss: 0.09).
+# Model types of Transformers 5.23 or 5.24 that are in the registry of the converter in
+# CONVERTER_SDIST, except for the families that tunesmith writes itself. For the types in _COMPARED,
+# the log probabilities of llama.cpp and Transformers differ by at most 0.02 (gpt_oss: 0.09).
 _COMPARED = frozenset(
     """
     deepseek_v3 exaone4 falcon_h1 gemma4 gemma4_text gemma4_unified glm4 glm4_moe gpt_oss granitemoe
@@ -43,15 +43,15 @@ _UNTRIED = frozenset(
 
 
 def gguf_writer(model_type: str, text_type: str = "") -> GgufWriter:
-    """Return what writes models of a type as GGUF.
+    """Return which tool can write models of a type as GGUF.
 
     Args:
-        text_type: the type of the text model, if `model_type` is a composite.
+        text_type: the type of the text model if `model_type` is a multimodal model.
     """
     types = {model_type, text_type or model_type}
     if any(name in ARCHITECTURES and ARCHITECTURES[name].gguf for name in types):
         return "own"
-    # The converter knows the text model of a composite by the composite's type.
+    # The converter lists a multimodal model's text model under the type of the multimodal model.
     types.add(model_type.removesuffix("_text"))
     if types & _COMPARED:
         return "converter"
@@ -59,14 +59,15 @@ def gguf_writer(model_type: str, text_type: str = "") -> GgufWriter:
 
 
 def describe_gguf_export(model_type: str, text_type: str = "") -> str:
-    """Return a line for the user: whether GGUF export is possible, and what it needs."""
+    """Return text for the user: whether GGUF export is possible, and which tools it requires."""
     writer = gguf_writer(model_type, text_type)
     if writer == "own":
         return "tunesmith export --to gguf"
     if not writer:
         return (
             "not possible: neither tunesmith nor llama.cpp's converter has "
-            f"{text_type or model_type}; tunesmith merge RUN writes a Transformers folder"
+            f"{text_type or model_type}; "
+            "tunesmith merge RUN --output FOLDER writes a Transformers folder"
         )
     untried = ", which is untried with this model type" if writer == "untried" else ""
     return (

@@ -1,8 +1,8 @@
-"""Kernels of recurrent layers are called for tensors of a GPU only.
+"""Restriction of the kernels of recurrent layers to GPU tensors.
 
-Where flash-linear-attention, causal-conv1d or mamba-ssm is installed, Transformers' layers call
-their kernels on every device, and these fail but on a GPU. What is measured on the CPU and on meta,
-and a run on the CPU, takes the PyTorch code that Transformers falls back to without them.
+If flash-linear-attention, causal-conv1d or mamba-ssm is installed, Transformers' layers call the
+package's kernels on every device, but these kernels support only GPUs. On the CPU and on meta, the
+layers must use the PyTorch code that Transformers runs without these packages.
 """
 
 import sys
@@ -16,9 +16,9 @@ from transformers.integrations import hub_kernels
 
 
 def keep_kernels_to_gpus(model: nn.Module) -> None:
-    """Let the layers of this model's type choose between kernel and PyTorch by the device.
+    """Make the layers of this model's type use the kernels on GPUs and PyTorch code elsewhere.
 
-    It holds for all models of the type in this process.
+    This affects all models of the type in this process.
     """
     modules = set()
     for part in model.modules():
@@ -32,10 +32,12 @@ def keep_kernels_to_gpus(model: nn.Module) -> None:
 
 
 def _kernel_wrapper(function: object) -> FunctionType | None:
-    """Transformers' wrapper, which calls a kernel in place of what it wraps; None for any other.
+    """Return Transformers' wrapper that calls a kernel instead of the wrapped function.
 
-    Where the package `kernels` is installed, the wrapper is the function that the forward of a
-    module without parameters calls.
+    Return None if `function` has no such wrapper.
+
+    If the package `kernels` is installed, `function` can be a module without parameters. Its
+    forward then calls the wrapper.
     """
     candidates = [function]
     if isinstance(function, nn.Module):

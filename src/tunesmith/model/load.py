@@ -1,22 +1,21 @@
-"""From a folder to a model without weights: its config, the model on meta, its memory.
+"""Creation of a model from its folder without reading weights: config, modules on meta, and memory.
 
-`build_on_meta` builds the modules without memory for their matrices; `materialize` gives each
-parameter its memory, which `weights.load_weights` or `random_init` initialises. `to_empty` would
-break tied weights and leave the buffers (rotary frequencies), which are in no checkpoint,
-uninitialised.
+`build_on_meta` builds the modules without memory for their matrices. `materialize` allocates the
+parameters, which `weights.load_weights` or `random_init` then initialize. `nn.Module.to_empty` is
+not used: it would untie tied weights and leave buffers that are not in the checkpoint (rotary
+frequencies) uninitialized.
 """
 
 import copy
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -38,28 +37,28 @@ from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import ENTIRE_NAMES, EntireNames, has_own_class, text_part
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
-    read_headers,
+    read_all_entries,
     read_model_config,
     sampled_digest,
 )
 from tunesmith.model.shipped import check_quantize
-from tunesmith.model.spec import check_supported, read_spec
+from tunesmith.model.spec import check_supported, one_line, read_spec
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
-    """The model's configuration; ModelError where it is missing, broken, or of a kind that the
-    recipe cannot train.
+    """Return the config of the model, or of the text model of a vision-language model.
 
-    Of a vision-language model it is that of the text model, as `text_part` describes.
+    Raise ModelError if the config is missing or broken, if the model is not supported, or if the
+    recipe's `model` section does not fit the model.
     """
     text, _ = load_configs(folder, model)
     return text
 
 
 def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, PretrainedConfig | None]:
-    """`load_config`, and the configuration of the entire model that the text model is part of.
+    """Return the text model's config (see `load_config`) and the entire model's config.
 
-    It is None if the text model is all of it.
+    The second config is None if the text model is the entire model.
     """
     file = folder / "config.json"
     stated = read_model_config(folder)
@@ -67,16 +66,16 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
     check_quantize(model.quantize, stated, str(file))
     runs_own_code = model.trust_remote_code and "auto_map" in stated
     if stated["model_type"] in ARCHITECTURES or runs_own_code:
-        # As it stands there, without the defaults of Transformers.
+        # Check the values of the file itself, before Transformers adds its defaults.
         read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         if "quantization_config" in stated:
             config.quantization_config = stated["quantization_config"]
         text = text_part(config)
-    # Transformers raises many kinds here, its own strict-dataclass errors among them.
+    # Transformers raises many types of errors here, for example its own strict-dataclass errors.
     except Exception as error:
-        fix = "fix that key, or fetch it again: tunesmith fetch MODEL"
+        fix = "correct this key, or fetch the model again: tunesmith fetch MODEL"
         if "auto_map" in stated and not model.trust_remote_code:
             fix = (
                 "review its code, then set model.trust_remote_code: true; for a command that "
@@ -89,54 +88,50 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
         return text, None
     if text is not config and text.tie_word_embeddings:
         text.tie_word_embeddings = not _stores_other_head(folder)
-    is_of_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if model.vision and (text is config or not is_of_pictures):
+    supports_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if model.vision and (text is config or not supports_pictures):
         raise ModelError(
-            "model.vision is true, and this model has no vision part",
+            "model.vision is true, but this model has no vision part",
             where=str(file),
-            why=f"Transformers has no class of a {config.model_type} that takes pictures and text",
-            fix="model.vision=false, or a vision-language model",
+            why=f"Transformers has no class for {config.model_type} with pictures and text",
+            fix="set model.vision=false, or use a vision-language model",
         )
     config.tie_word_embeddings = text.tie_word_embeddings
     return text, config
 
 
 def _stores_other_head(folder: Path) -> bool:
-    """Tell whether a vision-language checkpoint holds a head that is not the embedding; False where
-    its weights are not there.
+    """Return whether a vision-language checkpoint has a head that differs from the embedding.
 
-    Mistral Small 3.1 says nothing of tied weights, which means tied by default, and has a head of
-    its own. Transformers does not tie it then.
+    Return False if the weights are not in the folder. Mistral Small 3.1's config does not mention
+    tied weights, and by default the head is tied. But its checkpoint has a separate head, therefore
+    Transformers does not tie this head.
     """
     ends = {}
-    with suppress(ModelError):  # the files of the tokenizer alone
-        for entry in chain.from_iterable(read_headers(folder).values()):
-            last = ".".join(entry.name.split(".")[-2:])
+    with suppress(ModelError):  # the folder may contain only the tokenizer
+        for entry in read_all_entries(folder):
+            parts = entry.name.split(".")
+            last = ".".join(parts[-2:])
             if last in ("embed_tokens.weight", "lm_head.weight"):
-                # Without their names: equal contents then have equal digests.
-                ends[last] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
+                # Omit the names, so that tensors with equal contents have equal digests.
+                nameless = replace(entry, name="")
+                ends[last] = sampled_digest([nameless], ENDS_AND_MIDDLE)
     return len(set(ends.values())) == 2
 
 
-def one_line(error: BaseException) -> str:
-    """Another library's error with its type, in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-# Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts begin as zeros,
-# of 2.7 GB a layer in Scout. Buffers are far smaller.
+# Minimum number of elements for which a tensor of zeros is allocated on meta. Llama 4 creates its
+# stacks of experts as zeros (2.7 GB per layer in Scout). Buffers are much smaller.
 MIN_MATRIX_ELEMENTS = 1 << 26
-# Modules whose functions fill a tensor in place
+# Python modules whose functions initialize a tensor in place.
 INITIALIZERS = ("torch.nn.init", "transformers.initialization")
 
 
 class _MatricesOnMeta(TorchFunctionMode):
-    """Allocate `torch.empty` and large `torch.zeros` (the modules' matrices) on meta, and compute
-    everything else for real.
+    """A mode that allocates the results of `torch.empty` and of large `torch.zeros` on meta.
 
-    `torch.device("meta")` would lose the rotary frequencies and scales of embeddings, which
-    constructors compute and no checkpoint holds.
+    Modules allocate their matrices with these functions. `torch.device("meta")` is not used,
+    because it would lose buffers that constructors compute and that are not in checkpoints (rotary
+    frequencies, scales of embeddings).
     """
 
     def __torch_function__(
@@ -145,12 +140,13 @@ class _MatricesOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if isinstance(func, FunctionType) and func.__module__ in INITIALIZERS:
             tensor = kwargs.get("tensor")
-            # Nothing to fill; to find that out takes Torch most of the time of a construction.
+            # Skip initializers of meta tensors, because torch would spend most of the construction
+            # time in them.
             if tensor is not None and tensor.is_meta:
                 return tensor
         is_matrix = func is torch.empty
         if func is torch.zeros and args:
-            # Counted on meta: the tensor itself may take gigabytes.
+            # Count the elements on meta, because the real tensor may need gigabytes.
             is_matrix = torch.empty(*args, device="meta").numel() >= MIN_MATRIX_ELEMENTS
         if is_matrix and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -162,53 +158,61 @@ def build_on_meta(
     model: Model,
     *,
     rows: int | None = None,
-    whole: PretrainedConfig | None = None,
+    full_config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the
-    CPU.
+    """Build a model with parameters on meta in the recipe's dtype, and real buffers on the CPU.
 
-    `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError
-    where Transformers refuses the config.
+    Args:
+        config: the config of the text model.
+        rows: number of rows of the embedding and the head (`tokenizer.vocab_rows`). None: the
+            config's vocabulary size.
+        full_config: the config of the entire model that contains the text model, or None. With
+            `model.vision`, the entire model is built. Its other parts are frozen, except the
+            projector if the recipe trains it. Without `model.vision`, the text model's own class is
+            built if Transformers has one, else the class of the entire model without the other
+            parts.
 
-    whole: of the entire model that `config` is the text part of. With `model.vision` it is built
-    with all its parts, and all but the text part, and the projector that the recipe trains, is
-    frozen. Without, a text model of its own class in Transformers is built, else the class of the
-    entire model without its other parts.
+    Raises:
+        ModelError: if Transformers cannot build a model from the config.
     """
-    is_entire = whole is not None and (model.vision or not has_own_class(config))
-    # The caller's config stays as it is.
-    outer = copy.deepcopy(whole if whole is not None and is_entire else config)
+    is_entire = full_config is not None and (model.vision or not has_own_class(config))
+    # Copy the config, because it is changed below.
+    outer = copy.deepcopy(full_config if full_config is not None and is_entire else config)
     config = outer.get_text_config()
     if rows is not None:
         config.vocab_size = rows
     for part in (outer, config):
         if "quantization_config" in vars(part):
-            # Our own layers hold such weights, not Transformers' quantizer.
+            # Prevent Transformers from creating its quantizer's layers, because quantized weights
+            # are stored in our own layers.
             del part.quantization_config
     factory = auto_class_of(outer)
-    is_eager = model.attention == "eager" and not model.vision
+    attention = None
+    if model.attention == "eager" and not model.vision:
+        attention = "eager"
     try:
         with _MatricesOnMeta():
             causal_lm: PreTrainedModel = factory.from_config(
                 outer,
                 dtype=DTYPES[model.dtype],
-                attn_implementation="eager" if is_eager else None,
+                attn_implementation=attention,
                 trust_remote_code=model.trust_remote_code,
             )
-    # Code of 190 model types, on a config that may be absurd.
+    # The code of 190 model types can raise any exception for unusual configs.
     except Exception as error:
         raise ModelError(
-            f"Transformers cannot build this {config.model_type}",
+            f"Transformers cannot build this {config.model_type} model",
             where=f"{config.name_or_path}/config.json" if config.name_or_path else "",
             why=one_line(error),
             fix="fix the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
-    # What constructors initialize otherwise (ones, random values) is still real.
+    # Move the remaining parameters to meta. Their constructors use other functions, for example
+    # torch.ones, or small torch.zeros.
     replace_parameters(causal_lm, lambda parameter: parameter.to("meta"))
     if is_entire and not model.vision:
         drop_other_parts(causal_lm)
-    elif whole is not None and not is_entire:
-        vars(causal_lm)[ENTIRE_NAMES] = EntireNames.find(causal_lm, _shell(whole, config))
+    elif full_config is not None and not is_entire:
+        vars(causal_lm)[ENTIRE_NAMES] = EntireNames.find(causal_lm, _shell(full_config, config))
     for _, parameter in vision_parameters(causal_lm):
         parameter.requires_grad_(False)
     if model.train_projector:
@@ -217,9 +221,9 @@ def build_on_meta(
             raise ModelError(
                 f"no projector was found in this {causal_lm.config.model_type}",
                 where="model.train_projector",
-                why="it stands beside the vision tower and the text model, or is the tower's "
-                "merger",
-                fix="model.train_projector=false",
+                why="the projector must be a module next to the vision encoder and the text "
+                "model, or the module `merger` inside the vision encoder",
+                fix="set model.train_projector=false",
             )
         for name in projector:
             causal_lm.get_submodule(name).requires_grad_(True)
@@ -227,9 +231,9 @@ def build_on_meta(
     return causal_lm
 
 
-def _shell(whole: PretrainedConfig, text: PretrainedConfig) -> PreTrainedModel:
-    """Build the class of an entire model without memory, to see its names."""
-    outer = copy.deepcopy(whole)
+def _shell(full_config: PretrainedConfig, text: PretrainedConfig) -> PreTrainedModel:
+    """Build an entire vision-language model on meta, to read the names of its parameters."""
+    outer = copy.deepcopy(full_config)
     outer.get_text_config().vocab_size = text.vocab_size
     with torch.device("meta"):
         shell: PreTrainedModel = auto_class_of(outer).from_config(outer)
@@ -237,7 +241,7 @@ def _shell(whole: PretrainedConfig, text: PretrainedConfig) -> PreTrainedModel:
 
 
 def auto_class_of(config: PretrainedConfig) -> Any:
-    """Return the class of Transformers that chooses the class of a model, entire ones included."""
+    """Return the auto class of Transformers that builds models of this config."""
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
@@ -245,14 +249,14 @@ def auto_class_of(config: PretrainedConfig) -> Any:
 
 def replace_parameters(
     model: nn.Module,
-    change: Callable[[torch.Tensor], torch.Tensor],
+    change: Callable[[Tensor], Tensor],
     skip: Collection[nn.Parameter] = (),
 ) -> None:
-    """Replace each parameter by `change(parameter)`, once for those that several modules share."""
+    """Replace each parameter by `change(parameter)`. Shared parameters stay shared."""
     changed = {parameter: parameter for parameter in skip}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            # By the parameter itself: tied ones become one new parameter.
+            # Use the parameter as the key, so that tied parameters become one new parameter.
             if old not in changed:
                 data = old.detach()
                 new = change(data)
@@ -262,12 +266,13 @@ def replace_parameters(
             setattr(module, name, changed[old])
 
 
-def widen(model: nn.Module, skip: Collection[nn.Parameter] = ()) -> None:
-    """Make every 16-bit parameter of a model on meta fp32, but for those of `skip`: the shards of a
-    model trained in full are its masters.
+def widen(model: nn.Module, skip: Collection[nn.Parameter]) -> None:
+    """Convert all 16-bit parameters of a model on meta to fp32, except those in `skip`.
+
+    With full fine-tuning under FSDP, the fp32 shards are the master weights.
     """
 
-    def fp32(parameter: torch.Tensor) -> torch.Tensor:
+    def fp32(parameter: Tensor) -> Tensor:
         if parameter.dtype in (torch.bfloat16, torch.float16):
             return parameter.float()
         return parameter
@@ -281,17 +286,18 @@ def materialize(
     shards: torch.device | None = None,
     skip: Collection[nn.Parameter] = (),
 ) -> None:
-    """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and
-    all buffers there.
+    """Allocate all meta parameters on `device`, and move all other tensors to `device`.
 
-    Parameters that FSDP shards go to `shards` instead, if there is one, and those of `skip` stay
-    where they are. All keep their dtype, shared ones stay shared, and buffers keep the values that
-    their module computed (rotary frequencies: fp32).
+    The allocated parameters are not initialized.
+
+    If `shards` is given, parameters that FSDP shards are allocated on the device `shards` instead.
+    Parameters in `skip` are not changed. Dtypes and sharing are preserved, and buffers keep the
+    values that their module computed (for example fp32 rotary frequencies).
     """
 
-    def real(tensor: torch.Tensor) -> torch.Tensor:
+    def real(tensor: Tensor) -> Tensor:
         place = device
-        # A mesh of one dimension is a tensor group's alone.
+        # A mesh with one dimension is used only for tensor parallelism, not for FSDP.
         if shards and isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1:
             place = shards
         if tensor.is_meta:
@@ -301,5 +307,6 @@ def materialize(
     replace_parameters(model, real, skip)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            # A registered buffer stays one, and as persistent as it was.
+            # setattr on a registered buffer keeps it registered, and keeps whether it is
+            # persistent.
             setattr(module, name, real(buffer))

@@ -1,4 +1,4 @@
-"""Measure how the model of a folder trains, for `tunesmith models`."""
+"""Measurement of how tunesmith trains the model of a folder, for `tunesmith models`."""
 
 from pathlib import Path
 
@@ -12,16 +12,17 @@ from tunesmith.model.support import find_support
 
 
 def measure_folder(folder: Path) -> ModelType:
-    """Measure how the model of a folder trains, on its own config."""
+    """Measure how tunesmith trains the model of a folder, using the model's own config."""
     model = Model(name=str(folder))
-    config, whole = load_configs(folder, model)
+    config, full_config = load_configs(folder, model)
     text_type = config.get_text_config().model_type
     where = f"{folder}/config.json"
     try:
-        support = find_support(config, model, where=where, whole=whole)
+        support = find_support(config, model, where=where, full_config=full_config)
     except ModelError as error:
         return ModelType(text_type, Support("refused", f"{error.what}: {error.why}"))
-    # The twin has other sizes: whether these make a model shows on the model itself.
-    measured = config if whole is None or has_own_class(config) else whole
+    # `find_support` tests a tiny model with smaller sizes. Also build the model with its real
+    # sizes, to detect invalid sizes.
+    measured = config if full_config is None or has_own_class(config) else full_config
     model_spec(measured.to_dict(), where=where)
     return ModelType(text_type, support)

@@ -1,4 +1,4 @@
-"""The sizes of a model that no table has: built without weights, run on meta, and counted."""
+"""Measurement of a model's sizes. The model is built and run on meta, without weights."""
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,27 +20,28 @@ from tunesmith.model.spec import ModelSpec, read_spec
 
 
 def measure_sizes(sizes: Config, where: str) -> ModelSpec:
-    """Build and run the model, and count what is seen."""
-    config, whole = read_configs(sizes, where)
-    # The text part of a composite may be a family of the table.
+    """Build the model on meta, run one forward, and count its layers and parameters."""
+    config, full_config = read_configs(sizes, where)
+    # The text part of a multimodal model may be in the table of architectures.
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
         with errors_at(where):
-            model = build_to_measure(config, whole=whole)
+            model = build_to_measure(config, full_config=full_config)
             calls, _ = run_on_meta(model, MEASURED_TOKENS)
             return count_layers(model, calls, experts_per_token(config))
     except ModelError:
         raise
-    # Of a tensor on meta: its code asks, for example, which tokens go where.
+    # Operations on meta tensors raise this error if the code needs tensor values, for example to
+    # route tokens to experts.
     except NotImplementedError as error:
         raise ModelError(
             f"the sizes of this {config.model_type} cannot be measured",
             where=where,
             why=f"its code depends on tensor values, which are not available here: {error}",
-            fix="use a model of another type: tunesmith models lists those that are supported",
+            fix="use a model of another type; `tunesmith models` lists the supported types",
         ) from error
-    # Code of 140 model types, on a config that may be absurd.
+    # The code of 140 model types can raise any exception for unusual configs.
     except Exception as error:
         raise cannot_measure(sizes, where, error) from error
 
@@ -49,10 +50,13 @@ def build_to_measure(
     config: PretrainedConfig,
     dtype: StatedDtype = "bf16",
     *,
-    whole: PretrainedConfig | None = None,
+    full_config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The model with all its parameters and buffers on meta; as `build_on_meta` otherwise."""
-    # `build_on_meta` computes buffers for real, and some models their parameters with them.
+    """Build the model like `build_on_meta`, but with all parameters and buffers on meta."""
+    # Put the buffers on meta too. `build_on_meta` computes real buffers, and some models would
+    # compute real parameters from these.
     with torch.device("meta"):
-        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype), whole=whole)
+        model = build_on_meta(
+            config, Model(name=config.model_type, dtype=dtype), full_config=full_config
+        )
     return model.to("meta")

@@ -1,9 +1,9 @@
-"""The spec of any decoder: read from config.json where the table has its family, else measured.
+"""The spec of any decoder, read from config.json for known families and else measured.
 
-To measure, the model is built without weights and run on meta: parameters are counted, and each
-layer is seen at work. That takes some seconds, so what was measured stays on the disk, by the
-config and the version of Transformers. Nothing heavy is imported for a family of the table, nor for
-a model that was measured before.
+To measure a spec, the model is built without weights and run on meta. Parameters are counted and
+the calls of each layer are recorded. Because this takes some seconds, the result is cached on disk.
+The cache key contains the config and the version of Transformers. Torch is not imported if the
+family is in the table or the result is cached.
 """
 
 import json
@@ -21,6 +21,7 @@ from tunesmith.model.spec import (
     EXPERTS_PER_TOKEN,
     ModelSpec,
     check_decoder,
+    one_line,
     read_spec,
     stated_position_limit,
 )
@@ -28,10 +29,11 @@ from tunesmith.model.spec import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SPEC_CACHE_VERSION = 6  # of the cached files; how layers are counted, counts
-# A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
+SPEC_CACHE_VERSION = 6  # increase it if the counting of layers changes
+# Number of tokens of the measured forward. Recurrent layers compute chunks of 64 tokens (Mamba2:
+# 256), and 256 is a multiple of both.
 MEASURED_TOKENS = 256
-# What a config says beside the model's sizes.
+# Config keys that have no effect on the model's sizes.
 NO_SIZES = (
     "_name_or_path",
     "architectures",
@@ -42,16 +44,16 @@ NO_SIZES = (
     "torch_dtype",
     "transformers_version",
 )
-# Keys for how many experts a token goes to, of models whose experts Transformers does not call
-# through its interface.
+# Config keys for the number of experts per token. They include keys of models whose experts are not
+# called through Transformers' experts interface.
 PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k")
 
 
 def model_spec(config: Config, *, where: str, trust_remote_code: bool = False) -> ModelSpec:
-    """The spec of a parsed config.json, which errors call `where`.
+    """Return the spec of a parsed config.json. `where` is its name in error messages.
 
-    It says nothing about whether this engine trains the model. Raises as `read_spec` for a family
-    of the table, else as `measure_spec`.
+    A spec does not imply that tunesmith can train the model. Raise the errors of `read_spec` if the
+    family is in the table, else the errors of `measure_spec`.
     """
     check_decoder(config, where)
     runs_own_code = trust_remote_code and "auto_map" in config
@@ -61,20 +63,25 @@ def model_spec(config: Config, *, where: str, trust_remote_code: bool = False) -
 
 
 def measure_spec(config: Config, *, where: str) -> ModelSpec:
-    """The spec of a model of Transformers, from its parsed config.json or `to_dict` of its config.
+    """Measure the spec of a Transformers model from its config.json or from `config.to_dict()`.
 
-    Of a checkpoint with images or sound it is that of the text model. Only code of Transformers
-    runs. ModelError where that cannot build the model, or the model does not run on meta.
+    For a multimodal model, return the spec of its text model. Only code of Transformers runs. Raise
+    ModelError if Transformers cannot build the model, or if the model does not run on meta.
     """
     quantized = stored_quantization(config, where)
-    sizes = {key: value for key, value in config.items() if key not in NO_SIZES}
+    sizes = without_labels(config)
     sizes.pop("quantization_config", None)
     text = json.dumps(sizes, sort_keys=True, default=str)
     key = [SPEC_CACHE_VERSION, version("transformers"), sizes]
     spec = measure_once("specs", key, lambda: _measure(sizes, where), ModelSpec)
-    # Read off the config each time: neither is in what was measured.
+    # The cached spec does not contain `limit` and `quantized`, so read them from the config.
     limit = stated_position_limit(config, spec.layers, where=where)
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
+
+
+def without_labels(config: Config) -> dict[str, object]:
+    """Return the values of the config that describe the model's sizes and layers."""
+    return {key: value for key, value in config.items() if key not in NO_SIZES}
 
 
 def _measure(sizes: Config, where: str) -> ModelSpec:
@@ -84,38 +91,35 @@ def _measure(sizes: Config, where: str) -> ModelSpec:
 
 
 def read_configs(sizes: Config, where: str) -> tuple["PretrainedConfig", "PretrainedConfig | None"]:
-    """The config of a model's text part, with all defaults, and the whole model's config where
-    Transformers has the text model in that alone, and no class of it by itself (Qwen3-VL).
+    """Return the config of the text model with all defaults, and the config of the entire model.
 
-    ModelError where Transformers does not read it.
+    The second config is None if Transformers has a separate class for the text model. For Qwen3-VL,
+    it has no such class. Raise ModelError if Transformers cannot read the config.
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    # Infinity, for which JSON has no number, is a mapping there.
+    # Transformers writes infinity as a mapping, because JSON has no such number.
     values = PretrainedConfig._decode_special_floats(dict(sizes))
     try:
-        whole: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        config = text_part(whole)
-    # Unknown types, and keys of the wrong kind, in many forms.
+        full_config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = text_part(full_config)
+    # Unknown model types and invalid values raise many different exceptions.
     except Exception as error:
         raise cannot_measure(sizes, where, error) from error
-    # Ids of tokens are no sizes, and a family's default may be beyond a small vocabulary.
+    # Remove a padding id that is outside the vocabulary: it does not affect the sizes, and a
+    # family's default can be too large for a small vocabulary.
     padding = config.to_dict().get("pad_token_id")
     if padding is not None and padding >= config.vocab_size:
         config.pad_token_id = None
-    if config is whole or has_own_class(config):
+    if config is full_config or has_own_class(config):
         return config, None
-    return config, whole
+    return config, full_config
 
 
 def cannot_measure(config: Config, where: str, error: Exception) -> ModelError:
-    """The error for a config that a library does not make a model of."""
-    text = " ".join(str(error).split())
-    why = f"{type(error).__name__}: {text[:300]}"
-    fix = (
-        "take config.json from the model's page again: tunesmith fetch MODEL; "
-        "a newer type needs a newer Transformers"
-    )
+    """Build the error for a config from which Transformers cannot build a model."""
+    why = one_line(error)
+    fix = "fetch config.json again: tunesmith fetch MODEL; a newer type needs a newer Transformers"
     if "auto_map" in config:
         why = f"its repository contains code, which runs only if trusted; {why}"
         fix = (
@@ -123,7 +127,7 @@ def cannot_measure(config: Config, where: str, error: Exception) -> ModelError:
             "takes a run add --trust-remote-code"
         )
     return ModelError(
-        f"Transformers cannot build this {config['model_type']} from its config",
+        f"Transformers cannot build this {config['model_type']} model from its config",
         where=where,
         why=why,
         fix=fix,
@@ -131,6 +135,9 @@ def cannot_measure(config: Config, where: str, error: Exception) -> ModelError:
 
 
 def experts_per_token(config: "PretrainedConfig") -> int | None:
-    """Return how many experts a token goes to, as the config says. Return None if it does not."""
+    """Return the number of experts per token from the config, or None if the config has none."""
     values = config.to_dict()
-    return next((int(values[key]) for key in PER_TOKEN if values.get(key)), None)
+    for key in PER_TOKEN:
+        if values.get(key):
+            return int(values[key])
+    return None

@@ -1,14 +1,14 @@
-"""One forward of a model on meta: what each of its layers is called with, and saves for a backward.
+"""A forward on the meta device that records the calls and the saved bytes of each layer.
 
-Nothing is computed. Attention is replaced by a function that notes its sizes and keeps what a
-FlashAttention keeps; experts run as grouped products. All else runs as Transformers wrote it:
-recurrent layers in plain PyTorch, whatever kernels are installed. Of layers that are alike two run;
-they stand for the others.
+Nothing is computed. Attention is replaced by a function that records its sizes and saves the same
+tensors as FlashAttention. Experts run as grouped matmuls. All other code is Transformers' own, and
+recurrent layers run in plain PyTorch even if kernels are installed. If several layers are
+identical, only the first two run. The results of the second layer are used for the remaining ones.
 """
 
 import inspect
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,19 +28,24 @@ from tunesmith.model.vision import set_text_attention
 
 MEASURING_NAME = "tunesmith-sizes"
 GROUPED = "grouped_mm"
-# Implementations of the experts, which all stand for GROUPED here; another computes on meta itself.
-OF_TRANSFORMERS = (GROUPED, "eager", "batched_mm")
+# Implementations of experts that the measurement replaces by GROUPED. All other implementations run
+# unchanged.
+BUILTIN_IMPLEMENTATIONS = (GROUPED, "eager", "batched_mm")
+# Types of attributes that are compared to find identical layers. `int` includes `bool`.
+PLAIN_TYPES = (int, float, str)
 
 
 @dataclass
 class LayerCall:
-    """The work that one layer was seen to do.
+    """Sizes and saved bytes of one layer, recorded in a forward.
 
     Attributes:
-        heads, kv_heads, head_dim, value_dim, window, softcap: of its attention; 0 heads: it has
-            none. Heads of several attentions (LongCat) are added up.
-        experts_per_token: of experts whose choice is an argument of theirs; 0: of none.
-        saved_bytes: of tensors that autograd saves for the backward, parameters not counted.
+        heads, kv_heads, head_dim, value_dim, window, softcap: sizes of the layer's attention.
+            `heads` is 0 if the layer has no attention. The heads of several attentions in one layer
+            (LongCat) are summed.
+        experts_per_token: number of experts per token, or 0 if no module with experts was called
+            with the router's choice.
+        saved_bytes: bytes that autograd saves for the backward, without parameters.
     """
 
     heads: int = 0
@@ -54,12 +59,12 @@ class LayerCall:
 
 
 class Watch:
-    """The calls of a forward, layer by layer.
+    """Recorder of the layer calls of one forward.
 
     Attributes:
-        layer: the one that runs; `outside` where none does.
-        scale: how much larger a saved tensor is than it is here.
-        experts_function: how the model computes its experts, by Transformers' name.
+        layer: the record of the running layer, or `outside` between layers.
+        scale: factor from the size of a recorded tensor to its size in a real run.
+        experts_function: Transformers' name of the implementation of the model's experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,26 +73,29 @@ class Watch:
         self.layer = self.outside
         self.scale = 1
         self.experts_function = GROUPED
-        # Of each form of layer, called alike: the calls that ran, and what each returned.
+        # Key: the `layer_form` of a layer, with the shapes of its arguments. Value: the records and
+        # outputs of the layers that have this key.
         self.seen: dict[Hashable, list[tuple[LayerCall, Any]]] = {}
-        # Alive until the end, so that no later storage gets the number of an earlier one.
+        # Storages that were counted. The references are kept until the end, so that a new storage
+        # cannot get the id of a freed storage.
         self.storages: set[StorageWeakRef] = set()
         self.leave_out(model)
 
     def leave_out(self, module: nn.Module) -> None:
-        """Parameters and buffers are there anyway."""
+        """Exclude the module's parameters and buffers from the count of saved tensors."""
         for tensor in (*module.parameters(), *module.buffers()):
             self.storages.add(StorageWeakRef(tensor.untyped_storage()))
 
     def run_layer(
         self, form: Hashable, forward: Callable[..., Any], *args: object, **options: object
     ) -> Any:
-        """A layer's own forward; where two of its form ran, as the second of them.
+        """Run the layer, or return the result of an identical layer if two of them already ran.
 
-        The first may keep what all share, such as rotary tables.
+        The result of the second identical layer is used, because the first layer may also save
+        tensors that all layers share (rotary tables).
 
         Args:
-            form: all that tells this layer from others, as `layer_form` finds it.
+            form: result of `layer_form`, which is equal for identical layers.
         """
         seen = self.seen.setdefault((form, _outline(args), _outline(options)), [])
         if len(seen) < 2:
@@ -99,18 +107,18 @@ class Watch:
             return output
         call, output = seen[1]
         self.calls.append(replace(call))
-        # A tensor of its own: the next layer that runs keeps it, as it would this layer's.
+        # Return a new tensor, because the next layer saves its input as it would in a real run.
         if isinstance(output, Tensor):
             return output.clone()
         return (output[0].clone(), *output[1:])
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd saves, unless its memory is there anyway."""
+        """Count a tensor that autograd saves, unless its memory is already counted."""
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
         if reference not in self.storages:
             self.storages.add(reference)
-            # The whole storage: a view keeps all of it alive.
+            # Count the entire storage, because a view keeps all of it in memory.
             self.layer.saved_bytes += self.scale * storage.nbytes()
         return tensor
 
@@ -126,7 +134,7 @@ class Watch:
         softcap: float | None = None,
         **options: object,
     ) -> tuple[Tensor, None]:
-        """Attention as Transformers calls it: [1, heads, n, d] -> [1, n, heads, value_dim]."""
+        """Record an attention call: [1, heads, n, d] -> [1, n, heads, value_dim]."""
         self.layer.heads += query.shape[1]
         self.layer.kv_heads += key.shape[1]
         self.layer.head_dim = query.shape[-1]
@@ -142,12 +150,13 @@ class Watch:
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        """Experts whose own code loops over those that are chosen (DBRX, LongCat).
+        """Run experts whose own code loops over the selected experts (DBRX, LongCat).
 
-        Their choice has values here: every token goes to the first ones.
+        The loop needs index values, which meta tensors do not have. Therefore every token is
+        assigned to the first experts.
         """
         per_token = top_k_index.shape[-1]
-        # The width of the router's choice, [tokens, experts a token].
+        # The router's choice, `top_k_index`, has the shape [tokens, experts per token].
         self.layer.experts_per_token = per_token
         choice = torch.arange(per_token).expand(top_k_index.shape)
         with _IndicesWithValues():
@@ -156,18 +165,18 @@ class Watch:
     def experts(
         self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """Experts as Transformers calls them: [n, hidden] -> [n, hidden]."""
+        """Record a call of the experts and run them: [n, hidden] -> [n, hidden]."""
         self.layer.experts_per_token = top_k_index.shape[-1]
-        if self.experts_function not in OF_TRANSFORMERS:
+        if self.experts_function not in BUILTIN_IMPLEMENTATIONS:
             custom_output: Tensor = ALL_EXPERTS_FUNCTIONS[self.experts_function](
                 module, hidden, top_k_index, top_k_weights
             )
             return custom_output
         dtype = hidden.dtype
-        # On meta grouped products have no other type.
+        # Grouped matmuls on meta support only bf16.
         module.to(torch.bfloat16)
         self.leave_out(module)
-        # fp32 activations are twice as large as the bf16 ones that are seen here.
+        # Saved tensors are bf16 here. fp32 activations of a real run are twice as large.
         self.scale = dtype.itemsize // torch.bfloat16.itemsize
         output: Tensor = ALL_EXPERTS_FUNCTIONS[GROUPED](
             module, hidden.bfloat16(), top_k_index, top_k_weights.bfloat16()
@@ -177,7 +186,7 @@ class Watch:
 
 
 class _IndicesWithValues(TorchFunctionMode):
-    """Lets a tensor on meta be added to at indices on the CPU; PyTorch lets it be read at them."""
+    """A mode that allows `index_add` on meta tensors with indices on the CPU."""
 
     def __torch_function__(
         self, func: Any, _types: object, args: Any = (), kwargs: Any = None
@@ -189,10 +198,10 @@ class _IndicesWithValues(TorchFunctionMode):
 
 
 class SavingAttention(torch.autograd.Function):
-    """Saves what a kernel of attention saves: its inputs and its output."""
+    """A replacement for an attention kernel. It saves the tensors that the kernel saves."""
 
     @staticmethod
-    # The shapes of attention as Transformers calls it: [1, heads, n, d] in, [1, n, heads, d] out.
+    # Input [1, heads, n, d] and output [1, n, heads, d]: the layout of Transformers' attention.
     def forward(ctx: SavingContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _, heads, length, _ = query.shape
         output = query.new_empty(1, length, heads, value.shape[-1])
@@ -203,20 +212,23 @@ class SavingAttention(torch.autograd.Function):
 def run_on_meta(
     model: PreTrainedModel, tokens: int, *, training: bool = False
 ) -> tuple[list[LayerCall], int]:
-    """Record what each decoder layer of a model on meta does with one document of so many tokens,
-    and the bytes that are saved outside of the layers.
+    """Record what each decoder layer does with one document of `tokens` tokens.
 
-    The model cannot be trained after it: its attention stays replaced. ModelError where
-    it does not run on meta.
+    The model's attention stays replaced, so the model cannot be trained afterwards. Raise
+    ModelError if the model does not run on meta.
 
     Args:
-        training: count what autograd keeps, of a model whose parameters that train are marked.
+        training: count the tensors that autograd saves. The trained parameters must require
+            gradients.
+
+    Returns:
+        The record of each layer, and the bytes that are saved outside of the layers.
     """
     try:
         return _run(model, tokens, None, training=training)
-    # Indexers read a mask, and attention of a model's own would find documents in the positions,
-    # which have no values here. With a whole mask neither happens; but recurrent layers read its
-    # values too.
+    # Run again with a mask, because some models need one: their indexer reads the mask, or their
+    # attention reads the values of the positions if there is no mask. Meta tensors have no values.
+    # The first run has no mask, because recurrent layers read the values of the mask.
     except (RuntimeError, TypeError):
         mask = torch.zeros(1, 1, tokens, tokens, device="meta")
         return _run(model, tokens, mask, training=training)
@@ -225,12 +237,12 @@ def run_on_meta(
 def _run(
     model: PreTrainedModel, tokens: int, mask: Tensor | None, *, training: bool
 ) -> tuple[list[LayerCall], int]:
-    """One try, with a mask [1, 1, tokens, tokens] or none."""
-    model.to("meta")  # buffers too
+    """Run one forward, with a mask [1, 1, tokens, tokens] or without one."""
+    model.to("meta")  # includes buffers
     watch = Watch(model)
     hooks = []
     replaced = {}
-    # Around the layers: what autograd keeps between them is counted in `outside`.
+    # Wrap each layer's forward. Tensors that are saved between layers are counted in `outside`.
     for index, layer in enumerate(model.get_submodule(find_layers(model)).children()):
         replaced[layer] = layer.forward
         form = layer_form(layer, index, model.config.get_text_config())
@@ -248,14 +260,17 @@ def _run(
             replaced[module] = module.forward
             module.forward = partial(watch.looping_experts, module.forward)
     if training:
-        # Of frozen embeddings the first layer would keep less than the others.
+        # Make the embeddings require gradients. With frozen embeddings, the first layer would save
+        # fewer tensors than the other layers.
         embedding = model.get_input_embeddings()
         hooks.append(embedding.register_forward_hook(lambda *call: call[-1].requires_grad_()))
     model.train(training)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None]
-    # Without training nothing is saved for a backward, and nothing is to count.
-    counted = saved_tensors_hooks(watch.keep, lambda tensor: tensor) if training else nullcontext()
+    # Count saved tensors only if training, because otherwise autograd saves nothing.
+    counted: AbstractContextManager[object] = nullcontext()
+    if training:
+        counted = saved_tensors_hooks(watch.keep, lambda tensor: tensor)
     try:
         with torch.set_grad_enabled(training), counted:
             model(
@@ -263,7 +278,8 @@ def _run(
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
-                # The head is counted by its size, not by its run.
+                # One row of logits suffices, because the cost of the head is computed from its
+                # weights.
                 logits_to_keep=1,
             )
     finally:
@@ -277,8 +293,10 @@ def _run(
 
 
 def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashable:
-    """Return what two decoder layers share that do the same with their input: modules, the values
-    in them, shapes, and what the config says of the layer with this index.
+    """Return a key that is equal for two decoder layers with identical computations.
+
+    The key contains the modules and their plain attributes, the shapes of the tensors, and the
+    config's values for the layer with this index.
     """
     depth = config.num_hidden_layers
     form: list[Hashable] = []
@@ -288,31 +306,39 @@ def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashab
     for name, module in layer.named_modules():
         form.append((name, type(module)))
         for key, value in vars(module).items():
-            # Its place tells a layer's cache from others', of which there is none.
-            if isinstance(value, (bool, int, float, str, tuple, list)) and key != "layer_idx":
+            # `layer_idx` differs in every layer, but it is only used for the cache, which is off.
+            if key == "layer_idx":
+                continue
+            if isinstance(value, (*PLAIN_TYPES, tuple, list)):
                 form.append((key, repr(value)))
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        form.append((name, tensor.shape, tensor.dtype, tensor.requires_grad))
+        form.append((name, _outline(tensor)))
     return tuple(form)
 
 
 def _outline(value: object) -> Hashable:
-    """Arguments of a layer without the values of tensors, which there are none of on meta."""
+    """Return a layer's arguments with tensors replaced by shape, dtype and requires_grad."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.requires_grad
     if isinstance(value, (tuple, list)):
         return tuple(_outline(part) for part in value)
     if isinstance(value, dict):
         return tuple((key, _outline(part)) for key, part in value.items())
-    is_plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if is_plain else type(value).__qualname__
+    if value is None or isinstance(value, PLAIN_TYPES):
+        return value
+    return type(value).__qualname__
 
 
 def are_experts(module: nn.Module) -> bool:
-    """Tell whether a module is all experts of a layer, and gets the choice of each token."""
+    """Return whether a module holds all experts of a layer.
+
+    The forward of such a module takes the router's choice for each token.
+    """
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 
 def count_experts(module: nn.Module) -> int:
-    """The experts that a module says it holds; 0 where it says nothing."""
-    return int(module.num_experts) if isinstance(module, HasExperts) else 0
+    """Return the module's number of experts, or 0 if it has no such attribute."""
+    if isinstance(module, HasExperts):
+        return int(module.num_experts)
+    return 0

@@ -1,10 +1,8 @@
-"""The table of how every causal and multimodal model type of Transformers trains here.
+"""The table model_types.json: how tunesmith trains each causal and multimodal model type.
 
-It is in model_types.json.
-
-`benchmarks/parity/families.py --write` measures them all, and `tensor_cuts.py` whether ranks can
-share their layers; tests measure one of each kind again.
-Of a model with a config.json at hand `support.find_support` says it for that very config.
+`benchmarks/parity/families.py --write` measures all types, and `tensor_cuts.py` measures which
+support tensor parallelism. The tests repeat the measurement for one type of each kind. For a model
+with its own config.json, use `support.find_support`, which measures this config.
 """
 
 import json
@@ -17,21 +15,24 @@ from tunesmith.errors import UsageError
 from tunesmith.model.gguf_writers import GgufWriter, gguf_writer
 
 FILE = Path(__file__).with_suffix(".json")
-# Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
-# differ by 2e-5 at most over all types of Transformers (`make families`); the least that was more
-# than rounding, xLSTM on padded rows, by 1.5e-3.
+# Maximum difference of logits and gradients in fp32 that counts as rounding, relative to the
+# largest value. A different summation order causes at most 2e-5 for all types of Transformers
+# (`make families`). The smallest real difference was 1.5e-3 (xLSTM on padded rows).
 ROUNDING_TOLERANCE = 1e-4
 
 State = Literal["tuned", "packed", "padded", "refused"]
 Pictures = Literal["packed", "refused", "untried", ""]
-# Layers in which a picture's tokens see those behind them, up to its end: none, all, those with a
-# window.
-BothWays = Literal["", "all", "sliding"]
+# Layers in which a picture's tokens attend to later tokens of the same picture: no layers, all
+# layers, or the layers with a sliding window.
+BidirectionalPictures = Literal["", "all", "sliding"]
 
 
 @dataclass(frozen=True)
 class Errors:
-    """The largest differences from each document alone, relative to the largest value."""
+    """The largest errors of packed or padded rows, compared with a separate run of each document.
+
+    The errors are relative to the largest value.
+    """
 
     logits: float
     gradients: float
@@ -45,19 +46,20 @@ class Errors:
 
 @dataclass(frozen=True)
 class Support:
-    """The way in which a model trains.
+    """Properties of a model type that decide how tunesmith trains it.
 
     Attributes:
-        state: "tuned": packed, by the forwards that this engine has written; "packed": documents
-            share rows; "padded": one document a row; "refused": not at all.
-        why: the reason, for the user.
-        recurrent: class names of the layers that run on one row a document.
-        dead_targets: names of linear layers, within a decoder layer, whose weight is read past
-            their forward, here or by a fused kernel: an adapter there would get no gradient.
-        packs_eager: whether packed rows are each document alone under Transformers' own attention
-            too, which `model.attention: eager` selects.
-        errors: of the layout in use, or of padded rows where none is.
-        both_ways: layers in which a picture's tokens see those behind them, up to its end.
+        state: "tuned": packed rows with tunesmith's own forwards; "packed": packed rows; "padded":
+            one document per row; "refused": the model cannot be trained.
+        why: the reason for the state, as text for the user.
+        recurrent: class names of the layers that run on one document per row.
+        dead_targets: names of linear layers in a decoder layer whose weight is read without calling
+            their forward, for example by a fused kernel. An adapter on them would get no gradient.
+        packs_eager: whether packed rows are also correct with Transformers' own attention, which
+            `model.attention: eager` selects.
+        errors: the measured errors of this state, or of padded rows if the model is refused.
+        bidirectional_pictures: layers in which the tokens of a picture attend to each other in both
+            directions.
     """
 
     state: State
@@ -66,17 +68,15 @@ class Support:
     dead_targets: tuple[str, ...] = ()
     packs_eager: bool = False
     errors: Errors | None = None
-    both_ways: BothWays = ""
+    bidirectional_pictures: BidirectionalPictures = ""
 
     def describe(self) -> list[str]:
-        """Lines for the user where a model trains otherwise than one that this engine is tuned
-        for.
-        """
+        """Return lines for the user, if the model needs padded rows or has recurrent layers."""
         if self.state == "padded":
-            return [f"warning: {self.why}; it is slower than packed rows"]
+            return [f"warning: {self.why}; this is slower than packed rows"]
         if self.recurrent:
             return [
-                f"{', '.join(self.recurrent)}: recurrent layers run on one row a document, "
+                f"{', '.join(self.recurrent)}: recurrent layers run on one row per document, "
                 "padded to a common length"
             ]
         return []
@@ -84,19 +84,20 @@ class Support:
 
 @dataclass(frozen=True)
 class ModelType:
-    """One type, on the config that Transformers gives it.
+    """One model type, measured with the default config of Transformers.
 
     Attributes:
-        text: the type of its text model, where it is a composite; else empty.
-        entire: whether its text model has no class of its own in Transformers, so that the class of
+        text: the type of the text model if the type is multimodal, else empty.
+        entire: whether Transformers has no separate class for the text model, so that the class of
             the entire model is trained.
-        pictures: how it trains with pictures; "untried" if that is measured on a model's own folder
-            alone, and empty if it takes none.
-        tensor: the largest difference, in losses and gradients, of two ranks that compute each
-            layer together from one; None where its layers are not cut.
-        uncut: why they are not, of a type that was tried; else empty.
-        since: the Transformers that it was measured with, of one that is not in the release that
-            the table names; else empty.
+        pictures: how the type trains with pictures. "untried" if only a run with `model.vision`
+            tests this, with the files of the model. Empty if pictures are not supported.
+        tensor: the largest difference, in losses and gradients, between tensor parallelism on two
+            ranks and one rank. None if tensor parallelism is not supported.
+        uncut: the reason why the test of tensor parallelism failed. Empty if the test passed or did
+            not run.
+        since: the version of Transformers with this type, if it is newer than the table's version;
+            else empty.
     """
 
     model_type: str
@@ -110,51 +111,59 @@ class ModelType:
 
     @property
     def gguf(self) -> GgufWriter:
-        """The writer of the type as GGUF; empty if it cannot be trained or exported."""
+        """Tool that writes the type as GGUF. Empty if the type cannot be trained or exported."""
         if self.support.state == "refused":
             return ""
         return gguf_writer(self.model_type, self.text)
 
     def row(self) -> dict[str, object]:
-        """Return the row that the table and `tunesmith models --json` have of it, in one level."""
+        """Return this type as one flat row, as in the table and in `tunesmith models --json`."""
         values = asdict(self)
         support = values.pop("support")
         errors = support.pop("errors") or {"logits": None, "gradients": None}
         return {"model_type": self.model_type, **support, **errors, **values}
 
 
-# Keys of the table that are not of `Support`.
-OF_TYPE = {field.name for field in fields(ModelType)}
+# Keys of the table that are attributes of ModelType, not of `Support`.
+TYPE_FIELDS = {field.name for field in fields(ModelType)}
 
 
-def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
-    """The table, by the name of the type."""
+def read_model_types() -> dict[str, ModelType]:
+    """Return the table as a mapping from type name to ModelType."""
     types = {}
-    for name, values in json.loads(file.read_text(encoding="utf-8"))["types"].items():
+    table = json.loads(FILE.read_text(encoding="utf-8"))
+    for name, values in table["types"].items():
         for key in ("recurrent", "dead_targets"):
             values[key] = tuple(values.get(key, ()))
         errors = None
         if "logits" in values:
             errors = Errors(values.pop("logits"), values.pop("gradients"))
-        rest = {key: values.pop(key) for key in OF_TYPE & values.keys()}
-        types[name] = ModelType(name, Support(**values, errors=errors), **rest)
+        type_values = {key: values.pop(key) for key in TYPE_FIELDS & values.keys()}
+        support = Support(**values, errors=errors)
+        types[name] = ModelType(name, support, **type_values)
     return types
 
 
 def find_model_type(name: str) -> ModelType:
-    """One type; UsageError with the nearest one if there is none of that name."""
+    """Return the type of this name.
+
+    If the name is unknown, raise UsageError with the most similar name.
+    """
     types = read_model_types()
     if name in types:
         return types[name]
+    fix = "run `tunesmith models`, which lists all types"
     near = nearest(name, types)
+    if near:
+        fix = f"did you mean {near}?"
     raise UsageError(
-        f"Transformers has no language model type {name!r} that is known",
+        f"{name!r} is not a known language model type of Transformers",
         where="command line",
-        fix=f"did you mean {near}?" if near else "tunesmith models",
+        fix=fix,
     )
 
 
 def measured_with() -> dict[str, object]:
-    """The versions that the table was measured with."""
+    """Return the versions of the packages with which the table was measured."""
     versions: dict[str, object] = json.loads(FILE.read_text(encoding="utf-8"))["versions"]
     return versions

@@ -1,15 +1,16 @@
-"""Names on the disk: which stored tensor is which parameter, or which part of one.
+"""Mapping from the tensors of a checkpoint to the parameters of a model.
 
-A checkpoint may name its tensors otherwise than the model that is built of it. A vision-language
-model's folder has the text model under a prefix, and tensors of other parts beside it. Experts are
-stored one by one where the model has them in one stack. The rules for the second are Transformers'
-own (`get_model_conversion_mapping`).
+The names in a checkpoint can differ from those in the model. The checkpoint of a vision-language
+model stores the text model under a prefix, together with tensors of other parts. Experts can be
+stored separately while the model has them in one stack; for this, Transformers' own rules are used
+(`get_model_conversion_mapping`).
 """
 
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,12 @@ Region = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor that is part of a parameter.
+    """A stored tensor that is one region of a parameter.
 
     Attributes:
-        region: the part; a slice of each of the parameter's dimensions, with both ends.
-        stacked: the tensor lacks the parameter's first dimension, of which `region` has one index.
+        region: one slice with start and stop for each dimension of the parameter.
+        stacked: whether the stored tensor lacks the parameter's first dimension. `region` then
+            selects a single index of that dimension.
     """
 
     entry: StoredEntry
@@ -42,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A parameter that is stored as several tensors; the attributes are those of an `Entry`."""
+    """A parameter that is stored as several tensors, with the same attributes as an `Entry`."""
 
     name: str
     dtype: str
@@ -51,7 +53,7 @@ class Pieces:
 
     @property
     def file(self) -> Path:
-        """Return the file of the first piece, as `start`: in this order parameters are read."""
+        """File of the first piece. Parameters are read in the order of `file` and `start`."""
         return self.pieces[0].entry.file
 
     @property
@@ -59,33 +61,35 @@ class Pieces:
         return self.pieces[0].entry.start
 
 
-# Parameter -> what is stored of it: itself under "", its companions (scales) under their suffixes.
+# Parameter name -> its stored tensors by suffix: "" for the weight itself, and for example "absmax"
+# for a companion tensor with scales.
 StoredGroups = dict[str, dict[str, StoredEntry | Pieces]]
 
 
 @dataclass
 class StoredNames:
-    """The tensors of a checkpoint, by what they are to a model.
+    """The tensors of a checkpoint, sorted by their role in a model.
 
     Attributes:
-        groups: what is stored of each parameter.
-        aside: tensors of other parts of the checkpoint, which the model does not have.
-        unexpected: names that have no place.
-        split: parameters whose entry is some rows of a stored tensor.
+        groups: the stored tensors of each parameter.
+        other_parts: tensors of parts that the model does not have, for example of a vision tower.
+        unexpected: names of tensors that belong to no parameter.
+        split: names of parameters that are stored as a range of rows of a larger tensor.
     """
 
     groups: StoredGroups = field(default_factory=dict)
-    aside: list[StoredEntry] = field(default_factory=list)
+    other_parts: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     split: set[str] = field(default_factory=set)
 
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Return the config of the text model, which is the config itself if it has no other parts."""
+    """Return the config of the text model, or the config itself if the model has no other parts."""
     text: PretrainedConfig = config.get_text_config()
     if text is config:
         return config
-    # The checkpoint is tied as the outer config says: Mistral 3's inner one says otherwise.
+    # The outer config decides whether weights are tied, because Mistral 3's inner config has a
+    # wrong value.
     inner = vars(text).get("tie_word_embeddings", False)
     text.tie_word_embeddings = vars(config).get("tie_word_embeddings", inner)
     text.name_or_path = config.name_or_path
@@ -96,7 +100,7 @@ def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
 
 
 def has_own_class(text: "PretrainedConfig") -> bool:
-    """Return whether Transformers has a causal LM of a text model, apart from the entire model."""
+    """Return whether Transformers has a causal LM class for this text model's config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -104,10 +108,10 @@ def has_own_class(text: "PretrainedConfig") -> bool:
 
 @dataclass(frozen=True)
 class EntireNames:
-    """The names that a text model of its own class has in the class of the entire model.
+    """Mapping from the names in a separate text model to those in its vision-language model.
 
     Attributes:
-        decoder, head: names in the text model, then in the entire model.
+        decoder, head: the module's name in the text model, and its name in the entire model.
         model: the entire model, on meta.
     """
 
@@ -117,7 +121,7 @@ class EntireNames:
 
     @classmethod
     def find(cls, text: "PreTrainedModel", entire: "PreTrainedModel") -> "EntireNames":
-        """Find the names by the embedding and the head of both models, which may be on meta."""
+        """Build the mapping from the names of the decoder and of the head in both models."""
         from tunesmith.model.decoder import find_innermost, name_of_head
 
         decoder = (find_innermost(text)[0], find_innermost(entire)[0])
@@ -128,9 +132,10 @@ class EntireNames:
             its_name = names.in_entire(name)
             if its_name not in theirs or theirs[its_name].shape != parameter.shape:
                 raise ModelError(
-                    f"{type(entire).__name__} has no parameter like {name} of "
-                    f"{type(text).__name__}",
-                    why="checkpoints and adapters have the names of the entire model",
+                    f"{type(entire).__name__} has no parameter that corresponds to {name} of "
+                    f"its text model {type(text).__name__}",
+                    why="checkpoints and adapters use the parameter names of the entire model, so "
+                    "each parameter of the text model needs such a name",
                     fix=FETCH_CONFIG,
                 )
         return names
@@ -142,7 +147,7 @@ class EntireNames:
         return _replace_prefix(name, (self.decoder[::-1], self.head[::-1]))
 
 
-# Attribute of a text model of its own class: its `EntireNames`.
+# Name of the attribute in which a text model that is built separately stores its `EntireNames`.
 ENTIRE_NAMES = "entire_names"
 
 
@@ -152,7 +157,7 @@ def _entire_names(model: "nn.Module") -> EntireNames | None:
 
 
 def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    """Replace the first of these modules that the name is in, or is."""
+    """Replace the first matching module name at the start of `name`."""
     for module, replacement in prefixes:
         if name == module:
             return replacement
@@ -161,79 +166,96 @@ def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _conversions(model: "PreTrainedModel") -> "list[WeightTransform]":
-    """Return the rules by which Transformers reads the checkpoints of a model, or of the entire
-    model that it is part of.
-    """
+def conversions(model: "PreTrainedModel") -> "list[WeightTransform]":
+    """Return Transformers' rules that convert checkpoints of the entire model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    # Old names of norms, which every model has a rule for, are not written.
+    # Omit the rules for legacy names of norms. Every model has these rules, but legacy names are
+    # never written.
     return get_model_conversion_mapping(entire_model(model), add_legacy=False)
 
 
 def entire_model(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the entire model, on meta, that a text model is part of; other models themselves."""
-    names = _entire_names(model)
-    return names.model if names else model
+    """Return the entire model (on meta) to which a separate text model belongs.
 
-
-def name_in_whole(model: "nn.Module", name: str) -> str:
-    """The name that a module or parameter has in the vision-language model that a text model is
-    part of; its own for every other model.
+    Any other model is returned unchanged.
     """
     names = _entire_names(model)
-    return names.in_entire(name) if names else name
+    if names:
+        return names.model
+    return model
+
+
+def name_in_entire_model(model: "nn.Module", name: str) -> str:
+    """Return the name of a module or parameter in the entire vision-language model.
+
+    The name is unchanged if `model` is not the separate text model of a vision-language model.
+    """
+    names = _entire_names(model)
+    if names:
+        return names.in_entire(name)
+    return name
 
 
 def name_in_text(model: "nn.Module", name: str) -> str:
-    """The opposite of `name_in_whole`; a name of the text model's own stays as it is."""
+    """Return the name in the text model for a name in its vision-language model.
+
+    Other names are unchanged.
+    """
     names = _entire_names(model)
-    return names.in_text(name) if names else name
+    if names:
+        return names.in_text(name)
+    return name
 
 
 def name_in_checkpoint(model: "PreTrainedModel", name: str) -> str:
-    """The name that Transformers writes for a parameter or module of the entire model."""
+    """Return the name under which Transformers saves a parameter or module to a checkpoint."""
     from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 
     renamings = []
-    for rule in reversed(_conversions(model)):
-        # As Transformers does: whether a checkpoint has such a prefix is not known.
+    for rule in reversed(conversions(model)):
+        # Skip PrefixChange rules, as Transformers does, because it is unknown whether the
+        # checkpoint has the prefix.
         if isinstance(rule, WeightRenaming) and not isinstance(rule, PrefixChange):
             renamings.append(rule.reverse_transform())
-    renamed: str = rename_source_key(name_in_whole(model, name), renamings, [])[0]
+    renamed: str = rename_source_key(name_in_entire_model(model, name), renamings, [])[0]
     return renamed
 
 
 def names_on_disk(model: "PreTrainedModel", name: str) -> list[str]:
-    """The names that a config.json may have for a module of a text model: its own, and those in the
-    vision-language model that it is part of.
+    """Return all names that a config.json can use for a module of a text model.
+
+    These are its own name and its names in the entire vision-language model.
     """
     names = [name]
-    if is_in_whole(model):
-        names += [name_in_whole(model, name), name_in_checkpoint(model, name)]
+    if is_vision_language(model):
+        names += [name_in_entire_model(model, name), name_in_checkpoint(model, name)]
     return list(dict.fromkeys(names))
 
 
-def is_in_whole(model: "nn.Module") -> bool:
-    """Tell whether a model is the text model of a vision-language model, or such a model in
-    whole.
+def is_vision_language(model: "nn.Module") -> bool:
+    """Return whether a model is a vision-language model, or the text model of one."""
+    from tunesmith.model.decoder import has_vision_language_class
+
+    return _entire_names(model) is not None or has_vision_language_class(model)
+
+
+def _text_name_if_partial(model: "PreTrainedModel") -> str | None:
+    """Return the text model's name in a vision-language model whose other parts were not built.
+
+    Return None if the model has all parts of its checkpoint.
     """
-    from tunesmith.model.decoder import is_whole
+    from tunesmith.model.decoder import (
+        find_text_model,
+        has_vision_language_class,
+        vision_parameters,
+    )
 
-    return _entire_names(model) is not None or is_whole(model)
-
-
-def _text_of_parts_aside(model: "PreTrainedModel") -> str | None:
-    """Return the name in the entire model of a text model that is built without the other parts.
-
-    None: the model has all parts of its checkpoints.
-    """
-    from tunesmith.model.decoder import find_text_part, is_whole, vision_parameters
-
-    if names := _entire_names(model):
+    names = _entire_names(model)
+    if names:
         return names.decoder[1]
-    if is_whole(model) and not any(vision_parameters(model)):
-        return find_text_part(model)[0]
+    if has_vision_language_class(model) and not any(vision_parameters(model)):
+        return find_text_model(model)[0]
     return None
 
 
@@ -246,29 +268,30 @@ def assign_names(
     """Assign the tensors of a checkpoint to a model's parameters.
 
     Args:
-        parameter_names: names of the model's parameters, `companions` among them.
-        companions: those that may be stored with companions.
+        parameter_names: names of all parameters of the model, including `companions`.
+        companions: names of parameters that can be stored with companion tensors (scales).
 
-    ModelError where several tensors are one parameter in a way that is not read here.
+    Raises:
+        ModelError: if several tensors form one parameter in a way that is not supported.
     """
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = StoredNames()
     rest: list[StoredEntry] = []
-    for entry in (entry for entries in headers.values() for entry in entries):
+    for entry in chain.from_iterable(headers.values()):
         stored = name_in_text(model, entry.name)
         name, suffix = _target_name(stored, parameter_names, companions)
         if name:
             names.groups.setdefault(name, {})[suffix] = entry
-        # Old Llama checkpoints hold the frequencies.
+        # Old Llama checkpoints contain the rotary frequencies. Ignore them.
         elif not entry.name.endswith("rotary_emb.inv_freq"):
             rest.append(entry)
     if not rest:
         return names
-    text_name = _text_of_parts_aside(model)
+    text_name = _text_name_if_partial(model)
     for entry, renamed in _assign_converted(model, rest, parameter_names, companions, names):
         is_ignored = any(re.search(pattern, entry.name) for pattern in ignored)
         if is_ignored or (text_name and not renamed.startswith(f"{text_name}.")):
-            names.aside.append(entry)
+            names.other_parts.append(entry)
         else:
             names.unexpected.append(entry.name)
     return names
@@ -277,17 +300,16 @@ def assign_names(
 def _target_name(
     stored: str, parameter_names: Collection[str], companions: Collection[str]
 ) -> tuple[str, str]:
-    """The model's name for a stored tensor, and the companion suffix; ("", "") when it has no
-    place.
+    """Return the name of the parameter to which a stored tensor belongs, and the companion suffix.
 
-    A checkpoint saved from the backbone alone lacks the prefix `model.`; one saved from a wrapper
-    has it twice.
+    Return ("", "") if there is no such parameter. A checkpoint that was saved from the decoder
+    lacks the prefix `model.`, and one saved from a wrapper has it twice.
     """
-    # As the checkpoint has it first, then with and without the backbone's prefix.
+    # Try the stored name first, then the name with the prefix `model.` added, then removed.
     for name in (stored, f"model.{stored}", stored.removeprefix("model.")):
         if name in parameter_names:
             return name, ""
-        # Companions: "weight.absmax" belongs to "weight", which ends at one of the dots.
+        # A companion such as "weight.absmax" belongs to "weight". Try each dot as the separator.
         for dot in range(len(name)):
             if name[dot] == "." and name[:dot] in companions:
                 return name[:dot], name[dot + 1 :]
@@ -301,19 +323,22 @@ def _assign_converted(
     companions: Collection[str],
     names: StoredNames,
 ) -> list[tuple[StoredEntry, str]]:
-    """Assign what Transformers renames or joins as it loads.
+    """Assign stored tensors that Transformers renames, splits or joins when it loads them.
 
     Returns:
-        The entries that it does not know, and their names in the class that it loads.
+        The remaining entries, with their names after Transformers' renaming.
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = [*_conversions(model), *get_checkpoint_conversion_mapping("legacy")]
+    rules = [*conversions(model), *get_checkpoint_conversion_mapping("legacy")]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    # Parameter -> pattern of the rule -> the stored tensors that match it.
+    by_pattern = {}
+    for rule in converters:
+        for pattern in rule.source_patterns:
+            by_pattern[pattern] = rule
+    # Parameter name -> pattern of the rule -> stored tensors that match the pattern.
     parts: dict[str, dict[str, list[StoredEntry]]] = {}
     rest = []
     for entry in entries:
@@ -322,13 +347,13 @@ def _assign_converted(
         name, suffix = _target_name(stored, parameter_names, () if pattern else companions)
         if not name:
             rest.append((entry, renamed))
-        elif pattern and len(by_pattern[pattern].target_patterns) > 1:
-            _split(model, entry, renamed, by_pattern[pattern], names)
-        # Renamed only; what has a pattern is one of several that are joined below.
-        elif pattern is None:
+        elif pattern is None:  # the tensor is only renamed
             names.groups.setdefault(name, {})[suffix] = entry
-        else:
-            parts.setdefault(name, {}).setdefault(pattern, []).append(entry)
+        elif len(by_pattern[pattern].target_patterns) > 1:
+            _split(model, entry, renamed, by_pattern[pattern], names)
+        else:  # several tensors, joined below
+            sources = parts.setdefault(name, {})
+            sources.setdefault(pattern, []).append(entry)
     for name, sources in parts.items():
         rule = by_pattern[next(iter(sources))]
         names.groups.setdefault(name, {})[""] = _join(name, rule, sources)
@@ -342,57 +367,66 @@ def _split(
     rule: "WeightConverter",
     names: StoredNames,
 ) -> None:
-    """Assign the rows of a stored tensor to the parameters that a rule splits it into.
+    """Split a stored tensor by rows with a conversion rule, and assign each part to its parameter.
 
-    renamed: the first parameter's name in the class that the rule is of.
+    Args:
+        renamed: the name of the first parameter in the entire model.
     """
-    first, *_ = rule.target_patterns
-    parameters = [
-        name_in_text(model, renamed.replace(first, target)) for target in rule.target_patterns
-    ]
+    first = rule.target_patterns[0]
+    parameters = []
+    for target in rule.target_patterns:
+        parameters.append(name_in_text(model, renamed.replace(first, target)))
+    sources = {"": [entry]}
     operations = [type(operation).__name__ for operation in rule.operations]
-    is_read = isinstance(entry, Entry) and operations in (["Chunk"], ["Split"])
-    if not is_read or rule.operations[0].dim != 0:
-        raise _cannot_join(parameters[0], {"": [entry]}, ", ".join(operations))
-    assert isinstance(entry, Entry)
-    rows = entry.shape[0] // len(parameters)
+    is_read = operations in (["Chunk"], ["Split"]) and rule.operations[0].dim == 0
+    if not is_read or not isinstance(entry, Entry):
+        raise _cannot_join(parameters[0], sources, ", ".join(operations))
+    stored_rows, *columns = entry.shape
+    rows = stored_rows // len(parameters)
     start = entry.start
     for name in parameters:
         if operations == ["Split"]:
-            # A layer in codes has its width still.
-            rows = model.get_submodule(name.rpartition(".")[0]).out_features
-        shape = (rows, *entry.shape[1:])
-        size = entry.size * rows // entry.shape[0]
-        names.groups.setdefault(name, {})[""] = replace(entry, shape=shape, start=start, size=size)
+            # Use `out_features`, because the weight of a quantized layer has another shape.
+            module = model.get_submodule(name.rpartition(".")[0])
+            rows = module.out_features
+        size = entry.size * rows // stored_rows
+        part = replace(entry, shape=(rows, *columns), start=start, size=size)
+        names.groups.setdefault(name, {})[""] = part
         names.split.add(name)
         start += size
     if start != entry.start + entry.size:
-        raise _cannot_join(parameters[0], {"": [entry]}, "they do not fill one tensor")
+        raise _cannot_join(parameters[0], sources, "they do not fill one tensor")
 
 
 def _join(
     name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
 ) -> Pieces:
-    """The parameter that a rule of Transformers makes of the entries of each of its patterns.
+    """Return the parameter that a conversion rule forms from the entries of its patterns.
 
-    Experts of a pattern are stacked; what the patterns make (gate, then up) is concatenated.
+    The tensors that match one pattern (the experts) are stacked. The stacks of all patterns (gate,
+    then up) are concatenated.
     """
     from transformers.core_model_loading import dot_natural_key
 
     stacks, dim = _read_operations(name, rule, sources)
     pieces = []
-    offset = 0  # of a pattern, along the dimension that is concatenated
+    offset = 0  # offset of the pattern along the concatenated dimension
     shape: list[int] = []
     for pattern in rule.source_patterns:
-        # Natural order: expert 10 comes after expert 9.
+        # Sort the numbers in the names by value, so that expert 10 follows expert 9.
         entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))
         for index, entry in enumerate(entries):
-            # Of the same size it would be read into its place in another order.
+            # All stacked tensors must have the same shape. The check of the element count below
+            # would not detect a tensor of another shape with equally many elements.
             if stacks and entry.shape != entries[0].shape:
-                why = f"{entry.name} is {list(entry.shape)}, others {list(entries[0].shape)}"
+                why = (
+                    f"{entry.name} is {list(entry.shape)}, the others are {list(entries[0].shape)}"
+                )
                 raise _cannot_join(name, sources, why)
-            # The shape that the pattern's tensors make together.
-            shape = [len(entries), *entry.shape] if stacks else list(entry.shape)
+            # Shape of the tensor that is formed from all tensors of this pattern.
+            shape = list(entry.shape)
+            if stacks:
+                shape = [len(entries), *shape]
             region = [slice(0, size) for size in shape]
             if stacks:
                 region[0] = slice(index, index + 1)
@@ -403,8 +437,8 @@ def _join(
             pieces.append(Piece(entry, tuple(region), stacked=stacks))
     if dim is not None:
         shape[dim] = offset
-    # Regions do not overlap: with equal counts they fill the parameter. An expert too few of one
-    # kind, or one of another shape, does not.
+    # Regions do not overlap, so they fill the parameter exactly if the element counts are equal. A
+    # missing expert or a wrong shape gives another count.
     if sum(math.prod(piece.entry.shape) for piece in pieces) != math.prod(shape):
         raise _cannot_join(name, sources, "they do not fill one tensor")
     return Pieces(name, pieces[0].entry.dtype, tuple(shape), tuple(pieces))
@@ -413,8 +447,9 @@ def _join(
 def _read_operations(
     name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
 ) -> tuple[bool, int | None]:
-    """Read whether a rule stacks the tensors of each pattern, and the dimension along which it
-    concatenates; None: it does not.
+    """Return whether a rule stacks the tensors of each pattern, and which dim it concatenates.
+
+    The dim is None if the rule does not concatenate.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
@@ -428,7 +463,7 @@ def _read_operations(
         else:
             raise _cannot_join(name, sources, type(operation).__name__)
     if len(rule.target_patterns) > 1 or (dim is None and len(sources) > 1):
-        raise _cannot_join(name, sources, "one tensor for several parameters")
+        raise _cannot_join(name, sources, "one tensor contains several parameters")
     return stacks, dim
 
 
@@ -436,7 +471,7 @@ def _cannot_join(name: str, sources: Mapping[str, Sequence[StoredEntry]], why: s
     first = next(iter(sources.values()))[0]
     count = sum(len(entries) for entries in sources.values())
     return ModelError(
-        f"{count} stored tensors do not make {name}: {first.name}, ...",
+        f"{count} stored tensors cannot be combined into the parameter {name}: {first.name}, ...",
         where=str(first.file),
         why=why,
         fix="fetch the model again: tunesmith fetch MODEL",

@@ -1,12 +1,12 @@
-"""Model files that Transformers 4, and what is built on it, reads as Transformers 5 does.
+"""Model files in a form that Transformers 4 and tools built on it also read correctly.
 
-Transformers 5 writes the rotary embedding as `rope_parameters` alone. A reader of the older keys,
-`rope_theta` and `rope_scaling`, finds none of them and takes its defaults, without an error: it
-computes another model. Transformers 4 does not read a tokenizer of class `TokenizersBackend`, or a
-list of `extra_special_tokens`, at all. Here the older keys are written beside the new ones, and a
-tokenizer's in place of them, where both versions read the older form.
+Transformers 5 writes the rotary embedding only as `rope_parameters`. Older readers look for the
+keys `rope_theta` and `rope_scaling`. If these are missing, the readers use their defaults without
+an error, and so compute a different model. Transformers 4 fails to load a tokenizer of class
+`TokenizersBackend` or a list of `extra_special_tokens`.
 
-No torch is imported here.
+This module adds the older keys to the config. In the tokenizer's config, it replaces the new keys
+by the older ones, which both versions read. This module does not import torch.
 """
 
 import json
@@ -19,9 +19,7 @@ from tunesmith.model.safetensors_files import Config
 
 
 def write_for_older_readers(folder: Path) -> None:
-    """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that
-    are there.
-    """
+    """Convert a folder's config.json and tokenizer_config.json for older readers."""
     changes = {"config.json": with_older_config, "tokenizer_config.json": with_older_tokenizer}
     for name, change in changes.items():
         file = folder / name
@@ -30,20 +28,20 @@ def write_for_older_readers(folder: Path) -> None:
         try:
             values = json.loads(file.read_bytes())
         except ValueError:
-            continue  # whoever reads the file reports it
+            continue  # the code that reads the file reports the error
         if isinstance(values, dict) and (changed := change(values)) != values:
             text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False)
             file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def with_older_config(config: Config) -> dict[str, object]:
-    """A config.json of Transformers 5 with the older keys.
+    """Return a config.json of Transformers 5 with the older keys added.
 
-    Keys that it has already are not changed.
+    Keys that the config already has are not changed.
     """
     older: dict[str, object] = {}
     if config.get("dtype") is not None:
-        older["torch_dtype"] = config["dtype"]  # the only name before Transformers 4.56
+        older["torch_dtype"] = config["dtype"]  # name of the key before Transformers 4.56
     rope = config.get("rope_parameters")
     if isinstance(rope, Mapping) and config.get("model_type") in ARCHITECTURES:
         older |= _older_rope(str(config["model_type"]), rope)
@@ -51,9 +49,9 @@ def with_older_config(config: Config) -> dict[str, object]:
 
 
 def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
-    """The older keys of a config's `rope_parameters`."""
+    """Convert the config's `rope_parameters` to the older keys."""
     older: dict[str, object] = {}
-    # One mapping for each kind of layer, as in Gemma 3.
+    # Gemma 3 has a separate mapping for each type of attention layer.
     if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}
         if "rope_theta" in local:
@@ -67,11 +65,11 @@ def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _older_scaling(model_type: str, rope: Config) -> dict[str, object] | None:
-    """The older `rope_scaling`, None where frequencies are not scaled."""
+    """Return the older `rope_scaling`, or None if the rotary frequencies are not scaled."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return None
-    # Phi-3 takes these three keys and no other, and has the rest at the top of its config.
+    # Phi-3 accepts only these three keys. Its config has the other values at the top level.
     if model_type == "phi3" and "short_factor" in rope:
         return {
             "type": rope_type,
@@ -81,12 +79,12 @@ def _older_scaling(model_type: str, rope: Config) -> dict[str, object] | None:
     scaling = dict(rope)
     scaling.pop("rope_theta", None)
     scaling.pop("partial_rotary_factor", None)
-    # `type` is the name before Transformers 4.43.
+    # Before Transformers 4.43, the key was named `type`.
     return scaling | {"rope_type": rope_type, "type": rope_type}
 
 
 def with_older_tokenizer(config: Config) -> dict[str, object]:
-    """A tokenizer_config.json of Transformers 5 in the form that 4 reads; 5 reads both."""
+    """Convert a tokenizer_config.json of Transformers 5 to a form that versions 4 and 5 read."""
     older = dict(config)
     if older.get("tokenizer_class") == "TokenizersBackend":
         older["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -1,4 +1,4 @@
-"""Our own attention over packed documents on a GPU, where its kernels were measured."""
+"""Our own CUDA kernels for attention over packed documents, and the conditions for their use."""
 
 from typing import Any
 
@@ -8,28 +8,30 @@ from torch import Tensor
 from tunesmith.model.attention_kernels import TORCH_KERNEL
 
 NAME = "our own kernel"
-# Compute capabilities on which it was measured to be faster than torch's: H100 and H200.
+# Compute capabilities of the GPUs on which our kernels were faster than torch's: H100 and H200.
 CAPABILITIES = ((9, 0),)
-MEASURED_HEAD_DIM = 128  # of the layers that were measured
-MEASURED_GROUPS = (4, 8)  # query heads per key head of these layers
-# Results of `choose_kernel` that are slower there: torch's own kernel, and no kernel at all.
+MEASURED_HEAD_DIM = 128  # head width of the measured layers
+MEASURED_GROUPS = (4, 8)  # query heads per key head of the measured layers
+# Results of `choose_kernel` for which our kernels are used: torch's FlashAttention 2, which is
+# slower, or "" if no kernel of torch is correct.
 SLOWER = (TORCH_KERNEL, "")
-# Of documents of 200 tokens to documents of 2,048 it gains less and less (2.4 and 1.4 times the
-# speed), and longer ones were not measured.
+# Maximum document length. The speedup decreases from 2.4 for documents of 200 tokens to 1.4 for
+# 2,048 tokens. Documents longer than LONGEST were not measured.
 LONGEST = 4096
 
-_CHOSEN: set[str] = set()  # types of devices on which this process takes these kernels
+_CHOSEN: set[str] = set()  # device types on which this process uses our kernels
 
 
 def choose_packed(device: torch.device) -> None:
-    """Let attention take these kernels from now on, in the layers that they take."""
+    """Use our kernels on this type of device from now on, in the layers that they support."""
     _CHOSEN.add(device.type)
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> bool:
-    """Return whether these kernels were measured on layers of this shape, without a window.
+    """Return whether our kernels support layers of this shape without a sliding window.
 
-    group: query heads per key head.
+    Args:
+        group: number of query heads per key head.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
@@ -39,14 +41,17 @@ def takes(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -
 
 
 def spans_if_chosen(cu_seqlens: Tensor, tokens: int, longest: int) -> Tensor | None:
-    """`spans_of` where these kernels were chosen, and documents have at most `longest` tokens."""
+    """Return the result of `spans_of` if our kernels are used for these documents, else None.
+
+    Our kernels are not used if a document has more than LONGEST tokens.
+    """
     if longest > LONGEST or cu_seqlens.device.type not in _CHOSEN:
         return None
     return spans_of(cu_seqlens, tokens)
 
 
 def spans_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The first token of each token's document, and one past its last: int32 [2, tokens]."""
+    """Return for each token the start and the end of its document: int32 [2, tokens]."""
     lengths = cu_seqlens.diff()
     starts, ends = (
         edges.repeat_interleave(lengths, output_size=tokens)
@@ -55,14 +60,18 @@ def spans_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.stack([starts, ends])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from tunesmith.model import packed_kernels  # Triton comes with torch for CUDA alone
+@torch.library.custom_op("tunesmith::packed_attention", mutates_args=())
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    from tunesmith.model import packed_kernels  # Triton is installed only with torch for CUDA
 
     q, k, v = (x.contiguous() for x in (q, k, v))
     return packed_kernels.attend_forward(q, k, v, spans, scale)
 
 
-def _backward(
+@torch.library.custom_op("tunesmith::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -76,12 +85,6 @@ def _backward(
 
     d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
     return packed_kernels.attend_backward(d_out, q, k, v, out, log_sum, spans, scale)
-
-
-packed_attention = torch.library.custom_op("tunesmith::packed_attention", _forward, mutates_args=())
-packed_attention_backward = torch.library.custom_op(
-    "tunesmith::packed_attention_backward", _backward, mutates_args=()
-)
 
 
 @packed_attention.register_fake

@@ -1,8 +1,8 @@
-"""The floating-point operations of a frozen vision part, counted in a forward without products.
+"""Floating-point operations of a frozen vision part, counted in one forward without matmuls.
 
-Its weights are zeros that take no memory, and matrix products and attention hand on zeros of the
-shape that they would have. All else is computed: into how many patches, tiles and windows a vision
-part divides a picture depends on values, which tensors on meta do not have.
+The weights are zeros that use no memory. Matmuls and attention only return zeros of the correct
+shape. All other operations are computed, because the number of patches, tiles and windows depends
+on tensor values, which the meta device does not have.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tunesmith.model.load import replace_parameters
-from tunesmith.model.vision import see
+from tunesmith.model.vision import picture_features
 
 PRODUCTS = (
     functional.linear,
@@ -31,7 +31,7 @@ PRODUCTS = (
 
 
 class _ProductsOnMeta(TorchFunctionMode):
-    """Run products on meta, where a counter sees their shapes, and return zeros."""
+    """A mode that runs matmuls on meta, where FlopCounterMode counts them, and returns zeros."""
 
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -49,11 +49,12 @@ class _ProductsOnMeta(TorchFunctionMode):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-    """The two products of attention over all pairs, without the softmax between them.
+    """Compute the two matmuls of attention without the softmax.
 
-    On meta that of torch takes a hundred times as long.
+    Torch's own attention function is a hundred times slower on meta.
     """
-    # One head of keys and values stands for all: queries may have more heads than these.
+    # Use the first head of keys and values for all query heads, because there can be fewer key
+    # heads than query heads. The number of operations is the same.
     return (query @ key[..., :1, :, :].mT) @ value[..., :1, :, :]
 
 
@@ -62,15 +63,16 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def count_picture_flops(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> int:
-    """Count the operations of a whole model's vision part and projector, forward: 2 a multiply-add.
+    """Return the floating-point operations of one forward of the vision part and the projector.
 
-    Those of products and of attention's pairs, all of them but what windows leave out.
+    A multiply-add counts as 2. Only matmuls and attention are counted. Attention is counted for all
+    pairs of tokens in a sequence, or in a window if the model splits the sequence into windows.
 
     Args:
-        model: on meta; its parameters become zeros.
-        pictures: the inputs of one call.
+        model: a vision-language model on meta. Its parameters are replaced by zeros.
+        pictures: the picture inputs of one forward.
     """
     replace_parameters(model, _zeros)
     with FlopCounterMode(display=False) as counter, _ProductsOnMeta():
-        see(model, pictures)
+        picture_features(model, pictures)
     return int(counter.get_total_flops())

@@ -1,9 +1,8 @@
-"""Random weights in place of a checkpoint's, drawn on the device: for measuring speed, which
-depends on shapes alone.
+"""Random weights instead of a checkpoint, for speed measurements, which depend only on shapes.
 
-Matrices are normal, norms' weights one and biases zero, as in `PreTrainedModel._init_weights` for
-Llama, Qwen 3 and Mistral. Each tensor has a generator seeded by (seed, its name): it depends on no
-other tensor.
+Matrices are normally distributed, weights of norms are one, and biases are zero. This is the same
+as in `PreTrainedModel._init_weights` for Llama, Qwen 3 and Mistral. Each tensor has its own
+generator, seeded by (seed, name), so that its values do not depend on other tensors.
 """
 
 import hashlib
@@ -15,18 +14,21 @@ from torch import Tensor, nn
 from tunesmith.formats.linear import FrozenTensors
 from tunesmith.model.weights import Hook
 
-STD = 0.02  # initializer_range of every model in `shapes.py`
+STD = 0.02  # `initializer_range` of all models in `shapes.py`
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed for one tensor, fixed by the run's seed and the tensor's full name."""
-    # 56 bits: `manual_seed` takes 64, with a sign.
+    """Return the seed of one tensor, derived from the run's seed and the tensor's full name."""
+    # Use 56 bits, because `manual_seed` accepts signed 64-bit numbers.
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 @torch.no_grad()
 def init_weight(target: Tensor, name: str, seed: int) -> None:
-    """Draw the values of the parameter `name` into `target`: on one device the same each time."""
+    """Fill the parameter `name` with random values.
+
+    Equal seeds give equal values on the same device.
+    """
     if target.ndim < 2:
         target.fill_(0.0 if name.endswith("bias") else 1.0)
     else:
@@ -42,12 +44,13 @@ def init_random_weights(
     convert: Mapping[str, Hook],
     device: torch.device | None,
 ) -> None:
-    """Initialise a materialized model as `load_weights` loads one, from tensors that are drawn one
-    at a time.
+    """Fill a materialized model as `load_weights` does, but with random tensors, one at a time.
 
-    `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and
-    dtype; an adapter's parameters are left as they are. `convert` is that of `load_weights`. They
-    are drawn on `device`; None: where each parameter is.
+    Args:
+        checkpoint: for each tensor of a checkpoint, its name and a meta tensor of its shape and
+            dtype. The adapter's parameters are not in it and are not changed.
+        convert: the hooks, as in `load_weights`.
+        device: the device on which the values are drawn. None: the device of each parameter.
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
@@ -55,11 +58,11 @@ def init_random_weights(
         if hook is not None:
             holder = model.get_submodule(name.removesuffix(".weight"))
             if isinstance(holder, FrozenTensors) and not holder.format.rounds:
-                # Its codes are drawn: no dense weight is needed.
+                # The hook draws random codes directly, so no dense weight is needed.
                 hook({"": like})
                 continue
         target = targets.get(name)
-        if target is None:  # a module in codes stands in its place
+        if target is None:  # a quantized module replaces the parameter
             target = next(model.get_submodule(name).parameters())
         place = device or target.device
         if hook is None and place == target.device:
@@ -67,7 +70,7 @@ def init_random_weights(
             continue
         dense = torch.empty(like.shape, dtype=like.dtype, device=place)
         init_weight(dense, name, seed)
-        # Rounded by the hook as a stored weight would be.
+        # The hook quantizes the values like a stored weight.
         if hook is not None:
             hook({"": dense})
         else:

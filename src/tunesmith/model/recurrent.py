@@ -1,9 +1,10 @@
-"""Recurrent layers of a packed batch: one row a document.
+"""Recurrent layers for packed batches: they run on one document per row.
 
 A layer that carries a state along the row (Mamba, gated delta rule, short convolutions) would carry
-it from document to document. Padding on the right cannot reach what is to its left, so such a layer
-run on one row a document, padded to a common length, computes each document as if it were alone.
-That holds for all of them and for every kernel.
+it from one document into the next. Therefore such a layer runs on one document per row, padded on
+the right to a common length. Padding on the right does not affect earlier tokens, so each document
+gives the same result as in a separate forward. This works for all recurrent layers and for every
+kernel.
 """
 
 from collections.abc import Callable, Collection
@@ -19,13 +20,14 @@ from tunesmith.model.fused import add_mixin
 
 
 def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
-    """Let all modules of these classes run on one row a document where documents are packed.
+    """Make all modules of these classes run on one document per row if documents are packed.
 
-    ModelError where the model has none of a class.
+    Raise ModelError if the model has no module of one of the classes.
     """
     absent = set(class_names)
     for module in model.modules():
-        # By any base: an adapter or a mixin may have inserted a class before Transformers' own.
+        # Compare all base classes: an adapter or mixin may have added a class before Transformers'
+        # own.
         names = {base.__name__ for base in type(module).__mro__}
         if not names.isdisjoint(class_names):
             absent -= names
@@ -34,14 +36,15 @@ def run_by_document(model: nn.Module, class_names: Collection[str]) -> None:
     if absent:
         raise ModelError(
             f"{type(model).__name__} has no module of class {', '.join(sorted(absent))}",
-            why="the recurrent layers of the model were measured on another one",
+            why="packed documents are separated in modules of these classes, which a small "
+            "test model of the same type has",
         )
 
 
 class ByDocument(nn.Module):
-    """A layer that keeps the documents apart that the context names: on one row a document.
+    """A mixin that runs a recurrent layer on one document per row.
 
-    In eval mode without documents (generation) it is the forward of Transformers' class.
+    Without documents in eval mode (generation), it calls the forward of Transformers' class.
     """
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -51,7 +54,8 @@ class ByDocument(nn.Module):
         if documents is None and self.training:
             raise ModelError(
                 f"{type(self).__name__} was called without document boundaries",
-                why="its state would leak from one document to the next",
+                why="without them, the state of this layer would leak from one packed document to "
+                "the next",
                 fix="compute forward and backward inside `TrainModel.step_context`",
             )
         if documents is None:
@@ -59,14 +63,14 @@ class ByDocument(nn.Module):
         return _run_apart(super().forward, documents, args, kwargs)
 
 
-@torch.compiler.disable  # shapes follow the documents and change with every batch
+@torch.compiler.disable  # shapes depend on the documents of the batch
 def _run_apart(
     forward: Callable[..., object],
     documents: Documents,
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> object:
-    # One document: nothing to keep apart.
+    # A single document needs no separation.
     if len(documents.edges) == 2:
         return forward(*args, **kwargs)
     outputs = []
@@ -77,19 +81,20 @@ def _run_apart(
 
 
 def _change_tokens(values: Any, documents: Documents, change: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with `change` of every tensor [1, n, ...] in them, which is called on its row
-    [n, ...].
+    """Apply `change` to each tensor [1, n, ...] in `values`.
+
+    `change` receives the tensor as [n, ...].
     """
     n = documents.edges[-1]
 
     def change_row(tensor: Tensor) -> Tensor:
-        # By sizes alone: an argument of n tokens counts as one of each token.
+        # Recognize tensors of tokens by their shape: a dimension of size n is the token dimension.
         if tensor.dim() < 2 or n not in tensor.shape:
             return tensor
         if tensor.shape[:2] != (1, n):
             raise ModelError(
                 f"a recurrent layer takes an argument of shape {list(tensor.shape)}",
-                why=f"documents can only be separated in [1, {n}, ...]",
+                why=f"packed documents can only be separated in a tensor of shape [1, {n}, ...]",
                 fix="set model.attention: eager and data.pack: false",
             )
         return change(tensor.squeeze(0))
@@ -98,22 +103,25 @@ def _change_tokens(values: Any, documents: Documents, change: Callable[[Tensor],
 
 
 def _join_rows(outputs: list[Any], documents: Documents) -> Any:
-    """The outputs of all groups, [documents, length, ...] each, as [1, n, ...].
+    """Join the outputs of all groups, [documents, length, ...] each, to [1, n, ...].
 
-    None for what is not of each token: the state after the last one (MiniMax), which only
-    generation reads.
+    Outputs that do not have one value per token become None, for example the state after the last
+    token (MiniMax), which only generation reads.
     """
 
     def join(*parts: Tensor | None) -> Tensor | None:
         tokens = []
         for group, part in zip(documents.rows, parts, strict=True):
-            # Not one value a token: a state, which the caller does not need.
+            # The tensor has no token dimension: it is a state, which the caller does not use.
             if part is None or part.shape[:2] != (group.count, group.length):
                 return None
-            flat = part.flatten(0, 1)
-            # Without the padding, in the order of `group.tokens`.
-            tokens.append(flat if group.places is None else flat.index_select(0, group.places))
-        # [n, ...] in the order of the groups, then that of the block.
-        return torch.cat(tokens).index_select(0, documents.places_in_rows).unsqueeze(0)
+            group_tokens = part.flatten(0, 1)
+            if group.places is not None:
+                # Remove the padding. The tokens are then in the order of `group.tokens`.
+                group_tokens = group_tokens.index_select(0, group.places)
+            tokens.append(group_tokens)
+        # Concatenate the groups to [n, ...] and then restore the token order of the block.
+        in_groups = torch.cat(tokens)
+        return in_groups.index_select(0, documents.places_in_rows).unsqueeze(0)
 
     return tree_map(join, *outputs)

@@ -1,10 +1,9 @@
-"""Safetensors files: their headers read and checked, their tensors read by position.
+"""Reading of safetensors files: headers are checked, and tensors are read by their position.
 
-No torch is imported here.
-
-Files are never mapped: while a mapping lives, a whole checkpoint stays in the page cache, and
-advising the kernel to drop its pages has no effect. Format: 8 bytes of length (little-endian), a
-JSON header of that length, then the tensors (https://huggingface.co/docs/safetensors).
+Files are not memory-mapped: a mapping would keep the entire checkpoint in the page cache, and
+advising the kernel to drop the pages has no effect on mapped files. The format is: 8 bytes with the
+header's length (little-endian), the JSON header, and the tensors
+(https://huggingface.co/docs/safetensors). This module does not import torch.
 """
 
 import hashlib
@@ -27,24 +26,27 @@ from tunesmith.units import count_of
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 Config = Mapping[str, object]  # a parsed config.json, or a section of one
-# Of an adapter in PEFT's format.
+# Files of an adapter in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Of `weights_digest`.
+# Parameters of `weights_digest` and `sampled_digest`: the maximum number of sampled tensors, the
+# bytes per sample, and the relative positions of the samples in a tensor.
 SAMPLED_TENSORS = 4096
 SAMPLE_BYTES = 64
 MIDDLE = (0.5,)
 ENDS_AND_MIDDLE = (0.0, 0.5, 1.0)
-# Values of `quant_method` that have weights in bytes: `shipped.py` says which it reads.
+# Values of `quant_method` for which weights can be stored as bytes (U8). `shipped.py` decides which
+# formats are supported.
 FOUR_BITS = ("mxfp4", "compressed-tensors", "modelopt")
-# Where ModelOpt says how weights are quantized, if config.json does not.
+# File of ModelOpt that describes the quantization if config.json does not.
 MODELOPT_CONFIG = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: its name, dtype (as safetensors writes it), shape, and bytes [start,
-    start + size).
+    """One tensor in a file. Its bytes are at [start, start + size) of the file.
+
+    `dtype` is the name that safetensors uses, for example "BF16".
     """
 
     name: str
@@ -66,7 +68,7 @@ def _damaged(file: Path, why: str) -> ModelError:
 
 
 def unreadable_file(file: Path, error: OSError) -> ModelError:
-    """The error for a file that the system does not let us read."""
+    """Build the error for a file that the operating system cannot read."""
     why = error.strerror or str(error)
     return ModelError(
         f"{file.name} cannot be read",
@@ -77,13 +79,14 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
 
 
 def read_header(file: Path) -> list[Entry]:
-    """A file's tensors.
+    """Return the entries of the tensors of a file.
 
-    The library checks its header (no gaps, overlaps or names twice) against the file's size.
+    The safetensors library checks the header against the file's size. It rejects gaps, overlaps and
+    duplicate names.
     """
     check_regular_files(file)
     try:
-        # The library checks; the offsets, which it does not hand out, are read below.
+        # The library checks the header, but does not return the offsets. Read these below.
         with safe_open(file, framework="np"):
             pass
         with file.open("rb") as f:
@@ -97,7 +100,7 @@ def read_header(file: Path) -> list[Entry]:
     entries = []
     for name, values in header.items():
         begin, end = values["data_offsets"]
-        # Offsets count from the end of the header.
+        # Offsets in the header start at the end of the header.
         start = 8 + length + begin
         shape = tuple(values["shape"])
         entries.append(Entry(name, values["dtype"], shape, file, start, end - begin))
@@ -105,15 +108,15 @@ def read_header(file: Path) -> list[Entry]:
 
 
 def _check_no_integers(entries: list[Entry], folder: Path) -> None:
-    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4, or bytes
-    of mxfp4 or nvfp4.
+    """Raise ModelError if the weights are stored as integers in an unsupported format.
 
-    Scales belong to those. Int64 is the type of counters and indices, not of weights.
+    The supported formats are bitsandbytes nf4, and the bytes of mxfp4, nvfp4 and similar formats.
+    I64 is not checked, because it is used for counters and indices, not for weights.
     """
     integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "U8")]
     if not integers or any("bitsandbytes__" in entry.name for entry in entries):
         return
-    why = "GPTQ, AWQ and compressed-tensors store weights so"
+    why = "GPTQ, AWQ and compressed-tensors store weights as integers"
     if (folder / "config.json").exists():
         quantization = read_model_config(folder).get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -124,16 +127,18 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     first = integers[0]
     shown = f"{first.name} ({first.dtype})"
     raise ModelError(
-        f"the weights are quantized: {count_of(len(integers), 'tensor')} of integers: {shown}",
+        f"the weights are quantized: {count_of(len(integers), 'tensor')} with integers, "
+        f"such as {shown}",
         where=str(first.file),
         why=why,
-        fix="take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
+        fix="use the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
     )
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, in which `quantization_config` is also what ModelOpt says in a file
-    of its own. ModelError as of `read_json`.
+    """Return config.json, with the quantization from ModelOpt's separate file if there is one.
+
+    Raise the errors of `read_json`.
     """
     config = read_json(folder / "config.json")
     file = folder / MODELOPT_CONFIG
@@ -142,7 +147,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     stated = read_json(file).get("quantization")
     if not isinstance(stated, dict):
         raise ModelError(
-            f"its quantization is {stated!r:.100}: it must be a mapping",
+            f"the value of `quantization` is {stated!r:.100}: it must be a mapping",
             where=str(file),
             fix="fetch the model again: tunesmith fetch MODEL",
         )
@@ -152,9 +157,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 def read_json(
     file: Path, *, again: str = "fetch the model again: tunesmith fetch MODEL"
 ) -> dict[str, Any]:
-    """Parse a JSON object, or raise ModelError naming the file and line.
+    """Return the JSON object of a file. Raise ModelError with the file and line if it is invalid.
 
-    `again` is how to get a whole file.
+    Args:
+        again: text that says how to get the file again, for the error message.
     """
     where = str(file)
     why = ""
@@ -168,7 +174,7 @@ def read_json(
     except FileNotFoundError:
         what = f"{file.name} is missing"
         where = str(file.parent)
-        fix = f"put {file.name} there, or {again}"
+        fix = f"put {file.name} into this folder, or {again}"
     except OSError as error:
         raise unreadable_file(file, error) from error
     except json.JSONDecodeError as error:
@@ -177,7 +183,8 @@ def read_json(
     except UnicodeDecodeError as error:
         what = f"{file.name} is not UTF-8 text"
         why = str(error)
-    # A number of 5,000 digits, brackets in brackets.
+    # The parser raises these errors, for example, for a number with 5,000 digits or for deeply
+    # nested brackets.
     except (ValueError, RecursionError) as error:
         what = f"{file.name} cannot be read"
         why = str(error)
@@ -185,9 +192,9 @@ def read_json(
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The weight files that an index lists, as paths below its folder, sorted.
+    """Return the weight files of an index as sorted paths relative to its folder.
 
-    ModelError where it lists none, or one that cannot lie in its folder.
+    Raise ModelError if the index has no files, or if a path leads out of the folder.
     """
     weight_map = read_json(index).get("weight_map")
     files = []
@@ -195,19 +202,19 @@ def indexed_files(index: Path) -> list[str]:
         files = sorted({str(name) for name in weight_map.values()})
     if not files:
         what = "the index has no weight_map of file names"
-        raise ModelError(what, where=str(index), fix="fetch the model again")
+        raise ModelError(what, where=str(index), fix="fetch the model again: tunesmith fetch MODEL")
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
             what = f"the index names {name!r}, which is not in its folder"
-            fix = "put the file there, or fetch the model again: tunesmith fetch MODEL"
+            fix = "put the file into the folder, or fetch the model again: tunesmith fetch MODEL"
             raise ModelError(what, where=f"{index}: weight_map", fix=fix)
     return files
 
 
 def read_headers(folder: Path) -> dict[Path, list[Entry]]:
-    """The safetensors files of a folder and the tensors of each.
+    """Return the safetensors files of a folder and the tensors of each file.
 
-    ModelError where one is missing, cut off or unreadable.
+    Raise ModelError if a file is missing, truncated or unreadable.
     """
     if (folder / INDEX).exists():
         files = [folder / name for name in indexed_files(folder / INDEX)]
@@ -215,9 +222,10 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
         if missing:
             shown = ", ".join(missing[:3])
             raise ModelError(
-                f"{len(missing)} of {count_of(len(files), 'weight file')} missing: {shown}",
+                f"the folder lacks {len(missing)} of {count_of(len(files), 'weight file')}: "
+                f"{shown}",
                 where=str(folder),
-                why=f"{INDEX} names them",
+                why=f"{INDEX} lists these files",
                 fix="finish the download: tunesmith fetch MODEL",
             )
     elif (folder / SINGLE).exists():
@@ -231,54 +239,69 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
     return headers
 
 
+def read_all_entries(folder: Path) -> list[Entry]:
+    """Return the tensors of all safetensors files of a folder."""
+    return list(chain.from_iterable(read_headers(folder).values()))
+
+
 def has_weights(folder: Path) -> bool:
-    """Tell whether a folder has safetensors files of a model."""
+    """Return whether a folder contains a model's safetensors files."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 (hex) of a model's tensors: the name, dtype and shape of each, and bytes from the
-    middle of most.
+    """Return a sha256 (hex) of a model's tensors from their names, dtypes, shapes and some bytes.
 
-    It takes milliseconds whatever the size, and misses a change of single rows. The folder's name
-    and how the tensors are spread over files do not enter.
+    Bytes are sampled from the middle of the tensors. This takes milliseconds for any size, but does
+    not detect a change of single rows. The digest does not depend on the folder's name or on how
+    the tensors are distributed over files.
     """
-    return sampled_digest(list(chain.from_iterable(read_headers(folder).values())), MIDDLE)
+    return sampled_digest(read_all_entries(folder), MIDDLE)
 
 
 def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
-    """sha256 (hex) of the name, dtype and shape of each tensor, and of some bytes of those that are
-    sampled: all of up to SAMPLED_TENSORS, else every n-th.
+    """Return a sha256 (hex) of the tensors' names, dtypes and shapes, and of sampled bytes.
 
-    SAMPLE_BYTES are read at each of `places`: 0 is a tensor's beginning, 1 its end. What changes no
-    sampled byte is missed.
+    If there are more than SAMPLED_TENSORS tensors, only every n-th one is sampled. A change outside
+    of the sampled bytes is not detected.
+
+    Args:
+        places: relative positions in a tensor at which SAMPLE_BYTES are read. 0 is its start, and 1
+            its end.
     """
-    # By name: how tensors are spread over files does not enter.
+    # Sort by name, so that the distribution over files does not affect the digest.
     entries = sorted(entries, key=lambda entry: entry.name)
     described = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    total = hashlib.sha256(json.dumps(described).encode())
+    text = json.dumps(described)
+    total = hashlib.sha256(text.encode())
+    # Take every n-th tensor of the sorted names, at most SAMPLED_TENSORS.
+    sampled = entries[:: 1 + len(entries) // SAMPLED_TENSORS]
     with ExitStack() as stack:
         files = {}
         for path in {entry.file for entry in entries}:
             files[path] = stack.enter_context(path.open("rb", buffering=0))
-        # Evenly spread over the names, so that at most SAMPLED_TENSORS are read.
-        for entry in entries[:: 1 + len(entries) // SAMPLED_TENSORS]:
+        for entry in sampled:
             file = files[entry.file]
             size = min(SAMPLE_BYTES, entry.size)
             for place in places:
-                # The last place is the last SAMPLE_BYTES, not past the end.
-                file.seek(entry.start + int((entry.size - size) * place))
+                # For place 1, read the last SAMPLE_BYTES of the tensor.
+                offset = int((entry.size - size) * place)
+                file.seek(entry.start + offset)
                 total.update(file.read(size))
     return total.hexdigest()
 
 
 def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
-    """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds
-    instead.
+    """Build the error for a folder without model.safetensors.
+
+    The message says which other weight files were found.
+
+    Args:
+        repo: whether `name` is a repository on the Hub, not a folder.
     """
     gguf = sorted(file for file in names if file.endswith(".gguf"))
     what = "there are no weights"
-    why = "neither model.safetensors nor its index"
+    why = f"there is neither {SINGLE} nor {INDEX}"
     fix = "use another model"
     if ADAPTER_CONFIG in names:
         what = "this is a PEFT adapter, not a model"
@@ -305,16 +328,16 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     return ModelError(what, where=where, why=why, fix=fix)
 
 
-def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: int = 0) -> None:
-    """Fill `memory` (writable bytes) with the entry's bytes from `offset` on.
+def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: int) -> None:
+    """Fill `memory` (writable bytes) with bytes of the entry, starting at `offset`.
 
-    ModelError where that fails.
+    Raise ModelError if the file cannot be read or is too short.
     """
     try:
         file.seek(entry.start + offset)
         count = file.readinto(memory)
     except OSError as error:
         raise unreadable_file(entry.file, error) from error
-    # A file that was cut off after its header was read.
+    # The file was truncated after its header was read.
     if count < len(memory):
         raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")

@@ -1,9 +1,9 @@
-"""A comparison of modules of Transformers: by their code, not by a list of names.
+"""Comparison of Transformers' modules by their code instead of their names.
 
-Families copy each other's modules: in the decoders of Transformers 5.23 LlamaMLP occurs under 77
-names, and LlamaRMSNorm under 78. What is copied compiles to the same bytecode, so that a module
-with a faster forward serves its copies too, in releases to come as well; a copy that changes is
-none any more.
+Model families copy each other's modules. In the decoders of Transformers 5.23, LlamaMLP occurs
+under 77 names and LlamaRMSNorm under 78. Copies compile to the same bytecode, so that a faster
+forward for one module can also replace its copies, including those of future releases. If a copy
+changes, it is no longer recognized.
 """
 
 import inspect
@@ -17,45 +17,59 @@ STARS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 def forward_code(module_class: type[nn.Module]) -> Hashable | None:
-    """Read what the class's `forward` does, names of functions, classes and local variables apart.
+    """Return a value that is equal for two classes whose `forward` runs the same code.
 
-    Two classes run the same code where these are equal: the bytecode of `forward`, the names of its
-    arguments and of the attributes that it reads, and the same of every function and method it
-    calls by name. What `__init__` puts into the attributes is left to the module.
+    The value contains the bytecode of `forward`, the names of its arguments and of the attributes
+    that it reads, and the same for every function and method that it calls by name. Names of
+    functions, classes and local variables are not part of it, and neither are the values that
+    `__init__` assigns. A decorator with `__wrapped__` is represented by its bytecode and its
+    strings and numbers. (Transformers 5.24 uses such a decorator to accept an old argument name for
+    the cache.)
 
-    A decorator that names what it wraps (Transformers 5.24 lets attentions take the cache by its
-    old name) counts by its own bytecode and the texts and numbers that it was given.
-
-    None where that cannot be read: another decorator, or a forward not written in Python.
+    Return None if the code cannot be compared, because it has another decorator or because
+    `forward` is not written in Python.
     """
     forward = module_class.forward
     decorators: list[Hashable] = []
     while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
-        arguments = [cell.cell_contents for cell in forward.__closure__ or ()]
-        if any(isinstance(v, FunctionType) and v is not forward.__wrapped__ for v in arguments):
-            return None  # what it calls beside the forward would have to be read too
-        settings = [value for value in arguments if isinstance(value, str | int | None)]
+        wrapped = forward.__wrapped__
+        settings = []
+        for cell in forward.__closure__ or ():
+            value = cell.cell_contents
+            if isinstance(value, str | int | None):
+                settings.append(value)
+            elif isinstance(value, FunctionType) and value is not wrapped:
+                return None  # the decorator calls other functions
         decorators.append((forward.__code__.co_code, repr(settings)))
-        forward = forward.__wrapped__
+        forward = wrapped
     if not _is_plain(forward):
         return None
     return (*decorators, _function_code(forward, module_class, callers=()))
 
 
 def _is_plain(value: object) -> TypeGuard[FunctionType]:
-    """Tell whether this is a function whose bytecode says all: what a closure holds may differ."""
+    """Return whether the value is a function without a closure.
+
+    A closure's variables could differ between two functions with the same code.
+    """
     return isinstance(value, FunctionType) and value.__closure__ is None
 
 
 def _function_code(
     function: FunctionType, owner: type[nn.Module], callers: tuple[FunctionType, ...]
 ) -> Hashable:
-    """`owner` is the class whose methods are meant; `callers` are read already."""
+    """Return the comparable code of a function.
+
+    Args:
+        owner: the class in which method names are looked up.
+        callers: functions that are already being read, to stop at recursion.
+    """
     code = function.__code__
     callers = (*callers, function)
     references = []
     for name in code.co_names:
-        # A name may be both: `self.scaling` and a function `scaling`.
+        # One name may refer to two things: the attribute `self.scaling` and a global function
+        # `scaling`.
         reference: list[Hashable] = []
         if name in function.__globals__:
             reference.append(_value_code(function.__globals__[name], owner, callers))
@@ -63,10 +77,14 @@ def _function_code(
         if method is not None and not hasattr(nn.Module, name):
             reference.append(_value_code(method, owner, callers))
         references.append(tuple(reference) or name)
-    # Places count, as the bytecode refers to them; 1, 1.0 and True are equal, their texts are not.
+    # Keep the order, because the bytecode refers to constants by index. Compare the `repr`, because
+    # 1, 1.0 and True are equal in Python.
     constants = []
     for constant in code.co_consts:
-        constants.append("" if constant == function.__doc__ else repr(constant))
+        if constant == function.__doc__:
+            constants.append("")
+        else:
+            constants.append(repr(constant))
     count = code.co_argcount + code.co_kwonlyargcount
     return (
         code.co_code,
@@ -81,7 +99,10 @@ def _function_code(
 def _value_code(
     value: object, owner: type[nn.Module], callers: tuple[FunctionType, ...]
 ) -> Hashable:
-    """The code of a function; anything else (a library, a table of functions) is itself alone."""
+    """Return the comparable code of `value` if it is a function.
+
+    Any other value (a library, a table) is compared by identity.
+    """
     if any(value is caller for caller in callers):
         return "caller"
     if _is_plain(value):

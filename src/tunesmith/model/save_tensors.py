@@ -1,8 +1,8 @@
-"""Write safetensors files piece by piece.
+"""Writing of safetensors files with little host memory.
 
-safetensors' own `save_file` copies every tensor of a file to the host before it writes the first
-one: 36 GiB for the fp32 masters and moments of a 3B model. Here the host holds one piece of one
-tensor at a time.
+The safetensors function `save_file` copies all tensors of a file to the host before it writes the
+first one: 36 GiB for the fp32 master weights and moments of a 3B model. This module copies only a
+piece of one tensor at a time.
 """
 
 import json
@@ -24,22 +24,25 @@ from tunesmith.model.safetensors_files import INDEX, Entry, read_into
 from tunesmith.model.weights import STORED
 
 SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
-# Written alone: read as it stands it would lack its scales.
+# This dtype is supported only for writing. fp8 values cannot be read as a plain weight, because
+# they need scales.
 SAFETENSORS_DTYPE_NAMES[torch.float8_e4m3fn] = "F8_E4M3"
-MAX_PIECE_BYTES = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
-MAX_GATHERED_BYTES = 16 << 20  # bytes of one collective, which may take as much again
+MAX_PIECE_BYTES = 64 << 20  # bytes of a piece on the host; larger pieces are not written faster
+MAX_GATHERED_BYTES = 16 << 20  # bytes per collective, which may allocate as much again
 MAX_FILE_SIZE = "5GB"
-# The values of some rows of a tensor on meta, in bands from first to last.
+# Function that returns the values of the given rows of a meta tensor, as bands (consecutive rows)
+# in ascending order.
 Read = Callable[[Tensor, slice], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A part of a tensor that is written as a tensor of its own: an expert of a stack.
+    """A part of a tensor that is written as a separate tensor, for example one expert of a stack.
 
     Attributes:
-        region: a slice of each dimension, with both ends.
-        stacked: the first dimension, of which `region` has one index, is not written.
+        region: one slice with start and stop for each dimension.
+        stacked: whether to remove the first dimension. `region` then has only one index of that
+            dimension.
     """
 
     tensor: Tensor
@@ -49,12 +52,14 @@ class TensorPart:
     @property
     def shape(self) -> tuple[int, ...]:
         sizes = tuple(span.stop - span.start for span in self.region)
-        return sizes[1:] if self.stacked else sizes
+        if self.stacked:
+            return sizes[1:]
+        return sizes
 
 
 @dataclass(frozen=True)
 class JoinedRows:
-    """Tensors of one dtype whose rows are written as one tensor, one after the other."""
+    """Tensors of one dtype whose rows are concatenated and written as one tensor."""
 
     tensors: tuple[Tensor, ...]
 
@@ -63,7 +68,7 @@ class JoinedRows:
         return (sum(len(tensor) for tensor in self.tensors), *self.tensors[0].shape[1:])
 
 
-# What is written as a tensor; an `Entry` is copied from its file, byte for byte.
+# A source of a written tensor. The bytes of an `Entry` are copied from its file.
 Source = Tensor | TensorPart | JoinedRows | Entry
 
 
@@ -75,33 +80,35 @@ def save_tensors(
     read: Read | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Write tensors of any device and strides: the bytes that `safetensors.torch.save_file` writes.
+    """Write tensors of any device and strides, in the format of `safetensors.torch.save_file`.
 
-    The host holds at most MAX_PIECE_BYTES of another device's tensor; one that is not contiguous is
-    copied on its device. DTensors are gathered some rows at a time, in which all ranks take part.
+    The host holds at most MAX_PIECE_BYTES of a tensor of another device. A non-contiguous tensor is
+    copied on its device first. DTensors are gathered in slices of rows by collective calls, in
+    which all ranks must participate.
 
     Args:
-        path: of rank 0; None on the others.
-        tensors: by their names; parts of tensors, and tensors of other files, among them.
-        dtype: to write DTensors in, None for their own; other tensors keep theirs.
-        read: the tensors are on meta, and it returns the values of each when its turn comes, band
-            by band.
-        shapes: what the file says of tensors in place of their own, with as many elements.
+        path: the file on rank 0, None on other ranks.
+        tensors: the sources by name.
+        dtype: dtype in which DTensors are written; None: the dtype that they have. Other tensors
+            keep their dtype.
+        read: given if the tensors are on meta. It returns the values of a tensor as bands of rows.
+        shapes: other shapes to write in the header, with the same number of elements.
     """
     shapes = shapes or {}
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
-    # As safetensors sorts: the widest dtype first, so that no tensor is unaligned.
+    # Sort like safetensors: the largest dtypes first, so that all tensors are aligned.
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)
     end = 0
     for name in names:
+        form = written[name]
         start = end
-        end = start + written[name].size
+        end += form.size
         header[name] = {
-            "dtype": written[name].dtype,
-            "shape": list(shapes.get(name, written[name].shape)),
+            "dtype": form.dtype,
+            "shape": list(shapes.get(name, form.shape)),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -122,15 +129,13 @@ def save_tensors(
 
 
 def written_bytes(tensors: Iterable[Source]) -> int:
-    """Bytes that `save_tensors` writes of tensors on meta."""
+    """Return the number of bytes that `save_tensors` writes for meta tensors."""
     return sum(_written_form(source, None).size for source in tensors)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The stored form of a tensor: its dtype as safetensors names it, its shape, and the bytes of
-    an element and of all.
-    """
+    """Properties of a written tensor. `dtype` is the name in safetensors. `size` is in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -143,83 +148,95 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
         itemsize = source.size // max(1, math.prod(source.shape))
         return _Form(source.dtype, source.shape, itemsize, source.size)
     written_dtype = _written_dtype(source, dtype)
+    name = SAFETENSORS_DTYPE_NAMES[written_dtype]
     shape = tuple(source.shape)
     itemsize = written_dtype.itemsize
-    return _Form(
-        SAFETENSORS_DTYPE_NAMES[written_dtype], shape, itemsize, math.prod(shape) * itemsize
-    )
+    return _Form(name, shape, itemsize, math.prod(shape) * itemsize)
 
 
 def _parts(
     source: Tensor | TensorPart | JoinedRows, dtype: torch.dtype, read: Read | None
 ) -> Iterator[Tensor]:
-    """Yield what is written of a tensor; where it is gathered or read, some rows at a time."""
+    """Yield the values to write.
+
+    DTensors, and tensors that `read` returns, are yielded in slices of rows.
+    """
     if isinstance(source, JoinedRows):
-        for rows_of_it in source.tensors:
-            yield from _parts(rows_of_it, dtype, read)
+        for tensor in source.tensors:
+            yield from _parts(tensor, dtype, read)
         return
-    tensor = source.tensor if isinstance(source, TensorPart) else source
-    region = source.region if isinstance(source, TensorPart) else ()
-    # A 0-d tensor is one row here.
-    rows = region[0] if region else slice(0, len(tensor) if tensor.ndim else 1)
+    if isinstance(source, TensorPart):
+        tensor = source.tensor
+        rows, *columns = source.region
+    else:
+        tensor = source
+        # Treat a 0-d tensor as one row.
+        rows = slice(0, len(tensor) if tensor.ndim else 1)
+        columns = []
     bands: Iterable[Tensor]
     if read:
         bands = read(tensor, rows)
     elif isinstance(tensor, DTensor):
         bands = _gathered_rows(tensor, dtype, rows)
+    elif isinstance(source, TensorPart):
+        bands = [tensor.detach()[rows]]
     else:
-        yield tensor.detach()[region] if region else tensor.detach()
-        return
-    # The band has the region's rows; its other dimensions are cut now.
+        bands = [tensor.detach()]
+    # The bands contain entire rows. Select the region's other dimensions.
     for band in bands:
-        yield band[(slice(None), *region[1:])] if region else band
+        yield band[(slice(None), *columns)] if columns else band
 
 
 def _file_pieces(entry: Entry) -> Iterator[memoryview]:
-    """The bytes of a stored tensor."""
+    """Yield the bytes of a stored tensor."""
     with open_uncached(entry.file) as file:
         for offset in range(0, entry.size, MAX_PIECE_BYTES):
-            piece = memoryview(bytearray(min(MAX_PIECE_BYTES, entry.size - offset)))
+            size = min(MAX_PIECE_BYTES, entry.size - offset)
+            piece = memoryview(bytearray(size))
             read_into(file, entry, piece, offset)
             yield piece
         drop_pages(file.fileno(), entry.start, entry.size)
 
 
 def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator[Tensor]:
-    """The rows `span` of a tensor in `dtype`, up to MAX_GATHERED_BYTES at a time; on ranks but 0 no
-    values.
+    """Yield the rows `span` of a DTensor in `dtype`, at most MAX_GATHERED_BYTES at a time.
 
-    Each piece holds until the next. Not `full_tensor`: with gloo its peak was twice the tensor, on
-    every rank. Of the ranks that hold a row one gives it and the others zeros; they are summed as
-    bytes, so that no value changes.
+    Only rank 0 gets valid values. Each yielded tensor is overwritten by the next. `full_tensor` is
+    not used, because with gloo its peak memory was twice the tensor on every rank. For each row,
+    only the first rank that has it contributes its bytes, and all other ranks contribute zeros. The
+    bytes are summed, so that no value changes.
     """
     local = tensor.to_local().detach()
     local_rows, *columns = local_slices(tensor)
     row_shape = tensor.shape[1:]
     row_count = span.stop - span.start
-    # Of all ranks, or for an adapter this rank's tensor group: the others do as this one.
+    # A mesh with one dimension is the tensor-parallel group of an adapter: gather within this
+    # group. Otherwise gather over all ranks.
     mesh = tensor.device_mesh
-    group = mesh.get_group() if mesh.ndim == 1 else None
+    group = None
+    if mesh.ndim == 1:
+        group = mesh.get_group()
     first_rank = int(mesh.mesh.min())
-    rows_per_piece = max(1, MAX_GATHERED_BYTES // (math.prod(row_shape) * dtype.itemsize))
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    rows_per_piece = max(1, MAX_GATHERED_BYTES // row_bytes)
     gives = _is_first_replica(tensor)
-    buffer = torch.empty(
-        min(rows_per_piece, row_count), *row_shape, dtype=dtype, device=local.device
-    )
+    shape = (min(rows_per_piece, row_count), *row_shape)
+    buffer = torch.empty(shape, dtype=dtype, device=local.device)
     for begin in range(span.start, span.stop, rows_per_piece):
-        # The last piece is shorter; zeros are what this rank does not have or does not give.
+        # The last piece can be shorter. Rows that this rank does not contribute stay zero.
         rows = buffer[: span.stop - begin].zero_()
         start = max(begin, local_rows.start)
         stop = min(begin + len(rows), local_rows.stop)
         if gives and start < stop:
             part = local[start - local_rows.start : stop - local_rows.start]
-            rows[(slice(start - begin, stop - begin), *columns)] = part
+            place = slice(start - begin, stop - begin)
+            rows[(place, *columns)] = part
         dist.reduce(rows.view(torch.uint8), dst=first_rank, group=group)
         yield rows
 
 
 def _is_first_replica(tensor: DTensor) -> bool:
-    """Tell whether this rank is the first of those that hold its part of a tensor."""
+    """Return whether this rank is the first one that has this shard of the tensor."""
     coordinate = tensor.device_mesh.get_coordinate() or ()
     for index, placement in zip(coordinate, tensor.placements, strict=True):
         if index > 0 and placement.is_replicate():
@@ -229,15 +246,15 @@ def _is_first_replica(tensor: DTensor) -> bool:
 
 @torch.no_grad()
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The DTensors among them, one after the other: whole on rank 0's host, no values on others.
+    """Return the DTensors of `tensors`, gathered one after the other on the CPU of rank 0.
 
-    It is a collective call.
+    Other ranks get meta tensors. This is a collective call.
     """
     place = "cpu"
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            # On other ranks the pieces hold zeros or parts of sums: shapes are all that is needed.
+            # Other ranks need only the shapes, because their pieces contain no valid values.
             if dist.get_rank():
                 place = "meta"
             pieces = _gathered_rows(tensor, tensor.dtype, slice(0, len(tensor)))
@@ -250,14 +267,15 @@ def _written_dtype(
 ) -> torch.dtype:
     if isinstance(source, JoinedRows):
         source = source.tensors[0]
-    tensor = source.tensor if isinstance(source, TensorPart) else source
-    if dtype and isinstance(tensor, DTensor):
+    if isinstance(source, TensorPart):
+        source = source.tensor
+    if dtype and isinstance(source, DTensor):
         return dtype
-    return tensor.dtype
+    return source.dtype
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a tensor in `dtype`, in its order of elements."""
+    """Yield the bytes of a tensor in `dtype`, in row-major order."""
     for piece in tensor.contiguous().view(-1).split(MAX_PIECE_BYTES // tensor.itemsize):
         yield piece.to(dtype).view(torch.uint8).cpu().numpy().data
 
@@ -268,21 +286,24 @@ def save_sharded(
     dtype: torch.dtype | None = None,
     read: Read | None = None,
 ) -> None:
-    """Write a model's tensors by their names.
+    """Write a model's tensors to model.safetensors, or to several files with an index.
 
-    They go to model.safetensors, or files of up to MAX_FILE_SIZE and their index. `folder`, `dtype`
-    and `read` as `path`, `dtype` and `read` of `save_tensors`.
+    The files have at most MAX_FILE_SIZE. `save_tensors` describes the other arguments.
     """
     shapes = {}
-    # Bytes only: DTensors and other files' tensors count as what is written of them.
+    # Replace each source by a meta tensor with the same number of bytes, because the function that
+    # splits the tensors over files does not support all types of sources.
     for name, source in tensors.items():
         size = _written_form(source, dtype).size
         shapes[name] = torch.empty(size, dtype=torch.uint8, device="meta")
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
-        path = folder / file if folder else None
+        path = None
+        if folder:
+            path = folder / file
         file_tensors = {name: tensors[name] for name in names}
         save_tensors(path, file_tensors, {"format": "pt"}, dtype, read)
     if split.is_sharded and folder:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        text = json.dumps(index, indent=2)
+        (folder / INDEX).write_text(text, encoding="utf-8")

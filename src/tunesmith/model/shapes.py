@@ -1,12 +1,10 @@
-"""The true shapes of a few open models, in shapes.json: what their config.json says of size and
-arithmetic.
+"""The shapes of some open models. shapes.json contains their config.json without token ids.
 
-Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no
-sliding window. If Transformers has a class of the text model, a checkpoint with images is the text
-model's part here. Where no copy of the file
-itself was at hand, the values are those that libraries give for the model; the recipes name them,
-and the parameters they make are the published ones. The models of all recipes that ship are among
-them, so that a run of one is planned without the Hub.
+Token ids depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window. For a
+vision-language model, the entry has only the text model if Transformers has a class for it.
+If the config.json was not available, the values are those that other libraries use for the model,
+checked against the published number of parameters. The table contains the models of all shipped
+recipes, so that these can be planned without access to the Hub.
 """
 
 import json
@@ -20,13 +18,14 @@ from tunesmith.errors import UsageError
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's shape.
+    """Values of the config.json of one model, and the repositories that have these values.
 
     Attributes:
-        source: the repository of its config.json.
-        config: the values of that file.
-        models: repositories of this shape, each with what its config.json says beyond `config`.
-        vision: of the vision part that is there too, by their names in `ModelSpec`.
+        source: the repository with its config.json.
+        config: the values of its config.json.
+        models: repositories with this shape. Each has the values in which its config.json differs
+            from `config`.
+        vision: sizes of the vision part, by their names in `ModelSpec`.
     """
 
     source: str
@@ -40,18 +39,21 @@ SHAPES: dict[str, Shape] = {name: Shape(**values) for name, values in _SHAPE_TAB
 
 
 def find_shape(name: str) -> Shape:
-    """A shape by its name; UsageError with the nearest one if there is none of that name."""
+    """Return the shape of this name.
+
+    If the name is unknown, raise UsageError with the most similar name.
+    """
     if name in SHAPES:
         return SHAPES[name]
-    fix = f"one of {', '.join(SHAPES)}"
+    fix = f"use one of {', '.join(SHAPES)}"
     near = nearest(name, SHAPES)
     if near:
         fix = f"did you mean --shape {near}?"
-    raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
+    raise UsageError(f"there is no model shape {name!r}", where="--shape", fix=fix)
 
 
 def vision_of_model(repo: str) -> Mapping[str, int]:
-    """Return the sizes of the vision part of a repository's model; none where they are not here."""
+    """Return the sizes of the vision part of a repository's model, or {} if they are unknown."""
     for shape in SHAPES.values():
         if repo in shape.models:
             return shape.vision
@@ -59,9 +61,9 @@ def vision_of_model(repo: str) -> Mapping[str, int]:
 
 
 def config_of_model(repo: str) -> dict[str, object] | None:
-    """Return what the config.json of a repository of the Hub says of size and arithmetic.
+    """Return the sizes and arithmetic settings in the config.json of a repository on the Hub.
 
-    None where its shape is not here.
+    Return None if its shape is not in the table.
     """
     for shape in SHAPES.values():
         if repo in shape.models:

@@ -1,7 +1,7 @@
-"""Weights that a checkpoint ships in 8 or 4 bits: what config.json says of them.
+"""Detection of a checkpoint's 8-bit or 4-bit storage format from its config.json.
 
-fp8, nvfp4 and mxfp4 are read; `shipped_entries.py` has which stored tensors make one weight. No
-torch is imported here.
+fp8, nvfp4 and mxfp4 are supported. `shipped_entries.py` joins the stored tensors of each weight.
+This module does not import torch.
 """
 
 import fnmatch
@@ -26,19 +26,19 @@ from tunesmith.model.safetensors_files import Config, read_model_config
 if TYPE_CHECKING:
     from tunesmith.model.spec import ModelSpec
 
-FETCH_CONFIG = "take config.json from the model's page again: tunesmith fetch MODEL"
-UNQUANTIZED = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
-# Transformers' own default of `weight_block_size`.
+FETCH_CONFIG = "fetch config.json again: tunesmith fetch MODEL"
+UNQUANTIZED = "use the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
+# Transformers' default of `weight_block_size`.
 DEFAULT_FP8_BLOCK = (128, 128)
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
-KEEPABLE = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
-# What `format` of compressed-tensors says of weights in fp8, with inputs in 8 bits and without.
+KEEPABLE = ("fp8", "mxfp4", "nvfp4")  # storage formats that a frozen base can keep
+# Values of compressed-tensors' key `format` for fp8 weights: with and without 8-bit activations.
 COMPRESSED_FP8 = ("float-quantized", "naive-quantized")
 COMPRESSED_NVFP4 = "nvfp4-pack-quantized"
-# What `quant_algo` of ModelOpt says of weights in nvfp4, with inputs in 4 bits and without.
+# Values of ModelOpt's key `quant_algo` for nvfp4 weights: with and without 4-bit activations.
 MODELOPT_NVFP4 = ("NVFP4", "W4A16_NVFP4")
 MODELOPT_FP8 = "FP8"
-# What both have for the weights of a group.
+# Expected values of a group's `weights` section, in compressed-tensors and in ModelOpt.
 FP8_WEIGHTS = {"num_bits": 8, "type": "float"}
 NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 
@@ -47,9 +47,11 @@ NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 
 
 def stated_quantization(config: Config, where: str) -> Config:
-    """Read how the weights are quantized; empty where they are not. ModelError for no mapping.
+    """Return the quantization_config, or an empty mapping if there is none.
 
-    A vision-language model says it of the whole, or of its text model.
+    Raise ModelError if the value is not a mapping.
+
+    A vision-language model can have the key at the top level or in its text_config.
     """
     text = config.get("text_config")
     stored = config.get("quantization_config")
@@ -66,9 +68,9 @@ def stated_quantization(config: Config, where: str) -> Config:
 
 
 def stored_quantization(config: Config, where: str) -> str | None:
-    """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEEPABLE; None: plain.
+    """Return the storage format of the weights: "bnb-nf4", one of KEEPABLE, or None if unquantized.
 
-    ModelError for every other kind.
+    Raise ModelError for any other format.
     """
     stored = stated_quantization(config, where)
     if not stored:
@@ -77,7 +79,7 @@ def stored_quantization(config: Config, where: str) -> str | None:
     if form is not None:
         return form.method
     method = str(stored.get("quant_method", ""))
-    # These two have many formats.
+    # These two methods have many formats, so the error message also names the format.
     if method in ("compressed-tensors", "modelopt"):
         method = f"{method} {stored.get('format') or stored.get('quant_algo')}"
     if method in ("bitsandbytes", "bitsandbytes_4bit", "") and stored.get("load_in_4bit"):
@@ -89,16 +91,20 @@ def stored_quantization(config: Config, where: str) -> str | None:
     raise ModelError(
         f"the weights are quantized with {method or 'an unnamed method'}",
         where=where,
-        why="plain weights, bitsandbytes nf4, fp8, mxfp4 and nvfp4 are read; other formats are for "
-        "serving, not for training",
+        why="plain weights, bitsandbytes nf4, fp8, mxfp4 and nvfp4 are supported; other formats "
+        "are for serving, not for training",
         fix="use the unquantized model and set model.quantize: nf4",
     )
 
 
 def shipped_form(config: Config, where: str) -> ShippedForm | None:
-    """The form that a parsed config.json, called `where`, says its weights have; None: another.
+    """Return the stored form of the weights in fp8, nvfp4 or mxfp4 from a parsed config.json.
 
-    ModelError where it says so in a way that is not read.
+    Return None for unquantized weights and for other methods. Raise ModelError if the method is
+    known, but its settings are not supported.
+
+    Args:
+        where: the name of the config in error messages.
     """
     stored = stated_quantization(config, where)
     reader = FORM_READERS.get(str(stored.get("quant_method")))
@@ -109,45 +115,46 @@ def shipped_form(config: Config, where: str) -> ShippedForm | None:
 
 
 def _transformers_form(stored: Config) -> ShippedForm:
-    """FP8 and MXFP4, as Transformers writes them; FP8 also as AutoFP8 does."""
-    for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
-        _check_value(stored, key, (plain,))
+    """Read fp8 and mxfp4 as written by Transformers, and fp8 as written by AutoFP8."""
+    _check_value(stored, "modules_to_convert", ())
+    _check_value(stored, "expert_dtype", ("fp8",))
     skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers")))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
-    # AutoFP8 calls its method the same, and has other names: one scale a matrix.
+    # AutoFP8 uses the same method name as Transformers, but other keys. It stores one scale per
+    # matrix.
     if not {"weight_block_size", "modules_to_not_convert"} & stored.keys():
-        return ShippedForm(
-            "fp8",
-            not_converted=skipped,
-            scale_suffix=WEIGHT_SCALE,
-        )
+        return ShippedForm("fp8", not_converted=skipped, scale_suffix=WEIGHT_SCALE)
     block = stored.get("weight_block_size", DEFAULT_FP8_BLOCK)
-    return ShippedForm(
-        "fp8",
-        None if block is None else _block_size(block, "weight_block_size"),
-        skipped,
-    )
+    if block is None:
+        return ShippedForm("fp8", None, skipped)
+    return ShippedForm("fp8", _block_size(block, "weight_block_size"), skipped)
 
 
 def _compressed_tensors_form(stored: Config) -> ShippedForm | None:
-    """FP8 and NVFP4 as compressed-tensors writes them: llm-compressor, and `export --quant`."""
+    """Read fp8 and nvfp4 as written by compressed-tensors (llm-compressor, `export --quant`)."""
     stated = stored.get("format")
-    if stated not in (*COMPRESSED_FP8, COMPRESSED_NVFP4):
-        return None
     is_fp8 = stated in COMPRESSED_FP8
-    # Weights that were rotated, or have holes.
+    if is_fp8:
+        group = _only_group(stored, FP8_WEIGHTS)
+        _check_value(group, "format", COMPRESSED_FP8)
+    elif stated == COMPRESSED_NVFP4:
+        group = _only_group(stored, NVFP4_WEIGHTS)
+        _check_value(group, "format", (COMPRESSED_NVFP4,))
+    else:
+        return None
+    # These keys describe rotated or sparse weights, which are not supported.
     _check_value(stored, "transform_config", ())
     sparsity = stored.get("sparsity_config")
     if not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense":
         _check_value(stored, "sparsity_config", ())
-    group = _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS)
-    _check_value(group, "format", COMPRESSED_FP8 if is_fp8 else (COMPRESSED_NVFP4,))
     weights = group["weights"]
     _check_value(weights, "symmetric", (True,))
     targets = _names(group, ("targets",))
-    # All linear layers, by their class.
-    converted = _expressions([] if "Linear" in targets else targets)
+    # The class name "Linear" means all linear layers. An empty list has the same meaning below.
+    if "Linear" in targets:
+        targets = []
+    converted = _expressions(targets)
     skipped = _expressions(_names(stored, ("ignore",)))
     if is_fp8:
         return ShippedForm(
@@ -168,35 +175,42 @@ def _compressed_tensors_form(stored: Config) -> ShippedForm | None:
 
 
 def _strategy_block(weights: Config) -> tuple[int, int] | None:
-    """`ShippedForm.block` by the strategy of compressed-tensors."""
+    """Convert compressed-tensors' quantization strategy to `ShippedForm.block`."""
     _check_value(weights, "dynamic", (False,))
     _check_value(weights, "strategy", ("tensor", "channel", "block"))
     strategy = weights.get("strategy")
     if strategy == "block":
         return _block_size(weights.get("block_structure"), "block_structure")
-    return ROW if strategy == "channel" else None
+    if strategy == "channel":
+        return ROW
+    return None
 
 
 def _modelopt_form(stored: Config) -> ShippedForm | None:
-    """FP8 with a scale a matrix, and NVFP4, as NVIDIA's ModelOpt writes them. Its names of modules
-    have wildcards.
+    """Read fp8 (one scale per matrix) and nvfp4 as written by NVIDIA's ModelOpt.
+
+    ModelOpt's names of excluded modules can contain wildcards.
     """
     algorithm = stored.get("quant_algo")
-    if algorithm not in (MODELOPT_FP8, *MODELOPT_NVFP4):
-        return None
     is_fp8 = algorithm == MODELOPT_FP8
+    if is_fp8:
+        expected = FP8_WEIGHTS
+        _check_value(stored, "group_size", ())
+    elif algorithm in MODELOPT_NVFP4:
+        expected = NVFP4_WEIGHTS
+        _check_value(stored, "group_size", (NVFP4_GROUP,))
+    else:
+        return None
     if "config_groups" in stored:
-        _only_group(stored, FP8_WEIGHTS if is_fp8 else NVFP4_WEIGHTS)
-    _check_value(stored, "group_size", () if is_fp8 else (NVFP4_GROUP,))
+        _only_group(stored, expected)
     _check_value(stored, "pre_quant_scale", (False,))
     names = _names(stored, ("ignore", "exclude_modules"))
-    return ShippedForm(
-        "fp8" if is_fp8 else "nvfp4",
-        not_converted=tuple(fnmatch.translate(name) for name in names),
-        has_expressions=True,
-        scale_suffix=WEIGHT_SCALE,
-        names=None if is_fp8 else MODELOPT,
-    )
+    skipped = tuple(fnmatch.translate(name) for name in names)
+    if is_fp8:
+        return ShippedForm(
+            "fp8", not_converted=skipped, has_expressions=True, scale_suffix=WEIGHT_SCALE
+        )
+    return ShippedForm("nvfp4", not_converted=skipped, has_expressions=True, names=MODELOPT)
 
 
 FORM_READERS: dict[str, Callable[[Config], ShippedForm | None]] = {
@@ -208,7 +222,7 @@ FORM_READERS: dict[str, Callable[[Config], ShippedForm | None]] = {
 
 
 def _only_group(stored: Config, expected: Config) -> Mapping[str, Any]:
-    """The only one of `config_groups`, whose weights are as `expected`."""
+    """Return the only entry of `config_groups`, after checking its weights against `expected`."""
     groups = stored.get("config_groups")
     group = None
     if isinstance(groups, Mapping) and len(groups) == 1:
@@ -216,7 +230,7 @@ def _only_group(stored: Config, expected: Config) -> Mapping[str, Any]:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise ModelError(
             f"quantization_config.config_groups is {groups!r:.100}",
-            why="one group of weights in fp8 or nvfp4 is read",
+            why="only one group of weights, in fp8 or nvfp4, is supported",
             fix=UNQUANTIZED,
         )
     for key, value in expected.items():
@@ -225,23 +239,25 @@ def _only_group(stored: Config, expected: Config) -> Mapping[str, Any]:
 
 
 def _check_value(stored: Config, key: str, read: Sequence[object]) -> None:
-    """ModelError for a key that is there with another value than those that are read, and not
-    empty.
-    """
+    """Raise ModelError unless the value of the key is empty or one of the allowed values `read`."""
     value = stored.get(key)
     if value in (None, [], {}) or value in read:
         return
     raise ModelError(
         f"quantization_config: {key} is {value!r:.100}, which is not supported",
-        why="linear layers and experts in e4m3, or in e2m1 by groups of 16, are",
+        why="only linear layers and experts in fp8 (e4m3) or nvfp4 (groups of 16) are supported",
         fix=UNQUANTIZED,
     )
 
 
 def _names(stored: Config, keys: Sequence[str]) -> Sequence[str]:
-    """The list of names under the first of these keys that has one."""
-    key = next((key for key in keys if stored.get(key)), keys[0])
-    names = stored.get(key) or []
+    """Return the list of names from the first of these keys that is not empty."""
+    names: object = []
+    for key in keys:
+        names = stored.get(key)
+        if names:
+            break
+    names = names or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ModelError(
             f"quantization_config.{key} is {names!r:.100}: it must be a list of names",
@@ -251,7 +267,10 @@ def _names(stored: Config, keys: Sequence[str]) -> Sequence[str]:
 
 
 def _expressions(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of compressed-tensors as regular expressions, which some are after `re:`."""
+    """Convert compressed-tensors' names to regular expressions.
+
+    The prefix `re:` marks an expression.
+    """
     expressions = []
     for name in names:
         expression = name.removeprefix("re:")
@@ -261,7 +280,7 @@ def _expressions(names: Sequence[str]) -> tuple[str, ...]:
             re.compile(expression)
         except re.error as error:
             raise ModelError(
-                f"quantization_config has {name!r:.100}, which is no regular expression",
+                f"quantization_config has {name!r:.100}, which is not a valid regular expression",
                 why=str(error),
                 fix=FETCH_CONFIG,
             ) from error
@@ -270,10 +289,12 @@ def _expressions(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_quantize(quantize: str, config: Config, where: str) -> None:
-    """ModelError where `model.quantize` and what config.json says of the weights do not fit."""
+    """Raise ModelError if `model.quantize` does not fit the quantization in config.json."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":
-        why = "" if quantize == "auto" else f"the recipe has model.quantize: {quantize}"
+        why = ""
+        if quantize != "auto":
+            why = f"the recipe has model.quantize: {quantize}"
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=where,
@@ -283,31 +304,34 @@ def check_quantize(quantize: str, config: Config, where: str) -> None:
     if quantize == AS_SHIPPED and stored not in KEEPABLE:
         why = "its weights are not quantized"
         if stored:
-            why = f"its weights are in {stored}, and {', '.join(KEEPABLE)} can be kept"
+            why = f"its weights are in {stored}, but only {', '.join(KEEPABLE)} can be kept"
         raise ModelError(
-            "model.quantize is as-shipped, but this base is not stored in a supported "
-            "quantized format",
+            "model.quantize is as-shipped, but this base model is not stored in a "
+            "supported quantized format",
             where=where,
             why=why,
-            fix="model.quantize=none, or model.quantize=nf4 to save memory",
+            fix="set model.quantize=none, or model.quantize=nf4 to save memory",
         )
 
 
 def resolve_quantize(model: Model, spec: "ModelSpec") -> Model:
-    """The recipe's `model` section with the word that `quantize: auto` stands for."""
+    """Return the recipe's `model` section with `quantize: auto` replaced by the resolved value."""
     if model.quantize != "auto":
         return model
-    return replace(model, quantize=AS_SHIPPED if spec.quantized in KEEPABLE else "none")
+    if spec.quantized in KEEPABLE:
+        return replace(model, quantize=AS_SHIPPED)
+    return replace(model, quantize="none")
 
 
 def check_frozen(run: Run) -> None:
-    """RecipeError where a base that stays as it ships would be trained in full."""
+    """Raise RecipeError if full fine-tuning is combined with a base that is kept quantized."""
     if run.model.quantize == AS_SHIPPED and run.adapter.kind == "none":
         raise RecipeError(
             "adapter.kind is none, but the base is kept quantized (as-shipped)",
             where="model.quantize",
             why="full fine-tuning trains the base weights, but quantized weights are frozen",
-            fix=f"model.quantize=none, which trains the {run.model.dtype} weights made from it",
+            fix="set model.quantize=none, which dequantizes the base and trains its "
+            f"{run.model.dtype} weights",
         )
 
 
@@ -316,14 +340,14 @@ def _block_size(block: Any, key: str) -> tuple[int, int]:
     if not is_pair or any(type(size) is not int or size < 1 for size in block):
         raise ModelError(
             f"quantization_config: {key} is {block!r:.100}: it must be two whole numbers above 0",
-            why="rows and columns of a weight that share a scale",
+            why="they are the numbers of rows and columns of a weight that share a scale",
             fix=FETCH_CONFIG,
         )
     return block[0], block[1]
 
 
 def form_of_folder(folder: Path) -> ShippedForm | None:
-    """Read what the config.json of a folder says; None where there is none."""
+    """Return the stored form from a folder's config.json, or None if there is no such file."""
     file = folder / "config.json"
     if not file.is_file():
         return None

@@ -1,16 +1,17 @@
-"""The tensors of a checkpoint, those that make one weight as one entry.
+"""The tensors of a checkpoint. All tensors of one quantized weight become one entry.
 
-- fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them (compressed-tensors, ModelOpt and
-  AutoFP8: `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each
-  row, or one of all (Ministral 3). weight = codes * scale. A stack of experts (Mistral Small 4) is
-  [experts, rows, columns], and `_scale_inv` has the scales of each.
-- nvfp4: two 4-bit codes a byte [out, in / 2], an e4m3 scale for each 16 of a row, and one of all in
-  fp32; their names are those of the tool that wrote them (`Nvfp4Names`).
-- mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
-  exponent for each 32 of them.
+- fp8: e4m3 codes [out, in] and scales in `weight_scale_inv` (compressed-tensors, ModelOpt and
+  AutoFP8: `weight_scale`). There is a scale per block of weights (DeepSeek, Qwen: 128 x 128), per
+  row, or per matrix (Ministral 3). weight = codes * scale. A stack of experts (Mistral Small 4) is
+  [experts, rows, columns], and `_scale_inv` has the scales of each expert.
+- nvfp4: two 4-bit codes per byte [out, in / 2], an e4m3 scale per 16 weights of a row, and an fp32
+  scale of the entire weight. The names depend on the tool that wrote them (`Nvfp4Names`).
+- mxfp4 (gpt-oss): for a stack of experts, `_blocks` has two 4-bit codes per byte, and `_scales` has
+  an exponent per 32 codes.
 
-The values of an entry are dense, and so is its shape (see `formats/`). Experts in nvfp4 are stored
-one by one, those in mxfp4 as stacks, those in fp8 either way. No torch is imported here.
+An entry has the shape and the values of the dequantized weight (see `formats/`). Experts in nvfp4
+are stored separately, experts in mxfp4 as stacks, and experts in fp8 in either form. This module
+does not import torch.
 """
 
 import math
@@ -28,7 +29,7 @@ PACKED = "_blocks"
 EXPONENTS = "_scales"
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 GROUP_BYTES = MXFP4_GROUP // 2
-# Of inputs, outputs, keys and values: what is trained here is not rounded.
+# Scales of activations, keys and values. They are ignored, because activations are not quantized.
 ACTIVATION_SCALES = (
     ".activation_scale",
     "_activation_scale",
@@ -41,16 +42,16 @@ ACTIVATION_SCALES = (
 
 @dataclass(frozen=True)
 class CodedEntry:
-    """A weight that is stored as codes and scales; its place in the files is that of its codes.
+    """A weight that is stored as codes and scales. `file` and `start` are those of the codes.
 
     Attributes:
-        name, shape: those that it has where it is dense.
-        codes: the tensors that have something of each row, the codes first; of fp8 [out, in] or,
-            of a stack, its own shape, of nvfp4 [out, in / 2] and [out, in / 16], of a stack in
-            mxfp4 [experts, out, groups, 16] and [experts, out, groups].
-        scale: of the whole weight, but for mxfp4.
-        form: of the checkpoint.
-        dtype: of the values that are read.
+        name, shape: name and shape of the dequantized weight.
+        codes: the stored tensors with values for each row: first the codes, then the scales. fp8:
+            [out, in], or the shape of the stack. nvfp4: [out, in / 2] and [out, in / 16]. mxfp4:
+            [experts, out, groups, 16] and [experts, out, groups].
+        scale: the scale tensor of the entire weight, or None for mxfp4.
+        form: the stored form of the checkpoint.
+        dtype: dtype of the dequantized values.
     """
 
     name: str
@@ -73,29 +74,36 @@ StoredEntry = Entry | CodedEntry
 
 
 def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
-    """Read headers as `read_headers` does, with the tensors that make one weight as one entry.
+    """Read headers like `read_headers`, but join all tensors of one weight to one entry.
 
-    ModelError where a part of one is missing, or of another shape or type.
+    Raise ModelError if a tensor of a weight is missing or has a wrong shape or dtype.
     """
     headers = read_headers(folder)
     form = form_of_folder(folder)
     if form is None:
         return {file: [*entries] for file, entries in headers.items()}
-    by_name = {entry.name: entry for entries in headers.values() for entry in entries}
+    by_name = {}
+    for entries in headers.values():
+        for entry in entries:
+            by_name[entry.name] = entry
     joined: dict[Path, list[StoredEntry]] = {}
     for file, entries in headers.items():
-        weights = (_join(entry, by_name, form) for entry in entries)
-        joined[file] = [weight for weight in weights if weight is not None]
+        joined[file] = []
+        for entry in entries:
+            weight = _join(entry, by_name, form)
+            if weight is not None:
+                joined[file].append(weight)
     return joined
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The names and types of the tensors of a weight in codes.
+    """Names and dtypes of the tensors of a quantized weight.
 
     Attributes:
-        codes: the end of the name of the codes; dtype: of these.
-        scales: the ends of the names of the scales, and the types that they may have.
+        codes: the suffix of the codes' name.
+        dtype: the dtype of the codes.
+        scales: the suffix of each scale's name, with its allowed dtypes.
     """
 
     codes: str
@@ -104,22 +112,26 @@ class _Layout:
 
     @classmethod
     def of(cls, form: ShippedForm, name: str) -> "_Layout":
-        """Return the layout of the weight that a tensor of this name is, or is a part of."""
+        """Return the layout of the weight to which the tensor of this name belongs."""
         if form.method == "fp8":
-            codes, scales = CODES, form.scale_suffix
+            codes = CODES
+            scales = form.scale_suffix
             if not name.endswith((codes, scales)):
-                # A stack of experts is a parameter by its own name, not a module's `weight`.
-                codes, scales = "", scales.removeprefix(CODES)
+                # A stack of experts is a parameter itself, so its name does not end in ".weight".
+                codes = ""
+                scales = scales.removeprefix(CODES)
             return cls(codes, "F8_E4M3", {scales: SCALE_TYPES})
-        if form.names is not None:
-            names = form.names
+        names = form.names
+        if names is not None:
             return cls(names.codes, "U8", {names.scales: ("F8_E4M3",), names.scale: ("F32",)})
         return cls(PACKED, "U8", {EXPONENTS: ("U8",)})
 
 
 def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> StoredEntry | None:
-    """The weight that a tensor of the checkpoint is, alone or with its scales; None: it is the part
-    of another, or not used.
+    """Return one entry for the codes of a weight and their scales.
+
+    Return an unquantized tensor unchanged. Return None for a scale, which is joined to its codes,
+    and for a tensor that is not used.
     """
     name = entry.name
     layout = _Layout.of(form, name)
@@ -127,79 +139,96 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
         return None
     for suffix in layout.scales:
         if name.endswith(suffix):
-            _check_codes(entry, by_name.get(name.removesuffix(suffix) + layout.codes), layout)
+            codes = by_name.get(name.removesuffix(suffix) + layout.codes)
+            _check_codes(entry, codes, layout)
             return None
-    # Of other floats in 8 bits none is a plain weight.
+    # A tensor with another kind of dtype, such as BF16, is an unquantized weight. Other 8-bit
+    # floats are rejected below.
     if not entry.dtype.startswith(layout.dtype[:2]):
         return entry
     if entry.dtype != layout.dtype or not name.endswith(layout.codes):
-        why = f"of {form.method} checkpoints {layout.dtype} is read, as NAME{layout.codes}"
-        raise _torn(entry, f"{name} is stored as {entry.dtype}", why)
+        why = f"{form.method} weights must be {layout.dtype} with the name NAME{layout.codes}"
+        raise _broken_entry(entry, f"{name} is stored as {entry.dtype}", why)
     stem = name.removesuffix(layout.codes)
     scales = [_scale_of(entry, by_name, layout, suffix) for suffix in layout.scales]
-    dense = f"{stem}{CODES}" if layout.codes.startswith(CODES) else stem
+    dense = stem
+    if layout.codes.startswith(CODES):
+        dense = f"{stem}{CODES}"
     if dense != name and dense in by_name:
-        raise _torn(by_name[dense], f"{dense} is stored both unquantized and in codes")
+        raise _broken_entry(by_name[dense], f"{dense} is stored both unquantized and in codes")
     shape, *scale_shapes = _shapes(entry, form)
     for scale, expected in zip(scales, scale_shapes, strict=True):
         is_one = math.prod(scale.shape) == math.prod(expected) == 1
         if scale.shape != expected and not is_one:
-            why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(expected)}"
-            raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
-    if form.method == "mxfp4":
-        return CodedEntry(dense, shape, (entry, *scales), None, form)
-    *of_rows, of_all = scales
-    return CodedEntry(dense, shape, (entry, *of_rows), of_all, form)
+            what = f"{scale.name} is {list(scale.shape)}"
+            why = (
+                f"{name} is {list(entry.shape)}, {form.describe()}: the expected shape is "
+                f"{list(expected)}"
+            )
+            raise _broken_entry(scale, what, why)
+    entire_scale = None
+    if form.method != "mxfp4":
+        entire_scale = scales.pop()
+    return CodedEntry(dense, shape, (entry, *scales), entire_scale, form)
 
 
 def _check_codes(scale: Entry, codes: Entry | None, layout: _Layout) -> None:
-    """ModelError unless there are codes for scales that are there."""
+    """Raise ModelError if a scale has no codes, or if the codes have a wrong dtype."""
     if codes is None:
-        raise _torn(scale, f"there is no weight in codes for {scale.name}")
+        raise _broken_entry(scale, f"the quantized weight of {scale.name} is missing")
     if codes.dtype != layout.dtype:
-        why = f"its scales are there, as of codes: that is {layout.dtype}"
-        raise _torn(codes, f"{codes.name} is stored as {codes.dtype}", why)
+        why = f"the weight has scales, so its codes must be {layout.dtype}"
+        raise _broken_entry(codes, f"{codes.name} is stored as {codes.dtype}", why)
 
 
 def _scale_of(codes: Entry, by_name: Mapping[str, Entry], layout: _Layout, suffix: str) -> Entry:
-    """The scales of some codes whose name ends so; ModelError where they are not, or of a type that
-    is not read.
+    """Return the scale tensor with this suffix for the codes.
+
+    Raise ModelError if the scale is missing or has an unsupported dtype.
     """
     name = codes.name.removesuffix(layout.codes) + suffix
     scale = by_name.get(name)
     if scale is None:
-        raise _torn(codes, f"the scales of {codes.name} are missing: {name}")
+        raise _broken_entry(codes, f"the scales of {codes.name} are missing: {name}")
     dtypes = layout.scales[suffix]
     if scale.dtype not in dtypes:
-        why = f"of such scales {', '.join(dtypes)} is read"
-        raise _torn(scale, f"{scale.name} is stored as {scale.dtype}", why)
+        why = f"supported dtypes of these scales: {', '.join(dtypes)}"
+        raise _broken_entry(scale, f"{scale.name} is stored as {scale.dtype}", why)
     return scale
 
 
 def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
-    """The shape of the dense weight, and those that its scales are to have."""
+    """Return the shape of the dequantized weight, and the expected shapes of its scales."""
     shape = codes.shape
-    if form.method == "mxfp4" and len(shape) == 4 and shape[-1] == GROUP_BYTES:
-        experts, rows, groups, _ = shape
-        # The model has it the other way around.
-        return [(experts, groups * MXFP4_GROUP, rows), shape[:-1]]
-    dimensions = 2 if codes.name.endswith(CODES) else 3
-    if form.method == "fp8" and len(shape) == dimensions:
-        rows, columns = shape[-2:]
-        # Half of an expert's rows may be another projection's.
-        if dimensions == 2 or form.block is None or rows % (2 * form.block[0]) == 0:
-            return [shape, (*shape[:-2], *form.scale_shape(rows, columns))]
-    if form.method == "nvfp4" and len(shape) == 2 and 2 * shape[1] % NVFP4_GROUP == 0:
-        rows, width = shape[0], 2 * shape[1]
-        return [(rows, width), (rows, width // NVFP4_GROUP), (1,)]
-    why = {
-        "fp8": "matrices are read, and stacks whose blocks divide half of an expert's rows",
-        "nvfp4": f"matrices are read, of whose rows {NVFP4_GROUP} weights share a scale",
-        "mxfp4": f"blocks are [experts, rows, groups, {GROUP_BYTES}]",
-    }
-    raise _torn(codes, f"{codes.name} is {list(shape)}", why[form.method])
+    if form.method == "mxfp4":
+        why = f"blocks are [experts, rows, groups, {GROUP_BYTES}]"
+        if len(shape) == 4 and shape[-1] == GROUP_BYTES:
+            experts, rows, groups, _ = shape
+            # The model stores the transposed matrix: [experts, in, out].
+            return [(experts, groups * MXFP4_GROUP, rows), shape[:-1]]
+    elif form.method == "nvfp4":
+        why = f"only matrices with groups of {NVFP4_GROUP} weights per row are supported"
+        if len(shape) == 2 and 2 * shape[1] % NVFP4_GROUP == 0:
+            rows = shape[0]
+            width = 2 * shape[1]
+            return [(rows, width), (rows, width // NVFP4_GROUP), (1,)]
+    else:
+        why = (
+            "only matrices, and stacks whose blocks divide half of an expert's rows, are supported"
+        )
+        dimensions = 3
+        if codes.name.endswith(CODES):
+            dimensions = 2
+        if len(shape) == dimensions:
+            *experts_of, rows, columns = shape
+            # The rows of an expert can be two projections (gate and up). Therefore no block may
+            # contain rows of both halves.
+            is_divided = form.block is None or rows % (2 * form.block[0]) == 0
+            if dimensions == 2 or is_divided:
+                return [shape, (*experts_of, *form.scale_shape(rows, columns))]
+    raise _broken_entry(codes, f"{codes.name} is {list(shape)}", why)
 
 
-def _torn(entry: Entry, what: str, why: str = "") -> ModelError:
+def _broken_entry(entry: Entry, what: str, why: str = "") -> ModelError:
     why = why or "config.json says that the weights are quantized, and codes need their scales"
     return ModelError(what, where=str(entry.file), why=why, fix=FETCH)

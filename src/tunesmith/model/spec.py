@@ -1,8 +1,8 @@
-"""A model as its config.json alone describes it: shape, parameters, the work of one step.
+"""The spec of a model, derived only from its config.json: shape, parameters, and FLOPs of a step.
 
-Nothing heavy is imported. A config that names an encoder, or another quantization, is refused here,
-by name, before a byte of weights is read; whether the layers of any other model train is measured,
-in `support`.
+This module imports no heavy packages. A config of an encoder or of an unsupported quantization is
+rejected before any weights are read. `support` measures whether the layers of other models can be
+trained.
 """
 
 import re
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from tunesmith.config.names import last_part
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError, errors_at
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
@@ -25,11 +26,11 @@ from tunesmith.model.shipped import (
 )
 from tunesmith.units import ceil_div
 
-# Types that take pictures otherwise than as tokens of the text.
+# Model types that process pictures in an unsupported way, with the reason.
 _OTHER_PICTURES = {
-    "mllama": "its text model attends to pictures in layers of their own (cross-attention)",
-    "idefics": "its text model attends to pictures in layers of their own (cross-attention)",
-    "llama4": "its projector runs outside of what Transformers makes the features of pictures by",
+    "mllama": "its text model attends to pictures in separate cross-attention layers",
+    "idefics": "its text model attends to pictures in separate cross-attention layers",
+    "llama4": "its projector is not part of Transformers' `get_image_features`",
 }
 _ENCODERS = (
     "bert",
@@ -45,7 +46,7 @@ _ENCODERS = (
     "clip",
 )
 
-# Keys that count decoder layers.
+# Config keys for the number of decoder layers.
 DECODER_DEPTHS = (
     "num_hidden_layers",
     "n_layer",
@@ -65,7 +66,8 @@ EXPERTS_PER_TOKEN = (
 )
 
 
-# Pattern of keys of sizes -> their maximum, which is far above the values of any model.
+# Patterns of config keys for sizes, and the maximum value of each key. These maximums are far above
+# the values of real models.
 SIZE_KEYS = {
     "num_(hidden_|encoder_|decoder_)?layers|(en|de)coder_layers|n_layers?|depth": 1_000,
     "num_(attention_|key_value_|kv_)?heads|n_heads?|head_dim|n(um)?_(local_|routed_)?experts": 1
@@ -76,26 +78,27 @@ SIZE_KEYS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer, in widths and parameters.
+    """Widths and parameter counts of one decoder layer.
 
     Attributes:
-        mixing: how tokens reach each other: each sees the ones before it, or a state goes from
-            token to token. What has no attention counts as recurrent; its heads are 0, and an MLP
-            alone has no state either.
-        value_dim: channels of a head's values; `head_dim` are those of its queries and keys.
-        intermediate: the widest activation of a token; in a mixture of experts, of all experts that
-            the token goes to.
-        window: how many tokens back a position sees (itself counted); None: all.
-        chunk: attention stays within chunks of so many tokens; None: it does not.
-        matmul: parameters of the matrices that every token is multiplied with.
-        experts: parameters of the stacks of experts.
-        expert_count: experts of a layer that Transformers calls through its experts interface;
-            experts_per_token: of these, that a token goes to.
-        own_experts: of these, those that the model's own code multiplies, not Transformers'
-            interface: no scheme quantizes them.
-        active: parameters that a token is multiplied with: `matmul` and its share of `experts`.
-        state: elements of the state that a token updates, in a recurrent layer.
-        largest: parameters of the largest matrix; of a stack of experts, the whole stack.
+        mixing: "attention" if each token attends to earlier tokens, or "recurrent" if a state is
+            passed from token to token. Layers without attention are "recurrent" with 0 heads, also
+            layers that have only an MLP and no state.
+        value_dim: width of a head's values. `head_dim` is the width of its queries and keys.
+        intermediate: width of the widest activation of a token. In a mixture of experts, the widths
+            of the selected experts are summed.
+        window: number of tokens that a position attends to, including itself; None: all.
+        chunk: number of tokens of a chunk, if attention is limited to chunks; else None.
+        matmul: number of parameters of the matrices that are multiplied with every token.
+        experts: number of parameters of the stacks of experts.
+        expert_count: number of experts that Transformers calls through its experts interface.
+        experts_per_token: number of these experts that a token is routed to.
+        own_experts: the part of `experts` that is multiplied by the model's own code instead of the
+            interface. These parameters cannot be quantized.
+        active: number of parameters that a token is multiplied with: `matmul` and the selected
+            experts.
+        state: number of elements of the state that a token updates in a recurrent layer.
+        largest: number of parameters of the largest matrix or stack of experts.
     """
 
     mixing: Literal["attention", "recurrent"]
@@ -120,7 +123,8 @@ class Layer:
 class ModelSpec:
     """The shape of a decoder.
 
-    Its sums over the layers are cached: the search for what fits reads them a million times.
+    Sums over the layers are cached, because the search for a fitting configuration reads them a
+    million times.
     """
 
     model_type: str
@@ -128,87 +132,98 @@ class ModelSpec:
     hidden: int
     vocab: int
     tied: bool
-    context: int  # the longest sequence that the model supports, in tokens
-    # The same with the scaling of rotary embeddings that config.json asks for, as a limit of
-    # data.seq_len; None: it names none, or its layers see a window, which moves along with the
-    # position.
+    context: int  # maximum sequence length in tokens
+    # Maximum of data.seq_len: `context` including the scaling of rotary embeddings in config.json.
+    # None if the config states no limit, or if layers have a sliding window, for which the absolute
+    # position does not matter.
     position_limit: int | None
-    parameters: int  # all of them, a tied head counted once
-    # Parameters of the head's matrix, which every position with a label is multiplied with.
+    parameters: int  # all parameters; a tied head is counted once
+    # Number of parameters of the head. The head is computed only for positions with a label.
     head_matmul: int
-    quantized: str | None  # how the checkpoint is: `shipped.stored_quantization`
-    # Attention scores become cap * tanh(score / cap); None: as they are.
+    quantized: str | None  # storage format, from `shipped.stored_quantization`
+    # Soft cap c of the attention scores, c * tanh(score / c). None: no cap.
     attention_softcap: float | None = None
-    # Parameters of matrices outside the layers, without embedding and head.
+    # Parameters of matrices outside of the layers, except embedding and head.
     other_matmul: int = 0
-    # Of a vision part that is there too, which all other figures leave out, and of its projector
-    # alone; and for one token of a picture the bytes of what it is given, and the operations of its
-    # forward.
+    # Sizes of a vision part, which are not included in any other attribute: the parameters of the
+    # vision part, the parameters of the projector, and, per token of a picture, the bytes of the
+    # input and the FLOPs of the forward.
     vision_parameters: int = 0
     projector_parameters: int = 0
     picture_bytes: int = 0
     picture_flops: int = 0
-    # What `measured_spec` measured the model by, as JSON; empty: the sizes are from the table.
+    # JSON of the config values from which `measured_spec` measured the model. Empty if the sizes
+    # are from the table of architectures.
     measured: str = ""
 
     @property
     def depth(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @cached_property
     def widest(self) -> Layer:
-        """The layer with the widest activation."""
+        """Layer with the widest activation."""
         return max(self.layers, key=lambda layer: layer.intermediate)
 
     @cached_property
     def head_dim(self) -> int:
-        """The most channels of a head, which the attention kernel has to take."""
+        """Maximum head width, which the attention kernel must support."""
         return max(max(layer.head_dim, layer.value_dim) for layer in self.layers)
 
     @cached_property
     def linear_matrices(self) -> int:
-        """Parameters of all layers' matrices but the experts."""
+        """Number of parameters of all layers' matrices, without experts."""
         return sum(layer.matmul for layer in self.layers)
 
     @cached_property
     def layer_matrices(self) -> int:
-        """Parameters of all layers' matrices, experts and all."""
+        """Number of parameters of all layers' matrices, including experts."""
         return sum(layer.matmul + layer.experts for layer in self.layers)
 
     @cached_property
     def expert_stacks(self) -> int:
-        """Parameters of the stacks of experts that a scheme may quantize."""
+        """Number of parameters of the stacks of experts that can be quantized."""
         return sum(layer.experts - layer.own_experts for layer in self.layers)
 
     @cached_property
     def active(self) -> int:
-        """Parameters that every token is multiplied with: embedding and head are not counted."""
+        """Number of parameters that each token is multiplied with, without embedding and head."""
         return self.other_matmul + sum(layer.active for layer in self.layers)
 
     @cached_property
     def active_of_experts(self) -> int:
-        """Count the parameters in `active` of the experts that a token goes to."""
+        """Number of parameters of a token's experts, which `active` includes."""
         return sum(layer.active - layer.matmul for layer in self.layers)
 
 
 def read_spec(config: Config, *, where: str, trust_remote_code: bool = False) -> ModelSpec:
-    """The spec of a parsed config.json of a family in the table, which errors call `where`.
+    """Return the spec of a parsed config.json of a family in the table of architectures.
 
-    `trust_remote_code` takes a type that is not in the table, as Llama's shape, when its repository
-    ships the code. ModelError where it is another type, or a size is missing or impossible.
+    Raise ModelError if the type is not in the table, or if a size is missing or invalid.
+
+    Args:
+        where: the name of the config in error messages.
+        trust_remote_code: also read types that are not in the table, as if they were Llama models,
+            if their repository contains code.
     """
     try:
         with errors_at(where):
             return _read_sizes(config, where, trust_remote_code)
-    # Text where a number belongs, 0, a list.
+    # Invalid values raise these errors, for example text instead of a number, a 0, or a list.
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
             "a value in the config is invalid",
             where=where,
-            why=f"{type(error).__name__}: {error}"[:300],
+            why=one_line(error),
             fix=FETCH_CONFIG,
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error of another library as one line of limited length, with the error's type."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> ModelSpec:
@@ -216,8 +231,8 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     model_type = str(config["model_type"])
     if model_type not in ARCHITECTURES and not (trust_remote_code and "auto_map" in config):
         raise ModelError(
-            f"the sizes of {model_type} are not read from its config alone",
-            fix=f"take one of: {families_text()}",
+            f"the sizes of {model_type} cannot be read from its config",
+            fix=f"use a model of one of these types: {families_text()}",
         )
     family = ARCHITECTURES.get(model_type, Architecture("code of the repository"))
     depth = _size(config, "num_hidden_layers")
@@ -232,14 +247,16 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         raise ModelError(what, fix="correct num_attention_heads or num_key_value_heads")
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
-    windows = _windows(config, family, depth)
-    # One object for all layers that slide: a config may say millions of layers.
-    widths = (window for window in windows if window is not None)
-    sliding = replace(layer, window=next(widths, None))
-    layers = tuple(layer if window is None else sliding for window in windows)
+    window, slides = _windows(config, family, depth)
+    # Share one object between all sliding layers to save memory, because a broken config can claim
+    # millions of layers.
+    sliding = replace(layer, window=window)
+    layers = tuple(sliding if slides_here else layer for slides_here in slides)
     layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)
-    # Embedding and head, or one matrix for both.
-    tables = 1 if tied else 2
+    # Number of embedding tables: the embedding and the head, or one matrix for both if tied.
+    tables = 2
+    if tied:
+        tables = 1
     return ModelSpec(
         model_type=model_type,
         layers=layers,
@@ -248,7 +265,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         tied=tied,
         context=_size(config, "max_position_embeddings", 2048),
         position_limit=stated_position_limit(config, layers, where=where),
-        # Matrices outside the layers, the layers, and the norm before the head.
+        # Sum of the embedding and the head, the layers, and the norm before the head.
         parameters=vocab * hidden * tables + depth * layer_parameters + hidden,
         head_matmul=vocab * hidden,
         quantized=stored_quantization(config, where),
@@ -257,10 +274,10 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
 
 
 def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> Layer:
-    """A Llama-like layer: attention and a gated MLP."""
+    """Return a Llama-like layer with attention and a gated MLP."""
     q = heads * head_dim
     kv = kv_heads * head_dim
-    # q, k and v in one term, o, and the three matrices of the MLP.
+    # The projections q, k and v, then o, then the three matrices of the MLP.
     matmul = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * intermediate
     return Layer(
         mixing="attention",
@@ -276,12 +293,16 @@ def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head
 
 
 def _vector_parameters(config: Config, family: Architecture, hidden: int, layer: Layer) -> int:
-    """Parameters of a layer's biases and norms."""
+    """Return the number of parameters of a layer's biases and norms."""
     q = layer.heads * layer.head_dim
     kv = layer.kv_heads * layer.head_dim
     attention_bias = bool(config.get("attention_bias", False))
-    has_qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
-    has_output_bias = attention_bias if family.output_bias is None else family.output_bias
+    has_qkv_bias = family.qkv_bias
+    if has_qkv_bias is None:
+        has_qkv_bias = attention_bias
+    has_output_bias = family.output_bias
+    if has_output_bias is None:
+        has_output_bias = attention_bias
     count = family.norms * hidden
     if has_qkv_bias:
         count += q + 2 * kv
@@ -297,25 +318,27 @@ def _vector_parameters(config: Config, family: Architecture, hidden: int, layer:
 
 
 def check_decoder(config: Config, where: str) -> None:
-    """ModelError for a config that names no type, or one of an encoder."""
+    """Raise ModelError if the config has no model_type, or if it is an encoder's config."""
     with errors_at(where):
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or not model_type:
             raise ModelError(
-                "the config names no model_type",
-                why="it defines the architecture of the weights",
-                fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under "
-                "`adapter.from`",
+                "the config has no model_type",
+                why="model_type tells which architecture the weights have",
+                fix="use the folder of a Transformers checkpoint; for a PEFT adapter, set "
+                "`adapter.from` to its folder",
             )
         if _is_encoder(model_type.lower().replace("-", "_"), config):
             raise ModelError(
-                f"{model_type} is an encoder or encoder-decoder, which tunesmith does not train",
+                f"{model_type} is an encoder or encoder-decoder, which is not supported",
                 fix=f"use a text decoder, such as {families_text()}",
             )
         text = config.get("text_config", {})
         if not isinstance(text, Mapping) or (not text and "text_config" in config):
             what = "the config has no text_config"
-            raise _no_text(what if text is None else f"text_config is {text!r:.100}")
+            if text is not None:
+                what = f"text_config is {text!r:.100}"
+            raise _no_text(what)
         _check_sizes(config)
         _check_shares(config)
         if text:
@@ -332,8 +355,10 @@ def _no_text(what: str) -> ModelError:
 
 
 def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
-    """Raise ModelError for a size that is not a whole number from 0 to its maximum in SIZE_KEYS,
-    also in a section such as `text_config`: building such a model would never end.
+    """Raise ModelError if a size is not a whole number from 0 to its maximum in SIZE_KEYS.
+
+    Sections such as `text_config` are checked as well. Without this check, building a model of a
+    huge size would take forever.
     """
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):
@@ -341,7 +366,10 @@ def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
         for pattern, largest in SIZE_KEYS.items():
             if not re.fullmatch(pattern, key):
                 continue
-            for size in value if isinstance(value, list) else [value]:
+            sizes = [value]
+            if isinstance(value, list):
+                sizes = value
+            for size in sizes:
                 if size is not None and not (isinstance(size, int) and 0 <= size <= largest):
                     raise ModelError(
                         f"{section}{key} is {size!r:.100}: it must be a whole number from 0 to "
@@ -351,16 +379,21 @@ def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
 
 
 def _check_shares(config: Mapping[str, Any]) -> None:
-    """ModelError for a dropout that is none, and for a token that goes to no expert or to more than
-    there are: a step would fail, or compute another model.
+    """Raise ModelError for an invalid dropout or an invalid number of experts per token.
+
+    With these values, a step would fail or compute another model.
     """
-    experts = next((config[key] for key in _EXPERTS if isinstance(config.get(key), int)), 0)
+    experts = 0
+    for key in _EXPERTS:
+        if isinstance(config.get(key), int):
+            experts = config[key]
+            break
     for key, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if "dropout" in key and not 0 <= value < 1:
             expected = "at least 0 and below 1"
-        # 0 experts: a dense model of a family that may have some (Granite 4).
+        # `experts` is 0 for a dense model of a family with optional experts (Granite 4).
         elif key in EXPERTS_PER_TOKEN and experts > 0 and not 1 <= value <= experts:
             expected = f"from 1 to the number of experts, {experts:,}"
         else:
@@ -369,27 +402,29 @@ def _check_shares(config: Mapping[str, Any]) -> None:
 
 
 def _is_encoder(name: str, config: Config) -> bool:
-    """By its type, in small letters and underscores, and its keys."""
+    """Return whether the type (lowercase with underscores) or the config belongs to an encoder."""
     is_named_so = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
-    # "vision": between the tokens of an image alone.
+    # The value "vision" is allowed, because then only tokens of the same picture attend in both
+    # directions.
     bidirectional = config.get("use_bidirectional_attention") in (True, "all")
     return is_named_so or bidirectional or bool(config.get("is_encoder_decoder"))
 
 
 def check_supported(config: Config, where: str, *, vision: bool = False) -> None:
-    """Raise ModelError, naming what the model is, for an encoder and for a quantization that is not
-    read.
+    """Raise ModelError for an encoder and for an unsupported quantization.
 
-    vision: pictures are welcome, where the model takes them in a way that is trained here.
+    Args:
+        vision: whether the model is trained with pictures. Raise ModelError if this is not
+            supported.
     """
     with errors_at(where):
         check_decoder(config, where)
         model_type = str(config["model_type"])
         if vision and model_type in _OTHER_PICTURES:
             raise ModelError(
-                f"{model_type} does not train with pictures here",
+                f"{model_type} cannot be trained with pictures",
                 why=_OTHER_PICTURES[model_type],
-                fix="model.vision=false, or another vision-language model",
+                fix="set model.vision=false, or use another vision-language model",
             )
         _check_describes_text(config)
         stored = stated_quantization(config, where)
@@ -398,20 +433,21 @@ def check_supported(config: Config, where: str, *, vision: bool = False) -> None
             method = stored.get("quant_method", "an unnamed method")
             raise ModelError(
                 f"the weights of this {model_type} are quantized with {method}",
-                why="of a vision-language model plain weights, fp8 and nvfp4 are read",
-                fix="take the unquantized model; model.quantize: nf4 then quantizes its text model "
+                why="for vision-language models, only plain weights, fp8 and nvfp4 are supported",
+                fix="use the unquantized model; model.quantize: nf4 then quantizes its text model "
                 "as it is loaded",
             )
 
 
 def _check_describes_text(config: Config) -> None:
-    """Raise ModelError if a config with other parts has no sizes of the text model: Transformers
-    fills in the sizes of another model.
+    """Raise ModelError if the config of a multimodal model has no sizes of the text model.
+
+    Transformers would use the default sizes of another model.
     """
     known = read_model_types().get(str(config["model_type"]))
     if known is None or not known.text:
         return
-    # The text model may be in a section of another name, or at the top.
+    # The sizes can be at the top level, or in a section whose name is not text_config.
     sections = [value for value in config.values() if isinstance(value, Mapping)]
     if any("vocab_size" in part or "text_config" in part for part in (config, *sections)):
         return
@@ -429,38 +465,43 @@ def _size(config: Config, name: str, default: int | None = None) -> int:
 
 
 def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
-    """RecipeError for a `data.seq_len` beyond the positions that the config of a model, called
-    `where`, has.
+    """Raise RecipeError if `data.seq_len` is larger than the number of positions of the model.
+
+    Args:
+        where: the name of the model's config.
     """
     limit = spec.position_limit
     if limit is not None and seq_len > limit:
         raise RecipeError(
-            f"data.seq_len is {seq_len:,}, but the model has {limit:,} positions",
+            f"data.seq_len is {seq_len:,}, but the model supports at most {limit:,}",
             where="data.seq_len",
-            why=f"max_position_embeddings and the rotary scaling in {where}: it was never trained "
-            "beyond them",
-            fix=f"data.seq_len={limit}",
+            why=f"max_position_embeddings and the rotary scaling in {where} set this limit; the "
+            "model was not trained on longer sequences",
+            fix=f"set data.seq_len={limit}",
         )
 
 
 def stated_position_limit(
     config: Mapping[str, Any], layers: Iterable[Layer], *, where: str
 ) -> int | None:
-    """`ModelSpec.position_limit` of a model with these layers; errors call its config `where`.
+    """Return `ModelSpec.position_limit` for a config and its layers.
 
-    Where a config can be read in two ways (`max_position_embeddings` before or after the scaling)
-    the larger length counts. ModelError where its rotary parameters are none.
+    If the config is ambiguous (`max_position_embeddings` before or after the scaling), use the
+    larger length. Raise ModelError if the rotary parameters are invalid.
+
+    Args:
+        where: the name of the config in error messages.
     """
     try:
         return _position_limit(config.get("text_config") or config, layers)
-    # Text where a number belongs, a factor that is infinite, a list.
+    # Invalid values raise these errors, for example text instead of a number, an infinite factor,
+    # or a list.
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ModelError(
-            "the config's positions or rotary parameters are not a mapping of numbers",
+            "max_position_embeddings, rope_parameters or rope_scaling has a wrong type",
             where=where,
-            why=f"{type(error).__name__}: {error}"[:300],
-            fix="correct max_position_embeddings, rope_parameters or rope_scaling; or "
-            f"{FETCH_CONFIG}",
+            why=one_line(error),
+            fix=f"correct these keys; or {FETCH_CONFIG}",
         ) from error
 
 
@@ -468,18 +509,20 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
-    # A window moves along with the position: no distance is longer than those it was trained on.
+    # With a sliding window there is no limit, because the distance from a query to a key never
+    # exceeds the trained distance.
     if any(layer.window is not None and layer.window < positions for layer in layers):
         return None
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # Parameters by kind of layer, or one set: the one that reaches furthest counts.
+    # The config has one set of rotary parameters per layer type, or one set for all layers. Use the
+    # largest limit.
     by_layer_type = [value for value in scaling.values() if isinstance(value, Mapping)]
     scalings = by_layer_type or [scaling]
     return max(_scaled_positions(config, scaling, positions) for scaling in scalings)
 
 
 def _scaled_positions(config: Config, scaling: Config, positions: int) -> int:
-    """Compute how far one set of rotary parameters reaches."""
+    """Return the maximum number of positions for one set of rotary parameters."""
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     key = "original_max_position_embeddings"
     original: Any = scaling.get(key) or config.get(key)
@@ -487,16 +530,18 @@ def _scaled_positions(config: Config, scaling: Config, positions: int) -> int:
     if rope_type == "default":
         return positions
     if rope_type == "llama3" and original is not None and original < positions:
-        # Llama 3.2 has a factor of 32 on 8,192, and was trained up to max_position_embeddings.
+        # Llama 3.2 has a factor of 32 for 8,192 positions, but was trained for
+        # max_position_embeddings.
         return positions
-    # `factor` multiplies the original length; without one, the stated length.
+    # Multiply the original length by `factor`. If there is no original length, use the stated
+    # length.
     return max(positions, int((original or positions) * factor))
 
 
 def _windows(
     config: Mapping[str, Any], family: Architecture, layers: int
-) -> tuple[int | None, ...]:
-    """Each layer's attention window.
+) -> tuple[int | None, list[bool]]:
+    """Return the attention window, and for each layer whether it uses the window.
 
     The rules are those of the families' config classes in Transformers.
     """
@@ -504,10 +549,9 @@ def _windows(
     if family.window in ("every-second", "pattern"):
         default = 4096
     window = config.get("sliding_window", default)
-    if window is None or family.window == "none":
-        return (None,) * layers
-    if family.window == "opt-in" and not config.get("use_sliding_window", False):
-        return (None,) * layers
+    is_off = family.window == "opt-in" and not config.get("use_sliding_window", False)
+    if window is None or family.window == "none" or is_off:
+        return None, [False] * layers
     layer_types = config.get("layer_types")
     if family.window == "all":
         slides = [True] * layers
@@ -520,24 +564,25 @@ def _windows(
         period = 2
         if family.window == "pattern":
             period = config.get("sliding_window_pattern", 6)
-        # The last layer of each period sees everything.
+        # The last layer of each period has full attention.
         slides = [(layer + 1) % period != 0 for layer in range(layers)]
-    return tuple(window if slides_here else None for slides_here in slides)
+    return window, slides
 
 
 def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
-    """Parameters that an adapter of a family in the table trains, on each of `tensor` ranks that
-    compute a layer together.
+    """Return the number of trained adapter parameters on each of `tensor` ranks.
 
-    Such a rank has A whole and its part of B in the layers that cut their outputs, the other way
-    round in those that cut their inputs (o and down). A target of one layer counts as that of all.
+    The model's family must be in the table of architectures. With tensor parallelism, lora_B is
+    sharded in layers that are split by output, and lora_A in layers that are split by input (o and
+    down). Every rank has the entire other factor. A target that names a linear layer of one decoder
+    layer is counted for all decoder layers.
     """
     layer = spec.layers[0]
     hidden = spec.hidden
     wide = layer.intermediate
     q = layer.heads * layer.head_dim
     kv = layer.kv_heads * layer.head_dim
-    # (width that every rank has whole, width that ranks share) of each linear layer.
+    # For each linear layer: the width that every rank holds entirely, and the width that is split.
     widths = {
         "q_proj": (hidden, q),
         "k_proj": (hidden, kv),
@@ -551,26 +596,24 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
     widths["o_proj"] = (hidden, q)
     widths["down_proj"] = (hidden, wide)
 
-    names = [adapter.target] if isinstance(adapter.target, str) else adapter.target
-    targets = {_last_part(name) for name in names}
     if adapter.target == "all-linear":
         targets = set(widths)
+    elif isinstance(adapter.target, str):
+        targets = {last_part(adapter.target)}
+    else:
+        targets = set(map(last_part, adapter.target))
     count = 0
     for name in targets & widths.keys():
         whole, shared = widths[name]
-        # A is [rank, in], B [out, rank]: rank * (in + out), of which one width is cut over the
+        # A is [rank, in] and B is [out, rank]. One of the widths `in` and `out` is split over the
         # ranks.
         count += spec.depth * adapter.rank * (whole + ceil_div(shared, tensor))
     if "lm_head" in targets:
         count += adapter.rank * (hidden + ceil_div(spec.vocab, tensor))
-    # A table is sharded along the vocabulary over the tensor group.
-    saved = map(_last_part, adapter.modules_to_save)
+    # Embedding tables are split along the vocabulary over the tensor-parallel ranks.
+    saved = map(last_part, adapter.modules_to_save)
     tables = sum(name in ("embed_tokens", "lm_head") for name in saved)
     return count + ceil_div(tables * spec.head_matmul, tensor)
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def flops(
@@ -582,60 +625,65 @@ def flops(
     adapter_parameters: int = 0,
     forwards: int = 0,
 ) -> float:
-    """Floating-point operations that a training step needs, the numerator of MFU.
+    """Return the floating-point operations that a training step requires, the numerator of MFU.
 
-    As in PaLM (Chowdhery et al., 2022, appendix B): a matrix parameter costs 2 per token forward, 2
-    for the gradient of its input and 2 for its own; a frozen one has no third part. Unlike there,
-    attention counts only the pairs that a causal mask (and a window) leaves, document by document,
-    and the head only the positions that carry a label. Recomputation, norms, rotary embeddings and
-    the softmax are not counted. Of a mixture of experts those count that a token goes to, of a
-    recurrent layer the recurrence itself, not the products that a kernel makes of it by chunks.
+    The count follows PaLM (Chowdhery et al., 2022, appendix B). Per token, a matrix parameter costs
+    2 in the forward, 2 for the gradient of the input, and 2 for the gradient of the weight unless
+    it is frozen. In contrast to PaLM, attention counts only the pairs that the causal mask and the
+    window leave in each document, and the head counts only positions with a label. Recomputation,
+    norms, rotary embeddings and the softmax are not counted. A mixture of experts counts the
+    selected experts. A recurrent layer counts the recurrence itself, not the chunked matmuls of a
+    kernel.
 
-    `documents` are lengths in tokens without padding; `supervised` counts the positions whose label
-    enters the loss. Each of the `adapter_parameters` costs 6 per token. `forwards` are passes of
-    the same tokens beside the one that is trained on, such as a reference's.
+    Args:
+        documents: lengths in tokens, without padding.
+        supervised: number of positions whose label enters the loss.
+        adapter_parameters: number of trained adapter parameters. Each costs 6 per token.
+        forwards: number of additional forwards of the same tokens, for example by a reference
+            model.
     """
     lengths = list(documents)
     tokens = sum(lengths)
-    # 2 forward, 2 for the gradient of the input, 2 for the weight's if it is trained.
+    # 2 for the forward, 2 for the gradient of the input, and 2 for the gradient of a trained
+    # weight.
     per_parameter = (6 if trained == "full" else 4) + 2 * forwards
-    # Products of a token and a parameter: the head sees only tokens with a label.
+    # Number of (token, parameter) products. The head is computed only for tokens with a label.
     products = spec.active * tokens + spec.head_matmul * supervised
     matmul = per_parameter * products
     attention = 0
     recurrence = 0
-    # Equal layers are counted once: a model has few kinds and many layers.
+    # Count equal layers once: a model has many layers, but few kinds.
     for layer, count in Counter(spec.layers).items():
         pairs = sum(_pairs(n, layer) for n in lengths)
-        # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes
-        # twice the forward.
+        # The matmuls q k^T and p v cost 2 operations per pair and channel each.
         channels = layer.heads * (layer.head_dim + layer.value_dim)
-        # 3: a forward and a backward of twice its work. 2: a multiplication and an addition.
+        # The backward costs twice as much as the forward, so the factor is 1 + 2 = 3. A
+        # multiply-add counts as 2.
         attention += (3 + forwards) * 2 * count * pairs * channels
-        # A token's update of a state, its decay and its reading: 2 operations an element each.
+        # A token decays, updates and reads the state. Each of the three costs 2 operations per
+        # element.
         recurrence += (3 + forwards) * 6 * count * layer.state * tokens
     return float(matmul + attention + recurrence + 6 * adapter_parameters * tokens)
 
 
 def _pairs(length: int, layer: Layer) -> int:
-    """Pairs of a query and a key that it sees, in a document of so many tokens."""
+    """Return the number of (query, visible key) pairs in a document of this length."""
     if layer.chunk is not None and length > layer.chunk:
         chunks, rest = divmod(length, layer.chunk)
-        # Full chunks and the rest, each by itself: no chunk sees another.
+        # Chunks are independent. Add the pairs of the full chunks and of the last, shorter chunk.
         return chunks * _pairs(layer.chunk, layer) + _pairs(rest, layer)
-    most = length  # keys that a query sees
+    max_keys = length
     if layer.window is not None:
-        most = min(length, layer.window)
-    # 1 + 2 + ... + most, then `most` for each further query.
-    return most * (most + 1) // 2 + (length - most) * most
+        max_keys = min(length, layer.window)
+    # The first max_keys queries see 1 + 2 + ... + max_keys keys. Each later query sees max_keys
+    # keys.
+    return max_keys * (max_keys + 1) // 2 + (length - max_keys) * max_keys
 
 
 def attention_weight(spec: ModelSpec, *, trained: Literal["full", "lora"]) -> float:
-    """Compute what a pair of a query and a key that it sees costs, as a share of a supervised
-    token's matmuls.
-    """
+    """Return the cost of a (query, key) pair relative to the matmuls of a supervised token."""
     one_token = flops(spec, [1], 0, trained=trained)  # 1 pair
     two_tokens = flops(spec, [2], 0, trained=trained)  # 3 pairs
-    # A row of two tokens is two rows of one and one more pair.
+    # Two rows of one token have 2 pairs, and a row of two tokens has 3. The difference is one pair.
     pair = two_tokens - 2 * one_token
     return pair / (flops(spec, [1], 1, trained=trained) - pair)

@@ -1,8 +1,8 @@
-"""Write a model in the form of the checkpoint that it was loaded from.
+"""Writing of a model in the stored form of its base checkpoint.
 
-Tensors get the names that they have there, experts are written one by one where they are stored so,
-and what the model does not have (a vision tower, draft heads) is copied byte for byte. A reader of
-the base then reads what was trained.
+All tools that read the base can also read this form. Tensors get the names of the checkpoint.
+Experts are written separately if the checkpoint stores them separately. Tensors of the checkpoint
+that the model does not have (vision tower, draft heads) are copied byte for byte.
 """
 
 import json
@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,48 +20,47 @@ from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.names import (
     Pieces,
     assign_names,
-    is_in_whole,
+    conversions,
+    is_vision_language,
     name_in_checkpoint,
-    name_in_whole,
+    name_in_entire_model,
 )
-from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
+from tunesmith.model.safetensors_files import Entry, has_weights, read_all_entries, read_json
 from tunesmith.model.save_tensors import JoinedRows, Source, TensorPart
 from tunesmith.model.shipped_entries import StoredEntry, read_entries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # slow, and a plan needs none
+    from transformers import PreTrainedModel  # only for type checking: the import is slow
 
 MODEL_CONFIG = "config.json"
-# How images become inputs.
+# File names of the configs of picture processors.
 PROCESSORS = "*processor_config.json"
 
 
 def is_stored_otherwise(model: "PreTrainedModel") -> bool:
-    """Tell whether a model's base may hold other tensors than the model has."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    # Old names of norms, which every model has a rule for, are not written.
-    has_rules = bool(get_model_conversion_mapping(model, add_legacy=False))
-    return has_rules or is_in_whole(model)
+    """Return whether the base checkpoint may have other tensors or other names than the model."""
+    return bool(conversions(model)) or is_vision_language(model)
 
 
 def in_stored_form(
     model: "PreTrainedModel", tensors: Mapping[str, Tensor], folder: Path | None = None
 ) -> dict[str, Source]:
-    """The tensors of a model as its base stores them.
+    """Return the tensors of a model in the form in which its base checkpoint stores them.
 
     Args:
-        tensors: by the model's own names; on meta or DTensors too. Tied ones are there once.
-        folder: of the base; None: the one that the model's config was read from.
+        tensors: the tensors by the model's own names. They can be on meta or DTensors. Tied tensors
+            occur once.
+        folder: the folder of the base; None: the folder from which the model's config was read.
 
-    ModelError where the model is part of a larger one whose files are gone.
+    Raises:
+        ModelError: if the model is part of a larger model whose files no longer exist.
     """
     if not is_stored_otherwise(model):
         return dict(tensors)
     folder = folder or Path(model.config.name_or_path)
     if not has_weights(folder):
-        if not is_in_whole(model):
-            return dict(tensors)  # Transformers reads these names too
+        if not is_vision_language(model):
+            return dict(tensors)  # Transformers can also read the model's own names
         raise ModelError(
             "the base model's files no longer exist",
             where=str(folder),
@@ -73,77 +71,90 @@ def in_stored_form(
     names = assign_names(model, headers, tensors.keys())
     frozen = {name for name, p in vision_parameters(model) if not p.requires_grad}
     written: dict[str, Source] = {}
-    # Stored name -> where each of its rows' parameters begins, and that parameter.
+    # Name of a stored tensor -> the parameters that it contains, by their position in the file.
     split: dict[str, dict[int, Tensor]] = {}
     for name, group in names.groups.items():
         entry = group[""]
         if isinstance(entry, Pieces):
             for piece in entry.pieces:
-                # Only named here: it is cut when it is written.
+                # TensorPart only describes the region. The tensor is sliced later, when the part is
+                # written.
                 part = TensorPart(tensors[name], piece.region, piece.stacked)
                 written[piece.entry.name] = part
         elif name in names.split:
             split.setdefault(entry.name, {})[entry.start] = tensors[name]
+        elif name in frozen:
+            written[entry.name] = _check_plain(entry)
         else:
-            written[entry.name] = _check_plain(entry) if name in frozen else tensors[name]
+            written[entry.name] = tensors[name]
     for stored, parts in split.items():
         written[stored] = JoinedRows(tuple(parts[start] for start in sorted(parts)))
-    # A head that is not tied any more; an embedding that was stored as the head.
+    # Add the tensors that the base does not store, for example a head that is no longer tied to the
+    # embedding.
     for name in tensors.keys() - names.groups.keys():
         written[_name_like_others(model, name, names.groups, written)] = tensors[name]
-    # What the model does not have: copied from the base's files, as what is never trained.
-    written |= {aside.name: _check_plain(aside) for aside in names.aside}
-    # On every rank in one order: writing is a collective call.
+    # Copy from the base's files the tensors that the model does not have. Such tensors are never
+    # trained.
+    written |= {other.name: _check_plain(other) for other in names.other_parts}
+    # Sort the names, because writing is a collective call that needs the same order on every rank.
     return dict(sorted(written.items()))
 
 
 def _name_like_others(
     model: "PreTrainedModel", name: str, others: Iterable[str], stored: Container[str]
 ) -> str:
-    """Return the name that Transformers writes, if others are stored under such names, or the name
-    in the entire model.
+    """Return the name under which to store a tensor that the checkpoint does not have.
+
+    If other tensors are stored under the names that Transformers writes, use such a name here too.
+    Otherwise use the name in the entire model.
     """
     for other in others:
         renamed = name_in_checkpoint(model, other)
-        if renamed != name_in_whole(model, other) and renamed in stored:
+        if renamed != name_in_entire_model(model, other) and renamed in stored:
             return name_in_checkpoint(model, name)
-    return name_in_whole(model, name)
+    return name_in_entire_model(model, name)
 
 
-def _check_plain(aside: StoredEntry) -> Entry:
-    if isinstance(aside, Entry):
-        return aside
+def _check_plain(other: StoredEntry) -> Entry:
+    if isinstance(other, Entry):
+        return other
     raise ModelError(
-        f"{aside.name}, which is not part of the text model, is quantized",
-        where=str(aside.file),
-        why="the other parts of a trained text model are saved unquantized",
-        fix="use the adapter, which loads on the original base",
+        f"{other.name} is quantized and therefore cannot be copied to the saved model",
+        where=str(other.file),
+        why="the parts outside the text model, such as the image part, must be unquantized",
+        fix="use the adapter together with the original base model",
     )
 
 
-def bytes_aside(folder: Path, parameters: int) -> int:
-    """Return the bytes of a checkpoint outside its text model. A written model has them, too.
+def bytes_of_other_parts(folder: Path, parameters: int) -> int:
+    """Return the size in bytes of those tensors of a checkpoint that are not in its text model.
 
-    They are 0 if the folder has no weights. `parameters` is the number of the text model's.
+    A written model contains these tensors as well.
+
+    Return 0 if the folder has no weights.
+
+    Args:
+        parameters: number of parameters of the text model.
     """
     size = 0
     elements = 0
-    # A plan takes no more than config.json, and the index of weights that are not there.
+    # A plan needs only config.json and an index, so the weight files can be missing.
     with suppress(ModelError):
-        for entry in chain.from_iterable(read_headers(folder).values()):
+        for entry in read_all_entries(folder):
             size += entry.size
             elements += math.prod(entry.shape)
-    beside = max(0, elements - parameters)
-    return size * beside // elements if beside else 0
+    if elements <= parameters:
+        return 0
+    return size * (elements - parameters) // elements
 
 
 def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
-    """Write config.json; of a model that is part of a larger one that of the whole, and what else
-    the whole needs.
+    """Write config.json. For a multimodal model, also copy the processor configs of its base.
 
-    It is the base's own, but for the dtype of the weights, tied weights and rows of the embedding.
+    The values are those of the base's config, except for the dtype, tied weights and the vocabulary
+    size.
     """
-    if not is_in_whole(model):
+    if not is_vision_language(model):
         model.config.save_pretrained(folder)
         return
     base = Path(model.config.name_or_path)
@@ -160,13 +171,13 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def updated_config(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Any]:
-    """Return the base's config.json with what training changed."""
+    """Return the base's config.json with the values that training changed."""
     trained = model.config.get_text_config()
     dtype = str(trained.dtype).removeprefix("torch.")
     changed: dict[str, Any] = dict(config)
     text = dict(config.get("text_config") or {})
     for values in (changed, text):
-        values.pop("quantization_config", None)  # what is written is dense
+        values.pop("quantization_config", None)  # the written weights are not quantized
         for key in ("dtype", "torch_dtype"):
             if key in values:
                 values[key] = dtype
@@ -174,8 +185,10 @@ def updated_config(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[
         changed["dtype"] = dtype
     if changed.get("tie_word_embeddings") != trained.tie_word_embeddings:
         changed["tie_word_embeddings"] = trained.tie_word_embeddings
-    # Older Qwen's have the text model's keys beside the vision part's.
-    sizes = text if text or "vocab_size" not in changed else changed
+    sizes = text
+    # Older Qwen models have the text model's keys at the top level, next to `vision_config`.
+    if not text and "vocab_size" in changed:
+        sizes = changed
     if sizes.get("vocab_size") != trained.vocab_size:
         sizes["vocab_size"] = trained.vocab_size
     if text:

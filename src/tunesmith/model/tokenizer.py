@@ -1,4 +1,4 @@
-"""The tokenizer: padding, added tokens, and which ids end a turn."""
+"""Loading of the tokenizer: padding token, added tokens, and the ids that end a turn."""
 
 import json
 from collections.abc import Collection
@@ -9,21 +9,22 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, is_fault
 from tunesmith.host.files import check_regular_files
-from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.spec import one_line
 
 GENERATION_CONFIG = "generation_config.json"
 
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
-    """A recipe's tokenizer, with added tokens and a padding token; ModelError where it is missing
-    or broken.
+    """Load the tokenizer of a recipe, with its added tokens and a padding token.
+
+    Raise ModelError if the tokenizer is missing or broken.
     """
     check_regular_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        tokenizer("a")  # a setting of a wrong type shows in use only
-    # Transformers and tokenizers raise many kinds for a missing or broken file.
+        tokenizer("a")  # some invalid settings cause an error only at the first call
+    # Transformers and tokenizers raise many kinds of errors for a missing or broken file.
     except BaseException as error:
         if not is_fault(error):
             raise
@@ -31,8 +32,8 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
             "the tokenizer cannot be read",
             where=str(folder),
             why=one_line(error),
-            fix="put tokenizer.json (or tokenizer.model) and tokenizer_config.json there, or set "
-            "model.tokenizer",
+            fix="put tokenizer.json (or tokenizer.model) and tokenizer_config.json into this "
+            "folder, or set model.tokenizer to a folder with these files",
         ) from error
     vocabulary = tokenizer.get_vocab()
     tokens = []
@@ -46,17 +47,17 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
-    """Set the padding token: the recipe's, else the tokenizer's own, its unk, its eos.
+    """Set the padding token from the recipe, or else the tokenizer's padding, unknown or end token.
 
-    Padding is masked out of attention and never a target, so any token will do and the vocabulary
-    need not grow.
+    Padding is masked in attention and never has a label. Therefore any token can be used, and no
+    padding token must be added to the vocabulary.
     """
     if model.pad_token is not None and model.pad_token not in tokenizer.get_vocab():
         key = f"model.added_tokens: [{json.dumps(model.pad_token)}]"
         raise ModelError(
             f"{model.pad_token!r} is not in the vocabulary",
             where="model.pad_token",
-            fix=f"use a token of the tokenizer, or add it: {key}",
+            fix=f"use a token of the tokenizer, or add this token with {key}",
         )
     candidates = (model.pad_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
     for token in candidates:
@@ -66,17 +67,17 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
     raise ModelError(
         "the tokenizer has no padding, unknown or end token",
         where="model.pad_token",
-        fix="use a token of its vocabulary there",
+        fix="set model.pad_token to a token of its vocabulary",
     )
 
 
 def vocab_rows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model: Model) -> int:
-    """Rows that embedding and head need.
+    """Return the number of rows that the embedding and the head need.
 
-    These are the config's, or with `model.added_tokens` the tokenizer's count if that is more.
-    ModelError where the padding token would have no row. Other tokens without one are not an error
-    as long as no row of the data holds them: Gemma 3's tokenizer has one token for images more than
-    its text model has rows.
+    This is the config's vocabulary size. With `model.added_tokens`, it is the tokenizer's size if
+    the tokenizer is larger. Raise ModelError if the padding token has no row. Other tokens may have
+    no row as long as the data does not contain them: Gemma 3's tokenizer has an image token that
+    its text model does not have.
     """
     rows = int(config.vocab_size)
     if model.added_tokens:
@@ -85,17 +86,17 @@ def vocab_rows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, mod
         padding = f"the padding token {tokenizer.pad_token} has the id {tokenizer.pad_token_id}"
         other = tokenizer.unk_token or tokenizer.eos_token or "..."
         raise ModelError(
-            f"{padding}, and the embedding {rows} rows",
+            f"{padding}, but the embedding has {rows} rows",
             where=str(tokenizer.name_or_path),
-            fix=f"use a token of the model: model.pad_token: {json.dumps(other)}",
+            fix=f"use a token with an embedding, such as model.pad_token: {json.dumps(other)}",
         )
     return rows
 
 
 def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a turn: those of the generation config and config.json, and the tokenizer's.
+    """Return the ids that end a turn, from generation_config.json, config.json and the tokenizer.
 
-    The generation config of an instruct model lists its end of turn.
+    The generation config of an instruct model contains its end-of-turn token.
     """
     ids = set()
     if tokenizer.eos_token_id is not None:
@@ -105,13 +106,13 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         values = _stated_eos_ids(file)
         unknown = sorted(set(values) - token_ids)
         if unknown:
-            fix = "write the tokenizer's end token there"
+            fix = "set it to the tokenizer's end token"
             if tokenizer.eos_token_id is not None:
                 fix = f"{fix}: {tokenizer.eos_token_id}"
             raise ModelError(
-                f"eos_token_id {unknown[0]} is not a token",
+                f"eos_token_id is {unknown[0]}, but the tokenizer has no token with this id",
                 where=str(file),
-                why=f"the tokenizer's last is {max(token_ids)}",
+                why=f"the tokenizer's largest id is {max(token_ids)}",
                 fix=fix,
             )
         ids.update(values)
@@ -121,26 +122,30 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def generation_config_text(
     base: Path, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]
 ) -> str:
-    """The text of a trained model's `generation_config.json`: the sampling defaults of the base, a
-    folder, and the tokens that end an answer.
+    """Return the text of a trained model's `generation_config.json`.
 
-    The file is read as JSON: GenerationConfig refuses to save some that models do ship.
+    It contains the sampling defaults from the folder of the base model, and the tokens that end an
+    answer. The file is read as JSON, because GenerationConfig refuses to save some existing files.
     """
     file = base / GENERATION_CONFIG
-    settings: dict[str, object] = read_json(file) if file.is_file() else {}
+    settings: dict[str, object] = {}
+    if file.is_file():
+        settings = read_json(file)
     settings["eos_token_id"] = sorted(end_ids)
     settings["pad_token_id"] = tokenizer.pad_token_id
     return json.dumps(settings, indent=2) + "\n"
 
 
 def _stated_eos_ids(file: Path) -> list[int]:
-    """Read what a JSON file says of `eos_token_id`; none where it is missing."""
+    """Return the ids of `eos_token_id` in a JSON file, or an empty list if there are none."""
     if not file.exists():
         return []
     stated = read_json(file).get("eos_token_id")
     if stated is None:
         return []
-    values = stated if isinstance(stated, list) else [stated]
+    values = [stated]
+    if isinstance(stated, list):
+        values = stated
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ModelError(

@@ -1,7 +1,7 @@
-"""Pictures in a vision-language model in whole: its vision part makes features of them.
+"""Pictures as inputs of a vision-language model, whose vision part converts them to features.
 
-The features go to the model beside the ids, by the arguments that Transformers has for them: it
-puts them in the place of the placeholders.
+The features are passed to the model together with the token ids, in the arguments that Transformers
+provides. Transformers replaces the embeddings of the placeholder tokens by the features.
 """
 
 import inspect
@@ -18,22 +18,24 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_decoder, is_whole, vision_parameters
+from tunesmith.model.decoder import find_decoder, has_vision_language_class, vision_parameters
+from tunesmith.model.documents import copy_to_device
 
-# Transformers hands all windows of a vision part at once, with their edges, to an attention whose
-# name has "flash" in it.
+# Name of our attention for vision parts. Because the name contains "flash", Transformers passes all
+# windows in one call, together with their boundaries.
 VISION_ATTENTION = "tunesmith_flash_windows"
 
-# Outputs of a vision part that a model with a `pooler_output` does not take.
+# Outputs of a vision part that are not used if there is a `pooler_output`.
 HIDDEN_STATES = ("last_hidden_state", "hidden_states", "attentions")
 
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
-    """Set the attention of the text model.
+    """Set the attention implementation of the text model.
 
-    A vision part keeps its own, or has `attend_windows` if it takes pictures as patches in one row.
+    The vision part gets `attend_windows` if it takes the patches of all pictures in one row.
+    Otherwise its attention is unchanged.
     """
-    if not is_whole(model):
+    if not has_vision_language_class(model):
         model.set_attn_implementation(name)
         return
     names = {text_key(model.config): name}
@@ -55,49 +57,52 @@ def attend_windows(
     cu_seq_lens_q: Tensor,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Compute attention within windows or pictures; those of one length share a call.
+    """Compute attention within windows or pictures, with one call per distinct length.
 
     Args:
         query, key, value: [1, heads, n, d].
-        cu_seq_lens_q: [windows + 1], their edges.
+        cu_seq_lens_q: [windows + 1], the boundaries of the windows.
 
     Returns:
-        [1, n, heads, d], and None for the weights.
+        [1, n, heads, d], and None in place of the attention weights.
     """
     out = torch.empty_like(query)
     edges = cu_seq_lens_q.cpu().long()
     lengths = edges.diff()
     for length in lengths.unique().tolist():
+        starts = edges[:-1][lengths == length]
         # [windows of this length, length]
-        places = edges[:-1][lengths == length, None] + torch.arange(length)
+        places = starts.unsqueeze(1) + torch.arange(length)
         index = _to_device(places.flatten(), query.device)
-        # [heads, windows * length, d] -> [windows, heads, length, d]
-        q, k, v = (
-            x[0].index_select(1, index).unflatten(1, places.shape).transpose(0, 1)
-            for x in (query, key, value)
-        )
+        by_window = []
+        for x in (query, key, value):
+            # [heads, windows * length, d] -> [windows, heads, length, d]
+            rows = x[0].index_select(1, index)
+            by_window.append(rows.unflatten(1, places.shape).transpose(0, 1))
+        q, k, v = by_window
         result = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        out.index_copy_(2, index, result.transpose(0, 1).flatten(1, 2).unsqueeze(0))
+        result = result.transpose(0, 1).flatten(1, 2)
+        out.index_copy_(2, index, result.unsqueeze(0))
     return out.transpose(1, 2), None
 
 
-def text_key(whole: PretrainedConfig) -> str:
-    """Return the key under which a vision-language model's config has that of its text part."""
-    text = whole.get_text_config()
-    for key in whole.sub_configs:
-        if vars(whole).get(key) is text:
+def text_key(full_config: PretrainedConfig) -> str:
+    """Return the key of a vision-language model's config that contains its text part's config."""
+    text = full_config.get_text_config()
+    for key in full_config.sub_configs:
+        if vars(full_config).get(key) is text:
             return key
     raise ModelError(
-        f"the text part of this {whole.model_type} is inside another part",
-        why="its parts are models of their own, and no class returns the logits of all of it",
-        fix="save the part that has text_config as a model of its own type",
+        f"this {full_config.model_type} consists of separate models",
+        why="Transformers has no class that returns the logits of all of them",
+        fix="save the model that contains the text model (its config has text_config) separately",
     )
 
 
 def mark_pictures(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the arguments of a whole model's forward that tell which of `ids` are pictures'.
+    """Return arguments for a vision-language model's forward that mark the picture tokens.
 
-    Positions, and who sees whom, go by them where Transformers computes these.
+    Transformers uses them to compute positions and attention masks.
     """
     known = inspect.signature(type(model).forward).parameters
     is_picture = (ids == model.config.image_token_id).long()
@@ -106,92 +111,108 @@ def mark_pictures(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 
 def skip_device_checks() -> None:
-    """Let Transformers not ask the device how many placeholders a batch has, and wait for it.
+    """Prevent Transformers from counting the placeholder tokens on the device.
 
-    What a batch has is counted on the host, row by row.
+    The host would wait for this count. The placeholders of each row are counted on the host
+    instead.
     """
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
 
 
-def see(model: PreTrainedModel, pictures: Mapping[str, Tensor], *, trains: bool = False) -> Any:
-    """Return the features of pictures, as the whole model's forward takes them.
+def picture_features(
+    model: PreTrainedModel, pictures: Mapping[str, Tensor], *, trains: bool = False
+) -> Any:
+    """Return the features of pictures as the vision-language model's forward expects them.
 
-    trains: with the graph of a projector that is trained. Of a frozen one activations would stay in
-    memory.
+    Args:
+        trains: whether to build the autograd graph for a trained projector. For a frozen projector,
+            the graph would only keep activations in memory.
     """
-    # The vision part asks for the values of sizes and grids: these stay on the host.
+    # Keep sizes and grids (integers) on the host, because the vision part reads their values.
     inputs = dict(pictures)
     for name, tensor in pictures.items():
         if tensor.is_floating_point():
             inputs[name] = _to_device(tensor, model.device).to(model.dtype)
-    whole: Any = find_decoder(model)
+    entire: Any = find_decoder(model)
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()), _SizesOnHost():
-        output = whole.get_image_features(**inputs, return_dict=True)
+        output = entire.get_image_features(**inputs, return_dict=True)
     if "pooler_output" not in output:
         return output
-    # Hidden states of the vision part would stay in memory until the decoder ends.
+    # Drop the vision part's hidden states, which would use memory during the decoder's forward.
     kept = {name: value for name, value in output.items() if name not in HIDDEN_STATES}
     return type(output)(**kept)
 
 
 class _SizesOnHost(TorchFunctionMode):
-    """Compute windows, positions and lengths on the host, where the sizes of pictures are.
+    """A mode that computes windows, positions and lengths of pictures on the host.
 
-    A vision part asks for their values again and again. If they were on the device, the host would
-    wait for the device each time. An operator that also takes a tensor of the device runs there.
+    A vision part reads these values many times. Reading from the device would synchronize each
+    time. An operator that also has an argument on the device runs on the device.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
-        arguments = (args, kwargs or {})
-        # Every operator comes here: `tree_leaves` would take ten times as long.
-        values = [*args, *arguments[1].values()]
+        kwargs = kwargs or {}
+        # Use a simple loop, because this runs for every operator and `tree_leaves` is ten times
+        # slower.
+        values = [*args, *kwargs.values()]
         for value in values:
             if isinstance(value, list | tuple):
                 values += value
-        tensors = [x for x in values if isinstance(x, Tensor)]
-        others = [x.device for x in tensors if not x.is_cpu]
-        if 0 < len(others) < len(tensors):
-            to_device = partial(_to_device, device=others[0])
-            arguments = tree_map_only(Tensor, to_device, arguments)
-        elif not others and func in (Tensor.to, torch.as_tensor):
-            # Copied later, if an operator needs it on the device.
-            arguments = tree_map_only(torch.device, lambda _: torch.device("cpu"), arguments)
-        return func(*arguments[0], **arguments[1])
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        devices = [tensor.device for tensor in tensors if not tensor.is_cpu]
+        if 0 < len(devices) < len(tensors):
+            to_device = partial(_to_device, device=devices[0])
+            args, kwargs = tree_map_only(Tensor, to_device, (args, kwargs))
+        elif not devices and func in (Tensor.to, torch.as_tensor):
+            # Do not copy to the device now. The tensor is copied if an operator needs it there.
+            cpu = torch.device("cpu")
+            args, kwargs = tree_map_only(torch.device, lambda _: cpu, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host without waiting. Operators take scalars of the host as they are."""
+    """Copy a CPU tensor to the device without waiting.
+
+    Scalars are not copied, because operators accept them from any device.
+    """
     if not tensor.is_cpu or not tensor.ndim:
         return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return copy_to_device(tensor, device)
 
 
 def add_features_by_place(model: nn.Module) -> None:
-    """Let the layers of a text model that take features of pictures (DeepStack) add them by place.
+    """Make text models with DeepStack add the features of pictures by index instead of by mask.
 
-    Transformers adds them by a mask, and waits for the device to count what is in it.
+    Indexing with a mask, as Transformers does, waits for the device to count the selected tokens.
     """
     for module in model.modules():
         if hasattr(module, "_deepstack_process"):
-            # An attribute of the instance hides the method of the class.
+            # Set the attribute on the instance, so that it hides the method of the class.
             vars(module)["_deepstack_process"] = _add_features
 
 
 def _add_features(hidden: Tensor, is_picture: Tensor, features: Tensor) -> Tensor:
-    """Add features [m, width] to the m tokens of pictures in hidden states [rows, n, width]."""
-    # A stable sort puts the places of pictures first, in their order.
+    """Add features [m, width] to the m picture tokens in the hidden states [rows, n, width]."""
+    # A stable descending sort of the mask gives the picture positions first, in order.
     places = (~is_picture).flatten().argsort(stable=True)[: len(features)]
     added = hidden.flatten(0, 1).index_add(0, places, features.to(hidden.dtype))
     return added.view_as(hidden)
 
 
-def with_unused(projector: Iterable[nn.Module], hidden: Tensor) -> Tensor:
-    """Return hidden states of a batch without pictures, with gradients of zero for the projector
-    that is trained: each rank must have the same gradients, whatever its pictures.
+def add_zero_gradients(projector: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+    """Give the trained projector zero gradients in a batch without pictures.
+
+    All ranks must compute gradients of the same parameters, even if only some have pictures.
+
+    Returns:
+        `hidden` plus zero. Its autograd graph contains the projector's parameters.
     """
-    zeros = [0 * p.sum() for module in projector for p in module.parameters()]
-    return hidden + torch.stack(zeros).sum().to(hidden.dtype) if zeros else hidden
+    zeros = []
+    for module in projector:
+        for parameter in module.parameters():
+            zeros.append(0 * parameter.sum())
+    if not zeros:
+        return hidden
+    return hidden + torch.stack(zeros).sum().to(hidden.dtype)

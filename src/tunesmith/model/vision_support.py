@@ -1,8 +1,9 @@
-"""The measurement of whether a vision-language model trains on packed rows with pictures.
+"""Measurement of whether a vision-language model can be trained on packed rows with pictures.
 
-On its twin, as in `support`, with a row of three documents, of two pictures, of none and of one:
-its logits and gradients must be those of each document alone under Transformers' own forward. And
-other pictures in the first document must leave the others as they are, to the bit.
+The test uses a tiny model, as in `support`, and a row of three documents, which contain two
+pictures, no picture and one picture. Logits and gradients must equal those of each document alone
+with Transformers' own forward. Other pictures in the first document must not change a single bit of
+the other documents' logits.
 """
 
 from collections.abc import Mapping
@@ -17,34 +18,34 @@ from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_projector
 from tunesmith.model.documents import use_documents
-from tunesmith.model.load import one_line
-from tunesmith.model.model_types import BothWays, Support
+from tunesmith.model.model_types import BidirectionalPictures, Support
+from tunesmith.model.spec import one_line
 from tunesmith.model.support import (
-    TwinOutput,
+    TinyModelOutput,
     differentiate,
     logits_of,
-    measure_twin,
+    measure_tiny,
     packed_documents,
-    ready_twin,
+    ready_tiny,
 )
 from tunesmith.model.vision import (
     add_features_by_place,
     mark_pictures,
-    see,
+    picture_features,
     set_text_attention,
 )
 
 
 class PictureRow(NamedTuple):
-    """A packed row of documents with pictures, for a twin.
+    """A packed row of documents with pictures, for a tiny model.
 
     Attributes:
-        ids: int64 [n], PICTURE_ID where a picture's features go.
+        ids: int64 [n]. PICTURE_ID is the placeholder of a picture's features.
         positions: int64 [1, n] or [3, 1, n].
-        lengths: tokens of each document.
-        spans: the first place of each picture's tokens, and the one after its last.
-        pictures: inputs of all pictures.
-        alone: those of each document's.
+        lengths: number of tokens of each document.
+        spans: for each picture, the index of its first token and the index after its last token.
+        pictures: the model's inputs for all pictures.
+        alone: for each document, the inputs for only its pictures.
     """
 
     ids: Tensor
@@ -55,84 +56,102 @@ class PictureRow(NamedTuple):
     alone: tuple[Mapping[str, Tensor], ...]
 
 
-def measure_pictures(whole: PretrainedConfig, row: PictureRow) -> Support:
-    """Measure how a vision-language model trains; ModelError where no twin can be built of it."""
-    with ready_twin(whole) as twin:
-        support = measure_twin(twin)
+def measure_pictures(full_config: PretrainedConfig, row: PictureRow) -> Support:
+    """Measure how tunesmith trains a vision-language model.
+
+    Raise ModelError if no tiny model can be built.
+    """
+    with ready_tiny(full_config) as tiny:
+        support = measure_tiny(tiny)
         if support.state != "packed":
             return replace(support, state="refused")
-        return _measure_row(twin, row, support)
+        return _measure_row(tiny, row, support)
 
 
-def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Support:
-    """Support of a twin whose documents without pictures share rows."""
+def _measure_row(tiny: PreTrainedModel, row: PictureRow, support: Support) -> Support:
+    """Measure the row with pictures, after `support` showed that text documents can be packed."""
     found = []
-    # It may be trained too: its gradients are compared with the rest.
-    for name in find_projector(twin):
-        twin.get_submodule(name).requires_grad_(True)
+    # Include the projector in the comparison of gradients, because it may also be trained.
+    for name in find_projector(tiny):
+        tiny.get_submodule(name).requires_grad_(True)
     try:
-        set_text_attention(twin, "eager")
-        expected = _run_documents(twin, row)
-        set_text_attention(twin, attention.register())
-        add_features_by_place(twin)
-        for both_ways in get_args(BothWays):
-            packed = _run_row(twin, row, row.pictures, both_ways)
+        set_text_attention(tiny, "eager")
+        expected = _run_documents(tiny, row)
+        set_text_attention(tiny, attention.register())
+        add_features_by_place(tiny)
+        for bidirectional_pictures in get_args(BidirectionalPictures):
+            packed = _run_row(tiny, row, row.pictures, bidirectional_pictures)
             errors = packed.errors(expected)
             if errors.are_rounding():
-                apart = _keeps_pictures_apart(twin, row, packed.logits, both_ways)
+                apart = _keeps_pictures_apart(tiny, row, packed.logits, bidirectional_pictures)
                 why = f"{support.why}, with pictures too"
                 if not apart:
                     support = replace(support, state="refused")
                     why = "a picture changes the logits of other documents"
-                return replace(support, why=why, errors=errors, both_ways=both_ways)
+                return replace(
+                    support, why=why, errors=errors, bidirectional_pictures=bidirectional_pictures
+                )
             found.append(errors)
-    # Code of 90 model types.
+    # The code of 90 model types can raise any exception.
     except Exception as error:
-        return Support("refused", f"its twin does not run with pictures: {one_line(error)}")
+        return Support(
+            "refused", f"a tiny model of this type does not run with pictures: {one_line(error)}"
+        )
     errors = min(found, key=lambda errors: errors.logits)
     why = "packed documents with pictures give different results than single ones"
     return Support("refused", f"{why}: {errors.describe()}", errors=errors)
 
 
-def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
-    """Each document by itself, as Transformers computes it from ids and pixels."""
+def _run_documents(tiny: PreTrainedModel, row: PictureRow) -> TinyModelOutput:
+    """Run each document separately with Transformers' own forward, from ids and pixels."""
     logits = []
-    for ids, pictures in zip(row.ids.split(row.lengths), row.alone, strict=True):
-        marks: dict[str, Any] = mark_pictures(twin, ids[None])
-        output = twin(input_ids=ids[None], use_cache=False, **pictures, **marks)
+    documents = row.ids.split(row.lengths)
+    for document, pictures in zip(documents, row.alone, strict=True):
+        ids = document[None]
+        marks: dict[str, Any] = mark_pictures(tiny, ids)
+        output = tiny(input_ids=ids, use_cache=False, **pictures, **marks)
         logits.append(output.logits[0])
-    return differentiate(twin, torch.cat(logits), row.ids)
+    return differentiate(tiny, torch.cat(logits), row.ids)
 
 
 def _run_row(
-    twin: PreTrainedModel, row: PictureRow, pictures: Mapping[str, Tensor], both_ways: BothWays
-) -> TwinOutput:
-    """The row, with these pictures, under this engine's attention, as `TrainModel` does."""
-    documents = packed_documents(row.lengths, prepare_chunked_attention(twin))
-    documents = replace(documents, both_ways=both_ways)
+    tiny: PreTrainedModel,
+    row: PictureRow,
+    pictures: Mapping[str, Tensor],
+    bidirectional_pictures: BidirectionalPictures,
+) -> TinyModelOutput:
+    """Run the row on these pictures with tunesmith's attention, as `TrainModel` does."""
+    documents = packed_documents(row.lengths, prepare_chunked_attention(tiny))
+    documents = replace(documents, bidirectional_pictures=bidirectional_pictures)
     documents.set_pictures(row.spans)
     with use_documents(documents):
-        output = find_decoder(twin)(
+        output = find_decoder(tiny)(
             input_ids=row.ids[None],
             position_ids=row.positions,
             use_cache=False,
             documents=documents,
-            mm_encoder_outputs={"image": see(twin, pictures, trains=True)},
+            mm_encoder_outputs={"image": picture_features(tiny, pictures, trains=True)},
         )
-        return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
+        logits = logits_of(tiny, output.last_hidden_state[0])
+        return differentiate(tiny, logits, row.ids)
 
 
 def _keeps_pictures_apart(
-    twin: PreTrainedModel, row: PictureRow, logits: Tensor, both_ways: BothWays
+    tiny: PreTrainedModel,
+    row: PictureRow,
+    logits: Tensor,
+    bidirectional_pictures: BidirectionalPictures,
 ) -> bool:
-    """Check that other pictures in the first document reach its own logits and no others."""
+    """Return whether changed pictures in the first document change only this document's logits."""
     others = dict(row.pictures)
     for name, tensor in row.pictures.items():
         if tensor.is_floating_point():
-            # The same values in another order, in the pictures of the first document.
+            # Reverse the values of the pictures in the first document.
+            count = len(row.alone[0][name])
             others[name] = tensor.clone()
-            others[name][: len(row.alone[0][name])] = tensor[: len(row.alone[0][name])].flip(-1)
-    changed = _run_row(twin, row, others, both_ways).logits
+            others[name][:count] = tensor[:count].flip(-1)
+    changed = _run_row(tiny, row, others, bidirectional_pictures).logits
     rest = row.lengths[0]
-    is_changed = not torch.equal(changed[:rest], logits[:rest])
-    return is_changed and torch.equal(changed[rest:], logits[rest:])
+    if torch.equal(changed[:rest], logits[:rest]):
+        return False
+    return torch.equal(changed[rest:], logits[rest:])

@@ -1,8 +1,8 @@
-"""Load weights from safetensors files into a model's memory, tensor by tensor.
+"""Loading of weights from safetensors files into a model's memory, one tensor at a time.
 
-Peak memory is the model and one slice: a tensor whose target is on the CPU in the stored dtype is
-read straight into it, any other goes through a buffer. The pages that were read are dropped at once
-from the page cache, which on a machine with unified memory is the GPU's memory too.
+Peak memory is the model plus one slice. A tensor is read directly into its target if the target is
+on the CPU and has the stored dtype. Otherwise it is read through a buffer. The pages are dropped
+from the page cache immediately, because with unified memory the page cache uses the GPU's memory.
 """
 
 import math
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -31,13 +32,13 @@ from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entrie
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # slow, and a plan needs none
+    from transformers import PreTrainedModel  # only for type checking: the import is slow
 
 STORED = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
-    "F8_E8M0": torch.float8_e8m0fnu,  # scales: a power of two each
+    "F8_E8M0": torch.float8_e8m0fnu,  # scales that are powers of two
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -46,21 +47,24 @@ STORED = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-FP8_CODES = "F8_E4M3"  # read as bytes: 127 and 255 are NaN, and infinity has no code
-MAX_READ_WEIGHTS = 1 << 20  # weights decoded at a time: they are in fp32 then
-SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
-SCALES = "_scales"  # ends the name of a parameter that has the scales of the one before it
+# Dtypes whose values can be NaN or infinite.
+CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FP8_CODES = "F8_E4M3"  # read as bytes; 127 and 255 are NaN, and there is no infinity
+MAX_READ_WEIGHTS = 1 << 20  # maximum weights that are dequantized to fp32 at once
+SLICE = 16 << 20  # bytes of the buffer for tensors that are converted
+SCALES = "_scales"  # suffix of a parameter that holds the scales of another parameter
 
 
 class StoredTensor:
-    """A tensor of the checkpoint, not yet read: what a hook of `load_weights` gets.
+    """A tensor of the checkpoint that is not yet read. Hooks of `load_weights` receive it.
 
-    Shape and dtype as stored. Without an open file, or once that is closed, each read opens it.
-    What is read is noted in `check`.
+    Shape and dtype are those of the file. If no file is passed or the file is closed, each read
+    opens the file. `check` records the values that are read.
 
     Attributes:
-        format: of a weight in codes; None: it is dense.
-        codes: of a weight in codes, what is stored of its rows; scale: of all of it.
+        format: the storage format of a quantized weight; None: the weight is not quantized.
+        codes: the stored tensors that have values for each row of a quantized weight.
+        scale: the scale of an entire quantized weight.
     """
 
     format: Format | None = None
@@ -74,133 +78,160 @@ class StoredTensor:
         self._check = check
         self.name = entry.name
         self.shape = torch.Size(entry.shape)
-        self.dtype = torch.uint8 if entry.dtype == FP8_CODES else STORED[entry.dtype]
+        if entry.dtype == FP8_CODES:
+            self.dtype = torch.uint8
+        else:
+            self.dtype = STORED[entry.dtype]
 
     def with_shape(self, shape: torch.Size) -> "StoredTensor":
-        """The same elements in the same order, in another shape."""
+        """Return a tensor of another shape with the same elements in the same order."""
         return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
 
     @property
-    def scale(self) -> torch.Tensor | None:
+    def scale(self) -> Tensor | None:
         return None
 
-    def read(self) -> torch.Tensor:
-        """The whole tensor, on the CPU, in its stored dtype."""
-        return self[tuple(slice(0, size) for size in self.shape)]
+    def read(self) -> Tensor:
+        """Return the entire tensor, on the CPU, in its stored dtype."""
+        return self[_whole(self.shape)]
 
-    def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """Read into `target` (contiguous) from element `begin` on, converting to its dtype and
-        device.
+    def into(self, target: Tensor, begin: int = 0) -> None:
+        """Read elements from index `begin` into `target`, converted to its dtype and device.
+
+        `target` must be contiguous.
         """
         if self._file is None or self._file.closed:
             with open_uncached(self._entry.file) as file:
                 type(self)(self._entry, file, self._check).into(target, begin)
             return
-        # Contiguous, as the argument says: one run of the file goes to one run of memory.
+        # The target is contiguous, so a range of the file corresponds to a range of its memory.
         flat = target.view(-1)
         itemsize = self.dtype.itemsize
-        # Same device and dtype: read straight into the tensor's memory.
+        # If device and dtype are equal, read directly into the tensor's memory.
         if target.device.type == "cpu" and target.dtype == self.dtype:
             self._read(flat, begin * itemsize)
         else:
-            # A buffer of at most SLICE bytes, or of what is read; converted on its way.
-            buffer = torch.empty(min(len(flat), SLICE // itemsize), dtype=self.dtype)
-            for start in range(0, len(flat), max(1, len(buffer))):
+            # Otherwise read through a buffer of at most SLICE bytes and convert its values.
+            size = min(len(flat), SLICE // itemsize)
+            buffer = torch.empty(size, dtype=self.dtype)
+            for start in range(0, len(flat), max(1, size)):
                 piece = buffer[: len(flat) - start]
                 self._read(piece, (begin + start) * itemsize)
                 flat[start : start + len(piece)].copy_(piece)
-        # What was read would stay in the page cache, which unified memory has for the GPU too.
+        # Drop the pages from the page cache, which uses the GPU's memory on machines with unified
+        # memory.
         drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
         if self._check is not None and len(flat):
             probe = self._probe(flat)
             if probe is not None:
                 self._check.note(self._entry, probe)
 
-    def _probe(self, flat: torch.Tensor) -> torch.Tensor | None:
-        """Return a number, fp64 on the device of these values, that is finite only if all of them
-        are. Return None for values that always are.
+    def _probe(self, flat: Tensor) -> Tensor | None:
+        """Return an fp64 scalar that is finite only if all values are finite.
+
+        The scalar is on the device of the values.
+
+        Return None if the dtype has no NaN and no infinity.
         """
         if self._entry.dtype == FP8_CODES:
-            has_nan = (flat.view(torch.int8).max() == 127) | (flat.view(torch.uint8).max() == 255)
-            return torch.where(has_nan, math.nan, 0.0).double()
-        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            has_positive_nan = flat.view(torch.int8).max() == 127
+            has_negative_nan = flat.view(torch.uint8).max() == 255
+            return torch.where(has_positive_nan | has_negative_nan, math.nan, 0.0).double()
+        if self.dtype not in CHECKED_DTYPES:
             return None
         low, high = torch.aminmax(flat)
         return low.double() + high.double()
 
     def pieces(self, rows: slice) -> Iterator[tuple[Piece, "StoredTensor"]]:
-        """The pieces of a tensor that have some of these rows; none of one that is whole."""
+        """Yield the pieces that contain some of these rows.
+
+        A tensor that is stored as a single tensor has no pieces.
+        """
         return iter(())
 
-    def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
-        """ModelError where a scale of some rows, as they are stored, is no number."""
+    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None:
+        """Raise ModelError if a stored scale of these rows is not finite."""
 
-    def into_part(self, target: torch.Tensor) -> None:
-        """Read what this rank holds of `target`, which may be a DTensor and have more rows than are
-        stored.
-        """
+    def into_part(self, target: Tensor) -> None:
+        """Fill this rank's shard of `target`, which may have more rows than the stored tensor."""
         self._fill(local_part(target), local_slices(target))
 
-    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """Read that part, on the CPU, in its stored dtype; nothing else is read.
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
+        """Read only the region of the slices. The result is on the CPU in the stored dtype.
 
-        A slice of each dimension has both ends.
+        Args:
+            slices: one slice with start and stop for each dimension.
         """
         part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
         self._fill(part, slices)
         return part
 
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
         if not slices:
             self.into(local)
             return
-        rows, *columns = slices
-        first = rows.start
-        # `local` may have more rows than are stored: new tokens, filled by `_read_parameter`.
-        last = min(rows.stop, self.shape[0])
+        first = slices[0].start
+        columns = slices[1:]
+        row_shape = self.shape[1:]
+        # `local` can have additional rows for new tokens. `_read_parameter` fills them.
+        last = min(slices[0].stop, self.shape[0])
         local = local[: max(last - first, 0)]
-        # Whole rows are one run of the file; parts of rows are read as bands, and cut in memory.
-        if columns == [slice(0, size) for size in self.shape[1:]]:
-            self.into(local, first * math.prod(self.shape[1:]))
+        # Entire rows are contiguous in the file. Parts of rows are read as bands and sliced in
+        # memory.
+        if columns == _whole(row_shape):
+            self.into(local, first * math.prod(row_shape))
             return
         for start, band in self.bands(first, last):
-            local_band = local[start - first : start - first + len(band)]
+            offset = start - first
+            local_band = local[offset : offset + len(band)]
             local_band.copy_(band[(slice(None), *columns)])
 
-    def bands(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """The rows from `first` to before `last`, about SLICE bytes at a time.
+    def bands(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield the rows from `first` up to `last` in bands of about SLICE bytes.
 
-        Yields the index of a band's first row, and its rows.
+        Yields:
+            The index of the band's first row, and its rows.
         """
         if last is None:
             last = self.shape[0]
-        width = math.prod(self.shape[1:])
-        # At least one row, however wide.
+        row_shape = self.shape[1:]
+        width = math.prod(row_shape)
+        # Read at least one row, even if it is larger than SLICE.
         step = max(1, SLICE // max(1, width * self.dtype.itemsize))
         for start in range(first, last, step):
-            band = torch.empty(min(step, last - start), *self.shape[1:], dtype=self.dtype)
+            rows = min(step, last - start)
+            band = torch.empty(rows, *row_shape, dtype=self.dtype)
             self.into(band, start * width)
             yield start, band
 
-    def _read(self, flat: torch.Tensor, offset: int) -> None:
+    def _read(self, flat: Tensor, offset: int) -> None:
         if flat.numel():
-            assert self._file is not None  # `into` opens it
-            # Bytes, whatever the dtype: numpy has no bf16.
-            read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
+            assert self._file is not None  # `into` opens the file
+            # View the memory as bytes, because numpy has no bf16.
+            memory = flat.view(torch.uint8).numpy().data
+            read_into(self._file, self._entry, memory, offset)
+
+
+def _whole(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return slices that cover each dimension entirely."""
+    return tuple(slice(0, size) for size in shape)
 
 
 class FiniteCheck:
-    """Finds NaN and infinity in what is read, without waiting for the device that it goes to."""
+    """Detection of NaN and infinity in the values that are read, with only one synchronization."""
 
     def __init__(self) -> None:
-        self._probes: dict[torch.device, list[tuple[Entry, torch.Tensor]]] = {}
+        self._probes: dict[torch.device, list[tuple[Entry, Tensor]]] = {}
 
-    def note(self, entry: Entry, probe: torch.Tensor) -> None:
-        """Keep the number that tells of values that were read."""
+    def note(self, entry: Entry, probe: Tensor) -> None:
+        """Record a scalar that is finite only if the values of the entry are finite."""
         self._probes.setdefault(probe.device, []).append((entry, probe))
 
     def require_finite(self) -> None:
-        """ModelError for a tensor with another value; the only wait for the devices."""
+        """Raise ModelError if a tensor has a value that is not finite.
+
+        This waits for the devices.
+        """
         for probes in self._probes.values():
             numbers = torch.stack([probe for _, probe in probes]).cpu()
             for i in (~numbers.isfinite()).nonzero().flatten().tolist():
@@ -216,20 +247,26 @@ class FiniteCheck:
 
 
 class TensorOfParts(StoredTensor):
-    """A tensor that is made of several stored ones, by `_fill`."""
+    """A tensor that is assembled from several stored tensors by `_fill`."""
 
-    def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """Read whole rows as `StoredTensor.into` does."""
-        width = math.prod(self.shape[1:])
+    def __init__(self, entry: Pieces | CodedEntry) -> None:
+        self.name = entry.name
+        self.shape = torch.Size(entry.shape)
+        self.dtype = STORED[entry.dtype]
+
+    def into(self, target: Tensor, begin: int = 0) -> None:
+        """Read entire rows into `target`, like `StoredTensor.into`."""
+        row_shape = self.shape[1:]
+        width = math.prod(row_shape)
         first = begin // width
         rows = slice(first, first + target.numel() // width)
-        columns = (slice(0, size) for size in self.shape[1:])
-        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
+        self._fill(target.view(-1, *row_shape), (rows, *_whole(row_shape)))
 
 
 class JoinedTensor(TensorOfParts):
-    """A tensor of the model that is stored in pieces, read as one; in memory there is a piece of
-    it, or SLICE bytes of one that is read into a tensor of another type.
+    """A tensor of the model that is stored in several pieces.
+
+    Only one piece is in memory at a time, or only SLICE bytes of a piece if it is converted.
     """
 
     def __init__(
@@ -238,39 +275,38 @@ class JoinedTensor(TensorOfParts):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        self.name = pieces.name
-        self.shape = torch.Size(pieces.shape)
-        self.dtype = STORED[pieces.dtype]
+        super().__init__(pieces)
         self._pieces = []
         for piece in pieces.pieces:
             self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
 
     def pieces(self, rows: slice) -> Iterator[tuple[Piece, StoredTensor]]:
-        """The pieces that have some of these rows, with what is stored of each."""
+        """Yield the pieces that contain some of these rows, with their stored tensors."""
         for piece, stored in self._pieces:
             region = piece.region[0]
             if region.start < rows.stop and rows.start < region.stop:
                 yield piece, stored
 
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
         for piece, stored in self.pieces(slices[0]):
             in_local = []
             in_piece = []
-            # Where a piece's region and the local slice overlap, counted from each of their starts.
+            # Compute the overlap of the piece and the local slice, as positions in both of them.
             for local_slice, region in zip(slices, piece.region, strict=True):
                 start = max(local_slice.start, region.start)
                 stop = min(local_slice.stop, region.stop)
                 in_local.append(slice(start - local_slice.start, stop - local_slice.start))
                 in_piece.append(slice(start - region.start, stop - region.start))
-            # No overlap: nothing of this piece is read.
+            # Skip the piece if there is no overlap.
             if any(span.stop <= span.start for span in in_local):
                 continue
             target = local[tuple(in_local)]
-            # A piece of a stack is stored without the stack's dimension.
+            # A piece of a stack is stored without the first dimension.
             if piece.stacked:
                 target = target.squeeze(0)
                 in_piece = in_piece[1:]
-            # All of it, in one run: without a buffer.
+            # The target is contiguous and takes the entire piece, so read the piece without a
+            # buffer.
             if target.shape == stored.shape and target.is_contiguous():
                 stored.into(target)
             else:
@@ -278,9 +314,7 @@ class JoinedTensor(TensorOfParts):
 
 
 class DecodedTensor(TensorOfParts):
-    """A weight that is stored as codes and scales, read dense: fp32 values that are codes times
-    scales, a piece at a time.
-    """
+    """A quantized weight that is dequantized to fp32 in pieces while it is read."""
 
     def __init__(
         self,
@@ -288,63 +322,75 @@ class DecodedTensor(TensorOfParts):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        self.name = entry.name
-        self.shape = torch.Size(entry.shape)
-        self.dtype = STORED[entry.dtype]
+        super().__init__(entry)
         self.shipped = shipped_format(entry.form)
         self.format = self.shipped
         first, *others = entry.codes
         self.codes = [stored_tensor(first, files, check)]
         self.codes += [stored_tensor(part, files) for part in others]
-        self._scale = None if entry.scale is None else stored_tensor(entry.scale, files)
+        self._scale: StoredTensor | None = None
+        if entry.scale is not None:
+            self._scale = stored_tensor(entry.scale, files)
 
     @cached_property
-    def scale(self) -> torch.Tensor | None:
-        """Read the scale of the whole weight; ModelError where one is no finite number."""
+    def scale(self) -> Tensor | None:
+        """Scale of the entire weight. Raise ModelError if a value is not finite."""
         if self._scale is None:
             return None
         return self.shipped.read_scale(self._scale, self.name)
 
-    def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
-        """ModelError where a scale of some rows, as they are stored, is no number."""
+    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None:
+        """Raise ModelError if a stored scale of these rows is NaN."""
         if self.shipped.has_nan_scale(codes):
-            raise not_finite(self.name, self.name if more else self.codes[-1].name, more)
+            where = self.codes[-1].name
+            if more:
+                where = self.name
+            raise not_finite(self.name, where, more)
 
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
         if len(slices) == 2:
             self._fill_matrix(local, *slices)
             return
         experts, rows, columns = slices
         if self.shipped.is_output_major:
-            # The codes of an expert are [out, in], and its dense weight is [in, out].
-            local, rows, columns = local.mT, columns, rows
-        for expert in range(experts.start, min(experts.stop, self.shape[0])):
+            # The codes of an expert are [out, in], but its dequantized weight is [in, out].
+            local = local.mT
+            rows, columns = columns, rows
+        last = min(experts.stop, self.shape[0])
+        for expert in range(experts.start, last):
             self._fill_matrix(local[expert - experts.start], rows, columns, expert)
 
     def _fill_matrix(
-        self, local: torch.Tensor, rows: slice, columns: slice, expert: int | None = None
+        self, local: Tensor, rows: slice, columns: slice, expert: int | None = None
     ) -> None:
-        """Read rows and columns of a matrix, a piece at a time."""
-        more = "" if expert is None else f": that of expert {expert}"
-        last = min(rows.stop, self.codes[0].shape[0 if expert is None else 1])
-        step = max(1, MAX_READ_WEIGHTS // self.shape[1])
+        """Read a region of a matrix and dequantize it, MAX_READ_WEIGHTS weights at a time."""
+        more = ""
+        codes_shape = self.codes[0].shape
+        stored_rows = codes_shape[0]
         scale = self.scale
-        if scale is not None and expert is not None:
-            scale = scale[expert]
+        if expert is not None:
+            more = f": that of expert {expert}"
+            stored_rows = codes_shape[1]
+            if scale is not None:
+                scale = scale[expert]
+        last = min(rows.stop, stored_rows)
+        step = max(1, MAX_READ_WEIGHTS // self.shape[1])
         for first in range(rows.start, last, step):
             end = min(first + step, last)
-            codes = [_rows_of(stored, slice(first, end), expert) for stored in self.codes]
+            band = slice(first, end)
+            codes = [_rows_of(stored, band, expert) for stored in self.codes]
             self.check_rows(codes, more)
             values = self.shipped.decode_rows(codes, scale, first)
-            local[first - rows.start : end - rows.start].copy_(values[:, columns])
+            local_band = local[first - rows.start : end - rows.start]
+            local_band.copy_(values[:, columns])
 
 
-def _rows_of(stored: StoredTensor, rows: slice, expert: int | None) -> torch.Tensor:
-    """Rows of a matrix, or of an expert's in a stack."""
+def _rows_of(stored: StoredTensor, rows: slice, expert: int | None) -> Tensor:
+    """Return rows of a matrix, or of one expert's matrix in a stack."""
     if expert is None:
-        return stored[(rows, *(slice(0, size) for size in stored.shape[1:]))]
-    others = (slice(0, size) for size in stored.shape[2:])
-    return stored[(slice(expert, expert + 1), rows, *others)][0]
+        return stored[(rows, *_whole(stored.shape[1:]))]
+    expert_rows = stored[(slice(expert, expert + 1), rows, *_whole(stored.shape[2:]))]
+    return expert_rows[0]
 
 
 def stored_tensor(
@@ -352,9 +398,10 @@ def stored_tensor(
     files: Mapping[Path, BufferedReader] | None = None,
     check: FiniteCheck | None = None,
 ) -> StoredTensor:
-    """Return what is stored of a parameter, to be read from those of its files that are open.
+    """Return the stored tensor of an entry. It is read from `files` if they are open.
 
-    `check` gets what is read of floating-point values and of FP8 codes.
+    Args:
+        check: receives the floating-point values and fp8 codes that are read.
     """
     files = files or {}
     if isinstance(entry, Pieces):
@@ -366,21 +413,25 @@ def stored_tensor(
 
 @contextmanager
 def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a safetensors file by their names, to be read in the block; ModelError where
-    it is damaged.
+    """Yield the tensors of a safetensors file by name. They can be read inside the `with` block.
+
+    Raise ModelError if the file is damaged.
     """
     entries = read_header(file)
-    unreadable = [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]
+    unreadable = []
+    for entry in entries:
+        if entry.dtype not in STORED:
+            unreadable.append(f"{entry.name} ({entry.dtype})")
     if unreadable:
-        what = f"{count_of(len(unreadable), 'tensor')} of an unsupported dtype: {unreadable[0]}"
+        what = name_tensors(unreadable, "of an unsupported dtype")
         raise ModelError(what, where=str(file))
     with open_uncached(file) as opened:
         yield {entry.name: StoredTensor(entry, opened) for entry in entries}
 
 
-# Takes what a checkpoint holds of a parameter, by suffix; a weight that was drawn is a plain
+# Function that fills a parameter. It receives the parameter's stored tensors by suffix, or a random
 # tensor.
-Hook = Callable[[Mapping[str, StoredTensor | torch.Tensor]], None]
+Hook = Callable[[Mapping[str, StoredTensor | Tensor]], None]
 
 
 def load_weights(
@@ -395,32 +446,33 @@ def load_weights(
     """Load a materialized model's parameters from a folder's safetensors files.
 
     Args:
-        model: every parameter has its memory.
-        skip: names of parameters that the checkpoint does not hold (an adapter's own).
-        convert: parameter name -> hook that takes the stored tensor under "" and its companions (a
-            stored `weight.absmax` belongs to `weight`) under their suffixes, in place of a plain
-            read. They run in their own order, as they may be collective and each node's files may
-            be split otherwise.
-        grow_from: embedding and head may have so many rows in the checkpoint and more in the model,
-            where tokens were added; the further rows become the mean of the stored ones. None: as
-            many in both.
-        ranks: those that load together: an error in what one of them reads is raised on all.
+        model: a model whose parameters all have memory.
+        skip: returns True for parameters that are not in the checkpoint (those of an adapter).
+        convert: parameter name -> hook that replaces the normal read. It receives the stored tensor
+            under "" and its companions under their suffixes (a stored `weight.absmax` belongs to
+            `weight`). Hooks run in the order of this mapping, because they may be collective and
+            the order of the files can differ between nodes.
+        grow_from: number of rows that embedding and head may have in the checkpoint if tokens were
+            added. The additional rows of the model become the mean of the stored rows. None: the
+            numbers must be equal.
+        ranks: ranks that load together. An error on one of them is raised on all.
 
-    ModelError where tensors are missing, unexpected or of another shape (it lists a few), a file
-    is damaged, or a weight is not finite.
+    Raises:
+        ModelError: if tensors are missing, unexpected or have another shape, if a file is damaged,
+            or if a weight is not finite.
     """
     hooks = dict(convert or {})
     targets = {}
     for name, tensor in _stored_state(model).items():
-        # A hook takes its parameter with its scales, or all of a module in a parameter's place.
+        # Do not read a tensor that a hook fills. The key of the hook is the name of the tensor, of
+        # the parameter whose scales the tensor holds, or of the quantized module with the tensor.
         owners = (name, name.removesuffix(SCALES), name.rpartition(".")[0])
-        is_hooked = any(owner in hooks for owner in owners)
-        if not is_hooked and not skip(name):
+        if hooks.keys().isdisjoint(owners) and not skip(name):
             targets[name] = tensor
     headers = read_entries(folder)
     groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
 
-    # In the order of the files and of their bytes, so that disks read forward.
+    # Sort by file and position, so that disks read sequentially.
     def place(name: str) -> tuple[Path, int]:
         entry = groups[name][""]
         return entry.file, entry.start
@@ -428,13 +480,16 @@ def load_weights(
     finite = FiniteCheck()
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
-        # Hooks last, in their own order: see `convert`.
-        for name in (*sorted(groups.keys() - hooks.keys(), key=place), *hooks):
-            # A mask that is stored may have infinity in it.
-            is_weight = name in hooks or isinstance(targets[name], torch.nn.Parameter)
+        plain = sorted(groups.keys() - hooks.keys(), key=place)
+        # Hooks run last. They may be collective calls, so all ranks run them in the same order.
+        for name in (*plain, *hooks):
+            check = None
+            # Check parameters only: a stored buffer, for example a mask, may contain infinity.
+            if name in hooks or isinstance(targets[name], nn.Parameter):
+                check = finite
             stored = {}
             for suffix, entry in groups[name].items():
-                stored[suffix] = stored_tensor(entry, files, finite if is_weight else None)
+                stored[suffix] = stored_tensor(entry, files, check)
             if name in hooks:
                 hooks[name](stored)
             else:
@@ -447,13 +502,17 @@ def find_stored(
     model: "PreTrainedModel",
     folder: Path,
     *,
-    quantized: Collection[str] = (),
-    grow_from: int | None = None,
+    quantized: Collection[str],
+    grow_from: int | None,
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Find what a folder's safetensors files hold of each tensor of a model, which may be on meta.
+    """Return the stored tensors for each tensor of a model. The model may be on meta.
 
-    A tensor itself goes under "", the companions that those of `quantized` may have under their
-    suffixes; tied ones are there once. `grow_from` and ModelError as in `load_weights`.
+    In the inner mapping, the key "" is the tensor itself, and other keys are the suffixes of its
+    companions. Tied tensors occur once. Raise the errors of `load_weights`.
+
+    Args:
+        quantized: names of parameters that can have companions.
+        grow_from: as in `load_weights`.
     """
     targets = {}
     for name, tensor in _stored_state(model).items():
@@ -468,12 +527,13 @@ def find_stored(
     return stored
 
 
-def _stored_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """The parameters of a model and the buffers that its checkpoints hold; tied ones by each of
-    their names.
+def _stored_state(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """Return the parameters and the persistent buffers of a model.
+
+    A tied tensor is returned under each of its names.
     """
     state = dict(model.named_parameters(remove_duplicate=False))
-    # Buffers that a checkpoint holds: those that `state_dict` names.
+    # Persistent buffers are those in `state_dict`.
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
@@ -484,66 +544,21 @@ def _stored_state(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
 def _assign_entries(
     model: "PreTrainedModel",
     headers: Mapping[Path, Sequence[StoredEntry]],
-    targets: Mapping[str, torch.Tensor],
+    targets: Mapping[str, Tensor],
     hooks: Mapping[str, object],
     grow_from: int | None,
     where: str,
 ) -> StoredGroups:
-    """Which stored tensors are those of `targets` and, with their companions, of `hooks`.
+    """Return the stored tensors of `targets` and `hooks`. Tensors of hooks can have companions.
 
-    Tied ones are there once. ModelError where what is stored is not this model.
+    Tied tensors occur once. Raise ModelError if the checkpoint does not fit the model.
     """
     names = assign_names(model, headers, {*targets, *hooks}, hooks.keys())
     groups = names.groups
-    drop_tied_copies(groups, targets, where)
-    growing: dict[int, int | None] = {}
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if end is not None:
-            # By identity: tied parameters have several names.
-            for parameter in end.parameters(recurse=False):
-                growing[id(parameter)] = grow_from
-    _check_complete(groups, targets, hooks, names.unexpected, growing, where)
-    return groups
-
-
-def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
-    """Read a tensor into its parameter; further rows of an embedding or head become the mean of the
-    stored ones.
-
-    An untrained row then neither dominates the softmax nor is out of distribution (Hewitt, 2021,
-    "Initializing new word embeddings for pretrained language models"); without noise it is the same
-    on every machine.
-    """
-    stored.into_part(target)
-    if target.shape == stored.shape:
-        return
-    rows, *columns = local_slices(target)
-    stored_rows = stored.shape[0]
-    # Of this rank's rows those past the stored ones; a rank may have none.
-    new_rows = local_part(target)[max(stored_rows - rows.start, 0) :]
-    if len(new_rows):
-        # In fp32 and band by band: the embedding is never whole in memory.
-        sums = [band.sum(dim=0, dtype=torch.float32) for _, band in stored.bands()]
-        mean = torch.stack(sums).sum(dim=0) / stored_rows
-        new_rows.copy_(mean[tuple(columns)])
-
-
-def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy a whole tensor into its parameter, of which this rank may hold a part only."""
-    if isinstance(target, DTensor):
-        whole = whole[local_slices(target)]
-    local_part(target).copy_(whole)
-
-
-def drop_tied_copies(
-    groups: StoredGroups,
-    targets: Mapping[str, torch.Tensor],
-    where: str,
-) -> None:
-    """Leave one of the names that share a parameter; two in a checkpoint must be equal."""
     first_names: dict[int, str] = {}
+    # Sort the names, so that the name that is kept for a tied parameter does not depend on the file
+    # order.
     for name in sorted(groups.keys() & targets.keys()):
-        # Sorted, so that the name that stays is the same wherever it is decided.
         first_name = first_names.setdefault(id(targets[name]), name)
         if first_name == name:
             continue
@@ -554,49 +569,91 @@ def drop_tied_copies(
                 fix="set tie_word_embeddings: false in config.json",
             )
         del groups[name]
+    growing: dict[int, int | None] = {}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            # Use the id, because tied parameters have several names.
+            for parameter in end.parameters(recurse=False):
+                growing[id(parameter)] = grow_from
+    _check_complete(groups, targets, hooks, names.unexpected, growing, where)
+    return groups
+
+
+def _read_parameter(stored: StoredTensor, target: Tensor) -> None:
+    """Read a tensor into its parameter. New rows of an embedding become the mean of stored rows.
+
+    With the mean, an untrained row neither dominates the softmax nor is out of distribution
+    (Hewitt, 2021, "Initializing new word embeddings for pretrained language models"). No noise is
+    added, so that the result is equal on every machine.
+    """
+    stored.into_part(target)
+    if target.shape == stored.shape:
+        return
+    rows, *columns = local_slices(target)
+    stored_rows = stored.shape[0]
+    # The new rows of this rank's shard, which follow the stored rows. There may be none.
+    new_rows = local_part(target)[max(stored_rows - rows.start, 0) :]
+    if len(new_rows):
+        # Sum in fp32 and by bands, so that the entire embedding is never in memory.
+        sums = [band.sum(dim=0, dtype=torch.float32) for _, band in stored.bands()]
+        mean = torch.stack(sums).sum(dim=0) / stored_rows
+        new_rows.copy_(mean[tuple(columns)])
+
+
+def copy_full_tensor(target: Tensor, full: Tensor) -> None:
+    """Copy an entire tensor to its parameter, of which this rank may hold only a shard."""
+    if isinstance(target, DTensor):
+        full = full[local_slices(target)]
+    local_part(target).copy_(full)
 
 
 def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if isinstance(a, Pieces) or isinstance(b, Pieces):
-        return False  # an embedding and a head are single tensors
+        return False  # a tied embedding or head is never stored in pieces
     if a.dtype not in STORED:
-        return True  # `_check_complete` refuses the one that stays
-    bands = zip(stored_tensor(a).bands(), stored_tensor(b).bands(), strict=True)
+        return True  # `_check_complete` rejects the unsupported dtype
+    a_bands = stored_tensor(a).bands()
+    b_bands = stored_tensor(b).bands()
+    bands = zip(a_bands, b_bands, strict=True)
     return all(torch.equal(a_band, b_band) for (_, a_band), (_, b_band) in bands)
 
 
 def _check_complete(
     groups: StoredGroups,
-    targets: Mapping[str, torch.Tensor],
+    targets: Mapping[str, Tensor],
     hooks: Mapping[str, object],
     unexpected: list[str],
     growing: Mapping[int, int | None],
     where: str,
 ) -> None:
-    """Raise ModelError unless the checkpoint holds every tensor of the model, in its shape, and no
-    other.
+    """Raise ModelError unless the checkpoint has exactly the tensors of the model, in their shapes.
 
-    `growing`: id of each parameter with one row per token -> the rows that it may have in the
-    checkpoint, if it has fewer.
+    Args:
+        growing: maps the id of a parameter with one row per token to the number of rows that the
+            checkpoint may have instead.
     """
-    covered = {id(targets[name]) for name in groups if name in targets}
+    in_both = sorted(groups.keys() & targets.keys())
+    covered = {id(targets[name]) for name in in_both}
     missing = []
     for name, target in targets.items():
-        # A tied parameter is there under one of its names.
+        # A tied parameter is stored under only one of its names.
         if name not in groups and id(target) not in covered:
             missing.append(name)
-    missing += [name for name in hooks if "" not in groups.get(name, {})]
+    for name in hooks:
+        if "" not in groups.get(name, {}):
+            missing.append(name)
     _check_no_names(sorted(missing), "missing", where)
     _check_no_names(unexpected, "not part of this model", where)
 
     reshaped = []
-    for name in sorted(groups.keys() & targets.keys()):
+    for name in in_both:
         entry = groups[name][""]
         shape = tuple(targets[name].shape)
         first_rows = growing.get(id(targets[name]))
-        # More rows in the model, and as many stored as the tokenizer had before.
+        # The model has additional rows for added tokens, and the checkpoint has the rows of the
+        # original tokenizer.
         grows = entry.shape == (first_rows, *shape[1:]) and shape > entry.shape
         if entry.shape != shape and not grows:
             reshaped.append(
@@ -608,26 +665,31 @@ def _check_complete(
     unreadable = []
     for group in groups.values():
         for stored in group.values():
-            entries = (
-                [piece.entry for piece in stored.pieces] if isinstance(stored, Pieces) else [stored]
-            )
+            entries = [stored]
+            if isinstance(stored, Pieces):
+                entries = [piece.entry for piece in stored.pieces]
             unreadable += [entry.name for entry in entries if entry.dtype not in STORED]
     _check_no_names(unreadable, "of an unsupported dtype", where)
 
 
 def _check_no_names(names: Sequence[str], problem: str, where: str) -> None:
-    """ModelError that says the problem and some of the names, if there are any."""
+    """Raise ModelError with the problem and the first names if `names` is not empty."""
     if not names:
         return
-    shown = ", ".join(names[:3])
-    if len(names) > 3:
-        shown += ", ..."
-    fix = "fetch the model again, or correct config.json"
+    fix = "fetch the model again: tunesmith fetch MODEL; or correct config.json"
     if any("bitsandbytes__" in name for name in names):
         fix = "set model.quantize: nf4"
     raise ModelError(
-        f"{count_of(len(names), 'tensor')} {problem}: {shown}",
+        name_tensors(names, problem),
         where=where,
         why="the weights and config.json do not describe the same model",
         fix=fix,
     )
+
+
+def name_tensors(names: Sequence[str], problem: str) -> str:
+    """Return text for the user: the number of tensors with the problem, and the first names."""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += ", ..."
+    return f"{count_of(len(names), 'tensor')} {problem}: {shown}"

@@ -1,4 +1,4 @@
-"""The learning rate of every step."""
+"""Learning rate schedule: linear warm-up, then decay by the progress of the run."""
 
 import math
 
@@ -6,45 +6,55 @@ from tunesmith.config.schema import Train
 
 
 def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int:
-    """Optimizer steps of rising learning rate, in a run of `total` steps; None: it ends by the
-    clock.
+    """Return the number of warm-up steps.
 
-    A percentage of a run that ends by the clock is one of an epoch.
+    If the recipe gives the duration of the run as time, a warm-up in percent is a percentage of the
+    steps of one epoch.
+
+    Args:
+        total: optimizer steps of the run. None if its duration is given as time.
     """
     amount = train.warmup.amount
     if train.warmup.unit == "steps":
         return int(amount)
     if train.warmup.unit == "epochs":
         return math.ceil(steps_per_epoch * amount)
-    if total is None:
-        return math.ceil(steps_per_epoch * (amount / 100))
-    return math.ceil(total * (amount / 100))
+    whole = steps_per_epoch if total is None else total
+    return math.ceil(whole * (amount / 100))
 
 
 def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> float:
-    """The learning rate of one step, counted from 0.
+    """Return the learning rate of one step.
 
-    `warmup`: steps of linear rise; step `warmup - 1` is the first at the peak. `progress`: share of
-    the steps after the warm-up so far, 0 to 1.
+    Args:
+        step: step number from 0.
+        warmup: number of steps in which the rate increases linearly. Step `warmup - 1` is the first
+            step with the maximum rate.
+        progress: completed fraction of the steps after the warm-up, from 0 to 1.
     """
     if step < warmup:
-        # step + 1: the first step has a rate above 0, and step warmup - 1 has the peak.
+        # Add 1, so that the first step has a rate above 0 and step `warmup - 1` has the maximum
+        # rate.
         return train.learning_rate * (step + 1) / warmup
-    span = train.learning_rate - train.min_learning_rate
+    lowest = train.min_learning_rate
+    span = train.learning_rate - lowest
     share_left = 1.0 - min(max(progress, 0.0), 1.0)
     if train.schedule == "linear":
-        return train.min_learning_rate + span * share_left
+        return lowest + span * share_left
     if train.schedule == "cosine":
-        return train.min_learning_rate + span * 0.5 * (1.0 - math.cos(math.pi * share_left))
+        return lowest + span * 0.5 * (1.0 - math.cos(math.pi * share_left))
     return train.learning_rate
 
 
 def scheduled_rate(
     train: Train, step: int, *, total: int | None, steps_per_epoch: int, seconds: float
 ) -> float:
-    """The learning rate of one step, from 0, of a run of `total` steps.
+    """Return the learning rate of one step from the progress of the run.
 
-    None: it ends by the clock, and is `seconds` old.
+    Args:
+        step: step number from 0.
+        total: optimizer steps of the run. None if its duration is given as time.
+        seconds: training time so far.
     """
     warmup = warmup_steps(train, total, steps_per_epoch)
     if total is None:

@@ -1,17 +1,17 @@
-"""The optimizer: gradients in, one update a step out, and its state by parameter name.
+"""The optimizer. It updates the parameters once per step, and stores its state by parameter name.
 
-It always updates an fp32 tensor, or a bf16 one with stochastic rounding:
+It updates either fp32 tensors, or bf16 tensors with stochastic rounding:
 
-- a trained fp32 parameter (every LoRA matrix is one) is updated in place;
-- a trained 16-bit parameter has an fp32 master copy. A hook moves each gradient into the master's
-  fp32 gradient as soon as autograd has computed it, so micro batches accumulate in fp32 and the
-  16-bit gradient is freed at once;
-- with `master_weights: stochastic` there is no copy: the update is rounded up or down at random,
-  with probability by the distance, so that small updates survive on average (Zamirai et al. 2020,
-  arXiv:2010.06192).
+- A trained fp32 parameter, for example a LoRA matrix, is updated in place.
+- A trained 16-bit parameter has an fp32 master copy. A hook adds each gradient to the master's fp32
+  gradient as soon as autograd has computed it. Micro batches therefore accumulate in fp32, and the
+  16-bit gradient is freed at once.
+- With `master_weights: stochastic` there is no fp32 copy. The updated weight is rounded up or down
+  at random. The closer value is more likely, so that small updates have the right effect on average
+  (Zamirai et al. 2020, arXiv:2010.06192).
 
 `optimizer_in_backward` updates each parameter as soon as its gradient is complete, so the gradients
-of the whole model never exist together (Lv et al. 2023, arXiv:2306.09782).
+of all parameters are never in memory at the same time (Lv et al. 2023, arXiv:2306.09782).
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,32 +31,32 @@ from tunesmith.model.weights import StoredTensor
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
 
-# Over which a parameter is sharded.
+# Process groups over which a parameter is sharded.
 Groups = tuple[dist.ProcessGroup, ...]
 
 
 class Optimizer:
-    """AdamW over named parameters, with clipping, fp32 masters and a loss scale for fp16.
+    """AdamW for named parameters, with gradient clipping, fp32 masters and a loss scale for fp16.
 
-    A step is `start_step(lr, step)`, then every forward and backward, then `step()`.
+    For each step, call `start_step(lr, step)`, run all forward and backward passes, and then call
+    `step()`.
 
-    With `train.optimizer_in_backward` there must be one backward a step, no clipping and no loss
-    scale, and `step()` only takes the norm. A parameter whose gradient is not finite is not
-    updated, but others may have been: the weights are finite then but only partially updated, so
-    resume from the last checkpoint.
+    With `train.optimizer_in_backward`, a step has only one backward, gradients are not clipped,
+    there is no loss scale, and `step()` only computes the norm. A parameter is not updated if its
+    gradient is not finite, but other parameters may already be updated. The weights are then finite
+    but only partially updated, so resume from the last checkpoint.
 
     Args:
-        named: name and parameter of everything that is trained, each once; the names key the saved
-            state.
+        named: pairs of name and parameter for all trained parameters, without duplicates. The names
+            are the keys of the saved state.
         train: optimizer, betas, eps, decay, clip_norm, master_weights, compile and seed of the
             recipe.
-        loss_scale: first factor on the loss (fp16), or None. As in torch's GradScaler it halves
-            when a gradient overflows and doubles after 2,000 steps without an overflow;
-            `growth_tracker` counts these.
+        loss_scale: initial factor of the loss for fp16, or None. As in torch's GradScaler, it is
+            halved when a gradient overflows and doubled after 2,000 steps without an overflow,
+            which `growth_tracker` counts.
 
     Raises:
-        MachineError: adamw-8bit without the package bitsandbytes, or on a device that it has no
-            code for.
+        MachineError: adamw-8bit is used and bitsandbytes is missing or does not support the device.
     """
 
     GROWTH_INTERVAL = 2000
@@ -79,36 +79,47 @@ class Optimizer:
         if self.params:
             device = next(iter(self.params.values())).device
         self.update = AdamWUpdate(train, device)
-        if device.type == "cuda" and train.compile != "off":
-            self.update.compile(self.parts.values())
-        # On CUDA the kernels read `found_inf`, and the host waits for nothing; but the loss scale
-        # lives on the host. On a CPU the norm is there at once.
-        checks_on_device = device.type == "cuda" and self.update.takes_found_inf
+        parts = self.parts.values()
+        is_cuda = device.type == "cuda"
+        if is_cuda and train.compile != "off":
+            self.update.compile(parts)
+        # On CUDA the kernels read `found_inf` on the device, so the host does not wait for the
+        # norm. With a loss scale the host must check the norm, because it updates the scale. On a
+        # CPU the norm is available at once.
+        checks_on_device = is_cuda and self.update.takes_found_inf
         self.checks_on_host = loss_scale is not None or not checks_on_device
         self.lr = 0.0
         self.index = 0
-        # Without duplicates and in the order of the parameters, which is the same on every rank.
-        self.groups = list(dict.fromkeys(part.sharding_groups for part in self.parts.values()))
-        # Of the updates in the backward.
+        # Process groups of all parameters without duplicates, in the same order on every rank.
+        self.groups = list(dict.fromkeys(part.sharding_groups for part in parts))
+        # Gradient norms of the parameters that were updated in the backward.
         self.norms: dict[Groups, list[Tensor]] = {}
-        for part in self.parts.values():
-            # Only these: any other gradient stays in `param.grad` until `step`.
+        for part in parts:
+            # Only these parameters need a hook. Other gradients remain in `param.grad` until
+            # `step`.
             if train.optimizer_in_backward or part.has_master:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
 
     def use_fp32_gradients(self, layers: Iterable[tuple[str, Fp32GradientLinear]]) -> None:
-        """Update the weights of these layers by the gradients that the layers add up themselves."""
+        """Update the weights of these layers with the gradients that the layers accumulate
+        themselves.
+        """
         for name, layer in layers:
             part = self.parts[name]
             part.weight.grad = layer.gradient
             part.filled = layer.filled
-            part.drop_grad()  # of a trial before the first step
+            part.drop_grad()  # discard the gradients of a trial step before the run
 
     def _take_grad(self, part: ParameterState, param: Tensor) -> None:
-        """A hook: add a 16-bit gradient to its fp32 master's; update in the backward."""
-        if part.filled is not None:  # autograd calls the hook, and has computed no gradient
+        """Move the gradient of `param` to `part.weight`. With `optimizer_in_backward`, update the
+        weight too.
+
+        This is a hook that autograd calls.
+        """
+        if part.filled is not None:  # autograd calls the hook even if there is no gradient
             return
-        # A master of its own: the 16-bit gradient moves to it and is freed within the backward.
+        # If `part.weight` is not the parameter itself, add `param.grad` to `part.weight.grad` and
+        # free `param.grad` during the backward.
         if part.weight is not part.param:
             assert param.grad is not None
             grad = local_part(param.grad)
@@ -118,14 +129,18 @@ class Optimizer:
                 part.weight.grad.add_(grad)
             param.grad = None
         if self.train.optimizer_in_backward:
-            # For the record, and to skip what is not finite; nothing is clipped (see the class).
+            # The norm is written to the metrics. If it is not finite, the update is skipped.
+            # Gradients are not clipped (see the docstring of the class).
             norm = total_norm([part.grad])
             self.norms.setdefault(part.sharding_groups, []).append(norm)
             self._clip_and_update([part], norm)
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 copies of 16-bit parameters, by name; of one that ranks share a DTensor."""
+        """The fp32 master copies of 16-bit parameters. The keys are the names of the parameters.
+
+        If a parameter is sharded, its copy is a DTensor.
+        """
         masters = {}
         for name, part in self.parts.items():
             if part.has_master:
@@ -133,43 +148,48 @@ class Optimizer:
         return masters
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's part of each gradient, by the parameter's name."""
+        """Return this rank's shard of each gradient. The keys are the names of the parameters."""
         for part in self.parts.values():
-            # A DTensor's: FSDP adds up those of its shards, and may still copy them to the host
-            # within the backward.
+            # The gradients of DTensors are moved here instead of in a hook. FSDP accumulates them
+            # itself and may still be copying them to the host during the backward.
             if part.weight is not part.param and part.param.grad is not None:
                 self._take_grad(part, part.param)
         return {name: part.grad for name, part in self.parts.items() if part.has_grad}
 
     def drop_gradients(self) -> None:
-        """Free the gradients of a step that is skipped."""
+        """Free the gradients of a skipped step."""
         for part in self.parts.values():
             part.drop_grad()
             part.param.grad = None
 
     def start_step(self, lr: float, index: int) -> None:
-        """Set the learning rate and the index (from 0) of the coming step; before its backward."""
+        """Set the learning rate and the index (from 0) of the next step.
+
+        Call this before its backward.
+        """
         self.lr = lr
         self.index = index
         self.norms.clear()
 
     def step(self) -> Tensor:
-        """Clip, update and drop the gradients; return their L2 norm before clipping (0-d fp32, on
+        """Clip, update and free the gradients. Return their L2 norm before clipping (fp32 [], on
         the device).
 
-        A step whose norm is not finite changes no weight, unless the updates happen in the
-        backward (see above). On CUDA the host does not wait for the device, except with a loss
-        scale.
+        A step whose norm is not finite changes no weight, unless the updates happen in the backward
+        (see the class). On CUDA the host does not wait for the device, except with a loss scale.
         """
         if self.train.optimizer_in_backward:
             return self._global_norm(self.norms)
-        # `gradients` first: it also moves what FSDP left in the parameters.
+        # Call `gradients` first: it also moves the gradients that FSDP left in the parameters.
         parts = [self.parts[name] for name in self.gradients()]
         if self.scale is not None:
-            # Before the norm, which is that of the gradients of the loss itself.
+            # Remove the loss scale before the norm is computed, because clipping and metrics need
+            # the norm of the unscaled gradients.
             for part in parts:
                 part.grad.div_(self.scale)
-        # Norms by who shares a parameter: each is reduced over these ranks, and whole ones are not.
+        # Compute one norm for each combination of process groups, because a norm is reduced over
+        # the ranks that hold shards of its parameters. Norms of unsharded parameters are not
+        # reduced.
         norms: dict[Groups, list[Tensor]] = {}
         for groups in self.groups:
             grads = [part.grad for part in parts if part.sharding_groups == groups]
@@ -179,20 +199,20 @@ class Optimizer:
 
     @torch.no_grad()
     def _global_norm(self, norms: Mapping[Groups, list[Tensor]]) -> Tensor:
-        """The norm over all parameters, 0-d on the device, from those of this rank's parts.
+        """Return the norm over all parameters as fp32 [] on the device, from the norms on this
+        rank.
 
-        It is a collective call where some parameters are sharded.
+        This is a collective call if some parameters are sharded.
         """
         if not any(self.groups):
             return total_norm(norms.get((), []))
         squares = []
-        for groups in self.groups:  # on every rank the same ones in the same order
-            # A rank without gradients of a group joins its reduction with 0.
+        for groups in self.groups:  # the same groups in the same order on every rank
+            # A rank that has no gradients for these process groups contributes 0 to the reduction.
             square = torch.zeros((), device=self.update.device)
             if norms.get(groups):
                 square = torch.stack(norms[groups]).square().sum()
-            # Over each mesh dimension in turn: after them the square is that of the whole
-            # parameters.
+            # Sum over each mesh dimension. The result is the squared norm of the entire gradients.
             for group in groups:
                 dist.all_reduce(square, group=group)
             squares.append(square)
@@ -200,7 +220,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _clip_and_update(self, parts: list[ParameterState], norm: Tensor) -> Tensor:
-        """Clip, update and drop the gradients; leave all weights where the norm is not finite."""
+        """Clip, update and free the gradients. Change no weight if the norm is not finite."""
         finite = norm.isfinite()
         found_inf = None
         divisor = norm
@@ -208,13 +228,14 @@ class Optimizer:
         if not self.checks_on_host:
             found_inf = (~finite).float()
             if any(part.eight_bit for part in parts):
-                # Make every gradient NaN where the norm is not finite: norm - norm is then NaN,
-                # else 0. Without a limit the factor on finite gradients is 1.
+                # If the norm is not finite, norm - norm is NaN, so that every gradient becomes NaN.
+                # Otherwise norm - norm is 0. Without a clipping limit, finite gradients are
+                # multiplied by 1.
                 divisor = norm + (norm - norm)
                 if limit is None:
                     limit = float("inf")
-        # `found_inf` makes the kernels skip; without it the host decides, which waits for the
-        # device.
+        # With `found_inf` the kernels skip the update. Otherwise the host decides whether to skip
+        # it, and must wait for the norm.
         if not self.checks_on_host or finite.item():
             if limit is not None:
                 clip_grads_with_norm_([part.weight for part in parts], limit, divisor)
@@ -222,7 +243,8 @@ class Optimizer:
         if self.scale is not None:
             if finite.item():
                 self.growth_tracker += 1
-                # The counter is saved and never reset by growth: every 2,000th step doubles.
+                # A resumed run continues the saved counter, and only an overflow resets it.
+                # Therefore the scale doubles whenever the counter reaches a multiple of 2,000.
                 if self.growth_tracker % self.GROWTH_INTERVAL == 0:
                     self.scale *= 2.0
             else:
@@ -233,11 +255,11 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs, by `<parameter>.<field>` (see `initial_state`);
-        nothing is copied.
+        """Return all tensors that a resumed run needs. The keys are `<parameter>.<field>` (see
+        `initial_state`).
 
-        What is sharded as its parameter is, is a DTensor like that; sharded weights are their own
-        masters.
+        The tensors are not copied. A tensor that is sharded like its parameter is a DTensor. The
+        state has no masters of sharded fp32 weights, because these weights need none.
         """
         tensors = {}
         for name, part in self.parts.items():
@@ -255,35 +277,40 @@ class Optimizer:
         growth_tracker: int,
         where: str,
     ) -> None:
-        """Copy in this rank's parts of a saved state, which errors call `where`.
+        """Copy this rank's shards of a saved state into the optimizer.
 
-        CheckpointError where it is another run's.
+        Args:
+            tensors: the saved state.
+            where: name of the saved state in error messages.
+
+        Raise CheckpointError if the state does not fit the trained parameters.
         """
 
         def part_of(name: str, like: Tensor) -> Tensor:
             saved = tensors.get(name)
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
-                described = f"{name} of shape {tuple(like.shape)} and {like.dtype}"
+                described = f"{name} with shape {tuple(like.shape)} and {like.dtype}"
                 raise CheckpointError(
-                    f"the optimizer's state has no {described}",
+                    f"the saved optimizer state has no tensor {described}",
                     where=where,
-                    why="it was written by a run with other trained weights, or another "
+                    why="the state is from a run that trained other weights or used another "
                     "train.optimizer",
                     fix="continue with the same adapter, model and optimizer, or start over with "
                     "--fresh",
                 )
-            # Of a stored tensor only these slices are read from the file.
+            # If the tensor is in a file, only these slices are read.
             return saved[local_slices(like)]
 
         for name, part in self.parts.items():
-            # Sharded weights are their own masters; a run of one process may have saved some.
+            # Sharded fp32 weights have no separate masters, but the saved state can contain masters
+            # if a run of one process has written it.
             is_sharded = isinstance(part.param, DTensor)
             if part.has_master or (is_sharded and f"{name}.master" in tensors):
                 master = part_of(f"{name}.master", part.whole(part.weight.data))
                 part.weight.data.copy_(master)
-            if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
-                # Of the right shapes and dtypes first: they decide which slices of the file are
-                # this rank's.
+            if f"{name}.step" in tensors:  # no state if the parameter never had a gradient
+                # Create the state first: its shapes and dtypes determine which slices of the file
+                # belong to this rank.
                 part.state = part.initial_state()
                 for field, value in part.state.items():
                     value.copy_(part_of(f"{name}.{field}", part.whole(value)))
@@ -292,11 +319,11 @@ class Optimizer:
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients, 0-d in fp32 or wider."""
+    """Return the L2 norm over all gradients, a scalar tensor in fp32 or wider."""
     if len(grads) == 1:
         return _norm(grads[0])
     if any(grad.dtype in HALF for grad in grads):
-        # torch's own would round each tensor's norm to 16 bits.
+        # torch's function would round the norm of each tensor to 16 bits.
         return _norm(torch.stack([_norm(grad) for grad in grads]))
     return get_total_norm(grads)
 

@@ -1,12 +1,13 @@
-"""Weight gradients of 16-bit linear layers, added up in fp32 by the matrix product that makes them.
+"""Linear layers with 16-bit weights whose gradients are accumulated in fp32 by the matmul itself.
 
-Otherwise a product writes its gradient in 16 bits, and the optimizer's hook reads it and adds it to
-the fp32 one: 8 bytes a parameter in the first micro batch of a step and 12 in each further one,
-here 4 and 8, in the product's own epilogue. The gradient is never rounded to 16 bits. Megatron-LM
-calls this gradient accumulation fusion.
+Otherwise, a matmul writes the gradient in 16 bits, and the optimizer's hook adds it to the fp32
+gradient. These two operations read and write 8 bytes per parameter in the first micro batch of a
+step, and 12 bytes in each later micro batch. If the matmul adds to the fp32 gradient itself, 4 and
+8 bytes are enough, and the gradient is never rounded to 16 bits. Megatron-LM calls this gradient
+accumulation fusion.
 
-It takes no memory at a step's peak, where all fp32 gradients are there either way; they stay
-between the steps too.
+The peak memory of a step is unchanged, because all fp32 gradients exist at the peak anyway. But the
+gradients also take memory between steps.
 """
 
 from collections.abc import Iterator
@@ -23,41 +24,44 @@ from tunesmith.quant.linear_layers import BypassedLinear
 
 
 def accumulate_in_fp32(model: nn.Module) -> int:
-    """Let every trained 16-bit `nn.Linear` below `model` add up its weight's gradient in fp32;
-    returns how many.
+    """Let every trained 16-bit `nn.Linear` in `model` accumulate its weight's gradient in fp32.
 
-    In place, on meta or not; the layers' parameters keep their names, and autograd gives their
-    weights no gradient.
+    Return the number of changed layers. The layers are changed in place and may be on the meta
+    device. Their parameters keep their names, but autograd no longer computes gradients of the
+    weights.
     """
     count = 0
     for layer in model.modules():
         kind = type(layer)
         if issubclass(kind, BypassedLinear):
-            kind = kind.__bases__[-1]  # the class that the mixin stands before
-        # Linear layers of other classes compute something else.
+            kind = kind.__bases__[-1]  # the class to which the mixin was added
+        # Subclasses of nn.Linear may compute something else.
         if kind is not nn.Linear or not isinstance(layer, nn.Linear):
             continue
         if layer.weight.requires_grad and layer.weight.dtype in HALF:
             summing = add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
             summing.register_buffer("gradient", gradient, persistent=False)
-            # Whether `gradient` holds anything. Not a buffer, as that would move to the GPU.
+            # Flag that `gradient` is valid. It is not a buffer, because a buffer would be moved to
+            # the GPU.
             summing.filled = torch.zeros((), dtype=torch.bool, device="cpu")
             count += 1
     return count
 
 
 def fp32_gradients(model: nn.Module) -> "Iterator[tuple[str, Fp32GradientLinear]]":
-    """The layers that add up their own gradients, by the names of their weights."""
+    """Yield (full name of the weight, layer) for each layer that accumulates its own gradient."""
     for name, layer in model.named_modules():
         if isinstance(layer, Fp32GradientLinear):
             yield f"{name}.weight", layer
 
 
 class Fp32GradientLinear(nn.Module):
-    """A linear layer with the fp32 gradient of its weight.
+    """Linear layer that accumulates the gradient of its weight in fp32.
 
-    gradient: fp32 [out_features, in_features], of use where `filled` (bool [], on the CPU) says so.
+    Attributes:
+        gradient: fp32 [out_features, in_features]. It is only valid if `filled` is True.
+        filled: bool [], on the CPU.
     """
 
     weight: nn.Parameter
@@ -66,8 +70,15 @@ class Fp32GradientLinear(nn.Module):
     filled: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features]; returns [..., out_features]."""
-        # Generation and validation: no gradient, so the plain product.
+        """Compute the layer's output.
+
+        Args:
+            x: [..., in_features].
+
+        Returns:
+            [..., out_features].
+        """
+        # In generation and validation there is no gradient, so the normal layer is used.
         if not torch.is_grad_enabled():
             return super().forward(x)
         # The operator takes matrices: [n, in] -> [n, out].
@@ -79,18 +90,23 @@ class Fp32GradientLinear(nn.Module):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, filled: Tensor
 ) -> Tensor:
-    """x W^T + b [n, out]; the backward adds the gradient of W to `gradient` and gives autograd
-    none.
+    """Compute x W^T + b, [n, out].
+
+    The backward adds the gradient of W to `gradient` and returns no gradient of W to autograd.
     """
     return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op("tunesmith::add_weight_gradient", mutates_args=("gradient", "filled"))
 def add_weight_gradient(gradient: Tensor, filled: Tensor, dy: Tensor, x: Tensor) -> None:
-    """gradient += dy^T x, or = where it is not filled yet: fp32 [out, in], 16-bit [n, out] and [n,
-    in].
+    """Compute gradient += dy^T x, or gradient = dy^T x if it is not filled yet.
+
+    Args:
+        gradient: fp32 [out, in].
+        dy: 16-bit [n, out].
+        x: 16-bit [n, in].
     """
-    beta = int(filled)  # the flag is on the CPU: nothing waits
+    beta = int(filled)  # the flag is on the CPU, so this does not wait for the device
     if _multiplies_into_fp32(x.device):
         torch.addmm(gradient, dy.T, x, out_dtype=torch.float32, beta=beta, out=gradient)
     else:
@@ -100,8 +116,9 @@ def add_weight_gradient(gradient: Tensor, filled: Tensor, dy: Tensor, x: Tensor)
 
 @cache
 def _multiplies_into_fp32(device: torch.device) -> bool:
-    """Check whether 16-bit matrices can be multiplied and added into an fp32 one: torch has this
-    for CUDA, and not always.
+    """Return whether torch can add the product of two 16-bit matrices to an fp32 matrix.
+
+    Some versions of torch support this on CUDA.
     """
     total = torch.ones(16, 16, device=device)
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
@@ -131,10 +148,14 @@ def _differentiate(ctx: SavingContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gradient, filled = ctx.saved_tensors
     add_weight_gradient(gradient, filled, dy, x)
     needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-    dx = dy @ weight if needs_dx else None
-    # [out], in the dtype of dy: biases are accumulated by autograd, only the matrix is by us.
-    db = dy.sum(0) if needs_db else None
-    # None for the weight: its gradient is in `gradient` by now.
+    dx = None
+    if needs_dx:
+        dx = dy @ weight
+    # Gradient of the bias, shape [out], in the dtype of dy. Autograd accumulates it.
+    db = None
+    if needs_db:
+        db = dy.sum(0)
+    # Return None for the weight, because its gradient is already added to `gradient`.
     return dx, None, db, None, None
 
 

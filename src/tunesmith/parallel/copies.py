@@ -1,15 +1,17 @@
-"""The sum of gradients over ranks that hold whole parameters.
+"""Sum of the gradients over the ranks, for data parallelism with a full copy of the model on each
+rank.
 
-Of a model trained in full the large gradients are summed beside the last backward of a step: as
-soon as one is complete, its all-reduce begins. All others, and those of an adapter, are summed in
-one piece after it.
+If all weights are trained, the all-reduce of a large gradient starts as soon as the gradient is
+complete, while the last backward of the step is still running. Small gradients and the gradients of
+an adapter are summed together after the backward.
 
-torch's DistributedDataParallel does not fit. Its buckets have the weights' dtype, in which
-gradients of micro batches would be added up and reduced: a reduction in 16 bits was off by 3.6e-2
-in the loss. Here fp32 gradients are reduced where they lie, without a bucket to copy them into, and
-16-bit ones in fp32 pieces. As in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704), all
-ranks must complete their gradients in the same order. They do, because they have the same graph,
-except at the projector: only micro batches with pictures use it. Its gradients are summed last.
+torch's DistributedDataParallel is not used, because its buckets have the dtype of the weights. With
+16-bit weights, gradients would be accumulated and reduced in 16 bits, which changed the loss by
+3.6e-2. This module reduces fp32 gradients in place, without copying them into buckets, and reduces
+16-bit gradients in fp32 pieces. As in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704),
+all ranks must complete their gradients in the same order. This is the case, because all ranks have
+the same autograd graph. The projector of a vision model is an exception, because only micro batches
+with pictures use it. Therefore the projector's gradients are summed after the backward.
 """
 
 from collections import deque
@@ -25,16 +27,23 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.optim.adamw import HALF, ParameterState
 from tunesmith.parallel.mesh import all_reduce_together
 
-# 16-bit gradients of copies are summed in fp32 by pieces: elements of one, and how many may be on
-# their way.
+# Elements per piece, and maximum number of pieces that are reduced at the same time. A 16-bit
+# gradient is summed in pieces, because each piece needs an fp32 copy and the copies take memory.
 GRADIENT_PIECE = 1 << 24
-MOST_GRADIENT_PIECES = 4
-# Of a gradient that is worth a collective of its own: 256 KiB in fp32.
+MAX_GRADIENT_PIECES = 4
+# Minimum number of elements of a gradient that is reduced by its own collective: 256 KiB in fp32.
+# Smaller gradients are reduced together.
 MIN_OVERLAPPED_ELEMENTS = 1 << 16
 
 
 class PendingSum(NamedTuple):
-    """An all-reduce that may still run. `total` is `part` itself, or its copy in fp32."""
+    """An all-reduce that may still be running.
+
+    Attributes:
+        work: torch's handle of the all-reduce.
+        part: the gradient, or a piece of it.
+        total: the tensor that is reduced: `part` itself, or an fp32 copy of it.
+    """
 
     work: dist.Work
     part: Tensor
@@ -42,17 +51,19 @@ class PendingSum(NamedTuple):
 
 
 class GradientSum:
-    """Sums the gradients of a step over the ranks of `group`; does nothing where that is None.
+    """Object that sums the gradients of a step over the ranks of a group. It does nothing if
+    `group` is None.
 
-    Its methods are collective calls: `start` before the last backward of a step, `finish` after it.
-    Make it after the optimizer, whose hooks move gradients into those of fp32 masters and must run
-    first.
+    Call `start` before the last backward of a step and `finish` after it, on all ranks. Create the
+    object after the optimizer: the optimizer's hooks move gradients to the fp32 master weights and
+    must run before the hooks of this object.
 
     Args:
-        parts: the optimizer's, of all trained parameters.
-        beside_backward: begin with large gradients in the backward.
-        late: parameters whose gradients are summed after the backward, because only ranks with
-            pictures compute them in the backward.
+        parts: the optimizer's state of each trained parameter.
+        group: the ranks that have a copy of the model, or None for one process.
+        beside_backward: whether large gradients are reduced during the backward.
+        late: parameters whose gradients are always summed after the backward, because only ranks
+            with pictures compute these gradients.
     """
 
     def __init__(
@@ -66,7 +77,7 @@ class GradientSum:
         self.group = group
         self.is_last_backward = False
         self.pending: deque[PendingSum] = deque()
-        # Names of the parameters whose gradients are summed, or on the way.
+        # Names of the parameters whose all-reduce has been started in this step.
         self.begun: set[str] = set()
         if group is None or not beside_backward:
             return
@@ -75,48 +86,53 @@ class GradientSum:
                 part.param.register_post_accumulate_grad_hook(partial(self._begin, part))
 
     def start(self) -> None:
-        """Sum the gradients that the coming backward completes."""
+        """Record that the next backward is the last one of the step, after which its gradients are
+        complete.
+        """
         self.is_last_backward = True
 
     @torch.no_grad()
     def _begin(self, part: ParameterState, param: Tensor) -> None:
-        """A hook of autograd: the gradient of this backward has been added."""
+        """Start the all-reduce of a gradient. Autograd calls this hook after accumulating it."""
         if not self.is_last_backward:
             return
-        # With fp32 masters the optimizer's hook, which ran before this one, has moved the gradient
-        # into `part.grad`.
+        # With fp32 master weights the gradient is in `part.grad`: the optimizer's hook, which runs
+        # before this hook, has moved it there.
         gradient = part.grad if part.has_master else local_part(param.grad)
         assert gradient is not None
-        # `view` needs one run of memory; such a gradient is left to `finish`.
+        # A gradient that is not contiguous has no flat view, so `finish` sums it later.
         if not gradient.is_contiguous():
             return
         self.begun.add(part.name)
         for piece in gradient.view(-1).split(GRADIENT_PIECE):
-            # Added up in 16 bits, the sum over ranks would be rounded once a rank.
+            # Sum in fp32: a sum in 16 bits would be rounded after each rank.
             total = piece.float() if piece.dtype in HALF else piece
             work = dist.all_reduce(total, group=self.group, async_op=True)
             assert work is not None
             self.pending.append(PendingSum(work, piece, total))
-            # fp32 copies of a few pieces at a time, not of the whole gradient.
-            if total is not piece and len(self.pending) > MOST_GRADIENT_PIECES:
+            # Limit the number of fp32 copies that exist at the same time.
+            if total is not piece and len(self.pending) > MAX_GRADIENT_PIECES:
                 self._complete_oldest()
 
     @torch.no_grad()
     def finish(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum what is left of a step's gradients, by the parameter's name.
+        """Sum the remaining gradients of a step and wait until all sums are complete.
 
-        All are complete afterwards.
+        Args:
+            gradients: all gradients of the step by parameter name.
         """
         while self.pending:
             self._complete_oldest()
-        # By the order of the optimizer's parameters, which is the same on all ranks.
+        # `gradients` has the order of the optimizer's parameters, which is the same on all ranks.
         rest = [gradient for name, gradient in gradients.items() if name not in self.begun]
         self.is_last_backward = False
         self.begun.clear()
         all_reduce_together(rest, self.group)
 
     def _complete_oldest(self) -> None:
-        """Wait for a sum; on a GPU only the current stream does."""
+        """Wait for the all-reduce that was started first. On a GPU only the current stream waits,
+        and the CPU does not.
+        """
         work, part, total = self.pending.popleft()
         work.wait()
         if total is not part:

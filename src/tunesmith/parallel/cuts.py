@@ -1,13 +1,15 @@
-"""The cuts of a model's layers over ranks, by Transformers' own plan for its type.
+"""Selection of the layers that tensor parallelism shards. It follows Transformers' plan for the
+model type.
 
-The plan (`base_model_tp_plan` of the config) says which linear layers are sharded by output rows
-(colwise) and which by input columns (rowwise). A block is a module that has one rowwise layer and
-colwise ones before it: attention, or an MLP. Everything outside the blocks must work token by
-token on vectors of the hidden size, as norms do; everything inside them that is not cut must be of
-one head, or of no width at all. What the plan or this rule does not cover is refused by name.
+The plan (`base_model_tp_plan` of the config) lists the linear layers that are sharded by output
+rows (colwise) and by input columns (rowwise). A block is a module with colwise layers followed by
+one rowwise layer: attention or an MLP. A module outside the blocks must process each token
+separately, and its parameters must be vectors of the hidden size, as in a norm. A parameter inside
+a block that is not sharded must belong to a single head or be a scalar. If neither the plan nor
+these rules cover a parameter, the model is rejected, and the error names the parameter.
 
-Experts are not cut, whatever the plan says of them. With their router they work token by token, so
-that each rank computes all experts for its own tokens, without an exchange.
+Experts are never sharded, even if the plan shards them. Router and experts process each token
+separately, so each rank computes all experts for its own tokens and needs no communication.
 """
 
 import re
@@ -27,20 +29,27 @@ from tunesmith.quant.linear_layers import is_plain_linear
 TENSOR_KEY = "parallel.tensor"
 COLWISE = "colwise"
 ROWWISE = "rowwise"
-# A norm over one head, whose gradients are summed; latent keys, of which each head reads all.
-WHOLE_STYLES = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
-# Attention whose norms are over all heads (OLMo 2, 3, OLMoE, MiniMax M2): Transformers gathers the
-# heads for them, and splits them after; here ranks share the sum of squares.
+# Styles in Transformers' plans for layers that every rank holds completely. The first is for a norm
+# over one head, whose gradient is summed over the ranks. The second is for the projection to latent
+# keys, which all heads read.
+REPLICATED_STYLES = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
+# Styles in Transformers' plans for attention with norms over all heads (OLMo 2, OLMo 3, OLMoE,
+# MiniMax M2), and the styles that replace them. Transformers gathers the heads for the norm and
+# splits them again. In tunesmith the layers are sharded like other layers, and the ranks only
+# exchange the sum of squares of the norm.
 GATHERED = {"colwise_gather_output": COLWISE, "rowwise_split_input": ROWWISE}
 NORM_PROJECTIONS = {"q_norm": "q_proj", "k_norm": "k_proj"}
-# Latent attention: its queries have such layers too, which plans do not name.
+# Layers of latent attention that Transformers' plans do not list. Every rank holds them completely.
 LATENT_QUERIES = ("q_a_proj",)
-# All experts of a layer, and what chooses among them.
+# Style in Transformers' plans for the module with all experts of a layer, and name of the module
+# that selects the experts of a token.
 EXPERTS_STYLE = "moe_tp_experts"
 ROUTER = "router"
-# A module that computes with parameters of its own, which other entries name.
+# Style in Transformers' plans for a module that has parameters itself. Other entries of the plan
+# list these parameters.
 OWN_PARAMETERS = "local_params"
-# What Transformers' plans leave out, of types that are cut as others of their kind.
+# Plans for layers that are missing in Transformers' plans. The layers can be sharded, because
+# Transformers shards layers of other model types that have the same structure.
 ATTENTION = {
     "layers.*.self_attn.q_proj": COLWISE,
     "layers.*.self_attn.k_proj": COLWISE,
@@ -70,34 +79,37 @@ ADDED_PLANS: dict[str, dict[str, str]] = {
         "layers.*.mlp.shared_expert.down_proj": ROWWISE,
     },
 }
-# An embedding, which is sharded by the vocabulary whatever the plan says.
+# Name of the embedding. It is always sharded by the vocabulary, even if the plan does not list it.
 EMBEDDING = "embed_tokens"
 
 
 @dataclass
 class ParallelBlock:
-    """A module of which each rank computes a part of the heads or columns.
+    """An attention or MLP module in which each rank computes some of the heads or columns.
 
     Attributes:
-        module: attention or MLP.
-        colwise: its layers that are sharded by output rows.
-        rowwise: the one behind them, sharded by input columns.
-        whole: its other linear layers, which every rank computes.
-        norms: those over all heads, of which each rank has a part.
-        by_head: names of its own parameters [heads], of which each rank has a part.
+        name: the name of the module in the decoder.
+        module: the attention or MLP module.
+        colwise: the layers that are sharded by output rows, by name.
+        rowwise: the layer after them, which is sharded by input columns, by name.
+        replicated: the other linear layers by name. Every rank computes them completely.
+        norms: norms over all heads, by name. Each rank has the part of the weight that belongs to
+            its heads.
+        by_head: names of the parameters of the module itself that have the shape [heads]. Each rank
+            has the elements of its heads.
     """
 
     name: str
     module: nn.Module
     colwise: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
     rowwise: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
-    whole: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
+    replicated: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
     norms: dict[str, FusedNorm] = field(default_factory=dict)
     by_head: list[str] = field(default_factory=list)
 
     @property
     def kv_heads(self) -> int | None:
-        """Heads of keys and values; None in an MLP, and where keys are no layer of their own."""
+        """Number of key-value heads. None for an MLP, or if there is no layer `k_proj`."""
         keys = self.colwise.get("k_proj")
         if keys is None:
             return None
@@ -106,18 +118,21 @@ class ParallelBlock:
 
 
 def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
-    """The blocks of a causal LM, fused and with an adapter or not; on meta or not.
+    """Find the blocks of a causal LM that tensor parallelism can shard.
 
-    ModelError where Transformers has no plan for the type, or the model has a part of which it is
-    not known how ranks share it.
+    The model may be on the meta device, have fused modules, and have an adapter.
+
+    Raises:
+        ModelError: if there is no plan for the model type, or if the model has a parameter that
+            neither the plan nor the rules of this module cover.
     """
     decoder = find_decoder(model)
     config = decoder.config.get_text_config()
     plan = {**(config.base_model_tp_plan or {}), **ADDED_PLANS.get(config.model_type, {})}
     if not plan:
-        raise _unsupported(model, "Transformers has no tensor-parallel plan for it")
+        raise _unsupported(model, "Transformers has no tensor-parallel plan for this model type")
     if not type(decoder).__module__.startswith("transformers."):
-        raise _unsupported(model, "its code is not part of Transformers")
+        raise _unsupported(model, "the model's code is not part of Transformers")
     experts = [
         name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS_STYLE
     ]
@@ -138,50 +153,61 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
         groups = {
             COLWISE: block.colwise,
             ROWWISE: block.rowwise,
-            **dict.fromkeys(WHOLE_STYLES, block.whole),
+            **dict.fromkeys(REPLICATED_STYLES, block.replicated),
         }
         if action not in groups:
-            raise _unsupported(model, f"Transformers' plan is {action} for {name}")
+            raise _unsupported(
+                model, f"Transformers' plan has the unsupported action {action} for {name}"
+            )
         if isinstance(module, nn.Linear | FrozenLinear) and is_plain_linear(module):
             groups[action][child] = module
     for block in blocks.values():
         if len(block.rowwise) != 1 or not block.colwise:
-            raise _unsupported(model, f"{block.name} has no pair of layers that ranks share")
-    _check_rest(model, decoder, blocks, plan, _whole_modules(model, decoder, experts))
+            raise _unsupported(
+                model, f"the module {block.name} has no pair of layers that ranks can share"
+            )
+    _check_rest(model, decoder, blocks, plan, _token_wise_modules(model, decoder, experts))
     return list(blocks.values())
 
 
 def _pattern(name: str) -> str:
-    """The name of a module as plans write it: `layers.*.mlp.up_proj`."""
+    """Return the name of a module in the notation of plans, such as `layers.*.mlp.up_proj`."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
-    """Tell whether a module of this name is one of `modules`, or in one."""
+    """Return whether a module name is one of `modules` or is nested in one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _whole_modules(
+def _token_wise_modules(
     model: PreTrainedModel, decoder: PreTrainedModel, experts: Iterable[str]
 ) -> set[str]:
-    """The modules that work token by token, whatever they hold: experts and what routes to them.
+    """Return the names of mixture-of-experts modules, which process each token separately.
 
-    Those are all of a mixture's module but its blocks, the shared experts.
+    Every rank holds these modules completely, and their parameters may have any shape. Usually the
+    parent module of the experts contains only parts of the mixture, so the name of the parent is
+    returned. Shared experts in the parent are an exception: they are blocks and are sharded.
     """
     layers = set(model.get_submodule(find_layers(model)).children())
-    whole = set()
+    names = set()
     for name in experts:
         mixture = name.rpartition(".")[0]
         if decoder.get_submodule(mixture) in layers:
-            # Beside attention and MLP (Gemma 4): the two that make a mixture, by name.
-            whole |= {name, f"{mixture}.{ROUTER}"}
+            # In Gemma 4 the parent is the decoder layer itself, which also contains attention and
+            # MLP. List only the experts and the router.
+            names |= {name, f"{mixture}.{ROUTER}"}
         else:
-            whole.add(mixture)
-    return whole
+            names.add(mixture)
+    return names
 
 
 def _norms_of_heads(attention: nn.Module) -> dict[str, FusedNorm]:
-    """The norms of an attention that are over all heads, if their code is supported; else none."""
+    """Return the norms of an attention module that are computed over all heads, by name.
+
+    Return {} if the module has no norms over all heads, or if the class of the norms is not
+    supported.
+    """
     norms = {}
     parts = dict(attention.named_children())
     for name, projection in NORM_PROJECTIONS.items():
@@ -200,33 +226,37 @@ def _check_rest(
     decoder: PreTrainedModel,
     blocks: Mapping[str, ParallelBlock],
     plan: Mapping[str, str],
-    whole: Collection[str],
+    token_wise: Collection[str],
 ) -> None:
-    """ModelError for a parameter outside the cut layers of an unsupported kind.
+    """Raise ModelError if a parameter outside the sharded layers is not supported.
 
-    Notes what of a block is cut beside its layers, or stays whole.
+    If a block has parameters of shape [heads] or additional layers of latent attention, they are
+    recorded in the block.
 
     Args:
-        whole: modules whose parameters may have any shape.
+        blocks: the blocks by name. They are modified.
+        plan: the plan of the model type.
+        token_wise: names of modules whose parameters may have any shape.
     """
     embedding = decoder.get_input_embeddings()
     hidden = embedding.embedding_dim
     for name, module in decoder.named_modules():
         if module is embedding:
             continue
-        block = _block_of(name, blocks)
-        if block is None and _is_in(name, whole):
+        block = _find_block(name, blocks)
+        if block is None and _is_in(name, token_wise):
             continue
-        # Of the block itself only the parameters that are its own are left to check.
+        # Skip the layers and norms of a block that are already recorded in the block. Other
+        # parameters of the block are checked below.
         if block is not None and block.name != name:
             child = name[len(block.name) + 1 :]
             if child in block.colwise or child in block.rowwise or child in block.norms:
                 continue
-            if child in block.whole:
+            if child in block.replicated:
                 continue
-            if block.whole and child in LATENT_QUERIES:
+            if block.replicated and child in LATENT_QUERIES:
                 assert isinstance(module, nn.Linear | FrozenLinear)
-                block.whole[child] = module
+                block.replicated[child] = module
                 continue
         for key, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{key}" if name else key
@@ -236,39 +266,48 @@ def _check_rest(
                 block.by_head.append(key)
                 continue
             if action is not None:
-                raise _unsupported(model, f"Transformers' plan is {action} for {full_name}")
-            if not _is_whole(parameter.shape, block, hidden):
+                raise _unsupported(
+                    model,
+                    f"Transformers' plan gives {full_name} the action {action}, which is not "
+                    "supported for this parameter",
+                )
+            if not _can_replicate(parameter.shape, block, hidden):
                 shape = " x ".join(f"{size:,}" for size in parameter.shape)
-                raise _unsupported(model, f"it has {full_name} [{shape}], which is not in the plan")
+                raise _unsupported(
+                    model, f"the plan of Transformers does not cover {full_name} [{shape}]"
+                )
 
 
-def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
-    """The block that a module of this name is in, or is."""
+def _find_block(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
+    """Return the block that contains a module or is the module itself, or None."""
     for block_name, block in blocks.items():
         if _is_in(name, [block_name]):
             return block
     return None
 
 
-def _is_whole(shape: torch.Size, block: ParallelBlock | None, hidden: int) -> bool:
-    """Tell whether a parameter can stay whole on every rank."""
+def _can_replicate(shape: torch.Size, block: ParallelBlock | None, hidden: int) -> bool:
+    """Return whether the shape of a parameter allows every rank to hold the parameter
+    completely.
+    """
     if len(shape) > 1:
         return False
     if shape.numel() == 1:
         return True
     if block is None:
         return shape.numel() == hidden
-    if block.whole:
-        # A norm of latent attention, before its heads part.
-        return any(shape.numel() <= layer.out_features for layer in block.whole.values())
+    if block.replicated:
+        # Accept a norm of latent attention. Its size is at most the output size of a replicated
+        # layer, because it normalizes values that all heads share.
+        return any(shape.numel() <= layer.out_features for layer in block.replicated.values())
     return bool(shape.numel() == vars(block.module).get("head_dim", 0))
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> ModelError:
     model_type = find_decoder(model).config.get_text_config().model_type
     return ModelError(
-        f"tensor parallelism is not supported for this {model_type}",
+        f"tensor parallelism is not supported for this {model_type} model",
         where=TENSOR_KEY,
         why=why,
-        fix=f"{TENSOR_KEY}: 1; parallel.shard divides the memory of any model",
+        fix=f"set {TENSOR_KEY}: 1; parallel.shard distributes any model over the ranks",
     )

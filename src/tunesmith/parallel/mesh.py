@@ -1,8 +1,8 @@
-"""The mesh by which the ranks of a run share its work: replicate x shard x tensor.
+"""The device mesh of a run, with the dimensions replicate x shard x tensor.
 
-Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ranks that talk most
-are neighbors: those of a tensor group on one node, and those of a shard group as near as they can
-be.
+The rank number changes fastest along `tensor` and slowest along `replicate`. Ranks that communicate
+often are therefore neighbors: a tensor group is on one node, and a shard group is on as few nodes
+as possible.
 """
 
 import itertools
@@ -24,24 +24,26 @@ from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import count_of
 
 DIMENSIONS = ("replicate", "shard", "tensor")
-MESH_NUMBERS = itertools.count()  # of the meshes of this process
-# Elements that `all_reduce_together` copies at a time: 64 MiB in fp32.
+# Counter that gives each mesh of this process a unique number.
+MESH_NUMBERS = itertools.count()
+# Maximum number of elements that `all_reduce_together` copies into one bucket: 64 MiB in fp32.
 BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run by dimension, as this rank sees them.
+    """The mesh of a run, and the process groups that this rank belongs to.
 
-    The default is one process, without a process group.
+    The default is one process without process groups.
 
     Attributes:
-        device_mesh: [replicate, shard, tensor]; None for one process.
-        data_group: the ranks whose micro batches make the global batch, with this one; None where
-            it is alone.
-        tensor_group: those that compute each layer together with this one; None where it computes
-            them alone.
-        data_rank, tensor_rank: this one's number in them.
+        shape: the sizes of the three dimensions.
+        device_mesh: torch's mesh [replicate, shard, tensor], or None for one process.
+        data_group: the ranks with different micro batches of the same global batch, including this
+            rank. None if this rank has the entire global batch.
+        tensor_group: the ranks that compute each layer together, including this rank. None if this
+            rank computes entire layers.
+        data_rank, tensor_rank: the number of this rank in `data_group` and in `tensor_group`.
     """
 
     shape: MeshShape = ONE
@@ -53,28 +55,32 @@ class Mesh:
 
     @classmethod
     def of(cls, shape: MeshShape, device_type: str) -> "Mesh":
-        """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
+        """Create the mesh of all ranks. This is a collective call.
+
+        Args:
+            device_type: `cpu` or `cuda`.
+        """
         if shape.world == 1:
             return cls()
-        # The last one fastest.
+        # The rank number changes fastest along the last dimension, `tensor`.
         ranks = torch.arange(shape.world).view(shape.replicate, shape.shard, shape.tensor)
-        # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save
-        # may take longer.
+        # Create the groups with tunesmith's timeout. init_device_mesh would use torch's default of
+        # 30 minutes, and a slow save of a checkpoint may take longer.
         groups = []
         for dimension in range(len(DIMENSIONS)):
-            # Lists of the ranks that differ in this dimension alone.
-            groups.append(_group_of(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
-        # To torch, meshes of the same ranks and names are equal, whatever their groups are.
-        # DTensor's cache would hand out an earlier one, whose groups are gone with its training or,
-        # worse, other ranks may have their names.
+            # Each list has the ranks whose mesh coordinates differ only in this dimension.
+            groups.append(_make_own_group(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
+        # Use unique names, because torch treats meshes with the same ranks and names as equal.
+        # DTensor's cache could return an earlier mesh, whose process groups no longer exist or now
+        # belong to other ranks.
         number = next(MESH_NUMBERS)
         names = tuple(f"{name}-{number}" for name in DIMENSIONS)
         device_mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
         data_group = None
         if shape.data > 1:
-            # One list a tensor number: ranks with other micro batches and the same part of each
-            # layer.
-            data_group = _group_of(ranks.flatten(0, 1).T.tolist())
+            # Each list has the ranks with the same tensor rank. These ranks hold the same part of
+            # each layer and compute different micro batches.
+            data_group = _make_own_group(ranks.flatten(0, 1).T.tolist())
         data_rank, tensor_rank = divmod(dist.get_rank(), shape.tensor)
         return cls(
             shape,
@@ -87,12 +93,12 @@ class Mesh:
 
     @property
     def sharding(self) -> DeviceMesh:
-        """[replicate, shard]: what `fully_shard` takes."""
+        """The mesh [replicate, shard] for FSDP's `fully_shard`."""
         return self._dimensions(0, 2)
 
     @property
     def tensor(self) -> DeviceMesh:
-        """[tensor]: what `apply_tensor_parallel` shards parameters over."""
+        """The mesh [tensor], over which `apply_tensor_parallel` shards parameters."""
         return self._dimensions(2, 3)
 
     def _dimensions(self, start: int, stop: int) -> DeviceMesh:
@@ -101,8 +107,12 @@ class Mesh:
         return self.device_mesh[names[start:stop]]
 
 
-def _group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
-    """This rank's of groups that have all ranks between them; a collective call."""
+def _make_own_group(rank_lists: list[list[int]]) -> dist.ProcessGroup:
+    """Create one process group per list and return this rank's group. This is a collective call.
+
+    Args:
+        rank_lists: lists of ranks. Each rank is in exactly one of them.
+    """
     world = dist.group.WORLD
     if world and len(rank_lists) == 1:
         return world
@@ -115,15 +125,15 @@ ALONE = Mesh()
 
 @torch.no_grad()
 def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum each tensor over a group, in place, in fp32 or wider.
+    """Sum each tensor over the ranks of a group, in place, in fp32 or wider.
 
-    A collective call with the same shapes, in the same order, on all ranks of the group; nothing
-    where that is None.
+    This is a collective call. All ranks must pass tensors of the same shapes in the same order. If
+    `group` is None, nothing is done.
     """
     if group is None:
         return
     for bucket in _buckets(tensors):
-        # One collective for many: each alone would wait for its own latency.
+        # Reduce many tensors in one collective, because each collective adds its latency.
         wide = torch.promote_types(bucket[0].dtype, torch.float32)
         flat = torch.cat([tensor.flatten().to(wide) for tensor in bucket])
         dist.all_reduce(flat, group=group)
@@ -133,11 +143,11 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of at most BUCKET_ELEMENTS elements, a large one in pieces."""
+    """Yield lists of tensors with at most BUCKET_ELEMENTS elements. Large tensors are split."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        # A piece must be a view; what has no single run of memory stays whole.
+        # Each piece must be a view. A tensor that is not contiguous is not split.
         pieces = tensor.view(-1).split(BUCKET_ELEMENTS) if tensor.is_contiguous() else (tensor,)
         for piece in pieces:
             if bucket and size + piece.numel() > BUCKET_ELEMENTS:
@@ -151,12 +161,12 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
-    """The meshes of `world` ranks that a recipe allows; RecipeError if there is none.
+    """Return the mesh shapes of `world` ranks that a recipe allows.
 
-    Those with the fewest tensor ranks first, of them those with the fewest shards.
+    The list is sorted by the number of tensor ranks, then by the number of shards. Raise
+    RecipeError if no shape is possible.
     """
     shapes = []
-    # In this order: fewer tensor ranks come first, then fewer shards.
     for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
         for shard in range(1, world // tensor + 1):
             replicate, rest = divmod(world, shard * tensor)
@@ -168,18 +178,19 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
         ranks = count_of(world, "rank")
         raise RecipeError(
-            f"the recipe's parallel does not fit {ranks}: {sizes}",
+            f"the recipe's `parallel` does not fit {ranks}: {sizes}",
             where="parallel",
-            fix="parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or as many ranks "
-            "as they multiply to",
+            fix="set parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or use as many "
+            "ranks as the product of the three sizes",
         )
     return shapes
 
 
 def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[MeshShape]:
-    """Those of `possible_shapes` that compute this run on nodes of `per_node` ranks.
+    """Return the shapes of `possible_shapes` that this run can use on nodes with `per_node` ranks.
 
-    RecipeError if there is none: that of the first shape.
+    If it can use none of them, raise the RecipeError that explains why the first shape is not
+    possible.
     """
     shapes = []
     errors = []
@@ -195,56 +206,77 @@ def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[Mes
 
 
 def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
-    """RecipeError for what a mesh does not compute, before anything is loaded."""
+    """Raise RecipeError if the run is not possible on a mesh of this shape. No model is loaded for
+    this check.
+    """
     tensor = shape.tensor
     if tensor > 1 and spec.quantized == "bnb-nf4":
-        raise _cannot_shard("a ready-made nf4 base", shape)
+        raise _not_with_tensor("a base model that is already in nf4", shape)
     if tensor > 1 and run.model.vision:
-        raise _cannot_shard("a model with its vision part", shape)
+        raise _not_with_tensor("a model with a vision encoder", shape)
     if tensor > 1 and not scheme_of(run.model, spec.quantized).is_cut:
-        raise _cannot_shard("a base as it ships", shape, where="model.quantize", fix="none")
+        what = "a base model in its original quantization"
+        raise _not_with_tensor(what, shape, where="model.quantize", fix="none")
     if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):
-        raise _cannot_shard("8-bit moments", shape, where="train.optimizer", fix="adamw")
+        raise RecipeError(
+            "8-bit moments of this model cannot be divided among the ranks",
+            where="train.optimizer",
+            why=f"each block of 256 moments must be on one rank; the mesh is {shape.describe()}",
+            fix="set train.optimizer=adamw",
+        )
     if tensor == 1:
         return
     if run.train.optimizer_in_backward:
         key = "train.optimizer_in_backward"
-        raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
+        what = "an optimizer that updates in the backward pass"
+        raise _not_with_tensor(what, shape, where=key, fix="false")
     _check_cut(spec, shape)
     if per_node % tensor:
         raise RecipeError(
-            f"{tensor} ranks that share a layer are not all on one node, which has {per_node}",
+            f"{count_of(per_node, 'rank')} on each node cannot be divided into groups of {tensor}",
             where="parallel.tensor",
-            why="the link between nodes is too slow for what they send in every layer",
-            fix="parallel.tensor=auto",
+            why="the ranks that share a layer must be on one node, because they exchange data in "
+            "every layer",
+            fix="set parallel.tensor=auto",
         )
-    # Weights that share a scale stay together.
+    # Count the width in blocks, because all weights of a block share a scale and must be on the
+    # same rank.
     block = scheme_of(run.model).block
     for layer in dict.fromkeys(spec.layers):
         attention_blocks = layer.heads * layer.value_dim / block
         widths = [layer.heads, layer.kv_heads, attention_blocks]
         if not layer.experts:
-            # Experts are not cut; `apply_tensor_parallel` looks at the MLPs beside them.
+            # Check the MLP only in layers without experts, because experts are not sharded.
+            # `apply_tensor_parallel` checks shared experts.
             widths.append(layer.intermediate / block)
         if any(width % tensor for width in widths):
-            heads = f"{layer.heads} heads, {layer.kv_heads} of keys and values"
-            what = f"{heads}, and an MLP of {layer.intermediate:,} columns"
-            raise _cannot_shard(what, shape, fix="auto")
+            heads = f"{layer.heads} attention heads, {layer.kv_heads} key-value heads"
+            raise RecipeError(
+                f"{heads} and an MLP of {layer.intermediate:,} columns cannot be divided among "
+                f"{tensor} ranks",
+                where="parallel.tensor",
+                why="tensor parallelism gives each rank an equal number of heads and columns",
+                fix="set parallel.tensor=auto",
+            )
 
 
 def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
-    """RecipeError unless a small model of this type was cut over ranks, and gave equal numbers."""
+    """Raise RecipeError if tensor parallelism is not verified for this model type.
+
+    A model type counts as verified if a small model of this type gave the same results with and
+    without tensor parallelism.
+    """
     model_type = read_model_types().get(spec.model_type)
     is_cut = model_type is not None and model_type.tensor is not None
     if is_cut and all(layer.mixing == "attention" for layer in spec.layers):
         return
     ranks = shape.shard * shape.tensor
-    fix = f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type"
-    why = f"the ranks make {shape.describe()}; `tunesmith models TYPE` says whether one is cut"
+    fix = f"set parallel.tensor=1 parallel.shard={ranks}, which every model type supports"
+    why = f"the mesh is {shape.describe()}; `tunesmith models TYPE` shows what a type supports"
     if model_type is not None and model_type.uncut:
         why = model_type.uncut
     raise RecipeError(
-        f"a layer of {spec.model_type} cannot be cut over {shape.tensor} ranks",
+        f"a layer of {spec.model_type} cannot be divided among {shape.tensor} ranks",
         where="parallel.tensor",
         why=why,
         fix=fix,
@@ -252,11 +284,14 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
 
 
 def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
-    """Tell whether a rank's rows of 8-bit moments are no whole blocks of 256.
+    """Return whether tensor parallelism would split rows into parts whose length is not a multiple
+    of 256.
 
-    B of an adapter has no such rows; `check_blocks` looks at each parameter.
+    8-bit moments are quantized in blocks of 256, which must not be split over ranks. This function
+    only checks the sizes that most parameters have. `check_blocks` later checks each parameter.
     """
     tensor = shape.tensor
+    # The rows of an adapter's B have only `r` columns, which rarely hold entire blocks of 256.
     if run.adapter.kind == "lora":
         return tensor > 1
     if shape.shard * tensor == 1:
@@ -268,12 +303,12 @@ def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
     return any(row % 256 for row in rows)
 
 
-def _cannot_shard(
+def _not_with_tensor(
     what: str, shape: MeshShape, *, where: str = "parallel.tensor", fix: str = "1"
 ) -> RecipeError:
     return RecipeError(
-        f"{what} cannot be cut over ranks",
+        f"{what} does not support tensor parallelism",
         where=where,
-        why=f"the ranks make {shape.describe()}, but these parts cannot be divided",
-        fix=f"{where}={fix}",
+        why=f"this run needs tensor parallelism, because the mesh is {shape.describe()}",
+        fix=f"set {where}={fix}",
     )

@@ -1,4 +1,4 @@
-"""The number of ranks that share a run, by what they share. Importable without torch."""
+"""The sizes of a run's device mesh. This module does not import torch."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,13 @@ from tunesmith.config.schema import Run
 
 
 class MeshShape(NamedTuple):
-    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together."""
+    """The sizes of a mesh.
+
+    Attributes:
+        replicate: number of copies of the model.
+        shard: number of ranks over which FSDP shards one copy of the model.
+        tensor: number of ranks that compute each layer together (tensor parallelism).
+    """
 
     replicate: int = 1
     shard: int = 1
@@ -18,11 +24,14 @@ class MeshShape(NamedTuple):
 
     @property
     def data(self) -> int:
-        """Ranks with micro batches of their own; those of a tensor group have the same ones."""
+        """Number of ranks with different micro batches.
+
+        The ranks of a tensor group share their micro batches and count as one.
+        """
         return self.replicate * self.shard
 
     def describe(self) -> str:
-        """`replicate 2 x shard 4 x tensor 1`."""
+        """Return the sizes as text, such as `replicate 2 x shard 4 x tensor 1`."""
         return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
 
 
@@ -30,10 +39,11 @@ ONE = MeshShape()
 
 
 def needs_fsdp(run: Run, mesh: MeshShape, *, offload: bool) -> bool:
-    """Tell whether a model needs FSDP2's `fully_shard`: shards do, and what is offloaded.
+    """Return whether the run needs FSDP2's `fully_shard`.
 
-    So do copies that are updated within the backward: FSDP2 sums a gradient over them before it
-    calls the hook that updates the weight. Other copies are whole, and compute as one process does.
+    It is needed if the model is sharded or if weights are offloaded. With several full copies, it
+    is only needed if the optimizer updates the weights in the backward, because FSDP2 sums a
+    gradient over the copies before it calls the hook that updates the weight.
     """
     if mesh.world == 1:
         return False

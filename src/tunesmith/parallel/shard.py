@@ -1,11 +1,11 @@
-"""Data parallelism: a copy of the model on each rank, or shards of one (FSDP2), or both (HSDP).
+"""Data parallelism with FSDP2. The ranks hold shards of one copy of the model (FSDP) or of several
+copies (HSDP).
 
-Shards go through `fully_shard`. Copies do not: each rank computes as one process does, and
-`copies.py` sums the gradients. An adapter is small: its parameters stay whole on every rank, and
-their gradients are summed in one piece at the end of a step. Its frozen base is sharded without
-them, so that nothing keeps room for gradients that never come.
-
-Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
+A sharded model uses PyTorch's `fully_shard` (FSDP: Zhao et al. 2023, arXiv:2304.11277). If each
+rank has a full copy of the model, `fully_shard` is not used: each rank computes like a single
+process, and `copies.py` sums the gradients. The parameters of an adapter are small, so every rank
+holds them completely, and all their gradients are summed at the end of a step. FSDP shards only the
+frozen base, and therefore allocates no memory for gradients.
 """
 
 from typing import Any
@@ -33,30 +33,36 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import needs_fsdp
 
 HALF = (torch.bfloat16, torch.float16)
-# Methods of the root, beside its forward, that read parameters.
+# Methods of the root module, other than `forward`, that read parameters. FSDP must gather the
+# parameters for these methods too.
 PARAMETER_READERS = ("token_scores", "generate")
 
 
 def shard_model(
     root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *, offload: bool = False
 ) -> None:
-    """Shard a model on meta as its recipe needs.
+    """Shard a model on the meta device with FSDP2, if the run needs it.
 
-    After all that changes its modules and before its weights are there. 16-bit weights trained in
-    full become fp32 shards, their own masters, of which the forward gathers copies in `compute`.
-    The last layer stays gathered, as the backward begins with it. With `offload` the shards stay in
-    the host's memory, with their gradients and moments, and a copy of each group comes to the
-    device when it is used.
+    Call this after all modules are replaced and before the weights are loaded. Trained 16-bit
+    weights are stored as fp32 shards, which need no separate master weights. The forward gathers
+    the weights in the dtype `compute`. The last layer stays gathered after the forward, because the
+    backward starts with it.
 
-    Of a frozen base only the layers are sharded. Embedding, last norm and head are whole on every
-    rank: nothing would hide their gather, and it would spare no memory, as they stay gathered from
-    the start of a forward to the end of its backward.
+    If the base is frozen, only its layers are sharded. Every rank holds embedding, last norm and
+    head completely, because gathering them would not overlap with computation. Sharding them would
+    not reduce the peak memory either, because they would stay gathered from the start of the
+    forward to the end of the backward.
+
+    Args:
+        compute: the dtype in which the forward computes.
+        offload: whether shards, gradients and optimizer state are kept in host memory. Each FSDP
+            group is then copied to the device when it is used.
     """
     if not needs_fsdp(run, mesh.shape, offload=offload):
         return
     is_half = compute in HALF
     param_dtype = None
-    # What is frozen outside the layers is whole on every rank.
+    # Every rank holds the frozen parameters of the vision part completely.
     ignored = {p for _, p in vision_parameters(root.model) if not p.requires_grad}
     if run.adapter.kind == "lora":
         ignored = whole_parameters(root, run)
@@ -71,14 +77,15 @@ def shard_model(
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=param_dtype,
             reduce_dtype=torch.float32 if is_half else None,
-            cast_forward_inputs=False,  # rotary tables are fp32
+            cast_forward_inputs=False,  # rotary tables must stay in fp32
         ),
         "ignored_params": ignored or None,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }
     let_codes_be_sharded()
     *layers, last = root.layers
-    # Inner groups first: the root's group takes the parameters that no other has.
+    # Shard the layers before the root, because the root's group takes all parameters that are in no
+    # other group.
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(last, **options, reshard_after_forward=False)
@@ -86,8 +93,8 @@ def shard_model(
         shard_embedding_and_head(root, options)
     fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
-        # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows
-        # no scaled sum.
+        # Sum gradients instead of averaging them, because the loss is already divided by the
+        # denominator of the global batch. Gloo does not support a scaled sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for name in PARAMETER_READERS:
@@ -95,9 +102,9 @@ def shard_model(
 
 
 def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
-    """Those of a model with an adapter that every rank holds whole.
+    """Return the parameters that every rank holds completely in a model with an adapter.
 
-    What is trained, and all outside the layers.
+    These are the trained parameters, and all parameters outside the layers.
     """
     whole = {parameter for parameter in root.parameters() if parameter.requires_grad}
     for module in lora.modules_to_save(root.model, run.adapter):
@@ -107,19 +114,21 @@ def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
 
 
 def shard_embedding_and_head(root: TrainModel, options: dict[str, Any]) -> None:
-    """Make embedding and head FSDP groups of their own, in a model that is trained in full.
+    """Make embedding and head separate FSDP groups, in a model whose weights are all trained.
 
-    The head's gather then runs beside the last layers and its reduction beside the backward; in the
-    root's group both would hold up the step. A weight that they share stays in the root's group.
+    The gather of the head then overlaps with the last layers, and its reduction overlaps with the
+    backward. If embedding and head were in the root's group, both operations would delay the step.
+    If embedding and head share a weight, it stays in the root's group.
 
-    options: the arguments of `fully_shard`.
+    Args:
+        options: the arguments of `fully_shard`.
     """
     embedding = root.model.get_input_embeddings()
     head = root.head
     if embedding.weight is head.weight:
         return
     fully_shard(embedding, **options)
-    # Its backward does not read its weight.
+    # Do not gather the embedding for the backward, which does not read the weight.
     embedding.set_unshard_in_backward(False)
     add_mixin(head, GatheredHead)
     fully_shard(head, **options, reshard_after_forward=False)
@@ -127,26 +136,30 @@ def shard_embedding_and_head(root: TrainModel, options: dict[str, Any]) -> None:
 
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
-    """The groups of a sharded model; none where it is whole on every rank."""
+    """Return the FSDP groups of a model. The list is empty if FSDP is not used."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(root: nn.Module) -> None:
-    """Drop the whole weights that a forward without a backward has left.
+    """Free the gathered weights after a forward that is not followed by a backward.
 
-    Those of the head, the last layer and what stands around the layers stay whole until a backward,
-    and the model's parameters are these tensors meanwhile: an optimizer that is created then would
-    train what no step uses.
+    The weights of the head, the last layer and the root's group stay gathered until a backward.
+    Until then the model's parameters are the gathered tensors. If an optimizer were created at this
+    time, it would train tensors that no step uses.
     """
     for module in sharded_modules(root):
         module.reshard()
 
 
 def set_gradient_sync(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
-    """Set what FSDP2 reduces in the coming backward; `last`: it is the last one of its step.
+    """Set which gradients FSDP2 reduces in the next backward.
 
-    Gradients are reduced to shards in every backward, as whole ones would take the memory that
-    sharding saves; over copies of the model only in the last.
+    Every backward of a step reduces the gradients to shards, because unsharded gradients would take
+    the memory that sharding saves. Only the last backward of a step also sums the shards over the
+    copies of the model.
+
+    Args:
+        last: whether the next backward is the last one of its step.
     """
     for module in sharded_modules(root):
         module.set_requires_all_reduce(last)

@@ -1,20 +1,21 @@
 """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): ranks compute each layer together.
 
-- Which layers are sharded is Transformers' own plan (`cuts.py`): q, k, v, gate and up by output
-  rows (colwise, in torch's words, which transpose the weight), so that a rank has whole heads; o
-  and down by input columns (rowwise), so that their outputs are parts of a sum. Embedding and head
-  are sharded by the vocabulary; A and B of an adapter as their layer.
-- Between attention and MLP, activations are sharded by tokens (sequence parallel: Korthikanti et
-  al. 2022, arXiv:2205.05198). Tokens are gathered before each of the two; the parts of its sum are
-  added and scattered after it.
-- Experts and their router are whole on every rank, which computes them for its own tokens: no
-  activation moves, and the work is shared as that of all other layers is.
-- Norms, routers, experts with their adapter, the bias of a layer that is sharded by columns, A of
-  one that is sharded by rows and B of one that is sharded by columns are whole on every rank, and
-  their gradients are parts of a sum. Nothing raises where that sum is left out.
+- Transformers' plan selects the sharded layers (`cuts.py`). q, k, v, gate and up are sharded by
+output rows, so that each rank has complete heads. torch calls this colwise, because it transposes
+the weight. o and down are sharded by input columns (rowwise), so that the ranks' outputs must be
+summed. Embedding and head are sharded by the vocabulary. A and B of an adapter are sharded like
+their layer. - Between attention and MLP, activations are sharded by tokens (sequence parallelism:
+Korthikanti et al. 2022, arXiv:2205.05198). Tokens are gathered before each block. After the block,
+the outputs of the ranks are summed and scattered. - Every rank holds router and experts completely
+and computes them for its own tokens. No activation has to be sent for them, and the work is divided
+over the ranks as evenly as in other layers. - Some parameters are replicated, and each rank
+computes only a part of their gradient: norms, routers, experts with their adapter, the bias of a
+layer sharded by columns, A of a layer sharded by rows, and B of a layer sharded by columns.
+`reduce_gradients` sums these parts. If the call is forgotten, training continues without an error,
+but with wrong gradients.
 
-Parameters become DTensors on the tensor mesh, so that sharding, the optimizer and checkpoints know
-their whole shapes.
+Parameters become DTensors on the tensor mesh, so that FSDP, the optimizer and checkpoints know
+their global shapes.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.adapter.low_rank import LowRank
+from tunesmith.config.names import last_part
 from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_sum
 from tunesmith.distributed.torch_private import SavingContext, collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
@@ -48,36 +50,39 @@ ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]
 def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     """Shard a model over the tensor group, in place.
 
-    With its adapter and fused modules, before all else that wraps it; on meta or not (a quantized
-    base: on meta). Every micro batch then has a multiple of `mesh.shape.tensor` tokens, and the
-    ranks of a group take the same ones. Dropout of adapters draws what one process draws if the
-    group has one seed; attention's own dropout, which no family has by default, draws alike for the
-    heads of each rank.
+    Call this after the adapter and the fused modules are added, and before the model is wrapped. A
+    quantized base must be on the meta device. Afterwards every micro batch must have a multiple of
+    `mesh.shape.tensor` tokens, and all ranks of a tensor group must get the same micro batches.
+
+    If the ranks of a group have the same seed, the dropout of adapters uses the same mask as in a
+    single process. Dropout in attention is an exception, because every rank uses the same mask for
+    its heads. No model family has this dropout by default.
 
     Returns:
-        The names, in the causal LM, of the parameters for `reduce_gradients`.
+        The names of the parameters that `reduce_gradients` must sum. They are names in the causal
+        LM.
 
     Raises:
-        ModelError: for a model whose sharding is not supported.
-        RecipeError: for sizes that do not divide, and for what such a model does not compute: eager
-            attention, and an adapter on the head.
+        ModelError: if this model cannot be sharded.
+        RecipeError: if the number of ranks does not divide a size, or if the run uses eager
+            attention or an adapter on the head.
     """
     if mesh.tensor_group is None:
         return frozenset()
     model = root.model
     blocks = find_blocks(model)
-    # All checks come first: the model is changed in place.
+    # Run all checks before the first change, because the model is changed in place.
     _check_sizes(model, blocks, mesh.shape.tensor)
     if root.attention_backend == "eager":
         raise _not_supported("eager attention", "model.attention")
     if isinstance(root.head, LoraLinear):
-        raise _not_supported("an adapter on the head", "adapter.target")
+        raise _not_supported("an adapter on the output layer", "adapter.target")
     sharder = _ModelSharder(mesh)
     for block in blocks:
         sharder.shard_block(block)
     sharder.shard_vocabulary(model.get_input_embeddings(), root.head)
     decoder = find_decoder(model)
-    # What is not sharded by now stays whole on every rank.
+    # Replicate all modules that are not sharded yet, so that every rank holds them completely.
     for module in decoder.modules():
         sharder.replicate_module(module)
     sharder.gather_output(decoder)
@@ -85,25 +90,30 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
 
 
 def _not_supported(what: str, where: str) -> RecipeError:
-    fix = f"remove it, or {TENSOR_KEY}: 1"
-    return RecipeError(f"{what} has no tensor parallelism", where=where, fix=fix)
+    fix = f"remove this setting, or set {TENSOR_KEY}: 1"
+    return RecipeError(f"{what} does not work with tensor parallelism", where=where, fix=fix)
 
 
 def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh: Mesh) -> None:
     """Sum the gradients of the `partial` parameters over the tensor group, in place.
 
-    A collective call, once a step, before the norm. Gradients are DTensors, or this rank's parts of
-    them; `partial` is what `apply_tensor_parallel` returned.
+    This is a collective call. Call it once per step, before the gradient norm is computed.
+
+    Args:
+        grads: gradients by parameter name, as DTensors or as local tensors.
+        partial: the names that `apply_tensor_parallel` returned.
     """
     parts = [local_part(grad) for name, grad in grads.items() if name in partial]
     all_reduce_together(parts, mesh.tensor_group)
 
 
 def _check_sizes(model: PreTrainedModel, blocks: list[ParallelBlock], size: int) -> None:
-    """RecipeError where heads, columns or blocks of 4-bit weights do not divide among the ranks."""
+    """Raise RecipeError if heads, columns or 4-bit blocks cannot be divided evenly among the
+    ranks.
+    """
     counts = [("attention heads", find_decoder(model).config.num_attention_heads)]
     for block in blocks:
-        kind = block.name.rpartition(".")[2]
+        kind = last_part(block.name)
         [(name, layer)] = block.rowwise.items()
         if block.kv_heads is not None:
             counts.append((f"key-value heads in {kind}", block.kv_heads))
@@ -111,23 +121,27 @@ def _check_sizes(model: PreTrainedModel, blocks: list[ParallelBlock], size: int)
             counts.append((f"columns in {kind}", layer.in_features))
         block_size = layer.format.block if isinstance(layer, FrozenLinear) else 1
         if block_size > 1:
-            # No block of weights with one scale reaches into another row, of this layer and of
-            # those it follows.
-            whole = layer.in_features % block_size == layer.out_features % block_size == 0
-            count = layer.in_features // block_size if whole else 1
+            # Quantized weights can be divided only if each row consists of complete blocks, because
+            # the weights of a block share a scale. A row of this layer has `in_features` weights. A
+            # row of the colwise layers before it has as many weights as this layer has outputs.
+            has_whole_blocks = (
+                layer.in_features % block_size == layer.out_features % block_size == 0
+            )
+            count = layer.in_features // block_size if has_whole_blocks else 1
             counts.append((f"nf4 blocks in a row of {kind}.{name}", count))
     for what, count in counts:
         if count % size:
             raise RecipeError(
                 f"{size} ranks cannot share the layers of this model",
                 where=TENSOR_KEY,
-                why=f"it has {count:,} {what}, which must be divisible by the number of ranks",
-                fix=f"{TENSOR_KEY}: 1, or another divisor of {count}",
+                why=f"the model has {count:,} {what}, which must be divisible by the number of "
+                "ranks",
+                fix=f"set {TENSOR_KEY}: 1, or another divisor of {count}",
             )
 
 
 class TensorParallelPart(nn.Module):
-    """A module that the ranks of a group compute together."""
+    """Mixin for a module that the ranks of a tensor group compute together."""
 
     tensor_group: RankGroup
 
@@ -136,11 +150,12 @@ PartT = TypeVar("PartT", bound=TensorParallelPart)
 
 
 class _ModelSharder:
-    """Shards module after module, each shared parameter once.
+    """Helper that shards one model, module by module. It remembers sharded parameters, so that a
+    parameter that is used by two modules is sharded only once.
 
     Attributes:
-        sharded: old parameters and what stands in their place.
-        partial: new parameters whose gradients are parts of a sum.
+        sharded: maps each original parameter to the parameter that replaces it.
+        partial: the new parameters of which each rank computes only a part of the gradient.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -151,7 +166,7 @@ class _ModelSharder:
         self.partial: set[nn.Parameter] = set()
 
     def shard_block(self, block: ParallelBlock) -> None:
-        """Shard the linear layers of attention or an MLP; each rank computes its part of both."""
+        """Shard the linear layers, norms and own parameters of an attention or MLP block."""
         for layer in block.colwise.values():
             self.shard_linear(layer, ROWS)
         for layer in block.rowwise.values():
@@ -166,13 +181,15 @@ class _ModelSharder:
         self.add_mixin(block.module, SequenceParallelBlock)
 
     def replicate_module(self, module: nn.Module) -> None:
-        """Keep the parameters of a norm whole, or of any module that is not sharded by now."""
+        """Replicate the parameters of a module that is not sharded yet, such as a norm."""
+        # Every rank has all experts. The quantized codes are not trained, so they need not become
+        # DTensors.
         if isinstance(module, ExpertStack):
-            return  # codes, of which every rank has all; they are not trained, and no DTensors
+            return
         computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank)
         parameters = dict(module.named_parameters(recurse=False))
         if has_codes(module):
-            # Codes are not trained, and no DTensors.
+            # Only these parameters become DTensors, because quantized codes are not trained.
             computes_locally = True
             names = parameters.keys() & {"bias", "lora_A", "lora_B"}
             parameters = {name: parameters[name] for name in sorted(names)}
@@ -186,7 +203,7 @@ class _ModelSharder:
             self.add_mixin(module, LocalParameters)
 
     def gather_output(self, decoder: nn.Module) -> None:
-        """Make the decoder give the hidden states of all tokens."""
+        """Add a hook to the decoder so that it returns the hidden states of all tokens."""
         group = self.group
 
         def gather(
@@ -200,15 +217,16 @@ class _ModelSharder:
     def shard_linear(self, layer: nn.Linear | FrozenLinear, dim: int) -> None:
         """Shard weight, bias and adapter of a linear layer along a dimension of its weight."""
         sizes = [layer.out_features, layer.in_features]
-        # From here on the layer has the sizes of this rank's part.
+        # Set the sizes of the layer to those of this rank's shard.
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
         if isinstance(layer, FrozenLinear) and has_codes(layer):
             layer.tensor_shard = TensorShard(dim, self.group.rank, self.group.size, self.group.name)
-            # Anew, for the smaller sizes; the weights come later.
+            # Allocate the quantized tensors again with the sizes of the shard. The weights are
+            # loaded later.
             layer.allocate(torch.device("meta"))
         else:
-            # With an adapter the layer's own forward computes with local parts.
+            # The forward of a LoraLinear already uses local shards and needs no mixin.
             if not isinstance(layer, LoraLinear):
                 self.add_mixin(layer, ShardedLinear)
             self.shard_parameter(layer, "weight", dim)
@@ -219,10 +237,12 @@ class _ModelSharder:
             self.add_mixin(layer, BiasOfSum)
         if not isinstance(layer, LoraLinear):
             return
-        # A reads what its layer reads, and B writes what it writes.
+        # lora_A has the dimension of the layer's inputs, and lora_B that of the outputs. If inputs
+        # or outputs are sharded, the same dimension of lora_A or lora_B is sharded.
         layer.first = 0
         if dim == COLUMNS:
-            # Where its inputs lie in the whole layer: dropout draws for all of them.
+            # Set the offset of this rank's inputs in the unsharded layer. Dropout draws a mask for
+            # all inputs and uses the part that starts at this offset.
             layer.first = layer.in_features * self.group.rank
             self.shard_parameter(layer, "lora_A", COLUMNS)
             self.replicate_parameter(layer, "lora_B")
@@ -231,16 +251,16 @@ class _ModelSharder:
             self.shard_parameter(layer, "lora_B", ROWS)
 
     def shard_vocabulary(self, embedding: nn.Module, head: nn.Linear) -> None:
-        """Shard embedding and head by the vocabulary; the last rank may have fewer tokens."""
+        """Shard embedding and head by the vocabulary. The last rank may have fewer tokens."""
         tokens = self.add_mixin(embedding, VocabParallelEmbedding)
         logits = self.add_mixin(head, VocabParallelHead)
         for module in (tokens, logits):
             for name, _ in list(module.named_parameters(recurse=False)):
                 self.shard_parameter(module, name, ROWS)
-        # Alike on every rank, as chunks go by it.
+        # Set the same out_features on every rank, because the loss computes its chunk size from it.
         logits.out_features = ceil_div(logits.out_features, self.group.size)
         tokens.first = logits.out_features * self.group.rank
-        tokens.padding_idx = _padding_here(tokens)
+        tokens.padding_idx = _local_padding_row(tokens)
         logits.shard = VocabularyShard(tokens.first, self.group.name)
 
     def add_mixin(self, module: nn.Module, mixin: type[PartT]) -> PartT:
@@ -249,43 +269,45 @@ class _ModelSharder:
         return part
 
     def shard_parameter(self, module: nn.Module, name: str, dim: int) -> None:
-        """Leave this rank its part of a parameter along `dim`."""
-        whole = module.get_parameter(name)
-        if whole not in self.sharded:
-            part = whole.detach().chunk(self.group.size, dim)[self.group.rank]
-            # A copy, so that the memory of the other parts is freed.
+        """Replace a parameter by a DTensor that holds this rank's shard along `dim`."""
+        param = module.get_parameter(name)
+        if param not in self.sharded:
+            part = param.detach().chunk(self.group.size, dim)[self.group.rank]
+            # Copy the shard, so that the memory of the entire parameter can be freed.
             part = part.clone(memory_format=torch.contiguous_format)
-            self.sharded[whole] = self._distributed(part, whole, Shard(dim))
-        setattr(module, name, self.sharded[whole])
+            self.sharded[param] = self._distributed(part, param, Shard(dim))
+        setattr(module, name, self.sharded[param])
 
     def replicate_parameter(self, module: nn.Module, name: str) -> None:
-        """Keep a parameter whole; its gradient is a part of a sum."""
-        whole = module.get_parameter(name)
-        if whole not in self.sharded:
-            self.sharded[whole] = self._distributed(whole.detach(), whole, Replicate())
-            self.partial.add(self.sharded[whole])
-        setattr(module, name, self.sharded[whole])
+        """Replace a parameter by a replicated DTensor. Record the DTensor in `partial`, because
+        each rank computes only a part of its gradient.
+        """
+        param = module.get_parameter(name)
+        if param not in self.sharded:
+            self.sharded[param] = self._distributed(param.detach(), param, Replicate())
+            self.partial.add(self.sharded[param])
+        setattr(module, name, self.sharded[param])
 
-    def _distributed(self, part: Tensor, whole: nn.Parameter, placement: Placement) -> nn.Parameter:
-        # Local shapes may be uneven, so the whole one is stated; nothing is compared over the
-        # ranks.
+    def _distributed(self, part: Tensor, param: nn.Parameter, placement: Placement) -> nn.Parameter:
+        # Pass the global shape, because the shards may have different sizes. run_check=False
+        # avoids a comparison over the ranks.
         tensor = DTensor.from_local(
             part,
             self.mesh,
             [placement],
             run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
+            shape=param.shape,
+            stride=param.stride(),
         )
-        return nn.Parameter(tensor, requires_grad=whole.requires_grad)
+        return nn.Parameter(tensor, requires_grad=param.requires_grad)
 
 
-# ---- collectives with a gradient; activations are [1, tokens, width], of shared experts also
-# [tokens, width] ----
+# ---- collectives with a gradient. Activations are [1, tokens, width]; in shared experts they may
+# also be [tokens, width] ----
 
 
 def _gather(x: Tensor, group: RankGroup) -> Tensor:
-    # Dimension 0 is what the collectives split: [1, tokens, width] -> [tokens, width].
+    # Flatten [1, tokens, width] to [tokens, width], because the collectives work on dimension 0.
     return gather_rows(x.flatten(0, -2), group).view(*x.shape[:-2], -1, x.shape[-1])
 
 
@@ -298,7 +320,9 @@ class _SumContext(SavingContext):
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """The sum over the ranks, which the output of each of them depends on."""
+    """Autograd function that sums a tensor over the ranks. Every rank uses the sum to compute its
+    output.
+    """
 
     @staticmethod
     def forward(ctx: _SumContext, x: Tensor, group: RankGroup) -> Tensor:
@@ -307,7 +331,8 @@ class _SumOfRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _SumContext, *grads: Tensor) -> tuple[Tensor, None]:
-        # Every rank's output depends on x of this one: the gradients of all outputs are summed.
+        # The output of every rank depends on this rank's x, so the gradients of all ranks are
+        # summed.
         return collective("all_reduce", grads[0], "sum", ctx.group.name), None
 
 
@@ -315,7 +340,7 @@ class _SumOfRanks(torch.autograd.Function):
 
 
 class ShardedLinear(TensorParallelPart):
-    """An `nn.Linear` with a part of the rows or columns."""
+    """Mixin for an `nn.Linear` whose weight is sharded by rows or columns."""
 
     out_features: int
     weight: nn.Parameter
@@ -326,13 +351,16 @@ class ShardedLinear(TensorParallelPart):
 
 
 class VocabParallelHead(ShardedLinear, ShardedHead):
-    """An output layer with the rows of this rank's tokens."""
+    """Mixin for an output layer with a sharded vocabulary. It has only the rows of this rank's part
+    of the vocabulary.
+    """
 
 
 class LocalParameters(TensorParallelPart):
-    """A module whose forward, torch's or Transformers' own, computes with this rank's parameters.
+    """Mixin for a module whose original forward must read local tensors instead of DTensors.
 
-    Elsewhere it has the DTensors: FSDP reads them by name.
+    During the forward, the parameters of the module are local shards. At other times they are
+    DTensors, because FSDP reads them by name.
     """
 
     is_computing = False
@@ -350,14 +378,15 @@ class LocalParameters(TensorParallelPart):
 
 
 class NormOfHeads(TensorParallelPart):
-    """An RMSNorm over all heads, of which this rank has some."""
+    """Mixin for an RMSNorm over all heads, of which this rank has only some."""
 
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # The sum over this rank's heads; the mean is over the heads of all ranks.
+        # Sum over this rank's heads, then over the ranks, because the mean is over the heads of all
+        # ranks.
         squares = wide.square().sum(-1, keepdim=True)
         width = x.shape[-1] * self.tensor_group.size
         mean = _SumOfRanks.apply(squares, self.tensor_group) / width
@@ -371,42 +400,62 @@ class NormOfHeads(TensorParallelPart):
 
 
 class BiasOfSum(LocalParameters):
-    """A layer that is sharded by input columns: one rank adds the bias of the sum."""
+    """Mixin for a layer that is sharded by input columns. Only rank 0 of the group adds the bias,
+    because the outputs of the ranks are summed.
+    """
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         value = super().__getattr__(name)
         if name != "bias" or not self.is_computing or self.tensor_group.rank == 0:
             return value
         assert isinstance(value, Tensor)
-        # Times 0, so that every rank has a gradient, and the sum of them is the bias's.
+        # Multiply by 0 instead of returning None, so that every rank has a gradient of the bias.
+        # The gradient is zero except on rank 0, so the sum over the ranks is correct.
         return value * 0.0
 
 
 class VocabParallelEmbedding(LocalParameters):
-    """An embedding with the rows of this rank's tokens, from `first` on."""
+    """Mixin for an embedding with a sharded vocabulary. It has only the rows of this rank's part of
+    the vocabulary.
+
+    Attributes:
+        first: the first token id of this rank's part.
+    """
 
     first: int
     weight: nn.Parameter
     padding_idx: int | None
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
-        """ids: all positions, [1, n]; returns this rank's positions, [1, n / ranks, width]."""
+        """Compute the embeddings of all positions together with the other ranks, and return those
+        of this rank's positions.
+
+        Args:
+            ids: the tokens of all positions, [1, n].
+
+        Returns:
+            The embeddings of this rank's positions, [1, n / ranks, width].
+        """
         size = self.tensor_group.size
         assert ids.shape[1] % size == 0, (
-            f"micro batches must have a multiple of {size} tokens, for {TENSOR_KEY}: {size}"
+            f"with {TENSOR_KEY}: {size}, a micro batch must have a multiple of {size} tokens"
         )
-        # Another rank's token reads row 0 here, and adds 0 to the sum.
+        # If another rank has the row of a token, read row 0 instead. It is multiplied by 0 below.
         rows = ids - self.first
         inside = (rows >= 0) & (rows < len(local_part(self.weight)))
-        # Some multiply what they read.
+        # Call the original forward, because some embedding classes scale their output.
         y = super().forward(rows.where(inside, 0))
         assert isinstance(y, Tensor)
-        # [1, n, width] times [1, n, 1]: each token comes from one rank, and the sum adds zeros.
+        # Mask [1, n, width] with [1, n, 1]. For each token exactly one rank contributes, and the
+        # other ranks add zeros.
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
 
 
-def _padding_here(embedding: "VocabParallelEmbedding") -> int | None:
-    """The padding token's row in this rank's part, which gets no gradient; None: elsewhere."""
+def _local_padding_row(embedding: "VocabParallelEmbedding") -> int | None:
+    """Return the local row of the padding token, which gets no gradient.
+
+    Return None if there is no padding token, or if another rank has its row.
+    """
     if embedding.padding_idx is None:
         return None
     row = embedding.padding_idx - embedding.first
@@ -414,13 +463,14 @@ def _padding_here(embedding: "VocabParallelEmbedding") -> int | None:
 
 
 class SequenceParallelBlock(TensorParallelPart):
-    """Attention with a part of the heads, or an MLP with a part of the columns.
+    """Mixin for an attention or MLP block, of which this rank computes only some heads or columns.
 
-    From this rank's tokens to this rank's tokens.
+    Input and output are the hidden states of this rank's tokens. The forward gathers the tokens of
+    all ranks first.
     """
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
         y = super().forward(_gather(hidden_states, self.tensor_group), *args, **kwargs)
-        if isinstance(y, tuple):  # attention
+        if isinstance(y, tuple):  # attention returns a tuple, and an MLP returns a tensor
             return _scatter(y[0], self.tensor_group), *y[1:]
         return _scatter(y, self.tensor_group)

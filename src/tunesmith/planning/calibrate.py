@@ -1,4 +1,4 @@
-"""The trial on a GPU that corrects the planned number of recomputed layers."""
+"""Trial steps on a GPU that correct the planned number of recomputed layers."""
 
 import math
 from contextlib import nullcontext
@@ -16,10 +16,11 @@ from tunesmith.runtime.recompute import recompute_layers
 
 
 class MemoryMeter:
-    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`.
+    """Reads the memory of one GPU from torch's allocator: the current bytes, and the peak since the
+    last call of `restart`.
 
     Attributes:
-        previous_peak: at most before the last restart.
+        previous_peak: maximum peak before the last call of `restart`.
     """
 
     def __init__(self, device: torch.device, cuda: ModuleType = torch.cuda) -> None:
@@ -49,29 +50,30 @@ def calibrate_recompute(
     ranks: Ranks = ONE_PROCESS,
     shares: bool = False,
 ) -> RunPlan:
-    """Set how many of the model's `layers` are recomputed, by forwards and backwards of `batch`.
+    """Set the number of recomputed layers from trials on the GPU. Each trial runs a forward and a
+    backward and measures the memory.
 
-    The first trial is the estimate's where that leaves a quarter of the budget, more than it was
-    ever off. Elsewhere it keeps the activations of an eighth of the layers at most, and of fewer
-    where the estimate says so. Fewer layers recompute only as far as the measured peak, with what
-    they are measured to keep more, is within the budget: on an integrated GPU a trial that ran out
-    of memory would freeze the machine, on another it leaves the allocator in pieces.
+    The first trial must not run out of memory: on an integrated GPU this would freeze the machine,
+    and on other GPUs it fragments the allocator's memory. If the estimate needs at most three
+    quarters of the budget, the first trial recomputes the estimated number of layers, because the
+    estimate was never wrong by more than a quarter. Otherwise at most an eighth of the layers keep
+    their activations in the first trial. In later trials, the number of recomputed layers is only
+    reduced if the measured peak plus the additional activations are within the budget.
 
-    A collective call of `ranks`, with the same plan and as large a batch: all take the number that
-    suits the one with the least room.
+    This is a collective call. All ranks pass the same plan and a batch of the same size. All ranks
+    use the same number of recomputed layers, which fits on the rank with the least free memory.
 
     Args:
-        model: with its weights and without an optimizer; its gradients are dropped.
-        budget: bytes that may be allocated in all.
-        shares: the ranks need each other within a forward or backward.
+        model: the model with its weights, without an optimizer. Its gradients are dropped.
+        budget: maximum bytes that may be allocated.
+        shares: whether the ranks communicate within a forward or backward.
 
     Returns:
-        The plan with this number.
+        The plan with the new number.
 
     Raises:
-        MachineError: with the plan's advice, where the micro batch does not fit although every
-            layer is recomputed; and where a rank runs out of memory while others wait for its part,
-            which cannot try again.
+        MachineError: the micro batch does not fit although every layer is recomputed, or a rank
+            runs out of memory while other ranks wait for it, so that no other number can be tried.
     """
     layers = model.layers
     total = len(layers)
@@ -84,10 +86,11 @@ def calibrate_recompute(
     model.train()
     while True:
         recompute_layers(layers, count)
-        # The peak that is read below is this trial's alone.
+        # Reset the statistics, so that `meter.peak()` below is the peak of this trial.
         meter.restart()
         activations = None
-        # A rank that fails within a collective leaves the others waiting there: no gather after it.
+        # If `shares`, the other ranks of a failed rank wait in a collective of the trial. The ranks
+        # cannot exchange errors then, so only the failed rank raises its error.
         with nullcontext() if shares else ranks.raise_on_all_ranks():
             try:
                 activations = _trial(model, batch, meter)
@@ -96,8 +99,8 @@ def calibrate_recompute(
                     raise MachineError(
                         f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory",
                         where="train.micro_batch",
-                        why=f"with {count} of {total} layers recomputed; "
-                        f"{str(error).partition('.')[0]}",
+                        why=f"{str(error).partition('.')[0]}, although {count} of {total} layers "
+                        "are recomputed",
                         fix=plan.less_memory(recompute=False),
                     ) from error
             finally:
@@ -106,31 +109,35 @@ def calibrate_recompute(
         peak = max(peak for _, peak in by_rank)
         measured = [activations for activations, _ in by_rank if activations is not None]
         if len(measured) < len(by_rank):
-            # Others use more memory than at the time of the plan.
+            # A rank ran out of memory, because other programs use more memory than when the plan
+            # was made. Recompute all layers.
             count = total
             continue
         activations = max(measured)
-        # What the largest micro batch keeps beyond this one.
-        more = activations * (estimate.tokens / tokens - 1)
-        room = budget - estimate.optimizer - estimate.copies - peak - more
+        # Bytes that the activations of the largest micro batch need in addition to those of
+        # `batch`.
+        extra = activations * (estimate.tokens / tokens - 1)
+        room = budget - estimate.optimizer - estimate.copies - peak - extra
         revised = revise_recomputed(
-            count, total, activations + more, estimate.recomputed_layer, room=room
+            count, total, activations + extra, estimate.recomputed_layer, room=room
         )
-        # Fewer layers are measured before they are believed, except none at all.
+        # If the new number is smaller, measure it in another trial before it is used. Only 0 is
+        # used without another trial, unless layers are streamed.
         if revised >= count or (revised == 0 and not plan.streamed_layers):
             break
         count = revised
     recompute_layers(layers, revised)
     model.train(was_training)
-    # The allocator itself still counts the last trial's peak.
+    # Store the peak of all earlier trials, because the allocator's statistics contain only the peak
+    # of the last trial.
     return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
 
 
 def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:
-    """Forward and backward; the bytes that the forward saved for it.
+    """Run a forward and backward. Return the bytes that the forward saved for the backward.
 
-    A function of its own, so that a loss whose backward failed is freed, with its graph, before the
-    next trial.
+    This is a separate function, so that the loss and its graph are freed before the next trial,
+    even if the backward fails.
     """
     at_start = meter.allocated()
     with model.step_context(batch):
@@ -143,19 +150,20 @@ def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:
 def revise_recomputed(
     count: int, layers: int, activations: float, recomputed_layer: float, *, room: float
 ) -> int:
-    """Choose how many of `layers` to recompute, by a trial in which `count` of them did.
+    """Compute the number of layers to recompute, from a trial with `count` recomputed layers.
 
     Args:
-        activations: bytes that all layers together saved.
-        recomputed_layer: bytes that a recomputed one saves.
-        room: bytes that were left, or missing where it is negative.
+        layers: number of layers of the model.
+        activations: bytes that all layers together saved in the trial.
+        recomputed_layer: bytes that a recomputed layer saves.
+        room: bytes that were free in the trial. Negative if the trial needed more than the budget.
     """
     if count == layers:
-        return count  # what a layer saves that is not recomputed was not measured
+        return count  # all layers were recomputed, so the activations of a whole layer are unknown
     # activations = count * recomputed_layer + (layers - count) * whole_layer
     whole_layer = (activations - count * recomputed_layer) / (layers - count)
     saving = whole_layer - recomputed_layer
     if saving <= 0:
         return count
-    # Rounded down: one layer too many recomputes rather than one too few.
+    # Round the number of saved layers down: it is safer to recompute one layer too many.
     return min(layers, max(0, count - math.floor(room / saving)))

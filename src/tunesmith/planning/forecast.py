@@ -1,7 +1,7 @@
-"""The forecast of a run's memory and time on a mesh, and the choice of the mesh.
+"""Forecasts of a run's memory and time for each possible mesh, and the choice of the best mesh.
 
-`train` and `plan` choose by it. Memory, micro batch and recompute come from `resolve.py`, the time
-of a step from `step_time.py`.
+The commands `train` and `plan` use this module. `resolve.py` computes the memory, the micro batch
+and the recomputation. `step_time.py` computes the time of a step.
 """
 
 import math
@@ -11,7 +11,6 @@ from functools import cache, partial
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import StepSize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
@@ -21,25 +20,28 @@ from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.planning.step_time import Step, StepTime
-from tunesmith.planning.workload import Workload, rank_step
+from tunesmith.planning.workload import Workload, rank_step, scale_step
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size
 
-# The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
-# the nodes. Forecasts differ from measurements by as much.
+# Minimum fraction of time that a more complex mesh must save to be preferred to a simpler one. A
+# simpler mesh has fewer shards or tensor-parallel ranks, or its groups are within a node. Forecasts
+# differ from measurements by up to this fraction.
 MIN_GAIN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of a run on a mesh. None: a speed or a count is not known.
+    """Forecast of a run's memory and time on a mesh. A value is None if a speed or a count that it
+    needs is unknown.
 
     Attributes:
-        tight: it fits with less to spare than the estimate may err.
-        room: bytes that a rank can have.
-        phases: bytes that a rank needs in a step, and while an adapter is saved beside it.
-        seconds: of an optimizer step, by part.
-        hides_from: tokens of a micro batch that hides the communication of its passes.
+        tight: whether the free memory is smaller than the possible error of the estimate.
+        room: bytes that are available to a rank.
+        phases: bytes that a rank needs in a step, and in a step during which an adapter is saved.
+        seconds: seconds of an optimizer step, by part.
+        hides_from: minimum number of tokens of a micro batch whose computation takes longer than
+            its communication.
     """
 
     plan: RunPlan
@@ -55,18 +57,22 @@ class Forecast:
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
-    """Return the planner for machines that are not here.
+    """Return a planner for machines that are not available.
 
-    Everything is assumed to work which the chip has. MachineError for bf16, where it has none.
+    All features of the chip are assumed to work. Raise MachineError if the recipe uses bf16 but the
+    chip has no bf16 units.
     """
     chip = cluster.chip
-    run = replace(run, model=resolve.with_dtype(run.model, run.train, chip, lambda: spec))
-    resolve.check_bf16(run.model.dtype, chip)
+    model = resolve.with_dtype(run.model, run.train, chip, lambda: spec)
+    run = replace(run, model=model)
+    resolve.check_bf16(model.dtype, chip)
     is_cpu = chip.name == "cpu"
     size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")
-    if scheme_of(run.model).has_fp8_matmuls:
-        scaling = ("fp8", "assumed") if chip.fp8 else (None, f"{chip.name} has no fp8 matmuls")
+    if scheme_of(model).has_fp8_matmuls:
+        scaling = ("fp8", "assumed")
+        if not chip.fp8:
+            scaling = (None, f"{chip.name} has no fp8 matmuls")
     machine = Machine(
         device="cpu" if is_cpu else "cuda",
         free_bytes=size,
@@ -75,13 +81,13 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
         scaling=scaling,
         card_bytes=size,
         integrated=chip.integrated,
-        grouped_mm=chip.grouped_mm and run.model.dtype == "bf16",
+        grouped_mm=chip.grouped_mm and model.dtype == "bf16",
     )
     return Planner(run, spec, cluster, work, machine, _count_trained(run, spec))
 
 
 def _count_trained(run: Run, spec: ModelSpec) -> int:
-    """Parameters that a recipe trains, of all ranks."""
+    """Return the number of parameters that a recipe trains on all ranks."""
     trained = spec.parameters
     if run.adapter.kind == "lora":
         trained = count_adapter(spec, run.adapter)
@@ -90,9 +96,11 @@ def _count_trained(run: Run, spec: ModelSpec) -> int:
     return trained
 
 
-def _order(forecast: Forecast) -> tuple[bool, bool, float]:
-    """Return a key whose least value has the fastest forecast with memory to spare; then come
-    those that fit, then the nearest to it.
+def _sort_key(forecast: Forecast) -> tuple[bool, bool, float]:
+    """Return a sort key for forecasts. The best forecast has the minimum key.
+
+    Forecasts that fit with spare memory come first, then forecasts that just fit. Both groups are
+    sorted by time. Forecasts that do not fit come last, sorted by memory.
     """
     if forecast.fits:
         return False, forecast.tight, forecast.step_seconds or 0.0
@@ -101,14 +109,15 @@ def _order(forecast: Forecast) -> tuple[bool, bool, float]:
 
 @dataclass(frozen=True)
 class Planner:
-    """Forecasts of a recipe for every mesh of a cluster's ranks, and the choice between them.
+    """Makes a forecast of a run for every possible mesh, and chooses the best mesh.
 
-    Both `plan` and `train` choose by it.
+    The commands `plan` and `train` use this class.
 
     Attributes:
-        machine: that of each rank.
-        trained: parameters that all ranks train.
-        previous_micro_batch: of the checkpoint that a run goes on from, as for `resolve_plan`.
+        machine: the machine of each rank.
+        trained: number of trained parameters of the whole model.
+        previous_micro_batch: micro batch of the checkpoint from which a run resumes, or None for a
+            new run. See `resolve_plan`.
     """
 
     run: Run
@@ -123,7 +132,7 @@ class Planner:
         return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
 
     def choose(self) -> RunPlan:
-        """Return what each rank does, on the best mesh; MachineError if the run does not fit."""
+        """Return the plan for the best mesh. Raise MachineError if the run does not fit."""
         best = self.best()
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
@@ -138,10 +147,11 @@ class Planner:
         return replace(plan, why={**plan.why, "mesh": reason})
 
     def warn_of_waits(self, forecast: Forecast) -> str | None:
-        """Return a warning if steps are too short to hide the gathers of other ranks' weights.
+        """Return a warning if steps are too short to overlap the gathering of weights with
+        computation.
 
-        None if ranks wait less than a twentieth of the time, or if micro batches are short for want
-        of memory.
+        Return None if ranks wait less than a twentieth of the time. Also return None if memory
+        limits the micro batch, because larger steps would not help.
         """
         run = self.run
         plan = forecast.plan
@@ -152,45 +162,47 @@ class Planner:
         if share >= forecast.hides_from:
             return None
         batch = run.train.global_batch
-        # Each data rank takes whole examples, or whole packed rows.
+        # Round the batch up to a multiple of `unit`, because each data rank gets whole examples or
+        # whole packed rows.
         unit = plan.mesh.data
         if batch.unit == "tokens":
             unit *= run.row_tokens
         amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
-        fix = f"train.global_batch='{Size(amount, batch.unit)}'"
+        fix = f"set train.global_batch='{Size(amount, batch.unit)}'"
         if run.train.micro_batch != "auto":
             fix += " train.micro_batch=auto"
         return (
-            f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for other "
-            f"ranks' weights: a step gives each {share:,.0f} tokens in micro batches of "
-            f"{plan.memory.tokens:,}, and {forecast.hides_from:,} would hide that; fix: {fix}, for "
-            "fewer and larger steps"
+            f"warning: {exposed / forecast.step_seconds:.0%} of the time, ranks wait for the "
+            f"weights of other ranks, because a step is too small to hide the communication: it "
+            f"has {share:,.0f} tokens per rank in micro batches of {plan.memory.tokens:,}, and "
+            f"{forecast.hides_from:,} are needed; fix: {fix}, for fewer and larger steps"
         )
 
     def best(self) -> Forecast:
-        """Return the forecast of the mesh that `train` takes.
+        """Return the forecast of the mesh that `train` uses.
 
-        The fastest one that fits with memory to spare; if none fits, the one that lacks the least
-        memory. Simpler meshes are preferred: one with more shards or tensor ranks than another, or
-        with groups over several nodes, is taken only if its step is shorter by MIN_GAIN_SHARE. If
-        the speed is unknown, the first mesh that fits is taken, within the nodes if possible.
+        This is the fastest mesh that fits with spare memory. If no mesh fits, it is the mesh that
+        lacks the least memory. Simple meshes are preferred: a mesh with more shards or
+        tensor-parallel ranks, or with groups over several nodes, is only used if its step is
+        shorter by MIN_GAIN_SHARE. If the speed is unknown, the first mesh that fits is used, within
+        the nodes if possible.
         """
         forecasts = [self.forecast(mesh) for mesh in self.meshes()]
-        *best_class, least_cost = min(map(_order, forecasts))
+        *best_class, min_cost = min(map(_sort_key, forecasts))
         contenders = []
         for forecast in forecasts:
-            *forecast_class, cost = _order(forecast)
-            if forecast_class == best_class and (1 - MIN_GAIN_SHARE) * cost <= least_cost:
+            *forecast_class, cost = _sort_key(forecast)
+            if forecast_class == best_class and (1 - MIN_GAIN_SHARE) * cost <= min_cost:
                 contenders.append(forecast)
-        # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
-        # first of equal ones.
+        # `meshes_for` lists meshes with fewer tensor-parallel ranks and shards first, and `min`
+        # returns the first of equal elements.
         per_node = self.cluster.per_node
         return min(
             contenders, key=lambda each: each.plan.mesh.shard * each.plan.mesh.tensor > per_node
         )
 
     def forecast(self, mesh: MeshShape) -> Forecast:
-        """Forecast memory and time on a mesh, with the micro batch that `train` takes."""
+        """Forecast memory and time on a mesh, with the micro batch that `train` uses."""
         run = self.run
         work = self.work
         estimator = MemoryEstimator(
@@ -225,7 +237,8 @@ class Planner:
         return Forecast(
             plan,
             fits=needed <= room,
-            # `room` is what can be allocated; USABLE_SHARE of the memory is what is planned with.
+            # The plan is tight if it needs more than USABLE_SHARE of the device's memory. Divide by
+            # ALLOCATABLE_SHARE, because `room` is this share of the memory.
             tight=needed > room * USABLE_SHARE / savings.ALLOCATABLE_SHARE,
             room=room,
             phases={"step": plan.memory.step, "save": plan.memory.total},
@@ -237,24 +250,24 @@ class Planner:
         )
 
     def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:
-        """Find the keys with which this run needs less memory than `plan`."""
-
-        def plan_of(changed: Run) -> RunPlan:
-            return self._changed(changed).best().plan
+        """Return changes of the recipe with which the run needs less memory than with `plan`."""
 
         return savings.find_savings(
-            self.run, plan, self.machine, plan_of, longest=self.work.longest
+            self.run,
+            plan,
+            self.machine,
+            lambda changed: self._changed(changed).best().plan,
+            longest=self.work.longest,
         )
 
     def _changed(self, run: Run) -> "Planner":
-        """Return the planner of a recipe that differs in what `find_savings` changes."""
+        """Return a planner for a changed recipe. `find_savings` uses it to try the change."""
         trained = self.trained
         if run.adapter.kind != self.run.adapter.kind:
             trained = _count_trained(run, self.spec)
-        step = self.work.step
-        share = run.train.global_batch.amount / self.run.train.global_batch.amount
-        work = self.work._replace(
-            step=StepSize(step.mean * share, math.ceil(step.largest * share)),
-            longest=min(self.work.longest, run.row_tokens),
-        )
+        batch = self.run.train.global_batch
+        factor = run.train.global_batch.amount / batch.amount
+        step = scale_step(self.work.step, factor)
+        longest = min(self.work.longest, run.row_tokens)
+        work = self.work._replace(step=step, longest=longest)
         return replace(self, run=run, work=work, trained=trained)

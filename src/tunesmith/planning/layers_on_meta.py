@@ -1,4 +1,6 @@
-"""See on meta, in two forwards, the bytes that autograd keeps of each layer of an adapted model."""
+"""Measurement of the bytes that autograd saves in each layer, by two forwards on the meta
+device.
+"""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter, Model, StatedDtype
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_layers, find_text_part
+from tunesmith.model.decoder import find_layers, find_text_model
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import MEASURED_TOKENS, experts_per_token, read_configs
@@ -21,35 +23,44 @@ from tunesmith.quant.linear_layers import set_bypassed
 
 
 def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
-    """Attach the adapter on meta and run two lengths; sizes: as JSON."""
-    config, whole = read_configs(json.loads(sizes), where="config.json")
-    support = find_support(config, Model(name=config.model_type), where="config.json", whole=whole)
-    model = build_to_measure(config, dtype, whole=whole)
+    """Attach the adapter to a model on the meta device, and run forwards with two lengths.
+
+    Args:
+        sizes: the config of the model as JSON.
+    """
+    config, full_config = read_configs(json.loads(sizes), where="config.json")
+    support = find_support(
+        config, Model(name=config.model_type), where="config.json", full_config=full_config
+    )
+    model = build_to_measure(config, dtype, full_config=full_config)
     trained = 0
     set_bypassed(model, support.dead_targets)
     if adapter.kind == "lora":
         lora.attach_lora(model, adapter, seed=0)
         trained = lora.count_adapter_parameters(model, adapter)
-    fuse_modules(find_text_part(model)[1], project=lora.project)
+    fuse_modules(find_text_model(model)[1], project=lora.project)
     try:
         short, short_outside = run_on_meta(model, MEASURED_TOKENS, training=True)
         long, long_outside = run_on_meta(model, 2 * MEASURED_TOKENS, training=True)
-    # Code of 140 model types.
+    # Catch Exception, because the code of 140 model types may raise any exception.
     except Exception as error:
         raise ModelError(
-            f"the memory of this {config.model_type} cannot be measured",
+            f"the memory that this {config.model_type} model needs cannot be measured",
             why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            fix="plan and train on this machine with train.micro_batch and train.recompute set",
+            fix="set train.micro_batch and train.recompute, and plan without --on",
         ) from error
-    # A line goes through two points: what layers keep for each token, and for any number of them.
+    # The saved bytes are a linear function of the sequence length. Two lengths give its slope
+    # (bytes per token) and its constant part.
     kept = np.array([call.saved_bytes for call in short])
     by_token = (np.array([call.saved_bytes for call in long]) - kept) / MEASURED_TOKENS
     constant = kept - by_token * MEASURED_TOKENS
     outside = (long_outside - short_outside) / MEASURED_TOKENS
-    # Llama 4's choose within their own forward: nobody sees them choose.
+    # If the forward did not show how many experts a token uses, take the number from the config.
+    # For example, Llama 4's layers select experts inside their own code, where this cannot be
+    # observed.
     stated = experts_per_token(config) or 0
     chosen = [call.experts_per_token or stated for call in short]
-    of_experts, idle = _expert_parameters(
+    expert_parameters, idle = _expert_parameters(
         [*model.get_submodule(find_layers(model)).children()], chosen
     )
     return SavedActivations(
@@ -58,14 +69,16 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
         outside,
         trained,
         trained - idle,
-        of_experts,
+        expert_parameters,
     )
 
 
 def _expert_parameters(layers: Sequence[nn.Module], per_token: Sequence[int]) -> tuple[int, int]:
-    """Parameters of the updates of all experts, and of those that a token does not go to.
+    """Return the number of adapter parameters of all experts, and of the experts that a token does
+    not use.
 
-    per_token: how many experts of each layer a token goes to.
+    Args:
+        per_token: number of experts per token, for each layer.
     """
     total = 0
     idle = 0

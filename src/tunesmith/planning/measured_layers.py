@@ -1,10 +1,10 @@
-"""The memory that training takes for a model that `measured_spec` measured: seen on meta, as its
-sizes are.
+"""Memory that the layers of a model need in training, measured on the meta device. This is for
+model types that are not in the table of architectures.
 
-The adapter is attached to the model on meta, and a forward of two lengths shows what autograd keeps
-of each layer: what grows with the tokens, and what does not. Recurrent layers are counted in plain
-PyTorch, on one long document; their kernels keep less. It takes seconds, so it is cached on the
-disk.
+The adapter is attached to the model on the meta device. Forwards with two sequence lengths show how
+many bytes autograd saves in each layer: bytes per token, and bytes that do not depend on the
+length. Recurrent layers are measured with their PyTorch implementation and one long document; their
+kernels save less. The measurement takes seconds, so its result is cached on disk.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -15,21 +15,24 @@ from tunesmith.config.schema import Adapter, StatedDtype
 from tunesmith.host.files import measure_once
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 
-# Of the cached files; which modules are fused, and which adapted, counts.
+# Version of the cached files. Increase it after a change of the modules that tunesmith fuses or
+# adds adapters to.
 MEASURED_LAYERS_VERSION = 12
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """The bytes that training saves of each decoder layer for the backward.
+    """Bytes that each decoder layer saves for the backward.
 
     Attributes:
-        by_token: bytes for a token, of each layer. Probabilities of attention are not among them.
-        constant: bytes for any number of tokens, of each layer.
-        outside: bytes for a token, beside the layers: rotary tables, the last norm.
-        adapter: parameters that the adapter trains; 0 where the model is trained in full.
-        active: of these, what a token is multiplied with: of experts those that it goes to.
-        experts: of these, those of all experts.
+        by_token: bytes per token of each layer, without attention probabilities.
+        constant: bytes of each layer that do not depend on the number of tokens.
+        outside: bytes per token that are saved outside of the layers, by rotary tables and the last
+            norm.
+        adapter: number of parameters of the adapter. 0 if the model is fully trained.
+        active: number of adapter parameters that a token uses. A token uses only some of the
+            experts.
+        experts: number of adapter parameters of all experts.
     """
 
     by_token: tuple[float, ...]
@@ -41,23 +44,26 @@ class SavedActivations:
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
-    """Parameters of an adapter that a token is multiplied with; raises as `count_adapter`."""
+    """Count the adapter parameters that one token uses, without those of unused experts. Raises the
+    same errors as `count_adapter`.
+    """
     if not spec.measured:
         return adapter_parameters(spec, adapter)
     return measure_activations(spec, adapter, "bf16").active
 
 
 def count_expert_adapter(spec: ModelSpec, adapter: Adapter) -> int:
-    """Parameters of an adapter on experts; raises as `count_adapter`."""
+    """Count the adapter parameters of experts. Raises the same errors as `count_adapter`."""
     if not spec.measured:
         return 0
     return measure_activations(spec, adapter, "bf16").experts
 
 
 def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
-    """Parameters that an adapter trains, on each of `tensor` ranks that compute a layer together.
+    """Count the parameters of an adapter on one of `tensor` tensor-parallel ranks.
 
-    RecipeError for a target that a measured model does not have.
+    Raise RecipeError if the adapter targets a layer that the model does not have. This is only
+    detected for models whose layers are measured on the meta device.
     """
     if not spec.measured:
         return adapter_parameters(spec, adapter, tensor)
@@ -65,11 +71,14 @@ def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
 
 
 def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
-    """Measure what each layer of a measured model keeps, with products in `dtype`.
+    """Measure the bytes that each layer saves for the backward, with matmuls in `dtype`. The model
+    must be one with `spec.measured`.
 
-    RecipeError for a target that the model does not have; ModelError where it does not run on meta.
+    Raise RecipeError if the adapter targets a layer that the model does not have. Raise ModelError
+    if the model does not run on the meta device.
     """
-    # Only these change what is saved.
+    # Copy only the settings that change the saved bytes, so that adapters that differ in other
+    # settings use the same cache entry.
     same = Adapter(kind=adapter.kind)
     if adapter.kind == "lora":
         same = replace(
@@ -82,13 +91,15 @@ def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: StatedDtype) -
     return _measure(spec.measured, same, dtype)
 
 
-# A plan asks hundreds of times.
+# Cache the result in memory, because a plan asks for it hundreds of times.
 @lru_cache(maxsize=32)
 def _measure(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
-    """Measure as `measure_activations` does, of the sizes that a spec was measured by."""
+    """Measure the saved bytes, or read them from the cache on disk. `sizes` is the model's config
+    as JSON.
+    """
 
     def measure() -> SavedActivations:
-        # Here, as a plan of a family in the table needs no Transformers.
+        # Import late, because plans of model types in the table do not need Transformers.
         from tunesmith.planning.layers_on_meta import measure_layers
 
         return measure_layers(sizes, adapter, dtype)

@@ -1,10 +1,11 @@
-"""The memory of a run on one rank, estimated by part.
+"""Estimate of a run's memory on one rank, by part.
 
-Activations per token and layer of a Llama-like block, in elements: five vectors of the hidden width
-(the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v,
-and three of the MLP's width (gate, up, and their product). Where neither a compiler nor our own
-modules do the work, one more of each. A recomputed layer keeps its input alone. At 16,384 tokens of
-an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
+Activations per token and layer of a Llama-like block, in elements: five vectors of the hidden size
+(the block's input, the sum after attention, the two normed inputs, the attention output), q, k and
+v, and three vectors of the MLP's intermediate size (gate, up, and their product). If neither a
+compiler nor tunesmith's fused modules are used, one more vector of each of the two sizes is saved.
+A recomputed layer saves only its input. For example, for an 8B LoRA run with 16,384 tokens, the
+estimate is 68 GiB; 69 GiB were measured on an H200.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.optim.adamw import HALF, state_bytes_per_parameter
-from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
+from tunesmith.parallel.copies import GRADIENT_PIECE, MAX_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
 from tunesmith.planning.measured_layers import (
     count_adapter,
@@ -32,14 +33,14 @@ from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime.stream import SLOTS
 from tunesmith.units import ceil_div
 
-# Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a
-# gather arrives in.
+# Number of layers whose gathered weights are in memory at the same time with FSDP2: the current
+# layer, the next layer, and the flat buffer that receives a gather.
 GATHERED_LAYERS = 3
-# The share of the free memory that is planned with: the rest is the allocator's, and the estimate's
-# error.
+# Fraction of the free memory that the plan uses. The rest is for the allocator and for errors of
+# the estimate.
 USABLE_SHARE = 0.9
-# The share of a CPU's free memory that is planned with: a run's resident memory exceeded the
-# estimate by up to a quarter there (docs/plan.md).
+# Fraction of a CPU's free memory that the plan uses. The resident memory of runs exceeded the
+# estimate by up to a quarter (docs/plan.md).
 USABLE_CPU_SHARE = 0.8
 
 
@@ -47,13 +48,15 @@ USABLE_CPU_SHARE = 0.8
 class MemoryEstimator:
     """Estimates the memory of micro batches on one rank.
 
-    Attributes:
-        trained: trained parameters of all ranks.
-        probabilities: those of attention that a head keeps of a token, on average
-            (`documents.count_saved_probabilities`).
-        whole: tokens that attention sees for each that is computed (`Workload.whole`).
+    Values that do not depend on the micro batch are computed once, because hundreds of sizes are
+    compared.
 
-    What does not depend on the micro batch is computed once: hundreds of sizes are compared.
+    Attributes:
+        trained: number of trained parameters of the whole model.
+        probabilities: mean number of attention probabilities that a head saves per token
+            (`documents.count_saved_probabilities`).
+        whole: tokens in attention per computed token (`Workload.whole`). More than 1 if sequences
+            share their prompt.
     """
 
     run: Run
@@ -65,35 +68,39 @@ class MemoryEstimator:
     whole: float = 1.0
 
     def estimate(self, tokens: int) -> MemoryEstimate:
-        """Memory of a micro batch of `tokens`, padding counted.
+        """Estimate the memory of a micro batch of `tokens` tokens, including padding.
 
-        With the fewest recomputed layers that fit.
+        If the recipe does not set the number of recomputed layers, the minimum number that fits is
+        used.
         """
-        run = self.run
         spec = self.spec
         itemsize = self.itemsize
         fixed = self.fixed
         layers = self._layer_bytes(tokens, itemsize)
-        layer_input = ceil_div(spec.hidden, self.mesh.tensor) * itemsize * tokens
+        hidden = ceil_div(spec.hidden, self.mesh.tensor)
+        layer_input = hidden * itemsize * tokens
         recomputed_layer = 0 if "activations" in self.moved else layer_input
         input_on_host = layer_input - recomputed_layer
-        # The last norm's input, and the gradient of its output.
-        ends = (spec.hidden + ceil_div(spec.hidden, self.mesh.tensor)) * itemsize * tokens
+        # Bytes for the input of the last norm, and for the gradient of its output.
+        ends = (spec.hidden + hidden) * itemsize * tokens
         if spec.measured:
-            outside = measure_activations(spec, run.adapter, run.model.dtype).outside
-            ends = int((spec.hidden * itemsize + outside) * tokens)
-        # A micro batch may be all pictures. What the vision part computes with them is gone before
-        # the first layer keeps anything.
+            saved = measure_activations(spec, self.run.adapter, self.run.model.dtype)
+            ends = int((spec.hidden * itemsize + saved.outside) * tokens)
+        # Count the pixel arrays as if all tokens were picture tokens. The vision model's workspace
+        # is freed before the first layer saves activations, so it is not counted.
         ends += spec.picture_bytes * tokens
         backward = self._backward_bytes(tokens, itemsize)
-        # The input of the layer that is recomputed comes back from the host.
+        # If layer inputs are offloaded, the input of the layer being recomputed is copied back from
+        # the host.
         workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
 
         usable = int(fixed.free * usable_share(self.machine.device))
-        # Of the activations the layers that recompute keep their inputs.
+        # `room` is for the activations, which include the inputs that recomputed layers save.
         room = usable - fixed.static - workspace - ends
         recomputed = self._recomputed_layers(room, layers, recomputed_layer)
-        # Otherwise the last layer's activations are gone when the first one recomputes.
+        # The backward frees the activations of layers that are not recomputed before the first
+        # recomputation, so this memory is reused. If all layers are recomputed, the activations of
+        # one layer are needed in addition.
         if recomputed == spec.depth:
             workspace = max(workspace, backward + max(layers) - recomputed_layer)
         memory = replace(
@@ -117,10 +124,12 @@ class MemoryEstimator:
         )
 
     def count_streamed(self, room: int) -> int:
-        """Count the layers that do not stay on the device, of which as many stay as fit in `room`.
+        """Return the number of layers to stream from the host. `room` is the number of bytes on the
+        device that are left for layers, after the slots (buffers for streamed layers) are
+        allocated.
 
-        None stream where all fit in place of the slots, else more than have a slot each, if there
-        are as many.
+        Return 0 if all layers fit, because then no slots are needed. Otherwise return at least
+        SLOTS + 1.
         """
         if self.streamed_bytes - self.slot_bytes <= room:
             return 0
@@ -129,29 +138,31 @@ class MemoryEstimator:
         return min(depth, max(SLOTS + 1, depth - resident))
 
     def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
-        """Count the layers that recompute: those of the recipe, or as few as fit into `room`."""
+        """Return the number of layers to recompute. If the recipe has `auto`, this is the minimum
+        with which the activations fit into `room` bytes.
+        """
         recompute = self.run.train.recompute
         if recompute == "auto":
-            return fewest_recomputed(room, layers, recomputed_layer)
+            return min_recomputed(room, layers, recomputed_layer)
         if recompute == "none":
             return 0
         if recompute == "full":
             return self.spec.depth
         return min(recompute, self.spec.depth)
 
-    def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
-        """Estimate what the forward of a micro batch of `tokens` takes in a later step.
+    def min_step_bytes(self, tokens: int, recomputed_layers: int) -> int:
+        """Estimate the bytes that the forward of a micro batch needs in a step after the first one.
 
-        The moments are there, gradients are not.
+        The optimizer's moments already exist at this time, but there are no gradients.
         """
         run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
         memory = replace(self, run=run).estimate(tokens)
-        # The moments are in `total`; the gradients of the step before are dropped.
+        # `total` includes the moments. The gradients of the previous step were dropped.
         return memory.step - memory.gradients
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number that products compute with."""
+        """Bytes per element in matmuls."""
         return DTYPES[self.run.model.dtype].itemsize
 
     @property
@@ -160,23 +171,25 @@ class MemoryEstimator:
 
     @cached_property
     def sharded(self) -> bool:
-        """Tell whether the base goes through `fully_shard`."""
+        """Return whether the base is sharded by `fully_shard`."""
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
     @property
     def streams(self) -> bool:
-        """Tell whether the frozen layers come from the host one by one (`runtime/stream.py`)."""
+        """Return whether the plan may stream frozen layers from the host (`runtime/stream.py`)."""
         return "parameters" in self.moved and self.mesh.world == 1
 
     @cached_property
     def streamed_bytes(self) -> int:
-        """Bytes of the layers' frozen matrices. Scales stay on the device."""
+        """Bytes of the layers' frozen matrices. Scales are not included, because they stay on the
+        device.
+        """
         layers, _ = self.weights(self.itemsize)
         return layers - self.scales
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the slots, each for the largest layer."""
+        """Bytes of the GPU's slots for streamed layers. Each slot can hold the largest layer."""
         scheme = self.scheme
         width = scheme.weight_bytes or self.itemsize
         expert_width = scheme.expert_bytes or self.itemsize
@@ -185,7 +198,9 @@ class MemoryEstimator:
 
     @cached_property
     def scheme(self) -> Scheme:
-        """Choose how the base is stored: as the recipe says, but dense without its fp8 matmuls."""
+        """Storage scheme of the base. This is the recipe's scheme, or dense if the recipe has fp8
+        but the machine has no fp8 matmuls.
+        """
         scheme = scheme_of(self.run.model, self.spec.quantized)
         if scheme.has_fp8_matmuls and self.machine.scaling[0] is None:
             return DENSE
@@ -193,34 +208,36 @@ class MemoryEstimator:
 
     @property
     def fp32_gradients(self) -> bool:
-        """Tell whether linear layers add up their weights' gradients in fp32: wherever that works.
+        """Return whether linear layers accumulate the gradients of their weights in fp32.
 
-        It does for 16-bit weights with fp32 masters, trained in full on one GPU. Several ranks
-        reduce the gradients that autograd makes; an update in the backward frees each gradient at
-        once; on a CPU no product of 16-bit matrices adds into an fp32 one.
+        Return True for fully trained 16-bit weights with fp32 masters on one GPU. Return False with
+        several ranks, because they reduce the 16-bit gradients that autograd returns. Return False
+        for an update in the backward, because it frees each gradient at once. Return False on a
+        CPU, because it cannot multiply 16-bit matrices and accumulate into an fp32 matrix.
         """
         train = self.run.train
         has_masters = DTYPES[self.run.model.dtype] in HALF and train.master_weights == "fp32"
-        in_full = self.run.adapter.kind == "none" and not train.optimizer_in_backward
+        is_full_training = not (self.trains_adapter or train.optimizer_in_backward)
         on_one_gpu = self.mesh.world == 1 and self.machine.device.startswith("cuda")
-        return has_masters and in_full and on_one_gpu
+        return has_masters and is_full_training and on_one_gpu
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """List what is offloaded to the host."""
+        """Parts of the training state that are offloaded to the host, such as `parameters`."""
         return moved_to_host(self.run, self.machine)
 
     def weights(self, itemsize: float) -> tuple[int, int]:
-        """Bytes of the base that a tensor-parallel rank computes with.
+        """Return the bytes of the base on a tensor-parallel rank as two numbers: the matrices in
+        all layers, and all other weights.
 
-        Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but experts, norms and biases. The scales of a base in fp8, 4 bytes a row, are not counted.
+        Tensor parallelism shards everything except experts, norms and biases. Scales are included,
+        except those of fp8 rows (4 bytes per row).
         """
         spec = self.spec
         tensor = self.mesh.tensor
         matrices = spec.linear_matrices
         experts = spec.layer_matrices - matrices
-        # Embedding and head; tied they are one matrix.
+        # Parameters of embedding and output layer. If they are tied, they are one matrix.
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
         rest = spec.parameters - matrices - experts - tables
         width = self.scheme.weight_bytes
@@ -232,7 +249,7 @@ class MemoryEstimator:
         return layers, ends
 
     def _expert_weights(self, itemsize: float) -> int:
-        """Bytes of all experts, without scales."""
+        """Return the bytes of all experts, without scales."""
         spec = self.spec
         width = self.scheme.expert_bytes
         if width is None:
@@ -241,9 +258,9 @@ class MemoryEstimator:
         return int(spec.expert_stacks * width + (experts - spec.expert_stacks) * itemsize)
 
     @property
-    def summed_of_experts(self) -> int:
-        """Trained parameters of experts, of which each tensor-parallel rank has a part of the
-        gradient.
+    def summed_expert_parameters(self) -> int:
+        """Number of trained expert parameters whose gradients are summed over tensor-parallel
+        ranks, because each of these ranks has all experts. 0 without tensor parallelism.
         """
         if self.mesh.tensor == 1:
             return 0
@@ -253,43 +270,47 @@ class MemoryEstimator:
 
     @cached_property
     def scales(self) -> int:
-        """Bytes of a base's scales on a tensor-parallel rank."""
+        """Bytes of the scales of a quantized base on a tensor-parallel rank."""
         linears = self.spec.linear_matrices * self.scheme.scale_bytes / self.mesh.tensor
         return int(linears + self.spec.expert_stacks * self.scheme.expert_scale_bytes)
 
     @cached_property
-    def trained_here(self) -> int:
-        """Trained parameters of one rank.
+    def trained_on_rank(self) -> int:
+        """Number of trained parameters on one rank.
 
-        Those of an adapter are whole on every data rank; all others are sharded.
+        Every data rank has the entire adapter. All other trained parameters are sharded.
         """
         tensor = self.mesh.tensor
         adapter = self.run.adapter
         if self.trains_adapter:
             whole = count_adapter(self.spec, adapter)
-            here = count_adapter(self.spec, adapter, tensor)
-            return self.trained - whole + here
-        # `weights(1)` counts elements: those of this rank's part of each layer.
+            on_rank = count_adapter(self.spec, adapter, tensor)
+            return self.trained - whole + on_rank
+        # `weights(1)` counts the elements in this rank's shard of each layer.
         weights = sum(self.weights(1))
         return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
 
     def base_bytes(self, itemsize: float) -> int:
-        """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
+        """Return the bytes of the base on one rank. If the base is frozen, only its layers are
+        sharded.
+        """
         layers, ends = self.weights(itemsize)
-        # Scales are buffers, which FSDP2 leaves whole.
-        # `layers` has their share of a shard: what is missing of them is added.
-        scales = self.scales - self.scales // self.mesh.shard
+        shard = self.mesh.shard
+        # Scales are buffers, which FSDP2 does not shard. `layers` includes the scales and is
+        # divided by `shard` below, so add the missing scales.
+        scales = self.scales - self.scales // shard
         if self.trains_adapter:
-            return ceil_div(layers, self.mesh.shard) + ends + scales
-        return ceil_div(layers + ends, self.mesh.shard) + scales
+            return ceil_div(layers, shard) + ends + scales
+        return ceil_div(layers + ends, shard) + scales
 
     @cached_property
     def fixed(self) -> MemoryEstimate:
-        """Estimate what a rank holds whatever its micro batch is."""
+        """Parts of the estimate that do not depend on the micro batch."""
         run = self.run
-        trained = self.trained_here
-        # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they
-        # and the moments are there twice.
+        trained = self.trained_on_rank
+        # `width` is the number of bytes per trained weight. The weights of an adapter are fp32 and
+        # are not part of the base. While a checkpoint is written, `copies` holds a copy of these
+        # weights and their moments.
         width = self.itemsize
         base_width = width
         adapter = 0
@@ -298,31 +319,33 @@ class MemoryEstimator:
             width = 4
             adapter = width * trained
             if run.extra_forwards and run.adapter.from_ is not None:
-                adapter *= 2  # the reference: the adapter as it came
+                adapter *= 2  # the reference model uses a copy of the initial adapter
             copies = 12 * trained
         elif self.sharded and run.train.master_weights == "fp32":
-            # Sharded 16-bit weights that are trained in full are fp32, their own masters.
+            # With FSDP, fully trained 16-bit weights are stored in fp32 and need no separate master
+            # copy.
             width = 4
             base_width = width
         base = self.base_bytes(base_width)
-        # As the backward makes them: in the dtype of the weights.
+        # The backward returns gradients in the dtype of the weights.
         gradients = width * trained
         if self.fp32_gradients:
             gradients += (4 - width) * self.spec.linear_matrices
-        # Counts an fp32 gradient, whatever the backward makes.
+        # `state` includes an fp32 gradient, even if the backward returns another dtype.
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
         if self.streams:
             host = self.streamed_bytes
             base += self.slot_bytes - host
         elif "parameters" in self.moved:
-            # The frozen layers wait on the host; embedding, norms and head stay.
+            # Frozen layers are in host memory, but embedding, norms and output layer stay on the
+            # device.
             if self.trains_adapter:
                 _, outside_layers = self.weights(self.itemsize)
                 host = base - outside_layers
                 base = outside_layers
             else:
-                # FSDP2 keeps shards, gradients and moments together on the host.
+                # With FSDP2's offloading, the shards, gradients and moments are all on the host.
                 host = base + state
                 base = 0
                 state = 0
@@ -330,7 +353,7 @@ class MemoryEstimator:
         return MemoryEstimate(
             weights=base + adapter + self.spec.vision_parameters * self.itemsize,
             gradients=gradients,
-            # `state` has the gradients in it, which are shown apart.
+            # Subtract the gradients from `state`, because they are a separate part of the estimate.
             optimizer=state - gradients,
             copies=copies,
             gathered=self._gathered_bytes(),
@@ -339,19 +362,21 @@ class MemoryEstimator:
         )
 
     def _gathered_bytes(self) -> int:
-        """Estimate what is there for a moment beside parameters and gradients of this rank.
+        """Estimate the temporary memory for weights and gradients of other ranks.
 
-        GATHERED_LAYERS, embedding and head of a model trained in full, and gradients on their way
-        to the shards. Those of a layer are there in its dtype, and in fp32 on the way; the
-        reduction of the layer before may not be complete.
+        The memory holds GATHERED_LAYERS layers, the embedding and output layer of a fully trained
+        model, and gradients that are being reduced. The gradients of a layer exist in the layer's
+        dtype, and twice in fp32: for the reduction of this layer, and for the reduction of the
+        previous layer, which may not be complete.
         """
         itemsize = self.itemsize
         if not self.sharded:
             if self.mesh.data == 1 or self.trains_adapter:
                 return 0
             has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
-            # The pieces that `parallel/copies.py` sums in fp32 at a time.
-            return 4 * GRADIENT_PIECE * MOST_GRADIENT_PIECES if has_16_bit_gradients else 0
+            # `parallel/copies.py` converts 16-bit gradients to fp32 in pieces of this size and sums
+            # them.
+            return 4 * GRADIENT_PIECE * MAX_GRADIENT_PIECES if has_16_bit_gradients else 0
         layers, ends = self.weights(itemsize)
         gathered = GATHERED_LAYERS * layers // self.spec.depth
         if self.trains_adapter:
@@ -359,39 +384,47 @@ class MemoryEstimator:
         gathered += (itemsize + 2 * 4) * layers // itemsize // self.spec.depth
         if self.spec.tied:
             return gathered + 2 * ends
-        # The head's gradient is reduced at once, beside all activations; the embedding's when they
-        # are gone.
+        # Count only the output layer's gradient, because it is reduced while all activations exist.
+        # The embedding's gradient is reduced after the activations are freed.
         head = ceil_div(self.spec.head_matmul, self.mesh.tensor)
-        # Its gathered weight, its gradient, and that in fp32 for the reduction.
+        # Add the gathered weight, its gradient, and the gradient in fp32 for the reduction.
         return gathered + head * (2 * itemsize + 4)
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> list[int]:
-        """Estimate what each layer without recompute keeps: see the docstring of this file."""
+        """Estimate the bytes that each layer saves without recomputation. See the docstring of the
+        module.
+        """
         spec = self.spec
         if not spec.measured:
-            return [self._block_bytes(spec.layers[0], tokens, itemsize)] * spec.depth
+            size = self._block_bytes(spec.layers[0], tokens, itemsize)
+            return [size] * spec.depth
         saved = measure_activations(spec, self.run.adapter, self.run.model.dtype)
         sizes = []
         for layer, by_token, constant in zip(
             spec.layers, saved.by_token, saved.constant, strict=True
         ):
             size = int(by_token * tokens + constant)
-            size += int(self._whole_elements(layer) * tokens) * itemsize
-            # A compiler saves what our own modules save; unknown of recurrences and experts.
+            whole = int(self._whole_elements(layer) * tokens)
+            size += whole * itemsize
+            # What a compiled layer saves is only known for layers with attention and a plain MLP,
+            # not for recurrent layers and experts.
             is_plain = layer.heads and not layer.state and not layer.experts
-            # The compiler does at least as well as our own modules on a plain block.
+            # A compiled plain block saves at most as much as a block with tunesmith's fused
+            # modules.
             if is_plain and self.machine.compiles[0]:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
-                size += int(layer.heads * self.probabilities * tokens) * itemsize
+                probabilities = int(layer.heads * self.probabilities * tokens)
+                size += probabilities * itemsize
             sizes.append(size)
         return sizes
 
     def _whole_elements(self, layer: Layer) -> float:
-        """Count what attention keeps more of a token where two sequences share some.
+        """Count the additional elements per token that attention saves if two sequences share
+        tokens.
 
-        Queries, keys, values and outputs of whole documents, in place of the first three of the
-        row's tokens.
+        Attention needs queries, keys, values and outputs of entire documents, including repeated
+        prompts. q, k and v of each computed token are already counted.
         """
         if self.whole == 1:
             return 0.0
@@ -400,67 +433,80 @@ class MemoryEstimator:
         return ((self.whole - 1) * inputs + self.whole * outputs) / self.mesh.tensor
 
     def _block_bytes(self, layer: Layer, tokens: int, itemsize: int) -> int:
-        """Estimate what a Llama-like layer keeps: see the docstring of this file."""
+        """Estimate the bytes that a Llama-like layer saves. See the docstring of the module."""
         spec = self.spec
         adapter = self.run.adapter
         tensor = self.mesh.tensor
         family = ARCHITECTURES.get(spec.model_type)
         is_fused = self.machine.compiles[0] or (family is not None and family.all_fused)
         vectors = 3 if is_fused else 4
-        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention
-        # and MLP.
+        # With tensor parallelism, only the normed inputs have the full hidden size, because they
+        # are gathered before attention and MLP.
         wide = ceil_div(layer.intermediate, tensor)
-        # q, and k and v of the key-value heads.
+        # Elements of q, k and v. k and v have only `kv_heads` heads.
         heads = layer.head_dim * (layer.heads + 2 * layer.kv_heads) // tensor
-        # The two normed inputs, then `vectors` of the hidden width and of the MLP's.
-        elements: float = 2 * spec.hidden + vectors * (ceil_div(spec.hidden, tensor) + wide) + heads
+        # Elements of the two normed inputs, and of `vectors` vectors each of the hidden size and of
+        # the MLP's size.
+        hidden = ceil_div(spec.hidden, tensor)
+        elements: float = 2 * spec.hidden + vectors * (hidden + wide) + heads
         if self.machine.attention[0] == "products" and spec.attention_softcap is None:
             elements += layer.heads * self.probabilities / tensor
         elements += self._whole_elements(layer)
         factors = 0
-        # X A^T of seven layers; each A and B once more, in the dtype of the products.
+        # With LoRA, seven linear layers each save x A^T, and a copy of A and B in the dtype of the
+        # matmuls.
         if self.trains_adapter:
             elements += 7 * adapter.rank
-            of_layers = replace(adapter, modules_to_save=())
-            factors = count_adapter(spec, of_layers, tensor) // spec.depth
-        # Each of these layers has an input of its own, and a mask: a byte a number on a GPU.
+            layer_adapter = replace(adapter, modules_to_save=())
+            factors = count_adapter(spec, layer_adapter, tensor) // spec.depth
+        # With dropout, each of the seven linear layers saves its own input, and a mask with one
+        # byte per element on a GPU.
         if adapter.dropout:
             attention_width = layer.heads * layer.head_dim // tensor
-            mask = 1 if self.machine.device == "cpu" else 1 / itemsize
-            # Masks of the inputs of q, k, v, gate and up, of o, and of down.
+            mask = 1 / itemsize
+            if self.machine.device == "cpu":
+                mask = 1.0
+            # Additional inputs, and the masks: five for the inputs of q, k, v, gate and up, one for
+            # o, and one for down.
             elements += 3 * spec.hidden + attention_width
             elements += mask * (5 * spec.hidden + attention_width + wide)
         return int(elements * tokens + factors) * itemsize
 
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
-        """A chunk of logits: raw, in fp32, and their raw gradient.
+        """Estimate the memory for a chunk of logits. It holds the logits in 16 bits and in fp32,
+        and their gradient.
 
-        Of a trained head the fp32 sum of its gradients too, and one chunk's.
+        If the output layer is trained, the fp32 sum of its gradients and the gradient of one chunk
+        are added.
         """
-        trained = self.run.adapter.kind == "none"
+        trained = not self.trains_adapter
         vocabulary = ceil_div(self.spec.vocab, self.mesh.tensor)
         device = torch.device(self.machine.device)
         card = self.machine.card_bytes
-        chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
+        chunk = chunk_size(vocabulary, tokens, device, trained=trained, card=card)
+        chunk = min(tokens, chunk)
         hidden = self.spec.hidden if trained else 0
-        # fp32 logits are scored in place, and on a CPU all are, a few rows at a time.
+        # On a GPU, 16-bit logits are also copied to fp32. A CPU needs no copy, because it converts
+        # only a few rows at a time.
         has_wide_logits = itemsize < 4 and device.type != "cpu"
-        # Raw logits, and their gradient.
+        # Bytes of the logits in the dtype of matmuls, and of their gradient.
         logits = 2 * itemsize * chunk
         gradients = itemsize * (chunk + hidden)
         if has_wide_logits:
             logits += 4 * chunk
             gradients += itemsize * chunk
-        # The fp32 sum of a trained head's gradients is there beside either.
+        # Logits and gradients are not needed at the same time. The fp32 sum of a trained output
+        # layer's gradients always exists.
         return vocabulary * (4 * hidden + max(logits, gradients))
 
     def _backward_bytes(self, tokens: int, itemsize: int) -> int:
-        """Estimate what the backward of a layer adds to its activations, while no chunk of logits
-        is there.
+        """Estimate the additional bytes that the backward of a layer needs. The chunk of logits is
+        freed before.
 
-        Gradients of three hidden vectors, and those of gate, up and their product, as the product
-        itself goes; or that of the product beside one weight's gradient, nf4's dense weight,
-        or the transposed codes of fp8's.
+        The bytes are the gradients of three hidden vectors, and the larger need of the MLP at two
+        points in time. At the first point, the gradients of gate, up and their product exist. At
+        the second point, the gradient of the product exists together with one of these: the
+        gradient of a weight, nf4's dequantized weight, or fp8's transposed codes.
         """
         hidden = self.spec.hidden
         layer = self.spec.widest
@@ -470,48 +516,54 @@ class MemoryEstimator:
             largest = ceil_div(largest, self.mesh.tensor)
         weight = self.scheme.backward_elements(largest, itemsize)
         if layer.experts:
-            # Of a stack so many experts at a time; a CPU takes one after the other.
+            # Only a part of the tensor with all experts is dequantized at any time. On a CPU, this
+            # is one expert.
             weight = min(weight, DENSE_BYTES // itemsize)
-        if self.run.adapter.kind == "none":
+        if not self.trains_adapter:
             weight = largest
         elements = 3 * hidden * tokens
         gated = wide * tokens + max(wide * tokens, weight)
         copies = layer.experts_per_token * hidden * tokens
         if layer.experts and self.machine.device == "cpu":
-            # Gradients of a token's copies, in full two and a half of each, or those of gate, up
-            # and their product: one expert comes after the other, and neither waits.
-            if self.run.adapter.kind == "none":
+            # Each token is copied for each of its experts. A CPU processes the experts one after
+            # the other, so only the larger of two parts counts: the gradients of these copies (two
+            # and a half per copy in full training), or the gradients of gate, up and their product.
+            if not self.trains_adapter:
                 elements += max(gated, 5 * copies // 2)
             else:
-                # The activation is computed again there.
+                # With adapters on experts, the backward also computes the activation again.
                 elements += max(gated, copies, 4 * wide * tokens)
         elif layer.experts:
-            # Both, as all experts are computed at once; where that is one kernel, copies of the
-            # tokens too. Not measured on a GPU.
+            # A GPU computes all experts together, so the gradients of the copies and those of gate,
+            # up and their product are added. A grouped kernel needs another copy of the tokens.
+            # This formula was not checked on a GPU.
             elements += gated + (1 + self.machine.grouped_mm) * copies + 2 * wide * tokens
         else:
             elements += gated
         return elements * itemsize
 
     def overrun(self, memory: MemoryEstimate) -> float:
-        """0 where a micro batch fits, else how many times the memory that it may take it needs."""
+        """Return 0 if a micro batch fits, else the ratio of needed to available memory."""
         needed = memory.activations + memory.workspace
         room = int(memory.free * usable_share(self.machine.device)) - memory.static
         return needed / max(room, 1) if needed > room else 0.0
 
 
-def fewest_recomputed(room: float, layers: Sequence[int], recomputed_layer: int) -> int:
-    """The fewest layers to recompute, the first ones, so that the activations fit; all where they
-    never do.
+def min_recomputed(room: float, layers: Sequence[int], recomputed_layer: int) -> int:
+    """Return the minimum number of layers to recompute so that the activations fit. Layers are
+    recomputed from the first one on.
+
+    Return the number of all layers if the activations do not fit even then.
 
     Args:
-        room: bytes for the activations.
-        layers: bytes that each layer keeps.
-        recomputed_layer: bytes that one keeps if it recomputes.
+        room: bytes that are available for the activations.
+        layers: bytes that each layer saves.
+        recomputed_layer: bytes that a recomputed layer saves.
     """
     missing = sum(layers) - room
     for count, layer in enumerate(layers):
-        # Activations minus room: each layer that recomputes takes its saving off.
+        # `missing` is the number of bytes by which the activations exceed `room`. Each recomputed
+        # layer reduces it.
         if missing <= 0:
             return count
         missing -= layer - recomputed_layer
@@ -519,10 +571,10 @@ def fewest_recomputed(room: float, layers: Sequence[int], recomputed_layer: int)
 
 
 def usable_share(device: str) -> float:
-    """The share of a device's free memory to plan with."""
+    """Return the fraction of a device's free memory that a plan uses."""
     return USABLE_CPU_SHARE if device == "cpu" else USABLE_SHARE
 
 
 def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:
-    """List what `train.cpu_offload` has an effect on."""
+    """Return the parts of `train.cpu_offload` that have an effect on this machine."""
     return run.train.cpu_offload if machine.device.startswith("cuda") else ()

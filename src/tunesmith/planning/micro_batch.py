@@ -1,7 +1,8 @@
-"""The micro batch of a run: how many tokens, and in which shapes.
+"""Choice of the micro batch of a run: its number of tokens, and the shapes of its rows.
 
-Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the
-fixed cost of a forward and backward, a smaller one leaves memory for activations.
+Micro batch and recomputation are chosen together to minimize the time. A larger micro batch spreads
+the fixed cost of a forward and backward over more tokens. A smaller micro batch leaves memory for
+activations, so that fewer layers recompute.
 """
 
 import math
@@ -19,21 +20,23 @@ from tunesmith.planning.workload import Workload, rank_step
 from tunesmith.units import Size, ceil_div
 
 MAX_MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
-# Of a mixture on a GPU: each pass reads all experts, whatever few a token is multiplied with.
+# Maximum number of tokens for mixtures of experts on a GPU. It is larger than for dense models,
+# because each pass reads the weights of all experts, although a token uses only a few.
 MAX_MIXTURE_TOKENS = 32768
-# Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a
-# usual step...
+# With compiled graphs, rows of different lengths are padded to a multiple of this number of tokens.
+# The padding is about 1 % of a usual step.
 PACKED_ROW_MULTIPLE = 128
-# ... and the longest document is stated in blocks of the attention kernel.
+# The length of the longest document is rounded up to a multiple of the attention kernel's block
+# size.
 DOCUMENT_BLOCK = 128
-# Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the
-# allocator, which no other length fits. So rows of varied steps are padded to one of at least so
-# many lengths, and fewer than twice as many.
+# Without expandable segments (device.prepare_allocator), each row length leaves blocks in the
+# allocator that rows of other lengths cannot use. Therefore the number of different row lengths is
+# limited: padding leaves between MIN_ROW_LENGTHS and 2 * MIN_ROW_LENGTHS different lengths.
 MIN_ROW_LENGTHS = 16
 
 
-def most_tokens(spec: ModelSpec, device: str) -> int:
-    """Tokens of the largest micro batch that is planned on a device, `cuda:0` or `cpu`."""
+def max_tokens(spec: ModelSpec, device: str) -> int:
+    """Return the maximum tokens of a planned micro batch. `device` is `cuda:0` or `cpu`."""
     device_type = device.partition(":")[0]
     if device_type == "cuda" and any(layer.experts for layer in spec.layers):
         return MAX_MIXTURE_TOKENS
@@ -41,12 +44,12 @@ def most_tokens(spec: ModelSpec, device: str) -> int:
 
 
 class MicroBatch(NamedTuple):
-    """The micro batch of a run.
+    """The chosen micro batch of a run: its size, memory and reason.
 
     Attributes:
-        memory: of the most tokens that it has.
-        fixed: every micro batch is padded to one size.
-        reason: why it has this size.
+        memory: estimated memory for a micro batch with the maximum number of tokens.
+        fixed: whether every micro batch is padded to the same size.
+        reason: the reason for this size.
     """
 
     size: Size
@@ -58,10 +61,11 @@ class MicroBatch(NamedTuple):
 def choose_micro_batch(
     estimator: MemoryEstimator, cluster: Cluster, work: Workload, previous: Size | None
 ) -> MicroBatch:
-    """The micro batch that the recipe names, or that of the checkpoint if it fits, or the fastest.
+    """Return the micro batch that the recipe sets. If the recipe has `auto`, return the micro batch
+    of the checkpoint if it fits, else the fastest one.
 
     Args:
-        previous: of the checkpoint that a run goes on from.
+        previous: micro batch of the checkpoint from which a run resumes. None for a new run.
     """
     run = estimator.run
     batch = run.train.global_batch
@@ -69,25 +73,26 @@ def choose_micro_batch(
     step = rank_step(run, work.step, estimator.mesh)
     reason = "as train.micro_batch says"
     if run.train.optimizer_in_backward:
-        # An update in the backward leaves no place for a second micro batch.
+        # With an update in the backward, a step has only one micro batch, so the micro batch is
+        # this rank's part of the global batch.
         size = Size(ceil_div(batch.amount, estimator.mesh.data), batch.unit)
         reason = "the whole global batch"
     elif size == "auto" and previous is not None:
-        memory = estimator.estimate(tokens_of(run, previous, step, work.longest))
+        memory = estimator.estimate(max_batch_tokens(run, previous, step, work.longest))
         if not estimator.overrun(memory):
             size = previous
             reason = "from the checkpoint"
-    # Where every step has the same tokens, one padded shape serves all micro batches.
+    # If every step has the same number of tokens, all micro batches can be padded to one shape.
     fixed = estimator.machine.compiles[0] and run.data.pack and batch.unit == "tokens"
     if size == "auto":
         memory = fastest_micro_batch(estimator, cluster, work, fixed=fixed)
         size = Size(memory.tokens, "tokens")
         reason = "the fastest in the estimate"
     else:
-        memory = estimator.estimate(tokens_of(run, size, step, work.longest))
+        memory = estimator.estimate(max_batch_tokens(run, size, step, work.longest))
         fixed = fixed and size.unit == "tokens"
     if fixed:
-        # A padded row must hold the longest example.
+        # The row must be long enough for the longest example.
         size = Size(max(size.amount, work.longest), "tokens")
     return MicroBatch(size, memory, fixed, reason)
 
@@ -95,20 +100,27 @@ def choose_micro_batch(
 def fastest_micro_batch(
     estimator: MemoryEstimator, cluster: Cluster, work: Workload, *, fixed: bool
 ) -> MemoryEstimate:
-    """The micro batch with the shortest step, in whole rows, of those that fit; else the nearest to
-    it. The largest of equal ones.
+    """Return the micro batch that fits into memory and with which a step takes the least time. All
+    compared micro batches have one or more whole rows.
 
-    fixed: every micro batch is padded to one size, so that a step should be a whole number of them.
+    If no micro batch fits, return the one that exceeds the memory least. If several micro batches
+    take the same time, return the largest.
+
+    Args:
+        fixed: whether every micro batch is padded to one size. A step should then be a whole number
+            of micro batches.
     """
     run = estimator.run
     estimators = [estimator]
     if estimator.streams and run.train.recompute == "auto":
-        # More layers then stay on the device, and fewer are copied.
-        in_full = replace(run, train=replace(run.train, recompute="full"))
-        estimators.append(replace(estimator, run=in_full))
-    limit = most_tokens(estimator.spec, estimator.machine.device)
+        # Also try to recompute all layers. This frees memory, so more layers stay on the device and
+        # fewer are copied from the host.
+        recompute_all = replace(run, train=replace(run.train, recompute="full"))
+        estimators.append(replace(estimator, run=recompute_all))
+    limit = max_tokens(estimator.spec, estimator.machine.device)
     step = rank_step(run, work.step, estimator.mesh)
-    rows = min(limit // run.row_tokens, math.ceil(step.largest / run.row_tokens))
+    rows = math.ceil(step.largest / run.row_tokens)
+    rows = min(rows, limit // run.row_tokens)
 
     def cost(memory: MemoryEstimate) -> tuple[float, float]:
         overrun = estimator.overrun(memory)
@@ -117,33 +129,40 @@ def fastest_micro_batch(
         time = Step(estimator, cluster, work, memory, fixed).time()
         return 0.0, sum(time.parts.values())
 
-    counts = range(max(1, rows), 0, -1)
-    memories = [each.estimate(n * run.row_tokens) for n in counts for each in estimators]
-    # `min` takes the first of equal ones.
+    memories = []
+    for count in range(max(1, rows), 0, -1):
+        tokens = count * run.row_tokens
+        memories += [each.estimate(tokens) for each in estimators]
+    # `min` returns the first of equal elements, and the largest micro batch is first.
     return min(memories, key=cost)
 
 
-def tokens_of(run: Run, size: Size, step: StepSize, longest: int) -> int:
-    """The most tokens of a micro batch, padding counted.
+def max_batch_tokens(run: Run, size: Size, step: StepSize, longest: int) -> int:
+    """Return the maximum number of tokens of a micro batch, including padding.
 
-    longest: tokens of the longest example.
+    Args:
+        longest: tokens of the longest example.
     """
     if size.unit == "tokens":
         return size.amount
-    tokens = size.amount * longest  # without packing each row is padded to the longest
+    tokens = size.amount * longest  # without packing, each row is padded to the longest row
     if run.data.pack:
         return min(tokens, max(step.largest, longest))
     return tokens
 
 
-def layout_of(run: Run, machine: Machine, chosen: MicroBatch, longest: int) -> MicroBatchLayout:
-    """The shapes of micro batches; `longest` as for `choose_micro_batch`."""
+def make_layout(run: Run, machine: Machine, chosen: MicroBatch, longest: int) -> MicroBatchLayout:
+    """Return the layout that gives micro batches their shapes. `longest` is the number of tokens of
+    the longest example.
+    """
     size = chosen.size
     bucket = 1
     if machine.integrated:
-        # The largest power of two in a MIN_ROW_LENGTHS-th of the longest row.
+        # Pad row lengths to a multiple of a power of two. The power of two is at most row /
+        # MIN_ROW_LENGTHS, where `row` is the longest row.
         row = chosen.memory.tokens if run.data.pack else longest
-        bucket = 1 << max(0, (row // MIN_ROW_LENGTHS).bit_length() - 1)
+        part = row // MIN_ROW_LENGTHS
+        bucket = 1 << max(0, part.bit_length() - 1)
     if not machine.compiles[0]:
         return MicroBatchLayout(size, multiple=bucket)
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK

@@ -1,6 +1,7 @@
-"""Resolve what `auto` means on a machine: dtype, compile, attention, micro batch and recompute.
+"""Choice of values for a machine where the recipe has `auto`: dtype, compile, attention, micro
+batch and recomputation.
 
-`calibrate.py` corrects the estimate of memory on a GPU.
+`calibrate.py` corrects the memory estimate on a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from tunesmith.model import attention
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE, resolve_quantize
 from tunesmith.model.spec import ModelSpec
-from tunesmith.model.stored_form import bytes_aside
+from tunesmith.model.stored_form import bytes_of_other_parts
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, moved_to_host
-from tunesmith.planning.micro_batch import choose_micro_batch, layout_of
+from tunesmith.planning.micro_batch import choose_micro_batch, make_layout
 from tunesmith.planning.run_plan import (
     Machine,
     RunPlan,
@@ -43,28 +44,31 @@ from tunesmith.runtime.stream import host_link
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
-    # With Transformers, which a plan can do without
+    # Import these types only for type checks, because their modules import Transformers, which is
+    # slow and which a plan may not need.
     from tunesmith.hub.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# Of the free memory, what the weights of a model that answers may take; the rest is for its cache.
+# Maximum fraction of the free memory for weights during generation. The rest is for the key-value
+# cache.
 ANSWERING_SHARE = 0.8
-# Of the free memory, which weights in fp32 may take where bf16 has no units.
+# Maximum fraction of the free memory for fp32 weights on a machine without bf16 units.
 MAX_FP32_SHARE = 0.5
 
 
 def resolve_dtype(
     model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
 ) -> tuple[Dtype, str]:
-    """The dtype that `model.dtype: auto` stands for on a chip, and a line about it for the user.
+    """Resolve `model.dtype: auto` on a chip. Return the dtype, and a line about it for the user.
 
     Args:
-        chip: a GPU, or `cpu`, with the memory that is free.
-        read_sizes: of the model; called where the choice depends on them.
+        chip: a GPU or `cpu`, with its free memory.
+        read_sizes: function that returns the sizes of the model. It is only called if the choice
+            depends on them.
 
     Raises:
-        MachineError: as `check_bf16`, where the recipe needs bf16.
+        MachineError: the recipe requires bf16, but the GPU has no bf16 units.
     """
     name = "this CPU" if chip.name == "cpu" else chip.name
 
@@ -72,30 +76,32 @@ def resolve_dtype(
         return dtype, f"model.dtype: {dtype}, {why}"
 
     if chip.bf16:
-        return chosen("bf16", f"which {name} has units for")
+        return chosen("bf16", f"because {name} supports it in hardware")
     if model.quantize == "fp8" or train.master_weights == "stochastic":
         check_bf16("bf16", chip)
-        return chosen("bf16", "as model.quantize or train.master_weights needs it")
-    # A GPU without units for bf16 has them for fp16; a CPU has them for neither.
+        return chosen("bf16", "because model.quantize or train.master_weights needs it")
+    # A GPU without bf16 units has fp16 units. A CPU without bf16 units has neither, so it emulates
+    # bf16.
     half: Dtype = "bf16" if chip.name == "cpu" else "fp16"
     if half == "fp16" and train.optimizer_in_backward:
-        return chosen("fp32", "as train.optimizer_in_backward excludes fp16")
+        return chosen("fp32", "because train.optimizer_in_backward does not support fp16")
     sizes = read_sizes()
     if scheme_of(resolve_quantize(model, sizes)) is not DENSE:
-        return chosen(half, f"as the base is quantized, although {name} has no units for bf16")
+        return chosen(half, f"because the base is quantized, although {name} has no bf16 hardware")
     weights = sizes.parameters * torch.float32.itemsize / 2**30
     if weights < MAX_FP32_SHARE * chip.gib:
-        why = f"as {name} has no units for bf16, and weights of {weights:.2g} GiB in fp32 fit"
+        why = f"because {name} has no bf16 hardware, and fp32 weights ({weights:.2g} GiB) fit"
         return chosen("fp32", why)
-    why = f"weights of {weights:.2g} GiB in fp32 leave too little of {chip.gib:.2g} GiB"
-    return chosen(half, f"although {name} has no units for bf16: {why}")
+    why = f"fp32 weights ({weights:.2g} GiB) leave too little of {chip.gib:.2g} GiB"
+    return chosen(half, f"because {why}; {name} has no bf16 hardware")
 
 
 def with_dtype(
     model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
 ) -> Model:
-    """The recipe's `model` section with the dtype that `auto` stands for, which is logged; the
-    arguments are those of `resolve_dtype`.
+    """Return the recipe's `model` section with `auto` replaced by a dtype. Log the choice.
+
+    The arguments are those of `resolve_dtype`.
     """
     if model.dtype != "auto":
         return model
@@ -105,12 +111,13 @@ def with_dtype(
 
 
 def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
-    """The dtype of a base on a device of this machine; a choice other than bf16 is logged."""
+    """Return the dtype of a base on a device of this machine. If it is not bf16, log the choice."""
     if model.dtype != "auto":
         return model.dtype
     from tunesmith.hub.fetch import spec_of_folder
 
-    # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
+    # Read only the sizes. Do not convert a .gguf file, because the conversion needs the dtype,
+    # which is not chosen yet.
     def read_sizes() -> ModelSpec:
         return spec_of_folder(fetch_for_tokens(model), model)
 
@@ -121,24 +128,28 @@ def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
 
 
 def check_bf16(dtype: str, chip: Chip) -> None:
-    """MachineError for bf16 on a GPU without units for it; a CPU emulates them."""
+    """Raise MachineError if a GPU has no bf16 units. A CPU without bf16 units is accepted, because
+    it emulates them.
+    """
     if dtype == "bf16" and not chip.bf16 and chip.name != "cpu":
         raise MachineError(
             f"{chip.name} has no bf16 matmuls",
             where="model.dtype",
-            why="GPUs older than Ampere have none",
-            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
+            why="GPUs older than Ampere do not support bf16",
+            fix="set model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
         )
 
 
 def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:
-    """Choose how attention is computed, and say why; `eager`: by Transformers, on padded rows."""
+    """Choose the attention backend. Return it with the reason. The backend `eager` is Transformers'
+    attention on padded rows.
+    """
     if run.model.attention == "eager":
         return "eager", "as model.attention says"
     if files.support.state == "padded":
         return "eager", files.support.why
     spec = files.spec
-    # Our own kernels take no layers with a window.
+    # Skip layers with a sliding window, because tunesmith's attention kernels do not support it.
     groups = [
         layer.heads // layer.kv_heads
         for layer in spec.layers
@@ -161,17 +172,19 @@ def probe_machine(
     processes: Collection[int] = (),
     world: int = 1,
 ) -> Machine:
-    """Find what this machine has for a run, by trying: backends, compiler, memory, fp8 matmuls.
+    """Test what this machine supports for a run: backends, compiler, memory, fp8 matmuls.
 
     Args:
-        shapes: those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one.
+        shapes: shapes of weights from `eight_bit.eight_bit_shapes`. Their fp8 matmuls are tested
+            with many rows, few rows and one row.
         processes: ids of the run's processes on this host, which share its memory.
-        world: ranks of the run.
+        world: number of ranks of the run.
     """
-    # Before the products are tried: torch keeps their memory, for the model to use.
+    # Measure the free memory before the trial matmuls, because torch's allocator keeps their memory
+    # for the model.
     limit = None
     if device.type == "cpu":
-        return_freed_memory()  # of reading the rows and the model's files
+        return_freed_memory()  # free what the reading of rows and model files has used
         free, size, limit = host_budget(processes)
     else:
         free = free_memory(device)
@@ -196,7 +209,7 @@ def probe_machine(
 
 
 def measure_link(run: Run, machine: Machine, world: int) -> float:
-    """Measure copies from the host, in GB/s, where frozen layers may stream; elsewhere 0."""
+    """Measure the host-to-GPU bandwidth in GB/s if frozen layers may be streamed, else return 0."""
     may_stream = world == 1 and not machine.integrated
     if may_stream and "parameters" in moved_to_host(run, machine):
         return host_link(torch.device(machine.device))
@@ -204,9 +217,11 @@ def measure_link(run: Run, machine: Machine, world: int) -> float:
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
-    """The plan of a model that only answers: nothing compiled or recomputed, no base in 8 bits.
+    """Return the plan of a model that only generates. The plan has no compilation, no recomputation
+    and no fp8 matmuls.
 
-    Frozen layers stream where the run's did and they do not fit; a line says so.
+    Frozen layers are streamed from the host if the run streamed them and they do not fit. In this
+    case a line is logged.
     """
     backend, _ = attention_backend(run, files, device)
     plan = RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
@@ -214,12 +229,12 @@ def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan
     estimator = MemoryEstimator(run, files.spec, machine, trained=0)
     if not estimator.streams or not estimator.trains_adapter or is_integrated(device):
         return plan
-    room = int(free_memory(device) * ANSWERING_SHARE) - estimator.fixed.weights
-    streamed = estimator.count_streamed(room)
+    room = int(free_memory(device) * ANSWERING_SHARE)
+    streamed = estimator.count_streamed(room - estimator.fixed.weights)
     if streamed:
         log.info(
-            f"{streamed} of {plan.layers} layers come from the host's memory for each token, as "
-            "the run's train.cpu_offload says"
+            f"{streamed} of {plan.layers} layers are copied from the host's memory for each "
+            "token, because the run has train.cpu_offload"
         )
     return replace(plan, streamed_layers=streamed)
 
@@ -230,12 +245,13 @@ def resolve_plan(
     work: Workload,
     previous_micro_batch: Size | None = None,
 ) -> RunPlan:
-    """Resolve every `auto` of a recipe by what the machine has, whether it fits or not.
+    """Choose a value for every `auto` of a recipe. Return a plan even if the run does not fit.
 
     Args:
-        estimator: of the recipe, the machine of each rank, and the mesh.
-        previous_micro_batch: of the start that a resumed run goes on from. `auto` keeps it while it
-            fits: dropout and the order of sums depend on it.
+        estimator: estimator for the recipe, the machine of each rank, and the mesh.
+        previous_micro_batch: micro batch of the checkpoint from which a run resumes. If the recipe
+            has `auto`, this micro batch is kept if it fits, because dropout and the order of sums
+            depend on it.
     """
     run = estimator.run
     spec = estimator.spec
@@ -244,7 +260,7 @@ def resolve_plan(
     train = run.train
     chosen = choose_micro_batch(estimator, cluster, work, previous_micro_batch)
     memory = chosen.memory
-    least = estimator.least_bytes(min(memory.tokens, work.longest), memory.recomputed_layers)
+    least = estimator.min_step_bytes(min(memory.tokens, work.longest), memory.recomputed_layers)
     memory = replace(memory, least=least)
     compiled, compile_reason = machine.compiles
     reference = describe_reference(run)
@@ -256,10 +272,10 @@ def resolve_plan(
         "reference": reference.cost,
         "kernels": "as train.deterministic says",
         "recompute": "as few as fit" if train.recompute == "auto" else "as train.recompute says",
-        "weight gradients": "16-bit weights with fp32 masters on one GPU: the products add them "
-        "up, unrounded",
+        "weight gradients": "16-bit weights with fp32 masters on one GPU: the matmuls "
+        "accumulate them in fp32",
         "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's "
-        "memory a rank",
+        "memory per rank",
         "micro batch": f"{chosen.reason}: about {memory.total / 2**30:.1f} of "
         f"{memory.free / 2**30:.1f} GiB",
     }
@@ -277,7 +293,7 @@ def resolve_plan(
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
         warnings=warn_of_dense_experts(estimator),
-        layout=layout_of(run, machine, chosen, work.longest),
+        layout=make_layout(run, machine, chosen, work.longest),
         memory=memory,
         mesh=estimator.mesh,
         why=why,
@@ -285,26 +301,32 @@ def resolve_plan(
 
 
 def warn_of_dense_experts(estimator: MemoryEstimator) -> tuple[str, ...]:
-    """Return a warning if a base in fp8 leaves experts dense that it ships in codes."""
+    """Return a warning if the model's experts are stored quantized, but `model.quantize=fp8` would
+    make them dense.
+    """
     spec = estimator.spec
     is_dense = estimator.scheme.has_fp8_matmuls and spec.expert_stacks
     if not is_dense or spec.quantized not in KEEPABLE:
         return ()
     return (
-        "warning: model.quantize=fp8 leaves experts dense, "
-        f"{spec.expert_stacks / spec.parameters:.0%} of the parameters, which ship in "
-        f"{spec.quantized.upper()}; fix: model.quantize={AS_SHIPPED}",
+        "warning: model.quantize=fp8 dequantizes the experts, "
+        f"{spec.expert_stacks / spec.parameters:.0%} of the parameters, which are stored in "
+        f"{spec.quantized.upper()}; fix: set model.quantize={AS_SHIPPED}",
     )
 
 
 def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, int]:
-    """Bytes of one checkpoint of `trained` parameters, and how many of them the disk may hold.
+    """Return the bytes of one checkpoint, and the maximum number of checkpoints that exist on the
+    disk at the same time.
 
     Args:
-        base: the folder of the model, of which a vision tower is copied; None: unknown.
+        trained: number of trained parameters.
+        base: folder of the model, from which a vision model is copied into checkpoints. None if it
+            is unknown.
     """
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
     if run.adapter.kind == "none" and base is not None:
-        size += bytes_aside(base, trained)
-    return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
+        size += bytes_of_other_parts(base, trained)
+    # besides `keep`, three more can exist: the one being written, the best one, and final/
+    return size, run.checkpoint.keep + 3

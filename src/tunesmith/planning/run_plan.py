@@ -1,6 +1,7 @@
-"""The plan of a run on a machine: one frozen value, resolved before anything is built.
+"""The plan of a run on a machine: all choices for this machine, which are made before the model is
+built.
 
-Importable without torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tunesmith.units import Size, ceil_div
 
 
 class Reference(NamedTuple):
-    """The model that a method compares with, and what that costs; both empty for others."""
+    """Two texts for the user: the kind of the method's reference model, and its cost. Both are
+    empty if the method needs no reference model.
+    """
 
     what: str = ""
     cost: str = ""
@@ -36,20 +39,23 @@ def describe_reference(run: Run) -> Reference:
         cost = "a forward pass over all answers before training, cached with the tokens"
     elif run.adapter.from_ is None:
         what = "the base, with the adapter disabled"
-        cost = "a forward pass a step"
+        cost = "one forward pass per step"
     else:
         what = "the adapter of adapter.from before this training"
-        cost = "a forward pass a step, and a copy of the adapter"
+        cost = "one forward pass per step, and a copy of the adapter"
     if method == "kto":
-        cost += "; and as many for its KL, over the mismatched answers"
+        cost += "; and as many for its KL, over prompts with answers of other rows"
     return Reference(what, cost)
 
 
 def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
-    """Tell whether a packed row holds the prompt of a pair's two answers once.
+    """Return whether packed rows contain the common prompt of a preference pair only once.
 
-    Where attention alone looks at other tokens: a layer that is `recurrent` (a class of the
-    model's, by name) would carry the state of the wrong answer on.
+    Return False for models with recurrent layers, because such a layer would carry the state of the
+    first answer into the second answer.
+
+    Args:
+        recurrent: class names of the model's recurrent layers.
     """
     is_packed = run.data.pack and run.model.attention != "eager"
     return run.method.name in PAIR_METHODS and is_packed and not recurrent
@@ -58,12 +64,15 @@ def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
 def fit_to_model(
     run: Run, spec: ModelSpec, support: Support, *, where: str, began: bool = False
 ) -> Run:
-    """The recipe as its model can be trained: with one document a row, where layers do not keep
-    packed documents apart. RecipeError where the model rules out more.
+    """Return the recipe adapted to the model. If the model has layers that cannot separate packed
+    documents, packing is turned off.
+
+    Raise RecipeError if the model does not support the recipe.
 
     Args:
         where: the model's config.json.
-        began: the run goes on, with rows that were cut when it began.
+        began: whether the run is resumed. In this case, its rows were already truncated when it
+            began.
     """
     check_frozen(run)
     if not began:
@@ -72,10 +81,11 @@ def fit_to_model(
         return run
     if run.train.global_batch.unit == "tokens":
         raise RecipeError(
-            f"train.global_batch counts tokens, but {spec.model_type} trains unpacked",
+            f"train.global_batch is in tokens, but {spec.model_type} cannot be trained on packed "
+            "rows",
             where="train.global_batch",
             why=support.why,
-            fix="train.global_batch: 64 examples",
+            fix="set train.global_batch: 64 examples",
         )
     return replace(
         run,
@@ -86,19 +96,20 @@ def fit_to_model(
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts of a machine that a plan depends on, as `resolve.probe_machine` finds them.
+    """Facts about a machine that a plan needs. `resolve.probe_machine` finds them.
 
     Attributes:
-        free_bytes: can be had now.
+        free_bytes: memory that is available now.
         attention, compiles, scaling: the attention backend, whether layers are compiled, and the
-            scaling recipe of an 8-bit base or None; each with its reason.
-        card_bytes: all memory of a GPU, which an `integrated` one shares with the host; on a CPU
-            the most that this rank could ever have, within its `limit`. 0: unknown.
-        grouped_mm: one kernel multiplies all experts of a mixture.
-        kernel: that the attention backend takes; empty: not tried.
-        name: of the GPU, as the driver has it.
-        limit: of a CPU: what bounds its memory.
-        host_link: measured from the host's page-locked memory to the GPU, GB/s; 0: it was not.
+            scaling recipe of an 8-bit base (or None), each with its reason.
+        card_bytes: total memory of the GPU. If the GPU is `integrated`, it shares this memory with
+            the host. On a CPU, the maximum memory that this rank could ever use within its `limit`.
+            0 if unknown.
+        grouped_mm: whether one kernel multiplies all experts of a mixture.
+        kernel: kernel of the attention backend. Empty if it was not tested.
+        name: name of the GPU that the driver reports.
+        limit: on a CPU, the limit of the process's memory.
+        host_link: measured GB/s from page-locked host memory to the GPU. 0 if it was not measured.
     """
 
     device: str
@@ -117,7 +128,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MicroBatchLayout:
-    """The layout of examples in micro batches; the fields are arguments of `Loader`."""
+    """The layout of examples in micro batches. The fields are passed to `Loader` as arguments."""
 
     micro_batch: Size
     row_length: int | None = None
@@ -125,7 +136,7 @@ class MicroBatchLayout:
     max_document: int | None = None
 
     def multiple_of(self, tensor: int) -> MicroBatchLayout:
-        """The layout whose micro batches can be sharded into `tensor` equal parts."""
+        """Return this layout with micro batches that can be divided into `tensor` equal parts."""
         row_length = self.row_length
         if row_length is not None:
             row_length = ceil_div(row_length, tensor) * tensor
@@ -137,24 +148,28 @@ ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part.
+    """Bytes on the device during training with a micro batch of `tokens` tokens (including
+    padding), by part.
 
     Attributes:
-        recomputed_layers: decoder layers that recompute in the backward.
-        weights: of the base and the adapter.
-        gradients: as the backward makes them, in the dtype of the weights.
-        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients.
-        copies: of an adapter and its moments while its checkpoint is written; without room training
-            waits.
-        activations: what the layers keep for the backward.
-        recomputed_layer: the part of it of one layer that recomputes.
-        gathered: weights whose shards FSDP has gathered, and gradients on the way to theirs.
-        workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings'
-            rows.
-        host: in the host's memory, by train.cpu_offload; in none of the sums.
-        streamed_layers: whose frozen matrices come from there, on one process.
-        free: what there was before anything was built.
-        least: what a step on the longest example alone takes, before any gradient is there.
+        recomputed_layers: number of decoder layers that are recomputed in the backward.
+        weights: weights of base and adapter.
+        gradients: gradients in the dtype in which the backward returns them.
+        optimizer: memory that the first optimizer step adds, for moments, fp32 masters and fp32
+            gradients.
+        copies: copy of an adapter and its moments that exists while a checkpoint is written. If it
+            does not fit, training waits until the checkpoint is written.
+        activations: memory that the layers save for the backward.
+        recomputed_layer: bytes that one recomputed layer saves. They are included in `activations`.
+        gathered: weights that FSDP has gathered, and gradients that are being reduced.
+        workspace: temporary memory: one layer's gradients, a chunk of logits, rows of the
+            embedding.
+        host: host memory for train.cpu_offload. Not included in the sums.
+        streamed_layers: number of layers whose frozen matrices are streamed from the host, with one
+            process.
+        free: free memory at the time before the model is built.
+        least: memory that a step needs if its micro batch contains only the longest example, before
+            the gradients are allocated.
     """
 
     tokens: int = 0
@@ -174,7 +189,7 @@ class MemoryEstimate:
 
     @property
     def static(self) -> int:
-        """Add up what does not depend on the micro batch."""
+        """Sum of the parts that do not depend on the micro batch."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.gathered
 
     @property
@@ -183,11 +198,13 @@ class MemoryEstimate:
 
     @property
     def step(self) -> int:
-        """Count what a step takes: an adapter's checkpoint waits where its copies have no room."""
+        """Memory of a step. `copies` is not included, because training waits for the save if there
+        is no memory for copies.
+        """
         return self.total - self.copies
 
     def describe(self) -> str:
-        """The parts, in GiB."""
+        """Return a text that lists the parts of the memory estimate in GiB."""
         parts = "weights gradients optimizer gathered activations workspace host".split()
         rare = ("gathered", "host")
         sizes = {name: vars(self)[name] for name in parts if vars(self)[name] or name not in rare}
@@ -195,13 +212,13 @@ class MemoryEstimate:
 
 
 class Saving(NamedTuple):
-    """A change of the recipe.
+    """A change of the recipe that saves memory.
 
     Attributes:
-        keys: as words of the command line.
-        total: bytes that a step then needs.
-        resumes: whether a run that is resumed may change them.
-        cost: of layers that stream, as the plan says it.
+        keys: the changed keys as command-line arguments, such as `model.quantize=nf4`.
+        total: bytes that a step needs with the change.
+        resumes: whether these keys may be changed when a run is resumed.
+        cost: text about the cost of streaming layers. Empty if no layers are streamed.
     """
 
     keys: str
@@ -210,29 +227,31 @@ class Saving(NamedTuple):
     cost: str = ""
 
     def describe(self) -> str:
-        """`model.quantize=nf4 (45.1 GiB)`."""
+        """Return a text such as `model.quantize=nf4 (45.1 GiB)`."""
         cost = f"; {self.cost}" if self.cost else ""
         return f"{self.keys} ({self.total / 2**30:.1f} GiB{cost})"
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of a run on its machine, and why, by part. The defaults are those of inference.
+    """The plan of a run on its machine, with a reason for each choice. The default values are for
+    inference.
 
     Attributes:
-        kernel: of attention; empty where it was not tried, as the plan is for another machine.
-        base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
-        layers: decoder layers of the model.
-        reference: what the method compares with; empty where it compares with nothing.
-        prompts: how often that of a pair is computed; empty where it stands in both sequences.
-        recomputed_layers: those of them that recompute in the backward.
-        streamed_layers: those of them whose frozen matrices wait in the host's memory.
-        fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
-            make them.
-        savings: finds changes that need less memory than this plan. It is called when advice is
-            asked for, as it takes some 0.3 s.
-        trial_peak: the most bytes that were allocated before the last trial of memory, which begins
-            the allocator's statistics anew.
+        kernel: attention kernel. Empty if it was not tested, because the plan is for another
+            machine.
+        base: storage of the base's weights: a dtype, nf4, or a scaling recipe of fp8.
+        layers: number of decoder layers.
+        reference: the reference model of the method. Empty if there is none.
+        prompts: text for the user if the prompt of a pair is computed only once. Empty if both
+            sequences of the pair contain the prompt.
+        recomputed_layers: number of layers that are recomputed in the backward.
+        streamed_layers: number of layers whose frozen matrices are in host memory.
+        fp32_gradients: whether the matmuls accumulate the gradients of linear weights in fp32.
+        savings: function that returns recipe changes with which the run needs less memory. It is
+            only called to advise the user, because it takes about 0.3 s.
+        trial_peak: peak of allocated bytes in earlier memory trials. The allocator's statistics do
+            not include it, because the last trial has reset them.
     """
 
     device: str
@@ -258,7 +277,9 @@ class RunPlan:
 
     @property
     def choices(self) -> dict[str, str]:
-        """List what was decided, by part, as env.json holds it."""
+        """The choices as texts for env.json. The keys are names such as `attention` or `micro
+        batch`.
+        """
         size = self.layout.micro_batch
         recompute = f"{self.recomputed_layers} of {self.layers} layers"
         if self.recomputed_layers == self.layers:
@@ -280,7 +301,7 @@ class RunPlan:
         if self.deterministic:
             choices["kernels"] = "deterministic"
         if self.fp32_gradients:
-            choices["weight gradients"] = "added up in fp32"
+            choices["weight gradients"] = "accumulated in fp32"
         if self.cpu_offload:
             choices["cpu offload"] = ", ".join(self.cpu_offload)
             if self.streamed_layers:
@@ -288,29 +309,30 @@ class RunPlan:
         return choices
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
-        """The advice for a run that does not fit.
+        """Return advice to the user for a run that does not fit.
 
         Args:
-            resumed: it has a checkpoint.
-            recompute: that may help.
+            resumed: whether the run has a checkpoint.
+            recompute: whether to propose the recomputation of more layers.
         """
         savings = []
         for saving in self.savings():
             if recompute or not saving.keys.startswith("train.recompute"):
                 savings.append(saving)
         if not savings:
-            return "a smaller model, more GPUs, or a device with more memory"
+            return "use a smaller model, more GPUs, or a device with more memory"
         resumable = [saving for saving in savings if saving.resumes]
         if resumed and resumable:
             savings = resumable
-        # As all choices of a fix, so that each gets a line of its own where they are long.
+        # Separate the choices with "; or ", so that long fixes are printed with one choice per
+        # line.
         keys = "; or ".join(saving.describe() for saving in savings)
-        return f"{keys} with --fresh" if resumed and not resumable else keys
+        return f"set {keys} with --fresh" if resumed and not resumable else f"set {keys}"
 
     def describe(self, *, why: bool = False) -> list[str]:
-        """One line, `attention: varlen; loss: chunked; ...`.
+        """Return one line, `attention: varlen; loss: chunked; ...`.
 
-        With `why` one line a choice, with its reason.
+        If `why` is True, return one line per choice with its reason.
         """
         choices = {part: f"{part}: {value}" for part, value in self.choices.items()}
         if not why:

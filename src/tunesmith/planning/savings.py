@@ -1,6 +1,7 @@
-"""Recipe keys with which a run needs less memory: the run is planned with each of them.
+"""Search for recipe changes with which a run needs less memory. For each change, the run is planned
+again.
 
-And the checks of a plan against the memory of its machine.
+The module also checks a plan against the memory of its machine.
 """
 
 import itertools
@@ -20,13 +21,15 @@ from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host, usable_sh
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.units import Size
 
-# A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of
-# activations that was compared with a GPU was 1.5 % too small; segments that the allocator cannot
-# fill take a few percent (not measured).
+# Maximum fraction of the memory that a plan may need. A plan that needs more is rejected. The
+# estimate of weights, gradients and moments is exact. The estimate of activations was 1.5 % too
+# small in the one comparison with a GPU. Memory that the allocator cannot use takes a few percent
+# (not measured).
 ALLOCATABLE_SHARE = 0.97
-MIN_SEQ_LEN = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
+MIN_SEQ_LEN = 128  # minimum data.seq_len that is proposed; a shorter one truncates most answers
 
-Keys = dict[str, object]  # dotted recipe keys and their new values
+Keys = dict[str, object]  # recipe keys in dotted form, with new values
+PlanOf = Callable[[Run], RunPlan]  # function that plans a changed recipe
 ADAPTER_KEYS: Keys = {
     "adapter.kind": "lora",
     "train.master_weights": "fp32",
@@ -35,86 +38,93 @@ ADAPTER_KEYS: Keys = {
 
 
 class PlannedChange(NamedTuple):
-    """A changed recipe and its plan."""
+    """A changed recipe, together with the plan for it."""
 
     run: Run
     plan: RunPlan
 
 
 def find_savings(
-    run: Run, plan: RunPlan, machine: Machine, plan_of: Callable[[Run], RunPlan], *, longest: int
+    run: Run, plan: RunPlan, machine: Machine, plan_of: PlanOf, *, longest: int
 ) -> tuple[Saving, ...]:
-    """Find changes with which a run fits, in the order in which a user would try them. Training an
-    adapter comes after them, and last frozen layers that stream from the host, which changes no
-    number.
+    """Return changes with which a run fits, in the order in which a user would try them.
+
+    A change from full training to an adapter comes after the changes that keep full training.
+    Streaming frozen layers from the host is last: it does not change the results, but takes time.
 
     Args:
-        plan_of: plans a changed recipe; what the recipe's rules or the meshes refuse is left out.
+        plan_of: function that plans a changed recipe. If it raises UsageError, because the recipe's
+            rules or the meshes do not allow the change, the change is not returned.
         longest: tokens of the longest example.
     """
-    most = plan.memory.total
-    # If the run may fit, less than a tenth is not worth a change.
+    max_bytes = plan.memory.total
+    # If the run may fit without a change, return only changes that save at least a tenth of the
+    # memory.
     if not _exceeds(plan, machine):
-        most = most * 9 // 10
+        max_bytes = max_bytes * 9 // 10
 
-    def is_enough(limit: int, changed: RunPlan) -> bool:
+    def is_sufficient(limit: int, changed: RunPlan) -> bool:
         return changed.memory.total <= limit and _fits(changed, machine)
 
     start = PlannedChange(run, plan)
     starts = [start]
     if run.adapter.kind == "none":
         starts += _changed(start, ADAPTER_KEYS, plan_of)
-    enough: list[PlannedChange] = []
+    sufficient: list[PlannedChange] = []
     usable = int(plan.memory.free * usable_share(plan.device))
-    # If no change leaves room for the error of the estimate, one that just fits is enough.
-    for limit in (min(most, usable), most):
+    # First look for changes that leave spare memory, because the estimate can be too low. If there
+    # are none, accept changes with which the run just fits.
+    for limit in (min(max_bytes, usable), max_bytes):
         for each in starts:
-            enough += _find_enough(each, partial(is_enough, limit), plan_of, longest)
-        if enough:
+            sufficient += _find_sufficient(each, partial(is_sufficient, limit), plan_of, longest)
+        if sufficient:
             break
     offloaded = run.train.cpu_offload
-    # Several ranks have other ways to share what one cannot hold.
+    # Only propose streaming for one rank, because several ranks can shard the model instead.
     if plan.mesh.world == 1 and "parameters" not in offloaded:
         streamed = _changed(start, {"train.cpu_offload": (*offloaded, "parameters")}, plan_of)
-        enough += [change for change in streamed if is_enough(most, change.plan)]
-    return tuple(_saving(run, change) for change in enough)
+        sufficient += [change for change in streamed if is_sufficient(max_bytes, change.plan)]
+    return tuple(_saving(run, change) for change in sufficient)
 
 
-def _find_enough(
+def _find_sufficient(
     start: PlannedChange,
-    is_enough: Callable[[RunPlan], bool],
-    plan_of: Callable[[Run], RunPlan],
+    is_sufficient: Callable[[RunPlan], bool],
+    plan_of: PlanOf,
     longest: int,
 ) -> list[PlannedChange]:
-    """Find what is enough: the start itself; or of each kind of change the smallest that does
-    alone; or all that save memory, made one after the other until they do together.
+    """Return the smallest change of each kind with which the memory is sufficient.
+
+    If `start` is already sufficient, return only `start`. If no single change is sufficient, add
+    one change after the other that saves memory, until the combination is sufficient.
     """
-    if is_enough(start.plan):
+    if is_sufficient(start.plan):
         return [start]
     kinds = _changes(start.run, start.plan, longest)
-    enough = []
+    sufficient = []
     for kind in kinds:
         changes = [change for keys in kind for change in _changed(start, keys, plan_of)]
-        enough += [change for change in changes if is_enough(change.plan)][:1]
-    if enough:
-        return enough
+        sufficient += [change for change in changes if is_sufficient(change.plan)][:1]
+    if sufficient:
+        return sufficient
     for keys in itertools.chain(*kinds):
         for change in _changed(start, keys, plan_of):
             if change.plan.memory.total < start.plan.memory.total:
                 start = change
-        if is_enough(start.plan):
+        if is_sufficient(start.plan):
             return [start]
     return []
 
 
-def _changed(
-    start: PlannedChange, keys: Keys, plan_of: Callable[[Run], RunPlan]
-) -> list[PlannedChange]:
-    """The start with other keys; empty where they are refused."""
+def _changed(start: PlannedChange, keys: Keys, plan_of: PlanOf) -> list[PlannedChange]:
+    """Return a list with `start` changed by `keys`. Return [] if the recipe's rules do not allow
+    this.
+    """
     run = start.run
     for key, value in keys.items():
         section, name = key.split(".")
-        run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
+        changed = replace(getattr(run, section), **{name: value})
+        run = replace(run, **{section: changed})
     try:
         check_run(run, lambda key: "")
         return [PlannedChange(run, plan_of(run))]
@@ -126,25 +136,32 @@ def _saving(run: Run, planned: PlannedChange) -> Saving:
     changes = differences(run, planned.run)
     words = []
     for change in changes:
-        value = change.new if isinstance(change.new, str) else json.dumps(change.new)
-        if isinstance(change.new, list):
-            value = f"[{', '.join(change.new)}]"
+        value = change.new
+        if isinstance(value, list):
+            value = f"[{', '.join(value)}]"
+        elif not isinstance(value, str):
+            value = json.dumps(value)
         words.append(f"{change.key}={shell_word(value)}")
     resumes = all(change.allowed for change in changes)
     plan = planned.plan
-    cost = plan.why["cpu offload"] if plan.streamed_layers else ""
+    cost = ""
+    if plan.streamed_layers:
+        cost = plan.why["cpu offload"]
     return Saving(" ".join(words), plan.memory.step, resumes, cost)
 
 
 def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
-    """Changes of a recipe, kind by kind, the smaller ones first; some change nothing."""
+    """Return one list of changes per kind. Within a kind, smaller changes are first. Some changes
+    may have no effect.
+    """
     size = plan.layout.micro_batch
-    # An update in the backward takes the global batch as one micro batch.
+    # With an update in the backward, there is only one micro batch per step, so the global batch
+    # must be smaller.
     batch = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-    least = run.row_tokens if size.unit == "tokens" else 1
+    min_amount = run.row_tokens if size.unit == "tokens" else 1
     return [
         [{"parallel.tensor": "auto"}] if plan.mesh.world > 1 else [],
-        [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, least)],
+        [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, min_amount)],
         [{"train.recompute": "full"}],
         [{"train.optimizer": "adamw-8bit"}],
         [{"train.master_weights": "stochastic"}],
@@ -155,20 +172,22 @@ def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
 
 
 def _shorter(run: Run, length: int, longest: int) -> Keys:
-    """A smaller seq_len; examples whose answers it would cut go, as the token contract says."""
+    """Return keys for a smaller seq_len. Unless the recipe allows truncated answers or splits plain
+    texts, also drop the rows that are too long, because a run refuses truncated answers.
+    """
     keys: Keys = {"data.seq_len": length}
     sequences = run.row_tokens // run.data.seq_len
-    are_split = run.data.too_long == "auto" and all(
-        source.format == "text" for source in run.data.train
-    )
-    if length * sequences < longest and not run.data.allow_cut_answers and not are_split:
+    are_texts = all(source.format == "text" for source in run.data.train)
+    if run.data.allow_cut_answers or (are_texts and run.data.too_long == "auto"):
+        return keys
+    if length * sequences < longest:
         keys["data.too_long"] = "drop"
     return keys
 
 
-def _halves(amount: int, least: int) -> Iterator[int]:
+def _halves(amount: int, min_amount: int) -> Iterator[int]:
     amount //= 2
-    while amount >= least:
+    while amount >= min_amount:
         yield amount
         amount //= 2
 
@@ -180,14 +199,15 @@ def check_memory_fits(
     resumed: bool = False,
     where: str = "",
 ) -> None:
-    """MachineError where a plan needs more memory than there is.
+    """Raise MachineError if a plan needs more memory than the machine has.
 
     Args:
-        where: names machines that are not here, in place of the plan's device.
+        where: name of the machine for the error, if the plan is not for this machine. If empty, the
+            error names the plan's device.
     """
     if not _exceeds(plan, machine):
         return
-    needed, there = memory_needs(plan, machine)
+    needed, available = memory_needs(plan, machine)
     layout = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
     if plan.mesh.world > 1:
         layout = f"{plan.mesh.describe()}, {layout}"
@@ -198,12 +218,12 @@ def check_memory_fits(
             where += f", {limit}"
     why = f"{plan.memory.describe()}; {layout}"
     scaling, reason = machine.scaling
-    # Of a base that was to be in fp8.
+    # The recipe requested fp8 for the base, but the machine does not support it.
     if reason and not scaling:
         why += f"; the base stays in {plan.base}: {reason}"
     raise MachineError(
         f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and "
-        f"{there / 2**30:.1f} GiB can be used",
+        f"{available / 2**30:.1f} GiB can be used",
         where=where,
         why=why,
         fix=_ways_to_fit(plan, machine, resumed=resumed),
@@ -211,57 +231,59 @@ def check_memory_fits(
 
 
 def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> RunPlan:
-    """The plan of a run on a CPU, with a warning where it may need more than can be had now."""
+    """Return the plan. Add a warning if a run on a CPU may need more memory than is available."""
     if not _may_overrun(plan, machine):
         return plan
     needed = plan.memory.step
-    there = machine.free_bytes
+    available = machine.free_bytes
     place = ""
     if machine.limit and machine.limit.name:
         place = f" ({machine.limit.describe()})"
     warning = (
         f"warning: the run may not fit: it needs about {needed / 2**30:.1f} GiB, on a CPU up to a "
-        f"quarter more, and {there / 2**30:.1f} GiB are available{place}; "
+        f"quarter more, and {available / 2**30:.1f} GiB are available{place}; "
         f"fix: {_ways_to_fit(plan, machine, resumed=resumed)}"
     )
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def _fits(plan: RunPlan, machine: Machine) -> bool:
-    """Tell whether `train` takes a plan without an error, and without a warning."""
+    """Return whether `train` accepts a plan without an error or a warning."""
     return not _exceeds(plan, machine) and not _may_overrun(plan, machine)
 
 
 def _exceeds(plan: RunPlan, machine: Machine) -> bool:
-    needed, there = memory_needs(plan, machine)
-    # Of some machines the memory is unknown.
-    return bool(there) and needed > there
+    needed, available = memory_needs(plan, machine)
+    # `available` is 0 if the memory of the machine is unknown.
+    return bool(available) and needed > available
 
 
 def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
-    """Tell whether a run on a CPU may need more than can be had now."""
+    """Return whether a run on a CPU may need more memory than is available now."""
     if machine.device != "cpu" or not machine.card_bytes:
         return False
     return plan.memory.step > machine.free_bytes * USABLE_CPU_SHARE
 
 
 def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
-    """Keys with which the run needs less, and how to raise the limit that it does not fit into."""
+    """Return advice for the user: keys with which the run needs less memory, and how to raise the
+    memory limit of the process.
+    """
     keys = plan.less_memory(resumed=resumed)
     if machine.limit is None:
         return keys
-    # Of what the limit allows a part is planned with, so more than the estimate must be there.
+    # The limit must be higher than the estimate, because a plan uses only USABLE_CPU_SHARE of it.
     missing = int(plan.memory.total / USABLE_CPU_SHARE) - machine.free_bytes
     larger = machine.limit.fix(max(0, missing))
-    return f"{keys} or {larger}" if larger else keys
+    return f"{keys}; or {larger}" if larger else keys
 
 
 def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
-    """Bytes that a plan cannot do without, and those that there are (0: unknown).
+    """Return the bytes that a plan needs at least, and the available bytes (0 if unknown).
 
-    A CPU's free memory grows as other programs give way, and
-    micro batches may be smaller than planned: there only what is certain counts, the whole run's
-    share or a step on the longest example alone, against all that the process could have.
+    On a CPU, free memory can grow when other programs end, and micro batches may be smaller than
+    planned. Therefore the minimum need is compared with all memory that the process could ever use.
+    The minimum need is the static part, or a step on only the longest example if that is more.
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
@@ -270,26 +292,26 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
 
 
 def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
-    """RecipeError where `train.cpu_offload` asks for what a GPU or the mesh cannot have.
+    """Raise RecipeError if the GPU or the mesh does not support `train.cpu_offload`.
 
-    On a CPU it has no effect.
+    On a CPU the key has no effect.
     """
     moved = moved_to_host(run, machine)
     if moved and machine.integrated:
         raise RecipeError(
-            "this GPU shares the host's memory",
+            "offloading saves no memory on this GPU",
             where="train.cpu_offload",
-            why="offloading would use the same memory",
-            fix="train.cpu_offload=[]",
+            why="this GPU shares the host's memory",
+            fix="set train.cpu_offload=[]",
         )
     if "parameters" not in moved or mesh.world > 1:
         return
     if run.adapter.kind == "none":
         raise RecipeError(
-            "a single process offloads frozen parameters only",
+            "a single process can offload only frozen parameters",
             where="train.cpu_offload",
-            why="gradients and moments of a model trained in full would have to move too, which "
-            "FSDP2 does over several ranks",
-            fix="train.cpu_offload=[] with train.optimizer=adamw-8bit, or several ranks, or "
-            "adapter.kind=lora",
+            why="full fine-tuning would have to offload gradients and moments too, which FSDP2 "
+            "supports only with several ranks",
+            fix="set train.cpu_offload=[] and train.optimizer=adamw-8bit, or use several ranks, or "
+            "set adapter.kind=lora",
         )

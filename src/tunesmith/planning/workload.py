@@ -1,4 +1,6 @@
-"""The work of a run: tokens and operations of its steps, by the token cache or as assumed."""
+"""The work of a run: tokens and operations of its steps, from the token cache or from
+assumptions.
+"""
 
 import math
 from dataclasses import replace
@@ -18,17 +20,17 @@ from tunesmith.units import ceil_div
 
 
 class Workload(NamedTuple):
-    """The tokens and operations of a run.
+    """Numbers of tokens and operations of a run, for estimates of its memory and time.
 
     Attributes:
-        steps: None where unknown.
-        operations: floating-point ones, of a token that is computed.
-        attention, experts: the shares of attention and of the experts' products in them.
-        probabilities: that a head keeps of a token on a CPU, on average.
-        whole: tokens of sequences for each that is computed: more than 1 where the sequences of a
-            pair share some.
-        source: what the lengths of examples are from.
-        pictures: the share of tokens that stand for pictures; None where unknown.
+        steps: number of optimizer steps. None if unknown.
+        operations: floating-point operations per computed token.
+        attention, experts: fractions of `operations` that attention and the experts' matmuls need.
+        probabilities: mean number of attention probabilities that a head saves per token on a CPU.
+        whole: number of tokens of all sequences, divided by the number of computed tokens. It is
+            more than 1 if the sequences of a pair share tokens.
+        source: text that says where the lengths of the examples come from.
+        pictures: fraction of the tokens that are placeholders for pictures. None if unknown.
     """
 
     step: StepSize
@@ -53,13 +55,13 @@ def measure_work(
     rows: int = 0,
     source: str = "",
 ) -> Workload:
-    """Measure the work of the recipe's tokens.
+    """Compute the numbers of tokens and operations of a run.
 
-    Without tokens each example has `length` tokens, or fills `data.seq_len`.
+    If `tokens` is None, each example has `length` tokens, or `data.seq_len` tokens by default.
 
     Args:
-        rows: the number of such examples; 0 if it is unknown.
-        source: the source of `length` and `rows`.
+        rows: number of examples if `tokens` is None. 0 if it is unknown.
+        source: text that says where `length` and `rows` come from.
     """
     steps = None
     pictures = None if run.model.vision else 0.0
@@ -99,7 +101,7 @@ def measure_work(
         return count(documents.tolist(), supervised) - count(shared.tolist(), 0)
 
     everything = operations(spec)
-    # Without heads no attention is counted: what is left is products.
+    # Without heads there is no attention, so the remaining operations are those of the matmuls.
     without_heads = tuple(replace(layer, heads=0) for layer in spec.layers)
     products = operations(replace(spec, layers=without_heads))
     total = float(lengths.sum() - shared.sum())
@@ -119,31 +121,42 @@ def measure_work(
 
 
 def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, int | None]:
-    """Compute what a step has, and the steps of the run, with `rows` examples of `length` tokens
-    each; 0: their number is not known.
+    """Compute the tokens of a step and the number of steps for examples of equal length.
+
+    Args:
+        rows: number of examples, or 0 if it is unknown.
+        length: tokens of each example.
     """
     duration = run.train.duration
-    steps = int(duration.amount) if duration.unit == "steps" else None
+    steps = None
+    if duration.unit == "steps":
+        steps = int(duration.amount)
     units_per_step = step_units(run)
     counts_examples = run.train.global_batch.unit == "examples"
     unit_tokens = length if counts_examples else run.row_tokens
     if not rows:
-        return StepSize(units_per_step * unit_tokens, units_per_step * unit_tokens), steps
-    units = rows if counts_examples else ceil_div(rows, run.row_tokens // length)
+        tokens = units_per_step * unit_tokens
+        return StepSize(tokens, tokens), steps
+    units = rows
+    if not counts_examples:
+        units = ceil_div(rows, run.row_tokens // length)
     steps_per_epoch = ceil_div(units, units_per_step)
     if duration.unit == "epochs":
-        # The small term removes what binary fractions add.
+        # Subtract a small number before rounding up, so that rounding errors of fractions do not
+        # add a step.
         steps = max(1, math.ceil(duration.amount * steps_per_epoch - 1e-6))
     largest = min(units, units_per_step) * unit_tokens
-    # The last step of an epoch may have fewer examples.
-    mean = rows * length / steps_per_epoch if counts_examples else largest
+    mean: float = largest
+    if counts_examples:
+        # The last step of an epoch may have fewer examples.
+        mean = rows * length / steps_per_epoch
     return StepSize(mean, largest), steps
 
 
 def step_units(run: Run) -> int:
-    """Count what an optimizer step has, and no rank shares with another.
+    """Return the number of units in an optimizer step. A unit cannot be divided between ranks.
 
-    Examples, or packed rows where the recipe counts tokens.
+    A unit is an example, or a packed row if the recipe counts tokens.
     """
     size = run.train.global_batch
     if size.unit == "examples":
@@ -152,8 +165,12 @@ def step_units(run: Run) -> int:
 
 
 def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
-    """Find what the busiest data rank takes of a step."""
+    """Return the tokens of a step (mean and maximum) on the data rank with the most tokens."""
     units = step_units(run)
-    # Examples and rows are not divided: the busiest rank's share is rounded up.
+    # Units cannot be divided, so the rank with the most units has the average number, rounded up.
     share = ceil_div(units, mesh.data) / units
-    return StepSize(step.mean * share, math.ceil(step.largest * share))
+    return scale_step(step, share)
+
+
+def scale_step(step: StepSize, factor: float) -> StepSize:
+    return StepSize(step.mean * factor, math.ceil(step.largest * factor))

@@ -1,25 +1,27 @@
-"""Tokens times the frozen weights of their experts, with a LoRA update of each.
+"""Matmuls of tokens with the frozen weights of their experts, with a LoRA update of each expert.
 
-    y = x W_e + (x A_e^T) B_e        for the copies of tokens that go to expert e
+    y = x W_e + (x A_e^T) B_e        for the copies of tokens that are routed to expert e
 
-The copies are rows sorted by expert. A product may gather them from the tokens, and may add up a
-token's rows afterwards; each is the other's transpose, so a backward gathers where its forward
-added. The backward makes no gradient of W, saves tokens rather than their copies, and nothing
-dense.
+The copies are rows sorted by expert. A matmul can gather its input rows from the tokens, and can
+sum the output rows of each token. Gathering is the transpose of summing. Therefore the backward
+gathers if the forward has summed, and vice versa. The backward computes no gradient of W. The
+tensors saved for the backward are the tokens instead of their copies. Dequantized weights are not
+saved.
 
-Two paths share the arithmetic: an autograd function in eager mode, and one opaque operator inside
-torch.compile, in which the host may read the edges between experts, as no graph can.
+Eager mode uses an autograd function. torch.compile uses one opaque operator, inside which the host
+can read the row ranges of the experts. A compiled graph cannot read values of device tensors. Both
+code paths compute the same.
 
-GPUs for which torch has a kernel (see `uses_grouped_mm`) multiply all experts at once, and the host
-does not wait for the edges. Everything else takes them in turns, as torch's own `grouped_mm` would
-on other GPUs; the host reads the edges once a layer and forward. An expert's rows come from memory
-once a turn, as they are gathered, and are in the cache for the products that follow.
+On GPUs for which torch has a grouped kernel (see `uses_grouped_mm`), all experts are multiplied by
+one kernel, and the host does not wait for the row ranges. On all other devices, the experts are
+multiplied one by one, as torch's own `grouped_mm` would do. The host then reads the row ranges once
+per layer and forward. The rows of an expert are gathered right before their matmuls, so that they
+are still in the cache.
 
-A stack in codes that is large when dense (see `formats.base.DENSE_BYTES`) is multiplied by groups
-of experts on any GPU. A group's product takes the rows between two edges, and no kernel of torch
-begins at a row that only the device knows. So the host reads the edges there too. It waits for the
-router then, and the products that follow take milliseconds each: the GPU has work again before
-long.
+A quantized stack of experts whose dequantized weights are large (see `formats.base.DENSE_BYTES`) is
+multiplied in groups of experts on every GPU. The matmul of a group needs its first and last row on
+the host, because torch has no kernel that reads its first row number from device memory. Waiting
+for the router costs little, because each of these matmuls takes milliseconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +35,9 @@ from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.registry import find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
-from tunesmith.quant.experts_at_once import AtOnce
+from tunesmith.quant.grouped_experts import GroupedProducts
 
-# Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
+# `grouped_mm` requires that the rows of a matrix start at multiples of 16 bytes.
 ROW_ALIGNMENT_BYTES = 16
 
 
@@ -49,25 +51,26 @@ def expert_matmul(
     gathers: bool = False,
     sums: bool = False,
 ) -> Tensor:
-    """y = x W_e + (x A_e^T) B_e; no gradient reaches W.
+    """Compute y = x W_e + (x A_e^T) B_e for the rows of each expert e. W gets no gradient.
 
     Args:
-        x: [rows, in], sorted by expert; the tokens [n, in] if it `gathers` their copies.
-        lora_A: [experts, rank, in] in the dtype of x, or None for no update.
-        lora_B: [experts, rank, out] in the dtype of x, times the scaling; in this order, as MKL
-            multiplies a narrow matrix on the right at an eighth of the speed.
+        x: [rows, in], sorted by expert. If `gathers` is set, the tokens [n, in].
+        lora_A: [experts, rank, in] in the dtype of x, or None if there is no adapter.
+        lora_B: [experts, rank, out] in the dtype of x, times the scaling. The dimensions are in
+            this order, because MKL is eight times slower with a narrow matrix on the right.
+        gathers: whether to gather the input rows from the tokens.
+        sums: whether to sum the output rows of each token.
 
-    Returns [rows, out]; the sum of each token's rows [n, out] if it `sums`.
+    Returns:
+        [rows, out], or [n, out] if `sums` is set.
     """
     lora: list[Tensor] = []
     if lora_A is not None and lora_B is not None:
-        missing = 0
+        lora = [lora_A, lora_B]
         if expert_rows.uses_grouped_mm(x.device, x.dtype):
             missing = -lora_A.shape[1] % (ROW_ALIGNMENT_BYTES // x.dtype.itemsize)
-        if missing:
-            lora_A = F.pad(lora_A, (0, 0, 0, missing))
-            lora_B = F.pad(lora_B, (0, 0, 0, missing))
-        lora = [lora_A, lora_B]
+            if missing:
+                lora = [F.pad(factor, (0, 0, 0, missing)) for factor in lora]
     products = ExpertProducts(stack, row_index, gathers, sums)
     y: Tensor
     if torch.compiler.is_compiling():
@@ -77,14 +80,16 @@ def expert_matmul(
     return y
 
 
-# ---- the arithmetic; `lora` is [A, B], or empty
+# ---- the arithmetic. `lora` is [A, B], or empty if there is no adapter
 
 
-class ExpertProducts(AtOnce):
-    """The products of a stack with the rows of some tokens, forward and backward."""
+class ExpertProducts(GroupedProducts):
+    """Forward and backward of the matmuls of token rows with a stack of experts."""
 
     def parts(self) -> tuple[list[Tensor], list[Tensor], str, list[int], list[bool]]:
-        """All of it as an operator takes it, for `of_parts`."""
+        """Return all fields as types that a torch operator accepts. `of_parts` creates the object
+        again.
+        """
         stack = self.stack
         flags = [self.gathers, self.sums, stack.is_transposed]
         encoding = stack.format.encoding
@@ -93,7 +98,7 @@ class ExpertProducts(AtOnce):
     @classmethod
     def of_parts(
         cls,
-        of_index: Sequence[Tensor],
+        index_tensors: Sequence[Tensor],
         tensors: Sequence[Tensor],
         encoding: str,
         shape: Sequence[int],
@@ -105,60 +110,76 @@ class ExpertProducts(AtOnce):
         gathers, sums, is_transposed = flags
         sizes = (experts, in_features, out_features)
         stack = FrozenStack(find_format(encoding), tensors, sizes, is_transposed, is_compiled)
-        return cls(stack, RowIndex.of_tensors(of_index), gathers, sums)
+        return cls(stack, RowIndex.of_tensors(index_tensors), gathers, sums)
 
     def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
-        """The output, and x A^T [rows, rank] where there is an update."""
-        if _is_at_once(x):
+        """Return the output, and x A^T [rows, rank] if there is an adapter."""
+        if _uses_one_kernel(x):
             return super().forward(x, lora)
         index = self.row_index
-        y = x.new_empty(len(index.tokens), self.stack.shape[2])
-        xa = [x.new_empty(len(index.tokens), lora[0].shape[1])] if lora else []
+        count = len(index.tokens)
+        y = x.new_empty(count, self.stack.shape[2])
+        outputs = []
+        updates: list[Sequence[Tensor]] = []
+        if lora:
+            xa = x.new_empty(count, lora[0].shape[1])
+            outputs = [xa]
+            # On the meta device `index.split` returns an empty list. Therefore no expert is
+            # multiplied.
+            updates = [*zip(*lora, index.split(xa), strict=False)]
         y_parts = index.split(y)
-        # On meta no expert is multiplied, and there are no parts.
-        updates = [*zip(*lora, *map(index.split, xa), strict=False)]
         for expert, rows, weight in _by_expert(x, index, self.gathers, self.stack):
             update = None
             if updates:
                 a, b, low = updates[expert]
-                update = torch.mm(rows, a.T, out=low), b
+                torch.mm(rows, a.T, out=low)
+                update = low, b
             if weight is not None:
                 _multiply_into(y_parts[expert], rows, weight, update)
-            del weight  # those of the next experts would be there beside it
-        return [sum_of_rows(y, index.places) if self.sums else y, *xa]
+            del weight  # free the memory before the next weights are dequantized
+        if self.sums:
+            y = sum_of_rows(y, index.places)
+        return [y, *outputs]
 
     def backward(
         self, dy: Tensor, saved: Sequence[Tensor], lora: Sequence[Tensor], needs_dx: bool
     ) -> list[Tensor]:
-        """The gradients of x (empty unless `needs_dx`) and of `lora`.
+        """Return the gradients of x (empty unless `needs_dx`) and of `lora`.
 
-        saved: x and x A^T, or empty without updates.
+        Args:
+            saved: x and x A^T, or empty without an adapter.
         """
-        dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
-        if _is_at_once(dy):
+        dy = dy.contiguous()  # the gradient of `sum` is expanded, which matmuls do not support
+        if _uses_one_kernel(dy):
             return super().backward(dy, saved, lora, needs_dx)
         index = self.row_index
-        dx = dy.new_empty((len(index.tokens), self.stack.shape[1]) if needs_dx else 0)
-        # An expert without rows has gradients of zeros.
+        dx = dy.new_empty(0)
+        dx_parts: Sequence[Tensor] = []
+        stack = None
+        if needs_dx:
+            stack = self.stack
+            dx = dy.new_empty(len(index.tokens), stack.shape[1])
+            dx_parts = index.split(dx)
+        # The gradients of an expert without rows are zero.
         d_lora = [dy.new_zeros(factor.shape) for factor in lora]
-        dx_parts = index.split(dx) if needs_dx else []
         updates: list[Sequence[Tensor]] = []
         if lora:
             x, xa = saved
             parts = index.split(index.tokens if self.gathers else x)
             updates = [*zip(parts, index.split(xa), *lora, *d_lora, strict=False)]
-        stack = self.stack if needs_dx else None
         for expert, rows, weight in _by_expert(dy, index, self.sums, stack):
             update = None
             if updates:
                 part, xa_part, a, b, d_a, d_b = updates[expert]
-                update = rows @ b.T, a
-                of_x = x.index_select(0, part) if self.gathers else part
-                torch.mm(update[0].T, of_x, out=d_a)
+                if self.gathers:
+                    part = x.index_select(0, part)
+                low = rows @ b.T
+                torch.mm(low.T, part, out=d_a)
                 torch.mm(xa_part.T, rows, out=d_b)
+                update = low, a
             if weight is not None:
                 _multiply_into(dx_parts[expert], rows, weight.T, update)
-            del weight  # as above
+            del weight  # free the memory before the next weights are dequantized
         if needs_dx and self.gathers:
             dx = sum_of_rows(dx, index.places)
         return [dx, *d_lora]
@@ -167,7 +188,7 @@ class ExpertProducts(AtOnce):
 def _multiply_into(
     out: Tensor, rows: Tensor, weight: Tensor, update: tuple[Tensor, Tensor] | None
 ) -> None:
-    """out = rows W, plus the product of the two factors of an update."""
+    """Write the product of `rows` and `weight` to `out`. Add the product of `update` if given."""
     if update is None:
         torch.mm(rows, weight, out=out)
     else:
@@ -175,8 +196,8 @@ def _multiply_into(
         out.addmm_(rows, weight)
 
 
-def _is_at_once(x: Tensor) -> bool:
-    """Tell whether all experts are multiplied at once."""
+def _uses_one_kernel(x: Tensor) -> bool:
+    """Return whether one kernel multiplies all experts."""
     return not x.is_meta and expert_rows.uses_grouped_mm(x.device, x.dtype)
 
 
@@ -187,14 +208,18 @@ def is_cpu(x: Tensor) -> bool:
 def _by_expert(
     x: Tensor, index: RowIndex, gathers: bool, stack: FrozenStack | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Each expert that has rows, these rows, and its dense weight [in, out], None without a stack.
+    """Yield each expert with rows, its rows, and its dequantized weight [in, out].
 
-    x: [rows, width], or the tokens of which the rows are copies if it `gathers`. On meta there are
-    none. A GPU makes some experts dense at a time, as that may take several kernels.
+    The weight is None if there is no stack. On the meta device nothing is yielded. On a GPU,
+    several experts are dequantized at once, because dequantization can need several kernel
+    launches.
+
+    Args:
+        x: [rows, width]. If `gathers` is set, the tokens from which the rows are gathered.
     """
     step = 1
     if stack is not None and not is_cpu(x):
-        step = stack.experts_at_once(x.dtype)
+        step = stack.experts_per_step(x.dtype)
     weights = None
     dense_from = 0
     dense_to = 0
@@ -202,29 +227,38 @@ def _by_expert(
         if not len(part):
             continue
         if stack is not None and expert >= dense_to:
-            weights = None  # before others are there beside them
+            weights = None  # free the memory before the next weights are dequantized
             dense_from = expert - expert % step
             dense_to = min(dense_from + step, stack.shape[0])
             weights = stack.dense(dense_from, dense_to, x.dtype)
-        rows = x.index_select(0, part) if gathers else part
+        rows = part
+        if gathers:
+            rows = x.index_select(0, part)
+        # Do not assign the expert's weight to a variable, which would keep its memory alive.
         yield expert, rows, None if weights is None else weights[expert - dense_from]
 
 
-# ---- what both paths save: [x, x A^T], and the tensors of three lists
+# ---- tensors that eager mode and torch.compile save for the backward
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    """inputs: x, `lora`, and `ExpertProducts.parts`. Without updates x is not needed."""
-    x, lora, of_index, tensors, *ctx.form = inputs
-    _, *xa = output
-    lists = ((x, *xa) if xa else (), lora, of_index, tensors)
-    ctx.counts = [len(saved) for saved in lists]
-    ctx.save_for_backward(*(tensor for saved in lists for tensor in saved))
+    """Save tensors for the backward. `inputs` are x, `lora` and `ExpertProducts.parts`.
+
+    x is not saved if there is no adapter.
+    """
+    x, lora, index_tensors, tensors, *ctx.form = inputs
+    _, *saved = output
+    if saved:
+        saved = [x, *saved]
+    ctx.counts = [len(saved), len(lora), len(index_tensors), len(tensors)]
+    ctx.save_for_backward(*saved, *lora, *index_tensors, *tensors)
 
 
 def _saved_lists(ctx: Any) -> list[list[Tensor]]:
-    """Saved, lora, those of the index, and of the stack."""
-    flat = list(ctx.saved_tensors)  # read once: a recomputed layer unpacks them once
+    """Return the saved tensors as four lists: [x, x A^T], `lora`, the tensors of the row index, and
+    the tensors of the stack.
+    """
+    flat = list(ctx.saved_tensors)  # read only once, as activation checkpointing requires
     lists = []
     for count in ctx.counts:
         lists.append(flat[:count])
@@ -244,8 +278,8 @@ class _ExpertMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved, lora, of_index, tensors = _saved_lists(ctx)
-        products = ExpertProducts.of_parts(of_index, tensors, *ctx.form)
+        saved, lora, index_tensors, tensors = _saved_lists(ctx)
+        products = ExpertProducts.of_parts(index_tensors, tensors, *ctx.form)
         needs_dx = ctx.needs_input_grad[0]
         dx, *d_lora = products.backward(grads[0], saved, lora, needs_dx)
         return (dx if needs_dx else None, None, *d_lora)
@@ -254,70 +288,74 @@ class _ExpertMatmul(torch.autograd.Function):
 # ---- inside torch.compile
 
 
-def _expert_products(
+@torch.library.custom_op("tunesmith::expert_products", mutates_args=())
+def expert_products(
     x: Tensor,
     lora: list[Tensor],
-    of_index: list[Tensor],
+    index_tensors: list[Tensor],
     tensors: list[Tensor],
     encoding: str,
     shape: list[int],
     flags: list[bool],
 ) -> list[Tensor]:
-    parts = (of_index, tensors, encoding, shape, flags)
-    return ExpertProducts.of_parts(*parts, is_compiled=True).forward(x, lora)
+    products = ExpertProducts.of_parts(
+        index_tensors, tensors, encoding, shape, flags, is_compiled=True
+    )
+    return products.forward(x, lora)
 
 
-def _expert_products_backward(
+@torch.library.custom_op("tunesmith::expert_products_backward", mutates_args=())
+def expert_products_backward(
     dy: Tensor,
     saved: list[Tensor],
     lora: list[Tensor],
-    of_index: list[Tensor],
+    index_tensors: list[Tensor],
     tensors: list[Tensor],
     encoding: str,
     shape: list[int],
     flags: list[bool],
     needs_dx: bool,
 ) -> list[Tensor]:
-    parts = (of_index, tensors, encoding, shape, flags)
-    products = ExpertProducts.of_parts(*parts, is_compiled=True)
+    products = ExpertProducts.of_parts(
+        index_tensors, tensors, encoding, shape, flags, is_compiled=True
+    )
     return products.backward(dy, saved, lora, needs_dx)
 
 
-expert_products = torch.library.custom_op(
-    "tunesmith::expert_products", _expert_products, mutates_args=()
-)
-expert_products_backward = torch.library.custom_op(
-    "tunesmith::expert_products_backward", _expert_products_backward, mutates_args=()
-)
-
-
-# `shape[0]` in both: `len` would make another graph for each number of tokens.
+# Use `shape[0]`, because `len` would compile another graph for each number of tokens.
 @expert_products.register_fake
-def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-untyped-def]
-    tokens, places, *_ = of_index
+def _(x, lora, index_tensors, tensors, encoding, shape, flags):  # type: ignore[no-untyped-def]
+    tokens, places, *_ = index_tensors
     _, sums, _ = flags
-    y = x.new_empty((places if sums else tokens).shape[0], shape[2])
-    return [y, x.new_empty(tokens.shape[0], lora[0].shape[1])] if lora else [y]
+    rows = places if sums else tokens
+    outputs = [x.new_empty(rows.shape[0], shape[2])]
+    if lora:
+        outputs.append(x.new_empty(tokens.shape[0], lora[0].shape[1]))
+    return outputs
 
 
 @expert_products_backward.register_fake
-def _(dy, saved, lora, of_index, tensors, encoding, shape, flags, needs_dx):  # type: ignore[no-untyped-def]
-    tokens, places, *_ = of_index
+def _(dy, saved, lora, index_tensors, tensors, encoding, shape, flags, needs_dx):  # type: ignore[no-untyped-def]
+    tokens, places, *_ = index_tensors
     gathers, _, _ = flags
-    rows = (places if gathers else tokens).shape[0]
-    dx = dy.new_empty((rows, shape[1]) if needs_dx else (0,))
+    rows = places if gathers else tokens
+    dx = dy.new_empty(0)
+    if needs_dx:
+        dx = dy.new_empty(rows.shape[0], shape[1])
     return [dx, *(factor.new_empty(factor.shape) for factor in lora)]
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved, lora, of_index, tensors = _saved_lists(ctx)
+    saved, lora, index_tensors, tensors = _saved_lists(ctx)
     dy, *_ = grads
-    assert dy is not None  # the output is used, x A^T is not
+    assert dy is not None  # the loss depends on the output, not on x A^T
     needs_dx = ctx.needs_input_grad[0]
-    dx, *d_lora = expert_products_backward(dy, saved, lora, of_index, tensors, *ctx.form, needs_dx)
-    d_index = [None] * len(of_index)
+    dx, *d_lora = expert_products_backward(
+        dy, saved, lora, index_tensors, tensors, *ctx.form, needs_dx
+    )
+    d_index = [None] * len(index_tensors)
     d_tensors = [None] * len(tensors)
-    # In the order of the arguments of `_expert_products`.
+    # Gradients in the order of the arguments of `expert_products`.
     return dx if needs_dx else None, d_lora, d_index, d_tensors, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""The copies of tokens that go to the experts of a layer: rows, sorted by expert."""
+"""Rows of a layer's experts, sorted by expert. A row is a copy of a token for one expert."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,22 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Compute capabilities whose `grouped_mm` is one kernel in torch 2.13: Hopper, and Blackwell of data
-# centers. For others, the GB10 of a DGX Spark among them, it is a loop (pytorch#184334).
+# Major compute capabilities for which `grouped_mm` is one kernel in torch 2.13: Hopper and
+# data-center Blackwell. On other GPUs, for example the GB10 of a DGX Spark, it is a loop
+# (pytorch#184334).
 GROUPED_CAPABILITIES = (9, 10)
-# The compute capabilities on which `row_kernels` was measured: H100 and H200.
+# Compute capabilities of the GPUs on which `row_kernels` was measured: H100 and H200.
 ROW_CAPABILITIES = ((9, 0),)
 
 
 class RowIndex(NamedTuple):
-    """The places of the copies of tokens that the products of experts read: rows, sorted by expert.
+    """Indices between tokens and the rows of their copies, which are sorted by expert.
 
     Attributes:
         tokens: int64 [rows], the token of each row.
         places: int64 [n, k], the row of each copy of each token.
-        offsets: int32 [experts], on the device: the end of each expert's rows.
-        ends: the same on the host, on a CPU the same tensor; None where the host need not know, and
-            wait for the GPU.
+        offsets: int32 [experts] on the device, the end of each expert's rows.
+        ends: the same as `offsets`, on the host. None if the host does not need the values and
+            should not wait for the GPU.
     """
 
     tokens: Tensor
@@ -32,31 +33,38 @@ class RowIndex(NamedTuple):
     ends: Tensor | None
 
     def slots(self) -> Tensor:
-        """The token of each row times the number of experts, plus its expert: int64 [rows]."""
-        numbers = torch.arange(
-            len(self.tokens), dtype=self.offsets.dtype, device=self.offsets.device
-        )
-        experts = torch.searchsorted(self.offsets, numbers, right=True)
-        return self.tokens * len(self.offsets) + experts
+        """Return for each row: token index * number of experts + expert index. int64 [rows]."""
+        offsets = self.offsets
+        count = len(self.tokens)
+        numbers = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
+        experts = torch.searchsorted(offsets, numbers, right=True)
+        return self.tokens * len(offsets) + experts
 
     def ends_on_host(self) -> list[int]:
-        """The end of each expert's rows."""
+        """Return the end of each expert's rows as integers on the host."""
         assert self.ends is not None
         ends: list[int] = self.ends.tolist()
         return ends
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
-        """Split a tensor of all rows by expert; into none on meta, where the edges are unknown."""
+        """Split a tensor of all rows by expert.
+
+        Return an empty list on the meta device, where the row ranges are not known.
+        """
         if rows.is_meta:
             return []
-        # All are cut at once: a slice takes as long as a small product takes to start.
-        ends = self.ends_on_host()
-        return rows.split([end - first for first, end in pairwise([0, *ends])])
+        # Use one `split` call, because slicing the rows of one expert takes as long as launching a
+        # small matmul.
+        edges = [0, *self.ends_on_host()]
+        counts = [end - first for first, end in pairwise(edges)]
+        return rows.split(counts)
 
     def tensors(self) -> list[Tensor]:
-        """All of them, for `of_tensors`."""
+        """Return all tensors as a list. `of_tensors` creates the index again."""
         tensors = [self.tokens, self.places, self.offsets]
-        return tensors if self.ends is None else [*tensors, self.ends]
+        if self.ends is not None:
+            tensors.append(self.ends)
+        return tensors
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowIndex":
@@ -65,12 +73,12 @@ class RowIndex(NamedTuple):
 
 
 class ExpertRows(NamedTuple):
-    """The rows of a layer's experts.
+    """Sorted order of the rows of a layer's experts, computed from the router's choices.
 
     Attributes:
-        copies: int64 [rows], which of the n * k copies of all tokens each row is.
+        copies: int64 [rows], the index of each row among the n * k copies of all tokens.
         experts: int64 [rows], the expert of each row.
-        row_index: what the products read.
+        row_index: the indices that the matmuls use.
     """
 
     copies: Tensor
@@ -81,12 +89,12 @@ class ExpertRows(NamedTuple):
     def of(
         cls, chosen: Tensor, experts: int, dtype: torch.dtype, *, in_groups: bool = False
     ) -> "ExpertRows":
-        """The rows of all copies.
+        """Sort the copies of all tokens by expert.
 
         Args:
             chosen: int64 [n, k], the experts of each token, each below `experts`.
-            dtype: in which the products are computed.
-            in_groups: a stack is dense for some experts at a time.
+            dtype: dtype of the matmuls.
+            in_groups: whether a stack of experts is dequantized in groups of experts.
         """
         device = chosen.device
         per_token = chosen.shape[1]
@@ -96,29 +104,32 @@ class ExpertRows(NamedTuple):
         numbers = torch.arange(experts, device=device)
         offsets = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
         ends = None
-        if device.type != "meta" and (in_groups or not uses_grouped_mm(device, dtype)):
+        host_reads = in_groups or not uses_grouped_mm(device, dtype)
+        if host_reads and device.type != "meta":
             ends = offsets.cpu()
-        index = RowIndex(copies // per_token, places.view(-1, per_token), offsets, ends)
+        tokens = copies // per_token
+        places = places.view(-1, per_token)
+        index = RowIndex(tokens, places, offsets, ends)
         return cls(copies, sorted_experts, index)
 
 
 @torch.compiler.assume_constant_result
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether the products of all experts are one kernel."""
+    """Return whether one kernel multiplies all experts on this device."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Return whether `row_kernels` moves the rows of x: bf16, on a GPU where it was measured."""
+    """Return whether `row_kernels` supports x: bf16, on a GPU where the kernels were measured."""
     if torch.compiler.is_compiling() or not x.is_cuda or x.dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(x.device) in ROW_CAPABILITIES
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows]; rows: int64."""
+    """Return x[rows] for int64 `rows`."""
     if _has_kernels(x):
         from tunesmith.quant import row_kernels
 
@@ -127,20 +138,25 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def sum_of_rows(x: Tensor, places: Tensor) -> Tensor:
-    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width]."""
+    """Return the sum of the k rows of each token: [n, width]. `places` [n, k] holds the row
+    indices.
+    """
     if _has_kernels(x):
         from tunesmith.quant import row_kernels
 
         return row_kernels.add_chosen_rows(x.contiguous(), places)
-    # One kernel, which reads each row once and adds up a token's in their order.
+    # embedding_bag is one kernel that reads each row once and sums a token's rows in order.
     return F.embedding_bag(places, x, mode="sum")
 
 
 def add_low(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> None:
-    """y += low N_e, in place, for the rows of each expert.
+    """Add the product `low N_e` to the rows of each expert e of y, in place.
 
-    y: [rows, width]; low: [rows, rank]; factors: N [experts, rank, width]; offsets: as in
-    `RowIndex`.
+    Args:
+        y: [rows, width].
+        low: [rows, rank].
+        factors: N [experts, rank, width].
+        offsets: int32 [experts], the end of each expert's rows.
     """
     if _has_kernels(y):
         from tunesmith.quant import row_kernels

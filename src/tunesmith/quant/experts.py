@@ -1,12 +1,13 @@
-"""The experts of a layer, through the interface that Transformers calls them by.
+"""Computation of a layer's experts, registered as an experts implementation in Transformers.
 
-Each token goes to k experts. Its k copies are sorted by expert, multiplied, weighted and added up
-again, by gathers alone: neither pass adds at an index, so sums have one order on every device.
+Each token is routed to k experts. Its k copies are sorted by expert, multiplied, weighted and
+summed. Forward and backward only gather rows. They never add at indices, so the summation order is
+the same on every device.
 
     sorted copies -> x W_up, activation, routing weights, times W_down -> sum over a token's k
 
-Frozen experts are computed here (see `expert_matmul`); those that train in full as Transformers
-does.
+Frozen experts are computed by this module (see `expert_matmul`). Fully trained experts are computed
+by Transformers.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.model.experts import Experts, find_experts
@@ -22,54 +22,69 @@ from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 
 EXPERTS_IMPLEMENTATION = "tunesmith"
-# Transformers' own, of experts that train in full.
-IN_FULL = "grouped_mm"
+# Transformers' own implementation, used for fully trained experts.
+TRANSFORMERS_IMPLEMENTATION = "grouped_mm"
 
 
 def use_grouped_experts(model: nn.Module) -> None:
-    """Let a model of Transformers compute its experts by `experts_forward`."""
-    assert isinstance(model, PreTrainedModel)  # of others no module has the interface
+    """Make a Transformers model compute its experts with `experts_forward`."""
     find_experts(model)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
-    with_interface: Any = model
+    with_interface: Any = model  # only models of Transformers are passed
     with_interface.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
 def experts_forward(
     module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The output of a layer's experts: [n, hidden].
+    """Compute the output of a layer's experts: [n, hidden].
 
     Args:
         hidden: [n, hidden].
         top_k_index: int64 [n, k], the experts of each token.
-        top_k_weights: [n, k].
+        top_k_weights: [n, k], the routing weights.
     """
-    # The compiler, if it runs, takes frozen experts into the graph of their layer.
+    # Fully trained experts cannot be part of a compiled graph. Frozen experts can.
     if module.trains_in_full():
         return _train_in_full(module, hidden, top_k_index, top_k_weights)
-    # A stack that is large when dense is dequantized for some experts at a time.
+    # If a dequantized stack would be large, it is dequantized in groups of experts.
+    dtype = hidden.dtype
     stacks = map(module.stack, module.stack_names)
-    in_groups = any(s.experts_at_once(hidden.dtype) < s.shape[0] for s in stacks)
-    rows = ExpertRows.of(top_k_index, module.num_experts, hidden.dtype, in_groups=in_groups)
-    output = _apply_experts(module, hidden, _Weights.apply(top_k_weights, rows), rows)
+    in_groups = any(stack.experts_per_step(dtype) < stack.shape[0] for stack in stacks)
+    rows = ExpertRows.of(top_k_index, module.num_experts, dtype, in_groups=in_groups)
+    weights = _Weights.apply(top_k_weights, rows)
+    output = _apply_experts(module, hidden, weights, rows)
     if module.has_bias:
-        output = output + _weighted_bias(module, top_k_index, top_k_weights)
-    return output.to(hidden.dtype)
+        # Add the output biases of a token's experts, multiplied by their routing weights.
+        _, second = module.stack_names
+        bias = module.bias(second)
+        all_weights = bias.new_zeros(len(top_k_index), len(bias))
+        all_weights = all_weights.scatter(1, top_k_index, top_k_weights.to(bias.dtype))
+        # Use a matmul, because embedding_bag in bf16 has no gradient for the weights on a GPU.
+        output = output + all_weights @ bias
+    return output.to(dtype)
 
 
 @torch.compiler.disable
 def _train_in_full(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`experts_forward` by Transformers, outside of a graph."""
-    y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, index, weights)
+    """Compute fully trained experts with Transformers' code, outside of compiled graphs."""
+    y: Tensor = ALL_EXPERTS_FUNCTIONS[TRANSFORMERS_IMPLEMENTATION](module, hidden, index, weights)
     return y
 
 
 def _apply_experts(module: Experts, x: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
-    """The sum over a token's experts of their MLP without its last bias, by weight: [n, hidden].
+    """Compute the weighted sum of the MLPs of each token's experts, without the output bias.
 
-    x: [n, hidden]. weight: of each row: [rows, 1]. It meets the narrow rows between the two stacks,
-    whose gate is computed again in the backward: of the wide ones nothing is kept for its gradient.
+    The rows between the two stacks are multiplied by the routing weight, because they are narrower
+    than the output rows. The backward recomputes the activation of these rows, so nothing is saved
+    for the gradient of the wide output rows.
+
+    Args:
+        x: [n, hidden].
+        weight: [rows, 1], the routing weight of each row.
+
+    Returns:
+        [n, hidden].
     """
     first, second = module.stack_names
     x = _project(module, first, x, rows, gathers=True)
@@ -80,23 +95,11 @@ def _apply_experts(module: Experts, x: Tensor, weight: Tensor, rows: ExpertRows)
         x = _project(module, second, activation(x), rows)
         x = module.post_expert_norm(x)
         return _Sum.apply((x * weight).to(x.dtype), rows)
-    if torch.compiler.is_compiling():  # which keeps no more by itself
+    if torch.compiler.is_compiling():  # the compiler saves the same tensors as the function below
         x = (activation(x) * weight).to(x.dtype)
     else:
         x = _WeightedActivation.apply(x, weight, activation)
     return _project(module, second, x, rows, sums=True)
-
-
-def _weighted_bias(module: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The last biases of a token's experts, by their weights: [n, hidden].
-
-    chosen: int64 [n, k].
-    """
-    _, second = module.stack_names
-    bias = module.bias(second)
-    # A product: in bf16 a GPU's embedding_bag has no gradient for the weights.
-    weight_of_all = bias.new_zeros(len(chosen), len(bias))
-    return weight_of_all.scatter(1, chosen, weights.to(bias.dtype)) @ bias
 
 
 def _project(
@@ -108,15 +111,21 @@ def _project(
     gathers: bool = False,
     sums: bool = False,
 ) -> Tensor:
-    """One stack's products, with the update of its adapter; the options are `expert_matmul`'s."""
+    """Multiply x by one stack of experts and add the product of its adapter.
+
+    See `expert_matmul` for `gathers` and `sums`.
+    """
+    lora_A = None
+    lora_B = None
     update = module.update(name)
-    factors = update.factors(x.dtype) if update is not None else (None, None)
+    if update is not None:
+        lora_A, lora_B = update.factors(x.dtype)
     stack = module.stack(name)
-    return expert_matmul(x, stack, rows.row_index, *factors, gathers=gathers, sums=sums)
+    return expert_matmul(x, stack, rows.row_index, lora_A, lora_B, gathers=gathers, sums=sums)
 
 
 class _Weights(torch.autograd.Function):
-    """The routing weight of each row: [n, k] -> [rows, 1]."""
+    """Autograd function that selects the routing weight of each row: [n, k] -> [rows, 1]."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, rows: ExpertRows) -> Tensor:
@@ -130,7 +139,7 @@ class _Weights(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a token's rows: [rows, width] -> [n, width]."""
+    """Autograd function that sums the rows of each token: [rows, width] -> [n, width]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: ExpertRows) -> Tensor:
@@ -145,11 +154,13 @@ class _Sum(torch.autograd.Function):
 
 
 class _WeightedActivation(torch.autograd.Function):
-    """weight * activation(x), in the dtype of x; keeps x and the weights alone.
+    """Autograd function for weight * activation(x) in the dtype of x. It saves only x and the
+    weights.
 
-    An activation with parameters would get no gradients of them; none has any.
+    It computes no gradients for parameters of the activation, because no supported activation has
+    parameters.
 
-    x: [rows, width]; weight: [rows, 1], perhaps in a wider dtype.
+    Args of `apply`: x: [rows, width]. weight: [rows, 1], possibly in a dtype of higher precision.
     """
 
     @staticmethod
@@ -161,13 +172,14 @@ class _WeightedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
+        d_out = grads[0]
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = ctx.activation(x)
-        (dx,) = torch.autograd.grad(y, x, (grads[0] * weight).to(y.dtype))
+        (dx,) = torch.autograd.grad(y, x, (d_out * weight).to(y.dtype))
         d_weight = None
-        if ctx.needs_input_grad[1]:  # not of Llama 4's, which are all 1
+        if ctx.needs_input_grad[1]:  # False for Llama 4, whose weights are all 1
             dtype = torch.promote_types(y.dtype, weight.dtype)
-            d_weight = torch.linalg.vecdot(grads[0].to(dtype), y.detach().to(dtype))
+            d_weight = torch.linalg.vecdot(d_out.to(dtype), y.detach().to(dtype))
             d_weight = d_weight.unsqueeze(1).to(weight.dtype)
         return dx, d_weight, None

@@ -1,4 +1,4 @@
-"""The questions that a model is asked about its linear layers."""
+"""Functions that find and describe the linear layers of a model."""
 
 import math
 from collections.abc import Collection
@@ -14,9 +14,10 @@ from tunesmith.model.weights import Hook
 
 
 def load_hooks(model: nn.Module) -> dict[str, Hook]:
-    """For `load_weights(convert=...)`: what quantizes each frozen weight as it is read.
+    """Return the hooks for `load_weights(convert=...)` that quantize frozen weights while they are
+    read.
 
-    A weight that was quantized before is used as it is.
+    A weight that is already quantized in the checkpoint is used unchanged.
     """
     hooks: dict[str, Hook] = {}
     for name, layer in model.named_modules():
@@ -28,42 +29,48 @@ def load_hooks(model: nn.Module) -> dict[str, Hook]:
 
 
 class BypassedLinear(nn.Module):
-    """A linear layer whose weight other code reads past its forward: a mixin that says so."""
+    """Mixin that marks a linear layer whose weight is read directly, by code outside of its
+    forward.
+    """
 
 
 def set_bypassed(model: nn.Module, targets: Collection[str]) -> None:
-    """Make `BypassedLinear` of the linear layers whose weight other code reads.
+    """Add the mixin `BypassedLinear` to the linear layers whose weight is read directly, by code
+    outside of their forward.
 
-    `targets` are names within a decoder layer, without the numbers in them ("mixer.dt_proj").
+    Args:
+        targets: names of these layers within a decoder layer, without indices ("mixer.dt_proj").
     """
     endings = tuple(f".{target}" for target in targets)
     for name, module in model.named_modules():
-        words = ".".join(word for word in name.split(".") if not word.isdigit())
-        if isinstance(module, nn.Linear) and words.endswith(endings):
+        words = [word for word in name.split(".") if not word.isdigit()]
+        if isinstance(module, nn.Linear) and ".".join(words).endswith(endings):
             add_mixin(module, BypassedLinear)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether a module is y = x W^T + b and nothing else, so that another may stand in for it.
+    """Return whether a module computes only y = x W^T + b, so that another layer can replace it.
 
-    Routers and stacks of Transformers derive from `nn.Linear` too, with a forward of their own; and
-    of some linear layers only the weight is read (`set_bypassed`).
+    Routers and stacks of Transformers are also subclasses of `nn.Linear`, but have their own
+    forward. The result is False for layers marked by `set_bypassed`, because other code reads their
+    weight and does not call their forward.
     """
     if isinstance(module, FrozenLinear):
         return True
     if not isinstance(module, nn.Linear) or isinstance(module, BypassedLinear):
         return False
-    # The class whose forward runs: the first of the method resolution order that defines one.
-    [owner, *_] = (base for base in type(module).__mro__ if "forward" in vars(base))
-    # Falcon's is written out, and computes the same.
+    # The class whose forward runs is the first in the method resolution order that defines it.
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    # FalconLinear has its own forward, which computes the same as nn.Linear.
     is_linear = owner is nn.Linear or owner.__name__ == "FalconLinear"
     return is_linear or owner.__module__.startswith("tunesmith.")
 
 
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
-    """Full names of the text model's plain linear layers, dense and quantized, in its order.
+    """Return the full names of the text model's plain linear layers in model order. Quantized
+    layers are included.
 
-    With the output layer if `head`.
+    The output layer is included if `head` is True.
     """
     from transformers import PreTrainedModel
 
@@ -79,17 +86,19 @@ def linear_names(model: nn.Module, *, head: bool) -> list[str]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model; tied ones count once.
+    """Return the number of parameters of a model. Tied parameters count once.
 
-    A quantized weight counts as the dense one that it stands for, which a tensor group shares.
+    A quantized weight counts as many parameters as its dequantized weight, including the shards of
+    the other tensor-parallel ranks.
     """
     count = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if not isinstance(layer, ExpertStack | FrozenLinear) or not has_codes(layer):
             continue
-        # Out with the stored elements (nf4 has two weights in each), in with the dense ones.
-        stored = (tensor for tensor in layer.stored_tensors() if isinstance(tensor, nn.Parameter))
-        count -= sum(parameter.numel() for parameter in stored)
+        # Count weights instead of stored elements: nf4 stores two weights in each element.
+        for tensor in layer.stored_tensors():
+            if isinstance(tensor, nn.Parameter):
+                count -= tensor.numel()
         parts = 1
         if isinstance(layer, FrozenLinear) and layer.tensor_shard is not None:
             parts = layer.tensor_shard.parts

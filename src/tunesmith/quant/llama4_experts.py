@@ -1,7 +1,8 @@
-"""Llama 4's experts, computed for the tokens that chose them.
+"""Llama 4's experts, computed only for the tokens that selected them.
 
-Transformers multiplies every token with every expert there, those that it did not choose by zeros.
-A routing weight scales the input of its expert, where other models scale the output:
+Transformers multiplies every token by every expert, and scales a token to zero for the experts that
+it has not selected. In Llama 4, the routing weight scales the input of an expert. In other models,
+it scales the output.
 
     y = shared(x) + sum over a token's k experts of  expert(sigmoid(score) x)
 """
@@ -13,24 +14,27 @@ from torch import Tensor, nn
 from tunesmith.model.experts import Experts
 from tunesmith.quant.experts import experts_forward
 
-# The class that a `Llama4Moe` stands in for. By name: its module is slow to import.
+# Name of the class that `Llama4Moe` replaces. The name is compared because importing the class is
+# slow.
 LLAMA4_MOE_CLASS = "Llama4TextMoe"
 
 
 class Llama4Experts(Experts):
-    """The experts of a Llama 4, with the parameters of Transformers' `Llama4TextExperts`.
+    """The experts of a Llama 4 layer. The parameters are the same as in Transformers'
+    `Llama4TextExperts`.
 
     Attributes:
-        gate_up_proj: [experts, hidden, 2 * width], gate before up; down_proj: [experts, width,
-            hidden].
+        gate_up_proj: [experts, hidden, 2 * width]. The columns of gate come before those of up.
+        down_proj: [experts, width, hidden].
     """
 
-    # What Transformers' interface sets on the experts of other models.
+    # Flags of Transformers' experts interface. Transformers sets them only for the experts of other
+    # models.
     has_gate = True
     has_bias = False
     is_transposed = True
     is_concatenated = True
-    # Whether the experts are shared among ranks by Transformers.
+    # Flag that is True if Transformers distributes the experts over the ranks.
     _is_expert_parallel = False
 
     def __init__(self, experts: Any) -> None:
@@ -41,8 +45,8 @@ class Llama4Experts(Experts):
         self.act_fn = experts.act_fn
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute what `experts_forward` does, but for the place of the routing weights."""
-        # A row for each copy of a token: [n, k, hidden] -> [n * k, hidden].
+        """Compute the experts. The routing weights scale the inputs instead of the outputs."""
+        # Create a row for each copy of a token: [n, k, hidden] -> [n * k, hidden].
         rows = (hidden.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
         chosen = top_k_index.reshape(-1, 1)
         y: Tensor = experts_forward(self, rows, chosen, rows.new_ones(chosen.shape))
@@ -55,8 +59,9 @@ class Llama4Experts(Experts):
 
 
 class Llama4Moe(nn.Module):
-    """A router, its experts and the shared expert: in the place of a `Llama4TextMoe`, whose
-    parameters it has under the same names.
+    """MoE layer with a router, experts and a shared expert. It replaces a `Llama4TextMoe`.
+
+    Its parameters have the same names as in `Llama4TextMoe`.
     """
 
     def __init__(self, moe: Any) -> None:
@@ -69,7 +74,14 @@ class Llama4Moe(nn.Module):
         self.train(moe.training)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states: [..., hidden]; returns [n, hidden] and the router's logits [n, experts]"""
+        """Compute the layer's output.
+
+        Args:
+            hidden_states: [..., hidden].
+
+        Returns:
+            The output [n, hidden], and the router's logits [n, experts].
+        """
         x = hidden_states.reshape(-1, self.hidden_dim)
         all_weights, logits = self.router(x)
         chosen = logits.topk(self.top_k, dim=1).indices
@@ -78,7 +90,7 @@ class Llama4Moe(nn.Module):
 
 
 def choose_top_k(model: nn.Module) -> None:
-    """Let each layer of a Llama 4 compute the chosen experts alone, in place."""
+    """Make each MoE layer of a Llama 4 compute only the selected experts, in place."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == LLAMA4_MOE_CLASS:
             model.set_submodule(name, Llama4Moe(module))

@@ -1,4 +1,4 @@
-"""Replace layers and stacks of experts of a model by frozen ones in codes."""
+"""Functions that replace a model's linear layers and experts by frozen quantized modules."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -20,21 +20,23 @@ from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import linear_names
 
-ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
+ALIGNED = 16  # 8-bit matmuls on GPUs require widths that are multiples of 16
 
 
 def replace_by_codes(
     model: nn.Module, kind: Format, compute_dtype: torch.dtype, form: ShippedForm | None = None
 ) -> None:
-    """Replace linear layers and stacks of experts of a model on meta by empty ones of a format.
+    """Replace linear layers and stacks of experts of a model on the meta device by modules of a
+    format. The tensors of the new modules are not loaded yet.
 
-    The output layer stays dense, and so do experts that Transformers does not call by its
-    interface.
+    The output layer is not replaced. Experts are only replaced if Transformers calls them through
+    its experts interface.
 
     Args:
-        form: of the checkpoint, of a format that keeps its codes: what it has plain stays dense,
-            and so do stacks stored as the form is not: MXFP4, in which there are experts alone, as
-            [experts, out, in], FP8 and NVFP4 as [experts, in, out].
+        form: the stored form of the checkpoint if the format keeps the checkpoint's codes. Then
+            only weights that are quantized in the checkpoint are replaced. With mxfp4, these are
+            only experts, which must be [experts, in, out] in the model. With fp8 and nvfp4, experts
+            must be [experts, out, in] in the model. Stacks with another layout are not replaced.
     """
     if not kind.is_output_major:
         for name in linear_names(model, head=False):
@@ -44,36 +46,43 @@ def replace_by_codes(
     for name, experts in find_experts(model).items():
         transposed = bool(experts.is_transposed)
         if form is not None:
-            is_other_way = transposed != kind.is_output_major
-            if is_other_way or not _experts_have_codes(form, model, name):
+            has_other_orientation = transposed != kind.is_output_major
+            if has_other_orientation or not _experts_have_codes(form, model, name):
                 continue
         is_changed = True
         for key in experts.stacks_in_order():
-            is_joined = experts.has_gate and key == experts.stack_names[0] and not transposed
+            parts = 1
+            # If the stacks are [experts, out, in], the rows of an expert's first matrix have two
+            # parts: gate and up.
+            if experts.has_gate and key == experts.stack_names[0] and not transposed:
+                parts = 2
             stack = ExpertStack(
                 kind,
                 experts.get_parameter(key).shape,
                 is_transposed=transposed,
                 compute_dtype=compute_dtype,
-                parts=2 if is_joined else 1,
+                parts=parts,
             )
             experts.store(key, stack)
     if is_changed:
-        use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
+        use_grouped_experts(model)  # Transformers' own implementation requires unquantized weights
 
 
-def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtype) -> None:
-    dense = model.get_submodule(name)
-    assert isinstance(dense, nn.Linear)
+def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtype) -> FrozenLinear:
+    """Replace a linear layer by a layer of the format whose weight is not loaded yet. Return the
+    new layer.
+    """
+    dense: Any = model.get_submodule(name)
     layer = FrozenLinear(kind, dense.in_features, dense.out_features, dense.bias, dtype)
     model.set_submodule(name, layer)
+    return layer
 
 
-# ---- what a checkpoint has in codes
+# ---- selection of the weights that are quantized in a checkpoint
 
 
 def ships_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
-    """Tell whether the checkpoint has the weight of a module in codes, as its config.json says."""
+    """Return whether the module's weight is quantized in the checkpoint, based on config.json."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     names = names_on_disk(model, name)
@@ -84,11 +93,11 @@ def ships_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
 
 
 def _experts_have_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
-    """Tell whether the checkpoint has the weights of all experts of a layer in codes."""
+    """Return whether the weights of all experts of a layer are quantized in the checkpoint."""
     first = f"{name}.0"
     if not ships_codes(form, model, name) or not ships_codes(form, model, first):
         return False
-    # A list may have the layers of each expert.
+    # If config.json excludes layers of the first expert, not all experts are quantized.
     prefixes = tuple(re.escape(f"{word}.") for word in names_on_disk(model, first))
     return not any(pattern.startswith(prefixes) for pattern in form.not_converted)
 
@@ -97,26 +106,26 @@ def _experts_have_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
 
 
 def convert_to_eight_bit(model: nn.Module, recipe: str, skip: Collection[nn.Module] = ()) -> int:
-    """Convert the layers of `eight_bit_names` to 8 bits, one at a time; return how many.
+    """Convert the layers of `eight_bit_names` to 8 bits, one at a time.
 
-    Those on meta become empty ones.
+    Layers on the meta device are replaced by layers without values.
 
     Args:
         recipe: one of `scaled_matmul.SCALING_RECIPES`.
-        skip: as of `eight_bit_names`.
+        skip: as in `eight_bit_names`.
+
+    Returns:
+        The number of converted layers.
     """
     kind = Fp8(recipe)
-    # By name: a list of the layers would keep every dense weight alive.
+    # Iterate over names, because a list of layers would keep all unquantized weights in memory.
     names = eight_bit_names(model, skip)
     for name in names:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
-            _replace_linear(model, name, DENSE_FORMAT, torch.bfloat16)
-            frozen = model.get_submodule(name)
-            assert isinstance(frozen, FrozenLinear)
+            frozen = _replace_linear(model, name, DENSE_FORMAT, torch.bfloat16)
             frozen.take_over(layer)
             layer = frozen
-        assert isinstance(layer, FrozenLinear)
         dense = layer.weight
         layer.format = kind
         layer.compute_dtype = torch.bfloat16
@@ -127,12 +136,14 @@ def convert_to_eight_bit(model: nn.Module, recipe: str, skip: Collection[nn.Modu
 
 
 def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[str]:
-    """Full names of the linear layers that can be converted to 8 bits; without the output layer.
+    """Return the full names of the linear layers that can be converted to 8 bits.
 
-    These are dense and frozen, and of widths that the matmuls take.
+    These are frozen and unquantized layers whose widths are supported by 8-bit matmuls. The output
+    layer is not included.
 
     Args:
-        skip: layers that will be trained in full, which a model on meta does not tell.
+        skip: layers that will be fully trained. Their weights can still be frozen when this
+            function is called.
     """
     names = []
     for name in linear_names(model, head=False):
@@ -146,7 +157,7 @@ def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[
 
 
 def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the layers of `eight_bit_names`, each once; on meta or not."""
+    """Return the sorted distinct (out_features, in_features) of the `eight_bit_names` layers."""
     shapes = set()
     for name in eight_bit_names(model):
         out_features, in_features = model.get_parameter(f"{name}.weight").shape
@@ -155,19 +166,20 @@ def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def check_plain(model: nn.Module, names: Sequence[str], form: ShippedForm | None) -> None:
-    """ModelError where layers of a model that fp8 is to round ship in codes.
+    """Raise ModelError if layers that fp8 would quantize are already quantized in the checkpoint.
 
     Args:
-        names: of these layers.
-        form: of the checkpoint; None: it is plain. Of MXFP4 experts alone are in codes.
+        names: names of these layers.
+        form: the stored form of the checkpoint, or None if the checkpoint is not quantized. In
+            mxfp4 checkpoints only experts are quantized, so linear layers need no check.
     """
     if form is None or form.method == "mxfp4":
         return
     for name in names:
         if ships_codes(form, model, name):
             raise ModelError(
-                f"model.quantize is fp8, but this base ships in {form.describe()}",
+                f"model.quantize is fp8, but the base model is already stored in {form.describe()}",
                 where=f"{name}.weight",
-                why="fp8 rounds plain weights",
-                fix=f"model.quantize={AS_SHIPPED}, or model.quantize=none",
+                why="fp8 can only quantize weights that are not quantized yet",
+                fix=f"set model.quantize={AS_SHIPPED}, or model.quantize=none",
             )

@@ -1,8 +1,9 @@
-"""Triton kernels for the rows of experts, each of which moves every byte once.
+"""Triton kernels for the rows of experts. Each kernel reads and writes every byte only once.
 
-For GPUs that multiply all experts at once. On an H200 `embedding_bag` takes 0.73 ms where the sum
-here takes 0.15. The others are counted, not timed one by one: `index_select` reached half of the
-memory's bandwidth there, and an update by `grouped_mm` and a sum moves its rows twice as often.
+They are used on GPUs that multiply all experts in one kernel. On an H200, the sum of rows takes
+0.15 ms, and `embedding_bag` takes 0.73 ms. The other kernels were not timed separately. For
+comparison, `index_select` reached half of the memory bandwidth, and `grouped_mm` followed by an
+addition reads and writes the result rows twice.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024  # of a row, a program
+COLUMNS = 1024  # columns of a row per Triton program
 TILE_ROWS, TILE_COLUMNS = 64, 128
-MIN_RANK = 16  # of `tl.dot`
-# Larger ranks were not measured; above 128 a tile of factors does not fit into the memory of a
-# multiprocessor.
+MIN_RANK = 16  # minimum size that `tl.dot` supports
+# Maximum rank. Larger ranks were not measured. Above 128, a tile of factors does not fit into the
+# shared memory of a multiprocessor.
 MAX_RANK = 16
 
 
 def copy_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows]: [len(rows), width]. x: [n, width], contiguous; rows: int64."""
+    """Return x[rows], [len(rows), width]. x is contiguous, [n, width]. rows is int64."""
     width = x.shape[1]
     out = x.new_empty(len(rows), width)
     grid = (len(rows), triton.cdiv(width, COLUMNS))
@@ -29,9 +30,13 @@ def copy_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def add_chosen_rows(x: Tensor, places: Tensor) -> Tensor:
-    """The sum of the rows of x at places[i], in their order and in fp32: [n, width] in x's dtype.
+    """Return the sum of the rows x[places[i]] for each token i: [n, width] in the dtype of x.
 
-    x: [rows, width], contiguous; places: int64 [n, k].
+    The rows are added in order and in fp32.
+
+    Args:
+        x: [rows, width], contiguous.
+        places: int64 [n, k].
     """
     width = x.shape[1]
     n, k = places.shape
@@ -42,7 +47,7 @@ def add_chosen_rows(x: Tensor, places: Tensor) -> Tensor:
 
 
 def add_low_product(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> None:
-    """y += low N_e, in place, for the rows of each expert.
+    """Add the product `low N_e` to the rows of each expert e of y, in place.
 
     Args:
         y: [rows, width], contiguous.
@@ -51,7 +56,7 @@ def add_low_product(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) ->
         offsets: int32 [experts], the end of each expert's rows.
     """
     experts, rank, width = factors.shape
-    # Of each expert all tiles are whole but for the last.
+    # Upper bound of the number of tiles: only the last tile of each expert can be partial.
     grid = (triton.cdiv(len(y), TILE_ROWS) + experts,)
     _add_low_product[grid](
         y,
@@ -74,7 +79,8 @@ def _copy_rows(x, rows, out, width, BLOCK: tl.constexpr):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     taken = tl.load(rows + row)
-    tl.store(out + row * width + columns, tl.load(x + taken * width + columns, inside), inside)
+    values = tl.load(x + taken * width + columns, inside)
+    tl.store(out + row * width + columns, values, inside)
 
 
 @triton.jit
@@ -85,8 +91,10 @@ def _add_chosen_rows(x, places, out, width, K: tl.constexpr, BLOCK: tl.constexpr
     total = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(K):
         place = tl.load(places + row * K + i)
-        total += tl.load(x + place * width + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + columns, total.to(out.dtype.element_ty), inside)
+        values = tl.load(x + place * width + columns, inside, other=0.0)
+        total += values.to(tl.float32)
+    values = total.to(out.dtype.element_ty)
+    tl.store(out + row * width + columns, values, inside)
 
 
 @triton.jit
@@ -95,31 +103,33 @@ def _add_low_product(
     EXPERTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     expert, first, count = _tile_of_expert(offsets, experts, EXPERTS, ROWS)
-    # Wide numbers once: those within the tile are small.
+    # Use int64 only for the offsets of the tile. Offsets within the tile are small.
     y += first.to(tl.int64) * width
     low += first.to(tl.int64) * rank
     factors += expert.to(tl.int64) * rank * width
     row = tl.arange(0, ROWS)[:, None]
+    is_row = row < count
     ranks = tl.arange(0, RANK)
-    of_rows = tl.load(
-        low + row * rank + ranks[None, :], (row < count) & (ranks < rank)[None, :], other=0.0
-    )
+    is_rank = ranks < rank
+    low_rows = tl.load(low + row * rank + ranks[None, :], is_row & is_rank[None, :], other=0.0)
     for column in range(0, width, COLUMNS):
         columns = (column + tl.arange(0, COLUMNS))[None, :]
-        has_rank = (ranks < rank)[:, None] & (columns < width)
-        factor = tl.load(factors + ranks[:, None] * width + columns, has_rank, other=0.0)
-        inside = (row < count) & (columns < width)
+        is_column = columns < width
+        factor_places = factors + ranks[:, None] * width + columns
+        factor = tl.load(factor_places, is_rank[:, None] & is_column, other=0.0)
+        inside = is_row & is_column
         places = y + row * width + columns
         total = tl.load(places, inside, other=0.0).to(tl.float32)
-        total = tl.dot(of_rows, factor, total, input_precision="ieee")
+        total = tl.dot(low_rows, factor, total, input_precision="ieee")
         tl.store(places, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _tile_of_expert(offsets, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """The expert of this program, its first row, and how many rows from there on are the expert's.
+    """Return the expert of this program, the first row of its tile, and the number of rows from
+    this row to the end of the expert.
 
-    Tiles of ROWS rows are counted expert after expert; beyond the last one none is left.
+    Tiles of ROWS rows are counted expert after expert. Programs after the last tile have no rows.
     """
     tile = tl.program_id(0)
     numbers = tl.arange(0, EXPERTS)
@@ -128,10 +138,13 @@ def _tile_of_expert(offsets, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr)
     starts = tl.load(offsets + numbers - 1, is_expert & (numbers > 0), other=0)
     tiles = tl.where(is_expert, (ends - starts + ROWS - 1) // ROWS, 0)
     last_tiles = tl.cumsum(tiles, 0)
-    # As many experts have all of their tiles before this one.
-    expert = tl.sum((is_expert & (last_tiles <= tile)).to(tl.int32), 0)
+    # The number of experts whose tiles all come before this tile is the index of its expert.
+    is_before = is_expert & (last_tiles <= tile)
+    expert = tl.sum(is_before.to(tl.int32), 0)
     is_own = numbers == expert
     first_tile = tl.sum(tl.where(is_own, last_tiles - tiles, 0), 0)
-    first = tl.sum(tl.where(is_own, starts, 0), 0) + (tile - first_tile) * ROWS
+    start = tl.sum(tl.where(is_own, starts, 0), 0)
+    first = start + (tile - first_tile) * ROWS
     end = tl.sum(tl.where(is_own, ends, 0), 0)
-    return tl.minimum(expert, experts - 1), first, tl.where(expert < experts, end - first, 0)
+    count = tl.where(expert < experts, end - first, 0)
+    return tl.minimum(expert, experts - 1), first, count

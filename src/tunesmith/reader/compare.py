@@ -1,13 +1,14 @@
-"""The comparison of runs side by side: the keys that differ, and which run is better.
+"""Comparison of several runs: the keys that differ, and which run is better.
 
-Only `eval` says which is better: it measures each row, so that rows that are hard for all runs do
-not blur the difference, and the difference has a 95 % interval. A training loss or val_loss of
-single runs has no such interval, so it gives no verdict.
+Only results of `eval` can show which run is better. `eval` measures each row, so rows that are
+difficult for all runs do not hide the difference, and the difference has a 95 % interval. A
+training loss or val_loss has no such interval, so it cannot show which run is better.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
@@ -23,20 +24,22 @@ from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import PAIRS, EvalScores, RunState, shown
 
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-# Keys that may change when a run resumes, but end it sooner or choose its weights.
+# Keys that may change when a run resumes, but affect the result: they determine when the run ends
+# or which weights it keeps.
 _CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
 _TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 
 
 def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
-    """Return whether runs that differ in a key of their recipes learn something else.
+    """Return whether a different value of this recipe key changes what a run learns.
 
-    The same training rows may be in files of two names: a Python program's rows are kept in each
-    run directory.
+    The name of the data file does not count if the rows are the same. The name can differ because
+    rows from a Python program are stored in each run directory.
     """
     if _CHOOSES_WEIGHTS.fullmatch(key):
         return True
-    # The best weights of full fine-tuning are at a step that has a checkpoint.
+    # In full fine-tuning, this key affects which weights are kept, because the best weights are
+    # available only at steps with a checkpoint.
     if key == "checkpoint.every":
         return any(run.key("adapter", "kind") == "none" for run in runs)
     if is_free(key):
@@ -47,7 +50,11 @@ def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
 
 
 class KeyDifference(NamedTuple):
-    """A key that is not the same in all runs; `learns`: whether it changes what is learned."""
+    """A recipe key with different values in the runs.
+
+    Attributes:
+        learns: whether the key changes what is learned.
+    """
 
     key: str
     values: list[object]
@@ -55,30 +62,34 @@ class KeyDifference(NamedTuple):
 
 
 def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
-    """Return the keys of the recipes that differ, those that change what is learned first.
+    """Return the recipe keys that differ. Keys that change what is learned are first.
 
-    The output folder is left out.
+    The output folder is not included.
     """
     recipes = [leaves(run.recipe | {"method": run.method_keys}) for run in runs]
-    names = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
+    names = dict.fromkeys(chain(*recipes))
+    names.pop("output_dir", None)
+
     differing = []
     for key in names:
-        # The keys that another run has in an empty section show the difference.
+        # Skip an empty section if another run has keys in this section, because these keys show the
+        # difference.
         if any(name.startswith(f"{key}.") for name in names):
             continue
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
-            differing.append(KeyDifference(key, values, changes_learning(key, runs)))
+            learns = changes_learning(key, runs)
+            differing.append(KeyDifference(key, values, learns))
     return sorted(differing, key=lambda difference: not difference.learns)
 
 
 class Verdict(NamedTuple):
-    """Which run is better, in words.
+    """The result of a comparison of runs, as text.
 
     Attributes:
-        kind: better | equal | none (it cannot be said) | alone (one run).
+        kind: "better", "equal", "none" (no verdict is possible) or "alone" (only one run).
         headline, reasons: sentences.
-        best: the indices of the better runs.
+        best: indices of the better runs.
     """
 
     kind: str
@@ -88,9 +99,9 @@ class Verdict(NamedTuple):
 
 
 def judge(runs: Sequence[RunFiles]) -> Verdict:
-    """Return which run is better and why, or why that cannot be said."""
+    """Return which run is better and why, or why this cannot be decided."""
     if len(runs) == 1:
-        return _alone(runs[0])
+        return _describe_single_run(runs[0])
     verdict = _compare(runs)
     names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
     if names:
@@ -101,7 +112,7 @@ def judge(runs: Sequence[RunFiles]) -> Verdict:
     return verdict
 
 
-def _alone(run: RunFiles) -> Verdict:
+def _describe_single_run(run: RunFiles) -> Verdict:
     headline = f"{run.label}: {run.described_state}"
     best = run.best_val_loss_text
     if best is not None:
@@ -113,14 +124,15 @@ def _alone(run: RunFiles) -> Verdict:
 
 
 class MeasuredRows(NamedTuple):
-    """The measurements of an `eval`, row by row.
+    """The measurements of one `eval`, row by row.
 
     Attributes:
-        data: the name of the file of rows.
-        row_hash: equal for the same rows.
-        mean: the loss in nats per token, or the accuracy on pairs.
-        values: by row, the loss summed over its tokens, or 1 for a pair in order and 0 otherwise.
-        tokens: by row; None for pairs.
+        data: name of the file of rows.
+        row_hash: hash of the rows. Equal hashes mean equal rows.
+        mean: loss in nats per token, or the accuracy on preference pairs.
+        values: one value per row: the loss, summed over the tokens of the row. For a preference
+            pair: 1 if the chosen answer is more probable than the rejected answer, else 0.
+        tokens: number of tokens per row. None for pairs.
     """
 
     data: str
@@ -131,7 +143,7 @@ class MeasuredRows(NamedTuple):
 
     @property
     def badness(self) -> float:
-        """A number that is lower for the better run."""
+        """A number that is lower for a better run."""
         return -self.mean if self.tokens is None else self.mean
 
     def __str__(self) -> str:
@@ -139,27 +151,33 @@ class MeasuredRows(NamedTuple):
 
 
 def _compare(runs: Sequence[RunFiles]) -> Verdict:
-    """Compare the best of the runs that `eval` measured on the same rows with each other one."""
+    """Compare the best run with every other run that `eval` has measured on the same rows."""
     evals = _common_evals(runs)
     if len(evals) < 2:
-        fix = f"To compare them: {_eval_command(runs)}"
-        reason = f"`eval` has not measured them on the same rows. {fix}"
-        return Verdict("none", "No verdict: these runs were not evaluated side by side", [reason])
+        fix = f"To compare them, run {_eval_command(runs)}"
+        reason = f"`eval` has not measured these runs on the same rows. {fix}"
+        return Verdict("none", "No verdict: these runs were not evaluated together", [reason])
 
     best, *others = sorted(evals, key=lambda index: evals[index].badness)
-    compared = [_compare_rows(evals, runs, best, other) for other in others]
-    # A run further off may vary so much from row to row that it cannot be told apart.
-    nearest = next((i for i, (_, is_apart) in enumerate(compared) if not is_apart), 0)
+    compared = {other: _compare_rows(evals, runs, best, other) for other in others}
+    # Compare the best run with the first run that is not significantly worse. This need not be the
+    # run with the smallest difference, because the significance also depends on how much the
+    # difference varies between rows.
+    not_apart = [other for other in others if not compared[other][1]]
+    nearest = others[0]
+    if not_apart:
+        nearest = not_apart[0]
     sentence, is_apart = compared[nearest]
-    first, second = runs[best], runs[others[nearest]]
-    reasons = [f"{evals[best].data}, row by row: {sentence}.", _differences(first, second)]
+    first = runs[best]
+    second = runs[nearest]
+    measured = evals[best]
+    reasons = [f"{measured.data}, row by row: {sentence}.", _differences(first, second)]
     absent = [run.label for index, run in enumerate(runs) if index not in evals]
     if absent:
         reasons.append(f"Not evaluated on these rows: {', '.join(absent)}. {_eval_command(runs)}")
 
-    measure = "loss" if evals[best].tokens else "accuracy on pairs"
-    other_value = evals[others[nearest]]
-    against = f"{measure} by eval {evals[best]} against {other_value} of {second.label}"
+    measure = "loss" if measured.tokens else "accuracy on pairs"
+    against = f"{measure} by eval {measured} against {evals[nearest]} of {second.label}"
     if {first.state, second.state} != {RunState.FINISHED}:
         return Verdict("none", f"So far {first.label} leads: {against}", reasons)
     if is_apart:
@@ -173,38 +191,48 @@ def _compare(runs: Sequence[RunFiles]) -> Verdict:
 
 
 def _eval_command(runs: Sequence[RunFiles]) -> str:
-    """Return the command that compares runs row by row."""
+    """Return the command that compares the runs row by row."""
     folders = " ".join(shell_path(shown(run.folder)) for run in runs)
     hashes = {run.validation_hash for run in runs}
-    # Without --data, each run is evaluated on its own held-out rows.
+    # Omit --data if all runs have the same held-out rows, which `eval` uses by default.
     has_same_rows = len(hashes) == 1 and None not in hashes
     data = "" if has_same_rows else " --data held-out.jsonl"
     return f"`tunesmith eval {folders}{data}`"
 
 
 def _common_evals(runs: Sequence[RunFiles]) -> dict[int, MeasuredRows]:
-    """Return what `eval` measured on the rows that most runs share, by the run's index.
+    """Return a dict from the index of each run to its `eval` on the rows that most runs share.
 
-    If several sets of rows have equally many runs, the largest set is used.
+    If several sets of rows are shared by the same number of runs, the largest set is used.
     """
-    is_sft = {run.method for run in runs} == {"sft"}
+    is_sft = all(run.method == "sft" for run in runs)
+
     by_rows: dict[tuple[int, str], dict[int, MeasuredRows]] = {}
     for index, run in enumerate(runs):
-        # The newest eval of a run comes last, and one of the final weights counts most.
-        for result in sorted(run.evals, key=lambda result: result["step"] == run.final_step):
-            measured = _row_losses(run, result) if is_sft else _row_orders(result)
-            if measured is not None:
-                rows = (len(measured.values), measured.row_hash)
-                by_rows.setdefault(rows, {})[index] = measured
+        # In the loop below, later evals overwrite earlier evals. Sort the evals of the final
+        # weights last, so that they are used.
+        evals = sorted(run.evals, key=lambda result: result["step"] == run.final_step)
+        for result in evals:
+            if is_sft:
+                measured = _row_losses(run, result)
+            else:
+                measured = _row_orders(result)
+            if measured is None:
+                continue
+            rows = (len(measured.values), measured.row_hash)
+            by_rows.setdefault(rows, {})[index] = measured
+
     if not by_rows:
         return {}
-    return by_rows[max(by_rows, key=lambda rows: (len(by_rows[rows]), rows))]
+    most_shared = max(by_rows, key=lambda rows: (len(by_rows[rows]), rows))
+    return by_rows[most_shared]
 
 
 def _row_losses(run: RunFiles, result: EvalScores) -> MeasuredRows | None:
-    """Return the losses that an `eval` measured.
+    """Return the losses per row of one `eval`.
 
-    Return None for rows that the run was trained on, except for its own held-out rows.
+    Return None if the run was trained on some of these rows, unless the rows are its own held-out
+    rows.
     """
     rows = result["row_losses"]
     mean = (result["losses"] or {}).get("tuned")
@@ -216,10 +244,15 @@ def _row_losses(run: RunFiles, result: EvalScores) -> MeasuredRows | None:
 
 
 def _row_orders(result: EvalScores) -> MeasuredRows | None:
-    """Return which pairs an `eval` found in order; it measures runs of all methods alike."""
+    """Return for each preference pair of an `eval` whether the chosen answer is more probable.
+
+    Unlike losses, these values can be compared between all training methods.
+    """
     score = result["scores"].get(PAIRS)
-    values = score and score.get("by_row", {}).get("tuned")
-    if not score or not values:
+    if not score:
+        return None
+    values = score.get("by_row", {}).get("tuned")
+    if not values:
         return None
     return MeasuredRows(result["data"], result["row_hash"], score["tuned"][0], values, None)
 
@@ -229,21 +262,30 @@ def _compare_rows(
 ) -> tuple[str, bool | None]:
     """Compare two runs row by row.
 
-    Return a sentence with the 95 % interval of their difference, and whether it is more than
-    chance: None if too few rows differ.
+    Returns:
+        A sentence with the 95 % interval of the difference, and whether the difference is
+        significant. The second value is None if too few rows differ.
     """
     names = {"first": runs[worse].label, "second": runs[better].label}
-    values = evals[worse].values, evals[better].values
+    first = evals[worse].values
+    second = evals[better].values
     tokens = evals[better].tokens
+
+    # If the rows are preference pairs, `tokens` is None and the values are 0 or 1.
     if tokens is None:
-        paired = paired_intervals(*values)
-        return difference_sentence(PAIRS, paired, len(values[0]), **names), paired.is_apart
-    loss = paired_losses(*values, tokens)
-    return loss_sentence(loss, **names), loss.is_apart if loss.interval else None
+        paired = paired_intervals(first, second)
+        sentence = difference_sentence(PAIRS, paired, len(first), **names)
+        return sentence, paired.is_apart
+
+    loss = paired_losses(first, second, tokens)
+    sentence = loss_sentence(loss, **names)
+    if loss.interval is None:
+        return sentence, None
+    return sentence, loss.is_apart
 
 
 def _differences(first: RunFiles, second: RunFiles) -> str:
-    """Describe what two runs differ in, if it affects training."""
+    """Return a sentence that lists the differing keys and inputs that affect training."""
     differences = []
     for difference in differing_keys([first, second]):
         if difference.learns:
@@ -252,6 +294,7 @@ def _differences(first: RunFiles, second: RunFiles) -> str:
     for key, name in HASHES_OF_INPUTS.items():
         if first.env.get(key) != second.env.get(key):
             differences.append(name)
+
     if differences:
         return f"They differ in {', '.join(differences)}."
     return "Their recipes do not differ in anything that affects training."

@@ -1,7 +1,7 @@
-"""The curves of runs as the page draws them.
+"""The charts of the report page.
 
-Every chart has one record field. A long curve is thinned, and a curve that fluctuates
-from step to step is smoothed too.
+Each chart shows one record field. Long curves are downsampled, and curves that fluctuate from step
+to step are also smoothed.
 """
 
 import math
@@ -13,14 +13,15 @@ from tunesmith.metrics.run_figures import Columns, finite, mean
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import Fields
 
-# Counts and positions, which have no curve.
+# Record fields that have no chart, because they are counts or positions.
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
 
 
-# Record fields in the order of their charts. Other fields, such as a method's own metric, follow.
+# Record fields in the order of their charts. Charts of other fields, such as metrics of a single
+# method, follow.
 CHARTS = (
     *("loss", "val_loss"),
-    # Methods that learn from preferences record these.
+    # Fields of preference methods.
     *("reward_accuracy", "val_reward_accuracy", "reward_margin", "val_reward_margin"),
     *("rewards_chosen", "val_rewards_chosen", "rewards_rejected", "val_rewards_rejected"),
     *("kl", "val_kl"),
@@ -29,8 +30,8 @@ CHARTS = (
     *("network_bytes_per_second", "nvlink_bytes_per_second", "data_seconds", "idle_share"),
     *("step_seconds", "learning_rate", "grad_norm"),
 )
-# Fields that each rank measures itself; the others have the same value on all ranks.
-_OF_RANKS = {
+# Fields that each rank measures for itself. All other fields have the same value on all ranks.
+_PER_RANK = {
     "memory_gib",
     "host_memory_percent",
     "gpu_utilization",
@@ -41,7 +42,7 @@ _OF_RANKS = {
     "nvlink_bytes_per_second",
     "data_seconds",
 }
-# Fields that fluctuate from step to step, so that they are smoothed too.
+# Fields that fluctuate from step to step and are therefore also shown as a smoothed line.
 _SMOOTHED = {
     "loss",
     "reward_accuracy",
@@ -53,13 +54,13 @@ _SMOOTHED = {
     "grad_norm",
     "step_seconds",
 }
-POINTS = 600  # of a curve: two for each pixel of a wide chart
-COLORS = 8  # of the page
-MAX_RANKS = 7  # in one chart
-# Smoothing: a value counts over this fraction of a run's steps, but over 5 at least.
+POINTS = 600  # maximum points of a curve; two per pixel of a wide chart
+COLORS = 8  # number of line colors on the page
+MAX_RANKS = 7  # maximum number of ranks in one chart
+# Span of the smoothing: this fraction of a run's steps, but at least 5 steps.
 SMOOTH_FRACTION, MIN_SMOOTH_SPAN = 0.02, 5
-SMOOTH_FROM = 15  # steps; with fewer, the raw values are easy to read
-# Fields whose charts start at zero
+SMOOTH_FROM = 15  # minimum number of steps; fewer raw values are easy to read
+# Fields whose charts start at zero.
 FROM_ZERO = {
     *("reward_accuracy", "val_reward_accuracy", "tokens_per_second", "mfu", "memory_gib"),
     *("host_memory_percent", "gpu_utilization", "gpu_power_watts", "data_seconds", "idle_share"),
@@ -67,7 +68,7 @@ FROM_ZERO = {
 
 
 class Line(NamedTuple):
-    """One line of a chart; `look` is raw, smooth, or dots for a curve of few points."""
+    """One line of a chart. `look` is "raw", "smooth", or "dots" for a curve with few points."""
 
     label: str
     color: int
@@ -77,46 +78,63 @@ class Line(NamedTuple):
 
 
 def curves(runs: Sequence[RunFiles]) -> tuple[list[Fields], list[tuple[str, str]]]:
-    """Return the charts of the runs, and the names and values of fields that never change."""
+    """Return the charts of the runs, and the names and values of fields that are constant."""
     names = set[str]()
     for run in runs:
         names.update(run.figures.columns, *run.ranks.values())
+    others = sorted(names.difference(CHARTS, NO_CHART))
+
     charts: list[Fields] = []
     constants = []
-    for field in (*CHARTS, *sorted(names - {*CHARTS, *NO_CHART})):
+    for field in (*CHARTS, *others):
         lines = [line for line in _lines_of(runs, field) if line.x]
-        values = {value for line in lines for value in line.y}
+        if not lines:
+            continue
+        values = set[float]()
+        for line in lines:
+            values.update(line.y)
         if len(values) == 1:
             constants.append((field, f"{values.pop():.4g}"))
-        elif lines:
-            series = [line._asdict() for line in lines]
-            charts.append({"title": field, "from_zero": field in FROM_ZERO, "series": series})
+            continue
+        series = [line._asdict() for line in lines]
+        charts.append({"title": field, "from_zero": field in FROM_ZERO, "series": series})
     return charts, constants
 
 
 def _lines_of(runs: Sequence[RunFiles], field: str) -> Iterator[Line]:
     """Yield the lines of a chart.
 
-    Several runs have a color each, and only their rank 0 is drawn. A single run has a color for
-    each rank.
+    If there are several runs, each run has one color and only its rank 0 is shown. If there is a
+    single run, each rank has one color.
     """
-    by_rank = _by_rank(runs[0], field) if len(runs) == 1 and field in _OF_RANKS else {}
-    if by_rank.keys() - {0}:
-        for rank, columns in by_rank.items():
-            yield from _lines(columns, field, f"rank {rank}", rank)
-        return
+    is_single = len(runs) == 1
+    if is_single and field in _PER_RANK:
+        by_rank = _by_rank(runs[0], field)
+        if by_rank.keys() - {0}:
+            for rank, columns in by_rank.items():
+                yield from _lines(columns, field, f"rank {rank}", rank)
+            return
     for index, run in enumerate(runs):
-        label = run.label if len(runs) > 1 else field
+        label = field if is_single else run.label
         yield from _lines(run.figures.columns, field, label, index)
 
 
 def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Line]:
-    """Yield the smoothed line of a field if it has one, and its raw line or dots."""
-    x, y = columns.get("step", []), columns.get(field, [])
-    drawn = [(label, "dots" if field.startswith("val_") else "smooth", y)]
-    if field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
-        smoothed = smooth(y, max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y))))
+    """Yield the smoothed line of a field (only for smoothed fields), and the line or dots of its
+    raw values.
+    """
+    x = columns.get("step", [])
+    y = columns.get(field, [])
+
+    # Each tuple has the label, the look and the values of a line.
+    drawn = [(label, "smooth", y)]
+    if field.startswith("val_"):
+        drawn = [(label, "dots", y)]
+    elif field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
+        span = max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y)))
+        smoothed = smooth(y, span)
         drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smoothed)]
+
     for name, look, values in drawn:
         steps, thinned = downsample(x, values, POINTS)
         rounded = [float(f"{value:.6g}") for value in thinned]
@@ -124,16 +142,21 @@ def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Lin
 
 
 def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
-    """Return the columns of the ranks that have a field.
+    """Return a dict from each rank that has the field to its columns.
 
-    Of many ranks only some are returned: rank 0 and those with the lowest and the highest mean.
+    If there are many ranks, return only rank 0 and the ranks with the lowest and highest means.
     """
     columns = {0: run.figures.columns} | run.ranks
-    means = {rank: mean(columns[rank].get(field, [])) for rank in sorted(columns)}
-    measured = {rank: value for rank, value in means.items() if value is not None}
-    ranks = [*measured]
+    means: dict[int, float] = {}
+    for rank in sorted(columns):
+        value = mean(columns[rank].get(field, []))
+        if value is not None:
+            means[rank] = value
+
+    ranks = list(means)
     if len(ranks) > MAX_RANKS:
-        others = sorted((rank for rank in ranks if rank), key=measured.__getitem__)
+        others = [rank for rank in ranks if rank != 0]
+        others.sort(key=means.__getitem__)
         ranks = sorted({0, *others[:3], *others[-3:]})
     return {rank: columns[rank] for rank in ranks}
 
@@ -141,34 +164,36 @@ def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
 def downsample(
     x: Sequence[float | None], y: Sequence[float | None], points: int
 ) -> tuple[list[float], list[float]]:
-    """Thin a curve to at most `points` + 2 points: the first, the last, and the lowest and the
-    highest value of each stretch.
+    """Downsample a curve to at most `points` + 2 points.
 
-    A spike survives, which a mean would hide. Values that are None, NaN or infinite have no point.
+    It keeps the first point, the last point, and the minimum and maximum of each interval. A spike
+    is therefore still visible, unlike with means. Values that are None, NaN or infinite are
+    skipped.
     """
-    pairs = [
-        (float(a), b)
-        for a, b in zip(x, y, strict=False)
-        if a is not None and b is not None and math.isfinite(b)
-    ]
+    pairs = []
+    for a, b in zip(x, y, strict=False):
+        if a is not None and b is not None and math.isfinite(b):
+            pairs.append((float(a), b))
     if len(pairs) > points:
         chosen = {pairs[0], pairs[-1]}
+        # Each interval gives two points: the minimum and the maximum.
         size = math.ceil(2 * len(pairs) / points)
         for first in range(0, len(pairs), size):
             stretch = pairs[first : first + size]
             chosen.add(min(stretch, key=itemgetter(1)))
             chosen.add(max(stretch, key=itemgetter(1)))
         pairs = sorted(chosen)
+
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
-    """Compute the exponential moving average, with the bias of its start corrected, as TensorBoard
-    does.
+    """Compute the exponential moving average with bias correction, as TensorBoard does.
 
     Args:
-        y: the values; those that are missing or not finite are left out.
-        span: steps over which a value counts; its weight falls to 1/e in about half of them.
+        y: the values. Values that are missing or not finite stay None.
+        span: number of steps that affect a value. After about half of these steps, the weight of a
+            value has fallen to 1/e.
     """
     decay = 1.0 - 2.0 / (max(1, span) + 1)
     average = 0.0

@@ -1,6 +1,7 @@
-"""The tables of runs side by side: what was measured, by training and by `eval`, and on what."""
+"""The tables that compare runs: results of training, results of `eval`, and environments."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from tunesmith.config.dump import leaves
 from tunesmith.metrics.intervals import paired_losses, share_interval
@@ -9,7 +10,8 @@ from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import EvalScores, RowLosses, Score
 from tunesmith.units import count_of, format_seconds
 
-# Of env.json: hashes of what the run read, how it was started, and what its checks reported.
+# Keys of env.json that are not shown in the table: hashes of the inputs, the command, and results
+# of checks.
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
 Figure = str | float | None
@@ -28,16 +30,18 @@ def _best_accuracy_text(run: RunFiles) -> str | None:
     accuracies = run.figures.accuracies
     if not accuracies:
         return None
+
     step = max(accuracies, key=accuracies.__getitem__)
-    text = f"{100 * accuracies[step]:.1f} %"
+    accuracy = accuracies[step]
+    text = f"{100 * accuracy:.1f} %"
     held_out = run.env.get("validation_examples")
     if held_out:
-        _, low, high = share_interval(round(accuracies[step] * held_out), held_out)
+        _, low, high = share_interval(round(accuracy * held_out), held_out)
         text += f" ({100 * low:.1f} to {100 * high:.1f})"
     return f"{text} at step {step}"
 
 
-# Name of a row of the table -> its figure of a run
+# Rows of the table. The key is the name of the row. The function returns the value for a run.
 FIGURE_ROWS: dict[str, Callable[[RunFiles], Figure]] = {
     "state": lambda run: run.described_state,
     "lowest val_loss": lambda run: run.best_val_loss_text,
@@ -57,74 +61,99 @@ FIGURE_ROWS: dict[str, Callable[[RunFiles], Figure]] = {
 
 
 def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """The table of figures: a name, and a text for each run, `–` for what was not measured."""
-    rows = []
+    """Return the rows of the table of results.
+
+    Each row has a name and one text per run. The text is `–` if the value was not measured.
+    """
+    figures: list[tuple[str, Sequence[Figure]]] = []
     for name, figure in FIGURE_ROWS.items():
         cells = [figure(run) for run in runs]
-        # A figure that no run has is left out.
+        # Omit a row if no run has a value.
         if any(cells):
-            rows.append((name, [figure_text(cell) for cell in cells]))
-    return rows + [(name, [cell or "–" for cell in cells]) for name, cells in eval_figures(runs)]
+            figures.append((name, cells))
+    figures += eval_figures(runs)
+
+    return [(name, [figure_text(cell) for cell in cells]) for name, cells in figures]
 
 
 def figure_text(value: Figure) -> str:
-    """A figure: text as it is, a number with four digits, a dash for what was not measured."""
+    """Format a value of the table: four significant digits, or a dash if it was not measured."""
     if value is None:
         return "–"
     if isinstance(value, str):
         return value
-    # Four significant digits: 0.03125, 1.234, 12,480.
+    # Use four significant digits: 0.03125, 1.234, 12,480.
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def eval_figures(runs: Sequence[RunFiles]) -> list[tuple[str, list[str | None]]]:
-    """List what `eval` measured: a label, and a cell for each run, None where it did not.
+    """Return the table rows for the results of `eval`.
 
-    Runs share a line where they answered the same rows: not the file's name decides, but the rows.
+    Each row has a label and one cell per run. A cell is None if there is no result.
+
+    Results of several runs are in the same table row if they are for the same data rows. The name
+    of the data file does not matter.
     """
-    # Of several checkpoints of a run, one after the other in its cell.
+    # Maps each table row to one list of texts per run. The list has one text for each checkpoint of
+    # the run that was evaluated.
     lines: dict[tuple[str, str], list[list[str]]] = {}
     labels: dict[tuple[str, str], str] = {}
     for index, run in enumerate(runs):
         for result in run.evals:
+            measured_on = f"{result['data']}, {count_of(result['rows'], 'row')}"
+            at_step = f"at step {result['step']}"
+            if result["seen"]:
+                at_step += f" ({result['seen']} of the rows were trained on)"
             for name, row_hash, text in _eval_texts(result):
                 key = (name, row_hash)
-                label = f"eval: {name} ({result['data']}, {count_of(result['rows'], 'row')})"
-                # Rows of the same name may differ.
-                if key not in labels and label in labels.values():
-                    label += f", {row_hash[:8]}"
-                labels.setdefault(key, label)
-                cell = f"{text} at step {result['step']}"
-                if result["seen"]:
-                    cell += f" ({result['seen']} of the rows were trained on)"
-                cells = lines.setdefault(key, [[] for _ in runs])[index]
-                # A loss is in the file of the scores too: shown once.
+                if key not in lines:
+                    lines[key] = [[] for _ in runs]
+                    label = f"eval: {name} ({measured_on})"
+                    # Different data rows can have the same label. Add a hash to distinguish them.
+                    if label in labels.values():
+                        label += f", {row_hash[:8]}"
+                    labels[key] = label
+                cells = lines[key][index]
+                cell = f"{text} {at_step}"
+                # Add each text only once, because several files of scores can contain the same
+                # loss.
                 if cell not in cells:
                     cells.append(cell)
-    return [
-        (labels[key], ["; ".join(cells) or None for cells in line]) for key, line in lines.items()
-    ]
+
+    rows = []
+    for key, line in lines.items():
+        rows.append((labels[key], ["; ".join(cells) or None for cells in line]))
+    return rows
 
 
 def _eval_texts(result: EvalScores) -> Iterator[tuple[str, str, str]]:
-    """The loss and each score of an eval: name, hash of the rows, and text."""
+    """Yield the loss and each score of an eval as a tuple (name, hash of the data rows, text)."""
     if result["losses"] is not None:
         rows = result["row_losses"]
-        row_hash = rows["row_hash"] if rows else result["row_hash"]
+        row_hash = result["row_hash"]
+        if rows:
+            row_hash = rows["row_hash"]
         yield "loss", row_hash, _losses_text(result["losses"], rows)
     for scorer, score in result["scores"].items():
         yield scorer, result["row_hash"], _score_text(score)
 
 
 def _losses_text(losses: dict[str, float], rows: RowLosses | None) -> str:
-    """`1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`, without the intervals
-    where the losses of the rows are not there, or too few."""
-    text = f"{losses['tuned']:.4f}" if "tuned" in losses else "not finite"
+    """Format losses like `1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`.
+
+    The intervals are omitted if there are too few rows, or if the loss of each row is not known.
+    """
+    text = "not finite"
+    if "tuned" in losses:
+        text = f"{losses['tuned']:.4f}"
     if rows:
-        own = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"]).interval
+        zeros = [0.0] * len(rows["tuned"])
+        own = paired_losses(zeros, rows["tuned"], rows["tokens"]).interval
         if own is not None:
-            # No loss is below 0.
-            text += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
+            # Limit the interval, because a loss is never below 0.
+            low = max(own.low, 0.0)
+            text += f" ({low:.4f} to {own.high:.4f})"
+
     if "base" not in losses:
         return text
     text += f", base {losses['base']:.4f}"
@@ -137,31 +166,42 @@ def _losses_text(losses: dict[str, float], rows: RowLosses | None) -> str:
 
 
 def _score_text(score: Score) -> str:
-    """`62.0 % (52.1 to 71.3), base 50.0 % (40.0 to 60.0): +12.0 points (+4.0 to +20.1)`."""
+    """Format a score like `62.0 % (52.1 to 71.3), base 50.0 % (40.0 to 60.0): +12.0 points (+4.0
+    to +20.1)`.
+    """
 
     def percent(interval: Sequence[float]) -> str:
         mean, low, high = (100 * value for value in interval)
         return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
 
     text = percent(score["tuned"])
-    base, difference = score.get("base"), score.get("difference")
-    if base:
-        text += f", base {percent(base)}"
-    if base and difference:
+    base = score.get("base")
+    if not base:
+        return text
+    text += f", base {percent(base)}"
+
+    difference = score.get("difference")
+    if difference:
+        # Convert to percentage points.
         mean, low, high = (100 * value for value in difference)
         text += f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
     return text
 
 
 def environment_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[object], bool]]:
-    """The rows of env.json: name, a value a run, whether they differ."""
+    """Return the rows of env.json: the name, one value per run, and whether the values differ."""
     environments = []
     for run in runs:
-        environments.append(leaves({k: run.env[k] for k in run.env if k not in NO_ENVIRONMENT}))
+        shown = {name: run.env[name] for name in run.env if name not in NO_ENVIRONMENT}
+        environments.append(leaves(shown))
+
     rows = []
-    for name in dict.fromkeys(name for env in environments for name in env):
-        # A reason belongs to the value beside it, and has no row.
-        if not name.endswith(".why"):
-            values = [env.get(name) for env in environments]
-            rows.append((name, values, len({str(value) for value in values}) > 1))
+    for name in dict.fromkeys(chain(*environments)):
+        # Skip a key such as `x.why`, because it is the reason for the value of `x` and has no table
+        # row.
+        if name.endswith(".why"):
+            continue
+        values = [env.get(name) for env in environments]
+        differs = len(set(map(str, values))) > 1
+        rows.append((name, values, differs))
     return rows

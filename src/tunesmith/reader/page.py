@@ -1,4 +1,4 @@
-"""The page of runs: `report` writes it as one file that needs nothing else, `watch` serves it."""
+"""The report page. `report` writes it as a single self-contained file, and `watch` serves it."""
 
 import base64
 import hashlib
@@ -18,18 +18,18 @@ from tunesmith.metrics.conversations import Turn, conversations_of, whole_charac
 from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
-from tunesmith.reader.run_files import RunFiles, how_it_ended, to_json
-from tunesmith.run_dir import RECIPE, Fields, Sample, read_bytes, shown
+from tunesmith.reader.run_files import RunFiles, end_fields, to_json
+from tunesmith.run_dir import RECIPE, Fields, read_bytes, shown
 from tunesmith.units import format_seconds
 
-PAGE_MARK = "tunesmith report"  # in the first line of each page that it writes
+PAGE_MARK = "tunesmith report"  # text in the first line of each report, which identifies it
 STYLES = ("uPlot.min.css", "page.css")
 SCRIPTS = ("uPlot.iife.min.js", "curves.js")
 LIVE_SCRIPTS = (*SCRIPTS, "live.js")
 
 
 def write_report(runs: Sequence[RunFiles], output: Path) -> None:
-    """Write the page of runs to a file, replacing an earlier report.
+    """Write the report page to a file. An existing report is replaced.
 
     Raises:
         UsageError: the file exists and is not a report.
@@ -40,7 +40,7 @@ def write_report(runs: Sequence[RunFiles], output: Path) -> None:
             raise UsageError(
                 "this file exists and is not a tunesmith report",
                 where=str(output),
-                fix="--output another-name.html",
+                fix="use another file name, such as --output another-name.html",
             )
         output.write_text(render_page(runs), encoding="utf-8")
     except OSError as error:
@@ -48,16 +48,23 @@ def write_report(runs: Sequence[RunFiles], output: Path) -> None:
             "the report cannot be written",
             where=str(output),
             why=error.strerror or str(error),
-            fix="--output FILE in a writable folder",
+            fix="use --output FILE with a file in a writable folder",
         ) from error
 
 
 def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
-    """Return the page as HTML. A live page asks its server whether it has changed."""
+    """Return the page as HTML.
+
+    A live page asks its server regularly whether the runs have changed.
+    """
     loader = PackageLoader("tunesmith.reader", "templates")
-    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    env.trim_blocks = True
-    env.lstrip_blocks = True
+    env = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     env.filters |= {"value": _value, "duration": format_seconds}
     script = _static(LIVE_SCRIPTS if live else SCRIPTS)
     charts, constants = curves(runs)
@@ -68,7 +75,7 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
         live=live,
         colors=COLORS,
         verdict=judge(runs),
-        ends={run: how_it_ended(run) for run in runs},
+        ends={run: end_fields(run) for run in runs},
         keys=differing_keys(runs),
         figures=figure_rows(runs),
         environment=environment_rows(runs),
@@ -76,11 +83,12 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
         system=system,
         constants=constants,
         reproduce=[_reproduce(run) for run in runs],
-        # Only this script runs: text of a run that looks like a script does not.
+        # The page's security policy allows only the script with this hash. Therefore a text of a
+        # run that looks like a script is not executed.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         script=Markup(script),
         styles=Markup(_static(STYLES)),
-        # "</script>" in a text must not end the data.
+        # Escape "<", so that "</script>" in a text does not close the script element.
         charts=Markup(to_json(charts).replace("<", "\\u003c")),
     )
 
@@ -91,7 +99,7 @@ def _static(names: Sequence[str]) -> str:
 
 
 class ShownAnswer(NamedTuple):
-    """The answer of a run at a step; `is_final`: of the final weights."""
+    """A sample answer of a run at one step. `is_final`: the final weights generated it."""
 
     label: str
     step: int
@@ -100,14 +108,14 @@ class ShownAnswer(NamedTuple):
 
 
 class ShownPrompt(NamedTuple):
-    """A prompt of samples.jsonl and its answers.
+    """A prompt of samples.jsonl with its answers.
 
     Attributes:
-        row: where its row is, such as `faq.csv:12`; empty if unknown.
-        turns: the turns of the prompt, without a system prompt that all share.
-        expected: the row's own answer; empty if it has none.
-        answers: of each run before training, and of its final or newest weights.
-        others: the answers of other steps.
+        row: file and line of the data row, such as `faq.csv:12`. Empty if it is not known.
+        turns: turns of the prompt, without a system prompt that all prompts share.
+        expected: the answer in the data row. Empty if the row has no answer.
+        answers: answers of each run before training, and of its final or newest weights.
+        others: answers at other steps.
     """
 
     row: str
@@ -118,62 +126,67 @@ class ShownPrompt(NamedTuple):
 
 
 def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
-    """Return the sample prompts of the runs with their answers, and the system prompt of all."""
+    """Return the sample prompts of the runs with their answers, and the shared system prompt."""
     samples = [sample for run in runs for sample in run.samples]
     conversations, system = conversations_of(sample["prompt"] for sample in samples)
     prompts = []
     for text, turns in conversations.items():
-        rows = [sample for sample in samples if sample["prompt"] == text]
+        prompt_samples = [sample for sample in samples if sample["prompt"] == text]
+        places = (sample["row"] for sample in prompt_samples if sample.get("row"))
+        expected = (sample["expected"] for sample in prompt_samples if sample.get("expected"))
+
         answers: list[ShownAnswer] = []
         others: list[ShownAnswer] = []
         for run in runs:
-            of_run = [sample for sample in run.samples if sample["prompt"] == text]
-            final = [sample for sample in of_run if sample["step"] == run.final_step]
-            newest = final[-1:] or of_run[-1:]
-            for sample in of_run:
-                is_shown = sample in newest or sample["step"] == 0
-                (answers if is_shown else others).append(_answer(run, sample))
-        prompts.append(
-            ShownPrompt(
-                shown(next((row["row"] for row in rows if row.get("row")), None) or ""),
-                turns,
-                next((row["expected"] for row in rows if row.get("expected")), None) or "",
-                _without_repeats(answers),
-                others,
-            )
-        )
+            run_samples = [sample for sample in run.samples if sample["prompt"] == text]
+            # Use the answer of the final weights if there is one, else the newest answer.
+            final = [sample for sample in run_samples if sample["step"] == run.final_step]
+            newest = final[-1:] or run_samples[-1:]
+            for sample in run_samples:
+                step = sample["step"]
+                answer = whole_characters(sample["answer"])
+                shown_answer = ShownAnswer(run.label, step, answer, step == run.final_step)
+                if sample in newest or step == 0:
+                    answers.append(shown_answer)
+                else:
+                    others.append(shown_answer)
+
+        place = shown(next(places, None) or "")
+        answers = _merge_equal_answers(answers)
+        prompts.append(ShownPrompt(place, turns, next(expected, None) or "", answers, others))
     return prompts, system
 
 
-def _answer(run: RunFiles, sample: Sample) -> ShownAnswer:
-    text = whole_characters(sample["answer"])
-    return ShownAnswer(run.label, sample["step"], text, sample["step"] == run.final_step)
+def _merge_equal_answers(answers: Sequence[ShownAnswer]) -> list[ShownAnswer]:
+    """Merge the answers before training into one answer if they are equal.
 
-
-def _without_repeats(answers: Sequence[ShownAnswer]) -> list[ShownAnswer]:
-    """Merge the answers before training if they are equal, as those of one base model are."""
+    They are equal if the runs have the same base model.
+    """
     before = [answer for answer in answers if answer.step == 0]
     if len(before) < 2 or len({answer.text for answer in before}) > 1:
         return [*answers]
+
     merged = before[0]._replace(label=", ".join(answer.label for answer in before))
     return [merged, *(answer for answer in answers if answer.step)]
 
 
 def _reproduce(run: RunFiles) -> Fields:
-    """List what it takes to make a run again; each part is None if env.json does not have it."""
+    """Return the information that is needed to repeat a run. Parts that env.json lacks are None."""
     env = run.env
     recipe = run.folder / RECIPE
     text = None
     with suppress(OSError):
         text = read_bytes(recipe).decode(errors="replace")
+
     command = None
     if env.get("command"):
         program, *words = map(str, env["command"])
         program = Path(program).name
-        # The command was `python -m tunesmith`.
+        # The command was `python -m tunesmith`, so show it as `tunesmith`.
         if program == "__main__.py":
             program = "tunesmith"
         command = shell_command([program, *words])
+
     output = shell_word(shown(f"output_dir={run.folder}-again"))
     return {
         "run": run,
@@ -186,7 +199,7 @@ def _reproduce(run: RunFiles) -> Fields:
 
 
 def _value(value: object) -> str:
-    """Return a value of a recipe or of env.json as text, a list as JSON."""
+    """Format a value of a recipe or of env.json. A list is shown as JSON."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,14 +1,14 @@
-"""A run directory as a reader sees it: the files of a running, finished, failed or copied run, and
-the figures that follow from them.
+"""The files of a run directory, and values computed from these files, for code that only reads a
+run.
 
-It needs no torch, and takes a directory as it is: files that do not exist yet, a last line that is
-still being written, fields of another version.
+The run can be running, finished, failed or copied. This module does not import torch. It accepts
+files that do not exist yet, an incomplete last line, and fields of another version.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import pydantic_core
 
@@ -38,8 +38,7 @@ from tunesmith.run_dir import (
     Fields,
     Part,
     RunState,
-    how_far,
-    name_a_run,
+    ended_state,
     parse_json,
     read_bytes,
     read_env,
@@ -52,19 +51,20 @@ from tunesmith.run_dir import (
     read_stopped,
     share_done,
     shown,
+    suggest_run,
 )
 from tunesmith.units import count_of
 
 T = TypeVar("T")
 
-LOG_LINES = 40  # the newest
-WARNINGS = 20  # the newest
+LOG_LINES = 40  # number of newest lines that are shown
+WARNINGS = 20  # number of newest warnings that are shown
 FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
 _RANK_FILE = re.compile(r"metrics-rank(\d+)\.jsonl")
 
 RANK_FILES = "metrics-rank*.jsonl"
 
-# The files of a run that a page shows.
+# Files of a run that affect the report page.
 PARTS = (
     METRICS,
     RANK_FILES,
@@ -80,8 +80,12 @@ PARTS = (
 
 
 class DamagedFile(NamedTuple):
-    """A file of a run that is not read as a whole: how many of its lines were skipped (None: all of
-    it is), and why."""
+    """A file of a run that cannot be read completely.
+
+    Attributes:
+        lines: number of skipped lines. None if the entire file cannot be read.
+        why: why the file or the first skipped line cannot be read.
+    """
 
     file: str
     lines: int | None
@@ -94,10 +98,10 @@ class DamagedFile(NamedTuple):
 
 
 def read_figures(path: Path) -> Part[RunFigures]:
-    """Read the numbers of a .jsonl file of records.
+    """Read the records of a .jsonl file, and return their statistics.
 
-    A line that is not a record is skipped, and the first one is named. A last line without its end
-    may still be written.
+    Lines that are not records are skipped, and `fault` names the first of them. The last line is
+    ignored if it has no line break, because a process may still be writing it.
     """
     content, fault, _ = read_part(path, read_bytes)
     text = content or b""
@@ -109,28 +113,32 @@ def read_figures(path: Path) -> Part[RunFigures]:
         except ValueError as error:
             skipped += 1
             fault = fault or f"line {number}: {error}"
+
     return Part(figures, fault, skipped or None)
 
 
 class RunFiles:
-    """A run directory and its files, as they were when it was read. Figures are in the units of
-    the records.
+    """The contents of a run directory's files at the time of reading.
 
     Attributes:
-        label: the folder's name, or the entire path if runs side by side share the name.
-        recipe, env: config.yaml and env.json as plain values; empty if they do not exist yet.
-        figures: the figures of metrics.jsonl; ranks: those of metrics-rank<r>.jsonl, by rank.
-        samples: in the order of the steps; step 0 is before training.
-        failure, stopped: failure.json and stopped.json, None if the file does not exist.
-        final: the manifest of final/; None if it does not exist or is damaged.
-        evals: the content of each file of scores of `eval`, the oldest first.
-        state: the run's state; steps: the optimizer steps that were taken.
-        log_tail: the last lines of log.txt; warnings: its newest warnings, each once.
-        damaged: the files that cannot be read, or only in part.
+        label: the folder's name, or its entire path if several compared runs have the same name.
+        recipe, env: config.yaml and env.json as plain values. Empty if they do not exist yet.
+        figures: statistics of the records in metrics.jsonl.
+        ranks: columns of metrics-rank<r>.jsonl by rank.
+        samples: sample answers in the order of their steps. Step 0 is before training.
+        failure, stopped: contents of failure.json and stopped.json. None if the file does not
+            exist.
+        final: manifest of final/. None if it does not exist or is damaged.
+        evals: contents of each score file of `eval`, oldest first.
+        state: state of the run.
+        steps: number of completed optimizer steps.
+        log_tail: last lines of log.txt.
+        warnings: newest warnings in log.txt, without duplicates.
+        damaged: files that cannot be read completely.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read a run directory. Raise UsageError if `folder` holds no file of a run."""
+        """Read a run directory. Raise UsageError if `folder` contains no file of a run."""
         self.folder = Path(folder)
         self.name = shown(self.folder.absolute().name)
         self.label = self.name
@@ -140,62 +148,80 @@ class RunFiles:
             if self.folder.exists():
                 what = "this is not a run directory"
                 why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
-            raise UsageError(what, where=str(folder), why=why, fix=name_a_run(Path(folder)))
+            raise UsageError(what, where=str(folder), why=why, fix=suggest_run(Path(folder)))
         self.refresh()
 
     def refresh(self) -> None:
         """Read all files again."""
-        folder, take = self.folder, self._take
+        folder = self.folder
+        content_of = self._content_of
         self.damaged: list[DamagedFile] = []
-        self.figures = take(METRICS, read_figures(folder / METRICS))
+        self.figures = content_of(METRICS, read_figures(folder / METRICS))
         self.ranks: dict[int, Columns] = {}
         for path in sorted(folder.glob(RANK_FILES)):
             match = _RANK_FILE.fullmatch(path.name)
             if match:
-                self.ranks[int(match[1])] = take(path.name, read_figures(path)).columns
+                figures = content_of(path.name, read_figures(path))
+                self.ranks[int(match[1])] = figures.columns
         self._read_log()
-        self.recipe = take(RECIPE, read_recipe(folder))
-        self.env = take(IDENTITY, read_env(folder))
-        self.failure = take(FAILURE, read_failure(folder))
-        self.stopped = take(STOPPED, read_stopped(folder))
-        self.samples = take(SAMPLES, read_samples(folder))
-        self.final = take(FINAL_MANIFEST, read_part(folder / FINAL, read_manifest))
+
+        self.recipe = content_of(RECIPE, read_recipe(folder))
+        self.env = content_of(IDENTITY, read_env(folder))
+        self.failure = content_of(FAILURE, read_failure(folder))
+        self.stopped = content_of(STOPPED, read_stopped(folder))
+        self.samples = content_of(SAMPLES, read_samples(folder))
+        self.final = content_of(FINAL_MANIFEST, read_part(folder / FINAL, read_manifest))
+
         self.evals: list[EvalScores] = []
         for path in sorted(folder.glob(f"{EVALS}/{SCORES}"), key=signature_of):
-            scores = take(shown(path.relative_to(folder)), read_part(path, read_scores))
+            name = shown(path.relative_to(folder))
+            scores = content_of(name, read_part(path, read_scores))
             if scores is not None:
                 self.evals.append(scores)
 
         last_step = self.figures.last("step")
-        state, self.steps = how_far(last_step, self.failure, self.stopped, self.final)
-        self.state = RunState.RUNNING if is_at_work(folder) else state
+        self.state, self.steps = ended_state(last_step, self.failure, self.stopped, self.final)
+        if is_at_work(folder):
+            self.state = RunState.RUNNING
 
-    def _take(self, name: str, part: Part[T]) -> T:
-        """Return what a file holds, and note what of it cannot be read."""
+    def _content_of(self, name: str, part: Part[T]) -> T:
+        """Return the content of a file.
+
+        If a part of it cannot be read, add the file to `damaged`.
+        """
         if part.fault:
             self.damaged.append(DamagedFile(name, part.lines, part.fault))
         return part.value
 
     def _read_log(self) -> None:
-        content = self._take(LOG, read_part(self.folder / LOG, read_bytes)) or b""
+        content = self._content_of(LOG, read_part(self.folder / LOG, read_bytes)) or b""
         lines = content.decode(errors="replace").splitlines()
         self.log_tail = lines[-LOG_LINES:]
-        warnings = [line.partition("warning: ")[2].strip() for line in lines if "warning: " in line]
-        self.warnings = list(dict.fromkeys(warnings))[-WARNINGS:]
+
+        # Keep each different warning only once, in the order of the file.
+        warnings = {}
+        for line in lines:
+            _, marker, text = line.partition("warning: ")
+            if marker:
+                warnings[text.strip()] = True
+        self.warnings = list(warnings)[-WARNINGS:]
 
     def signature(self) -> object:
         """Return a value that changes when a file of the run or its state changes."""
-        paths = [path for pattern in PARTS for path in sorted(self.folder.glob(pattern))]
-        return [is_at_work(self.folder), *((str(path), signature_of(path)) for path in paths)]
+        signatures: list[object] = [is_at_work(self.folder)]
+        for pattern in PARTS:
+            for path in sorted(self.folder.glob(pattern)):
+                signatures.append((str(path), signature_of(path)))
+        return signatures
 
     @property
     def final_step(self) -> int | None:
-        """The step of the weights in final/; None: there are none, or that is not known."""
+        """Step of the weights in final/. None if final/ does not exist or its step is not known."""
         return self.final["step"] if self.final else None
 
     @property
     def described_state(self) -> str:
-        """The state, the last step, and the step in final/ where that is an earlier one."""
+        """State and last step of the run, and the step of final/ if it is an earlier one."""
         text = f"{self.state} at step {self.steps}"
         if self.state is RunState.FINISHED and self.final_step not in (None, self.steps):
             text += f", {FINAL}/ is of step {self.final_step}"
@@ -203,74 +229,76 @@ class RunFiles:
 
     @property
     def best_val_loss_text(self) -> str | None:
-        """Return the lowest val_loss and its step as text; None without a validation."""
+        """The lowest val_loss and its step as text. None if there was no validation."""
         step = self.figures.best_step
         return None if step is None else f"{self.figures.validations[step]:.4f} at step {step}"
 
     @property
     def validation_hash(self) -> str | None:
-        """The hash of the held-out rows as tokens."""
+        """Hash of the held-out rows' tokens."""
         return self.env.get("validation_hash")
 
     def key(self, section: str, name: str) -> object:
-        """The value of a key of the recipe; None where it is not there."""
+        """Return the value of a recipe key, or None if the recipe does not have the key."""
         value: object = (self.recipe.get(section) or {}).get(name)
         return value
 
     @property
     def method(self) -> str:
-        """The name of the method, which says what val_loss is the loss of."""
+        """Name of the method, which determines the meaning of val_loss."""
         return str(self.method_keys.get("name"))
 
     @property
     def method_keys(self) -> Fields:
-        """The section of the recipe; a method without keys is written as its name."""
+        """The `method` section of the recipe.
+
+        A recipe may also contain only the name of the method.
+        """
         method = self.recipe.get("method", "sft")
         return method if isinstance(method, dict) else {"name": method}
 
     @property
-    def seed(self) -> int | None:
-        return cast("int | None", self.key("train", "seed"))
-
-    @property
     def total_steps(self) -> int | None:
-        """Return the steps of the entire run, as estimated from its duration; None if unknown."""
+        """Number of steps of the entire run, estimated from its duration. None if unknown."""
         epochs = self.figures.last("epoch") or 0.0
         share = share_done(self.recipe, self.steps, epochs, self.figures.seconds)
         return round(self.steps / share) if share else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate the time that a running run still takes; None if unknown."""
+        """Estimated number of seconds until a running run ends. None if unknown."""
         seconds_per_step = self.figures.recent_mean("step_seconds")
         if self.state is not RunState.RUNNING or not self.total_steps or not seconds_per_step:
             return None
         return (self.total_steps - self.steps) * seconds_per_step
 
     def missing_answers(self) -> str:
-        """Return why there are no answers of the final weights; empty if there are some."""
+        """Return why there are no answers of the final weights, or "" if there are some."""
         if self.final_step is None:
             return "there are no final weights, so the newest answers are shown"
         if any(row["step"] == self.final_step for row in self.samples):
             return ""
-        reason = "log.samples is 0" if self.key("log", "samples") == 0 else "see log.txt"
-        return NO_FINAL_ANSWERS + reason
+        if self.key("log", "samples") == 0:
+            return f"{NO_FINAL_ANSWERS}log.samples is 0"
+        return f"{NO_FINAL_ANSWERS}see log.txt"
 
 
 def label_apart(runs: Sequence[RunFiles]) -> None:
-    """Label runs that share a name by their folders."""
+    """Set the labels of runs that have the same name to the paths of their folders."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             run.label = shown(run.folder)
 
 
-def how_it_ended(run: RunFiles) -> Fields:
-    """Find what a run that neither goes on nor finished left behind to tell why, and what to do
-    next; else nothing.
+def end_fields(run: RunFiles) -> Fields:
+    """Return why a run failed, stopped or was killed, and which command to run next.
+
+    Return an empty dict for a running or finished run.
     """
     fields: Fields = {}
-    # failure.json of an earlier start stays; only the state says whether it counts.
+    # failure.json may be from an earlier start, because a later start does not delete it. Use it
+    # only if the state is FAILED.
     if run.failure and run.state is RunState.FAILED:
         fields = {name: run.failure.get(name) for name in Failure.__annotations__}
     elif run.state is RunState.STOPPED and run.stopped:
@@ -280,17 +308,18 @@ def how_it_ended(run: RunFiles) -> Fields:
     elif run.state is RunState.KILLED:
         command = f"tunesmith train {shell_path(shown(run.folder / RECIPE))}"
         end = find_previous_crash(run.folder) or RunError(
-            "no process is running here, and it wrote no failure record",
-            why="it was killed, or this is a copy of a running run",
+            "no process of this run is active here, and the run has no failure record",
+            why="the run was killed, or this is a copy of a run that is active elsewhere",
             fix=f"{command}   # resumes from the newest checkpoint",
         )
         fields = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause}
         fields["next"] = end.fix
+
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
 def signature_of(path: Path) -> tuple[int, int, int]:
-    """The time, size and inode of a file; zeros without one."""
+    """Return the modification time, size and inode of a file, or zeros if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -299,5 +328,5 @@ def signature_of(path: Path) -> tuple[int, int, int]:
 
 
 def to_json(value: object) -> str:
-    """Strict JSON: what is not finite is null there."""
+    """Convert a value to strict JSON. Numbers that are not finite become null."""
     return pydantic_core.to_json(value, inf_nan_mode="null").decode()

@@ -1,10 +1,11 @@
-"""torch.compile where it pays.
+"""torch.compile for the decoder layers and the loss, on devices where it saves time.
 
-Every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the
-first step takes seconds instead of the minutes of a whole model. Shapes that would make another
-graph are fixed or marked as dynamic: the longest document is one number for the whole run, the
-number of documents is dynamic, and so is the number of tokens where steps differ in it
-(`global_batch` in examples). On a CPU it gained nothing (SmolLM2-135M, 2 cores).
+Every decoder layer is compiled separately. The layers have the same code, so all layers share one
+graph, and compilation takes seconds. The compilation of an entire model would take minutes. A
+changed size would cause a new graph, so sizes are fixed or marked as dynamic. The maximum length of
+a document is fixed for the entire run, and the number of documents is dynamic. The number of tokens
+is dynamic if it differs between steps (`global_batch` in examples). On a CPU, compilation saved no
+time (SmolLM2-135M, 2 cores).
 """
 
 import contextlib
@@ -37,22 +38,24 @@ from tunesmith.model.documents import Documents, current_documents
 from tunesmith.model.fused import add_mixin
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and
-# the first for others.
+# Environment variables with the path of Triton's assembler. Triton 3.6 and later read the second
+# variable for Blackwell (sm_100 and later) and the first variable for other chips.
 ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-# A program that exits with 0 where the compiler runs on the device that its argument names.
+# Python program that exits with 0 if the compiler works on the device that its argument names.
 ATTEMPT = """import sys, torch; from tunesmith.runtime.compilation import compiler_fault
 sys.exit(compiler_fault(torch.device(sys.argv[1])) or 0)"""
 
 
 def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
-    """Choose whether `train.compile` (auto, on or off) compiles layers on `device`, and say why."""
+    """Return whether the layers are compiled on `device`, and the reason. `choice` is the value of
+    `train.compile` (auto, on or off).
+    """
     if choice == "off":
         return False, "as train.compile says"
     if device.type != "cuda":
         if choice == "on":
             return True, "as train.compile says"
-        return False, "it does not help on a CPU"
+        return False, "compilation does not help on a CPU"
     fault, assembler = probe_compiler(device)
     if choice == "on":
         return True, f"as train.compile says{assembler}"
@@ -61,47 +64,58 @@ def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
 
 @cache
 def probe_compiler(device: torch.device) -> tuple[str, str]:
-    """Why the compiler does not run on a device, or ""; and which assembler stands for Triton's."""
+    """Test the compiler on the device, and return two texts. The first says why it does not work,
+    or is "" if it works. The second says which assembler (ptxas) replaces Triton's own, or is "".
+    """
     fault = compiler_fault(device)
     if "ptxas" not in fault.lower():
         return fault, ""
     paths = assemblers()
-    path = next((path for path in paths if runs_with(path, device)), None)
+    working = (path for path in paths if runs_with(path, device))
+    path = next(working, None)
     if path is None:
-        others = f"so do {', '.join(paths)}" if paths else "no other CUDA toolkit was found"
+        others = "no other CUDA toolkit was found"
+        if paths:
+            others = f"these assemblers fail too: {', '.join(paths)}"
         return f"{fault}; {others}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
-    # Both names: which of them Triton reads depends on its version and the chip.
+
+    # Set both variables, because it depends on Triton's version and on the chip which of them
+    # Triton reads.
     os.environ |= dict.fromkeys(ASSEMBLERS, path)
     restart_compiler()
     fault = compiler_fault(device)
     if fault:
         settings = " ".join(f"{name}={path}" for name in ASSEMBLERS)
-        return f"{fault}; in a new process it works: start again with {settings}", ""
-    return "", f", with {path} instead of Triton's assembler, which does not support it"
+        return f"{fault}; the compiler works in a new process, so start again with {settings}", ""
+    return "", f", with {path} instead of Triton's assembler, which does not support this GPU"
 
 
 def compiler_fault(device: torch.device) -> str:
-    """Why the compiler does not run on a device, or "", by trying a small function.
+    """Compile a small function on the device. Return the error, or "" if the compiler works.
 
-    New chips come before the assembler that Triton ships knows them, and a C compiler is not on
-    every machine.
+    The assembler in Triton may not support new chips, and a machine may have no C compiler.
     """
     use_persistent_cache()
     x = torch.linspace(-1, 1, 64, device=device)
     try:
         is_right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
-    except Exception as error:  # whatever a compiler may raise, training goes on without it
-        # Below Triton's first line, which names no reason.
+    except Exception as error:  # after any error of the compiler, training continues without it
+        # Search the entire message, because Triton gives the reason after the first line.
         match = re.search(r"ptxas (?:fatal|error).*", str(error))
-        reason = match[0] if match else first_line(error)
-        return f"the compiler does not run here: {reason}"
-    return "" if is_right else "the compiler gives wrong results here"
+        reason = first_line(error)
+        if match:
+            reason = match[0]
+        return f"torch.compile fails: {reason}"
+    if not is_right:
+        return "torch.compile gives wrong results"
+    return ""
 
 
 def runs_with(assembler: str, device: torch.device) -> bool:
-    """Check whether the compiler runs with that ptxas, in a process of its own.
+    """Test in a separate process whether the compiler works with this ptxas.
 
-    A failed compile leaves worker processes behind that keep their environment.
+    A separate process is needed because the compiler's worker processes do not see changes of
+    environment variables.
     """
     command = [sys.executable, "-c", ATTEMPT, str(device)]
     env = os.environ | dict.fromkeys(ASSEMBLERS, assembler)
@@ -112,53 +126,64 @@ def runs_with(assembler: str, device: torch.device) -> bool:
 
 
 def assemblers() -> list[str]:
-    """Every ptxas here, each once.
+    """Return the path of every ptxas (NVIDIA's assembler) on this machine, without duplicates.
 
-    As the user set it, on PATH, of CUDA_HOME, below /usr/local (newest first), in NVIDIA's wheels.
+    The order is: the user's variables, PATH, CUDA_HOME, /usr/local (newest first), NVIDIA's wheels.
     """
+    packages = Path(torch.__file__).parents[1]
     toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    toolkits += sorted(glob("/usr/local/cuda*"), reverse=True)
-    toolkits += sorted(glob(f"{Path(torch.__file__).parents[1]}/nvidia/*"), reverse=True)
+    for pattern in ("/usr/local/cuda*", f"{packages}/nvidia/*"):
+        toolkits += sorted(glob(pattern), reverse=True)
     paths = [os.environ.get(name) for name in ASSEMBLERS]
     paths.append(shutil.which("ptxas"))
     paths += [f"{toolkit}/bin/ptxas" for toolkit in toolkits]
-    files = [os.path.realpath(path) for path in paths if path and os.access(path, os.X_OK)]
-    return list(dict.fromkeys(files))
+
+    files = {}
+    for path in paths:
+        if path and os.access(path, os.X_OK):
+            files[os.path.realpath(path)] = True
+    return list(files)
 
 
 def use_persistent_cache() -> str:
-    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set.
+    """Store compiled code in tunesmith's cache folder, unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    /tmp, torch's default, is often emptied, and so it remains only where our folder cannot be
-    written. Launched ranks keep it in the same place as a single process. Nodes that share a home
-    have a folder each: they may have other chips. In a job of Slurm it is on the node's own disk:
-    locks of files are slow on a shared one.
+    torch's default is a folder in /tmp, which is often emptied. It is only used if tunesmith's
+    folder is not writable. The folder is the same for ranks of a launcher and for a single process.
+    Nodes with a shared home directory have separate folders, because their chips may differ. In a
+    Slurm job the folder is on the node's own disk, because file locks are slow on a shared disk.
 
-    Code that another version of this package has compiled is not taken.
+    Code that was compiled by another version of tunesmith is not used.
 
     Returns:
         The folder.
     """
-    # The cache goes by a graph's forward: it would run the backward of before a change.
-    of_user = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
-    torch.compiler.config.cache_key_tag = of_user + source_digest()
-    # Some imports of torch set the variable to torch's own default.
-    torch_default = str(Path(tempfile.gettempdir()) / "torchinductor_")
-    # Unset, or torch's default: anything else is the user's choice.
+    # Add the digest of tunesmith's source to the cache key. torch's key only includes the forward
+    # graph, so after a change of a backward function the old compiled code would be used.
+    user_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = user_tag + source_digest()
+
+    # Some modules of torch set TORCHINDUCTOR_CACHE_DIR to torch's own default when they are
+    # imported. Therefore this value does not show a choice of the user.
+    temporary = tempfile.gettempdir()
+    torch_default = f"{temporary}/torchinductor_"
+    # Do not change a value that differs from torch's default, because the user has set it.
     if os.environ.get(CACHE, torch_default).startswith(torch_default):
-        place = cache_folder(f"compiled-{os.getuid()}")
+        name = f"compiled-{os.getuid()}"
+        place = cache_folder(name)
         if "SLURM_JOB_ID" in os.environ:
-            place = Path(tempfile.gettempdir(), f"tunesmith-compiled-{os.getuid()}")
-        with contextlib.suppress(OSError):  # a home that is read only
+            place = Path(temporary, f"tunesmith-{name}")
+        with contextlib.suppress(OSError):  # the home directory is read-only
             folder = private_folder(place)
             os.environ[CACHE] = str(folder / socket.gethostname())
     return os.environ.get(CACHE, "")
 
 
 def private_folder(folder: Path) -> Path:
-    """The folder, created if needed; MachineError where another user owns it or can write to it.
+    """Create the folder if it does not exist. Check that only this user can write to it.
 
-    What is there is run.
+    Raise MachineError if another user owns it or can write to it, because the code in it is
+    executed.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
@@ -167,8 +192,9 @@ def private_folder(folder: Path) -> Path:
         raise MachineError(
             "other users can write to this folder",
             where=str(folder),
-            why="compiled code in it is executed",
-            fix=f"rm -r {shell_path(folder)}, or export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours",
+            why="compiled code in this folder is executed",
+            fix=f"remove it with `rm -r {shell_path(folder)}`, or choose another folder with "
+            "`export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours`",
         )
     return folder
 
@@ -176,11 +202,12 @@ def private_folder(folder: Path) -> Path:
 def compile_layers(
     layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., object] = "inductor"
 ) -> int:
-    """Compile each decoder layer in place, at its first forward in training; returns how many.
+    """Compile each decoder layer in place at its first forward in training. Return the number of
+    layers.
 
     Args:
-        varied: the number of tokens differs from micro batch to micro batch.
-        backend: torch.compile's.
+        varied: whether micro batches differ in their number of tokens.
+        backend: backend of torch.compile.
     """
     use_persistent_cache()
     shared = torch.compile(_forward, backend=backend)
@@ -192,10 +219,10 @@ def compile_layers(
 
 
 class CompiledLayer(nn.Module):
-    """A layer whose forward is compiled while it trains.
+    """A layer whose forward is compiled in training.
 
-    Generation and validation have other shapes in every batch and no backward to fuse: they run
-    uncompiled.
+    Generation and validation run without compilation, because the shapes differ between batches and
+    there is no backward that could be fused.
     """
 
     compiled: Callable[..., object]
@@ -208,20 +235,23 @@ class CompiledLayer(nn.Module):
         hidden, *rest = args
         assert isinstance(hidden, Tensor)
         if not hidden.requires_grad:
-            # The first layer over frozen embeddings: a gradient that nobody reads costs a
-            # thousandth of the step, and a graph of its own for one layer would double what there
-            # is to compile.
+            # Only the first layer has an input without gradient, if the embeddings are frozen. Let
+            # the input require a gradient, so that the layer uses the same graph as the other
+            # layers. The unused gradient takes 0.1 % of the step, but a separate graph would double
+            # the compilation time.
             args = (hidden.detach().requires_grad_(), *rest)
+
         mark_varying(documents.cu_seqlens, 0)
         for tensor in documents.repeated or ():
             mark_varying(tensor, 0)
         if documents.chunks is not None:
             mark_varying(documents.chunks.cu_seqlens, 0)
+
         if self.varied:
-            for of_documents in (documents, documents.chunks):
-                if of_documents is not None and of_documents.spans is not None:
-                    mark_varying(of_documents.spans, 1)
-            # [1, tokens, ...]: the second dimension of whatever has one entry a token.
+            for layout in (documents, documents.chunks):
+                if layout is not None and layout.spans is not None:
+                    mark_varying(layout.spans, 1)
+            # Mark the second dimension of all tensors of shape [1, tokens, ...] as dynamic.
             length = hidden.shape[1]
             for tensor in _tensors((args, kwargs)):
                 if tensor.dim() > 1 and tensor.shape[1] == length:
@@ -230,22 +260,20 @@ class CompiledLayer(nn.Module):
 
 
 def _forward(layer: CompiledLayer, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    # The class behind the mixin, whose forward is compiled; the mixin itself stays out of the
-    # graph.
+    # Call the forward of the class to which the mixin was added. The forward of the mixin is not
+    # compiled.
     return super(CompiledLayer, layer).forward(*args, **kwargs)
 
 
-def compile_apart(
-    name: str, backend: str | Callable[..., object] = "inductor"
-) -> Callable[..., object]:
-    """The compiled forward of layers with graphs of its own, for `CompiledLayer.compiled`.
+def compile_apart(name: str) -> Callable[..., object]:
+    """Return a compiled forward that has its own graphs, for `CompiledLayer.compiled`.
 
-    One for each shape of an adapter. The compiler keeps graphs by the code of a function and its
-    name. In a shared place the second shape would make it dynamic, and so give other kernels, and
-    other bits, than a run of that shape alone.
+    Each adapter shape needs its own graphs. The compiler stores graphs by the code and name of a
+    function. If two shapes shared an entry, the second would make the shape dynamic. The kernels,
+    and the rounding of the results, would then differ from those of a run with only one shape.
     """
     code = _forward.__code__.replace(co_name=name)
-    return torch.compile(FunctionType(code, _forward.__globals__), backend=backend)
+    return torch.compile(FunctionType(code, _forward.__globals__))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -259,9 +287,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def compile_loss(loss_and_grad_fn: LossAndGradFn) -> LossAndGradFn:
-    """The loss of a chunk of logits as one or two kernels.
+    """Compile the loss of a chunk of logits to one or two kernels.
 
-    Chunks differ in their number of positions.
+    Chunks have different numbers of positions, so this dimension is dynamic.
     """
     compiled: LossAndGradFn = torch.compile(loss_and_grad_fn)
 

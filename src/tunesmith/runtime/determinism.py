@@ -1,9 +1,10 @@
-"""The settings of `train.deterministic`: equal steps come out bit for bit alike on a GPU too.
+"""Settings for `train.deterministic`. With these settings, a repeated step gives bit for bit equal
+results, also on a GPU.
 
-By default FlashAttention's backward and sums by index add up in the order in which thread blocks
-end. For both torch has a second, deterministic form (attention_backward.cu asks the flag), and an
-operator that has none raises. Inductor then times no kernels against each other, and cuBLAS takes a
-workspace of fixed size.
+By default, FlashAttention's backward and index additions sum in the order in which thread blocks
+finish. torch has a deterministic version of both, which these settings select (for attention, see
+attention_backward.cu). An operator that has no deterministic version raises an error. Inductor no
+longer selects kernels by benchmarks, and cuBLAS uses a workspace of fixed size.
 """
 
 import os
@@ -16,15 +17,16 @@ import torch
 from tunesmith.errors import MachineError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-CHOICES = (":4096:8", ":16:8")  # those that NVIDIA calls deterministic; the first is faster
+CHOICES = (":4096:8", ":16:8")  # the values that NVIDIA calls deterministic; the first is faster
 
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Have torch compute deterministically inside the block, if `enabled`.
+    """Context manager that makes torch compute deterministically if `enabled` is True.
 
-    Its settings are restored afterwards. MachineError after the first use of CUDA: cuBLAS reads its
-    variable, which stays set, only once.
+    At the end of the block, torch's settings are restored, but the environment variable of cuBLAS
+    remains set. Raise MachineError if CUDA was already used without the variable, because cuBLAS
+    reads it only once.
     """
     if not enabled:
         yield
@@ -32,11 +34,12 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
             raise MachineError(
-                "the cuBLAS workspace can no longer be changed",
+                "deterministic training can no longer be enabled in this process",
                 where="train.deterministic",
-                why=f"CUDA was started without {WORKSPACE}",
+                why="cuBLAS reads its settings only when CUDA starts, and CUDA was started without "
+                f"{WORKSPACE}",
                 fix=f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or "
-                "train.deterministic=false",
+                "set train.deterministic=false",
             )
         os.environ[WORKSPACE] = CHOICES[0]
     mode = torch.are_deterministic_algorithms_enabled()
@@ -45,7 +48,8 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     fills = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        # It writes over every new tensor, and shows bugs alone.
+        # Turn this option off: it only helps to find bugs, and it takes time to fill every new
+        # tensor.
         memory.fill_uninitialized_memory = False
         yield
     finally:

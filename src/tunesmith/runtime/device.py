@@ -1,4 +1,4 @@
-"""The device of a run, and how much of its memory torch's allocator may take."""
+"""Selection of the device of a run, and the memory limit of torch's allocator on the device."""
 
 import gc
 import os
@@ -23,12 +23,12 @@ ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 class HostBudget(NamedTuple):
-    """Bytes of the host's memory that a rank can allocate beside what it holds.
+    """Host memory in bytes that this process can still allocate.
 
     Attributes:
-        free: now.
-        ceiling: if all other programs gave way.
-        limit: what bounds the second figure.
+        free: bytes that are available now.
+        ceiling: bytes that would be available if no other programs used memory.
+        limit: the memory limit that determines `ceiling`.
     """
 
     free: int
@@ -37,26 +37,33 @@ class HostBudget(NamedTuple):
 
 
 def host_budget(ranks: Collection[int] = ()) -> HostBudget:
-    """The share of this process in the host's memory.
+    """Return the host memory that this process can still allocate.
 
-    `ranks` are the process ids of the run's ranks on this host. The floor is left out: a run that
-    comes below it is stopped (memory_guard).
+    The memory below the floor is not included, because `memory_guard` stops a run when the
+    available memory falls to this floor.
+
+    Args:
+        ranks: process ids of the run's ranks on this host.
     """
     limits = memory_limits(ranks)
     free = []
     ceilings = []
     for limit in limits:
-        floor = memory_floor(limit.size, unified=False)
-        free.append((limit.size - floor - limit.used) // limit.ranks)
-        ceilings.append((limit.size - floor - limit.used_by_run) // limit.ranks)
+        usable = limit.size - memory_floor(limit.size, unified=False)
+        free.append((usable - limit.used) // limit.ranks)
+        ceilings.append((usable - limit.used_by_run) // limit.ranks)
+
     ceiling = min(ceilings)
-    return HostBudget(max(0, min(free)), max(0, ceiling), limits[ceilings.index(ceiling)])
+    narrowest = limits[ceilings.index(ceiling)]
+    return HostBudget(max(0, min(free)), max(0, ceiling), narrowest)
 
 
 def chip_of(device: torch.device, ranks: Collection[int] = ()) -> Chip:
-    """The chip that a dtype is chosen for: its name, memory that is free, and whether it has bf16.
+    """Return the name, the free memory and the bf16 support of the chip. These values determine the
+    dtype of the run.
 
-    `ranks` are the process ids of the run's ranks on this host.
+    Args:
+        ranks: process ids of the run's ranks on this host.
     """
     if device.type == "cpu":
         return Chip("cpu", host_budget(ranks).free / 2**30, bf16=multiplies_bf16())
@@ -68,7 +75,10 @@ def chip_of(device: torch.device, ranks: Collection[int] = ()) -> Chip:
 
 
 def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU; the allocator is prepared before its first use."""
+    """Return the CUDA device or, if there is none, the CPU.
+
+    The memory allocator of the device is configured, which must happen before its first use.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -77,20 +87,22 @@ def choose_device() -> torch.device:
 
 
 def is_integrated(device: torch.device, cuda: ModuleType = torch.cuda) -> bool:
-    """Tell whether `device` is a GPU that shares the host's memory (GB10)."""
+    """Return whether `device` is a GPU that shares the host's memory (GB10)."""
     return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
 
 
 def free_memory(device: torch.device, cuda: ModuleType = torch.cuda) -> int:
-    """Bytes that can be allocated on `device` beside those that are.
+    """Return the number of bytes that can still be allocated on `device`.
 
-    Of the host's memory those above the floor.
+    For a CPU, the result does not include the memory that `memory_guard` keeps free.
     """
     if device.type == "cpu":
         return host_budget().free
-    # In the allocator's hands since an earlier run.
+    # Bytes that the allocator has reserved but does not use, for example because an earlier run has
+    # freed them.
     idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
-    # A driver of unified memory reports what is unused, not what can be had.
+    # With unified memory, the driver reports only unused memory. It does not count page cache,
+    # which the kernel could free.
     if is_integrated(device, cuda):
         return unified_budget(read_memory()) + idle
     return int(cuda.mem_get_info(device)[0]) + idle
@@ -101,26 +113,33 @@ def prepare_allocator(
     cuda: ModuleType = torch.cuda,
     configure: Callable[[str], object] = torch_private.set_allocator,
 ) -> None:
-    """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
+    """Set up the allocator of a GPU before its first allocation.
 
-    An integrated GPU gets a limit, so that an overrun raises torch.OutOfMemoryError and does not
-    freeze the machine. A discrete one gets expandable segments, unless the user has set the
-    allocator's variable: they waste less where micro batches differ in length, but gave driver
-    errors on GB10.
+    An integrated GPU gets a memory limit, so that an overrun raises torch.OutOfMemoryError instead
+    of freezing the machine. A discrete GPU gets expandable segments, unless the user has configured
+    the allocator. Expandable segments waste less memory if micro batches differ in length, but they
+    caused driver errors on GB10.
+
+    Args:
+        cuda: torch.cuda, or a replacement in tests.
+        configure: sets options of the allocator.
     """
     if is_integrated(device, cuda):
-        # The fraction bounds all that the allocator holds: what it has by now counts too.
+        # The limit includes the memory that the allocator already holds.
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
-        # None is the current device; torch takes no `cuda` without an index here.
+        # device.index is None for the current device. torch does not accept `cuda` without an
+        # index.
         cuda.set_per_process_memory_fraction(share, device.index)
     elif device.type == "cuda" and not ALLOCATOR_VARIABLES & os.environ.keys():
         configure("expandable_segments:True")
 
 
 def free_device_memory(cuda: ModuleType = torch.cuda) -> None:
-    """Give back what ended runs of this process still hold, and begin a GPU's peak anew."""
-    torch.compiler.reset()  # compiled layers may keep their model alive
+    """Free the memory of runs in this process that have ended, and reset the GPU's counter of peak
+    memory.
+    """
+    torch.compiler.reset()  # compiled layers may reference their model
     gc.collect()
     if cuda.is_initialized():
         cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The host's memory and cores, as this process uses them."""
+"""Settings of this process for memory allocation and CPU threads on the host."""
 
 import ctypes
 import os
@@ -14,23 +14,24 @@ from tunesmith.host.cores import available_cores
 # Parameters of glibc's mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bit
+LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc's maximum on 64-bit systems
 NEVER = 2**31 - 1
-# Between the two that were measured; a cached shape holds about half a megabyte.
+# Number of shapes that oneDNN caches. It is between 64 and 256, the values that were measured. A
+# cached shape takes about 0.5 MB.
 CACHED_SHAPES = "128"
-# Variables for how libgomp's threads wait.
+# Environment variables that determine how libgomp's threads wait.
 WAIT_VARIABLES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 BY_ENVIRONMENT = "set by the environment"
-# Six ticks a core: enough to tell a core that computes from one that does not.
+# Duration of the measurement: six kernel ticks per core, which is enough to recognize a busy core.
 SAMPLE_SECONDS = 0.06
 
 
 def keep_freed_pages() -> bool:
-    """Let malloc keep what is freed; returns whether it does: on Linux with glibc.
+    """Let malloc keep freed memory. Return whether this succeeded, which requires Linux and glibc.
 
-    By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again at
-    the next allocation. Keeping them more than halves the kernel's time in a LoRA step of
-    SmolLM2-135M; peak memory does not change.
+    By default glibc returns blocks above 128 KiB to the kernel at once, and the kernel zeroes them
+    at the next allocation. Keeping the blocks more than halves the kernel's time in a LoRA step of
+    SmolLM2-135M. The peak memory does not change.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
@@ -41,7 +42,7 @@ def keep_freed_pages() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system: malloc's pages, and a GPU's cached blocks."""
+    """Return freed memory to the system: malloc's pages, and the cached blocks of a GPU."""
     import torch
 
     if platform.libc_ver()[0] == "glibc":
@@ -51,15 +52,20 @@ def return_freed_memory() -> None:
 
 
 def bound_shape_caches() -> None:
-    """Limit what libraries keep for each new shape. Variables that are set stay as they are.
+    """Limit the memory and time that libraries use for each new shape. Environment variables that
+    are already set are not changed.
 
-    Call it before the first matmul and the first attention.
-    oneDNN and its wrapper keep 1,024 shapes of matmuls each, and rows of varied length make new
-    ones in every step: six layers of SmolLM2-135M grew from 0.8 to 2.5 GiB in 60 steps of LoRA;
-    bounded to 64 they ended at 1.0, to 256 at 1.3, at the same speed.
-    On Hopper and data-center Blackwell torch's attention prefers cuDNN, which builds a plan for
-    each new shape, in tens of milliseconds: each size of a picture, and each length of the cache
-    when a model decodes. FlashAttention and the memory-efficient kernel need no plan.
+    Call this before the first matmul and the first attention.
+
+    oneDNN and its wrapper in torch each cache 1,024 shapes of matmuls by default. If rows have
+    different lengths, every step has new shapes. A process that trained six layers of SmolLM2-135M
+    grew from 0.8 to 2.5 GiB in 60 LoRA steps. With a limit of 64 shapes it grew to 1.0 GiB, and
+    with 256 shapes to 1.3 GiB, at the same speed.
+
+    On Hopper and data-center Blackwell, torch's attention prefers cuDNN, which takes tens of
+    milliseconds to build a plan for each new shape. Each image size is a new shape, and so is each
+    length of the cache in decoding. FlashAttention and the memory-efficient kernel need no plan, so
+    torch is set to prefer them.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_SHAPES)
     os.environ.setdefault("LRU_CACHE_CAPACITY", CACHED_SHAPES)
@@ -67,11 +73,11 @@ def bound_shape_caches() -> None:
 
 
 class Cores(NamedTuple):
-    """The physical cores that a process is bound to.
+    """The physical cores that a process may use.
 
     Attributes:
-        busy: those that compute now.
-        allowed: as many as its share of their time makes.
+        busy: number of cores that are computing now.
+        allowed: maximum number of cores, computed from the process's limit of CPU time.
     """
 
     total: int
@@ -79,33 +85,37 @@ class Cores(NamedTuple):
     allowed: int
 
     def threads(self) -> tuple[int, str]:
-        """Choose how many threads compute, and say why: one a core, as far as they are free.
+        """Return the number of compute threads, one per free core, and the reason for this number.
 
-        All threads of a product wait for the slowest, and beside a busy core that one takes twice
-        as long: busy cores are left out as long as more than half are free, and beyond that sharing
-        all of them is faster.
+        All threads of a matmul wait for the slowest, and a thread on a busy core takes twice as
+        long. Busy cores are therefore not used if more than half of the cores are free. Otherwise
+        it is faster to use all cores.
         """
-        if self.allowed < self.total:
-            return self.allowed, f"this process's share of the time of {self.total} cores"
-        if 0 < self.busy < self.total / 2:
-            busy = f"busy cores: {self.busy} of {self.total}"
-            why = f"{busy}; OMP_NUM_THREADS={self.total} uses all of them"
-            return self.total - self.busy, why
-        return self.total, "one a core"
+        total, busy, allowed = self
+        if allowed < total:
+            return allowed, f"this process may use only a part of the {total} cores"
+        if 0 < busy < total / 2:
+            why = f"busy cores: {busy} of {total}; OMP_NUM_THREADS={total} uses all of them"
+            return total - busy, why
+        return total, "one per core"
 
 
 @cache
 def prepare_threads() -> str:
-    """Set how many threads torch computes with and how they wait; returns why so many.
+    """Set the number of torch's threads and the way in which they wait. Return the reason for the
+    number.
 
-    Call it before torch is loaded. libgomp's threads wait in a loop, for milliseconds: on a busy
-    machine that takes the very core which the thread that is waited for needs. Beside a busy core
-    they sleep at once, which would cost a quiet machine a third of its speed. Variables that are
-    set stay.
+    Call this before torch is imported. libgomp's threads wait in a busy loop for milliseconds. On a
+    busy machine, the loop occupies the core that the slowest thread needs. Therefore the threads
+    are set to sleep at once if a core is busy. On an idle machine they are not, because sleeping
+    would cost a third of the speed. Variables that are already set are unchanged.
     """
     has_count = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if "torch" in sys.modules or sys.platform != "linux":
-        return BY_ENVIRONMENT if has_count else "torch's default"
+        if has_count:
+            return BY_ENVIRONMENT
+        return "torch's default"
+
     first = _read_stat()
     time.sleep(SAMPLE_SECONDS)
     cores = measure_cores(first, _read_stat())
@@ -120,11 +130,16 @@ def prepare_threads() -> str:
 
 
 def keep_threads(previous: int | None) -> str:
-    """Give a resumed run the threads of its `previous` start; returns why so many.
+    """Set the number of threads of a resumed run to `previous`, the number before it was resumed.
+    Return the reason for the number.
 
-    A sum over a whole tensor is split by threads, and another number of them rounds it otherwise.
-    Numbers within a factor of two may be those of one machine, more or less busy; others are left,
-    and so are those that the environment names. None: unknown.
+    A sum over an entire tensor is divided among threads, so another number of threads changes the
+    rounding. If the current and the previous number differ by less than a factor of two, it may be
+    the same machine with another load, so the previous number is used. Otherwise, or if the
+    environment sets the number, the current number is kept.
+
+    Args:
+        previous: number of threads before the run was resumed. None if it is not known.
     """
     import torch
 
@@ -143,36 +158,40 @@ def _read_stat() -> str:
 
 
 def measure_cores(first: str, second: str, root: Path = Path("/")) -> Cores:
-    """Cores by two readings of /proc/stat.
+    """Return the cores of this process from two readings of /proc/stat.
 
-    /proc and /sys are below `root`.
+    Args:
+        root: folder that contains /proc and /sys, for tests.
     """
     cpus = os.sched_getaffinity(0)
-    # Processors of one physical core have the same list of siblings.
+    # The logical CPUs of one physical core have the same list of siblings.
     physical = set()
     for cpu in cpus:
         file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
         physical.add(file.read_text(encoding="ascii") if file.exists() else str(file))
     total = len(physical)
+
     first_idle, first_ticks = _ticks(first, cpus)
     second_idle, second_ticks = _ticks(second, cpus)
     ticks = second_ticks - first_ticks
     busy = 0
     if ticks:
-        # The ticks that were not idle, as a number of cores.
+        # Compute the number of busy cores from the share of ticks that were not idle.
         busy = round(total * (1 - (second_idle - first_idle) / ticks))
     return Cores(total, busy, min(total, available_cores(root)))
 
 
 def _ticks(stat: str, cpus: set[int]) -> tuple[int, int]:
-    """Idle ticks and all ticks since boot of these processors, from the text of /proc/stat."""
+    """Return the idle ticks and all ticks of these CPUs since boot, from the text of /proc/stat."""
     idle = 0
     total = 0
     for line in stat.splitlines():
         name, *counts = line.split()
         if name[:3] == "cpu" and name[3:] in map(str, cpus):
-            # user nice system idle iowait irq softirq steal; what follows counts in user, too.
+            # user nice system idle iowait irq softirq steal. The values after these are already
+            # included in user.
             ticks = [int(count) for count in counts[:8]]
             idle += ticks[3] + ticks[4]
             total += sum(ticks)
+
     return idle, total

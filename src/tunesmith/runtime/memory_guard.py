@@ -1,9 +1,10 @@
-"""Stops a run before the host's memory is used up.
+"""Guard thread that stops a run before the host's memory is exhausted.
 
-Below a floor all ranks save and end, and the user reads who holds the memory. A kernel without
-memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver
-fails first and the machine freezes, without a kill. A thread looks at the figures, once a second
-while there is room and up to 8 times as often near the floor. A look takes about 1 ms.
+If the available memory falls below a minimum (the "floor"), all ranks save and end, and a message
+says which processes use the memory. Without the guard the kernel would kill the largest process,
+which is the training. On unified memory (GB10) the driver fails first, and the machine freezes
+without killing a process. A thread checks the memory once per second, and up to 8 times per second
+near the floor. A check takes about 1 ms.
 """
 
 import os
@@ -35,49 +36,57 @@ from tunesmith.host.memory import (
 from tunesmith.host.signals import LowMemory, StopRequest
 from tunesmith.runtime.device import is_integrated
 
-# MemFree on unified memory, below which page cache is dropped, and below which the run ends where
-# that did not help: 2.6 GiB was the least that a load passed with, and allocations failed at 2.5
-# although 22 were available. Less is enough where a run can take no more than less.
+# Limits of MemFree on unified memory. Below UNIFIED_FREE_BYTES, page cache is dropped. If MemFree
+# is then below UNIFIED_MIN_FREE_BYTES, the run ends. Measured on GB10: model loads succeeded down
+# to 2.6 GiB, and allocations failed at 2.5 GiB although 22 GiB were available. If the run can
+# allocate less memory than a limit, the limit is reduced to this amount.
 UNIFIED_FREE_BYTES = 8 << 30
 UNIFIED_MIN_FREE_BYTES = 3 << 30
-# Seconds that a save and the end take, on a busy machine; before it comes `stop.takes`.
+# Seconds that a run needs to save and end on a busy machine. Before that, the run completes the
+# work in progress, which takes `stop.takes` seconds.
 SAVE_SECONDS = 3.0
-MAX_WORK_SECONDS = 30.0  # seconds of `stop.takes` that count
-# Seconds between two looks: the maximum takes a thousandth of a core, the minimum a hundredth.
+MAX_WORK_SECONDS = 30.0  # maximum of `stop.takes` that is used in the estimate
+# Seconds between two checks. At the maximum interval the checks use 0.1 % of a core, and at the
+# minimum interval 1 %.
 MAX_LOOK_SECONDS = 1.0
 MIN_LOOK_SECONDS = 0.12
-# Bytes a second that memory is filled with: page faults of one process.
-FILL_BYTES_A_SECOND = 4 << 30
-# Seconds between two times that page cache is dropped: while MemFree is below the least; else the
-# second, doubled where a drop brought nothing, up to the third.
+# Maximum bytes per second at which one process can fill memory, limited by page faults.
+FILL_BYTES_PER_SECOND = 4 << 30
+# Seconds between two drops of page cache. URGENT_PAUSE_SECONDS is used while MemFree is below the
+# minimum. Otherwise the pause starts at PAUSE_SECONDS and is doubled after each drop that freed
+# little, up to the maximum.
 URGENT_PAUSE_SECONDS = 2.0
 PAUSE_SECONDS = 30.0
 MAX_PAUSE_SECONDS = 480.0
-MIN_CACHED_BYTES = 2 << 30  # of page cache, which are worth it
-MAX_DROPPED_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
+MIN_CACHED_BYTES = 2 << 30  # minimum size of page cache that is worth dropping
+MAX_DROPPED_FILES = 10_000  # maximum number of files to open; a data folder may have millions
 
 
 def drop_page_cache(paths: Sequence[Path], root: Path = ROOT) -> None:
-    """Turn page cache into free memory: that of the files below `paths`, and as root that of all.
+    """Drop the page cache of the files in `paths`. If the process runs as root, drop the page cache
+    of all files too.
 
-    The first needs no right, and neither takes memory: beside a full allocator there is none to
-    take. The kernel's own switches took GB10s through every load, and give free memory in large
-    blocks.
+    Dropping the cache of single files needs no permission. As root, the switches in /proc/sys/vm
+    are used, because they free memory in large blocks: with them, every load of a model on GB10
+    succeeded. Both ways work even when no memory is left.
     """
     for file in islice(_files_below(paths), MAX_DROPPED_FILES):
-        with suppress(OSError):  # it was removed, or may not be read
+        with suppress(OSError):  # the file was removed or is not readable
             handle = os.open(file, os.O_RDONLY)
             try:
                 drop_pages(handle)
             finally:
                 os.close(handle)
-    with suppress(OSError):  # not root, or a container
+    with suppress(OSError):  # not root, or in a container
         for name in ("drop_caches", "compact_memory"):
             (root / "proc/sys/vm" / name).write_text("1", encoding="ascii")
 
 
 def _files_below(paths: Sequence[Path]) -> Iterator[Path]:
-    """The regular files among `paths` and in their folders; opening others may wait for ever."""
+    """Yield the regular files in `paths` and their folders.
+
+    Other files, such as pipes, are skipped because opening them could block forever.
+    """
     for path in paths:
         if path.is_file():
             yield path
@@ -89,16 +98,17 @@ def _files_below(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 class MemoryGuard:
-    """Watches the host's memory in a thread, from the load to the save, and asks `stop` for a stop.
+    """Thread that checks the host's memory while the run loads, trains and saves. It requests a
+    stop from `stop` if memory becomes low.
 
     Attributes:
-        files: that the run reads and writes, and folders of them; their page cache is dropped on
+        files: files and folders that the run reads and writes. Their page cache is dropped on
             unified memory.
-        unified: whether the GPU shares the host's memory; None until one is in use.
-        others: times, and what this process did not take then.
-        pause: seconds between two times that page cache is dropped.
-        dropped_at: when that happened last.
-        still_short: MemFree was below the least before that, and after it.
+        unified: whether the GPU shares the host's memory. None until a GPU is used.
+        others: readings of (time, bytes that other processes use plus an unknown constant).
+        pause: seconds between two drops of page cache.
+        dropped_at: time of the last drop.
+        still_short: whether MemFree was below the minimum both before and after the last drop.
     """
 
     def __init__(
@@ -119,6 +129,7 @@ class MemoryGuard:
         self.make_room = make_room
         self.clock = clock
         self.unified = unified
+
         self.others: deque[tuple[float, int]] = deque()
         self.pause = PAUSE_SECONDS
         self.dropped_at = -MAX_PAUSE_SECONDS
@@ -127,7 +138,7 @@ class MemoryGuard:
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
     def __enter__(self) -> "MemoryGuard":
-        if sys.platform == "linux":  # macOS compresses memory, and kills nothing
+        if sys.platform == "linux":  # macOS compresses memory and does not kill processes
             self._thread.start()
         return self
 
@@ -142,10 +153,10 @@ class MemoryGuard:
             wait = self.look()
 
     def look(self) -> float:
-        """Read the figures once, and ask for a stop where it is time.
+        """Check the memory once, and request a stop if necessary.
 
         Returns:
-            Seconds until the next look is due.
+            Seconds until the next check.
         """
         figures = self.read()
         allocator = self._allocator_bytes()
@@ -153,30 +164,37 @@ class MemoryGuard:
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
         floor += self.stop.saving
         left = figures.room - floor
-        # Others have total - room - this_run; the total is constant, and only growth is read.
+
+        # Other processes use total - room - this_run bytes. The total is constant, so leave it out:
+        # only the growth of the value is needed.
         growth = self._growth(-figures.room - this_run)
         reason = ""
-        # What others may take while the run is saved would reach below the floor.
+        # If other processes allocated `growth` bytes during the save, the available memory would
+        # fall below the floor.
         if left < growth:
-            reason = f"{gib(figures.room)} GiB are available, and the limit is {gib(floor)} GiB"
+            reason = f"{gib(figures.room)} GiB are available, but the minimum is {gib(floor)} GiB"
             if left >= 0:
-                reason += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s"
+                reason += f"; other processes took {gib(growth)} GiB in {self.ahead:.0f} s"
         elif self.unified:
-            # The driver alone needs free memory, for what the allocator may still take: all else
-            # drops page cache itself.
+            # Only the GPU driver needs MemFree, up to the amount that torch's allocator may still
+            # request. For all other requests, the kernel drops page cache itself.
             enough = min(UNIFIED_FREE_BYTES, unified_budget(figures))
             if figures.free < enough and figures.cached > MIN_CACHED_BYTES:
-                least = min(UNIFIED_MIN_FREE_BYTES, enough)
-                reason = self._drop(figures, least)
-                # Near the least the next look comes soon.
-                left = min(left, max(0, figures.free - least))
+                minimum = min(UNIFIED_MIN_FREE_BYTES, enough)
+                reason = self._drop_page_cache(figures, minimum)
+                # If MemFree is near the minimum, the next check must be soon.
+                left = min(left, max(0, figures.free - minimum))
+
         if reason:
-            self._ask(reason, figures, floor, allocator)
-        # No sooner than memory can be filled as far as the floor.
-        return min(MAX_LOOK_SECONDS, max(MIN_LOOK_SECONDS, (left - growth) / FILL_BYTES_A_SECOND))
+            self._request_stop(reason, figures, floor, allocator)
+        # Check again before a process can fill the memory down to the floor.
+        seconds_to_floor = (left - growth) / FILL_BYTES_PER_SECOND
+        return min(MAX_LOOK_SECONDS, max(MIN_LOOK_SECONDS, seconds_to_floor))
 
     def _allocator_bytes(self) -> int:
-        """Count the bytes of host memory that torch's allocator has: on unified memory alone."""
+        """Return the bytes of host memory that torch's allocator holds, which is 0 without
+        unified memory.
+        """
         if not torch.cuda.is_initialized():
             return 0
         if self.unified is None:
@@ -185,70 +203,86 @@ class MemoryGuard:
 
     @property
     def ahead(self) -> float:
-        """Seconds that a stop takes.
+        """Seconds that a stop of the run takes.
 
-        The first step compiles, and says nothing of those that follow.
+        The time of a step is limited to MAX_WORK_SECONDS, because the first step compiles and takes
+        much longer than later steps.
         """
         return SAVE_SECONDS + min(self.stop.takes, MAX_WORK_SECONDS)
 
     def _growth(self, others: int) -> int:
-        """Measure what others took in as long as a stop takes: they may do so again.
+        """Return the bytes that other processes allocated in a recent period as long as a stop
+        takes. They may allocate as much again during the stop.
 
-        others: a figure that grows as they take memory.
+        Args:
+            others: current value of a number that increases by the bytes that other processes
+                allocate.
         """
         now = self.clock()
-        self.others.append((now, others))
-        # One reading as old as a stop takes stays, however rare the looks are.
-        while len(self.others) > 2 and self.others[1][0] <= now - self.ahead:
-            self.others.popleft()
-        least = min(value for _, value in self.others)
-        # The readings may cover more than one such time: their growth is that of all of it.
-        spans = (now - self.others[0][0]) / self.ahead
-        return int((others - least) / max(1.0, spans))
+        ahead = self.ahead
+        readings = self.others
+        readings.append((now, others))
+        # Always keep one reading that is at least as old as the duration of a stop, so that the
+        # readings cover this duration.
+        while len(readings) > 2 and readings[1][0] <= now - ahead:
+            readings.popleft()
+        minimum = min(value for _, value in readings)
+        # The readings may cover more than the duration of a stop. Divide their growth by the number
+        # of such durations.
+        first_time, _ = readings[0]
+        spans = max(1.0, (now - first_time) / ahead)
+        return int((others - minimum) / spans)
 
-    def _drop(self, figures: MemoryFigures, least: int) -> str:
-        """Let the kernel give up page cache where it is time.
+    def _drop_page_cache(self, figures: MemoryFigures, minimum: int) -> str:
+        """Drop the page cache, unless it was dropped only a short time ago.
 
         Returns:
-            Why the run must end, where that has not helped.
+            The reason why the run must end if an earlier drop did not help, else "".
         """
         since = self.clock() - self.dropped_at
-        critical = figures.free < least
+        critical = figures.free < minimum
         if since < (URGENT_PAUSE_SECONDS if critical else self.pause):
             return ""
         if critical and self.still_short:
             free = f"MemFree is {gib(figures.free)} GiB"
-            return f"{free}, and dropping page cache leaves it below {gib(least)} GiB"
+            return f"{free}, and dropping page cache did not raise it above {gib(minimum)} GiB"
+
         self.dropped_at = self.clock()
         self.make_room(self.files)
         after = self.read()
-        self.still_short = critical and after.free < least
+        self.still_short = critical and after.free < minimum
         if after.free - figures.free >= MIN_CACHED_BYTES / 2:
             self.pause = PAUSE_SECONDS
         else:
             self.pause = min(2 * self.pause, MAX_PAUSE_SECONDS)
         return ""
 
-    def _ask(self, reason: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
-        """Ask for a stop, and tell the user who holds the memory."""
+    def _request_stop(
+        self, reason: str, figures: MemoryFigures, floor: int, allocator: int
+    ) -> None:
+        """Request a stop, and print which processes use the memory."""
         phase = self.ranks.heartbeat.activity.doing
         host = socket.gethostname()
-        reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
-        text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
+        text = f"{phase}, on {host}: {reason}. {figures.describe()}"
+        if allocator:
+            text += f"; the GPU's allocator holds {gib(allocator)} GiB"
         record = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,
             "allocator_bytes": allocator,
-            **figures.as_record(),
+            **{f"{name}_bytes": value for name, value in vars(figures).items()},
         }
-        # At once, because listing the processes takes a tenth of a second.
+
+        # Request the stop before the processes are listed, because the list takes 0.1 s.
         self.stop.low_memory = LowMemory(text, record)
         ranks = self.ranks.heartbeat.peers.local_processes()
         ours, others = largest_processes(ranks)
         if self.ranks.world > 1:
             ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
-        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
+        text += f"; processes of this run: {_names(ours)} GiB"
+        text += f"; largest other processes: {_names(others)} GiB"
+
         processes = {
             "processes": [process._asdict() for process in ours],
             "other_processes": [process._asdict() for process in others],

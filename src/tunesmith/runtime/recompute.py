@@ -1,9 +1,10 @@
-"""Recompute a layer's forward in the backward instead of keeping its activations: memory for time.
+"""Recomputation of a layer's forward in the backward (activation checkpointing), which saves
+memory.
 
-`torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which
-wraps differently from version to version. One layer of 32 costs a third of that layer's time, a
-hundredth of the step's. How many layers recompute is estimated by `resolve.py`, which errs by what
-a compiler decides to keep; on a GPU a trial corrects it.
+It uses `torch.utils.checkpoint` on the forward of a decoder layer instead of Transformers' flag,
+whose implementation differs between versions. One recomputed layer of 32 costs a third of that
+layer's time, or 1 % of the step. `resolve.py` estimates how many layers must be recomputed. The
+estimate cannot predict which tensors torch.compile saves, so on a GPU a trial step corrects it.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from tunesmith.model.fused import add_mixin
 
 
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
-    """Recompute the first `count` layers and no others. It may be called again with another count.
+    """Set the layers so that the backward recomputes the first `count` layers and no others. This
+    function can be called again with another count.
 
-    The first ones: they recompute at the end of the backward, when the activations of the others
-    are freed.
+    The first layers are chosen because they are recomputed at the end of the backward, when the
+    activations of the other layers are already freed.
     """
     for number, layer in enumerate(layers):
         if isinstance(layer, RecomputedLayer):
@@ -31,37 +33,39 @@ def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
 
 
 class RecomputedLayer(nn.Module):
-    """A layer whose forward runs again in the backward where `recomputed` is set.
+    """A layer whose forward is run again in the backward if `recomputed` is set.
 
-    In eval mode it runs once.
+    In eval mode, the forward runs only once.
     """
 
     recomputed: bool
 
     def forward(self, *args: object, **kwargs: Any) -> object:
         forward = super().forward
-        # An `OffloadedLayer` recomputes around this forward.
+        # An `OffloadedLayer` does the recomputation itself.
         if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
             return forward(*args, **kwargs)
-        # The batch's documents and the rotary tables travel in kwargs; both are computed once a
-        # batch and stay anyway.
+        # `checkpoint` keeps the tensors in kwargs: the document boundaries and the rotary tables.
+        # This takes no additional memory, because they are computed once per batch and exist
+        # anyway.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def offload_inputs(layers: Sequence[nn.Module]) -> None:
-    """Keep the inputs of those `layers` that recompute in the host's memory until the backward.
+    """Keep the inputs of the recomputed layers in host memory until the backward.
 
-    Call it after compiling them.
+    Call this after the layers are compiled.
     """
     for layer in layers:
         add_mixin(layer, OffloadedLayer)
 
 
 class OffloadedLayer(nn.Module):
-    """A `RecomputedLayer` whose input waits on the host, around all that is compiled.
+    """A `RecomputedLayer` whose input is kept in host memory. It wraps the compiled forward.
 
-    The reentrant form of checkpoint saves its inputs as tensors, which a hook can move; the other's
-    closure keeps them. On a CPU the input is copied.
+    The reentrant version of `checkpoint` is used. It saves its inputs with `save_for_backward`, so
+    a hook can move them to the host. The non-reentrant version keeps them in a closure. If the
+    model is on the CPU, the input is copied within host memory.
     """
 
     recomputed: bool
@@ -70,7 +74,9 @@ class OffloadedLayer(nn.Module):
         forward = super().forward
         if not (self.training and self.recomputed):
             return forward(hidden, *args, **kwargs)
-        # Over frozen embeddings; this form recomputes for inputs with a gradient only.
+        # If the embeddings are frozen, the input of the first layer does not require a gradient.
+        # The reentrant version computes gradients only if the input requires a gradient, so set
+        # this here.
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         with save_on_cpu(pin_memory=hidden.is_cuda):

@@ -1,9 +1,9 @@
-"""Transfers between host and device without waiting.
+"""Transfers between host and device that do not wait.
 
-Batches go ahead of the step, metrics and copies come back later. A stream runs its work in issue
-order: `.item()` would wait for the next step's kernels as well, so values are copied to pinned
-memory and an event says when they are there. On a CPU all work is complete when a call returns:
-there are no events.
+Batches are copied to the device before their step. Metrics and snapshots are copied to the host
+after the step. A CUDA stream runs its work in issue order, so `.item()` would also wait for the
+kernels of the next step. Values are therefore copied to pinned memory, and an event shows when they
+have arrived. On a CPU all work is complete when a call returns, so there are no events.
 """
 
 import time
@@ -16,10 +16,11 @@ from tunesmith.data.batches.batch import Batch
 
 
 class Mark:
-    """A moment in the work of a device: all that was issued to its current stream is done.
+    """A position in the device's current stream. The device reaches it when all work that was
+    issued earlier is done.
 
-    The host issues a step long before a GPU is through with it, so a GPU's time is that of a CUDA
-    event. A CPU's is the host's.
+    The host issues a step long before a GPU has finished it, so the time of a GPU is measured with
+    a CUDA event. On a CPU, the clock of the host is used.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,12 +33,15 @@ class Mark:
             self._host_time = time.perf_counter()
 
     def wait(self) -> None:
-        """Return when the device has come here."""
+        """Wait until the device has reached this mark."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Device time from an earlier mark of the same stream to this one; waits for this one."""
+        """Return the device time since an earlier mark of the same stream.
+
+        This waits for the mark.
+        """
         if self._event is None or earlier._event is None:
             return self._host_time - earlier._host_time
         self._event.synchronize()
@@ -45,59 +49,66 @@ class Mark:
 
 
 class AsyncScalars:
-    """0-d tensors of one device on their way to the host; they may change afterwards.
+    """Copies of scalar tensors from one device to the host. The tensors may be changed after the
+    object is created.
 
-    `read` waits for their step only.
+    `read` waits only for the work that was issued before the copy.
     """
 
     def __init__(self, *values: Tensor) -> None:
-        # float64 holds every fp32 exactly, so that one copy can carry both.
+        # float64 represents every fp32 value and large integers exactly, so one copy is enough for
+        # all values.
         stacked = torch.stack([value.detach().double() for value in values])
-        # A copy into pageable memory blocks the host, even with non_blocking.
+        # Use pinned memory: a copy to pageable memory blocks the host even with non_blocking.
         self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
         self._host.copy_(stacked, non_blocking=True)
         self._copied = Mark(stacked.device)
 
     def read(self) -> list[float]:
-        """The values, in the order of the arguments."""
+        """Return the values in the order of the arguments."""
         self._copied.wait()
         return [float(value) for value in self._host.tolist()]
 
 
 class Snapshot:
-    """Copies of tensors at this point of the stream, copied on their own device without waiting.
+    """Copies of tensors with the values at this point of the stream. The copies are made on the
+    device of the tensors, and the host does not wait.
 
-    They take as much memory there as the tensors, which may be on the host and on one GPU, until
-    `on_host` is called; torch.OutOfMemoryError where there is no room for them.
+    The tensors may be on the host and on one GPU. Until `on_host` is called, the copies take as
+    much memory on the device as the tensors. Raise torch.OutOfMemoryError if the device does not
+    have enough memory for the copies.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         devices = [tensor.device for tensor in self._tensors.values() if tensor.is_cuda]
-        self._device = devices[0] if devices else torch.device("cpu")
+        self._device = torch.device("cpu")
+        if devices:
+            self._device = devices[0]
         self._copied = Mark(self._device)
 
     def on_host(self) -> dict[str, Tensor]:
-        """The copies, contiguous and in host memory.
+        """Return the copies, contiguous and in host memory.
 
-        Call it once, from any thread, which then waits for them.
+        Call this only once. It can be called from any thread, and it waits for the copies.
         """
         tensors = self._tensors
         self._tensors = {}
         if self._device.type != "cuda":
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
         self._copied.wait()
-        # On a stream of its own: on the current one the copies would queue up behind the step that
-        # now runs. Each is complete when `.cpu()` returns, so that the memory may go back to the
-        # pool of the stream that allocated it.
+        # Use a separate stream: on the current stream, the transfers would wait for the step that
+        # is running. Each transfer is complete when `.cpu()` returns, so its memory can be returned
+        # to the pool of the stream that allocated it.
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             return {name: tensors.pop(name).cpu().contiguous() for name in list(tensors)}
 
 
 class DevicePrefetcher:
-    """Copies micro batches to a GPU in the thread that makes them.
+    """Callable that copies micro batches to a GPU. It is called in the thread that creates the
+    batches.
 
-    `record_stream` is for the thread that takes them.
+    The thread that uses a batch must call `record_stream`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -105,21 +116,23 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch on the device, with its pictures in pinned memory of the host.
+        """Copy the batch to the device and return it. The images of the returned batch are in
+        pinned host memory.
 
-        This thread waits for the copy. No other thread waits for this one.
+        Only the calling thread waits for the copy.
         """
-        # A new thread's current device is 0, whatever the main thread has chosen.
+        # Set the device, because the current device of a new thread is always device 0, even if the
+        # main thread uses another device.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             placed = batch.map_tensors(Tensor.pin_memory).to(self._device)
             self._stream.synchronize()
         return placed
 
     def record_stream(self, batch: Batch) -> None:
-        """Tell the allocator that the current stream reads the batch.
+        """Record for the allocator that the current stream reads the batch.
 
-        Else the prefetcher's stream, which owns the memory, reuses it as soon as Python frees the
-        batch.
+        Without this call, the memory of the batch would be reused by the prefetcher's stream as
+        soon as Python frees the batch.
         """
         stream = torch.cuda.current_stream(self._device)
         for tensor in batch.tensors().values():

@@ -1,5 +1,6 @@
-"""Tools around the engine, a folder each.
+"""Tools around the training engine. Each tool is one folder.
 
-A tool imports the engine, and no other tool; the engine imports none, so that a folder can go. The
-command line finds the commands that the `__init__` of each lists.
+A tool imports the engine but no other tool. The engine imports no tool. Therefore the folder of a
+tool can be removed without changes to other code. The `__init__.py` of a tool lists its commands,
+and the command line finds them there.
 """

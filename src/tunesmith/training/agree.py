@@ -1,10 +1,10 @@
-"""The comparison of what all ranks of a run must have alike, before the first collective that a
-difference would spoil.
+"""Checks that all ranks have the same inputs. They run before the first collective operation whose
+result would be wrong if the inputs differed.
 
-Ranks that differ do not fail by themselves. With another learning rate copies of the model drift
-apart, with another base the shards of a weight come from two models, and with other row counts the
-ranks wait for ever, each in another collective. What is compared are values and digests, a few
-kilobytes a rank. A difference ends all ranks with exit code 2.
+Different inputs cause no error by themselves. With different learning rates, copies of the model
+drift apart. With different bases, the shards of a weight come from two models. With different row
+counts, the ranks wait for each other in different collectives forever. The ranks compare values and
+digests, a few kilobytes per rank. If they differ, all ranks exit with code 2.
 """
 
 import hashlib
@@ -41,9 +41,9 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.units import count_of
 
-NEXT_LINE = "\n         "  # below `  where: `
-MAX_NAMES = 4  # of ranks or nodes that an error lists
-# What a copy of config.json may have otherwise while the model is the same.
+NEXT_LINE = "\n         "  # aligns with the text after `  where: `
+MAX_NAMES = 4  # maximum number of ranks or nodes that an error lists
+# Keys of config.json whose values may differ between ranks, because they do not change the model.
 NOT_COMPUTED = (
     "_name_or_path",
     "transformers_version",
@@ -52,47 +52,56 @@ NOT_COMPUTED = (
     "torch_dtype",
     "use_cache",
 )
+# Facts about the inputs of a rank. A key names an input in an error, and its value is a text that
+# the ranks compare.
+Facts = dict[str, str]
 
 
 def check_same_recipe(run: Run, ranks: Ranks) -> None:
-    """MachineError where the software of the ranks differs, RecipeError where a key does.
+    """Check that all ranks have the same software and the same recipe. This is a collective call.
 
-    A collective call.
+    Raise MachineError if a version differs, and RecipeError if a recipe key differs.
     """
     if ranks.world == 1:
         return
     differences = find_differences(ranks, ranks.all_gather_object(software_versions()))
     if differences:
         what = f"the ranks have different versions of {', '.join(differences)}"
-        fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
+        fix = (
+            "install the same versions on every node; `tunesmith doctor --pair HOST` compares the "
+            "versions"
+        )
         where = lines_by_key(differences)
         end_all_ranks(ranks, MachineError(what, where=where, fix=fix, cause="version"))
-    # Keys that name a place may differ.
+    # Skip the keys of paths and Hub ids, because their values may differ between nodes.
     values = {}
     for key, value in flatten(run).items():
         if not is_place(key):
             values[key] = value if isinstance(value, str) else json.dumps(value)
     differences = find_differences(ranks, ranks.all_gather_object(values))
     if differences:
-        key = next(iter(differences))
-        what = f"the ranks have different recipes: {', '.join([*differences][:MAX_NAMES])}"
+        keys = list(differences)
+        what = f"the ranks have different recipes: {', '.join(keys[:MAX_NAMES])}"
         fix = "use the same recipe and the same options on every node"
-        if key in values:
-            fix += f", such as {shell_word(f'{key}={values[key]}')}"
+        if keys[0] in values:
+            setting = f"{keys[0]}={values[keys[0]]}"
+            fix += f", such as {shell_word(setting)}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
 
 
-def software_versions() -> dict[str, str]:
-    """List what computes and in which version, with a digest of this package's own files."""
+def software_versions() -> Facts:
+    """Return the versions of packages that affect results, and a digest of tunesmith's files."""
     versions = dict(installed_versions())
-    for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
+    # Include numpy, which shuffles the examples, and triton, which compiles kernels.
+    for name in ("numpy", "triton"):
         for distribution in metadata.distributions(name=name):
             versions[name] = distribution.version
     if torch.cuda.is_available():
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = str(torch.cuda.nccl.version())
         versions["cuDNN"] = str(torch.backends.cudnn.version())
-    versions["tunesmith"] = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
+    version = versions.get("tunesmith", "")
+    versions["tunesmith"] = f"{version} {source_digest()[:8]}".strip()
     return versions
 
 
@@ -105,19 +114,23 @@ def check_same_inputs(
     *,
     drawn: bool = False,
 ) -> None:
-    """ModelError or DataError where ranks read another base model, adapter, tokenizer, template or
-    other rows; a collective call. `drawn`: the weights are drawn, and there are none in
-    `files.folder`.
+    """Check that all ranks read the same model, tokenizer, template and rows. This is a collective
+    call.
+
+    Raise ModelError or DataError if an input differs.
+
+    Args:
+        drawn: whether the weights are drawn at random, so that `files.folder` has no weights to
+            compare.
     """
     if ranks.world == 1:
         return
-    parts: dict[str, str] = {}
     with ranks.raise_on_all_ranks():
-        parts |= model_parts(run, start, files, data)
-        parts |= data_parts(data)
+        parts = model_parts(run, start, files, data) | data_parts(data)
         if not drawn:
-            # Takes milliseconds for 70B. It misses a change that leaves both ends and the middle of
-            # every tensor as they were; of more than 4,096 tensors it looks at every n-th.
+            # Compare a digest of the beginning, the middle and the end of each tensor, which takes
+            # milliseconds for a 70B model. A difference at another position is not detected. If a
+            # model has more than 4,096 tensors, only every n-th tensor is read.
             entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
             parts["model.name: weights"] = sampled_digest(entries, ENDS_AND_MIDDLE)
     differences = find_differences(ranks, ranks.all_gather_object(parts))
@@ -136,23 +149,24 @@ def check_same_inputs(
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, str]:
-    """The base model by its configuration, the tokenizer, and the adapter to begin with."""
+def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> Facts:
+    """Return facts about the base model's config, the tokenizer, and the adapter to continue."""
     parts = {}
-    for key, value in leaves(files.config.to_dict()).items():
-        if key.partition(".")[0] not in NOT_COMPUTED:
+    settings = leaves(files.config.to_dict())
+    for key, value in settings.items():
+        section, _, _ = key.partition(".")
+        if section not in NOT_COMPUTED:
             parts[f"model.name: {key} of config.json"] = json.dumps(value, default=str)
-    parts["model.name: how its layers train"] = ", ".join(
-        [files.support.state, *files.support.recurrent]
-    )
+    support = files.support
+    parts["model.name: how its layers train"] = ", ".join([support.state, *support.recurrent])
     parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {data.template.tokenizer_hash}"
     if run.adapter.from_ is not None and start.checkpoint is None:
         parts["adapter.from"] = adapter_digest(run.adapter.from_)
     return parts
 
 
-def data_parts(data: TrainingData) -> dict[str, str]:
-    """Template and rows, these by the digests of their tokens."""
+def data_parts(data: TrainingData) -> Facts:
+    """Return facts about the template and the rows. For rows, these are digests of the tokens."""
     prompt = f"{data.template.jinja} {sorted(data.template.end_ids)}"
     counts = data.train.counts
     parts = {
@@ -165,32 +179,40 @@ def data_parts(data: TrainingData) -> dict[str, str]:
     return parts
 
 
-def find_differences(ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Describe how the ranks differ, by key: `1e-4 for rank 0 on spark-a; 2e-4 for rank 1 on ...`.
+def find_differences(ranks: Ranks, facts_by_rank: Sequence[Facts]) -> Facts:
+    """Return the facts that differ between ranks. Each value is a text such as `1e-4 for rank 0 on
+    spark-a; 2e-4 for rank 1 on spark-b`.
 
-    `parts_of_ranks` has those of each rank.
+    Args:
+        facts_by_rank: the facts of each rank.
     """
     differences = {}
-    for key in dict.fromkeys(itertools.chain.from_iterable(parts_of_ranks)):
+    for key in dict.fromkeys(itertools.chain.from_iterable(facts_by_rank)):
         holders: dict[str, list[int]] = {}
-        for rank, parts in enumerate(parts_of_ranks):
-            holders.setdefault(parts.get(key, "not there"), []).append(rank)
-        if len(holders) > 1:
-            sides = []
-            for text, group in holders.items():
-                more = f" and {len(group) - MAX_NAMES} more" if len(group) > MAX_NAMES else ""
-                sides.append(f"{text} for {', '.join(map(ranks.name, group[:MAX_NAMES]))}{more}")
-            differences[key] = "; ".join(sides)
+        for rank, parts in enumerate(facts_by_rank):
+            text = parts.get(key, "missing")
+            holders.setdefault(text, []).append(rank)
+        if len(holders) == 1:
+            continue
+        sides = []
+        for text, group in holders.items():
+            names = ", ".join(map(ranks.name, group[:MAX_NAMES]))
+            side = f"{text} for {names}"
+            more = len(group) - MAX_NAMES
+            if more > 0:
+                side += f" and {more} more"
+            sides.append(side)
+        differences[key] = "; ".join(sides)
     return differences
 
 
 def lines_by_key(differences: Mapping[str, str]) -> str:
-    """The differences as an error's `where`."""
+    """Format the differences for the argument `where` of an error, one line per key."""
     return NEXT_LINE.join(f"{key}: {text}" for key, text in differences.items())
 
 
 def end_all_ranks(ranks: Ranks, error: UsageError) -> NoReturn:
-    """Raise an error that all ranks have: one of each node prints it."""
+    """Raise an error that all ranks have detected. One rank per node prints it."""
     ranks.heartbeat.agreed = error
     if ranks.local_rank == 0:
         raise error

@@ -1,4 +1,4 @@
-"""Sample answers to held-out prompts while a run trains, if they cost little of its time."""
+"""Generation of answers to held-out prompts during training, with a time limit."""
 
 import math
 
@@ -9,25 +9,29 @@ from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.training.loop_part import LoopPart, LoopShared
 
-# The answers before training and those of the final weights may take `log.sample_seconds` each, or
-# this share of the time trained once it is more. Validations between them take what is left.
-ANSWER_SHARE = 0.01
+# Maximum fraction of the training time for sampling. The limit is this fraction of the training
+# time or `log.sample_seconds`, whichever is longer. The answers of the final weights may take the
+# entire limit. For other answers, the time of all earlier answers is subtracted from the limit.
+MAX_SAMPLING_SHARE = 0.01
 
 
 class AnswerSampler(LoopPart):
-    """Lets the model answer the first held-out prompts, on the ranks that its weights need."""
+    """Part of the training loop that samples the model's answers to the first held-out prompts."""
 
     def __init__(self, shared: LoopShared) -> None:
         super().__init__(shared)
         session = self.session
-        # Of a sharded model all ranks must answer together, to gather its weights.
+        # If the model is sharded, all ranks must generate together, because the weights are
+        # gathered from all ranks for each token.
         self.is_sharded = bool(sharded_modules(session.model))
         self.references = self._read_references()
-        self.seconds = 0.0  # that answers took in this start
+        self.seconds = 0.0  # seconds of sampling since the run was started or resumed
         self.has_warned = False
 
     def _read_references(self) -> list[str]:
-        """The answers of the first held-out rows, before the file can change."""
+        """Read the reference answers of the first held-out rows now, because the data file may
+        change during the run.
+        """
         validation = self.session.data.validation
         if validation is None or not self.ranks.is_main_process:
             return []
@@ -38,22 +42,30 @@ class AnswerSampler(LoopPart):
                 sample = validation.sample(i, data.system)
                 answer = self.session.data.template.first_answer(sample, data.train_on)
             except DataError:
-                # A template that wants more turns than there are up to the first answer.
+                # Some templates cannot render only the turns up to the first answer. There is then
+                # no reference answer to show.
                 answer = ""
             references.append(answer)
         return references
 
     def sample(self) -> None:
-        """Hand answers to the sinks, if there is time left for them; a collective call where the
-        model is sharded.
+        """Sample answers and send them to the sinks (terminal, files, trackers), if the time limit
+        allows it.
+
+        For a sharded model, this is a collective call.
         """
         self._sample(self.progress.step, self.allowed_seconds())
 
     def sample_final(self, step: int) -> None:
-        """Hand answers of the weights of final/ to the sinks, unless `step`, theirs, has some; as
-        above. Without answers the log says why.
+        """Sample answers of the final weights. Do nothing if answers of this step were already
+        sampled.
 
-        Whoever was shown answers from before training is shown these, whatever they take.
+        For a sharded model, this is a collective call. If there are no answers, the reason is
+        logged. If the run also sampled answers before training, there is no time limit, so that the
+        user can compare the answers of both times.
+
+        Args:
+            step: the step of the final weights.
         """
         sampled = set()
         if self.ranks.is_main_process:
@@ -68,7 +80,9 @@ class AnswerSampler(LoopPart):
                 self.sinks.text("samples", f"{NO_FINAL_ANSWERS}{reason}")
 
     def _sample(self, step: int, allowed: float) -> str:
-        """Hand answers to the sinks; return the reason if there are none."""
+        """Sample answers and send them to the sinks. Return "", or the reason if there are no
+        answers.
+        """
         session = self.session
         heartbeat = self.ranks.heartbeat
         heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
@@ -78,8 +92,9 @@ class AnswerSampler(LoopPart):
         if not session.data.validation:
             return "no rows are held out"
         if session.mesh.shape.tensor > 1:
-            return "tensor parallelism does not support them"
-        # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.
+            return "tensor parallelism does not support sample answers"
+        # If the model is not sharded, only rank 0 generates answers. If it is sharded, every rank
+        # takes part, because the weights are gathered from all ranks.
         if not (self.ranks.is_main_process or self.is_sharded):
             return ""
         clock = AnswerClock(
@@ -103,19 +118,22 @@ class AnswerSampler(LoopPart):
         if not clock.late:
             self.sinks.samples(step, answers)
             return "" if answers else "the held-out rows have no prompt"
-        reason = f"they would take {clock.predicted:.0f} s, and log.sample_seconds allows "
-        reason += f"{clock.allowed:.0f} s"
+        reason = (
+            f"they would take {clock.predicted:.0f} s, and log.sample_seconds allows "
+            f"{clock.allowed:.0f} s"
+        )
         if not self.has_warned:
             self.has_warned = True
             self.sinks.text(
                 "samples",
-                f"no sample answers at step {step}: {reason}; log.samples=0 asks for none",
+                f"no sample answers at step {step}: {reason}; to turn sample answers off, set "
+                "log.samples=0",
             )
         return reason
 
     def allowed_seconds(self, *, is_final: bool = False) -> float:
-        """Seconds for the answers that are due, which must not cost more than they tell."""
-        allowed = max(self.run.log.sample_seconds, ANSWER_SHARE * self.progress.seconds)
+        """Return the seconds that the next answers may take."""
+        allowed = max(self.run.log.sample_seconds, MAX_SAMPLING_SHARE * self.progress.seconds)
         if is_final:
             return allowed
         return max(0.0, allowed - self.seconds)

@@ -1,8 +1,8 @@
-"""From a step's numbers to its record: read while the next step runs, checked, and logged.
+"""Creation of the record of a step from values that are on the device.
 
-On CUDA a step's numbers are read one step later, so that the host never waits for the device inside
-a step. Its time goes from the end of the step before to its own end, by the device: the host may be
-done with a step when the device is in the middle of it.
+On CUDA, the values of a step are read while the next step runs, so that the host never waits for
+the device within a step. The duration of a step is measured on the device, from the end of the
+previous step to the end of the step, because the host can be ahead of the device.
 """
 
 import math
@@ -21,28 +21,28 @@ from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.step_scalars import RankStatus, StepNumbers, StepScalars
 from tunesmith.units import ratio
 
-MAX_NAMED_ROWS = 8  # in an error
+MAX_NAMED_ROWS = 8  # maximum number of rows that an error lists
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A step that ran. Its numbers may still be on their way from the device."""
+    """Output of a step. Its values may not have been copied from the device yet."""
 
-    step: int  # from 1
+    step: int  # counts from 1
     batch: GlobalBatch
     lr: float
     scalars: StepScalars
-    ended: Mark  # of the step, on the device
+    ended: Mark  # end of the step on the device
 
 
 class AsyncMetrics(LoopPart):
-    """Makes the records of one start of a run.
+    """Part of the training loop that creates the record of each step.
 
     Attributes:
-        reads_late: read a step's numbers while the next step runs.
-        step_began: on the device, the end of the last step that was read.
-        pending: the step whose numbers are not read yet.
-        records: of the steps of this start.
+        reads_late: whether the values of a step are read while the next step runs.
+        step_began: a mark on the device at the end of the last step whose values were read.
+        pending: the step whose values were not read yet, or None.
+        records: records of all steps since the run was started or resumed.
     """
 
     def __init__(self, shared: LoopShared, writer: Writer) -> None:
@@ -55,12 +55,13 @@ class AsyncMetrics(LoopPart):
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count the time of the coming step from here on; no step is pending."""
+        """Start measuring the duration of the next step. Call this only if no step is pending."""
         self.step_began = Mark(self.session.device)
 
     def reduce(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> StepScalars:
-        """The numbers of a step, summed over the ranks; with them the ranks agree on a stop and on
-        a checkpoint that could not be written."""
+        """Sum the values of a step over all ranks. The same collective tells all ranks about
+        requests to stop and failed checkpoint writes.
+        """
         scalars = StepScalars(loss, metrics)
         if self.ranks.world == 1:
             return scalars
@@ -73,18 +74,22 @@ class AsyncMetrics(LoopPart):
         return scalars
 
     def submit(self, output: StepOutput) -> None:
-        """Take a step's output. Late numbers of the step before are read, as the device is busy."""
+        """Store a step's output for `flush`. If `reads_late`, first read the values of the previous
+        step.
+        """
         if self.reads_late:
             self.flush()
         self.pending = output
 
     def flush(self, *, log: bool = True) -> None:
-        """Read the pending step's numbers into its record, and log it.
+        """Read the values of the pending step, create its record, and log it.
 
         Args:
-            log: False where a validation loss is to be added first.
+            log: whether to log the record. Pass False if a validation loss will be added to the
+                record first.
 
-        NonFiniteError if the loss or the gradient norm is NaN or infinite.
+        Raises:
+            NonFiniteError: the loss or the gradient norm is NaN or infinite.
         """
         output = self.pending
         self.pending = None
@@ -95,8 +100,9 @@ class AsyncMetrics(LoopPart):
             self.stop.agree_on(numbers.status)
         seconds = output.ended.seconds_since(self.step_began)
         self.step_began = output.ended
-        # Ranks share rank 0's seconds: a run by the clock ends on all of them after the same step.
-        # The step's reduction cannot carry them, as it runs before the step ends.
+        # All ranks use rank 0's duration, so that a run with a time limit ends after the same step
+        # on all of them. This needs a separate broadcast, because the reduction of the step's
+        # values runs before the step ends.
         seconds = self.ranks.broadcast_number(seconds)
         self.progress.seconds += seconds
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
@@ -107,11 +113,12 @@ class AsyncMetrics(LoopPart):
 
     def _check_finite(self, output: StepOutput, numbers: StepNumbers) -> None:
         scale = self.session.optimizer.scale
-        # fp16 skips steps while it searches for its loss scale.
+        # During the search for the fp16 loss scale, steps with infinite gradients are skipped.
         is_searching = scale is not None and scale >= 1.0
         if math.isfinite(numbers.loss) and (math.isfinite(numbers.grad_norm) or is_searching):
             return
-        # The checkpoint in progress may be the last good one.
+        # Wait for the checkpoint in progress, because the error below names the last checkpoint
+        # that was saved.
         self.writer.close()
         saved_step = self.writer.saved_step
         name = "gradient norm" if math.isfinite(numbers.loss) else "loss"
@@ -119,28 +126,33 @@ class AsyncMetrics(LoopPart):
         more = " ..." if len(rows) > MAX_NAMED_ROWS else ""
         update = "the update was not applied"
         if self.run.train.optimizer_in_backward:
-            update = "only the parameters with a finite gradient were updated in this step"
-            update += ", and none of it was saved"
-        checkpoint = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
+            update = (
+                "only the parameters with a finite gradient were updated in this step, and this"
+                " update was not saved"
+            )
+        checkpoint = "no checkpoint was written yet"
+        if saved_step:
+            checkpoint = f"checkpoint-{saved_step} is the last good checkpoint"
         raise NonFiniteError(
             f"the {name} is not finite (loss {numbers.loss}, gradient norm {numbers.grad_norm})",
             where=f"step {output.step}, rows {', '.join(rows[:MAX_NAMED_ROWS])}{more}",
-            why=f"{update}; the last good checkpoint: {checkpoint}",
+            why=f"the learning rate is too high, or a row is bad; {update}, and {checkpoint}",
             fix="lower train.learning_rate or lengthen train.warmup; "
-            "look at those rows with `tunesmith data`; if it also happens with "
+            "look at the rows of this step with `tunesmith data`; if the error also occurs with "
             "model.dtype=fp32, the data is the cause",
         )
 
     def _make_record(self, output: StepOutput, numbers: StepNumbers, seconds: float) -> StepRecord:
         session = self.session
         batch = output.batch
-        # The peak of all ranks together.
+        # Sum of the peak TFLOP/s of all ranks.
         peak = (session.peak.tflops or 0.0) * self.ranks.world or None
         mfu = None
         if peak:
             work = session.flops(batch.indices, batch.supervised)
             mfu = ratio(work, seconds) / (peak * 1e12)
-            # No share of a peak: fp8 products pass one of 16 bits, or the peak is not this chip's.
+            # A value above 1 is invalid. The cause can be fp8 matmuls, which exceed the 16-bit
+            # peak, or a peak that does not belong to this chip.
             if mfu > 1:
                 mfu = None
         idle_share = None
@@ -167,8 +179,9 @@ class AsyncMetrics(LoopPart):
         )
 
     def log_record(self) -> None:
-        """Hand the newest record to every sink."""
-        assert self.progress.record is not None
+        """Send the newest record to every sink, such as the terminal and metrics.jsonl."""
+        record = self.progress.record
+        assert record is not None
         self.progress.validated = True
-        self.records.append(self.progress.record)
-        self.sinks.step(self.progress.record)
+        self.records.append(record)
+        self.sinks.step(record)

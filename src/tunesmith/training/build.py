@@ -1,6 +1,7 @@
-"""The composition root: a recipe becomes a Session.
+"""Creation of a Session, which holds all objects of a run, from a recipe.
 
-`prepare.py` reads and plans; then weights -> optimizer -> checkpoint
+`prepare.py` reads the inputs and plans. This module then loads the weights, creates the optimizer,
+and restores the checkpoint.
 """
 
 import itertools
@@ -77,7 +78,8 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Of held-out.txt, the first ones, with how they begin: each has to be read for it.
+# Maximum number of rows whose first words are in held-out.txt. The number is limited, because each
+# of these rows must be read from its data file.
 QUOTED_ROWS = 1000
 
 LOSS_SCALE = 2.0**16
@@ -85,54 +87,64 @@ LOSS_SCALE = 2.0**16
 
 @dataclass
 class Session:
-    """All the live objects of one run."""
+    """The objects that a running training needs, such as the model, the data, the plan and the
+    optimizer.
+    """
 
     run: Run
-    files: ModelFiles  # of the base model, and its tokenizer
+    files: ModelFiles  # files of the base model and of its tokenizer
     data: TrainingData
     model: TrainModel
     optimizer: Optimizer
-    plan: RunPlan  # what was decided for this machine, and why
-    total_steps: int | None  # optimizer steps of the whole run; None where it ends by the clock
-    hashes: Mapping[str, Any]  # of base and data, by their names in `Progress`
-    peak: Peak  # of one rank, the peak that MFU is relative to
+    plan: RunPlan  # choices for this machine, with the reason of each
+    total_steps: int | None  # optimizer steps of the whole run, or None if a time limit ends it
+    hashes: Mapping[str, Any]  # hashes of base and data, named as in `Progress`
+    peak: Peak  # peak FLOP/s of one rank, the reference for MFU
     ranks: Ranks = ONE_PROCESS
-    mesh: Mesh = ALONE  # how the ranks share the work
+    mesh: Mesh = ALONE  # how the ranks divide the work
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.plan.device)
 
     def flops(self, examples: Sequence[int], supervised: int) -> float:
-        """Floating-point operations of a step on these examples, of which `supervised` positions
-        carry a label.
+        """Compute the floating-point operations of a step on these examples.
+
+        Args:
+            supervised: number of positions with a label.
         """
+        run = self.run
         tokens = self.data.train
         spec = self.files.spec
-        count = partial(flops, spec, trained="full", forwards=self.run.extra_forwards)
-        if self.run.adapter.kind == "lora":
+        count = partial(flops, spec, trained="full", forwards=run.extra_forwards)
+        if run.adapter.kind == "lora":
             adapter = sum(p.numel() for p in self.optimizer.params.values())
-            # Tokens of texts never reach it.
-            if self.run.model.train_projector:
+            # Do not count the projector, because text tokens do not pass through it.
+            if run.model.train_projector:
                 adapter -= spec.projector_parameters
-            # Of experts that a token does not go to.
-            idle = count_adapter(spec, self.run.adapter)
-            idle -= count_active_adapter(spec, self.run.adapter)
-            count = partial(count, trained="lora", adapter_parameters=adapter - idle)
-        # What two sequences share is computed once.
-        shared = tokens.shared[[*examples]]
-        seen = spec.picture_flops * int(tokens.picture_tokens[[*examples]].sum())
-        return count(tokens.document_lengths(examples), supervised) - count(shared, 0) + seen
+            # Count only the adapters of the experts that a token uses.
+            adapter -= count_adapter(spec, run.adapter)
+            adapter += count_active_adapter(spec, run.adapter)
+            count = partial(count, trained="lora", adapter_parameters=adapter)
+        indices = list(examples)
+        document_flops = count(tokens.document_lengths(examples), supervised)
+        # If the two sequences of a pair share tokens, these tokens are computed only once, so
+        # subtract them.
+        shared_flops = count(tokens.shared[indices], 0)
+        picture_tokens = int(tokens.picture_tokens[indices].sum())
+        return document_flops - shared_flops + spec.picture_flops * picture_tokens
 
     def memory_gib(self) -> float:
-        """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's
-        statistics counts.
+        """Return the peak memory since the run was started or resumed, in GiB.
+
+        At its end, the memory trial resets the allocator's statistics, so the peak of the trial is
+        taken from the plan.
         """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
     def loader(self, start_step: int) -> Loader:
-        """Global batches from step `start_step` (0 for the first) to the end of the run, on the
-        device.
+        """Return a loader of global batches on the device that begins with step `start_step` (from
+        0).
         """
         return make_loader(
             self.data, self.files, self.plan, start_step, self.total_steps, self.mesh
@@ -149,19 +161,21 @@ def build(
     ranks: Ranks = ONE_PROCESS,
     make_mesh: Callable[[MeshShape, str], Mesh] = Mesh.of,
 ) -> Session:
-    """Make a Session, checking before each slow thing what can be checked without it: read and
-    plan, load the model, compare a base in 8 bits, make the optimizer.
+    """Build a Session from a recipe. Plan the run, load the model and create the optimizer.
+
+    Each input is checked before slower work begins.
 
     Args:
-        why: log the reason of each choice too.
-        weights: "random" draws them on the device; `model.name` is then a folder that needs none.
-        measured: for figures alone: no room is required for checkpoints, and rows are repeated so
-            that no step is short.
-        ranks, make_mesh: those that share the run, each building its Session at the same time, and
-            what makes their mesh.
+        why: whether to log the reason of each choice.
+        weights: "random" creates random weights on the device. The folder `model.name` then needs
+            no weights.
+        measured: whether the session is only used for measurements. If True, no disk space for
+            checkpoints is required, and rows are repeated so that all steps are full.
+        ranks, make_mesh: the ranks of the run, and a function that creates their mesh. All ranks
+            call `build` at the same time.
     """
     if torch.cuda.is_initialized():
-        free_device_memory()  # of an earlier run of this process
+        free_device_memory()  # an earlier run in this process may hold memory
     device = choose_device()
     prepared = prepare(run, start, device, ranks, why=why, weights=weights, measured=measured)
     run = prepared.run
@@ -211,23 +225,28 @@ def load_model(
     mesh: Mesh,
     ranks: Ranks,
 ) -> tuple[TrainModel, RunPlan]:
-    """Load the model that is on meta, in the state of the checkpoint if there is one.
+    """Load the weights into `model`, which is on the meta device. If there is a checkpoint, load
+    the trained weights from it.
 
-    Returns the plan too, which a trial of memory on a GPU corrects.
+    Returns the model and the plan. On a GPU, a memory trial may have changed the plan.
     """
-    run, files, data = prepared.run, prepared.files, prepared.data
+    run = prepared.run
+    files = prepared.files
+    data = prepared.data
     checkpoint = start.checkpoint
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
     if weights == "random":
         base_weights = "random"
-    # One token is enough: one micro batch, the largest of the first step.
+    # With a minimum of 1 token, `first_batches` returns only the largest micro batch of the first
+    # step.
     [largest] = first_batches(make_loader(data, files, plan), torch.device(plan.device), 1)
     reference = None
     if is_full and METHODS[run.method.name].needs_reference:
         reference = BaseReference(run, data, prepared.hashes["model_hash"], ranks)
         if not reference.is_complete and weights == "stored":
-            # It is measured on the base; a checkpoint's weights follow.
+            # The reference log-probabilities are measured with the base's weights, so load these
+            # first. The checkpoint's weights are loaded after the measurement.
             base_weights = None
     root, plan = build_model(
         run,
@@ -251,26 +270,29 @@ def load_model(
 def compare_eight_bits(
     root: TrainModel, plan: RunPlan, mesh: Mesh, prepared: Prepared, ranks: Ranks, weights: Weights
 ) -> RunPlan:
-    """Take fast sums of a base in 8 bits where these hardly change the loss.
+    """Check how much the rounding to 8 bits changes the loss of the base. Use fast accumulation if
+    it hardly changes the loss.
 
-    Returns the plan with what was measured. ModelError if the base in 8 bits has another loss.
+    Return the plan with the measured losses. Raise ModelError if 8-bit rounding changes the loss
+    too much.
     """
     device = torch.device(plan.device)
     loader = make_loader(prepared.data, prepared.files, plan)
     batches = first_batches(loader, device, LOSS_PROBE_TOKENS)
     if device.type == "cuda":
         log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
-    # Random weights have no file to compare with.
+    # Random weights are not read from a file, so there are no dense weights to compare with.
     if weights == "random":
         return plan
     change = compare_with_bf16(root, batches, mesh, ranks)
     with ranks.raise_on_all_ranks():
         if not change.is_tolerable and ranks.is_main_process:
             raise ModelError(
-                f"{plan.base} changes the loss of the base by more than {MAX_LOSS_CHANGE:.0%}",
+                f"quantization to {plan.base} changes the base model's loss by more than "
+                f"{MAX_LOSS_CHANGE:.0%}",
                 where="model.quantize",
-                why=change.describe(),
-                fix="model.quantize=none",
+                why=f"the {change.describe()}",
+                fix="set model.quantize=none",
             )
     reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
     return replace(plan, why={**plan.why, "base": reason})
@@ -279,37 +301,41 @@ def compare_eight_bits(
 def describe_session(
     run: Run, start: Start, root: TrainModel, plan: RunPlan, peak: Peak, *, why: bool
 ) -> Iterator[str]:
-    """Lines for the user: what is trained, and what is unusual; with `why` each choice too, with
-    its reason.
+    """Yield lines for the user that say what is trained, and warnings. If `why` is True, also yield
+    each choice of the plan with its reason.
     """
     if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
         yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
     yield from plan.warnings
     trained = "all weights"
-    if run.adapter.kind == "lora":
-        trained = f"LoRA of rank {run.adapter.rank}"
+    adapter = run.adapter
+    if adapter.kind == "lora":
+        trained = f"LoRA of rank {adapter.rank}"
     if plan.base not in DTYPES:
         trained += f", base: {plan.base}"
     name = run.model.name
     if Path(name).exists():
-        name = Path(name).absolute().name  # config.yaml has all of it
+        name = Path(name).absolute().name  # print only the name; config.yaml has the full path
     yield f"model: {name}: {trained}: {root.describe()}"
-    if run.adapter.kind == "lora":
-        reaches_all = run.adapter.target == lora.ALL_LINEAR
-        unreached = lora.describe_unreached(root.model) if reaches_all else ""
+    if adapter.kind == "lora":
+        unreached = ""
+        if adapter.target == lora.ALL_LINEAR:
+            unreached = lora.describe_unreached(root.model)
         yield from filter(None, (unreached, describe_misread(root.model)))
     if why:
         yield from plan.describe(why=True)
-    previous, now = start.micro_batch, plan.layout.micro_batch
+    previous = start.micro_batch
+    now = plan.layout.micro_batch
     if previous is not None and now != previous:
-        reason = f"train.micro_batch='{previous}' keeps it"
-        if run.train.micro_batch == "auto":
-            reason = "which no longer fits"
-        effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
-        yield (
-            f"the micro batch is {now}, and was {previous}, {reason}: "
-            f"results differ from an uninterrupted run, because {effect}"
+        effect = "dropout masks differ" if adapter.dropout else "sums are rounded differently"
+        text = (
+            f"the micro batch changes from {previous} to {now}, so results differ from an "
+            f"uninterrupted run, because {effect}"
         )
+        if run.train.micro_batch == "auto":
+            yield f"{text}. A micro batch of {previous} no longer fits into memory."
+        else:
+            yield f"{text}. To keep the micro batch, set train.micro_batch='{previous}'."
     if why and "threads" in plan.why:
         yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
     if peak.tflops and not peak.published:
@@ -317,22 +343,26 @@ def describe_session(
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
-    """Refuse to begin a run whose checkpoints cannot be written.
+    """Raise MachineError if the disk has too little free space for the checkpoints.
 
-    `trained` counts the trained parameters; `base` is the folder of the model.
+    In full fine-tuning without a shared disk, each node stores only the parts of its own ranks.
 
-    Of a model trained in full each node that shares no disk holds the parts of its own ranks.
+    Args:
+        trained: number of trained parameters.
+        base: folder of the base model.
     """
     size, copies = checkpoint_bytes(run, trained, base)
     if run.adapter.kind != "lora":
-        size //= len({*ranks.run_dir_writers})
+        size //= len(set(ranks.run_dir_writers))
     out = Path(run.output_dir)
-    # Beside those that stay there are the one being written, the best one, and final/.
-    keep = shutil.disk_usage(existing_folder(out)).free // max(size, 1) - 3
-    fix = "output_dir on a larger disk; df -h lists them"
+    disk = shutil.disk_usage(existing_folder(out))
+    # Subtract 3, because besides the `keep` checkpoints, the disk may hold three more: the one
+    # being written, the best one, and final/.
+    keep = disk.free // max(size, 1) - 3
+    fix = "set output_dir to a folder on a larger disk (`df -h` lists the disks)"
     if keep >= 1:
-        fix = f"checkpoint.keep={keep}, or {fix}"
-    why = f"one takes {size_text(size)}, and {copies} may exist at once"
+        fix = f"set checkpoint.keep={keep}, or {fix}"
+    why = f"one checkpoint takes {size_text(size)}, and {copies} may exist at the same time"
     require_disk_space(out, size * copies, what="the checkpoints", why=why, fix=fix)
 
 
@@ -344,9 +374,9 @@ def make_loader(
     stop: int | None = None,
     mesh: Mesh = ALONE,
 ) -> Loader:
-    """Global batches in the plan's layout, from step `start` up to `stop`.
+    """Return a loader of global batches in the plan's layout, for steps `start` to `stop` - 1.
 
-    Iterating puts this rank's share of them on the device.
+    The batches that the loader yields contain only this rank's part and are on the device.
     """
     device = torch.device(plan.device)
     layout = plan.layout.multiple_of(plan.mesh.tensor)
@@ -361,16 +391,17 @@ def make_loader(
         share=(mesh.data_rank, mesh.shape.data),
         attention_weight=attention_weight(files.spec, trained=trained),
         mismatches=METHODS[data.run.method.name].needs_mismatched,
-        # Pictures of a step may take gigabytes.
+        # Do not load pictures ahead of time, because the pixels of a step may take gigabytes.
         ahead=0 if data.train.pictures is not None else Loader.ahead,
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:
-    """Return micro batches on the device, from the first step on, with at least `tokens` tokens.
+    """Return the first micro batches with at least `tokens` tokens in total, on the device.
 
-    Within a step they have the order of `Loader.largest_first`. Epochs repeat.
+    The batches begin with the first step. Within a step they are in the order of
+    `Loader.largest_first`. If the data has fewer tokens, it is repeated.
     """
     batches: list[Batch] = []
     for step in itertools.count():
@@ -382,8 +413,11 @@ def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Bat
 
 
 def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
-    """Refuse a step of several backwards where `train.optimizer_in_backward` updates the weights in
-    the first.
+    """Raise UsageError if a step has several micro batches but `train.optimizer_in_backward` is
+    set.
+
+    With this option, the first backward already updates the weights, so the gradients of several
+    micro batches cannot be accumulated.
     """
     key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
@@ -395,32 +429,40 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
             "so gradients cannot be accumulated"
         )
         raise UsageError(
-            what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false"
+            what, where=key, why=why, fix=f"set a smaller train.global_batch, or {key}=false"
         )
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> Optimizer:
-    """The optimizer over everything that is trained, in the state of the checkpoint if there is
-    one.
+    """Create the optimizer for all trained parameters. If there is a checkpoint, load its optimizer
+    state.
     """
     first_scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=first_scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
-    folder, saved = start.checkpoint, start.progress
-    if folder and saved and is_sharded(folder):
+    folder = start.checkpoint
+    saved = start.progress
+    if not folder or not saved:
+        return optimizer
+    if is_sharded(folder):
         read_sharded_optimizer(optimizer, folder, saved, ranks)
-    elif folder and saved:
-        scale, good_steps = saved.loss_scale, saved.good_steps
-        with read_optimizer(folder) as tensors:
-            optimizer.load_state_dict(
-                tensors, scale=scale, growth_tracker=good_steps, where=str(folder)
-            )
+        return optimizer
+    with read_optimizer(folder) as tensors:
+        optimizer.load_state_dict(
+            tensors,
+            scale=saved.loss_scale,
+            growth_tracker=saved.good_steps,
+            where=str(folder),
+        )
     return optimizer
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
-    """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what,
-    from which data; and of rows that were drawn which ones they are.
+    """Write env.json, config.yaml and held-out.txt, the list of held-out rows, into the run
+    directory.
+
+    env.json marks the folder as a run directory, and describes the machine, the data and the
+    choices of the plan.
     """
     run = session.run
     out = Path(run.output_dir)
@@ -429,7 +471,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     choices = {
         part: {"taken": choice, "why": plan.why[part]} for part, choice in plan.choices.items()
     }
-    # The number that torch has now; the plan says why.
+    # Store the number of threads that torch uses now. If the plan has a reason for this number,
+    # store it too.
     why = plan.why.get("threads", "only the host's part runs on the CPU")
     choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
     env = {
@@ -451,7 +494,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         lines: dict[str, str] = {}
         for i in range(len(held_out)):
             place = held_out.where(i)
-            # A long document has several examples.
+            # A long document is split into several examples, but its row is listed only once.
             if place not in lines:
                 beginning = held_out.beginning(i) if len(lines) < QUOTED_ROWS else ""
                 lines[place] = f"{place}  {beginning}".rstrip() + "\n"

@@ -1,8 +1,8 @@
-"""The change of the loss by rounding a frozen base to 8 bits, measured before a run trains on it,
-and by sums of fewer bits.
+"""Measurement of how much the loss changes if a frozen base is rounded to 8 bits, and if its
+matmuls use fast accumulation.
 
-The dense base need not fit beside the rounded one, nor alone: each of its matrices is read again
-when it is used.
+The dense base is not loaded completely, because it may not fit into memory. Each weight matrix is
+read from its file when it is used.
 """
 
 import math
@@ -27,18 +27,20 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.run_dir import Phase
 from tunesmith.units import ceil_div
 
-LOSS_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
-# Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on
-# 4,500 tokens of alpaca rows, as chats and as plain text; nf4 changed it by 7 %. A larger change
-# than this has another cause than rounding.
+LOSS_PROBE_TOKENS = 4096  # minimum number of tokens on which the loss is measured
+# Maximum relative change of the loss by 8-bit rounding. Rounding to e4m3 changed the loss of
+# SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca rows, as chats and as plain text; nf4
+# changed it by 7 %. A larger change must have a different cause.
 MAX_LOSS_CHANGE = 0.03
-# Relative change of the loss by fast sums: a tenth of the least that rounding changed it by.
+# Maximum relative change of the loss by fast accumulation: about a tenth of the smallest change
+# that rounding caused.
 MAX_LOSS_CHANGE_BY_SUMS = 0.001
 
 
 class LossChange(NamedTuple):
-    """The loss of the base on `tokens` tokens of the run's own data; `layers` counts those in 8
-    bits.
+    """Two losses of the base on `tokens` tokens of the run's data: in bf16 and in 8 bits.
+
+    `layers` is the number of layers in 8 bits.
     """
 
     in_bf16: float
@@ -55,37 +57,43 @@ class LossChange(NamedTuple):
         return math.isfinite(self.in_8_bits) and abs(self.relative) <= MAX_LOSS_CHANGE
 
     def describe(self) -> str:
-        losses = f"loss {self.in_8_bits:.4f}, {self.in_bf16:.4f} in bf16 ({self.relative:+.2%})"
-        return f"{losses}, on {self.tokens:,} tokens of the data"
+        losses = f"loss is {self.in_8_bits:.4f}, and {self.in_bf16:.4f} in bf16"
+        return f"{losses} ({self.relative:+.2%}), on {self.tokens:,} tokens of the data"
 
 
 def compare_with_bf16(
     root: TrainModel, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
 ) -> LossChange:
-    """Measure the loss of the base alone on `batches`, the same on all ranks, in bf16 and in 8
-    bits. A collective call.
+    """Measure the loss of the base without adapter in bf16 and in 8 bits. This is a collective
+    call.
 
-    Returns the figures of the rank whose loss changed most, on every rank.
+    All ranks pass the same `batches`. All ranks return the same result, the losses of the rank with
+    the largest change.
     """
     ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
     layers = list(eight_bit_layers(root))
-    # Eager: graphs that read files would break at every layer, and compile for two passes.
+    # Run without compilation. The file reads would break the graph at every layer, and compilation
+    # is not worth the time for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
         with computed_dense(layers, mesh, ranks):
             in_bf16 = mean_loss(root, batches)
         in_8_bits = mean_loss(root, batches)
     tokens = sum(batch.tokens for batch in batches)
-    losses = max(ranks.all_gather_object((in_bf16, in_8_bits)), key=severity)
+    losses_by_rank = ranks.all_gather_object((in_bf16, in_8_bits))
+    losses = max(losses_by_rank, key=severity)
     return LossChange(*losses, tokens, len(layers))
 
 
 def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str:
-    """Let the forward of the 8-bit layers take fast sums, if they hardly change the loss of the
-    base alone on `batches`, the same on all ranks. A collective call.
+    """Select fast accumulation for the forward of the 8-bit layers if it hardly changes the loss.
 
-    The backward has full sums: no loss tells what becomes of gradients.
+    This is a collective call. All ranks pass the same `batches`. The loss is measured without the
+    adapter. The backward always uses full accumulation, because the loss does not show errors of
+    gradients.
 
-    Returns what was taken, with both losses, of the rank where they differ most.
+    Returns:
+        A text with the choice and both losses. The losses are from the rank with the largest
+        difference.
     """
     ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
     layers = list(eight_bit_layers(root))
@@ -94,41 +102,45 @@ def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str
         for fast_sums in (False, True):
             set_fast_sums(layers, fast_sums)
             losses.append(mean_loss(root, batches))
-    full, fast = max(ranks.all_gather_object(losses), key=severity)
-    takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= MAX_LOSS_CHANGE_BY_SUMS
-    set_fast_sums(layers, takes_fast)
-    taken = "fast" if takes_fast else "full"
+    losses_by_rank = ranks.all_gather_object(losses)
+    full, fast = max(losses_by_rank, key=severity)
+    change = fast / full - 1
+    uses_fast = math.isfinite(fast) and abs(change) <= MAX_LOSS_CHANGE_BY_SUMS
+    set_fast_sums(layers, uses_fast)
+    taken = "fast" if uses_fast else "full"
     tokens = sum(batch.tokens for batch in batches)
     return (
-        f"{taken} sums in the forward: loss {fast:.5f} with fast ones, {full:.5f} with full ones "
-        f"({fast / full - 1:+.3%}, up to {MAX_LOSS_CHANGE_BY_SUMS:.1%} is taken), "
+        f"{taken} accumulation in the forward: loss {fast:.5f} with fast accumulation, "
+        f"{full:.5f} with full ({change:+.3%}; fast is used up to {MAX_LOSS_CHANGE_BY_SUMS:.1%}), "
         f"on {tokens:,} tokens"
     )
 
 
 def eight_bit_layers(root: TrainModel) -> Iterator[FrozenLinear]:
-    """Every layer that computes in 8 bits."""
+    """Yield every layer that computes in 8 bits."""
     for module in root.modules():
         if isinstance(module, FrozenLinear) and isinstance(module.format, Fp8):
             yield module
 
 
 def set_fast_sums(layers: Sequence[FrozenLinear], fast_sums: bool) -> None:
-    """Let the forward of 8-bit layers take fast sums, or full ones."""
+    """Select fast or full-precision accumulation for the fp8 matmuls of the forward pass."""
     for layer in layers:
         assert isinstance(layer.format, Fp8)
         layer.format = Fp8(layer.format.recipe, fast_sums)
 
 
 def severity(losses: Sequence[float]) -> tuple[bool, float]:
-    """Sort pairs of losses by their relative change, a second one that is not finite last."""
+    """Return a sort key for the relative change between two losses. Non-finite losses count as the
+    largest change.
+    """
     exact, rounded = losses
     return not math.isfinite(rounded), abs(rounded / exact - 1)
 
 
 @torch.no_grad()
 def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
-    """The method's loss over `batches`, in eval mode."""
+    """Compute the method's mean loss over `batches` in eval mode."""
     training = model.training
     model.eval()
     loss = 0.0
@@ -143,7 +155,9 @@ def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
 
 @contextmanager
 def computed_dense(layers: Sequence[FrozenLinear], mesh: Mesh, ranks: Ranks) -> Iterator[None]:
-    """Inside, layers compute with the dense weights that they were rounded from."""
+    """Return a context in which the layers compute with the dense weights that they had before
+    rounding.
+    """
     try:
         for layer in layers:
             layer.read_dense = partial(read_dense_weight, layer, mesh, ranks)
@@ -154,22 +168,24 @@ def computed_dense(layers: Sequence[FrozenLinear], mesh: Mesh, ranks: Ranks) -> 
 
 
 def read_dense_weight(layer: FrozenLinear, mesh: Mesh, ranks: Ranks) -> Tensor:
-    """A layer's weight [out_features, in_features] in bf16, from its file. A collective call.
+    """Read a layer's weight [out_features, in_features] in bf16 from its file. This is a collective
+    call.
 
-    Each of the data ranks reads as many rows.
+    Each data rank reads an equal part of the rows.
     """
     assert layer.rounded_from is not None
     ranks.heartbeat.progress()
     count = layer.out_features
     data_ranks = mesh.shape.data
-    rows_of_rank = ceil_div(count, data_ranks)
-    start = min(mesh.data_rank * rows_of_rank, count)
-    # Past the last row: an empty slice, padded below like a short one.
-    stop = min(start + rows_of_rank, count)
+    rows_per_rank = ceil_div(count, data_ranks)
+    start = min(mesh.data_rank * rows_per_rank, count)
+    # The slice of the last ranks may be shorter or empty. It is padded below.
+    stop = min(start + rows_per_rank, count)
     rows = read_bf16_rows(layer, layer.rounded_from, slice(start, stop))
     if mesh.data_group is None:
         return rows
-    # A gather takes as many rows of every rank: the last ranks may have fewer.
-    rows = F.pad(rows, (0, 0, 0, rows_of_rank - len(rows)))
+    # An all-gather needs the same number of rows from every rank, but the last ranks may have
+    # fewer.
+    rows = F.pad(rows, (0, 0, 0, rows_per_rank - len(rows)))
     gathered = collective("all_gather_into_tensor", rows, data_ranks, mesh.data_group.group_name)
     return gathered[:count]

@@ -1,14 +1,15 @@
-"""The checks of a start that need its files alone, before torch is imported: that takes seconds.
+"""Checks at the start of a run that only read files. They run before torch is imported, because
+that import takes seconds.
 
-recipe and rows -> output_dir -> an earlier run in it -> model -> first rows
+Order of the checks: recipe and rows -> output_dir -> an earlier run in it -> model -> first rows
 
-The start itself repeats all of it, on every rank. What takes a tokenizer or the model's code is
-told there.
+When the run starts, every rank repeats all of these checks. After that, every rank makes the checks
+that need a tokenizer or the model's code.
 """
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.replicate import copies_in
 from tunesmith.checkpoint.resume import finished_step
 from tunesmith.checkpoint.start_adapter import find_local_adapter
-from tunesmith.config.layers import merge_layers, override_layer
+from tunesmith.config.layers import Overrides, merge_layers, override_layer
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
@@ -35,29 +36,34 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Maximum size of a file whose rows are checked here too; a larger one takes seconds.
+
+# Maximum size of a file whose rows are checked here. The check of a larger file would take seconds.
 MAX_EARLY_BYTES = 4 << 20
 
 
 def check_start(run: Run, *, resumes: bool) -> Result | None:
-    """Find what a start of `run` in one process comes to, as far as its files tell.
+    """Check the inputs of a run in one process. All checks of this function only read files.
 
-    A UsageError that it would raise, the Result of a finished run, or None: it has to be tried.
+    Return the Result of a finished run, or None if the run has to be started. If a check fails,
+    raise the same UsageError as the start of the run.
 
     Args:
-        resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
+        resumes: whether an earlier run in `output_dir` is resumed. If False, it will be moved to
+            another folder.
     """
+    out = Path(run.output_dir)
     finished = None
-    with claim_run_dir(Path(run.output_dir), inputs_of(run).values()):
+    with claim_run_dir(out, inputs_of(run).values()):
         if resumes:
-            # The start says what is wrong with a checkpoint.
+            # Ignore damaged checkpoints, because the start of the run reports them.
             with suppress(CheckpointError):
                 finished = finished_step(run)
     if finished is not None:
         warn_of_changed_rows(run)
-        return Result.of_finished(Path(run.output_dir), finished)
-    # Checkpoints have the adapter that they began with.
-    if run.adapter.from_ is not None and not (resumes and copies_in(Path(run.output_dir))):
+        return Result.from_finished_run(out, finished)
+    # A resumed run does not need the adapter from which it started, because its checkpoints contain
+    # a copy.
+    if run.adapter.from_ is not None and not (resumes and copies_in(out)):
         find_local_adapter(run.adapter.from_)
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
@@ -67,33 +73,38 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
 
 
 def _check_rows(run: Run) -> None:
-    """DataError where a local source cannot be read, or rows of small files; it lists the bad rows
-    of all of these."""
+    """Raise DataError if a local source is not readable, or if small files have bad rows.
+
+    The error lists the bad rows of all small files.
+    """
+    data = run.data
     refused = []
-    for source in (*run.data.train, *run.data.validation):
+    for source in (*data.train, *data.validation):
         if not is_local(source.source):
             continue
         path = Path(source.source).expanduser()
         check_local(path, source.name)
-        # A row that `leave_out` leaves out is no fault.
-        if not path.is_file() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
+        # If `leave_out` is set, bad rows can be excluded from the run and are no error. Therefore
+        # do not check the rows here.
+        if data.leave_out or not path.is_file() or path.stat().st_size > MAX_EARLY_BYTES:
             continue
-        bad = find_bad_rows(read_rows(source), source, run.data.system)
-        if bad and (run.data.bad_rows == "error" or bad.count == bad.rows):
+        bad = find_bad_rows(read_rows(source), source, data.system)
+        if bad and (data.bad_rows == "error" or bad.count == bad.rows):
             refused.append(bad)
     if refused:
         raise error_of_sources(refused)
 
 
 @dataclass(frozen=True)
-class RowsLook:
-    """The overrides of `--model X --data FILE`, and what the rows show.
+class RowsPreview:
+    """Result of reading the rows for `train --model X --data FILE`.
 
     Attributes:
-        layer: the overrides.
-        chosen: values of a recipe by their keys, below those of `layer`.
-        draft: the recipe so far, whose rules are not checked; it has one source of rows.
-        about_data: a line for the user.
+        layer: the overrides of the command line.
+        chosen: values that were chosen for recipe keys. `layer` may override them.
+        draft: the recipe so far, with exactly one source of rows. The rules of the recipe are not
+            checked yet.
+        about_data: a line about the rows for the user.
     """
 
     layer: Node
@@ -109,14 +120,15 @@ class RowsLook:
 
     @property
     def path(self) -> Path:
-        """The file of the recipe, beside its run."""
+        """Path of the recipe's file, next to the run directory."""
         return Path(f"{self.draft.output_dir}.yaml")
 
 
-def look_at_rows(
-    model: str, data: str, overrides: Mapping[str, object] | Sequence[str] = ()
-) -> RowsLook:
-    """Read the rows of a file or Hub data set, and detect their format; raises as `make_recipe`."""
+def preview_rows(model: str, data: str, overrides: Overrides = ()) -> RowsPreview:
+    """Read the rows of a file or Hub data set and detect their format.
+
+    Raises the same errors as `make_recipe`.
+    """
     layer = override_layer(overrides)
     name = model
     if model == demo_model.DEMO_NAME:
@@ -125,13 +137,14 @@ def look_at_rows(
     chosen: dict[str, object] = {
         "model.name": name,
         "adapter.rank": 16,
-        "adapter.alpha": 32,  # both are dropped where an override has `adapter.kind: none`
+        "adapter.alpha": 32,  # removed if an override has `adapter.kind: none`
         "data.train.source": data,
         "output_dir": f"runs/{short_name(data)}-{short_name(model)}",
     }
     override_keys = {key for key, _ in layer.places()}
-    # Its rules are checked once the recipe is whole.
-    draft = build_run(resolve_paths(over(chosen, layer)))
+    # `build_run` does not check the rules of the recipe. They are checked when the recipe is
+    # complete.
+    draft = build_run(resolve_paths(apply_overrides(chosen, layer)))
     _check_no_duplicate(draft, override_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
@@ -144,7 +157,7 @@ def look_at_rows(
             any_format="data.train.format" not in override_keys,
             skips_bad_rows=draft.data.bad_rows == "skip",
         )
-    # The columns whose names are not the format's own.
+    # Add a column to the recipe only if its name differs from the name that the format uses.
     source = replace(source, format=layout.format, columns=layout.renamed)
     if source.split:
         chosen["data.train.split"] = source.split
@@ -158,11 +171,13 @@ def look_at_rows(
     shown = Path(data).name if is_local(data) else data
     facts = [count_of(len(rows), "row"), rows.layout, layout.describe()]
     about_data = f"{shown}: {', '.join(filter(None, facts))}"
-    return RowsLook(layer, chosen, draft, rows, layout, about_data)
+    return RowsPreview(layer, chosen, draft, rows, layout, about_data)
 
 
 def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:
-    """RecipeError where an override names the model or the rows a second time."""
+    """Raise RecipeError if an override sets the model or the rows, because `--model` and `--data`
+    already set them.
+    """
     duplicates = {"model.name", "data.train.source"} & override_keys
     if len(draft.data.train) != 1:
         duplicates = duplicates or {"data.train"}
@@ -170,17 +185,17 @@ def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> Non
         raise RecipeError(
             f"{min(duplicates)} cannot be combined with --model and --data",
             where=f"{layer.where}: {min(duplicates)}",
-            fix="use only those, or write a recipe",
+            fix=f"remove {min(duplicates)} and use only --model and --data, or write a recipe",
         )
 
 
-def over(chosen: Mapping[str, object], layer: Node) -> Node:
-    """The layer of overrides over what is chosen."""
+def apply_overrides(chosen: Mapping[str, object], layer: Node) -> Node:
+    """Merge the overrides over the chosen values."""
     return merge_layers(override_layer(chosen), layer)
 
 
 def _with_split(source: Source) -> Source:
-    """The source with `train` as its split where it has several and none is named."""
+    """Return the source with split `train` if it has several splits and selects none of them."""
     if source.split is not None or Path(source.source).expanduser().is_file():
         return source
     splits = open_splits(source)
@@ -191,17 +206,22 @@ def _with_split(source: Source) -> Source:
             f"{source.source} has no split named train",
             where=source.source,
             why=f"its splits are {', '.join(splits)}",
-            fix=f"choose one: --split {shell_word(next(iter(splits)))}",
+            fix=f"choose a split, such as --split {shell_word(next(iter(splits)))}",
         )
-    # A file's name alone may tell its split, for example that of a team called dev.
+    # Log the splits that are not used, because the split of a file is derived from the file's name,
+    # which may be misleading.
     others = [f"{name} ({len(splits[name]):,})" for name in splits if name != "train"]
-    log.info(f"{source.source}: split train; rows not trained on: {', '.join(others)}")
+    log.info(
+        f"{source.source}: only the split train is used for training; the unused splits and "
+        f"their numbers of rows are: {', '.join(others)}"
+    )
     return replace(source, split="train")
 
 
 def short_name(name: str) -> str:
-    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` ->
-    `my-faq`.
+    """Return a short name for a model or a data set.
+
+    `HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` -> `my-faq`
     """
     path = Path(name.rstrip("/"))
     stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name

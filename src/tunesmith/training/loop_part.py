@@ -1,4 +1,4 @@
-"""The base of the parts of one start's loop: its objects, and when something periodic is due."""
+"""Base class of the parts of the training loop, and the objects that these parts share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from tunesmith.units import Cadence, Length
 
 @dataclass
 class LoopShared:
-    """The objects of one start that its trainer and the parts of its loop work with.
+    """Objects that the trainer and the parts of its loop share.
 
     Attributes:
-        progress: where the run stands; a checkpoint holds it.
+        progress: the state of the run, which is saved in a checkpoint.
     """
 
     session: Session
@@ -27,7 +27,9 @@ class LoopShared:
 
 
 class LoopPart:
-    """A part of one start's loop. All ranks call its methods at the same step."""
+    """Base class of a part of the training loop, such as validation. All ranks call its methods at
+    the same step.
+    """
 
     def __init__(self, shared: LoopShared) -> None:
         self.session = shared.session
@@ -49,7 +51,9 @@ class LoopPart:
         return Path(self.run.output_dir)
 
     def cadence(self, every: Length | None) -> Cadence:
-        """Return what tells when something that comes `every` so often is due."""
+        """Return an object that tells after each step whether an action with the interval `every`
+        is due.
+        """
         return Cadence(
             every,
             total=self.session.total_steps,

@@ -1,12 +1,13 @@
-"""A recipe from a look at the rows and the model: `tunesmith train --model X --data FILE`.
+"""Creation of a recipe from rows and a model, for `tunesmith train --model X --data FILE`.
 
-What is not a default is written with its reason, beside the run, to be edited and run again.
+The recipe's file contains the values that differ from the defaults, with their reasons. The file is
+next to the run directory, so that the user can edit it and start another run with it.
 """
 
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import differences, to_yaml
-from tunesmith.config.layers import override_words
+from tunesmith.config.layers import Overrides, override_words
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run
@@ -32,11 +33,11 @@ from tunesmith.data.source.open_source import (
     count_of_example,
 )
 from tunesmith.data.text.select_template import select_template
-from tunesmith.data.tokens.contract import MOST_CUT
+from tunesmith.data.tokens.contract import MAX_TRUNCATED_SHARE
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host import demo_model
-from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
@@ -46,76 +47,83 @@ from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.run_dir import read_recipe
-from tunesmith.training.early_checks import RowsLook, look_at_rows, over
+from tunesmith.training.early_checks import RowsPreview, apply_overrides, preview_rows
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
-EXAMINED_ROWS = 2000  # rows whose tokens are counted, spread over the file
-EXAMINED_CHARACTERS = 1 << 24  # of them, about: documents are long
-MIN_ROWS_TO_HOLD_OUT = 20  # with fewer none are held out
-# Of so many rows enough are held out that their loss tells when to stop. Of fewer they are worth
-# more in training, but MIN_DIFFERING: with less, no comparison of two models row by row has an
-# interval, whatever they answer.
-ENOUGH_ROWS = 50
-TELLING_ROWS = 10  # held-out rows
-MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
-PATIENCE = 3  # validations without a better one
+MAX_COUNTED_ROWS = 2000  # maximum number of rows whose tokens are counted
+EXAMINED_CHARACTERS = 1 << 24  # approximate maximum number of characters in the counted rows
+MIN_ROWS_TO_HOLD_OUT = 20  # minimum number of rows to hold any out for validation
+# If there are at least ROWS_FOR_VALIDATION examples, hold out at least MIN_VALIDATION_ROWS of them,
+# so that their loss shows when to stop. If there are fewer examples, hold out only MIN_DIFFERING,
+# because the rows are more useful for training. MIN_DIFFERING rows are the minimum to compute a
+# confidence interval for the difference of two models.
+ROWS_FOR_VALIDATION = 50
+MIN_VALIDATION_ROWS = 10  # minimum number of held-out examples, see above
+MAX_VALIDATION_ROWS = 500  # with more rows, a validation takes longer but is hardly more exact
+PATIENCE = 3  # validations without improvement before the run stops
 SEQ_LEN = 2048
 SEQ_LEN_STEP = 256
-# Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data
-# preparation and analysis for chat model fine-tuning", cookbook.openai.com). Of few rows more are
-# seen here: a new adapter needs steps, not only rows.
+# Number of epochs, as in OpenAI's fine-tuning: three, fewer for many rows, more for few ("Data
+# preparation and analysis for chat model fine-tuning", cookbook.openai.com). If there are few rows,
+# this rule uses more epochs than OpenAI's, because a new adapter needs a minimum number of steps.
 EPOCHS = 3
-# Of preferences one, as in Tulu 3 (arXiv:2411.15124) and the examples of TRL.
+# One epoch for preference rows, as in Tulu 3 (arXiv:2411.15124) and TRL's examples.
 PREFERENCE_EPOCHS = 1
-MOST_EPOCHS = 10
-MIN_SEEN_EXAMPLES = 500  # examples
-MAX_SEEN_EXAMPLES = 25_000  # examples
-WANTED_STEPS = 100  # a smaller batch where it takes that to make so many steps
-# Steps between validations: some five in a run, or ten of a few rows, which take no time. Five at
-# least: the noise of a curve takes as many, see `report`. Each has a checkpoint, which takes longer
-# than a step of a small model: the shortest intervals are for runs that have no five with longer.
+MAX_EPOCHS = 10
+MIN_SEEN_EXAMPLES = 500  # minimum number of examples in all epochs together
+MAX_SEEN_EXAMPLES = 25_000  # maximum number of examples in all epochs together
+MIN_STEPS = 100  # the batch is made smaller to reach this number of steps
+# Possible numbers of steps between validations. A run gets about five validations, because `report`
+# needs five points to estimate the noise of a curve, or about ten if there are few held-out rows.
+# SHORT_INTERVALS are only used for short runs: each validation also saves a checkpoint, and for a
+# small model this takes longer than a step.
 INTERVALS = (5, 10, 25, 50, 100, 200, 500)
 SHORT_INTERVALS = (1, 2, 3, 4, 5)
 VALIDATIONS = 5
 MORE_VALIDATIONS = 10
 FEW_HELD_OUT = 100
-# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and the exponents with
-# which it falls with the width: Thinking Machines, "LoRA Without Regret" (2025) and `get_lr` of
-# their cookbook, fitted on Llama and on Qwen models; no more than small models take.
+# Learning rate of full fine-tuning at hidden size 2000, factor for LoRA, and exponents with which
+# the rate falls with the hidden size. Source: Thinking Machines, "LoRA Without Regret" (2025) and
+# `get_lr` of their cookbook, fitted on Llama and Qwen models. The rate is limited to
+# MAX_LEARNING_RATE.
 FULL_RATE = 5e-5
 LORA_RATE = 10
 FITTED_WIDTH = 2000
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-MOST_RATE = 1e-3
-# Of other families there is no fit. QLoRA took ten times this rate for LoRA on 7B and 13B models
-# (arXiv:2305.14314). Of DeepSeek, gpt-oss, Kimi and Nemotron the cookbook's best rates are 1e-4 to
-# 1e-3; where it has the losses (sft_sweep.md), 2e-4 is within 1 % of the best.
+MAX_LEARNING_RATE = 1e-3
+# Rate of full fine-tuning for model families to which the formula above was not fitted. For LoRA it
+# is multiplied by ten, which gives 2e-4, the rate that QLoRA used for 7B and 13B models
+# (arXiv:2305.14314). The cookbook's best LoRA rates for DeepSeek, gpt-oss, Kimi and Nemotron are
+# 1e-4 to 1e-3. In the runs for which the cookbook gives losses (sft_sweep.md), the loss with 2e-4
+# is within 1 % of the best loss.
 CAUTIOUS_FULL_RATE = 2e-5
-# The method that learns from rows of a format, and why; of those that do the one that needs no
-# second model of the user's choice.
+# Training method for each row format, with the reason for the choice. If several methods can use a
+# format, the table contains one that needs no second model from the user.
 METHODS_OF_FORMATS = {
     "preference": ("dpo", "the rows are pairs of a chosen and a rejected answer"),
     "feedback": ("kto", "the rows are answers labeled good or bad"),
 }
-# A method with a reference model takes a tenth of the rate of supervised fine-tuning: TRL's
-# defaults are 2e-5 and 1e-6, and its guides give LoRA ten times as much in both cases.
+# Factor for the learning rate of methods with a reference model, relative to supervised
+# fine-tuning. TRL's defaults are 2e-5 for supervised fine-tuning and 1e-6 for DPO. For LoRA, TRL's
+# guides multiply both rates by ten.
 PREFERENCE_RATE = 0.1
-# The lower end of what docs/choosing.md tries around the fit. The fit is for new adapters, whose B
-# is zero: these need a high rate to begin with, a trained one does not.
+# Factor for the learning rate of an adapter that is trained further. docs/choosing.md recommends to
+# try a range of rates, and this is the lower end of it. A new adapter needs a higher rate at first,
+# because its matrix B is zero.
 CONTINUED_RATE = 0.5
 
 
 @dataclass(frozen=True)
 class NewRecipe:
-    """A recipe made by `make_recipe`, and the file for it.
+    """A recipe that `make_recipe` created, with methods to write it to a file.
 
     Attributes:
-        text: of the file.
-        about_data: a line for the user.
-        mean_length: tokens of a row on average.
-        is_estimated: it is from the characters of rows.
+        text: the content of the file.
+        about_data: a line about the rows for the user.
+        mean_length: mean number of tokens per row.
+        is_estimated: whether `mean_length` is estimated from the number of characters in the rows.
     """
 
     run: Run
@@ -127,25 +135,26 @@ class NewRecipe:
 
     @property
     def name(self) -> str:
-        """The file's path as a user in the working directory writes it."""
-        return shell_path(from_here(self.path))
+        """Path of the file, relative to the working directory and quoted for a shell."""
+        return shell_path(relative_to_cwd(self.path))
 
     def check_file(self) -> None:
-        """Raise RecipeError if the file exists and differs: it may have been edited."""
+        """Raise RecipeError if the file has another recipe, because the user may have edited it."""
         changes = differences(load_recipe(self.path), self.run) if self.path.exists() else []
         if changes:
             raise RecipeError(
                 f"{self.name} already exists and differs from the recipe that this command writes",
                 where="\n         ".join(map(str, changes)),
-                why="it was edited, or the data has changed; it is not overwritten",
-                fix=f"train the existing recipe: tunesmith train {self.name}; "
-                "or start another run: output_dir=runs/NAME",
+                why="the recipe was edited, or the data has changed; an existing recipe is not "
+                "overwritten",
+                fix=f"train the existing recipe with `tunesmith train {self.name}`; "
+                "or start another run with output_dir=runs/NAME",
             )
 
     def write_file(self) -> None:
-        """Write the file, unless it is there; can be called after each step.
+        """Write the file if it does not exist. It is safe to call this several times.
 
-        MachineError where it cannot be written.
+        Raise MachineError if the file cannot be written.
         """
         if self.path.exists():
             return
@@ -154,82 +163,88 @@ class NewRecipe:
             write_atomically(self.path, self.text)
         except OSError as error:
             what = f"the recipe cannot be written: {error.strerror}"
-            fix = "choose another place: output_dir=runs/my-run"
+            fix = "choose another folder with output_dir=runs/my-run"
             raise MachineError(what, where=str(self.path), fix=fix) from error
 
 
 def make_recipe(
     model: str,
     data: str,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     on_paper: bool = False,
     row_count: int | None = None,
     ranks: int = 1,
-    look: RowsLook | None = None,
+    preview: RowsPreview | None = None,
 ) -> NewRecipe:
-    """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
+    """Examine the rows of a file or Hub data set, and create a recipe that trains a model on them.
 
     Args:
-        model: as in `model.name`; `demo` is the small model of the demo.
-        data: as in `data.train.source`; format and columns are detected, unless `overrides`
-            give them.
-        overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here
-            follows them.
-        on_paper: for a plan: a well-known model of which nothing is on this machine is not
-            looked up at the Hub. The rows' tokens are then estimated from their characters.
-        row_count: how many rows there will be, if these are a sample.
-        ranks: that will train, as far as is known: a step has an example for each.
-        look: what `look_at_rows` has found for the same arguments; None: it is called.
+        model: a value of `model.name`. `demo` is the small model of the demo.
+        data: a value of `data.train.source`. Format and columns are detected, unless `overrides`
+            sets them.
+        overrides: see `load_recipe`. They are written into the recipe, and the values of all other
+            keys are chosen to match them.
+        on_paper: whether the recipe is only for a plan. If True, well-known models are not
+            requested from the Hub, and the number of tokens is estimated from the number of
+            characters.
+        row_count: the final number of rows, if the given rows are a sample.
+        ranks: expected number of ranks, because each rank needs an example per step.
+        preview: result of `preview_rows` for the same arguments. If None, `make_recipe` calls
+            `preview_rows`.
 
     Raises:
-        UsageError: something is wrong or ambiguous; the fix says what to give.
+        UsageError: an input is wrong or ambiguous. The error says which key to set.
     """
-    look = look or look_at_rows(model, data, overrides)
-    row_count = row_count or len(look.rows)
-    choices = _Choices(look)
+    preview = preview or preview_rows(model, data, overrides)
+    row_count = row_count or len(preview.rows)
+    choices = _Choices(preview)
     if model == demo_model.DEMO_NAME:
         choices.why["model.name"] = (
-            "the demo's file in this Python environment: a recipe names files and Hub ids alone, "
-            "so on another machine run the command above there"
+            "the file of the model demo in this Python environment, because a recipe contains "
+            "only files and Hub ids; to train on another machine, run the command above there"
         )
     choices.choose_adapter()
     choices.choose_method()
-    examined = _examine(look.draft, look.rows, on_paper=on_paper)
+    examined = _examine(preview.draft, preview.rows, on_paper=on_paper)
     parts = choices.choose_seq_len(examined)
     held_out = choices.choose_hold_out(row_count, parts)
     if examined.is_padded and "data.pack" not in choices.override_keys:
-        reason = f"{examined.spec.model_type} cannot keep packed examples apart"
+        reason = f"{examined.spec.model_type} cannot separate packed examples"
         choices.choose("data.pack", False, reason)
     steps = choices.choose_steps(round(row_count * parts) - held_out, ranks)
     choices.choose_validations(steps, held_out)
     choices.choose_rate(examined.spec)
 
-    tree = over({**choices.values, "output_dir": look.chosen["output_dir"]}, look.layer)
+    tree = apply_overrides(
+        {**choices.values, "output_dir": preview.chosen["output_dir"]}, preview.layer
+    )
     run = checked(tree)
     for key in choices.override_keys & choices.why.keys() - {"data.train"}:
         choices.why[key] = "set on the command line"
     command = ["tunesmith", "train", "--model", model, "--data", data, *override_words(overrides)]
-    head = [schema_line(), *(f"# {line}" for line in shell_command(command).splitlines())]
-    body = to_yaml(resolve_paths(tree, beside=look.path.parent).plain(), choices.why)
+    comment = f"# {shell_command(command)}"
+    body = to_yaml(resolve_paths(tree, relative_to=preview.path.parent).plain(), choices.why)
     return NewRecipe(
         run,
-        look.path,
-        "\n".join([*head, body]),
-        look.about_data,
+        preview.path,
+        "\n".join([schema_line(), comment, body]),
+        preview.about_data,
         examined.mean_length,
         examined.is_estimated,
     )
 
 
 class _Examined(NamedTuple):
-    """The facts that a recipe is chosen by.
+    """Facts about model and rows from which the recipe's values are chosen.
 
     Attributes:
-        is_padded: whether the model cannot keep packed examples apart.
-        lengths: int64 [n], tokens of the longest sequence of each of some rows, spread over all.
-        mean_length: tokens of a row on average.
-        is_estimated: all of them are, from characters.
+        is_padded: whether each example gets its own padded row, because the model cannot separate
+            packed examples.
+        lengths: int64 [n], number of tokens of the longest sequence in each of n rows, which are
+            evenly spaced in the file.
+        mean_length: mean number of tokens per row.
+        is_estimated: whether all lengths are estimated from characters.
     """
 
     spec: ModelSpec
@@ -240,23 +255,20 @@ class _Examined(NamedTuple):
 
 
 def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
-    """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
-    # Evenly spaced rows: files are often sorted.
+    """Examine the model and a sample of the rows. `on_paper`: see `make_recipe`."""
+    # Use evenly spaced rows, because files are often sorted.
     few = _characters(_spread(rows, MIN_ROWS_TO_HOLD_OUT), count_characters)
     characters = sum(few) / max(1, len(few))
-    rows = _spread(
-        rows,
-        min(
-            EXAMINED_ROWS, max(MIN_ROWS_TO_HOLD_OUT, int(EXAMINED_CHARACTERS / max(1, characters)))
-        ),
-    )
+    count = int(EXAMINED_CHARACTERS / max(1, characters))
+    count = max(MIN_ROWS_TO_HOLD_OUT, count)
+    rows = _spread(rows, min(MAX_COUNTED_ROWS, count))
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
         return _examine_on_paper(run, config, rows)
     folder = fetch.fetch_for_tokens(run.model)
     files = read_model_files(folder, run.model, image_max_pixels=run.data.image_max_pixels)
-    # Nothing is cut where lengths are looked at. Rows that cannot be rendered are listed when all
-    # of them are tokenized, not these alone.
+    # Do not truncate the rows, because their full lengths are needed. Skip bad rows, because the
+    # later tokenization of all rows reports them.
     data = replace(
         run.data,
         seq_len=sys.maxsize,
@@ -273,7 +285,7 @@ def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
 
 
 def _spread(rows: Rows, count: int) -> Rows:
-    """At most so many of some rows, evenly spaced."""
+    """Return at most `count` rows, evenly spaced."""
     if len(rows) <= count:
         return rows
     numbers = sorted({n * len(rows) // count for n in range(count)})
@@ -281,7 +293,7 @@ def _spread(rows: Rows, count: int) -> Rows:
 
 
 def _characters(rows: Rows, count: Callable[[object], int]) -> list[int]:
-    """The `count` of each row that can be read; the others are named with all rows."""
+    """Apply `count` to each readable row. Skip unreadable rows, because they are reported later."""
     counts = []
     for number in range(len(rows)):
         with suppress(DataError):
@@ -290,34 +302,41 @@ def _characters(rows: Rows, count: Callable[[object], int]) -> list[int]:
 
 
 def _examine_on_paper(run: Run, config: Mapping[str, object], rows: Rows) -> _Examined:
-    """The same by the model's config.json and the characters of the rows, without a tokenizer."""
+    """Estimate what `_examine` measures, from the model's config.json and the characters of the
+    rows.
+    """
     spec = model_spec(config, where=run.model.name)
     model_type = read_model_types().get(spec.model_type)
     is_padded = model_type is not None and model_type.support.state == "padded"
+    lengths = []
     characters = _characters(rows, count_characters)
-    lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in characters])
-    mean = fmean(_characters(rows, partial(count_of_example, source=run.data.train[0])))
-    mean_length = max(1, round(mean / CHARACTERS_PER_TOKEN))
-    return _Examined(spec, is_padded, lengths, mean_length, is_estimated=True)
+    for count in characters:
+        tokens = ceil_div(count, CHARACTERS_PER_TOKEN)
+        lengths.append(max(1, tokens))
+    count_example = partial(count_of_example, source=run.data.train[0])
+    example_characters = _characters(rows, count_example)
+    mean_length = round(fmean(example_characters) / CHARACTERS_PER_TOKEN)
+    mean_length = max(1, mean_length)
+    return _Examined(spec, is_padded, np.array(lengths), mean_length, is_estimated=True)
 
 
 class _Choices:
-    """The values of a new recipe, with the reasons for those that are no defaults.
+    """Chooses the values of a new recipe, and stores the reasons for values that are not defaults.
 
     Attributes:
-        values: by key; those of the command line are laid over them.
-        why: by key.
-        draft: the recipe as far as the command line and the rows say.
-        override_keys: what the command line sets.
+        values: the chosen values. Values of the command line override them.
+        why: the reason of each value. The keys are recipe keys.
+        draft: the recipe with the values of the command line and the rows.
+        override_keys: keys that the command line sets.
     """
 
-    def __init__(self, look: RowsLook) -> None:
-        self.values = {key: value for key, value in look.chosen.items() if key != "output_dir"}
-        self.why = {"data.train": look.about_data}
-        self.draft = look.draft
-        self.override_keys = look.override_keys
-        self.row_format = look.layout.format
-        if look.layout.has_pictures:
+    def __init__(self, preview: RowsPreview) -> None:
+        self.values = {key: value for key, value in preview.chosen.items() if key != "output_dir"}
+        self.why = {"data.train": preview.about_data}
+        self.draft = preview.draft
+        self.override_keys = preview.override_keys
+        self.row_format = preview.layout.format
+        if preview.layout.has_pictures:
             self.why["model.vision"] = "the rows have pictures"
 
     def choose(self, key: str, value: object, why: str) -> None:
@@ -325,35 +344,44 @@ class _Choices:
         self.why[key] = why
 
     def choose_adapter(self) -> None:
-        """Add the shape of the adapter that is continued: the recipe's own has to be the same."""
+        """Set rank, alpha and target layers in the recipe to the values of the adapter that is
+        trained further, because they must be equal.
+        """
         name = self.draft.adapter.from_
         if name is None or not Path(name).is_dir():
-            return  # one on the Hub is not asked for here
-        self.why["adapter.rank"] = "as the adapter that training continues from"
+            return  # an adapter on the Hub is not downloaded only for this choice
+        self.why["adapter.rank"] = "the rank of the adapter that is trained further"
         folder = find_adapter(name)
         adapter = read_adapter(folder)
         usual = Adapter()
-        # PEFT's file has the names that a run's `all-linear` stood for.
-        of_run = read_recipe(folder.parent).value.get("adapter") or {}
-        if of_run.get("target") == usual.target:
+        # PEFT's adapter config lists single layers even if the run's recipe had `all-linear`. Write
+        # `all-linear` into the new recipe in this case.
+        saved_adapter = read_recipe(folder.parent).value.get("adapter") or {}
+        if saved_adapter.get("target") == usual.target:
             adapter = replace(adapter, target=usual.target)
         self.values |= {"adapter.rank": adapter.rank, "adapter.alpha": adapter.alpha}
         for field in ("target", "rslora", "modules_to_save"):
             value = vars(adapter)[field]
-            if value != vars(usual)[field]:
-                self.values[f"adapter.{field}"] = [*value] if isinstance(value, tuple) else value
+            if value == vars(usual)[field]:
+                continue
+            if isinstance(value, tuple):
+                value = list(value)
+            self.values[f"adapter.{field}"] = value
 
     def choose_method(self) -> None:
-        """Add the method that learns from rows of this format, unless an override names one."""
+        """Choose the method for this row format, unless an override sets it."""
         if self.row_format not in METHODS_OF_FORMATS or "method.name" in self.override_keys:
             return
         self.choose("method.name", *METHODS_OF_FORMATS[self.row_format])
 
     def choose_seq_len(self, examined: _Examined) -> float:
-        """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them
-        fit.
+        """Choose seq_len so that the longest example fits.
 
-        Text that is longer is split. Returns how many examples a row makes on average.
+        If the longest example has more than SEQ_LEN tokens, choose seq_len so that 99 % of the
+        examples fit. For plain texts choose SEQ_LEN, because longer texts are split.
+
+        Returns:
+            The mean number of examples per row. It is more than 1 if texts are split.
         """
         lengths = examined.lengths
         data = self.draft.data
@@ -369,49 +397,54 @@ class _Choices:
             seq_len = SEQ_LEN
             reason = f"longer texts are split; the longest of {looked_at} has {longest:,} tokens"
         else:
-            # "higher": the length of a row that is there, not one between two.
-            most = int(np.quantile(lengths, 0.99, method="higher"))
-            seq_len = max(SEQ_LEN, most)
-            reason = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+            # With "higher", the result is the length of one of the rows, not an interpolated value.
+            common = int(np.quantile(lengths, 0.99, method="higher"))
+            seq_len = max(SEQ_LEN, common)
+            reason = f"99 % of {looked_at} have up to {common:,} tokens, the longest {longest:,}"
         seq_len = min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP)
         self.choose("data.seq_len", seq_len, reason)
         too_long = float(np.mean(lengths > seq_len))
         if is_split:
-            # Each part but the first begins with a token of the one before.
+            # The parts of a split text overlap by one token, because each part after the first
+            # begins with the last token of the previous part.
             if is_set:
                 seq_len = data.seq_len
             return float(np.ceil((lengths - 1) / (seq_len - 1)).mean())
-        if too_long > MOST_CUT and not is_set:
+        if too_long > MAX_TRUNCATED_SHARE and not is_set:
             self.choose(
                 "data.too_long",
                 "drop",
                 f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens that "
-                "the model supports; truncated, their answers would have no end",
+                "the model supports; if they were truncated, the ends of their answers would be "
+                "missing",
             )
         return 1.0
 
     def choose_hold_out(self, rows: int, parts: float) -> int:
-        """Add how many of the rows are held out for validation; returns how many examples these
-        make.
+        """Choose how many rows are held out for validation. Return the number of examples in these
+        rows.
 
-        parts: examples that a row makes on average; a long document makes many.
+        Args:
+            parts: mean number of examples per row. A long document is split into many examples.
         """
         data = self.draft.data
         hold_out = data.hold_out
         is_open = "data.hold_out" not in self.override_keys and not data.validation
         if is_open and rows >= MIN_ROWS_TO_HOLD_OUT:
             hold_out = Share(5.0, "%")
-            fewest = TELLING_ROWS if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
-            fewest = math.ceil(fewest / parts)
-            most = max(1, int(MOST_HELD_OUT / parts))
-            if not fewest <= rows * 0.05 <= most:
-                hold_out = Share(min(max(rows * 0.05, fewest), most), "examples")
+            min_rows = MIN_VALIDATION_ROWS if rows * parts >= ROWS_FOR_VALIDATION else MIN_DIFFERING
+            min_rows = math.ceil(min_rows / parts)
+            max_rows = max(1, int(MAX_VALIDATION_ROWS / parts))
+            wanted = rows * 0.05
+            if not min_rows <= wanted <= max_rows:
+                wanted = max(wanted, min_rows)
+                hold_out = Share(min(wanted, max_rows), "examples")
         if not hold_out:
             if is_open:
-                self.why["data.train"] += "; too few to hold any out for validation"
+                self.why["data.train"] += "; too few rows for a validation split"
                 log.info(
-                    f"val_loss is not measured: {count_of(rows, 'row')}, and a validation split "
-                    f"needs {MIN_ROWS_TO_HOLD_OUT} or more"
+                    f"val_loss is not measured: a validation split needs {MIN_ROWS_TO_HOLD_OUT} "
+                    f"rows or more, and the data has {count_of(rows, 'row')}"
                 )
             return 0
         count = count_held_out(hold_out, rows)
@@ -420,31 +453,29 @@ class _Choices:
         return round(count * parts)
 
     def choose_steps(self, examples: int, ranks: int) -> int | None:
-        """Add epochs and the global batch for so many examples; overrides stand, and count.
+        """Choose the number of epochs and the global batch, unless an override sets them.
 
-        Returns the optimizer steps that this makes; None where unknown.
+        Return the number of optimizer steps, or None if it is unknown.
         """
         train = self.draft.train
         epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
         if examples * epochs > MAX_SEEN_EXAMPLES:
             epochs = max(1, MAX_SEEN_EXAMPLES // examples)
-        elif self.draft.adapter.from_ is None:  # a new adapter needs steps
-            epochs = min(MOST_EPOCHS, max(epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
+        elif self.draft.adapter.from_ is None:  # a new adapter needs a minimum number of steps
+            epochs = min(MAX_EPOCHS, max(epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
         duration = train.duration
         if "train.duration" not in self.override_keys:
             duration = Length(epochs, "epochs")
         examples_seen = examples * (duration.amount if duration.unit == "epochs" else epochs)
         batch = train.global_batch
         if "train.global_batch" not in self.override_keys:
-            # The largest batch that still makes WANTED_STEPS steps.
-            sizes = [
-                size for size in (64, 32, 16, 8, 4, 2, 1) if size * WANTED_STEPS <= examples_seen
-            ]
-            # Ranks of one tensor-parallel group share an example.
+            # The largest batch size that gives at least MIN_STEPS steps.
+            sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * MIN_STEPS <= examples_seen]
+            # The ranks of a tensor-parallel group process the same example.
             tensor = self.draft.parallel.tensor
-            of_ranks = min(examples, ranks if tensor == "auto" else ranks // tensor)
-            fewest = MIN_KTO_BATCH if self.row_format == "feedback" else 1
-            batch = Size(max([*sizes, fewest, of_ranks]), "examples")
+            min_examples = min(examples, ranks if tensor == "auto" else ranks // tensor)
+            min_batch = MIN_KTO_BATCH if self.row_format == "feedback" else 1
+            batch = Size(max([*sizes, min_batch, min_examples]), "examples")
         reason = (
             f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"
         )
@@ -454,18 +485,18 @@ class _Choices:
             steps = round(ceil_div(examples, batch.amount) * duration.amount)
             reason = (
                 f"{steps:,} optimizer steps; "
-                f"small data sets get small batches, for {WANTED_STEPS} steps or more"
+                f"small data sets get small batches, for {MIN_STEPS} steps or more"
             )
             self.why["train.global_batch"] = reason
             return steps
         if duration.unit == "steps":
             return int(duration.amount)
-        return None  # of a run by the clock or by tokens
+        return None  # the duration is a time or a number of tokens
 
     def choose_validations(self, steps: int | None, held_out: int) -> None:
-        """Add how often the held-out rows are measured, and when their loss ends the run.
+        """Choose the interval between validations and the patience of early stopping.
 
-        Each validation has its checkpoint, so that the best one stays.
+        Checkpoints get the same interval, so that the weights of the best validation are saved.
         """
         if steps is not None:
             validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
@@ -474,21 +505,23 @@ class _Choices:
                 intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
             every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
             self.values |= {"validate.every": every, "checkpoint.every": every}
-        if held_out >= TELLING_ROWS:
+        if held_out >= MIN_VALIDATION_ROWS:
             reason = (
                 f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
-                "best one's weights (checkpoint.final)"
+                "weights of the best validation (checkpoint.final)"
             )
             self.choose("validate.patience", PATIENCE, reason)
 
     def choose_rate(self, spec: ModelSpec) -> None:
-        """Add the learning rate for a model of this family and width, and for what is trained."""
+        """Choose the learning rate from the model's family, its hidden size, and the kind of
+        training.
+        """
         kind = self.draft.adapter.kind
         rate = default_learning_rate(kind, spec.model_type, spec.hidden)
         if _width_exponent(spec.model_type) is None:
             reason = (
-                f"there is no rule for {spec.model_type} models: a cautious rate; try twice and "
-                "half of it, see docs/choosing.md"
+                f"a cautious rate, because there is no rule for {spec.model_type} models; try "
+                "twice and half of this rate, see docs/choosing.md"
             )
         else:
             reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
@@ -496,18 +529,20 @@ class _Choices:
             reason += "; LoRA takes about ten times the rate of full fine-tuning"
         if self.row_format in METHODS_OF_FORMATS:
             rate = _two_digits(rate * PREFERENCE_RATE)
-            reason += "; preference training uses a tenth of it"
+            reason += "; preference training uses a tenth of the usual rate"
         elif self.draft.adapter.from_ is not None:
             rate = continued_rate(rate)
             reason += (
-                "; half of that for an adapter that is already trained, which a higher rate would "
-                "undo"
+                "; half of the usual rate, because a higher rate would undo the training of the "
+                "adapter that is trained further"
             )
         self.choose("train.learning_rate", rate, reason)
 
 
 def continued_rate(rate: float) -> float:
-    """The learning rate of an adapter that was trained before, from that of a new one."""
+    """Return the learning rate for training an existing adapter further. `rate` is the rate for a
+    new adapter.
+    """
     return _two_digits(rate * CONTINUED_RATE)
 
 
@@ -516,9 +551,9 @@ def _two_digits(rate: float) -> float:
 
 
 def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> float:
-    """The peak learning rate for a model of this type and hidden size, to two significant digits.
+    """Return the peak learning rate for a model type and hidden size, to two significant digits.
 
-    docs/choosing.md tabulates it, and a test compares the two.
+    docs/choosing.md contains the same values in a table. A test compares them.
     """
     exponent = _width_exponent(model_type)
     if exponent is None:
@@ -527,12 +562,15 @@ def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> fl
         rate = FULL_RATE * (FITTED_WIDTH / hidden) ** exponent
     if adapter_kind == "lora":
         rate *= LORA_RATE
-    return min(MOST_RATE, _two_digits(rate))
+    return min(MAX_LEARNING_RATE, _two_digits(rate))
 
 
 def _width_exponent(model_type: str) -> float | None:
-    """Look up how the best rate of a family falls with the width; None where nobody has fitted it.
+    """Return the exponent with which the best learning rate falls with the hidden size. Return None
+    if it is unknown for this model type.
 
-    The cookbook goes by the name: Qwen's mixtures have Qwen's rule. Llama 4 came after Llama's fit.
+    As in Thinking Machines' cookbook, the model's name determines the exponent, so Qwen's mixtures
+    of experts have the same exponent as Qwen's dense models. Llama 4 has no exponent, because it is
+    newer than the models that the cookbook was fitted to.
     """
     return WIDTH_EXPONENTS.get("qwen" if model_type.startswith("qwen") else model_type)

@@ -1,9 +1,8 @@
-"""The facts that a start knows before weights are read, in the order in which faults are cheapest
-to find.
+"""Preparation of a run before the weights are loaded. Fast checks come before slow steps.
 
-machine -> model files -> data and token contract -> model on meta -> plan
+Order of the steps: machine -> model files -> data and token contract -> model on meta -> plan
 
-`tools/plan/on_paper.py` has the same for machines that need not be here.
+`tools/plan/on_paper.py` does the same for a machine that is not available.
 """
 
 import logging
@@ -20,7 +19,12 @@ from transformers import PreTrainedModel
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.build_model import Weights, count_trained, define_model
 from tunesmith.checkpoint.manifest import check_sums
-from tunesmith.checkpoint.resume import Start, as_it_began, check_unchanged, describe_resume
+from tunesmith.checkpoint.resume import (
+    Start,
+    check_unchanged,
+    describe_resume,
+    restore_resolved_values,
+)
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData, prepare_data
@@ -31,7 +35,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError
 from tunesmith.host import packages
 from tunesmith.host.chips import Chip
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
@@ -56,21 +60,21 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Of what streamed layers take on the host, what must be available beside it: pages that are locked
-# cannot give way to other programs.
+# Memory that must stay free on the host, as a fraction of the memory for streamed layers. Their
+# pages are locked, so other programs cannot use them.
 SPARE_HOST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run of which all but the weights was read.
+    """The inputs of a run after everything except the weights was read.
 
     Attributes:
-        recipe: as config.yaml keeps it: with what `auto` means in its model section, which a
-            resumed run compares with its own.
-        run: as it is trained.
-        files: of the base model, and its tokenizer.
-        hashes: of base and data, by their names in `Progress`.
+        recipe: the recipe that config.yaml stores. `auto` values in its model section are replaced
+            by the chosen values, so that a resumed run can compare them.
+        run: the recipe for training, with all values adapted to the model.
+        files: the files of the base model, and its tokenizer.
+        hashes: hashes of base and data, named as in `Progress`.
     """
 
     recipe: Run
@@ -90,16 +94,17 @@ def prepare(
     weights: Weights = "stored",
     measured: bool = False,
 ) -> Prepared:
-    """Read what a run needs, checking before each slow thing what can be checked without it.
+    """Read the inputs of a run. Each input is checked before slower work begins.
 
     The arguments are those of `build`.
     """
     chip = common_chip(device, ranks)
-    # What one rank of a node downloads and tokenizes, the others read from the cache.
+    # One rank of each node downloads and tokenizes. The other ranks of the node then read the
+    # results from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        model = as_it_began(run.model, start.previous_run)
+        model = restore_resolved_values(run.model, start.previous_run)
         if model.dtype != run.model.dtype:
-            log.info(f"model.dtype: {model.dtype}, as this run began")
+            log.info(f"model.dtype is {model.dtype}, because this run was started with it")
         run = replace(run, model=model)
         check_machine(run, device, chip)
         check_inputs(run, start)
@@ -110,20 +115,22 @@ def prepare(
         began = start.checkpoint is not None
         where = f"{files.folder}/config.json"
         run = fit_to_model(recipe, files.spec, files.support, where=where, began=began)
-        # Nothing is learned in a measurement, and a run that began keeps the rows that it began
-        # with.
+        # Truncated answers are only a warning for a measurement, because it trains nothing, and for
+        # a resumed run, because it must keep its rows.
         cut_answers: CutAnswers = "warn" if measured or began else "refuse"
         data = read_data(run, start, files, hashes, cut_answers, why=why)
         if measured:
-            # No step of a measurement is short.
-            data = data.repeated(data.schedule.steps(run.train.duration) or 0)
+            # Repeat the rows, because all steps of a measurement must be full.
+            steps = data.schedule.steps(run.train.duration)
+            data = data.repeated(steps or 0)
     return Prepared(recipe, run, files, data, hashes)
 
 
 def common_chip(device: torch.device, ranks: Ranks) -> Chip:
-    """The chip that all ranks choose a dtype for; a collective call.
+    """Return the chip for which all ranks choose a dtype. This is a collective call.
 
-    That of a rank without units for bf16, if there is one, with the least memory of all.
+    If any rank has a chip without bf16 units, return this chip. The memory of the result is the
+    minimum over all ranks.
     """
     chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
     chip = min(chips, key=lambda chip: chip.bf16)
@@ -131,16 +138,16 @@ def common_chip(device: torch.device, ranks: Ranks) -> Chip:
 
 
 def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
-    """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
+    """Check that the device supports the recipe's dtype and that required packages are installed.
 
-    It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
+    Call this before anything is downloaded. Log a warning if a CPU only emulates bf16 matmuls.
     """
     dtype = run.model.dtype
     check_bf16(dtype, chip)
     if dtype == "bf16" and not chip.bf16:
         log.warning(
-            "this CPU has no units for bf16, whose products take up to 200 times as long as fp32's;"
-            " fix: model.dtype=fp32"
+            "this CPU has no bf16 hardware, so bf16 matmuls take up to 200 times as long as fp32;"
+            " fix: set model.dtype=fp32"
         )
     if run.train.cpu_offload and device.type == "cpu":
         log.warning("train.cpu_offload has no effect on a CPU")
@@ -151,26 +158,27 @@ def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
         raise MachineError(
             "fp16 cannot be trained on a CPU",
             where="model.dtype",
-            why="its matmuls are emulated, hundreds of times slower than bf16",
-            fix="model.dtype=bf16, or model.dtype=fp32",
+            why="CPUs emulate fp16 matmuls, which is hundreds of times slower than bf16",
+            fix="set model.dtype=bf16, or model.dtype=fp32",
         )
 
 
 def check_inputs(run: Run, start: Start) -> None:
-    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the model is
-    looked up at the Hub.
-    """
+    """Check that packages, data files, tokenizer and adapter exist, before the Hub is accessed."""
     for name in trackers_of(run):
         packages.require(name, **key_and_fix(run, name))
     if writes_tensorboard(run):
-        packages.require("tensorboard", where="log.tensorboard", fix="log.tensorboard=false")
+        packages.require("tensorboard", where="log.tensorboard", fix="set log.tensorboard=false")
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
-            check_local(Path(source.source).expanduser(), source.name)
-    if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
-        fetch.fetch_without_weights(run.model.tokenizer)
-    if run.adapter.from_ is not None and start.checkpoint is None:
-        folder = find_adapter(run.adapter.from_)
+            place = Path(source.source).expanduser()
+            check_local(place, source.name)
+    tokenizer = run.model.tokenizer
+    if tokenizer is not None and Path(tokenizer).is_absolute():
+        fetch.fetch_without_weights(tokenizer)
+    adapter = run.adapter.from_
+    if adapter is not None and start.checkpoint is None:
+        folder = find_adapter(adapter)
         check_sums(folder)
         read_adapter(folder)
 
@@ -178,26 +186,26 @@ def check_inputs(run: Run, start: Start) -> None:
 def read_base(
     run: Run, start: Start, chip: Chip, ranks: Ranks, *, weights: Weights
 ) -> tuple[ModelFiles, dict[str, Any]]:
-    """The files of the base, brought from the Hub where they are missing, and the hash of its
-    weights.
-    """
+    """Return the files of the base model and the hash of its weights. Download missing files."""
     folder = Path(run.model.name)
-    most = run.data.image_max_pixels
+    max_pixels = run.data.image_max_pixels
 
     def read_sizes() -> ModelSpec:
-        # Drawn weights have a folder with less in it than a fetch demands.
+        # If the weights are random, read the folder directly, because it lacks files that
+        # `fetch_for_tokens` requires.
         place = fetch.fetch_for_tokens(run.model) if weights == "stored" else folder
         return spec_of_folder(place, run.model)
 
     model = with_dtype(run.model, run.train, chip, read_sizes)
     if weights == "random":
-        return read_model_files(folder, model, image_max_pixels=most), {"model_hash": None}
-    # A resumed run's rows were cut to this length when it began.
+        return read_model_files(folder, model, image_max_pixels=max_pixels), {"model_hash": None}
+    # Do not check seq_len for a resumed run, because its rows were already truncated to a length
+    # that the model supports.
     seq_len = None if start.checkpoint else run.data.seq_len
     folder = fetch.fetch(model, seq_len=seq_len, bars=ranks.local_rank == 0)
     if ranks.local_rank == 0:
-        check_sums(folder)  # the base may be a model that an earlier run wrote
-    files = read_model_files(folder, model, image_max_pixels=most)
+        check_sums(folder)  # an earlier run may have written this model with checksums
+    files = read_model_files(folder, model, image_max_pixels=max_pixels)
     return files, {"model_hash": weights_digest(folder)}
 
 
@@ -210,15 +218,19 @@ def read_data(
     *,
     why: bool,
 ) -> TrainingData:
-    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and log what
-    is trained on; with `why` also how it was checked.
+    """Prepare the data and log a summary. Raise an error if the hashes of data or base differ from
+    the checkpoint.
+
+    The hashes of the data are added to `hashes`. If `why` is True, the summary includes the checks
+    of the data.
     """
     for line in files.describe():
         log.info(line)
     check_unchanged(start, run, hashes)
     shares = shares_prompts(run, files.support.recurrent)
     if start.progress is not None:
-        # Sums are rounded otherwise: a run goes on as it began.
+        # A resumed run must share prompts only if it did so before, because sharing changes the
+        # rounding of sums.
         shares = shares and bool(start.progress.shares_prompts)
     data = prepare_data(
         run,
@@ -231,24 +243,26 @@ def read_data(
         pictures=files.pictures,
     )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
-    if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:
-        hashes["reference_hash"] = adapter_digest(run.adapter.from_)
+    adapter = run.adapter.from_
+    if METHODS[run.method.name].needs_reference and adapter is not None:
+        hashes["reference_hash"] = adapter_digest(adapter)
     check_unchanged(start, run, hashes)
     log.info(data.describe(why=why))
-    if run.adapter.from_ is not None and start.checkpoint is None:
-        # The adapter may be from elsewhere than a run.
-        folder = find_adapter(run.adapter.from_).parent
+    if adapter is not None and start.checkpoint is None:
+        # `base` is None if the adapter was not trained by tunesmith.
+        folder = find_adapter(adapter).parent
         base = read_recipe(folder).value.get("model", {}).get("name")
         if base and base != run.model.name:
             log.warning(
-                f"the base of {from_here(folder)} is {base}, and here it is "
-                f"{run.model.name}; if they are two: {shell_word(f'model.name={base}')}"
+                f"the adapter in {relative_to_cwd(folder)} was trained on {base}, but this recipe "
+                f"uses {run.model.name}; if these are different models, set "
+                f"{shell_word(f'model.name={base}')}"
             )
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
         text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
-        log.warning(f"{text}; fix: data.seq_len={limit}")
+        log.warning(f"{text}; fix: set data.seq_len={limit}")
     for line in describe_resume(start, run, data.schedule):
         log.info(line)
     return data
@@ -257,7 +271,7 @@ def read_data(
 def plan_model(
     prepared: Prepared, start: Start, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, RunPlan]:
-    """The model on meta, and what each of the ranks will do, on which mesh."""
+    """Build the model on the meta device. Choose the plan, which includes the mesh of the ranks."""
     run = prepared.run
     files = prepared.files
     data = prepared.data
@@ -267,47 +281,53 @@ def plan_model(
         processes = ranks.heartbeat.peers.local_processes()
         machine = probe_machine(run, files, device, shapes, processes, ranks.world)
     machines = ranks.all_gather_object(machine)
-    # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
-    local = math.gcd(*ranks.all_gather_object(ranks.local_world))
+    ranks_by_node = ranks.all_gather_object(ranks.local_world)
+    # The plan assumes nodes with equal numbers of ranks. If the numbers differ, treat each node as
+    # several smaller nodes of equal size.
+    per_node = math.gcd(*ranks_by_node)
     with ranks.raise_on_all_ranks():
         machine = common_machine(machines, ranks)
-        cluster = cluster_of(machine.name, ranks.world // local, local)
+        cluster = cluster_of(machine.name, ranks.world // per_node, per_node)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         trained = count_trained(run, model)
-        plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
+        planner = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch)
+        plan = planner.choose()
         check_host_memory(run, plan, ranks)
     ranks.heartbeat.phase(Phase.LOADING)
     return model, plan
 
 
 def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:
-    """MachineError where the host cannot hold what the ranks of a node offload."""
-    # `memory.host` is a rank's share; the ranks of a node have one host.
-    needed, there = plan.memory.host * ranks.local_world, available_memory()
-    why = f"it has {count_of(ranks.local_world, 'rank')}"
-    fixes = ["train.cpu_offload=[]"]
+    """Raise MachineError if a host has too little memory for the tensors that its ranks offload."""
+    # `memory.host` is for one rank. All ranks of a node use the memory of the same host.
+    needed = plan.memory.host * ranks.local_world
+    available = available_memory()
+    why = f"the host has {count_of(ranks.local_world, 'rank')}"
+    fixes = ["set train.cpu_offload=[]"]
     if plan.streamed_layers:
         needed += int(needed * SPARE_HOST_SHARE)
-        why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
-        fixes = ["train.recompute=full"] if plan.recomputed_layers < plan.layers else []
+        why = f"{plan.streamed_layers} of {plan.layers} layers are stored in the host's memory"
+        fixes = []
+        if plan.recomputed_layers < plan.layers:
+            fixes.append("set train.recompute=full")
         if scheme_of(run.model) is DENSE:
-            fixes.append("model.quantize=nf4")
-    if needed > there:
+            fixes.append("set model.quantize=nf4")
+    if needed > available:
         raise MachineError(
             f"the host needs {size_text(needed)} for offloading, "
-            f"but only {size_text(there)} are available",
+            f"but only {size_text(available)} are available",
             where="train.cpu_offload",
             why=why,
-            fix=" or ".join([*fixes, "more GPUs"]),
+            fix=", or ".join([*fixes, "use more GPUs"]),
         )
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
-    """The machine that all ranks plan for: as each of them, with the least memory.
+    """Return the machine for which all ranks make the plan. Its memory is the minimum over all
+    ranks.
 
     Raises:
-        MachineError: they differ in more. Ranks that compute otherwise would not give equal
-            numbers.
+        MachineError: another property differs, so that the ranks would compute different values.
     """
     first = machines[0]
     expected = vars(first)
@@ -316,20 +336,20 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
         for part in ("attention", "compiles", "scaling", "integrated"):
             if found[part] != expected[part]:
                 raise MachineError(
-                    f"{ranks.name(rank)} and {ranks.name(0)} differ: "
-                    f"{part} {found[part]}, and {expected[part]}",
-                    why="all ranks must compute identically",
-                    fix="make the nodes the same, or set what differs in the recipe, "
-                    "such as train.compile=off",
+                    f"{part} is {found[part]} on {ranks.name(rank)}, but {expected[part]} on "
+                    f"{ranks.name(0)}",
+                    why="all ranks must compute in the same way",
+                    fix="use nodes with the same hardware and software, or set the value in the "
+                    "recipe, such as train.compile=off",
                 )
-    have_one_name = len({machine.name for machine in machines}) == 1
+    have_same_name = len({machine.name for machine in machines}) == 1
     tightest = min(machines, key=lambda machine: machine.card_bytes)
     return replace(
         first,
         free_bytes=min(machine.free_bytes for machine in machines),
         card_bytes=tightest.card_bytes,
         limit=tightest.limit,
-        # Each rank's own GPU, by its index.
+        # Each rank keeps its own device, because the index of the GPU differs.
         device=machines[ranks.rank].device,
-        name=first.name if have_one_name else "",
+        name=first.name if have_same_name else "",
     )

@@ -1,4 +1,4 @@
-"""Rows that a program passes to `train`, written to the run directory, so that the run resumes."""
+"""Rows that a program passes to `train`. They are stored in the run directory for resumed runs."""
 
 import base64
 import hashlib
@@ -18,35 +18,37 @@ from tunesmith.errors import DataError
 from tunesmith.host.files import write_atomically
 
 _ROWS_ARGUMENT = "train(rows=...)"
-# Colours of PIL's pictures that a PNG file may have.
+# Pillow's image modes that the PNG format supports.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def keep_rows(rows: object, output_dir: Path) -> Path:
-    """Write rows as JSON lines below a run directory; returns the file.
+    """Write rows as JSON lines into a folder of the run directory. Return the file.
 
-    The file is named after its content: the same rows resume a run, and others are refused by it,
-    with the rows of before still there.
+    The file's name contains a hash of its content. Therefore a later call with the same rows gives
+    the same file and resumes the run. A call with other rows writes a different file, and the run
+    in this folder then rejects the changed data.
 
-    rows: mappings, or a `datasets.Dataset`.
+    Args:
+        rows: mappings, or a `datasets.Dataset`.
 
     Raises:
-        DataError: they are none of these, or a value is nothing that JSON has.
+        DataError: the rows have another type, or JSON does not support a value.
     """
     lines = []
     for index, row in enumerate(mappings(rows, _ROWS_ARGUMENT)):
         try:
             values = {name: _plain(value, name in PICTURE_NAMES) for name, value in row.items()}
             lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-        # A picture that cannot be decoded: OSError.
+        # OSError is raised if a picture cannot be decoded.
         except (TypeError, ValueError, OSError) as error:
             raise DataError(
                 f"rows[{index}] has a value that JSON does not support: {error}",
                 where=_ROWS_ARGUMENT,
-                fix="convert it to text or a number",
+                fix="convert the value to text or a number",
             ) from error
     if not lines:
-        raise DataError("there are no rows", where=_ROWS_ARGUMENT, fix="pass at least one")
+        raise DataError("no rows were passed", where=_ROWS_ARGUMENT, fix="pass at least one row")
     text = "".join(lines)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     file = output_dir / "data" / f"rows-{digest}.jsonl"
@@ -57,37 +59,41 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
 
 
 def mappings(rows: object, argument: str) -> Iterator[Mapping[Any, Any]]:
-    """Yield the rows of a list or a data set as mappings.
+    """Yield each row of a list or a data set as a mapping.
 
-    argument: the argument that errors name.
+    Args:
+        argument: name of the argument that has the rows, for errors.
     """
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
-            f"a value of the type {type(rows).__name__} is not a list of rows",
+            f"expected a list of rows, but got a value of type {type(rows).__name__}",
             where=argument,
-            fix="pass a list of mappings or a datasets.Dataset; a file is named by its path",
+            fix="pass a list of mappings or a datasets.Dataset; to use a file, pass its path as a "
+            "string",
         )
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
                 where=argument,
-                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]; of a data frame, '
-                "pandas' frame.to_dict('records') or polars' frame.to_dicts()",
+                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]; for a data frame, '
+                "use pandas' frame.to_dict('records') or polars' frame.to_dicts()",
             )
         yield row
 
 
 def _plain(value: Any, is_picture: bool) -> object:
-    """Return a value as JSON has it: numbers of numpy as Python's, NaN as null, as data frames have
-    it for a missing value, and pictures as data URIs.
+    """Convert a value to types that JSON supports.
+
+    numpy's numbers become Python numbers. NaN becomes null, because data frames use it for missing
+    values. Pictures become data URIs.
 
     Args:
-        is_picture: whether the value may name picture files. Their paths become absolute: those of
-            a program are relative to its working directory, and those in a file of rows to the
-            folder of the file.
+        is_picture: whether the value may be the path of a picture. Such paths become absolute,
+            because paths in `rows` are relative to the working directory, but paths in the written
+            file are relative to the file's folder.
     """
-    # Most values, before the slower checks.
+    # Check the most frequent types first.
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, str | PurePath) and is_picture and os.path.isfile(value):
@@ -102,7 +108,7 @@ def _plain(value: Any, is_picture: bool) -> object:
         }
     if isinstance(value, list | tuple):
         return [_plain(each, is_picture) for each in value]
-    if hasattr(value, "tolist"):  # an array, or one number of it
+    if hasattr(value, "tolist"):  # an array or a scalar of numpy or torch
         return _plain(value.tolist(), is_picture)
     if isinstance(value, Image.Image):
         value = _as_png(value)
@@ -112,9 +118,11 @@ def _plain(value: Any, is_picture: bool) -> object:
 
 
 def _as_png(image: Image.Image) -> bytes:
-    """Encode a picture as PNG, turned as its EXIF data says, which PNG does not keep."""
+    """Encode a picture as PNG. First rotate it as its EXIF data says, because EXIF data is not
+    saved.
+    """
     if image.mode in ("F", "I"):
-        raise TypeError(f"a picture of mode {image.mode}, and nothing says which number is white")
+        raise TypeError(f"images of mode {image.mode} are not supported")
     image = ImageOps.exif_transpose(image)
     if image.mode not in _PNG_MODES:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -1,12 +1,14 @@
-"""Log-probabilities of a model before its full fine-tuning, for methods that compare with it.
+"""Log-probabilities of the base model, which methods such as DPO need as a reference in full
+fine-tuning.
 
-A second copy of all weights would double what the model needs, so each answer is scored once, by
-the engine that trains, and the numbers are cached beside the tokens: a file for these weights,
-these rows and this dtype. Another base or other rows make another file.
+A second copy of all weights for the reference would double the memory of the model. Instead, the
+log-probability of each answer is computed once before training. The values are cached next to the
+tokens. The cache file depends on the weights, the rows and the dtype.
 
-KTO also compares on prompts with the answers of other rows of a step. Which these are follows from
-the seed, so those of all steps are scored too, in the layout of the step. A run that gets longer
-scores those of its new steps.
+KTO also needs log-probabilities of mismatched pairs: each prompt of a step with the answer of
+another row of the step. The seed determines these pairs, so their values are computed for all steps
+in advance, in the batch layout of each step. If the run is made longer, all steps are computed
+again.
 """
 
 import hashlib
@@ -37,20 +39,21 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same weights and rows would give other numbers, or a file has another form.
+# Version of the cache. Increase it if the same inputs give other values or the file format changes.
 CACHE_VERSION = 3
 
 
 @dataclass
 class _Scores:
-    """Numbers that one file keeps: of a split's answers, or of its prompts with other answers.
+    """Values of one cache file: log-probabilities of the answers in a data split (training or
+    validation), or of its mismatched pairs.
 
     Attributes:
-        sizes: rows of each of its parts. All answers are one part; prompts with other answers are
-            one part a step, or one of all held-out rows.
-        answers: columns: the sequences of an example.
-        file: None: they are not cached.
-        values: fp64 [rows of all parts, answers]; None: they are to be measured.
+        sizes: number of rows in each part of `values`. The mismatched pairs of training rows have
+            one part per step. All other values have only one part.
+        answers: number of columns, which is the number of sequences per example.
+        file: the cache file. None if the values are not cached.
+        values: fp64 [rows of all parts, answers]. None if they are not measured yet.
     """
 
     tokens: TokenSet
@@ -60,10 +63,10 @@ class _Scores:
     file: Path | None
     values: np.ndarray | None = None
 
-    def hand_over(self) -> None:
-        """Let batches have the numbers."""
+    def set_in_tokens(self) -> None:
+        """Store the values in the token set, so that batches contain them."""
         if not self.is_mismatched:
-            # Without weights: numbers to measure memory with.
+            # If there are no values yet, store zeros, so that batches already have a reference.
             shape = (self.sizes[0], self.answers)
             self.tokens.reference = np.zeros(shape) if self.values is None else self.values
         elif self.values is not None:
@@ -71,43 +74,55 @@ class _Scores:
             self.tokens.mismatched_reference = np.split(self.values, ends[:-1])
 
     def read(self) -> None:
-        """Take the numbers from the file if it has all of them; that of a longer run has more."""
+        """Read the values if the file has enough of them. The file may have more, from a longer
+        run.
+        """
         if self.file is None or not self.file.is_file():
             return
         content = self.file.read_bytes()
         size = len(content) - hashlib.sha256().digest_size
-        if hashlib.sha256(content[:size]).digest() != content[size:]:
-            log.warning("%s is damaged and will be recomputed", self.file)
+        digest = hashlib.sha256(content[:size]).digest()
+        if digest != content[size:]:
+            log.warning(
+                "the cached log-probabilities in %s are damaged and will be recomputed", self.file
+            )
             return
         values = np.load(BytesIO(content), allow_pickle=False)
-        if len(values) >= sum(self.sizes):
-            self.values = values[: sum(self.sizes)]
+        count = sum(self.sizes)
+        if len(values) >= count:
+            self.values = values[:count]
 
 
 class BaseReference:
-    """The base's numbers of the answers of a run: read from the cache, or measured once.
+    """Log-probabilities of a run's answers under the base model. They are read from the cache or
+    computed once.
 
     Attributes:
-        is_complete: on all ranks; the training and validation rows then have the numbers.
+        is_complete: whether all values are known on all ranks. The token sets then contain them.
     """
 
     def __init__(self, run: Run, data: TrainingData, model_hash: str | None, ranks: Ranks) -> None:
         self.run = run
         self.data = data
-        self.model_hash = model_hash  # None: random weights, whose numbers are not cached
+        self.model_hash = (
+            model_hash  # The key is None for random weights, whose values are not cached
+        )
         self.ranks = ranks
-        splits = [data.train, *([data.validation] if data.validation is not None else [])]
+        splits = [data.train]
+        if data.validation is not None:
+            splits.append(data.validation)
         self.scores = [self._scores(tokens, is_mismatched=False) for tokens in splits]
         if METHODS[run.method.name].needs_mismatched:
             self.scores += [self._scores(tokens, is_mismatched=True) for tokens in splits]
         for scores in self.scores:
             scores.read()
-        # What one rank misses, all measure.
-        is_there = ranks.all_gather_object([scores.values is not None for scores in self.scores])
-        for scores, *of_ranks in zip(self.scores, *is_there, strict=True):
-            if not all(of_ranks):
+        is_known = [scores.values is not None for scores in self.scores]
+        is_known_by_rank = ranks.all_gather_object(is_known)
+        for i, scores in enumerate(self.scores):
+            # If the cache of one rank lacks the values, all ranks must measure them together.
+            if not all(on_rank[i] for on_rank in is_known_by_rank):
                 scores.values = None
-            scores.hand_over()
+            scores.set_in_tokens()
 
     @property
     def is_complete(self) -> bool:
@@ -122,13 +137,14 @@ class BaseReference:
             "attention": self.run.model.attention,
         }
         if tokens.shares_prompts:
-            # Other rows, and so other sums.
+            # Values with shared prompts have another cache file, because sharing changes the
+            # rounding of sums.
             settings["shares_prompts"] = True
         sizes = [len(tokens)]
         if is_mismatched and tokens is self.data.train:
             schedule = self.data.schedule
             steps = schedule.steps(self.run.train.duration)
-            assert steps is not None  # config/check.py refuses a duration by the clock
+            assert steps is not None  # config/check.py rejects a time limit as duration
             sizes = [len(schedule.examples(step)) for step in range(steps)]
             settings["mismatched"] = schedule.digest()
         elif is_mismatched:
@@ -140,13 +156,20 @@ class BaseReference:
         return _Scores(tokens, is_mismatched, sizes, 2 if tokens.has_pairs else 1, file)
 
     def measure(self, root: TrainModel, loader: Loader, mesh: Mesh) -> None:
-        """Score what is missing with the model as it is, and keep it; a collective call.
+        """Measure the missing values with the current weights, and write them to the cache. This is
+        a collective call.
 
-        loader: gives the layout of batches, and what each step compares on.
+        Args:
+            loader: determines the batch layout, and the mismatched pairs of each step.
         """
         missing = [scores for scores in self.scores if scores.values is None]
-        answers = sum(scores.answers * sum(scores.sizes) for scores in missing)
-        log.info(f"reference: the base scores {count_of(answers, 'answer')} once, before training")
+        count = 0
+        for scores in missing:
+            count += scores.answers * sum(scores.sizes)
+        log.info(
+            f"reference: computing the log-probabilities of {count_of(count, 'answer')} under the "
+            "base model, once before training"
+        )
         self.ranks.heartbeat.phase(Phase.REFERENCE, STUCK_AFTER_S + COMPILING_S)
         is_training = root.training
         root.eval()
@@ -154,14 +177,16 @@ class BaseReference:
             scores.values = self._measure(root, scores, loader, mesh)
             if scores.file is not None and self.ranks.local_rank == 0:
                 _write(scores.file, scores.values)
-            scores.hand_over()
+            scores.set_in_tokens()
         root.train(is_training)
         reshard(root)
         self.ranks.heartbeat.phase(Phase.LOADING)
 
     @torch.no_grad()
     def _measure(self, root: TrainModel, scores: _Scores, loader: Loader, mesh: Mesh) -> np.ndarray:
-        """Measure the numbers; the data ranks take the batches in turn."""
+        """Compute the log-probabilities of one cache file. Each data rank computes a part of the
+        batches.
+        """
         device = root.model.device
         parts = []
         for i, size in enumerate(scores.sizes):
@@ -172,19 +197,21 @@ class BaseReference:
                 batches = loader.layout.batches(rows, self.run.row_tokens)
             values = np.zeros((size, scores.answers))
             for places, batch in batches:
-                logprobs = root(batch.to(device), answer_logprobs).logprobs
-                values[places] = logprobs.cpu().numpy().reshape(len(places), scores.answers)
+                answers = root(batch.to(device), answer_logprobs)
+                logprobs = answers.logprobs.cpu().numpy()
+                values[places] = logprobs.reshape(len(places), scores.answers)
                 self.ranks.heartbeat.progress()
             parts.append(values)
-        # Each row is one rank's, and 0 on the others.
-        total = torch.from_numpy(np.concatenate(parts)).to(device)
+        # Each value is computed on one rank and is 0 on the other ranks, so the sum over the ranks
+        # is the value.
+        total = torch.from_numpy(np.concatenate(parts))
+        total = total.to(device)
         all_reduce_together([total], mesh.data_group)
         return total.cpu().numpy()
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    """Keep the numbers, and their checksum behind them; a cache that cannot be written costs a
-    warning."""
+    """Write the values and their checksum to a file. If this fails, log a warning."""
     buffer = BytesIO()
     np.save(buffer, values, allow_pickle=False)
     content = buffer.getvalue()
@@ -193,5 +220,7 @@ def _write(path: Path, values: np.ndarray) -> None:
         write_atomically(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         log.warning(
-            "the reference's log-probabilities cannot be cached: %s (%s)", path, error.strerror
+            "the log-probabilities of the reference model cannot be cached in %s: %s",
+            path,
+            error.strerror,
         )

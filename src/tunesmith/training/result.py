@@ -1,4 +1,4 @@
-"""The end of a run: a Result, or the error that ended it in words that help."""
+"""Objects that describe the end of a run: a Result, or an error with its cause and a fix."""
 
 import glob
 import json
@@ -24,7 +24,7 @@ from tunesmith.errors import (
     disk_fault,
     is_out_of_memory,
 )
-from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.signals import FREE_MEMORY_FIX, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
@@ -48,7 +48,7 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# What `--json` shows of a Result under its own name.
+# Attributes of a Result that `--json` prints with the attribute's name as the key.
 RESULT_FIGURES = (
     "steps",
     "first_step",
@@ -65,24 +65,28 @@ RESULT_FIGURES = (
 
 @dataclass(frozen=True)
 class Result(Tabular):
-    """The result of a run; where a function takes a run it takes this too, by its `output_dir`.
+    """The result of a run. Functions that take the path of a run also accept a Result.
 
-    Of a run that was finished before, `seconds` to `best_loss` are of the whole run.
+    `seconds`, `best_step` and `best_loss` describe the whole run. `records` has only the steps
+    since the run was last started, or all steps if the run was already finished.
     """
 
     output_dir: Path
     steps: int  # optimizer steps of the whole run
-    first_step: int = 0  # the step that this start resumed from, 0 for a new run
+    first_step: int = 0  # step of the checkpoint that was resumed, or 0 for a new run
     seconds: float = 0.0
-    records: list[StepRecord] = field(default_factory=list, repr=False)  # of this start's steps
-    finished_before: bool = False  # the directory had a finished run, and nothing was trained
-    best_step: int | None = None  # of the lowest validation loss
+    # one record per step, see above
+    records: list[StepRecord] = field(default_factory=list, repr=False)
+    # True if the run was already finished, so that `train` only returned its result.
+    finished_before: bool = False
+    best_step: int | None = None  # step with the lowest validation loss
     best_loss: float | None = None
-    final_step: int | None = None  # of the weights in final/; None: this start wrote none
+    # step of the weights in final/, or None if final/ was not written
+    final_step: int | None = None
 
     @classmethod
-    def of_finished(cls, output_dir: Path, steps: int) -> Self:
-        """Read the result of a run that was finished before, with the figures on the disk."""
+    def from_finished_run(cls, output_dir: Path, steps: int) -> Self:
+        """Return the result of a run that was already finished, from the files in its directory."""
         records: list[StepRecord] = []
         with suppress(OSError, RunError):
             records = read_records(output_dir / METRICS)
@@ -105,17 +109,17 @@ class Result(Tabular):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the steps of `records`."""
+        """Number of tokens in the steps of `records`."""
         return sum(record.tokens for record in self.records)
 
     @property
     def examples(self) -> int:
-        """Examples of the steps of `records`."""
+        """Number of examples in the steps of `records`."""
         return sum(record.examples for record in self.records)
 
     @property
     def first_loss(self) -> float | None:
-        """Loss of the first step of this start."""
+        """Loss of the first step in `records`."""
         return self.records[0].loss if self.records else None
 
     @property
@@ -124,21 +128,27 @@ class Result(Tabular):
         return self.records[-1].loss if self.records else None
 
     def table(self) -> ResultTable:
-        """The figures, where the files are, and commands for them."""
+        """Return a table of statistics, such as the loss and the speed, with the paths of the files
+        and commands for the next steps.
+        """
         records = self.records
         rows = [("steps", f"{self.steps:,}")]
         if records:
-            # `seconds` are those of all starts; the records of a resumed run are of this one.
+            # `seconds` includes the time before the run was resumed, but `records` does not. With
+            # 0, `named_figures` prints the time of the recorded steps.
             seconds = 0.0 if self.first_step else self.seconds
             rows = list(named_figures(records, seconds).items())
         if self.first_step:
             steps = count_of(self.first_step, "step")
-            rows.insert(1, ("resumed", f"after {steps}: the figures are of this start"))
+            rows.insert(1, ("resumed", f"after {steps}; the figures are only for this start"))
         if self.finished_before:
             rows.append(
-                ("was finished", "a longer train.duration continues, fresh=True starts over")
+                (
+                    "finished before",
+                    "set a longer train.duration to continue, or fresh=True to start over",
+                )
             )
-        run = shown(from_here(self.output_dir))
+        run = shown(relative_to_cwd(self.output_dir))
         weights = "weights"
         if self.final_step is not None:
             weights += f" {describe_weights(self.final_step, self.steps)}"
@@ -154,7 +164,7 @@ class Result(Tabular):
         return ResultTable(rows)
 
     def values(self) -> dict[str, object]:
-        """The result as plain values, for `--json`."""
+        """Return the result as plain values for `--json`."""
         figures = {name: getattr(self, name) for name in RESULT_FIGURES}
         return {"output_dir": str(self.output_dir), **figures, "best_val_loss": self.best_loss}
 
@@ -167,16 +177,17 @@ def failure_of(
     step: int,
     saved_step: int | None,
 ) -> TunesmithError:
-    """The error of a run that had begun, in the words of failure.json.
+    """Convert an exception during training to the error for failure.json.
 
-    `step`: the last complete one.
+    Args:
+        step: the last completed step.
     """
     resume = how_to_resume(saved_step)
     where = f"step {step + 1}"
     if isinstance(error, TunesmithError):
         if not isinstance(error, UsageError):
             return error
-        # What is a wrong input before the first step is a failed run after it.
+        # After the first step, a UsageError is converted to a RunError, because the run has failed.
         cause = error.cause
         return RunError(error.what, where=error.where, why=error.why, fix=error.fix, cause=cause)
     full_disk = disk_fault(error)
@@ -196,7 +207,7 @@ def failure_of(
     if "does not have a deterministic implementation" in str(error):
         what = str(error).partition(", but you set")[0]
         why = "train.deterministic: true does not allow this operator"
-        return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {resume}")
+        return RunError(what, where=where, why=why, fix=f"set train.deterministic=false; {resume}")
     why = "an unexpected error; TUNESMITH_DEBUG=1 shows the traceback"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=resume)
 
@@ -207,48 +218,59 @@ def stopped_by(
     progress: Progress,
     ranks: Ranks,
 ) -> StoppedError:
-    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed.
+    """Build the error of a run that stopped because of low memory, a signal, or the file `stop`.
 
-    It comes after a step was saved, or before the first one. A rank of each run directory writes
-    stopped.json. The exit code is 75; under torchrun, which starts a rank of any code but 0 again,
-    it is 0.
+    Call this after the last step was saved, or before the first step. The file `stop` is removed,
+    and one rank per run directory writes stopped.json. The exit code is 75. Under torchrun it is 0,
+    because torchrun would restart ranks that exit with any other code.
 
     Args:
-        requests: for each rank its shortage of memory and its signal.
+        requests: for each rank, its memory shortage and the name of its signal, or None.
     """
     out = Path(run.output_dir)
     step = progress.step
-    # Any rank's request stops all: the first of each kind is reported.
+    # A request on any rank stops all ranks. Report the first request of each kind.
     shortage = next((shortage for shortage, _ in requests if shortage), None)
     signal = next((signal for _, signal in requests if signal), None)
-    saved_text = f": step {step} is saved" if step else " before the first step"
-    where = str(out / f"checkpoint-{step}") if step else ""
-    why = "" if step else "there was nothing to save yet"
-    fix = "start the same command again" + (", which resumes" if step else "")
+    if step:
+        saved_text = f": step {step} is saved"
+        where = str(out / f"checkpoint-{step}")
+        why = ""
+        fix = "start the same command again, which resumes"
+    else:
+        saved_text = " before the first step"
+        where = ""
+        why = "there was nothing to save yet"
+        fix = "start the same command again"
     more: dict[str, object] = {}
     cause = ""
     error_class = StoppedError
-    # `tunesmith stop` writes the file, and sends a signal too where it can.
+    # Check the file before the signal, because `tunesmith stop` writes the file and also sends a
+    # signal if it can.
     if shortage is not None:
-        reason, what, why = "memory", SHORT, shortage.text
+        reason = "memory"
+        what = SHORT
+        why = shortage.text
         fix = f"{FREE_MEMORY_FIX}, then {fix}"
         if step and progress.micro_batch and not run.train.optimizer_in_backward:
-            fix += f"; or with a train.micro_batch below {progress.micro_batch}"
+            fix += f"; if it happens again, set a train.micro_batch below {progress.micro_batch}"
         more = {"figures": shortage.record}
         error_class = LowMemoryError
     elif (out / STOP_FILE).exists() or signal is None:
-        reason, what = "file", "stopped by the stop file"
+        reason = "file"
+        what = "stopped by the stop file"
     else:
-        reason, what = "signal", f"stopped by {signal}"
+        reason = "signal"
+        what = f"stopped by {signal}"
         if signal == "SIGUSR1" and os.environ.get(REQUEUE):
-            fix = "nothing to do: the job is requeued, and resumes by itself"
-        # Slurm's preemption and its `--signal` come as these.
+            fix = "do nothing: Slurm requeues the job, and the run resumes by itself"
+        # Slurm sends these signals when it preempts a job, and for its option `--signal`.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             cause = "preempted"
     error = error_class(what + saved_text, where=where, why=why, fix=fix)
     error.cause = error.cause or cause
 
-    # The request is answered: the next start must not find it.
+    # Remove the stop file, so that the run does not stop at once when it is resumed.
     if ranks.is_main_process:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
@@ -262,13 +284,13 @@ def stopped_by(
 def write_stopped(
     out: Path, step: int, *, reason: str = "signal", next_command: str = AGAIN, **more: object
 ) -> None:
-    """Write stopped.json after the complete step `step`; `more` are further fields of it."""
+    """Write stopped.json after the completed step `step`. `more` contains additional fields."""
     record = {"signal": None, "reason": reason, "step": step, "next": next_command, "cause": None}
     write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
 
 
 def how_to_resume(saved_step: int | None) -> str:
-    """The advice on how to start again."""
+    """Return a text that tells the user how to resume the run."""
     again = "start the same command again"
     if saved_step:
         return f"{again}: it resumes from checkpoint-{saved_step}"
@@ -276,16 +298,22 @@ def how_to_resume(saved_step: int | None) -> str:
 
 
 def warn_of_changed_rows(run: Run) -> None:
-    """Warn of source files that were written after the finished run began: it lacks their rows."""
-    began = (Path(run.output_dir) / RECIPE).stat().st_mtime
+    """Warn if source files have changed since the finished run began. The run was not trained on
+    the changes.
+    """
+    start_time = (Path(run.output_dir) / RECIPE).stat().st_mtime
     changed = []
     for source in (*run.data.train, *run.data.validation):
         place = Path(source.source)
-        below = place.iterdir() if place.is_dir() else map(Path, glob.glob(source.source))
-        if any(file.stat().st_mtime > began for file in (place, *below) if file.exists()):
-            changed.append(from_here(place))
+        files = [place]
+        if place.is_dir():
+            files += place.iterdir()
+        else:
+            files += map(Path, glob.glob(source.source))
+        if any(file.exists() and file.stat().st_mtime > start_time for file in files):
+            changed.append(relative_to_cwd(place))
     if changed:
         log.warning(
-            f"{', '.join(changed)} changed after this run began, which has not been trained on the "
-            "new rows; fix: --fresh, or output_dir=runs/another-name"
+            f"{', '.join(changed)} changed after this run began, so the run was not trained on the "
+            "new rows; fix: add --fresh to start over, or set output_dir=runs/another-name"
         )

@@ -1,13 +1,14 @@
-"""One start of a recipe, on every rank:
+"""One start of a run on every rank.
 
-claim the run directory -> decide where to start -> build -> Trainer.fit -> Result
+Order of the steps: lock the run directory -> choose the checkpoint to resume from -> build ->
+Trainer.fit -> Result
 """
 
 import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,10 +22,10 @@ from tunesmith.checkpoint.claim import (
     remove_leftovers,
 )
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
-from tunesmith.checkpoint.replicate import find_run_dir_writers
+from tunesmith.checkpoint.replicate import choose_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.start_adapter import adapter_of_run, folder_in_run, is_run_dir
-from tunesmith.config.layers import override_layer
+from tunesmith.config.layers import Overrides, override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
@@ -53,7 +54,7 @@ from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, Interrupted, StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import survive_write_errors
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
@@ -103,7 +104,7 @@ log = logging.getLogger(__name__)
 
 def train(
     recipe: Run | str | Path | None = None,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     *,
     model: str | None = None,
     rows: object = None,
@@ -113,7 +114,7 @@ def train(
     argv: list[str] | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Train what a recipe describes, or resume it.
+    """Train a model with a recipe, or resume the training.
 
     >>> rows = {"source": "rows.jsonl", "format": "alpaca"}
     >>> tunesmith.train("smollm2-135m-lora", {"data.train": rows})
@@ -122,27 +123,31 @@ def train(
     >>> tunesmith.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", rows=rows)
 
     Args:
-        recipe: its file, the name of one that ships, or a checked `Run`. None: one is made
-            for `model` and `rows`, as `tunesmith train --model X --data FILE` does.
-        overrides: of a file or name: `{"key.sub": value}`, or a text `key.sub=value` or several,
-            whose values are read as YAML.
+        recipe: the file of a recipe, the name of a shipped recipe, or a checked `Run`. If None, a
+            recipe is made for `model` and `rows`, as with `tunesmith train --model X --data FILE`.
+        overrides: values that replace those of the recipe: `{"key.sub": value}`, or one or several
+            texts `key.sub=value` with values in YAML.
         model: Hub id, folder, .gguf file, or `demo`.
-        rows: mappings, or a `datasets.Dataset`; they are kept in the run directory, so that the
-            same call resumes.
-        on_record: called after each step. StopIteration from it ends the run as its last step does,
-            after this step or, on a GPU or several, the next; `signal.raise_signal(signal.SIGINT)`
-            saves and stops. What else it raises is named in failure.json and raised unchanged.
-        fresh: move an earlier run in `output_dir` aside and start over.
-        why, argv: log the reason of each choice for this machine; the command line, for env.json.
-        quiet: print nothing; log.txt has all lines.
+        rows: mappings, or a `datasets.Dataset`. They are stored in the run directory, so that the
+            same call resumes the run.
+        on_record: function that is called with the record of each step. If it raises StopIteration,
+            the run ends as if this were its last step. On a GPU or with several ranks, one more
+            step may run before the end. `signal.raise_signal(signal.SIGINT)` saves and stops the
+            run. Other exceptions are reported in failure.json and raised unchanged.
+        fresh: whether to start a new run. An earlier run in `output_dir` is then moved to another
+            folder.
+        why: whether to log the reason of each choice for this machine.
+        argv: the command line, for env.json.
+        quiet: whether to print nothing. log.txt still contains all lines.
 
-    What is chosen before the first step is logged to `logging.getLogger("tunesmith")`, by rank 0,
-    and printed on stderr unless that logger has a handler or logging is set up for INFO.
+    Before the first step, rank 0 logs all choices to `logging.getLogger("tunesmith")`. The lines
+    are printed on stderr, unless this logger has a handler or logging is configured for INFO.
 
     Raises:
-        UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
-        RunError: the run began and failed; failure.json says why.
-        StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
+        UsageError: the recipe, data, model or machine is wrong. Nothing was started.
+        RunError: the run began and failed. failure.json contains the reason.
+        StoppedError: the run received a signal, Ctrl-C or the stop button of a notebook. Everything
+            is saved.
     """
     with lines_by_default(level_of_process()), ExitStack() as stack:
         if quiet:
@@ -150,20 +155,22 @@ def train(
         if recipe is None:
             run = recipe_for_rows(model, rows, overrides)
         elif model is not None or rows is not None:
-            fix = "set a recipe's rows with data.train.source"
-            raise UsageError("a recipe cannot be combined with model or rows", fix=fix)
+            fix = "remove model and rows, and set model.name and data.train.source in overrides"
+            raise UsageError(
+                "train() accepts either a recipe, or model and rows, but not both", fix=fix
+            )
         elif not isinstance(recipe, Run):
             run = load_recipe(recipe, overrides, announce=not quiet)
         elif overrides:
-            fix = "pass the recipe's file, or use dataclasses.replace"
-            raise UsageError("a checked recipe does not accept overrides", fix=fix)
+            fix = "pass the path of the recipe, or change the Run with dataclasses.replace"
+            raise UsageError("overrides cannot be applied to a Run object", fix=fix)
         else:
             run = recipe
         packages.check_versions()
         if started_as() is None:
             require_one_process("train")
         request, ranks = stack.enter_context(joined(run))
-        # Until the first step has ended.
+        # Until the first step has ended, there is nothing to save.
         request.nothing_to_save = True
         return start_run(
             run,
@@ -177,22 +184,22 @@ def train(
         )
 
 
-def recipe_for_rows(
-    model: str | None, rows: object, overrides: Mapping[str, object] | Sequence[str]
-) -> Run:
-    """Make a recipe for a model and rows of the program, which are written below its output_dir."""
+def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> Run:
+    """Make a recipe for a model and rows that a program passes. Write the rows to output_dir."""
     if model is None or rows is None:
-        fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
-        raise UsageError("a recipe is required, or model and rows", fix=fix)
+        fix = 'call train("my-recipe.yaml"), or train(model="...", rows=[...])'
+        raise UsageError("train needs either a recipe, or model and rows", fix=fix)
     options = override_layer(overrides).plain()
-    # The default would be named after the file of the rows.
+    # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
     file = keep_rows(rows, Path(options["output_dir"]))
     return make_recipe(model, str(file), options).run
 
 
 def level_of_process(rank: int | None = None) -> int:
-    """The level to log at: other ranks leave to rank 0 what would be logged by all alike."""
+    """Return the log level of a rank. Only rank 0 logs INFO lines, because these are the same on
+    all ranks.
+    """
     if rank is None:
         rank = (started_as() or {"RANK": 0})["RANK"]
     return logging.INFO if rank == 0 else logging.WARNING
@@ -200,24 +207,27 @@ def level_of_process(rank: int | None = None) -> int:
 
 @contextlib.contextmanager
 def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
-    """Set up what one start, or several in a row, need of the process.
+    """Return a context that sets up the process before one or several runs are started in it.
 
-    Signals are noted, memory is watched, and the other ranks are joined.
+    Inside the context, signals are handled, the memory is watched, and this process is connected to
+    the other ranks.
     """
     stop = StopRequest()
-    # Other ranks would take an end without a word for a crash.
+    # `patience` ends the process if it does not stop soon after a signal. Do not set it under a
+    # launcher, because other ranks would take this exit for a crash.
     if StopRequest.is_of_command and not is_launched():
         stop.patience = STOP_PATIENCE_SECONDS
     try:
         with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
-            stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
+            stack.enter_context(contextlib.redirect_stderr(survive_write_errors(sys.stderr)))
             stack.enter_context(stop)
             ranks = stack.enter_context(join_ranks())
             ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
             stack.enter_context(MemoryGuard(stop, ranks, large_files(run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
-        # A launcher that starts failed ranks again would lose the stop.
+        # Under a launcher exit with 0, because a launcher would restart ranks that exit with
+        # another code.
         if error.exit_code == EXIT_STOPPED and is_launched():
             error.exit_code = EXIT_OK
             out = Path(run.output_dir)
@@ -227,13 +237,14 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
 
 
 def large_files(run: Run) -> list[Path]:
-    """Files and folders that the run reads or writes: here, in the Hub's cache and in our own."""
+    """Return the files and folders that the run reads or writes, including the caches."""
     paths = [Path(run.output_dir), cache_folder("tokens"), cache_folder("models")]
     for key, name in inputs_of(run).items():
         if os.path.isabs(name):
             paths.append(Path(name))
         else:
-            # A Hub id. The name of a template is no folder there.
+            # `name` can be a Hub id, but also the name of a chat template. A template does no harm,
+            # because the cache has no folder with its name.
             repo_type = "dataset" if key.startswith("data.") else "model"
             paths.append(repo_cache(name, repo_type))
     return paths
@@ -251,14 +262,15 @@ def start_run(
     quiet: bool = False,
     build: Callable[..., Session] = build,
 ) -> Result:
-    """One start within `joined`, on each rank; the arguments are those of `train`.
+    """Start a run on this rank. Call this inside the context `joined`, with the arguments of
+    `train`.
 
-    Rank 0 logs what a user reads and writes the records. The other ranks log warnings alone, write
-    nothing but checkpoints and records of their own, and take part in all else.
+    Rank 0 logs the lines for the user and writes the records. The other ranks log only warnings,
+    and write only checkpoints and their own records.
 
     Args:
-        quiet: show no progress; who calls decides what becomes of the lines that are logged.
-        build: makes the Session, as the function of that name does.
+        quiet: whether to show no progress. The caller decides where log lines appear.
+        build: function that builds the Session.
     """
     check_same_recipe(run, ranks)
     out = Path(run.output_dir)
@@ -270,20 +282,22 @@ def start_run(
         if ranks.is_main_process:
             stack.enter_context(log_file)
         else:
-            # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
+            # On all ranks except rank 0, show only warnings about data. These can differ between
+            # the ranks, because the ranks may use different disks and caches.
             stack.enter_context(stderr_only_from("tunesmith.data"))
-        # Claim the directory, and decide where to start.
+        # Lock the run directory, and choose the checkpoint to resume from.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
         stop.request.saved_step = start.progress.step if start.progress else 0
         if ranks.is_run_dir_writer:
-            stack.enter_context(noted_early_stop(out, stop.request))
+            stack.enter_context(record_early_stop(out, stop.request))
             stop.request.on_exit = partial(note_early_stop, out, stop.request)
         if start.finished is not None:
             if ranks.is_main_process:
                 warn_of_changed_rows(run)
-            return Result.of_finished(out, start.finished)
+            return Result.from_finished_run(out, start.finished)
         run = with_start_adapter(run, start, ranks)
-        # Build; a fault up to the first step is one of the recipe, the data or the machine.
+        # An error before the first step has its cause in the recipe, the data or the machine, so
+        # raise it as UsageError.
         with as_usage_error(ranks):
             session = build(run, start, why=why, ranks=ranks)
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
@@ -291,30 +305,41 @@ def start_run(
             if quiet:
                 stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             sinks = sinks_of_rank(session, start, callback, log_file, stream)
-            # Before they are opened: one that is refused leaves others open.
+            # Register `close_after_all` before the sinks are opened, so that if one sink fails to
+            # open, the others are closed.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
-        # Train; the writer ends with the stack, whatever ends the loop.
+        # The exit stack closes the writer even if the training loop raises an error.
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
         return fit(trainer, sinks, callback)
 
 
 def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
-    """Train to the end, and leave in the run directory what ends it before."""
+    """Train to the end. If the run fails or stops earlier, record this in the run directory."""
     ranks = trainer.ranks
-    # On every rank: the one of each node that tells what ends them all leaves failure.json.
+    # Set this on every rank, because one rank per node writes failure.json.
     ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
     if ranks.is_main_process and ranks.world > 1:
-        session, step = trainer.session, trainer.first_step
+        session = trainer.session
         shape = session.mesh.shape
-        idle = session.loader(step).batch(step).idle_share if shape.data > 1 else 0.0
+        idle = 0.0
+        if shape.data > 1:
+            step = trainer.first_step
+            idle = session.loader(step).batch(step).idle_share
         hosts = ", ".join(dict.fromkeys(ranks.hosts))
         mesh = f"{shape.describe()}, {session.plan.why['mesh']}"
-        log.info(f"{ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}")
-    # From here on the loop answers signals.
+        log.info(
+            f"{ranks.world} ranks on {hosts}: {mesh}; idle time of the ranks per step: {idle:.1%}"
+        )
+    # From here on, the training loop checks for signals between steps, so signals no longer raise
+    # an exception.
     trainer.stop.request.defer_signals()
-    with report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer):
+    if ranks.is_main_process:
+        failures = report_failure(trainer, callback)
+    else:
+        failures = defer_to_rank_0(trainer)
+    with failures:
         result = trainer.fit()
         sinks.close()
     return result
@@ -327,10 +352,11 @@ def open_run_dir(
     *,
     fresh: bool,
 ) -> tuple[Ranks, Start]:
-    """Claim the run directory, move an earlier run aside if `fresh`, and decide where to start.
+    """Lock the run directory and choose the checkpoint to resume from.
 
-    A collective call. The directory is claimed until `stack` closes, on each node that does not see
-    rank 0's too. Returns the ranks, which now know who leads which directory, and the start.
+    This is a collective call. If `fresh`, an earlier run is first moved to another folder. The
+    directory is locked until `stack` closes. Nodes that do not share rank 0's disk each lock their
+    own directory. Return `ranks` with the writer of each run directory, and how the run starts.
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
@@ -339,24 +365,27 @@ def open_run_dir(
             highest = max(run.profile.ranks, default=0)
             if highest >= ranks.world:
                 raise UsageError(
-                    f"profile.ranks names rank {highest} of {count_of(ranks.world, 'rank')}",
+                    f"profile.ranks contains rank {highest}, but the run has only "
+                    f"{count_of(ranks.world, 'rank')} (the first is rank 0)",
                     where="profile.ranks",
-                    fix="profile.ranks=[0], or profile.ranks=all",
+                    fix="set profile.ranks=[0], or profile.ranks=all",
                 )
-    # On the ranks that write a directory; others do not look at it before it is created: a network
-    # file system remembers for a while what was not there.
+    # Functions from `claim_run_dir` that must be called before the first write. `claim`, which
+    # creates and locks the directory, only runs on ranks that write it. The other ranks must not
+    # look for the directory before it exists, because a network file system caches that a name is
+    # missing.
     begins: list[Callable[[], None]] = []
 
     def claim() -> None:
         begins.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
 
-    ranks = find_run_dir_writers(ranks, out, claim)
+    ranks = choose_run_dir_writers(ranks, out, claim)
     other_leaders = sorted({*ranks.run_dir_writers} - {0})
     if other_leaders:
         names = ", ".join(ranks.name(rank) for rank in other_leaders)
         log.info(
-            f"no shared disk: the nodes of {names} keep their own checkpoints; "
-            f"records and final/ are with {ranks.name(0)}"
+            f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
+            f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
         )
     move_earlier_runs_aside(run, ranks, fresh=fresh)
     crash = find_previous_crash(out)
@@ -373,10 +402,11 @@ def open_run_dir(
 
 
 def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
-    """The recipe with one folder of the run directory that `adapter.from` names, if it names one.
+    """Return the recipe. If `adapter.from` is a run directory, replace it by the adapter's folder
+    in it.
 
-    That run may be trained further, and a resume has to find what this one began with. A collective
-    call.
+    A resumed run gets the folder with which it began, even if the run that `adapter.from` names has
+    newer checkpoints. This is a collective call.
     """
     name = run.adapter.from_
     if name is None:
@@ -387,12 +417,13 @@ def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
             folder = folder_in_run(start.previous_run.adapter.from_, name)
         elif ranks.is_main_process and is_run_dir(name):
             adapter, note = adapter_of_run(Path(name))
-            log.info(f"the adapter to continue is {note}")
+            log.info(f"training continues from this adapter: {note}")
             folder = adapter.name
     folder = ranks.broadcast_object(folder)
     if folder is None:
         return run
-    # Nodes may have the run directory in different places.
+    # `name` is the path on this node and `folder` is only a folder's name, because the nodes may
+    # store the run directory under different paths.
     return replace(run, adapter=replace(run.adapter, from_=str(Path(name, folder))))
 
 
@@ -402,22 +433,27 @@ def move_earlier_runs_aside(
     *,
     fresh: bool,
 ) -> None:
-    """Move each run directory aside if the user starts over, by its leading rank; collective."""
+    """If the user starts a new run, rename existing run directories. This is a collective call, but
+    only the ranks that write a run directory rename it.
+    """
     place = None
+    starts_over = fresh or run.checkpoint.resume == "never"
     with ranks.raise_on_all_ranks():
-        if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):
+        if ranks.is_run_dir_writer and starts_over:
             place = move_aside(Path(run.output_dir), inputs_of(run).values())
-    for rank, new_place in enumerate(ranks.all_gather_object(place)):
+    places = ranks.all_gather_object(place)
+    for rank, new_place in enumerate(places):
         if new_place:
-            owner = f", of {ranks.name(rank)}" if rank else ""
+            owner = f" on the node of {ranks.name(rank)}" if rank else ""
             log.info(f"moved the existing run to {new_place}{owner}")
 
 
 @contextlib.contextmanager
 def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
-    """An error of rank 0 before the first step comes in time: nothing has begun.
+    """Convert a RunError of rank 0 to a UsageError. Use this before the first step, when nothing
+    has begun.
 
-    Such as a checkpoint that cannot be read. On the other `ranks` an error stays what it is.
+    An example is the error for an unreadable checkpoint. Errors on other ranks are not converted.
     """
     try:
         yield
@@ -428,8 +464,10 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
-    """Leave stopped.json where a signal ends the block before its first step, if there is a run."""
+def record_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
+    """Context manager for the time before the first step: if a signal ends the block, call
+    `note_early_stop`.
+    """
     try:
         yield
     except (Interrupted, StoppedEarlyError):
@@ -438,14 +476,16 @@ def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
 
 
 def note_early_stop(out: Path, request: StopRequest) -> None:
-    """Leave stopped.json if there is a run; a start that has saved nothing leaves nothing."""
+    """Write stopped.json if the folder contains a run. If it contains no run, nothing was saved
+    that could be resumed.
+    """
     if (out / IDENTITY).is_file():
         write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
     (out / RUNNING).unlink(missing_ok=True)
 
 
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
-    """Leave in the run directory what ends all ranks: failure.json, or stopped.json for a stop."""
+    """Write the error that ends all ranks to a file: stopped.json for a stop, else failure.json."""
     if isinstance(fault, StoppedError):
         write_stopped(out, step, what=fault.what)
     else:
@@ -454,7 +494,10 @@ def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
 
 @contextlib.contextmanager
 def defer_to_rank_0(trainer: Trainer) -> Iterator[None]:
-    """On another rank: leave to rank 0 what all ranks raise alike, to the heartbeat the rest."""
+    """Convert errors on ranks other than 0. An error that all ranks raise becomes an
+    OtherRankError, because rank 0 reports it. Any other error becomes the error that
+    `Trainer.as_failure` returns.
+    """
     try:
         yield
     except (StoppedError, NonFiniteError) as error:
@@ -471,7 +514,7 @@ def report_failure(
     trainer: Trainer,
     callback: RecordCallback,
 ) -> Iterator[None]:
-    """On rank 0: leave failure.json in the run directory where the block fails."""
+    """If the block raises an error, write failure.json. Use this on rank 0."""
     try:
         yield
     except StoppedError:
@@ -481,9 +524,9 @@ def report_failure(
         writer = trainer.checkpoints.writer
         step = trainer.progress.step
         error = heartbeat.share_error(caught, trainer.as_failure(caught))
-        if isinstance(error, OtherRankError):  # the heartbeat has reported it
+        if isinstance(error, OtherRankError):  # the heartbeat has already reported the error
             raise error from caught
-        writer.close()  # what it is writing still counts
+        writer.close()  # wait for the checkpoint in progress
         if trainer.stop.request.now:
             saved_step = writer.saved_step
             saved = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
@@ -495,7 +538,8 @@ def report_failure(
         resume = how_to_resume(writer.saved_step)
         place = heartbeat.peers.place_of(trainer.ranks.rank)
         if isinstance(caught, CheckpointError):
-            # It was written in a thread, beside whatever the loop does when it learns of it.
+            # The error is from the thread that writes checkpoints. Report the saving phase, because
+            # the training loop may already be in another phase.
             place["phase"] = Phase.SAVING
         failure.failed_rank = failure.failed_rank or place
         is_callback_error = error is callback.error
@@ -518,7 +562,9 @@ def sinks_of_rank(
     log_file: LogFile,
     stream: TextIO | None,
 ) -> Sinks:
-    """The sinks of this rank: of rank 0 those that the recipe asks for, and the caller's."""
+    """Return the sinks of this rank, which receive the record of each step. Only rank 0 has the
+    sinks of the recipe and the callback.
+    """
     out = Path(session.run.output_dir)
     if not session.ranks.is_main_process:
         return Sinks([RankSink(out, session.ranks.rank)])
@@ -536,38 +582,44 @@ def sinks_of_rank(
 
 
 def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
-    """The sinks that a recipe asks for: the terminal first, and metrics.jsonl before those that may
-    be slow.
+    """Return the sinks of a recipe. The terminal is first, and metrics.jsonl is before sinks that
+    may be slow.
     """
     sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if writes_tensorboard(run):
         shared_folder = run.log.tensorboard_dir
         events = Path(shared_folder or folder / "tensorboard")
         sinks.append(TensorBoardSink(events, shared=shared_folder is not None))
+    log_text = partial(terminal.text, "tracker")
     for name in trackers_of(run):
-        sinks.append(TrackerSink(name, folder, partial(terminal.text, "tracker")))
+        sinks.append(TrackerSink(name, folder, log_text))
     return Sinks(sinks)
 
 
 def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
-    """Open the sinks and write the first files of a start, now that nothing is left to check."""
+    """Open the sinks and write env.json and the other files that exist from the start. Call this
+    after all checks.
+    """
     out = Path(session.run.output_dir)
     ranks = session.ranks
     if ranks.is_run_dir_writer:
         remove_leftovers(out)
     last_step = start.progress.step if start.progress else 0
     if start.progress and not start.progress.validated:
-        # The record of a step whose validation was cut off is written again, with it.
+        # The validation of the last step was interrupted. Remove the record of this step, because
+        # it is written again after the validation.
         last_step -= 1
     sinks.open(session.run, last_step)
     if ranks.is_run_dir_writer:
-        # Only rank 0 has a command line to tell.
+        # Only rank 0 stores the command line.
         write_identity(session, argv if ranks.is_main_process else None)
         for name in (FAILURE, STOPPED):
             (out / name).unlink(missing_ok=True)
 
 
 def close_after_all(sinks: Sinks) -> None:
-    """Close what is still open when a run leaves early; a fault in that must not hide why."""
+    """Close the sinks, such as the terminal and log files, after a run ended early. Errors are
+    ignored, so that they do not hide the cause of the end.
+    """
     with contextlib.suppress(OSError):
         sinks.close()

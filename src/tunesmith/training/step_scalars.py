@@ -1,7 +1,9 @@
-"""The numbers of one step: summed over the ranks in one collective, then copied to the host.
+"""Values of one step, such as the loss. They are summed over the ranks in one collective and copied
+to the host.
 
-What one rank decides alone, by a signal or an error, would leave the others waiting in a
-collective. So the reduction of the loss carries these decisions too.
+A signal or an error may occur on only one rank. If only this rank stopped, the other ranks would
+wait for it in a collective. Therefore the collective that sums the loss also sums counts of stop
+requests and errors, so that all ranks know them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,27 +19,30 @@ from tunesmith.runtime.transfer import AsyncScalars
 
 
 class RankStatus(NamedTuple):
-    """One rank's share of the numbers of a step; summed, it is the same on all ranks."""
+    """Status of one rank, as numbers that are summed over all ranks. All ranks then have the same
+    sums.
+    """
 
-    stop_requests: float  # 1 where this rank has a stop request
-    failed_writes: float  # 1 where the write of a checkpoint failed on this rank
-    ends: float  # 1 where the caller of `train` ends the run
+    stop_requests: float  # 1 if this rank has a request to stop
+    failed_writes: float  # 1 if this rank failed to write a checkpoint
+    ends: float  # 1 if the caller of `train` ends the run
 
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """The numbers of a step on the host."""
+    """Loss, metrics, gradient norm and rank status of a step, as numbers on the host."""
 
     loss: float
-    metrics: dict[str, float]  # the method's
+    metrics: dict[str, float]  # metrics of the method
     grad_norm: float
-    status: RankStatus | None  # summed over the ranks; None on one process
+    status: RankStatus | None  # sum over all ranks, or None with one process
 
 
 class StepScalars:
-    """Loss and metrics of a step, 0-d tensors on the device, until `read` has them on the host.
+    """Loss and metrics of a step. They are 0-d tensors on the device until `read` returns them as
+    numbers.
 
-    Call `all_reduce` where there are several ranks, then `copy_to_host`, then `read`.
+    With several ranks, call `all_reduce` first. Then call `copy_to_host`, and `read` last.
     """
 
     def __init__(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
@@ -46,27 +51,32 @@ class StepScalars:
         self.has_status = False
 
     def all_reduce(self, status: RankStatus, mesh: Mesh) -> None:
-        """Sum over all ranks, with what each says of itself; a collective call."""
+        """Sum the values and each rank's status over all ranks. This is a collective call."""
         packed = self.pack(status, mesh)
         dist.all_reduce(packed)
         self.values = packed.unbind()
         self.has_status = True
 
     def pack(self, status: RankStatus, mesh: Mesh) -> Tensor:
-        """float64 [1 + metrics + fields of RankStatus]: the loss, the metrics, the status."""
-        # All ranks of a tensor group have the same loss, which counts once.
+        """Return loss, metrics and status as one tensor, float64 [1 + metrics + fields of
+        RankStatus].
+        """
+        # All ranks of a tensor-parallel group have the same loss. To count it once, all ranks
+        # except the first one of the group add zeros.
         values = torch.stack([value.double() for value in self.values]) * (mesh.tensor_rank == 0)
-        # A copy from pageable memory would wait for all that the device has to do.
+        # Use pinned memory: a copy from pageable memory would wait for all work of the device.
         pinned = torch.tensor(status, dtype=values.dtype, pin_memory=values.is_cuda)
         return torch.cat([values, pinned.to(values.device, non_blocking=True)])
 
     def copy_to_host(self, grad_norm: Tensor) -> None:
-        """Begin to copy the numbers, with the gradient norm as the last one."""
+        """Start the copy of the values to the host. The gradient norm is the last value."""
         self.on_host = AsyncScalars(*self.values, grad_norm.to(self.values[0].device))
 
     def read(self) -> StepNumbers:
-        """The numbers by name; waits for the step that they are of, and for no later one."""
-        # In the order of `pack` and `copy_to_host`.
+        """Return the values as numbers. This waits only until the device has computed them, not for
+        later steps.
+        """
+        # The values are in the order in which `pack` and `copy_to_host` have stored them.
         values = self.on_host.read()
         after_metrics = 1 + len(self.metric_names)
         metrics = dict(zip(self.metric_names, values[1:after_metrics], strict=True))

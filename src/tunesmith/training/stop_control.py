@@ -1,7 +1,8 @@
-"""Who asks a run to stop, and what its ranks agree on: a stop, or the failed write of a checkpoint.
+"""Requests to stop a run, and the agreement of all ranks about stops and failed checkpoint writes.
 
-A signal, the file `stop` and a shortage of memory come to one rank. The ranks share them in the
-reduction of each step (see `step_scalars`), and all stop after the same one.
+At first, only one rank knows about a signal, the file `stop` or low memory. The ranks share such
+requests in the reduction of each step (see `step_scalars`), and all of them stop after the same
+step.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from tunesmith.training.step_scalars import RankStatus
 
 @dataclass
 class StopControl:
-    """The stop of one start of a run: what came to this process, in `request`, and what all ranks
-    know and act on.
+    """Decides when a run must stop. It holds the requests to this process, and the requests that
+    all ranks know.
 
     Attributes:
-        request: the signals of this process, and its shortage of memory.
-        run_dir: rank 0 looks for the file `stop` there.
-        wants_end: whether the caller of `train` ends the run here; rank 0 knows.
-        agreed: what all ranks know of each other, by the last reduction.
+        request: request to this process by a signal or by low memory.
+        run_dir: folder in which rank 0 looks for the file `stop`.
+        wants_end: returns whether the caller of `train` wants to end the run. Only rank 0 uses it.
+        agreed: the status that all ranks have shared, see `RankStatus`.
     """
 
     request: StopRequest
@@ -33,44 +34,57 @@ class StopControl:
     agreed: RankStatus = field(default=RankStatus(0.0, 0.0, 0.0), init=False)
 
     def is_requested(self) -> bool:
-        """Tell whether this rank has a stop request; the file `stop` is one for rank 0."""
+        """Return whether this rank has a request to stop. On rank 0, an existing file `stop` counts
+        as a request.
+        """
         if self.request.requested():
             return True
         return self.ranks.is_main_process and (self.run_dir / STOP_FILE).exists()
 
     def is_due(self) -> bool:
-        """Tell whether the run stops, by a request to this process or, once all know, to a rank."""
-        # What one rank alone acts on leaves the others in a collective.
+        """Return whether the run must stop. With several ranks, only requests that all ranks know
+        count.
+        """
+        # If only one rank stopped, the other ranks would wait in a collective.
         if self.ranks.world > 1:
             return self.agreed.stop_requests > 0
         return self.is_requested()
 
     def ends(self) -> bool:
-        """Tell whether the run is over by its caller, with final/; see `is_due`."""
+        """Return whether the caller of `train` has ended the run. In this case final/ is written,
+        but not after a requested stop.
+        """
         return self.agreed.ends > 0 if self.ranks.world > 1 else self.wants_end()
 
     def agree(self) -> None:
-        """Share before the first step who has a stop request; a collective call."""
+        """Share stop requests among all ranks before the first step. This is a collective call."""
         if self.ranks.world > 1:
             requests = self.ranks.all_gather_object(float(self.is_requested()))
             self.agreed = self.agreed._replace(stop_requests=sum(requests))
 
     def agree_on(self, status: RankStatus) -> None:
-        """Take over what a step's reduction has shared; what was agreed before stays."""
+        """Add the status that the ranks have shared in a step. Earlier requests are kept."""
         self.agreed = RankStatus(*map(max, self.agreed, status))
 
     def drops_step(self) -> bool:
-        """Tell whether to leave a step midway, for want of memory; several ranks end it first."""
+        """Return whether to abort the current step because of low memory. With several ranks, the
+        step is always finished, because the other ranks need this rank in their collectives.
+        """
         return self.ranks.world == 1 and self.request.low_memory is not None
 
     def cancels_validation(self) -> bool:
-        """Tell whether to leave a validation midway; several ranks agree in the next step."""
+        """Return whether to abort a validation. With several ranks, it is always finished, because
+        the ranks share requests to stop only in the next step.
+        """
         return self.ranks.world == 1 and self.request.requested()
 
     def expect_step(self, seconds: float, *, micro_batches: int) -> None:
-        """Note how long the work takes that ends before a stop, by the step just measured."""
+        """Store an estimate of the time until a requested stop takes effect. `seconds` is the
+        duration of the last step.
+        """
         if self.ranks.world > 1:
-            # The rest of this step, and the next one, whose numbers tell all ranks of the stop.
+            # The request takes effect two steps later at most, because the ranks exchange it during
+            # the next step.
             self.request.takes = 2 * seconds
         else:
             self.request.takes = seconds / micro_batches

@@ -1,10 +1,10 @@
-"""The training loop: batches in, optimizer steps out, and after a step what is due.
+"""The training loop, which runs optimizer steps on batches, validates and saves.
 
     [train_step -> metrics -> validation? -> checkpoint?]* -> final/ -> Result
 
-`steps` is the loop and `train_step` is one step of it. On CUDA a step's metrics are read one step
-later (`async_metrics`), and an adapter's checkpoint is copied in a moment and written while the
-next steps run (`checkpoint_saver`).
+`steps` is the loop, and `train_step` is one step of it. On CUDA a step's metrics are read one step
+later (`async_metrics`). The checkpoint of an adapter is copied quickly and written while the next
+steps run (`checkpoint_saver`).
 """
 
 import dataclasses
@@ -44,11 +44,13 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 SLOW_STEP_SECONDS = 5.0
-SLOW_FIRST_STEP = "the first step is being computed; where kernels are compiled it takes minutes"
+SLOW_FIRST_STEP = "the first step is running; it takes minutes if kernels are compiled"
 
 
 class Trainer(LoopPart):
-    """One start of a run, from its first step to its end, stop or failure."""
+    """The training loop. It begins at step 0 or at a checkpoint, and ends with the run, a stop or a
+    failure.
+    """
 
     def __init__(
         self,
@@ -58,7 +60,8 @@ class Trainer(LoopPart):
         stop: StopControl,
     ) -> None:
         run = session.run
-        # The point that the run has reached, and what it computes with from here on.
+        # Take the progress from the checkpoint, but replace the values that are determined anew
+        # when a run is resumed.
         progress = dataclasses.replace(
             start.progress or Progress(),
             ended=None,
@@ -69,12 +72,17 @@ class Trainer(LoopPart):
         )
         shared = LoopShared(session, progress, sinks, stop)
         super().__init__(shared)
-        # The guard of the host's memory leaves room for a save.
+        # Tell the memory guard how many bytes a save needs, so that the guard requests a stop while
+        # enough memory is left to save.
         stop.request.saving = session.plan.memory.copies
         self.first_step = progress.step
-        saved_step = self.first_step if start.progress else None
-        ended = start.progress.ended if start.progress else None
-        # Patience has ended a shorter run: this one goes on.
+        saved_step = None
+        ended = None
+        if start.progress:
+            saved_step = self.first_step
+            ended = start.progress.ended
+        # True if the run had already ended, but the recipe now has another duration. The run then
+        # continues, even if early stopping had ended it.
         self.is_longer = ended not in (None, str(run.train.duration))
         self.checkpoints = CheckpointSaver(shared, saved_step)
         self.metrics = AsyncMetrics(shared, self.checkpoints.writer)
@@ -86,7 +94,8 @@ class Trainer(LoopPart):
             total=session.total_steps,
             steps_per_epoch=session.data.schedule.steps_per_epoch(0),
         )
-        # A model trained in full that is sharded has its gradients summed by FSDP.
+        # FSDP already sums the gradients of a sharded, fully trained model, so `gradient_sum` must
+        # not sum them again.
         is_adapter = run.adapter.kind == "lora"
         is_summed_by_fsdp = not is_adapter and bool(sharded_modules(session.model))
         self.gradient_sum = GradientSum(
@@ -97,17 +106,21 @@ class Trainer(LoopPart):
         )
 
     def fit(self) -> Result:
-        """Train to the end of the duration; StoppedError, with all saved, where a stop comes."""
+        """Train until the duration is reached. Raise StoppedError after saving if a stop is
+        requested.
+        """
         self.session.model.train()
         self.stop.agree()
-        if self.stop.is_due():  # it came while the model was loaded
+        if self.stop.is_due():  # a stop was requested while the model was loaded
             self.save_and_stop()
         if not self.progress.validated:
             self.sinks.text("validation", "continuing the validation that was interrupted")
             self.validate()
-            # Its checkpoint is there already; only now it may count as the best one.
+            # The checkpoint of this step already exists. Save it again, because the validation has
+            # now shown whether it is the best one.
             self.checkpoints.save()
-        # Shards would gather the whole model for each token: too slow for answers of a base.
+        # Do not sample answers before training if the model is sharded, because it would gather all
+        # weights for each token, which is too slow.
         if self.first_step == 0 and not self.answers.is_sharded:
             self.answers.sample()
         folder = self.out / "profile"
@@ -122,15 +135,17 @@ class Trainer(LoopPart):
         return self.end()
 
     def steps(self, batches: Iterable[GlobalBatch]) -> Iterator[int]:
-        """Train on each batch until the run is over; yields the optimizer steps taken so far."""
+        """Train on each batch until the run is over. Yield the number of optimizer steps so far."""
         progress = self.progress
-        self.metrics.restart_clock()
+        metrics = self.metrics
+        stop = self.stop
+        metrics.restart_clock()
         if self.validation.is_out_of_patience() and not self.is_longer:
             return
         for batch in batches:
-            if self.stop.is_due() or self.is_over:
+            if stop.is_due() or self.is_over:
                 return
-            if self.stop.ends():
+            if stop.ends():
                 text = f"on_record has ended the run after step {progress.step}"
                 self.sinks.text("stopped", text)
                 return
@@ -139,72 +154,80 @@ class Trainer(LoopPart):
             with self.logged_if_slow(progress.step):
                 output = self.train_step(batch)
             if output is None:
-                # Memory ran short: the next turn stops the run, by `stop.is_due`.
+                # The step was aborted because of low memory. `stop.is_due` then ends the loop in
+                # the next iteration.
                 continue
-            self.metrics.submit(output)
+            metrics.submit(output)
             progress.step = output.step
-            self.stop.request.nothing_to_save = False
+            stop.request.nothing_to_save = False
 
             is_last = self.is_over
             validates = self.validation.is_due(is_last=is_last)
             saves = self.checkpoints.is_due()
-            # The record of a step is usually read during the next one; at once where it goes into a
-            # checkpoint, and before the run ends. With a validation it is logged after that.
-            reads_now = validates or saves or is_last or not self.metrics.reads_late
-            if reads_now or self.stop.is_due():
-                self.metrics.flush(log=not validates)
+            # Normally the values of a step are read during the next step. Read them now if a
+            # validation or a checkpoint follows, or if the run ends. If there is a validation, log
+            # the record after the validation.
+            reads_now = validates or saves or is_last or not metrics.reads_late
+            if reads_now or stop.is_due():
+                metrics.flush(log=not validates)
             if validates:
                 self.validate()
                 saves = saves or self.checkpoints.is_new_best()
-            # The last step's checkpoint is written at the end.
-            if saves and not is_last and not self.stop.is_due():
+            # The last checkpoint of the run is not written here but after the loop.
+            if saves and not is_last and not stop.is_due():
                 self.checkpoints.save(more_steps_follow=True)
-            # The next step's seconds are its own.
+            # Validation and saving must not count in the duration of the next step.
             if validates or saves:
-                self.metrics.restart_clock()
+                metrics.restart_clock()
             yield progress.step
             if self.validation.is_out_of_patience():
-                text = f"no better validation loss in {count_of(progress.worse, 'validation')}"
-                self.sinks.text("patience", f"{text}: stopping the run")
+                validations = count_of(progress.worse, "validation")
+                text = f"stopping the run, because {validations} brought no improvement"
+                self.sinks.text("patience", text)
                 return
 
     def logged_if_slow(self, step: int) -> AbstractContextManager[None]:
-        """Return a context that says in the log that the first step takes long, if it does."""
+        """Return a context that logs a message if the first step takes long."""
         if step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
         return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_STEP_SECONDS)
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:
-        """Forward, backward and update on one global batch, whose loss is divided once.
+        """Run forward, backward and the update on one global batch.
 
-        None where memory ran short meanwhile: nothing is updated, and the step before is saved.
+        Return None if memory is low. The weights are then unchanged, and the caller saves the
+        previous step.
         """
-        model = self.session.model
-        optimizer = self.session.optimizer
-        mesh = self.session.mesh
+        session = self.session
+        model = session.model
+        optimizer = session.optimizer
+        mesh = session.mesh
         check_one_micro_batch(self.run, batch)
         lr = self.learning_rate(batch.step, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
-        # What the losses of the step share; a collective call.
+        # Compute values that the losses of all micro batches need. This is a collective call.
         totals = model.method.begin_step(
             model,
             StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched),
             lambda total: all_reduce_together([total], mesh.data_group),
         )
         loss_of = partial(model.method, totals=totals)
-        # fp16 scales the loss up, and the optimizer divides the gradients by the scale again.
+        # With fp16, the loss is multiplied by the loss scale. The optimizer divides the gradients
+        # by it.
         loss_factor = (optimizer.scale or 1.0) / denominator
-        zero = torch.zeros((), device=self.session.device)
+        zero = torch.zeros((), device=session.device)
         loss = zero
         metrics = dict.fromkeys(model.method.metrics, zero)
         for index, micro_batch in enumerate(batch.micro, batch.first_micro):
             if self.stop.drops_step():
                 return None
-            # Dropout is a function of (seed, step, micro batch): a resumed run draws what the
-            # first one drew. The factors are primes, larger than the counts that are added.
+            # Derive the seed for dropout from the run's seed, the step and the micro batch, so that
+            # a resumed run draws the same masks. Each factor is larger than the number that is
+            # added after it, so that different inputs give different seeds.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
-            # Shards reduce their gradients in every backward, copies sum theirs beside the last.
+            # If the model is sharded, each backward reduces the gradients over the ranks. If each
+            # rank has a copy of the model, only the last backward of a step reduces them.
             is_last_backward = micro_batch is batch.micro[-1]
             set_gradient_sync(model, mesh, last=is_last_backward)
             if is_last_backward:
@@ -213,22 +236,24 @@ class Trainer(LoopPart):
                 output = model(micro_batch, loss_of)
                 self.ranks.heartbeat.progress()
                 (output.loss * loss_factor).backward()
-            # Not in place: all began as the same tensor.
+            # Do not add in place, because all sums begin as the same zero tensor.
             loss = loss + output.loss.detach()
             metrics = {name: value + output.metrics[name] for name, value in metrics.items()}
-        # Sum over the data ranks, then over the tensor group: the norm is of the whole gradient.
+        # Sum over the data ranks first, then over the tensor-parallel group. After both sums, the
+        # norm is the norm of the entire gradient.
         gradients = optimizer.gradients()
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)
         means = {name: value / denominator for name, value in metrics.items()}
         scalars = self.metrics.reduce(loss / denominator, means)
-        # Clips by the norm, which it returns, updates the weights and drops the gradients.
+        # `step` clips the gradients by their norm, updates the weights, drops the gradients and
+        # returns the norm.
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
-        return StepOutput(batch.step + 1, batch, lr, scalars, Mark(self.session.device))
+        return StepOutput(batch.step + 1, batch, lr, scalars, Mark(session.device))
 
     def report_phase(self) -> None:
-        """Tell the heartbeat that a step begins, and how long it may take."""
+        """Report to the heartbeat that a step begins, and the time limit of the step."""
         heartbeat = self.ranks.heartbeat
         if self.progress.step == self.first_step:
             heartbeat.phase(Phase.FIRST_STEP, STUCK_AFTER_S + COMPILING_S)
@@ -237,9 +262,10 @@ class Trainer(LoopPart):
         heartbeat.progress(self.progress.step)
 
     def validate(self) -> None:
-        """Measure the held-out rows, then let the model answer some of them.
+        """Run a validation and then sample answers.
 
-        The weights of final/ answer at the end.
+        After the last validation no answers are sampled here, because `end` samples answers of the
+        final weights.
         """
         if self.validation.measure() and not (self.is_over or self.validation.is_out_of_patience()):
             self.answers.sample()
@@ -252,9 +278,9 @@ class Trainer(LoopPart):
         return self.progress.seconds >= (self.run.train.duration.seconds or 0.0)
 
     def save_and_stop(self) -> None:
-        """Save the last step, if there is one, and leave."""
+        """Save the last step, if there is one, and raise StoppedError."""
         if self.progress.step:
-            # Where memory is short, others take what is left while this run saves.
+            # Free as much memory as possible, because memory can be low and the save needs some.
             self.session.optimizer.drop_gradients()
             return_freed_memory()
             self.checkpoints.save()
@@ -263,8 +289,10 @@ class Trainer(LoopPart):
         raise stopped_by(requests, self.run, self.progress, self.ranks)
 
     def end(self) -> Result:
-        """Write the last checkpoint and final/. After a stop that cut off the last validation the
-        next start writes them.
+        """Write the last checkpoint and final/.
+
+        If a stop interrupted the last validation, save and stop instead. When the run is resumed,
+        it repeats the validation and writes final/.
         """
         progress = self.progress
         if not progress.validated:
@@ -288,7 +316,7 @@ class Trainer(LoopPart):
         )
 
     def as_failure(self, error: BaseException) -> TunesmithError:
-        """The error that ends this run, with what it knows of where it stood."""
+        """Convert an exception to an error of this run that names the last step and checkpoint."""
         return failure_of(
             error,
             self.run,

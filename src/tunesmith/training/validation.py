@@ -1,4 +1,4 @@
-"""When the held-out rows are measured, the best loss so far, and when patience ends the run."""
+"""Validation during training: when it is due, the best result so far, and early stopping."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from tunesmith.training.validation_loss import ValidationResult, validation_loss
 
 
 class Validation(LoopPart):
-    """The validation of one start of a run."""
+    """Part of the training loop that runs the validations."""
 
     def __init__(self, shared: LoopShared, metrics: AsyncMetrics) -> None:
         super().__init__(shared)
@@ -24,22 +24,24 @@ class Validation(LoopPart):
         self.schedule = self.cadence(every)
 
     def is_due(self, *, is_last: bool) -> bool:
-        """Tell whether to measure after this step, which may be the last one; ask once a step."""
+        """Return whether a validation is due after this step. Call this once per step."""
         is_time = self.schedule.due(self.progress.step, self.progress.seconds)
         return (is_time or is_last) and self.session.data.validation is not None
 
     def is_out_of_patience(self) -> bool:
-        """Tell whether the loss got no better for as many validations as the recipe allows."""
+        """Return whether `validate.patience` validations in a row had no improvement."""
         without_improvement = self.progress.worse
         return without_improvement > 0 and without_improvement == self.run.validate.patience
 
     def measure(self) -> bool:
-        """Add the validation loss to the step's record and log that.
+        """Run a validation. Add its loss to the record of the last step and log the record.
 
-        False where a stop came meanwhile: the next start measures, and logs the record.
+        Return False if a stop interrupted the validation. When the run is resumed, it repeats the
+        validation and logs the record.
         """
         progress = self.progress
-        # A run that is stopped in the validation is saved with this, and resumes with it.
+        # Set this before the validation. If a stop interrupts it, the checkpoint stores False, and
+        # the resumed run repeats the validation.
         progress.validated = False
         result = self._result()
         if result is None:
@@ -50,7 +52,7 @@ class Validation(LoopPart):
             extra[f"{VALIDATION}{name}"] = value
         progress.record = dataclasses.replace(progress.record, val_loss=result.loss, extra=extra)
         self.metrics.log_record()
-        # Counted up first, and reset where this one is the best.
+        # Increase the counter now. It is reset below if this validation is the best.
         progress.worse += 1
         if self._is_best(result):
             progress.worse = 0
@@ -65,7 +67,9 @@ class Validation(LoopPart):
         return True
 
     def _is_best(self, result: ValidationResult) -> bool:
-        """Tell whether no validation so far was as good; of equal accuracies the loss decides."""
+        """Return whether this validation is better than all earlier ones. If the accuracy is
+        compared and is equal, the loss decides.
+        """
         progress = self.progress
         if progress.best_loss is None:
             return True

@@ -1,4 +1,4 @@
-"""The mean loss of a method over held-out rows, on one rank or many."""
+"""Computation of a method's mean loss over held-out rows, on one or several ranks."""
 
 import math
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 
 
 class ValidationResult(NamedTuple):
-    """The numbers that a method makes of held-out rows.
+    """Result of a validation: mean loss and metrics over held-out rows.
 
     Attributes:
-        loss: its mean.
-        denominator: what its sum is divided by.
-        metrics: the method's own, as a step's record has them.
+        loss: mean loss.
+        denominator: the number by which the sum of the losses was divided.
+        metrics: metrics of the method, with the names of a step's record.
     """
 
     loss: float
@@ -41,15 +41,18 @@ def validation_loss(
     mesh: Mesh = ALONE,
     scored: Callable[[], object] = lambda: None,
 ) -> ValidationResult | None:
-    """The method's mean loss and metrics over `tokens`, each once, in batches of `micro_tokens`.
+    """Compute the method's mean loss and metrics over `tokens`, in batches of `micro_tokens`
+    tokens.
 
-    For SFT these are nats and supervised tokens. None once `cancelled`, which is called before each
-    row, says so. The data ranks of `mesh` take the rows in turn, all as many: some may end with an
-    empty one. `scored` is called after each.
+    For SFT, the loss is the cross-entropy in nats per supervised token. `cancelled` is called
+    before each batch, and if it returns True, the result is None. `scored` is called after each
+    batch. Each data rank of `mesh` computes a part of the batches. All ranks compute the same
+    number of batches, so the last batch of some ranks may be empty.
     """
     method = train_model.method
     denominator = 0
-    # The loss first; fp64: sums over many batches, added in another order on other meshes.
+    # The first element is the sum of the losses. The sums are fp64, because the order of the
+    # additions depends on the mesh and would change the result in fp32.
     sums = torch.zeros(1 + len(method.metrics), dtype=torch.float64)
     layout = Layout(
         pad_id,
@@ -58,7 +61,7 @@ def validation_loss(
         share=(mesh.data_rank, mesh.shape.data),
     )
     with evaluating(train_model):
-        # What the losses of all rows share; a collective call.
+        # Compute values that the losses of all rows need. This is a collective call.
         chosen = sum(example.chosen_tokens for example in tokens) if tokens.has_pairs else 0
         mismatched = []
         if method.needs_mismatched:
@@ -70,7 +73,8 @@ def validation_loss(
             lambda total: all_reduce_together([total], mesh.data_group),
         )
         loss_of = partial(method, totals=totals)
-        # A rank without rows in the last turn computes padding: its collectives are needed.
+        # If there are no rows left for a rank, its last batch contains only padding. The rank
+        # computes it, because the other ranks wait for it in collectives.
         for _, batch in layout.batches(tokens, micro_tokens):
             if cancelled():
                 return None
@@ -80,10 +84,10 @@ def validation_loss(
             denominator += output.denominator
             scored()
     if mesh.shape.data > 1:
-        of_ranks = torch.cat([sums, torch.tensor([denominator])]).to(device)
-        dist.all_reduce(of_ranks, group=mesh.data_group)
-        sums = of_ranks[:-1].cpu()
-        denominator = int(of_ranks[-1])
+        rank_sums = torch.cat([sums, torch.tensor([denominator])]).to(device)
+        dist.all_reduce(rank_sums, group=mesh.data_group)
+        sums = rank_sums[:-1].cpu()
+        denominator = int(rank_sums[-1])
     if not denominator:
         return ValidationResult(math.nan, 0, {})
     loss, *means = (sums / denominator).tolist()

@@ -133,7 +133,7 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
         text = json.dumps(stage_results(stage, steps))
         (tmp_path / "h200" / f"results-{stage}.json").write_text(text)
     other = {"name": "Unsloth", "how": "packed", "tokens_per_second": 1e4, "peak_memory_gib": 79.1}
-    beside = {"8b-bf16": {"forecast": [17_000, 18_000], "others": [other]}}
+    beside = {"8b-bf16": {"others": [other]}}
     (tmp_path / "h200" / "beside.json").write_text(json.dumps(beside))
     devices = first_gpu_tables.read_devices(tmp_path)
     monkeypatch.setattr(first_gpu_tables, "read_devices", lambda: devices)
@@ -149,7 +149,7 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| `model.quantize=fp8` | 103 | 103.0% |" in page
     assert "| 16.3 |" in page
     readme = first_gpu_tables.readme_block()
-    assert "| 8B LoRA, bf16 | 19,500 | 17,000 to 18,000 | 85 | Unsloth 10,000 (79 GiB) |" in readme
+    assert "| 8B LoRA, bf16 | 19,500 | 85 | Unsloth 10,000 (79) |" in readme
     (row,) = [line for line in readme.splitlines() if line.startswith("| 70B LoRA")]
     assert first_gpu_tables.number(None) in row
     assert "model.quantize=fp8" not in readme

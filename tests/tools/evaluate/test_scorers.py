@@ -145,9 +145,9 @@ def test_a_template_without_a_form_that_is_known_is_refused() -> None:
 BAD_ROWS = [
     ("regex", row("(a"), "not a regular expression", "missing )"),
     ("regex", row("*"), "not a regular expression", "nothing to repeat"),
-    ("json", row("Oslo"), "the reference is not JSON", "--score json"),
-    ("json", row('{"a": NaN}'), "the reference is not JSON", "NaN"),
-    ("json", row("[" * 100_000), "the reference is not JSON", "nested"),
+    ("json", row("Oslo"), "the reference answer is not JSON", "--score json"),
+    ("json", row('{"a": NaN}'), "the reference answer is not JSON", "NaN"),
+    ("json", row("[" * 100_000), "the reference answer is not JSON", "nested"),
     ("json", row("1", row={"schema": {"type": "nothing"}}), "not a JSON schema", "nothing"),
     ("json", row("1", row={"schema": "{"}), "not a JSON schema", "line 1"),
     ("json", row("1", row={"schema": "3"}), "not a JSON schema", "not an object"),
@@ -160,10 +160,10 @@ BAD_ROWS = [
     ("json", row('{"a": 1}', row={"schema": {"$ref": "#/x", "x": {"patternProperties": {"(": {}}}}}), "not a JSON schema", "missing )"),
     ("json", row('"a"', row={"schema": {"$ref": "#/x", "x": {"pattern": "a{99999999999}"}}}), "not a JSON schema", "repetition number"),
     ("json", row('"a"', row={"schema": {"pattern": "a{99999999999}"}}), "not a JSON schema", "repetition number"),
-    ("contains", row(" \n"), "the reference is blank", "every answer"),
-    ("regex", row(""), "the reference is blank", "every answer"),
+    ("contains", row(" \n"), "the reference answer is blank", "every answer"),
+    ("regex", row(""), "the reference answer is blank", "every answer"),
     ("tool-call", row("dry", has_tools=False), "the row has no tools", "--score tool-call"),
-    ("tool-call", row("dry", calls=1), "cannot be parsed", "it has 1"),
+    ("tool-call", row("dry", calls=1), "cannot be parsed", "the row has 1"),
 ]  # fmt: skip
 
 

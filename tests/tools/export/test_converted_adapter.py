@@ -140,7 +140,7 @@ def test_the_reason_of_the_script_is_shown(converter: Converter) -> None:
         ("model.layers.0.mlp.experts.1.up_proj", {}, "experts"),
         ("model.embed_tokens", {}, "embedding"),
         ("model.per_layer_model_projection", {}, "per_layer_model_projection"),
-        (QUERY, {"added_tokens": 2}, "2 tokens"),
+        (QUERY, {"added_tokens": 2}, "2 added tokens"),
     ],
 )
 def test_what_llama_cpp_does_not_apply_is_refused(

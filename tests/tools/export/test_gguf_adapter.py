@@ -76,7 +76,7 @@ def test_alpha_is_that_of_llama_cpps_division_by_rank(rslora, alpha, tmp_path: P
         ("llama", {"bias": "all", "target_modules": ["q_proj"]}, None),
         ("llama-3", {"bias": "lora_only", "target_modules": ["q_proj"]}, "bias, which is not"),
         ("llama", {"use_dora": True, "target_modules": ["q_proj"]}, "lora_magnitude_vector"),
-        ("llama-tied", {"target_modules": ["lm_head"]}, "a head that is the embedding"),
+        ("llama-tied", {"target_modules": ["lm_head"]}, "tied to the embedding"),
         ("llama", {"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
     ],
 )
@@ -101,5 +101,5 @@ def test_an_untied_head_can_be_adapted() -> None:
 
 
 def test_added_tokens_are_refused() -> None:
-    with refuses(ModelError, names=["2 tokens"]):
+    with refuses(ModelError, names=["2 added"]):
         plan_of_adapter(*adapter_of("llama"), added_tokens=2)

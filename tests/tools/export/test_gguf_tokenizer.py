@@ -255,7 +255,7 @@ def test_a_byte_without_a_token_is_refused() -> None:
 
 
 def test_metaspace_is_noted() -> None:
-    for scheme, text in (("always", "begins with one"), ("first", "after any special token")):
+    for scheme, text in (("always", "starts with a space"), ("first", "after every special token")):
         tokenizer = sentencepiece()
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(

@@ -421,8 +421,8 @@ def _cut_weights(run: Path) -> tuple[Path, Path]:
     [
         (_not_empty, "--force"),
         (_a_file, "is a file"),
-        (_onto_the_adapter, "contains the adapter or its base"),
-        (_over_the_run, "contains the adapter or its base"),
+        (_onto_the_adapter, "contains the adapter or its base model"),
+        (_over_the_run, "contains the adapter or its base model"),
         (_plain_model, "no adapter to merge"),
         (_lost_base, "/nowhere/model"),
         (_other_rank, "rank"),

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from conftest import CHATML, write_tiny_llama
 from export.tiny_gguf import byte_level, structure_of
 from runs import make_run, peft_model
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.tools.export.cli import check_options
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.output import move_into_place, part_folder
@@ -89,7 +91,9 @@ def test_a_recipe_is_not_taken_for_its_run(name: str, run: Path) -> None:
     """It stands for the base."""
     text = (run / "config.yaml").read_text()
     Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
-    refused(EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], "use the run: ")
+    refused(
+        EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], "give the run directory instead: "
+    )
 
 
 @pytest.mark.slow
@@ -111,8 +115,8 @@ def test_folders_that_are_not_to_be_replaced(
     refused(export, run, ".", "the current folder")
     refused(export, run, "..", "the current folder")
     refused(export, run, "", "--output is empty")
-    refused(export, run, run / "final", "contains the adapter or its base")
-    refused(export, run, run.parent, "contains the adapter or its base")
+    refused(export, run, run / "final", "contains the adapter or its base model")
+    refused(export, run, run.parent, "contains the adapter or its base model")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.txt").write_text("mine")
     refused(export, run, tmp_path / "mine", "mine.txt" if name in ("ollama", "merge") else "mine")
@@ -163,7 +167,7 @@ def test_force_replaces_no_file_but_an_export(run: Path) -> None:
     forced(run, "model.gguf")
     assert Path("model.gguf").stat().st_ino != before
     # A model may be a GGUF file itself.
-    refused(forced, Path("model.gguf"), "model.gguf", "contains the adapter or its base")
+    refused(forced, Path("model.gguf"), "model.gguf", "contains the adapter or its base model")
 
 
 @pytest.fixture
@@ -224,3 +228,22 @@ def test_an_error_removes_the_folders_that_were_made_for_it(tmp_path: Path) -> N
     with pytest.raises(KeyError), part_folder(tmp_path / "a" / "b" / "out"):
         raise KeyError
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", ["--quant bf16", "--adapter", "--threads 2", "--force"])
+def test_an_option_names_the_formats_that_take_it(value: str) -> None:
+    """The error of a format names all formats without an error, and no other."""
+    option = value.split(maxsplit=1)[0]
+    dest, setting = option.strip("-"), value.rsplit(maxsplit=1)[-1]
+    refused, taken = {}, []
+    for name in ("transformers", "gguf", "ollama", "vllm"):
+        args = Namespace(to=name, quant=None, adapter=False, typed={dest: option})
+        setattr(args, dest, setting)
+        try:
+            check_options(args)
+            taken.append(name)
+        except UsageError as error:
+            refused[name] = error
+    assert set(refused) >= {"transformers"}
+    for error in refused.values():
+        assert re.findall("gguf|ollama|vllm|transformers", error.what) == taken

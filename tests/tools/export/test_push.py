@@ -79,7 +79,7 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(412, ("changed by someone else", MINE)), (429, ("few minutes",))]
+    ("status", "words"), [(412, ("someone else changed", MINE)), (429, ("few minutes",))]
 )
 def test_what_the_hub_refuses_is_told(status: int, words: tuple[str, ...]) -> None:
     response = SimpleNamespace(status_code=status, headers={}, request=None)
@@ -218,7 +218,7 @@ def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path
         assert push(tmp_path, "--to", "ada/all", hub=hub)[0] == 0
         card = hub.stored["ada/all"]["main"]["README.md"]
         kinds = [row.split("|")[2].strip() for row in card_rows(card)]
-        assert kinds == ["GGUF, f16", "GGUF, the LoRA alone in f16", "GGUF, q4_k_m"]
+        assert kinds == ["GGUF, f16", "GGUF, LoRA only, f16", "GGUF, q4_k_m"]
         assert card.count(b"not measured") == 3
         code, out, _ = push(tmp_path / "orders-lora.gguf", hub=hub)
         assert (code, out) == (0, f"{hub.url}/ada/orders-lora\n")
@@ -259,7 +259,7 @@ def test_folders_for_vllm_and_transformers(exported: Path, tmp_path: Path) -> No
         rows = card_rows(hub.stored["ada/lora"]["main"]["README.md"])
         size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 1e6
         name = "adapter_model.safetensors"
-        assert rows == [f"| `{name}` | PEFT, the LoRA alone | {size:,.1f} | not measured |  |"]
+        assert rows == [f"| `{name}` | PEFT, LoRA only | {size:,.1f} | not measured |  |"]
 
 
 def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None:
@@ -278,8 +278,8 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
         (("whoami", 401), "the Hub rejected the token"),
         (("repos/create", 403), "the token may not write to"),
         (("preupload", 403), "the token may not write to"),
-        (("commit", 409), "was changed by someone else in the meantime"),
-        (("commit", 418), "the Hub answers 418"),
+        (("commit", 409), "during the push"),
+        (("commit", 418), "the Hub answered with status 418"),
         (("commit", 400), "fix the reported problem"),
     ],
 )

@@ -18,7 +18,7 @@ from transformers import (
 from picture_runs import write_vision_model
 from runs import make_run, peft_model
 from tunesmith.inference.load_run import load_run, locate_run, read_run_files
-from tunesmith.model.twin import build_twin
+from tunesmith.model.tiny_model import build_tiny_model
 from tunesmith.tools.export import tuned_weights
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model
@@ -68,7 +68,7 @@ def test_every_kind_of_module_reads_its_weights(
 ) -> None:
     from transformers import CONFIG_MAPPING
 
-    build_twin(CONFIG_MAPPING[model_type]()).save_pretrained(tmp_path)
+    build_tiny_model(CONFIG_MAPPING[model_type]()).save_pretrained(tmp_path)
     words = models.WordLevel({f"t{i}": i for i in range(60)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(words), eos_token="t1", pad_token="t2"

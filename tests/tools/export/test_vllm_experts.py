@@ -16,7 +16,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import TunesmithError
 from tunesmith.model import load
-from tunesmith.model.twin import build_twin
+from tunesmith.model.tiny_model import build_tiny_model
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 ADAPTER = Adapter(rank=3, alpha=6, target=("experts",))
@@ -24,7 +24,7 @@ ADAPTER = Adapter(rank=3, alpha=6, target=("experts",))
 
 def make_base(model_type: str, folder: Path) -> Path:
     base = folder / "base"
-    build_twin(AutoConfig.for_model(model_type)).save_pretrained(base)
+    build_tiny_model(AutoConfig.for_model(model_type)).save_pretrained(base)
     words = models.WordLevel({f"t{i}": i for i in range(60)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(words), eos_token="t1", pad_token="t2"
@@ -63,7 +63,7 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower(tiny: Path, tmp_path: P
     base = vision_models.build("qwen3_5_moe", tmp_path / "base", tiny)
     spec = Model(name=str(base), dtype="fp32")
     config, whole = load.load_configs(base, spec)
-    model = load.build_on_meta(config, spec, whole=whole)
+    model = load.build_on_meta(config, spec, full_config=whole)
     load.materialize(model, torch.device("cpu"))
     lora.attach_lora(model, ADAPTER, seed=0)
     (tmp_path / "adapter").mkdir()
@@ -78,9 +78,17 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower(tiny: Path, tmp_path: P
 
 
 REFUSED: dict[str, tuple[str, Adapter, str]] = {
-    "read one by one": ("mixtral", ADAPTER, "does not read in PEFT's form for a mixtral"),
-    "without the vision tower": ("qwen3_5_moe_text", ADAPTER, "for a qwen3_5_moe_text"),
-    "experts of a Llama 4": ("llama4_text", ADAPTER, "for a llama4_text"),
+    "read one by one": (
+        "mixtral",
+        ADAPTER,
+        "cannot read PEFT's format of experts for the model type mixtral",
+    ),
+    "without the vision tower": (
+        "qwen3_5_moe_text",
+        ADAPTER,
+        "for the model type qwen3_5_moe_text",
+    ),
+    "experts of a Llama 4": ("llama4_text", ADAPTER, "for the model type llama4_text"),
     "q of a Llama 4": ("llama4_text", Adapter(target=("q_proj",)), "q_proj or k_proj of a Llama 4"),
     "experts in full": (
         "qwen3_moe",

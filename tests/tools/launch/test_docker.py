@@ -230,7 +230,7 @@ def test_no_secret_is_among_the_words(
             "Docker finds no GPU",
             "nvidia-ctk runtime",
         ),
-        ("Error: no such image", "no image tunesmith", "docker build -f docker/Dockerfile"),
+        ("Error: no such image", "no Docker image tunesmith", "docker build -f docker/Dockerfile"),
     ],
 )
 def test_what_docker_lacks_is_named_with_its_fix(

@@ -394,8 +394,8 @@ def test_a_slurm_step_says_where_a_node_stands(
 def test_an_address_of_the_first_node_says_where_a_node_stands(
     env: dict[str, str], place: tuple[object, ...] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = deploy.NodeLook("a", (0, 0), False, [])
-    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    look = deploy.NodeFacts("a", (0, 0), False, [])
+    monkeypatch.setattr(deploy, "read_facts", lambda host: look)
     monkeypatch.setattr(os, "environ", dict(env))
     if isinstance(place, tuple):
         assert run_multi.find_place() == place
@@ -405,8 +405,8 @@ def test_an_address_of_the_first_node_says_where_a_node_stands(
 
 
 def test_both_functions_of_the_cable_are_used_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = deploy.NodeLook("a", (0, 0), True, ["roceP2p1s0f1", "rocep1s0f1"])
-    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    look = deploy.NodeFacts("a", (0, 0), True, ["roceP2p1s0f1", "rocep1s0f1"])
+    monkeypatch.setattr(deploy, "read_facts", lambda host: look)
     environment = {"MASTER_ADDR": "127.0.0.1"}
     monkeypatch.setattr(os, "environ", environment)
     assert run_multi.find_place().nodes == 2

@@ -209,7 +209,7 @@ def test_a_container_gets_what_the_run_reads_and_writes(
     ("changes", "what"),
     [
         ({"gpus_per_node": None}, "number of GPUs per node is missing"), ({"gpus_per_node": "eight"}, "eight is not a number of GPUs"),
-        ({"time": "2h"}, "2h is not a time limit"), ({"partition": "a\nb"}, "a line break or control character"),
+        ({"time": "2h"}, "2h is not a time limit"), ({"partition": "a\nb"}, "a line break or another control character"),
         ({"sbatch": ("--x\n#SBATCH --uid=0",)}, "a line break"), ({"setup": ("a\nb",)}, "a line break"),
     ],
 )  # fmt: skip

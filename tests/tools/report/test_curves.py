@@ -14,7 +14,7 @@ from records import record
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import save_job
 from tunesmith.reader.curves import MAX_RANKS, POINTS, curves
-from tunesmith.reader.run_files import RunFiles, how_it_ended
+from tunesmith.reader.run_files import RunFiles, end_fields
 from tunesmith.tools.launch.slurm import SlurmJob
 from tunesmith.tools.report.run_watch import open_run
 from watching import add_steps, write_run
@@ -55,15 +55,15 @@ def test_time_left_is_estimated_from_the_last_steps(tmp_path: Path) -> None:
     run.refresh()  # the lock is gone
     assert run.state == "killed"
     assert run.seconds_left is None
-    assert "tunesmith train" in how_it_ended(run)["next"]
+    assert "tunesmith train" in end_fields(run)["next"]
     (tmp_path / "run/stopped.json").write_text(
         json.dumps({"signal": None, "reason": "memory", "figures": {"free_bytes": 5}})
     )
     run.refresh()
-    assert how_it_ended(run) == {"reason": "memory", "figures.free_bytes": 5}
+    assert end_fields(run) == {"reason": "memory", "figures.free_bytes": 5}
     (tmp_path / "run/stopped.json").write_text(json.dumps({"reason": "file", "step": 40}))
     run.refresh()
-    assert holds(how_it_ended(run)["reason"], "tunesmith stop")
+    assert holds(end_fields(run)["reason"], "tunesmith stop")
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
         add_steps(folder, 16, 20)
         page = ask(address)[1]
         assert b"step 20 of 100" in page
-        assert b"metrics.jsonl: it is not a regular file" in page
+        assert b"metrics.jsonl: the path is not a regular file" in page
 
 
 def test_one_bad_run_does_not_end_the_others(folder: Path) -> None:

@@ -215,8 +215,9 @@ def test_training_losses_are_compared_without_held_out_rows(tiny: Path, tmp_path
     file = write_recipe(tiny, tmp_path, data={"validation": None}, train={"duration": "3 steps"})
     with logged_lines() as said:
         outcome = sweep(file, ["adapter.rank=2,4"])
-    begun = [line for line in said if "2 candidates, trains to step 3" in line]
-    assert [line.split(" of ")[0] for line in begun] == ["01-rank-2: 1", "02-rank-4: 2"]
+    begun = [line for line in said if "of 2 up to step 3" in line]
+    numbers = [(line.split(":")[0], line.split(" of ")[0].split()[-1]) for line in begun]
+    assert numbers == [("01-rank-2", "1"), ("02-rank-4", "2")]
     assert outcome["compared_by"] == "loss"
     assert_equals_train(outcome, tmp_path)
 

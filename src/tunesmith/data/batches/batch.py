@@ -1,15 +1,16 @@
-"""The one shape in which tokens reach the model.
+"""The data class `Batch`, which holds the model's input, and its construction from examples.
 
-A `Batch` is a block of rows. Each row holds one document (unpacked) or several (packed), then
-padding. Attention takes documents, padding counted as documents of its own, so packed and unpacked
-rows go the same path.
+A `Batch` is a block of rows. Each row holds one document (unpacked) or several documents (packed),
+followed by padding. Tokens attend only to tokens of the same document, and padding is treated as a
+document, too. Therefore the same code handles packed and unpacked rows.
 
-Targets are shifted here, document by document. No later code shifts, so no label leaks over the
-edge of a document.
+Targets are shifted in this module, separately for each document. No other code shifts them, so the
+last token of a document never predicts the first token of the next document.
 
-A packed row may hold the prompt of a pair once: the rejected sequence is laid without the tokens
-that it shares with the chosen one. Whatever works token by token computes them once; attention
-alone sees whole documents, by `WholeDocuments`.
+A packed row can contain the common prompt of a preference pair once. In this case the rejected
+sequence has only the tokens that it does not share with the chosen sequence. Layers that process
+each token independently compute the shared tokens once. Only attention needs the complete
+documents. `WholeDocuments` contains the indices that build them.
 """
 
 from __future__ import annotations
@@ -24,38 +25,46 @@ from tunesmith.data.batches.positions import mrope_positions, picture_spans
 from tunesmith.data.text.example import Example, Pixels
 
 if TYPE_CHECKING:
-    # Processes that only tokenize do without torch; it is imported where tensors are created.
+    # Import torch only where tensors are created: processes that only tokenize do not need it.
     import torch
 
+# Target of positions without a loss. It is the default `ignore_index` of PyTorch's cross-entropy.
 IGNORE = -100
 
 
 class Sequences(NamedTuple):
-    """The answers of a micro batch in the order of its rows, for methods that compare whole ones.
+    """The sequences of a micro batch, for methods that compare entire answers, such as DPO.
+
+    The sequences are in the order of the rows. A preference pair has two sequences: chosen and
+    rejected.
 
     Attributes:
-        total: sequences of real examples; of pairs the chosen and the rejected one, in turn.
-        of_target: int64 [supervised], the sequence of each position that has a target.
-        lengths: int64 [total], supervised tokens of each.
-        labels: bool [total], whether the answer is a good one; of pairs that of the chosen.
-        reference: fp64 [total], see `Example.reference`; None where unknown.
+        total: number of sequences, without padding.
+        sequence_indices: int64 [supervised], the index of the sequence that each supervised
+            position belongs to.
+        lengths: int64 [total], the number of supervised tokens of each sequence.
+        labels: bool [total], whether the answer is good. True for chosen, False for rejected.
+        reference: fp64 [total], the log-probability of each sequence under the reference model, see
+            `Example.reference`. None if it was not computed.
     """
 
     total: int
-    of_target: torch.Tensor
+    sequence_indices: torch.Tensor
     lengths: torch.Tensor
     labels: torch.Tensor
     reference: torch.Tensor | None = None
 
 
 class WholeDocuments(NamedTuple):
-    """The indices that join whole documents from a block with some of their tokens once for two.
+    """Indices that gather the complete documents from a block that stores shared tokens only once.
 
     Attributes:
-        places: int64 [tokens of all documents], where in the flattened block each token is, of one
-            document after another.
-        firsts: int64 [rows * length], the first token that is at each place.
-        seconds: int64 [n], the tokens whose place is that of another one before them.
+        places: int64 [tokens of all documents], the position in the flattened block of each token
+            of the concatenated documents.
+        firsts: int64 [rows * length], for each position in the block, the index of the first token
+            of the concatenated documents that is stored at this position.
+        seconds: int64 [n], the indices of the tokens of the concatenated documents that are not in
+            `firsts`, because an earlier token is stored at the same position.
     """
 
     places: torch.Tensor
@@ -65,28 +74,28 @@ class WholeDocuments(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch, local to a rank.
+    """One micro batch of one rank.
 
     Attributes:
         input_ids: int64 [rows, length].
-        position_ids: int64 [rows, length]; each document counts from 0. With pictures of a model
-            whose positions have rows and columns, [3, rows, length].
-        targets: int64 [rows, length]; the next token, or IGNORE.
-        cu_seqlens: int32 [documents + 1]; edges of documents in the flattened block, from 0 to
-            rows * length; with `whole` those of the documents that it makes.
-        max_seqlen: longest document in tokens, or a bound of it that all batches of a run share.
-        tokens: of all sequences, without padding; those that a row holds once for two count twice.
-        supervised: positions whose target is not IGNORE.
-        examples: real examples (padding documents are none).
-        edges: `cu_seqlens` on the host, whichever device the tensors are on; empty where the host
-            does not know them, and has to read them from there.
-        sequences: None where each example is one sequence without a label.
-        chosen_tokens: supervised tokens of the chosen answers of pairs.
-        whole: None where the block holds each document whole.
-        pictures: name of an argument of the model's vision part -> its tensor, of all pictures in
-            the order of their placeholders; empty without any.
-        spans: of the flattened block, the first place of each picture's tokens and the one after
-            its last, on the host.
+        position_ids: int64 [rows, length]. The positions of each document start at 0. The shape is
+            [3, rows, length] if the batch has pictures and the model uses M-RoPE.
+        targets: int64 [rows, length]. The next token, or IGNORE.
+        cu_seqlens: int32 [documents + 1]. Boundaries of the documents in the flattened block, from
+            0 to rows * length. If `whole` is set, these are the boundaries of the complete
+            documents instead.
+        max_seqlen: length of the longest document in tokens, or an upper bound that is the same in
+            all batches of a run.
+        tokens: number of tokens of all sequences, without padding. Shared tokens count twice.
+        supervised: number of positions with a loss. Their target is not IGNORE.
+        examples: number of examples. Padding documents are not counted.
+        edges: the values of `cu_seqlens` in host memory. Empty if only the device has them.
+        sequences: the sequences of the batch. None if each example is one sequence without a label.
+        chosen_tokens: number of supervised tokens of the chosen answers of pairs.
+        whole: indices of the complete documents. None if no documents share tokens.
+        pictures: arguments of the model's vision tower, as name -> tensor of all pictures in the
+            order of their placeholders. Empty if there are no pictures.
+        spans: start and end of each picture's tokens in the flattened block, in host memory.
     """
 
     input_ids: torch.Tensor
@@ -107,8 +116,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`. Tensors in pinned memory are copied without blocking.
 
-        Pictures stay on the host, because they may take gigabytes: the model copies those of a
-        micro batch when it needs them.
+        Pictures remain in host memory, because they can have gigabytes. The model copies the
+        pictures of a micro batch to the device when it needs them.
         """
         texts = replace(self, pictures={})
         placed = texts.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
@@ -117,10 +126,10 @@ class Batch:
     def tensors(self) -> dict[str, torch.Tensor]:
         import torch
 
-        values = vars(self)
+        values = {**vars(self), **self.pictures}
         for group in (self.sequences, self.whole):
-            values = values | (group._asdict() if group else {})
-        values = values | self.pictures
+            if group is not None:
+                values |= group._asdict()
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -146,46 +155,65 @@ def collate(
     max_document: int | None = None,
     sequence_rows: int | None = None,
 ) -> Batch:
-    """Lay rows of examples into one Batch.
+    """Build a Batch from rows of examples.
 
     Args:
-        rows: each row is the list of examples that share it; their tokens together must fit
-            `length`.
-        length: tokens of every row, padding counted.
-        pad_id: the token that fills the end of a row; it is never attended to nor trained.
-        max_document: no document is longer; it becomes `max_seqlen`, and padding is cut into
-            documents of that length.
-        sequence_rows: give each sequence a row of its own, and make at least so many rows; None:
-            all of `rows[i]` shares a row.
+        rows: the examples of each row. Together they must have at most `length` tokens.
+        length: number of tokens of every row, including padding.
+        pad_id: id of the padding token at the end of a row. Tokens of examples do not attend to
+            padding, and padding is not supervised.
+        max_document: upper bound of the document length, which becomes `max_seqlen`. Padding is
+            split into documents of at most this length.
+        sequence_rows: if given, each sequence gets a separate row, and the batch has at least this
+            number of rows. If None, all examples of `rows[i]` share one row.
     """
     import torch
 
-    examples = [example for row in rows for example in row]
-    parts = [[part for example in row for part in example.parts()] for row in rows]
-    if sequence_rows is not None:
-        parts = [[part._replace(shared=0)] for row in parts for part in row]
-        parts += [[] for _ in range(sequence_rows - len(parts))]
-    pixels = [part.pictures.pixels() if part.pictures else None for row in parts for part in row]
-    has_grids = any(of is not None and len(of.grids) for of in pixels)
-    flat = _FlatRows(len(parts) * length, pad_id, axes=3 if has_grids else 1)
-    pixels_of_next = iter(pixels)
-    for r, row in enumerate(parts):
+    examples: list[Example] = []
+    parts: list[list[Example]] = []
+    pixels: list[Pixels] = []
+    for row in rows:
+        examples += row
+        row_parts: list[Example] = []
+        for example in row:
+            row_parts += example.parts()
+        pixels += [part.pictures.pixels() for part in row_parts if part.pictures]
+        if sequence_rows is None:
+            parts.append(row_parts)
+        else:
+            # Each sequence gets a separate row. It must store all its tokens there, including the
+            # tokens that it shares with another sequence.
+            parts += [[part._replace(shared=0)] for part in row_parts]
+    # Add empty rows, so that the shape of the batch is the same for every group of examples.
+    while sequence_rows is not None and len(parts) < sequence_rows:
+        parts.append([])
+    next_pixels = iter(pixels)
+    has_grids = any(len(item.grids) for item in pixels)
+    # M-RoPE positions have three axes (time, row, column), and other positions have one.
+    axes = 3 if has_grids else 1
+    flat = _FlatRows(len(parts) * length, pad_id, axes)
+    for r, sequences in enumerate(parts):
         row_start = r * length
+        row_end = row_start + length
         at = row_start
         previous = row_start
-        for part in row:
+        for part in sequences:
             end = at + len(part.ids) - part.shared
-            if end > row_start + length:
-                raise ValueError(f"row {r} has room for {length} tokens, and more are to go there")
-            flat.add_sequence(part, at, previous, next(pixels_of_next))
+            if end > row_end:
+                raise ValueError(
+                    f"the sequences of row {r} have more than {length} tokens in total"
+                )
+            flat.add_sequence(part, at, previous, next(next_pixels) if part.pictures else None)
             previous = at
             at = end
-        # No document may be longer than the length that attention has.
-        flat.add_padding(at, row_start + length, max_document or length)
+        # Split the padding into several documents, because no document can be longer than
+        # `max_seqlen`.
+        flat.add_padding(at, row_end, max_document or length)
     shape = (len(parts), length)
+    positions = flat.positions.reshape(axes, *shape)
     return Batch(
         input_ids=torch.from_numpy(flat.ids.reshape(shape)),
-        position_ids=torch.from_numpy(flat.positions.reshape((3, *shape) if has_grids else shape)),
+        position_ids=torch.from_numpy(positions if has_grids else positions[0]),
         targets=torch.from_numpy(flat.targets.reshape(shape)),
         cu_seqlens=torch.tensor(flat.edges, dtype=torch.int32),
         max_seqlen=max_document or int(np.diff(flat.edges).max()),
@@ -196,53 +224,66 @@ def collate(
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
-        pictures=join_pixels([of for of in pixels if of is not None]),
+        pictures=join_pixels(pixels),
         spans=_spans(flat, examples),
     )
 
 
 def _spans(flat: _FlatRows, examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    """Find the tokens of the examples' pictures; a row that holds tokens twice has none."""
-    handles = [example.pictures for example in examples if example.pictures is not None]
-    if not handles or flat.edges[-1] != len(flat.ids):
+    """Return start and end of each picture's tokens.
+
+    Return () if documents share tokens, because such rows never have pictures.
+    """
+    if flat.edges[-1] != len(flat.ids):
         return ()
-    return picture_spans(flat.ids, handles[0].token_id, flat.edges)
+    for example in examples:
+        if example.pictures is not None:
+            return picture_spans(flat.ids, example.pictures.token_id, flat.edges)
+    return ()
 
 
 def join_pixels(pixels: Sequence[Pixels]) -> dict[str, torch.Tensor]:
-    """The inputs of all pictures, one behind another.
+    """Concatenate the model inputs of all pictures.
 
-    Those that the processor pads to the largest of a call are padded with zeros to the largest of
-    all, as it would have done for all of them at once.
+    The processor pads the arrays of one call to the largest picture of this call. This function
+    pads all arrays with zeros to the largest picture of all calls, so that the result is the same
+    as that of a single call.
     """
     import torch
 
-    joined = {}
-    for name in pixels[0].inputs if pixels else ():
-        arrays = [of.inputs[name] for of in pixels]
-        largest = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
-        padded = []
-        for array in arrays:
-            widths = [
-                (0, int(to - size)) for size, to in zip(array.shape[1:], largest, strict=True)
-            ]
-            padded.append(np.pad(array, [(0, 0), *widths]) if any(map(sum, widths)) else array)
-        joined[name] = torch.from_numpy(np.concatenate(padded))
+    joined: dict[str, torch.Tensor] = {}
+    if not pixels:
+        return joined
+    for name in pixels[0].inputs:
+        arrays = [item.inputs[name] for item in pixels]
+        largest = np.max([array.shape[1:] for array in arrays], axis=0)
+        for i, array in enumerate(arrays):
+            missing = largest - array.shape[1:]
+            # Do not copy arrays that already have the largest size.
+            if missing.any():
+                widths = [(0, count) for count in (0, *missing.tolist())]
+                arrays[i] = np.pad(array, widths)
+        joined[name] = torch.from_numpy(np.concatenate(arrays))
     return joined
 
 
 class _FlatRows:
-    """The flattened rows of a batch, document by document.
+    """Builder of the flattened rows of a batch, to which documents and padding are added one by
+    one.
+
+    A place is a position in the flattened rows.
 
     Attributes:
         ids, targets: int64 [places].
-        positions: int64 [axes, places]; a text has the same on each of several.
-        edges: of the documents so far.
-        runs: of places that make them: the first, and the one after the last.
+        positions: int64 [axes, places]. Positions of text tokens are equal on all axes.
+        edges: boundaries of the documents that were added.
+        runs: ranges (start, end) of places. Concatenated, the ranges give all documents in order. A
+            document with shared tokens has two ranges.
     """
 
     def __init__(self, places: int, pad_id: int, axes: int) -> None:
-        # Everything is padding until a token is laid over it.
+        # Fill the rows with the padding token. `add_sequence` overwrites it with tokens of a
+        # sequence.
         self.ids = np.full(places, pad_id, dtype=np.int64)
         self.positions = np.zeros((axes, places), dtype=np.int64)
         self.targets = np.full(places, IGNORE, dtype=np.int64)
@@ -250,48 +291,62 @@ class _FlatRows:
         self.runs: list[tuple[int, int]] = []
 
     def add_sequence(self, part: Example, at: int, previous: int, pixels: Pixels | None) -> None:
-        """Lay a sequence from place `at` on; the one before it in the row begins at `previous`.
+        """Add the tokens, positions and targets of one sequence.
 
-        pixels: of its pictures.
+        Args:
+            part: the sequence, as an example.
+            at: the first place of the sequence.
+            previous: the first place of the previous sequence in the row. The tokens that both
+                sequences share are stored there.
+            pixels: the pixels of the sequence's pictures, or None.
         """
         n = len(part.ids)
         span = slice(at, at + n - part.shared)
         self.ids[span] = part.ids[part.shared :]
-        # Each document counts its positions from 0, so that packed and alone are the same.
-        self.positions[:, span] = np.arange(part.shared, n)
+        # Count positions from the start of the document, not of the row. The first `shared` tokens
+        # are stored only once, in the previous sequence, so their positions are set already.
+        positions = np.arange(part.shared, n)
         if pixels is not None and len(pixels.grids):
             assert part.pictures is not None
-            self.positions[:, span] = mrope_positions(
-                part.ids, part.pictures.token_id, pixels.grids
-            )
-        # The target of a token is the next one; the last of a document has none, as what follows
-        # is another document.
-        targets = np.append(np.where(part.trained[1:], part.ids[1:], IGNORE), IGNORE)
+            token_id = part.pictures.token_id
+            positions = mrope_positions(part.ids, token_id, pixels.grids)
+        self.positions[:, span] = positions
+        # The target of a token is the next token. The last token of a document has no target,
+        # because another document follows.
+        next_ids = np.where(part.trained[1:], part.ids[1:], IGNORE)
+        targets = np.append(next_ids, IGNORE)
         self.targets[span] = targets[part.shared :]
+        # The document begins with the shared tokens, which are stored at the start of the previous
+        # sequence.
         if part.shared:
             self.runs.append((previous, previous + part.shared))
         self.runs.append((span.start, span.stop))
         self.edges.append(self.edges[-1] + n)
 
     def add_padding(self, at: int, end: int, longest: int) -> None:
-        """Padding from place `at` to `end`, cut into documents of at most `longest` tokens."""
+        """Add padding from position `at` to `end`, as documents of at most `longest` tokens."""
         padding = end - at
         if not padding:
             return
         self.positions[:, at:end] = np.arange(padding) % longest
         self.runs.append((at, end))
         start = self.edges[-1]
-        self.edges += range(start + longest, start + padding, longest)
-        self.edges.append(start + padding)
+        stop = start + padding
+        self.edges += range(start + longest, stop, longest)
+        self.edges.append(stop)
 
     def whole_documents(self) -> WholeDocuments | None:
-        """Index the whole documents; None where they are the block as it is."""
+        """Return the indices that gather the complete documents.
+
+        Return None if no documents share tokens.
+        """
         import torch
 
         if self.edges[-1] == len(self.ids):
             return None
-        places = np.concatenate([np.arange(first, stop) for first, stop in self.runs])
-        # Where numpy finds a value first.
+        runs = [np.arange(*run) for run in self.runs]
+        places = np.concatenate(runs)
+        # For each place, np.unique returns the index of the first token that is stored at it.
         _, firsts = np.unique(places, return_index=True)
         is_second = np.ones(len(places), dtype=bool)
         is_second[firsts] = False
@@ -300,23 +355,27 @@ class _FlatRows:
 
 
 def _sequences(examples: Sequence[Example]) -> Sequences | None:
-    """Join the sequences of a batch's examples; None where they are single and have no label."""
+    """Return the sequences of the examples, or None if each example is one sequence without a
+    label.
+    """
     import torch
 
-    has_any = any(example.sequences or example.label is not None for example in examples)
-    if not has_any:
+    if not any(example.sequences or example.label is not None for example in examples):
         return None
     lengths = []
     labels = []
     reference: list[float] = []
     for example in examples:
         for number, part in enumerate(example.parts()):
+            is_good = example.label
+            if is_good is None:
+                is_good = number == 0  # The first sequence of a pair is the chosen answer.
             lengths.append(part.supervised)
-            labels.append(number == 0 if example.label is None else example.label)
+            labels.append(is_good)
         reference += example.reference
     return Sequences(
         total=len(lengths),
-        of_target=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        sequence_indices=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.bool),
         reference=torch.tensor(reference, dtype=torch.float64) if reference else None,

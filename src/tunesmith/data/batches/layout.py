@@ -1,5 +1,5 @@
-"""Batches of examples that stand in no schedule, for forward passes alone: held-out rows, and what
-a method measures beside its losses.
+"""Batches for forward passes outside the training schedule, such as validation and the
+log-probabilities of the reference model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,13 @@ from tunesmith.units import ceil_div
 
 
 def take_examples(examples: Sequence[Example] | TokenSet, indices: Sequence[int]) -> list[Example]:
-    """The examples of some indices, the pixels of all of them being made from here on.
+    """Return the examples with the given indices, and start the preparation of their pixels.
 
-    Their rows are read in the order of the files: some kinds (Parquet) are read on from the row
-    that was read last, and from the start for one before it.
+    Rows with pictures are read in the order of the file, because a format such as Parquet has no
+    random access: to return to an earlier row, the reader must start again.
     """
     taken = {i: examples[i] for i in indices}
+    # `begin` reads the row, so call it in the order of the file.
     for i in sorted(taken):
         pictures = taken[i].pictures
         if pictures is not None:
@@ -30,14 +31,18 @@ def take_examples(examples: Sequence[Example] | TokenSet, indices: Sequence[int]
 
 @dataclass(frozen=True)
 class Layout:
-    """The way in which examples are laid into batches.
+    """The shape of batches, and the distribution of examples to batches.
 
     Attributes:
-        packed: the examples of a batch share one row; else each sequence has its own.
-        row_length: length of every row; None: as long as need be, in a multiple of `multiple`.
-        max_document: as of `collate`.
-        share: (data rank, data ranks): whose batches these are. Each rank gets as many, the last
-            ones without an example where there are too few.
+        pad_id: the token that fills the end of a row.
+        packed: whether all examples of a batch are in one row. If False, each sequence has a
+            separate row.
+        row_length: length of every row. If None, rows have the length of the longest row of the
+            batch.
+        multiple: if `row_length` is None, the length is rounded up to a multiple of this number.
+        max_document: upper bound of the document length, see `collate`.
+        share: (data rank, number of data ranks) of this process. All ranks get the same number of
+            batches, so the last batches can be empty.
     """
 
     pad_id: int
@@ -48,21 +53,29 @@ class Layout:
     share: tuple[int, int] = (0, 1)
 
     def batches(
-        self, examples: Sequence[Example] | TokenSet, room: int
+        self, examples: Sequence[Example] | TokenSet, max_tokens: int
     ) -> Iterator[tuple[list[int], Batch]]:
-        """This rank's batches, each with the indices of its examples.
+        """Yield the batches of this rank, each with the indices of its examples.
 
-        room: tokens of a batch, padding counted, or more where one example has more.
+        Args:
+            examples: the examples of all ranks.
+            max_tokens: maximum number of tokens of a batch, including padding. An example that is
+                longer forms a batch of its own.
         """
-        groups = self._groups(examples, self.row_length or room)
+        groups = self._groups(examples, self.row_length or max_tokens)
         rank, ranks = self.share
+        # Distribute the groups of examples to the ranks in turn. In the last round, some ranks can
+        # get an empty group.
         for first in range(0, len(groups), ranks):
             mine = first + rank
             group = groups[mine] if mine < len(groups) else []
             yield group, self.batch(take_examples(examples, group))
 
     def batch(self, examples: Sequence[Example], rows: int = 1) -> Batch:
-        """Some examples in one batch of at least so many rows; of none, padding."""
+        """Build one batch from the examples, with at least `rows` rows if it is not packed.
+
+        If `examples` is empty, the batch consists only of padding.
+        """
         if self.packed:
             length = sum(len(example.ids) - example.shared for example in examples)
         else:
@@ -76,14 +89,20 @@ class Layout:
             sequence_rows=None if self.packed else rows,
         )
 
-    def _groups(self, examples: Sequence[Example] | TokenSet, room: int) -> list[list[int]]:
-        """Group the examples that share a batch, by their indices."""
+    def _groups(self, examples: Sequence[Example] | TokenSet, max_tokens: int) -> list[list[int]]:
+        """Return, for each batch, the indices of its examples."""
         if not len(examples):
             return []
         if self.packed:
-            lengths = np.array([len(example.ids) - example.shared for example in examples])
-            return best_fit_decreasing(lengths, max(room, int(lengths.max())))
-        # All examples of a set have as many sequences.
+            lengths = [len(example.ids) - example.shared for example in examples]
+            return best_fit_decreasing(lengths, max(max_tokens, *lengths))
+        # All examples of a token set have the same number of sequences: 2 if they are pairs, else
+        # 1.
         sequences = examples[0].sequence_count
         widths = np.array([example.longest_sequence for example in examples])
-        return groups_of_like_length(widths, lambda i: room // (sequences * int(widths[i])))
+
+        def max_items(longest: int) -> int:
+            width = int(widths[longest])
+            return max_tokens // (sequences * width)
+
+        return groups_of_like_length(widths, max_items)

@@ -1,4 +1,4 @@
-"""Global batches -> this rank's micro batches, in a thread that works ahead of the training."""
+"""Loader that prepares the micro batches of this rank in a background thread."""
 
 import itertools
 import time
@@ -22,20 +22,23 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The batch of one optimizer step, over all ranks; `micro` is this data rank's share of it.
+    """The batch of one optimizer step.
 
     Attributes:
-        step: from 0.
-        epoch: epochs completed after it.
-        micro: equally many on every rank, without examples where these are too few.
+        step: number of the step, starting at 0.
+        epoch: number of epochs that are completed after the step, for example 0.25.
+        micro: micro batches of this data rank. All ranks have the same number of micro batches, so
+            some micro batches can have no examples.
         tokens, supervised, examples: sums over all ranks.
-        indices: the examples.
-        first_micro: number of `micro[0]` among the micro batches of all data ranks.
-        idle_share: of the data ranks' time: 1 - load balance (mean cost / largest, micro step by
-            micro step).
-        chosen_tokens: supervised tokens of the chosen answers of pairs, over all ranks.
-        mismatched: prompts with answers of other examples, this data rank's share of them.
-        data_seconds: how long the training waited for it, on its device.
+        indices: indices of the examples of all ranks.
+        first_micro: index of `micro[0]` in the list of the micro batches of all data ranks.
+        idle_share: estimated fraction of the time in which data ranks wait for each other. It is
+            computed as 1 - mean cost / maximum cost of the micro batches that run at the same time.
+        chosen_tokens: number of supervised tokens of the chosen answers of pairs, over all ranks.
+        mismatched: batches of this data rank in which each prompt is followed by the answer of
+            another example.
+        source: the token set of the examples.
+        data_seconds: time that training waited for this batch.
     """
 
     step: int
@@ -45,25 +48,26 @@ class GlobalBatch:
     supervised: int
     examples: int
     indices: list[int]
-    first_micro: int = 0
-    idle_share: float = 0.0
-    chosen_tokens: int = 0
-    mismatched: Sequence[Batch] = ()
+    first_micro: int
+    idle_share: float
+    chosen_tokens: int
+    mismatched: Sequence[Batch]
+    source: TokenSet = field(repr=False, compare=False)
     data_seconds: float = 0.0
-    source: TokenSet | None = field(default=None, repr=False, compare=False)
 
     def row_names(self) -> list[str]:
-        """The places of its rows, for a report on a loss that is not finite."""
-        if self.source is None:
-            return []
+        """Return file and line of each row in the batch.
+
+        These locations are reported if the loss is not finite.
+        """
         return [self.source.where(i) for i in self.indices]
 
 
 class BatchPrefetcher(Protocol):
-    """Copies micro batches to the device ahead of the step that needs them.
+    """Protocol of an object that copies micro batches to the device before a step needs them.
 
-    It (`runtime.transfer.DevicePrefetcher`) is called in the loader's thread; `claim` then in the
-    thread that takes the batch, before it is handed over.
+    The loader's thread calls the object. The training thread then calls `record_stream` before it
+    uses the batch. The implementation is `runtime.transfer.DevicePrefetcher`.
     """
 
     def __call__(self, batch: Batch) -> Batch: ...
@@ -72,28 +76,35 @@ class BatchPrefetcher(Protocol):
 
 @dataclass(eq=False)
 class Loader(AbstractContextManager["Loader"]):
-    """Iterates GlobalBatch from `start_step` up to `stop_step`, prepared ahead in one thread.
+    """Iterator over the global batches of a run, which a background thread prepares in advance.
 
-    Use it in a `with`, or call `close()`: the thread ends with it.
+    Use the loader in a `with` statement or call `close()`, which ends the thread.
 
     Args:
-        micro_batch: of one forward pass, in examples or in tokens with padding; one example always
-            fits.
-        stop_step: None: without end.
-        row_length: fixes the shape, for compiled graphs: [1, row_length] packed, else
-            [rows, row_length], with empty rows where there are no more examples. None pads little:
-            [1, n] packed, else [rows, longest]. Without packing each sequence of an example has a
-            row.
-        multiple: rows are padded up to a multiple of this many tokens.
-        max_document: what all batches state as their longest document; no example may be longer.
-        share: (data rank, data ranks): whose micro batches these are. The sequence of global
-            batches does not depend on it.
-        attention_weight: cost of one pair of a query and a key that it sees, relative to a token's
-            matmuls. Micro batches of one micro step cost about the same; an example counts as
-            one document.
-        mismatches: also lay out the prompts with answers of other examples (`mismatched`).
-        ahead: global batches that wait ready.
-        prefetcher: None leaves micro batches in host memory.
+        tokens: the tokenized examples.
+        schedule: the schedule, which defines the examples of each step.
+        pad_id: the token that fills the end of a row.
+        micro_batch: maximum size of a micro batch, in examples or in tokens including padding. A
+            micro batch has at least one example.
+        start_step: number of the first step.
+        stop_step: number of the step after the last step. If None, the iterator has no end.
+        row_length: fixed number of tokens per row, so that compiled graphs always get the same
+            shape: [1, row_length] if packed, else [rows, row_length] with empty rows if there are
+            not enough examples. If None, the shape depends on the examples and has little padding:
+            [1, n] if packed, else [rows, longest]. Without packing, each sequence of an example has
+            a separate row.
+        multiple: the length of rows is rounded up to a multiple of this number.
+        max_document: `max_seqlen` of all batches. No example can be longer.
+        share: (data rank, number of data ranks) of this process. The global batches do not depend
+            on it.
+        attention_weight: cost of attention for one pair of a query and a key, as a fraction of the
+            cost of a token's matmuls. It is used to give micro batches that run at the same time
+            about the same cost.
+        mismatches: whether to build also batches of prompts with the answers of other examples, see
+            `mismatched`.
+        ahead: maximum number of global batches that are prepared in advance.
+        prefetcher: object that copies micro batches to the device. If None, they remain in host
+            memory.
     """
 
     tokens: TokenSet
@@ -130,7 +141,7 @@ class Loader(AbstractContextManager["Loader"]):
             self.max_document,
             self.share,
         )
-        # One thread: batches come in the order of the steps.
+        # Use a single thread, so that the batches are prepared in the order of the steps.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data")
         self._has_begun = False
 
@@ -138,12 +149,12 @@ class Loader(AbstractContextManager["Loader"]):
         self.close()
 
     def close(self) -> None:
-        """End the thread. Batches that it prepared ahead are discarded."""
+        """End the thread, and discard the batches that it has prepared."""
         self._thread.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         if self._has_begun:
-            raise RuntimeError("a Loader is iterated once")
+            raise RuntimeError("a Loader can be iterated only once")
         self._has_begun = True
         steps: Iterator[int] = itertools.count(self.start_step)
         if self.stop_step is not None:
@@ -151,11 +162,13 @@ class Loader(AbstractContextManager["Loader"]):
         waiting = deque[Future[GlobalBatch]]()
         try:
             while True:
-                # Beside those that wait ready, one is handed over and one is being prepared.
+                # Two batches are added to `ahead`: the batch that is returned now, and the batch
+                # that the thread is preparing.
                 for step in itertools.islice(steps, self.ahead + 2 - len(waiting)):
                     waiting.append(self._thread.submit(self._prefetched, step))
                 if not waiting:
                     return
+                # Measure the time for which the caller waits for the batch.
                 began = time.perf_counter()
                 batch = waiting.popleft().result()
                 if self.prefetcher is not None:
@@ -166,69 +179,81 @@ class Loader(AbstractContextManager["Loader"]):
             self.close()
 
     def _prefetched(self, step: int) -> GlobalBatch:
-        """The global batch of one step, on the device; called in the thread."""
+        """Build the global batch of one step on the device. This runs in the background thread."""
         batch = self.batch(step)
         if self.prefetcher is None:
             return batch
-        # In the order in which a step needs them.
+        # Copy the mismatched batches first, because a step uses them before the other micro
+        # batches.
         mismatched = [self.prefetcher(micro) for micro in batch.mismatched]
         micro = [self.prefetcher(micro) for micro in batch.micro]
         return replace(batch, micro=micro, mismatched=mismatched)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of one step, built in this thread, in host memory."""
+        """Build the global batch of one step in host memory, in the calling thread."""
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
-        of_step = [self.tokens[i] for i in examples]
-        groups = [of_ranks[self.rank] for of_ranks in micro_steps]
-        # All at once: other processes make the pixels of several rows.
-        mine = iter(take_examples(self.tokens, [*itertools.chain.from_iterable(groups)]))
+        step_examples = [self.tokens[i] for i in examples]
+        groups = [rank_groups[self.rank] for rank_groups in micro_steps]
+        # Get all examples in one call, so that worker processes prepare their pixels in parallel.
+        indices = itertools.chain.from_iterable(groups)
+        mine = iter(take_examples(self.tokens, list(indices)))
+        micro = []
+        for group in groups:
+            rows, _ = self._micro_batches.shape(group)
+            micro.append(self.layout.batch([next(mine) for _ in group], rows))
         mismatched: list[Batch] = []
         if self.mismatches:
             mismatched = [batch for _, batch in self.mismatched(step)]
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
-            micro=[
-                self.layout.batch([next(mine) for _ in group], self._micro_batches.shape(group)[0])
-                for group in groups
-            ],
+            micro=micro,
             tokens=int(self.schedule.lengths[examples].sum()),
-            supervised=sum(example.supervised for example in of_step),
+            supervised=sum(example.supervised for example in step_examples),
             examples=len(examples),
             indices=examples,
-            # Seeds go by the place of a micro batch over all ranks.
+            # The random seed of a micro batch depends on its index among the micro batches of all
+            # ranks.
             first_micro=self.rank * len(micro_steps),
             idle_share=self._micro_batches.idle_share(micro_steps),
-            chosen_tokens=sum(example.chosen_tokens for example in of_step),
+            chosen_tokens=sum(example.chosen_tokens for example in step_examples),
             mismatched=mismatched,
             source=self.tokens,
         )
 
     def largest_first(self, step: int) -> Iterator[Batch]:
-        """Yield this rank's micro batches of a step, in host memory.
+        """Yield this rank's micro batches of a step in host memory, the largest micro batches
+        first.
 
-        Those with the most tokens come first; if they are equal, those with the most tokens of
-        pictures. The pictures of a micro batch are prepared when it is yielded.
+        They are sorted by the number of tokens, and then by the number of picture tokens. The
+        pictures of a micro batch are prepared when it is yielded.
         """
 
         def size(group: list[int]) -> tuple[int, int]:
             rows, length = self._micro_batches.shape(group)
-            is_picture = [self.tokens[i].ids == self.tokens.picture_id for i in group]
-            return rows * length, sum(int(np.sum(places)) for places in is_picture)
+            picture_tokens = 0
+            for i in group:
+                is_picture = self.tokens[i].ids == self.tokens.picture_id
+                picture_tokens += int(np.sum(is_picture))
+            return rows * length, picture_tokens
 
-        groups = [of_ranks[self.rank] for of_ranks in self._micro_batches.micro_steps(step)]
+        micro_steps = self._micro_batches.micro_steps(step)
+        groups = [rank_groups[self.rank] for rank_groups in micro_steps]
         for group in sorted(groups, key=size, reverse=True):
             rows, _ = self._micro_batches.shape(group)
             yield self.layout.batch(take_examples(self.tokens, group), rows)
 
     def mismatched(self, step: int) -> Iterator[tuple[list[int], Batch]]:
-        """The prompts of a step with answers of its other examples, this data rank's share of them.
+        """Yield this rank's batches in which each prompt of the step has another example's answer.
 
-        Each batch comes with the places of its examples in the step.
+        Each batch comes with the positions of its examples in the step.
         """
-        of_steps = self.tokens.mismatched_reference or ()
-        reference = of_steps[step] if step < len(of_steps) else None
-        most = self.schedule.row_length
+        references = self.tokens.mismatched_reference
+        reference = None
+        if references and step < len(references):
+            reference = references[step]
+        max_tokens = self.schedule.row_length
         examples = [self.tokens[i] for i in self.schedule.examples(step)]
-        return self.layout.batches(mismatched_examples(examples, most, reference), room=most)
+        mismatched = mismatched_examples(examples, max_tokens, reference)
+        return self.layout.batches(mismatched, max_tokens=max_tokens)

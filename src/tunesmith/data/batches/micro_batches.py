@@ -1,9 +1,10 @@
-"""The micro batches of a global batch: the examples of each, and which rank runs it when.
+"""Division of a global batch into micro batches, and their assignment to ranks.
 
-Lengths alone decide, so that each rank knows the groups of all. Sharded ranks meet at every micro
-batch: those that run at the same time, a micro step, cost much the same.
+The division depends only on the lengths of the examples, so each rank can compute the micro batches
+of all ranks. Ranks that share a model (FSDP) wait for each other in every micro batch. Therefore
+the micro batches that run at the same time, which are called a micro step, have similar costs.
 
-A group is a list of examples, by their indices in the schedule, that makes one micro batch.
+In this module, a group is the list of the example indices of one micro batch.
 """
 
 import math
@@ -16,7 +17,7 @@ from tunesmith.units import Size, ceil_div
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The micro batches of each optimizer step; its fields are explained in `Loader`."""
+    """Computation of the micro batches of each optimizer step. `Loader` describes the fields."""
 
     schedule: BatchSchedule
     micro_batch: Size
@@ -26,52 +27,68 @@ class MicroBatches:
     attention_weight: float
 
     def micro_steps(self, step: int) -> list[list[list[int]]]:
-        """The groups of a step, the costliest first: one for each data rank, in each micro step."""
+        """Return the micro steps of an optimizer step. Each has one micro batch per data rank.
+
+        A micro batch is a list of example indices. With several data ranks, the most expensive
+        micro batches come first.
+        """
         groups = self._groups_of_one_rank(step)
         count = ceil_div(len(groups), self.data_ranks) * self.data_ranks
         if self.data_ranks > 1:
             groups = self._balance(groups, self.schedule.examples(step), count)
             groups = sorted(groups, key=self.cost, reverse=True)
+            # Add empty groups, because every rank must run the same number of micro batches.
             while len(groups) < count:
                 groups.append([])
         micro_steps = []
         for first in range(0, count, self.data_ranks):
             micro_steps.append(groups[first : first + self.data_ranks])
-        # Costs fall along the list: turning every second micro step around keeps one rank from
-        # getting the costliest group each time.
+        # In each micro step, the groups are sorted from the most to the least expensive. Reverse
+        # every second micro step, so that the first rank does not always get the most expensive
+        # group.
         for micro_step in micro_steps[1::2]:
             micro_step.reverse()
         return micro_steps
 
     def idle_share(self, micro_steps: list[list[list[int]]]) -> float:
-        """Share of the data ranks' time that they wait for the costliest group of a micro step."""
-        costs = [[self.cost(group) for group in groups] for groups in micro_steps]
-        cost = sum(sum(costs_of_step) for costs_of_step in costs)
-        slowest = sum(max(costs_of_step) for costs_of_step in costs)
+        """Return the fraction of the data ranks' time in which they wait for the slowest rank."""
+        cost = 0.0
+        slowest = 0.0
+        for groups in micro_steps:
+            costs = [self.cost(group) for group in groups]
+            cost += sum(costs)
+            slowest += max(costs)
         return max(0.0, 1 - cost / (self.data_ranks * slowest))
 
     def cost(self, group: list[int]) -> float:
-        """Cost of a micro batch, padding and attention counted, in tokens; 0 without examples."""
+        """Return the cost of a micro batch: its tokens with padding, plus the cost of attention.
+
+        The unit is the cost of the matmuls of one token. The cost of an empty group is 0.
+        """
         if not group:
             return 0.0
         lengths = self.schedule.row_lengths[group]
         rows, length = self.shape(group)
-        # A query sees its own key and those before it.
+        # Number of (query, key) pairs: with causal attention, query i sees the keys 0 to i.
         pairs = float((lengths * (lengths + 1)).sum()) / 2
         return rows * length + self.attention_weight * pairs
 
     def shape(self, group: list[int]) -> tuple[int, int]:
-        """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
+        """Return the number of rows of a micro batch, and the length of each row including
+        padding.
+        """
         schedule = self.schedule
         packed = schedule.packed
-        # A packed micro batch is one row, however many examples are in it.
-        rows = 1 if packed else max(1, len(group) * schedule.sequences)
+        # A packed micro batch always has one row.
+        rows = 1
+        if not packed:
+            rows = max(1, len(group) * schedule.sequences)
         if self.row_length is None:
             if packed:
                 longest = int(schedule.row_lengths[group].sum())
             else:
                 longest = int(schedule.sequence_lengths[group].max(initial=0))
-            # Rounded up to the ranks of a tensor group, which cut the tokens among them.
+            # Round up, because the ranks of a tensor parallel group divide the tokens equally.
             return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
         if packed:
             return 1, self.row_length
@@ -82,88 +99,120 @@ class MicroBatches:
         return max(rows, fixed_rows), self.row_length
 
     def _groups_of_one_rank(self, step: int) -> list[list[int]]:
-        """The groups of a step, in order, as a single rank runs them."""
+        """Return the micro batches of a step in a run with only one data rank.
+
+        A micro batch is a list of example indices.
+        """
         examples = self.schedule.examples(step)
         if not self.schedule.packed:
             return self._group_by_length(examples)
         if self.micro_batch.unit == "examples":
             return self._group_in_order(examples)
         lengths = self.schedule.row_lengths
-        room = self.row_length or max(self.micro_batch.amount, int(lengths[examples].max()))
+        own_lengths = lengths[examples]
+        capacity = self.row_length or max(self.micro_batch.amount, int(own_lengths.max()))
         groups = []
-        for bin_ in best_fit_decreasing(lengths[examples], room):
+        for bin_ in best_fit_decreasing(own_lengths, capacity):
             groups.append([examples[i] for i in bin_])
         rows = self.schedule.rows(step)
         row_lengths = [int(lengths[row].sum()) for row in rows]
-        if max(row_lengths) > room:
+        if max(row_lengths) > capacity:
             return groups
-        # Full rows side by side can need fewer micro batches than best fit over the documents.
+        # Try also to put entire rows of the schedule into micro batches, because this can need
+        # fewer micro batches than packing single documents.
         groups_of_rows = []
-        for bin_ in best_fit_decreasing(row_lengths, room):
-            groups_of_rows.append([example for r in bin_ for example in rows[r]])
-        return groups_of_rows if len(groups_of_rows) < len(groups) else groups
+        for bin_ in best_fit_decreasing(row_lengths, capacity):
+            group: list[int] = []
+            for r in bin_:
+                group += rows[r]
+            groups_of_rows.append(group)
+        if len(groups_of_rows) < len(groups):
+            return groups_of_rows
+        return groups
 
     def _group_in_order(self, examples: list[int]) -> list[list[int]]:
-        """At most the micro batch's examples in each, and no more tokens than a fixed shape has."""
+        """Group consecutive examples into micro batches.
+
+        A group has at most `micro_batch` examples. If `row_length` is set, a group also has at most
+        `row_length` tokens.
+        """
         lengths = self.schedule.row_lengths
         groups: list[list[int]] = [[]]
         for example in examples:
             group = groups[-1]
             is_full = len(group) == self.micro_batch.amount
-            # A fixed shape may be full before it has its count of examples.
-            if self.row_length is not None and lengths[[*group, example]].sum() > self.row_length:
-                is_full = True
+            # If rows have a fixed length, a group can be full before it has `micro_batch` examples.
+            if self.row_length is not None:
+                tokens = lengths[[*group, example]].sum()
+                is_full = is_full or tokens > self.row_length
             if group and is_full:
                 groups.append([])
             groups[-1].append(example)
         return groups
 
     def _group_by_length(self, examples: list[int], max_cost: float = math.inf) -> list[list[int]]:
-        """Examples of similar length together, so that their rows pad little.
+        """Group examples of similar length, which reduces padding.
 
-        A group has the micro batch's examples, or as many as fit into its tokens, and costs
-        `max_cost` at most; but at least one example. The sum over the step does not depend on the
-        order.
+        The size of a group is at most `micro_batch` and its cost is at most `max_cost`. However,
+        each group has at least one example. The order of the examples can change. This does not
+        change the result of a step, which is a sum over all examples.
         """
         lengths = self.schedule.sequence_lengths[examples]
 
-        def most(i: int) -> int:
+        def max_items(i: int) -> int:
             count = self.micro_batch.amount
             if self.micro_batch.unit == "tokens":
-                # Each row of the group is as wide as its longest.
+                # Example i is the longest of its group, so it defines the length of all rows of the
+                # group.
                 width = self.row_length or int(lengths[i])
                 count = count // (width * self.schedule.sequences)
             return int(min(count, max_cost / self.cost([examples[i]])))
 
-        groups = groups_of_like_length(lengths, most)
+        groups = groups_of_like_length(lengths, max_items)
         return [[examples[i] for i in group] for group in groups]
 
     def _balance(self, groups: list[list[int]], examples: list[int], count: int) -> list[list[int]]:
-        """The examples of `groups`, at most `count`, in at most `count` groups of like cost."""
+        """Divide the examples of a step into at most `count` groups of similar cost.
+
+        Args:
+            groups: the groups that a run with one data rank would use. They are returned unchanged
+                if no balanced division is possible.
+            examples: the examples of the step.
+            count: maximum number of groups.
+        """
         if not self.schedule.packed:
             return self._balance_by_length(examples, count)
         lengths = self.schedule.row_lengths[examples]
         pairs = lengths * (lengths + 1) / 2
         costs = lengths + self.attention_weight * pairs
         if self.row_length is not None:
-            # Micro batches of one fixed shape differ in attention alone.
+            # Micro batches with a fixed shape have the same number of tokens, so only attention
+            # makes their costs different.
             costs = pairs
-        # None larger than the largest of one rank: that is what memory holds.
-        room = max(int(self.schedule.row_lengths[group].sum()) for group in groups)
-        by_examples = self.micro_batch.unit == "examples"
-        most = self.micro_batch.amount if by_examples else len(examples)
-        bins = balanced_bins(costs, lengths, count, room=room, most=most)
+        # To limit the memory, a group must not have more tokens than the largest group in `groups`.
+        capacity = max(int(self.schedule.row_lengths[group].sum()) for group in groups)
+        max_items = len(examples)
+        if self.micro_batch.unit == "examples":
+            max_items = self.micro_batch.amount
+        bins = balanced_bins(costs, lengths, count, capacity=capacity, max_items=max_items)
         if bins is None:
             return groups
         return [[examples[i] for i in bin_] for bin_ in bins]
 
     def _balance_by_length(self, examples: list[int], count: int) -> list[list[int]]:
-        """Groups of rows of similar length under the least cost that needs at most `count`."""
+        """Group examples of similar length, with the smallest `max_cost` that gives at most `count`
+        groups.
+
+        The smallest `max_cost` is found by bisection.
+        """
         low = 0
-        high = math.ceil(len(examples) * max(self.cost([example]) for example in examples))
+        largest = max(self.cost([example]) for example in examples)
+        # Upper limit of the bisection. With this `max_cost`, one group can contain all examples.
+        high = math.ceil(len(examples) * largest)
         while low < high:
             max_cost = (low + high) // 2
-            if len(self._group_by_length(examples, max_cost)) <= count:
+            groups = self._group_by_length(examples, max_cost)
+            if len(groups) <= count:
                 high = max_cost
             else:
                 low = max_cost + 1

@@ -1,12 +1,12 @@
-"""Bin packing: documents into rows of a fixed length, best fit first; bins of like cost for ranks.
+"""Bin packing: documents into rows of a fixed length, and examples into bins of similar cost.
 
-Longest first, each document goes into the fullest bin that still has room; never more than
-11/9 OPT + 1 bins (Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it
-for training rows.
+`best_fit_decreasing` starts with the longest document. Each document goes into the fullest bin that
+has enough space. If the optimal solution has n bins, the algorithm needs at most 11/9 n + 4 bins
+(Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it for training rows.
 
-Remaining room is a whole number up to the capacity, so bins are in stacks by room, and a
-sorted list of the rooms that occur answers "the least room >= n" by bisection: O(n log n) with
-memory moves of at most `capacity` entries.
+Bins with the same free space are in one list, and the sizes of free space that occur are in a
+sorted list. Bisection in the sorted list finds the smallest sufficient space. Therefore the
+algorithm needs O(n log n) time.
 """
 
 from bisect import bisect_left, insort
@@ -16,98 +16,109 @@ import numpy as np
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack items of `lengths` tokens, each from 1 to `capacity`, into bins of `capacity` tokens.
+    """Pack items into bins of `capacity` tokens.
+
+    Args:
+        lengths: number of tokens of each item, from 1 to `capacity`.
+        capacity: number of tokens of a bin.
 
     Returns:
-        Bins of indices into `lengths`; each index occurs once. Equal input gives equal output: of
-        equal lengths the earlier comes first.
+        The bins, as lists of indices into `lengths`. Each index occurs once. The result is
+        deterministic: items of equal length are packed in their order.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size == 0:
         return []
     if sizes.max() > capacity or sizes.min() < 1:
         raise ValueError(
-            f"lengths lie in {sizes.min()}..{sizes.max()}, a bin has room for 1..{capacity}"
+            f"each example must have 1 to {capacity} tokens, but the examples have "
+            f"{sizes.min()} to {sizes.max()}"
         )
-    # Stable: examples of one length keep their order, so the packing is the same at each start.
+    # A stable sort keeps the order of items of equal length, so the packing is deterministic.
     order = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
-    bins_by_room: dict[int, list[int]] = {}
-    # The keys of `bins_by_room`, sorted.
-    rooms: list[int] = []
+    bins_by_space: dict[int, list[int]] = {}
+    # Sorted keys of `bins_by_space`, which are the sizes of free space.
+    spaces: list[int] = []
     for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        # The bin with the least room in which the item fits.
-        at = bisect_left(rooms, size)
-        if at == len(rooms):
+        # Find the smallest free space that is large enough for the item.
+        at = bisect_left(spaces, size)
+        if at == len(spaces):
+            # No bin has enough space: add an empty bin.
             target = len(bins)
-            room = capacity
+            space = capacity
             bins.append([])
         else:
-            room = rooms[at]
-            target = bins_by_room[room].pop()
-            # No empty list may stay: `rooms` would offer a bin that is not there.
-            if not bins_by_room[room]:
-                del bins_by_room[room], rooms[at]
+            space = spaces[at]
+            target = bins_by_space[space].pop()
+            # If no bin with this free space is left, remove the size from `spaces`.
+            if not bins_by_space[space]:
+                del bins_by_space[space], spaces[at]
         bins[target].append(item)
-        room_left = room - size
-        if room_left:
-            if room_left not in bins_by_room:
-                bins_by_room[room_left] = []
-                insort(rooms, room_left)
-            bins_by_room[room_left].append(target)
+        space_left = space - size
+        # A full bin is not listed, because no item fits into it.
+        if space_left:
+            if space_left not in bins_by_space:
+                bins_by_space[space_left] = []
+                insort(spaces, space_left)
+            bins_by_space[space_left].append(target)
     return bins
 
 
-def groups_of_like_length(lengths: np.ndarray, most: Callable[[int], int]) -> list[list[int]]:
-    """Group items of similar length, so that rows as long as the longest of a group pad little.
+def groups_of_like_length(lengths: np.ndarray, max_items: Callable[[int], int]) -> list[list[int]]:
+    """Group items of similar length, so that padding to the longest item of a group is short.
 
     Args:
         lengths: int64 [n].
-        most: how many items a group has, by the index of its longest; it has one at least.
+        max_items: function that takes the index of a group's longest item, and returns the maximum
+            number of items of the group. A group always has at least one item.
 
     Returns:
-        Groups of indices into `lengths`, the longest first.
+        Groups of indices into `lengths`, the longest items first.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     groups = []
     first = 0
     while first < len(order):
-        stop = first + max(1, most(order[first]))
+        stop = first + max(1, max_items(order[first]))
         groups.append(order[first:stop])
         first = stop
     return groups
 
 
 def balanced_bins(
-    costs: np.ndarray, lengths: np.ndarray, bins: int, *, room: int, most: int
+    costs: np.ndarray, lengths: np.ndarray, bins: int, *, capacity: int, max_items: int
 ) -> list[list[int]] | None:
-    """Deal items to `bins` bins of like cost.
+    """Distribute items to bins so that all bins have similar costs.
 
-    The costliest item comes first, and each goes to the bin of least cost that can take it (longest
-    processing time first: Graham, SIAM J. Appl. Math. 17, 1969).
+    The items are processed from the most to the least expensive. Each item is added to the bin with
+    the lowest total cost that has space for the item (longest processing time first: Graham, SIAM
+    J. Appl. Math. 17, 1969).
 
     Args:
-        costs: float64 [n].
-        lengths: int64 [n]; a bin takes items of at most `room` in all.
-        most: how many items a bin takes.
+        costs: float64 [n], the cost of each item.
+        lengths: int64 [n], the number of tokens of each item.
+        bins: number of bins.
+        capacity: maximum number of tokens of a bin.
+        max_items: maximum number of items of a bin.
 
     Returns:
-        All bins, some perhaps empty, of indices into `costs`; None where no bin can take the next
-        item.
+        The bins, as lists of indices into `costs`. A bin can be empty. None if an item does not fit
+        into any bin.
     """
     items: list[list[int]] = [[] for _ in range(bins)]
     loads = np.zeros(bins)
-    room_left = np.full(bins, room)
-    places_left = np.full(bins, most)
-    # The most expensive first, each to the bin with the least cost that has room.
+    space_left = np.full(bins, capacity)
+    items_left = np.full(bins, max_items)
+    # Assign the most expensive item first.
     for item in np.argsort(-costs, kind="stable").tolist():
-        can_take = (room_left >= lengths[item]) & (places_left >= 1)
-        target = int(np.where(can_take, loads, np.inf).argmin())
-        # `argmin` of nothing but infinities: no bin can take the item.
-        if not can_take[target]:
+        can_take = (space_left >= lengths[item]) & (items_left >= 1)
+        if not can_take.any():
             return None
+        available_loads = np.where(can_take, loads, np.inf)
+        target = int(available_loads.argmin())
         items[target].append(item)
         loads[target] += costs[item]
-        room_left[target] -= lengths[item]
-        places_left[target] -= 1
+        space_left[target] -= lengths[item]
+        items_left[target] -= 1
     return items

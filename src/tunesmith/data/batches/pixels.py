@@ -1,7 +1,8 @@
-"""The pixels of rows' pictures, prepared by other processes while the model computes.
+"""Preparation of the pixels of pictures in worker processes, while the model computes.
 
-Decoding and scaling a picture takes up to a second of a core (Qwen3-VL at 3 megapixels), and the
-result up to 70 MB: nothing of it is kept on the disk, and few steps are prepared ahead.
+Decoding and scaling a picture takes up to one second on a core, and the result has up to 70 MB
+(Qwen3-VL with 3 megapixels). Therefore pixels are not stored on disk, and are prepared only for a
+few steps in advance.
 """
 
 import os
@@ -23,18 +24,21 @@ from tunesmith.host.cores import available_cores
 if TYPE_CHECKING:
     from tunesmith.data.text.placeholders import PictureProcessor
 
-# One process for so many cores: the others compute, on a GPU machine for the other ranks.
-CORES_EACH = 4
+# Number of CPU cores per worker process. The worker uses only one of them. The others remain free
+# for training and for other ranks.
+CORES_PER_WORKER = 4
 MAX_PIXEL_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class PixelTask:
-    """The pictures of one row.
+    """The pictures of one row, as a task for a worker process.
 
     Attributes:
-        digests: what their bytes hashed to when they became tokens; empty where that is not known.
-        where: the row's place.
+        pictures: the pictures, not yet decoded.
+        digests: the digests of the pictures at the time of tokenization, to detect changed files.
+            Empty if they are not known.
+        where: file and line of the row.
     """
 
     pictures: tuple[Picture, ...]
@@ -44,53 +48,57 @@ class PixelTask:
 
 @dataclass(frozen=True)
 class PixelMaker:
-    """Makes pixels of a row's pictures; sent to each process once."""
+    """Function object that computes the pixels of a row's pictures. Each worker gets one copy."""
 
     processor: "PictureProcessor"
 
     def __call__(self, task: PixelTask) -> Pixels:
-        """Read, check, open and process the pictures of one row, in one call of the processor."""
+        """Read, check and decode the pictures of one row, and process them in one processor
+        call.
+        """
         images = []
         for n, picture in enumerate(task.pictures):
             data = read_picture(picture, task.where)
             place = picture_place(picture, task.where)
             if task.digests and picture_digest(data) != task.digests[n]:
                 raise DataError(
-                    "the picture has changed since its row became tokens",
+                    "the picture has changed since its row was tokenized",
                     where=place,
-                    why="its file was changed since the rows were read",
-                    fix="put the old file back; or resume with checkpoint.resume=force, which"
-                    " continues with the new one",
+                    why="the picture file was changed after the rows were read",
+                    fix="restore the old file, or resume with checkpoint.resume=force, which"
+                    " continues with the new file",
                 )
             images.append(open_picture(data, place, self.processor.max_pixels))
         return self.processor.pixels(images)
 
 
 def default_workers() -> int:
-    """Return how many processes prepare pictures for this rank, by its cores.
+    """Return the number of worker processes of this rank, from its number of CPU cores.
 
-    With a GPU there is at least one: the thread that prepares pictures would hold Python's lock
-    while the thread that launches kernels needs it.
+    With a GPU, the result is at least 1. Without a worker process, the loader's thread would hold
+    Python's global interpreter lock while the main thread needs it to launch kernels.
     """
     import torch
 
     cores = available_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Under srun each rank is bound to cores of its own; under torchrun all ranks share the cores.
+    # If the ranks together see more cores than the machine has, they share the cores. This is the
+    # case with torchrun. srun binds each rank to separate cores.
     if cores * ranks > (os.cpu_count() or 1):
         cores //= ranks
     min_workers = 1 if torch.cuda.is_available() else 0
-    return min(max(cores // CORES_EACH, min_workers), MAX_PIXEL_WORKERS)
+    return min(max(cores // CORES_PER_WORKER, min_workers), MAX_PIXEL_WORKERS)
 
 
 class PixelReader:
-    """Hands out the pictures of the rows of token sets.
+    """Reader of the pictures of examples. A pool of worker processes prepares the pixels.
 
-    Its processes end with it.
+    The processes end when the reader is deleted.
 
     Args:
-        workers: processes; None: `default_workers`. With none of them a row's pictures are made in
-            the thread that asks for them.
+        processor: the processor of the model, which converts pictures to pixels.
+        workers: number of processes. If None, `default_workers()`. If 0, the calling thread
+            prepares the pictures.
     """
 
     def __init__(self, processor: "PictureProcessor", *, workers: int | None = None) -> None:
@@ -101,47 +109,50 @@ class PixelReader:
         self._pool: WorkerPool[PixelTask, Pixels] | None = None
 
     def of(self, part: SourceTokens, at: int, digests: Sequence[int]) -> "PicturesOfRow":
-        """The pictures of an example of a source; its row is read when they are asked for."""
+        """Return the pictures of example `at` of a source.
+
+        The row is read later, when the pictures are needed.
+        """
         return PicturesOfRow(self, part, at, tuple(digests))
 
     def submit(self, task: PixelTask) -> Callable[[], Pixels]:
-        """Have the pixels of a row made; what is returned waits for them."""
+        """Start the preparation of a row's pixels. Return a function that waits for the result."""
         if not self.workers:
             return partial(self._make, task)
-        # Asked for by the thread of the training rows, and by that of the held-out ones.
+        # Use a lock to create the pool, because two threads call this method: one for training rows
+        # and one for validation rows.
         with self._starting:
             if self._pool is None:
-                what = "a process that prepares pictures"
-                self._pool = WorkerPool(self._make, self.workers, what)
+                self._pool = WorkerPool(
+                    self._make, self.workers, "a process that prepares pictures"
+                )
                 weakref.finalize(self, self._pool.close)
         return self._pool.submit(task, task.where).result
 
 
+@dataclass(eq=False, repr=False)
 class PicturesOfRow:
-    """The pictures of one row, as an `Example` has them."""
+    """The pictures of one row. This is the value of `Example.pictures`."""
 
-    def __init__(
-        self, reader: PixelReader, part: SourceTokens, at: int, digests: tuple[int, ...]
-    ) -> None:
-        self._reader = reader
-        self._part = part
-        self._at = at
-        self._digests = digests
-        self._wait: Callable[[], Pixels] | None = None
+    _reader: PixelReader
+    _part: SourceTokens
+    _at: int
+    _digests: tuple[int, ...]
+    _wait: Callable[[], Pixels] | None = None
 
     @property
     def token_id(self) -> int:
         return self._reader.token_id
 
     def begin(self) -> None:
-        """Read the row, and have its pixels made, unless that was begun before."""
+        """Read the row and start the preparation of its pixels, if this is the first call."""
         if self._wait is None:
             pictures = self._part.row_pictures(self._at)
             task = PixelTask(pictures, self._digests, self._part.where(self._at))
             self._wait = self._reader.submit(task)
 
     def pixels(self) -> Pixels:
-        """Wait for the pixels; DataError where a picture is not the one that was tokenized."""
+        """Wait for the pixels. Raise DataError if a picture has changed since tokenization."""
         self.begin()
         assert self._wait is not None
         return self._wait()

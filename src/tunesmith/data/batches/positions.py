@@ -1,4 +1,4 @@
-"""Positions of tokens in models that give a picture's tokens rows and columns (M-RoPE)."""
+"""Computation of token positions for M-RoPE, in which each picture token has a row and a column."""
 
 from collections.abc import Sequence
 
@@ -8,38 +8,41 @@ import numpy as np
 def picture_spans(
     ids: np.ndarray, token_id: int, edges: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    """Find the runs of a picture's tokens: the first place of each, and the one after its last.
+    """Return the start and end index of each run of picture tokens.
 
-    Pictures without a token between them are one run, as Transformers takes them for one; those of
-    two documents are not.
+    Adjacent pictures of one document form one run, as in Transformers. Pictures of different
+    documents are always separate runs.
 
     Args:
-        ids: of a flattened block.
-        token_id: as of `mrope_positions`.
-        edges: of its documents, from 0 to its length.
+        ids: token ids of a flattened block of documents.
+        token_id: the placeholder token of pictures, see `mrope_positions`.
+        edges: boundaries of the documents, from 0 to the length of the block.
     """
     is_picture = ids == token_id
     begins = is_picture.copy()
     begins[1:] &= ~is_picture[:-1]
+    # The first token of each document starts a new run, if it is a picture token.
     starts = np.array([edge for edge in edges if edge < len(ids)], dtype=np.int64)
     begins[starts] = is_picture[starts]
     ends = is_picture.copy()
     ends[:-1] &= ~is_picture[1:] | begins[1:]
+    first_tokens = np.flatnonzero(begins).tolist()
     stops = np.flatnonzero(ends) + 1
-    return tuple(zip(np.flatnonzero(begins).tolist(), stops.tolist(), strict=True))
+    return tuple(zip(first_tokens, stops.tolist(), strict=True))
 
 
 def mrope_positions(ids: np.ndarray, token_id: int, grids: np.ndarray) -> np.ndarray:
-    """Positions of one document, int64 [3, n]: time, row and column.
+    """Return the positions of one document, int64 [3, n]: time, row and column.
 
-    A text counts on, the same on all axes. A picture stands at one time, its tokens at their rows
-    and columns, from where the text before it ended; the text behind it goes on after the largest.
-    "Qwen2-VL", https://arxiv.org/abs/2409.12191, section 2.1.
+    Text tokens have the same position on all axes, and count up. All tokens of a picture have the
+    same time, which is the next position after the text. The row and the column of a token in the
+    picture are added to this position. The text after a picture starts at the picture's largest
+    position + 1 ("Qwen2-VL", https://arxiv.org/abs/2409.12191, section 2.1).
 
     Args:
-        ids: [n].
-        token_id: the token that stands in place of a picture's features.
-        grids: [pictures, 2], rows and columns of those tokens.
+        ids: [n], the token ids.
+        token_id: the placeholder token, which is replaced by the features of a picture.
+        grids: [pictures, 2], the number of rows and columns of each picture's tokens.
     """
     positions = np.empty((3, len(ids)), dtype=np.int64)
     places = np.flatnonzero(ids == token_id)
@@ -48,12 +51,17 @@ def mrope_positions(ids: np.ndarray, token_id: int, grids: np.ndarray) -> np.nda
     taken = 0
     for rows, columns in grids.tolist():
         start = int(places[taken])
-        positions[:, at:start] = next_position + np.arange(start - at)
-        next_position += start - at
-        taken += rows * columns
-        at = start + rows * columns
+        # Positions of the text before the picture.
+        text_length = start - at
+        positions[:, at:start] = next_position + np.arange(text_length)
+        next_position += text_length
+        tokens = rows * columns
+        taken += tokens
+        at = start + tokens
+        # Time (0 for all tokens), row and column of each token within the picture.
         cells = np.indices((1, rows, columns)).reshape(3, -1)
         positions[:, start:at] = next_position + cells
         next_position += max(rows, columns)
+    # Positions of the text after the last picture.
     positions[:, at:] = next_position + np.arange(len(ids) - at)
     return positions

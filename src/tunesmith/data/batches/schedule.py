@@ -1,8 +1,8 @@
-"""The batch schedule: the examples that each optimizer step trains on.
+"""The batch schedule, which defines the examples of each optimizer step.
 
-A pure function of (seed, epoch, recipe): step k is computed without the steps before it, so a
-run that resumes at k sees what an uninterrupted one sees. Packing, the micro batch and the number
-of ranks do not change which examples a step has.
+The schedule is a pure function of the seed, the epoch and the recipe. The examples of a step do not
+depend on earlier steps, so a resumed run gets the same examples as an uninterrupted run. Packing,
+the micro batch and the number of ranks do not change the examples of a step.
 """
 
 import hashlib
@@ -25,22 +25,28 @@ if TYPE_CHECKING:
 
 
 def describe_long_warmup(train: Train, steps: int | None) -> list[str]:
-    """A sentence, with its fix, where a warmup in steps is as long as the run of `steps`."""
+    """Return a warning if the warmup is at least as long as the run, else an empty list."""
     warmup = train.warmup
     if steps is None or warmup.unit != "steps" or warmup.amount < max(2, steps):
         return []
-    what = f"train.warmup is {warmup}, and the run has {count_of(steps, 'step')}"
-    return [f"{what}: the learning rate still rises at its end; fix: train.warmup='3 %'"]
+    what = f"train.warmup is {warmup}, but the run has only {count_of(steps, 'step')}"
+    return [
+        f"{what}, so the learning rate still rises when the run ends; fix: set train.warmup='3 %'"
+    ]
 
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """The figures of a run: those of its first epoch, and its steps in all.
+    """Sizes of the first epoch of a run, and the number of its steps.
 
     Attributes:
-        fill: non-padding share of the rows (packed: of rows * seq_len; others: padded to the
-            longest of their step).
-        steps: of the whole run; None where the duration is a time.
+        examples: number of examples.
+        tokens: number of tokens, without padding.
+        rows: number of rows.
+        fill: fraction of the tokens in the rows that are not padding. Packed rows have seq_len
+            tokens. Unpacked rows have the length of the longest row of their step.
+        steps_per_epoch: number of optimizer steps of the first epoch.
+        steps: number of steps of the entire run. None if the duration is a time.
     """
 
     examples: int
@@ -52,36 +58,41 @@ class ScheduleSummary:
 
 
 class StepSize(NamedTuple):
-    """Tokens that an optimizer step of the first epoch computes.
+    """Number of tokens that an optimizer step of the first epoch computes.
 
-    Packed rows count whole, examples with their own tokens; those that a pair's sequences share
-    count once.
+    With packing, padding is counted; without packing, it is not. Tokens that the two sequences of a
+    pair share are counted once.
+
+    Attributes:
+        mean: mean over the steps.
+        largest: maximum over the steps. With packing, this is the size of a step with full rows.
     """
 
     mean: float
     largest: int
 
 
-# What an epoch or a step consists of: packed rows of examples, or examples.
+# Units of an epoch or a step. A unit is a packed row (a list of examples) or a single example.
 _Units = Sequence[Sequence[int]] | np.ndarray
 
 
 class BatchSchedule:
-    """The sequence of global batches. Steps are counted from 0.
+    """Schedule that defines which examples each global batch contains. The first step is step 0.
 
     Args:
-        lengths: int64 [n], tokens of each example, at most a row's.
-        data: gives seq_len, pack and shuffle.
-        train: gives global_batch and seed.
-        repeats: float64 [n], how often an epoch sees each example: the whole part for sure, and of
-            the examples with the same fraction f, a share f that the seed draws anew each epoch.
-            None: once.
-        row_length: tokens of a packed row; None: `data.seq_len`.
-        sequences, sequence_lengths: of each example how many sequences it has, and int64 [n] the
-            tokens of its longest one: without packing each sequence has a row.
-        row_lengths: int64 [n], tokens of each example in a packed row, where a pair's sequences may
-            share some; None: `lengths`. They decide what a micro batch has, and not what a step
-            has.
+        lengths: int64 [n], the number of tokens of each example, at most the length of a row.
+        data: the section `data` of the recipe, with seq_len, pack and shuffle.
+        train: the section `train` of the recipe, with global_batch and seed.
+        repeats: float64 [n], how often each example is in an epoch. For example, all examples with
+            the value 2.3 are in each epoch twice, and 30 % of them are in it a third time. The seed
+            and the epoch determine which. If None, each example is in an epoch once.
+        row_length: number of tokens of a packed row. If None, `data.seq_len`.
+        sequences: number of sequences of each example.
+        sequence_lengths: int64 [n], the length of the longest sequence of each example. Without
+            packing, each sequence has a separate row. If None, `lengths`.
+        row_lengths: int64 [n], the number of tokens of each example in a packed row, in which the
+            sequences of a pair can share tokens. If None, `lengths`. These lengths affect the micro
+            batches, but not the examples of a step.
 
     Attributes:
         sequence_lengths, row_lengths: int64 [n].
@@ -100,30 +111,42 @@ class BatchSchedule:
         row_lengths: np.ndarray | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
-        self.row_lengths = self.lengths if row_lengths is None else row_lengths
-        self.sequences = sequences
-        self.sequence_lengths = self.lengths if sequence_lengths is None else sequence_lengths
-        self.packed = data.pack
-        self.row_length = row_length or data.seq_len
+        if row_lengths is None:
+            row_lengths = self.lengths
+        if sequence_lengths is None:
+            sequence_lengths = self.lengths
         if repeats is None:
             repeats = np.ones(len(self.lengths))
+        self.row_lengths = row_lengths
+        self.sequences = sequences
+        self.sequence_lengths = sequence_lengths
+        self.packed = data.pack
+        self.row_length = row_length or data.seq_len
         self._repeats = np.asarray(repeats, np.float64)
         self._shuffle = data.shuffle
         self._seed = train.seed
-        self._fractions = [f for f in np.unique(self._repeats % 1.0).tolist() if f > 0]
+        # Fractional parts of `repeats`. Each different fraction requires a random draw per epoch.
+        fractions = np.unique(self._repeats % 1.0)
+        self._fractions = fractions[fractions > 0].tolist()
         self._counts_tokens = train.global_batch.unit == "tokens"
-        # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs
-        # of different size.
+        # Whether all epochs have the same number of steps. They differ if the global batch is a
+        # number of tokens and `repeats` has fractions, because each epoch then draws examples of
+        # other lengths.
         self._epochs_are_alike = not self._counts_tokens or not self._fractions
-        tokens_per_unit = self.row_length if self._counts_tokens else 1
-        self._units_per_step = max(1, train.global_batch.amount // tokens_per_unit)
+        units_per_step = train.global_batch.amount
+        if self._counts_tokens:
+            units_per_step //= self.row_length
+        self._units_per_step = max(1, units_per_step)
         self._units = lru_cache(maxsize=2)(self._order_units)
 
     @classmethod
     def of(cls, run: Run, tokens: "TokenSet", repeats: np.ndarray | None = None) -> "BatchSchedule":
-        """Build it from a recipe and its rows; packed ones have room for the largest example.
+        """Build the batch schedule from a recipe and its tokenized rows.
 
-        repeats: None takes those of `tokens`.
+        Args:
+            run: the recipe.
+            tokens: the tokenized rows.
+            repeats: how often each example is in an epoch. If None, `tokens.repeats`.
         """
         return cls(
             tokens.lengths,
@@ -138,13 +161,13 @@ class BatchSchedule:
 
     @property
     def longest(self) -> int:
-        """Tokens that the largest example takes, with the padding of its rows."""
+        """Number of tokens of the largest example, including the padding of its rows."""
         if self.packed:
             return int(self.lengths.max())
         return self.sequences * int(self.sequence_lengths.max())
 
     def digest(self) -> str:
-        """sha256 (hex) of every setting and length that decides which examples a step has."""
+        """Return the SHA-256 (hex) of all settings and lengths that define the steps' examples."""
         settings = [
             self._seed,
             self._shuffle,
@@ -153,56 +176,67 @@ class BatchSchedule:
             self.packed,
             self.row_length,
         ]
-        content = json.dumps(settings).encode() + self.lengths.tobytes() + self._repeats.tobytes()
-        return hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        digest.update(self.lengths.tobytes())
+        digest.update(self._repeats.tobytes())
+        return digest.hexdigest()
 
     def _order_examples(self, epoch: int) -> np.ndarray:
-        """int64: the examples of an epoch in its order."""
+        """Return the examples of an epoch in their order, as int64 indices."""
         whole_repeats = self._repeats.astype(np.int64)
         examples = np.repeat(np.arange(len(self._repeats)), whole_repeats)
-        for number, fraction in enumerate(self._fractions):
+        # Start at random stream 2, because the streams 0 and 1 of an epoch shuffle its examples and
+        # its rows.
+        for stream, fraction in enumerate(self._fractions, start=2):
             group = np.flatnonzero(self._repeats % 1.0 == fraction)
-            # Streams 0 and 1 of an epoch order its examples and its rows.
-            order = shuffled(len(group), self._seed, epoch, 2 + number)
-            drawn = group[order[: round(fraction * len(group))]]
+            count = round(fraction * len(group))
+            order = shuffled(len(group), self._seed, epoch, stream)
+            drawn = group[order[:count]]
             examples = np.concatenate([examples, drawn])
         if not self._shuffle:
-            return np.sort(examples, kind="stable")
-        return examples[shuffled(len(examples), self._seed, epoch, 0)]
+            return np.sort(examples)
+        order = shuffled(len(examples), self._seed, epoch, 0)
+        return examples[order]
 
     def _order_units(self, epoch: int) -> _Units:
-        """All units of an epoch in its order; each step takes the next `_units_per_step`."""
+        """Return the units of an epoch in order: packed rows or single examples.
+
+        Each step takes the next `_units_per_step` units.
+        """
         order = self._order_examples(epoch)
+        # If the global batch is a number of examples, the units are single examples.
         if not self._counts_tokens:
             return order
-        # Of indices into `order`.
+        # Packed rows. Each row is a list of indices into `order`.
         rows = best_fit_decreasing(self.lengths[order], self.row_length)
         if self._shuffle:
             row_order = shuffled(len(rows), self._seed, epoch, 1).tolist()
             rows = [rows[r] for r in row_order]
         else:
+            # If the data is not shuffled, sort the rows by their first example.
             rows.sort(key=min)
         return [order[sorted(row)].tolist() for row in rows]
 
     def steps_per_epoch(self, epoch: int) -> int:
-        """Optimizer steps of one epoch; the last may be short."""
+        """Return the number of optimizer steps of an epoch. The last step can be smaller."""
         if self._epochs_are_alike:
             epoch = 0
         return ceil_div(len(self._units(epoch)), self._units_per_step)
 
     @property
     def ends_short(self) -> bool:
-        """Tell whether the last step of an epoch may have less than the global batch."""
+        """Return whether the last step of an epoch can be smaller than the global batch."""
         if not self._epochs_are_alike:
             return True
         return len(self._units(0)) % self._units_per_step > 0
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of an optimizer step."""
+        """Return the epoch of an optimizer step, and the number of the step within this epoch."""
         if self.steps_per_epoch(0) == 0:
             raise ValueError("there are no examples to train on")
         if self._epochs_are_alike:
             return divmod(step, self.steps_per_epoch(0))
+        # The epochs have different sizes, so subtract the steps of each epoch in turn.
         epoch = 0
         while step >= self.steps_per_epoch(epoch):
             step -= self.steps_per_epoch(epoch)
@@ -210,7 +244,7 @@ class BatchSchedule:
         return epoch, step
 
     def steps(self, duration: Length) -> int | None:
-        """Optimizer steps of a run, at least one; None where the duration is a time."""
+        """Return the number of optimizer steps for a duration, at least 1. None if it is a time."""
         if duration.unit == "steps":
             return int(duration.amount)
         if duration.unit != "epochs":
@@ -222,8 +256,8 @@ class BatchSchedule:
         else:
             steps = sum(self.steps_per_epoch(epoch) for epoch in range(whole_epochs))
         if fraction:
-            # Rounded up, so that a part of an epoch is never nothing; the small term removes what
-            # binary fractions add.
+            # Round up, so that a small fraction of an epoch is at least one step. Subtract 1e-6
+            # before rounding, so that a floating-point error does not add a step.
             steps += math.ceil(fraction * self.steps_per_epoch(whole_epochs) - 1e-6)
         return max(1, steps)
 
@@ -233,42 +267,50 @@ class BatchSchedule:
         return self._units(epoch)[first : first + self._units_per_step]
 
     def examples(self, step: int) -> list[int]:
-        """Indices of the examples that an optimizer step trains on."""
+        """Return the indices of the examples of an optimizer step."""
         units = self._step_units(step)
         if isinstance(units, np.ndarray):
             return units.tolist()
         return [example for row in units for example in row]
 
     def rows(self, step: int) -> list[list[int]]:
-        """Group the examples of a step that share rows of `seq_len` tokens.
+        """Return the indices of the examples in each row of a step.
 
-        Without packing none shares a row with another.
+        Without packing, a row has one example.
         """
-        units = self._step_units(step)
-        if self.packed and not isinstance(units, np.ndarray):
-            return [list(row) for row in units]
         examples = self.examples(step)
         if not self.packed:
             return [[example] for example in examples]
-        rows = best_fit_decreasing(self.lengths[examples], self.row_length)
-        return [[examples[i] for i in sorted(row)] for row in rows]
+        units = self._step_units(step)
+        if not isinstance(units, np.ndarray):
+            return [list(row) for row in units]
+        rows = []
+        for bin_ in best_fit_decreasing(self.lengths[examples], self.row_length):
+            rows.append([examples[i] for i in sorted(bin_)])
+        return rows
 
     def epoch(self, step: int) -> float:
-        """Epochs completed after this step."""
+        """Return the number of epochs that are completed after this step, for example 0.25."""
         epoch, step_of_epoch = self.locate(step)
         return epoch + (step_of_epoch + 1) / self.steps_per_epoch(epoch)
 
     def step_size(self) -> StepSize:
         units = self._units(0)
         if not isinstance(units, np.ndarray):
-            tokens = min(self._units_per_step, len(units)) * self.row_length
-            return StepSize(tokens * self.row_lengths.sum() / self.lengths.sum(), tokens)
+            rows = min(self._units_per_step, len(units))
+            tokens = rows * self.row_length
+            # `row_lengths` counts the shared tokens of a pair once, and `lengths` counts them
+            # twice. The factor removes the second count from the mean.
+            mean = tokens * self.row_lengths.sum() / self.lengths.sum()
+            return StepSize(mean, tokens)
         first_units = np.arange(0, len(units), self._units_per_step)
         tokens_per_step = np.add.reduceat(self.row_lengths[units], first_units)
-        return StepSize(float(tokens_per_step.mean()), int(tokens_per_step.max()))
+        mean = tokens_per_step.mean()
+        largest = tokens_per_step.max()
+        return StepSize(float(mean), int(largest))
 
     def summary(self, duration: Length) -> ScheduleSummary:
-        """Examples -> rows -> optimizer steps."""
+        """Compute the sizes of the first epoch and the number of steps for a duration."""
         examples = 0
         tokens = 0
         rows = 0
@@ -281,7 +323,8 @@ class BatchSchedule:
             row_count = len(step_rows)
             row_length = self.row_length
             if not self.packed:
-                # Each sequence has a row, padded to the longest of its step.
+                # Each sequence has a separate row, which is padded to the longest sequence of the
+                # step.
                 row_count *= self.sequences
                 row_length = int(self.sequence_lengths[step_examples].max())
             rows += row_count

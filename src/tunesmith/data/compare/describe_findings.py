@@ -1,4 +1,4 @@
-"""The findings in the rows, as lines for the user and as plain values."""
+"""Output of the row checks, as text for the user and as JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,38 +9,41 @@ from tunesmith.data.compare.row_texts import MAX_CHARACTERS, MAX_ROWS
 from tunesmith.data.compare.splits import SourceRows, Splits
 from tunesmith.units import count_of
 
-# Places that a line names, and places in `tunesmith data --json`.
+# Maximum number of row locations (`file:line`) in a line of text.
 SHOWN_PLACES = 3
+# Maximum number of row locations in each list in the output of `tunesmith data --json`.
 LISTED_PLACES = 100
 
 
 def describe_rows(splits: Splits) -> list[str]:
-    """Lines about the split: what is left out, and what was not compared."""
+    """Return lines about the rows that `data.leave_out` removes or that were not compared."""
     lines = []
     for fault, rows in splits.left_out.items():
-        where = ""
+        line = f"{count_of(len(rows), 'row')} left out by data.leave_out ({fault})"
         if rows:
-            where = f", first {_first_places(splits.sources, rows)}"
-        lines.append(f"data.leave_out: {fault}: {count_of(len(rows), 'row')} left out{where}")
+            places = [place(splits.sources, row) for row in rows[:SHOWN_PLACES]]
+            line += f", first {', '.join(places)}"
+        lines.append(line)
     findings = splits.findings
     if findings.compared < findings.rows:
         lines.append(
-            f"compared with each other: {findings.compared:,} of {findings.rows:,} rows, evenly "
-            f"spaced: at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
+            f"only {findings.compared:,} of {findings.rows:,} rows (evenly spaced) are compared, "
+            f"at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
         )
     return lines
 
 
 def count_repeating(splits: Splits) -> int:
-    """Count the rows, of those not left out, that repeat or nearly repeat one before them."""
+    """Count the kept rows that are near-duplicates of an earlier row."""
     return len(_kept_findings(splits).faulty_rows("near-duplicates"))
 
 
 def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str]:
-    """A line for each fault that rows have and that `data.leave_out` keeps, with its fix.
+    """Return one warning with a fix for each kind of problem in the rows that are kept.
 
     Args:
-        across: pairs of a row of `data.validation` and one that is trained on.
+        splits: the rows of the recipe and the findings in them.
+        across: pairs [row of `data.validation`, row of `data.train`] that are near-duplicates.
     """
     findings = _kept_findings(splits)
     sources = splits.sources
@@ -50,81 +53,88 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
     if near:
         places = _group_places(sources, findings.near_duplicates)
         lines.append(
-            f"repeated: {near:,} of {total}, equal to an earlier row but for case, punctuation or "
-            f"a few words: first {places}; {_fix('near-duplicates')}"
+            f"near-duplicates: {near:,} of {total} (equal to an earlier row except for case, "
+            f"punctuation or a few words), first {places}; {_fix('near-duplicates')}"
         )
     pairs = _pairs_across(splits, findings, across)
     if pairs:
-        fix = "delete them, or 'data.leave_out=[near-duplicates]'"
+        fix = "delete these rows, or set 'data.leave_out=[near-duplicates]'"
         if across:
             fix = (
-                "delete them from one of the two, or data.validation=null data.hold_out='5 %',"
-                " which keeps such rows on one side"
+                "delete these rows from data.validation or data.train, or set data.validation=null"
+                " data.hold_out='5 %', which keeps nearly equal rows in the same split"
             )
         shown = ", ".join(f"{a} ({b})" for a, b in pairs[:SHOWN_PLACES])
         lines.append(
-            f"{count_of(len(pairs), 'validation row')} nearly equal to a row that is trained on, "
-            f"so val_loss is too optimistic: first {shown}; fix: {fix}"
+            f"val_loss is too optimistic, because of {count_of(len(pairs), 'validation row')} "
+            f"that nearly equal a training row, first {shown}; fix: {fix}"
         )
     if findings.contradictions:
         rows = len(findings.faulty_rows("contradictions"))
         prompts = count_of(len(findings.contradictions), "prompt")
         places = _group_places(sources, findings.contradictions)
         lines.append(
-            f"{prompts} with contradicting answers, in {rows:,} of {total}: first {places}; "
+            f"{prompts} with contradictory answers, in {rows:,} of {total}, first {places}; "
             f"{_fix('contradictions')}"
         )
     return lines
 
 
 def _kept_findings(splits: Splits) -> RowFindings:
-    """Select the findings in the rows that are not left out."""
-    gone = [row for rows in splits.left_out.values() for row in rows]
-    return splits.findings.without(gone)
+    """Return the findings without the rows that `data.leave_out` removes."""
+    removed = [row for rows in splits.left_out.values() for row in rows]
+    return splits.findings.without(removed)
 
 
 def _pairs_across(
     splits: Splits, findings: RowFindings, across: Sequence[Sequence[int]]
 ) -> list[list[str]]:
-    """Places of rows to validate on, each with that of a near-duplicate that is trained on.
+    """Return pairs of row locations: a validation row, and its near-duplicate in the training rows.
 
-    Of rows that are held out: where one group is too large.
+    Such pairs are rare if the validation rows are held out from `data.train`, because
+    near-duplicates then stay in the same split, unless their group is too large.
     """
-    if not splits.held_out:
-        return [[place(splits.validation, a), place(splits.train, b)] for a, b in across]
-    held_out = set(splits.held_out)
     pairs = []
+    if not splits.held_out:
+        for validated, trained in across:
+            pairs.append([place(splits.validation, validated), place(splits.train, trained)])
+        return pairs
+    held_out = set(splits.held_out)
     for group in findings.near_duplicates:
-        trained = [row for row in group if row not in held_out]
-        if trained:
-            pairs += [[row, trained[0]] for row in group if row in held_out]
-    return [[place(splits.sources, row) for row in pair] for pair in pairs]
+        trained_rows = [row for row in group if row not in held_out]
+        if not trained_rows:
+            continue
+        for row in group:
+            if row in held_out:
+                pairs.append([place(splits.sources, row), place(splits.sources, trained_rows[0])])
+    return pairs
 
 
 def _fix(fault: RowFault) -> str:
-    return f"fix: correct or delete them, or 'data.leave_out=[{fault}]'"
-
-
-def _first_places(sources: SourceRows, rows: Sequence[int]) -> str:
-    return ", ".join(place(sources, row) for row in rows[:SHOWN_PLACES])
+    return f"fix: correct or delete these rows, or set 'data.leave_out=[{fault}]'"
 
 
 def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
-    """`b (a)` of the first groups: a row, and the one before it that it is like."""
-    shown = groups[:SHOWN_PLACES]
-    return ", ".join(f"{place(sources, g[1])} ({place(sources, g[0])})" for g in shown)
+    """Return the locations of rows as text such as `b (a)`: row b is a near-duplicate of row a.
+
+    Only the first SHOWN_PLACES groups are included.
+    """
+    shown = []
+    for first, second, *_ in groups[:SHOWN_PLACES]:
+        shown.append(f"{place(sources, second)} ({place(sources, first)})")
+    return ", ".join(shown)
 
 
 def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Counts and places of all that was found, for `tunesmith data --json`."""
+    """Return the number and the row locations of all findings, for `tunesmith data --json`."""
     findings = _kept_findings(splits)
     sources = splits.sources
 
     def places(rows: Sequence[int]) -> list[str]:
         return [place(sources, row) for row in rows[:LISTED_PLACES]]
 
-    def groups(of: Sequence[Sequence[int]]) -> list[list[str]]:
-        return [places(group) for group in of[:LISTED_PLACES]]
+    def groups(row_groups: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [places(group) for group in row_groups[:LISTED_PLACES]]
 
     pairs = _pairs_across(splits, findings, across)
     counts = {fault: len(findings.faulty_rows(fault)) for fault in ROW_FAULTS}

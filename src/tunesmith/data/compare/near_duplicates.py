@@ -1,26 +1,28 @@
-"""Rows that say nearly the same, in groups.
+"""Search for groups of near-duplicate rows.
 
-Two rows are near-duplicates where all of this holds:
+Two rows are near-duplicates if all of these conditions are true:
 
-1. **Most of their words agree.** The Jaccard index of their words and pairs of neighboring words,
-   prompt and answer together, is at least 0.6: of a question of twelve words one or two may be
-   replaced. Case, punctuation and white space do not count. Words that more than half of the rows
-   of their source have (a fixed instruction, a system prompt) are left out.
+1. **Most of their words are equal.** The Jaccard index of their words and pairs of neighboring
+    words (prompt and answer together) is at least 0.6. In a question of twelve words, one or two
+    words can differ. Case, punctuation and white space are ignored. Words that more than half of
+    the rows of a source contain (a fixed instruction, a system prompt) are ignored, too.
 2. **Their prompts have the same numbers and operators in the same order.** `What is 12 + 7?` and
-   `What is 12 + 9?` are two questions.
-3. **Prompt and answer each agree**: the Jaccard index of the answers' words is at least 0.5, that
-   of the prompts' at least 0.3. `Paris` and `Madrid` are two answers to two questions, and one
-   refusal may answer many.
-4. **They teach the same**: their tools, their pictures and the labels of feedback are equal, and
-   the chosen answers of pairs have the same words.
-5. **They do not differ in a blank of a template.** A blank is a place whose surroundings, four
-   words on each side, stand in at least four rows, no word being in it in more than two fifths of
-   them: `Is the following country in Europe? Country: ...`. The rows of a paraphrased question have
-   mostly the same word there. Two texts in a blank differ where less than half of them agrees.
+    `What is 12 + 9?` are different questions.
+3. **Their prompts and their answers are similar.** The Jaccard index of the words is at least 0.5
+    for the answers and at least 0.3 for the prompts. `Paris` and `Madrid` answer different
+    questions, and one refusal can answer many questions.
+4. **They teach the same behavior.** Their tools, pictures and feedback labels are equal. If the
+    rows are preference pairs, their chosen answers have the same words.
+5. **They do not differ in a blank of a template**, such as the name of the country in `Is the
+    following country in Europe? Country: ...`. A position is a blank if at least four rows have the
+    same four words before it and the same four words after it, and each word is at this position in
+    at most two fifths of these rows. Otherwise the rows are paraphrases, which mostly have the same
+    word at the position. Two texts in a blank differ if at most half of their words are equal.
 
-MinHash finds the pairs that are compared: 42 bands of 3 hashes find a pair of index 0.6 in all but
-one of 40,000 cases, and one of 0.4 in 94 %. It looks twice: at the words that few rows have, where
-any pair may be a match; and at all words, for groups of more rows than that.
+MinHash selects the pairs of rows that are compared. With 42 bands of 3 hashes, it misses one of
+27,000 pairs whose Jaccard index is 0.6, and it finds 94 % of the pairs whose index is 0.4. The
+search runs twice: first only with rare words, where every pair of a band is compared, and then with
+all words, for larger groups of rows.
 """
 
 import re
@@ -35,39 +37,42 @@ import numpy as np
 
 from tunesmith.data.compare.row_texts import RowText
 
-# Least Jaccard index of the words and pairs of words of two rows.
+# Minimum Jaccard index of the words and word pairs of two rows.
 MIN_JACCARD = 0.6
-# The same of the words of their answers, and of their prompts.
+# Minimum Jaccard index of the words of two answers, and of two prompts.
 MIN_ANSWER_JACCARD = 0.5
 MIN_PROMPT_JACCARD = 0.3
-# A shorter row is only compared as a whole: one word is too much of it.
+# Minimum number of words of a row for the comparison by words. Rows with fewer words are
+# near-duplicates only if they are equal, because one different word is a large part of a short row.
 MIN_WORDS = 4
-# What more rows of a source have is a template's.
-MAX_TEMPLATE_SHARE = 0.5
+# A word is ignored as a part of a template if more than this fraction of a source's rows contain
+# it, and also more than MIN_TEMPLATE_ROWS rows.
+MAX_TEMPLATE_FRACTION = 0.5
 MIN_TEMPLATE_ROWS = 20
 
-# Words on each side of a blank.
+# Number of words on each side of a blank. Rule 5 in the docstring of this module defines a blank.
 _CONTEXT_WORDS = 4
 _MIN_BLANK_ROWS = 4
-_MAX_BLANK_SHARE = 0.4
+_MAX_BLANK_FRACTION = 0.4
 
 _BANDS = 42
 _BAND_HASHES = 3
-# Odd numbers that make one of the hashes of a band, modulo 2^64.
+# Odd multipliers that combine the hashes of a band into one hash modulo 2^64.
 _HASH_MULTIPLIERS = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64
 )
-# A word that no more rows have is rare.
+# A word is rare if at most this number of rows contain it.
 _RARE_ROWS = 50
-# Pairs of rows that more rows than that share a band with: where none of the first is a match, the
-# band is a template's.
+# Number of pairs that are tried first if more than _RARE_ROWS rows have the same hashes in a band.
+# If none of these pairs is a match, the rows only share a template, and the other pairs are
+# skipped.
 _TRIED_PAIRS = 20
 
 _EDGE = 0
 _BORDER = 1
 _FIRST_WORD = 2
 
-# Letters of scripts that write no spaces between words.
+# Letters of scripts without spaces between words, such as Thai and Chinese.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[+*/=<>^%×÷≤≥]|-(?=\s?\d)")
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -76,17 +81,18 @@ Pair = tuple[int, int]
 
 
 def words_of(text: str) -> list[str]:
-    """Words, numbers and operators, without case and punctuation."""
+    """Split a text into words, numbers and operators, without case and punctuation."""
     if not text.isascii():
         text = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
     return _WORD.findall(text.casefold())
 
 
 class Groups:
-    """Disjoint sets of rows, joined pair by pair."""
+    """Disjoint sets of rows, which are built by joining pairs of rows."""
 
     def __init__(self) -> None:
-        # Of the rows that were joined; any other is alone.
+        # Row -> the group that contains the row. A row without an entry is not joined to any other
+        # row.
         self._groups: dict[int, list[int]] = {}
 
     def join(self, one: int, other: int) -> None:
@@ -103,21 +109,22 @@ class Groups:
     def are_joined(self, one: int, other: int) -> bool:
         return one in self._groups and self._groups[one] is self._groups.get(other)
 
-    def of_several(self) -> list[list[int]]:
-        """The sets of two rows and more, each in order, by their first row."""
+    def joined_groups(self) -> list[list[int]]:
+        """Return the groups of at least two rows, sorted by their first row."""
         groups = {id(group): sorted(group) for group in self._groups.values()}
         return sorted(group for group in groups.values() if len(group) > 1)
 
 
 class _Words(NamedTuple):
-    """The words of a row as numbers.
+    """The words of a row as 32-bit hashes.
 
     Attributes:
-        padded: uint32; four _EDGE before and behind the row, and four _BORDER between prompt and
-            answer, so that no context has words of both sides.
+        padded: uint32 array with four times _EDGE, the prompt, four times _BORDER, the answer, and
+            four times _EDGE. Because of the padding, no window of four words contains words of both
+            prompt and answer.
         border: index of the first _BORDER.
-        numbers: a hash of the numbers and operators of the prompt.
-        kind: a hash of what else is equal in near-duplicates.
+        numbers: hash of the numbers and operators of the prompt (rule 2 of this module).
+        kind: hash of the tools, pictures, label and chosen answer (rule 4 of this module).
     """
 
     padded: np.ndarray
@@ -141,39 +148,50 @@ class _Words(NamedTuple):
 def find_near_duplicates(
     texts: Iterable[RowText | None], parts: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Groups of rows that are near-duplicates, directly or over others of their group.
+    """Find groups of rows that are near-duplicates.
+
+    If rows a and b, and rows b and c, are near-duplicates, all three are in one group.
 
     Args:
-        texts: of each row; None for one that is no near-duplicate of any.
-        parts: how many rows come from each source, in order; None: all from one.
+        texts: the text of each row. Rows whose text is None are in no group.
+        parts: number of rows of each source, in order. If None, all rows come from one source.
 
     Returns:
-        the rows of each group in order, groups by their first row.
+        Groups of sorted row numbers, sorted by their first row.
     """
     rows = [_read_words(text or _NO_TEXT) for text in texts]
-    count = len(rows)
     groups = Groups()
-    _join_equal(rows, groups)
+    # Kind (see `_Words`) and words of a row -> the first row that has them. Equal later rows are
+    # joined to this row.
+    firsts: dict[tuple[int, bytes], int] = {}
+    for i, words in enumerate(rows):
+        if len(words.row) > _CONTEXT_WORDS:  # Rows without words have only the border.
+            equal = firsts.setdefault((words.kind, words.row.tobytes()), i)
+            if equal != i:
+                groups.join(equal, i)
     features = []
     first = 0
-    for size in parts or [count]:
+    for size in parts or [len(rows)]:
         sets = [_features(row) for row in rows[first : first + size]]
-        features += _rarer(sets, max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_SHARE * size))
+        features += _rarer(sets, max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_FRACTION * size))
         first += size
     check = _PairCheck(rows, features)
     for alike in _bands(_rarer(features, _RARE_ROWS)):
         _join_matches(combinations(alike, 2), check, groups)
     for alike in _bands(features):
         if len(alike) <= _RARE_ROWS:
-            continue  # found by their rare words
+            continue  # The loop above already compared all pairs of so few rows.
         pairs = list(pairwise(alike))
         if _join_matches(pairs[:_TRIED_PAIRS], check, groups):
             _join_matches(pairs[_TRIED_PAIRS:], check, groups)
-    return groups.of_several()
+    return groups.joined_groups()
 
 
 def _join_matches(pairs: Iterable[Pair], check: "_PairCheck", groups: Groups) -> bool:
-    """Join the pairs that are near-duplicates; whether one of these pairs is joined."""
+    """Join the rows of those `pairs` that are near-duplicates, according to `check`.
+
+    Return True if at least one of the pairs is in the same group afterwards, else False.
+    """
     has_match = False
     for one, other in pairs:
         if groups.are_joined(one, other):
@@ -196,10 +214,13 @@ def _read_words(text: RowText) -> _Words:
     edge = [_EDGE] * _CONTEXT_WORDS
     border = [_BORDER] * _CONTEXT_WORDS
     padded = [*edge, *map(_hash32, prompt), *border, *map(_hash32, answer), *edge]
-    # Plain text has no prompt: its own numbers tell it from others.
-    counted = answer if text.is_plain else prompt
+    counted = prompt
+    if text.is_plain:
+        # Plain text has no prompt. Compare the numbers of the entire text, which is in `answer`.
+        counted = answer
     numbers = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
-    kind = f"{text.given}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
+    chosen = " ".join(words_of(text.chosen))
+    kind = f"{text.given}\n{text.is_good}\n{chosen}"
     return _Words(
         padded=np.array(padded, np.uint32),
         border=_CONTEXT_WORDS + len(prompt),
@@ -212,41 +233,38 @@ def _hash32(text: str) -> int:
     return max(_FIRST_WORD, zlib.crc32(text.encode("utf-8", "surrogatepass")))
 
 
-def _join_equal(rows: Sequence[_Words], groups: Groups) -> None:
-    """Join the rows of the same words in the same order that teach the same."""
-    firsts: dict[tuple[int, bytes], int] = {}
-    for i, words in enumerate(rows):
-        if len(words.row) > _CONTEXT_WORDS:  # more than the border
-            first = firsts.setdefault((words.kind, words.row.tobytes()), i)
-            if first != i:
-                groups.join(first, i)
-
-
 # Features ---------------------------------------------------------------------------------------
 
 
 def _features(words: _Words) -> np.ndarray:
-    """uint32, sorted: the words and pairs of neighboring words of a row; none of a short one."""
+    """Return the sorted uint32 hashes of a row's words and of its pairs of neighboring words.
+
+    A row with fewer than MIN_WORDS words has no features.
+    """
     sides = (words.prompt, words.answer)
     if sum(map(len, sides)) < MIN_WORDS:
         return np.zeros(0, np.uint32)
-    # Mixed, so that a pair in another order is another feature.
-    first, second = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)
-    pairs = [(side[:-1] * first) ^ (side[1:] * second) for side in sides]
-    return np.unique(np.concatenate([*sides, *pairs]))
+    # Multiply both words of a pair by different numbers, so that the hash depends on their order.
+    first = np.uint32(0x9E3779B1)
+    second = np.uint32(0x85EBCA6B)
+    features = [*sides]
+    for side in sides:
+        pairs = (side[:-1] * first) ^ (side[1:] * second)
+        features.append(pairs)
+    return np.unique(np.concatenate(features))
 
 
-def _rarer(sets: Sequence[np.ndarray], most: float) -> list[np.ndarray]:
-    """The sets without the values that more than `most` of them have.
+def _rarer(sets: Sequence[np.ndarray], max_count: float) -> list[np.ndarray]:
+    """Remove from the sets all values that are in more than `max_count` sets.
 
-    Values are counted by their first 24 bits; two may share a count.
+    The counters use only the first 24 bits of a value, so different values can share a counter.
     """
     counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *sets]) >> 8)
-    return [values[counts[values >> 8] <= most] for values in sets]
+    return [values[counts[values >> 8] <= max_count] for values in sets]
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """The Jaccard index of two sets, each without repetition; of two empty ones 1."""
+    """Return the Jaccard index of two arrays of unique values. The index of empty arrays is 1."""
     if not len(one) and not len(other):
         return 1.0
     both = np.sort(np.concatenate([one, other]))
@@ -255,12 +273,13 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """Rows whose sets have equal hashes in one band, each list in order."""
+    """Yield sorted lists of rows whose sets have equal MinHash values in one band."""
     from datasketch import MinHash
 
     rows = np.flatnonzero([len(values) for values in sets])
     signatures = np.empty((len(rows), _BANDS * _BAND_HASHES), np.uint32)
-    # The scheme is named: another one would find other pairs, and draw other rows.
+    # Pass the hash scheme explicitly. If a new version of the library had another default, other
+    # pairs would be found and other rows held out.
     sketches = MinHash.generator(
         (sets[row].tolist() for row in rows.tolist()),
         num_perm=_BANDS * _BAND_HASHES,
@@ -270,15 +289,17 @@ def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
     )
     for i, sketch in enumerate(sketches):
         signatures[i] = sketch.hashvalues
-    # By sorting: an index of dictionaries takes 10 KB a row.
+    # Sort the signatures instead of building a dictionary, which takes 10 KB per row.
     for band in range(_BANDS):
-        columns = signatures[:, band * _BAND_HASHES : (band + 1) * _BAND_HASHES]
+        first = band * _BAND_HASHES
+        columns = signatures[:, first : first + _BAND_HASHES]
         keys = columns.astype(np.uint64) @ _HASH_MULTIPLIERS
         _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         order = np.argsort(numbers, kind="stable")
         stops = np.cumsum(sizes)
         for bucket in np.flatnonzero(sizes > 1).tolist():
-            members = order[stops[bucket] - sizes[bucket] : stops[bucket]]
+            stop = stops[bucket]
+            members = order[stop - sizes[bucket] : stop]
             yield rows[members].tolist()
 
 
@@ -286,27 +307,37 @@ def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
 
 
 class _PairCheck:
-    """A check that two rows are near-duplicates, by the rules at the top of this file."""
+    """Function object that returns whether two rows are near-duplicates.
+
+    The docstring of this module lists the conditions.
+    """
 
     def __init__(self, rows: Sequence[_Words], features: Sequence[np.ndarray]) -> None:
         self._rows = rows
         self._features = features
-        # Pairs that fill in a blank, which takes longest to find out: many bands have them again.
+        # Pairs that differ only in a blank. They are stored because many bands contain the same
+        # pair, and comparing the blanks is the slowest check.
         self._rejected: set[Pair] = set()
-        # One edge between two rows.
-        edge = np.full(_CONTEXT_WORDS, _EDGE, np.uint32)
-        words = np.concatenate([*(row.padded[:-_CONTEXT_WORDS] for row in rows), edge])
-        self._blanks_after = _blank_contexts(_contexts(words), words[_CONTEXT_WORDS:])
-        back = words[::-1]
-        self._blanks_before = _blank_contexts(_contexts(back), back[_CONTEXT_WORDS:])
+        # Concatenate the rows. Drop the padding at the end of each row, so that only one padding
+        # (four times _EDGE) is between two rows.
+        padded = [row.padded[:-_CONTEXT_WORDS] for row in rows]
+        padded.append(np.full(_CONTEXT_WORDS, _EDGE, np.uint32))
+        words = np.concatenate(padded)
+        self._blanks_after = _blank_contexts(words)
+        self._blanks_before = _blank_contexts(words[::-1])
 
     def __call__(self, one: int, other: int) -> bool:
-        a, b = self._rows[one], self._rows[other]
-        if (a.numbers, a.kind) != (b.numbers, b.kind) or (one, other) in self._rejected:
+        a = self._rows[one]
+        b = self._rows[other]
+        if (a.numbers, a.kind) != (b.numbers, b.kind):
             return False
-        features = self._features[one], self._features[other]
-        # Some have nothing but words of templates.
-        if not all(map(len, features)) or jaccard(*features) < MIN_JACCARD:
+        if (one, other) in self._rejected:
+            return False
+        features = (self._features[one], self._features[other])
+        # A row has no features if all of its words belong to a template.
+        if not all(map(len, features)):
+            return False
+        if jaccard(*features) < MIN_JACCARD:
             return False
         if jaccard(np.unique(a.answer), np.unique(b.answer)) < MIN_ANSWER_JACCARD:
             return False
@@ -318,7 +349,10 @@ class _PairCheck:
         return True
 
     def _differ_in_blank(self, one: _Words, other: _Words) -> bool:
-        """Tell whether two rows fill in a blank with texts that have less in common than not."""
+        """Return True if the rows differ in a blank of a template, else False.
+
+        They differ if at most half of their words in the blank are equal.
+        """
         matcher = SequenceMatcher(None, one.row.tolist(), other.row.tolist(), autojunk=False)
         is_inside = False
         shared = 0
@@ -327,15 +361,16 @@ class _PairCheck:
             if tag == "equal":
                 shared += stop - first
                 continue
-            # The words before the place, and those behind it, backwards.
+            # The four words before the difference, and the four words after it in reverse order.
             before = one.padded[first : first + _CONTEXT_WORDS]
-            behind = one.padded[stop + _CONTEXT_WORDS : stop + 2 * _CONTEXT_WORDS][::-1]
+            start_after = stop + _CONTEXT_WORDS
+            after = one.padded[start_after : start_after + _CONTEXT_WORDS][::-1]
             if not is_inside and int(_contexts(before)[0]) in self._blanks_after:
                 is_inside = True
                 shared = 0
                 differing = 0
             differing += max(stop - first, stop_other - first_other)
-            if is_inside and int(_contexts(behind)[0]) in self._blanks_before:
+            if is_inside and int(_contexts(after)[0]) in self._blanks_before:
                 if shared <= differing:
                     return True
                 is_inside = False
@@ -343,7 +378,7 @@ class _PairCheck:
 
 
 def _contexts(words: np.ndarray) -> np.ndarray:
-    """uint32: a hash of each _CONTEXT_WORDS words after one another."""
+    """Return a uint32 hash of each window of _CONTEXT_WORDS consecutive words."""
     count = len(words) - _CONTEXT_WORDS + 1
     hashes = np.zeros(count, np.uint32)
     for k in range(_CONTEXT_WORDS):
@@ -352,19 +387,21 @@ def _contexts(words: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _blank_contexts(contexts: np.ndarray, following: np.ndarray) -> set[int]:
-    """The contexts that no single word follows mostly.
-
-    Args:
-        contexts: uint32 [n + 1], of which the last is followed by nothing.
-        following: uint32 [n], the word after each.
+def _blank_contexts(words: np.ndarray) -> set[int]:
+    """Return the hashes of all contexts (windows of four words) that many different words
+    follow.
     """
+    following = words[_CONTEXT_WORDS:]
     if not len(following):
         return set()
-    keys = contexts[: len(following)].astype(np.uint64) << np.uint64(32) | following
+    # Drop the last context, because no word follows it.
+    contexts = _contexts(words)[:-1].astype(np.uint64)
+    high_bits = np.uint64(32)
+    keys = (contexts << high_bits) | following
+    # np.unique sorts the keys, so the (context, word) pairs of one context are adjacent.
     pairs, counts = np.unique(keys, return_counts=True)
-    values, firsts = np.unique(pairs >> np.uint64(32), return_index=True)
+    values, firsts = np.unique(pairs >> high_bits, return_index=True)
     totals = np.add.reduceat(counts, firsts)
-    most = np.maximum.reduceat(counts, firsts)
-    is_blank = (totals >= _MIN_BLANK_ROWS) & (most <= _MAX_BLANK_SHARE * totals)
+    max_counts = np.maximum.reduceat(counts, firsts)
+    is_blank = (totals >= _MIN_BLANK_ROWS) & (max_counts <= _MAX_BLANK_FRACTION * totals)
     return set(values[is_blank].tolist())

@@ -1,8 +1,8 @@
-"""Checks for rows that each read well but repeat or contradict each other.
+"""Checks for rows that are valid, but repeat or contradict each other.
 
-Nothing here changes a row or decides what is trained on. What is found is counted and shown before
-the first step (`prepare.py`), `data.leave_out` leaves it out, and rows that are held out keep their
-near-duplicates with them (`splits.py`).
+The checks do not change the rows. `prepare.py` shows the findings before the first step.
+`splits.py` uses them to remove the rows that `data.leave_out` names, and to keep near-duplicates
+together when rows are held out.
 """
 
 import hashlib
@@ -22,40 +22,48 @@ from tunesmith.host.files import measure_once
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same rows would be judged otherwise.
+# Version of the checks. It is part of the cache key. Increase it if a change of the code gives
+# other findings in the same rows.
 ROW_CHECKS_VERSION = 6
 
-# Of more rows a line says that they are compared: it takes more than some seconds.
-TOLD_ROWS = 20_000
+# If more rows than this are compared, a line in the log announces it, because the comparison takes
+# more than a few seconds.
+ANNOUNCED_ROWS = 20_000
 
 ROW_FAULTS: tuple[RowFault, ...] = get_args(RowFault)
 
-# Shorter prompts, such as `Go on.`, are no question of their own.
+# Minimum length of a prompt in words. Rows with a shorter prompt, such as `Go on.`, are not grouped
+# by their prompt, because its meaning depends on the earlier turns.
 MIN_PROMPT_WORDS = 3
-# Rows of one prompt, or of one long answer, are one question: unless so many have it that it is a
-# template's, or a refusal.
-MAX_SHARED_SHARE = 0.01
+# Rows with the same prompt, or with the same long answer, form a group. A group is ignored if it
+# has more rows than both limits (a fraction of all rows, and a number of rows), because its text is
+# a template or a refusal.
+MAX_SHARED_FRACTION = 0.01
 MAX_SHARED_ROWS = 10
-# Where more rows repeat an answer, these answers are what the data teaches.
-MAX_REPEATED_SHARE = 0.5
-# Longer answers to one prompt may differ by design, where many prompts have several.
+# If more than this fraction of the rows repeat an answer, the repetition is intended. In this case
+# rows with the same answer are not grouped.
+MAX_REPEATED_FRACTION = 0.5
+# Maximum number of words of a short answer. Different short answers to the same prompt contradict
+# each other. Different longer answers can be intended.
 SHORT_ANSWER_WORDS = 12
-MAX_FREE_SHARE = 0.1
+# If more than this fraction of the rows have different long answers to the same prompt, the
+# differences are intended, and these rows are not contradictions.
+MAX_FREE_FRACTION = 0.1
 
 SourceRows = Sequence[tuple[Source, Rows]]
 
 
 @dataclass(frozen=True)
 class RowFindings:
-    """The findings in the rows of some sources; rows are indices over all sources together.
+    """Groups of rows that repeat or contradict each other. Row numbers count over all sources.
 
     Attributes:
-        rows: of all sources.
-        compared: how many of them were looked at.
-        near_duplicates: groups of rows that say nearly the same, `near_duplicates.py` has the rule.
-        shared: groups of rows with one prompt, or with one answer of several words.
-        contradictions: groups of rows with one prompt and different answers, or with one prompt and
-            the same answers of which they say that another is good.
+        rows: number of rows of all sources.
+        compared: number of rows that were compared.
+        near_duplicates: groups of near-duplicate rows, see `near_duplicates.py`.
+        shared: groups of rows with the same prompt, or with the same long answer.
+        contradictions: groups of rows with the same prompt and different answers, or with the same
+            prompt and answers but different labels or preferences.
     """
 
     rows: int = 0
@@ -65,10 +73,10 @@ class RowFindings:
     contradictions: list[list[int]] = field(default_factory=list)
 
     def faulty_rows(self, fault: RowFault) -> list[int]:
-        """The rows that `data.leave_out` leaves out for one fault, in order.
+        """Return the sorted numbers of the rows that `data.leave_out` removes because of `fault`.
 
-        The first of near-duplicates stays. Of rows that contradict each other none does: nothing
-        here knows which is right.
+        The first row of each group of near-duplicates is kept. All rows that contradict each other
+        are removed, because it is unknown which row is right.
         """
         if fault == "near-duplicates":
             rows = [row for group in self.near_duplicates for row in group[1:]]
@@ -77,10 +85,13 @@ class RowFindings:
         return sorted(set(rows))
 
     def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
-        """Map the findings to other rows: those that `take` gives for a list of rows."""
+        """Apply `take` to each group of rows.
 
-        def groups(of: list[list[int]]) -> list[list[int]]:
-            return [group for group in map(take, of) if len(group) > 1]
+        Drop the groups that then have fewer than two rows.
+        """
+
+        def groups(row_groups: list[list[int]]) -> list[list[int]]:
+            return [group for group in map(take, row_groups) if len(group) > 1]
 
         return replace(
             self,
@@ -90,20 +101,28 @@ class RowFindings:
         )
 
     def without(self, left_out: Iterable[int]) -> "RowFindings":
-        """Leave rows out of the findings; the others keep their indices."""
-        gone = set(left_out)
-        return self.mapped(lambda rows: [row for row in rows if row not in gone])
+        """Return the findings without the rows in `left_out`.
+
+        The numbers of the remaining rows do not change.
+        """
+        removed = set(left_out)
+        return self.mapped(lambda rows: [row for row in rows if row not in removed])
 
 
 def check_rows(sources: SourceRows) -> RowFindings:
-    """Look at the rows of some sources, or take what was found in the same rows before."""
+    """Check the rows of the sources. Findings of an earlier run are read from the cache."""
 
     def check() -> RowFindings:
         indices = sampled_rows(sources)
-        if len(indices) > TOLD_ROWS:
-            log.info("comparing %s rows, once: the result is cached", f"{len(indices):,}")
+        if len(indices) > ANNOUNCED_ROWS:
+            log.info(
+                "comparing %s rows with each other; the result is cached for later starts",
+                f"{len(indices):,}",
+            )
         counts = [len(own) for _, _, own in by_source(sources, indices)]
-        findings = find_faults(read_texts(sources, indices), counts)
+        texts = read_texts(sources, indices)
+        findings = find_faults(texts, counts)
+        # `find_faults` returns indices into the compared rows. Convert them to numbers of all rows.
         at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
         return replace(at_indices, rows=indices.stop)
 
@@ -111,10 +130,10 @@ def check_rows(sources: SourceRows) -> RowFindings:
 
 
 def checked_before(sources: SourceRows) -> RowFindings:
-    """Read what `check_rows` found in the same rows before; nothing where it did not look."""
+    """Return the cached findings of `check_rows`, or empty findings if the cache has none."""
 
     def absent() -> RowFindings:
-        raise LookupError("these rows were not compared before")
+        raise LookupError("the cache has no check results for these rows")
 
     with suppress(LookupError):
         return measure_once("row-checks", _key(sources), absent, RowFindings)
@@ -122,10 +141,10 @@ def checked_before(sources: SourceRows) -> RowFindings:
 
 
 def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
-    """Return pairs [row of `validation`, row of `train`] that are near-duplicates.
+    """Return the pairs [row of `validation`, row of `train`] whose rows are near-duplicates.
 
-    There is one pair for each row of `validation` that has any. Rows are indices over the sources
-    of either.
+    Each row of `validation` is in at most one pair. Row numbers count over all sources of
+    `validation`, or of `train`.
     """
     first = sum(len(rows) for _, rows in train)
     pairs = []
@@ -136,7 +155,7 @@ def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
 
 
 def place(sources: SourceRows, index: int) -> str:
-    """`file:line` of a row by its index over all sources together."""
+    """Return `file:line` of a row. `index` counts over all sources."""
     for _, rows in sources:
         if index < len(rows):
             return rows.where(index)
@@ -152,10 +171,11 @@ def _key(sources: SourceRows) -> list[Any]:
 
 
 def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:
-    """All faults of some rows; rows are counted from 0.
+    """Find near-duplicates and contradictions. Row numbers in the result are indices into `texts`.
 
     Args:
-        parts: as for `find_near_duplicates`.
+        texts: the text of each row, or None for a row that is not compared.
+        parts: number of rows of each source, see `find_near_duplicates`.
     """
     answers = _Answers()
     near_duplicates = find_near_duplicates(answers.observe(texts), parts)
@@ -166,20 +186,25 @@ def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = N
 # Contradictions ---------------------------------------------------------------------------------
 
 
+# Number of a row, hash of its answer, and whether the answer is short.
+_RowAnswer = tuple[int, int, bool]
+
+
 class _Answers:
-    """The answers to each prompt, and the prompts of each answer."""
+    """Index of the rows by prompt and by answer, to find contradictions and shared texts."""
 
     def __init__(self) -> None:
-        # By a hash of the prompt: of each row its index, a hash of its answer, whether it is short.
-        self._rows: dict[int, list[tuple[int, int, bool]]] = {}
-        # By a hash of the answer: the rows of each long one.
+        # Hash of a prompt -> the answers to the prompt.
+        self._rows: dict[int, list[_RowAnswer]] = {}
+        # Hash of a long answer -> the rows with this answer.
         self._long: dict[int, list[int]] = {}
-        # By a hash of prompt and answers, in the same form: for its answer what is good in it.
-        self._judged: dict[int, list[tuple[int, int, bool]]] = {}
+        # Hash of a prompt and its answers -> the rows that have them. Each entry has the hash of
+        # the row's label and chosen answer in place of the answer's hash.
+        self._judged: dict[int, list[_RowAnswer]] = {}
         self.count = 0
 
     def observe(self, texts: Iterable[RowText | None]) -> Iterator[RowText | None]:
-        """Pass the rows on, and keep hashes of what they ask and answer."""
+        """Yield the texts unchanged, and store the hashes of their prompts and answers."""
         for row, text in enumerate(texts):
             self.count += 1
             if text is not None and not text.is_plain:
@@ -192,55 +217,65 @@ class _Answers:
         is_short = len(words) <= SHORT_ANSWER_WORDS
         if not is_short:
             self._long.setdefault(answer, []).append(row)
-        prompt = _normal(text.prompt)
+        # Prompts are equal if they differ only in case, white space or the last punctuation mark.
+        normal = unicodedata.normalize("NFKC", text.prompt).casefold()
+        prompt = " ".join(normal.split()).rstrip(" .?!:;。？！")
         if text.is_good is not None or text.chosen:
             self._add_judged(row, text, prompt, words)
         if len(words_of(prompt)) < MIN_PROMPT_WORDS:
             return
-        # Other answers of pairs and of feedback are not other truths.
-        answer = answer if text.is_answered else 0
-        rows = self._rows.setdefault(_hash64(f"{prompt}\n{text.given}"), [])
+        if not text.is_answered:
+            # Use the same hash for all answers of pairs and feedback rows, because different
+            # answers to one prompt are not a contradiction in such rows.
+            answer = 0
+        question = _hash64(f"{prompt}\n{text.given}")
+        rows = self._rows.setdefault(question, [])
         rows.append((row, answer, is_short))
 
     def _add_judged(self, row: int, text: RowText, prompt: str, words: list[str]) -> None:
-        # Sorted, so that a pair is the same one with its sides swapped.
-        answers = " ".join(sorted(words) if text.chosen else words)
+        if text.chosen:
+            # Sort the words of both answers, so that the order of chosen and rejected is ignored.
+            words = sorted(words)
+        judged = _hash64(f"{prompt}\n{text.given}\n{' '.join(words)}")
         good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
-        rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.given}\n{answers}"), [])
+        rows = self._judged.setdefault(judged, [])
         rows.append((row, _hash64(good), True))
 
     def shared(self) -> list[list[int]]:
-        most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self.count)
-        groups = [[row for row, _, _ in rows] for rows in self._rows.values()]
+        groups = []
+        for answers in self._rows.values():
+            groups.append([row for row, _, _ in answers])
         repeated = [rows for rows in self._long.values() if len(rows) > 1]
-        # As in an FAQ whose questions are put in several ways: what is held out with all rows of
-        # its answer cannot be learned, and its loss says nothing of the answers that were.
-        if sum(map(len, repeated)) <= MAX_REPEATED_SHARE * self.count:
+        # Do not group rows by answer if most rows repeat an answer, as in an FAQ with several
+        # questions per answer. A group can be held out entirely. The model then never learns this
+        # answer, so the validation loss would not show what the model has learned.
+        if sum(map(len, repeated)) <= MAX_REPEATED_FRACTION * self.count:
             groups += repeated
-        return sorted(group for group in groups if 1 < len(group) <= most)
+        max_rows = max(MAX_SHARED_ROWS, MAX_SHARED_FRACTION * self.count)
+        return sorted(group for group in groups if 1 < len(group) <= max_rows)
 
     def contradictions(self) -> list[list[int]]:
-        """Groups of rows; none of long answers that are several by design."""
+        """Return groups of rows with the same prompt and different answers, labels or preferences.
+
+        Different long answers are not included if the data set has many of them.
+        """
         short: list[list[int]] = []
         long: list[list[int]] = []
         for rows in chain(self._rows.values(), self._judged.values()):
-            if len({answer for _, answer, _ in rows}) < 2:
+            answers = {answer for _, answer, _ in rows}
+            if len(answers) < 2:
                 continue
             group = [row for row, _, _ in rows]
             if all(is_short for _, _, is_short in rows):
                 short.append(group)
             elif len(rows) <= MAX_SHARED_ROWS:
                 long.append(group)
-        # Several answers to many prompts are a way to write data: samples, drafts, ranks.
-        if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self.count):
-            long = []
+        # If many prompts have several long answers, do not report them: the answers are then
+        # samples, drafts or ranked answers, and not contradictions.
+        max_rows = max(MAX_SHARED_ROWS, MAX_FREE_FRACTION * self.count)
+        if sum(map(len, long)) > max_rows:
+            return sorted(short)
         return sorted(short + long)
-
-
-def _normal(text: str) -> str:
-    """A text without what does not make it another question: case, white space, its last sign."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.rstrip(" .?!:;。？！")
 
 
 def _hash64(text: str) -> int:

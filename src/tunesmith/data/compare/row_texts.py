@@ -1,7 +1,7 @@
-"""The prompt and the answer of a row as plain text, by which rows are compared.
+"""Extraction of a row's prompt and answer as plain text, so that rows can be compared.
 
-No template and no tokenizer enters, so that a recipe's rows are compared before either is loaded,
-and alike for every model.
+The text does not depend on a chat template or a tokenizer. Therefore rows can be compared before
+the model is loaded, and the result is the same for every model.
 """
 
 import json
@@ -26,28 +26,31 @@ from tunesmith.data.source.table import Row
 from tunesmith.errors import DataError
 from tunesmith.units import ceil_div
 
-# More rows are sampled: every second one, every third, and so on.
+# Maximum number of rows that are compared. If a data set has more rows, only every k-th row is
+# compared.
 MAX_ROWS = 200_000
-# Of all prompts and answers that are held in memory.
+# Maximum number of characters of all compared prompts and answers, which are held in memory.
 MAX_CHARACTERS = 200_000_000
-# Of a longer prompt or answer only both ends are compared.
+# Maximum length of a compared prompt or answer. If a text is longer, only its start and its end are
+# compared.
 MAX_TEXT_CHARACTERS = 4_000
-# Rows whose length says how long the others are.
+# Size of the sample of rows from which the average length of a row is estimated.
 _MEASURED_ROWS = 200
 
 
 class RowText(NamedTuple):
-    """One row.
+    """The text of one row.
 
     Attributes:
-        prompt: all before the last answer; empty for plain text.
-        answer: the last answer; of a pair both; of plain text the whole.
-        is_answered: the row has one right answer: it is no pair, no feedback and no plain text.
-        given: what an answer depends on too: its tool schemas as JSON, and the digests of its
-            pictures.
-        is_plain: the row is plain text.
-        chosen: of a pair, the answer of both that is the better one.
-        is_good: of feedback, whether the answer is good; None for any other row.
+        prompt: the text before the last answer. Empty for plain text.
+        answer: the last answer, both answers of a preference pair, or the entire plain text.
+        is_answered: whether the row is a prompt with one answer to learn. False for pairs, feedback
+            and plain text.
+        given: the tool schemas as JSON and the digests of the pictures, because the answer depends
+            on them, too.
+        is_plain: whether the row is plain text.
+        chosen: the chosen answer of a pair, or "".
+        is_good: whether the answer of a feedback row is good. None for other rows.
     """
 
     prompt: str
@@ -60,36 +63,42 @@ class RowText(NamedTuple):
 
 
 def limits() -> list[int]:
-    """List the limits that decide which rows are compared, and what of them."""
+    """Return the limits that determine which rows and texts are compared.
+
+    The limits are a part of cache keys, because other limits give other findings.
+    """
     return [MAX_ROWS, MAX_CHARACTERS, MAX_TEXT_CHARACTERS]
 
 
 def sampled_rows(sources: Sequence[tuple[Source, Rows]]) -> range:
-    """The indices, over all sources together, of the rows that are compared.
+    """Return the numbers of the rows that are compared. Rows are counted over all sources.
 
-    All of them up to MAX_ROWS and MAX_CHARACTERS; of a larger corpus every k-th row, the first
-    among them.
+    If the sources exceed MAX_ROWS or MAX_CHARACTERS, only every k-th row is compared, starting with
+    the first row.
     """
     total = sum(len(rows) for _, rows in sources)
-    most = min(MAX_ROWS, max(1, MAX_CHARACTERS // max(1, _mean_characters(sources, total))))
-    return range(0, total, max(1, ceil_div(total, most)))
+    mean = max(1, _mean_characters(sources, total))
+    max_rows = min(MAX_ROWS, MAX_CHARACTERS // mean)
+    step = ceil_div(total, max(1, max_rows))
+    return range(0, total, max(1, step))
 
 
 def _mean_characters(sources: Sequence[tuple[Source, Rows]], total: int) -> int:
-    """Return the average number of characters of a row that are compared, by a sample of rows."""
+    """Estimate the average number of compared characters per row from a sample of rows."""
     characters = 0
     measured = range(0, total, max(1, total // _MEASURED_ROWS))
     for _, rows, own in by_source(sources, measured):
         for i in own:
-            with suppress(DataError):  # tokenization names the row
-                characters += min(2 * MAX_TEXT_CHARACTERS, count_characters(rows[i]))
+            with suppress(DataError):  # Tokenization reports the broken row later.
+                count = count_characters(rows[i])
+                characters += min(2 * MAX_TEXT_CHARACTERS, count)
     return characters // max(1, len(measured))
 
 
 def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterator[RowText | None]:
-    """The text of each of these rows; None for one that cannot be read.
+    """Yield the text of each row. Yield None for a row that cannot be read.
 
-    Tokenization, which reads every row, names that one with its fault.
+    Tokenization reads every row and reports the error of such a row later.
     """
     for source, rows, own in by_source(sources, indices):
         for i in own:
@@ -102,22 +111,28 @@ def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterat
 def by_source(
     sources: Sequence[tuple[Source, Rows]], indices: range
 ) -> Iterator[tuple[Source, Rows, range]]:
-    """Each source with those of some indices over all sources that are its own, from 0."""
+    """Convert row numbers that count over all sources to row numbers within each source.
+
+    Yields:
+        A source, its rows, and the numbers of the selected rows, counted from 0 in this source.
+    """
     first = 0
     for source, rows in sources:
-        yield source, rows, range(-first % indices.step, len(rows), indices.step)
+        offset = -first % indices.step
+        yield source, rows, range(offset, len(rows), indices.step)
         first += len(rows)
 
 
 def row_text(values: Row, source: Source, where: str = "") -> RowText:
-    """The text of one row; DataError where it is not of the source's format."""
+    """Return the text of one row. Raise DataError if the row does not have the source's format."""
     row = convert_row(values, source, where=where)
     sample, *others = row.samples
     prompt, answer = _prompt_and_answer(sample)
     chosen = ""
     for rejected in others:
         chosen = answer
-        answer = f"{chosen}\n{_prompt_and_answer(rejected)[1]}"
+        _, rejected_answer = _prompt_and_answer(rejected)
+        answer = f"{chosen}\n{rejected_answer}"
     given = " ".join(map(_identity, pictures_of(sample)))
     if isinstance(sample, Conversation) and sample.tools:
         given = json.dumps(sample.tools, sort_keys=True, default=str) + given
@@ -133,7 +148,7 @@ def row_text(values: Row, source: Source, where: str = "") -> RowText:
 
 
 def _identity(picture: Picture) -> str:
-    """Tell a picture from others by its content; tokenization names one that cannot be read."""
+    """Return the digest of a picture's content, or its path if the picture cannot be read."""
     try:
         return f"{picture_digest(read_picture(picture, '')):x}"
     except DataError:
@@ -144,16 +159,18 @@ def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
     if isinstance(sample, Text):
         return "", sample.text
     if isinstance(sample, Completion):
-        return "\n".join(filter(None, (sample.system, sample.prompt))), sample.completion
-    last = len(sample.messages) - 1
-    while last > 0 and sample.messages[last]["role"] != "assistant":
+        prompt = "\n".join(filter(None, (sample.system, sample.prompt)))
+        return prompt, sample.completion
+    messages = sample.messages
+    last = len(messages) - 1
+    while last > 0 and messages[last]["role"] != "assistant":
         last -= 1
-    prompt = "\n".join(map(_message_text, sample.messages[:last]))
-    return prompt, _message_text(sample.messages[last])
+    prompt = "\n".join(map(_message_text, messages[:last]))
+    return prompt, _message_text(messages[last])
 
 
 def _message_text(message: Message) -> str:
-    """Join what a message says and calls; how an answer was reasoned is no part of it."""
+    """Return the text and the tool calls of a message as one text, without its reasoning."""
     calls = [
         json.dumps(call["function"], sort_keys=True, default=str)
         for call in message.get("tool_calls") or ()

@@ -1,11 +1,12 @@
-"""A recipe's rows: those that it trains on, and those that it only validates on.
+"""Reading of the rows that a recipe names, and splitting them into training rows and validation
+rows.
 
-The latter are those of `data.validation`, or some held out of the rest. All reading of a recipe's
-rows starts here.
+The validation rows come from `data.validation`, or are held out from `data.train`. All code that
+needs the rows of a recipe uses this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,49 +18,55 @@ from tunesmith.data.source.open_source import Rows, read_rows
 from tunesmith.errors import DataError
 from tunesmith.units import Share, count_of
 
-# Sets this draw apart from those of the batch schedule.
+# Number of the random stream that draws held-out rows. It differs from all streams of the batch
+# schedule, which have smaller numbers.
 _PURPOSE = 1 << 20
 
-# Where every group is larger than what is to be held out, the smallest is held out if it is no more
-# than so many times that, or than this share of all rows.
+# Limits for the size of the smallest group, if all groups have more rows than should be held out: a
+# multiple of the wanted number, and a fraction of all rows. The group is held out unless it has
+# more rows than both limits.
 MAX_OVERSHOOT = 2
-MAX_OVERSHOOT_SHARE = 0.1
+MAX_OVERSHOOT_FRACTION = 0.1
 
 SourceRows = list[tuple[Source, Rows]]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a recipe.
+    """The training rows and the validation rows of a recipe.
 
     Attributes:
-        sources: all rows of `data.train`, before any is left out or held out.
-        findings: what was found in them; nothing where they were not compared.
-        left_out: the rows of `sources` that `data.leave_out` leaves out, by fault; a row of two
-            faults is with the first.
-        held_out: rows of `sources` that are held out, in order.
+        train: the training rows, by source.
+        validation: the validation rows, by source.
+        sources: all rows of `data.train`, including the rows that are removed or held out.
+        findings: the findings of the row checks in `sources`. Empty if the rows were not compared.
+        left_out: kind of problem -> the rows of `sources` that `data.leave_out` removes because of
+            it. A row with two problems is listed only under the first one.
+        held_out: the rows of `sources` that are held out, sorted.
     """
 
     train: SourceRows
     validation: SourceRows
     sources: SourceRows
-    findings: RowFindings = field(default_factory=RowFindings)
-    left_out: dict[RowFault, list[int]] = field(default_factory=dict)
+    findings: RowFindings
+    left_out: dict[RowFault, list[int]]
     held_out: tuple[int, ...] = ()
 
 
 def read_splits(
     data: Data, seed: int, *, only_cached: bool = False
 ) -> tuple[SourceRows, SourceRows]:
-    """Read the rows to train on and the rows to validate on, source by source.
+    """Read the training rows and the validation rows, by source.
 
     Args:
-        seed: draws the rows of `data.hold_out`, unless there is a `data.hold_out_seed`.
-        only_cached: rows are compared with each other only if they were before, which takes time:
-            near-duplicates may then be held out apart from each other.
+        data: the section `data` of the recipe.
+        seed: the seed that draws the rows of `data.hold_out`, if `data.hold_out_seed` is not set.
+        only_cached: whether to use only cached findings of the row checks, because a comparison of
+            the rows takes time. If there are no cached findings, near-duplicates can get into
+            different splits.
 
     Raises:
-        DataError: a source cannot be read, or no row is left to train on.
+        DataError: a source cannot be read, or no training row is left.
     """
     sources = _read_sources(data)
     findings = RowFindings()
@@ -70,7 +77,10 @@ def read_splits(
 
 
 def read_checked_splits(data: Data, seed: int) -> Splits:
-    """Read the splits with what is found in the rows, whether the split depends on it or not."""
+    """Read the training rows and the validation rows.
+
+    Always run the row checks, even if they are not needed to split the rows.
+    """
     sources = _read_sources(data)
     return _split_rows(data, seed, sources, check_rows(sources))
 
@@ -80,36 +90,39 @@ def _read_sources(data: Data) -> SourceRows:
 
 
 def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFindings) -> Splits:
-    """The rows of `sources`, less those of `data.leave_out`, on two sides.
+    """Remove the rows of `data.leave_out`, and split the rest into training and validation rows.
 
-    A seed draws those of `data.hold_out`, and the others keep their order. Near-duplicates, and
-    rows with one prompt or one long answer, are held out together or not at all; without any, the
-    draw is the first rows of a shuffled order.
+    The held-out rows are drawn with the seed, and the training rows keep their order. All rows of a
+    group (near-duplicates, or rows with the same prompt or the same long answer) get into the same
+    split, unless all groups are too large (see `draw_held_out`).
     """
     left_out: dict[RowFault, list[int]] = {}
-    gone: set[int] = set()
+    removed: set[int] = set()
     for fault in data.leave_out:
-        left_out[fault] = [row for row in findings.faulty_rows(fault) if row not in gone]
-        gone.update(left_out[fault])
+        left_out[fault] = [row for row in findings.faulty_rows(fault) if row not in removed]
+        removed.update(left_out[fault])
     total = sum(len(rows) for _, rows in sources)
-    remaining = np.delete(np.arange(total), sorted(gone))
-    if gone and not len(remaining):
+    remaining = np.delete(np.arange(total), sorted(removed))
+    if removed and not len(remaining):
         raise DataError(
-            "no row is left to train on",
+            "no training row is left",
             where="data.leave_out",
-            why=f"it leaves out all {count_of(total, 'row')} of data.train",
-            fix="name fewer faults, or data.leave_out=[]",
+            why=f"data.leave_out removes all {count_of(total, 'row')} of data.train",
+            fix="remove values from the list data.leave_out, or set data.leave_out=[]",
         )
     if data.hold_out is None:
         validation = [(source, read_rows(source)) for source in data.validation]
-        kept = _take(sources, remaining) if gone else sources
+        kept = sources
+        if removed:
+            kept = _take(sources, remaining)
         return Splits(kept, validation, sources, findings, left_out)
     count = count_held_out(data.hold_out, len(remaining))
     if data.hold_out_seed is not None:
         seed = data.hold_out_seed
-    groups = _kept_together(findings.without(gone), remaining)
-    # Sorted, so that each source takes its part of the indices in order.
-    held_out = remaining[np.sort(draw_held_out(len(remaining), count, seed, groups))]
+    groups = _inseparable_groups(findings.without(removed), remaining)
+    drawn = draw_held_out(len(remaining), count, seed, groups)
+    # Sort the indices, because `_take` requires sorted indices.
+    held_out = remaining[np.sort(drawn)]
     train_rows = np.setdiff1d(remaining, held_out, assume_unique=True)
     return Splits(
         _take(sources, train_rows),
@@ -121,28 +134,33 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
     )
 
 
-def _kept_together(findings: RowFindings, remaining: np.ndarray) -> list[list[int]]:
-    """Groups of positions in `remaining`: near-duplicates, and rows that share a prompt or an
-    answer.
+def _inseparable_groups(findings: RowFindings, remaining: np.ndarray) -> list[list[int]]:
+    """Return the groups of rows that must be in the same split, as indices into `remaining`.
+
+    A group consists of near-duplicates, and of rows with the same prompt or the same long answer.
     """
     groups = Groups()
     for group in (*findings.near_duplicates, *findings.shared):
         positions = np.searchsorted(remaining, group).tolist()
         for position in positions[1:]:
             groups.join(positions[0], position)
-    return groups.of_several()
+    return groups.joined_groups()
 
 
 def draw_held_out(
     total: int, count: int, seed: int, groups: Sequence[Sequence[int]] = ()
 ) -> np.ndarray:
-    """int64: `count` of the rows 0 to total - 1 to hold out, in the order drawn.
+    """Draw `count` rows at random to hold out. The rows are numbered from 0 to total - 1.
 
-    The rows of a group come together, when the order comes to its first row: so each group is held
-    out as often as a row that is alone. One that is larger than what is still missing stays in the
-    training. There may be fewer rows where no group fits, but always one: if all rows are in larger
-    groups, the smallest group comes, or, where that is too large too, the rows are drawn as
-    without groups.
+    Return their int64 indices in the order of the draw.
+
+    The rows are visited in a shuffled order. The first row of a group draws the entire group, so
+    that a group and a single row have the same probability. A group is skipped if it has more rows
+    than are still needed, so the result can have fewer than `count` rows.
+
+    If no row can be drawn because all groups are too large, the smallest group is drawn. If this
+    group exceeds both limits (MAX_OVERSHOOT and MAX_OVERSHOOT_FRACTION), `count` single rows are
+    drawn, and groups are ignored.
     """
     order = shuffled(total, seed, 0, _PURPOSE)
     group_of = {row: group for group in groups for row in group}
@@ -151,40 +169,44 @@ def draw_held_out(
     held_out: list[int] = []
     for row in map(int, order):
         group = group_of.get(row, (row,))
-        if row == group[0] and len(group) <= count - len(held_out):
-            held_out += group
-        if len(held_out) == count:
+        missing = count - len(held_out)
+        if not missing:
             break
+        if row == group[0] and len(group) <= missing:
+            held_out += group
     if held_out:
         return np.array(held_out, np.int64)
-    # All rows are in groups of more than `count`.
+    # No row was drawn, because each row is in a group with more than `count` rows.
     smallest = min(groups, key=len)
-    most = max(MAX_OVERSHOOT * count, MAX_OVERSHOOT_SHARE * total)
-    return order[:count] if len(smallest) > most else np.array(smallest, np.int64)
+    max_rows = max(MAX_OVERSHOOT * count, MAX_OVERSHOOT_FRACTION * total)
+    if len(smallest) > max_rows:
+        return order[:count]
+    return np.array(smallest, np.int64)
 
 
 def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
-    """Rows by their indices over all sources, in order; a source without any is left away."""
+    """Select rows by sorted indices, which count over all sources. Drop sources without rows."""
     taken: SourceRows = []
     first = 0
     for source, rows in sources:
         stop = first + len(rows)
-        # Sorted indices: those of this source are side by side.
+        # The indices are sorted, so the indices of one source are adjacent.
         lowest, highest = np.searchsorted(indices, [first, stop])
         if lowest < highest:
-            taken.append((source, rows.take((indices[lowest:highest] - first).tolist())))
+            own = indices[lowest:highest] - first
+            taken.append((source, rows.take(own.tolist())))
         first = stop
     return taken
 
 
 def count_held_out(share: Share, total: int) -> int:
-    """Count the held-out rows among `total`; DataError if nothing is left to train on."""
+    """Return the number of rows to hold out. Raise DataError if no training row would be left."""
     count = share.of(total)
     if count >= total:
         raise DataError(
             f"holding out {share} leaves no row to train on",
             where="data.hold_out",
             why=f"data.train has {count_of(total, 'row')}",
-            fix="hold out fewer rows, or data.hold_out: null",
+            fix="hold out fewer rows, or set data.hold_out: null",
         )
     return count

@@ -1,4 +1,4 @@
-"""Rows that cannot be read or rendered: counted, the first of them listed with their cause."""
+"""Collection of the rows that cannot be read: their number, and the errors of the first of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,76 +8,106 @@ from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError
 
-LISTED = 20  # rows
-# Of a cause in a list; the whole error of a single row is shown.
-_CAUSE_CHARS = 60
+# Maximum number of bad rows that are listed with their cause.
+LISTED = 20
+# Maximum length of an error's cause if the errors of several rows are listed. If only one row is
+# bad, its cause is not shortened.
+_MAX_CAUSE_CHARS = 60
+
+
+# A bad row: file and line of the row, index of the row, and cause of the error.
+_Listed = tuple[str, int, str]
 
 
 @dataclass
 class BadRows:
-    """The bad rows of a source of so many rows.
+    """The rows of one source that cannot be read.
 
     Attributes:
-        listed: the first LISTED of them in order: place, index, and what is wrong, with the place
-            in the row if there is one.
+        rows: number of all rows of the source.
+        count: number of bad rows.
+        listed: the first LISTED bad rows in order. If the error has a position within the row, such
+            as "message 2", the cause starts with this position.
+        first_error: the complete error of the first bad row.
     """
 
     rows: int
     count: int = 0
-    listed: list[tuple[str, int, str]] = field(default_factory=list)
+    listed: list[_Listed] = field(default_factory=list)
     first_error: DataError | None = None
 
     def __len__(self) -> int:
         return self.count
 
     def add(self, row: int, place: str, error: DataError) -> bool:
-        """Count a row by its error; False if the error is not of this row, but of the file."""
-        if not is_of_row(error, place):
+        """Add the error of a row. Return False and add nothing if the error is not about the row.
+
+        Args:
+            row: index of the row.
+            place: file and line of the row.
+        """
+        if not is_row_error(error, place):
             return False
         self.count += 1
         self.first_error = self.first_error or error
-        inside = error.where.removeprefix(place).lstrip(", ")
         if len(self.listed) < LISTED:
-            what = f"{inside}: {error.what}" if inside else error.what
+            what = error.what
+            inside = error.where.removeprefix(place).lstrip(", ")
+            if inside:
+                what = f"{inside}: {what}"
             self.listed.append((place, row, what))
         return True
 
 
 def error_of_sources(sources: Sequence[BadRows]) -> DataError:
-    """One error for the bad rows of one or several sources."""
+    """Build one error that describes the bad rows of all sources."""
     first = sources[0].first_error
     assert first is not None
-    rows = sum(bad.rows for bad in sources)
-    count = sum(map(len, sources))
-    listed = [row for bad in sources for row in bad.listed][:LISTED]
+    rows = 0
+    count = 0
+    listed: list[_Listed] = []
+    for bad in sources:
+        rows += bad.rows
+        count += bad.count
+        listed += bad.listed
     what = first.what
     why = first.why
     fix = first.fix
     if count == rows > 1:
-        why = f"{why}; all {rows:,} rows are like it, or cannot be read for other reasons"
+        why = f"{why}; all {rows:,} rows have this error or another error"
     elif count > 1:
         what = f"{count:,} of {rows:,} rows cannot be read"
-        # The file's name is enough: its folder is that of the first.
-        causes = [
-            f"{place.rpartition('/')[2]}: {cause:.{_CAUSE_CHARS}}" for place, _, cause in listed
-        ]
-        if count > len(listed):
-            causes.append(f"and {count - len(listed):,} more")
+        # Show only the file name of each row. The complete path of the first row is in `where` of
+        # the error.
+        causes = []
+        for place, _, cause in listed[:LISTED]:
+            name = place.rpartition("/")[2]
+            causes.append(f"{name}: {cause:.{_MAX_CAUSE_CHARS}}")
+        more = count - len(causes)
+        if more:
+            causes.append(f"and {more:,} more")
         why = "; ".join(causes)
     if not any(bad.count == bad.rows for bad in sources):
-        fix += "; or data.bad_rows=skip leaves such rows out, counted"
+        fix += "; to skip and count such rows, set data.bad_rows=skip"
     return DataError(what, where=first.where, why=why.removeprefix("; "), fix=fix)
 
 
-def is_of_row(error: DataError, place: str) -> bool:
-    """Tell whether an error is about the row at a place, not about its file or the template."""
+def is_row_error(error: DataError, place: str) -> bool:
+    """Return True if an error is about the row at `place`, and False if it is about the file or the
+    template.
+    """
     return error.where == place or error.where.startswith(f"{place}, ")
 
 
 def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadRows:
-    """The rows that are no sample of the source's format; a DataError that is of none is raised.
+    """Return the rows that cannot be read in the source's format.
 
-    system: as of `convert_row`.
+    Args:
+        source: the data source with its row format and columns.
+        system: the system message, see `convert_row`.
+
+    Raises:
+        DataError: an error that is not about a single row, for example about the file.
     """
     bad = BadRows(len(rows))
     for i in range(len(rows)):

@@ -1,14 +1,16 @@
-"""Detection of the format that the rows of a file have, and of its columns, from some rows.
+"""Detection of the row format and the columns of a data file, from a sample of its rows.
 
-The columns decide first: rows with chosen and rejected are pairs, rows with a label are labeled
-answers, and text is only what has no other columns. Of the layouts that the columns allow, the one
-that uses the most of them is taken if the reader of training reads any row by it; a row that it
-does not read is then an error that names the row, and never a reason for a poorer layout. What
-remains open is an error that names the choices.
+A layout is a format together with the columns that it reads. First, the column names determine
+which layouts are possible. Rows with the columns chosen and rejected are preference pairs, and rows
+with a label are labeled answers. The format text is used only if no other format fits.
+
+Of the layouts that can read at least one row, the layout that uses the most columns is chosen. A
+row that the chosen layout cannot read is an error, and no other layout is tried for this row. If
+several layouts remain, an error lists them.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from tunesmith.config.row_formats import (
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.marks import is_mark
+from tunesmith.data.rows.row_masks import is_mask_column
 from tunesmith.data.rows.row_reader import (
     MIN_NAME_SIMILARITY,
     guess_columns,
@@ -37,33 +39,33 @@ from tunesmith.data.source.csv_files import propose_header
 from tunesmith.data.source.open_source import Rows
 from tunesmith.data.source.table import Row
 from tunesmith.errors import DataError
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
-# Rows looked at, spread over the file.
+# Maximum number of rows that are examined. They are spread evenly over the file.
 SAMPLE = 200
-# Names of columns that hold a chat, though one is empty.
+# Column names that indicate a chat, even if all lists in the column are empty.
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
-# Names of columns that hold the class of a text.
+# Column names that indicate a class label for text classification.
 _CLASS_NAMES = frozenset(
     "label labels label_text label_name class classes class_name sentiment sentiments polarity"
     " emotion emotions intent intents intent_name stance".split()
 )
-# The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
+# Key of the role in a message (`role` or `from`) -> the columns with chats that use this key.
 _Chats = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Detected:
-    """A format and its columns, by which some rows can be read.
+    """A row format and the columns of the file that it reads.
 
     Attributes:
-        columns: the format's name of a column -> the file's.
-        ignored: the columns that are not read.
-        has_pictures: whether a row that was looked at has any.
+        columns: column name in the format -> column name in the file.
+        ignored: the columns of the file that are not read.
+        has_pictures: whether one of the examined rows has pictures.
     """
 
     format: FormatName
@@ -72,14 +74,22 @@ class Detected:
     has_pictures: bool = False
 
     @property
+    def used(self) -> frozenset[str]:
+        """Names of the file's columns that are read."""
+        return frozenset(self.columns.values())
+
+    @property
     def renamed(self) -> dict[str, str]:
-        """The columns whose names are not the format's own."""
+        """Columns whose name in the file differs from the format's name."""
         return {name: column for name, column in self.columns.items() if name != column}
 
     def describe(self) -> str:
-        """`columns question, answer -> prompt-completion (prompt = question, ...)`."""
+        """Return text such as `columns question, answer -> prompt-completion (prompt =
+        question)`.
+        """
         noun = "columns" if len(self.columns) > 1 else "column"
-        text = f"{noun} {', '.join(self.columns.values())} -> {self.format}"
+        columns = ", ".join(self.columns.values())
+        text = f"{noun} {columns} -> {self.format}"
         renamed = [f"{name} = {column}" for name, column in self.renamed.items()]
         if renamed:
             text += f" ({', '.join(renamed)})"
@@ -88,16 +98,16 @@ class Detected:
         return text
 
     def flags(self) -> str:
-        """The option that chooses it."""
+        """Return the command line option `--columns` that selects these columns."""
         pairs = [f"{name}={column}" for name, column in self.columns.items()]
         return f"--columns {shell_word(','.join(pairs))}"
 
 
 class _Trial(NamedTuple):
-    """A layout with which some rows were read.
+    """The result of reading the sampled rows with one layout.
 
     Attributes:
-        read: indices of the rows that it reads.
+        read: indices of the rows that the layout can read.
     """
 
     layout: Detected
@@ -107,34 +117,40 @@ class _Trial(NamedTuple):
 def detect(
     rows: Rows, source: Source, *, any_format: bool = True, skips_bad_rows: bool = False
 ) -> Detected:
-    """Find the format and the columns of some rows.
+    """Detect the format and the columns of the rows.
 
     Args:
-        source: gives `columns` where some are named already, and the `format`, unless `any_format`.
-        skips_bad_rows: rows that the layout does not read are left out later, and are no error.
+        source: the data source. Its `columns` are the columns that the user has already chosen.
+        any_format: whether to consider all formats. If False, only `source.format` is considered.
+        skips_bad_rows: whether rows that the layout cannot read are skipped later. If True, they
+            raise no error.
 
     Raises:
-        DataError: no layout reads the rows, several do, or some rows are not of the one that does.
+        DataError: no layout can read the rows, several layouts can read them, or the only layout
+            cannot read some of the rows.
     """
     sample, is_whole = sample_rows(rows)
     examined = _SampledRows(rows, source, sample, None if any_format else source.format)
-    is_free = any_format and not source.columns
-    layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
-    if is_free:
+    layouts = _select_training_kind(list(examined.layouts()))
+    if any_format and not source.columns:
         examined.check_rejected_is_read(layouts)
         examined.check_class_is_read(layouts)
-    # Each layout is tried on the sample, with the reader of training.
+    # Read the sampled rows with each layout. This uses the same function as training, so the same
+    # rows are readable.
     trials = [examined.try_layout(layout) for layout in layouts]
     readable = _most_specific([trial for trial in trials if trial.read])
     if len(readable) == 1:
-        layout = readable[0].layout
-        reads_all = is_whole and readable[0].read == examined.sample.keys()
+        [trial] = readable
+        reads_all = is_whole and trial.read == examined.sample.keys()
         if not reads_all and not skips_bad_rows:
-            raise examined.all_errors(readable[0])
-        used = layout.columns.values()
-        # Marks of untrained rows are read or refused, whatever the layout.
-        ignored = [name for name in examined.columns if name not in used and not is_mark(name)]
-        return replace(layout, ignored=tuple(ignored))
+            raise examined.all_errors(trial)
+        ignored = []
+        for name in examined.columns:
+            # Do not list a loss mask column such as `train` as ignored, because every layout reads
+            # or refuses it.
+            if name not in trial.layout.used and not is_mask_column(name):
+                ignored.append(name)
+        return replace(trial.layout, ignored=tuple(ignored))
     if readable:
         raise examined.ambiguous(readable)
     if trials:
@@ -142,19 +158,20 @@ def detect(
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
-        what = f"no format reads {', '.join(pairs)}"
+        what = f"no row format can read the columns {', '.join(pairs)}"
     raise examined.error(what, examined.propose())
 
 
 def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
-    """At most SAMPLE rows by their index, spread evenly from the first to the last; whether all of
-    these can be read.
+    """Return a sample of at most SAMPLE rows (index -> row), and whether all of them were read.
 
-    A row that is no object, or no JSON, has no columns to tell a format by; it is named when all
-    rows are read. DataError if there is no other row.
+    The rows are spread evenly from the first to the last. A row that is not a JSON object has no
+    columns, so it is omitted from the sample. Raise DataError if no row is left.
     """
     count = min(SAMPLE, len(rows))
-    indices = [n * (len(rows) - 1) // max(1, count - 1) for n in range(count)]
+    last = len(rows) - 1
+    steps = max(1, count - 1)
+    indices = [n * last // steps for n in range(count)]
     sample = {}
     first_error = None
     for i in indices:
@@ -168,13 +185,15 @@ def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
 
 
 class _SampledRows:
-    """Some rows of a source, by their index, and what their columns are.
+    """A sample of the rows of a source, and the analysis of its columns.
 
     Attributes:
-        only_format: the format that the user names; None: any.
-        chats: the columns that look like lists of messages, or JSON text of them, by what is in
-            them. Under a chat's usual name these are also lists of another form: their error tells
-            what is wrong.
+        sample: the sampled rows by their index.
+        only_format: the format that the user has chosen, or None if any format is possible.
+        where: file and line of the first sampled row.
+        chats: the columns that contain lists of messages, or JSON text of such lists, grouped by
+            the key of the role. A column with a usual chat name is included even if its lists are
+            not chats, because the error from reading the column then explains the correct form.
     """
 
     def __init__(
@@ -189,77 +208,88 @@ class _SampledRows:
         self.sample = sample
         self.only_format = only_format
         self.where = rows.where(min(sample))
-        self.columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
+        names = itertools.chain.from_iterable(sample.values())
+        self.columns = list(dict.fromkeys(map(str, names)))
         self.chats: _Chats = {"role": [], "from": []}
         for column in self.columns:
-            values = self._values(column)
+            values = [row.get(column) for row in sample.values()]
             role_keys = {role_key_of(value) for value in values} - {""}
-            is_named_so = plain(column) in _CHAT_NAMES
-            if not role_keys and is_named_so and any(map(looks_like_list, values)):
+            has_chat_name = plain(column) in _CHAT_NAMES
+            if not role_keys and has_chat_name and any(map(looks_like_list, values)):
                 role_keys = {"role"}
             for role_key in role_keys:
                 self.chats[role_key].append(column)
 
-    def _values(self, column: str) -> list[object]:
-        return [row.get(column) for row in self.sample.values()]
-
     def error(self, what: str, fix: str, why: str = "") -> DataError:
-        """An error about the columns."""
+        """Build an error about the columns. The message lists all columns of the file."""
         columns_text = f"the columns are {', '.join(self.columns) or 'none'}"
-        return DataError(what, where=from_here(self.rows.name), why=columns_text + why, fix=fix)
+        return DataError(
+            what, where=relative_to_cwd(self.rows.name), why=columns_text + why, fix=fix
+        )
 
-    def layouts(
-        self, only_format: FormatName | None, chosen_columns: Mapping[str, str]
-    ) -> Iterator[Detected]:
-        """Every way to read the columns that their names allow.
-
-        `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
-        """
+    def layouts(self) -> Iterator[Detected]:
+        """Yield every layout that the column names and the user's choices allow."""
+        chosen_columns = self.source.columns
         layouts: list[tuple[FormatName, ColumnSet]] = []
         for format_name, form in ROW_FORMATS.items():
-            if only_format in (None, format_name):
+            if self.only_format in (None, format_name):
                 layouts += [(format_name, layout) for layout in form.layouts]
-        # Of two with the same columns the one that has no others is meant.
+        # Put layouts without optional columns first, because the first of several equal layouts is
+        # used.
         layouts.sort(key=lambda entry: bool(entry[1].optional))
         for format_name, layout in layouts:
-            # Columns that the user names must all belong to the format.
-            if not chosen_columns.keys() <= {*layout.needed, *layout.optional}:
+            columns = {**layout.needed, **layout.optional}
+            # Skip the layout if it lacks a column that the user has chosen.
+            if not chosen_columns.keys() <= columns.keys():
                 continue
             candidates: dict[str, list[str | None]] = {}
-            for name, usual_names in {**layout.needed, **layout.optional}.items():
+            for name, usual_names in columns.items():
                 if name in chosen_columns:
                     candidates[name] = [chosen_columns[name]]
                     continue
                 candidates[name] = [*self._columns_for(format_name, usual_names)]
                 if name in layout.optional:
                     candidates[name].append(None)
-            # Each choice of one column a name; no column may serve twice.
+            # Try every combination of candidates, but use each column of the file only once.
             for picked in itertools.product(*candidates.values()):
-                pairs = zip(candidates, picked, strict=True)
-                mapping = {name: column for name, column in pairs if column is not None}
-                if len(set(mapping.values())) == len(mapping):
-                    yield Detected(format_name, mapping)
+                mapping: dict[str, str] = {}
+                for name, column in zip(candidates, picked, strict=True):
+                    if column is not None:
+                        mapping[name] = column
+                detected = Detected(format_name, mapping)
+                if len(detected.used) == len(mapping):
+                    yield detected
 
     def _columns_for(self, format_name: FormatName, usual_names: tuple[str, ...]) -> list[str]:
-        """The columns that may be what a format has under these names in files."""
+        """Return the columns of the file that can be read as one given column of the format.
+
+        `usual_names` are the usual names of the format's column in files.
+        """
         if isinstance(usual_names, ChatColumn):
-            chats = dict.fromkeys(name for key in usual_names for name in self.chats[key])
-            # A prompt beside its answer is no whole chat, whatever it ends with.
+            chats: dict[str, None] = {}
+            for role_key in usual_names:
+                chats.update(dict.fromkeys(self.chats[role_key]))
             needed = ROW_FORMATS["prompt-completion"].layouts[0].needed
-            is_answered = any(plain(column) in needed["completion"] for column in self.columns)
-            prompts = needed["prompt"] if is_answered else ()
-            return [name for name in chats if plain(name) not in prompts]
+            if any(plain(column) in needed["completion"] for column in self.columns):
+                # Exclude prompt columns: the file has a completion column, so a list of messages in
+                # the prompt column is only a prompt, and not an entire chat.
+                return [name for name in chats if plain(name) not in needed["prompt"]]
+            return list(chats)
         named = [column for column in self.columns if plain(column) in usual_names]
         if ROW_FORMATS[format_name].has_turns:
             return named
-        # A single column needs no usual name to be the text; a chat is none.
-        is_text = len(self.columns) == 1 and not propose_header(self.where, self.columns)
-        texts = self.columns if is_text else named
-        return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
+        if len(self.columns) == 1 and not propose_header(self.where, self.columns):
+            # If the file has only one column, this column can be the text, whatever its name is.
+            named = self.columns
+        no_texts = (*self.chats["role"], *self.chats["from"])
+        return [name for name in named if name not in no_texts]
+
+    def _source_by(self, layout: Detected) -> Source:
+        return replace(self.source, format=layout.format, columns=layout.columns)
 
     def try_layout(self, layout: Detected) -> _Trial:
-        """Read the rows by a layout as training does; keep which it reads."""
-        source = _with_layout(self.source, layout)
+        """Read the sampled rows with a layout, as training does. Record which rows can be read."""
+        source = self._source_by(layout)
         read = set()
         has_pictures = False
         for i, row in self.sample.items():
@@ -270,110 +300,130 @@ class _SampledRows:
         return _Trial(replace(layout, has_pictures=has_pictures), frozenset(read))
 
     def check_rejected_is_read(self, layouts: list[Detected]) -> None:
-        """Raise DataError if a column is named as the worse answers of pairs, and none is read."""
+        """Raise DataError if a column's name is similar to `rejected`, but no layout reads
+        pairs.
+        """
         rejected = next(filter(is_named_rejected, self.columns), "")
-        if not rejected or any(layout.format == "preference" for layout in layouts):
+        if not rejected:
+            return
+        formats = dict.fromkeys(layout.format for layout in layouts)
+        if "preference" in formats:
             return
         names = {plain(column): column for column in self.columns if column != rejected}
-        counterpart = plain(rejected).replace("rejected", "chosen")
-        near = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY) or counterpart
-        pair = {"chosen": names.get(near, "..."), "rejected": rejected}
-        fix = Detected("preference", pair).flags()
-        if layouts:
-            formats = dict.fromkeys(layout.format for layout in layouts)
-            fix += f"; or train on the other columns alone: --format {' or '.join(formats)}"
-        raise self.error(f"{rejected} looks like the rejected answer of a pair", fix)
+        near = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY)
+        if not near:
+            near = plain(rejected).replace("rejected", "chosen")
+        chosen = names.get(near, "...")
+        layout = Detected("preference", {"chosen": chosen, "rejected": rejected})
+        fix = f"use {layout.flags()}"
+        if formats:
+            fix += f"; to train on the other columns only, use --format {' or '.join(formats)}"
+        raise self.error(f"the column {rejected} looks like the rejected answer of a pair", fix)
 
     def check_class_is_read(self, layouts: list[Detected]) -> None:
-        """Raise DataError if a column holds the class of a text, and only the text is read."""
+        """Raise DataError if a column holds class labels, but only the text column is read."""
         texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
         for column in self.columns if texts else ():
-            # Or it ends in such a name, as coarse_label does.
-            names = {plain(column), plain(column).rpartition("_")[2]}
+            name = plain(column)
+            # Compare also the last word of the name, for example `label` in `coarse_label`.
+            names = {name, name.rpartition("_")[2]}
             if column not in texts and names & _CLASS_NAMES:
                 as_answer = Detected(
                     "prompt-completion", {"prompt": texts[0], "completion": column}
                 )
-                alone = Detected("text", {"text": texts[0]})
+                text_only = Detected("text", {"text": texts[0]})
                 raise self.error(
-                    f"{column} looks like the class of a text, and nothing reads it",
-                    f"to learn it as the answer, in words: {as_answer.flags()};"
-                    f" to learn the text alone: {alone.flags()}",
+                    f"the column {column} looks like the class of the text, but would not be read",
+                    f"use {as_answer.flags()} to train on the class, written as a text, as the"
+                    f" answer, or {text_only.flags()} to train on the text only",
                 )
 
     def all_errors(self, trial: _Trial) -> DataError:
-        """The error that lists all rows that a layout does not read; where it reads none, the
-        first.
+        """Build the error that lists all rows that the layout cannot read.
+
+        If the layout cannot read any sampled row, the error describes only the first row.
         """
         rows = self.rows
         if not trial.read:
-            rows = rows.take([next(iter(self.sample))])
-        bad = find_bad_rows(rows, _with_layout(self.source, trial.layout))
+            first = next(iter(self.sample))
+            rows = rows.take([first])
+        layout = trial.layout
+        bad = find_bad_rows(rows, self._source_by(layout))
         error = error_of_sources([bad])
         examined = count_of(len(self.sample), "row")
-        read = f"{len(trial.read)} of the {examined} examined can be read as {trial.layout.format}"
+        read = f"{len(trial.read)} of the {examined} examined can be read as {layout.format}"
         error.why = "; ".join(filter(None, (error.why, read)))
-        if trial.layout.format == "feedback":
-            error.fix += f"; or rename {trial.layout.columns['label']} if it is no label"
+        if layout.format == "feedback":
+            label = layout.columns["label"]
+            error.fix += f"; or rename {label}, if it is not a label"
         return error
 
     def ambiguous(self, trials: list[_Trial]) -> DataError:
-        """The error for several layouts: a choice, or rows of several formats in one file."""
+        """Build the error for rows that several layouts can read."""
         order = list(ROW_FORMATS)
         trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
-        ways = " or ".join(trial.layout.flags() for trial in trials)
-        counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
+        ways = []
+        counts = []
+        for trial in trials:
+            ways.append(trial.layout.flags())
+            counts.append(f"{len(trial.read)} as {trial.layout.format}")
+        examined = count_of(len(self.sample), "row")
         return self.error(
             f"the rows can be read in {len(trials)} ways",
-            f"choose one: {ways}; rows of several formats need a file for each",
-            f"; of {count_of(len(self.sample), 'row')}, {' and '.join(counts)} can be read",
+            f"choose one: {' or '.join(ways)}; if the file mixes formats, split it by format",
+            f"; of the {examined} examined, {' and '.join(counts)} can be read",
         )
 
     def propose(self) -> str:
-        """Propose flags for the columns: the likeliest ones, where the rows are read by them."""
+        """Return the option that names the columns, for the error message.
+
+        The names are guessed. If the rows cannot all be read with the guessed names, the option
+        contains `...` instead of the names.
+        """
         formats: tuple[FormatName, ...] = ("prompt-completion", "text")
         if self.only_format is not None:
             formats = (self.only_format,)
+        first = next(iter(self.sample.values())).copy()
+        pictures = self.source.columns.get("images", "")
+        first.pop(pictures, None)
         for format_name in formats:
             needed = ROW_FORMATS[format_name].layouts[0].needed
-            first = next(iter(self.sample.values())).copy()
-            first.pop(self.source.columns.get("images", ""), None)
-            guess = Detected(format_name, guess_columns(needed, {}, first))
-            if self.try_layout(guess).read == self.sample.keys():
+            columns = guess_columns(needed, {}, first)
+            guess = Detected(format_name, columns)
+            trial = self.try_layout(guess)
+            if trial.read == self.sample.keys():
                 header = propose_header(self.where, self.columns)
                 return f"{header}name the columns, such as {guess.flags()}"
         names = ROW_FORMATS[formats[0]].layouts[0].needed
         pairs = ",".join(f"{name}=..." for name in names)
-        return f"name the columns: --columns {pairs}"
+        return f"name the columns with --columns {pairs}"
 
 
-def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
-    """The layouts of the kind of training that the columns are for.
+def _select_training_kind(layouts: list[Detected]) -> list[Detected]:
+    """Keep only the layouts for one kind of training: pairs, labeled answers, answers or text.
 
-    A chosen and a rejected answer, or a label, have no other meaning, whatever stands beside them:
-    learning each answer as it is would learn the bad ones too. Any column of text reads as plain
-    text, and data sets often add the text of a whole example: that is the last resort.
+    Pairs come first and labeled answers second, because any other format would train on the bad
+    answers, too. The format text comes last, because it can read any column of text, and many data
+    sets have an additional column with the complete text of the example.
     """
     for format_name in ("preference", "feedback"):
-        of_format = [layout for layout in layouts if layout.format == format_name]
-        if of_format:
-            return of_format
+        matching = [layout for layout in layouts if layout.format == format_name]
+        if matching:
+            return matching
     return [layout for layout in layouts if layout.format != "text"] or layouts
 
 
-def _with_layout(source: Source, layout: Detected) -> Source:
-    return replace(source, format=layout.format, columns=layout.columns)
-
-
 def _most_specific(trials: list[_Trial]) -> list[_Trial]:
-    """Without those whose columns another one uses too: with more, or with the same where it reads
-    more rows or is earlier in the list.
+    """Remove each trial whose layout uses only a part of the columns of another trial's layout.
+
+    If two layouts use the same columns, keep the layout that reads more rows. If both read the same
+    number of rows, keep the first.
     """
     specific: list[_Trial] = []
     for trial in sorted(trials, key=lambda trial: -len(trial.read)):
-        columns = set(trial.layout.columns.values())
-        others = [set(other.layout.columns.values()) for other in trials]
-        is_repeated = any(columns == set(other.layout.columns.values()) for other in specific)
-        if not is_repeated and not any(columns < other for other in others):
+        columns = trial.layout.used
+        is_repeated = any(columns == other.layout.used for other in specific)
+        is_part = any(columns < other.layout.used for other in trials)
+        if not is_repeated and not is_part:
             specific.append(trial)
     return specific

@@ -1,9 +1,10 @@
-"""A row of any of the formats -> a sample.
+"""Conversion of a row of any format to a sample.
 
-The columns are those of `config/row_formats.py`, and `_ROW_READERS` has the readers; turns
-are read by `messages.py`, pictures by `picture_places.py`. Nothing is guessed. A row with something
-that training would ignore (a role that no template knows, a video, a loss weight of 0.5, a label
-beside an answer that is to be learned) is refused, by its place; what nothing knows is counted.
+`config/row_formats.py` defines the formats and their columns, and `_ROW_READERS` has one reader for
+each format. `messages.py` reads the turns and `picture_places.py` the pictures. Nothing is guessed.
+A row raises an error with its file and line if training would ignore something important in it: an
+unknown role, a video, a loss weight of 0.5, or a label that calls the answer bad. Unknown columns
+and keys raise no error. They are counted and reported.
 """
 
 import json
@@ -19,7 +20,6 @@ from tunesmith.data.rows.labels import (
     has_other_preference,
     read_label,
 )
-from tunesmith.data.rows.marks import check_row_marks
 from tunesmith.data.rows.messages import (
     MESSAGE,
     TURN,
@@ -34,6 +34,7 @@ from tunesmith.data.rows.messages import (
     with_row_system,
 )
 from tunesmith.data.rows.picture_places import check_media, read_column_pictures, with_pictures
+from tunesmith.data.rows.row_masks import check_row_mask
 from tunesmith.data.rows.row_reader import (
     RowReader,
     is_absent,
@@ -53,7 +54,7 @@ from tunesmith.data.rows.samples import (
 from tunesmith.data.source.folders import SPLIT_NAMES
 from tunesmith.errors import DataError
 
-# Columns that name the split of a row.
+# Names of columns whose value is the split of the row, such as "train".
 SPLIT_COLUMNS = ("split", "subset")
 
 
@@ -66,16 +67,21 @@ def convert_row(
     unread: set[str] | None = None,
     is_trained: bool = True,
 ) -> RowSamples:
-    """Convert one row.
+    """Convert one row to samples.
 
     Args:
-        row: column names and values as the file has them; null counts as absent.
-        source: gives `format` and `columns` (the format's name of a column: the file's name of it).
-        where: the row's place, for the DataError of one that is not of this format.
-        system: a system message for conversations that have none (`data.system`).
-        unread: gets the names of columns, and of keys of turns and calls, that nothing reads.
-        is_trained: False where the row is answered or scored alone: its own marks and label, which
-            say how an answer is trained on, are then no fault.
+        row: column names and values from the file. A null value counts as a missing column.
+        source: the data source with its `format` and `columns` (the format's column name -> the
+            file's column name).
+        where: file and line of the row, for error messages.
+        system: the system message for conversations without one (`data.system`).
+        unread: set to which the names of all columns that are not read are added, and the keys of
+            turns and calls that are not read.
+        is_trained: whether the row is used for training. If False, the model only answers or scores
+            the row, so its loss masks and labels are not checked.
+
+    Raises:
+        DataError: the row does not have this format.
     """
     reader = RowReader(row, source, where)
     reader.column_pictures = read_column_pictures(reader)
@@ -83,7 +89,7 @@ def convert_row(
     row_samples = RowSamples(tuple(samples), reader.is_good)
     check_media(reader)
     if is_trained:
-        check_row_marks(reader)
+        check_row_mask(reader)
         if row_samples.is_answered:
             check_no_bad_label(reader)
             row_samples = replace(row_samples, grades=grades_of(reader))
@@ -92,21 +98,21 @@ def convert_row(
             row_samples = replace(row_samples, has_other_preference=is_other)
     if unread is not None:
         unread |= reader.unread
-        texts = [
-            text for s in samples if isinstance(s, Conversation) for text in _texts_of(s.messages)
-        ]
+        texts: list[str] = []
+        for sample in samples:
+            if isinstance(sample, Conversation):
+                texts += _texts_of(sample.messages)
         for column, value in reader.unread_columns().items():
-            # Many chats have their first question in a column of its own, too.
-            is_repeated = isinstance(value, str) and value.strip() in texts
-            if is_repeated or (is_harmless(column) and not _is_held_out(column, value)):
-                continue
-            unread.add(column)
+            if isinstance(value, str) and value.strip() in texts:
+                continue  # The column only repeats a message, such as the first question.
+            if not is_harmless(column) or _is_held_out(column, value):
+                unread.add(column)
     completed = tuple(_complete(reader, sample, system) for sample in samples)
     return replace(row_samples, samples=completed)
 
 
 def _is_held_out(column: str, value: object) -> bool:
-    """Tell whether a column says that its row is not of the split to train on."""
+    """Return True if the column and its value say that the row is in another split than `train`."""
     if plain(column) not in SPLIT_COLUMNS or not isinstance(value, str):
         return False
     return SPLIT_NAMES.get(value.strip().lower(), "train") != "train"
@@ -115,16 +121,20 @@ def _is_held_out(column: str, value: object) -> bool:
 def convert_sample(
     row: Mapping[str, object], source: Source, *, where: str, system: str | None = None
 ) -> Sample:
-    """Convert a row as `convert_row`; of a pair the chosen answer."""
+    """Convert a row that is not used for training to one sample.
+
+    For a pair, this is the sample of the chosen answer.
+    """
     return convert_row(row, source, where=where, system=system, is_trained=False).samples[0]
 
 
 def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
-    """The sample with its pictures, its untrained turns and the recipe's system message, in a
-    checked order.
+    """Add the pictures, the indices of untrained turns and the recipe's system message to a sample.
+
+    Raise DataError if the roles of its messages are out of order.
     """
-    if isinstance(sample, Completion):
-        return sample if sample.system is not None else replace(sample, system=system)
+    if isinstance(sample, Completion) and sample.system is None:
+        return replace(sample, system=system)
     if not isinstance(sample, Conversation):
         return sample
     check_order(reader, sample.messages)
@@ -132,9 +142,12 @@ def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
     messages = with_system(sample.messages, system)
     prompt_messages = sample.prompt_messages
     if prompt_messages:
-        # A system message in front of them is part of the prompt.
+        # If `with_system` has added a system message, count this message as a part of the prompt.
         prompt_messages += len(messages) - len(sample.messages)
-    untrained = [i for i, message in enumerate(messages) if not message.pop("train", True)]
+    untrained = set()
+    for i, message in enumerate(messages):
+        if not message.pop("train", True):
+            untrained.add(i)
     return replace(
         sample,
         messages=messages,
@@ -146,12 +159,16 @@ def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
 def _alpaca(row: RowReader) -> list[Sample]:
     instruction = _no_messages(row, row.required("instruction"), "instruction")
     output = _no_messages(row, row.required("output"), "output")
+    question = instruction
     extra = row.optional("input")
-    extra_text = "" if extra is None else row.text(extra, "input")
+    extra_text = ""
+    if extra is not None:
+        extra_text = row.text(extra, "input")
+    if extra_text:
+        question = f"{instruction}\n{extra_text}"
     messages = with_row_system(row, _history(row))
-    # Only a row of one turn is what the Alpaca template writes.
+    # The Alpaca template supports only a single turn, without a history or a system message.
     is_single_turn = not messages
-    question = f"{instruction}\n{extra_text}" if extra_text else instruction
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": output})
     if is_single_turn:
@@ -160,29 +177,41 @@ def _alpaca(row: RowReader) -> list[Sample]:
 
 
 def _history(row: RowReader) -> list[Message]:
-    """The turns before the instruction: pairs of a question and its answer, or messages."""
+    """Read the earlier turns in the column `history`.
+
+    They are [question, answer] pairs or messages.
+    """
     history = row.optional("history")
     if role_key_of(history):
         return any_messages(row, history, "history")
     messages: list[Message] = []
-    turns = [] if is_absent(history) else row.list(history, "history")
-    for n, turn in enumerate(turns, 1):
-        pair = row.list(turn, f"history {n}")
+    if is_absent(history):
+        return messages
+    for n, turn in enumerate(row.list(history, "history"), 1):
+        at = f"history {n}"
+        pair = row.list(turn, at)
         if len(pair) != 2:
-            fix = "write pairs: [instruction, answer]"
-            raise row.error(f"history {n} is not a pair: its length is {len(pair)}", fix=fix)
-        question = row.text(pair[0], f"history {n}")
-        answer = row.text(pair[1], f"history {n}")
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
+            raise row.error(
+                f"{at} is not a pair: its length is {len(pair)}",
+                fix="write each entry as a pair: [instruction, answer]",
+            )
+        question, answer = pair
+        messages.append({"role": "user", "content": row.text(question, at)})
+        messages.append({"role": "assistant", "content": row.text(answer, at)})
     return messages
 
 
 def _no_messages(row: RowReader, value: object, column: str) -> str:
-    """A text that is not JSON of messages, which alpaca's format would train on as it stands."""
-    if not isinstance(row.text_or_messages(value, column), str) and isinstance(value, str):
-        fix = "format: prompt-completion, or write the text alone"
-        raise row.error(f"{column} is JSON of messages, not a text", fix=fix)
+    """Return a column's text. Raise DataError if the text is a JSON list of messages.
+
+    The alpaca format has only texts, so it would train on such JSON as ordinary text.
+    """
+    read = row.text_or_messages(value, column)
+    if isinstance(value, str) and not isinstance(read, str):
+        raise row.error(
+            f"the column {column} has a JSON list of messages, not a text",
+            fix="use format: prompt-completion, or write only the text",
+        )
     return row.text(value, column)
 
 
@@ -192,13 +221,19 @@ def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
 
 
 def _prompt_completion(row: RowReader) -> list[Sample]:
-    prompt = row.text_or_messages(row.required("prompt"), "prompt")
-    completion = row.text_or_messages(row.required("completion"), "completion")
+    prompt = row.required_text_or_messages("prompt")
+    completion = row.required_text_or_messages("completion")
     return _answered(row, prompt, {"completion": completion})
 
 
 def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
-    """A sample for each answer to a prompt, by its column; texts if all of them are texts."""
+    """Return one sample for each answer to a prompt.
+
+    Args:
+        prompt: a text or messages.
+        answers: column name -> a text or messages. If the prompt and all answers are texts, the
+            samples are plain texts; otherwise they are conversations.
+    """
     samples: list[Sample] = []
     texts = {column: answer for column, answer in answers.items() if isinstance(answer, str)}
     if isinstance(prompt, str) and len(texts) == len(answers):
@@ -208,56 +243,75 @@ def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
         return samples
     messages = _messages_of(row, prompt, "prompt", "user")
     if messages[-1]["role"] == "assistant":
-        why = "the answer would be a second one behind it, and not go on with it"
-        fix = "delete the last message of the prompt; or write its text in front of the answers"
-        raise row.error("the prompt ends with an answer", why, fix)
+        raise row.error(
+            "the prompt ends with an answer",
+            why="a template would write a second answer instead of continuing the first one",
+            fix="delete the last message of the prompt, or write its text before each answer",
+        )
     messages = with_row_system(row, messages)
     tools = read_tools(row)
     for column, value in answers.items():
         reply = _messages_of(row, value, column, "assistant")
         if reply[-1]["role"] != "assistant":
-            what = f"{column} ends with a message of the {reply[-1]['role']}"
-            raise row.error(what, "the last one must be the answer")
+            raise row.error(
+                f"{column} ends with a message of the {reply[-1]['role']}",
+                why="the last message must be the answer",
+            )
         if messages[-1]["role"] == reply[0]["role"] == "user":
-            why = "the prompt stands before it already, and the question would be there twice"
-            fix = f"write the answer alone into {column}, without what the prompt has"
-            raise row.error(f"{column} begins with a message of the user", why, fix)
-        # Copies: each conversation marks its own messages.
+            raise row.error(
+                f"{column} begins with a message of the user",
+                why="the prompt already ends with a message of the user",
+                fix=f"write only the answer into {column}, without the messages of the prompt",
+            )
+        # Copy the messages, because each conversation changes its messages later.
         turns = [message.copy() for message in messages + reply]
         samples.append(Conversation(turns, tools, prompt_messages=len(messages)))
     return samples
 
 
 def _messages_of(row: RowReader, value: object, column: str, role: str) -> list[Message]:
-    """The messages of a text of this role, of a message or of a list of them."""
+    """Convert a text, a message or a list of messages to messages.
+
+    Args:
+        role: the role of a message that is made from a text.
+    """
     if isinstance(value, list | Mapping):
         return any_messages(row, value, column)
     return [{"role": role, "content": row.text(value, column)}]
 
 
 def _compared(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
-    """The samples of `_answered`; DataError if an answer is empty."""
+    """Return one sample for each answer. Raise DataError for an empty answer."""
     samples = _answered(row, prompt, answers)
     for column, sample in zip(answers, samples, strict=True):
-        is_empty = isinstance(sample, Completion) and not sample.completion.strip()
-        if is_empty or (isinstance(sample, Conversation) and not is_said(sample.messages[-1])):
-            why = "an answer without tokens cannot be compared"
-            raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
+        if isinstance(sample, Conversation):
+            is_empty = not is_said(sample.messages[-1])
+        else:
+            is_empty = isinstance(sample, Completion) and not sample.completion.strip()
+        if is_empty:
+            raise row.error(
+                f"{column} is empty",
+                why="an answer without tokens cannot be compared",
+                fix="write the answer, or delete the row",
+            )
     return samples
 
 
 def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
-    """A prompt and its answer as texts; as two turns where the row has tools or pictures, for a
-    template.
+    """Return a prompt and its answer as a sample.
+
+    If the row has tools or pictures, the sample is a `Conversation`, because only a chat template
+    can render them. Otherwise the sample is a `Completion`.
     """
     tools = read_tools(row)
     if tools is None and not row.column_pictures:
         return Completion(prompt, completion, read_system(row))
     messages = with_row_system(row, [{"role": "user", "content": prompt}])
     answer: Message = {"role": "assistant", "content": completion}
-    calls = calls_in_text(row, completion) if tools is not None else []
-    if calls:
-        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    if tools is not None:
+        calls = calls_in_text(row, completion)
+        if calls:
+            answer = {"role": "assistant", "content": "", "tool_calls": calls}
     return Conversation([*messages, answer], tools, prompt_messages=len(messages))
 
 
@@ -269,91 +323,116 @@ def _text(row: RowReader) -> list[Sample]:
 
 
 def _preference(row: RowReader) -> list[Sample]:
-    chosen = row.text_or_messages(row.required("chosen"), "chosen")
-    rejected = row.text_or_messages(row.required("rejected"), "rejected")
+    chosen = row.required_text_or_messages("chosen")
+    rejected = row.required_text_or_messages("rejected")
     prompt = _pair_prompt(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is not None:
-            return _compared(row, prompt, {"chosen": chosen, "rejected": rejected})
-        prompt = _shared_text(row, chosen, rejected)
-        length = len(prompt)
-        return _compared(row, prompt, {"chosen": chosen[length:], "rejected": rejected[length:]})
-    of_chosen = _messages_of(row, chosen, "chosen", "assistant")
-    of_rejected = _messages_of(row, rejected, "rejected", "assistant")
-    if of_chosen[0]["role"] == "assistant":
-        prompt = row.required("prompt") if prompt is None else prompt
-        return _compared(row, prompt, {"chosen": of_chosen, "rejected": of_rejected})
-    shared = _shared_beginning(row, of_chosen, of_rejected)
+        if prompt is None:
+            shared_text = _shared_text(row, chosen, rejected)
+            prompt = shared_text
+            chosen = chosen.removeprefix(shared_text)
+            rejected = rejected.removeprefix(shared_text)
+        return _compared(row, prompt, {"chosen": chosen, "rejected": rejected})
+    chosen_turns = _messages_of(row, chosen, "chosen", "assistant")
+    rejected_turns = _messages_of(row, rejected, "rejected", "assistant")
+    if chosen_turns[0]["role"] == "assistant":
+        if prompt is None:
+            prompt = row.required("prompt")
+        return _compared(row, prompt, {"chosen": chosen_turns, "rejected": rejected_turns})
+    shared = _shared_beginning(row, chosen_turns, rejected_turns)
     _check_shared(row, prompt, shared)
-    own = {"chosen": of_chosen[len(shared) :], "rejected": of_rejected[len(shared) :]}
-    return _compared(row, shared, own)
+    count = len(shared)
+    answers = {"chosen": chosen_turns[count:], "rejected": rejected_turns[count:]}
+    return _compared(row, shared, answers)
 
 
 def _pair_prompt(row: RowReader) -> object:
-    """Read the prompt of a pair: a text, messages, or None where both answers begin with it."""
+    """Read the prompt of a preference pair: a text or messages.
+
+    Return None if the row has no prompt column. In this case both answers start with the prompt.
+    """
     prompt = row.text_or_messages(row.optional("prompt"), "prompt")
     conversations = row.optional("conversations")
-    # A prompt that the recipe names is the one that is meant.
+    # If the recipe names the prompt column, use that column and ignore `conversations`.
     if conversations is not None and "prompt" not in row.source.columns:
         if not is_absent(prompt):
-            why = "each of them is what chosen and rejected answer"
-            raise row.error("the row has both prompt and conversations", why, "delete one of them")
+            raise row.error(
+                "the row has both prompt and conversations",
+                why="each of them can be the prompt of chosen and rejected",
+                fix="delete one of these columns",
+            )
         prompt = row.json(conversations, "conversations")
     if isinstance(prompt, Mapping) and "messages" in prompt:
-        # In OpenAI's pairs the prompt is an object with the messages and the tools.
+        # In OpenAI's preference format, the prompt is an object that contains the messages and the
+        # tools.
         row.row = {"tools": prompt.get("tools"), **row.row}
         prompt = prompt["messages"]
     return _with_input(row, prompt)
 
 
 def _with_input(row: RowReader, prompt: object) -> object:
-    """The prompt with the row's `input` behind it, as in alpaca's format."""
+    """Return the prompt followed by the row's column `input`, as in the alpaca format."""
     extra = row.optional("input")
     if is_absent(extra):
         return prompt
     if not isinstance(prompt, str):
-        fix = "write it into the prompt, or delete it"
-        raise row.error("the row has an input beside messages", "nothing reads it", fix)
+        raise row.error(
+            "the row has a column input, but no prompt that is a text",
+            why="an input can only be added to a prompt that is a text",
+            fix="write the input into the messages of the prompt, or delete the column input",
+        )
     return f"{prompt}\n{row.text(extra, 'input')}"
 
 
 def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None:
-    """DataError for a prompt that chosen and rejected do not begin with."""
+    """Raise DataError if chosen and rejected do not start with the messages of the prompt."""
     if is_absent(prompt):
         return
     shared_texts = _texts_of(shared)
     prompt_texts = _texts_of(_messages_of(row, prompt, "prompt", "user"))
     if not set(prompt_texts) <= set(shared_texts):
-        why = "chosen and rejected begin with different messages"
-        fix = "make them equal, or remove the prompt"
-        raise row.error("the prompt differs from that of chosen and rejected", why, fix)
+        raise row.error(
+            "the prompt differs from the first messages of chosen and rejected",
+            why="chosen and rejected must begin with the prompt",
+            fix="make these messages equal, or remove the prompt",
+        )
 
 
 def _feedback(row: RowReader) -> list[Sample]:
     label = row.required("label")
     row.is_good = read_label(label)
     if row.is_good is None:
-        why = "1, true, yes, good, desirable or a thumb up is a good answer; their opposites, bad"
-        fix = "write true or false, or delete the row"
-        raise row.error(f"the label is {json.dumps(label, default=str)}", why, fix)
-    # Columns that the recipe names are those that are meant.
-    if "prompt" not in row.source.columns and row.optional("messages") is not None:
-        messages = any_messages(row, row.optional("messages"), "messages")
-        return _compared(row, messages[:-1], {"the last message": messages[-1:]})
-    prompt = _with_input(row, row.text_or_messages(row.required("prompt"), "prompt"))
-    completion = row.text_or_messages(row.required("completion"), "completion")
-    return _compared(row, prompt, {"completion": completion})
+        raise row.error(
+            f"the label is {json.dumps(label, default=str)}, which means neither good nor bad",
+            why="1, true, yes, good, desirable or a thumb up means a good answer, and their"
+            " opposites mean a bad answer",
+            fix="write true or false, or delete the row",
+        )
+    # If the recipe names the prompt column, use that column and ignore `messages`.
+    if "prompt" not in row.source.columns:
+        value = row.optional("messages")
+        if value is not None:
+            messages = any_messages(row, value, "messages")
+            return _compared(row, messages[:-1], {"the last message": messages[-1:]})
+    prompt = row.required_text_or_messages("prompt")
+    question = _with_input(row, prompt)
+    completion = row.required_text_or_messages("completion")
+    return _compared(row, question, {"completion": completion})
 
 
 def _shared_beginning(
     row: RowReader, chosen: list[Message], rejected: list[Message]
 ) -> list[Message]:
-    """The messages that both begin with; each is left with one of its own."""
+    """Return the messages with which both `chosen` and `rejected` start.
+
+    At least the last message of each conversation is not shared.
+    """
     count = 0
-    most = min(len(chosen), len(rejected)) - 1
-    while count < most and chosen[count] == rejected[count]:
+    max_count = min(len(chosen), len(rejected)) - 1
+    while count < max_count and chosen[count] == rejected[count]:
         count += 1
-    # What is learned from begins with an answer.
+    # Shorten the prompt until an answer follows it, because the model learns from the messages
+    # after the prompt.
     while count and chosen[count]["role"] != "assistant":
         count -= 1
     if not count:
@@ -362,14 +441,14 @@ def _shared_beginning(
 
 
 def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
-    """The text that both begin with, up to the word in which they part."""
+    """Return the text that both answers start with, up to the first word that differs."""
     count = 0
     for left, right in zip(chosen, rejected, strict=False):
         if left != right:
             break
         count += 1
     prompt = chosen[:count]
-    # A prompt ends with a whole word: its tokens are then those of both rows.
+    # End the prompt after an entire word, so that its tokens are the same in both answers.
     while prompt and not prompt[-1].isspace():
         prompt = prompt[:-1]
     if not prompt.strip():
@@ -378,15 +457,18 @@ def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
 
 
 def _not_shared(row: RowReader) -> DataError:
-    why = "without a column prompt, both begin with what they answer"
-    fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
-    return row.error("chosen and rejected do not begin with the same prompt", why, fix)
+    return row.error(
+        "chosen and rejected do not begin with the same prompt",
+        why="if there is no column prompt, both answers must begin with the prompt",
+        fix='write {"prompt": "...", "chosen": "...", "rejected": "..."}',
+    )
 
 
 def _texts_of(messages: list[Message]) -> list[str]:
     return [message["content"].strip() for message in messages]
 
 
+# Row format -> function that converts a row of this format to one sample, or to two for a pair.
 _ROW_READERS: dict[FormatName, Callable[[RowReader], Sequence[Sample]]] = {
     "alpaca": _alpaca,
     "messages": partial(_chat, column="messages", form=MESSAGE),

@@ -1,8 +1,8 @@
-"""Columns that rate an answer: labels, grades, and the scores of a pair.
+"""Detection of columns that rate an answer: labels, grades, and the scores of a preference pair.
 
-A row that is trained on as it is must not have an answer that its own columns call bad. A label is
-judged row by row. A number may be a grade, whose meaning depends on the other rows: grades are
-counted, and judged when all rows are known.
+Supervised training must not learn an answer that another column of its row calls bad. A label, such
+as "incorrect", is checked when its row is read. A number can be a grade, whose meaning depends on
+the values in the other rows. Therefore numbers are counted, and checked after all rows are read.
 """
 
 import json
@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 
 from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.marks import value_of_cell
+from tunesmith.data.rows.row_masks import value_of_cell
 from tunesmith.data.rows.row_reader import RowReader, plain
 from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError
 from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
+# Words, in lower case, that label an answer as good, and words that label it as bad.
 _GOOD_LABELS = frozenset(
     "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
     "upvote,upvoted,like,liked,👍,correct,right,pass,passed,approved,helpful,success,successful,✅,✓,✔,"
@@ -31,16 +32,16 @@ _BAD_LABELS = frozenset(
     "dissatisfied,wrong answer,time limit exceeded,memory limit exceeded,runtime error,"
     "compile error,compilation error".split(",")
 )
-# Words that are low grades, but no labels.
+# Words for a low grade. `read_label` returns None for them, because they are not labels.
 _LOW_GRADES = frozenset(
     "low,very low,poor,very poor,very bad,terrible,awful,negative,1 star,one star,2 stars"
     ",two stars".split(",")
 )
-# What may follow a thumb: a skin tone, or the character that makes it an emoji.
+# Characters that can follow a thumb emoji: a skin tone or the emoji variation selector.
 _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 
-# Names of columns: a word for the rating (%s), with words around it for what is rated and by whom.
-# A column `correct_label` holds the right answer, not a rating.
+# Pattern of column names that rate an answer. `%s` is the word for the rating. The other words say
+# what is rated and by whom. The column `correct_label` holds the right answer, not a rating.
 _RATING = (
     r"(?:(?:is|was|answer|response|completion|output|solution|generation|assistant|model|human"
     r"|user|annotator|expert|judge|llm|overall|final|binary|this|has|contains|tests?|unit|all|qa"
@@ -52,15 +53,17 @@ _LABEL_WORDS = "|".join(ROW_FORMATS["feedback"].names("label")) + (
     "|successful|succeeded|solved|resolved|ok|okay|acceptable|usable|accurate|faithful|satisfied"
     "|satisfactory|(?<=_)(?:valid|chosen|selected)"
 )
-# Columns in which true means a bad answer.
+# Words in column names such as `is_wrong`, in which the value true means a bad answer.
 _REVERSED_WORDS = (
     "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucinated|hallucinations?|unhelpful"
     "|inaccurate|unfaithful|low_quality|discarded|(?<=_)(?:rejected|invalid)"
 )
 _SCORE_WORDS = "score|reward|rating|quality|stars|grade|correctness|helpfulness"
-# Columns in which words and truth values are labels, and numbers are grades.
+# Words in column names such as `answer_rating`. In these columns, a number is a grade, and any
+# other value (a word, true or false) is a label.
 _OPINION_WORDS = f"{_SCORE_WORDS}|feedback|verdict|thumbs?|votes?|judge?ment|outcome"
-# Columns that may hold other things, too: only unambiguous words are labels there.
+# Words in names of columns that often do not rate the answer, such as `status`. In these columns,
+# the values in _VAGUE_LABELS are not labels.
 _REMARK_WORDS = "status|result|evaluation|annotation|assessment|preference|reaction|emoji|decision"
 _VAGUE_LABELS = frozenset("false,no,n,f,0,0.0,down".split(","))
 _is_remark = re.compile(_RATING % _REMARK_WORDS).fullmatch
@@ -68,24 +71,28 @@ _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
 _has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
-# Numbers that may be labels. Any other number becomes _NO_GRADE_LABEL: its column is no label.
+# Numbers that can be labels. `grades_of` replaces every other number by _NO_GRADE_LABEL, which
+# shows that the column holds grades and no labels.
 _NUMBERED_LABELS = (-1, 0, 1)
 _NO_GRADE_LABEL = 99
 
 
 def read_label(value: object) -> bool | None:
-    """Return whether a label calls its answer good. Return None if it says neither good nor bad.
+    """Return True if the label means a good answer, False for a bad answer, and None otherwise.
 
-    A number other than 0 and 1 may be a rank, and a word such as positive may describe a text.
+    Numbers other than 0 and 1 give None because they can be ranks. Words such as "positive" give
+    None because they can describe the text.
     """
-    if isinstance(value, bool | int | float):
-        return bool(value) if value in (0, 1) else None
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
     if not isinstance(value, str):
         return None
     word = _word(value)
     if word in _GOOD_LABELS:
         return True
-    return False if word in _BAD_LABELS else None
+    if word in _BAD_LABELS:
+        return False
+    return None
 
 
 def _word(value: str) -> str:
@@ -93,27 +100,31 @@ def _word(value: str) -> str:
 
 
 def rates_answers(column: str) -> bool:
-    """Return whether a column has a name that labels and grades of answers have."""
+    """Return whether the column's name suggests that the column rates answers."""
     name = plain(column)
     return bool(_is_label(name) or _is_reversed(name) or _is_opinion(name))
 
 
 def bad_labels(fields: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Return the names and values of columns, or of keys of a turn, that label an answer as bad.
+    """Return the fields, as (name, value), that label an answer as bad.
 
-    A label in an object is named by its path: `feedback.rating`.
+    Args:
+        fields: the columns of a row, or the keys of a turn, with their values. Fields of a nested
+            object are checked, too, and are returned with a dotted name: `feedback.rating`.
     """
     labels = dict(fields)
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            labels |= {f"{name}.{key}": part for key, part in value.items()}
+            for key, part in value.items():
+                labels[f"{name}.{key}"] = part
     return [label for label in labels.items() if _is_bad_label(*label)]
 
 
 def _is_bad_label(column: str, value: object) -> bool:
-    """Return whether a value labels its answer as bad, whatever the values of other rows are."""
+    """Return whether the value of the column in this row labels the answer as bad."""
     parent, _, name = plain(column).rpartition(".")
-    # An object of metadata may have numbers of other meanings, and the class of a text as `label`.
+    # In a nested object, such as metadata, ignore numbers and the key `label`, because they often
+    # are not a rating of the answer.
     if parent and (name == "label" or not isinstance(value, str | bool)):
         return False
     label = read_label(value)
@@ -123,89 +134,115 @@ def _is_bad_label(column: str, value: object) -> bool:
         return label is True
     if _is_remark(name) and isinstance(value, str):
         return label is False and _word(value) not in _VAGUE_LABELS
-    if not _is_opinion(name) or not isinstance(value_of_cell(value), str | bool):
+    if not _is_opinion(name):
         return False
-    return label is False or (isinstance(value, str) and _word(value) in _LOW_GRADES)
+    if not isinstance(value_of_cell(value), str | bool):
+        return False  # A number is a grade, see `check_grades`.
+    if label is False:
+        return True
+    return isinstance(value, str) and _word(value) in _LOW_GRADES
 
 
 def check_no_bad_label(row: RowReader) -> None:
-    """DataError for a row whose answer is labeled as bad, because each answer is learned."""
+    """Raise DataError if the row labels its answer as bad, because training learns every answer."""
     labels = [("", *label) for label in bad_labels(row.unread_columns())]
     for at, name, value in [*labels, *row.bad_turns]:
         shown = json.dumps(value, default=str, ensure_ascii=False)
-        fix = 'write "train": false into the turn' if at else "copy it into a column of its own"
-        if name in row.row and not at:
+        if at:
+            fix = 'write "train": false into the turn'
+        elif name in row.row:
             fix = _use_labels(row.source, name)
             if read_label(value) is None:
-                fix += ", after true or false is written for each of its values"
+                fix += " (first write true or false for each of its values)"
+        else:
+            fix = f"copy {name} into a separate column"
         raise row.error(
             f"the answer is labeled bad: {name} is {shown}",
-            f"format {row.source.format} learns each answer as it is",
-            f"{fix}; or delete the row; or rename {name} if it says something else",
+            f"format {row.source.format} trains on every answer as if it were good",
+            f"{fix}, delete the row, or rename {name} if it is not a rating",
             at,
         )
 
 
 def _use_labels(source: Source, column: str) -> str:
-    """Return the overrides that train on good and bad answers, by the labels in a column."""
+    """Return the recipe overrides that train with KTO and read good and bad labels from the
+    column.
+    """
     own_names = ROW_FORMATS[source.format].layouts[0].needed
-    names = ("prompt", "completion") if len(own_names) == 2 else ("messages",)
-    columns = dict(zip(names, own_names, strict=True))
-    pairs = [f"{name}: {source.columns.get(own, own)}" for name, own in columns.items()]
-    word = shell_word(f"data.train.columns={{{', '.join(pairs)}, label: {column}}}")
-    swapped = (
-        f", after true and false are swapped in {column}" if _is_reversed(plain(column)) else ""
-    )
-    return f"learn from good and bad answers: method=kto data.train.format=feedback {word}{swapped}"
+    names = ["messages"]
+    if len(own_names) == 2:
+        names = ["prompt", "completion"]
+    pairs = []
+    for name, own in zip(names, own_names, strict=True):
+        pairs.append(f"{name}: {source.columns.get(own, own)}")
+    pairs.append(f"label: {column}")
+    columns = shell_word(f"data.train.columns={{{', '.join(pairs)}}}")
+    fix = f"learn from good and bad answers with method=kto data.train.format=feedback {columns}"
+    if _is_reversed(plain(column)):
+        fix += f" (first swap true and false in {column})"
+    return fix
 
 
 def grades_of(row: RowReader) -> tuple[str, ...]:
-    """Return the grade in each column that has one, as `rating 3`."""
+    """Return name and number of each column that can contain a grade, for example `rating 1`.
+
+    Numbers other than -1, 0 and 1 cannot be labels. They are replaced by 99, which shows that the
+    column holds grades.
+    """
     grades = []
     for column, cell in row.unread_columns().items():
         value = value_of_cell(cell)
         if isinstance(value, int | float) and _is_opinion(plain(column)):
-            grades.append(
-                f"{column} {int(value) if value in _NUMBERED_LABELS else _NO_GRADE_LABEL}"
-            )
+            grade = _NO_GRADE_LABEL
+            if value in _NUMBERED_LABELS:
+                grade = int(value)
+            grades.append(f"{column} {grade}")
     return tuple(grades)
 
 
 def check_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) -> None:
-    """Raise DataError if the grades in a column are labels: 1 for good, and 0 or -1 for bad ones.
+    """Raise DataError if all numbers in a column are labels: 1 for good, and 0 or -1 for bad.
 
     Args:
-        grades: a grade, as `grades_of` writes it -> how many rows have it, and the first of them.
+        grades: maps a column with a number, such as `rating 1` (see `grades_of`), to the number of
+            rows that have it and the index of the first of these rows.
     """
     by_column: dict[str, dict[int, Sequence[int]]] = {}
     for text, found in grades.items():
         column, _, grade = text.rpartition(" ")
         by_column.setdefault(column, {})[int(grade)] = found
-    for column, rows_of in by_column.items():
-        low = min(rows_of)
-        if max(rows_of) == 1 and low < 1:
-            count, first = rows_of[low]
-            answers = count_of(sum(found[0] for found in rows_of.values()), "answer")
+    for column, rows_by_grade in by_column.items():
+        low = min(rows_by_grade)
+        if max(rows_by_grade) == 1 and low < 1:
+            count, first = rows_by_grade[low]
+            total = sum(found[0] for found in rows_by_grade.values())
+            answers = count_of(total, "answer")
             raise DataError(
-                f"{column} is {low} in {count:,} of {answers}, and 1 in others",
+                f"the column {column} seems to rate the answers: it is {low} in {count:,} of "
+                f"{answers}, and 1 in all others",
                 where=rows.where(first),
-                why=f"format {source.format} learns each answer as it is",
-                fix=f"{_use_labels(source, column)}; or delete these rows; or rename {column} if it"
-                " says something else",
+                why=f"format {source.format} trains on every answer as if it were good",
+                fix=f"{_use_labels(source, column)}, delete the rows with bad answers, "
+                f"or rename {column} if it is not a rating",
             )
 
 
 def has_other_preference(row: RowReader) -> bool:
-    """Return whether the scores of a pair contradict its preference, or are equal."""
+    """Return True if the row has scores, and the score of the chosen answer is not higher than the
+    score of the rejected answer.
+    """
     columns = {plain(column): column for column in row.unread_columns()}
     is_other = False
-    for name in filter(_has_score, columns):
-        other = name.replace("chosen", "rejected")
-        if other == name or other not in columns:
+    for name, column in columns.items():
+        if not _has_score(name):
             continue
-        pair = [columns[name], columns[other]]
-        chosen, rejected = (value_of_cell(row.row[column]) for column in pair)
+        other_name = name.replace("chosen", "rejected")
+        if other_name == name or other_name not in columns:
+            continue
+        other_column = columns[other_name]
+        chosen = value_of_cell(row.row[column])
+        rejected = value_of_cell(row.row[other_column])
         if isinstance(chosen, int | float) and isinstance(rejected, int | float):
             is_other = is_other or chosen <= rejected
-            row.read.update(pair)
+            row.read |= {column, other_column}
     return is_other

@@ -1,8 +1,9 @@
-"""Turns of a row -> messages: texts, thoughts, tool calls, results, and marks of untrained answers.
+"""Conversion of the turns of a row to messages with texts, thoughts, tool calls and tool results.
 
-Two forms are read: OpenAI's (`role`, `content`) and ShareGPT's (`from`, `value`); both may have
-content parts as OpenAI, Anthropic and Hugging Face write them. A key that changes what is learned
-is read or refused by name; a key that nothing knows is counted, and the user is told.
+Two forms of turns are supported: OpenAI's (`role`, `content`) and ShareGPT's (`from`, `value`). In
+both forms, the content can be a list of parts as in the APIs of OpenAI, Anthropic and Hugging Face.
+A known key that changes what the model learns is either read or raises an error. Unknown keys are
+counted and reported to the user.
 """
 
 import itertools
@@ -12,13 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.data.rows.labels import bad_labels
-from tunesmith.data.rows.marks import is_mark, is_trained_turn
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
+from tunesmith.data.rows.row_masks import is_mask_column, is_trained_turn
 from tunesmith.data.rows.row_reader import RowReader, from_lists, is_absent, plain
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
 
+# Role of a turn in the data -> role of the message. `call` means that the turn is a message of the
+# assistant, and its entire content is a tool call.
 CHAT_ROLES = {
     "system": "system",
     "developer": "system",
@@ -43,9 +46,10 @@ CHAT_ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-# What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
+# Keys that contain the reasoning of an answer. Inference servers, gpt-oss, Ollama and data sets use
+# different names.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-# Keys of a turn that say where it is from, or what it measures.
+# Keys of a turn with metadata. They do not change what the model learns, so no warning is needed.
 _HARMLESS_KEYS = frozenset(
     """
     id uuid idx index turn turn_id turn_idx turn_index message_id parent_id parent
@@ -59,7 +63,14 @@ _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
 class Form(NamedTuple):
-    """A form of turns: their keys, and what errors call one."""
+    """The names of the keys in a turn, for one of the forms of turns.
+
+    Attributes:
+        noun: the word for a turn in error messages.
+        role: the key of the role.
+        content: the key of the content.
+        example: a correct turn, for error messages.
+    """
 
     noun: str
     role: str
@@ -67,14 +78,23 @@ class Form(NamedTuple):
     example: str
 
 
+# The form of turns in OpenAI's API, and the form of ShareGPT.
 MESSAGE = Form("message", "role", "content", 'write {"role": "user", "content": "..."}')
 TURN = Form("turn", "from", "value", 'write {"from": "human", "value": "..."}')
 
 
 def read_messages(row: RowReader, value: object, column: str, form: Form) -> list[Message]:
-    """The messages of a column, in OpenAI's form; DataError if it is no list of turns, or empty.
+    """Convert the turns of a column to messages in OpenAI's form.
 
-    An answer that is not trained on has `"train": False`.
+    A message that is excluded from training gets `"train": False`.
+
+    Args:
+        value: the value of the column, a list of turns or its JSON text.
+        column: the name of the column, for error messages.
+        form: the form of the turns.
+
+    Raises:
+        DataError: the value is not a list of turns, or the list is empty.
     """
     turns = row.list(value, column)
     messages: list[Message] = []
@@ -84,26 +104,40 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
         turn = _as_turn(row, value_of_turn, form, at)
         role = CHAT_ROLES.get(str(turn[form.role]).strip().lower(), "")
         if not role:
-            why = f"the roles are {', '.join(CHAT_ROLES)}"
-            raise row.error(f"unknown role {turn[form.role]!r}", why, "rename the role", at)
-        of_turn = _read_turn(row, role, turn, form, at)
-        # Several calls in one answer are written as turns after one another.
+            raise row.error(
+                f"unknown role {turn[form.role]!r}",
+                why=f"the roles are {', '.join(CHAT_ROLES)}",
+                fix="rename the role",
+                at=at,
+            )
+        turn_messages = _read_turn(row, role, turn, form, at)
+        # Consecutive turns with the role `function_call` are several calls of one answer.
         if role == previous_role == "call":
-            _check_one_answer(row, messages[-1], of_turn[0], at)
-            messages[-1]["tool_calls"] += of_turn[0]["tool_calls"]
+            answer = messages[-1]
+            [call] = turn_messages
+            has_other_mark = answer.get("train", True) != call.get("train", True)
+            if has_other_mark or "reasoning_content" in call:
+                raise row.error(
+                    "a tool call has reasoning, or another loss mask than the previous call",
+                    why="consecutive calls are one answer, with one loss mask and with reasoning"
+                    " only before the first call",
+                    fix="write the calls into one turn",
+                    at=at,
+                )
+            answer["tool_calls"] += call["tool_calls"]
         else:
-            messages += of_turn
+            messages += turn_messages
         previous_role = role
     if not messages:
-        raise row.error(f"{column} is empty", fix="delete the row")
-    return _in_order_of_calls(messages)
+        raise row.error(f"the column {column} is empty", fix="delete the row")
+    return _sort_results(messages)
 
 
-def _in_order_of_calls(messages: list[Message]) -> list[Message]:
-    """The messages with the results of several calls in the order of these, by their ids.
+def _sort_results(messages: list[Message]) -> list[Message]:
+    """Sort consecutive tool results by the order of their calls, using the call ids.
 
-    Servers take results in any order, and many templates write no id: a result then belongs to the
-    call of its place.
+    The order matters, because many templates do not write the ids, so the model can match results
+    and calls only by their order.
     """
     ordered: list[Message] = []
     places: dict[str, int] = {}
@@ -111,22 +145,16 @@ def _in_order_of_calls(messages: list[Message]) -> list[Message]:
         turns = list(group)
         if is_result and all(turn.get("tool_call_id") in places for turn in turns):
             turns.sort(key=lambda turn: places[turn["tool_call_id"]])
-        calls = turns[-1].get("tool_calls", ())
-        places = {call["id"]: n for n, call in enumerate(calls) if "id" in call}
+        places = {}
+        for n, call in enumerate(turns[-1].get("tool_calls", ())):
+            if "id" in call:
+                places[call["id"]] = n
         ordered += turns
     return ordered
 
 
-def _check_one_answer(row: RowReader, answer: Message, call: Message, at: str) -> None:
-    """DataError for a further call whose turn says more than a part of one answer can."""
-    has_other_mark = answer.get("train", True) != call.get("train", True)
-    if has_other_mark or "reasoning_content" in call:
-        why = "calls behind each other are one answer: one thought before them, and one mark"
-        raise row.error("a call has a thought or a mark of its own", why, "write one turn", at)
-
-
 def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
-    """One message or a list of them, in either form."""
+    """Convert one turn or a list of turns, in OpenAI's or ShareGPT's form, to messages."""
     value = from_lists(row.json(value, column))
     items = [value] if isinstance(value, Mapping) else row.list(value, column)
     is_sharegpt = any(isinstance(item, Mapping) and "from" in item for item in items)
@@ -134,18 +162,29 @@ def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
 
 
 def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, object]:
-    """The turn; DataError for one without a role; of ShareGPT's also for one that says nothing."""
-    has_role = isinstance(turn, Mapping) and form.role in turn
-    said = ("value", "tool_calls", "function_call")
-    if not has_role or (form is TURN and not any(key in turn for key in said)):
-        what = f"a {form.noun} has no `{form.role}` and `{form.content}`: {turn!r:.80}"
-        raise row.error(what, fix=form.example, at=at)
+    """Check that `turn` is a valid turn, and return it unchanged.
+
+    Raise DataError if it has no role, or if it is a ShareGPT turn without content.
+    """
+    is_turn = isinstance(turn, Mapping) and form.role in turn
+    if is_turn and form is TURN:
+        is_turn = any(key in turn for key in ("value", "tool_calls", "function_call"))
+    if not is_turn:
+        raise row.error(
+            f"a {form.noun} has no `{form.role}` and `{form.content}`: {turn!r:.80}",
+            fix=form.example,
+            at=at,
+        )
     return turn
 
 
 @dataclass
 class _ContentParts:
-    """The parts of a content; `results` are those of tools, as messages."""
+    """The content of a turn, split into text, thought, tool calls and tool results.
+
+    Attributes:
+        results: tool results, one message each.
+    """
 
     text: str = ""
     thought: str = ""
@@ -156,17 +195,20 @@ class _ContentParts:
 def _read_turn(
     row: RowReader, role: str, turn: Mapping[str, object], form: Form, at: str
 ) -> list[Message]:
-    """The message of a turn; several where tool results stand in a content, as Anthropic has it."""
+    """Convert a turn to messages.
+
+    The result is one message, or several if the content has tool results, as in Anthropic's API.
+    """
     content = turn.get(form.content)
     if role == "call":
-        # The whole content of such a turn is a call.
+        # The entire content of a turn with the role `function_call` is the call.
         role = "assistant"
         parts = _ContentParts(calls=_calls(row, content, at))
         content = ""
     else:
         parts = _content(row, content, form, at, role)
     is_trained = True
-    # Most turns have nothing else.
+    # Keys other than role and content. Most turns have no such keys.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     if others:
         _read_others(row, others, form, parts, at)
@@ -176,12 +218,18 @@ def _read_turn(
     if parts.results:
         return _with_results(row, role, parts, at)
     if (parts.thought or parts.calls) and role != "assistant":
-        what = f"a {role} {form.noun} has reasoning or tool calls"
-        raise row.error(what, "only an assistant's may", at=at)
-    # An assistant may only call tools or reason.
+        raise row.error(
+            f"a {role} {form.noun} has reasoning or tool calls",
+            why="only messages of the assistant can have reasoning and tool calls",
+            at=at,
+        )
+    # A turn with calls or reasoning does not need a text.
     if content is None and not parts.calls and not parts.thought:
-        fix = f'add "{form.content}": "...", or delete it'
-        raise row.error(f"a {form.noun} has no {form.content}", fix=fix, at=at)
+        raise row.error(
+            f"a {form.noun} has no {form.content}",
+            fix=f'add "{form.content}": "...", or delete the {form.noun}',
+            at=at,
+        )
     message: Message = {"role": role, "content": parts.text}
     if not is_trained:
         message["train"] = False
@@ -189,7 +237,8 @@ def _read_turn(
         message["reasoning_content"] = parts.thought
     if parts.calls:
         message["tool_calls"] = parts.calls
-    # A turn's name is who speaks; a message's may be the tool's, which templates write.
+    # In OpenAI's form, keep `name`, because it can be the name of a tool that templates write. In
+    # ShareGPT's form, drop `name`, because it is the speaker's name.
     for name in ("name", "tool_call_id") if form is MESSAGE else ("tool_call_id",):
         if turn.get(name):
             message[name] = row.text(turn[name], f"{at} {name}")
@@ -197,10 +246,14 @@ def _read_turn(
 
 
 def _with_results(row: RowReader, role: str, parts: _ContentParts, at: str) -> list[Message]:
-    """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
+    """Return the tool results of a turn as messages, followed by the turn's text if it has one."""
     if role not in ("user", "tool") or parts.thought or parts.calls:
-        what = f"a tool result in a turn of the {role}"
-        raise row.error(what, "it belongs to the user or the tool", at=at)
+        raise row.error(
+            f"a turn of the {role} has a tool result",
+            why="only a turn of the user or the tool without reasoning and calls can have tool"
+            " results",
+            at=at,
+        )
     if not parts.text:
         return parts.results
     return [*parts.results, {"role": "user", "content": parts.text}]
@@ -209,7 +262,11 @@ def _with_results(row: RowReader, role: str, parts: _ContentParts, at: str) -> l
 def _read_others(
     row: RowReader, others: Mapping[str, object], form: Form, parts: _ContentParts, at: str
 ) -> None:
-    """Read the thought and the calls of a turn into its parts, and note keys that nothing reads."""
+    """Read reasoning and tool calls from `others`, and add them to `parts`.
+
+    `others` contains the keys of a turn except role and content. Unknown keys are added to
+    `row.unread`.
+    """
     thoughts = {"content": parts.thought} if parts.thought else {}
     for key, value in others.items():
         name = plain(key)
@@ -219,25 +276,34 @@ def _read_others(
             thoughts[key] = row.text(value, f"{at} {key}")
         elif key in ("tool_calls", "function_call"):
             if parts.calls:
-                what = f"a turn has calls in {key} and in another place"
-                raise row.error(what, fix="delete one of them", at=at)
+                raise row.error(
+                    f"a turn has tool calls in {key} and in another key or its content",
+                    fix="delete one of the two",
+                    at=at,
+                )
             parts.calls = _calls(row, value, at)
         elif name in _MEDIA:
-            why = "pictures are parts of a content, or in a column images of the row"
-            fix = 'write {"type": "image", "path": "..."} as a part, or delete the row'
-            raise row.error(f"a {form.noun} has {key}", why, fix)
-        elif name not in _HARMLESS_KEYS and not is_mark(key):
+            raise row.error(
+                f"a {form.noun} has the key {key}",
+                why="pictures must be parts of a message's content, or in the row's column images",
+                fix='write {"type": "image", "path": "..."} as a part, or delete the row',
+            )
+        elif name not in _HARMLESS_KEYS and not is_mask_column(key):
             row.unread.add(f"{form.noun}.{key}")
     if len({thought.strip() for thought in thoughts.values()}) > 1:
-        what = f"the thoughts {' and '.join(thoughts)} differ"
-        raise row.error(what, "an answer has one", "delete one of them", at)
+        raise row.error(
+            f"the reasoning texts in {' and '.join(thoughts)} differ",
+            why="an answer has only one reasoning text",
+            fix="delete one of these texts",
+            at=at,
+        )
     parts.thought = next(iter(thoughts.values()), "")
 
 
 def _content(row: RowReader, content: object, form: Form, at: str, role: str) -> _ContentParts:
-    """Text, thought, calls and results of a content that is a text or a list of parts.
+    """Split the content of a turn into text, thought, tool calls and tool results.
 
-    Where a picture stands the text has its mark.
+    The content is a text or a list of parts. In the text, PICTURE_MARK replaces each picture.
     """
     if content is None:
         return _ContentParts()
@@ -249,10 +315,14 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         kind = part.get("type")
         is_text = kind in ("text", "input_text", "output_text")
         is_thought = kind in ("reasoning", "thinking")
-        if (is_text and parts.calls) or ((is_thought or kind == "tool_result") and parts.text):
-            why = "a template writes results and thoughts, then the text, then calls"
-            what = f"a part of type {kind} behind a {'call' if parts.calls else 'text'}"
-            raise row.error(what, why, "write it in front", at)
+        goes_first = is_thought or kind == "tool_result"
+        if (is_text and parts.calls) or (goes_first and parts.text):
+            raise row.error(
+                f"a content part of type {kind} follows a {'call' if parts.calls else 'text'}",
+                why="templates write results and reasoning first, then the text, then calls",
+                fix="sort the parts in this order",
+                at=at,
+            )
         if is_text:
             parts.text += row.text(_part_value(part), f"{at} {form.content}")
         elif is_thought:
@@ -261,14 +331,16 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         elif kind in PICTURE_PARTS:
             parts.text += read_picture_part(row, part, role, at)
         elif kind in ("tool_call", "tool_use"):
-            call = part if kind == "tool_use" else _part_value(part)
+            call: object = part
+            if kind == "tool_call":
+                call = _part_value(part)
             parts.calls += _calls(row, call, at)
         elif kind == "tool_result":
             parts.results.append(_result(row, part, at))
         else:
             raise row.error(
-                f"a content part of type {kind or ', '.join(part)!r}",
-                "supported: text, image, reasoning, tool_call; parts of Anthropic",
+                f"content parts of type {kind or ', '.join(part)!r} are not supported",
+                "the types are text, image, reasoning, tool_call, and those of Anthropic's API",
                 "delete the row, or write the part as text",
                 at,
             )
@@ -276,7 +348,7 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
 
 
 def _part_value(part: Mapping[str, object]) -> object:
-    """Read the value of a part, which stands under one of several names."""
+    """Return the value of a content part. The name of the key depends on the API."""
     for name in ("text", "value", "reasoning", "thinking"):
         if name in part:
             return part[name]
@@ -284,7 +356,7 @@ def _part_value(part: Mapping[str, object]) -> object:
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
-    """Return a tool result in Anthropic's form as a message."""
+    """Convert a tool result in Anthropic's form to a message."""
     text = _content(row, part.get("content"), MESSAGE, at, "tool").text
     message: Message = {"role": "tool", "content": text}
     if part.get("tool_use_id"):
@@ -292,14 +364,16 @@ def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
     return message
 
 
-# The arguments of a call: OpenAI's name, Llama 3's and Anthropic's.
+# Keys for the arguments of a tool call in OpenAI's API, in Llama 3 and in Anthropic's API, in this
+# order.
 _ARGUMENTS = ("arguments", "parameters", "input")
 
 
 def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
-    """Tool calls: one or a list, bare or in OpenAI's wrapping.
+    """Convert one tool call or a list of tool calls to OpenAI's form.
 
-    Their arguments are an object, or JSON text of one.
+    A call can be wrapped as {"type": "function", "function": ...} or not. Its arguments can be an
+    object or the JSON text of an object.
     """
     value = row.json(value, f"{at} tool call")
     values: list[Any] = value if isinstance(value, list) else [value]
@@ -309,38 +383,49 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
     for item in values:
         function = _function_of(item)
         if function is None:
-            fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
-            raise row.error("a tool call has no name", fix=fix, at=at)
+            raise row.error(
+                "a tool call has no name",
+                fix='write {"name": "f", "arguments": {...}}, or a list of these',
+                at=at,
+            )
         name = function["name"]
-        # Some servers write an empty text for no arguments.
+        # Some servers write an empty text if a call has no arguments.
         names = [key for key in _ARGUMENTS if function.get(key) not in (None, "")]
         if len(names) > 1:
-            what = f"the call of {name} has both {names[0]} and {names[1]}"
-            raise row.error(what, fix="delete one of them", at=at)
-        # Arguments may be JSON text, as OpenAI's API gives them.
-        arguments = row.json(function[names[0]], f"{at} arguments") if names else {}
+            raise row.error(
+                f"the call of {name} has both {names[0]} and {names[1]}",
+                fix="delete one of the two",
+                at=at,
+            )
+        arguments: object = {}
+        if names:
+            # OpenAI's API writes the arguments as JSON text.
+            arguments = row.json(function[names[0]], f"{at} arguments")
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):
-            what = f"the arguments of {name} are {json_type(arguments)}, not an object"
-            raise row.error(what, fix='write {"a": 1}', at=at)
-        for key, of_call in {**item, **function}.items():
+            raise row.error(
+                f"the arguments of {name} are {json_type(arguments)}, not an object",
+                fix='write the arguments as an object, such as {"a": 1}',
+                at=at,
+            )
+        for key, field_value in {**item, **function}.items():
             is_read = key in ("name", "type", "index", "function", "id", *_ARGUMENTS)
-            if not is_read and not is_absent(of_call):
+            if not is_read and not is_absent(field_value):
                 row.unread.add(f"call.{key}")
         called: CalledFunction = {"name": name, "arguments": arguments}
         call: FunctionCall = {"type": "function", "function": called}
         if isinstance(item.get("id"), str):
-            # In this order: a template may write the call as JSON.
+            # The order of the keys matters, because a template can write the call as JSON.
             call = {"type": "function", "id": item["id"], "function": called}
         calls.append(call)
     return calls
 
 
 def _function_of(value: object) -> Mapping[str, Any] | None:
-    """A call or a tool, bare or in OpenAI's wrapping {"type": "function", "function": ...}.
+    """Return a call or a tool without OpenAI's wrapper {"type": "function", "function": ...}.
 
-    None for what has no name.
+    Return None if it has no name.
     """
     function = value.get("function", value) if isinstance(value, Mapping) else None
     is_named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
@@ -348,9 +433,10 @@ def _function_of(value: object) -> Mapping[str, Any] | None:
 
 
 def calls_in_text(row: RowReader, text: str) -> list[FunctionCall]:
-    """The calls of an answer that is JSON text of nothing else; none of another text.
+    """Return the tool calls of an answer whose text is only the JSON of tool calls, else an empty
+    list.
 
-    Rows with columns query, tools and answers are such.
+    Data sets with the columns query, tools and answers have such answers.
     """
     if not text.lstrip().startswith(("[", "{")):
         return []
@@ -362,27 +448,33 @@ def calls_in_text(row: RowReader, text: str) -> list[FunctionCall]:
     are_calls = all(
         isinstance(item, dict) and {"name", "arguments"} <= item.keys() for item in items
     )
-    return _calls(row, items, "completion") if items and are_calls else []
+    if not items or not are_calls:
+        return []
+    return _calls(row, items, "completion")
 
 
 def read_tools(row: RowReader) -> list[ToolSchema] | None:
-    """Tool schemas of a row: a list, or JSON text of one; bare schemas get OpenAI's wrapping.
+    """Return the tool schemas of a row in OpenAI's form, or None if it has no tools.
 
-    A keyword of a schema that is null is left out. No schema has one by itself: it is what a file
-    that was exported from Arrow has, where each object gets the keys of all others.
+    The column `tools` is a list or the JSON text of a list. Keys with the value null are removed.
+    Arrow adds such keys: it gives each object in a column the keys of all other objects.
     """
     value = row.optional("tools")
-    # A CSV file may hold None as text.
-    if value is None or (isinstance(value, str) and value.strip() in ("", "null", "None")):
+    if value is None:
+        return None
+    # An empty value in a CSV file can be text such as "None".
+    if isinstance(value, str) and value.strip() in ("", "null", "None"):
         return None
     tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
         function = _function_of(tool)
         if function is None:
-            fix = 'write {"name", "description", "parameters"}'
-            raise row.error(f"tool {n} is {tool!r:.80}, without a name", fix=fix)
+            raise row.error(
+                f"tool {n} has no name: {tool!r:.80}",
+                fix='write {"name": "f", "description": "...", "parameters": {...}}',
+            )
         schema: dict[str, object] = drop_nulls(function)
-        # Anthropic's name.
+        # `input_schema` is Anthropic's name of `parameters`.
         if "input_schema" in schema and "parameters" not in schema:
             schema["parameters"] = schema.pop("input_schema")
         tools.append({"type": "function", "function": schema})
@@ -390,7 +482,7 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
 
 
 def read_system(row: RowReader) -> str | None:
-    """The row's own system column, which may be a list of parts; None without one."""
+    """Return the text of the row's column `system`, or None. The column can be a list of parts."""
     system = row.optional("system")
     if is_absent(system):
         return None
@@ -399,7 +491,10 @@ def read_system(row: RowReader) -> str | None:
 
 
 def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
-    """The messages behind the row's system column; DataError if they have another one."""
+    """Add the text of the row's column `system` as the first message.
+
+    Raise DataError if the messages already have another system message.
+    """
     system = read_system(row)
     if system is None:
         return messages
@@ -409,38 +504,49 @@ def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
     if not first["content"].strip():
         return [{"role": "system", "content": system}, *messages[1:]]
     if first["content"].strip() != system.strip():
-        why = "a conversation has one system message"
-        fix = "delete one of them"
-        raise row.error("the system column and the system message differ", why, fix)
+        raise row.error(
+            "the system column and the system message differ",
+            why="a conversation has one system message",
+            fix="delete one of the two",
+        )
     return messages
 
 
 def check_order(row: RowReader, messages: list[Message]) -> None:
-    """Raise DataError for messages that no template can render.
+    """Raise DataError if the roles of the messages are in an order that templates cannot render.
 
-    They have a result without a call, an answer to nothing, or no answer at the end.
+    The errors are: a tool result does not follow an answer, an answer has no question, or the
+    conversation does not end with an answer.
     """
     roles = [message["role"] for message in messages]
-    why = "roles are out of order"
-    if next((role for role in roles if role != "system"), "") == "assistant":
-        what = "the first turn is the assistant's, without a question"
-        raise row.error(what, why, at=f"message {roles.index('assistant') + 1}")
+    why = "the roles are out of order"
+    first_role = next((role for role in roles if role != "system"), "")
+    if first_role == "assistant":
+        raise row.error(
+            "the first turn is an answer of the assistant without a question",
+            why=why,
+            at=f"message {roles.index('assistant') + 1}",
+        )
     for n, (before, role) in enumerate(itertools.pairwise(["", *roles]), 1):
-        # Results follow the calls of the last answer, and may be several. Hermes' and ToolACE's
-        # rows have calls in its text.
+        # A tool result must follow an answer or another result. Whether the answer has calls is not
+        # checked, because in Hermes' and ToolACE's data the calls are part of its text.
         if role == "tool" and before not in ("assistant", "tool"):
-            raise row.error("a tool result behind no answer", why, at=f"message {n}")
+            raise row.error("a tool result does not follow an answer", why, at=f"message {n}")
     if "assistant" not in roles:
-        why = f"the roles are {', '.join(roles)}"
-        fix = "delete the row, or map the answer's column by `columns:`"
-        raise row.error("there is no assistant turn to train on", why, fix)
+        raise row.error(
+            "there is no assistant turn to train on",
+            why=f"the roles are {', '.join(roles)}",
+            fix="delete the row, or map the answer's column by `columns:`",
+        )
     if roles[-1] != "assistant":
-        what = "the conversation does not end with an answer"
-        why = f"its last message is of role {roles[-1]}"
-        raise row.error(what, why, "delete the row, or its last messages")
+        raise row.error(
+            "the conversation does not end with an answer",
+            why=f"the last message has the role {roles[-1]}",
+            fix="delete the row, or its last messages",
+        )
 
 
 def is_said(message: Message) -> bool:
-    """Tell whether an answer has a text, a thought or a call."""
+    """Return True if an answer has a text, a thought or a call, and False if it is empty."""
     says_more = "tool_calls" in message or "reasoning_content" in message
     return says_more or bool(message["content"].strip())

@@ -1,7 +1,8 @@
-"""The pictures of a row, and where they stand in its texts: parts of a content, or `<image>`.
+"""Reading of the pictures of a row and of their positions in its texts.
 
-A part holds its picture, or takes the next one of the row's column `images`, as `<image>` does.
-Where a row has no picture in a column, `<image>` is a text like any other.
+The position of a picture is a content part of type image, or the placeholder `<image>` in a text. A
+part can contain its picture. Each part without a picture, and each `<image>`, takes the next
+picture of the row's column `images`. If the column is empty, `<image>` is ordinary text.
 """
 
 import base64
@@ -17,140 +18,184 @@ from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
 from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Message, Picture
 from tunesmith.data.source.table import json_type
 from tunesmith.errors import DataError
+from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
-# What OpenAI's two interfaces, Anthropic and Hugging Face call a part that is a picture.
+# Types of content parts that are pictures, in the APIs of OpenAI, Anthropic and Hugging Face.
 PICTURE_PARTS = ("image", "image_url", "input_image")
 _OTHER_MEDIA = frozenset(("video", "videos", "audio", "audios"))
-# Where a picture stands in a part, or in an object that one of these names holds. Anthropic's and
-# OpenAI's interfaces have text in base64, the Hub's files bytes beside the name that they had.
+# Keys whose value is base64 text in the APIs of Anthropic and OpenAI, or bytes in files of the Hub.
 _IN_BASE64 = ("base64", "data", "bytes")
+# Keys that hold the picture in a content part, or in an object nested in the part.
 PICTURE_KEYS = ("image", "image_url", "url", "source", "path", *_IN_BASE64)
-# Other keys of a part that change nothing.
+# Keys of a content part that are ignored without a warning.
 _HARMLESS_PART_KEYS = ("type", "text", "index", "cache_control")
 
 PICTURE_TEXT_MARK = "<image>"
-# Types of columns that count pictures, or say whether there are any.
-_FIGURE = (int, float)
+# Types of values that are never a picture. A column `image` can contain a count or a bool, and a
+# bool is an int in Python.
+_NUMBER = (int, float)
 _NETWORK = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# Linux has no longer paths: a longer text is the picture itself.
+# Maximum length of a path on Linux. A longer text is not a path, but the picture itself in base64.
 _MAX_PATH = 4096
 
 
 def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at: str) -> str:
-    """The mark of a part that is a picture, which is noted; DataError where it is not a user's."""
+    """Add the picture of a content part to `row.pictures`, and return the placeholder for the text.
+
+    Raise DataError if the part is not in a user's turn.
+    """
     if role != "user":
-        why = "pictures are trained on in what a user says"
-        fix = "move it into a turn of the user, or remove the part"
-        raise row.error(f"a picture in a message of the {role}", why, fix, at)
+        raise row.error(
+            f"a message of the {role} has a picture",
+            why="pictures are only supported in turns of the user",
+            fix="move the picture into a turn of the user, or remove the part",
+            at=at,
+        )
     at = f"{at} picture {len(row.pictures) + 1}"
     value = _value_in(row, part, at)
     index = part.get("index")
     if value is None and isinstance(index, int) and index != row.pictures.count(None):
-        why = "parts take the pictures of the column images in order, from 0"
-        raise row.error(f"the index of a picture is {index}", why, "sort the pictures", at)
-    row.pictures.append(None if value is None else _picture(row, value, at))
-    for key, of_part in part.items():
-        if key not in (*PICTURE_KEYS, *_HARMLESS_PART_KEYS) and not is_absent(of_part):
+        raise row.error(
+            f"the index of a picture is {index}",
+            why="the parts must use the pictures of the column images in order, from index 0",
+            fix="sort the pictures",
+            at=at,
+        )
+    picture = None
+    if value is not None:
+        picture = _picture(row, value, at)
+    row.pictures.append(picture)
+    for key, part_value in part.items():
+        if key not in (*PICTURE_KEYS, *_HARMLESS_PART_KEYS) and not is_absent(part_value):
             row.unread.add(f"image.{key}")
     return PICTURE_MARK
 
 
 def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
-    """The pictures of the row's column `images`: one, or a list of them."""
+    """Return the pictures of the row's column `images`, which holds one picture or a list of
+    pictures.
+    """
     value = row.optional("images")
-    if value is None or ("images" not in row.source.columns and isinstance(value, _FIGURE)):
+    if value is None:
         return ()
-    # A list in a cell of a csv file.
+    if "images" not in row.source.columns and isinstance(value, _NUMBER):
+        return ()
+    # A cell of a CSV file holds a list or an object as JSON text.
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = row.json(value, "images")
     values = value if isinstance(value, list) else [value]
     if all(map(is_absent, values)):
         return ()
-    return tuple(_picture(row, item, f"picture {n}") for n, item in enumerate(values, 1))
+    pictures = []
+    for n, item in enumerate(values, 1):
+        pictures.append(_picture(row, item, f"picture {n}"))
+    return tuple(pictures)
 
 
 def names_pictures(row: object) -> bool:
-    """Tell whether a row has pictures in a column, or in a part of a message."""
+    """Return whether a row has pictures in a column, or in a content part of a message."""
     if isinstance(row, list):
         return any(map(names_pictures, row))
     if not isinstance(row, Mapping):
         return False
     if row.get("type") in PICTURE_PARTS:
         return True
-    in_column = any(not is_absent(row.get(name)) for name in PICTURE_NAMES)
-    return in_column or any(map(names_pictures, row.values()))
+    for name in PICTURE_NAMES:
+        if not is_absent(row.get(name)):
+            return True
+    return any(map(names_pictures, row.values()))
 
 
 def check_media(row: RowReader) -> None:
-    """DataError for pictures in a row whose format has no place for them, videos and sound."""
-    # A text is trained on as a whole, whatever stands beside it: what nothing reads is named.
+    """Raise DataError for videos, sound, and pictures in a format that does not support them."""
+    # The format text reads only one column. Media in other columns raise no error, because these
+    # columns are reported as unread.
     if row.source.format == "text":
         return
     unread = row.unread_columns()
-    # Nearly all rows.
+    # Return early: nearly all rows have no unread columns and no pictures.
     if not unread and not row.pictures:
         return
     takes_pictures = "images" in ROW_FORMATS[row.source.format].columns
     for column, value in unread.items():
         if plain(column) in _OTHER_MEDIA:
-            why = "texts and pictures are trained on"
-            fix = f"delete the column {column}, or these rows"
-            raise row.error(f"the row has {column}", why, fix)
-        if plain(column) in PICTURE_NAMES and not takes_pictures and not isinstance(value, _FIGURE):
+            raise row.error(
+                f"the row has the column {column}",
+                why="only texts and pictures can be trained on",
+                fix=f"delete the column {column}, or delete these rows",
+            )
+        is_picture = plain(column) in PICTURE_NAMES and not isinstance(value, _NUMBER)
+        if is_picture and not takes_pictures:
             raise _no_place(row, f"the row has {column}: {json_type(value)}")
     if row.pictures and not takes_pictures:
         raise _no_place(row, "a message has a part of type image")
 
 
 def _no_place(row: RowReader, what: str) -> DataError:
-    why = "pictures in pairs and in labeled answers are not trained yet"
-    fix = "format: prompt-completion, messages or sharegpt; or delete the pictures"
-    return row.error(what, f"format {row.source.format}: {why}", fix)
+    return row.error(
+        what,
+        why=f"format {row.source.format} does not support pictures yet",
+        fix="use format: prompt-completion, messages or sharegpt, or delete the pictures",
+    )
 
 
 def with_pictures(row: RowReader, sample: Conversation) -> Conversation:
-    """The conversation with the row's pictures, a mark where each of them stands.
+    """Return the conversation with the row's pictures, and with PICTURE_MARK at their positions.
 
-    DataError where they are not as many as their places, or another text has the mark.
+    Raise DataError if the number of pictures differs from the number of positions, or if a text
+    already contains the character PICTURE_MARK.
     """
     if not row.pictures and not row.column_pictures:
         return sample
-    # As Python prints it, a text shows the character.
+    # Count PICTURE_MARK in the string form of messages and tools, because this includes every text.
     marked = f"{sample.messages}{sample.tools}".count(PICTURE_MARK)
     if marked != len(row.pictures):
-        what = "a text has the character U+FFFC"
-        why = "in a row with pictures it stands for one"
-        raise row.error(what, why, "delete the character")
+        raise row.error(
+            "a text has the character U+FFFC",
+            why="in a row with pictures this character represents a picture",
+            fix="delete the character",
+        )
     places = row.pictures or _mark_texts(row, sample.messages)
     free = places.count(None)
     if free != len(row.column_pictures):
-        what = f"the row has {count_of(len(row.column_pictures), 'picture')} in its column images,"
-        why = f"{PICTURE_TEXT_MARK}, or a part without a picture, is a place"
-        fix = f"write {PICTURE_TEXT_MARK} where each picture stands, or its path into the part"
-        raise row.error(f"{what} and {count_of(free, 'place')} for them", why, fix)
-    of_column = iter(row.column_pictures)
+        pictures_text = count_of(len(row.column_pictures), "picture")
+        places_text = count_of(free, "place")
+        raise row.error(
+            f"the row has {pictures_text} in its column images, but {places_text} for pictures",
+            why=f"a place is a text {PICTURE_TEXT_MARK}, or a content part without a picture",
+            fix=f"write {PICTURE_TEXT_MARK} at the position of each picture, or write the path of"
+            " the picture into the part",
+        )
+    column_pictures = iter(row.column_pictures)
     pictures = []
     for n, given in enumerate(places, 1):
-        picture = given or next(of_column)
+        picture = given or next(column_pictures)
         pictures.append(picture._replace(place=f"picture {n}"))
-    # Alpaca's own text has no place for them.
+    # Set `instruction` to None, because the Alpaca template does not support pictures.
     return replace(sample, instruction=None, pictures=tuple(pictures))
 
 
 def _mark_texts(row: RowReader, messages: list[Message]) -> list[Picture | None]:
-    """Put the mark of a picture in place of each `<image>`, or else in front of the first question.
+    """Replace each `<image>` in the messages by PICTURE_MARK.
+
+    If there is no `<image>`, add one PICTURE_MARK for each picture of the column `images` at the
+    start of the first question.
 
     Returns:
-        None for each mark: a picture of the column `images`.
+        A list with one None for each mark. None means that the picture comes from the column
+        `images`.
     """
     marks = 0
     for n, message in enumerate(messages, 1):
         count = message["content"].count(PICTURE_TEXT_MARK)
         if count and message["role"] != "user":
-            what = f"a message of the {message['role']} has {PICTURE_TEXT_MARK}"
-            why = "pictures are trained on in what a user says"
-            raise row.error(what, why, "move it into a turn of the user", f"message {n}")
+            raise row.error(
+                f"a message of the {message['role']} has {PICTURE_TEXT_MARK}",
+                why="pictures are only supported in turns of the user",
+                fix="move the picture into a turn of the user",
+                at=f"message {n}",
+            )
         message["content"] = message["content"].replace(PICTURE_TEXT_MARK, PICTURE_MARK)
         marks += count
     if not marks:
@@ -161,13 +206,20 @@ def _mark_texts(row: RowReader, messages: list[Message]) -> list[Picture | None]
 
 
 def _value_in(row: RowReader, holder: Mapping[str, object], at: str) -> object:
-    """The picture of a part or an object, under one of its names; None where there is none."""
+    """Return the value of the key in `holder` that contains a picture, or None if no key does.
+
+    Raise DataError if several keys can contain the picture.
+    """
     found = {key: holder[key] for key in PICTURE_KEYS if not is_absent(holder.get(key))}
     if "bytes" in found:
-        found.pop("path", None)  # the name that they had
+        found.pop("path", None)  # Hub data sets store the original file name next to the bytes.
     if len(found) > 1:
-        what = f"a picture has {' and '.join(found)}"
-        raise row.error(what, "it is one of them", "delete the others", at)
+        raise row.error(
+            f"a picture has the keys {' and '.join(found)}",
+            why="only one of these keys can hold the picture",
+            fix="keep one of them and delete the others",
+            at=at,
+        )
     for key, value in found.items():
         if key in _IN_BASE64 and isinstance(value, str) and not value.startswith("data:"):
             return _from_base64(row, value, at)
@@ -176,39 +228,46 @@ def _value_in(row: RowReader, holder: Mapping[str, object], at: str) -> object:
 
 
 def _picture(row: RowReader, value: object, at: str) -> Picture:
-    """A picture that is bytes, a path, a data URI or an object that holds one of these."""
+    """Convert bytes, a path, a data URI or an object that contains one of these to a `Picture`."""
     if isinstance(value, Mapping):
         value = _value_in(row, value, at)
-        if isinstance(value, Mapping):  # {"image_url": {"url": ...}}
+        if isinstance(value, Mapping):  # OpenAI's form is {"image_url": {"url": ...}}.
             value = _value_in(row, value, at)
     if isinstance(value, bytes):
         return Picture(at, data=value)
     if not isinstance(value, str) or not value.strip():
-        fix = 'write the path of a picture, or {"bytes": ..., "path": ...}'
         what = "an empty text" if isinstance(value, str) else json_type(value)
-        raise row.error(f"{at} is {what}, not a picture", fix=fix)
+        raise row.error(
+            f"{at} is {what}, not a picture",
+            fix='write the path of a picture, or {"bytes": ..., "path": ...}',
+        )
     if value.startswith("data:"):
         return Picture(at, data=_from_base64(row, value.partition(",")[2], at))
     if len(value) > _MAX_PATH:
         return Picture(at, data=_from_base64(row, value, at))
     if _NETWORK.match(value):
-        why = "pictures are not fetched from the network"
-        raise row.error(f"{at} is {value:.200}", why, "download them and name the files")
+        raise row.error(
+            f"{at} is the address {value:.200}",
+            why="pictures are not downloaded from the network",
+            fix="download the pictures and write the paths of the files",
+        )
     return Picture(at, path=_path(row, value, at))
 
 
 def _path(row: RowReader, text: str, at: str) -> Path:
-    """The path of a file; one that is relative is in the folder of the row's file."""
-    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text)
+    """Return the path of a picture file. A relative path starts in the folder of the data file."""
+    name = text
+    if text.startswith("file://"):
+        name = unquote(text.removeprefix("file://"))
+    path = Path(name)
     if path.is_absolute():
         return path
     if row.folder is None:
-        name = row.source.source
         raise row.error(
             f"{at} is the file {text} of a data set on the Hub",
-            "its rows alone are downloaded",
-            f"hf download {name} --repo-type dataset --local-dir DIR   # and name the file of rows"
-            " in it",
+            why="only the rows of the data set are downloaded, not its other files",
+            fix=f"hf download {shell_word(row.source.source)} --repo-type dataset --local-dir DIR"
+            "   # then train on the data file in this folder",
         )
     return row.folder / path
 
@@ -217,4 +276,8 @@ def _from_base64(row: RowReader, text: str, at: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise row.error(f"{at} is not base64", str(error), "write it again, or its path") from None
+        raise row.error(
+            f"{at} is not valid base64",
+            str(error),
+            "encode the picture again, or write the path of a file",
+        ) from None

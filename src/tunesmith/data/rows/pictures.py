@@ -1,8 +1,7 @@
-"""A picture's bytes -> its size, its digest, and its pixels, rotated as EXIF says.
+"""Decoding of pictures: their size, their digest, and their pixels, rotated as EXIF requires.
 
-Each picture is decoded once while rows become tokens. A picture that cannot be trained on is an
-error there, which names its row, so that it does not stop the run later. Nothing is fetched from
-the network.
+Each picture is decoded once during tokenization. If a picture is unusable, an error with the file
+and line of its row is therefore raised before training starts. Pictures are never downloaded.
 """
 
 from __future__ import annotations
@@ -24,15 +23,20 @@ from tunesmith.host.shell import shell_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Of a file that a row names; a data set may be named by mistake.
+# Maximum size of a picture file. The limit exists because a row can contain the path of a large
+# file that is no picture.
 MAX_PICTURE_BYTES = 256 << 20
-# A file of some kilobytes may say that it has more, and would fill the memory.
+# Maximum number of pixels. The limit exists because a file of a few kilobytes can declare so many
+# pixels that decoding it needs more memory than the machine has.
 MAX_PICTURE_PIXELS = 100_000_000
-# Of its sides; the processors of Qwen's models refuse more.
+# Maximum aspect ratio (long side / short side). The processors of Qwen's models reject larger
+# ratios.
 MAX_PICTURE_RATIO = 200
-# Those of photos, screens and scans; other readers of PIL start programs, or hold films.
+# File formats of photos, screenshots and scans. Pillow's readers for other formats can start
+# programs or read videos.
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-# EXIF's tag 274, as any reader of pictures shows it: the turns of `Image.Transpose`.
+# EXIF tag of the orientation. _TURNS maps its value to the member of Pillow's `Image.Transpose`
+# that shows the picture upright.
 _ORIENTATION = 274
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -43,51 +47,67 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-# Modes of pixels that are numbers.
+# Pillow's image modes whose pixels are plain numbers without a defined black and white.
 _NUMBER_MODES = ("I;16S", "I;32", "F")
-_CONVERT = "write it again as a PNG or JPEG file of one frame, or delete the row"
+# Text of the fix in errors about pictures that cannot be decoded or used for training.
+_CONVERT = "save the picture as a PNG or JPEG file of one frame, or delete the row"
 
 
 def picture_place(picture: Picture, where: str) -> str:
-    """The place of a picture in the row at `where`, which errors about the row begin with."""
+    """Return the location of a picture for error messages, such as "rows.jsonl:3, picture 2"."""
     return f"{where}, {picture.place}" if where else picture.place
 
 
 def read_picture(picture: Picture, where: str) -> bytes:
-    """The bytes of a picture of the row at `where`; DataError where there are none."""
+    """Return the bytes of a picture. Raise DataError if its file cannot be read or is empty.
+
+    Args:
+        where: file and line of the picture's row.
+    """
     place = picture_place(picture, where)
-    data = picture.data if picture.path is None else _read_file(picture.path, place)
+    data = picture.data
+    if picture.path is not None:
+        data = _read_file(picture.path, place)
     if not data:
-        what = f"{picture.path or 'the picture'} is empty"
-        raise DataError(what, where=place, fix="write the picture again, or delete the row")
+        raise DataError(
+            f"{picture.path or 'the picture'} is empty",
+            where=place,
+            fix="save the picture again, or delete the row",
+        )
     return data
 
 
 def _read_file(path: Path, place: str) -> bytes:
     why = "paths in a file of rows are relative to the folder of this file"
-    # An OSError of `is_file` is one too: a name may be longer than the file system allows.
+    # `is_file` raises OSError if the name is longer than the file system allows.
     try:
         if path.is_file():
             size = path.stat().st_size
             if size <= MAX_PICTURE_BYTES:
-                # Files of /proc have the size 0, and reading one may never end.
+                # Do not read files of size 0, because files in /proc have this size and can be
+                # endless.
                 return path.read_bytes() if size else b""
-            why = f"a picture has at most {MAX_PICTURE_BYTES >> 20} MiB"
+            why = f"a picture can have at most {MAX_PICTURE_BYTES >> 20} MiB"
     except (OSError, ValueError) as error:
         why = first_line(error)
-    fix = f"ls -l {shell_path(path)}   # put the picture there, fix the path, or delete the row"
-    raise DataError(f"{path} is not a picture's file", where=place, why=why, fix=fix)
+    raise DataError(
+        f"{path} is not a picture file",
+        where=place,
+        why=why,
+        fix=f"add this picture, correct its path (`ls -l {shell_path(path)}`), or delete the row",
+    )
 
 
 def picture_digest(data: bytes) -> int:
-    """63 bits of the sha256 of a picture's bytes."""
+    """Return the first 63 bits of the SHA-256 of a picture's bytes. 63 bits fit into an int64."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
 def picture_size(data: bytes, where: str = "") -> tuple[int, int]:
-    """Return width and height of a picture as it is shown.
+    """Return the width and height of a picture after the rotation that its EXIF data requires.
 
     Args:
+        data: the bytes of the picture file.
         where: the place of the picture, see `picture_place`.
 
     Raises:
@@ -97,16 +117,24 @@ def picture_size(data: bytes, where: str = "") -> tuple[int, int]:
     width, height = image.size
     if _turn_of(image) > 4:
         width, height = height, width
-    # A JPEG is decoded at an eighth of its size: all bytes are read, in a third of the time.
+    # Decode a JPEG at 1/8 of its size. This checks all bytes and takes a third of the time.
     image.draft("RGB", (1, 1))
     _load(image, where)
     return width, height
 
 
 def open_picture(data: bytes, where: str = "", max_pixels: int | None = None) -> Image:
-    """A picture in RGB as it is shown, scaled down to `data.image_max_pixels`.
+    """Decode a picture to RGB, rotate it as its EXIF data requires, and scale it down.
 
-    Transparent pictures stand on white. DataError as `picture_size`.
+    Transparent pixels become white.
+
+    Args:
+        data: the bytes of the picture file.
+        where: the place of the picture, see `picture_place`.
+        max_pixels: the maximum number of pixels (`data.image_max_pixels`). None: do not scale.
+
+    Raises:
+        DataError: the picture cannot be decoded, or cannot be trained on.
     """
     image = _open(data, where)
     turn = _turn_of(image)
@@ -116,92 +144,107 @@ def open_picture(data: bytes, where: str = "", max_pixels: int | None = None) ->
         if turn in _TURNS:
             image = image.transpose(_pil().Transpose[_TURNS[turn]])
         size = scaled_size(image.size, max_pixels)
-        return image if size == image.size else image.resize(size, _pil().Resampling.BICUBIC)
+        if size != image.size:
+            image = image.resize(size, _pil().Resampling.BICUBIC)
     except (OSError, ValueError) as error:
         raise _unreadable_picture(error, where) from error
+    return image
 
 
 def scaled_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
-    """Width and height of a picture once it is scaled down to at most so many pixels."""
-    if max_pixels is None or size[0] * size[1] <= max_pixels:
+    """Return the width and height of a picture of size `size` after it is scaled down to at most
+    `max_pixels` pixels.
+    """
+    width, height = size
+    pixels = width * height
+    if max_pixels is None or pixels <= max_pixels:
         return size
-    scale = math.sqrt(max_pixels / (size[0] * size[1]))
+    scale = math.sqrt(max_pixels / pixels)
     short = max(1, int(min(size) * scale))
-    # Rounding must not make a long picture one that processors refuse.
+    # Limit the long side, so that rounding does not make the aspect ratio larger than processors
+    # accept.
     long = min(int(max(size) * scale), MAX_PICTURE_RATIO * short, max_pixels // short)
-    return (long, short) if size[0] > size[1] else (short, long)
+    if width > height:
+        return long, short
+    return short, long
 
 
 @cache
 def _pil() -> Any:
-    """PIL's module, with the readers of the formats; commands without pictures do not load it."""
+    """Return Pillow's `Image` module with its file formats.
+
+    It is imported only when it is needed.
+    """
     from PIL import Image
 
     Image.init()
-    # It would warn of pictures that are within the limit here.
+    # Disable Pillow's warning about large pictures, because `_open` checks MAX_PICTURE_PIXELS
+    # instead.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     return Image
 
 
 def _open(data: bytes, where: str) -> Image:
-    """A picture whose header is read, and can be trained on."""
+    """Open a picture and read its header. Raise DataError if it cannot be trained on."""
     pil = _pil()
     formats = [name for name in _PICTURE_FORMATS if name in pil.OPEN]
     try:
         image: Image = pil.open(io.BytesIO(data), formats=formats)
-        # Phones write a second view of a photo behind it (MPO).
+        # An MPO file has several frames but is not animated: phones add a second view of the photo.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except Exception as error:
-        # Its readers raise whatever broken bytes lead to.
+        # Pillow raises many types of exceptions for broken bytes.
         raise _unreadable_picture(error, where) from error
     width, height = image.size
     why = ""
     if width * height > MAX_PICTURE_PIXELS:
-        why = f"a picture may have {MAX_PICTURE_PIXELS:,} pixels"
+        why = f"a picture can have at most {MAX_PICTURE_PIXELS:,} pixels"
     elif max(image.size) > MAX_PICTURE_RATIO * min(image.size):
-        why = f"one side may be {MAX_PICTURE_RATIO} times the other"
+        why = f"one side can be at most {MAX_PICTURE_RATIO} times as long as the other"
     elif image.mode.startswith(_NUMBER_MODES) or (image.mode, image.format) == ("I", "TIFF"):
-        why = "its pixels are numbers, and nothing says which of them is white"
+        why = "the file does not define which of its pixel values is white"
     elif is_animated:
-        why = "a picture is one frame, and this one is animated or has several pages"
+        why = "pictures must have one frame, but this picture is animated or has several pages"
     if why:
         what = f"a {image.format} picture of {width} x {height} pixels (mode {image.mode})"
-        raise DataError(f"{what} is not trained on", where=where, why=why, fix=_CONVERT)
+        raise DataError(f"{what} cannot be used for training", where=where, why=why, fix=_CONVERT)
     return image
 
 
 def _unreadable_picture(error: Exception, where: str) -> DataError:
-    what = "the picture cannot be read"
-    return DataError(what, where=where, why=first_line(error), fix=_CONVERT)
+    return DataError("the picture cannot be read", where=where, why=first_line(error), fix=_CONVERT)
 
 
 def _load(image: Image, where: str) -> None:
-    """Decode a picture; DataError where it is cut off or broken."""
+    """Decode the pixels. Raise DataError if the file is truncated or broken."""
     try:
         image.load()
     except Exception as error:
-        # As in `_open`.
+        # Pillow raises many types of exceptions for broken bytes.
         raise _unreadable_picture(error, where) from error
 
 
 def _turn_of(image: Image) -> int:
-    """EXIF's orientation of a picture that is not decoded yet."""
-    # PIL turns the pixels of a TIFF file itself, and its size in the header.
+    """Return the EXIF orientation (1 to 8) of a picture. Its pixels must not be decoded yet."""
+    # Pillow already rotates the size and the pixels of a TIFF file.
     if image.format == "TIFF":
         return 1
-    # The class's own method decodes a PNG picture, in case that EXIF stands behind the pixels.
+    # Call `getexif` of the base class: for a PNG file, the method of the subclass decodes all
+    # pixels, because EXIF data can follow the pixels.
     try:
         turn = _pil().Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:
-        return 1  # broken EXIF beside a whole picture, which viewers ignore too
+        return 1  # Ignore broken EXIF data, as image viewers do: the pixels can still be valid.
     return turn if turn in _TURNS else 1
 
 
 def _to_rgb(image: Image) -> Image:
-    """The pixels of a decoded picture as a screen shows them on white."""
+    """Convert a decoded picture to RGB. Transparent pixels are blended with white."""
     if image.mode.startswith("I"):
-        # 16 bits: PIL would cut off what is above 255.
-        image = _pil().fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+        # Keep the high byte of 16-bit pixels, because Pillow's conversion clips values above 255.
+        high_bytes = np.asarray(image) >> 8
+        pixels = np.clip(high_bytes, 0, 255)
+        image = _pil().fromarray(pixels.astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

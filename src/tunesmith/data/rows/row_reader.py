@@ -1,12 +1,13 @@
-"""One row with its columns and place: values of the wanted type, or an error that names both.
+"""Reader of a row that returns the values of its columns in the expected type.
 
-What nothing reads is remembered, so that the user is told of it.
+If a value has another type, an error with the column and the location of the row is raised. The
+reader also records which columns are not read, so that they can be reported to the user.
 """
 
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,24 @@ from tunesmith.data.source.csv_files import propose_header
 from tunesmith.data.source.table import MAX_ROW_BYTES, Place, json_type
 from tunesmith.errors import DataError
 
-# What Python prints for a list or an object, and pandas writes into a csv file.
+# Start of a list or dict as `repr` prints it. pandas writes such text into CSV files.
 _PYTHON_REPR = re.compile(r"\s*+(?:\[?array\()?\s*+[\[{][\s\[{]*+'")
-# A text that begins as a list of messages, or as one message; also as JSON text of such a text.
+# Start of the JSON text of one message or a list of messages. This text can itself be encoded as a
+# JSON string.
 _CHAT_TEXT = re.compile(
     r"""\s*+"?\s*+(\[?)\s*+\{\s*+\\?["'](?:role|from|content|value)\\?["']\s*:"""
 )
 _ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
-# One of them at least is in a list of turns, and not in other objects with a role.
+# Keys that contain the content of a turn. An object that has a role but none of these keys is not a
+# turn.
 _TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
-# Characters of such a text in which the key of its first role is looked for.
-_LOOKED_AT = 100_000
-# Minimum similarity of a mistyped name to that of a column, as `nearest` measures it. It is above
-# the similarity of redacted or selected to rejected.
+# Number of characters in which `role_key_of` searches for the first role.
+_MAX_SEARCHED_CHARS = 100_000
+# Minimum similarity (see `nearest`) between a mistyped column name and the right name. The value is
+# so high because "redacted" and "selected" must not match "rejected".
 MIN_NAME_SIMILARITY = 0.76
-# Columns that tell rows apart, or say where they are from: no example is another for them.
+# Names of columns with ids or metadata of rows. They do not change what the model learns, so they
+# are not reported as unread.
 HARMLESS_COLUMNS = frozenset(
     """
     id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
@@ -49,23 +53,27 @@ HARMLESS_COLUMNS = frozenset(
 
 
 def is_harmless(column: str) -> bool:
-    """Return whether a column's name, or the last word of it, is one of HARMLESS_COLUMNS."""
+    """Return whether the column's name, or the last word of the name, is in HARMLESS_COLUMNS."""
     name = plain(column)
     last_word = name.rpartition("_")[2]
     return name in HARMLESS_COLUMNS or last_word in HARMLESS_COLUMNS - {"text"}
 
 
-# Columns whose texts are neither questions nor answers.
+# Columns that `guess_columns` never takes as a question or an answer.
 NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
 
 
-# Cached, because all rows have the same names: tens of thousands in a wide table.
+# Cache the results, because all rows have the same column names. The cache is large, because a wide
+# table can have tens of thousands of names.
 @lru_cache(maxsize=1 << 17)
 def plain(name: object) -> str:
-    """A column's name in small letters, without accents or a ? at its end, words joined by _."""
-    # Accents are characters of their own in this form.
+    """Normalize a column name for comparison: lower case, no accents, words joined by `_`.
+
+    Spaces, `?` and `:` at both ends are removed.
+    """
+    # Form NFKD splits an accented letter into the letter and the accent.
     decomposed = unicodedata.normalize("NFKD", str(name).strip(" \t\r\n?:"))
     text = "".join(char for char in decomposed if not unicodedata.combining(char))
     text = unicodedata.normalize("NFKC", text)
@@ -75,64 +83,77 @@ def plain(name: object) -> str:
 
 @cache
 def _names_in_files(format_name: FormatName, column: str) -> Sequence[str]:
-    """The names under which a column of a format is read if the recipe maps it to none."""
+    """Return the column names of a file that are read as the format's column `column`.
+
+    They are used if the recipe does not map the column.
+    """
     if column in READ_BY_ANY_NAME:
         return list(dict.fromkeys(ROW_FORMATS[format_name].names(column)))
     return [column]
 
 
 def is_absent(value: object) -> bool:
-    """Tell whether a value says nothing: null, or an empty text, list or object."""
+    """Return whether a value is null, an empty text, an empty list or an empty object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def from_lists(value: object) -> object:
-    """Return the turns of an object of lists, as Arrow stores them: {role: [...], content: [...]}.
+    """Convert an object of lists, such as {role: [...], content: [...]}, to a list of turns.
 
-    Other values are unchanged.
+    Arrow can store turns in this form. Other values are returned unchanged.
     """
     if not isinstance(value, Mapping):
         return value
     lists = [item for item in value.values() if isinstance(item, list)]
-    if len(lists) < len(value) or len(set(map(len, lists))) != 1:
+    if len(lists) < len(value):
+        return value
+    lengths = set(map(len, lists))
+    if len(lengths) != 1:
         return value
     return [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
 
 
 def role_key_of(value: object) -> str:
-    """The key of the roles in a list of turns, or in a text that begins as one: `role` or `from`.
+    """Return the key of the role (`role` or `from`) in a list of turns or its JSON text.
 
-    Empty for what is no such list.
+    Return "" if the value is not a list of turns.
     """
     if isinstance(value, str):
         match = _CHAT_TEXT.match(value)
-        if match is None or not match[1]:
+        if match is None:
             return ""
-        key = _ROLE_KEY.search(value, 0, _LOOKED_AT)
+        if not match[1]:
+            return ""  # The text is a single message and not a list.
+        key = _ROLE_KEY.search(value, 0, _MAX_SEARCHED_CHARS)
         return key[1] if key else ""
     turns = from_lists(value)
     first = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(first, Mapping):
         return ""
-    return "role" if "role" in first else "from" if "from" in first else ""
+    for key_of_role in ("role", "from"):
+        if key_of_role in first:
+            return key_of_role
+    return ""
 
 
 def looks_like_list(value: object) -> bool:
-    """Tell whether a value is a list, or a text that begins as one of objects does."""
+    """Return whether a value is a list, or text that starts like a JSON list of objects."""
     if isinstance(value, str):
         text = value.lstrip()
         return text.startswith("[") and text[1:].lstrip().startswith("{")
     return isinstance(value, list)
 
 
-def _decoded(text: str) -> object:
-    """The value of JSON text; exports of exports write JSON text of JSON text."""
+def _decode_json(text: str) -> object:
+    """Decode JSON text. If the result is a text, decode it again: some exports encode twice."""
     value = json.loads(text)
     return json.loads(value) if isinstance(value, str) else value
 
 
 def _yaml_text(name: str) -> str:
-    """A column's name as a value in a mapping of YAML on one line."""
+    """Return a column's name as it is written in a one-line YAML mapping, in quotes if
+    necessary.
+    """
     if name == "..." or re.fullmatch(r"[A-Za-z_][\w .-]*", name):
         return name
     return json.dumps(name, ensure_ascii=False)
@@ -140,18 +161,22 @@ def _yaml_text(name: str) -> str:
 
 def guess_columns(
     needed: Mapping[str, Sequence[str]],
-    meant: Mapping[str, str],
+    mapped: Mapping[str, str],
     row: Mapping[str, object],
 ) -> dict[str, str]:
-    """Find the likeliest column for each name that is needed; some may have none.
+    """Guess which column of the row holds each column of a format.
 
-    A column whose name is near to the one that the recipe has comes first, then one of a usual
-    name, then one that is mistyped, then those with a text, in the order of the file.
+    The candidates are tried in this order: a column whose name is similar to the name in the
+    recipe, a column with a usual name, a column whose name is similar to a usual name, and any
+    column with a text. A format's column without a candidate is missing in the result.
 
     Args:
-        needed: names of a format -> their usual names in files.
-        meant: names of a format -> the columns that the recipe names, of which there is none.
-        row: a row, to find the columns with texts.
+        needed: the format's column names -> their usual names in files.
+        mapped: the format's column names -> the column names in the recipe, which can be mistyped.
+        row: an example row. Its values show which columns have texts.
+
+    Returns:
+        The format's column names -> the guessed columns of the row.
     """
     free = {plain(column): column for column in row}
     guessed: dict[str, str] = {}
@@ -159,22 +184,26 @@ def guess_columns(
     def near(name: str) -> str | None:
         return nearest(name, free, cutoff=MIN_NAME_SIMILARITY)
 
-    ways: tuple[Callable[[str], str | None], ...] = (
-        lambda name: near(plain(meant[name])) if name in meant else None,
-        lambda name: next((key for key in free if key in needed[name]), None),
-        near,
-    )
-    for find in ways:
+    def near_to_mapped(name: str) -> str | None:
+        return near(plain(mapped[name])) if name in mapped else None
+
+    def usual(name: str) -> str | None:
+        return next((key for key in free if key in needed[name]), None)
+
+    for find in (near_to_mapped, usual, near):
         for name in needed:
-            key = None if name in guessed else find(name)
+            if name in guessed:
+                continue
+            key = find(name)
             if key:
                 guessed[name] = free.pop(key)
-    missing = [
-        name for name in needed if name not in guessed and not isinstance(needed[name], ChatColumn)
-    ]
+    missing = []
+    for name in needed:
+        if name not in guessed and not isinstance(needed[name], ChatColumn):
+            missing.append(name)
     texts = []
     for name, column in free.items():
-        # The worse answers are not to be learned.
+        # Do not propose a column of rejected answers if the format trains on all answers.
         is_worse = "rejected" not in needed and is_named_rejected(column)
         if isinstance(row[column], str | None) and name not in NO_TEXTS and not is_worse:
             texts.append(column)
@@ -183,24 +212,29 @@ def guess_columns(
 
 
 def is_named_rejected(column: str) -> bool:
-    """Return whether a column's name says that it holds the worse answers of pairs."""
+    """Return whether a column's name suggests that it holds the rejected answers of pairs."""
     name = plain(column)
-    return "rejected" in name.split("_") or bool(
-        nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
-    )
+    if "rejected" in name.split("_"):
+        return True
+    return bool(nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY))
 
 
 class RowReader:
-    """One row with its column mapping and place.
+    """A row with its column mapping and its location in the file.
 
     Attributes:
-        read: the columns that have been read.
-        unread: names of the columns, and of the keys of turns and calls, that nothing reads.
-        is_good: as of `RowSamples`.
-        folder: as of `Place`; a program's rows have paths from the working directory.
-        column_pictures: those of the column `images`.
-        pictures: those of parts of contents, in order; None takes the next one of the column.
-        bad_turns: place, key and value of each label that calls a trained turn bad.
+        row: column names and values.
+        source: the data source with the format and the column mapping.
+        where: file and line of the row, for error messages.
+        read: names of the columns that have been read.
+        unread: names of the columns, and of keys of turns and calls, that are not read.
+        is_good: whether the row labels its answer as good, see `RowSamples`.
+        folder: the folder that relative paths in the row start from, see `Place`. For rows that a
+            program passes, it is the working directory.
+        column_pictures: pictures of the column `images`.
+        pictures: pictures of content parts, in order. None represents the next picture of
+            `column_pictures`.
+        bad_turns: location, key and value of each label that rates a trained turn as bad.
     """
 
     def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
@@ -209,7 +243,9 @@ class RowReader:
         self.where = where
         self.unread: set[str] = set()
         self.is_good: bool | None = None
-        self.folder = where.folder if isinstance(where, Place) else Path()
+        self.folder: Path | None = Path()
+        if isinstance(where, Place):
+            self.folder = where.folder
         self.column_pictures: tuple[Picture, ...] = ()
         self.pictures: list[Picture | None] = []
         self.bad_turns: list[tuple[str, str, object]] = []
@@ -220,20 +256,30 @@ class RowReader:
         return DataError(what, where=where, why=why, fix=fix)
 
     def optional(self, name: str) -> object:
-        """The value of one of the format's columns; None where the row has none."""
+        """Return the value of the format's column `name`, or None if the row does not have this
+        column.
+
+        Raise DataError if several columns of the row can be this column and have different values.
+        """
         mapped = self.source.columns
-        names = [mapped[name]] if name in mapped else _names_in_files(self.source.format, name)
-        if name not in mapped:
-            # A column may serve as another one.
-            names = [column for column in names if column not in mapped.values()]
+        if name in mapped:
+            names = [mapped[name]]
+        else:
+            # Skip columns that the recipe already maps to another column of the format.
+            usual_names = _names_in_files(self.source.format, name)
+            names = [column for column in usual_names if column not in mapped.values()]
         self.read.update(names)
         values = {column: self.row[column] for column in names if column in self.row}
+        if not values:
+            return None
         filled = {column: value for column, value in values.items() if not is_absent(value)}
-        first = next(iter((filled or values).values()), None)
+        first_column, first = next(iter((filled or values).items()))
         if any(value != first for value in filled.values()):
-            what = f"the columns {' and '.join(filled)} differ"
-            fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(filled))}}}"
-            raise self.error(what, f"both are read as {name}", fix)
+            raise self.error(
+                f"the columns {' and '.join(filled)} have different values",
+                why=f"each of these columns can be {name}",
+                fix=f"delete one of these columns, or choose columns: {{{name}: {first_column}}}",
+            )
         return first
 
     def required(self, name: str) -> object:
@@ -242,13 +288,18 @@ class RowReader:
         if column not in self.row:
             raise self._missing_columns(column)
         if self.row[column] is None:
-            raise self.error(f"column {column} is null", fix="fill it, or delete the row")
+            raise self.error(
+                f"the column {column} is null", fix="fill the column, or delete the row"
+            )
         return self.row[column]
 
+    def required_text_or_messages(self, name: str) -> object:
+        return self.text_or_messages(self.required(name), name)
+
     def unread_columns(self) -> dict[str, object]:
-        """The columns that nothing has read, with their values; null counts as absent."""
+        """Return the columns that have not been read, with their values, except empty ones."""
         columns: dict[str, object] = {}
-        # Of most rows everything is read.
+        # Return early, because most rows have no unread columns.
         if self.row.keys() <= self.read:
             return columns
         for column, value in self.row.items():
@@ -257,67 +308,85 @@ class RowReader:
         return columns
 
     def _missing_columns(self, column: str) -> DataError:
-        """The error for a column that the row does not have."""
+        """Build the error for a column that the row does not have. Its fix proposes columns."""
         mapped = self.source.columns
         needed = ROW_FORMATS[self.source.format].layouts[0].needed
-        missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        absent = dict.fromkeys([column, *(mapped.get(name, name) for name in missing)])
+        missing = []
+        absent = [column]
+        for name in needed:
+            needed_column = mapped.get(name, name)
+            if needed_column not in self.row:
+                missing.append(name)
+                absent.append(needed_column)
         fix = self._propose_columns(missing)
         fitting = []
         for format_name, form in ROW_FORMATS.items():
             if self.row.keys() >= form.layouts[0].needed.keys():
                 fitting.append(format_name)
         if fitting:
-            fix += f", or format: {' or '.join(fitting)}"
+            fix += f", or use format: {' or '.join(fitting)}"
         columns = ", ".join(map(str, self.row)) or "none"
-        why = f"format {self.source.format} needs it; the columns are {columns}"
-        return self.error(f"there is no column {' or '.join(absent)}", why, fix)
+        return self.error(
+            f"there is no column {' or '.join(dict.fromkeys(absent))}",
+            why=f"the format {self.source.format} needs such a column; the row has {columns}",
+            fix=fix,
+        )
 
     def _propose_columns(self, missing: Sequence[str]) -> str:
-        """Propose a `columns:` line with columns that nothing reads yet."""
+        """Return a proposed `columns:` line that maps missing columns to unused ones."""
         mapped = self.source.columns
         form = ROW_FORMATS[self.source.format]
         read = {mapped.get(name, name) for name in form.columns}
         free = {name: value for name, value in self.row.items() if name not in read}
-        guessed = guess_columns({name: form.names(name) for name in missing}, mapped, free)
+        needed = {name: form.names(name) for name in missing}
+        guessed = guess_columns(needed, mapped, free)
         if not guessed:
-            return "add it to the row, or delete the row"
-        names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
-        pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
-        return f"{propose_header(self.where, self.row)}columns: {{{', '.join(pairs)}}}"
+            return "add the column, or delete the row"
+        pairs = []
+        for name, column in {**mapped, **dict.fromkeys(missing, "..."), **guessed}.items():
+            if column != name:
+                pairs.append(f"{name}: {_yaml_text(column)}")
+        header = propose_header(self.where, self.row)
+        return f"{header}use columns: {{{', '.join(pairs)}}}"
 
     def text(self, value: object, at: str) -> str:
-        """A value that must be text; numbers of a CSV or JSON column are not text."""
+        """Return the value if it is a valid Unicode text. Raise DataError for all other values."""
         if not isinstance(value, str):
-            fix = 'write it in quotes: "..."'
-            # The columns of these files have one type each.
+            fix = 'write the value in quotes: "..."'
+            # In Parquet and Arrow files, all values of a column have one type, so the user cannot
+            # put quotes around a single value.
             if Path(self.source.source).suffix in (".parquet", ".arrow"):
                 fix = "store this column as text"
             raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
         if len(value) > MAX_ROW_BYTES:
             what = f"{at} is a text of {len(value) >> 20} MiB"
-            limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
-            raise self.error(what, limit, "split it into several rows")
+            limit = f"a row can have at most {MAX_ROW_BYTES >> 20} MiB"
+            raise self.error(what, limit, "split the text into several rows")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            what = f"{at} contains half of a surrogate pair (U+{ord(value[error.start]):04X})"
-            why = "a lone surrogate is not Unicode text"
-            raise self.error(what, why, "write the whole character, or delete it") from None
+            raise self.error(
+                f"{at} contains half of a surrogate pair (U+{ord(value[error.start]):04X})",
+                why="a lone surrogate is not Unicode text",
+                fix="write the complete character, or delete it",
+            ) from None
         return value
 
     def json(self, value: object, at: str) -> object:
-        """A value that may be JSON as text, as columns of a CSV file and old tool calls are."""
+        """Decode the value if it is JSON text, as in CSV files and in tool calls.
+
+        Other values are returned unchanged. Raise DataError for a text that is not JSON.
+        """
         if not isinstance(value, str):
             return value
         try:
-            return _decoded(value)
+            return _decode_json(value)
         except (ValueError, RecursionError) as error:
             why = str(error)
-            fix = "fix the text, or write the value itself"
+            fix = "correct the JSON text, or write the value itself instead of JSON text"
             if _PYTHON_REPR.match(value):
-                why = "it is written as Python prints a list, which pandas does in csv files"
-                fix = 'df.to_json("rows.jsonl", orient="records", lines=True)   # and name that'
+                why = "the value is a printed Python list, which pandas writes into CSV files"
+                fix = 'df.to_json("rows.jsonl", orient="records", lines=True)   # and use this file'
             raise self.error(f"{at} is not JSON", why, fix) from None
 
     def list(self, value: object, at: str) -> list[Any]:
@@ -327,25 +396,34 @@ class RowReader:
         return items
 
     def text_or_messages(self, value: object, at: str) -> object:
-        """The value; of JSON text of messages, as a csv file has them, the list of these."""
+        """Return the list of messages if the value is JSON text of messages, as in CSV files.
+
+        Other values are returned unchanged.
+        """
         if not isinstance(value, str):
             return value
         match = _CHAT_TEXT.match(value)
         if match is None:
             return value
         if not match[1]:
-            # One object may be a text about JSON: only a whole message is read as one.
+            # A single JSON object can be ordinary text. Decode it only if it is a complete message.
             try:
-                item = _decoded(value)
+                item = _decode_json(value)
             except (ValueError, RecursionError):
                 return value
-            keys = item.keys() if isinstance(item, dict) else set()
-            return [item] if keys >= {"role", "content"} or keys >= {"from", "value"} else value
+            if isinstance(item, dict):
+                for keys in ({"role", "content"}, {"from", "value"}):
+                    if item.keys() >= keys:
+                        return [item]
+            return value
         items = self.json(value, at)
         if not isinstance(items, list):
             return value
-        are_turns = all(
-            isinstance(item, dict) and ("role" in item or "from" in item) for item in items
-        )
-        has_texts = are_turns and any(not _TURN_KEYS.isdisjoint(item) for item in items)
-        return items if has_texts or not items else value
+        has_texts = not items
+        for item in items:
+            if not isinstance(item, dict):
+                return value
+            if "role" not in item and "from" not in item:
+                return value
+            has_texts = has_texts or not _TURN_KEYS.isdisjoint(item)
+        return items if has_texts else value

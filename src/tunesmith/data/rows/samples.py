@@ -1,15 +1,24 @@
-"""Rows of any format as training reads them: conversations, prompts with an answer, texts."""
+"""Types of samples: conversations, completions and texts.
+
+A sample is the common form to which the rows of all formats are converted.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
-# Stands in a text where a picture does: Unicode's character for an object that is no text.
+# Placeholder for a picture in a text: Unicode's OBJECT REPLACEMENT CHARACTER.
 PICTURE_MARK = "\ufffc"
 
 
 class Picture(NamedTuple):
-    """A picture of a row, not yet read: a file, or its bytes; `place` is what errors call it."""
+    """A picture in a row. The picture is not decoded yet.
+
+    Attributes:
+        place: the name of the picture in error messages, such as "picture 2".
+        path: the picture file, or None.
+        data: the bytes of the picture, or None if it is in a file.
+    """
 
     place: str
     path: Path | None = None
@@ -17,14 +26,14 @@ class Picture(NamedTuple):
 
 
 class CalledFunction(TypedDict):
-    """The function of a call; some templates want its arguments as JSON text."""
+    """Name and arguments of a tool call. Some templates need the arguments as JSON text."""
 
     name: str
     arguments: object
 
 
 class FunctionCall(TypedDict):
-    """A call in OpenAI's wrapping."""
+    """A tool call in OpenAI's form."""
 
     type: str
     id: NotRequired[str]
@@ -32,7 +41,11 @@ class FunctionCall(TypedDict):
 
 
 class Message(TypedDict):
-    """A message in OpenAI's form; `input` is that of alpaca's format, `train` a row's own mark."""
+    """A message in OpenAI's form.
+
+    Two keys are not in OpenAI's form. `train` is False if the row excludes the message from
+    training. `input` contains the column `input` of a row in the alpaca format.
+    """
 
     role: str
     content: str
@@ -44,25 +57,26 @@ class Message(TypedDict):
     input: NotRequired[str]
 
 
-# In OpenAI's form, whatever the schema of its parameters holds.
+# A tool in OpenAI's form. The schema of the parameters is not checked.
 ToolSchema = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in OpenAI's form.
+    """A sample with messages in OpenAI's form, for a chat template.
 
     Attributes:
-        messages: dicts of `role` (system, user, assistant, tool) and `content` (str); those of an
-            assistant may have `reasoning_content` (str) and `tool_calls` ([{"type": "function",
-            "function": {"name", "arguments": dict}}]).
-        tools: OpenAI's tool schemas.
-        prompt_messages: how many leading messages are a prompt, whose answers are not supervised.
-        instruction: (instruction, input, output) of a row in alpaca's format, so that alpaca's own
-            text can be made.
-        untrained: indices of the assistant messages that the row itself leaves unsupervised.
-        pictures: those of the messages, in the order in which PICTURE_MARK stands for them; where
-            there are none the character is a text like any other.
+        messages: dicts with `role` (system, user, assistant, tool) and `content` (str). Messages of
+            the assistant can have `reasoning_content` (str) and `tool_calls` ([{"type":
+            "function", "function": {"name", "arguments": dict}}]).
+        tools: tool schemas in OpenAI's form.
+        prompt_messages: number of leading messages that form the prompt. Answers in the prompt are
+            not supervised.
+        instruction: (instruction, input, output) of a row in the alpaca format, for the Alpaca
+            template.
+        untrained: indices of the assistant messages that a loss mask of the row excludes.
+        pictures: pictures of the messages, in the order of their placeholders (PICTURE_MARK). If
+            there are no pictures, the placeholder character is ordinary text.
     """
 
     messages: list[Message]
@@ -73,7 +87,10 @@ class Conversation:
     pictures: tuple[Picture, ...] = ()
 
     def supervised(self) -> list[Message]:
-        """The assistant messages that are trained on, where nothing but the row decides."""
+        """Return the assistant messages that the row does not exclude from training.
+
+        Keys of the recipe can exclude more messages.
+        """
         answers = []
         for i, message in enumerate(self.messages):
             is_context = i < self.prompt_messages or i in self.untrained
@@ -84,9 +101,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its answer, as plain text.
+    """A sample with a prompt and its answer as plain texts.
 
-    `system` is for the template that makes two turns of them.
+    Attributes:
+        system: the system message, for a chat template that turns the sample into two turns.
     """
 
     prompt: str
@@ -96,7 +114,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, supervised as a whole."""
+    """A sample of plain text. All its tokens are supervised."""
 
     text: str
 
@@ -105,17 +123,18 @@ Sample = Conversation | Completion | Text
 
 
 def pictures_of(sample: Sample) -> tuple[Picture, ...]:
-    """The pictures of a sample, which a conversation alone may have."""
+    """Return the pictures of a sample. Only a conversation can have pictures."""
     return sample.pictures if isinstance(sample, Conversation) else ()
 
 
 @dataclass(frozen=True)
 class RowSamples:
-    """The samples of a row: one, or a pair of answers to one prompt, the better one first.
+    """The samples of one row.
 
     Attributes:
-        is_good: whether an answer is a good one; None where the row has no label.
-        grades: numbers in columns that may grade the answer, as `rating 3`.
+        samples: one sample, or two for a preference pair: the chosen and the rejected answer.
+        is_good: whether the answer is labeled good. None if the row has no label.
+        grades: name and number of each column that can grade the answer, such as `rating 1`.
         has_other_preference: whether the scores of a pair contradict its preference.
     """
 
@@ -126,13 +145,15 @@ class RowSamples:
 
     @property
     def is_answered(self) -> bool:
-        """Tell whether the row has one right answer: no pair, no labeled answer and no text."""
+        """Return True if the row is a prompt with one answer to learn, and False for pairs, labeled
+        answers and plain text.
+        """
         [first, *others] = self.samples
         return not others and self.is_good is None and not isinstance(first, Text)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """The messages with `system` (None: as they are) as system message, where they have none."""
+    """Add `system` as the system message, unless it is None or the messages already have one."""
     if system is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]

@@ -1,14 +1,14 @@
-"""Parquet and Arrow files -> tables of rows; a few rows at a time are in memory.
+"""Reader of Parquet and Arrow files that keeps only a few rows in memory.
 
-Rows are read on from the last one: these formats have no place for each. One before it is found by
-reading its group again from the start (Parquet's row group, or the entire Arrow file).
+These formats have no random access to single rows, so rows are read in order. To read an earlier
+row again, the reader starts again at the first row of its group. A group is a row group of a
+Parquet file or an entire Arrow file.
 """
 
 import bisect
 import itertools
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,20 +23,21 @@ from tunesmith.data.source.table import (
     Table,
     changed_error,
     file_digest,
+    repeated_in,
     unreadable_error,
     version_of,
 )
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.memory import open_uncached
 
-# Rows converted to Python at once.
+# Number of rows of a block, which are converted to Python objects together.
 BLOCK_ROWS = 256
-# What the Parquet reader takes of a column at once; it would read a row group whole.
+# Buffer size per column. Without a buffer, the Parquet reader loads an entire row group.
 PARQUET_BUFFER_BYTES = 1 << 20
 
 
 def read_arrow(path: Path) -> Table:
-    """A Parquet or Arrow file."""
+    """Open a Parquet or Arrow file as a table."""
     version = version_of(path)
     read_groups = _open_parquet if path.suffix.lower() == ".parquet" else _open_ipc
     try:
@@ -49,12 +50,14 @@ def read_arrow(path: Path) -> Table:
         try:
             with _READ_LOCK:
                 return without_nulls(_read_row(read_group, ends, i))
-        # ValueError and OverflowError: a text that is no UTF-8, a time that Python does not have.
+        # ValueError means that a text is not UTF-8. OverflowError means that Python's datetime
+        # cannot represent a time.
         except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
             raise _broken(path, error, version) from None
 
-    # A batch of an Arrow file may be as large as the file. The table holds `row` as long as
-    # somebody reads; another file that is read then is found again from the start of its group.
+    # Clear the cache when the table is deleted, because the open group can be as large as the file.
+    # If the cache contains a group of another file at that time, this group is opened again when it
+    # is needed.
     weakref.finalize(row, _open_group.cache_clear)
     return Table(
         sum(sizes),
@@ -65,13 +68,13 @@ def read_arrow(path: Path) -> Table:
 
 
 def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataError:
-    """The error for a file that cannot be read on."""
+    """Build the error for a file in which a row cannot be read."""
     if version_of(path) != version:
         return changed_error(path)
     if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
         return unreadable_error(path, error)
     return DataError(
-        f"the file is not {path.suffix[1:]}",
+        f"the file is not a valid {path.suffix[1:]} file",
         where=str(path),
         why=first_line(error),
         fix="download or write the file again",
@@ -82,7 +85,14 @@ _ReadGroup = Callable[[int], Iterator[pa.RecordBatch]]
 
 
 class _OpenGroup:
-    """A group of rows: a block of them is in memory, from row `first` on, as `rows` once read."""
+    """An open row group of a file, of which only one block is in memory.
+
+    Attributes:
+        blocks: iterator of the remaining blocks of the group.
+        first: number of the first row of the current block.
+        block: the current block, as Arrow data.
+        rows: the current block, as Python objects. Empty until a row of this block is read.
+    """
 
     def __init__(self, read_group: _ReadGroup, group: int, first: int) -> None:
         self.blocks = (
@@ -95,19 +105,25 @@ class _OpenGroup:
         self.rows: list[Row] = []
 
 
-# One file at a time is open, and in memory: its iterator is closed when it is forgotten.
+# The cache has one entry, so that only one file is open and in memory. Removing the entry closes
+# the file.
 _open_group = lru_cache(maxsize=1)(_OpenGroup)
 _READ_LOCK = threading.Lock()
 
 
 def _read_row(read_group: _ReadGroup, ends: list[int], i: int) -> Row:
-    """Row i of a file whose groups end at `ends`; read on from the row that was read last."""
+    """Return row `i` of a file. If possible, continue from the last row that was read.
+
+    Args:
+        read_group: the function that iterates over the batches of a group.
+        ends: for each group, the number of rows from the start of the file to the end of the group.
+    """
     number = bisect.bisect_right(ends, i)
-    first_of_group = ends[number - 1] if number else 0
-    group = _open_group(read_group, number, first_of_group)
+    first_row = ends[number - 1] if number else 0
+    group = _open_group(read_group, number, first_row)
     if i < group.first:
         _open_group.cache_clear()
-        group = _open_group(read_group, number, first_of_group)
+        group = _open_group(read_group, number, first_row)
     try:
         while i >= group.first + len(group.block):
             group.first += len(group.block)
@@ -115,23 +131,26 @@ def _read_row(read_group: _ReadGroup, ends: list[int], i: int) -> Row:
             group.rows = []
         group.rows = group.rows or group.block.to_pylist()
     except BaseException:
-        # The next row is found from the start of its group.
+        # After an error the iterator is unusable, so the next call must open the group again.
         _open_group.cache_clear()
         raise
     return group.rows[i - group.first]
 
 
+# Number of rows of each group, and the function that reads a group.
 _Groups = tuple[list[int], _ReadGroup]
 
 
 def _open_parquet(path: Path) -> _Groups:
     file = pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     names = file.schema_arrow.names
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    repeated = repeated_in(names)
     if repeated:
-        what = f"the file has several columns named {', '.join(repeated)}"
-        fix = "write it again with unique column names"
-        raise DataError(what, where=str(path), fix=fix)
+        raise DataError(
+            f"the file has several columns named {', '.join(repeated)}",
+            where=str(path),
+            fix="write the file again with unique column names",
+        )
     sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     file.close()
 
@@ -146,7 +165,7 @@ def _open_parquet(path: Path) -> _Groups:
 
 
 def _open_ipc(path: Path) -> _Groups:
-    """Two containers share the suffix: the file format, and the stream that `datasets` writes."""
+    """Open an .arrow file, either in Arrow's file format or in the stream format of `datasets`."""
     with path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
 
@@ -158,5 +177,5 @@ def _open_ipc(path: Path) -> _Groups:
             else:
                 yield from pa.ipc.open_stream(opened)
 
-    # One group: a stream has no table of its batches, and is read from its start.
+    # The entire file is one group, because a stream has no index of its batches.
     return [sum(map(len, read_batches()))], read_batches

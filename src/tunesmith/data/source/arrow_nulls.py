@@ -1,11 +1,11 @@
-"""Null keys that Arrow adds to objects, also in JSON exported from it: a tool call keeps its own
-arguments.
+"""Removal of the null keys that Arrow adds to objects, for example to the arguments of tool calls.
 
-Arrow gives each object the keys of all objects in its place: after `Dataset.to_json` a call of
-`weather(city)` has `"days": null`, because another call has days. The model would learn to write
-it. In a schema a null keyword means nothing (`messages.py` always drops it); the arguments of a
-call may hold a null that is meant. They are therefore changed only where the file shows the export:
-every call has the keys of all calls, and some are null.
+Arrow gives each object in a column the keys of all other objects. After `Dataset.to_json`, a call
+`weather(city)` has the argument `"days": null` if another call has days, and the model would learn
+to write this argument. However, a null argument can also be intended. Therefore null arguments are
+removed only if the JSON file looks like an export from Arrow. In such a file, all calls have the
+same keys, and some values are null. In tool schemas, null keys have no meaning, so `messages.py`
+always removes them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,13 @@ from typing import Any
 from tunesmith.data.source.table import Row, Table
 from tunesmith.errors import DataError
 
-# Rows looked at, from the first.
-_EXAMINED = 200
-ARROW_LAYOUT = "exported from Arrow (null keys of objects are left out)"
+# Number of rows at the start of a file that are examined for null arguments.
+_EXAMINED_ROWS = 200
+ARROW_LAYOUT = "exported from Arrow (null keys of objects are removed)"
 
 
 def without_arrow_nulls(table: Table) -> Table:
-    """The table; without null keys in its objects, if it was exported from Arrow."""
+    """Return the table, without null keys in objects if it was exported from Arrow."""
     if not _is_exported(table):
         return table
 
@@ -34,15 +34,17 @@ def without_arrow_nulls(table: Table) -> Table:
 
 
 def _is_exported(table: Table) -> bool:
-    """Tell whether all calls in the examined rows have the same arguments, some of them null."""
+    """Return whether all calls in the examined rows have the same argument names, and some
+    arguments are null.
+    """
     calls = 0
     has_null = False
     keys: frozenset[str] | None = None
-    for i in range(min(_EXAMINED, len(table))):
+    for i in range(min(_EXAMINED_ROWS, len(table))):
         try:
             row = table.row(i)
         except DataError:
-            # It is named when all rows are read.
+            # Skip a broken row: the error is reported later, when all rows are read.
             continue
         for arguments in _arguments(row):
             if keys not in (None, arguments.keys()):
@@ -54,7 +56,7 @@ def _is_exported(table: Table) -> bool:
 
 
 def _arguments(value: object) -> Iterator[Mapping[str, object]]:
-    """The arguments of all calls in a row, where they are objects."""
+    """Yield the arguments of each tool call in a row, if the arguments are an object."""
     if isinstance(value, list):
         for item in value:
             yield from _arguments(item)
@@ -68,15 +70,15 @@ def _arguments(value: object) -> Iterator[Mapping[str, object]]:
 
 
 def without_nulls(row: Row) -> Row:
-    """Drop null keys inside nested values.
+    """Remove null keys from all objects in a row, but keep the columns of the row.
 
-    Arrow adds to every struct the keys that any other row has there.
+    Arrow gives each object the keys of the objects in all other rows.
     """
     return {column: drop_nulls(value) for column, value in row.items()}
 
 
 def drop_nulls(value: Any) -> Any:
-    """A value without the null keys of the objects in it."""
+    """Remove null keys from all objects in a value."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

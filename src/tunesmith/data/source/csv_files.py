@@ -1,13 +1,11 @@
-"""CSV files -> tables of rows; of a file only the places of its rows are in memory."""
+"""Reader of CSV files that keeps only the byte positions of the rows in memory."""
 
-import codecs
 import csv
 import io
 import itertools
 import logging
 import re
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import BufferedReader
@@ -21,6 +19,8 @@ from tunesmith.data.source.table import (
     decode_text,
     file_digest,
     read_span,
+    repeated_in,
+    skip_bom,
     version_of,
 )
 from tunesmith.errors import DataError
@@ -29,52 +29,56 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# What may stand between the values of a csv file, in words; the comma is looked for first.
+# Supported separators and their names. They are tried in this order.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# A text that is probably a value and not a column's name: a number, a sentence, or a long text.
+# Text that is probably a value and not a column name, because it is a number, a sentence, or long.
 _VALUE = re.compile(r"^[\d\s.,:/-]+$|[.?!。？！]\s*$|(?:\S+\s+){5}|^.{60}")
-FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
-CSV_HEAD_BYTES = 1 << 19  # of a file, in which these first rows are searched
+# Number of rows that are examined to find the separator. The header is one of them.
+FIRST_ROWS = 20
+# Number of bytes at the start of a file that are read to examine the first FIRST_ROWS rows.
+CSV_HEAD_BYTES = 1 << 19
 
 
 def read_csv(path: Path) -> Table:
-    """Values with a header, separated by commas or as `_separator` finds; every value is text."""
+    """Open a CSV file with a header as a table. Every value is text."""
     csv.field_size_limit(MAX_ROW_BYTES)
     index = _index_rows(path)
-    # `DataFrame.to_csv` writes its index as a first column without a name.
+    # `DataFrame.to_csv` writes the index of the frame as the first column, without a name.
     if index.has_row_numbers:
         log.warning(
-            "%s: the first column has no name and contains numbers of rows, as pandas writes:"
-            " ignored",
+            "%s: the first column is ignored, because it has no name and contains row numbers,"
+            " as written by pandas",
             path.name,
         )
     header = index.header[index.has_row_numbers :]
-    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
+    repeated = repeated_in(header)
     if repeated or "" in header:
-        what = f"the header has columns without a name of their own: {', '.join(repeated)}"
-        fix = "give each column a unique name in the first line, or write a header above it"
-        raise DataError(what, where=f"{path}:1", fix=fix)
+        raise DataError(
+            f"the header has columns without a name or with the same name: {', '.join(repeated)}",
+            where=f"{path}:1",
+            fix="give each column a unique name in the first line, or write a header above it",
+        )
     separator = index.separator
     version = version_of(path)
 
     def row(i: int) -> dict[str, str]:
-        text = read_span(path, version, *index.places[i : i + 2]).decode(errors="replace")
+        start, stop = index.places[i : i + 2]
+        text = read_span(path, version, start, stop).decode(errors="replace")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         try:
-            # Blank lines may follow it.
-            values = next(
-                csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-            )
+            # Read only one row, because blank lines can follow the row in `text`.
+            values = next(reader)
         except (csv.Error, StopIteration):
             raise changed_error(path) from None
         if len(values) != len(index.header):
             if version_of(path) != version:
                 raise changed_error(path)
-            fix = f"add the missing values, or put values with {SEPARATORS[separator]} in quotes"
             raise DataError(
-                f"a row of {count_of(len(values), 'value')} under a header of {len(index.header)}",
+                f"a row has {count_of(len(values), 'value')}, but the header has"
+                f" {len(index.header)}",
                 where=f"{path}:{index.lines[i]}",
                 why=f"the header is {', '.join(index.header)}",
-                fix=fix,
+                fix=f"add the missing values, or put values with {SEPARATORS[separator]} in quotes",
             )
         return dict(zip(header, values[index.has_row_numbers :], strict=True))
 
@@ -88,11 +92,12 @@ def read_csv(path: Path) -> Table:
 
 
 def propose_header(where: str, columns: Iterable[str]) -> str:
-    """Propose a header for a CSV file at the beginning of a fix. Return an empty text unless the
-    first line looks like a row.
+    """Return text that proposes to add a header to a CSV file, for the fix of an error.
+
+    Return "" if the file is not a CSV file, or if its first line does not look like a row.
 
     Args:
-        where: the place of a row.
+        where: file and line of a row.
         columns: the values of the first line.
     """
     if ".csv:" not in where.lower() or not any(map(_VALUE.search, columns)):
@@ -101,13 +106,13 @@ def propose_header(where: str, columns: Iterable[str]) -> str:
 
 
 class _CsvIndex(NamedTuple):
-    """The index of a file: its header and the places of its rows.
+    """The header of a CSV file and the positions of its rows.
 
     Attributes:
-        places, lines: the byte and the line where each row begins; the last place is where the rows
-            end.
-        has_row_numbers: whether the first column is the index that pandas' `to_csv` writes: it has
-            no name, and holds whole numbers.
+        places: byte position at which each row starts, followed by the end of the last row.
+        lines: line number at which each row starts.
+        has_row_numbers: whether the first column has no name and contains only integers, because
+            pandas' `to_csv` wrote the index of the frame into it.
     """
 
     header: list[str]
@@ -118,12 +123,14 @@ class _CsvIndex(NamedTuple):
 
 
 class _CsvLines(Iterator[str]):
-    """The lines of an open file as text, and the byte behind the one that was taken last."""
+    """Iterator over the lines of an open file.
+
+    Attributes:
+        position: byte position after the last line that was returned.
+    """
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
-        mark = codecs.BOM_UTF8
-        self.position = len(mark) if file.read(len(mark)) == mark else 0
-        file.seek(self.position)
+        self.position = skip_bom(file)
         self._path = path
         self._file = file
         self._number = 0
@@ -138,11 +145,11 @@ class _CsvLines(Iterator[str]):
 
 
 def _index_rows(path: Path) -> _CsvIndex:
-    """Read a file once; DataError where a quote is broken."""
+    """Read the entire file once to find its rows. Raise DataError for an unclosed quote."""
     with open_uncached(path) as file:
         head = file.read(CSV_HEAD_BYTES)
         if len(head) == CSV_HEAD_BYTES:
-            # Up to the end of a line.
+            # Drop the last line, because it can be incomplete.
             head = head[: head.rfind(b"\n") + 1]
         separator = _separator(head.decode("utf-8-sig", errors="replace"))
         file.seek(0)
@@ -155,7 +162,7 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str) -> _CsvIndex:
     places = array("q")
     line_numbers = array("q")
     is_numbered = True
-    # A quoted value may go over several lines.
+    # A row can have several lines, because a quoted value can contain line breaks.
     last_line = 0
     position = lines.position
     try:
@@ -172,37 +179,45 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str) -> _CsvIndex:
                 continue
             places.append(start)
             line_numbers.append(first_line)
-            # A row that does not fit the header is listed with other bad rows.
+            # Ignore a row with a wrong number of values, because reading the row later raises an
+            # error.
             if len(values) == len(header):
                 is_numbered = is_numbered and values[0].isdecimal()
     except csv.Error as error:
         raise DataError(
-            "the file is not CSV",
+            "the file is not valid CSV",
             where=f"{path}:{last_line + 1}",
             why=str(error),
-            fix="close the quote that opens in this row; a quote within a quoted value is written"
-            ' twice: "say ""hi"""',
+            fix="close the quoted value that begins in this row; a quote inside of a quoted value "
+            'must be doubled: "a ""quoted"" word"',
         ) from None
     places.append(position)
     return _CsvIndex(header, separator, places, line_numbers, is_numbered and len(line_numbers) > 0)
 
 
 def _separator(text: str) -> str:
-    """Return the mark at which a header and its first rows split evenly: the first of SEPARATORS.
+    """Return the separator of a CSV file, which must be one of SEPARATORS.
 
-    Excel writes semicolons where numbers have a decimal comma. If rows split evenly at no mark of
-    the header, its first mark is taken, and the row of another length is an error.
+    Return the first separator that splits the header and the first rows into the same number of
+    values. Excel uses semicolons in countries with a decimal comma. If no separator gives the same
+    numbers, return the first separator that the header contains. Reading a row with another number
+    of values then raises an error.
     """
     header = text.partition("\n")[0]
-    marks = [mark for mark in SEPARATORS if mark in header]
-    return next((mark for mark in marks if _splits_evenly(text, mark)), [*marks, ","][0])
+    candidates = [separator for separator in SEPARATORS if separator in header]
+    for separator in candidates:
+        if _splits_evenly(text, separator):
+            return separator
+    return candidates[0] if candidates else ","
 
 
 def _splits_evenly(text: str, separator: str) -> bool:
-    """Tell whether the header and the first rows have the same number of values, above one."""
+    """Return whether the header and the first rows all have the same number of values, and at least
+    two.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     counts = set()
-    # A row that is broken is named when all are read.
+    # Ignore a broken quote: `_index_lines` raises an error for it.
     with suppress(csv.Error):
         for values in itertools.islice(reader, FIRST_ROWS):
             if values:

@@ -1,9 +1,9 @@
-"""Local data files -> tables of rows: json, jsonl, csv, parquet, arrow, and texts.
+"""Readers of local data files: json, jsonl, csv, parquet, arrow and text files.
 
-JSON and CSV are read here and not through Arrow, for two reasons. Arrow gives every row the union
-of all rows' keys, so the arguments of one tool call would appear, as nulls, in those of another.
-And a broken row must be named by the line that a text editor shows. Rows stay on disk and are
-parsed when they are read; a JSON array alone is in memory as a whole.
+JSON and CSV files are not read with Arrow, for two reasons. First, Arrow gives every row the keys
+of all rows, so a tool call would get the arguments of other calls with the value null. Second, an
+error must name the line of a broken row. Rows remain on disk and are parsed when they are read.
+Only a JSON array is entirely in memory.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from tunesmith.data.source.arrow_nulls import without_arrow_nulls
 from tunesmith.data.source.csv_files import read_csv
 from tunesmith.data.source.sessions import read_sessions, session_form
 from tunesmith.data.source.table import (
-    DIGESTS_KEPT,
+    MAX_CACHED_DIGESTS,
     MAX_ROW_BYTES,
     FileVersion,
     Place,
@@ -33,25 +33,29 @@ from tunesmith.data.source.table import (
     json_type,
     new_name,
     read_span,
+    skip_bom,
     unreadable_error,
     version_of,
 )
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
-from tunesmith.host.files import near_path
+from tunesmith.host.files import find_similar_path
 from tunesmith.host.memory import available_memory, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
-# Files whose objects are read as they stand; those of Arrow are read without null keys.
+# Suffixes of JSON files. `without_arrow_nulls` searches for null keys in these files only.
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-# Of a JSON array, how many times its size it takes in memory.
-JSON_MEMORY = 8
-# Of a file of lines, read at once.
+# Estimated memory of a decoded JSON array, as a multiple of the file's size.
+JSON_MEMORY_FACTOR = 8
+# Maximum number of bytes that one call of `readline` reads.
 READ_BYTES = 1 << 20
 
 
 def open_table(path: Path) -> Table:
-    """Open a local data file; DataError if it is missing, empty, broken or of an unknown type."""
+    """Open a local data file as a table.
+
+    Raise DataError if the file is missing, empty or broken, or if its type is not supported.
+    """
     check_data_file(path)
     try:
         version = version_of(path)
@@ -75,30 +79,32 @@ def open_table(path: Path) -> Table:
     )
 
 
-# A start opens a file several times, and all lines are read to find the conversations.
-@lru_cache(maxsize=DIGESTS_KEPT)
+# Cache the table, because the start of a run opens a file several times, and all lines must be read
+# to find the conversations.
+@lru_cache(maxsize=MAX_CACHED_DIGESTS)
 def _read_sessions(path: Path, version: FileVersion | None, form: str) -> Table:
     return read_sessions(path, _read_json_lines(path), form)
 
 
 def check_data_file(path: Path) -> None:
-    """DataError for a data file whose name or size alone tells that it cannot be read."""
+    """Raise DataError if the name or the size of a data file shows that it cannot be read."""
     check_is_file(path)
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path.name} is not a supported data file",
             where=str(path),
-            why=f"the types are {', '.join(SUFFIXES)}",
-            fix="unpack or convert it to JSON lines, one object per line, or a document to text,"
-            " for example with pandoc or pdftotext; and use that file",
+            why=f"the supported types are {', '.join(SUFFIXES)}",
+            fix="unpack the file, or convert it to JSON lines (one object per line); convert a"
+            " document to text, for example with pandoc or pdftotext",
         )
     if path.stat().st_size == 0:
-        fix = "add rows to it, or use another file"
-        raise DataError("the file is empty", where=str(path), fix=fix)
+        raise DataError(
+            "the file is empty", where=str(path), fix="add rows to it, or use another file"
+        )
 
 
 def check_is_file(path: Path) -> None:
-    """Raise DataError if there is no regular file at a path."""
+    """Raise DataError if the path is not a regular file."""
     if path.is_file():
         return
     what = "there is no such file"
@@ -106,117 +112,123 @@ def check_is_file(path: Path) -> None:
     fix = "fix the path"
     if path.exists():
         what = "the source is not a regular file"
-        fix = "copy its rows into a regular file and use that"
+        fix = "copy its rows into a regular file, and use this file"
     elif path.is_symlink():
-        why = f"it is a link to {os.readlink(path)}, which does not exist"
-    elif near := near_path(path):
+        why = f"the path is a link to {os.readlink(path)}, which does not exist"
+    elif near := find_similar_path(path):
         fix = f"did you mean {near}?"
     raise DataError(what, where=str(path), why=why, fix=fix)
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object of JSON. Raise ValueError if a key repeats, because a value is lost."""
+    """Return a JSON object as a dict. Raise ValueError if a key is repeated."""
     values = dict(pairs)
     if len(values) < len(pairs):
         [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f'an object has "{repeated}" twice')
+        raise ValueError(f'an object has the key "{repeated}" twice')
     return values
 
 
-# Calls of json.loads with this argument would make one anew each time.
+# Create the decoder once, because json.loads with `object_pairs_hook` creates a new decoder in each
+# call.
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 
 
 def _decode_json(path: Path, line: int, text: str, *, is_line: bool) -> object:
-    """Decode JSON that begins in a line of a file; `is_line`: it is expected to end there, too."""
+    """Decode JSON text from a file. Raise DataError with the file and the line of the mistake.
+
+    Args:
+        line: number of the line at which the text starts.
+        is_line: whether the text is a line of a file with one JSON object per line.
+    """
     is_several = is_line and (text.startswith("[") or text.rstrip().endswith("{"))
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
-        why = f"{error.msg}: column {error.colno}"
+        why = f"{error.msg} in column {error.colno}"
         is_several = is_several or (error.msg == "Extra data" and text[error.pos] in "[{")
     except RecursionError:
-        why = "it is nested too deep"
+        why = "the JSON value is nested too deeply"
     except ValueError as error:
-        # A repeated key, or a whole number of more digits than Python reads.
+        # json raises this ValueError for a repeated key (`_without_repeats`), or for an integer
+        # with too many digits.
         why = str(error).partition(";")[0]
-    what = "this is not JSON"
+    what = "the text is not JSON"
     fix = f"sed -n {line}p {shell_path(path)}   # fix this line, or write the file again"
     if is_several:
-        what = "the file is neither one JSON array nor one JSON object a line"
+        what = "the file is neither one JSON array nor one JSON object per line"
         output = new_name(path, "rows.jsonl")
         fix = f"jq -c 'if type == \"array\" then .[] else . end' {shell_path(path)} > {output}"
     raise DataError(what, where=f"{path}:{line}", why=why, fix=fix)
 
 
-class _JsonLines:
-    """The places and numbers of the lines of a file that are not blank.
+def _find_lines(path: Path) -> tuple["array[int]", "array[int]"]:
+    """Return the byte positions and the line numbers of all lines that are not blank.
 
-    `starts` has one entry more, the end of the file.
+    After the positions of the lines, the first array contains the end of the file.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.starts = array("q")
-        self.numbers = array("q")
-        number = 1
-        is_counted = False
-        with open_uncached(path) as file:
-            # A mark of UTF-8 at the start is no part of the first row.
-            mark = codecs.BOM_UTF8
-            position = start = len(mark) if file.read(len(mark)) == mark else 0
-            file.seek(start)
-            # Where the line breaks are lost, a file of gigabytes is one line.
-            while part := file.readline(READ_BYTES):
-                if not is_counted and part.strip():
-                    is_counted = True
-                    self.starts.append(start)
-                    self.numbers.append(number)
-                position += len(part)
-                if part.endswith(b"\n"):
-                    start = position
-                    number += 1
-                    is_counted = False
-        self.starts.append(position)
+    starts = array("q")
+    numbers = array("q")
+    number = 1
+    is_counted = False
+    with open_uncached(path) as file:
+        start = skip_bom(file)
+        position = start
+        # Read long lines in parts, because a file without line breaks can be a single line of
+        # gigabytes.
+        while part := file.readline(READ_BYTES):
+            if not is_counted and part.strip():
+                is_counted = True
+                starts.append(start)
+                numbers.append(number)
+            position += len(part)
+            if part.endswith(b"\n"):
+                start = position
+                number += 1
+                is_counted = False
+    starts.append(position)
+    return starts, numbers
 
 
 def _read_json_lines(path: Path) -> Table:
-    """One JSON object a line; blank lines are skipped."""
+    """Open a file with one JSON object per line. Blank lines are skipped."""
     version = version_of(path)
-    lines = _JsonLines(path)
+    starts, numbers = _find_lines(path)
 
     def where(i: int) -> str:
-        return f"{path}:{lines.numbers[i]}"
+        return f"{path}:{numbers[i]}"
 
     def row(i: int) -> object:
-        start, stop = lines.starts[i : i + 2]
-        if stop - start > MAX_ROW_BYTES:
+        start, stop = starts[i : i + 2]
+        size = stop - start
+        if size > MAX_ROW_BYTES:
             raise DataError(
-                f"a row of {(stop - start) / 2**20:.0f} MiB",
+                f"the row has {size / 2**20:.0f} MiB",
                 where=where(i),
-                why=f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be"
-                " missing",
+                why=f"a row can have at most {MAX_ROW_BYTES >> 20} MiB; perhaps the line breaks"
+                " between the rows are missing",
                 fix="write one row per line, or split the text into several rows",
             )
-        # Blank lines may follow it.
+        # Remove the blank lines that can follow the row in this span.
         data = read_span(path, version, start, stop).partition(b"\n")[0]
         text = decode_text(path, data, lambda _: where(i), "utf-8")
-        return _decode_json(path, lines.numbers[i], text, is_line=True)
+        return _decode_json(path, numbers[i], text, is_line=True)
 
-    return Table(len(lines.numbers), row, where, fingerprint=lambda: file_digest(path))
+    return Table(len(numbers), row, where, fingerprint=lambda: file_digest(path))
 
 
 def _read_json(path: Path) -> Table:
-    """A JSON array of objects; a file of JSON lines named .json is read as such."""
-    if _has_object_a_line(path):
+    """Open a .json file that contains a JSON array of objects, or one JSON object per line."""
+    if _has_object_per_line(path):
         return _read_json_lines(path)
     size = path.stat().st_size
-    if size * JSON_MEMORY > available_memory():
+    if size * JSON_MEMORY_FACTOR > available_memory():
         output = new_name(path, f"{path.stem}.jsonl")
         raise DataError(
             f"the file of {size / 2**30:.1f} GiB does not fit in memory",
             where=str(path),
-            why="a JSON array is read as a whole; JSON lines are read one by one",
+            why="the entire JSON array must be in memory, but JSON lines are read one by one",
             fix=f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {shell_path(path)}"
             f" > {output}",
         )
@@ -237,24 +249,30 @@ def _read_json(path: Path) -> Table:
             fingerprint=lambda: file_digest(path),
         )
     why = ""
-    fix = "write an array of objects; in pandas: df.to_json('rows.json', orient='records')"
+    fix = "write an array of objects, as df.to_json('rows.json', orient='records') of pandas does"
     if isinstance(rows, dict):
-        why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
+        why = f"the keys of the object are {', '.join(list(rows)[:8]) or 'none'}"
         for key, value in rows.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 output = new_name(path, "rows.json")
                 fix = f"jq {shell_word(f'.[{json.dumps(key)}]')} {shell_path(path)} > {output}"
-    what = f"the file contains {json_type(rows)}, not an array of rows"
-    raise DataError(what, where=str(path), why=why, fix=fix)
+    raise DataError(
+        f"the file contains {json_type(rows)}, not an array of rows",
+        where=str(path),
+        why=why,
+        fix=fix,
+    )
 
 
-def _has_object_a_line(path: Path) -> bool:
-    """Tell whether a file begins with an object in one line, and goes on behind it."""
+def _has_object_per_line(path: Path) -> bool:
+    """Return whether the first line is a complete JSON object, and more text follows."""
     with open_uncached(path) as file:
         first = file.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8)
         while first.isspace():
             first = file.readline(MAX_ROW_BYTES)
-        if not first.lstrip().startswith(b"{") or not file.read(READ_BYTES).strip():
+        if not first.lstrip().startswith(b"{"):
+            return False
+        if not file.read(READ_BYTES).strip():
             return False
     try:
         json.loads(first)
@@ -264,12 +282,13 @@ def _has_object_a_line(path: Path) -> bool:
 
 
 def _read_arrow(path: Path) -> Table:
-    # It takes a moment to load.
+    # Import pyarrow only when it is needed, because the import is slow.
     from tunesmith.data.source.arrow_files import read_arrow
 
     return read_arrow(path)
 
 
+# Suffix of a file -> the function that opens the file as a table.
 _FILE_READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,

@@ -1,7 +1,7 @@
-"""Local sources -> tables: a file of rows, a text, or a folder or pattern of either.
+"""Opening of local data sources: a file with rows, a text file, a folder, or a glob pattern.
 
-A folder has documents (text files), or the parts of one data set (files of rows), in the order of
-their names. Whatever else is in it is named.
+A folder contains either text files, one document each, or files with the rows of one data set. The
+files are read in the order of their names. A warning lists the files that are not read.
 """
 
 import glob
@@ -19,17 +19,19 @@ from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
-# Beside the rows that `datasets` saves.
-_ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-# A text beside files of rows that is about them.
+# Metadata files that `datasets` saves next to the rows. They are not read.
+_METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# Names of text files that describe a data set. They are ignored if the folder has files with rows.
 _README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
-# Rows name them: they are no rows themselves.
+# Suffixes of picture files. They are not listed as files that are not read, because rows can refer
+# to them.
 _PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ppm".split())
-# Names of folders and words of file names that are a split, as `datasets` reads them.
+# Name of a folder, or word in a file name -> name of the split. The library `datasets` uses the
+# same names.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -45,14 +47,19 @@ SPLIT_NAMES = {
 
 
 def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
-    """Open the splits of a file, a folder or a pattern of files, by their names.
+    """Open a file, a folder or a glob pattern, and return its splits by name.
 
-    A file has one split, `train`. Arguments and errors are those of `list_files` and `open_table`.
+    A single file has one split, `train`.
+
+    Args:
+        config: the configuration of the data set, see `list_files`.
+
+    Raises:
+        DataError: the source has no rows or cannot be read, see `list_files` and `open_table`.
     """
-    if not _has_several(path):
-        table = open_table(path)
-        return _without_empty({"train": table}, path)
-    content = _look_into(path, config)
+    if not _is_folder_or_pattern(path):
+        return _drop_empty_splits({"train": open_table(path)}, path)
+    content = _select_files(path, config)
     tables = {}
     for split, files in content.splits.items():
         try:
@@ -65,38 +72,36 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
         layout = ", ".join(filter(None, (table.layout, content.layout)))
         skipped = ", ".join(filter(None, (table.skipped, content.skipped)))
         tables[split] = replace(table, layout=layout, skipped=skipped)
-    return _without_empty(tables, path)
+    return _drop_empty_splits(tables, path)
 
 
-def _without_empty(tables: dict[str, Table], path: Path) -> dict[str, Table]:
-    """The splits that have rows; DataError if none has."""
+def _drop_empty_splits(tables: dict[str, Table], path: Path) -> dict[str, Table]:
+    """Return the splits that have rows. Raise DataError if all splits are empty."""
     filled = {split: table for split, table in tables.items() if len(table)}
     if not filled:
-        why = (
-            "its files have blank lines, a header, or sessions without an answer, and nothing else"
+        raise DataError(
+            "the source has no rows",
+            where=str(path),
+            why="the files contain only blank lines, a header, or sessions without an answer",
+            fix="add rows, texts, or sessions with an answer of the agent",
         )
-        fix = "add rows or texts to it, or sessions in which the agent answered"
-        raise DataError("the source has no rows", where=str(path), why=why, fix=fix)
     return filled
 
 
 def check_local(path: Path, config: str | None = None) -> None:
-    """Raise DataError if the names or sizes of files show that a source cannot be read; arguments
-    are those of `open_local`.
-    """
-    if _has_several(path):
-        _look_into(path, config)
+    """Raise DataError if the names or sizes of the files show that `open_local` would fail."""
+    if _is_folder_or_pattern(path):
+        _select_files(path, config)
     else:
         check_data_file(path)
 
 
-def _has_several(path: Path) -> bool:
-    """Return whether a source is a folder or a pattern, and not a file."""
+def _is_folder_or_pattern(path: Path) -> bool:
     return path.is_dir() or is_pattern(str(path))
 
 
 def _join(tables: Sequence[Table]) -> Table:
-    """The rows of some tables, one after another."""
+    """Concatenate the rows of several tables to one table."""
     rows = Rows("", tables)
     return Table(
         len(rows),
@@ -113,9 +118,10 @@ class _Content(NamedTuple):
     """The files of a folder that are read.
 
     Attributes:
-        splits: the files of each split; `train` comes first.
-        skipped: a clause that names the files that are not read.
-        layout: a clause about the configuration.
+        splits: the files of each split. `train` comes first.
+        is_text: whether the files are text files.
+        skipped: text for the user that lists the files that are not read, or "".
+        layout: text for the user about the configuration that is read, or "".
     """
 
     splits: dict[str, list[Path]]
@@ -125,10 +131,10 @@ class _Content(NamedTuple):
 
 
 def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[str, list[Path]]:
-    """Return the files of each split, by the names of the files; `train` comes first."""
+    """Assign files to splits by the names of the files and folders. `train` is the first split."""
     names = [_split_of(file.relative_to(folder), is_text=is_text) for file in files]
-    # A document may be named after a test, and a folder `dev` may be about development. So texts
-    # have splits only if all of them are in folders that are named after splits.
+    # Divide text files into splits only if every file is in a folder with the name of a split,
+    # because a single folder `dev` can contain documents about development.
     if is_text and not all(names):
         return {"train": files}
     splits: dict[str, list[Path]] = {"train": []}
@@ -138,23 +144,33 @@ def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[s
 
 
 def _split_of(place: Path, *, is_text: bool) -> str:
-    """Return the split that a file's path names, for texts only by the first folder; or empty."""
+    """Return the split that a relative path names, or "" if it names no split.
+
+    For text files, only the first folder is examined, because the name of a document can contain
+    "test". For other files, all folders and the words of the file name are examined.
+    """
     words = [name.lower() for name in place.parts[:-1]]
     if is_text:
         words = words[:1]
     else:
         words += re.split(r"[^a-z]+", place.stem.lower())
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+    for word in words:
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
+    return ""
 
 
-def _look_into(folder: Path, config: str | None) -> _Content:
-    """Choose the files of a folder to read; DataError if there are none, or both rows and texts."""
+def _select_files(folder: Path, config: str | None) -> _Content:
+    """Select the data files of a folder that are read, and assign them to splits.
+
+    Raise DataError if the folder has no data files, or files of different kinds.
+    """
     listing = list_files(folder, config)
     rows: list[Path] = []
     texts: list[Path] = []
     others: list[Path] = []
     for file in listing.files:
-        if file.name in _ABOUT_ROWS:
+        if file.name in _METADATA_FILES:
             continue
         if file.suffix.lower() in ROW_SUFFIXES:
             rows.append(file)
@@ -162,10 +178,13 @@ def _look_into(folder: Path, config: str | None) -> _Content:
             texts.append(file)
         else:
             others.append(file)
-    if sessions := {file: None for file in rows if session_form(file)}:
-        # Agents keep other files next to their sessions.
+    sessions = dict.fromkeys(file for file in rows if session_form(file))
+    if sessions:
+        # If the folder has agent sessions, ignore all other files, because agents store logs next
+        # to the sessions.
         others += [file for file in rows + texts if file not in sessions]
-        rows, texts = list(sessions), []
+        rows = list(sessions)
+        texts = []
     elif rows:
         others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
@@ -178,9 +197,13 @@ def _look_into(folder: Path, config: str | None) -> _Content:
     if splits is None:
         splits = _splits_by_name(listing.folder, rows or texts, is_text=not rows)
     read = set(rows or texts)
-    splits = {split: [file for file in files if file in read] for split, files in splits.items()}
+    read_splits = {}
+    for split, files in splits.items():
+        read_files = [file for file in files if file in read]
+        if read_files:
+            read_splits[split] = read_files
     return _Content(
-        {split: files for split, files in splits.items() if files},
+        read_splits,
         is_text=not rows,
         skipped=_name_others(others) if others else "",
         layout=listing.layout,
@@ -188,26 +211,29 @@ def _look_into(folder: Path, config: str | None) -> _Content:
 
 
 def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Path]) -> None:
-    """Raise DataError if the files are of several kinds."""
+    """Raise DataError if the data files have more than one type."""
     suffixes = Counter(file.suffix.lower().replace(".ndjson", ".jsonl") for file in rows)
     counts = [count_of(count, f"{suffix} file") for suffix, count in suffixes.items()]
     if texts:
         counts.append(count_of(len(texts), "text file"))
     if len(counts) > 1:
-        pattern = f"{glob.escape(str(parent))}/**/*{(rows + texts)[0].suffix}"
+        first = (rows + texts)[0]
+        pattern = f"{glob.escape(str(parent))}/**/*{first.suffix}"
         raise DataError(
             "the folder has files of different kinds",
             where=str(source),
             why=" and ".join(counts),
-            fix=f"choose one kind by a pattern, such as source: {shell_word(pattern)}",
+            fix=f"select one kind with a pattern, such as source: {shell_word(pattern)}",
         )
 
 
 def _name_others(files: Sequence[Path]) -> str:
-    """Name files that are not read by their kinds."""
+    """Return text with the number of unread files for each suffix, and the path of the first
+    file.
+    """
     suffixes = Counter(file.suffix.lower() or file.name for file in files)
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common())
-    return f"{kinds} (such as {from_here(files[0])})"
+    return f"{kinds} (such as {relative_to_cwd(files[0])})"
 
 
 def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
@@ -218,7 +244,7 @@ def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
     return DataError(
         what,
         where=str(folder),
-        why=f"it has {_name_others(others)}" if others else "",
-        fix=f"put files in it that end in {', '.join(suffixes)}; pictures need a file of rows that"
-        " names them, such as rows.csv with the header image,question,answer",
+        why=f"found {_name_others(others)}" if others else "",
+        fix=f"add files that end in {', '.join(suffixes)}; for pictures, add a file with rows that"
+        " name them, such as rows.csv with the header image,question,answer",
     )

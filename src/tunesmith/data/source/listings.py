@@ -1,7 +1,7 @@
-"""Find the files of one data set, in a folder or by a pattern.
+"""Listing of the files of a data set, which is given as a folder or a glob pattern.
 
-A folder that `datasets` saved, and a clone of a data set of the Hub, list their files. In any other
-folder, all files are taken.
+A folder that `datasets` saved, and a clone of a data set from the Hub, contain a list of their
+files. In other folders, all files belong to the data set.
 """
 
 import glob
@@ -17,9 +17,10 @@ from tunesmith.config.paths import pattern_folder
 from tunesmith.errors import DataError
 from tunesmith.host.shell import shell_word
 
-# The results of `map` and `filter`, which `datasets` keeps next to the rows of a data set.
+# Name of a file with cached results of `map` and `filter`, which `datasets` stores next to the
+# rows.
 _CACHE_FILE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
-# The head of a README.md with the key `configs`.
+# YAML header of a README.md that has the key `configs`.
 _CONFIGS = re.compile(rb"\s*---\s*\n(?:(?!---).*\n)*?configs:")
 
 
@@ -27,9 +28,11 @@ class Listing(NamedTuple):
     """The files of a data set.
 
     Attributes:
-        folder: the folder that contains all of them.
-        splits: the files of each split; None if only their names tell the splits.
-        layout: the configuration that is read, for the user.
+        folder: the folder that contains all files.
+        files: all files.
+        splits: the files of each split. None if the data set does not list its splits. In this case
+            the splits must be derived from the file names.
+        layout: text for the user about the configuration that is read, or "".
     """
 
     folder: Path
@@ -39,19 +42,22 @@ class Listing(NamedTuple):
 
 
 def list_files(path: Path, config: str | None) -> Listing:
-    """List the files of a folder or a pattern.
+    """List the files of a folder or a glob pattern.
 
     Args:
-        config: the configuration to read, for a clone that has several.
+        path: the folder or the pattern.
+        config: the name of the configuration, for a clone with several configurations.
 
     Raises:
-        DataError: a listed file is missing, or the folder has several configurations.
+        DataError: a split has no files, or `config` is missing and the folder has several
+            configurations.
     """
     if not path.is_dir():
-        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-        walks = [_walk(match) if match.is_dir() else [match] for match in matches]
-        files = list(dict.fromkeys(itertools.chain(*walks)))
-        return Listing(pattern_folder(path), files, None)
+        matches: list[Path] = []
+        for name in sorted(glob.glob(str(path), recursive=True)):
+            match = Path(name)
+            matches += _walk(match) if match.is_dir() else [match]
+        return Listing(pattern_folder(path), list(dict.fromkeys(matches)), None)
     layout = ""
     readme = path / "README.md"
     saved_splits = _read_list(path / "dataset_dict.json", "splits")
@@ -60,59 +66,78 @@ def list_files(path: Path, config: str | None) -> Listing:
         splits, layout = _files_of_config(path, config)
     for name, files in splits.items():
         if not files:
-            what = f"the data set has no file of the split {name}"
-            raise DataError(what, where=str(path), fix="copy or download the entire folder again")
+            raise DataError(
+                f"the split {name} of the data set has no files",
+                where=str(path),
+                fix="copy or download the entire folder again",
+            )
     if not splits:
         return Listing(path, _walk(path), None)
-    return Listing(path, list(itertools.chain(*splits.values())), splits, layout)
+    listed = itertools.chain(*splits.values())
+    return Listing(path, list(listed), splits, layout)
 
 
 def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:
-    """Return the files of each split of a configuration, and a line about it. Without a name, the
-    default configuration is taken.
+    """Return the files of each split of a configuration, and a line that tells the user which
+    configuration is read.
+
+    If `config` is None, use the default configuration.
     """
     import datasets
 
     try:
         builder = datasets.load_dataset_builder(str(folder), config)
     except Exception as error:
-        # `datasets` raises errors of many classes for a broken head.
+        # `datasets` raises many types of exceptions for a broken YAML header.
         raise config_error(str(folder), error) from error
-    splits = {str(name): [*map(Path, files)] for name, files in builder.config.data_files.items()}
-    others = ", ".join(name for name in builder.builder_configs if name != builder.config.name)
-    return splits, f"configuration {builder.config.name}, not read: {others or 'none'}"
+    selected = builder.config
+    splits = {str(name): list(map(Path, files)) for name, files in selected.data_files.items()}
+    others = [name for name in builder.builder_configs if name != selected.name]
+    return splits, f"configuration {selected.name}, not read: {', '.join(others) or 'none'}"
 
 
 def config_error(name: str, error: Exception) -> DataError:
-    """Return the error for a data set that needs the name of a configuration.
+    """Build the error for a data set that has several configurations, if the recipe chooses none of
+    them.
 
-    error: the error of `datasets`, which lists the names.
+    Args:
+        name: the folder or the Hub id of the data set.
+        error: the error that `datasets` raised. Its text lists the configurations.
     """
-    names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
-    why = f"it has {', '.join(names)}"
-    fix = f"choose one: data.train.name={shell_word(names[0])}" if names else ""
-    if not names:
-        why = f"they cannot be read: {' '.join(str(error).split())}"
-        fix = "fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet"
-    what = f"the dataset {name} needs one of its configurations"
-    return DataError(what, where=name, why=why, fix=fix)
+    text = str(error)
+    _, _, listed = text.partition("[")
+    listed, _, _ = listed.partition("]")
+    names = re.findall(r"'([^']+)'", listed)
+    if names:
+        why = f"the configurations are {', '.join(names)}"
+        fix = f"choose one with data.train.name={shell_word(names[0])}"
+    else:
+        why = f"the configurations cannot be read: {' '.join(text.split())}"
+        fix = "correct the YAML header of its README.md, or use the data files: FOLDER/*.parquet"
+    return DataError(
+        f"the data set {name} needs the name of a configuration", where=name, why=why, fix=fix
+    )
 
 
 def _walk(folder: Path) -> list[Path]:
-    """List all files below a folder, each once, sorted by their paths, without hidden ones.
+    """List all files below a folder, sorted by path. Hidden files and folders are omitted.
 
-    Links to folders are followed, except those to a folder that contains this one.
+    Symbolic links are followed, except links to a parent of the folder. A file to which several
+    links point is listed only once.
     """
     files = []
-    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    real_folder = Path(os.path.realpath(folder))
+    seen = set(map(str, real_folder.parents))
     for name, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(name)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        # Sorted: of a folder and a link to it, always the first by name is walked.
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        visible = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
+        # Sort the folders, so that the result is deterministic if a link points to another listed
+        # folder.
+        folders[:] = sorted(visible)
         for file in sorted(_without_caches(Path(name), names)):
             target = os.path.join(real, file)
             if os.path.islink(target):
@@ -124,10 +149,10 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _without_caches(folder: Path, names: list[str]) -> list[str]:
-    """Return the names of the files in a folder without the cache files of `datasets`.
+    """Return the file names of a folder without the cache files of `datasets`.
 
-    If `save_to_disk` wrote the folder, these are all Arrow files that its `state.json` does not
-    list.
+    If `save_to_disk` wrote the folder, its `state.json` lists the files with rows, and all other
+    Arrow files are cache files.
     """
     listed = [str(file["filename"]) for file in _read_list(folder / "state.json", "_data_files")]
     if listed:
@@ -136,7 +161,9 @@ def _without_caches(folder: Path, names: list[str]) -> list[str]:
 
 
 def _read_list(path: Path, key: str) -> list[Any]:
-    """Return the list that a JSON file has under a key; empty if there is none."""
+    """Return the list that a JSON file stores under `key`, or an empty list if there is no such
+    list.
+    """
     with suppress(OSError, ValueError, LookupError, TypeError):
         return list(json.loads(path.read_bytes())[key])
     return []

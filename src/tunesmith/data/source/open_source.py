@@ -1,4 +1,4 @@
-"""A recipe's source -> rows, each with its place: a local file, or a dataset on the Hub."""
+"""Opening of a recipe's data source, which is a local file or folder, or a data set on the Hub."""
 
 import hashlib
 import logging
@@ -15,26 +15,26 @@ from tunesmith.data.source.folders import open_local
 from tunesmith.data.source.listings import config_error
 from tunesmith.data.source.table import Place, Row, Rows, Table
 from tunesmith.errors import DataError, first_line
-from tunesmith.host.files import from_here, near_path
+from tunesmith.host.files import find_similar_path, relative_to_cwd
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Of English text and most tokenizers, roughly.
+# Approximate value, which fits English text and most tokenizers.
 CHARACTERS_PER_TOKEN = 4
 
-# Types of columns that `datasets` makes objects of.
+# Column types whose values `datasets` decodes to objects, such as PIL images.
 _MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _SPLIT_NAME = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
-# A percentage and a row number, which `datasets` confuses.
+# A slice with one percentage and one row number, such as [10%:500]. `datasets` reads it wrongly.
 _MIXED_BOUNDS = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
 
 
 def read_rows(source: Source) -> Rows:
-    """Read a source: its file or Hub dataset, its split, at most `max_examples` rows.
+    """Return the rows of a source: the selected split, limited to `max_examples` rows.
 
     Raises:
-        DataError: one of these is not there or cannot be read.
+        DataError: the file, the Hub data set or the split does not exist or cannot be read.
     """
     tables = open_splits(source)
     rows = select_rows(tables, source.split, where=source.source)
@@ -44,21 +44,27 @@ def read_rows(source: Source) -> Rows:
 
 
 def describe_layouts(sources: Iterable[Rows]) -> list[str]:
-    """A line for the user for each source whose files have a layout that had to be found out."""
-    lines = [f"{from_here(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
-    # Rows that are held out are of the same source.
+    """Return lines that tell the user the detected form of the files, such as the separator of a
+    CSV file.
+    """
+    lines = [f"{relative_to_cwd(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
+    # Remove repeated lines, because training and validation rows can come from the same source.
     return list(dict.fromkeys(lines))
 
 
 def open_splits(source: Source) -> dict[str, Table]:
-    """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
+    """Open a source and return its splits by name. A single file has one split, `train`.
+
+    Raises:
+        DataError: the file or the Hub data set does not exist or cannot be read.
+    """
     if is_local(source.source):
         return open_local(Path(source.source).expanduser(), source.name)
     return _read_hub(source)
 
 
 def from_list(rows: list[Row], name: str = "rows") -> Rows:
-    """Rows that a program passes."""
+    """Convert a list of rows to `Rows`. A program can pass such a list instead of a file."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Table(
         len(rows),
@@ -70,10 +76,11 @@ def from_list(rows: list[Row], name: str = "rows") -> Rows:
 
 
 def count_characters(value: object) -> int:
-    """Count the characters of all texts in a row, or in a value of it; a picture is none."""
+    """Count the characters of all texts in a row or a value. Pictures in base64 are not counted."""
     if isinstance(value, str):
         return 0 if value.startswith("data:image/") else len(value)
-    # Nearly all are of these two types, which are told much faster than others of their kind.
+    # Check for concrete types such as list first, because isinstance with an abstract type
+    # (Mapping) is slow.
     if isinstance(value, list | tuple):
         return sum(map(count_characters, value))
     if isinstance(value, (dict, Mapping)):
@@ -84,7 +91,10 @@ def count_characters(value: object) -> int:
 
 
 def count_of_example(row: Mapping[str, object], source: Source) -> int:
-    """Characters of what a row makes: a pair's prompt stands before each of its two answers."""
+    """Count the characters of a row's examples.
+
+    The prompt of a pair is counted twice, because both sequences contain it.
+    """
     count = count_characters(row)
     if source.format == "preference":
         count += count_characters(row.get(source.columns.get("prompt", "prompt")))
@@ -92,23 +102,39 @@ def count_of_example(row: Mapping[str, object], source: Source) -> int:
 
 
 def is_local(name: str) -> bool:
-    """Return whether a source names a local file or several.
+    """Return True if a source is a local file, folder or pattern, and False if it is a Hub data
+    set.
 
-    It exists, is written as a path, ends as a file of rows or text does, or is a pattern.
+    A local source exists, or is written as a path or a pattern, or ends with the suffix of a data
+    file.
     """
-    is_file = name.lower().endswith(DATA_SUFFIXES) or is_pattern(name) or Path(name).exists()
-    return is_written_as_path(name) or is_file
+    return (
+        is_written_as_path(name)
+        or is_pattern(name)
+        or name.lower().endswith(DATA_SUFFIXES)
+        or Path(name).exists()
+    )
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> Rows:
-    """The rows that a split such as `train[:95%]` names; None: of all splits.
+    """Return the rows that a split, such as `train[:95%]`, selects.
 
-    Grammar and rounding are those of `datasets`.
+    The grammar and the rounding are the same as in `datasets`.
+
+    Args:
+        tables: the splits of the source by name.
+        split: the split, or None for the rows of all splits.
+        where: the name of the source, for error messages.
+
+    Raises:
+        DataError: the split does not exist, cannot be parsed, or selects no rows.
     """
     if split is None:
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())
-            log.warning("%s: no split given; using all rows of all splits: %s", where, names)
+            log.warning(
+                "%s: no split is given, so these splits (number of rows) are used: %s", where, names
+            )
         return Rows(where, list(tables.values()))
     from datasets import ReadInstruction
 
@@ -118,44 +144,55 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> R
                 f"there is no split {name}",
                 where=where,
                 why=f"the splits are {', '.join(tables)}",
-                fix=f"split: {split.replace(name, next(iter(tables)), 1)}",
+                fix=f"use split: {split.replace(name, next(iter(tables)), 1)}",
             )
     if _MIXED_BOUNDS.search(split):
-        why = "both ends are percentages, or both are row numbers"
+        why = "both ends of a slice must be percentages, or both must be row numbers"
         raise _unreadable_split(split, where, why)
     sizes = {name: len(table) for name, table in tables.items()}
-    # The grammar of splits is that of `datasets`; it raises AssertionError for some.
+    # `datasets` raises AssertionError for some invalid splits, and ValueError for others.
     try:
         slices = ReadInstruction.from_spec(split.strip()).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise _unreadable_split(split, where, first_line(error)) from None
-    # A slice may end before it begins: then it has no rows.
+    # Numbers of the selected rows, counted over all selected splits. A slice is empty if its end is
+    # before its start.
     numbers = array("q")
     selected: dict[str, int] = {}
     for part in slices:
-        first = selected.setdefault(part.splitname, sum(sizes[name] for name in selected))
+        rows_before = sum(sizes[name] for name in selected)
+        first = selected.setdefault(part.splitname, rows_before)
         numbers.extend(range(first + part.from_, first + part.to))
     if not numbers:
-        why = ", ".join(f"{name} has {count_of(n, 'row')}" for name, n in sizes.items())
-        fix = "use a larger slice: split: train"
-        raise DataError(f"split {split} selects no rows", where=where, why=why, fix=fix)
+        counts = [f"{name} has {count_of(size, 'row')}" for name, size in sizes.items()]
+        raise DataError(
+            f"the split {split} selects no rows",
+            where=where,
+            why=", ".join(counts),
+            fix="use a larger slice, such as split: train",
+        )
     return Rows(where, [tables[name] for name in selected], numbers)
 
 
 def _unreadable_split(split: str, where: str, why: str) -> DataError:
-    fix = "write it as train, train[:95%], train[95%:], train[100:200] or train[-10%:]"
-    return DataError(f"split {split} cannot be read", where=where, why=why, fix=fix)
+    return DataError(
+        f"the split {split} is invalid",
+        where=where,
+        why=why,
+        fix="write the split as train, train[:95%], train[95%:], train[100:200] or train[-10%:]",
+    )
 
 
 def _read_hub(source: Source) -> dict[str, Table]:
-    """The splits of a Hub dataset, memory-mapped from the Hub cache."""
+    """Return the splits of a Hub data set. `datasets` memory-maps them from the Hub cache."""
     import datasets
 
     name = source.source
     try:
         splits = datasets.load_dataset(name, source.name, revision=source.revision)
     except Exception as error:
-        # The Hub client's errors have no common base; `_hub_error` tells them apart.
+        # Catch all exceptions, because the errors of the Hub client have no common base class.
+        # `_hub_error` distinguishes them.
         raise _hub_error(name, error) from error
     return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
 
@@ -170,7 +207,8 @@ def _hub_table(name: str, dataset: Any) -> Table:
                 digest.update(batch.serialize())
         return digest.hexdigest()
 
-    # Rows as Arrow has them, with the values of JSON: those of Python would decode every picture.
+    # Read the rows as Arrow data, because reading them as Python objects would decode every
+    # picture.
     tables = dataset.with_format("arrow")
     undecoded = datasets.Features.from_dict(_undecoded(dataset.features.to_dict()))
 
@@ -187,7 +225,10 @@ def _hub_table(name: str, dataset: Any) -> Table:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The types of columns, as `datasets` writes them, with pictures and sound as bytes."""
+    """Return the column types of a Hub data set with the decoding of media disabled.
+
+    Pictures and sound are then read as bytes. The types are in the dict form of `datasets`.
+    """
     if isinstance(feature, list):
         return [_undecoded(part) for part in feature]
     if not isinstance(feature, dict):
@@ -197,7 +238,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
-    """Convert an error of the Hub client to what, why and fix."""
+    """Convert an error of the Hub client to a DataError with a cause and a fix."""
     import datasets
 
     text = str(error)
@@ -205,26 +246,27 @@ def _hub_error(name: str, error: Exception) -> DataError:
     is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
     is_refused = "gated" in text or "401" in text or "403" in text
     if is_missing and is_refused:
-        what = f"no access to the dataset {name}"
+        what = f"you have no access to the dataset {name}"
         page = f"https://huggingface.co/datasets/{name}"
-        fix = f"accept its terms at {page}, then: hf auth login (or set HF_TOKEN)"
+        fix = f"accept the terms at {page}, then run `hf auth login` (or set HF_TOKEN)"
     elif "offline" in text.lower():
         what = f"the dataset {name} is not in the Hub cache"
-        why = "HF_HUB_OFFLINE is set, so it is not downloaded"
-        fix = f"unset HF_HUB_OFFLINE, or use a local file: source: rows.jsonl (not {name})"
+        why = "HF_HUB_OFFLINE is set, so the dataset is not downloaded"
+        fix = "unset HF_HUB_OFFLINE, or use a local file, such as source: rows.jsonl"
     elif is_missing:
         what = f"there is no dataset {name} on the Hub, or it is private"
-        fix = f"fix the name; for a private one: hf auth login; for a file: ./{name}"
+        fix = f"correct the name, log in with `hf auth login`, or write ./{name} for a local file"
     elif isinstance(error, ValueError) and "onfig" in text:
         return config_error(name, error)
     else:
-        # A lost connection, a time-out, a full disk, or files of a form that nothing reads.
+        # The remaining causes are a lost connection, a time-out, a full disk, or an unsupported
+        # file format.
         what = f"the dataset {name} cannot be read"
         fix = (
-            "check the network and the disk (HF_HOME), and start again: finished downloads are"
-            " kept; or use a local copy of its rows"
+            "check the network and the disk (HF_HOME), and start again (finished downloads are"
+            " kept), or use a local copy of the rows"
         )
-    near = near_path(Path(name))
+    near = find_similar_path(Path(name))
     if near is not None:
-        fix = f"did you mean {near}, which is here? else {fix}"
+        fix = f"did you mean the local path {near}? If not, {fix}"
     return DataError(what, where=name, why=why, fix=fix)

@@ -1,11 +1,11 @@
-"""Well-known forms of secrets in texts: access tokens, private keys, passwords in addresses."""
+"""Detection of secrets in texts: access tokens, private keys and passwords in URLs."""
 
 import json
 import re
 from collections.abc import Iterator
 
-# What a secret is -> a text that each of its kind has, which is found much faster than the
-# pattern, and the pattern.
+# Kind of secret -> (text that each secret of this kind contains, pattern of the secret). The text
+# is searched first, because this is much faster than searching for the pattern.
 _SECRET_KINDS = {
     "an OpenAI or Anthropic key": ("sk-", r"(?<!-)sk-(?=[\w-]*\d)[\w-]{20,}"),
     "a GitHub token": ("gh", r"gh[pousr]_[A-Za-z0-9]{36,}"),
@@ -21,14 +21,15 @@ _SECRET_KINDS = {
     "a Stripe key": ("k_live_", r"[rs]k_live_[A-Za-z0-9]{20,}"),
     "a private key": ("PRIVATE KEY", r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"),
     "a JSON web token": ("eyJ", r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
-    # Not a placeholder such as user:password@host or $USER:$PASSWORD@host.
+    # The pattern does not match placeholders such as user:password@host and $USER:$PASSWORD@host.
     "a password in an address": (
         "://",
         r"\w+://[^\s:/@\"'<>]*:(?!(?i:pass(word|wd)?|pwd|secret|token|x+|\*+)@)"
         r"(?!\$)[^\s:/@\"'<>{}*]{4,}@\w",
     ),
 }
-# A secret begins a word. The arguments of calls are JSON texts, in which \n may precede a word.
+# A secret starts at the beginning of a word. In JSON text, such as the arguments of a call, an
+# escaped line break (\n) can precede the word.
 _START = r"(?:(?<!\w)|(?<=\\[nrt]))"
 _PATTERNS = [
     (kind, text, re.compile(_START + pattern)) for kind, (text, pattern) in _SECRET_KINDS.items()
@@ -36,7 +37,10 @@ _PATTERNS = [
 
 
 def secrets_in(value: object) -> Iterator[str]:
-    """Yield what each secret in the texts of a JSON value is, without the secret itself."""
+    """Yield the kind of each secret in the texts of a JSON value.
+
+    The secret itself is not yielded.
+    """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     for kind, part, pattern in _PATTERNS:
         if part in text:

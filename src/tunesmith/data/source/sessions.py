@@ -1,21 +1,22 @@
-"""Sessions of coding agents -> rows of messages, a row for each conversation.
+"""Conversion of session files of coding agents to rows with messages.
 
-| written by | a line of the file |
+Each conversation becomes one row.
+
+| agent | a line of the file |
 |---|---|
-| Claude Code | a part of a message, with the line that it follows (`parentUuid`) |
+| Claude Code | a part of a message, with the uuid of the previous line (`parentUuid`) |
 | Codex | an item of the Responses API in a `payload`, or an event about it |
-| Hermes | a whole session; or a message, behind a line about the session |
+| Hermes | an entire session, or a message; the first line then describes the session |
 | OpenAI Agents | an item of the Responses API |
 
-A subagent is a row of its own. Where a harness compacts the history, a row ends, and the next one
-begins with what the model sees from there on. Whatever is not in a row is counted by its name.
+The conversation of a subagent is a separate row. If an agent compacts its history, the row ends,
+and the next row starts with the compacted history. Omitted lines and parts are counted by kind.
 """
 
 import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,42 @@ from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest, 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
 
-# Lines of a file in which its form is looked for: some begin with lines about the session.
+# Maximum number of lines that are examined to recognize the agent. One line is not enough, because
+# some files start with lines that only describe the session.
 _HEAD_LINES = 50
+# Values of `type` in the lines of a Codex file.
 _CODEX_LINES = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")
-# A line about a session of Claude Code has one of these keys.
+# Keys of the lines in a Claude Code file that hold no message. Each of these lines has at least one
+# of the keys.
 _CLAUDE_KEYS = frozenset(("sessionId", "session_id", "uuid", "leafUuid", "snapshot"))
 _HERMES_KEYS = frozenset(("id", "source", "model", "system_prompt", "messages"))
-# The keys of a message that is a line. Rows of a table have others.
+# All keys that a message of OpenAI Agents can have. Rows of ordinary data sets have other keys, so
+# they are not mistaken for messages of an agent.
 _MESSAGE_KEYS = frozenset(
     "id type role content status phase name tool_calls tool_call_id tool_name timestamp"
     " finish_reason reasoning reasoning_content reasoning_details".split()
 )
-# Types of items of the Responses API, each with a key that rows of a table do not have.
+# Type of an item of the Responses API -> key that identifies the item, because rows of ordinary
+# data sets do not have this key.
 _ITEM_KEYS = {
     "function_call": "call_id",
     "function_call_output": "call_id",
     "reasoning": "summary",
     "compaction": "encrypted_content",
 }
+# Types of the items of the Responses API that contain a compacted history.
 _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 _BRANCHES = "lines of other branches, left out"
 
-# The line at which a conversation begins, and the numbers of its lines.
+# A conversation: the first line to train on, and the numbers of all lines of the conversation. The
+# lines before the first line to train on are only context.
 _Conversation = tuple[int, list[int]]
-_Lines = Iterable[tuple[int, dict[str, Any]]]
+_Line = tuple[int, dict[str, Any]]
+_Lines = Iterable[_Line]
 
 
 def session_form(path: Path) -> str:
-    """Return who wrote a file of sessions; empty for a file of other lines."""
+    """Return the name of the agent that wrote the file, or "" if it is not a session file."""
     form: str | None = ""
     if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
         with open_uncached(path) as file:
@@ -67,7 +76,11 @@ def session_form(path: Path) -> str:
 
 
 def _form_of_line(line: object) -> str | None:
-    """Return who writes such a line; None if it is about a session, and empty for another."""
+    """Return the name of the agent that writes lines like this one.
+
+    Return None if the line only describes a session, so that the next line must be examined. Return
+    "" if no known agent writes such lines.
+    """
     if not isinstance(line, dict):
         return ""
     kind = line.get("type")
@@ -80,35 +93,52 @@ def _form_of_line(line: object) -> str | None:
     is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
     if is_message or _ITEM_KEYS.get(str(kind)) in line:
         return "OpenAI Agents"
-    is_about = isinstance(kind, str) and line.keys() & _CLAUDE_KEYS
-    # Codex wrote items without a payload until 2025, behind such a line.
-    return None if is_about or {"timestamp", "instructions"} <= line.keys() else ""
+    if isinstance(kind, str) and line.keys() & _CLAUDE_KEYS:
+        return None
+    # Old Codex files (until 2025) start with a line that has these keys, and their items have no
+    # payload.
+    if line.keys() >= {"timestamp", "instructions"}:
+        return None
+    return ""
 
 
 def read_sessions(path: Path, lines: Table, form: str) -> Table:
-    """Make a table of the conversations of a file.
+    """Return the conversations of a session file as a table with one row per conversation.
 
     Args:
+        path: the file.
         lines: the lines of the file.
-        form: as of `session_form`.
+        form: the name of the agent, see `session_form`.
 
     Raises:
-        DataError: a line is no JSON. The last line may be cut off, because the session was killed.
+        DataError: a line other than the last line is not valid JSON. The last line can be truncated
+            because the session was killed.
     """
     notes: Counter[str] = Counter()
     secrets: dict[int, list[str]] = {}
     rows: list[tuple[int, array[int]]] = []
-    numbered = ((i, line) for i in range(len(lines)) if (line := _read_line(lines, i, notes)))
-    for start, numbers in _CONVERSATIONS[form](numbered, notes):
-        row, found = _read_row(lines, start, numbers, notes)
-        if row["messages"]:
+
+    def read_lines() -> Iterator[_Line]:
+        for i in range(len(lines)):
+            line = _read_line(lines, i, notes)
+            if line:
+                yield i, line
+
+    for start, numbers in _CONVERSATIONS[form](read_lines(), notes):
+        values, found = _read_row(lines, start, numbers, notes)
+        if values["messages"]:
             secrets[len(rows)] = found
             rows.append((start, array("q", numbers)))
         else:
             notes["conversations without an answer, left out"] += 1
+
+    def row(i: int) -> Row:
+        values, _ = _read_row(lines, *rows[i], Counter())
+        return values
+
     return Table(
         len(rows),
-        lambda i: _read_row(lines, *rows[i], Counter())[0],
+        row,
         where=lambda i: lines.where(rows[i][0]),
         fingerprint=lambda: file_digest(path),
         notes=Counter({f"rows of {form} sessions": len(rows)}) + notes,
@@ -119,9 +149,12 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
 def _read_row(
     lines: Table, start: int, numbers: Iterable[int], notes: Counter[str]
 ) -> tuple[Row, list[str]]:
-    """Read a conversation as a row, with the place of each secret that the model would read.
+    """Convert a conversation to a row.
 
-    Answers in front of its start are of an earlier row, and only context.
+    Return the row, and the location and kind of each secret in the row.
+
+    Answers before the line `start` are only context, because the model is trained on them in an
+    earlier row.
     """
     parts = []
     secrets = []
@@ -132,21 +165,24 @@ def _read_row(
             notes[f"conversations cut off after {MAX_ROW_BYTES >> 20} MiB"] += 1
             break
         line = _read_line(lines, i, notes)
+        where = lines.where(i)
         if "messages" in line or line.get("role") == "session_meta":
             tools = line.get("tools")
         try:
-            of_line = list(parts_of(line, notes))
+            line_parts = list(parts_of(line, notes))
         except (AttributeError, LookupError, TypeError) as error:
-            raise _unknown_line(lines.where(i), f"{type(error).__name__}: {error}") from None
-        for part in of_line:
+            raise _unknown_line(where, f"{type(error).__name__}: {error}") from None
+        for part in line_parts:
             size += len(part.value or "")
-            secrets += [f"{lines.where(i)}: {kind}" for kind in secrets_in(part.value)]
-            parts.append(part._replace(is_trained=part.is_trained and i >= start))
+            for kind in secrets_in(part.value):
+                secrets.append(f"{where}: {kind}")
+            is_trained = part.is_trained and i >= start
+            parts.append(part._replace(is_trained=is_trained))
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
 
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
-    """Read a line as an object, which is empty if the line is cut off at the end of the file."""
+    """Return a line as a JSON object. Return {} if the last line of the file is truncated."""
     try:
         line = lines.row(i)
     except DataError:
@@ -155,21 +191,27 @@ def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
         notes["lines cut off at the end of a file"] = 1
         line = {}
     if not isinstance(line, dict):
-        raise _unknown_line(lines.where(i), f"it is {json_type(line)}, not an object")
+        raise _unknown_line(lines.where(i), f"the line is {json_type(line)}, not an object")
     return line
 
 
-def _unknown_line(where: str, why: object) -> DataError:
-    what = "the line is not as agents write it"
-    return DataError(what, where=where, why=str(why), fix="fix or delete the line")
+def _unknown_line(where: str, why: str) -> DataError:
+    return DataError(
+        "the line does not have the format of an agent session",
+        where=where,
+        why=why,
+        fix="correct or delete the line",
+    )
 
 
 def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
-    """Find the conversations of Claude Code, those of each subagent apart."""
+    """Yield the conversations of a Claude Code file. Each subagent has separate conversations."""
     transcript = _Transcript()
     for i, line in lines:
         kind = line.get("type")
-        message = line.get("message") if kind in ("user", "assistant") else None
+        message = None
+        if kind in ("user", "assistant"):
+            message = line.get("message")
         if not message and "uuid" not in line:
             notes[f"lines of type {kind}, left out"] += 1
             continue
@@ -182,42 +224,53 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
             transcript.note_answer(i, message, is_answer=kind == "assistant")
     for agent, turns in transcript.turns.items():
         conversations = transcript.paths(turns[-1])
-        used = set(chain(*(numbers for _, numbers in conversations)))
+        others = set(turns)
+        for _, numbers in conversations:
+            others.difference_update(numbers)
         notes["subagents"] += bool(agent)
         notes["compactions"] += len(conversations) - 1
-        notes[_BRANCHES] += len(set(turns) - used)
+        notes[_BRANCHES] += len(others)
         yield from conversations
 
 
 class _Transcript:
-    """The lines of a file of Claude Code, which form trees.
+    """The lines of a Claude Code file as trees, in which each line has a parent line.
 
-    An answer is several lines, which follow each other. Each result of parallel calls follows its
-    own call, so that the path to a line has one of them: all lines of an answer, and the results
-    of its calls, belong to the path.
+    An answer consists of several lines. The results of parallel calls are on different branches, so
+    a path from the root to a line contains only one of these results. Therefore, if a path contains
+    one line of an answer, all other lines of the answer and all results of its calls are added to
+    the path.
 
     Attributes:
-        numbers: the line of each uuid.
-        turns: the lines of each subagent with messages; those of the session are under "".
+        numbers: uuid of a line -> number of the line.
+        turns: name of a subagent -> numbers of its lines with messages. The main agent has the
+            name "".
     """
 
     def __init__(self) -> None:
         self.turns: dict[str, list[int]] = defaultdict(list)
         self.numbers: dict[str, int] = {}
+        # Number of a line -> number of its parent line.
         self._parents: dict[int, int | None] = {}
-        # The first line after a compaction -> the last line before it.
+        # First line after a compaction -> last line before the compaction.
         self._compactions: dict[int, int | None] = {}
-        # The first line that a compaction keeps -> the compaction, and the uuid of its new parent.
+        # First line that a compaction keeps -> line of the compaction, and uuid of the new parent
+        # of the kept line.
         self._kept: dict[int, tuple[int, str]] = {}
+        # A line -> the name of its subagent.
         self._agents: dict[int | None, str] = {}
+        # The name of a subagent -> its latest line.
         self._latest: dict[str, int] = {}
-        # A line, or the id of an answer or a call -> the first line of the answer.
+        # Number of a line, id of an answer, or id of a call -> number of the answer's first line.
         self._answers: dict[object, int] = {}
         # The first line of an answer -> its lines, and the lines with results of its calls.
         self._members: dict[int, tuple[list[int], list[int]]] = {}
 
     def place(self, i: int, line: Mapping[str, Any]) -> str:
-        """Place a line behind the one that it follows; return its subagent."""
+        """Add a line to the tree as a child of its parent line.
+
+        Return the name of the line's subagent.
+        """
         uuid = str(line.get("uuid", i))
         parent = self.numbers.get(str(line.get("parentUuid")))
         agent = str(line.get("agentId") or line.get("parent_tool_use_id") or "")
@@ -227,47 +280,75 @@ class _Transcript:
         if "parentUuid" not in line:
             parent = before
         if line.get("subtype") == "compact_boundary":
-            self._compactions[i] = self.numbers.get(str(line.get("logicalParentUuid")), before)
+            uuid_before = str(line.get("logicalParentUuid"))
+            self._compactions[i] = self.numbers.get(uuid_before, before)
             parent = None
             about = line.get("compactMetadata") or {}
             kept = about.get("preservedMessages") or about.get("preservedSegment") or {}
-            first = str(kept.get("headUuid", (kept.get("uuids") or [""])[0]))
-            if first in self.numbers:
-                self._kept[self.numbers[first]] = (i, str(kept.get("anchorUuid")))
-        self.numbers[uuid] = self._latest[agent] = i
+            [first_uuid, *_] = kept.get("uuids") or [""]
+            first = self.numbers.get(str(kept.get("headUuid", first_uuid)))
+            if first is not None:
+                anchor = str(kept.get("anchorUuid"))
+                self._kept[first] = (i, anchor)
+        self.numbers[uuid] = i
+        self._latest[agent] = i
         self._parents[i] = parent
         self._agents[i] = agent
         return agent
 
     def note_answer(self, i: int, message: Mapping[str, Any], *, is_answer: bool) -> None:
-        """Note the answer that a line belongs to, as a part of it or as a result of its calls."""
+        """Record that a line is a part of an answer, or the result of a call in an answer.
+
+        `is_answer` is True if the line is a part of the answer.
+        """
         content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        ids = [part.get("tool_use_id", part.get("id")) for part in parts if isinstance(part, dict)]
-        calls = [str(name) for name in ids if name]
+        calls = []
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict):
+                call_id = part.get("tool_use_id", part.get("id"))
+                if call_id:
+                    calls.append(str(call_id))
         if is_answer:
-            first = self._answers.setdefault(str(message.get("id", i)), i)
+            answer_id = str(message.get("id", i))
+            first = self._answers.setdefault(answer_id, i)
             self._answers.update(dict.fromkeys(calls, first))
         else:
-            first = next((self._answers[name] for name in calls if name in self._answers), i)
+            first = next((self._answers[call] for call in calls if call in self._answers), i)
         self._answers[i] = first
-        self._members.setdefault(first, ([], []))[not is_answer].append(i)
+        answer_lines, result_lines = self._members.setdefault(first, ([], []))
+        if is_answer:
+            answer_lines.append(i)
+        else:
+            result_lines.append(i)
 
     def paths(self, last: int) -> list[_Conversation]:
-        """Return the path to a line, and before a compaction the path to the last line."""
+        """Return the conversation that ends at line `last`.
+
+        If the history was compacted, also return the conversations that ended at each compaction,
+        in order.
+        """
         conversations: list[_Conversation] = []
         end: int | None = last
         while end is not None:
             path = self._path(end)
-            # Results may be between the lines of their answer.
+            start = path[-1]
             answers = dict.fromkeys(self._answers.get(i, i) for i in reversed(path))
-            lines = [self._members.get(first, ([first],)) for first in answers]
-            conversations.insert(0, (path[-1], [*chain(*chain(*lines))]))
-            end = self._compactions.get(path[-1])
+            numbers: list[int] = []
+            for first in answers:
+                # Put the results after all lines of the answer, because in the file they can be
+                # between these lines.
+                answer_lines, result_lines = self._members.get(first, ([first], []))
+                numbers += answer_lines
+                numbers += result_lines
+            conversations.insert(0, (start, numbers))
+            end = self._compactions.get(start)
         return conversations
 
     def _path(self, end: int) -> list[int]:
-        """Return the lines from one to its first ancestor. What a compaction kept follows it."""
+        """Return the lines on the path from `end` back to the root of its tree, in this order.
+
+        Lines that a compaction kept are placed after the compaction.
+        """
         path: dict[int, None] = {}
         at: int | None = end
         while at is not None and at not in path:
@@ -275,14 +356,18 @@ class _Transcript:
             boundary, anchor = self._kept.get(at, (end, ""))
             at = self._parents[at]
             if boundary < end:
-                at = max(boundary, self.numbers.get(anchor, 0))
+                anchor_line = self.numbers.get(anchor, 0)
+                at = max(boundary, anchor_line)
         return list(path)
 
 
 def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
-    """Find the conversations of Codex: the history between compactions, without what was undone."""
+    """Yield the conversations of a Codex file.
+
+    A compaction ends a conversation. Turns that the user has undone are omitted.
+    """
     about: list[int] = []
-    # Each line, and whether it is something other than an answer, a call or a result.
+    # Line number -> whether the line is a message of the user or the system.
     history: dict[int, bool] = {}
     questions: list[int] = []
     start = 0
@@ -299,17 +384,22 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
             case "compacted", _:
                 yield start, [*about, *history]
                 notes["compactions"] += 1
-                # Without a history that replaces it, what the user said stays.
-                is_replaced = payload.get("replacement_history") is not None
-                history = {n: True for n, stays in history.items() if stays and not is_replaced}
+                if payload.get("replacement_history") is None:
+                    # A compaction without a replacement history keeps only the messages of the user
+                    # and the system.
+                    history = {n: True for n, stays in history.items() if stays}
+                else:
+                    history = {}
                 history[i] = False
                 start = i
             case "event_msg", "user_message" if history:
-                # The event follows the item with the question, or comes before it.
+                # Record the line of the question. If the previous line is no message of the user,
+                # the question follows this event.
                 last = next(reversed(history))
                 questions.append(last if history[last] else i)
             case "event_msg", "thread_rolled_back" if questions:
-                first = questions[-int(payload.get("num_turns", 1)) :][0]
+                undone = int(payload.get("num_turns", 1))
+                first = questions[-undone:][0]
                 questions = [n for n in questions if n < first]
                 notes[_BRANCHES] += sum(n >= first for n in history)
                 history = {n: stays for n, stays in history.items() if n < first}
@@ -319,7 +409,9 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
 
 
 def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
-    """Find the conversations of files with an item, a message or a session a line."""
+    """Yield the conversations of a file in which each line is one item, one message or one
+    session.
+    """
     about: list[int] = []
     history: list[int] = []
     for i, line in lines:

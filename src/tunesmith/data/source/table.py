@@ -1,11 +1,13 @@
-"""Rows of files by their number, and what all readers of files share.
+"""Tables, which give access to the rows of files by their number, and helper functions for all file
+readers.
 
-A corpus may be larger than memory: readers keep the places of its rows, and read a row from
-there. No file is memory-mapped: where another program shortens it, the next access to a mapping
-kills the process (SIGBUS).
+Data can be larger than memory. Therefore readers keep only the positions of the rows in memory, and
+read a row from disk when it is needed. Files are not memory-mapped: if another program truncates a
+mapped file, the next access kills the process (SIGBUS).
 """
 
 import bisect
+import codecs
 import hashlib
 import itertools
 import json
@@ -20,29 +22,32 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
-# A longer row is a file with its line breaks lost; tokenizing it would take minutes.
+# Maximum size of a row. A larger row would take minutes to tokenize, and the cause is probably that
+# the line breaks in the file are missing.
 MAX_ROW_BYTES = 32 << 20
-# Bytes at the beginning of a text from which its encoding is guessed.
+# Number of bytes at the start of a text that are used to detect the encoding.
 HEAD_BYTES = 1 << 16
-# In memory, for the files of a folder.
-DIGESTS_KEPT = 100_000
+# Maximum number of files whose digests are cached in memory.
+MAX_CACHED_DIGESTS = 100_000
 
+# Inode, size and modification time of a file, see `version_of`.
 FileVersion = tuple[int, int, int]
-# The columns of a row, with values as a file has them.
+# A row: column names and values, as they are in the file.
 Row = dict[str, object]
 
 
 class Place(str):
-    """The place of a row as errors show it.
+    """Location of a row as it is shown in error messages, such as "rows.jsonl:3".
 
     Attributes:
-        folder: of the row's file, to which paths in the row are relative; None where there is none,
-            as on the Hub.
+        folder: the folder of the row's file. Paths in the row are relative to this folder. None for
+            rows of the Hub.
     """
 
     folder: Path | None
@@ -55,20 +60,23 @@ class Place(str):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by their number.
+    """Access to the rows of a file or a data set by their number.
 
     Attributes:
-        row: row i as Python values, or a DataError with its place.
-        where: the place of row i that an editor shows; of a file or the Hub a `Place`.
-        fingerprint: sha256 of the content, in hex.
-        check_unchanged: raises DataError if the file is another than when it was opened.
-        layout: what was found out about the file, for the user; empty for nothing.
-        continues: whether row i + 1 goes on with the document of row i: a large text is read in
-            blocks.
-        are_documents: whether the rows are texts of files.
-        skipped: what of a folder is not read, for a warning; empty for nothing.
-        notes: what was made of the lines of sessions, by its name.
-        secrets: of rows of sessions, the place of each secret and what it is.
+        size: number of rows.
+        row: returns row i as Python values. Raises DataError with the location of the row if it is
+            broken.
+        where: returns the location of row i, such as file and line. The location is a `Place` for
+            files and Hub data sets.
+        fingerprint: returns the SHA-256 (hex) of the content.
+        check_unchanged: raises DataError if the file has changed since it was opened.
+        layout: text for the user about the detected form of the file, or "".
+        continues: returns whether row i + 1 continues the document of row i. Large text files are
+            read in blocks, and each block is a row.
+        are_documents: whether the rows are blocks of text files.
+        skipped: text for a warning that lists what was not read in a folder, or "".
+        notes: for agent sessions, the number of omitted and changed lines by kind.
+        secrets: for agent sessions, row number -> location and kind of each secret in the row.
     """
 
     size: int
@@ -87,6 +95,7 @@ class Table:
         return self.size
 
 
+# Python type of a value -> the name of its type in error messages.
 _TYPE_NAMES: dict[type, str] = {
     str: "a text",
     int: "a number",
@@ -103,18 +112,19 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 def json_type(value: object) -> str:
-    """Name the type of a JSON value in plain words."""
+    """Return the type of a JSON value in plain words, for error messages."""
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 class Rows:
-    """The rows of one source, in order.
+    """The selected rows of one data source, in order.
 
-    `rows[i]` is a dict, `rows.where(i)` its place, counted from 1.
+    `rows[i]` is a dict, and `rows.where(i)` is the location of this row, such as file and line.
 
     Args:
-        tables: those that the rows are of.
-        numbers: of the rows, counted over all tables; None: all.
+        name: the name of the source.
+        tables: the tables of the source.
+        numbers: numbers of the selected rows, counted over all tables. None selects all rows.
     """
 
     def __init__(
@@ -130,20 +140,24 @@ class Rows:
 
     @property
     def available(self) -> int:
-        """All rows of the files and splits, before a selection."""
+        """Number of all rows of the tables, including rows that are not selected."""
         return sum(len(table) for table in self._tables)
 
     @property
     def layout(self) -> str:
-        """Describe the layout of the files, such as `separated by semicolons`."""
+        """Text about the detected form of the files, such as "values separated by semicolons"."""
         layouts = dict.fromkeys(table.layout for table in self._tables if table.layout)
+        parts = [", ".join(layouts)]
         notes = sum((table.notes for table in self._tables), Counter[str]())
-        lines = [", ".join(layouts), *(f"{what}: {count:,}" for what, count in notes.items())]
-        return "; ".join(filter(None, lines))
+        for what, count in notes.items():
+            parts.append(f"{what}: {count:,}")
+        return "; ".join(filter(None, parts))
 
     @property
     def secrets(self) -> dict[int, list[str]]:
-        """The places of secrets in rows of sessions, by the index of the row."""
+        """Index of a row -> locations and kinds of the secrets that this row of an agent session
+        contains.
+        """
         found = {}
         for i in range(len(self)):
             table, at = self._find(i)
@@ -153,12 +167,12 @@ class Rows:
 
     @property
     def are_documents(self) -> bool:
-        """Tell whether the rows are texts of files: their format is text."""
+        """Return whether all rows are text files or blocks of text files."""
         return all(table.are_documents for table in self._tables)
 
     @property
     def skipped(self) -> str:
-        """Say in a clause what of the folder is not read."""
+        """Text for a warning that lists what was not read in the folder, or ""."""
         return ", ".join(dict.fromkeys(table.skipped for table in self._tables if table.skipped))
 
     def _find(self, i: int) -> tuple[Table, int]:
@@ -167,7 +181,8 @@ class Rows:
         number = self._numbers[i]
         p = bisect.bisect_right(self._ends, number)
         table = self._tables[p]
-        return table, number - (self._ends[p] - len(table))
+        first = self._ends[p] - len(table)
+        return table, number - first
 
     def __getitem__(self, i: int) -> Row:
         table, at = self._find(i)
@@ -177,22 +192,25 @@ class Rows:
                 f"the row is {json_type(row)}, not an object",
                 where=table.where(at),
                 why="each row is an object with named columns",
-                fix='write it as {"column": value, ...}, or delete it',
+                fix='write the row as {"column": value, ...}, or delete the row',
             )
         return row
 
     def where(self, i: int) -> str:
-        """`file:line`, `file row N` or `id split row N`."""
+        """Return the location of row i: `file:line`, `file row N` or `id split row N`."""
         table, at = self._find(i)
         return table.where(at)
 
     def ends_document(self, i: int) -> bool:
-        """Tell whether no other row goes on with the document of row i, selected or not."""
+        """Return whether row i is the last block of its document.
+
+        If the next block of the document exists but is not selected, the result is False.
+        """
         table, at = self._find(i)
         return not table.continues(at)
 
     def continues(self, i: int) -> bool:
-        """Tell whether row i + 1 goes on with the document of row i."""
+        """Return whether row i + 1 continues the document of row i."""
         table, at = self._find(i)
         if i + 1 == len(self) or not table.continues(at):
             return False
@@ -200,19 +218,19 @@ class Rows:
         return next_table is table and next_at == at + 1
 
     def take(self, indices: Sequence[int]) -> "Rows":
-        """Some of the rows, by their indices."""
+        """Return only the rows with the given indices."""
         numbers = array("q", map(self._numbers.__getitem__, indices))
         return Rows(self.name, self._tables, numbers)
 
     def check_unchanged(self) -> None:
-        """DataError if a file was changed since it was opened."""
+        """Raise DataError if a file has changed since it was opened."""
         for table in self._tables:
             table.check_unchanged()
 
     def digest(self) -> str:
-        """sha256 (hex) of the content and of which rows are selected.
+        """Return the SHA-256 (hex) of the content and of the selected row numbers.
 
-        The file's name and folder do not enter.
+        The digest does not depend on the file's name and folder.
         """
         digest = hashlib.sha256(array("q", self._numbers))
         for table in self._tables:
@@ -221,7 +239,10 @@ class Rows:
 
 
 def version_of(path: Path) -> FileVersion | None:
-    """Read what another program changes when it writes the file; None where it is gone."""
+    """Return inode, size and modification time of a file, or None if it does not exist.
+
+    At least one of these values changes when another program writes the file.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -230,29 +251,33 @@ def version_of(path: Path) -> FileVersion | None:
 
 
 def changed_error(path: Path) -> DataError:
-    """The error for a file that is another than when it was opened."""
-    why = "another program wrote, truncated or deleted it"
-    fix = "start again when it is complete"
-    return DataError("the file was changed while it was read", where=str(path), why=why, fix=fix)
+    """Build the error for a file that has changed since it was opened."""
+    return DataError(
+        "the file was changed while it was read",
+        where=str(path),
+        why="another program wrote, truncated or deleted it",
+        fix="start again when the file is complete",
+    )
 
 
 def unreadable_error(path: Path, error: OSError) -> DataError:
-    """The error for a file or folder that the system does not let us read."""
+    """Build the error for a file or folder that the operating system cannot read."""
     return DataError(
         "the file cannot be read",
         where=str(path),
         why=error.strerror or str(error),
-        fix=f"ls -l {shell_path(path)}",
+        fix=f"check its permissions: ls -l {shell_path(path)}",
     )
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """Return the SHA-256 (hex) of a file's bytes."""
     return _digest_of_version(path, version_of(path))
 
 
-# A start asks several times, and files may have gigabytes.
-@lru_cache(maxsize=DIGESTS_KEPT)
+# Cache the digests, because the start of a run needs each digest several times, and files can have
+# gigabytes.
+@lru_cache(maxsize=MAX_CACHED_DIGESTS)
 def _digest_of_version(path: Path, version: FileVersion | None) -> str:
     try:
         with open_uncached(path) as file:
@@ -261,26 +286,46 @@ def _digest_of_version(path: Path, version: FileVersion | None) -> str:
         raise changed_error(path) from error
 
 
+def skip_bom(file: BinaryIO) -> int:
+    """Skip the UTF-8 byte order mark at the start of a file, and return the new position."""
+    bom = codecs.BOM_UTF8
+    position = 0
+    if file.read(len(bom)) == bom:
+        position = len(bom)
+    return file.seek(position)
+
+
+def repeated_in(names: Sequence[str]) -> list[str]:
+    """Return the names that occur more than once, sorted."""
+    counts = Counter(names)
+    return sorted(name for name in counts if counts[name] > 1)
+
+
 def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: str) -> str:
-    """Bytes as text; `where` names the place of a byte."""
+    """Decode bytes of a file. Raise DataError if they are not valid in this encoding.
+
+    Args:
+        where: function that takes a byte position and returns the location for the error message.
+    """
     check_not_wide(path, data, where(0))
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        why = f"byte 0x{data[error.start]:02x} at position {error.start + 1}: {error.reason}"
-        raise _not_utf8_error(path, where(error.start), why, "cp1252") from None
+        at = error.start
+        why = f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}"
+        raise _not_utf8_error(path, where(at), why, "cp1252") from None
 
 
 def check_not_wide(path: Path, data: bytes, where: str) -> None:
-    """Raise DataError if `data` begins as UTF-16 or UTF-32."""
+    """Raise DataError if `data` is text in UTF-16 or UTF-32."""
     encoding: str = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
-        # The last character may be cut.
+        # Drop the last decoded character, because its bytes can be incomplete.
         head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
         if not re.search("[\x00-\x08\ufffd]", head):
-            # iconv's name of utf-16-le is utf-16le.
+            # Convert Python's name of the encoding to iconv's name: utf-16-le becomes utf-16le.
             encoding = encoding.replace("6-", "6").replace("2-", "2")
-            raise _not_utf8_error(path, where, f"it begins as {encoding} text does", encoding)
+            raise _not_utf8_error(path, where, f"the file looks like {encoding} text", encoding)
 
 
 def _not_utf8_error(path: Path, where: str, why: str, encoding: str) -> DataError:
@@ -290,14 +335,15 @@ def _not_utf8_error(path: Path, where: str, why: str, encoding: str) -> DataErro
         where=where,
         why=why,
         fix=f"iconv -f {encoding} -t utf-8 {shell_path(path)} > {output}"
-        "   # or the encoding that it has, such as cp1251, gb18030, cp932 or euc-kr",
+        "   # or use another encoding, such as cp1251, gb18030, cp932 or euc-kr",
     )
 
 
 def new_name(path: Path, name: str) -> str:
-    """A name for what a command makes of a file, as a word of the command line.
+    """Return `name`, quoted for the shell, as the output file of a command that reads `path`.
 
-    It is never the file's own name, which `>` would empty first.
+    If the input file has the same name, the result is `new-{name}`, because the shell's `>` would
+    otherwise empty the input file before the command reads it.
     """
     if path.name == name:
         name = f"new-{name}"
@@ -305,7 +351,10 @@ def new_name(path: Path, name: str) -> str:
 
 
 class _OpenFile:
-    """A file that is closed where nothing uses it; then no page of it stays in the page cache."""
+    """An open file that is closed automatically when it is no longer used.
+
+    When it is closed, its pages are removed from the page cache.
+    """
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -318,8 +367,9 @@ def _close(descriptor: int, process: int) -> None:
         os.close(descriptor)
 
 
-# A folder may have more files than a process may open. A process that is forked opens its own: the
-# number of a file that it inherits can be another file's by then.
+# Cache a limited number of open files, because a folder can have more files than a process can
+# open. The process id is part of the key, because a forked process must not use its parent's file
+# descriptors.
 @lru_cache(maxsize=16)
 def _open_version(path: Path, version: FileVersion | None, process: int) -> _OpenFile:
     if version_of(path) != version:
@@ -328,9 +378,13 @@ def _open_version(path: Path, version: FileVersion | None, process: int) -> _Ope
 
 
 def read_span(path: Path, version: FileVersion | None, start: int, stop: int) -> bytes:
-    """The bytes of a file from `start` to `stop`; DataError where it has not this version now."""
+    """Return the bytes `start` to `stop` of a file.
+
+    Raise DataError if the file has changed, and `version` is no longer its version.
+    """
     try:
-        # Held while it is read: another thread may open so many files that this one is let go.
+        # Keep a reference to the file. Otherwise the cache could drop and close the file during the
+        # read, if another thread opens many files.
         file = _open_version(path, version, os.getpid())
         data = os.pread(file.descriptor, stop - start, start)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Text files -> a table of documents, one a file.
+"""Reader of text files, in which each file is one document.
 
-A large file is read in blocks, each a row that goes on in the next one (`Table.continues`). They
-are cut where a paragraph, a line or at least a word ends, so that hardly a token is another one.
+A large file is read in blocks. Each block is a row, and the next row continues the document
+(`Table.continues`). A block ends after a paragraph, a line or a word. Therefore the tokens are
+nearly the same as if the file were read as one row.
 """
 
 import codecs
@@ -24,16 +25,19 @@ from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.host.shell import shell_path
 from tunesmith.units import count_of
 
-# A larger file is read in blocks. Few books are: the King James Bible has 4 MiB.
+# Maximum size of a file that is read as one row. Nearly all books are smaller: for example, the
+# King James Bible has 4 MiB.
 DOCUMENT_BYTES = 8 << 20
-# A larger block takes more memory while it is tokenized, some 50 bytes a character.
+# Maximum size of a block. The limit saves memory, because tokenization needs about 50 bytes per
+# character.
 BLOCK_BYTES = 1 << 20
-# A smaller file may have nothing but blanks: it is looked at.
+# Maximum size of a file that is checked for being blank. Larger files practically always contain
+# text.
 BLANK_BYTES = 4096
 
 
 def read_text_files(paths: Sequence[Path]) -> Table:
-    """The documents of some files, in this order; those without text are `skipped`."""
+    """Return a table with the documents of the files, in this order. Skip files without text."""
     blocks: list[_Block] = []
     blank = 0
     for path in paths:
@@ -42,7 +46,9 @@ def read_text_files(paths: Sequence[Path]) -> Table:
             blank += 1
         else:
             blocks += _find_blocks(path, size)
-    skipped = f"{count_of(blank, 'file')} without text" if blank else ""
+    skipped = ""
+    if blank:
+        skipped = f"{count_of(blank, 'file')} without text"
     cut = len({block.path for block in blocks if block.start})
     layout = ""
     if cut:
@@ -75,7 +81,11 @@ def read_text_files(paths: Sequence[Path]) -> Table:
 
 
 class _Block(NamedTuple):
-    """A file, or a part of one: its bytes [start, stop), of which the first is in `line`."""
+    """A block of a file, which is one row: the bytes [start, stop).
+
+    Attributes:
+        line: line number of the first byte.
+    """
 
     path: Path
     version: FileVersion | None
@@ -98,7 +108,7 @@ def _is_blank(path: Path) -> bool:
 
 
 def _find_blocks(path: Path, size: int) -> Iterator[_Block]:
-    """The blocks of a file; of a small file one."""
+    """Yield the blocks of a file. A small file is a single block."""
     version = version_of(path)
     start = 0
     line = 1
@@ -116,14 +126,18 @@ def _find_blocks(path: Path, size: int) -> Iterator[_Block]:
 
 
 def _length_of_block(block: bytes) -> int:
-    """Bytes of a block up to where a paragraph, a line, a word or a character ends."""
-    least = len(block) // 2
+    """Return the length to which a block is shortened, so that it ends after a paragraph, line or
+    word.
+    """
+    min_length = len(block) // 2
     paragraph = max(block.rfind(b"\n\n") + 2, block.rfind(b"\n\r\n") + 3)
-    # A tokenizer joins a space to the word behind it.
+    # If the block ends after a word, cut before the space, because tokenizers join a space with the
+    # following word.
     for length in (paragraph, block.rfind(b"\n") + 1, block.rfind(b" ")):
-        if length > least:
+        if length > min_length:
             return length
-    # The first byte of the last character: the others of a character begin with the bits 10.
+    # Cut before the last character. To find its first byte, skip the bytes that start with the bits
+    # 10: all bytes of a UTF-8 character start with them, except the first byte.
     length = len(block) - 1
     while length > 1 and block[length] & 0xC0 == 0x80:
         length -= 1
@@ -131,9 +145,13 @@ def _length_of_block(block: bytes) -> int:
 
 
 def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) -> str:
-    """The text of a block that begins at `start`, its lines ended as Python reads them.
+    """Decode a block and convert its line ends to LF.
 
-    `place` is that of the row: a row that is no text can be left out.
+    Args:
+        place: the location of the row. The location in an error starts with it, so that
+            `data.bad_rows: skip` recognizes the error as a row error and can skip the row.
+        start: byte position of the block in the file.
+        first_line: line number of the first byte.
     """
 
     def where(at: int) -> str:
@@ -143,9 +161,9 @@ def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) ->
     text = decode_text(path, data, where, "utf-8" if start else "utf-8-sig")
     if "\0" in text:
         raise DataError(
-            "the file has bytes that are no text",
+            "the file is not text",
             where=where(data.index(b"\0")),
-            why="a null character is in it, as in the files of other programs",
-            fix=f"file {shell_path(path)}   # shows what it is; convert it to text",
+            why="it contains a null character, as binary files do",
+            fix=f"convert the file to text; `file {shell_path(path)}` shows its type",
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")

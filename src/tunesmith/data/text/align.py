@@ -1,13 +1,15 @@
-"""Spans of characters -> tokens.
+"""Tokenization of texts, and conversion of spans of characters to spans of tokens.
 
-Generation tokenizes the prompt alone. Where a token of the whole text would lie across the edge of
-a span (byte-pair merges such as " " + "good" or "\\n" + "\\n"), or white space before it has other
-tokens than at the end of a text, the text is cut there and its pieces are tokenized one by one:
-these are the tokens that the model is given, and those that it is to write. A tokenizer that cannot
-write the answer's piece so (WordPiece within a word) keeps the merged token, which is then
-supervised.
+During generation, the prompt is tokenized without the answer. If prompt and answer are tokenized as
+one text, the tokens can be different for two reasons. First, a token may cross the edge of a span,
+for example if a byte-pair tokenizer merges " " + "good" or "\\n" + "\\n". Second, whitespace before
+the edge may have other tokens than whitespace at the end of a text. In both cases the text is cut
+at the edge, and the pieces are tokenized separately. The pieces have exactly the tokens that the
+model reads and writes during generation. Some tokenizers cannot tokenize the answer separately
+(WordPiece, if the cut is within a word). In this case the text is not cut, and the token that
+crosses the edge is supervised.
 
-The tokenizer's own offsets tell the place of each token.
+The position of each token comes from the tokenizer's offsets.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,15 +26,20 @@ from tunesmith.errors import DataError, ModelError, first_line, is_fault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Put before a piece that continues a text, and then taken off its tokens: SentencePiece tokenizers
-# write a blank at the start of a text. No vocabulary has a word with a NUL in it.
+# Contexts that are tried when a part of a text is tokenized separately. The context is put before
+# the part, and its tokens are removed afterwards, because SentencePiece tokenizers insert a space
+# at the start of a text. NUL is used because no vocabulary has a word that contains it.
 _CONTEXTS = ("", "\0")
-# Tokenized at once; they take some 50 bytes of memory a character.
+# Maximum number of characters that are tokenized in one call. The limit saves memory, because a
+# call uses about 50 bytes per character.
 _BATCH_CHARACTERS = 4 << 20
 
 
 class CharSpan(NamedTuple):
-    """Supervised characters [start, end) of a text; the end token begins at `stop` (-1: none)."""
+    """Supervised characters [start, end) of a text.
+
+    `stop` is the start of the end token, or -1 if the span has no end token.
+    """
 
     start: int
     end: int
@@ -43,15 +50,19 @@ class CharSpan(NamedTuple):
         return CharSpan(self.start + by, self.end + by, stop)
 
 
+# Supervised characters of a text, as a sorted list of spans that do not overlap.
+Spans = Sequence[CharSpan]
+
+
 class Aligned(NamedTuple):
     """A tokenized text.
 
     Attributes:
         ids: int32 [n].
         trained: bool [n].
-        ended: whether one token, of the end ids, stands at the `stop` of every span that has one.
+        ended: True if, for each span with an end token, the token at `stop` is one of the end ids.
         cuts: edges of spans, in characters, at which the text was cut.
-        merged_tokens: how many supervised tokens have characters outside of the spans.
+        merged_tokens: number of supervised tokens that contain characters outside of the spans.
     """
 
     ids: np.ndarray
@@ -62,14 +73,17 @@ class Aligned(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A part of a text between two cuts, and the beginning of it that its tokens must decode to."""
+    """Part of a text between two cuts, and the tokens of this part.
+
+    The decoded tokens must begin with `text`.
+    """
 
     text: str
     aligned: Aligned
 
 
 class _Tokens(NamedTuple):
-    """The n tokens of a text: int32 ids, and the characters of each, [starts, ends) as int64."""
+    """Tokens of a text: int32 ids [n], and the characters [starts, ends) of each as int64 [n]."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -78,8 +92,9 @@ class _Tokens(NamedTuple):
 
 @contextmanager
 def _tokenizer_errors() -> Iterator[None]:
-    """Raise DataError if the tokenizer fails on a text, for example because one of its patterns
-    takes too many steps.
+    """Convert errors of the tokenizer to DataError.
+
+    A tokenizer fails, for example, if a regular expression exceeds its step limit.
     """
     try:
         yield
@@ -87,17 +102,18 @@ def _tokenizer_errors() -> Iterator[None]:
         if not is_fault(error):
             raise
         raise DataError(
-            "the tokenizer fails on a text",
+            "the tokenizer cannot tokenize the text of this row",
             why=first_line(error),
-            fix="remove or shorten the row, or use the tokenizer of the base: model.tokenizer=NAME",
+            fix="shorten or delete the row, or use the tokenizer of the base model: "
+            "model.tokenizer=NAME",
         ) from error
 
 
 class Aligner:
-    """Tokenizes texts and maps spans of their characters to tokens.
+    """Tokenizes texts and converts spans of characters to tokens.
 
     Raises:
-        ModelError: the tokenizer is not a fast one.
+        ModelError: the tokenizer is not a fast tokenizer.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -106,33 +122,36 @@ class Aligner:
                 f"the tokenizer {type(tokenizer).__name__} does not provide offsets for its tokens",
                 where="model.tokenizer",
                 why="loss masks need a fast tokenizer, one with a tokenizer.json",
-                fix="set one: model.tokenizer=FOLDER",
+                fix="use a fast tokenizer: model.tokenizer=FOLDER",
             )
         self.tokenizer = tokenizer
         self._is_byte_level = _is_byte_level(tokenizer)
-        # Of a few texts, such as line breaks: prompts of a template end alike.
-        self._ids_of_tails: dict[str, np.ndarray] = {}
+        # Cache of the token ids of whitespace at the end of prompts. It remains small, because all
+        # prompts of a template end with the same whitespace.
+        self._ids_by_tail: dict[str, np.ndarray] = {}
         self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
 
     def encode(
-        self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]], end_ids: Collection[int]
+        self, texts: Sequence[str], spans: Sequence[Spans], end_ids: Collection[int]
     ) -> list[Aligned]:
-        """Tokenize n texts and mark the tokens that their spans, disjoint and in order, cover.
+        """Tokenize n texts, and mark the tokens that are in the spans of each text as supervised.
 
-        No special token is added. One of `end_ids` must stand at each span's `stop`.
+        No special tokens are added. If a span has a `stop`, the token at this position must be in
+        `end_ids`.
         """
         encoded = []
-        for text, tokens, of_text in zip(texts, self._tokenize(texts), spans, strict=True):
-            aligned = self._align(tokens, of_text, end_ids)
-            cuts = self._crossed_edges(text, tokens, of_text)
+        tokenized = self._tokenize(texts)
+        for text, tokens, text_spans in zip(texts, tokenized, spans, strict=True):
+            aligned = self._align(tokens, text_spans, end_ids)
+            cuts = self._crossed_edges(text, tokens, text_spans)
             if cuts:
-                apart = self._encode_apart(aligned, text, of_text, cuts, end_ids)
-                aligned = apart or self._with_merged(aligned, tokens, of_text)
+                separate = self._encode_in_pieces(aligned, text, text_spans, cuts, end_ids)
+                aligned = separate or self._with_merged(aligned, tokens, text_spans)
             encoded.append(aligned)
         return encoded
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 [n] for each text: its tokens, no special token added."""
+        """Return the token ids of each text, int32 [n], without special tokens."""
         if not texts:
             return []
         with _tokenizer_errors():
@@ -142,9 +161,10 @@ class Aligner:
         return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:
-        """The tokens of each text, no special token added."""
+        """Tokenize each text without special tokens."""
         tokenized = []
-        # Many in one call: the tokenizer works on a batch with several threads.
+        # Tokenize many texts per call, because the tokenizer processes the texts of a call with
+        # several threads.
         for batch in _in_batches(texts):
             with _tokenizer_errors():
                 encodings = self._core.encode_batch(batch, add_special_tokens=False)
@@ -156,11 +176,12 @@ class Aligner:
 
     @cached_property
     def _core(self) -> Any:
-        """The tokenizer's core, without a post-processor that cuts blanks off the offsets."""
+        """The Rust tokenizer, without a post-processor that removes spaces from the offsets."""
         from tokenizers import Tokenizer
         from tokenizers.processors import TemplateProcessing
 
-        # A copy takes a second with a large vocabulary.
+        # Copy the tokenizer only if necessary, because a copy takes a second with a large
+        # vocabulary.
         core = self.tokenizer.backend_tokenizer
         if not isinstance(core.post_processor, TemplateProcessing | None):
             core = Tokenizer.from_str(core.to_str())
@@ -169,9 +190,7 @@ class Aligner:
         core.no_padding()
         return core
 
-    def _align(
-        self, tokens: _Tokens, spans: Sequence[CharSpan], end_ids: Collection[int]
-    ) -> Aligned:
+    def _align(self, tokens: _Tokens, spans: Spans, end_ids: Collection[int]) -> Aligned:
         ids, starts, ends = tokens
         trained = np.zeros(len(ids), dtype=bool)
         ended = True
@@ -179,73 +198,91 @@ class Aligner:
             trained |= (starts >= span.start) & (starts < span.end) & (ends <= span.end)
             if span.stop < 0:
                 continue
-            at = int(np.searchsorted(ends, span.stop, side="right"))
-            if at < len(ids) and int(ids[at]) in end_ids:
-                # Even where it includes the whitespace after it (`rstrip`, as Phi 3's).
+            at = np.searchsorted(ends, span.stop, side="right")
+            if at < len(ids) and ids[at] in end_ids:
+                # Supervise the end token even if it includes the whitespace after it (`rstrip` in
+                # Phi 3).
                 trained[at] = True
             else:
                 ended = False
         return Aligned(ids, trained, ended)
 
-    def _with_merged(self, aligned: Aligned, tokens: _Tokens, spans: Sequence[CharSpan]) -> Aligned:
-        """The text with the tokens supervised that lie across an edge of a span."""
+    def _with_merged(self, aligned: Aligned, tokens: _Tokens, spans: Spans) -> Aligned:
+        """Return a copy of `aligned` in which tokens that cross an edge of a span are supervised,
+        too.
+        """
         overlaps = np.zeros(len(aligned.ids), dtype=bool)
         for span in spans:
-            overlaps |= (tokens.starts < span.end) & (tokens.ends > span.start)
-        # An added token is the template's: it only takes in the white space beside it.
-        is_merged = overlaps & ~aligned.trained & ~np.isin(aligned.ids, self.added_ids)
-        return aligned._replace(
-            trained=aligned.trained | is_merged, merged_tokens=int(is_merged.sum())
-        )
+            starts_before_end = tokens.starts < span.end
+            ends_after_start = tokens.ends > span.start
+            overlaps |= starts_before_end & ends_after_start
+        # Do not supervise added tokens, because they belong to the template. They overlap a span
+        # only if they include whitespace at its edge.
+        is_added = np.isin(aligned.ids, self.added_ids)
+        is_merged = overlaps & ~aligned.trained & ~is_added
+        trained = aligned.trained | is_merged
+        return aligned._replace(trained=trained, merged_tokens=int(is_merged.sum()))
 
-    def _crossed_edges(self, text: str, tokens: _Tokens, spans: Sequence[CharSpan]) -> list[int]:
-        """The edges of spans, in characters and in order, at which the text must be cut."""
+    def _crossed_edges(self, text: str, tokens: _Tokens, spans: Spans) -> list[int]:
+        """Return the edges of spans, in characters and in order, at which the text must be cut."""
         edges = []
         for span in spans:
             edges.append(span.start)
-            # An end token stands at the other edge.
+            # A span with a `stop` needs no cut at its end, because an end token does not merge with
+            # other text.
             if span.stop < 0:
                 edges.append(span.end)
         edges = sorted({edge for edge in edges if 0 < edge < len(text)})
-        # Of each edge the first token that ends behind it.
+        # For each edge, find the first token that ends after it.
         firsts = np.searchsorted(tokens.ends, edges, side="right").tolist()
         crossed = []
         for edge, first in zip(edges, firsts, strict=True):
-            # It begins later, or there is none, where normalization took in the characters between.
+            # Cut at the edge if no token starts exactly there. Either a token contains the edge, or
+            # the tokenizer's normalization has removed characters at the edge.
             is_crossed = first == len(tokens.ids) or tokens.starts[first] != edge
-            if is_crossed or self._has_other_blanks(text, edge, tokens, first):
+            if is_crossed or self._has_other_whitespace_tokens(text, edge, tokens, first):
                 crossed.append(edge)
         return crossed
 
-    def _has_other_blanks(self, text: str, edge: int, tokens: _Tokens, first: int) -> bool:
-        """Tell whether white space before an edge may have other tokens at the end of a text.
+    def _has_other_whitespace_tokens(
+        self, text: str, edge: int, tokens: _Tokens, first: int
+    ) -> bool:
+        """Return whether the whitespace before an edge would have other tokens if the text ended
+        there.
 
-        Byte-level tokenizers as GPT-2's leave the last of several blanks to the word behind them:
-        "\n\n" is one token, and two before a word.
+        Byte-level tokenizers such as GPT-2's keep the last of several spaces or line breaks for the
+        following word: "\n\n" is one token at the end of a text, and two tokens before a word.
 
         Args:
-            first: the first token behind the edge.
+            first: index of the first token after the edge.
         """
-        if not self._is_byte_level or edge < 2 or not text[edge - 2 : edge].isspace():
+        if not self._is_byte_level or edge < 2:
             return False
-        # The last tokens that hold all of the white space.
-        blank_start = len(text[:edge].rstrip())
-        blank_token = int(np.searchsorted(tokens.ends, blank_start, side="right"))
-        last_ids = tokens.ids[blank_token:first]
+        if not text[edge - 2 : edge].isspace():
+            return False
+        # Find the tokens that contain the whitespace before the edge.
+        whitespace_start = len(text[:edge].rstrip())
+        first_whitespace_token = np.searchsorted(tokens.ends, whitespace_start, side="right")
+        last_ids = tokens.ids[first_whitespace_token:first]
         tail = self._decode(last_ids)
-        if tail not in self._ids_of_tails:
-            self._ids_of_tails[tail] = self.ids([tail])[0]
-        return not np.array_equal(self._ids_of_tails[tail], last_ids)
+        ids = self._ids_by_tail.get(tail)
+        if ids is None:
+            [ids] = self.ids([tail])
+            self._ids_by_tail[tail] = ids
+        return not np.array_equal(ids, last_ids)
 
-    def _encode_apart(
+    def _encode_in_pieces(
         self,
         whole: Aligned,
         text: str,
-        spans: Sequence[CharSpan],
+        spans: Spans,
         cuts: Sequence[int],
         end_ids: Collection[int],
     ) -> Aligned | None:
-        """The text as its pieces between the cuts; None where these are other text."""
+        """Cut a text at the positions `cuts`, and tokenize the pieces separately.
+
+        Return None if the decoded pieces do not give the original text.
+        """
         for context in _CONTEXTS:
             pieces = self._pieces(context, text, spans, cuts, end_ids)
             if pieces and self._is_exact(whole, pieces):
@@ -256,38 +293,47 @@ class Aligner:
         self,
         context: str,
         text: str,
-        spans: Sequence[CharSpan],
+        spans: Spans,
         cuts: Sequence[int],
         end_ids: Collection[int],
     ) -> list[_Piece]:
-        """The pieces of a text behind a context; none where one merges with it."""
-        stretches = list(pairwise([0, *cuts, len(text)]))
-        texts = [text[start:stop] for start, stop in stretches]
-        # The first piece continues nothing.
+        """Tokenize each piece of a text after `context`.
+
+        Return [] if the tokenizer merges a piece with the context.
+        """
+        edges = list(pairwise([0, *cuts, len(text)]))
+        texts = [text[start:stop] for start, stop in edges]
+        # The first piece starts the text, so it gets no context.
         texts[1:] = [context + piece for piece in texts[1:]]
         [context_ids] = self.ids([context])
         tokenized = self._tokenize(texts)
         pieces = []
-        for n, (start, stop) in enumerate(stretches):
+        for n, (start, stop) in enumerate(edges):
             before = len(context) if start else 0
+            end = len(texts[n])
             inside = []
             for span in spans:
                 if start <= span.start and span.end <= stop:
-                    inside.append(span.shifted(before - start))
+                    span_in_piece = span.shifted(before - start)
+                    inside.append(span_in_piece)
+                    # Exclude the end token from the text that is compared with the decoded tokens,
+                    # because the end token may include whitespace that the template writes after
+                    # it.
+                    if span.stop >= 0:
+                        end = min(end, span_in_piece.stop)
             aligned = self._align(tokenized[n], inside, end_ids)
             if before:
                 skipped = len(context_ids)
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
                     return []
-                behind = aligned.ids[skipped:]
-                aligned = aligned._replace(ids=behind, trained=aligned.trained[skipped:])
-            # Behind an answer's end token a template may write what that token takes in.
-            end = next((span.stop for span in inside if span.stop >= 0), len(texts[n]))
+                ids = aligned.ids[skipped:]
+                trained = aligned.trained[skipped:]
+                aligned = aligned._replace(ids=ids, trained=trained)
             pieces.append(_Piece(texts[n][before:end], aligned))
         return pieces
 
     def _is_exact(self, whole: Aligned, pieces: Sequence[_Piece]) -> bool:
-        """Check that each piece, behind those before it, decodes to its text."""
+        """Return whether the pieces, decoded one after the other, give the original text."""
         ids = pieces[0].aligned.ids
         decoded = self._decode(ids)
         is_exact = True
@@ -295,12 +341,14 @@ class Aligner:
             ids = np.concatenate([ids, piece.aligned.ids])
             expected = normalize("NFKC", decoded + piece.text)
             decoded = self._decode(ids)
-            # Tokenizers may compose letters and their accents.
+            # Compare in NFKC, because tokenizers may compose letters and their accents.
             normalized = normalize("NFKC", decoded)
             is_exact &= normalized.startswith(expected)
-            # A blank more is the one that SentencePiece writes at the start of a text.
+            # If the decoded piece has only additional spaces, it is not exact, because
+            # SentencePiece has inserted a space at the start of the piece.
             is_exact &= normalized == expected or normalized[len(expected) :].strip(" ") != ""
-        # The latter where they change texts otherwise, as to lower case.
+        # If the tokenizer changes texts, for example to lower case, compare with the decoded tokens
+        # of the uncut text instead.
         return is_exact or decoded == self._decode(whole.ids)
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -312,7 +360,10 @@ class Aligner:
 
 
 def _in_batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """All texts in order, fewer at once where they are long: pictures make rows of 100 KB."""
+    """Yield all texts in order, in batches of limited size.
+
+    The size is limited because the text of a row with pictures may have 100 KB.
+    """
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -326,7 +377,7 @@ def _in_batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Tell whether a vocabulary writes its tokens byte by byte, each as a letter of an alphabet."""
+    """Return whether each letter of the vocabulary's tokens represents one byte."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocabulary = tokenizer.get_vocab()
@@ -336,7 +387,7 @@ def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
-    """The pieces of a text as one."""
+    """Join the tokenized pieces of a text."""
     aligned = [piece.aligned for piece in pieces]
     return Aligned(
         ids=np.concatenate([piece.ids for piece in aligned]),

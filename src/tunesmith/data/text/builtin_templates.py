@@ -1,7 +1,9 @@
-"""Chat templates of our own in Jinja, so that training, chat and any server render the same.
+"""Chat templates of tunesmith, written in Jinja.
 
-The alpaca template reads `message.input` beside `message.content` where a row has one; a chat that
-has none gets the variant without input.
+They are saved with the model, so that training, chat and servers render the same text.
+
+The alpaca template reads `message.input` in addition to `message.content`. Messages without `input`
+are rendered with the variant of the preamble that mentions no input.
 """
 
 import datetime
@@ -10,9 +12,9 @@ import re
 
 from tunesmith.errors import DataError
 
-# The wording of the `text` column of tatsu-lab/alpaca. It ends the prompt with a newline, unlike
-# the authors' train.py: after a bare colon a byte-pair tokenizer merges ":" with a quote or a
-# bracket that opens the answer.
+# The wording is that of the column `text` of tatsu-lab/alpaca. Unlike the prompt in the authors'
+# train.py, the prompt ends with a newline. Otherwise a byte-pair tokenizer would merge the final
+# ":" with a quote or a bracket at the start of the answer.
 _PREAMBLE_END = "Write a response that appropriately completes the request.\n\n"
 _PREAMBLE = f"Below is an instruction that describes a task. {_PREAMBLE_END}"
 _PREAMBLE_INPUT = (
@@ -20,8 +22,8 @@ _PREAMBLE_INPUT = (
     f" context. {_PREAMBLE_END}"
 )
 
-# A system message takes the place of the preamble; a second turn continues after the end token of
-# the first.
+# A system message replaces the preamble. Each further turn follows the end token of the previous
+# turn.
 _ALPACA = """\
 {%%- if messages[0].role == 'system' %%}
 {%%- set preamble = messages[0].content + '\\n\\n' %%}
@@ -50,8 +52,11 @@ then user and assistant in turn') }}
 
 
 def alpaca(*, bos: bool) -> str:
-    """Stanford's text as a chat template. `bos`: open with bos_token, as the tokenizer itself
-    would.
+    """Return Stanford's Alpaca format as a chat template.
+
+    Args:
+        bos: whether the template writes bos_token at the start, because the tokenizer adds it to
+            texts.
     """
     return _ALPACA % {
         "bos": "bos_token" if bos else "''",
@@ -60,7 +65,8 @@ def alpaca(*, bos: bool) -> str:
     }
 
 
-# What a server renders for a model that was trained without a template: the prompt as it stands.
+# Template for models that were trained without a chat template. A server renders the messages
+# unchanged.
 _RAW = """\
 {#- raw prompts: each text as it stands -#}
 {%%- for message in messages %%}
@@ -74,8 +80,11 @@ it takes user and assistant messages alone') }}
 
 
 def raw(*, bos: str, end: str) -> str:
-    """Messages as they stand. `bos`: what the tokenizer itself puts before a text; `end`: what ends
-    an answer.
+    """Return a template that renders the messages unchanged.
+
+    Args:
+        bos: the text of the BOS token, or an empty text if the tokenizer adds no BOS token.
+        end: the text that ends an answer.
     """
     return _RAW % {
         "bos": json.dumps(bos, ensure_ascii=False),
@@ -84,12 +93,13 @@ def raw(*, bos: str, end: str) -> str:
 
 
 def is_raw(jinja: str) -> bool:
-    """Tell whether a saved template is one of `raw`."""
+    """Return whether a saved template was made by `raw`."""
     return jinja.startswith(_RAW.partition("\n")[0])
 
 
-# Hermes' function calling: signatures in the system message, calls as JSON between tags, results as
-# a user turn. The tags are those that the tool parsers of servers look for (vLLM's `hermes`).
+# Hermes' format for function calls. The signatures are in the system message, calls are JSON
+# between tags, and results are user turns. The tool parsers of servers, such as `hermes` in vLLM,
+# expect these tags.
 HERMES = """\
 {%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
 {%- if tools %}
@@ -122,10 +132,9 @@ HERMES = """\
 
 
 def with_tools(jinja: str) -> str:
-    """`jinja`, a ChatML template that drops tools, with Hermes' form for those conversations that
-    have some.
+    """Add Hermes' format for tools to `jinja`, a ChatML template that ignores tools.
 
-    A conversation without tools is rendered by the given template, untouched.
+    Conversations without tools are rendered by the given template, unchanged.
     """
     has_tools = (
         "{%- set used = namespace(tools=tools) %}{%- for message in messages %}"
@@ -137,35 +146,43 @@ def with_tools(jinja: str) -> str:
 
 
 def either(condition: str, this: str, that: str) -> str:
-    """One template out of two. `condition` ends with an open `if` block."""
+    """Join two templates into one, which renders `this` if the condition is true, else `that`.
+
+    `condition` is Jinja text that ends with an open `if` block.
+    """
     this = keep_newlines(this)
     that = keep_newlines(that)
     return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
 
 
 def keep_newlines(text: str) -> str:
-    """A template such that it renders the same within a block as alone."""
-    # `trim_blocks` removes the newline after a block's tag.
+    """Change the newlines at both ends of a template, so that it renders the same text if it is put
+    into an `if` block.
+    """
+    # Double a leading newline, because `trim_blocks` removes the newline after a block's tag.
     first = "\n" if text.startswith("\n") else ""
-    # The last newline of a whole template is dropped.
+    # Remove the last newline, as Jinja does at the end of a template. Jinja does not remove a
+    # newline before an `else` tag.
     return first + text.removesuffix("\n")
 
 
-# Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day of
-# a resume, and the prompt in use must be the one that was trained. This is the day that Llama's own
-# template falls back to; data.template_args.strftime_now sets another one.
+# Date that replaces today's date, which templates such as Llama 3.1's write. Tokens must not depend
+# on the day on which a run resumes, and later prompts must be identical to the prompts of training.
+# The date is the default of Llama's own template. `data.template_args.strftime_now` sets another
+# date.
 DATE = datetime.date(2024, 7, 26)
 _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def writes_today(jinja: str) -> bool:
-    """Tell whether a template writes the day of the rendering."""
+    """Return whether a template writes today's date."""
     return re.search(r"strftime_now\s*\(", jinja) is not None
 
 
 def with_fixed_date(jinja: str, date: datetime.date = DATE) -> str:
-    """The template with `date` in place of every `strftime_now(FORMAT)`; DataError if a format is
-    not a literal.
+    """Replace each `strftime_now(FORMAT)` of a template by `date`.
+
+    Raise DataError if a format is not a literal.
     """
     fixed = _DATE_CALL.sub(lambda match: json.dumps(date.strftime(match[2])), jinja)
     if writes_today(fixed):

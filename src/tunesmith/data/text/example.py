@@ -1,4 +1,4 @@
-"""One tokenized example."""
+"""The type of a tokenized example."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 class Pixels(NamedTuple):
-    """The pictures of one or more examples, as the model's vision part takes them.
+    """Pixels of the pictures of one or more examples, in the form that the vision model requires.
 
     Attributes:
-        inputs: name of an argument of the model -> its array, pictures (or their patches) along the
-            first dimension.
-        grids: int64 [pictures, 2], rows and columns of placeholders, for models whose positions
-            have them; else empty.
+        inputs: name of the model's argument -> array. The first dimension of the array is pictures
+            or patches of pictures.
+        grids: int64 [pictures, 2], the rows and columns of placeholder tokens of each picture.
+            Empty for models whose positions do not depend on the grid.
     """
 
     inputs: dict[str, np.ndarray]
@@ -22,39 +22,46 @@ class Pixels(NamedTuple):
 
 
 class RowPictures(Protocol):
-    """The pictures of a row, whose pixels other processes prepare."""
+    """Pictures of a row, whose pixels other processes compute."""
 
     @property
     def token_id(self) -> int:
-        """The token that stands in place of their features."""
+        """Id of the placeholder token that the model replaces by image features."""
 
     def begin(self) -> None:
-        """Have them prepared, without waiting."""
+        """Start the computation of the pixels, without waiting for the result."""
 
     def pixels(self) -> Pixels:
-        """Wait for them; DataError where a picture is not the one that was tokenized."""
+        """Wait for the pixels and return them.
+
+        Raise DataError if a picture has changed since the row was tokenized.
+        """
 
 
 class Example(NamedTuple):
-    """One tokenized example: one sequence, or several that a method needs side by side.
+    """One tokenized example, with one sequence or with several sequences that the method compares.
 
     Attributes:
         ids: int32 [n], n >= 2.
-        trained: bool [n]; `trained[i]` says that token i is supervised: predicted from position i -
-            1 with loss. The first token of a sequence has none before it and carries no loss.
-        sequences: length of each sequence (the chosen and the rejected one of a pair), n in all;
-            empty for one of n tokens. Each is a document of its own.
-        label: whether the answer is a good one; None where the row has no label.
-        reference: log-probability of each sequence's supervised tokens under the model that a
-            method compares with, where it is known before training.
-        shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
-            they are those of the first one and no position of either has a target (`count_shared`).
-        digests: of the bytes of each of its pictures, 63 bits.
-        pictures: hands over their pixels, once a token set has the processor of a model that sees.
-        scaled: how many of its pictures were scaled down to `data.image_max_pixels`, until it is
-            stored.
-        flaws: names in ROW_WARNINGS of what its tokens show, until it is stored.
-        control_tokens: special tokens that the row's own text spells, until it is stored.
+        trained: bool [n]. If `trained[i]` is True, token i is supervised: the loss is computed at
+            position i - 1, which predicts it. The first token of a sequence is never supervised,
+            because no position predicts it.
+        sequences: length of each sequence, for example of the chosen and the rejected sequence of a
+            pair. The sum is n. Empty if the example is one sequence of n tokens. Each sequence is a
+            separate document.
+        label: whether the answer is good. None if the row has no label.
+        reference: log-probability of each sequence's supervised tokens under the reference model.
+            Empty if it was not computed before training.
+        shared: number of leading tokens of a pair's second sequence that are not stored in a packed
+            row. They are equal to the leading tokens of the first sequence, and none of their
+            positions has a target (see `count_shared`).
+        digests: a 63-bit digest of the bytes of each picture.
+        pictures: source of the pixels. A token set sets this attribute if it has the processor of a
+            vision-language model.
+        scaled: number of pictures that were scaled down to `data.image_max_pixels`. Not stored in
+            the cache.
+        flaws: problems of the tokens, as names in ROW_WARNINGS. Not stored in the cache.
+        control_tokens: special tokens that the row's own text contains. Not stored in the cache.
     """
 
     ids: np.ndarray
@@ -70,7 +77,7 @@ class Example(NamedTuple):
     control_tokens: frozenset[str] = frozenset()
 
     def parts(self) -> list[Example]:
-        """Each sequence as an example; of a pair the second has what it leaves out."""
+        """Return each sequence as a separate example. A pair's second example keeps `shared`."""
         if not self.sequences:
             return [self]
         edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
@@ -80,18 +87,21 @@ class Example(NamedTuple):
         return parts
 
     def count_shared(self) -> int:
-        """Tokens with which both sequences of a pair begin and that neither has a target on."""
+        """Count the leading tokens that both sequences of a pair share before the first target."""
         if not self.sequences:
             return 0
         first, second = self.parts()
         length = min(len(first.ids), len(second.ids))
         differs = first.ids[:length] != second.ids[:length]
-        shared = int(differs.argmax()) if differs.any() else length
-        for trained in (first.trained, second.trained):
-            # The position before the first supervised token has that as its target.
-            if trained[1:].any():
-                shared = min(shared, int(trained[1:].argmax()))
-        # A document keeps a token of its own.
+        shared = length
+        if differs.any():
+            shared = int(differs.argmax())
+        for part in (first, second):
+            # Shift the mask by one, because the target of a position is the next token.
+            has_target = part.trained[1:]
+            if has_target.any():
+                shared = min(shared, int(has_target.argmax()))
+        # At least one token of the shorter sequence must not be shared.
         return min(shared, length - 1)
 
     @property
@@ -100,17 +110,17 @@ class Example(NamedTuple):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of it."""
+        """Number of tokens of the longest sequence."""
         return max(self.sequences, default=len(self.ids))
 
     @property
     def supervised(self) -> int:
-        """Positions that carry loss, as `collate` counts them."""
+        """Number of positions that contribute to the loss. `collate` counts the same positions."""
         return sum(int(part.trained[1:].sum()) for part in self.parts())
 
     @property
     def chosen_tokens(self) -> int:
-        """Supervised tokens of a pair's chosen answer; 0 for an example that is none."""
+        """Number of supervised tokens of a pair's chosen answer. 0 if the example is not a pair."""
         if not self.sequences:
             return 0
         return int(self.trained[1 : self.sequences[0]].sum())

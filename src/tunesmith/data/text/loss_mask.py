@@ -1,18 +1,23 @@
-"""The loss mask of a rendered conversation: its supervised characters, for any chat template.
+"""Computation of the supervised characters of a rendered conversation, for any chat template.
 
-1. `rendering.py` marks where each text of the conversation stands.
-2. An answer starts where generation would: what the rendering of the messages before it, with the
-   generation prompt, has after its last text must stand at the same place of the conversation. What
-   the template writes between there and the answer's text (an empty thinking block, a tool call's
-   tag) is the model's to write: supervised.
-3. An answer ends with the first end token after its last text (`answer_ends.py`). What follows is
-   not supervised.
+1. `rendering.py` finds the position of each message's text in the rendered conversation.
 
-A template with {% generation %} says itself where answers are; the sentinels check it, and a prompt
-is rendered only where a block opens before its answer's text. Whatever cannot be proven is refused
-with a DataError, never guessed.
+2. The start of an answer is the position at which generation would start. To find it, the messages
+before the answer are rendered with the generation prompt. The part of this rendering after its last
+text must be at the same position of the conversation. Text that the template writes between this
+part and the answer (an empty thinking block, the tag of a tool call) is supervised, because the
+model must generate it.
+
+3. An answer ends with the first end token after its last text (`answer_ends.py`). The text after
+the end token is not supervised.
+
+A template with {% generation %} blocks marks the answers itself. In this case, the sentinels
+(`sentinels.py`) are only used to check the blocks, and the generation prompt is rendered only if a
+block opens before the text of its answer. DataError is raised if a span cannot be located with
+certainty.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -38,16 +43,17 @@ _FIX_TAGS = (
 
 
 class RenderedAnswers(NamedTuple):
-    """A rendered conversation with its answers.
+    """A rendered conversation with the spans of its answers.
 
     Attributes:
         spans: the supervised characters.
-        missing: what the row has and these do not hold, by names of ROW_WARNINGS: `missing_parts`
-            of answers; `earlier_thought`, one that the template leaves out because the conversation
-            continues; `earlier_prompt`, an answer without what its prompt ends with, for the same
-            reason; and `unlisted_tools`.
-        digests, scaled: as of `Example`, once the placeholders of the pictures are in the text.
-        placeholders: how many these are.
+        missing: parts of the row that the spans do not contain, as names in ROW_WARNINGS. They are
+            the result of `missing_parts` for each answer, `unlisted_tools`, and two parts that
+            templates leave out of answers before the last turn: `earlier_thought` (the thought) and
+            `earlier_prompt` (the end of the generation prompt).
+        digests, scaled: see `Example`. Both are set when the placeholders of pictures are inserted
+            into the text.
+        placeholders: number of placeholder tokens in the text.
     """
 
     text: str
@@ -61,18 +67,18 @@ class RenderedAnswers(NamedTuple):
 def find_answers(
     chat: ChatRenderer,
     messages: Messages,
-    tools: Tools = None,
+    tools: Tools,
     *,
-    selected: Collection[int] | None = None,
+    selected: Collection[int],
 ) -> RenderedAnswers:
-    """The rendered conversation, and the supervised spans of its answers.
+    """Render a conversation and find the supervised spans of its answers.
 
     Args:
-        selected: indices of the assistant messages that are supervised; None: all.
+        selected: indices of the messages whose answers are supervised.
 
     Raises:
-        DataError: the template drops a part of the conversation, or an answer cannot be located
-            for certain.
+        DataError: the template drops a part of the conversation, or the position of an answer is
+            ambiguous.
     """
     if chat.tagged:
         text, blocks = chat.render_tagged(messages, tools)
@@ -86,18 +92,19 @@ def find_answers(
     if chat.tagged:
         tagged = _tagged_answers(chat, rendering, blocks, answers)
     elif answers:
-        # The end of the last answer shows only where another turn follows.
-        rendering = _with_next_turn(chat, rendering, answers[-1])
+        # Some templates write no end token, so that an answer ends with the first token of the next
+        # turn. Append this token to the last answer.
+        rendering = _append_next_turn(chat, rendering, answers[-1])
     spans = []
     missing = set()
     for n, i in enumerate(answers):
-        if selected is not None and i not in selected:
+        if i not in selected:
             continue
         is_last = i == answers[-1]
         if chat.tagged:
             own_spans = _without_header(chat, rendering, i, tagged[n])
         else:
-            rendering, span, is_after_prompt = _answer(chat, rendering, i, is_last)
+            rendering, span, is_after_prompt = _find_answer(chat, rendering, i, is_last)
             own_spans = [span]
             if not is_after_prompt:
                 missing.add("earlier_prompt")
@@ -107,15 +114,16 @@ def find_answers(
             is_earlier = part == "lost_thought" and chat.traits.reasoning and not is_last
             missing.add("earlier_thought" if is_earlier else part)
     if "earlier_thought" in missing:
-        # It says the same, and more.
+        # Remove "earlier_prompt", because the warning "earlier_thought" also covers the missing end
+        # of the prompt.
         missing.discard("earlier_prompt")
     if tools and not chat.traits.lists_tools and not rendering.shows("tools"):
         missing.add("unlisted_tools")
     return RenderedAnswers(rendering.text, spans, frozenset(missing))
 
 
-def _with_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Rendering:
-    """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
+def _append_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Rendering:
+    """Append the first token of the next turn if message i, the last answer, has no end token."""
     is_call = bool(rendering.messages[i].get("tool_calls"))
     next_turn = chat.ends.next_turn.get(is_call)
     place = rendering.place(len(rendering.sentinels) - 1)
@@ -124,55 +132,59 @@ def _with_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Renderi
     return rendering._replace(text=rendering.text + next_turn)
 
 
-def _check_complete(
-    chat: ChatRenderer, rendering: Rendering, trained: Collection[int] | None
-) -> None:
-    """DataError for a template that drops words, and for words that hide where they end."""
-    # A message without sentinels must show its text as it is.
+def _check_complete(chat: ChatRenderer, rendering: Rendering, trained: Collection[int]) -> None:
+    """Raise DataError if the template drops a text, or if the end of a text is ambiguous."""
+    only = rendering.inserted.only
     for i, plain in enumerate(rendering.messages):
         content = plain["content"]
-        is_marked = rendering.inserted.only is None or i in rendering.inserted.only
-        texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
-        if not is_marked and any(text.strip() not in rendering.text for text in texts):
-            raise _dropped(chat, Field(i, "content", content), rendering)
-        # A template may write all system messages first. Earlier answers would have later ones in
-        # their prompts.
-        is_late = i > 0 and plain["role"] == "system"
-        if is_late and rendering.of_message(i - 1) > rendering.of_message(i) > []:
+        if only is not None and i not in only:
+            # If sentinels were inserted only into some messages, check that the texts of the
+            # messages without sentinels are rendered unchanged.
+            texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
+            if any(text.strip() not in rendering.text for text in texts):
+                raise _dropped(chat, Field(i, "content", content), rendering)
+        if i == 0 or plain["role"] != "system":
+            continue
+        # Some templates write all system messages at the start. In this case, the prompt of an
+        # earlier answer would contain a later system message.
+        indices = rendering.sentinels_of_message(i)
+        if indices and rendering.sentinels_of_message(i - 1) > indices:
             raise chat.error(
                 f"moves message {i + 1} (system) in front of earlier messages",
-                "an earlier answer would be trained with it in its prompt",
-                "write it into the next message of the user, or split the row before it",
+                "the prompt of an earlier answer would contain this message",
+                "write the text of this message into the next message of the user, or split the "
+                "row before this message",
             )
-    # Two sentinels of a text tell its beginning and its end.
-    sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
+    # The beginning and the end of a text are known only if both of its sentinels are rendered.
+    sentinel_counts = Counter(sentinel.field for sentinel in rendering.sentinels)
     for n, field in enumerate(rendering.inserted.fields):
         message = f"message {field.message + 1}"
         if n not in rendering.shown and not chat.may_drop(field, trained):
             raise _dropped(chat, field, rendering)
-        is_open = n in rendering.shown and sentinels_of[n] < 2
+        is_open = n in rendering.shown and sentinel_counts[n] < 2
         if is_open and chat.has_end(field.text):
             what = f"rewrites {message}, whose text contains an end token"
             raise chat.error(what, "the end of the message is ambiguous")
 
 
 def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataError:
-    """The error for a template that leaves out a text."""
+    """Build the error for a template that does not render one text of the conversation."""
+    kind = field.kind
     message = f"message {field.message + 1}"
-    dropped = "the tools" if field.kind == "tools" else f"the {field.kind} of {message}"
+    dropped = "the tools" if kind == "tools" else f"the {kind} of {message}"
     fix = _FIX_DROPPED
-    if field.kind == "content":
+    if kind == "content":
         turn = rendering.messages[field.message]
         dropped = f"{message} ({turn['role']})"
         if turn.get("tool_calls"):
             dropped = f"the text before the call of {message}"
             fix = _FIX_TEXT_AND_CALL
-    elif field.kind == "reasoning_content":
+    elif kind == "reasoning_content":
         fix = (
             'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
             " template that renders it: data.template=FILE.jinja"
         )
-    elif field.kind == "tool_calls":
+    elif kind == "tool_calls":
         fix = (
             "write the call in the answer's content as the model's documentation shows it, and"
             " remove tool_calls; or use a template that writes calls: data.template=FILE.jinja"
@@ -181,91 +193,94 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataErro
     return chat.error(f"drops {dropped}", why, fix)
 
 
-def _answer(
+def _find_answer(
     chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool
 ) -> tuple[Rendering, CharSpan, bool]:
-    """The span of message i: from the end of the generation prompt through the end token.
+    """Find the span of message i: from the end of the generation prompt through the end token.
 
-    The rendering comes back with what the generation prompt holds and the row lacks. The last
-    value says whether the answer stands after all of its prompt.
+    If the row lacks a part of the generation prompt, this part is added to the returned rendering.
+    The last returned value is True if the answer follows the entire generation prompt.
     """
+    answer = f"message {i + 1}, an answer"
     anchor, prompt = chat.prompt(rendering, i)
     if anchor is None:
-        raise chat.error(f"moves the text before message {i + 1}, an answer")
+        raise chat.error(f"moves the text before {answer}")
     prompt_at = rendering.place(anchor)
     if is_last and not rendering.text.startswith(prompt, prompt_at):
-        rendering = _with_prompt(chat, rendering, i, prompt_at, prompt)
+        rendering = _insert_prompt(chat, rendering, i, prompt_at, prompt)
     text = rendering.text
-    indices = rendering.of_message(i)
+    indices = rendering.sentinels_of_message(i)
     start = _start_of_answer(chat, rendering, i, prompt_at, prompt, is_last)
     if indices:
         last_sentinel = indices[-1]
-        # Texts of another message between those of the answer: no span can hold the answer
-        # alone.
+        # Texts of another message may be between the texts of the answer. In this case, no span
+        # contains only the answer.
         is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
         kinds = " ".join(rendering.field(rendering.sentinels[n]).kind for n in indices)
         if "content" in kinds.partition("tool_calls")[2]:
             raise chat.error(
-                f"moves the text before the call of message {i + 1}, an answer",
+                f"moves the text before the call of {answer}",
                 "it writes the text after the call, or after the result of the call",
                 _FIX_TEXT_AND_CALL,
             )
         if start > rendering.place(indices[0]) or not is_contiguous:
-            raise chat.error(f"mixes message {i + 1}, an answer, with other text")
+            raise chat.error(f"writes text of another message inside the text of {answer}")
         texts_end = max(start, rendering.place(last_sentinel))
     else:
         last_sentinel = anchor
         texts_end = start
-    # The end token stands before the next text of the conversation.
+    # Search for the end token only up to the next text of the conversation.
     limit = len(text)
     if last_sentinel + 1 < len(rendering.sentinels):
         limit = rendering.place(last_sentinel + 1)
-    # The end token of an answer must come before the next message.
     end = chat.ends.search(text, texts_end, limit, is_last=is_last)
     if end is None:
         fix = (
             "use a template that ends answers: data.template=FILE.jinja;"
             " or add its end token: model.added_tokens"
         )
-        what = f"writes no end token after message {i + 1}, an answer"
-        raise chat.error(what, _no_end(chat), fix)
-    return rendering, _through(chat, start, end), start == prompt_at + len(prompt)
+        raise chat.error(f"writes no end token after {answer}", _no_end(chat), fix)
+    is_after_prompt = start == prompt_at + len(prompt)
+    return rendering, _through(chat, start, end), is_after_prompt
 
 
-def _with_prompt(
+def _insert_prompt(
     chat: ChatRenderer, rendering: Rendering, i: int, prompt_at: int, prompt: str
 ) -> Rendering:
-    """The rendering with what the generation prompt has before message i, and the row lacks.
+    """Insert the part of the generation prompt that the row lacks before message i.
 
-    Gemma 4's prompt has an empty thought where thinking is off, and its model answers after it.
-    DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
-    written there. Nemotron 3's opens a thought with a line break, and its template writes the tags
-    of an empty thought in a row without one: the break is written between them. A row without any
-    thought has nothing to close it with, and stays as it is.
+    Three models are examples. The prompt of Gemma 4 ends with an empty thought if thinking is off,
+    so the empty thought is inserted. The prompt of DeepSeek R1 opens a thought, but its template
+    leaves thoughts out of rows, so the thought of the row is inserted. The prompt of Nemotron 3
+    opens a thought with a line break, and its template writes the tags of an empty thought in rows
+    without a thought, so the line break is inserted between the tags. The rendering is unchanged if
+    the row has no thought that could close the opened thought.
     """
     at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
-    indices = rendering.of_message(i)
     if at is None:
         return rendering
     added = prompt[at:]
     has_thought = "reasoning_content" in rendering.messages[i]
     tags = open_thought(added)
-    begin = end = prompt_at + at
+    begin = prompt_at + at
+    end = begin
     empty = None
     if tags is not None and not has_thought:
-        empty = re.compile(r"{}\s*(?={})".format(*map(re.escape, tags))).match(
-            rendering.text, begin
-        )
+        opening, closing = map(re.escape, tags)
+        empty_thought = re.compile(rf"{opening}\s*(?={closing})")
+        empty = empty_thought.match(rendering.text, begin)
     if empty is not None:
         end = empty.end()
     elif has_thought and chat.traits.writes_thoughts and tags is not None:
         added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
     elif has_thought or tags is not None:
         return rendering
+    indices = rendering.sentinels_of_message(i)
     split = indices[0] if indices else len(rendering.sentinels)
+    growth = len(added) - (end - begin)
     sentinels = rendering.sentinels[:split]
     for sentinel in rendering.sentinels[split:]:
-        sentinels.append(sentinel._replace(at=sentinel.at + len(added) - (end - begin)))
+        sentinels.append(sentinel._replace(at=sentinel.at + growth))
     text = rendering.text[:begin] + added + rendering.text[end:]
     return rendering._replace(text=text, sentinels=sentinels)
 
@@ -278,11 +293,15 @@ def _start_of_answer(
     prompt: str,
     is_last: bool,
 ) -> int:
-    """Find the start of an answer after its generation prompt, which must be at `prompt_at`."""
+    """Return the position in the rendered text at which an answer starts.
+
+    Raise DataError if the generation prompt is not at `prompt_at`.
+    """
     text = rendering.text
     if text.startswith(prompt, prompt_at):
         return prompt_at + len(prompt)
-    # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
+    # In earlier turns, the row can contain only the header of the prompt. The generation prompts of
+    # Qwen3.5 and DeepSeek R1 open a thought, but their templates leave thoughts out of earlier
     # turns.
     if not is_last:
         header = chat.header(rendering, i, prompt_at)
@@ -290,33 +309,40 @@ def _start_of_answer(
             return prompt_at + len(header)
         thought_at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
         if thought_at is not None:
-            # Nemotron's rows have the tag, and close it at once.
+            # In Nemotron's rows, the closing tag of a thought directly follows the opening tag. The
+            # answer starts after the text that the prompt and the row have in common.
             common = _common_prefix(prompt, text[prompt_at:])
             return prompt_at + max(thought_at, min(common, len(header or "")))
     row = text[prompt_at : prompt_at + 40]
     raise chat.error(
-        f"writes before message {i + 1}, an answer, something other than its generation prompt",
-        f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
+        f"does not write its generation prompt before message {i + 1}, an answer",
+        f"in inference the prompt ends with {prompt[-40:]!r}, but the row has {row!r} there",
         _fix_prompt(chat, prompt, is_last),
     )
 
 
 def _fix_prompt(chat: ChatRenderer, prompt: str, is_last: bool) -> str:
-    """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
+    """Return text with fixes for a rendered row that does not start with its generation prompt.
+
+    For example, the user can switch thinking off.
+    """
     fix = FIX_WITH_TAGS
     tags = open_thought(prompt)
     if tags is not None:
         empty = f"{tags[0]}\\n\\n{tags[1]}\\n\\n..."
-        fix = f'give the answer a thought, or an empty one: "{empty}"; or {fix}'
+        fix = f'begin the answer with a thought, or an empty thought: "{empty}"; or {fix}'
     names = names_of_arguments(chat.jinja, chat.tokenizer.special_tokens_map)
     if names:
-        fix = f"set what the template takes in data.template_args ({', '.join(names)}); or {fix}"
-    # Earlier turns are then history, as the prompt in use has them.
-    return fix if is_last else f"data.train_on=last; or {fix}"
+        fix = f"set the template's arguments in data.template_args ({', '.join(names)}); or {fix}"
+    # For earlier answers, also propose data.train_on=last, which does not supervise them.
+    return fix if is_last else f"set data.train_on=last; or {fix}"
 
 
 def _through(chat: ChatRenderer, start: int, end: re.Match[str]) -> CharSpan:
-    """An answer's last characters with the end token; up to it, where generation goes on."""
+    """Return the span from `start` up to and including the end token.
+
+    If the end token is in `ends.earlier`, it is excluded.
+    """
     if end[0] in chat.ends.earlier:
         return CharSpan(start, end.start())
     return CharSpan(start, end.end(), end.start())
@@ -330,45 +356,55 @@ def _no_end(chat: ChatRenderer) -> str:
 def _tagged_answers(
     chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int]
 ) -> list[list[CharSpan]]:
-    """Return the spans of each answer: its {% generation %} blocks up to the end token in the last.
+    """Return the supervised spans of each answer, which are its {% generation %} blocks.
 
-    They must hold all of each answer and no other message's text.
+    The last span ends with the last end token in the blocks. Raise DataError if the blocks do not
+    contain the whole answer, or if they contain text of another message.
     """
-    spans_of: list[list[CharSpan]] = []
+    answer_spans: list[list[CharSpan]] = []
     spans: list[CharSpan] = []
     for start, stop in blocks:
-        is_last = len(spans_of) == len(answers) - 1
+        is_last = len(answer_spans) == len(answers) - 1
         ends = [*chat.ends.pattern(is_last=is_last).finditer(rendering.text, start, stop)]
         if not ends:
             spans.append(CharSpan(start, stop))
             continue
-        # A text may hold an end token; the template writes its own after the texts.
-        spans_of.append([*spans, _through(chat, start, ends[-1])])
+        # Use the last end token, because the text of the answer itself may contain end tokens, and
+        # the template's end token comes after it.
+        answer_spans.append([*spans, _through(chat, start, ends[-1])])
         spans = []
-    if len(spans_of) != len(answers) or spans:
-        what = f"encloses {len(spans_of)} of {len(answers)} answers in {{% generation %}} blocks"
+    if len(answer_spans) != len(answers) or spans:
+        what = (
+            f"encloses {len(answer_spans)} of {len(answers)} answers in {{% generation %}} blocks"
+        )
         raise chat.error(what, _no_end(chat), _FIX_TAGS)
     for sentinel in rendering.sentinels:
         i = rendering.field(sentinel).message
-        # Borders count: an empty answer has its sentinel on one.
-        is_held = i not in answers or any(
-            span.start <= sentinel.at <= span.end for span in spans_of[answers.index(i)]
-        )
-        is_foreign = i not in answers and any(
-            span.start < sentinel.at < span.end for spans in spans_of for span in spans
-        )
-        if is_foreign or not is_held:
-            verb = "covers" if is_foreign else "leaves out a part of"
+        if i in answers:
+            own_spans = answer_spans[answers.index(i)]
+            # A sentinel at the edge of a span is inside the span, because the sentinels of an empty
+            # answer are at the edge.
+            is_valid = any(span.start <= sentinel.at <= span.end for span in own_spans)
+            verb = "leaves out a part of"
+        else:
+            all_spans = itertools.chain.from_iterable(answer_spans)
+            is_valid = not any(span.start < sentinel.at < span.end for span in all_spans)
+            verb = "covers"
+        if not is_valid:
             what = f"has a {{% generation %}} block that {verb} message {i + 1}"
             raise chat.error(what, fix=_FIX_TAGS)
-    return spans_of
+    return answer_spans
 
 
 def _without_header(
     chat: ChatRenderer, rendering: Rendering, i: int, spans: list[CharSpan]
 ) -> list[CharSpan]:
-    """Leave out what the generation prompt holds already: a block may open before the header."""
-    texts = [rendering.place(n) for n in rendering.of_message(i)]
+    """Remove the text of the generation prompt from the spans of an answer.
+
+    A span may contain this text, because a {% generation %} block may open before the answer's
+    header.
+    """
+    texts = [rendering.place(n) for n in rendering.sentinels_of_message(i)]
     if i == 0 or spans[0].start in texts:
         return spans
     anchor, prompt = chat.prompt(rendering, i)
@@ -377,15 +413,21 @@ def _without_header(
     prompt_at = rendering.place(anchor)
     common = _common_prefix(prompt, rendering.text[prompt_at:])
     begin = min([prompt_at + common, *texts])
-    return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
+    shortened = []
+    for span in spans:
+        if span.end > begin:
+            start = max(span.start, begin)
+            shortened.append(span._replace(start=start))
+    return shortened
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """Count the characters that two texts share at their beginning; whole tags only."""
+    """Return the length of the common prefix of two texts. The prefix does not end inside a tag."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
-            # Two tags may begin alike: <think> and <|call|>.
+            # Do not end inside a tag, because different tags may begin with the same characters,
+            # such as <think> and <tool_call>.
             tag = _OPEN_TAG.search(a[:count])
             return tag.start() if tag is not None else count
         count += 1

@@ -1,7 +1,8 @@
-"""The pictures of a row, and the text that stands for them in its rendering.
+"""Pictures of a row, and the placeholder text that represents them in the rendered conversation.
 
-A chat template writes one token for a picture. The model wants as many as it has features of it,
-between tokens of its own: these are put in before the text is tokenized.
+A chat template writes one token per picture, but the model requires one placeholder token per image
+feature, with special tokens around the placeholders. All these tokens are inserted before the text
+is tokenized.
 """
 
 import re
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class SeenPictures(NamedTuple):
-    """The pictures of a row, each with the text that stands for it.
+    """Pictures of a row, each represented by its placeholder text.
 
     Attributes:
-        digests: of their bytes, 63 bits.
-        scaled: how many of them were scaled down.
+        digests: 63-bit digest of each picture's bytes.
+        scaled: number of pictures that were scaled down.
     """
 
     texts: tuple[str, ...] = ()
@@ -40,19 +41,22 @@ class SeenPictures(NamedTuple):
 
 
 def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: str) -> SeenPictures:
-    """Read the pictures of the row at `where`; each is decoded once, and its pixels are not kept.
+    """Read the pictures of the row at `where`.
+
+    Each picture is decoded once, and the pixels are not kept.
 
     Raises:
-        DataError: one cannot be read, no processor takes them, or the row spells its tokens.
+        DataError: a picture cannot be read or processed, or the text of the row contains a special
+            token of pictures.
     """
     pictures = pictures_of(sample)
     if processor is None:
         if not pictures:
             return SeenPictures()
         raise DataError(
-            "the row has pictures, and model.vision is false",
-            why="they would be ignored",
-            fix="model.vision=true, or remove the pictures",
+            "the row has pictures, but model.vision is false",
+            why="the pictures would be ignored",
+            fix="set model.vision=true, or remove the pictures",
         )
     if isinstance(sample, Conversation):
         spelled = any_of(processor.tokens)
@@ -71,13 +75,13 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
     scaled = tuple(scaled_size(size, processor.max_pixels) for size in sizes)
     try:
         texts = processor.expand(scaled)
-    # Processors raise many kinds for sizes that they cannot work with.
+    # Processors raise many types of exceptions for picture sizes that they do not support.
     except Exception as error:
         shown = ", ".join(f"{width} x {height}" for width, height in scaled)
         raise DataError(
-            f"the model's processor takes no pictures of {shown} pixels",
+            f"the model's image processor does not support pictures of this size: {shown} pixels",
             why=first_line(error),
-            fix="scale or crop them, or delete the row",
+            fix="scale or crop the pictures, or delete the row",
         ) from error
     is_scaled = map(ne, scaled, sizes)
     return SeenPictures(texts, tuple(digests), sum(is_scaled))
@@ -86,32 +90,37 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
 def put_placeholders(
     text: str, spans: Sequence[CharSpan], mark: str, texts: Sequence[str]
 ) -> tuple[str, list[CharSpan]]:
-    """The text with `texts` in the places of the marks, of which there are as many; and the spans,
-    none of which ends in a mark.
+    """Replace the n-th PICTURE_MARK in the text by the n-th of `texts`, and shift the spans
+    accordingly.
+
+    No span may end inside a mark.
     """
     ends = [match.end() for match in re.finditer(re.escape(mark), text)]
-    growths = [len(put) - len(mark) for put in texts]
+    growths = [len(placeholders) - len(mark) for placeholders in texts]
 
     def moved(edge: int) -> int:
-        # The -1 of a span without an end token is before all marks.
-        return edge + sum(growths[: bisect_right(ends, edge)])
+        # A span without an end token has the `stop` -1, which is unchanged, because no mark is
+        # before it.
+        marks_before = bisect_right(ends, edge)
+        return edge + sum(growths[:marks_before])
 
-    next_texts = iter(texts)
-    joined = re.sub(re.escape(mark), lambda _: next(next_texts), text)
+    joined, *pieces = text.split(mark)
+    for placeholders, piece in zip(texts, pieces, strict=True):
+        joined += placeholders + piece
     return joined, [CharSpan(*map(moved, span)) for span in spans]
 
 
 def literal_placeholder(token: str) -> DataError:
-    """The error for a row whose own text has a token of pictures."""
+    """Build the error for a row whose text already contains a special token of pictures."""
     return DataError(
-        f"the row's own text has {token}, a token of pictures",
+        f"the row's own text has {token}, a special token of pictures",
         why="the model would look for a picture there",
-        fix="remove it, or put a space into it",
+        fix=f"remove {token} from the text, or put a space into it",
     )
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """All texts in messages and tools, but for names of keys."""
+    """Yield all texts in messages and tools. The names of keys are not yielded."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | Mapping):

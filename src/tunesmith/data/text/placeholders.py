@@ -1,9 +1,10 @@
-"""Pictures as a model takes them: placeholder tokens in the text, and arrays for its vision part.
+"""Conversion of pictures to placeholder tokens in the text and arrays for the vision model.
 
-Both come from one processor of Transformers. The tokens of a picture depend only on its width and
-height, so they are those of a blank picture of the same size.
+A processor of Transformers computes both. The placeholder tokens of a picture depend only on its
+width and height. Therefore they are computed from a blank picture of the same size.
 
-The processor's class is asked for neither torchvision nor a video processor: pictures need none.
+The processor is built without torchvision and without a video processor, because pictures need
+neither.
 """
 
 import copy
@@ -33,20 +34,24 @@ from tunesmith.host.files import check_regular_files
 # Width and height of a picture, in pixels.
 Size = tuple[int, int]
 
-_FIX = "train its text model alone: model.vision=false; or use another model"
-# What a processor returns of the text.
-_OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+_FIX = "set model.vision=false to train only the text model, or use another model"
 _REPLACED = "text_replacement_offsets"
-# The first release whose models take the features of pictures, as `mm_encoder_outputs`.
+# Outputs of a processor that are about the text. The other outputs are arrays for the vision model.
+_TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", _REPLACED}
+# First release of Transformers whose models accept precomputed image features
+# (`mm_encoder_outputs`).
 _MIN_TRANSFORMERS = "5.18"
-# Rows of pictures of other sizes whose texts are kept; one may have 100 KB.
-_KEPT_TEXTS = 512
-# One that every processor cuts into as many parts as it does.
+# Maximum number of rows whose placeholder texts are cached. The limit saves memory, because the
+# text of one row may have 100 KB.
+_MAX_CACHED_TEXTS = 512
+# Size of a test picture. All processors split a picture of this size into the same number of parts.
 _PROBE_SIZE = (640, 480)
 
 
 class _Pixtral(ProcessorMixin):
-    """Transformers' class of the same form, which asks for torchvision and needs none."""
+    """Replacement for Transformers' PixtralProcessor, because that class requires torchvision
+    without using it.
+    """
 
     def __init__(
         self,
@@ -75,20 +80,24 @@ class _Pixtral(ProcessorMixin):
 
 
 class PictureProcessor:
-    """Makes placeholders and arrays of pictures that are rotated, scaled and RGB.
+    """Converter of pictures to placeholder texts and arrays.
+
+    The pictures must already be rotated, scaled down and converted to RGB.
 
     Args:
         kind: the processor's class.
-        image_processor, tokenizer: its parts; it adds tokens to the tokenizer, which is its own.
-        settings: what processor_config.json has beside them.
-        token_id: of the tokens that a model replaces by a picture's features.
-        max_pixels: `data.image_max_pixels`, to which larger pictures were scaled.
+        image_processor, tokenizer: parts of the processor. The processor adds tokens to the
+            tokenizer, so no other object may use this tokenizer.
+        settings: the other values of processor_config.json.
+        token_id: id of the token that the model replaces by image features.
+        max_pixels: `data.image_max_pixels`. Larger pictures were scaled down to it.
 
     Attributes:
-        placeholder: what a chat template writes for a picture.
-        token: the token of `token_id`.
-        tokens, ids: all special tokens that stand for a picture or a part of it.
-        digest: sha256 (hex) of all that its texts and arrays depend on beside pictures.
+        placeholder: the text that a chat template writes for a picture.
+        token: the token with the id `token_id`.
+        tokens, ids: texts and ids of all special tokens that represent a picture or a part of a
+            picture.
+        digest: sha256 (hex) of all settings that determine the texts and arrays of a given picture.
     """
 
     def __init__(
@@ -101,7 +110,8 @@ class PictureProcessor:
         max_pixels: int | None,
     ) -> None:
         self._arguments = (kind, image_processor, tokenizer, settings, token_id, max_pixels)
-        # The parts that a class wants are those of its argument check: audio, video.
+        # Disable the check of the arguments in `kind`, because it requires processors for audio and
+        # video.
         changes = {"check_argument_for_proper_class": lambda *_: None}
         unchecked: type[ProcessorMixin] = type(kind.__name__, (kind,), changes)
         parts = {"image_processor": image_processor, "tokenizer": tokenizer}
@@ -112,18 +122,24 @@ class PictureProcessor:
         self.token_id = token_id
         self.token = str(tokenizer.convert_ids_to_tokens(token_id))
         self.max_pixels = max_pixels
-        self.expand = lru_cache(_KEPT_TEXTS)(self._expand)
-        about = [self._processor.to_json_string(), max_pixels, transformers.__version__]
-        self.digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self.expand = lru_cache(_MAX_CACHED_TEXTS)(self._expand)
+        settings_text = self._processor.to_json_string()
+        about = json.dumps([settings_text, max_pixels, transformers.__version__])
+        self.digest = hashlib.sha256(about.encode()).hexdigest()
         [text] = self.expand((_PROBE_SIZE,))
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        # Gemma 3's line breaks around a picture are added tokens too.
-        found = [token for token in added if token in text and not token.isspace()]
-        self.tokens = tuple(dict.fromkeys([self.placeholder, *found]))
-        self.ids = np.array(tokenizer.convert_tokens_to_ids(list(self.tokens)), np.int32)
+        tokens = [self.placeholder]
+        for added in tokenizer.added_tokens_decoder.values():
+            token = added.content
+            # Exclude white space. Gemma 3 writes line breaks around a picture, which are added
+            # tokens but also occur in ordinary texts.
+            is_picture_token = token in text and not token.isspace()
+            if is_picture_token and token not in tokens:
+                tokens.append(token)
+        self.tokens = tuple(tokens)
+        self.ids = np.array(tokenizer.convert_tokens_to_ids(tokens), np.int32)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        """Its class is made anew in another process."""
+        """Pickle only the arguments. The process that unpickles them builds a new processor."""
         return type(self), self._arguments
 
     @classmethod
@@ -131,89 +147,96 @@ class PictureProcessor:
         cls,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        whole: PretrainedConfig,
+        full_config: PretrainedConfig,
         max_pixels: int | None,
     ) -> Self:
-        """The processor of a model's folder.
+        """Load the processor in a model's folder.
 
         Args:
-            tokenizer: the recipe's.
-            whole: the config of the vision-language model, not that of its text part.
+            tokenizer: the tokenizer of the recipe.
+            full_config: the config of the entire vision-language model, not the config of its text
+            model.
 
         Raises:
-            ModelError: the folder has none, or Transformers cannot build it.
-            MachineError: Transformers is too old for models that take features of pictures.
+            ModelError: the folder has no processor, or Transformers cannot build it.
+            MachineError: the models of this version of Transformers do not accept image features.
         """
         if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
             raise MachineError(
-                f"pictures need Transformers {_MIN_TRANSFORMERS}",
+                f"training with pictures needs Transformers {_MIN_TRANSFORMERS} or later",
                 where="model.vision",
-                why=f"{transformers.__version__} is installed, whose models do not take the "
-                "features of pictures",
-                fix=f"pip install 'transformers>={_MIN_TRANSFORMERS},<6', or model.vision=false",
+                why=f"{transformers.__version__} is installed, and its models do not accept "
+                "image features",
+                fix=f"run `pip install 'transformers>={_MIN_TRANSFORMERS},<6'`, or set "
+                "model.vision=false",
                 cause="version",
             )
         check_regular_files(folder)
-        what = "the model's processor of pictures"
+        what = "the model's picture processor"
         try:
-            kind = _find_class(folder, whole)
+            kind = _find_class(folder, full_config)
             what = kind.__name__
             settings, _ = kind.get_processor_dict(folder)
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             processor = cls(
                 kind,
                 image_processor,
-                # A processor may add tokens: the recipe's tokenizer stays as it is.
+                # Copy the tokenizer, because a processor may add tokens, and the recipe's tokenizer
+                # must not change.
                 copy.deepcopy(tokenizer),
                 settings,
-                int(whole.image_token_id),
+                int(full_config.image_token_id),
                 max_pixels,
             )
-        # What does not fit together, or is not installed, ends in any of many kinds.
+        # Processors raise many types of exceptions if parts do not match or packages are missing.
         except Exception as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(
-                f"{what} cannot be built", where=str(folder), why=first_line(error), fix=_FIX
+                f"{what} cannot be loaded", where=str(folder), why=first_line(error), fix=_FIX
             ) from error
         [text] = processor.expand((_PROBE_SIZE,))
         if processor.token not in text:
             raise ModelError(
-                f"{kind.__name__} writes no {processor.token} for a picture",
+                f"{kind.__name__} does not insert the image token {processor.token} for a picture",
                 where=str(folder),
-                why=f"image_token_id in config.json is its id, and {text[:40]!r} has none",
-                fix="use tokenizer, processor and config of one model",
+                why="image_token_id in config.json is the id of this token, but the processor"
+                f" inserts {text[:40]!r}",
+                fix="use the tokenizer, the processor and the config of the same model",
             )
         if image_processor.to_dict().get("do_pan_and_scan"):
             raise ModelError(
-                "pictures are not cut into crops (do_pan_and_scan)",
+                "splitting pictures into crops (do_pan_and_scan) is not supported",
                 where=str(folder / "preprocessor_config.json"),
-                fix="write false there",
+                fix="set do_pan_and_scan to false in this file",
             )
         return processor
 
     def _expand(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
-        """The texts that take the places of a row's placeholders, for pictures of these sizes."""
+        """Return the placeholder text of each picture of a row, given the sizes of the pictures."""
         blank = [Image.new("RGB", size) for size in sizes]
-        # The texts are the same without the arithmetic on each pixel.
+        # Skip the rescaling and normalization, because the texts do not depend on the pixels.
         output = self._process(blank, do_rescale=False, do_normalize=False)
         return tuple(replaced["replacement"] for replaced in output[_REPLACED][0])
 
     def count_tokens(self, size: Size) -> int:
-        """Count the placeholders of a picture that is alone in its row."""
+        """Count the placeholder tokens of a picture of this size in a row without other
+        pictures.
+        """
         [text] = self.expand((size,))
         return text.count(self.token)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Pixels:
-        """The arrays of one row's pictures."""
+        """Compute the arrays of one row's pictures."""
         output = self._process(pictures)
         inputs = {}
         for name, values in output.items():
-            if name not in _OF_TEXT and name != _REPLACED:
+            if name not in _TEXT_OUTPUTS:
                 inputs[name] = np.asarray(values)
         grids = np.zeros((0, 2), np.int64)
         if "image_grid_thw" in inputs:
-            grids = inputs["image_grid_thw"][:, 1:] // self._processor.image_processor.merge_size
+            patches = inputs["image_grid_thw"][:, 1:]
+            grids = patches // self._processor.image_processor.merge_size
         return Pixels(inputs, grids)
 
     def _process(self, pictures: Sequence[Image.Image], **settings: Any) -> Any:
@@ -227,9 +250,11 @@ class PictureProcessor:
         )
 
 
-def _find_class(folder: Path, whole: PretrainedConfig) -> type[ProcessorMixin]:
-    """The class that a model's files name, else that of its type."""
-    name = PROCESSOR_MAPPING[type(whole)].__name__ if type(whole) in PROCESSOR_MAPPING else ""
+def _find_class(folder: Path, full_config: PretrainedConfig) -> type[ProcessorMixin]:
+    """Return the processor class that the model's files name, or the class for its model type."""
+    name = ""
+    if type(full_config) in PROCESSOR_MAPPING:
+        name = PROCESSOR_MAPPING[type(full_config)].__name__
     for file in ("preprocessor_config.json", "processor_config.json"):
         if (folder / file).exists():
             stated = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -238,9 +263,9 @@ def _find_class(folder: Path, whole: PretrainedConfig) -> type[ProcessorMixin]:
     if isinstance(kind, type) and issubclass(kind, ProcessorMixin):
         return kind
     raise ModelError(
-        f"there is no processor for the pictures of this {whole.model_type}",
+        f"there is no processor for the pictures of this {full_config.model_type}",
         where=str(folder),
-        why=f"Transformers has none ({name or 'no file names one'}), or it needs a package that is"
-        " not installed",
+        why=f"its class is {name or 'unknown'}; Transformers does not have this class, or the class"
+        " needs a package that is not installed",
         fix=_FIX,
     )

@@ -1,25 +1,25 @@
-"""Find out once, on small conversations, what a chat template does with each kind of text."""
+"""Detection of the features and end tokens of a chat template, by rendering short conversations."""
 
 import re
 
-from tunesmith.data.rows.samples import FunctionCall, Message, ToolSchema
+from tunesmith.data.rows.samples import FunctionCall, ToolSchema
 from tunesmith.data.text.rendering import ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Messages, Tools
 from tunesmith.data.text.thoughts import MessageForm, open_thought, thought_forms
 from tunesmith.errors import DataError
 
-# Small conversations that show what a template does with each kind of text.
-_PROBE_TURN: list[Message] = [
+# Short conversations, one for each feature of a chat template.
+_PROBE_TURN: Messages = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
 ]
-_PROBE_TURNS: list[Message] = [
+_PROBE_TURNS: Messages = [
     *_PROBE_TURN,
     {"role": "user", "content": "three"},
     {"role": "assistant", "content": "four"},
 ]
-_PROBE_THINKING: list[Message] = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
-_PROBE_INLINE: list[Message] = [
+_PROBE_THINKING: Messages = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
+_PROBE_INLINE: Messages = [
     _PROBE_TURN[0],
     {**_PROBE_TURN[1], "content": "<think>\nthree\n</think>\n\ntwo"},
 ]
@@ -28,15 +28,15 @@ _CALL: FunctionCall = {
     "id": "call00001",
     "function": {"name": "look", "arguments": {"at": "six"}},
 }
-_PROBE_CALL: list[Message] = [
+_PROBE_CALL: Messages = [
     _PROBE_TURN[0],
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"},
     _PROBE_TURN[1],
 ]
-# The tags around the result of `_PROBE_CALL`.
+# Tags that a template writes around "five", the result of the call in `_PROBE_CALL`.
 _RESULT_TAGS = re.compile(r"(<[^<>]+>|\[[^\[\]]+\])\s*five\s*(<[^<>]+>|\[[^\[\]]+\])")
-_PROBE_CALLS: list[Message] = [
+_PROBE_CALLS: Messages = [
     _PROBE_TURN[0],
     {"role": "assistant", "content": "", "tool_calls": [_CALL, {**_CALL, "id": "call00002"}]},
 ]
@@ -53,7 +53,10 @@ _PROBE_TOOLS: list[ToolSchema] = [
 
 
 def probe(chat: ChatRenderer) -> None:
-    """Find out once per template, on small conversations, what it shows and its end token."""
+    """Render short conversations once per template, to detect its features and end tokens.
+
+    Raise DataError if the template drops a question or an answer.
+    """
     rendering = _try(chat, _PROBE_TURN)
     if rendering is not None and not rendering.shows_all():
         dropped = "answer" if 0 in rendering.shown else "question"
@@ -68,7 +71,7 @@ def probe(chat: ChatRenderer) -> None:
 
 
 def _find_forms(chat: ChatRenderer) -> None:
-    """Find out in which form the template shows thoughts and calls."""
+    """Find the form in which the template renders thoughts and tool calls."""
     traits = chat.traits
     for form in thought_forms(chat.jinja):
         traits.form = form
@@ -92,7 +95,8 @@ def _find_forms(chat: ChatRenderer) -> None:
     listed = _try(chat, _PROBE_TURN, _PROBE_TOOLS)
     traits.lists_tools = listed is not None and listed.shows("tools")
     if traits.reasoning:
-        # Where the template reads a text's thought itself, as it does the field, texts stay.
+        # Thoughts must be moved out of texts only if the template renders a thought inside a text
+        # differently from a thought in the field `reasoning_content`.
         traits.splits_thoughts = _differ(chat, _PROBE_INLINE, _PROBE_THINKING)
     elif _prompt_opens_thought(chat):
         traits.reasoning = True
@@ -101,46 +105,52 @@ def _find_forms(chat: ChatRenderer) -> None:
 
 
 def _prompt_opens_thought(chat: ChatRenderer) -> bool:
-    """Tell whether the generation prompt opens a thought that the template's rows lack."""
+    """Return whether the generation prompt opens a thought that the template leaves out of rows."""
     rendering = _try(chat, _PROBE_TURN)
-    if rendering is None or not rendering.of_message(1) or chat.tagged:
+    if rendering is None or not rendering.sentinels_of_message(1) or chat.tagged:
         return False
     anchor, prompt = chat.prompt(rendering, 1)
     if anchor is None:
         return False
     prompt_at = rendering.place(anchor)
-    is_missing = not rendering.text.startswith(prompt, prompt_at)
+    if rendering.text.startswith(prompt, prompt_at):
+        return False
     thought_at = chat.thought_in_prompt(rendering, 1, prompt_at, prompt)
-    return is_missing and thought_at is not None and open_thought(prompt) is not None
+    return thought_at is not None and open_thought(prompt) is not None
 
 
 def _find_ends(chat: ChatRenderer) -> None:
-    """Find out what ends answers, where generation's end tokens do not."""
+    """Find the tokens that the template writes at the end of answers.
+
+    They are added to the tokens at which generation stops.
+    """
     turns = _try(chat, _PROBE_TURNS)
     if turns is not None:
-        question, earlier, last = (turns.tail(i) for i in (2, 1, 3))
+        earlier = turns.tail(1)
+        question = turns.tail(2)
+        last = turns.tail(3)
         if question is not None and earlier is not None and last is not None:
             chat.ends.read_turns(question, earlier, last)
     if not chat.traits.calls:
         return
     with_result = _try(chat, _PROBE_CALL, _PROBE_TOOLS)
-    # Some templates take one call in a message.
+    # If the template does not accept two calls in a message, try one call.
     calls = _try(chat, _PROBE_CALLS, _PROBE_TOOLS) or _try(chat, _PROBE_CALL[:2], _PROBE_TOOLS)
     if with_result is None or calls is None:
         return
     call = with_result.tail(1)
     last_calls = calls.tail(1)
     if call is not None and last_calls is not None:
-        start = calls.place(calls.of_message(1)[0])
+        start = calls.place(calls.sentinels_of_message(1)[0])
         chat.ends.read_call(call, last_calls, calls.text[start:])
 
 
 def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
-    """DataError for a template without generation prompt whose answers have a header.
+    """Raise DataError if the template writes a header before answers, but has no generation prompt.
 
-    Nothing tells that header from the answer.
+    Without a generation prompt, the header cannot be distinguished from the answer.
     """
-    indices = rendering.of_message(1)
+    indices = rendering.sentinels_of_message(1)
     if chat.tagged or not indices:
         return
     question = chat.render(_PROBE_TURN[:1])
@@ -159,16 +169,17 @@ def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
 
 
 def _try(chat: ChatRenderer, messages: Messages, tools: Tools = None) -> Rendering | None:
-    """A conversation with its texts located; None where the template does not take it."""
+    """Render a conversation and locate its texts. Return None if the template rejects it."""
     try:
         return chat.locate(chat.render(messages, tools), messages, tools)
     except DataError:
-        # The rows will show what it takes.
+        # Ignore the error. If the rows need this feature, rendering the rows raises the error
+        # later.
         return None
 
 
 def _differ(chat: ChatRenderer, messages: Messages, others: Messages) -> bool:
-    """Tell whether two conversations render differently."""
+    """Return whether two conversations are rendered differently."""
     try:
         return chat.render(messages) != chat.render(others)
     except DataError:
@@ -176,7 +187,9 @@ def _differ(chat: ChatRenderer, messages: Messages, others: Messages) -> bool:
 
 
 def _shows_answer(rendering: Rendering | None) -> bool:
-    """Check that all texts stand in the order of the conversation, each once."""
+    """Return True if every text is rendered exactly once, and the texts are in the order of the
+    conversation.
+    """
     if rendering is None or not rendering.shows_all():
         return False
     fields = [sentinel.field for sentinel in rendering.sentinels]

@@ -1,10 +1,12 @@
-"""A conversation as a chat template renders it, and where each of its texts stands there.
+"""Rendering of a conversation with a chat template, and the position of each text in the result.
 
-No search for a text can tell the template's words from the user's: a template may strip thinking
-from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the system message into a user's turn
-(Llama 2), or drop what it does not know. Sentinels can (`sentinels.py`): the conversation is
-rendered, and again with every text in it between two sentinels. Without them both renderings must
-be equal; then they mark where each text is, and all outside a pair of them is the template's own.
+A simple search for each text is not enough, because it cannot distinguish words that the template
+writes from words of the user. A template may remove thoughts from earlier turns (Qwen3), trim texts
+(Llama 3, Gemma), move the system message into a user turn (Llama 2), or drop unknown parts.
+Therefore sentinels are used, which are short unique words (`sentinels.py`). The conversation is
+rendered twice: without sentinels, and with every text between two sentinels. If both renderings are
+equal after the sentinels are removed, the sentinels show the position of each text. Everything
+outside a pair of sentinels was written by the template.
 """
 
 import copy
@@ -28,14 +30,20 @@ from tunesmith.data.text.sentinels import (
     Sentinels,
     Tools,
 )
-from tunesmith.data.text.thoughts import DEFAULT_FORM, MessageForm, split_thought, thought_at_end
+from tunesmith.data.text.thoughts import (
+    DEFAULT_FORM,
+    MessageForm,
+    TemplateMessage,
+    split_thought,
+    thought_at_end,
+)
 from tunesmith.errors import DataError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a template may end in; the last two where it calls itself, or writes a text beyond all
-# bounds.
+# Errors that a template may raise. The last two errors occur if a template calls itself endlessly,
+# or writes a text of unlimited length.
 RENDER_ERRORS = (
     TemplateError,
     TypeError,
@@ -46,7 +54,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
-MAX_RENDER_SECONDS = 5  # of processor time, for one conversation
+MAX_RENDER_SECONDS = 5  # processor time for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -54,14 +62,15 @@ FIX_WITH_TAGS = (
 
 
 class Rendering(NamedTuple):
-    """A rendered conversation and the sentinels in it.
+    """A rendered conversation with the positions of its sentinels.
 
     Attributes:
-        text: without sentinels.
-        sentinels: those in the text, in order.
-        inserted: what set them into the conversation.
-        messages, tools: with sentinels.
-        shown: fields whose sentinels the template renders, at any position.
+        text: the rendered text without sentinels.
+        sentinels: the sentinels of the text, in order.
+        inserted: the object that inserted the sentinels into the conversation.
+        messages, tools: the conversation into which the sentinels were inserted.
+        shown: indices of the fields whose sentinels were rendered with at least one of the tried
+            sentinel positions.
     """
 
     text: str
@@ -74,16 +83,19 @@ class Rendering(NamedTuple):
     def field(self, sentinel: Sentinel) -> Field:
         return self.inserted.fields[sentinel.field]
 
-    def of_message(self, i: int) -> list[int]:
-        """Indices into `sentinels` of those of one message."""
+    def sentinels_of_message(self, i: int) -> list[int]:
+        """Return the indices, in `sentinels`, of all sentinels of message i."""
         return [n for n, sentinel in enumerate(self.sentinels) if self.field(sentinel).message == i]
 
     def place(self, n: int) -> int:
-        """Find the index of sentinel n in the text; -1 stands for the beginning of the text."""
+        """Return the position of sentinel n in the text.
+
+        If n is -1, return the start of the text.
+        """
         return self.sentinels[n].at if n >= 0 else 0
 
     def shows(self, kind: str) -> bool:
-        """Check that all texts of a kind are shown."""
+        """Return whether all texts of a kind are rendered."""
         fields = enumerate(self.inserted.fields)
         return all(n in self.shown for n, text in fields if text.kind == kind)
 
@@ -91,17 +103,20 @@ class Rendering(NamedTuple):
         return len(self.shown) == len(self.inserted.fields)
 
     def tail(self, i: int) -> str | None:
-        """Read what follows the texts of message i, up to the next text.
+        """Return the text that the template writes after the last text of message i.
 
-        None where the end of its last text is not known.
+        It ends at the next text of the conversation. Return None if the end of the last text is
+        unknown.
         """
         last = -1
         seen = set()
-        for n in self.of_message(i):
-            # A text that is there again is quoted by the next message.
-            if self.sentinels[n][:2] not in seen:
+        for n in self.sentinels_of_message(i):
+            side_of_text = self.sentinels[n][:2]
+            # Skip a sentinel that occurs again: the next message repeats the text, for example the
+            # name of a tool.
+            if side_of_text not in seen:
                 last = n
-            seen.add(self.sentinels[n][:2])
+            seen.add(side_of_text)
         if last < 0 or self.sentinels[last].side != "e":
             return None
         next_text = len(self.text)
@@ -110,22 +125,23 @@ class Rendering(NamedTuple):
         return self.text[self.place(last) : next_text]
 
 
-# Of one {% generation %} block: the characters [start, end) that it wrote.
+# Characters [start, end) of the rendered text that one {% generation %} block wrote.
 Block = tuple[int, int]
 
 
 @dataclass
 class TemplateTraits:
-    """The forms in which a template takes thoughts, calls and tools; `probe.py` finds out.
+    """Features of a template: how it renders thoughts, calls and tools. `probe.py` detects them.
 
     Attributes:
-        form: the form in which it takes thoughts and calls.
-        reasoning, calls: whether it shows those.
-        lists_tools: whether it writes the tools of a conversation.
-        splits_thoughts: whether the thought of a text is given to it as a field.
-        writes_thoughts: whether rows get a thought that its generation prompt opens.
-        wrapped_result: a pattern of a result between the tags that it writes around tool results;
-            None: it writes no tags.
+        form: form of the messages in which the template reads thoughts and calls.
+        reasoning, calls: whether the template renders thoughts and calls.
+        lists_tools: whether the template writes the tools of a conversation.
+        splits_thoughts: whether a thought inside a text must be moved to its own field.
+        writes_thoughts: whether thoughts are inserted into rows, because the generation prompt
+            opens a thought and the template leaves it out of rows.
+        wrapped_result: pattern of a tool result with the tags that the template writes around it.
+            None if the template writes no tags.
     """
 
     form: MessageForm = DEFAULT_FORM
@@ -138,12 +154,15 @@ class TemplateTraits:
 
 
 @contextmanager
-def _limit_seconds(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the block if it takes more processor time.
+def _limit_seconds() -> Iterator[None]:
+    """Raise TimeoutError if the code in the `with` block uses more processor time than
+    MAX_RENDER_SECONDS.
 
-    The trial of a template (`try_template.py`) has few conversations, and a template may loop
-    without end on others. Signals reach the main thread only: other threads have no limit. The time
-    of all threads counts. A block within such a block ends the limit of the outer one.
+    The limit is necessary in addition to the trial of a template (`try_template.py`), because the
+    template may loop endlessly on conversations that are not in the trial. Only the main thread
+    receives signals, so the limit has no effect in other threads. The processor time of all threads
+    is counted. Nested `with` blocks are not supported, because the inner block ends the limit of
+    the outer block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -152,29 +171,30 @@ def _limit_seconds(seconds: int) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGVTALRM, ring)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    previous_handler = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_RENDER_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
 class ChatRenderer:
-    """Renders conversations with one chat template, and finds their texts in the rendering.
+    """Renders conversations with one chat template, and locates their texts in the result.
 
     Args:
-        jinja, name: the template, and what errors call it.
+        jinja, name: the template, and its name in error messages.
         eos_ids: ids at which generation stops.
 
     Attributes:
         tagged: whether the template has {% generation %} blocks.
-        ends: what may end an answer.
-        traits: before they are known, every text is looked for with every position of sentinels.
-        with_pictures: each PICTURE_MARK of a text stands for a picture: the template gets such
-            texts as lists of parts.
-        takes_lists: the template gets all texts as lists of parts.
+        ends: tokens and texts that may end an answer.
+        traits: features of the template. Until `probe` sets them, all sentinel positions are tried
+            for every text.
+        with_pictures: whether each PICTURE_MARK in a text represents a picture. If True, the
+            template gets texts with pictures as lists of parts.
+        takes_lists: whether the template gets all texts as lists of parts.
     """
 
     def __init__(
@@ -194,19 +214,19 @@ class ChatRenderer:
         self.takes_lists = False
 
     def for_pictures(self) -> "ChatRenderer":
-        """The same for conversations with pictures."""
+        """Return a copy of the renderer for conversations with pictures."""
         renderer = copy.copy(self)
         renderer.with_pictures = True
         return renderer
 
-    def _given(self, messages: Messages) -> Sequence[Mapping[str, object]]:
-        """The messages as the template gets them."""
+    def _given(self, messages: Messages) -> Sequence[TemplateMessage]:
+        """Convert the messages to the form that the template reads."""
         given = self.traits.form.apply(messages)
         if not self.with_pictures and not self.takes_lists:
             return given
         return [self._in_parts(message) for message in given]
 
-    def _in_parts(self, message: Mapping[str, object]) -> Mapping[str, object]:
+    def _in_parts(self, message: TemplateMessage) -> TemplateMessage:
         content = message.get("content") or ""
         assert isinstance(content, str)
         texts = content.split(PICTURE_MARK) if self.with_pictures else [content]
@@ -221,7 +241,10 @@ class ChatRenderer:
         return {**message, "content": parts}
 
     def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False) -> str:
-        """The text of a conversation, or DataError; `generate` adds the generation prompt."""
+        """Render a conversation. `generate` appends the generation prompt.
+
+        Raise DataError if the template rejects the conversation.
+        """
         with self._render_errors():
             return self.tokenizer.apply_chat_template(
                 self._given(messages),
@@ -232,11 +255,11 @@ class ChatRenderer:
             )
 
     def render_tagged(self, messages: Messages, tools: Tools) -> tuple[str, list[Block]]:
-        """The text of a conversation, and what its {% generation %} blocks wrote."""
+        """Render a conversation. Return the text and the spans of its {% generation %} blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # As in apply_chat_template, which returns these spans as tokens only, those included that
-        # begin before a span.
+        # Do not use apply_chat_template. It calls the same function, but returns the blocks only as
+        # tokens, and includes tokens that begin before a block.
         with self._render_errors():
             texts, blocks = render_jinja_template(
                 [list(self._given(messages))],
@@ -251,10 +274,11 @@ class ChatRenderer:
     @contextmanager
     def _render_errors(self) -> Iterator[None]:
         try:
-            with _limit_seconds(MAX_RENDER_SECONDS):
+            with _limit_seconds():
                 yield
         except TimeoutError as error:
-            # Not a DataError: `probe.py` takes those as a refusal by the template, and continues.
+            # Raise ModelError instead of DataError, because `probe.py` handles a DataError as "the
+            # template rejects this conversation".
             raise ModelError(
                 f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
                 why="it may have nested loops",
@@ -269,26 +293,28 @@ class ChatRenderer:
         return DataError(f"{self.name} {what}", why=why, fix=fix)
 
     def in_form(self, messages: Messages) -> Messages:
-        """Return the messages without what the template would repeat or not read.
+        """Return the messages without text that the template would repeat or ignore.
 
-        A thought in a text moves to `reasoning_content` if the template would not read it in the
-        text. A tool result loses the tags that the template writes again.
+        A thought inside a text is moved to `reasoning_content` if the template does not find it in
+        the text. Tags around a tool result are removed if the template writes them again.
         """
         wrapped = self.traits.wrapped_result
         if wrapped is not None:
-            messages = [
-                {**turn, "content": wrapped.sub(lambda found: found[1].strip(), turn["content"])}
-                if turn["role"] == "tool"
-                else turn
-                for turn in messages
-            ]
+            unwrapped: list[Message] = []
+            for turn in messages:
+                if turn["role"] == "tool":
+                    result = wrapped.sub(lambda found: found[1].strip(), turn["content"])
+                    unwrapped.append({**turn, "content": result})
+                else:
+                    unwrapped.append(turn)
+            messages = unwrapped
         if not self.traits.splits_thoughts:
             return messages
         in_form = []
         for message in messages:
             split = split_thought(message)
             if split.get("reasoning_content") == "" and not self.traits.writes_thoughts:
-                # An empty thought is a part of the text where the template knows its tags.
+                # If the template handles </think>, leave an empty thought in the text.
                 knows_tags = "</think>" in self.jinja
                 split = message if knows_tags else {**message, "content": split["content"]}
             in_form.append(split)
@@ -301,13 +327,15 @@ class ChatRenderer:
         tools: Tools,
         trained: Collection[int] | None = None,
     ) -> Rendering:
-        """Find the texts of a conversation in its rendering.
+        """Find the positions of a conversation's texts in its rendering.
 
-        Where no sentinels keep it equal, those beside the answers that are trained may: a template
-        may read a text of an earlier turn.
+        Sentinels are inserted into all texts first. If this changes the rendering for each of
+        SENTINEL_POSITIONS, sentinels are inserted only into the trained answers and the messages
+        next to them, because a template may test a text of an earlier turn.
 
-        The first position of sentinels that keeps the rendering equal is used. Further positions
-        are tried while a text is missing that the template must show or that holds an end token.
+        The first position of sentinels that leaves the rendering unchanged is used. More positions
+        are tried while a text is missing that the template must render or that contains an end
+        token.
         """
         word = _unused_word(text, messages, tools)
         marked: list[Collection[int] | None] = [None]
@@ -316,14 +344,15 @@ class ChatRenderer:
         for only in marked:
             rendering: Rendering | None = None
             shown: set[int] = set()
-            # Sentinels before, after or around each text: a template may trim one side.
+            # Try the sentinels before, after and around each text, because a template may trim one
+            # side of it.
             for position in SENTINEL_POSITIONS:
                 inserted = Sentinels(word, position, only, self.with_pictures)
                 marked_messages, marked_tools = inserted.insert(messages, tools)
                 marked_text = self.render(marked_messages, marked_tools)
                 plain_text, sentinels = self._strip(inserted, marked_text)
-                # A template that reads its texts renders others with sentinels; such a position
-                # tells nothing.
+                # Skip this sentinel position, because the sentinels changed the rendering. This
+                # happens if the template tests the texts.
                 if plain_text != text:
                     continue
                 shown.update(sentinel.field for sentinel in sentinels)
@@ -332,7 +361,7 @@ class ChatRenderer:
                         text, sentinels, inserted, marked_messages, marked_tools, frozenset()
                     )
                 missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
-                # All that must show has shown itself: the other positions need not be tried.
+                # Do not try other positions if all texts that must be rendered have been found.
                 if all(
                     self.may_drop(field, trained) and not self.has_end(field.text)
                     for field in missing
@@ -344,38 +373,42 @@ class ChatRenderer:
         raise self.error(what, "so assistant spans cannot be located")
 
     def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
-        """The rendering without sentinels, and those of the texts where they stand first.
+        """Remove the sentinels from a rendered conversation.
 
-        Behind a call's end its name may stand again: gpt-oss and Gemma 4 write it before the
-        call's result.
+        Return the text and its sentinels in order. Sentinels that a template repeats after the end
+        of a call are left out: gpt-oss and Gemma 4 write the name of a call again before the call's
+        result, and this name is not part of the call.
         """
         text, sentinels = inserted.strip(marked_text)
         if inserted.position != "both":
             return text, sentinels
-        first_ones: list[Sentinel] = []
+        first_sentinels: list[Sentinel] = []
         seen = set()
         ended = set()
         last_of_message: dict[int, int] = {}
-        # A template may write a text twice: the first one counts.
+        # A template may write a text several times. Skip repeated sentinels after the end of a
+        # call.
         for n, sentinel in enumerate(sentinels):
             field = inserted.fields[sentinel.field]
+            message = field.message
             is_repeated = sentinel[:2] in seen
-            if is_repeated and field.kind == "tool_calls" and field.message not in ended:
-                last = last_of_message[field.message]
+            if is_repeated and field.kind == "tool_calls" and message not in ended:
+                last = last_of_message[message]
                 if self.ends.search(text, sentinels[last].at, sentinels[last + 1].at):
-                    ended.add(field.message)
-            if is_repeated and field.message in ended:
+                    ended.add(message)
+            if is_repeated and message in ended:
                 continue
-            first_ones.append(sentinel)
+            first_sentinels.append(sentinel)
             seen.add(sentinel[:2])
-            last_of_message[field.message] = n
-        return text, first_ones
+            last_of_message[message] = n
+        return text, first_sentinels
 
     def may_drop(self, field: Field, trained: Collection[int] | None) -> bool:
-        """Tell whether a template may leave out a text; `RenderedAnswers.missing` tells of it.
+        """Return whether the template may leave out the text of `field` without an error.
 
-        That is a thought that is not trained, or one of several, and tools where it has calls: no
-        prompt in use shows them either.
+        A template may leave out a thought that is not trained. It may leave out any thought if it
+        renders thoughts of other answers, and the list of tools if it renders tool calls, because
+        prompts at inference lack the same texts. `RenderedAnswers.missing` reports the text.
         """
         if field.kind == "tools":
             return self.traits.calls and not self.traits.lists_tools
@@ -387,26 +420,29 @@ class ChatRenderer:
         return self.ends.search(text, is_last=False) is not None
 
     def prompt(self, rendering: Rendering, i: int) -> tuple[int | None, str]:
-        """The model's input before message i, after the last text of the prompt.
+        """Return the end of the generation prompt for message i, and the sentinel before it.
+
+        The end is the part of the prompt after the last text of the earlier messages.
 
         Returns:
-            The index of the sentinel that closes that text (-1: the prompt holds none; None: in the
-            conversation it is not the one before the answer), and what the prompt holds from there
-            on.
+            The index of the sentinel after the last text, and the part of the prompt after this
+                sentinel. The index is -1 if the prompt contains no sentinel. It is None if another
+                text precedes the answer in the rendered conversation.
         """
         if i == 0:
             what = "does not support an answer at the start of a conversation"
             raise self.error(what, "there is no prompt before it")
         marked_prompt = self.render(rendering.messages[:i], rendering.tools, generate=True)
         prompt, prompt_sentinels = self._strip(rendering.inserted, marked_prompt)
-        indices = rendering.of_message(i)
+        indices = rendering.sentinels_of_message(i)
         candidates = [indices[0] - 1] if indices else range(-1, len(rendering.sentinels))
         if prompt_sentinels:
             closing = prompt_sentinels[-1]
             prompt = prompt[closing.at :]
             anchors = []
             for n in candidates:
-                # Its place may differ: the conversation goes on.
+                # Compare only the text and the side of the sentinels, because the position of a
+                # sentinel may differ if the conversation continues.
                 if n >= 0 and rendering.sentinels[n][:2] == closing[:2]:
                     anchors.append(n)
         else:
@@ -415,11 +451,12 @@ class ChatRenderer:
         return anchor, prompt
 
     def header(self, rendering: Rendering, i: int, prompt_at: int) -> str | None:
-        """Read what the rendering has before the first text of message i.
+        """Return the text that the template writes before the first text of message i.
 
-        None where that is unknown, and where a thought comes first: the model writes its tag.
+        Return None if the start of the message's text is unknown, or if the message begins with a
+        thought, because the model itself writes the opening tag.
         """
-        indices = rendering.of_message(i)
+        indices = rendering.sentinels_of_message(i)
         if not indices or rendering.inserted.position != "both":
             return None
         first = rendering.sentinels[indices[0]]
@@ -430,22 +467,23 @@ class ChatRenderer:
     def thought_in_prompt(
         self, rendering: Rendering, i: int, prompt_at: int, prompt: str
     ) -> int | None:
-        """Find where in the generation prompt a thought begins that the row does not have there.
+        """Return the position in the generation prompt at which a thought begins.
 
-        None: it has none, or the row has other words before it.
+        Return None if the prompt has no thought, or if the row differs from the prompt before it.
         """
         at = thought_at_end(prompt)
         if at is None or not rendering.text.startswith(prompt[:at], prompt_at):
             return None
         header = self.header(rendering, i, prompt_at)
-        # No part of it may be the answer's.
-        if rendering.of_message(i) and (header is None or len(header) < at):
+        # The header, which is the text before the answer, must reach at least to position `at`.
+        # Otherwise `at` would be in the answer.
+        if rendering.sentinels_of_message(i) and (header is None or len(header) < at):
             return None
         return at
 
 
 def _unused_word(text: str, messages: Messages, tools: Tools) -> str:
-    """A word that occurs neither in a rendering nor in its conversation."""
+    """Return a word that occurs neither in a rendering nor in its conversation."""
     conversation = repr((messages, tools))
     n = 0
     while f"zq{n}W" in text or f"zq{n}W" in conversation:

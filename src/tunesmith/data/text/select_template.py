@@ -1,4 +1,7 @@
-"""The template that a recipe's `data.template` names, or that its rows and its tokenizer need."""
+"""Selection of the chat template.
+
+`data.template` names the template. With `auto`, the row format and the tokenizer determine it.
+"""
 
 from collections.abc import Collection
 from functools import partial
@@ -32,83 +35,91 @@ def select_template(
     eos_ids: Collection[int],
     pictures: "PictureProcessor | None" = None,
 ) -> Template:
-    """The template that `data.template` names.
+    """Return the template that `data.template` selects.
 
     Args:
-        eos_ids: those at which generation stops (the generation config's list).
-        pictures: as of `Template`; None: rows have none.
+        eos_ids: ids of the tokens at which generation stops, from the generation config.
+        pictures: see `Template`. None if the rows have no pictures.
 
     Raises:
-        DataError: there is no such template, or it cannot tell answers from prompts.
+        DataError: the template does not exist, or it does not separate answers from prompts.
     """
+    name = data.template
     make = partial(Template, tokenizer, eos_ids, pictures=pictures)
     formats = [ROW_FORMATS[source.format] for source in (*data.train, *data.validation)]
     may_have_tools = any("tools" in form.columns for form in formats)
-    chat_template = _chat_template_of(tokenizer, pictures, tools=may_have_tools)
-    if chat_template is not None and data.template in ("auto", "chat"):
+    chat_template = _tokenizer_template(tokenizer, pictures, tools=may_have_tools)
+    if chat_template is not None and name in ("auto", "chat"):
         try_template(chat_template, title_of("chat"))
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
-    are_plain = bool(formats) and all(form.is_plain for form in formats)
-    needs_none = chat_template is None and are_plain
-    if data.template == "raw" or (data.template == "auto" and needs_none):
+    needs_none = chat_template is None and formats and all(form.is_plain for form in formats)
+    if name == "raw" or (name == "auto" and needs_none):
         why = "the tokenizer has no chat template"
-        if data.template == "raw":
+        if name == "raw":
             why = "data.template is raw"
         if data.system is not None:
             what = "a raw prompt has no system message"
-            fix = "remove data.system, or data.template=alpaca"
+            fix = "remove data.system, or set data.template=alpaca"
             raise DataError(what, where="data.system", why=why, fix=fix)
         if data.template_args:
             what = "a raw prompt has no template to take arguments"
-            fix = "remove data.template_args, or data.template=FILE.jinja"
+            fix = "remove data.template_args, or set data.template=FILE.jinja"
             raise DataError(what, where="data.template_args", why=why, fix=fix)
         return make(jinja=None, name="raw")
-    if data.template == "auto" and formats and not any(form.has_turns for form in formats):
-        # Chats with what is trained here use the tokenizer's template.
+    if name == "auto" and formats and not any(form.has_turns for form in formats):
+        # Rows of plain text are used for training without a template. Save the tokenizer's template
+        # for later chats with the model.
         try:
             return make(jinja=chat_template, name="text")
         except DataError:
             return make(jinja=None, name="raw")
-    if data.template == "chat" and chat_template is None:
+    if name == "chat" and chat_template is None:
         raise DataError(
             "the tokenizer has no chat template",
             where="data.template",
-            why="`chat` uses the tokenizer's; base models often have none",
-            fix="data.template=alpaca, or data.template=FILE.jinja",
+            why="data.template=chat uses the tokenizer's template, but base models often have none",
+            fix="set data.template=alpaca, or data.template=FILE.jinja",
         )
-    if data.template in ("auto", "chat") and chat_template is not None:
+    if name in ("auto", "chat") and chat_template is not None:
         template = make(jinja=chat_template, name="chat")
         if not may_have_tools or not _is_plain_chatml(template.chat):
             return template
         arguments, jinja = split_arguments(chat_template)
         jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
         return make(jinja=jinja, name="chat")
-    if data.template in ("auto", "alpaca"):
-        # A template of ours writes BOS where the tokenizer adds it to plain text.
+    if name in ("auto", "alpaca"):
+        # The template must write the BOS token if the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and bos in prefix_ids(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
         jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
         return make(jinja=jinja, name="alpaca")
-    path = Path(data.template).expanduser()
+    path = Path(name).expanduser()
     jinja = _with_arguments(_read_template(path), data, tokenizer, path.name)
     return make(jinja=jinja, name=path.name)
 
 
 def _with_arguments(jinja: str, data: Data, tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
-    """The template `name` with `data.template_args`; DataError for one that it does not take."""
+    """Write the values of `data.template_args` into a template.
+
+    Raise DataError if the template does not read one of the arguments.
+    """
     return with_arguments(
         jinja, data.template_args, title=title_of(name), special_tokens=tokenizer.special_tokens_map
     )
 
 
-def _chat_template_of(
+def _tokenizer_template(
     tokenizer: "PreTrainedTokenizerBase", pictures: "PictureProcessor | None", *, tools: bool
 ) -> str | None:
-    """The tokenizer's chat template as one text; some have several, `tool_use` among them."""
+    """Return the tokenizer's chat template.
+
+    If the tokenizer has the templates `default` and `tool_use`, join them into one.
+    """
     templates = tokenizer.chat_template
     if templates is None and pictures is not None:
-        # Older models have it beside their processor alone.
+        # Use the processor's template, because older models store the template only with their
+        # processor.
         templates = pictures.chat_template
     if not isinstance(templates, dict):
         return templates
@@ -134,12 +145,15 @@ def _is_plain_chatml(chat: ChatRenderer | None) -> bool:
     try:
         text = chat.render(messages)
     except DataError:
-        return True  # it takes no results
+        return True  # the template rejects tool results
     return "three" not in text or text.endswith("".join(chatml))
 
 
 def _read_template(path: Path) -> str:
-    """A Jinja file, tried for its syntax; DataError if it cannot be read or is not Jinja."""
+    """Read a Jinja file and check its syntax.
+
+    Raise DataError if it is not readable or not Jinja.
+    """
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -160,6 +174,6 @@ def _read_template(path: Path) -> str:
             "the template is not valid Jinja",
             where=f"{path}:{error.lineno}",
             why=str(error.message),
-            fix="fix that line",
+            fix="correct this line of the template",
         ) from error
     return jinja

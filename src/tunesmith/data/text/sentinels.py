@@ -1,10 +1,11 @@
-"""Sentinels: short ASCII words set into the texts of a conversation, to find where a template
-renders each text.
+"""Insertion of sentinels: short ASCII words in the texts of a conversation, which show where a
+template writes the texts.
 
-A sentinel stands inside the whitespace at its text's edges, so a template that trims renders the
-same text with and without it. It is letters and digits alone, so JSON escapes leave it as it is.
-Templates may test a text (`startswith`, `in`): where sentinels on both sides change the rendering,
-one at the end, at the start or in the middle may not.
+A sentinel is placed inside the whitespace at the edges of its text, so a template that trims texts
+renders the same with and without it. Sentinels consist only of letters and digits, so JSON escaping
+does not change them. However, a template may test a text (`startswith`, `in`), and the sentinels
+may change the result of the test. If sentinels on both sides change the rendering, a single
+sentinel at the end, at the start or in the middle is tried.
 """
 
 import re
@@ -22,7 +23,10 @@ SENTINEL_POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
 
 
 class Field(NamedTuple):
-    """A text that carries sentinels: the index of its message (-1: tools), what it is, its text."""
+    """A text of a conversation into which sentinels are inserted.
+
+    The fields are the index of the message (-1 for tools), the kind of text, and the text itself.
+    """
 
     message: int
     kind: str
@@ -30,12 +34,12 @@ class Field(NamedTuple):
 
 
 class Sentinel(NamedTuple):
-    """A sentinel in a rendering.
+    """A sentinel that was found in a rendering.
 
     Attributes:
-        field: index of its field.
-        side: `b` or `e`, where its text begins or ends.
-        at: its place in the rendering without sentinels.
+        field: index of the field with this sentinel.
+        side: `b` at the beginning of the text, `e` at its end.
+        at: position in the rendering without sentinels.
     """
 
     field: int
@@ -45,15 +49,17 @@ class Sentinel(NamedTuple):
 
 @dataclass
 class Sentinels:
-    """Sets sentinels into a conversation and takes them out of its rendering.
+    """Inserts sentinels into a conversation and removes them from its rendering.
 
     Attributes:
-        word: begins every sentinel; occurs nowhere in the conversation or its rendering.
-        position: where in a text they stand.
-        only: indices of the messages that carry some; None: all, and the tools.
-        with_pictures: pictures stand in the texts; those at a text's edges stay outside of its
-            sentinels, as white space does.
-        fields: the texts that carry sentinels.
+        word: the first characters of every sentinel. They occur neither in the conversation nor in
+            its rendering.
+        position: position of the sentinels in a text.
+        only: indices of the messages into which sentinels are inserted. If None, they are inserted
+            into all messages and the tools.
+        with_pictures: whether the texts contain pictures. Pictures at the edges of a text stay
+            outside of its sentinels, like whitespace.
+        fields: the texts that have sentinels.
     """
 
     word: str
@@ -63,7 +69,10 @@ class Sentinels:
     fields: list[Field] = field(default_factory=list)
 
     def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
-        """Copies with sentinels; `fields` lists what carries them."""
+        """Return copies of messages and tools with sentinels.
+
+        Each text into which sentinels are inserted is added to `fields`.
+        """
         marked_messages = []
         for i, message in enumerate(messages):
             is_marked = self.only is None or i in self.only
@@ -73,14 +82,14 @@ class Sentinels:
         return marked_messages, [self._tool(tool) for tool in tools]
 
     def thought_of(self, message: int) -> str:
-        """The thought of a message; empty where it has none."""
-        thoughts = (
-            text for i, kind, text in self.fields if (i, kind) == (message, "reasoning_content")
-        )
-        return next(thoughts, "")
+        """Return the reasoning text of a message (`reasoning_content`), or ""."""
+        for marked in self.fields:
+            if marked.message == message and marked.kind == "reasoning_content":
+                return marked.text
+        return ""
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
-        """The rendering without sentinels, and those that it contained, in order."""
+        """Return the rendering without sentinels, and the list of its sentinels in order."""
         pattern = re.compile(self.word + r"(\d+)([be])Q")
         sentinels = []
         removed = 0
@@ -103,17 +112,22 @@ class Sentinels:
         return copy
 
     def _content(self, message: Message, i: int) -> str:
-        """The content with sentinels; the thought that an answer's may open with is a text of its
-        own, because templates take it out.
+        """Insert sentinels into the content of a message.
+
+        If an answer begins with a thought, the thought and the rest of the text get separate
+        sentinels, because templates may remove the thought.
         """
         content = message["content"]
-        place = find_thought(content) if message["role"] == "assistant" else None
+        place = None
+        if message["role"] == "assistant":
+            place = find_thought(content)
         if place is None:
             return self._text(content, i, "content")
+        opening = content[: place.start]
         thought = self._text(content[place.start : place.end], i, "reasoning_content")
+        closing = content[place.end : place.rest]
         rest = self._text(content[place.rest :], i, "content")
-        tags = content[: place.start], content[place.end : place.rest]
-        return f"{tags[0]}{thought}{tags[1]}{rest}"
+        return f"{opening}{thought}{closing}{rest}"
 
     def _function(self, i: int, function: CalledFunction) -> CalledFunction:
         name = self._text(function["name"], i, "tool_calls")
@@ -121,9 +135,10 @@ class Sentinels:
         return {**function, "name": name, "arguments": arguments}
 
     def _arguments(self, value: object, i: int) -> object:
-        """Sentinels in every text within a call's arguments.
+        """Insert sentinels into all texts in a call's arguments.
 
-        Numbers carry none, nor do names, because templates may sort by them.
+        Numbers cannot contain sentinels. Names of arguments have no sentinels, because templates
+        may sort the arguments by name.
         """
         if isinstance(value, str):
             return self._text(value, i, "tool_calls")
@@ -138,11 +153,14 @@ class Sentinels:
         return {**tool, "function": {**function, "name": self._text(function["name"], -1, "tools")}}
 
     def _text(self, text: str, message: int, kind: str) -> str:
-        bare = text.replace(PICTURE_MARK, " ") if self.with_pictures else text
+        bare = text
+        if self.with_pictures:
+            bare = text.replace(PICTURE_MARK, " ")
         start = len(bare) - len(bare.lstrip())
         end = len(bare.rstrip())
         if start >= end:
-            # A sentinel would make an empty text a full one, and templates ask `if content`.
+            # Leave an empty text unchanged, because templates test `if content`, and a sentinel
+            # would change the result.
             return text
         stripped = text[start:end]
         n = len(self.fields)

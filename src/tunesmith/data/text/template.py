@@ -1,13 +1,14 @@
-"""A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
+"""Conversion of a sample to token ids and a loss mask.
 
-Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of
-`builtin_templates`), which is saved with the trained model; a template that wants a BOS writes it.
-A prompt and completion are a conversation of two turns. `loss_mask` finds the answers in the text,
-`align` maps them to tokens.
+The same code makes the prompts of training and of inference, so they are identical.
 
-Without a template (`raw`) prompt and completion stand as they are, one after the other, as rows of
-the format text always do: a BOS where the tokenizer itself adds one, once, and an end token at the
-end.
+Conversations are rendered by one Jinja chat template, which comes from the tokenizer, a file or
+`builtin_templates`. The template is saved with the trained model. If a BOS token is required, the
+template writes it. A prompt with its completion becomes a conversation of two turns. `loss_mask`
+finds the answers in the rendered text, and `align` converts their characters to tokens.
+
+Without a template (`raw`), prompt and completion are joined unchanged. Rows of format text are
+never rendered. Raw rows and text rows get an end token, and a BOS token if the tokenizer adds one.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from tunesmith.data.text.placeholders import PictureProcessor
 
 TrainOn = Literal["response", "last", "all"]
-# What errors call a template that is no file.
+# How error messages name templates that are not files.
 _TITLES = {
     "chat": "the tokenizer's chat template",
     "alpaca": "the alpaca text",
@@ -67,7 +68,7 @@ _TITLES = {
 
 @contextmanager
 def row_errors(where: str) -> Iterator[None]:
-    """Name the row at `where` in an error that has no place of its own."""
+    """Add the location `where` to an error that the `with` block raises without a location."""
     try:
         yield
     except (DataError, ModelError) as error:
@@ -76,25 +77,26 @@ def row_errors(where: str) -> Iterator[None]:
 
 
 def title_of(name: str) -> str:
-    """Name a template as errors call it."""
+    """Return the text that names a template in error messages."""
     return _TITLES.get(name, f"the template {name}")
 
 
 class Template:
-    """A template, which makes text, tokens and a loss mask of a sample.
+    """A template that converts samples to text, tokens and a loss mask.
 
     Attributes:
-        chat: what renders it; None without a template.
-        name: `chat`, `alpaca`, `raw`, `text` (rows of that format only), `pattern`, or the name of
+        chat: renderer of the chat template. None if there is no template.
+        name: `chat`, `alpaca`, `raw`, `text` (all rows have format text), `pattern`, or the name of
             a template file.
-        jinja: the chat template, saved as the tokenizer's with the trained model. For `raw` it
-            writes the texts as they stand; None where this tokenizer would split its rendering in
-            another way than the texts themselves.
-        pictures: makes the placeholders of pictures; None: a row with pictures is refused.
-        raw: whether prompt and completion stand as they are.
-        end_ids: ids of the tokens that may end an answer, at which generation must stop.
-        earlier_end_ids: of those that end only answers before the last one: not supervised, and
-            generation does not stop there.
+        jinja: the chat template that is saved with the trained model. For `raw` this is a template
+            that writes the texts unchanged, or None if the tokenizer splits rendered texts
+            differently.
+        pictures: creates the placeholder tokens of pictures. If None, rows with pictures raise
+            DataError.
+        raw: whether prompt and completion are used unchanged.
+        end_ids: ids of the supervised tokens that may end an answer. Generation must stop at them.
+        earlier_end_ids: ids of the tokens that end earlier answers, but not the last answer. They
+            are not supervised, and generation does not stop at them.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Template:
                 fix="set eos_token in the tokenizer's tokenizer_config.json",
             )
         self._eos_ids = frozenset(eos_ids or {tokenizer.eos_token_id})
-        # What ends raw rows: the tokenizer's end token, if generation stops at it.
+        # End token of raw rows. It is the tokenizer's end token if generation stops at this token.
         self._raw_end = min(self._eos_ids)
         if tokenizer.eos_token_id in self._eos_ids:
             self._raw_end = tokenizer.eos_token_id
@@ -134,7 +136,7 @@ class Template:
             self.chat = ChatRenderer(tokenizer, self.jinja, title_of(name), self._eos_ids)
             with row_errors("data.template"):
                 self._probe(self.chat)
-            # Tokens that the template writes after an answer end generation too.
+            # Generation must also stop at tokens that the template writes after an answer.
             self.end_ids |= frozenset(self.chat.ends.stops.values())
             self.earlier_end_ids = frozenset(self.chat.ends.earlier.values())
         self._bos = prefix_ids(tokenizer)
@@ -147,12 +149,16 @@ class Template:
         except DataError:
             if self.pictures is None:
                 raise
-            # That of a model that sees may read lists of parts alone, as LLaVA's.
+            # Try again with lists of parts, because templates of some vision-language models, such
+            # as LLaVA, read only lists.
             chat.takes_lists = True
             probe(chat)
 
     def _raw_jinja(self) -> str | None:
-        """A template that writes texts as they stand; None if they would be tokenized otherwise."""
+        """Return a template that writes texts unchanged.
+
+        Return None if the texts would get other tokens with this template.
+        """
         bos = self.tokenizer.decode(self._bos)
         jinja = builtin_templates.raw(bos=bos, end=self.tokenizer.decode([self._raw_end]))
         messages = [{"role": "user", "content": "One two."}]
@@ -162,9 +168,8 @@ class Template:
         return jinja
 
     def describe(self) -> str:
-        """One line for the user.
-
-        It says which prompt is in use, how an answer ends and how the loss mask is computed.
+        """Return one line for the user with the template, the end tokens and the kind of loss
+        mask.
         """
         raw_end = repr(self.tokenizer.decode([self._raw_end]))
         if self.chat is None:
@@ -184,19 +189,19 @@ class Template:
             date = f"{builtin_templates.DATE:%d %b %Y}"
             parts.append(
                 f"its date is fixed at {date}, for all starts and in the saved template"
-                " (data.template_args.strftime_now sets another)"
+                " (data.template_args.strftime_now sets another date)"
             )
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
         if self.chat.ends.earlier:
             earlier = ", ".join(map(repr, self.chat.ends.earlier))
-            parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
+            parts.append(f"earlier answers end with {earlier}, which is not supervised")
         blocks = "its {% generation %} blocks"
         parts.append(f"loss mask by {blocks if self.chat.tagged else 'sentinels'}")
         return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
-        """Tokens and mask of one sample, however long it is; see `encode_many`."""
+        """Tokenize one sample of any length and compute its mask; see `encode_many`."""
         [example] = self.encode_many([sample], train_on, where=[where])
         if isinstance(example, DataError):
             raise example
@@ -205,12 +210,16 @@ class Template:
     def encode_many(
         self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]
     ) -> list[Example | DataError]:
-        """Tokens and masks of many samples, or why one has none, with one call of the tokenizer.
+        """Tokenize samples and compute their masks.
+
+        The result has a DataError instead of an example for each sample that cannot be encoded.
+
+        All samples are tokenized in one call.
 
         Args:
-            train_on: `response` (every answer), `last` (the last one) or `all` (every token but the
-                first).
-            where: the rows' places, for the DataError of one that cannot be rendered or masked.
+            train_on: `response` (every answer), `last` (the last answer) or `all` (every token
+                except the first).
+            where: the location of each row, for error messages.
         """
         samples = [self._as_turns(sample) for sample in samples]
         texts: dict[int, RenderedAnswers] = {}
@@ -219,11 +228,12 @@ class Template:
             try:
                 with row_errors(place):
                     seen = see_pictures(sample, self.pictures, place)
-                    texts[i] = self._expanded(self._locate(sample, train_on), seen)
+                    texts[i] = self._insert_placeholders(self._locate(sample, train_on), seen)
             except DataError as error:
                 examples[i] = error
         try:
-            # The tokenizer works on the texts with several threads.
+            # Tokenize all texts in one call, because the tokenizer processes the texts of a call
+            # with several threads.
             aligned = self._aligner.encode(
                 [answers.text for answers in texts.values()],
                 [answers.spans for answers in texts.values()],
@@ -233,7 +243,7 @@ class Template:
             if len(samples) == 1:
                 error.where = where[0]
                 return [error]
-            # One by one, to find the row.
+            # A sample in the batch has an error. Encode the samples one by one to find it.
             rows = zip(samples, where, strict=True)
             return [self.encode_many([sample], train_on, where=[at])[0] for sample, at in rows]
         for (i, answers), tokens in zip(texts.items(), aligned, strict=True):
@@ -245,7 +255,9 @@ class Template:
         return [examples[i] for i in range(len(samples))]
 
     def prompt(self, sample: Sample, *, where: str = "") -> list[int]:
-        """Token ids of the model's input: all before the last answer, which may be missing.
+        """Return the token ids of a sample's prompt.
+
+        The prompt is everything before the last answer, or the entire sample if it has no answer.
 
         Raises:
             DataError: the sample cannot be rendered.
@@ -267,26 +279,28 @@ class Template:
             messages = messages[:-1]
         seen = see_pictures(sample, self.pictures, where)
         if self.chat is None:
-            return self._as_they_stand(messages)
+            return self._join_unchanged(messages)
         text = self._chat_of(sample).render(messages, sample.tools or None, generate=True)
-        return self._expanded(RenderedAnswers(text, []), seen).text
+        return self._insert_placeholders(RenderedAnswers(text, []), seen).text
 
     def answer(self, sample: Sample, *, where: str = "") -> str:
-        """The text of the last answer as the model is to write it, up to what ends it.
+        """Return the last answer as the model should generate it, up to its end token.
 
-        It is the row's text in the template's form, never decoded tokens; with the special tokens
-        that the template writes, as of tool calls. Of format text it is empty.
+        The text is rendered by the template, not decoded from tokens. It includes special tokens
+        that the template writes, for example those of tool calls. It is empty for rows of format
+        text.
 
         Raises:
             DataError: the sample cannot be rendered.
         """
         with row_errors(where):
             text = self._answer_text(self._as_turns(sample))
-        # Where the row's own text has an end token, generation stops there.
+        # If the row's own text contains an end token, generation stops there.
         end_token = self._ends.search(text)
         if end_token is not None:
             text = text[: end_token.start()]
-        # Of a letter and its accent some tokenizers make one character: so does the model.
+        # Some tokenizers convert a letter and its accent to one character, so the model generates
+        # this single character.
         return normalize("NFC", text) if self._composes_letters else text
 
     def _answer_text(self, sample: Sample) -> str:
@@ -294,13 +308,16 @@ class Template:
             return ""
         if isinstance(sample, Completion):
             return sample.completion
-        sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
+        sample = replace(sample, untrained=frozenset())  # include an answer that is not trained
         answers = self._locate_answers(sample, "last")
         return "".join(answers.text[span.start : span.end] for span in answers.spans)
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """See `tokenizer_hash`; that of a large vocabulary takes 0.2 s."""
+        """Hash of the tokenizer, see the function `tokenizer_hash`.
+
+        The hash is cached, because computing it takes 0.2 s with a large vocabulary.
+        """
         return tokenizer_hash(self.tokenizer)
 
     @cached_property
@@ -310,10 +327,10 @@ class Template:
     @cached_property
     def _composes_letters(self) -> bool:
         (ids,) = self._aligner.ids(["e\u0301"])
-        return "\u00e9" in str(self.tokenizer.decode(ids.tolist()))
+        return "\u00e9" in self.tokenizer.decode(ids.tolist())
 
     def first_answer(self, sample: Sample, train_on: TrainOn) -> str:
-        """Render the first answer that is trained on as `answer` does, without special tokens."""
+        """Return the first supervised answer as `answer` returns it, but without special tokens."""
         if isinstance(sample, Conversation) and train_on == "response":
             first = sample.supervised()[0]
             stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
@@ -321,10 +338,11 @@ class Template:
         return self.without_special_tokens(self.answer(sample))
 
     def _control_tokens(self, sample: Sample) -> frozenset[str]:
-        """See `Example.control_tokens`.
+        """Return the special tokens that the row's own text contains, see `Example.control_tokens`.
 
-        The tags of a thought are none, nor in raw rows a BOS in front and end tokens at the end:
-        they are read as such. Format text has none.
+        The tags of a thought are not returned. In raw rows, a leading BOS token and trailing end
+        tokens are not returned either, because they are intended. The result is empty for rows of
+        format text.
         """
         if isinstance(sample, Completion):
             prompt = sample.prompt
@@ -349,19 +367,19 @@ class Template:
         return re.compile(f"(?:{self._ends.pattern})\\s*\\Z")
 
     def without_special_tokens(self, text: str) -> str:
-        """The text as an answer is decoded."""
+        """Remove the special tokens that decoding an answer also removes."""
         for token in self._special_tokens:
             text = text.replace(token, "")
         return text
 
     @cached_property
     def _special_tokens(self) -> list[str]:
-        """Those that decoding leaves out, the longest first."""
+        """Special tokens that decoding removes. Longer tokens come first."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
 
     def _as_turns(self, sample: Sample) -> Sample:
-        """Convert prompt and completion to two turns, where there is a template."""
+        """Convert a `Completion` to a conversation of two turns if there is a chat template."""
         if not isinstance(sample, Completion) or self.raw:
             return sample
         turns: list[Message] = [
@@ -370,16 +388,19 @@ class Template:
         ]
         return Conversation(with_system(turns, sample.system))
 
-    def _as_they_stand(self, messages: list[Message]) -> str:
-        """Turns of a chat without a template: each text as it stands, answers with an end token."""
+    def _join_unchanged(self, messages: list[Message]) -> str:
+        """Join the texts of a chat's turns without a template.
+
+        Texts are unchanged, and answers get an end token.
+        """
         end = self.tokenizer.decode([self._raw_end])
         text = ""
         for message in messages:
             if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
                 raise DataError(
-                    f"a raw prompt has no {message['role']} message",
+                    f"without a template, a prompt cannot have a {message['role']} message",
                     why="the model was trained without a template",
-                    fix="remove it, or train with data.template=alpaca",
+                    fix="remove the message, or set data.template=alpaca",
                 )
             text += message["content"]
             if message["role"] == "assistant":
@@ -387,27 +408,28 @@ class Template:
         return text
 
     def _messages(self, sample: Conversation) -> list[Message]:
-        """The messages as the template reads them.
+        """Return the messages of a sample with all keys that the template reads.
 
-        alpaca's text takes instruction and input apart; some templates need ids of calls.
+        The alpaca template reads instruction and input separately. Some templates require ids of
+        tool calls.
         """
         messages = sample.messages
         if self.chat is not None:
             messages = list(self.chat.in_form(messages))
         jinja = self.jinja or ""
-        # The template may write the input apart from the instruction.
+        # The template reads the input separately from the instruction.
         if sample.instruction is not None and "message.input" in jinja:
             instruction, extra, _ = sample.instruction
-            # The last question is the one that the row's own columns make.
+            # Replace the last question by the instruction and the input of the row.
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
             messages = list(messages)
             messages[at] = {"role": "user", "content": instruction, "input": extra}
         if "tool_call" in jinja and ".id" in jinja:
-            return _with_ids(messages)
+            return _add_call_ids(messages)
         return messages
 
     def _locate(self, sample: Sample, train_on: TrainOn) -> RenderedAnswers:
-        """The text of a sample, and the spans of its supervised characters."""
+        """Return the text of a sample and the spans of its supervised characters."""
         if isinstance(sample, Conversation):
             return self._locate_answers(sample, train_on)
         text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
@@ -417,7 +439,8 @@ class Template:
             return RenderedAnswers(text, [CharSpan(0, len(text))])
         start = len(sample.prompt)
         spans = [CharSpan(start, len(text))]
-        # Two spans: of a prompt that is trained too the tokens are also those of generation.
+        # Use separate spans for prompt and completion even if both are supervised. The text is then
+        # cut between them, so that the tokens are the same as in generation.
         if train_on == "all" and start:
             spans.insert(0, CharSpan(0, start))
         return RenderedAnswers(text, spans)
@@ -427,7 +450,7 @@ class Template:
         if self.chat is None:
             raise DataError(
                 "the row is a conversation, but there is no template for its turns",
-                why="raw rows are a prompt and a completion without a template",
+                why="without a template, each row must have a prompt and a completion",
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
@@ -438,22 +461,21 @@ class Template:
             first = len(messages) - 1
         # Answers before `first` belong to the prompt.
         selected = set(range(first, len(messages)))
+        excluded = selected & sample.untrained
         if train_on != "all":
-            selected -= sample.untrained
-            return find_answers(chat, messages, tools, selected=selected)
-        # All characters behind the prompt, without the answers that the row leaves out.
+            return find_answers(chat, messages, tools, selected=selected - excluded)
+        # With train_on all, supervise all characters after the prompt, except the answers that the
+        # row excludes.
         answers = find_answers(chat, messages, tools, selected=selected)
-        text, spans = answers.text, answers.spans
-        start = spans[0].start if sample.prompt_messages else 0
-        left_out = selected & sample.untrained
+        start = answers.spans[0].start if sample.prompt_messages else 0
         trained_spans = []
-        # What the row leaves out becomes gaps between the trained stretches.
-        if left_out:
-            gaps = find_answers(chat, messages, tools, selected=left_out)
+        # Split the supervised span at each excluded answer.
+        if excluded:
+            gaps = find_answers(chat, messages, tools, selected=excluded)
             for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
-        trained_spans.append(CharSpan(start, len(text)))
+        trained_spans.append(CharSpan(start, len(answers.text)))
         trained_spans = [span for span in trained_spans if span.start < span.end]
         return answers._replace(spans=trained_spans)
 
@@ -461,7 +483,7 @@ class Template:
         ids = aligned.ids
         trained = aligned.trained
         if not isinstance(sample, Conversation):
-            # The BOS that the tokenizer adds, once, and a supervised end token.
+            # Add the tokenizer's BOS token if it is missing, and a supervised end token.
             bos = np.array(self._missing_bos(ids), np.int32)
             has_end = self._has_own_end(sample, ids, trained)
             end = np.array([] if has_end else [self._raw_end], np.int32)
@@ -471,14 +493,15 @@ class Template:
             raise DataError(
                 "the end of an answer is not a separate token",
                 why="the tokenizer merges it with adjacent text, or splits it",
-                fix="add it as a special token: model.added_tokens",
+                fix="add the end token of the template to model.added_tokens",
             )
         if len(ids) < 2:
             raise DataError("the row has no text", fix="delete the row")
-        # Nothing predicts the first token.
+        # The first token is never supervised, because no position predicts it.
         trained[0] = False
         if self.pictures is not None:
-            # With train_on all they are within the spans.
+            # Remove the placeholders of pictures from the mask. With train_on all, they are inside
+            # the spans.
             trained &= ~np.isin(ids, self.pictures.ids)
             count = np.count_nonzero(ids == self.pictures.token_id)
             if count != answers.placeholders:
@@ -493,72 +516,78 @@ class Template:
         )
 
     def _has_own_end(self, sample: Text | Completion, ids: np.ndarray, trained: np.ndarray) -> bool:
-        """Tell whether a text ends with an end token; a template writes a line break behind it.
+        """Return whether a text ends with an end token, ignoring whitespace after it.
 
-        One that ends the prompt ends no answer.
+        An end token at the end of a prompt does not count, because it does not end an answer.
         """
         if not len(ids) or not trained[-1]:
             return False
         text = sample.text if isinstance(sample, Text) else sample.completion
-        return int(ids[-1]) in self.end_ids or bool(self._trailing_ends.search(text))
+        return ids[-1] in self.end_ids or bool(self._trailing_ends.search(text))
 
     def _chat_of(self, sample: Conversation) -> ChatRenderer:
         assert self.chat is not None
         return self.chat.for_pictures() if sample.pictures else self.chat
 
-    def _expanded(self, answers: RenderedAnswers, seen: SeenPictures) -> RenderedAnswers:
-        """The rendered text with the placeholders of the pictures in it."""
-        if not seen.texts:
+    def _insert_placeholders(self, answers: RenderedAnswers, seen: SeenPictures) -> RenderedAnswers:
+        """Insert the placeholders of the pictures into the rendered text."""
+        texts = seen.texts
+        if not texts:
             return answers
         assert self.pictures is not None
         assert self.chat is not None
         mark = self.pictures.placeholder
         count = answers.text.count(mark)
-        if count != len(seen.texts):
+        if count != len(texts):
+            pictures = count_of(len(texts), "picture")
             raise self.chat.error(
-                f"writes {mark} {count} times for {count_of(len(seen.texts), 'picture')}",
+                f"writes {mark} {count} times for {pictures}",
                 "the model finds pictures by that token",
                 "use the model's own chat template: data.template=chat",
             )
-        text, spans = put_placeholders(answers.text, answers.spans, mark, seen.texts)
-        placeholders = sum(put.count(self.pictures.token) for put in seen.texts)
-        return RenderedAnswers(
-            text, spans, answers.missing, seen.digests, seen.scaled, placeholders
+        text, spans = put_placeholders(answers.text, answers.spans, mark, texts)
+        placeholders = sum(placeholder.count(self.pictures.token) for placeholder in texts)
+        return answers._replace(
+            text=text,
+            spans=spans,
+            digests=seen.digests,
+            scaled=seen.scaled,
+            placeholders=placeholders,
         )
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
+        has_bos = list(ids[:1]) == self._bos[:1]
         return [] if has_bos else self._bos
 
 
 def first_turns(sample: Conversation, count: int) -> Conversation:
-    """The first messages of a conversation, with their pictures."""
+    """Return the first `count` messages of a conversation, with their pictures."""
     messages = sample.messages[:count]
     pictures = sum(message["content"].count(PICTURE_MARK) for message in messages)
     return replace(sample, messages=messages, pictures=sample.pictures[:pictures])
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 (hex) of what makes tokens of a text."""
+    """Return the sha256 (hex) of all properties of a tokenizer that determine the tokens of a
+    text.
+    """
     core = tokenizer.backend_tokenizer.to_str()
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps(special_tokens, sort_keys=True)
     return hashlib.sha256((core + special).encode()).hexdigest()
 
 
-def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:
-    """Names in ROW_WARNINGS of what an answer's edge does to the tokens of a text."""
-    flaws = []
+def _flaws(text: str, aligned: Aligned) -> Iterator[str]:
+    """Yield the names in ROW_WARNINGS of problems with the tokens at the edges of answers."""
     edges = [text[cut - 1 : cut + 1] for cut in aligned.cuts]
     if any(edge[0] in " \t" and not edge[1].isspace() for edge in edges):
-        flaws.append("blank")
+        yield "blank"
     if aligned.merged_tokens:
-        flaws.append("merged")
-    return tuple(flaws)
+        yield "merged"
 
 
 def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that the tokenizer itself adds before a text."""
+    """Return the token ids that the tokenizer adds before every text, such as BOS."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -567,15 +596,15 @@ def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return []
 
 
-def _with_ids(messages: list[Message]) -> list[Message]:
-    """Ids for calls that have none, and for their results in the same order.
+def _add_call_ids(messages: list[Message]) -> list[Message]:
+    """Add missing ids to tool calls, and to their results in the same order.
 
-    Templates that write ids insist on them (Mistral's: nine letters and digits), and most rows have
-    none.
+    Most rows have no ids, but some templates write ids and fail if they are missing. Mistral's
+    template requires nine letters and digits.
     """
     with_ids = []
     count = 0
-    # Ids that wait for their results, in the order of the calls.
+    # Ids of the calls whose result has not been found yet, in order.
     waiting: list[str] = []
     for message in messages:
         copy = message.copy()
@@ -583,7 +612,7 @@ def _with_ids(messages: list[Message]) -> list[Message]:
             calls: list[FunctionCall] = []
             for call in message["tool_calls"]:
                 count += 1
-                # An id of the row wins over ours.
+                # `**call` comes last, so that an id in the row replaces the generated id.
                 calls.append({"id": f"call{count:05d}", **call})
             copy["tool_calls"] = calls
             waiting = [call["id"] for call in calls]

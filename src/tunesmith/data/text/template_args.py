@@ -1,11 +1,12 @@
 """Arguments of a chat template, such as Qwen's `enable_thinking`, as a part of the template itself.
 
-They are written as assignments in front of it. So rows and prompts get the same ones, the token
-cache and a comparison of ranks see them, and whoever renders the saved template gets what was
-trained: a server passes arguments of its own (llama.cpp says `enable_thinking` unasked), and these
-assignments come after them.
+The arguments are written as assignments at the start of the template. Therefore rows and prompts
+use the same values, and every program that renders the saved template uses the values of training.
+The values are also a part of the key of the token cache and of the comparison between ranks. A
+server may pass arguments to the template (llama.cpp passes `enable_thinking` by default), but the
+assignments override them.
 
-`strftime_now`, which writes the day of the rendering, takes a date here: 2026-05-01.
+The argument `strftime_now` is a date, for example 2026-05-01. It replaces today's date.
 """
 
 import datetime
@@ -22,13 +23,13 @@ from tunesmith.errors import DataError
 if TYPE_CHECKING:
     from jinja2.nodes import Node, Template
 
-# What a recipe can give: the literals that JSON and Jinja write alike.
+# Types of values that a recipe can set. Literals of these types are the same in JSON and Jinja.
 Argument = bool | int | float | str
 
 _DATE_ARGUMENT = "strftime_now"
 _ARGUMENTS_MARK = "{#- data.template_args -#}"
 _ASSIGNMENT = re.compile(r"""\{%- set (\w+) = ("(?:[^"\\]|\\.)*"|[\w.+-]+) %\}""")
-# What the renderer passes itself, beside the special tokens.
+# Variables that the renderer passes to a template, in addition to the special tokens.
 OF_RENDERER = frozenset(
     {
         "messages",
@@ -44,16 +45,17 @@ OF_RENDERER = frozenset(
 def with_arguments(
     jinja: str, arguments: Mapping[str, Argument], *, title: str, special_tokens: Collection[str]
 ) -> str:
-    """The template with some arguments assigned.
+    """Set arguments of a chat template by assignments at its start.
 
-    Those of a model that was trained with some before can be assigned anew.
+    The template may already contain assignments, because the model was trained with arguments.
+    These assignments are replaced.
 
     Args:
-        title: what errors call the template.
-        special_tokens: names that the renderer passes, such as `bos_token`.
+        title: name of the template in error messages.
+        special_tokens: names of variables that the renderer passes, such as `bos_token`.
 
     Raises:
-        DataError: the template does not read one of them.
+        DataError: the template does not read one of the arguments.
     """
     if not arguments:
         return jinja
@@ -72,7 +74,8 @@ def with_arguments(
             fix=fix,
         )
     assigned |= arguments
-    # The date is not assigned like the others: a template gets it by calling strftime_now.
+    # The date is not a variable of the template. Therefore replace the calls of strftime_now in the
+    # template.
     if _DATE_ARGUMENT in assigned:
         template = with_fixed_date(template, _read_date(assigned.pop(_DATE_ARGUMENT)))
     return assign_arguments(template, assigned)
@@ -91,7 +94,7 @@ def _read_date(value: Argument) -> datetime.date:
 
 
 def assign_arguments(jinja: str, arguments: Mapping[str, Argument]) -> str:
-    """The template with assignments in front of it, of whatever names."""
+    """Write assignments at the start of a template. The names are not checked."""
     if not arguments:
         return jinja
     assignments = ""
@@ -101,7 +104,7 @@ def assign_arguments(jinja: str, arguments: Mapping[str, Argument]) -> str:
 
 
 def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
-    """Arguments that are assigned in front of a template, and the template behind them."""
+    """Return the arguments that a template assigns at its start, and the rest of the template."""
     if not jinja.startswith(_ARGUMENTS_MARK):
         return {}, jinja
     assigned = {}
@@ -109,24 +112,28 @@ def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
     while match := _ASSIGNMENT.match(jinja, end):
         assigned[match[1]] = json.loads(match[2])
         end = match.end()
-    # `keep_newlines` has doubled a line break that opens the template.
+    # Remove the line break that `keep_newlines` added at the start of the template.
     return assigned, jinja[end:].removeprefix("\n")
 
 
 def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]:
-    """List the names that a template leaves to its caller; none where it is not valid Jinja."""
+    """Return the names of variables that the caller of a template must pass.
+
+    Return [] if the template is not valid Jinja.
+    """
     from jinja2 import TemplateSyntaxError, meta
 
     try:
         tree = parse_template(jinja)
     except TemplateSyntaxError:
-        # It is named with its line once it renders.
+        # Ignore the error, because rendering the template later raises an error with the line
+        # number.
         return []
     first_use: dict[str, str] = {}
     for name, context in _names_in_order(tree):
         first_use.setdefault(name, context)
-    # Jinja calls each name undeclared that is assigned in a branch or a loop; an argument is read
-    # before any assignment.
+    # Jinja also reports names that are assigned in a branch or a loop as undeclared. Such a name is
+    # an argument only if it is read before it is assigned.
     undeclared = meta.find_undeclared_variables(tree) - OF_RENDERER - set(special_tokens)
     names = [name for name in undeclared if first_use[name] == "load"]
     if writes_today(jinja):
@@ -135,14 +142,14 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
 
 
 def parse_template(jinja: str) -> "Template":
-    """Parse a chat template; raise jinja2.TemplateSyntaxError if it is not valid Jinja."""
+    """Parse a chat template. Raise jinja2.TemplateSyntaxError if it is not valid Jinja."""
     from jinja2 import Environment
 
     return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain_jinja(jinja))
 
 
 def _names_in_order(node: "Node") -> Iterator[tuple[str, str]]:
-    """Each name of a tree in the order of evaluation, and whether it is loaded or stored."""
+    """Yield the names in a syntax tree in the order of evaluation, each with "load" or "store"."""
     from jinja2 import nodes
 
     if isinstance(node, nodes.Name):

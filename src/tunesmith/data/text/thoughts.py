@@ -1,10 +1,9 @@
-"""The parts of an answer: its thought, its text and its calls, in the forms that rows and chat
-templates have for them.
+"""Parts of an answer (thought, text and calls), in the forms that rows and chat templates use.
 
-A row has the thought in `reasoning_content`, or in front of the answer's text between tags, as
-models write it. A template may read another key (gpt-oss: `thinking`), or know thoughts by their
-tags alone; it may want the arguments of a call as JSON text (DeepSeek V3). `loss_mask` finds out by
-trying the forms.
+A row stores the thought in `reasoning_content`, or between tags at the start of the answer's text,
+as models write it. A template may read another key (gpt-oss: `thinking`), or find thoughts only by
+their tags. It may require the arguments of a call as JSON text (DeepSeek V3). `probe.py` tries the
+forms to find the one that a template reads.
 """
 
 import json
@@ -14,7 +13,10 @@ from typing import NamedTuple
 
 from tunesmith.data.rows.samples import FunctionCall, Message
 
-# Between these a row's text may open with a thought.
+# A message in the form that a template reads.
+TemplateMessage = Mapping[str, object]
+
+# Closing tag -> opening tag of a thought at the start of a row's text.
 THOUGHT_TAGS = {
     "</think>": "<think>",
     "</thinking>": "<thinking>",
@@ -23,21 +25,20 @@ THOUGHT_TAGS = {
     "[/THINK]": "[THINK]",
 }
 _CLOSING = re.compile("|".join(map(re.escape, THOUGHT_TAGS)))
-# Two tags with no more than a word between them: <think></think>, Gemma 4's
+# Opening and closing tag with at most one word between them: <think></think>, Gemma 4's
 # <|channel>thought\n<channel|>, Cohere's <|START_THINKING|><|END_THINKING|>.
 _EMPTY_THOUGHT = re.compile(
     r"(?P<opening><[^<>]+>|\[[^\[\]]+\])\s*\w*\s*(?P<closing><[^<>]+>|\[[^\[\]]+\])\s*\Z"
 )
-# What tells a closing tag from its opening one.
+# Parts of a tag that are ignored when an opening tag is compared with a closing tag.
 _NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
-# A message's key, as templates read it: message.thinking, message['thinking'].
+# Pattern of the key that contains the thought of a message, as a template writes it:
+# message.thinking or message['thinking'].
 _THOUGHT_KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
 
 
 def open_thought(text: str) -> tuple[str, str] | None:
-    """The tag with which a text ends and opens a thought, and the one that closes it; None: no such
-    tag ends it.
-    """
+    """Return opening and closing tag if a text ends with a thought's opening tag, else None."""
     for closing, opening in THOUGHT_TAGS.items():
         if text.rstrip().endswith(opening):
             return opening, closing
@@ -45,19 +46,29 @@ def open_thought(text: str) -> tuple[str, str] | None:
 
 
 def thought_at_end(text: str) -> int | None:
-    """Find where the thought at a text's end begins: its tag, or an empty one; None: no thought."""
+    """Return the start of the thought at the end of a text, or None if there is no thought.
+
+    Such a thought is only an opening tag, or an opening tag with its closing tag and no text
+    between them.
+    """
     tags = open_thought(text)
     if tags is not None:
         return text.rindex(tags[0])
     match = _EMPTY_THOUGHT.search(text)
     if match is None or match["opening"] == match["closing"]:
         return None
-    names = [_NO_NAME.sub("", match[tag]).lower() for tag in ("opening", "closing")]
-    return match.start() if names[0] and names[0] == names[1] else None
+    opening_name = _NO_NAME.sub("", match["opening"]).lower()
+    closing_name = _NO_NAME.sub("", match["closing"]).lower()
+    if opening_name and opening_name == closing_name:
+        return match.start()
+    return None
 
 
 class InlineThought(NamedTuple):
-    """The place of a thought in a text: its [start, end), and where the answer itself begins."""
+    """Position of a thought in a text.
+
+    The thought is the characters [start, end), and the answer begins at `rest`.
+    """
 
     start: int
     end: int
@@ -65,10 +76,10 @@ class InlineThought(NamedTuple):
 
 
 def find_thought(text: str) -> InlineThought | None:
-    """The thought in front of an answer's text.
+    """Find the thought at the start of an answer's text.
 
-    The opening tag may be missing where the closing one stands at the edge of a line: models whose
-    prompt opens the thought (DeepSeek R1) write the closing tag alone.
+    The opening tag may be missing if </think> is at the end of a line, because models whose prompt
+    opens the thought (DeepSeek R1) write only the closing tag.
     """
     if "</" not in text and "[/" not in text:
         return None
@@ -87,7 +98,9 @@ def find_thought(text: str) -> InlineThought | None:
 
 
 def split_thought(message: Message) -> Message:
-    """The message with the thought of its text in `reasoning_content`, empty where that is."""
+    """Move the thought in a message's text to `reasoning_content`, which is "" for an empty
+    thought.
+    """
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
     content = message["content"]
@@ -99,25 +112,26 @@ def split_thought(message: Message) -> Message:
 
 
 class MessageForm(NamedTuple):
-    """The form in which a template takes what templates take in several ways.
+    """The form in which a template reads thoughts and calls.
 
     Attributes:
         thought_key: the message's key for a thought.
-        thought_tags: what opens and closes a thought in the content; None: it has a key.
-        text_arguments: a call's arguments are JSON text.
+        thought_tags: opening and closing tag if the template reads the thought in the content. None
+            if it reads `thought_key`.
+        text_arguments: whether the arguments of a call are JSON text.
     """
 
     thought_key: str = "reasoning_content"
     thought_tags: tuple[str, str] | None = None
     text_arguments: bool = False
 
-    def apply(self, messages: Sequence[Message]) -> Sequence[Mapping[str, object]]:
-        """The messages in this form."""
+    def apply(self, messages: Sequence[Message]) -> Sequence[TemplateMessage]:
+        """Convert the messages to the form that the template reads."""
         if self == DEFAULT_FORM:
             return messages
         return [self._message(message) for message in messages]
 
-    def _message(self, message: Message) -> Mapping[str, object]:
+    def _message(self, message: Message) -> TemplateMessage:
         calls = message.get("tool_calls")
         thought = message.get("reasoning_content")
         if not calls and not thought:
@@ -145,7 +159,10 @@ def _with_text_arguments(call: FunctionCall) -> FunctionCall:
 
 
 def thought_forms(jinja: str) -> Iterator[MessageForm]:
-    """Forms of thoughts that a template may know, by the words in it; the plain one comes first."""
+    """Yield the forms of thoughts that a template may read, according to words in the template.
+
+    The default form is first.
+    """
     yield DEFAULT_FORM
     for key in dict.fromkeys(_THOUGHT_KEY.findall(jinja)):
         if key != DEFAULT_FORM.thought_key:
@@ -159,31 +176,33 @@ def thought_forms(jinja: str) -> Iterator[MessageForm]:
             yield MessageForm(thought_tags=(opening, closing))
 
 
-def missing_parts(message: Message, supervised: str) -> list[str]:
-    """The parts of an answer that its supervised characters do not hold whole.
+def missing_parts(message: Message, supervised: str) -> Iterator[str]:
+    """Yield the parts of an answer that are missing in its supervised characters.
 
-    By names of ROW_WARNINGS. Blanks at the edges of a text are not compared: templates trim.
+    The parts are names of ROW_WARNINGS. Whitespace at the edges of a text is ignored, because
+    templates trim texts.
     """
     content = message["content"]
     if len(message) == 2 and content in supervised:
-        return []  # nothing but role and content, as most messages are
-    missing = []
+        return  # The message has only role and content, like most messages.
     message = split_thought(message)
     if (message.get("reasoning_content") or "").strip() not in supervised:
-        missing.append("lost_thought")
+        yield "lost_thought"
     if message["content"].strip() not in supervised:
-        missing.append("lost_text")
+        yield "lost_text"
     for call in message.get("tool_calls") or ():
         function = call["function"]
         texts = [function["name"], *_texts_of(function["arguments"])]
         if not all(_holds(supervised, text) for text in texts):
-            missing.append("lost_call")
-            break
-    return missing
+            yield "lost_call"
+            return
 
 
 def _texts_of(value: object) -> Iterator[str]:
-    """All names and values in a call's arguments, as texts; null may be written in any way."""
+    """Yield all names and values in a call's arguments as texts.
+
+    The value null is skipped, because templates write it in different ways.
+    """
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield name
@@ -198,11 +217,14 @@ def _texts_of(value: object) -> Iterator[str]:
 
 
 def _holds(supervised: str, text: str) -> bool:
-    """Tell whether a text stands there as it is, or escaped as JSON or Python writes it."""
+    """Return whether `supervised` contains `text`, either unchanged or escaped as in JSON or
+    Python.
+    """
     text = text.strip()
     if text in supervised:
         return True
-    # Python writes True; a template that quotes with ' escapes that.
+    # Forms in which a template may write the text: with a capital letter, as Python's True, or with
+    # escaped characters.
     backslashed = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     escaped = (
         text.capitalize(),

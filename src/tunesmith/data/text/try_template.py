@@ -1,8 +1,8 @@
-"""A trial of a chat template in a process with limits on time and memory.
+"""Trial of a chat template in a separate process with limits on time and memory.
 
-A chat template is a program. One that a stranger wrote may loop without end, or write more text
-than fits into memory. Jinja's sandbox does not prevent this: it limits a single range(), but not
-nested loops or the length of a text.
+A chat template is a program. A template from an unknown author may loop endlessly, or write more
+text than fits into memory. Jinja's sandbox does not prevent this: it limits a single range(), but
+not nested loops or the length of a text.
 """
 
 import json
@@ -15,11 +15,11 @@ from itertools import product
 from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, MachineError
 
-MAX_SECONDS = 5  # of processor time
+MAX_SECONDS = 5  # processor time
 TRIAL_BYTES = 512 << 20
 TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-# [messages, tools] of each conversation.
+# Conversations of the trial, each as [messages, tools].
 _TRIAL_CONVERSATIONS = """[
   [[{"role": "user", "content": "a"}], null],
   [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -35,7 +35,9 @@ _TRIAL_CONVERSATIONS = """[
 
 
 def plain_jinja(jinja: str) -> str:
-    """Return a template without Transformers' tag {% generation %}, which Jinja does not know."""
+    """Replace Transformers' tag {% generation %}, which Jinja does not support, by an `if
+    true` block.
+    """
     return _GENERATION_TAG.sub(
         lambda match: f"{match[1]}{'endif' if match[2] else 'if true'}{match[3]}", jinja
     )
@@ -45,12 +47,13 @@ def plain_jinja(jinja: str) -> str:
 def try_template(jinja: str, name: str) -> None:
     """Raise DataError if a template exceeds a limit on a short conversation.
 
-    name: the name of the template in errors.
+    Args:
+        name: name of the template in error messages.
     """
     worker = Worker(_render, "the trial of the chat template")
     try:
-        # Usually the limit on processor time ends the trial. This longer limit is for a process
-        # that waits.
+        # Normally the limit on processor time ends the trial. The longer limit on real time is for
+        # a process that sleeps.
         why = worker(jinja, name, 12 * MAX_SECONDS)
     except (MachineError, TimeoutError):
         why = f"it takes more than {MAX_SECONDS} s to render a short conversation"
@@ -67,7 +70,10 @@ def try_template(jinja: str, name: str) -> None:
 
 
 def _render(jinja: str) -> str:
-    """Render some conversations; return which limit the template exceeds, or an empty text."""
+    """Render the trial conversations.
+
+    Return the limit that the template exceeds, or an empty text.
+    """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
@@ -75,7 +81,7 @@ def _render(jinja: str) -> str:
 
     limits = {resource.RLIMIT_CPU: MAX_SECONDS, resource.RLIMIT_AS: TRIAL_BYTES}
     for limit, value in limits.items():
-        with suppress(ValueError):  # a limit of this process is lower
+        with suppress(ValueError):  # this process already has a lower limit
             resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -88,7 +94,7 @@ def _render(jinja: str) -> str:
             text = template.render(messages=messages, tools=tools, add_generation_prompt=generate)
         except MemoryError:
             return f"it needs more than {TRIAL_BYTES >> 20} MiB of memory"
-        except Exception:  # the template refuses this conversation
+        except Exception:  # the template rejects this conversation
             continue
         if len(text) > TRIAL_CHARACTERS:
             return f"it writes {len(text):,} characters for a short conversation"

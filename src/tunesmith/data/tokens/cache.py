@@ -1,9 +1,8 @@
-"""The token cache on disk: one folder for each tokenized source, named by the hash of all that its
-tokens depend on.
+"""The token cache on disk. Each tokenized source has a folder, named by the hash of its inputs.
 
-Each of the `TokenArrays` is a file of its values one after another; `meta.json` has counts and a
-checksum. The folder is written under another name and renamed, so it is there as a whole or not at
-all; an entry that does not match its checksum is written again.
+The folder has one file with the raw values of each array of `TokenArrays`. `meta.json` has counts
+and a checksum. A folder is written under a temporary name and then renamed, so it is always
+complete. If a folder does not match its checksum, the source is tokenized again.
 """
 
 import hashlib
@@ -28,25 +27,27 @@ from tunesmith.host.memory import open_uncached
 log = logging.getLogger(__name__)
 
 NO_LABEL = -1
-READ_BYTES = 1 << 20  # of an array's file at once
-READ_VALUES = 1 << 24  # of a mapped array, before its pages are released
+READ_BYTES = 1 << 20  # Bytes of an array's file that are read in one step
+READ_VALUES = 1 << 24  # Values of a mapped array that are read before their pages are released
 
 
 class TokenArrays(NamedTuple):
-    """The n examples of a source, one after another.
+    """Arrays that contain the n examples of a source, one after the other.
 
     Attributes:
         ids: int32 [tokens].
         trained: bool [tokens].
-        offsets: int64 [n + 1], between examples.
-        rows: int64 [n], the row of each.
-        truncated: bool [n], whether it was cut at seq_len.
-        continued: bool [n], whether its document goes on, in another example or a row that is not
-            read.
-        firsts: int32 [n], tokens of the first sequence of a pair; 0 for an example of one sequence.
-        labels: int8 [n], 1 for a good answer, 0 for a bad one, NO_LABEL where the row has none.
+        offsets: int64 [n + 1], the edges between examples.
+        rows: int64 [n], the row of each example.
+        truncated: bool [n], whether the example was truncated at seq_len.
+        continued: bool [n], True if the document of the example continues in another example, or in
+            a row that is not read.
+        firsts: int32 [n], number of tokens of a pair's first sequence. 0 if the example has one
+            sequence.
+        labels: int8 [n], 1 for a good answer, 0 for a bad answer, NO_LABEL if the row has no label.
         digests: int64 [pictures], see `Example.digests`.
-        owners: int64 [pictures], the example of each picture; it rises.
+        owners: int64 [pictures], the index of the example that contains each picture, in ascending
+            order.
     """
 
     ids: np.ndarray
@@ -61,66 +62,81 @@ class TokenArrays(NamedTuple):
     owners: np.ndarray
 
     def part(self, first: int, stop: int) -> "TokenArrays":
-        """Examples first to stop - 1; their offsets count from 0."""
-        tokens = slice(int(self.offsets[first]), int(self.offsets[stop]))
-        offsets = self.offsets[first : stop + 1] - tokens.start
-        # From rows to labels.
-        of_examples = [values[first:stop] for values in self[3:8]]
+        """Return arrays with only the examples `first` to `stop` - 1. Their offsets start at 0."""
+        examples = slice(first, stop)
+        tokens = slice(*self.offsets[[first, stop]])
         pictures = slice(*np.searchsorted(self.owners, [first, stop]))
-        of_pictures = [self.digests[pictures], self.owners[pictures] - first]
         return TokenArrays(
-            self.ids[tokens], self.trained[tokens], offsets, *of_examples, *of_pictures
+            ids=self.ids[tokens],
+            trained=self.trained[tokens],
+            offsets=self.offsets[first : stop + 1] - tokens.start,
+            rows=self.rows[examples],
+            truncated=self.truncated[examples],
+            continued=self.continued[examples],
+            firsts=self.firsts[examples],
+            labels=self.labels[examples],
+            digests=self.digests[pictures],
+            owners=self.owners[pictures] - first,
         )
 
     def example(self, i: int) -> Example:
-        """The i-th example."""
-        span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        """Return the i-th example."""
+        tokens = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         first = int(self.firsts[i])
-        sequences = (first, span.stop - span.start - first) if first else ()
-        label = None if self.labels[i] == NO_LABEL else bool(self.labels[i])
+        sequences: tuple[int, ...] = ()
+        if first:
+            sequences = (first, tokens.stop - tokens.start - first)
+        label = None
+        if self.labels[i] != NO_LABEL:
+            label = bool(self.labels[i])
         digests: tuple[int, ...] = ()
         if len(self.owners):
             pictures = slice(*np.searchsorted(self.owners, [i, i + 1]))
             digests = tuple(self.digests[pictures].tolist())
-        return Example(self.ids[span], self.trained[span], sequences, label, digests=digests)
+        return Example(self.ids[tokens], self.trained[tokens], sequences, label, digests=digests)
 
     def sequence_offsets(self) -> np.ndarray:
-        """int64, between the sequences of all examples: `offsets` where each is one."""
+        """Return the positions at which sequences begin or end in the concatenated examples, int64.
+
+        Without pairs they equal `offsets`.
+        """
         is_pair = self.firsts > 0
         borders = self.offsets[:-1][is_pair] + self.firsts[is_pair]
         return np.sort(np.concatenate([self.offsets, borders]))
 
     def release(self) -> None:
-        """Take what was read of mapped files out of this process's memory; it is read again when it
-        is needed.
+        """Release the memory pages of mapped files. The next access reads them from disk again.
 
-        A pass over a large corpus would fill the memory with it.
+        Without this call, a pass over a large corpus would fill the memory.
         """
         for values in self:
             _release(values)
 
     def count_trained(self) -> int:
-        """Tokens that are supervised."""
+        """Return the number of supervised tokens."""
         return sum(int(np.count_nonzero(block)) for block in _read_blocks(self.trained))
 
     def sha256(self) -> str:
-        """Hash the examples, in hex; the rows that they came from do not enter."""
+        """Return the sha256 (hex) of the examples. The row indices are not hashed."""
+        hashed = [self.ids, self.trained, self.offsets]
+        # Hash the remaining arrays only if they contain information. Otherwise the digest would
+        # differ from digests of older versions, which did not have these arrays.
+        if np.any(self.firsts):
+            hashed.append(self.firsts)
+        if np.any(self.labels != NO_LABEL):
+            hashed.append(self.labels)
+        if len(self.digests):
+            hashed.append(self.digests)
+            hashed.append(self.owners)
         digest = hashlib.sha256()
-        for values in (self.ids, self.trained, self.offsets):
+        for values in hashed:
             for block in _read_blocks(values):
                 digest.update(np.ascontiguousarray(block).data)
-        # Left out where no example has any, so that such rows keep the digest that they had.
-        if np.any(self.firsts):
-            digest.update(np.ascontiguousarray(self.firsts).data)
-        if np.any(self.labels != NO_LABEL):
-            digest.update(np.ascontiguousarray(self.labels).data)
-        if len(self.digests):
-            digest.update(np.ascontiguousarray(self.digests).data)
-            digest.update(np.ascontiguousarray(self.owners).data)
         return digest.hexdigest()
 
 
-# The files of an entry, in the order of `TokenArrays`. These names are those of entries on disk.
+# File name and dtype of each array, in the order of `TokenArrays`. Do not change the names, because
+# existing caches use them.
 _ENTRY_FILES = {
     "ids.bin": np.int32,
     "trained.bin": np.bool_,
@@ -136,7 +152,9 @@ _ENTRY_FILES = {
 
 
 class TokenWriter:
-    """Collects examples: in files of a folder, or in memory where there is none."""
+    """Writer that adds examples to files in a folder, or keeps them in memory if `folder` is
+    None.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -156,11 +174,25 @@ class TokenWriter:
         owners = [self._examples] * len(example.digests)
         self._examples += 1
         self._tokens += len(example.ids)
-        first = example.sequences[0] if example.sequences else 0
-        label = NO_LABEL if example.label is None else example.label
-        tokens = (example.ids, example.trained, self._tokens)
-        written = (*tokens, row, truncated, continued, first, label, example.digests, owners)
-        # In the order of the files.
+        first = 0
+        if example.sequences:
+            first = example.sequences[0]
+        label = NO_LABEL
+        if example.label is not None:
+            label = int(example.label)
+        # Values in the order of `_ENTRY_FILES`.
+        written = (
+            example.ids,
+            example.trained,
+            self._tokens,
+            row,
+            truncated,
+            continued,
+            first,
+            label,
+            example.digests,
+            owners,
+        )
         for name, values in zip(_ENTRY_FILES, written, strict=True):
             self._append(name, values)
 
@@ -172,7 +204,7 @@ class TokenWriter:
             file.close()
 
     def arrays(self) -> TokenArrays:
-        """All that was added."""
+        """Return all added examples."""
         if self._folder is not None:
             self.close()
             return _map_arrays(self._folder)
@@ -184,7 +216,7 @@ class TokenWriter:
 
 
 def _read_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """A mapped array, some of it in memory at once."""
+    """Yield a mapped array in blocks, and release each block afterwards."""
     for start in range(0, len(values), READ_VALUES):
         yield values[start : start + READ_VALUES]
         _release(values)
@@ -199,18 +231,18 @@ def _release(values: np.ndarray) -> None:
 
 
 def _map_arrays(folder: Path) -> TokenArrays:
-    """The arrays of an entry, memory-mapped."""
+    """Memory-map the arrays of a cache entry."""
     arrays: list[np.ndarray] = []
     for name, dtype in _ENTRY_FILES.items():
         file = folder / name
-        # An empty file cannot be mapped.
+        # An empty file cannot be memory-mapped.
         has_values = file.stat().st_size > 0
         arrays.append(np.asarray(np.memmap(file, dtype, "r")) if has_values else np.zeros(0, dtype))
     return TokenArrays(*arrays)
 
 
 def _crc32(folder: Path) -> int:
-    """Checksum the arrays of an entry; it reads them unmapped, so a large one fills no memory."""
+    """Compute a checksum of an entry's files. The files are not memory-mapped, to save memory."""
     value = 0
     for name in _ENTRY_FILES:
         with open_uncached(folder / name) as file:
@@ -219,29 +251,31 @@ def _crc32(folder: Path) -> int:
     return value
 
 
-# The arrays of a source, and what else an entry keeps, as JSON values.
+# A cache entry: the arrays of a source, and all other values, which can be written as JSON.
 TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
 
 def cached_tokens(
     folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry] | None
 ) -> TokenEntry:
-    """An entry of the cache, a new one where there is none.
+    """Return an entry of the cache. Create it if it does not exist.
 
     Args:
-        folder: the cache. One that cannot be written costs a warning, and the tokens are built in
-            memory.
+        folder: the cache folder. If it is not writable, a warning is logged and the tokens are kept
+            in memory.
         key: the hash that names the entry.
-        make: adds the examples to a writer, and returns its arrays and what else to keep (JSON);
-            None: LookupError where there is no entry.
+        make: function that adds the examples to a writer. It returns the arrays, and the other
+            values of the entry (JSON). If `make` is None, LookupError is raised for a missing
+            entry.
     """
-    entry = _read_entry(folder / key)
-    if entry is None:
-        if make is None:
-            raise LookupError("the token cache has no such entry")
-        _write_entry(folder / key, make)
-        entry = _read_entry(folder / key) or make(TokenWriter(None))
-    return entry
+    path = folder / key
+    entry = _read_entry(path)
+    if entry is not None:
+        return entry
+    if make is None:
+        raise LookupError("the rows are not in the token cache")
+    _write_entry(path, make)
+    return _read_entry(path) or make(TokenWriter(None))
 
 
 def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
@@ -257,7 +291,8 @@ def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
                 _, about = make(writer)
             meta = {"key": path.name, "crc32": _crc32(folder), "about": about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            # It is damaged, else it would have been read; or another process was faster.
+            # Remove an existing entry: it is damaged, or another process has created the same entry
+            # in the meantime.
             if path.exists():
                 shutil.rmtree(path, ignore_errors=True)
             folder.rename(path)
@@ -270,7 +305,7 @@ def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
 
 
 def _read_entry(path: Path) -> TokenEntry | None:
-    """A whole entry; None where there is none, or it is torn, changed or of another kind."""
+    """Read an entry. Return None if it is missing or damaged."""
     if not path.exists():
         return None
     try:

@@ -1,7 +1,8 @@
-"""The token contract: what must hold of the tokens before a model trains on them.
+"""The token contract: conditions that the tokens must meet before a model is trained on them.
 
-Every rule checks all examples (arrays at a time, so a million rows take seconds), says how many
-things it checked, and names the first fault by its row, with the tokens around it.
+Each rule checks all examples with numpy operations on large arrays, so a million rows take only
+seconds. The result of a rule has the number of checked items. If a rule is broken, the result also
+has the first row that breaks it, and the tokens around the fault.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,33 +21,35 @@ from tunesmith.units import count_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens checked at once.
+# Maximum number of tokens that are checked in one step
 _CHUNK = 1 << 22
-# Last tokens of a row among which one ends the answer: a template may write others after it (a line
-# break), supervised too.
+# Number of tokens at the end of a row in which the end token is searched. More than one token is
+# necessary, because a template may write tokens after the end token, such as a line break.
 _END_WINDOW_TOKENS = 4
-# Of the rows, with an answer that ends at seq_len: more teach the model not to stop.
-MOST_CUT = 0.1
-_FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.seq_len"
-# Of the rows, with an answer that the template renders in part. Some texts speak of the template's
-# own marks (</think>), and a few such rows teach nothing; more are lost because of what rows and
-# template are.
-MOST_LOST_ANSWERS = 0.01
-# Tokens on each side of a fault in an excerpt.
+# Maximum fraction of rows whose answer is truncated at seq_len. If more answers are truncated, the
+# model may not learn to stop.
+MAX_TRUNCATED_SHARE = 0.1
+_FEW_CUT = f"at most {MAX_TRUNCATED_SHARE:.0%} of the rows have an answer cut off by data.seq_len"
+# Maximum fraction of rows whose answer is not rendered completely. A few such rows are harmless,
+# for example if their text contains a tag of the template (</think>). If more answers are
+# incomplete, the template is not suitable for the rows.
+MAX_LOST_ANSWERS_SHARE = 0.01
+# Number of tokens before and after the faulty token that an excerpt shows
 _EXCERPT_SIDE_TOKENS = 12
 
-# What becomes of a split in which more of them are cut off.
+# What happens if a split has too many truncated answers.
 CutAnswers = Literal["refuse", "warn", "accept"]
 
 
 @dataclass
 class Check:
-    """One rule's result.
+    """Result of one rule of the token contract.
 
     Attributes:
-        checked: how many things (`of`).
-        broken: how many are wrong.
-        where, why, fix: of the first of these.
+        checked: number of checked items.
+        of: the kind of the checked items, such as "row".
+        broken: number of items that break the rule.
+        where, why, fix: location and cause of the first item that breaks the rule, and the fix.
     """
 
     name: str
@@ -61,11 +64,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Contract:
-    """All checks of one split."""
+    """Results of all rules of the token contract for one split."""
 
     split: str
     checks: tuple[Check, ...]
-    # What holds, and is seldom meant.
+    # Warnings about problems that do not break the contract
     warnings: tuple[str, ...] = ()
 
     @property
@@ -76,7 +79,8 @@ class Contract:
         for check in self.broken:
             count = f"{check.broken:,} of {count_of(check.checked, check.of)}"
             raise DataError(
-                f"the token contract is broken: {check.name} ({count})",
+                f"the token contract is broken, because this rule does not hold for {count}: "
+                f"{check.name}",
                 where=f"{self.split}: {check.where}",
                 why=check.why,
                 fix=check.fix,
@@ -84,15 +88,15 @@ class Contract:
 
 
 class _Chunk(NamedTuple):
-    """Some examples of one source, each of them one sequence or several.
+    """A part of the examples of one source. Each example has one or several sequences.
 
     Attributes:
-        first: index of the first in the token set.
+        first: index of the chunk's first example in the token set.
         arrays: ids and mask of n examples, with offsets from 0.
-        offsets: int64 [s + 1], between the sequences of all examples.
-        leaks: bool [n], rows whose prompt was seen to be supervised.
-        empties: bool [n], rows with an empty answer.
-        has_answers: as of the source.
+        offsets: int64 [s + 1], the edges between the sequences of all examples.
+        leaks: bool [n], whether a token of the row's prompt is supervised.
+        empties: bool [n], whether the row has an empty answer.
+        has_answers: see `SourceTokens.has_answers`.
     """
 
     first: int
@@ -104,20 +108,27 @@ class _Chunk(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [s], the first token of each sequence."""
+        """Index of the first token of each sequence, int64 [s]."""
         return self.offsets[:-1]
 
     def examples_of(self, tokens: np.ndarray) -> np.ndarray:
-        """The examples that hold some tokens."""
+        """Return, for each of the given tokens, the index of the example that contains it."""
         return np.searchsorted(self.arrays.offsets, tokens, side="right") - 1
 
 
-# The number of things that a rule checked in a chunk, and the tokens that break it (int64).
+# Number of items that a rule checked in a chunk, and indices of the tokens that break the rule
+# (int64).
 _Faults = tuple[int, np.ndarray]
+_NOTHING_CHECKED: _Faults = (0, np.zeros(0, np.int64))
 
 
 class _Rule(NamedTuple):
-    """A rule that the tokens must keep. of: the things checked; why, fix: where it is broken."""
+    """A rule of the token contract, which checks one condition.
+
+    Attributes:
+        of: kind of the checked items.
+        why, fix: cause and fix if the rule is broken.
+    """
 
     name: str
     of: str
@@ -136,17 +147,19 @@ def check_tokens(
     cut_answers: CutAnswers = "refuse",
     position_limit: int | None = None,
 ) -> Contract:
-    """Check the tokens of a split, named in errors.
+    """Check whether the tokens of a split meet all rules of the token contract.
 
     Args:
-        vocab_size: entries of the model's embedding.
-        cut_answers: whether many answers without their end break the contract.
-        position_limit: the longest seq_len that a fix may name; None: any.
+        vocab_size: number of rows of the model's embedding.
+        split: name of the split in errors.
+        cut_answers: what happens if there are too many truncated answers. With "refuse" they break
+            the contract.
+        position_limit: maximum seq_len that a fix may propose. None if there is no limit.
     """
     counts = tokens.counts
     not_empty = Check("the split is not empty", counts.rows, "row")
     if not len(tokens):
-        # At least one, so that a split without rows counts as broken.
+        # Count at least one broken row, so that a split without rows breaks the contract, too.
         not_empty.broken = max(1, counts.rows)
         not_empty.where = counts.source
         not_empty.why = (
@@ -160,13 +173,14 @@ def check_tokens(
     for chunk in _chunks(tokens):
         for rule, check in zip(rules, checks, strict=True):
             checked, faults = rule.find(chunk)
-            # Only the first fault of each rule is shown; all are counted.
+            # All faults are counted, but only the first fault is described.
             if len(faults) and not check.broken:
-                in_chunk = int(chunk.examples_of(faults[:1])[0])
+                in_chunk = int(chunk.examples_of(faults[0]))
                 example = chunk.first + in_chunk
-                at = int(faults[0] - chunk.arrays.offsets[in_chunk])
+                at = faults[0] - chunk.arrays.offsets[in_chunk]
+                shown = excerpt(tokens, template.tokenizer, example, at)
                 check.where = tokens.where(example)
-                check.why = f"{rule.why}: {excerpt(tokens, template.tokenizer, example, at)}"
+                check.why = f"{rule.why}: {shown}"
                 check.fix = rule.fix
             check.checked += checked
             check.broken += len(faults)
@@ -174,32 +188,44 @@ def check_tokens(
     warnings = []
     if _has_answers(tokens):
         warnings = _judge_cut_answers(checks[-1], cut_answers)
-    return Contract(split, (not_empty, _answers_are_whole(tokens), *checks), tuple(warnings))
+    complete_answers = _answers_are_whole(tokens)
+    return Contract(split, (not_empty, complete_answers, *checks), tuple(warnings))
 
 
 def _has_answers(tokens: TokenSet) -> bool:
-    """Return whether an answer can be cut off: not of rows that are trained on as a whole."""
+    """Return whether the rows have answers that can be truncated.
+
+    Rows that are supervised entirely have no answers.
+    """
     return any(source.has_answers for source in tokens.parts)
 
 
 def _answers_are_whole(tokens: TokenSet) -> Check:
-    """The rows whose answers the template renders in part; few are a warning of these rows."""
+    """Check that answers are rendered completely.
+
+    If only a few answers are incomplete, add a note.
+    """
     rows = tokens.counts.rows
     check = Check("the supervised tokens hold the answers of the row", rows, "row")
     lost = []
+    broken = 0
     for part in tokens.parts:
         for name in LOST:
             if name in part.counts.flaws:
                 count, first = part.counts.flaws[name]
-                lost.append((count, part.rows.where(first), ROW_WARNINGS[name]))
-    broken = min(rows, sum(count for count, _, _ in lost))
-    if broken > MOST_LOST_ANSWERS * rows:
+                broken += count
+                lost.append((part.rows.where(first), ROW_WARNINGS[name]))
+    # Limit the sum to the number of rows, because a row with several problems is counted several
+    # times.
+    broken = min(rows, broken)
+    if broken > MAX_LOST_ANSWERS_SHARE * rows:
+        where, warning = lost[0]
         check.broken = broken
-        _, check.where, warning = lost[0]
+        check.where = where
         check.why = f"the row has {warning.what}: {warning.why}"
         check.fix = warning.fix
     elif broken:
-        check.note = f"{broken:,} do not"
+        check.note = f"in {count_of(broken, 'row')} a part of the answer is not in the tokens"
     return check
 
 
@@ -211,7 +237,8 @@ def _rules(
 ) -> list[_Rule]:
     counts = tokens.counts
     end_ids = sorted(template.end_ids)
-    # Behind a stretch that need not end with one: where all is supervised, a picture ends a text.
+    # Ids of tokens that may follow a supervised span instead of an end token. The ids of pictures
+    # are included, because with train_on all a picture splits the supervised text into spans.
     followers = sorted(template.earlier_end_ids)
     if template.pictures is not None:
         followers += template.pictures.ids.tolist()
@@ -266,7 +293,7 @@ def _rules(
             why=f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id"
             " beyond them",
             fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
-            find=lambda chunk: _tokens_beyond(chunk, vocab_size),
+            find=lambda chunk: _tokens_outside_vocabulary(chunk, vocab_size),
         ),
     ]
     if tokens.has_pairs:
@@ -276,9 +303,9 @@ def _rules(
                 of="pair",
                 why="the prompt's tokens differ between chosen and rejected, or both are the same"
                 " tokens; the rejected answer begins here",
-                fix="delete the row; or, where the template writes a prompt differently for each"
-                " answer, use another (data.template)",
-                find=_pairs_alike,
+                fix="delete the row; or, if the template writes a prompt differently for each"
+                " answer, use another template (data.template)",
+                find=_invalid_pairs,
             )
         )
     if _has_answers(tokens):
@@ -295,55 +322,65 @@ def _rules(
 
 
 def _judge_cut_answers(check: Check, cut_answers: CutAnswers) -> list[str]:
-    """Let few cut answers pass, and all that are accepted; return a warning of the others."""
-    are_many = check.broken > MOST_CUT * check.checked
+    """Change `check` to passed if only a few answers are truncated, or if `cut_answers` allows
+    them.
+
+    Return a warning if answers are truncated and the recipe does not accept this.
+    """
+    are_many = check.broken > MAX_TRUNCATED_SHARE * check.checked
     if not check.broken or (cut_answers == "refuse" and are_many):
         return []
     rows = count_of(check.checked, check.of)
-    share = f"{check.broken:,} of {rows} ({check.broken / check.checked:.1%})"
+    share = check.broken / check.checked
+    cut_rows = f"{check.broken:,} of {rows} ({share:.1%})"
     fault = f"first {check.where}: {check.why}; fix: {check.fix}"
-    is_accepted = cut_answers == "accept"
+    warnings = [f"{cut_rows} with an answer cut off by data.seq_len, {fault}"]
     check.note = f"cut answers: {check.broken:,}"
-    if is_accepted:
-        check.note = f"cut answers: {share}, which data.allow_cut_answers accepts"
+    if cut_answers == "accept":
+        warnings = []
+        check.note = f"cut answers: {cut_rows}, which data.allow_cut_answers accepts"
     check.broken = 0
-    check.where = check.why = check.fix = ""
-    return [] if is_accepted else [f"{share} with an answer cut off by data.seq_len, {fault}"]
+    check.where = ""
+    check.why = ""
+    check.fix = ""
+    return warnings
 
 
 def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
-    """The ways on from answers without their end: a seq_len that would do, no such rows, or such
-    answers."""
+    """Return text with fixes for truncated answers.
+
+    The fixes are a larger seq_len, dropping the rows, or accepting the truncated answers.
+    """
     counts = tokens.counts
     seq_len = int(tokens.longest_sequences.max(initial=0))
-    # A dict: the two lengths may be equal, and are then named once.
+    # Use the length as a dict key, so that two equal lengths are listed only once.
     lengths = {}
     for length, rows in ((counts.longest_of_99, "99 % of the rows"), (counts.longest, "all rows")):
         possible = min(length, position_limit or length)
         if seq_len < possible:
             fits = f"fits {rows}" if possible == length else "the model's maximum"
-            lengths[possible] = f"data.seq_len={possible} ({fits})"
+            lengths[possible] = f"set data.seq_len={possible} ({fits})"
     fixes = list(lengths.values())
-    # Dropping is a way only if rows are left.
+    # Propose to drop the truncated rows only if other rows remain.
     if counts.cut < counts.kept:
-        fixes.append("data.too_long=drop")
-    fixes.append("data.allow_cut_answers=true")
+        fixes.append("set data.too_long=drop")
+    fixes.append("set data.allow_cut_answers=true")
     return ", or ".join(fixes)
 
 
 def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
-    first_of_source = 0
+    source_start = 0
     for source in tokens.parts:
         offsets = source.arrays.offsets
         first = 0
         while first < len(source):
             stop = int(np.searchsorted(offsets, offsets[first] + _CHUNK, side="right")) - 1
-            # At least one example, also where it alone is longer.
+            # Take at least one example, even if it has more than _CHUNK tokens.
             stop = min(max(stop, first + 1), len(source))
             arrays = source.arrays.part(first, stop)
             indices = np.arange(first, stop)
             yield _Chunk(
-                first=first_of_source + first,
+                first=source_start + first,
                 arrays=arrays,
                 offsets=arrays.sequence_offsets(),
                 leaks=np.isin(indices, source.leaks),
@@ -351,11 +388,14 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
                 has_answers=source.has_answers,
             )
             first = stop
-        first_of_source += len(source)
+        source_start += len(source)
 
 
 def _rows_without_target(chunk: _Chunk) -> _Faults:
-    """The first token does not count, because nothing predicts it."""
+    """Find rows in which no token is a target.
+
+    The first token of a row is never a target, because no position predicts it.
+    """
     predicted = chunk.arrays.trained.astype(np.int64)
     predicted[chunk.starts] = 0
     supervised_per_row = np.add.reduceat(predicted, chunk.starts)
@@ -363,9 +403,12 @@ def _rows_without_target(chunk: _Chunk) -> _Faults:
 
 
 def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
-    """The second BOS of each."""
+    """Find rows that begin with two BOS tokens.
+
+    Return the index of the second BOS token of each row.
+    """
     if bos is None:
-        return (0, chunk.starts[:0])
+        return _NOTHING_CHECKED
     ids = chunk.arrays.ids
     starts = chunk.starts[np.diff(chunk.offsets) > 1]
     has_two = (ids[starts] == bos) & (ids[starts + 1] == bos)
@@ -373,96 +416,132 @@ def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
 
 
 def _supervised_prompts(chunk: _Chunk) -> _Faults:
-    """The first supervised token of a row that supervises its first token, or its prompt as
-    rendered apart.
+    """Find rows in which the first token or a token of the prompt is supervised.
+
+    Return the index of the first supervised token of each such row.
     """
     trained = chunk.arrays.trained
     leaks = chunk.leaks[chunk.examples_of(chunk.starts)]
     leaking = chunk.starts[trained[chunk.starts] | leaks].tolist()
-    first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
+    first_trained = [start + np.argmax(trained[start:]) for start in leaking]
     return (len(chunk.starts), np.asarray(first_trained, np.int64))
 
 
-def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:
+def _tokens_outside_vocabulary(chunk: _Chunk, vocab: int) -> _Faults:
     ids = chunk.arrays.ids
     return (len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
 
 
-def _pairs_alike(chunk: _Chunk) -> _Faults:
-    """Pairs whose prompts differ, or whose answers do not: the first token where that is seen."""
+def _invalid_pairs(chunk: _Chunk) -> _Faults:
+    """Find pairs with different prompts or equal answers.
+
+    Return the index of the first token of the rejected answer of each such pair.
+    """
     pairs = np.flatnonzero(chunk.arrays.firsts)
     faults = []
     for pair in pairs.tolist():
         chosen, rejected = chunk.arrays.example(pair).parts()
-        first, second = (part.ids[: int(np.argmax(part.trained))] for part in (chosen, rejected))
-        if not np.array_equal(first, second) or np.array_equal(chosen.ids, rejected.ids):
-            start = int(chunk.arrays.offsets[pair])
-            faults.append(start + len(chosen.ids) + len(second))
+        prompt_length = np.argmax(chosen.trained)
+        other_length = np.argmax(rejected.trained)
+        prompt = chosen.ids[:prompt_length]
+        have_same_prompt = np.array_equal(prompt, rejected.ids[:other_length])
+        are_equal = np.array_equal(chosen.ids, rejected.ids)
+        if are_equal or not have_same_prompt:
+            start = chunk.arrays.offsets[pair] + len(chosen.ids)
+            faults.append(start + other_length)
     return (len(pairs), np.asarray(faults, np.int64))
 
 
 def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
-    """The end token of each answer of which nothing else is supervised, but of empty ones."""
+    """Find answers in which only the end token is supervised.
+
+    Answers that are empty in the row are not returned.
+    """
     if not chunk.has_answers:
-        return (0, chunk.starts[:0])
+        return _NOTHING_CHECKED
     trained = chunk.arrays.trained
-    is_row_start = np.zeros(len(trained), np.bool_)
-    is_row_start[chunk.starts] = True
-    follows_trained = np.append(False, trained[:-1]) & ~is_row_start
+    follows_trained = np.append(False, trained[:-1])
+    follows_trained[chunk.starts] = False
     answer_starts = np.flatnonzero(trained & ~follows_trained)
-    # What a template writes behind the end token may be supervised too, and is no answer.
-    faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
-    faults = faults[~chunk.empties[chunk.examples_of(faults)]]
-    return (len(answer_starts), faults)
+    # Check only the first token of an answer, because tokens that a template writes after the end
+    # token may be supervised, too.
+    first_ids = chunk.arrays.ids[answer_starts]
+    faults = answer_starts[np.isin(first_ids, end_ids)]
+    is_empty = chunk.empties[chunk.examples_of(faults)]
+    return (len(answer_starts), faults[~is_empty])
 
 
 def _answers_without_end(
     chunk: _Chunk, end_ids: list[int], followers: list[int]
 ) -> tuple[_Faults, _Faults]:
-    """The last token of each supervised stretch that ends no answer; those cut at seq_len apart.
+    """Find supervised spans in which the end token is missing.
 
-    followers: ids behind a stretch that need no end token before them.
+    Return each span as the index of its last token. Spans that were truncated at seq_len are in the
+    second returned value, and all others are in the first.
+
+    Args:
+        followers: ids of tokens that may follow a span instead of an end token.
     """
-    # Rows stand behind each other in one array; a stretch also ends where its row does.
-    ids = chunk.arrays.ids
-    is_row_end = np.zeros(len(ids), np.bool_)
+    # End each span at the end of its row, because the next row follows directly in the array.
+    is_row_end = np.zeros(len(chunk.arrays.ids), np.bool_)
     is_row_end[chunk.offsets[1:] - 1] = True
-    # The token after a supervised one is not supervised: the stretch ends there.
-    next_trained = np.append(chunk.arrays.trained[1:], False)
-    is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
-    stretch_ends = np.flatnonzero(is_stretch_end)
-    next_ids = np.append(ids[1:], -1)
-    ends_answer = np.isin(ids[stretch_ends], end_ids)
-    # In the middle of a row the end token may be the next one, which is not supervised.
-    ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], followers)
-    stops = stretch_ends[~ends_answer]
-
-    # At the end of a row, what the template writes after an end token may be supervised too.
-    examples = chunk.examples_of(stops)
+    spans, stops = _open_spans(chunk, is_row_end, end_ids, followers)
+    # At the end of a row, supervised tokens may follow the end token. Therefore also search the
+    # tokens before the last token.
     ends_row = is_row_end[stops]
-    starts = chunk.starts[np.searchsorted(chunk.offsets, stops, side="right") - 1]
-    earlier = stops - np.arange(1, _END_WINDOW_TOKENS)[:, None]
-    # Indices before the row are clamped to its first token, which is none of the answer.
-    is_end_token = np.isin(ids[np.maximum(earlier, starts)], end_ids)
+    sequences = np.searchsorted(chunk.offsets, stops, side="right") - 1
+    steps_back = np.arange(1, _END_WINDOW_TOKENS)
+    earlier = stops - steps_back[:, None]
+    # If an index is before the start of the row, use the row's first token, which is never a part
+    # of an answer.
+    earlier = np.maximum(earlier, chunk.starts[sequences])
+    is_end_token = np.isin(chunk.arrays.ids[earlier], end_ids)
     has_end_token = ends_row & is_end_token.any(axis=0)
 
-    is_cut_off = ends_row & chunk.arrays.truncated[examples] & ~has_end_token
-    # A document ends in its last example alone.
-    has_end_token |= ends_row & chunk.arrays.continued[examples]
-    unfinished = int(is_cut_off.sum()) + int(chunk.arrays.continued.sum())
-    ended = (len(stretch_ends) - unfinished, stops[~has_end_token & ~is_cut_off])
+    examples = chunk.examples_of(stops)
+    continued = chunk.arrays.continued
+    is_cut_off = ends_row & chunk.arrays.truncated[examples]
+    is_cut_off &= ~has_end_token
+    # If the document continues in another example, no end token is needed, because only the last
+    # example of a document has one.
+    has_end_token |= ends_row & continued[examples]
+    unfinished = int(is_cut_off.sum() + continued.sum())
+    faults = stops[~has_end_token & ~is_cut_off]
+    ended = (spans - unfinished, faults)
     if not chunk.has_answers:
-        return ended, (0, chunk.starts[:0])
+        return ended, _NOTHING_CHECKED
     return ended, (len(chunk.starts), stops[is_cut_off])
 
 
+def _open_spans(
+    chunk: _Chunk, is_row_end: np.ndarray, end_ids: list[int], followers: list[int]
+) -> tuple[int, np.ndarray]:
+    """Count the supervised spans. Find the last token of each span that has no end token."""
+    ids = chunk.arrays.ids
+    trained = chunk.arrays.trained
+    next_trained = np.append(trained[1:], False)
+    is_last = is_row_end | ~next_trained
+    span_ends = np.flatnonzero(trained & is_last)
+    ends_answer = np.isin(ids[span_ends], end_ids)
+    # A span within a row is also complete if the next token is an unsupervised end token.
+    in_row = ~is_row_end[span_ends]
+    next_ids = np.append(ids[1:], -1)[span_ends]
+    ends_answer |= in_row & np.isin(next_ids, followers)
+    return (len(span_ends), span_ends[~ends_answer])
+
+
 def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int, at: int) -> str:
-    """The decoded tokens around one of them, which stands in brackets."""
+    """Return the decoded tokens around position `at`, with the token at `at` in brackets."""
     ids = tokens[example].ids.tolist()
     left = max(0, at - _EXCERPT_SIDE_TOKENS)
-    right = min(len(ids), at + _EXCERPT_SIDE_TOKENS + 1)
-    stretches = (ids[left:at], ids[at : at + 1], ids[at + 1 : right])
-    before, shown, behind = (tokenizer.decode(stretch) for stretch in stretches)
-    text = "…" * (left > 0) + f"{before}⟦{shown or ids[at]}⟧{behind}" + "…" * (right < len(ids))
-    # Line breaks and control characters would break the line of the report.
+    right = at + 1 + _EXCERPT_SIDE_TOKENS
+    before = tokenizer.decode(ids[left:at])
+    shown = tokenizer.decode([ids[at]]) or ids[at]
+    after = tokenizer.decode(ids[at + 1 : right])
+    text = f"{before}⟦{shown}⟧{after}"
+    if left > 0:
+        text = f"…{text}"
+    if right < len(ids):
+        text = f"{text}…"
+    # Escape line breaks and control characters, so that the excerpt stays on one line.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

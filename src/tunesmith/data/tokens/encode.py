@@ -1,4 +1,7 @@
-"""Rows as a file has them -> examples, warnings, and whether the prompt is masked; or why not."""
+"""Conversion of rows to tokenized examples, with warnings about the rows.
+
+If a row cannot be converted, the result is the error instead of an example.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.bad_rows import is_of_row
+from tunesmith.data.rows.bad_rows import is_row_error
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.lost_pictures import find_lost_pictures
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
@@ -17,23 +19,26 @@ from tunesmith.data.rows.samples import (
     Sample,
     Text,
 )
+from tunesmith.data.rows.unread_pictures import find_unread_pictures
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.row_warnings import ROW_WARNINGS, has_empty_answers, row_warnings
 from tunesmith.data.text.template import Template, TrainOn, first_turns
 from tunesmith.errors import DataError, TunesmithError
 
-# Rows whose prompt is rendered alone and compared: the first so many, then every n-th.
+# To check the loss mask, the prompt of a row is also rendered separately and compared with the
+# start of the example. This is done for the first _PROMPTS_ALL rows, and then for every row whose
+# index is a multiple of _PROMPTS_EVERY.
 _PROMPTS_ALL = 256
 _PROMPTS_EVERY = 32
 
 
 class RowBatch(NamedTuple):
-    """Some rows with their places.
+    """A batch of rows with their locations.
 
     Attributes:
-        first: index of the first.
-        rows: each row, or why it cannot be read.
+        first: index of the first row.
+        rows: each row, or the error if the row cannot be read.
     """
 
     first: int
@@ -41,19 +46,21 @@ class RowBatch(NamedTuple):
     places: list[str]
 
 
-# Whether a token of a row's prompt is supervised. `apart`: rendered alone the prompt is not the
-# beginning of the example; `unchecked`: this row's was not rendered alone.
+# Result of the check of a row's prompt. `supervised`: a token of the prompt is supervised. `apart`:
+# the example does not begin with the separately rendered prompt. `unchecked`: the prompt was not
+# rendered separately.
 Prompt = Literal["unsupervised", "supervised", "apart", "unchecked"]
 
 
 class EncodedRow(NamedTuple):
-    """The example of a row, uncut.
+    """The example of a row before truncation.
 
     Attributes:
-        warnings: names in ROW_WARNINGS that fit it.
-        has_empty_answer: whether one of its answers is, of a pair also the rejected one.
-        unread: names of its columns, and of keys of its turns, that nothing reads.
-        grades: as in `RowSamples`.
+        warnings: names in ROW_WARNINGS that apply to the row.
+        has_empty_answer: whether an answer of the row is empty. For a pair, the rejected answer
+            counts too.
+        unread: names of columns and of message keys that tunesmith does not read.
+        grades: see `RowSamples`.
     """
 
     example: Example
@@ -65,10 +72,11 @@ class EncodedRow(NamedTuple):
 
 
 class _ReadRow(NamedTuple):
-    """A row as samples, with its place and the names of its parts that nothing has read.
+    """A row that was read and converted to samples, with its location and the names of its unread
+    parts.
 
     Attributes:
-        lost: names in ROW_WARNINGS for pictures of the row that nothing reads.
+        lost: names in ROW_WARNINGS for pictures of the row that tunesmith does not read.
     """
 
     row: RowSamples
@@ -77,15 +85,15 @@ class _ReadRow(NamedTuple):
     lost: tuple[str, ...]
 
 
-def _of_row(error: TunesmithError, place: str) -> DataError:
-    """An error of the row at a place; one that is not of this row is raised."""
-    if isinstance(error, DataError) and is_of_row(error, place):
+def _error_of_row(error: TunesmithError, place: str) -> DataError:
+    """Return the error if it belongs to the row at `place`, else raise it."""
+    if isinstance(error, DataError) and is_row_error(error, place):
         return error
     raise error
 
 
-def _side_by_side(chosen: Example, rejected: Example) -> Example:
-    """A pair as one example of two sequences."""
+def _join_pair(chosen: Example, rejected: Example) -> Example:
+    """Join the two sequences of a pair into one example."""
     return Example(
         ids=np.concatenate([chosen.ids, rejected.ids]),
         trained=np.concatenate([chosen.trained, rejected.trained]),
@@ -97,7 +105,7 @@ def _side_by_side(chosen: Example, rejected: Example) -> Example:
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """All that the examples of a source depend on beside its rows."""
+    """Function object that converts the rows of a source to examples."""
 
     template: Template
     source: Source
@@ -105,9 +113,9 @@ class RowEncoder:
     train_on: TrainOn
 
     def __call__(self, batch: RowBatch) -> list[EncodedRow | DataError]:
-        """The examples of a batch; in the place of a row that cannot be read or rendered, why.
+        """Encode a batch of rows. A row that cannot be read or rendered gives a DataError.
 
-        Other errors are raised: a file that was changed, a template that fits no row.
+        Errors that concern more than one row are raised, for example if the file has changed.
         """
         read = []
         samples: list[Sample] = []
@@ -116,9 +124,10 @@ class RowEncoder:
             row = self._read(values, place)
             read.append(row)
             if isinstance(row, _ReadRow):
-                samples += row.row.samples
-                places += [place] * len(row.row.samples)
-        # One call of the tokenizer for all of them.
+                own_samples = row.row.samples
+                samples += own_samples
+                places += [place] * len(own_samples)
+        # Tokenize all samples in one call.
         examples = iter(self.template.encode_many(samples, self.train_on, where=places))
         encoded: list[EncodedRow | DataError] = []
         for i, row in enumerate(read, batch.first):
@@ -132,58 +141,61 @@ class RowEncoder:
     def _encoded(
         self, row: "_ReadRow", examples: Sequence[Example | DataError], i: int
     ) -> EncodedRow | DataError:
-        """The examples of row i as one."""
+        """Join the one or two examples of row i into one example, and check the result."""
         sequences = []
         for example in examples:
             if isinstance(example, DataError):
-                return _of_row(example, row.place)
+                return _error_of_row(example, row.place)
             sequences.append(example)
         samples = row.row.samples
         example = sequences[0]._replace(label=row.row.is_good)
         if len(samples) > 1:
             if np.array_equal(example.ids, sequences[1].ids):
                 return DataError(
-                    "chosen and rejected are the same tokens",
+                    "the chosen answer and the rejected answer have the same tokens",
                     where=row.place,
-                    why="a pair is learned from by the difference of its answers",
+                    why="preference methods learn from the difference between the answers",
                     fix="delete the row",
                 )
-            example = _side_by_side(example, sequences[1])
+            example = _join_pair(example, sequences[1])
         prompt: Prompt = "unchecked"
-        # All of the first rows and a sample of the others: rendering the prompt alone takes time.
+        # Check the first rows, and only a sample of the other rows, because rendering a prompt
+        # takes time.
         is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *row.lost, *example.flaws]
         if row.row.has_other_preference:
             warnings.append("other_preference")
-        # Of a pair the rejected answer is no row to warn of.
+        # The warnings are about the chosen answer only, so check the rejected answer here.
         has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
         grades = row.row.grades
         return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread, grades)
 
     def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
-        """A row as a sample, or why it is none."""
-        # Errors of reading come as values, so that rows before them are encoded.
+        """Convert a row to samples. Return the error if this is impossible."""
+        # `values` can be the error from reading the row. The reader stored the error instead of
+        # raising it, so that the rows before it are encoded first.
         if isinstance(values, TunesmithError):
-            return _of_row(values, place)
+            return _error_of_row(values, place)
         unread: set[str] = set()
         try:
             row = convert_row(values, self.source, where=place, system=self.system, unread=unread)
         except DataError as error:
-            return _of_row(error, place)
-        if self.template.raw and any(
-            isinstance(part, Completion) and part.system for part in row.samples
-        ):
+            return _error_of_row(error, place)
+        has_system = any(isinstance(part, Completion) and part.system for part in row.samples)
+        if self.template.raw and has_system:
             return DataError(
-                "there is no template to write the system message",
+                "the system message cannot be rendered, because there is no chat template",
                 where=place,
-                why="raw rows are a prompt and a completion without a template",
-                fix="data.template=alpaca; or write it into the prompt, and remove data.system",
+                why="with data.template=raw, the text is only the prompt and the completion",
+                fix="set data.template=alpaca; or write the system message into the prompt, and "
+                "remove data.system",
             )
         sees = self.template.pictures is not None
-        lost = dict(find_lost_pictures(values, row.samples[0], place, sees=sees))
-        for name, found in lost.items() if sees else ():
+        lost = dict(find_unread_pictures(values, row.samples[0], place, sees=sees))
+        if sees and lost:
+            name, found = next(iter(lost.items()))
             warning = ROW_WARNINGS[name]
             what = f"the row has {warning.what}: {found:.200}"
             fix = warning.fix.replace("COLUMN", found)
@@ -193,19 +205,20 @@ class RowEncoder:
         return _ReadRow(row, place, tuple(sorted(unread)), tuple(lost))
 
     def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
-        """Compare the prompt, rendered alone, with the beginning of the example."""
+        """Compare the prompt, rendered separately, with the start of the example."""
         if isinstance(sample, Text):
             return "apart"
         if isinstance(sample, Conversation):
-            # Up to the first answer.
+            # Compare only the part of the conversation before the first answer.
             roles = [message["role"] for message in sample.messages]
             sample = first_turns(sample, roles.index("assistant") + 1)
         try:
             prompt = self.template.prompt(sample)
         except DataError:
-            # A template that wants more turns than this beginning has.
+            # The template requires more turns, so it cannot render the prompt without the answer.
             return "apart"
-        # Some templates write a turn differently once others follow.
+        # A different prompt is not an error here, because some templates render a turn differently
+        # if more turns follow.
         if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
             return "apart"
         is_supervised = np.any(example.trained[: len(prompt)])

@@ -1,4 +1,4 @@
-"""The tokenized examples of a split, and counts of what became of its rows."""
+"""The tokenized examples of a split, and counts of how its rows were used."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,51 +15,56 @@ from tunesmith.data.source.open_source import Rows
 from tunesmith.data.text.example import Example, RowPictures
 from tunesmith.data.tokens.cache import TokenArrays
 
-# Read in a row, before the memory that they take is released.
+# Number of examples that are read in order before their memory pages are released
 RELEASE_EXAMPLES = 1 << 14
-# The same of single examples: the kernel may map 2 MiB of the page cache for each.
+# Number of examples that are read in random order before their memory pages are released. The limit
+# is lower, because the kernel may map 2 MiB of the page cache per example.
 RELEASE_READS = 64
-MAX_HELD_BYTES = 256 << 20  # of a source's ids that may stay in memory
-BEGINNING_CHARACTERS = 60  # that tell a row from others
+MAX_HELD_BYTES = 256 << 20  # maximum bytes of a source's ids that stay in memory
+BEGINNING_CHARACTERS = 60  # length of the excerpt that identifies a row
 
-# What becomes of rows that are longer than `data.seq_len`.
+# Name of a problem -> number of rows with this problem, and index of the first of these rows.
+RowsByName = dict[str, list[int]]
+# What happens to rows that are longer than `data.seq_len`.
 TooLong = Literal["split", "truncate", "drop", "error"]
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Counts of what became of the rows of one source.
+    """Statistics about the tokenization of one source: its rows, tokens and problems.
 
-    The token cache and `tunesmith data --json` have these names.
+    The token cache and `tunesmith data --json` use these names.
 
     Attributes:
-        rows: read.
-        kept: examples in the token set.
-        kept_rows: rows that these are of.
-        split: rows that became several examples.
-        tokens, supervised: of the examples.
-        cut: examples that lost their end.
-        dropped: rows left out as too long.
-        emptied: rows left out because the cut left no supervised token.
-        cut_tokens: tokens that cut examples lost.
-        dropped_tokens: tokens of the rows that were dropped or emptied.
-        longest: tokens of the longest row, uncut.
-        digest: sha256 (hex) of all that is trained on: tokens, mask and bounds of examples in
-            order.
-        prompts: rows whose prompt was rendered alone and is the beginning of the example.
-        prompts_apart: rows where it renders otherwise.
-        flaws: name in ROW_WARNINGS -> how many rows, and the first of them.
-        unread: name of a column, or of a key of turns, that nothing reads -> the same.
-        grades: number in a column that may grade the answer, as `rating 3` -> the same.
-        control_tokens: special token that a row's own text spells -> the same.
-        bad: rows left out because they cannot be read or rendered (data.bad_rows: skip).
-        bad_rows: the first of them, each with what is wrong.
-        longest_of_99: 99 % of the rows, uncut, have no more tokens.
-        available: rows that the source has.
-        taken: the recipe's keys that select some of them.
-        pictures: of all rows, uncut, as the following ones.
-        scaled_pictures: those of more than `data.image_max_pixels`.
-        placeholders: tokens of pictures.
+        rows: number of rows that were read.
+        kept: number of examples in the token set.
+        kept_rows: number of rows with at least one example.
+        split: number of rows that were split into several examples.
+        tokens, supervised: number of tokens and of supervised tokens in the examples.
+        cut: number of examples that were truncated.
+        dropped: number of rows that were dropped as too long.
+        emptied: number of rows that were dropped because truncation left no supervised token.
+        cut_tokens: number of tokens that truncation removed.
+        dropped_tokens: number of tokens of rows that were dropped or emptied.
+        longest: tokens of the longest row before truncation.
+        digest: sha256 (hex) of the training data: tokens, mask and edges of examples, in order.
+        prompts: number of rows whose separately rendered prompt is the start of the example.
+        prompts_apart: number of rows whose separately rendered prompt differs from the example.
+        flaws: rows with a problem, by the problem's name in ROW_WARNINGS.
+        unread: rows with columns and message keys that tunesmith does not read, by the name of the
+            column or key.
+        grades: rows with a value in a column that may rate the answer, by column and value, such as
+            `rating 1`.
+        control_tokens: rows whose text contains a special token, by token.
+        bad: number of rows that were skipped because they cannot be read or rendered
+            (data.bad_rows: skip).
+        bad_rows: the first of these rows with their errors.
+        longest_of_99: 99th percentile of the row lengths in tokens, before truncation.
+        available: number of rows of the source.
+        taken: the recipe keys that select a part of the available rows.
+        pictures: number of pictures of all rows, before truncation.
+        scaled_pictures: number of pictures that were scaled down to `data.image_max_pixels`.
+        placeholders: number of placeholder tokens of all pictures.
     """
 
     source: str
@@ -74,10 +79,10 @@ class TokenCounts:
     digest: str = ""
     prompts: int = 0
     prompts_apart: int = 0
-    flaws: dict[str, list[int]] = field(default_factory=dict)
-    unread: dict[str, list[int]] = field(default_factory=dict)
-    grades: dict[str, list[int]] = field(default_factory=dict)
-    control_tokens: dict[str, list[int]] = field(default_factory=dict)
+    flaws: RowsByName = field(default_factory=dict)
+    unread: RowsByName = field(default_factory=dict)
+    grades: RowsByName = field(default_factory=dict)
+    control_tokens: RowsByName = field(default_factory=dict)
     bad: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)
     longest_of_99: int = 0
@@ -93,7 +98,9 @@ class TokenCounts:
 
     @property
     def lost_share(self) -> float:
-        """Compute the share of the rows' tokens that are in no example."""
+        """Fraction of the rows' tokens that are in no example, because rows were truncated or
+        dropped.
+        """
         lost = self.cut_tokens + self.dropped_tokens
         return lost / max(1, self.tokens + lost)
 
@@ -103,13 +110,13 @@ class SourceTokens:
     """The examples of one source.
 
     Attributes:
-        weight: how often each is seen in an epoch.
+        weight: how often each example is used per epoch.
         leaks: indices of examples in which a token of the prompt is supervised.
-        empties: indices of examples that have an empty answer.
-        has_answers: what is supervised are answers that end, and not whole rows (format text,
-            train_on all).
-        too_long: what became of rows that are longer than seq_len.
-        source: how its rows are read.
+        empties: indices of examples with an empty answer.
+        has_answers: whether the supervised parts are answers, which end with an end token. False if
+            entire rows are supervised (format text, train_on all).
+        too_long: what happens to rows that are longer than seq_len.
+        source: the source as it is described in the recipe.
     """
 
     arrays: TokenArrays
@@ -125,57 +132,54 @@ class SourceTokens:
     def __len__(self) -> int:
         return len(self.arrays.rows)
 
-    @property
-    def row_indices(self) -> list[int]:
-        """The rows that the examples are of, each once."""
-        return list(dict.fromkeys(self.arrays.rows.tolist()))
-
     def where(self, at: int) -> str:
-        """The place of the row that example `at` came from."""
+        """Return the location of the row of example `at`."""
         return self.rows.where(int(self.arrays.rows[at]))
 
     def sample(self, at: int, system: str | None = None) -> Sample:
-        """The row of example `at`, read again; of a pair with the chosen answer.
+        """Read the row of example `at` again. For a pair, return the sample of the chosen answer.
 
-        system: `data.system`.
+        Args:
+            system: `data.system`.
 
         Raises:
-            DataError: the file has changed, and the row is broken now.
+            DataError: the file has changed, and the row is now damaged.
         """
         assert self.source is not None
         row = self.rows[int(self.arrays.rows[at])]
         return convert_sample(row, self.source, where=self.where(at), system=system)
 
     def row_pictures(self, at: int) -> tuple[Picture, ...]:
-        """The pictures of the row of example `at`."""
+        """Return the pictures in the row of example `at`."""
         return pictures_of(self.sample(at))
 
     def first(self, n: int) -> "SourceTokens":
-        """The first n examples (all, where there are fewer)."""
+        """Return the first n examples, or all examples if there are fewer."""
         n = min(len(self), n)
         arrays = self.arrays.part(0, n)
-        selection = self.counts.taken
+        taken = self.counts.taken
         if n < len(self):
-            selection = f"{selection}, the first {n:,}".removeprefix(", ")
-        counts = replace(
-            self.counts,
-            **count_tokens(arrays),
-            # Another digest: fewer examples are another set to learn from.
-            digest=hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest(),
-            taken=selection,
+            taken = f"{taken}, the first {n:,}".removeprefix(", ")
+        # Compute a new digest, because a part of the examples is different training data.
+        about = f"{self.counts.digest}[:{n}]"
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        counts = replace(self.counts, **count_tokens(arrays), digest=digest, taken=taken)
+        return replace(
+            self,
+            arrays=arrays,
+            counts=counts,
+            leaks=tuple(i for i in self.leaks if i < n),
+            empties=tuple(i for i in self.empties if i < n),
         )
-        leaks = tuple(i for i in self.leaks if i < n)
-        empties = tuple(i for i in self.empties if i < n)
-        return replace(self, arrays=arrays, counts=counts, leaks=leaks, empties=empties)
 
 
 def count_tokens(arrays: TokenArrays) -> dict[str, Any]:
-    """Count examples, their rows and their tokens, by the names of `TokenCounts`."""
-    _, examples_of_rows = np.unique(arrays.rows, return_counts=True)
+    """Count examples, their rows and their tokens. The keys are names of `TokenCounts`."""
+    _, examples_per_row = np.unique(arrays.rows, return_counts=True)
     return {
         "kept": len(arrays.rows),
-        "kept_rows": len(examples_of_rows),
-        "split": int(np.count_nonzero(examples_of_rows > 1)),
+        "kept_rows": len(examples_per_row),
+        "split": int(np.count_nonzero(examples_per_row > 1)),
         "tokens": len(arrays.ids),
         "supervised": arrays.count_trained(),
         "cut": int(arrays.truncated.sum()),
@@ -183,30 +187,35 @@ def count_tokens(arrays: TokenArrays) -> dict[str, Any]:
 
 
 def _join_arrays(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    # numpy joins no empty list.
+    # Add an empty array, because numpy.concatenate rejects an empty list.
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
 class PictureSource(Protocol):
-    """Has the pixels of rows prepared."""
+    """Source of the pixels of rows."""
 
     def of(self, part: SourceTokens, at: int, digests: tuple[int, ...]) -> RowPictures:
-        """The pictures of example `at` of a source; `digests` are those that were tokenized."""
+        """Return the pictures of example `at` of a source.
+
+        Args:
+            digests: digests of the pictures at tokenization, to detect changed files.
+        """
 
 
 class TokenSet:
-    """All examples of a split, source after source.
+    """All examples of a split, one source after the other.
 
     Attributes:
-        lengths: int64 [n], tokens of each example.
-        longest_sequences: int64 [n], tokens of each example's longest sequence.
-        repeats: float64 [n], how often each is seen in an epoch.
-        reference: fp64 [n, sequences of one], see `Example.reference`; None where unknown.
-        mismatched_reference: of prompts with answers of other rows (`mismatched.py`), fp64
-            [examples] of each optimizer step, or of all held-out rows as one; None: unknown.
-        shares_prompts: packed rows hold once what the sequences of a pair share.
-        pictures: makes the pixels of an example's pictures; None: for nothing that needs them.
-        picture_id: the token that stands for a part of a picture; None: rows have no pictures.
+        lengths: int64 [n], number of tokens of each example.
+        longest_sequences: int64 [n], number of tokens of each example's longest sequence.
+        repeats: float64 [n], how often each example is used per epoch.
+        reference: fp64 [n, sequences per example], see `Example.reference`. None if unknown.
+        mismatched_reference: log-probabilities of the reference model for prompts with answers of
+            other rows (`mismatched.py`). Training has one fp64 array [examples] for each optimizer
+            step, and validation has only one array. None if unknown.
+        shares_prompts: whether packed rows store the common prompt of a pair once.
+        pictures: source of the pixels. None if the pixels are not needed.
+        picture_id: id of the placeholder token of pictures. None if the rows have no pictures.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
@@ -219,23 +228,29 @@ class TokenSet:
         self._firsts = np.cumsum([0, *map(len, self.parts)])
         self._reads = 0
         self.lengths = _join_arrays(np.diff(part.arrays.offsets) for part in self.parts)
-        # A corpus has many examples: what is the same is in memory once.
+        # Without pairs, `longest_sequences` is the same array as `lengths`, which saves memory for
+        # a large corpus.
         self.longest_sequences = self.lengths
         if self.has_pairs:
-            # Of a pair the first sequence ends here; 0 where an example is one sequence.
+            # Length of the first sequence of each pair. 0 if the example has one sequence.
             firsts = _join_arrays(part.arrays.firsts for part in self.parts)
-            self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
-        weights = [part.weight for part in self.parts]
-        if len(set(weights)) == 1:
-            self.repeats = np.broadcast_to(np.float64(weights[0]), len(self))
+            seconds = self.lengths - firsts
+            self.longest_sequences = np.maximum(firsts, seconds)
+        weights = np.array([part.weight for part in self.parts], np.float64)
+        if len(np.unique(weights)) == 1:
+            self.repeats = np.broadcast_to(weights[0], len(self))
         else:
-            self.repeats = np.repeat(np.array(weights, np.float64), np.diff(self._firsts))
+            counts = np.diff(self._firsts)
+            self.repeats = np.repeat(weights, counts)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def document_lengths(self, examples: Sequence[int] | None = None) -> np.ndarray:
-        """int64: tokens of each sequence of some examples; None: of all."""
+        """Return the number of tokens of each sequence, int64.
+
+        If `examples` is None, return the lengths for all examples.
+        """
         chosen = slice(None) if examples is None else list(examples)
         longest = self.longest_sequences[chosen]
         others = self.lengths[chosen] - longest
@@ -243,29 +258,31 @@ class TokenSet:
 
     @cached_property
     def shared(self) -> np.ndarray:
-        """int64 [n], `Example.shared` of each example."""
+        """Number of shared tokens of each example (`Example.shared`), int64 [n]."""
         if not self.shares_prompts:
             return np.zeros(len(self), np.int64)
-        return self._of_each(Example.count_shared)
+        return self._map_examples(Example.count_shared)
 
     @cached_property
     def picture_tokens(self) -> np.ndarray:
-        """int64 [n], tokens of each example that stand for pictures."""
+        """Number of placeholder tokens of pictures in each example, int64 [n]."""
         if self.picture_id is None:
             return np.zeros(len(self), np.int64)
-        return self._of_each(lambda example: int((example.ids == self.picture_id).sum()))
+        return self._map_examples(lambda example: int((example.ids == self.picture_id).sum()))
 
     @property
     def supervised(self) -> np.ndarray:
-        """int64 [n], `Example.supervised` of each example."""
-        return self._of_each(lambda example: example.supervised)
+        """Number of supervised tokens of each example (`Example.supervised`), int64 [n]."""
+        return self._map_examples(lambda example: example.supervised)
 
-    def _of_each(self, figure: Callable[[Example], int], dtype: type = np.int64) -> np.ndarray:
-        """A figure of each example, [n]; few of them are in memory at once."""
+    def _map_examples(self, figure: Callable[[Example], int], dtype: type = np.int64) -> np.ndarray:
+        """Call `figure` for each example and return the results, [n]. Only a few examples are in
+        memory at a time.
+        """
         return np.fromiter(map(figure, self._stored()), dtype, len(self))
 
     def _stored(self) -> Iterator[Example]:
-        """All examples in order, as they are stored."""
+        """Yield all examples in the order in which they are stored."""
         for part in self.parts:
             for i in range(len(part)):
                 yield part.arrays.example(i)
@@ -274,20 +291,20 @@ class TokenSet:
 
     @property
     def row_lengths(self) -> np.ndarray:
-        """int64 [n], tokens of each example in a packed row."""
+        """Number of tokens that each example occupies in a packed row, int64 [n]."""
         return self.lengths - self.shared if self.shares_prompts else self.lengths
 
     @property
     def has_pairs(self) -> bool:
-        """Tell whether an example is a pair of answers."""
-        return any(bool(part.arrays.firsts.any()) for part in self.parts)
+        """Return whether at least one example is a pair of answers."""
+        return any(part.arrays.firsts.any() for part in self.parts)
 
     def __iter__(self) -> Iterator[Example]:
         for i in range(len(self)):
             yield self[i]
 
     def _find(self, i: int) -> tuple[SourceTokens, int]:
-        """The source of example i, and its index there."""
+        """Return the source of example i, and its index in this source."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         p = int(np.searchsorted(self._firsts, i, side="right")) - 1
@@ -296,77 +313,90 @@ class TokenSet:
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
         self._reads += 1
-        if self._reads % RELEASE_READS == 0 and part.arrays.ids.nbytes > MAX_HELD_BYTES:
+        is_large = part.arrays.ids.nbytes > MAX_HELD_BYTES
+        if is_large and self._reads % RELEASE_READS == 0:
             part.arrays.release()
         example = part.arrays.example(at)
         if self.shares_prompts:
-            example = example._replace(shared=int(self.shared[i]))
+            shared = int(self.shared[i])
+            example = example._replace(shared=shared)
         if self.pictures is not None and example.digests:
-            example = example._replace(pictures=self.pictures.of(part, at, example.digests))
-        if self.reference is None:
-            return example
-        return example._replace(reference=tuple(self.reference[i].tolist()))
+            pictures = self.pictures.of(part, at, example.digests)
+            example = example._replace(pictures=pictures)
+        if self.reference is not None:
+            reference = tuple(self.reference[i].tolist())
+            example = example._replace(reference=reference)
+        return example
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """uint64 [n], of the tokens of each example.
+        """Hash of the tokens of each example, uint64 [n].
 
-        Two different examples share one in 1 of 2^64 cases.
+        Two different examples have the same hash with a probability of 2^-64.
         """
-        return self._of_each(_hash64, np.uint64)
+        return self._map_examples(_hash64, np.uint64)
 
     @property
     def chosen_hashes(self) -> np.ndarray:
-        """Hash each example as `hashes` does, but of a pair the chosen answer alone."""
+        """Hash of each example's tokens, for a pair only of the chosen sequence, uint64 [n]."""
         if not self.has_pairs:
             return self.hashes
-        return self._of_each(lambda example: _hash64(example.parts()[0]), np.uint64)
+        return self._map_examples(lambda example: _hash64(example.parts()[0]), np.uint64)
 
     def where(self, i: int) -> str:
-        """The place of the row that example i came from."""
+        """Return the location of the row of example i."""
         part, at = self._find(i)
         return part.where(at)
 
     def sample(self, i: int, system: str | None) -> Sample:
-        """`SourceTokens.sample` of example i."""
+        """Return the sample of example i, see `SourceTokens.sample`."""
         part, at = self._find(i)
         return part.sample(at, system)
 
     def beginning(self, i: int) -> str:
-        """Quote the beginning of the row of example i, in one line that tells it from others.
+        """Return the start of the row of example i in one line, so that a user recognizes the row.
 
-        Of a conversation its first question, else its prompt or its text.
+        For a conversation this is its first question, else the prompt or the text.
         """
         sample = self.sample(i, None)
         if isinstance(sample, Conversation):
-            questions = [message for message in sample.messages if message["role"] == "user"]
-            text = questions[0]["content"] if questions else ""
+            text = ""
+            for message in sample.messages:
+                if message["role"] == "user":
+                    text = message["content"]
+                    break
+        elif isinstance(sample, Text):
+            text = sample.text
         else:
-            text = sample.text if isinstance(sample, Text) else sample.prompt
+            text = sample.prompt
         text = " ".join(text[:1000].split())
-        return (
-            text if len(text) <= BEGINNING_CHARACTERS else f"{text[: BEGINNING_CHARACTERS - 4]} ..."
-        )
+        if len(text) <= BEGINNING_CHARACTERS:
+            return text
+        return f"{text[: BEGINNING_CHARACTERS - 4]} ..."
 
     @property
     def counts(self) -> TokenCounts:
-        """The sum over all sources."""
-        values = [vars(part.counts) for part in self.parts]
-        # A source with another weight is another epoch.
-        digests = [f"{part.counts.digest}*{part.weight}" for part in self.parts]
+        """The sums of the counts of all sources."""
+        all_counts = [part.counts for part in self.parts]
+        source = ", ".join(counts.source for counts in all_counts)
+        # The digest includes the weight, because a source with another weight gives a different
+        # epoch.
+        digests = "".join(f"{part.counts.digest}*{part.weight}" for part in self.parts)
+        digest = hashlib.sha256(digests.encode()).hexdigest()
         joined: dict[str, Any] = {}
-        numbers = [field_ for field_ in fields(TokenCounts) if isinstance(field_.default, int)]
-        for name in (number.name for number in numbers):
-            join = max if name.startswith("longest") else sum
-            joined[name] = join([0, *(of[name] for of in values)])
-        return TokenCounts(
-            source=", ".join(of["source"] for of in values),
-            digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
-            **joined,
-        )
+        for field_ in fields(TokenCounts):
+            name = field_.name
+            if not isinstance(field_.default, int):
+                continue
+            values = [getattr(counts, name) for counts in all_counts]
+            if name.startswith("longest"):
+                joined[name] = max(values, default=0)
+            else:
+                joined[name] = sum(values)
+        return TokenCounts(source=source, digest=digest, **joined)
 
     def first(self, n: int) -> "TokenSet":
-        """The first n examples."""
+        """Return the first n examples."""
         parts = []
         for part in self.parts:
             parts.append(part.first(n))
@@ -387,10 +417,10 @@ def _hash64(example: Example) -> int:
 
 @dataclass(frozen=True)
 class Repeats:
-    """The number of examples that repeat an earlier one, token for token.
+    """Result of a search for examples that have the same tokens as an earlier example.
 
     Attributes:
-        where, earlier: places of the first of them, and of the one that it repeats.
+        where, earlier: location of the first repeated example, and of the example that it repeats.
     """
 
     count: int = 0
@@ -401,18 +431,26 @@ class Repeats:
 def find_repeats(
     tokens: TokenSet, among: TokenSet | None = None, *, chosen: bool = False
 ) -> Repeats:
-    """Examples of `tokens` that are also in `among`; or None, earlier in `tokens`.
+    """Find examples of `tokens` that are also in `among`.
 
-    chosen: of a pair of answers compare the chosen one alone, with a plain answer too.
+    If `among` is None, find examples that repeat an earlier example of `tokens`.
+
+    Args:
+        chosen: whether to compare only the chosen sequence of a pair.
     """
     if among is None:
         among = tokens
-    hashes = tokens.chosen_hashes if chosen else tokens.hashes
-    among_hashes = among.chosen_hashes if chosen else among.hashes
-    if not len(hashes) or not len(among_hashes):
+    if chosen:
+        hashes = tokens.chosen_hashes
+        among_hashes = among.chosen_hashes
+    else:
+        hashes = tokens.hashes
+        among_hashes = among.hashes
+    if not len(among_hashes):
         return Repeats()
     values, firsts = np.unique(among_hashes, return_index=True)
-    positions = np.minimum(np.searchsorted(values, hashes), len(values) - 1)
+    positions = np.searchsorted(values, hashes)
+    positions = np.minimum(positions, len(values) - 1)
     earliest = firsts[positions]
     is_repeat = values[positions] == hashes
     if among is tokens:
@@ -420,5 +458,5 @@ def find_repeats(
     repeats = np.flatnonzero(is_repeat)
     if not len(repeats):
         return Repeats()
-    first = int(repeats[0])
-    return Repeats(len(repeats), tokens.where(first), among.where(int(earliest[first])))
+    first = repeats[0]
+    return Repeats(len(repeats), tokens.where(first), among.where(earliest[first]))

@@ -1,4 +1,4 @@
-"""Rows -> tokens and loss mask, once: they are stored in the token cache (`cache.py`)."""
+"""Tokenization of rows. Tokens and loss masks are computed once and stored in the token cache."""
 
 import hashlib
 import itertools
@@ -31,6 +31,7 @@ from tunesmith.data.tokens.documents import (
 )
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.tokens.token_set import (
+    RowsByName,
     SourceTokens,
     TokenCounts,
     TokenSet,
@@ -45,16 +46,20 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same rows would give other tokens, or an entry of the cache has another form.
+# Version of the cache format. Increase it if a change of the code gives other tokens for the same
+# rows, or if the format of the files changes.
 TOKENS_VERSION = 20
-# Rows handed to the tokenizer at once, and the characters after which no further row joins them:
-# tokenizing takes some 50 bytes of memory a character.
+# Maximum number of rows and of characters in a tokenizer call. The limits save memory, because the
+# call uses about 50 bytes per character.
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4 << 20
 
 
 class _RefusedRowsError(Exception):
-    """The bad rows of one source, until those of the others are known."""
+    """Exception that contains the rows of one source that cannot be read or rendered.
+
+    It is caught, so that the bad rows of all sources can be reported in one error.
+    """
 
     def __init__(self, bad: BadRows) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ def tokenize(
     what: str,
     only_cached: bool = False,
 ) -> TokenSet:
-    """Tokenize one side, `what`, as `tokenize_sides` does."""
+    """Tokenize the sources of one split, which `what` names. See `tokenize_sides`."""
     sides = {what: sources}
     return tokenize_sides(sides, data, template, cache=cache, only_cached=only_cached)[what]
 
@@ -83,17 +88,18 @@ def tokenize_sides(
     cache: Path | None,
     only_cached: bool = False,
 ) -> dict[str, TokenSet]:
-    """Tokenize all rows of some sources, or take them from the cache.
+    """Tokenize all rows of some sources, or read their tokens from the cache.
 
     Args:
-        sides: `train` or `validation`, for progress -> rows and how to read them; the weights
-            become `TokenSet.repeats`.
-        data: gives seq_len, train_on, too_long and system.
-        cache: folder of the cache, None for none.
+        sides: the sources of `train` and `validation`, each with its rows. The weights of the
+            sources become `TokenSet.repeats`.
+        data: the recipe's section with seq_len, train_on, too_long and system.
+        cache: folder of the cache. None for no cache.
 
     Raises:
-        DataError: some rows cannot be read or rendered; it lists those of all sources.
-        LookupError: `only_cached`, and the cache lacks one.
+        DataError: some rows cannot be read or rendered. The error lists the bad rows of all
+            sources.
+        LookupError: `only_cached` is True, and a source is not in the cache.
     """
     token_sets = {}
     refused = []
@@ -108,7 +114,8 @@ def tokenize_sides(
                 if cache is None:
                     arrays, about = make(TokenWriter(None))
                 else:
-                    # The key holds what changes tokens; other keys of the recipe may change freely.
+                    # The cache key contains only values that affect the tokens. Therefore the
+                    # cached tokens remain valid if other recipe keys change.
                     key = _cache_key(rows, source, data, template)
                     arrays, about = cached_tokens(cache, key, None if only_cached else make)
             except _RefusedRowsError as error:
@@ -141,25 +148,32 @@ def tokenize_sides(
 
 
 def _check_no_secrets(sources: Sequence[Rows]) -> None:
-    """Raise DataError if rows of sessions have secrets; it names their places, and no secret."""
+    """Raise DataError if rows of agent sessions contain secrets.
+
+    The error lists the locations of the secrets, but not the secrets.
+    """
     places = [place for rows in sources for found in rows.secrets.values() for place in found]
     if places:
         raise DataError(
-            f"sessions of agents have {count_of(len(places), 'secret')}",
+            f"the agent sessions in the data contain {count_of(len(places), 'secret')}",
             where="; ".join(places[:LISTED]),
-            why="the model learns to write them",
-            fix="replace them in the files and revoke them, or data.allow_secrets=true",
+            why="the model would learn to write the secrets",
+            fix="replace the secrets in the files and revoke them, or set data.allow_secrets=true",
         )
 
 
 def _keys_that_select(source: Source, data: Data, what: str) -> str:
-    """The recipe's keys that take some of a source's rows."""
-    # Rows that are held out come from data.train, from which others were left out before.
+    """Return the recipe keys that select a part of a source's rows."""
+    # `data.leave_out` also applies to held-out validation rows, because they come from
+    # `data.train`.
     is_of_train = what == "train" or data.hold_out is not None
+    leave_out = None
+    if data.leave_out and is_of_train:
+        leave_out = ", ".join(data.leave_out)
     values = {
         "split": source.split,
         "max_examples": source.max_examples,
-        "data.leave_out": (", ".join(data.leave_out) or None) if is_of_train else None,
+        "data.leave_out": leave_out,
         "data.hold_out": data.hold_out,
     }
     return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
@@ -184,45 +198,50 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
 
 
 def _stamp_pictures(rows: Rows, source: Source) -> str:
-    """Hash which files the pictures of some rows are, and when they were written.
+    """Hash the paths, sizes and times of the picture files of some rows.
 
-    The same rows in another folder have other pictures, and a file may become another picture.
+    The hash is necessary because the same rows in another folder can refer to other pictures, and
+    because a picture file can change.
     """
     stamps = hashlib.sha256()
-    slow = f"{rows.name}: pictures of {count_of(len(rows), 'row')} are looked up"
+    slow = f"{rows.name}: looking up the pictures of {count_of(len(rows), 'row')}"
     with logged_if_slow(log, slow):
         for i in range(len(rows)):
-            # What is broken is said where the rows are tokenized.
+            # Ignore errors of rows, because they are reported later, when the rows are tokenized.
             with suppress(DataError):
-                for picture in pictures_of(convert_sample(rows[i], source, where=rows.where(i))):
+                sample = convert_sample(rows[i], source, where=rows.where(i))
+                for picture in pictures_of(sample):
                     if picture.path is None:
-                        continue  # the row itself holds it
-                    stamps.update(f"{i} {picture.path}".encode(errors="backslashreplace"))
+                        continue  # the picture is stored in the row itself
+                    name = f"{i} {picture.path}"
+                    stamps.update(name.encode(errors="backslashreplace"))
                     with suppress(OSError, ValueError):
                         about = picture.path.stat()
-                        # One that comes with an older time, as from an archive, has a new status.
-                        times = f"{about.st_mtime_ns} {about.st_ctime_ns}"
-                        stamps.update(f" {about.st_size} {times}".encode())
+                        # Include the time of the last status change, because a file that was
+                        # extracted from an archive can have an old modification time.
+                        stamp = f" {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+                        stamps.update(stamp.encode())
     return stamps.hexdigest()
 
 
 def too_long_of(source: Source, data: Data) -> TooLong:
-    """Choose what becomes of a source's rows that are longer than `data.seq_len`."""
+    """Return what happens to a source's rows that are longer than `data.seq_len`."""
     if data.too_long != "auto":
         return data.too_long
-    # An answer without its beginning would be learned from nothing; a document's parts are text.
+    # Split only documents, because the second part of a split answer would have no prompt.
     return "split" if source.format == "text" else "truncate"
 
 
 def _tokenize_rows(
     rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
 ) -> TokenEntry:
-    """Tokenize all rows of a source; their arrays, and what a cache holds beside them."""
+    """Tokenize all rows of a source. Return the arrays, and the other values of the cache entry."""
     counts = Counter[str]()
     leaks: list[int] = []
     empties: list[int] = []
-    # By a field of TokenCounts: how many rows each name fits, and the first of them.
-    named: dict[str, dict[str, list[int]]] = {
+    # Field of TokenCounts -> name of a problem, column or token -> number of rows with it, and
+    # index of the first of these rows.
+    named: dict[str, RowsByName] = {
         "flaws": {},
         "unread": {},
         "grades": {},
@@ -233,36 +252,41 @@ def _tokenize_rows(
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
-    slow = f"{title}: the template is rendered for {count_of(len(rows), 'row')}"
+    slow = f"{title}: rendering {count_of(len(rows), 'row')} with the template"
     with logged_if_slow(log, slow), closing(_encode_rows(rows, encode, title)) as encoded_rows:
         for i, where, row in encoded_rows:
             if isinstance(row, DataError):
                 bad.add(i, where, row)
                 continue
             if row.prompt != "unchecked":
-                counts["prompts_apart" if row.prompt == "apart" else "prompts"] += 1
+                counted = "prompts_apart" if row.prompt == "apart" else "prompts"
+                counts[counted] += 1
             if row.prompt == "supervised":
                 leaks.append(len(writer))
             if row.has_empty_answer:
                 empties.append(len(writer))
-            control_tokens = sorted(row.example.control_tokens)
-            names_of_row = (row.warnings, row.unread, row.grades, control_tokens)
-            for rows_of, names in zip(named.values(), names_of_row, strict=True):
+            example = row.example
+            control_tokens = sorted(example.control_tokens)
+            row_names = (row.warnings, row.unread, row.grades, control_tokens)
+            for rows_by_name, names in zip(named.values(), row_names, strict=True):
                 for name in names:
-                    rows_of.setdefault(name, [0, i])[0] += 1
-            lengths.append(row.example.longest_sequence)
+                    count_and_first = rows_by_name.setdefault(name, [0, i])
+                    count_and_first[0] += 1
+            lengths.append(example.longest_sequence)
             if template.pictures is not None:
-                counts["pictures"] += len(row.example.digests)
-                counts["scaled_pictures"] += row.example.scaled
-                is_placeholder = row.example.ids == template.pictures.token_id
+                counts["pictures"] += len(example.digests)
+                counts["scaled_pictures"] += example.scaled
+                is_placeholder = example.ids == template.pictures.token_id
                 counts["placeholders"] += int(np.count_nonzero(is_placeholder))
             if too_long == "split":
-                splitter.add(row.example, i)
+                splitter.add(example, i)
             else:
-                _add_example(row.example, i, where, data, too_long, writer, counts, template)
-    # Rows are read again in training: a file that changed meanwhile would give others.
+                _add_example(example, i, where, data, too_long, writer, counts, template)
+    # Raise an error if a file has changed during tokenization, because training reads the rows
+    # again.
     rows.check_unchanged()
-    # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
+    # Report all bad rows in one error, so that the user can fix them all at once. If no row is
+    # usable, raise the error even if the recipe skips bad rows.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
     check_grades(named["grades"], rows, source)
@@ -292,17 +316,20 @@ def _add_example(
     counts: Counter[str],
     template: Template,
 ) -> None:
-    """Write one example, each of its sequences cut at seq_len, or count why it is left out."""
+    """Truncate each sequence of an example at seq_len, and write the example.
+
+    If the example is dropped instead, count the reason.
+    """
     length = example.longest_sequence
     if length <= data.seq_len:
         writer.add(example, row)
         return
     if too_long == "error":
         raise DataError(
-            f"the row has {length} tokens, and data.seq_len is {data.seq_len}",
+            f"the row has {length} tokens, but data.seq_len is {data.seq_len}",
             where=where,
-            why="data.too_long is error",
-            fix=f"data.seq_len={length}, or data.too_long=truncate or drop",
+            why="data.too_long=error does not allow rows that are longer than data.seq_len",
+            fix=f"set data.seq_len={length}, or data.too_long=truncate, or data.too_long=drop",
         )
     pictures = template.pictures
     is_cut = pictures is not None and cuts_pictures(example, data.seq_len, pictures.ids)
@@ -319,7 +346,7 @@ def _add_example(
 def _encode_rows(
     rows: Rows, encode: RowEncoder, title: str
 ) -> Generator[tuple[int, str, EncodedRow | DataError], None, None]:
-    """All rows of a source as (row, place, example), hundreds handed to the tokenizer at once."""
+    """Yield (row, location, example) for all rows of a source. Rows are tokenized in batches."""
     indices: Iterable[int] = range(len(rows))
     if is_terminal(sys.stderr):
         from rich.console import Console
@@ -327,7 +354,7 @@ def _encode_rows(
         from rich.progress import track
 
         console = Console(stderr=True)
-        # A file's name may hold what is markup.
+        # Escape the title, because a file name can contain characters that rich reads as markup.
         shown = escape(visible(title))
         indices = track(indices, description=shown, console=console, transient=True)
     else:
@@ -337,11 +364,12 @@ def _encode_rows(
 
 
 def _read_batches(rows: Rows, indices: Iterable[int]) -> Iterator[RowBatch]:
-    """All rows, hundreds at once, or fewer where they are long."""
+    """Yield all rows in batches of limited size."""
     batch = RowBatch(0, [], [])
     characters = 0
     for i in indices:
-        # An error of a row before it is to be raised first.
+        # Store the error in the batch instead of raising it, so that errors of earlier rows are
+        # raised first.
         try:
             row: Row | TunesmithError = rows[i]
             size = count_characters(row)

@@ -1,6 +1,7 @@
-"""Rows -> examples, batch by batch, by several processes: in order, and bit for bit as by one.
+"""Conversion of rows to examples in several processes. The result is the same as with one process.
 
-Most of the time goes into rendering a chat template, which Python does in one thread.
+Several processes are faster, because most of the time is spent on rendering the chat template, and
+Python does this in only one thread.
 """
 
 import sys
@@ -13,9 +14,11 @@ from tunesmith.data.workers import WorkerPool
 from tunesmith.errors import DataError
 from tunesmith.host.cores import available_cores
 
-# A worker takes about a second to start.
-ROWS_EACH = 5_000
-# One process reads the rows for all workers.
+# Minimum number of rows per worker. With fewer rows a worker is not worthwhile, because it takes
+# about a second to start.
+MIN_ROWS_PER_WORKER = 5_000
+# Maximum number of workers. More workers are not useful, because one process reads the rows for all
+# of them.
 MAX_WORKERS = 16
 
 Encoded = tuple[RowBatch, list[EncodedRow | DataError]]
@@ -24,21 +27,22 @@ Encoded = tuple[RowBatch, list[EncodedRow | DataError]]
 def encode_batches(
     encode: RowEncoder, batches: Iterable[RowBatch], *, rows: int
 ) -> Iterator[Encoded]:
-    """Each batch with its examples, in order; few batches are in memory at once.
+    """Yield each batch with its examples, in order. Only a few batches are in memory at a time.
 
     Args:
-        rows: in all. Few are encoded here, and so are all with a tokenizer that only this process
-            can load.
+        rows: total number of rows. This process encodes them itself if there are only a few, or if
+            workers cannot load the tokenizer.
 
     Raises:
         MachineError: a worker was killed.
-        TunesmithError: that of the first batch that has one.
+        TunesmithError: the error of the first batch with an error.
     """
-    count = min(rows // ROWS_EACH, available_cores(), MAX_WORKERS)
-    # A tokenizer of other code may not be importable in a process that starts anew.
+    count = min(rows // MIN_ROWS_PER_WORKER, available_cores(), MAX_WORKERS)
+    # Use workers only with tokenizer classes of Transformers, because other classes may not be
+    # importable in a new process.
     tokenizer_module = type(encode.template.tokenizer).__module__
-    can_be_sent = bool(sys.executable) and tokenizer_module.startswith("transformers.")
-    if count < 2 or not can_be_sent:
+    is_importable = bool(sys.executable) and tokenizer_module.startswith("transformers.")
+    if count < 2 or not is_importable:
         for batch in batches:
             yield batch, encode(batch)
         return
@@ -47,7 +51,8 @@ def encode_batches(
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(batch, f"row {batch.first + 1} or after")))
-            # Two batches a worker: none waits for this thread, and memory stays small.
+            # Submit at most two batches per worker. This keeps all workers busy and limits the
+            # memory.
             if len(waiting) > 2 * count:
                 first, encoded = waiting.popleft()
                 yield first, encoded.result()

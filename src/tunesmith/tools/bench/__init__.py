@@ -1,4 +1,8 @@
-"""The speed at which a recipe trains, measured on the loop of `train` itself."""
+"""The commands `bench` and `selfcheck`.
+
+`bench` measures the training speed of a recipe. `selfcheck` checks that training on several ranks
+gives the same results as training in one process.
+"""
 
 COMMANDS = {
     "machines": {

@@ -9,11 +9,11 @@ example:
     adapter.kind=none
   tunesmith bench my-recipe.yaml --profile traces
 
-It runs the training steps of `train` on real rows and saves nothing. --shape
-uses the dimensions of a real model with random weights, so nothing is
-downloaded; any tokenizer that fits the vocabulary works. The recipe of a shape
-is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per
-step; key=value overrides it.
+The command runs the training steps of `train` on real rows and saves nothing.
+--shape uses the dimensions of a real model with random weights, so no weights
+are downloaded. Any tokenizer that fits the vocabulary works. The recipe of a
+shape is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384
+tokens per step. key=value overrides a key of this recipe.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from tunesmith.model.shapes import SHAPES, find_shape
 LOADS_TORCH = "here"
 
 EPILOG = "\n".join(["shapes:", *(f"  {name:<16}{shape.source}" for name, shape in SHAPES.items())])
-# Options of a shape -> (key that a recipe has for it, example; empty if it may be left out).
+# Options that --shape uses -> (recipe key with the same meaning, example value for error messages).
+# The example is "" if the option is not required.
 SHAPE_OPTIONS = {
     "tokenizer": ("model.tokenizer", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "data": ("data.train.source", "rows.json"),
@@ -42,27 +43,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} (RECIPE | --shape NAME) [key=value ...] [options]"
     add = parser.add_argument
     add(
-        "words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that override it"
+        "words",
+        nargs="*",
+        metavar="RECIPE | key=value",
+        help="a recipe, and keys that override its values",
     )
     add(
         "--shape",
         metavar="NAME",
-        help="dimensions of a real model with random weights, instead of a recipe",
+        help="model with the dimensions of a real model and random weights, instead of a recipe",
     )
     add(
         "--tokenizer",
         metavar="DIR_OR_ID",
-        help="with --shape: any tokenizer that fits its vocabulary",
+        help="with --shape: folder or Hub id of the tokenizer",
     )
-    add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
+    add("--data", metavar="FILE", help="with --shape: file or Hub id of the rows")
     add(
         "--format",
         choices=FORMAT_COLUMNS,
         metavar="FORMAT",
-        help=f"with --shape, row format: one of {', '.join(FORMAT_COLUMNS)} (default: alpaca)",
+        help=f"with --shape: row format, one of {', '.join(FORMAT_COLUMNS)} (default: alpaca)",
     )
-    add("--steps", type=whole_number, default=20, metavar="N", help="timed steps (default: 20)")
-    add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")
+    add(
+        "--steps",
+        type=whole_number,
+        default=20,
+        metavar="N",
+        help="number of timed steps (default: 20)",
+    )
+    add(
+        "--warmup",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of steps before the timed steps (default: 5)",
+    )
     add("--json", metavar="FILE", help="write the result as JSON to FILE, for scripts")
     add(
         "--profile",
@@ -81,39 +97,44 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """UsageError for arguments that contradict each other, before anything heavy is imported."""
-    # A word without = can only be a recipe.
+    """Raise UsageError for contradictory arguments, before slow modules are imported."""
+    # Words with "=" set recipe keys. A word without "=" is the recipe.
     sources = [word for word in args.words if "=" not in word]
     if args.shape is not None:
         find_shape(args.shape)
         sources.append(f"--shape {args.shape}")
     if len(sources) != 1:
         what = "bench requires one recipe or one shape"
-        why = f"given: {', '.join(sources) or 'none'}"
+        why = f"the command line has {', '.join(sources) or 'neither a recipe nor --shape'}"
         fix = (
-            "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
+            "run `tunesmith bench my-recipe.yaml`, or use --shape llama3-8b --tokenizer DIR --data "
+            "rows.json"
         )
         raise UsageError(what, where="command line", why=why, fix=fix)
-    # What a recipe has as a key is an option of a shape, and the other way round.
+    # These options are only allowed with --shape, and those with an example are required. With a
+    # recipe, the user must set the recipe keys instead.
     for option, (key, example) in SHAPE_OPTIONS.items():
         flag = f"--{option}"
         value = vars(args)[option]
         if args.shape is None and value is not None:
-            what = f"{flag} requires --shape: a recipe has a key for it"
-            raise UsageError(what, where=flag, fix=f"{key}={value}")
+            what = f"{flag} requires --shape, because a recipe has a key with this meaning"
+            raise UsageError(what, where=flag, fix=f"replace the option by {key}={value}")
         if args.shape is not None and value is None and example:
-            raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"{flag} {example}")
+            raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"add {flag} {example}")
     if args.warmup < 0:
-        what = f"--warmup {args.warmup} is out of range"
-        raise UsageError(what, where="--warmup", fix="use at least 0")
+        what = f"--warmup {args.warmup} is negative"
+        raise UsageError(what, where="--warmup", fix="use 0 or more")
     require_folder(Path(args.json or ".").parent, "--json")
     if Path(args.profile or ".").is_file():
-        what = f"{args.profile} is a file"
-        raise UsageError(what, where="--profile", fix="use a folder for the traces")
+        what = f"{args.profile} is a file, not a folder"
+        raise UsageError(what, where="--profile", fix="give a folder for the traces")
 
 
 def stated_recipe(args: argparse.Namespace) -> Run | None:
-    """The checked recipe; None for a shape, whose own is made of its model."""
+    """Load the recipe that the command line names.
+
+    Return None if --shape is given: the recipe of a shape is created later.
+    """
     if args.shape is not None:
         return None
     overrides = [word for word in args.words if "=" in word]

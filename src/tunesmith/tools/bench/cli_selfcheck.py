@@ -6,10 +6,10 @@ example:
   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
     --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
 
-It trains a small random model for a few steps, in one process and on every kind
-of mesh that the ranks can form (replicate, shard, tensor, and combinations). It
-takes a minute or two and needs no network. The exit code is 1 if a check fails,
-otherwise 0.
+The command trains a small random model for a few steps, in one process and on
+every kind of mesh that the ranks can form (replicate, shard, tensor, and
+combinations). It takes a minute or two and needs no network. The exit code is 1
+if a check fails, otherwise 0.
 """
 
 import argparse
@@ -36,11 +36,11 @@ LOADS_TORCH = "here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = "default: one per GPU, or 2"
-    ranks = f"number of ranks to start ({default}); not under torchrun"
+    default = "default: one per GPU, or 2 without GPUs"
+    ranks = f"number of ranks to start ({default}); do not use it with torchrun"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
-    # Of ranks that `check_on_ranks` has started.
+    # Hidden option: `check_on_ranks` passes it to the ranks that it starts.
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     env = started_as()
     world = env["WORLD_SIZE"] if env else args.ranks
     if env and args.ranks not in (None, world):
-        what = f"--ranks {args.ranks}, and this is one of {world} ranks that already run"
-        raise UsageError(what, where="--ranks", fix="remove it under torchrun")
+        what = f"--ranks is {args.ranks}, but torchrun has already started {world} ranks"
+        raise UsageError(what, where="--ranks", fix="remove --ranks")
     if world is None:
         import torch
 
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         if is_main_process():
             args.report.write_text(json.dumps(report), encoding="utf-8")
-        # Else torchrun would end in a traceback.
+        # This process is a rank, and its parent reads the result from the report file. Exit with 0
+        # even if a check failed, because torchrun prints a traceback for any other exit code.
         return EXIT_OK
     if is_main_process():
         print(json.dumps(report, indent=1) if args.json else verdict(report))
@@ -71,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_on_ranks(world: int, *, quiet: bool) -> "Report":
-    """Start ranks here by torchrun and wait for their report.
+    """Run the checks on several ranks of this machine, started with torchrun. Return the report.
 
-    They print the table unless `quiet`.
+    Args:
+        world: the number of ranks.
+        quiet: do not let the ranks print the table.
     """
-    # Torchrun would set 1.
+    # Set the number of threads per rank, because torchrun would use 1.
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}
     words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     words += ["-m", "tunesmith", "selfcheck"]
@@ -88,14 +91,16 @@ def check_on_ranks(world: int, *, quiet: bool) -> "Report":
         if file.is_file():
             report: Report = json.loads(file.read_text(encoding="utf-8"))
             return report
-    fix = f"{shell_command(['python', '-m', *words])} shows all their output"
+    fix = f"run `{shell_command(['python', '-m', *words])}` to see the full output of all ranks"
     raise RunError(
-        "the ranks exited before the checks were done", why=reason_in(process.stderr), fix=fix
+        "the ranks of the self-check exited before all checks were done",
+        why=reason_in(process.stderr),
+        fix=fix,
     )
 
 
 def print_row(row: "CheckRow") -> None:
-    """A line of the table after its check, and below a failed one what it means."""
+    """Print a row of the table. For a failed check, also print the likely cause."""
     step = f"step {row['step']}" if row["step"] else ""
     figures = f"{step:>6} {row['expected']:>11} {row['found']:>11} {row['tolerance']:>6}"
     print(f"{row['check']:<76} {figures} {'pass' if row['passed'] else 'FAIL'}", flush=True)
@@ -104,14 +109,14 @@ def print_row(row: "CheckRow") -> None:
 
 
 def verdict(report: "Report") -> str:
-    """The last lines."""
+    """Return the summary of a report, with a fix if a check failed."""
     passed = [row["passed"] for row in report["checks"]]
     ranks = f"{count_of(report['ranks'], 'rank')} on {', '.join(report['hosts'])}"
     where = f"{ranks} ({report['device']}), {report['seconds']:.0f} s"
     if report["passed"]:
         return f"all {len(passed)} checks passed: {where}"
     return (
-        f"{passed.count(False)} of {len(passed)} checks failed: {where}; a run here would give "
-        "wrong results\n  fix: set `parallel` in the recipe to a mesh that passed; report the "
-        "output of `tunesmith selfcheck --json`"
+        f"{passed.count(False)} of {len(passed)} checks failed: {where}; a run on these ranks "
+        "would give wrong results\n  fix: set `parallel` in the recipe to a mesh that passed; "
+        "report the output of `tunesmith selfcheck --json`"
     )

@@ -1,8 +1,8 @@
-"""The measured run: the steps of a `train`, and the figures of its records.
+"""Measurement of training speed. The results are computed from the records of the timed steps.
 
     build -> warm-up -> timed steps -> [profiled steps] -> BenchReport
 
-It is `train` without its end: no validation, no checkpoints, no files.
+The training steps are the same as in `train`. There is no validation, and no checkpoint is saved.
 """
 
 import logging
@@ -32,18 +32,22 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.training.build import Session, build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
-from tunesmith.units import Length, ratio
+from tunesmith.units import Length, count_of, ratio
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """The steps to measure: of the user's recipe `steps` timed ones, after `warmup` others.
+    """The settings of a measurement.
 
     Attributes:
-        weights: "stored" reads the model's files, "random" draws them.
-        traces: folder for the profiles of further steps.
+        run: the user's recipe.
+        steps: the number of timed steps.
+        warmup: the number of untimed steps that run first.
+        weights: "stored" reads the model's files, "random" initializes the weights randomly.
+        traces: the folder for profiler traces, which are recorded in additional steps. None: no
+            traces.
     """
 
     run: Run
@@ -53,16 +57,20 @@ class BenchPlan:
     traces: Path | None = None
 
     def measured_run(self, folder: Path) -> Run:
-        """The recipe for the steps to measure, without validation, checkpoints and logs."""
+        """Return the recipe to run: the user's recipe without validation, checkpoints and logs.
+
+        Args:
+            folder: the run directory.
+        """
         run = self.run
         profile = replace(run.profile, enabled=self.traces is not None)
         steps = self.warmup + self.steps
         if profile.enabled:
-            # The profiler slows its steps: they come after those that are timed.
+            # Profile additional steps after the timed ones, because the profiler slows them down.
             steps += (profile.wait + profile.warmup + profile.active) * profile.cycles
         return replace(
             run,
-            # Whatever else takes time in a run is off, so that only steps are measured.
+            # Disable validation, checkpoints and logs, so that only training steps take time.
             data=replace(run.data, validation=(), hold_out=None),
             train=replace(run.train, duration=Length(steps, "steps")),
             validate=Validate(every=None),
@@ -75,22 +83,25 @@ class BenchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """The figures of the timed steps, from the records of the run. Speeds are means.
+    """Results of a measurement, computed from the records of the timed steps. Speeds are means.
 
     Attributes:
-        attention: the backend, and the kernel that it takes.
-        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was turned off.
-        recomputed_layers: decoder layers whose forward runs again in the backward.
-        seconds: of all timed steps together.
-        tokens: non-padding tokens of the timed steps.
-        mfu: the records' mean over time. None if a record has none.
-        mfu_peak_tflops: the peak that `mfu` is relative to.
-        data_wait_share: share of the step time that was spent waiting for data.
-        build_seconds: from the recipe to a model that is ready: rows, weights, optimizer; on a GPU
-            also a trial micro batch, compiled.
-        first_step_seconds: the first step of the warm-up, with its compilation.
-        peak_memory_gib: allocated on the GPU from the build, with its trial of memory, to the last
-            timed step; on a CPU resident in RAM.
+        attention: the attention backend and its kernel.
+        quantize: the storage format of the base model: none, nf4, an fp8 format, or bf16 if fp8 was
+            disabled.
+        micro_batch: the size of a micro batch, with its unit.
+        recomputed_layers: number of decoder layers whose forward is recomputed in the backward.
+        seconds: total duration of the timed steps.
+        tokens: number of tokens in the timed steps, without padding.
+        mfu: model FLOPs utilization (MFU), averaged over the timed steps. None if a record has no
+            MFU.
+        mfu_peak_tflops: the peak speed of the hardware. `mfu` is a fraction of this speed.
+        data_wait_share: fraction of the step time that was spent waiting for data.
+        build_seconds: seconds to read rows and weights and to build the model and the optimizer. On
+            a GPU this includes a trial micro batch and its compilation.
+        first_step_seconds: duration of the first warm-up step, including compilation.
+        peak_memory_gib: on a GPU, the maximum of the allocated memory from the build to the last
+            timed step. On a CPU, the resident memory.
     """
 
     device: str
@@ -117,9 +128,9 @@ class BenchReport:
     last_loss: float
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (name, value with unit, remark) of each line of the table.
+        """Yield each row of the printed table as (name, value with unit, remark).
 
-        A value that was not measured has no line.
+        Values that were not measured have no row.
         """
         speed = f"{self.tokens_per_second:,.0f} /s"
         yield "non-padding tokens", speed, f"{self.tokens:,} in {self.seconds:.1f} s"
@@ -128,9 +139,10 @@ class BenchReport:
         if self.mfu is not None:
             peak = f"of {self.mfu_peak_tflops:g} TFLOP/s"
             if self.recomputed_layers:
-                peak += f"; {self.recomputed_layers} layers recomputed, not counted"
+                layers = count_of(self.recomputed_layers, "layer")
+                peak += f"; the recomputation of {layers} is not counted"
             yield "MFU", f"{self.mfu:.1%}", peak
-        spread = f"p95 {self.step_seconds_p95:.3f} s, {self.steps} steps"
+        spread = f"p95 {self.step_seconds_p95:.3f} s, {count_of(self.steps, 'step')}"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", spread
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
         build = f"after building for {self.build_seconds:.1f} s"
@@ -143,20 +155,21 @@ class BenchReport:
 
 
 class Measured(NamedTuple):
-    """The figures of a run, and the profiler's traces, one per cycle."""
+    """Results of a measurement, and the profiler's trace files, one per profiler cycle."""
 
     figures: BenchReport
     traces: list[Path]
 
 
 def measure(plan: BenchPlan, folder: Path) -> Measured:
-    """Run a recipe's steps and read its figures from their records.
+    """Train the steps of a plan, and compute the speed from the records of the steps.
 
-    folder: an empty one for what the run writes.
+    Args:
+        folder: an empty folder for the files that the run writes.
 
     Raises:
-        UsageError: the recipe, data, model or machine is wrong.
-        RunError: a step failed, such as for lack of memory.
+        UsageError: if the recipe, the data, the model or the machine is not suitable.
+        RunError: if a step fails, for example because memory is exhausted.
     """
     run = plan.measured_run(folder)
     with deterministic_algorithms(run.train.deterministic):
@@ -173,7 +186,8 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         sinks.open(run, 0)
         try:
             _train(trainer, profiler, last_timed=plan.warmup + plan.steps)
-        # Errors of ours already have a cause; others become those of a failed run.
+        # A TunesmithError already has a message for the user. Convert any other error to a
+        # RunError.
         except TunesmithError:
             raise
         except Exception as error:
@@ -187,13 +201,14 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
 
 
 def _train(trainer: Trainer, profiler: Profiler, *, last_timed: int) -> None:
-    """Take all steps in the trainer's own loop, and profile those after the timed ones."""
+    """Run all steps in the trainer's loop, and profile the steps after the timed ones."""
     session = trainer.session
     session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(loader):
             if step == last_timed:
-                # Otherwise the profile would begin with this step's kernels.
+                # Wait until the GPU has finished this step. Otherwise the profile would include the
+                # rest of the step.
                 trainer.metrics.flush()
                 stack.enter_context(profiler)
             elif step > last_timed:
@@ -203,11 +218,12 @@ def _train(trainer: Trainer, profiler: Profiler, *, last_timed: int) -> None:
 def _report(
     session: Session, records: Sequence[StepRecord], build_seconds: float, first_step_seconds: float
 ) -> BenchReport:
-    """Return the figures of the timed steps.
+    """Compute the results of the timed steps.
 
     Args:
-        records: the records of these steps.
-        build_seconds, first_step_seconds: of the entire run.
+        records: the records of the timed steps.
+        build_seconds: the seconds that it took to build the model.
+        first_step_seconds: the duration of the first warm-up step.
     """
     run = session.run
     plan = session.plan

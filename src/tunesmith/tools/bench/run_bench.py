@@ -1,4 +1,4 @@
-"""The work of `bench`: one measurement and its table."""
+"""Implementation of the command `bench`: measure the training speed and print a table."""
 
 import argparse
 import json
@@ -18,7 +18,12 @@ from tunesmith.tools.bench.shape import shape_recipe, write_shape
 
 
 def run_bench(args: argparse.Namespace, recipe: Run | None) -> None:
-    """Measure a recipe, or without one the shape of the options of `bench`; print the figures."""
+    """Measure the training speed of a recipe and print the results.
+
+    Args:
+        args: the options of `bench`.
+        recipe: the recipe to measure. If it is None, measure the shape that --shape names.
+    """
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         if recipe is None:
@@ -47,20 +52,23 @@ def run_bench(args: argparse.Namespace, recipe: Run | None) -> None:
 
 
 def recipe_of_shape(args: argparse.Namespace, folder: Path) -> Run:
-    """The checked recipe of a shape; its model, without weights, is written to `folder`."""
+    """Write config and tokenizer of the shape that --shape names, and return a recipe for it."""
     overrides = [word for word in args.words if "=" in word]
     folder.mkdir()
     rows = args.format or "alpaca"
-    # The recipe first: a wrong key costs no fetch of a tokenizer.
+    # Load the recipe first, so that a wrong key is reported before a tokenizer is downloaded.
     recipe = shape_recipe(folder, data=args.data, rows=rows, overrides=overrides)
     change = write_shape(folder, find_shape(args.shape).config, args.tokenizer)
     if change:
-        print(f"warning: {args.shape} with a {change}", file=sys.stderr, flush=True)
+        print(f"warning: {args.shape} has a {change}", file=sys.stderr, flush=True)
     return recipe
 
 
 def plain_recipe(args: argparse.Namespace, recipe: Run) -> dict[str, object]:
-    """The recipe as plain values; a shape has its name instead of its temporary folder."""
+    """Return the recipe as a dict for the JSON report.
+
+    If --shape is given, the dict has the name of the shape instead of the temporary model folder.
+    """
     values = to_mapping(recipe)
     if args.shape:
         config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))

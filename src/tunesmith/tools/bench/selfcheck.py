@@ -1,7 +1,8 @@
-"""`tunesmith selfcheck`: the engine's own steps on one process, and on meshes of the ranks.
+"""`tunesmith selfcheck`: compare training on several ranks with training in one process.
 
-There is a mesh of each kind that the ranks can form. The model is built here, the same on every
-node: a random Llama, an adapter with a random B, and rows.
+The ranks train once on each kind of mesh (replicate, shard, tensor and combinations) that fits
+their number. The inputs are generated and identical on every node: a random Llama model, an adapter
+with a random B, and rows.
 """
 
 import hashlib
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tunesmith.adapter.peft_files import PLAIN_LORA_CONFIG, PREFIX, write_adapter
-from tunesmith.checkpoint.replicate import find_run_dir_writers
+from tunesmith.checkpoint.replicate import choose_run_dir_writers
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.config.load import from_mapping
+from tunesmith.config.names import last_part
 from tunesmith.config.schema import Run
 from tunesmith.distributed.heartbeat import AGREED
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks, choose_gpu, join_ranks, started_as
@@ -53,36 +55,42 @@ from tunesmith.training.build import build, write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
-# name -> adapter.kind, model.quantize
+# Kinds of training -> (value of adapter.kind, value of model.quantize).
 TRAINING_KINDS = {
     "lora": ("lora", "none"),
     "full": ("none", "none"),
     "nf4 lora": ("lora", "nf4"),
 }
 STEPS = 4
-# The steps after this one run again from its checkpoint; the last shows the moments.
+# Step from whose checkpoint the run resumes. Steps 3 and 4 then run again. Step 4 is needed,
+# because wrong optimizer moments change the update of step 3, and thus the loss of step 4.
 RESUMED = 2
 
 
-# Largest relative differences, of the first step and of resumed ones, and of the others. In fp32
-# meshes differ in the order of their sums, and AdamW's first updates, as large for a small gradient
-# as for a large one, may widen that: up to 3e-7 was seen. A GPU's kernels choose their order by
-# shape, and attention's varies: its limits are estimates. bf16 rounds to 8 bits, in other places
-# for another micro batch: up to 4e-4 was seen, on CPUs alone. Resumed steps were equal.
+# (dtype, device) -> two maximum relative differences. The first number applies to the first step
+# and to resumed steps, the second number to all other steps.
+# fp32: sums have a different order on each mesh. AdamW's first updates have the same size for small
+# and large gradients, which can increase a difference. Differences up to 3e-7 were measured on
+# CPUs. The limits for GPUs are estimates, because there the order of sums also depends on shapes.
+# bf16: intermediate results are rounded to 8 bits, and a different micro batch gives different
+# intermediate results. On CPUs, differences up to 4e-4 were measured, and resumed steps were equal.
 TOLERANCES = {
     ("fp32", "cpu"): (1e-6, 1e-4),
     ("fp32", "cuda"): (1e-5, 1e-3),
     ("bf16", "cuda"): (5e-3, 1e-2),
 }
-# Of the adapter.
+# Rank and alpha of the adapter.
 LORA_RANK = 4
 LORA_ALPHA = 8.0
-# In place of a limit of 0.
+# Lower bound of the divisor of a relative difference, so that an expected value of 0 causes no
+# division by 0.
 TINY = 1e-30
-# That a rank may take without progress: a whole mesh takes seconds.
+# Seconds without progress after which a rank counts as stuck. All steps of a mesh take a few
+# seconds.
 STUCK_SECONDS = 180.0
-# Heads, KV heads, widths, and the blocks of nf4 in a row are divisible by 8. One token of the 272
-# is no byte and ends a text.
+# Config of the model. Heads, KV heads, widths and nf4 blocks per row are divisible by 8, so that up
+# to 8 tensor ranks can share a layer. The 272 token ids are the 256 bytes, an end token and 15
+# unused ids.
 SHAPE: dict[str, int | bool | None] = {
     "vocab_size": 272,
     "hidden_size": 128,
@@ -100,14 +108,14 @@ NORM_CHECK = "gradient norm"
 RESUME_CHECK = "resumed loss and norm"
 CHANGED_CHECK = "changed parameters"
 COPIES_CHECK = "equal copies on ranks"
-# Of a check that failed.
+# Name of a check -> likely cause if the check fails. It is printed below the failed check.
 MEANING = {
     LOSS_CHECK: "these ranks use a different model or different rows than one process: "
     "wrongly sharded layers, or other weights",
     NORM_CHECK: "gradients are reduced incorrectly over these ranks, "
-    "or the norm counts some twice or not at all",
-    RESUME_CHECK: "a checkpoint of these ranks misses a part of their state, "
-    "or is loaded into the wrong places",
+    "or the norm counts some gradients twice or not at all",
+    RESUME_CHECK: "a checkpoint of these ranks lacks some of their state, "
+    "or is loaded into the wrong tensors",
     CHANGED_CHECK: "the backward does not reach a trained parameter, "
     "or the optimizer or final/ omits it",
     COPIES_CHECK: "ranks have different values of the same weight or moment: replicas diverge",
@@ -116,16 +124,16 @@ MakeMesh = Callable[[MeshShape, str], Mesh]
 
 
 class Kind(NamedTuple):
-    """A kind of training: a name of TRAINING_KINDS, in a dtype."""
+    """A kind of training: a name in TRAINING_KINDS and a dtype."""
 
     name: str
     dtype: str
 
 
 class CheckRow(TypedDict):
-    """One line of the table, as `selfcheck --json` prints it.
+    """One row of the table, in the format of `selfcheck --json`.
 
-    `step` is that of the figures.
+    `step` is the step at which `expected` and `found` were recorded.
     """
 
     check: str
@@ -139,7 +147,7 @@ class CheckRow(TypedDict):
 
 
 class Report(TypedDict):
-    """The result of a check, as `selfcheck --json` prints it."""
+    """The result of all checks, in the format of `selfcheck --json`."""
 
     passed: bool
     ranks: int
@@ -149,34 +157,45 @@ class Report(TypedDict):
     checks: list[CheckRow]
 
 
-# The name of a tensor, and where the rank's part of it begins and ends.
+# Shard of a tensor: the tensor's name, and for each dimension the start and end index.
 PartOfTensor = tuple[str, tuple[tuple[int, int], ...]]
 
 
 def meshes_of(world: int, node: int) -> list[MeshShape]:
-    """One mesh of several ranks for each choice of dimensions that are larger than 1.
+    """Return one mesh shape for each kind of mesh.
 
-    It has the largest tensor group on a `node` of so many ranks, then the most shards, so that on
-    nodes of 8 ranks either is a node.
+    Two shapes are of the same kind if the same dimensions are larger than 1. Of each kind, return
+    the shape with the largest tensor dimension. If several shapes have the same tensor dimension,
+    return the shape with the largest shard dimension.
+
+    Args:
+        world: the number of ranks.
+        node: the number of ranks per node, which a tensor group must not exceed.
     """
     meshes = {}
     for tensor in (1, 2, 4, 8):
         for shard in range(1, world + 1):
             if node % tensor == 0 and world % (shard * tensor) == 0:
                 shape = MeshShape(world // (shard * tensor), shard, tensor)
-                # A later one has a larger group, and replaces the one of its kind.
+                # Replace an earlier shape of the same kind, because later shapes have larger tensor
+                # and shard dimensions.
                 meshes[tuple(size > 1 for size in shape)] = shape
     return list(meshes.values())
 
 
 def write_inputs(folder: Path, count: int) -> None:
-    """Write model/, adapter/ and rows.jsonl, with `count` rows, into an existing folder."""
+    """Write the folders model and adapter and the file rows.jsonl into an existing folder.
+
+    Args:
+        count: the number of rows.
+    """
     weights = write_model(folder / "model")
     (folder / "adapter").mkdir()
     write_random_adapter(folder / "adapter", weights)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(count):
-            # Lengths and steps differ from row to row, so that rows of a batch differ in tokens.
+            # Vary the length and the increment of the number sequences, so that rows have different
+            # numbers of tokens.
             step = i % 7 + 1
             numbers = " ".join(str(i + k * step) for k in range(4 + i % 9))
             row = {"prompt": f"Count from {i} by {step}: ", "completion": numbers}
@@ -184,11 +203,14 @@ def write_inputs(folder: Path, count: int) -> None:
 
 
 def write_model(folder: Path) -> dict[str, torch.Tensor]:
-    """Write a Llama of SHAPE whose tokens are bytes; its random weights."""
+    """Write a Llama model with the config SHAPE and random weights. Return the weights.
+
+    The tokenizer has one token per byte.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    # Each byte is a token, and nothing is merged: no file of a vocabulary is needed.
+    # Use each byte as a token and no merges, so that no vocabulary file is needed.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -196,7 +218,7 @@ def write_model(folder: Path) -> dict[str, torch.Tensor]:
         tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
     )
     tokenizer.save_pretrained(folder)
-    # The same weights on each machine and at each call.
+    # Set the seed, so that the weights are equal on each machine and in each call.
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=256, pad_token_id=256))
     model.config.save_pretrained(folder)
@@ -206,7 +228,7 @@ def write_model(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """An adapter of all linear layers among the weights, in PEFT's files."""
+    """Write a random adapter for all linear layers in PEFT's format."""
     tensors: dict[str, torch.Tensor] = {}
     targets = set()
     for key, weight in weights.items():
@@ -215,43 +237,45 @@ def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> N
             continue
         outputs, inputs = weight.shape
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(LORA_RANK, inputs) / inputs**0.5
-        # With B = 0 the gradient of A would be zero, and a layer that gets none would look like the
-        # others.
+        # Use a random B instead of zeros. With B = 0 all gradients of A are 0, so the checks would
+        # not detect a layer that gets no gradient by mistake.
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, LORA_RANK) / outputs**0.5
-        targets.add(name.rpartition(".")[2])
+        targets.add(last_part(name))
     settings = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": sorted(targets)}
     write_adapter(folder, tensors, PLAIN_LORA_CONFIG | settings)
 
 
 class SelfCheck:
-    """The checks of one rank.
+    """Runner of the checks on one rank. It also collects the results.
 
     Args:
-        folder: the same path on all nodes.
-        on_row: takes each row of the table, which rank 0 alone has.
+        folder: a folder with the same path on all nodes.
+        world: the number of ranks.
+        on_row: a function that is called with each row of the table. Only rank 0 has rows.
     """
 
     def __init__(self, folder: Path, world: int, on_row: Callable[[CheckRow], None]) -> None:
         self.folder = folder
         self.on_row = on_row
-        # Examples of a step.
+        # Number of examples per step.
         self.batch = max(8, 2 * world)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
+        # Check fp32, which has the smaller tolerance. On GPUs also check bf16, which uses the
+        # kernels of a real run.
         dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCES]
         names = [*TRAINING_KINDS]
         try:
             check_nf4(self.device)
         except MachineError:
-            # nf4 needs a package.
+            # Skip nf4, because the package that it needs is not installed.
             names.remove("nf4 lora")
         self.kinds = [Kind(name, dtype) for dtype in dtypes for name in names]
-        # Once for all runs on it: its process groups take sockets and NCCL's memory.
+        # Create each mesh only once, because process groups use sockets and memory of NCCL.
         self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
-        # The records of one process that has one micro batch a step.
+        # Records of training in one process with one micro batch per step.
         self.reference_records: dict[Kind, list[StepRecord]] = {}
-        # What the next rows are of.
+        # Prefix and mesh that `add` writes into each new row of the table.
         self.part = ""
         self.mesh: MeshShape | None = None
 
@@ -264,7 +288,11 @@ class SelfCheck:
         step: int | None = None,
         limit: str = "",
     ) -> None:
-        """A row of the table."""
+        """Add a row to the table.
+
+        Args:
+            limit: the tolerance as text.
+        """
         row = CheckRow(
             check=f"{self.part}{check}",
             mesh=self.mesh,
@@ -279,7 +307,7 @@ class SelfCheck:
         self.on_row(row)
 
     def equal(self, check: str, expected: object, actual: object) -> None:
-        """A row whose sides must be equal."""
+        """Add a row to the table. Its check passes if the two values are equal."""
         self.add(check, expected, actual, expected == actual)
 
     def compare(
@@ -290,12 +318,20 @@ class SelfCheck:
         actual: list[StepRecord],
         limits: Sequence[float],
     ) -> None:
-        """A row with the step and figure that differ most, as a share of their step's limit."""
+        """Compare records, and add a row for the value with the largest difference.
+
+        The difference of a value is divided by the limit of its step, so that steps with different
+        limits are comparable.
+
+        Args:
+            names: the fields of the records to compare.
+            limits: the maximum relative difference of each step.
+        """
         figures = []
         for reference, record, allowed in zip(expected, actual, limits, strict=True):
             for name in names:
                 value, found = vars(reference)[name], vars(record)[name]
-                # A figure of 0 allows nothing: TINY stands in for the division.
+                # If the expected value is 0, divide by TINY, so that any difference fails.
                 share = abs(found - value) / max(abs(allowed * value), TINY)
                 figures.append((share, reference.step, allowed, value, found))
         share, step, allowed, value, found = max(figures)
@@ -304,7 +340,7 @@ class SelfCheck:
 
     @contextmanager
     def on(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> Iterator[None]:
-        """Rows, errors and hangs of the block name what is trained, and on which mesh."""
+        """Add the kind of training and the mesh to all rows and errors of the `with` block."""
         what = kind.name if kind.dtype == "fp32" else f"{kind.name} {kind.dtype}"
         self.part = f"{what}, {shape.describe()}: "
         self.mesh = shape
@@ -316,30 +352,33 @@ class SelfCheck:
         except OtherRankError:
             raise
         except Exception as error:
-            # All ranks raise it, and rank 0 reports it.
+            # All ranks raise an error of these types. Replace it on all ranks except rank 0, so
+            # that only rank 0 reports it.
             if isinstance(error, AGREED) and not ranks.is_main_process:
                 raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             cause = error if isinstance(error, TunesmithError) else RunError(text)
-            fix = cause.fix or "TUNESMITH_DEBUG=1 shows the traceback"
+            fix = cause.fix or "set TUNESMITH_DEBUG=1 to see the traceback"
             what = f"{self.part}{cause.what}"
             raise RunError(what, where=cause.where, why=cause.why, fix=fix) from error
         self.part = ""
         self.mesh = None
 
     def recipe(self, kind: Kind, shape: MeshShape, *, count: int) -> Run:
-        """LoRA or full fine-tuning on a mesh.
+        """Return the recipe of a kind of training on a mesh.
 
-        Each rank takes `count` micro batches a step, or more.
+        Args:
+            count: the number of micro batches per step on each rank. A rank can get more micro
+                batches if `self.batch` is not divisible by `count * shape.data`.
         """
         adapter, quantize = TRAINING_KINDS[kind.name]
-        # The global batch is the same on every mesh; only how it is cut differs.
+        # The global batch is equal on every mesh. Only its division into micro batches differs.
         micro_batch = self.batch // (count * shape.data)
         adapter_values: dict[str, str | float] = {"kind": adapter}
         if adapter == "lora":
             start = str(self.folder / "adapter")
             adapter_values |= {"rank": LORA_RANK, "alpha": LORA_ALPHA, "from": start}
-        # Each kind and mesh has a run directory of its own.
+        # Use a separate run directory for each kind and mesh.
         out = "-".join(map(str, (*kind, micro_batch, *shape))).replace(" ", "-")
         model = {"name": str(self.folder / "model"), "dtype": kind.dtype, "quantize": quantize}
         rows = {"source": str(self.folder / "rows.jsonl"), "format": "prompt-completion"}
@@ -354,7 +393,8 @@ class SelfCheck:
                 "micro_batch": f"{micro_batch} examples",
                 "schedule": "constant",
                 "warmup": "0 steps",
-                # In bf16 less would not show on a norm's weight, which is near 1.
+                # Use a large learning rate. The weights of a norm are near 1, where a small update
+                # would be lost by rounding to bf16.
                 "learning_rate": 4e-3,
             },
             "parallel": shape._asdict(),
@@ -365,14 +405,14 @@ class SelfCheck:
         return from_mapping(values, where="selfcheck", base=self.folder)
 
     def reference(self, kind: Kind) -> None:
-        """Train on one process with one micro batch a step."""
+        """Train in one process with one micro batch per step, and store the records."""
         trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
         self.reference_records[kind] = trainer.metrics.records
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
-        """Train on a mesh with two micro batches a step, and compare with `reference`.
+        """Train on a mesh with two micro batches per step, and compare with the reference.
 
-        A collective call.
+        This is a collective call.
         """
         run = self.recipe(kind, shape, count=2)
         first, others = TOLERANCES[kind.dtype, self.device.type]
@@ -381,23 +421,30 @@ class SelfCheck:
         records = trainer.metrics.records
         if ranks.is_main_process:
             reference = self.reference_records[kind]
-            # The first step begins from equal weights; later ones inherit its differences.
+            # All meshes start with equal weights, so the first step has the smaller limit. Later
+            # steps also include the differences of earlier updates.
             limits = [first] + [others] * (STEPS - 1)
             self.compare(LOSS_CHECK, ["loss"], reference, records, limits)
             self.compare(NORM_CHECK, ["grad_norm"], reference, records, limits)
             self.equal(CHANGED_CHECK, *self.count_changed(run))
             self.compare_copies(digests)
-        # At a resume its base is built as at the start, and its adapter as LoRA's.
+        # Do not check the resume of "nf4 lora", because it restores the same tensors as the resume
+        # of "lora": a checkpoint holds the adapter but not the base model.
         if scheme_of(run.model) is not NF4:
             self.check_resume(run, ranks, records, first)
 
     def check_resume(self, run: Run, ranks: Ranks, records: list[StepRecord], limit: float) -> None:
-        """Take the steps after RESUMED again from its checkpoint, and compare with `records`.
+        """Resume from the checkpoint of step RESUMED, and compare the records of the later steps.
 
-        A collective call.
+        This is a collective call.
+
+        Args:
+            records: the records of the first run.
+            limit: the maximum relative difference.
         """
         if ranks.local_rank == 0:
-            # As if the last steps had never been.
+            # Remove the checkpoint and the results of the last step, so that the run resumes at
+            # RESUMED.
             out = Path(run.output_dir)
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)
@@ -409,7 +456,11 @@ class SelfCheck:
             self.compare(RESUME_CHECK, names, records[RESUMED:], again, [limit] * len(again))
 
     def compare_copies(self, digests: list[dict[PartOfTensor, str]]) -> None:
-        """Check that ranks that hold the same part of a tensor hold equal values."""
+        """Check that all ranks with the same shard of a tensor have equal values.
+
+        Args:
+            digests: for each rank, the hash of each shard.
+        """
         copies = defaultdict(list)
         for rank_digests in digests:
             for part, digest in rank_digests.items():
@@ -419,7 +470,10 @@ class SelfCheck:
             self.equal(COPIES_CHECK, len(several), sum(len(set(copy)) == 1 for copy in several))
 
     def count_changed(self, run: Run) -> tuple[int, int]:
-        """Count the trained tensors, and those of them that final/ has with other values."""
+        """Return the number of trained tensors, and the number of those that training has changed.
+
+        The trained values are read from the folder final/ of the run.
+        """
         start_folder, file = "model", "model.safetensors"
         if run.adapter.kind == "lora":
             start_folder, file = "adapter", ADAPTER_WEIGHTS
@@ -427,14 +481,15 @@ class SelfCheck:
         final = load_file(Path(run.output_dir) / "final" / file)
         changed = 0
         for name, tensor in start.items():
-            # The file's type may have fewer bits: a change that rounding hides is none.
+            # Compare in the dtype of the file, so that a change that rounding removes does not
+            # count.
             if name in final and not torch.equal(tensor.to(final[name].dtype), final[name]):
                 changed += 1
         return len(start), changed
 
 
 def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
-    """sha256 of what this rank holds of trained weights and optimizer state."""
+    """Return the SHA-256 hash of each shard of trained weights and optimizer state on this rank."""
     session = trainer.session
     tensors = dict(session.model.trained_parameters()) | session.optimizer.state_dict()
     digests = {}
@@ -446,13 +501,13 @@ def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
 
 
 def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer:
-    """Train `run` as `train` does but without a word; a collective call.
+    """Train like the command `train`, but print nothing. This is a collective call.
 
-    A resumed run writes nothing at its end.
+    A resumed run writes no final weights.
     """
     out = Path(run.output_dir)
-    # All ranks look which of them see the folder: a collective call.
-    ranks = find_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
+    # This collective call determines which ranks write to the run directory `out`.
+    ranks = choose_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     with stderr_only_from("tunesmith.data"):
         start = decide_start(run, ranks)
         session = build(run, start, ranks=ranks, make_mesh=make_mesh)
@@ -468,18 +523,20 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     else:
         trainer.fit()
     if isinstance(trainer.checkpoints.writer, RanksWriter):
-        # Groups of a writer live until the process ends, and selfcheck makes one for each kind.
+        # Destroy the writer's process group, because each call of this function creates another
+        # group, and all groups would exist until the process ends.
         dist.destroy_process_group(trainer.checkpoints.writer.ranks.group)
     return trainer
 
 
 def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
-    """Check this process and the ranks that it was started with; the report, on every rank.
-
-    Rank 0 takes the steps of one process before it joins the others.
+    """Run all checks on this process and the ranks that were started with it.
 
     Args:
-        on_row: takes each row on rank 0.
+        on_row: a function that is called with each row of the table on rank 0.
+
+    Returns:
+        The report, on every rank.
     """
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     began = time.monotonic()
@@ -494,7 +551,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
         check = SelfCheck(folder, env["WORLD_SIZE"], on_row)
         if check.device.type == "cuda":
             choose_gpu(env["LOCAL_RANK"], env.get("LOCAL_WORLD_SIZE", 1))
-        # The references need one process: rank 0 makes them before the ranks join.
+        # Rank 0 trains the reference runs in one process, before the ranks form a process group.
         if env["RANK"] == 0:
             write_inputs(check.folder, STEPS * check.batch)
             for kind in check.kinds:
@@ -502,10 +559,10 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
                     check.reference(kind)
                     check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
-            # From here on all ranks use rank 0's folder and what is left to check.
+            # All ranks use the folder and the kinds of rank 0.
             check.folder, check.kinds = ranks.broadcast_object((folder, check.kinds))
             with ranks.raise_on_all_ranks():
-                # On a disk that rank 0 does not see.
+                # If this node does not share rank 0's disk, create the inputs on its own disk.
                 if ranks.local_rank == 0 and not check.folder.exists():
                     check.folder.mkdir()
                     stack.callback(shutil.rmtree, check.folder, ignore_errors=True)
@@ -524,10 +581,11 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
 
 
 def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
-    """The checks of several ranks; a collective call."""
-    # Ranks with different software end here, as those of a run do.
+    """Run the checks on each mesh of several ranks. This is a collective call."""
+    # Raise an error if the ranks have different software versions, as at the start of a run.
     check_same_recipe(check.recipe(check.kinds[0], ONE, count=1), ranks)
-    # The largest tensor group must fit on the smallest node.
+    # A tensor group must be inside one node, so its size must divide the number of ranks of every
+    # node.
     node = math.gcd(*ranks.all_gather_object(ranks.local_world))
     for shape in meshes_of(ranks.world, node):
         for kind in check.kinds:

@@ -1,4 +1,7 @@
-"""A shape as a recipe: a model folder with config and tokenizer but no weights, and its recipe."""
+"""Conversion of a shape (the dimensions of a known model) to a model folder and a recipe.
+
+The model folder contains a config and a tokenizer, but no weights.
+"""
 
 import copy
 import json
@@ -18,16 +21,23 @@ GLOBAL_BATCH_SIZE = "16384 tokens"
 
 
 def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
-    """Write config.json, with the tokenizer's ids, and the tokenizer into an existing folder.
+    """Write config.json and the tokenizer into an existing folder.
 
-    A vocabulary that is too small for the ids of the tokenizer (a Hub id or a folder) grows to its
-    size; the change is returned in words. ModelError if the tokenizer or the config cannot be read.
+    If the tokenizer has more tokens than the vocabulary of the config, the vocabulary is enlarged.
+    Raise ModelError if the tokenizer or the config cannot be read.
+
+    Args:
+        config: the config of the shape.
+        tokenizer: a Hub id or a folder.
+
+    Returns:
+        A description of the change of the vocabulary, or "".
     """
     model_spec(config, where="--shape")
     loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
     values = copy.deepcopy(dict(config))
     text = values.get("text_config", values)
-    # The ids of the shape's own tokenizer mean nothing with another one.
+    # Use the special tokens of the given tokenizer instead of those of the shape's own tokenizer.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text[token] = getattr(loaded, token)
     change = ""
@@ -35,21 +45,23 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     rows = text["vocab_size"]
     if size > rows:
         text["vocab_size"] = size
-        change = f"vocabulary of {size:,} instead of {rows:,}: the tokenizer's ids must fit"
+        change = f"vocabulary of {size:,} instead of {rows:,}, to fit the tokenizer's ids"
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     loaded.save_pretrained(folder)
     return change
 
 
 def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:
-    """The checked recipe of a shape whose model folder is `folder`.
+    """Write the recipe of a shape next to its model folder, and load it.
 
-    Its file is written beside that folder. Raises as `load_recipe`, and UsageError if an override
-    names another model or tokenizer.
+    Raise the errors of `load_recipe`, and UsageError if an override sets another model or
+    tokenizer.
 
     Args:
-        data: the rows, a file or a Hub id.
-        rows: their format.
+        folder: the model folder.
+        data: the data set: a file or a Hub id.
+        rows: the format of the rows.
+        overrides: keys of the command line that override the recipe.
     """
     if Path(data).exists():
         data = str(Path(data).resolve())
@@ -62,10 +74,10 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
     run = load_recipe(file, overrides)
-    # A key of the command line may have named another model.
+    # An override on the command line may have set another model or tokenizer.
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
         what = "the model and tokenizer of a shape cannot be overridden"
         why = "the model is the shape with random weights, and its folder contains the tokenizer"
-        fix = "--shape NAME --tokenizer DIR_OR_ID; or give a recipe instead of --shape"
+        fix = "use --shape NAME --tokenizer DIR_OR_ID, or give a recipe instead of --shape"
         raise UsageError(what, where="command line: model.name, model.tokenizer", why=why, fix=fix)
     return run

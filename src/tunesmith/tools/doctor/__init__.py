@@ -1,4 +1,8 @@
-"""Problems that a run would meet on a machine, a pair of nodes or a Slurm cluster, and fixes."""
+"""The command `doctor`.
+
+It checks a machine, a pair of nodes or a Slurm cluster, and reports problems that would make a run
+fail.
+"""
 
 COMMANDS = {
     "machines": {

@@ -1,6 +1,7 @@
-"""The checks of one machine.
+"""Checks of one machine for `tunesmith doctor`.
 
-This file uses the standard library only: pair.py runs it on the other node too.
+This file uses only the standard library, because pair.py also runs it on the other node of a pair,
+where other packages may be missing.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from tunesmith.tools.doctor.system import (
 )
 
 TOML = "/etc/nvidia-container-runtime/config.toml"
-# The generic resource that a swarm's tasks ask for
+# Name of the generic resource of Docker Swarm that represents GPUs. Tasks reserve GPUs by this
+# name.
 RESOURCE = "NVIDIA_GPU"
-# Seconds to import torch and run LOAD
+# Maximum number of seconds to import torch and run the program LOAD.
 TORCH_SECONDS = 30.0
-# The value of host/chips.json, which the other node of a pair may lack
+# Matmul speed of a GB10. The value is copied from host/chips.json, because the other node of a pair
+# may not have this file.
 GB10_TFLOPS = 92
-# Prints the CUDA version that torch was built for, and the GPU's speed in a second of products
-# that need 100 MB.
+# Program that prints torch's CUDA version and the GPU's matmul speed. It multiplies matrices for
+# one second and needs 100 MB of GPU memory.
 LOAD = """
 import time, torch
 print("CUDA", torch.version.cuda, flush=True)
@@ -75,7 +78,8 @@ def _torch(system: System) -> Findings:
         return
     code, out, errors = system.run(system.python, "-c", LOAD, limit=TORCH_SECONDS)
     cuda = re.search(r"^CUDA (.+)$", out, re.M)
-    # The order is that of the causes: each case makes the later ones meaningless.
+    # The order of the checks matters: if a check finds a problem, the checks after it are
+    # meaningless.
     if not cuda:
         case = "broken"
     elif cuda[1] == "None":
@@ -86,7 +90,7 @@ def _torch(system: System) -> Findings:
         case = "gpu"
     else:
         case = "ok"
-    # CUDA's errors end with lines of general advice.
+    # Select the line with the exception, because CUDA appends lines with general advice.
     messages = re.findall(r"^\S+(?:Error|Exception): .*", errors, re.M) or [errors]
     yield finding(
         f"torch/{case}",
@@ -98,7 +102,8 @@ def _torch(system: System) -> Findings:
     )
     speed = re.search(r"^TFLOP/s (.+)$", out, re.M)
     if system.is_spark and speed:
-        # nvidia-smi does not show every low-power state; the speed does.
+        # Detect a low-power state by the measured speed, because nvidia-smi does not show all
+        # low-power states.
         tflops = float(speed[1])
         case = "low" if tflops < 0.6 * GB10_TFLOPS else "ok"
         yield finding(f"clock/{case}", tflops=tflops)
@@ -107,13 +112,14 @@ def _torch(system: System) -> Findings:
 def _memory(system: System) -> Findings:
     rows = re.findall(r"^(\w+): +(\d+) kB", system.read("/proc/meminfo"), re.M)
     if not rows:
-        return  # not Linux
+        return  # /proc/meminfo exists only on Linux
     gib = {name: int(kib) / 2**20 for name, kib in rows}
     case = "ok"
     if gib["MemAvailable"] < 2:
         case = "none"
     elif system.is_spark and gib["MemFree"] < 8 < gib["Cached"]:
-        # Files that were read fill the memory, and the driver finds no large free pieces.
+        # "cache" means that the page cache fills the memory, so that the GPU driver finds no large
+        # free blocks.
         case = "cache"
     yield finding(f"memory/{case}", gib=gib)
 
@@ -133,16 +139,17 @@ def _toolkit(system: System) -> Findings:
     if not version:
         yield finding("toolkit/absent")
         return
-    # The legacy mode of 1.18 supports Swarm's resources.
+    # Version 1.18 of NVIDIA's container toolkit supports Swarm resources only in its legacy mode.
     is_legacy = re.search(r'^\s*mode\s*=\s*"legacy"', system.read(TOML), re.M)
     case = "swarm" if version[1] == "1.18" and not is_legacy else "ok"
     yield finding(f"toolkit/{case}", version=version[0])
 
 
 def _daemon(system: System) -> Findings:
-    """Check that the daemon gives each task of a swarm its GPU.
+    """Check that the Docker daemon gives each task of a swarm its GPU.
 
-    The daemon is asked, not its file: it reads the file only when it starts.
+    The check queries the running daemon instead of reading daemon.json, because the daemon reads
+    the file only at its start.
     """
     named = []
     for resource in system.docker.get("GenericResources") or []:
@@ -160,7 +167,8 @@ def _daemon(system: System) -> Findings:
 
 
 def _swarm_resource(system: System) -> Findings:
-    # Docker puts DOCKER_RESOURCE_ before the resource's name in the variable that it sets.
+    # Docker passes the reserved GPUs to a container in the variable DOCKER_RESOURCE_<resource
+    # name>. The toolkit's config must name this variable.
     line = rf'^\s*swarm-resource\s*=\s*"(.*,)?\s*DOCKER_RESOURCE_{RESOURCE}\s*(,.*)?"'
     is_right = re.search(line, system.read(TOML), re.M)
     yield finding("swarm-resource/ok" if is_right else "swarm-resource/absent")
@@ -175,12 +183,16 @@ def _swarm(system: System) -> Findings:
 
 
 def _cable(system: System) -> Findings:
-    """Check that the port's functions are up, with MTU 9000 and a RoCE v2 address each."""
+    """Check the port whose cable connects the two nodes.
+
+    A port has one or more PCIe functions, and each function is a network interface. Each interface
+    must be up and have MTU 9000 and a RoCE v2 address.
+    """
     functions = system.cable
     if not functions:
         yield finding("cable/absent")
         return
-    # -1 is NCCL's default: it finds the index by itself.
+    # -1 is NCCL's default. It means that NCCL selects the GID index.
     forced = os.environ.get("NCCL_IB_GID_INDEX", "-1")
     faults = []
     for function in functions:
@@ -198,9 +210,11 @@ def _cable(system: System) -> Findings:
 
 
 def examine(system: System, *, pair: bool) -> list[Finding]:
-    """Return the findings of this machine, or of a node of a pair.
+    """Run the checks on this machine and return their findings.
 
-    One machine trains without Docker: faults of Docker are warnings there.
+    Args:
+        pair: whether the machine is a node of a pair. A single machine does not require Docker, so
+            problems with Docker are only warnings.
     """
     docker = system.docker
     checks: list[Check] = [_driver, _torch, _memory]
@@ -219,7 +233,7 @@ def examine(system: System, *, pair: bool) -> list[Finding]:
 
 
 def properties(system: System) -> dict[str, Any]:
-    """Return the properties of a node that a pair compares."""
+    """Return the properties of this node that are compared with those of the other node."""
     managers = system.docker.get("Swarm", {}).get("RemoteManagers") or []
     return {
         "versions": system.versions,
@@ -229,7 +243,10 @@ def properties(system: System) -> dict[str, Any]:
 
 
 def answer_peer() -> None:
-    """Print the findings and properties of the other node; the first word is its interpreter."""
+    """Print the findings and properties of this node as JSON. The other node of a pair reads them.
+
+    The first command-line argument is the path of the interpreter to check.
+    """
     system = System(python=sys.argv[1])
     findings = [asdict(result) for result in examine(system, pair=True)]
     print(json.dumps([findings, properties(system)]))

@@ -29,9 +29,13 @@ from tunesmith.units import count_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--pair", metavar="HOST", help="this machine and HOST, which only needs ssh and python3"
+        "--pair",
+        metavar="HOST",
+        help="check this machine and the machine HOST, which needs only ssh and python3",
     )
-    where.add_argument("--slurm", action="store_true", help="the Slurm cluster of this machine")
+    where.add_argument(
+        "--slurm", action="store_true", help="check the Slurm cluster of this machine"
+    )
     add_json(parser)
 
 
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         findings = check_pair(args.pair)
     else:
         findings = examine(System(), pair=False)
-    # A finding without a host is about this machine.
+    # A finding without a host is about this machine, so set this machine's host name.
     here = os.uname().nodename
     findings = [replace(finding, host=finding.host or here) for finding in findings]
     seconds = round(time.monotonic() - begin, 1)
@@ -63,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if faults else EXIT_OK
 
 
-# Columns before the text of a finding.
+# Number of characters before the text of a finding. Further lines of the text are indented by it.
 FINDING = 27
 
 
 def print_findings(findings: "Sequence[Finding]") -> None:
-    """Print the findings, below the name of each host."""
+    """Print the findings, grouped by host."""
     host = ""
     for finding in findings:
         if finding.host != host:

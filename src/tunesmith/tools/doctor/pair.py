@@ -1,4 +1,4 @@
-"""A pair of nodes: the checks of each, and what both must have in common."""
+"""Checks of a pair of nodes: the checks of each node, and a comparison of both."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ from tunesmith.tools.doctor.checks import examine, properties
 from tunesmith.tools.doctor.system import TEXTS, Finding, System, finding
 
 SENT_FILES = ("system.py", "checks.py", "findings.json")
-# The other node needs only ssh and python3: the checks are imported from a folder that is removed
-# before they run.
+# Program for the other node, which needs only ssh and python3. It unpacks the checks into a
+# temporary folder, imports them, deletes the folder and runs the checks.
 PROGRAM = """
 import pathlib, sys, tempfile
 with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
@@ -34,27 +34,29 @@ answer_peer()
 
 
 def ask_peer(host: str) -> "CompletedProcess[str]":
-    """Run the checks on the other node."""
+    """Run the checks on the other node over ssh and return the finished process."""
     folder = Path(__file__).parent
     files = {name: (folder / name).read_text(encoding="utf-8") for name in SENT_FILES}
     return try_on(host, "python3", "-", sys.executable, text=PROGRAM.format(files=files))
 
 
 def check_pair(host: str) -> list[Finding]:
-    """Return the findings of this node, of the other node, and of the two together."""
+    """Check this node, the other node, and whether the two match. Return all findings."""
     check_host(host, "--pair")
     system = System()
     with ThreadPoolExecutor(1) as pool:
-        # The other node examines itself concurrently.
+        # Run the checks of both nodes concurrently.
         peer = pool.submit(ask_peer, host)
         findings = examine(system, pair=True)
     try:
         done = peer.result()
-        # Modules that Python imports at its start may print lines before the answer.
+        # Parse only the last line, because modules that Python imports at its start may print other
+        # lines.
         rows, there = json.loads(done.stdout.strip().rpartition("\n")[2])
     except MachineError as error:
         message = error.why or error.what
-        # The last case has no words.
+        # Select the first key `ssh/WORDS` of TEXTS whose WORDS occur in ssh's error message. The
+        # last key is `ssh/`, which always matches, because its WORDS are empty.
         cases = [key for key in TEXTS if key.startswith("ssh/") and key != "ssh/ok"]
         key = next(key for key in cases if key.removeprefix("ssh/") in message)
         return [*findings, replace(finding(key, host, message=message), host=host)]
@@ -67,17 +69,20 @@ def check_pair(host: str) -> list[Finding]:
 
 
 def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
-    """Compare the software of both nodes, and the swarm and the subnet that they must share."""
+    """Compare the properties of both nodes.
+
+    Both nodes must have the same software versions and be in the same swarm and the same subnet.
+    """
     findings = []
     for name, version in here["versions"].items():
         other = there["versions"].get(name)
-        # A missing version has its own finding.
+        # Skip a version that the other node does not have, because `examine` already reports it.
         if other and version != other:
             values = {"here": version, "there": other, "python": sys.executable}
             findings.append(finding(f"versions/{name}", host, **values))
     if not findings:
         findings.append(finding("versions/ok", host))
-    # A node without a swarm, or without a cable, has its own finding.
+    # Skip a node without a swarm or without a cable, because `examine` already reports it.
     managers = here["managers"], there["managers"]
     if all(managers) and set(managers[0]).isdisjoint(managers[1]):
         findings.append(finding("swarm/two", host))

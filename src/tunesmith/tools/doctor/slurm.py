@@ -1,4 +1,4 @@
-"""A Slurm cluster: its controller, its partitions, and what a step on two of its nodes sees."""
+"""Checks of a Slurm cluster: its controller, its partitions, and a job step on two nodes."""
 
 import json
 import sys
@@ -9,8 +9,10 @@ from tunesmith.host.child_output import last_line
 from tunesmith.tools.doctor.system import Finding, System, finding
 from tunesmith.units import count_of
 
-NODE_WAIT_SECONDS = 20  # for free nodes
-# A node's report. Its first word is a file in the folder of the runs.
+# Seconds to wait until nodes are free.
+NODE_WAIT_SECONDS = 20
+# Program that runs on each node and prints a report. Its argument is the path of a file in the
+# folder of the runs. The program checks whether the node can read this file.
 NODE_PROGRAM = """
 import importlib.util, json, os, socket, subprocess, sys
 unknown = []
@@ -31,9 +33,12 @@ print(json.dumps(report))
 
 
 def check_slurm(folder: Path) -> list[Finding]:
-    """Return the findings. All nodes must see `folder`, where runs write.
+    """Check the Slurm cluster and return the findings.
 
-    SLURM_PARTITION chooses the partition.
+    The job step runs in the partition that the environment variable SLURM_PARTITION names.
+
+    Args:
+        folder: the folder of the runs. All nodes must be able to read it.
     """
     system = System()
     code, out, errors = system.run("sinfo", "-h", "-o", "%R|%a|%D|%T|%G", limit=15)
@@ -47,7 +52,8 @@ def check_slurm(folder: Path) -> list[Finding]:
         name, is_up, count, state, gres = line.split("|")
         offer = "no GPUs" if gres == "(null)" else gres
         partitions.append(f"{name}: {count_of(int(count), f'{state} node')}, {offer}")
-        # A partition has a line for each state of its nodes.
+        # sinfo prints one line per partition and node state, with the number of nodes in this
+        # state.
         if is_up == "up" and state in ("idle", "mixed", "allocated"):
             usable_nodes += int(count)
     shown = "; ".join(partitions)
@@ -61,19 +67,20 @@ def check_slurm(folder: Path) -> list[Finding]:
 
 
 def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
-    """Run a step on `count` nodes and return what it finds there."""
+    """Run NODE_PROGRAM on `count` nodes with srun, and return the findings."""
     python = sys.executable
     wait = f"--immediate={NODE_WAIT_SECONDS}"
     srun = ["srun", "-Q", f"-N{count}", "--ntasks-per-node=1", wait, "-t2"]
-    # The file is removed when the nodes have looked for it.
+    # Create a temporary file to test whether the nodes can see the folder.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".tunesmith-doctor-") as file:
-        # srun gives up after NODE_WAIT_SECONDS. Python starts on the nodes in the remaining time.
+        # srun waits up to NODE_WAIT_SECONDS for free nodes. Allow 40 seconds more for Python's
+        # start on the nodes.
         _, out, errors = system.run(
             *srun, python, "-c", NODE_PROGRAM, file.name, limit=NODE_WAIT_SECONDS + 40
         )
     nodes = [json.loads(line) for line in sorted(out.splitlines()) if line.startswith("{")]
     if not nodes:
-        # The nodes' daemon could not start the interpreter.
+        # "execve" in the error output means that a node could not start the interpreter.
         case = "environment/unseen" if "execve" in errors else "srun/none"
         message = " ".join(errors.splitlines()[:2])
         return [finding(case, python=python, folder=folder, count=count, message=message)]

@@ -1,4 +1,4 @@
-"""Answers and scores of a run: chat, generate, evaluate against its base, benchmarks."""
+"""The commands `chat`, `generate` and `eval`: generation and scoring of a model's answers."""
 
 COMMANDS = {
     "use the result": {

@@ -1,14 +1,13 @@
-"""The answers of an `eval`, a line each, so that a killed one goes on where it was.
+"""File with the answers of an `eval`, one JSON line each, so that a killed `eval` can resume.
 
     {"tunesmith": "eval answers", "data": "held.jsonl", "rows": 100, "prompts": "<sha256>", ...}
     {"model": "tuned", "row": 0, "where": "held.jsonl:1", "answer": "Oslo", "tokens": 2, ...}
     {"model": "base", "row": 0, ...}
 
-The first line says what was answered, by which weights and how. Answers of anything else are not
-gone on with: their mean would be one of two models.
+The first line identifies the rows, the weights and the decoding. An `eval` resumes a file only if
+the first line matches, because otherwise the scores would mix answers of different models.
 """
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,20 +29,20 @@ KIND = "eval answers"
 
 @dataclass(frozen=True)
 class SavedAnswer:
-    """One line.
+    """One line of the file: the answer of a model to one row.
 
     Attributes:
-        model: base | tuned | model.
-        row: its index among the rows that are answered.
-        where: the row's place.
-        answer: without special tokens.
-        raw: with them; None where that is the same.
-        tokens: how many the model wrote.
-        finished: it ended by itself, and was not cut at --max-new-tokens.
-        reference: the row's own answer, for those who read the file.
+        model: the model that answered: `base`, `tuned`, or `model` for a base model without a run.
+        row: index of the row in the list of all rows that are answered.
+        where: file and line of the row.
+        answer: the answer without special tokens.
+        raw: the answer with special tokens; None if the two are equal.
+        tokens: number of tokens in the answer.
+        finished: whether the answer ended by itself, before --max-new-tokens.
+        reference: the expected answer from the row, for people who read the file.
     """
 
-    # A file may have been edited.
+    # Refuse unknown keys, because a user may have edited the file.
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     model: str
@@ -55,24 +54,19 @@ class SavedAnswer:
     finished: bool
     reference: str
 
-    @property
-    def raw_answer(self) -> str:
-        """With special tokens."""
-        return self.answer if self.raw is None else self.raw
-
 
 @dataclass(frozen=True)
 class AnswersHeader:
-    """The rows that were answered, by which model, and how.
+    """First line of the file: the answered rows, the model and the decoding.
 
     Attributes:
-        data: the rows' name.
-        rows: how many there are.
-        prompts: sha256 (hex) of the token ids of all prompts.
-        weights: identify what was trained; empty for a plain model.
+        data: name of the rows.
+        rows: number of rows.
+        prompts: SHA-256 (hex) of the token ids of all prompts.
+        weights: hash of the trained weights; empty for a base model.
         base: the base model.
-        decoding: how tokens are chosen, the seed among it.
-        batch_size: rows answered at once; it changes what sampling draws.
+        decoding: how tokens are chosen, including the seed.
+        batch_size: number of rows that are answered at once. Sampled answers depend on it.
     """
 
     data: str
@@ -84,37 +78,40 @@ class AnswersHeader:
     batch_size: int
 
     def differences(self, earlier: dict[str, JsonValue]) -> list[str]:
-        """List the differences from the header of a file, a clause each."""
+        """Return a clause for each value that differs from `earlier`, an existing file's header."""
         clauses = []
         if earlier.get("prompts") != self.prompts:
-            clauses.append("its prompts differ: the rows, the template or the tokenizer changed")
+            clauses.append(
+                "the prompts differ: the rows, the template or the tokenizer has changed"
+            )
         if earlier.get("weights") != self.weights or earlier.get("base") != self.base:
-            clauses.append("its model differs: another checkpoint, or trained further")
+            clauses.append("the model differs: it is another checkpoint, or it was trained further")
         before = {**earlier, **(cast("dict[str, JsonValue]", earlier.get("decoding")) or {})}
         for name, value in {**asdict(self.decoding), "batch_size": self.batch_size}.items():
             if before.get(name) != value:
                 option = f"--{name.replace('_', '-')}"
-                clauses.append(f"{option} was {before.get(name)}, and is {value}")
+                clauses.append(f"{option} was {before.get(name)} and is now {value}")
         return clauses
 
 
 class AnswersFile(ResumedFile):
-    """The answers that are there, and a place for those to come.
+    """File of answers. The object reads the existing answers and appends new answers.
 
     Attributes:
-        answers: by model, in the order of the rows.
+        answers: model -> its answers, in the order of the rows.
     """
 
     def __init__(self, path: Path, header: AnswersHeader, *, fresh: bool = False) -> None:
-        """Nothing is written before the context is entered.
+        """Read the existing answers. The file is not changed before the `with` block starts.
 
         Args:
-            fresh: move existing answers aside, as `<name>.previous-1`.
+            header: the first line of the file; an existing file must have the same first line.
+            fresh: rename an existing file to `<name>.previous-1` instead of resuming.
 
         Raises:
-            UsageError: the file holds other answers or is none of ours.
-            MachineError: it cannot be read.
-            DataError: a line of it is broken.
+            UsageError: the file holds answers of another evaluation, or is not a file of answers.
+            MachineError: the file cannot be read.
+            DataError: a line of the file is damaged.
         """
         super().__init__(path)
         self.header = header
@@ -122,7 +119,7 @@ class AnswersFile(ResumedFile):
         self.answers: dict[str, list[SavedAnswer]] = {}
         if self.lines or self.torn:
             self._check_header()
-            # Whatever the file holds, it is moved aside.
+            # If `fresh` is set, `__enter__` renames the file, so its answers are not needed.
             if not fresh:
                 self._read_answers()
 
@@ -134,16 +131,16 @@ class AnswersFile(ResumedFile):
             raise UsageError(
                 f"{self.path.name} exists but does not contain answers from eval",
                 where=f"--output {self.path}",
-                fix="name another file: --output FILE",
+                fix="use another file: --output FILE",
             )
         differences = self.header.differences(earlier)
         if differences and not self.fresh:
             raise UsageError(
-                "the existing answers are from another evaluation",
+                "the file contains the answers of a different evaluation",
                 where=str(self.path),
                 why="; ".join(differences),
-                fix="the same command with --fresh moves them aside, --output FILE keeps both "
-                "in use, and the previous options continue them",
+                fix="add --fresh to rename the old file, or use another file with --output FILE, "
+                "or use the previous options to continue the old evaluation",
             )
 
     def _read_answers(self) -> None:
@@ -153,17 +150,22 @@ class AnswersFile(ResumedFile):
             with suppress(ValueError):
                 answer = saved.validate_python(parse_json(line))
             answers = self.answers.setdefault(answer.model, []) if answer else []
-            # Answers of a model follow each other by row; `append` leaves no gap.
+            # `append` writes the answers of a model with consecutive row numbers, so a gap means
+            # that the file is damaged.
             if answer is None or answer.row != len(answers) or answer.row >= self.header.rows:
                 raise DataError(
-                    "a line of the answers is damaged, or out of order",
+                    "a line of the answers file is damaged or out of order",
                     where=f"{self.path}:{number}",
-                    fix="the same command with --fresh moves the file aside and answers again",
+                    fix="run the same command with --fresh, which renames the file and answers "
+                    "all rows again",
                 )
             answers.append(answer)
 
     def __enter__(self) -> Self:
-        """Write the header, or cut off a last line without its end."""
+        """Open the file for appending, and write the header if the file is new.
+
+        With `fresh`, an existing file is renamed first.
+        """
         if self.fresh and self.lines:
             self.path.rename(free_name(self.path))
             self.lines = []
@@ -173,18 +175,17 @@ class AnswersFile(ResumedFile):
         return self
 
     def append(self, answer: SavedAnswer) -> None:
-        """Write one more answer; RunError where the disk takes no more."""
-        why = f"it holds {answer.row} of {count_of(self.header.rows, 'answer')} of {answer.model}"
+        """Write an answer as the next line. Raise RunError if the file cannot be written."""
+        why = (
+            f"the file holds {answer.row} of {count_of(self.header.rows, 'answer')} of "
+            f"{answer.model}"
+        )
         self.write(asdict(answer), why=why)
         self.answers.setdefault(answer.model, []).append(answer)
 
     def unfinished(self) -> dict[str, int]:
-        """Count the answers of each model that were cut at --max-new-tokens."""
+        """Return the number of answers of each model that were cut off at --max-new-tokens."""
         counts = {}
         for model, answers in self.answers.items():
             counts[model] = sum(not answer.finished for answer in answers)
         return counts
-
-    def of(self, model: str) -> Sequence[SavedAnswer]:
-        """The answers of one model so far."""
-        return self.answers.get(model, ())

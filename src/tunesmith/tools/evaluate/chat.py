@@ -1,4 +1,4 @@
-"""A conversation with a trained model or its base."""
+"""Chat with a trained model or its base model in the terminal."""
 
 import argparse
 import sys
@@ -24,18 +24,18 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
-from tunesmith.tools.evaluate.decoding_options import decoding_of
+from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
 CHAT_COMMANDS_HINT = (
-    "the model sees earlier questions too: /reset starts a new conversation, /quit exits"
+    "the model also sees the earlier questions; /reset starts a new conversation, /quit exits"
 )
 
 
 def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
-    """Load the model of `location` and chat with it, by the options of `chat`."""
-    # Wrong options end it before weights are read.
-    decoding = decoding_of(args)
+    """Load the model of `location` and chat with it. `args` are the options of the command."""
+    # Check the options before the weights are read.
+    decoding = read_decoding(args)
     tools = read_tools_file(args.tools) if args.tools else None
     if args.image and location.run is None:
         location = replace(location, base=replace(location.base, vision=True))
@@ -52,21 +52,21 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
 
 
 def read_tools_file(name: str) -> list[ToolSchema] | None:
-    """Return the tools of a JSON file. Raise UsageError if the file cannot be read."""
+    """Return the tools that a JSON file lists. Raise UsageError if the file cannot be read."""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            "the tools cannot be read",
+            "the file given with --tools cannot be read",
             where=name,
             why=str(error),
-            fix="--tools FILE: a JSON list of tools in UTF-8",
+            fix="use --tools with a JSON file in UTF-8 that holds a list of tools",
         ) from error
     return read_tools(RowReader({"tools": text}, Source(source=name), name))
 
 
 class Chat:
-    """Reads lines, and shows the answers of the loaded model."""
+    """Conversation with a loaded model. It reads questions line by line and prints the answers."""
 
     def __init__(
         self,
@@ -86,20 +86,23 @@ class Chat:
         self.pictures = tuple(Picture(file, path=Path(file)) for file in args.image)
         if self.pictures and loaded.template.pictures is None:
             raise UsageError(
-                "this model sees no pictures",
+                "this model cannot read pictures",
                 where="--image",
-                why="model.vision is false, or the model has no vision part",
-                fix="remove --image; or train a vision-language model with model.vision=true",
+                why="model.vision is false, or the model has no vision encoder",
+                fix="remove --image, or train a vision-language model with model.vision=true",
             )
-        self.turns: list[tuple[str, str]] = []  # questions and answers
+        self.turns: list[tuple[str, str]] = []  # (question, answer)
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def talk(self) -> None:
-        """Until /quit, the end of the input, or ctrl-C twice."""
+        """Answer questions until the input ends, or the user enters /quit or presses ctrl-C twice.
+
+        ctrl-C during an answer only stops this answer. In a pipe, the first ctrl-C ends the chat.
+        """
         if self.on_terminal:
             lines = self._typed_lines()
         else:
-            # From a pipe no prompt is printed, and a fault ends it.
+            # If stdin is a pipe, no prompt is printed, and an error ends the chat.
             lines = (line.strip() for _, line in stdin_lines())
         for line in lines:
             command = line.partition(" ")[0]
@@ -108,17 +111,17 @@ class Chat:
                     return
                 if command == "/reset":
                     self.turns.clear()
-                    notify("all forgotten")
+                    notify("a new conversation has started")
                 elif command.startswith("/"):
-                    notify(f"there is no command {command}: {CHAT_COMMANDS_HINT}")
+                    notify(f"there is no command {command}; {CHAT_COMMANDS_HINT}")
                 else:
                     self.answer(line)
             except KeyboardInterrupt:
-                # ctrl-C outside of an answer, or in one that goes to a pipe.
+                # ctrl-C was pressed while no answer was generated, or the chat reads from a pipe.
                 print(flush=True)
                 return
             except TunesmithError as error:
-                # On a terminal the user can ask again.
+                # On a terminal, print the error and continue, because the user can ask again.
                 if not self.on_terminal:
                     raise
                 notify(error.text())
@@ -141,10 +144,14 @@ class Chat:
         notify("")
 
     def answer(self, question: str) -> None:
-        """Stream one answer. ctrl-C ends the answer, which stays; from a pipe it ends the chat."""
+        """Print one answer while it is generated.
+
+        ctrl-C stops the answer, and the partial answer stays in the conversation. If stdin is a
+        pipe, ctrl-C ends the chat.
+        """
 
         def write(text: str) -> None:
-            # A model may write control characters, which would change the terminal.
+            # Escape control characters, because they could change the terminal's settings.
             print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
         if self.on_terminal:
@@ -166,17 +173,22 @@ class Chat:
         if stop.requested():
             notify("\n(stopped)")
             if not self.on_terminal:
-                # Nobody is there to ask again: the first ctrl-C ends a chat from a pipe.
+                # If the questions come from a pipe, end the chat at the first ctrl-C, because
+                # nobody can type a further question.
                 raise KeyboardInterrupt
         elif not answer.finished:
             limit = self.decoding.max_new_tokens
-            notify(f"\n(cut at {limit} tokens; raise it with --max-new-tokens)")
+            notify(
+                f"\n(the answer was cut off at {limit} tokens; allow more with --max-new-tokens)"
+            )
         print(flush=True)
 
     def _prompt(self, question: str) -> tuple[list[int], Pixels | None]:
-        """The prompt's tokens, and its pictures: they stand before the first question.
+        """Return the token ids and the pictures of the prompt.
 
-        Raise UsageError if the conversation leaves no room for the answer.
+        In the prompt, the pictures are before the first question.
+
+        Raise UsageError if the conversation is too long for the model's context.
         """
         loaded = self.loaded
         messages: list[Message] = []
@@ -193,7 +205,8 @@ class Chat:
             raise UsageError(
                 f"the conversation has {len(prompt)} tokens, but only "
                 f"{loaded.context - longest} fit",
-                why=f"the model's context minus --max-new-tokens {longest}",
-                fix="/reset starts a new conversation; or start with a smaller --max-new-tokens",
+                why=f"the model's context has {loaded.context} tokens, and {longest} of them are "
+                "reserved for the answer (--max-new-tokens)",
+                fix="start a new conversation with /reset, or use a smaller --max-new-tokens",
             )
         return prompt, loaded.pixels(self.pictures)

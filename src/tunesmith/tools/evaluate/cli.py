@@ -1,4 +1,4 @@
-"""Evaluate a run on held-out rows, compared with its base or with other runs.
+"""Evaluate a run on held-out rows, and compare it with its base or other runs.
 
 example:
   tunesmith eval runs/my-run  # on the run's own held-out rows
@@ -12,24 +12,25 @@ example:
   tunesmith eval runs/my-run --no-base --json
 
 Loss, perplexity and token accuracy are computed over the supervised tokens, as
-in training. The loss is compared row by row: tuned is better or worse than the
-base, or the rows cannot tell. Of several runs the best is compared with each of
-the others.
+in training. The losses are compared row by row: the tuned model is better or
+worse than the base, or the difference is not significant. If you name several
+runs, the best run is compared with each of the others.
 
---score answers every row, scores each answer against the row's, and compares
-the scores in the same way:
+--score lets the model answer every row, compares each answer with the answer in
+the row, and compares the scores of two models in the same way:
 
   exact      equal, ignoring leading and trailing whitespace
   contains   the answer contains the row's answer
   regex      the row's answer is a pattern
   f1         word-level F1, as in SQuAD
   rouge-l    longest common word sequence
-  json       share of equal fields; 0 if not JSON or not valid by `schema`
+  json       share of equal fields; 0 if the answer is not JSON, or not valid by
+             the row's `schema`
   tool-call  names and arguments of the tool calls
 
-Answers are saved in the run's evals/ (or --output), so an interrupted eval
-resumes. Under torchrun the ranks divide the rows; results are those of one
-process.
+Answers are saved in the run's evals/ (or --output), so an interrupted eval can
+resume. Under torchrun the ranks divide the rows; the results are the same as
+with one process.
 
 See docs/evaluate.md for how many rows you need, and for benchmarks with
 lm-evaluation-harness.
@@ -66,43 +67,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = f"rows with answers: {files} (default: the rows that the run held out)"
     parser.add_argument("--data", metavar="FILE", help=data)
     parser.add_argument(
-        "--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]"
+        "--split",
+        metavar="SPLIT",
+        help="split of a Hub dataset, or a slice of the rows such as train[:100]",
     )
     parser.add_argument(
-        "--max-examples", type=whole_number, metavar="N", help="take the first N rows"
+        "--max-examples", type=whole_number, metavar="N", help="use only the first N rows"
     )
-    beside = "also score the base (default: yes; of several runs no)"
-    parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=beside)
-    scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your own, file.py:function"
+    base_help = "also score the base model (default: yes for one run, no for several runs)"
+    parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=base_help)
+    scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your file.py:function"
     parser.add_argument(
         "--score",
         action="append",
         default=[],
         dest="scorers",
         metavar="SCORER",
-        help=f"score the answers: {scorers}; may be repeated",
+        help=f"generate answers and score them with {scorers}; may be repeated",
     )
     output = (
-        "for --score: where answers are kept, and resumed from; of several runs a folder"
-        " (default: evals/ of each run)"
+        "with --score: file that stores the answers, so that an interrupted evaluation can "
+        "continue; with several runs, a folder (default: evals/ in each run)"
     )
     parser.add_argument("--output", metavar="FILE", help=output)
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="for --score: move earlier answers aside and answer again",
+        help="with --score: rename the existing answers file, and generate all answers again",
     )
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
-    add_rows(parser, batch_size="rows answered at once")
+    add_rows(parser, batch_size="number of rows that are answered at once")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    # A run that is named twice is one.
+    # Drop repeated runs.
     args.runs = list(dict.fromkeys(args.runs))
     if args.base is None:
         args.base = len(args.runs) == 1
-    # What files and names alone can tell is told before torch is imported.
+    # Check files and names first, because the import of torch takes seconds.
     with reported_once_a_node():
         locations = [
             locate_run(run_name, trust_remote_code=args.trust_remote_code) for run_name in args.runs
@@ -116,18 +119,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocation]) -> None:
-    """UsageError for options that contradict each other where rows are evaluated, or rows that are
-    not there."""
+    """Raise UsageError if options contradict each other, or if the rows do not exist."""
     if args.data is None:
-        of_data = ("split", "columns", "format_name")
-        check_not_given(args, of_data, "is for the rows of --data", fix="add --data FILE")
+        data_options = ("split", "columns", "format_name")
+        check_not_given(args, data_options, "requires --data", fix="add --data FILE")
         for run_name, location in zip(args.runs, locations, strict=True):
             require_held_out(location, run_name)
     elif is_local(args.data):
         with fixes_as_options():
             check_local(Path(args.data).expanduser())
     if not args.scorers:
-        of_answers = ("output", "fresh", "temperature", "seed")
-        fix = "add --score exact, or another"
-        check_not_given(args, of_answers, "is for the answers of --score", fix=fix)
+        answer_options = ("output", "fresh", "temperature", "seed")
+        fix = "add --score exact, or another scorer"
+        check_not_given(args, answer_options, "requires --score", fix=fix)
     check_scorer_names(args.scorers)

@@ -5,12 +5,13 @@ example:
   tunesmith chat runs/my-run --base
   tunesmith chat runs/my-vision-run --image photo.jpg
   tunesmith chat runs/my-run --tools tools.json
-  tunesmith chat demo  # the demo's model, as it is
+  tunesmith chat demo  # the demo's base model
   echo "What do you know?" | tunesmith chat runs/my-run
 
 ctrl-C stops an answer. Without a terminal, every line of stdin is the next
-question of one conversation, a line /reset starts a new one, and only answers
-go to stdout. `tunesmith generate` answers rows of a file, each alone.
+question of one conversation, a line /reset starts a new conversation, and only
+answers go to stdout. To answer each row of a file separately, use
+`tunesmith generate`.
 """
 
 import argparse
@@ -22,17 +23,19 @@ LOADS_TORCH = "here"
 
 EPILOG = """commands in the chat:
 /reset                   start a new conversation
-/quit                    leave (so does ctrl-D, or ctrl-C twice)"""
+/quit                    end the chat, like ctrl-D or ctrl-C twice"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--base", action="store_true", help="chat with the base model")
-    system = "system message (default: the recipe's)"
+    parser.add_argument(
+        "--base", action="store_true", help="chat with the base model instead of the tuned model"
+    )
+    system = "system message (default: the system message of the recipe)"
     parser.add_argument("--system", metavar="TEXT", help=system)
     tools = "JSON list of the tools (functions) that the model may call"
     parser.add_argument("--tools", metavar="FILE", help=tools)
-    image = "picture that the first question shows; may be repeated"
+    image = "picture file for the first question; may be repeated"
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help=image)
     add_decoding(parser, max_new_tokens=512)
 

@@ -7,9 +7,9 @@ example:
   echo '{"prompt": "Say hello"}' |
     tunesmith generate runs/my-run --input - --output -
 
-Each output row is the input row with `output` added, and `reference` if the row
-had an answer. Rows are written in input order as soon as they are ready; after
-ctrl-C, --resume continues.
+Each output row is the input row with the key `output` added, and the key
+`reference` if the row had an answer. Rows are written in input order as soon as
+they are ready. After ctrl-C, --resume continues.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
-from tunesmith.inference.load_run import load_run, locate_run, that_sees
+from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
 
@@ -43,21 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help="jsonl, json, csv, parquet; - is stdin (jsonl)",
+        help="file of rows: jsonl, json, csv or parquet; - reads jsonl from stdin",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="output file (jsonl); - is stdout"
+        "--output", required=True, metavar="FILE", help="output file (jsonl); - writes to stdout"
     )
     parser.add_argument(
-        "--base", action="store_true", help="answer with the base model instead of the tuned one"
+        "--base", action="store_true", help="answer with the base model, not with the tuned model"
     )
-    options.add_rows(parser, batch_size="rows answered at once")
+    options.add_rows(parser, batch_size="number of rows that are answered at once")
     options.add_decoding(parser, max_new_tokens=256)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
-        "--resume", action="store_true", help="keep the rows that are already in the output"
+        "--resume",
+        action="store_true",
+        help="continue an output file: answer only the rows without an answer",
     )
-    existing.add_argument("--force", action="store_true", help="overwrite the output")
+    existing.add_argument("--force", action="store_true", help="overwrite an existing output file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,18 +68,19 @@ def run(args: argparse.Namespace) -> None:
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)
     sink = ResumedFile(output) if output and not _is_stream(output) else _Stream(output)
-    # Rows that are answered already need no model.
+    # If all rows are already answered, do not load the model.
     answer_count = _answered_rows(sink, rows, args)
     if answer_count == len(rows) and args.resume:
-        options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
+        options.notify(f"all answers are already in {output} ({count_of(len(rows), 'row')})")
         return
-    from tunesmith.tools.evaluate.decoding_options import decoding_of
+    from tunesmith.tools.evaluate.decoding_options import read_decoding
     from tunesmith.tools.evaluate.generate import generate
 
-    decoding = decoding_of(args)
-    location = that_sees(location, sample_rows(rows)[0].values())
+    decoding = read_decoding(args)
+    location = add_vision_if_needed(location, sample_rows(rows)[0].values())
     stop = StopRequest(interactive=True)
-    # An output that cannot be written is reported before the model is loaded.
+    # Open the output before the model is loaded, so that the user gets the error for an unwritable
+    # output early.
     with sink:
         loaded = load_run(location, device=args.device)
         with options.fixes_as_options():
@@ -98,25 +101,36 @@ def run(args: argparse.Namespace) -> None:
         with stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
             for row in answers:
-                sink.write(row, why=f"it holds {answer_count} of {count_of(len(rows), 'row')}")
+                sink.write(
+                    row,
+                    why=f"the output holds answers to {answer_count} of "
+                    f"{count_of(len(rows), 'row')}",
+                )
                 answer_count += 1
                 progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
-        go_on = ""
+        resume_hint = ""
         if output and output.is_file():
-            go_on = "; to continue, run the same command again with --resume"
-            go_on += " instead of --force" if args.force else ""
+            resume_hint = "; to continue, run the same command again with --resume"
+            resume_hint += " instead of --force" if args.force else ""
         held = f"{answer_count} of {count_of(len(rows), 'row')}"
-        raise StoppedError(f"stopped: {output or 'standard output'} holds {held}{go_on}")
+        raise StoppedError(
+            f"the command was stopped: {output or 'standard output'} has the answers for "
+            f"{held}{resume_hint}"
+        )
 
 
 def _is_stream(output: Path) -> bool:
-    """Tell whether it is a pipe or device: it can be written to, but not read again."""
+    """Return whether the output is a pipe or a device, which cannot be read again."""
     return output.exists() and not (output.is_file() or output.is_dir())
 
 
 class _Stream:
-    """Standard output, a pipe or a device, which takes a line for each answer. A context."""
+    """Output to stdout, a pipe or a device, with one line per answer. Use it in a `with` statement.
+
+    The class has the same methods as `ResumedFile`. `lines` is always empty, because the output
+    cannot be read.
+    """
 
     lines: tuple[bytes, ...] = ()
     torn = b""
@@ -138,7 +152,7 @@ class _Stream:
         try:
             print(visible(line) if self.file.isatty() else line, end="", file=self.file, flush=True)
         except BrokenPipeError:
-            raise  # the reader of a pipe has gone: that is its end, and no fault
+            raise  # the reader closed the pipe, which ends the command without an error message
         except OSError as error:
             raise write_error(self.name, error, why) from error
 
@@ -148,11 +162,14 @@ def _line(record: dict[str, object]) -> str:
 
 
 def _read_input(name: str) -> Rows:
-    """Rows of a file, or JSON lines from stdin; DataError where there is none, or one is broken."""
+    """Read the rows of a file, or JSON lines from stdin.
+
+    Raise DataError if there are no rows, or if a line is not a JSON object.
+    """
     if name != "-":
         path = Path(name)
         if not path.is_file():
-            fix = "name a jsonl, json, csv or parquet file, or - for stdin"
+            fix = "use a jsonl, json, csv or parquet file, or - for stdin"
             raise DataError(f"there is no file {name}", where=name, fix=fix)
         return read_rows(Source(source=str(path.absolute())))
     fix = 'send one JSON object per line: {"prompt": "..."}'
@@ -169,27 +186,31 @@ def _read_input(name: str) -> Rows:
             raise DataError(what, where=f"stdin:{number}", why=why, fix=fix)
         rows.append(row)
     if not rows:
-        raise DataError("stdin has no rows", where="stdin", fix=fix)
+        raise DataError("stdin contains no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
 
 
 def check_output(output: Path | None, args: argparse.Namespace) -> None:
-    """UsageError for an output that cannot be gone on with, or that is the input."""
+    """Raise UsageError if the output cannot be used with --resume, or is the input file."""
     where = "--output"
     if args.resume and (output is None or _is_stream(output)):
         place = f"{where} {args.output}"
-        raise UsageError("--resume requires an output file", where=place, fix="name a file")
+        raise UsageError(
+            "--resume requires an output file", where=place, fix="give a file with --output"
+        )
     if output is None:
         return
-    # Opening the output would empty the input.
+    # Opening the same file for writing would delete the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
-        raise UsageError("input and output are the same file", where=where, fix="name another file")
+        raise UsageError("input and output are the same file", where=where, fix="use another file")
 
 
 def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:
-    """Count the rows that --resume finds answered in the output, without a last line cut off.
+    """Return the number of rows that are already answered in the output.
 
-    With --force the file will begin anew.
+    An incomplete last line is not counted. Return 0 with --force, because the file will be
+    overwritten. Raise UsageError if the output has lines and --resume is not given, or if the lines
+    are not answers to these rows.
     """
     if args.force:
         file.lines = []
@@ -197,17 +218,17 @@ def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Nam
     if not file.lines and not file.torn:
         return 0
     if not args.resume:
-        fix = "add --resume to continue it, --force to overwrite it, or use another file"
+        fix = "add --resume to continue the file or --force to overwrite it, or use another file"
         raise UsageError(f"{args.output} already exists", where="--output", fix=fix)
-    # The output must begin with answers to the rows, in their order.
+    # The lines of the output must be answers to the first rows of the input, in the same order.
     matching = 0
     end = min(len(file.lines), len(rows))
     while matching < end and _is_answer_to(file.lines[matching], rows[matching]):
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
     if matching < len(file.lines) or (file.torn and not is_torn):
-        what = "the rows in the output differ from those in the input"
-        fix = "use the input it was made from, or --force instead of --resume"
+        what = "a line of the output does not answer the input row with the same number"
+        fix = "give the input that the output was made from, or use --force instead of --resume"
         raise UsageError(what, where=f"{args.output}:{matching + 1}", fix=fix)
     return matching
 
@@ -219,7 +240,8 @@ def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
         return False
     if not isinstance(record, dict) or "output" not in record:
         return False
-    # As the record was written: a date of the row is text there.
+    # Convert the row to JSON and back, so that it can be compared with the record in the file. For
+    # example, JSON stores a date as text.
     fields = json.loads(json.dumps(row, default=str))
     fields.pop("output", None)
     fields.pop("reference", None)
@@ -227,7 +249,7 @@ def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
 
 
 def _begins_answer_to(line: bytes, row: dict[str, object]) -> bool:
-    """Tell whether an incomplete line is the beginning of the record that answers `row`."""
+    """Return whether an incomplete line can be the start of the record that answers `row`."""
     fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
     record = _line({**fields, "output": ""}).removesuffix('"}\n')
     start = record.encode("utf-8", "backslashreplace")

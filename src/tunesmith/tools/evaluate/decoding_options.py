@@ -1,4 +1,4 @@
-"""The options of `add_decoding`, read: how the tokens of answers are chosen."""
+"""Conversion of the command-line options for decoding to a `Decoding` object."""
 
 import argparse
 
@@ -6,8 +6,11 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
 
 
-def decoding_of(args: argparse.Namespace) -> Decoding:
-    """Read the options of `add_decoding`; UsageError where one is out of range."""
+def read_decoding(args: argparse.Namespace) -> Decoding:
+    """Build a `Decoding` from the command-line options that `add_decoding` has added.
+
+    Raise UsageError if an option is out of range.
+    """
     try:
         return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     except UsageError as error:

@@ -1,9 +1,10 @@
-"""Measures of a model on held-out rows: loss, perplexity, token accuracy, scores of its answers.
+"""Evaluation of a model on held-out rows: loss, perplexity, token accuracy, scores of answers.
 
-Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
-batches that training uses: there is no second formula. They are sums over all tokens divided once,
-so they do not depend on the batching. Scores of answers (`score_rows.py`) come with intervals, and
-the answers are saved.
+Loss and accuracy are computed over the supervised tokens with teacher forcing. The code for the
+forward pass and for packed batches is the same as in training. Values are summed over all tokens
+and divided once at the end, so that the results do not depend on the batch size. For scorers
+(`score_rows.py`) the model generates an answer to every row. The answers are saved, and the mean
+scores have confidence intervals.
 """
 
 import logging
@@ -43,10 +44,10 @@ from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.load_run import (
     LoadedModel,
     RunLocation,
+    add_vision_if_needed,
     load_run,
     locate_run,
     require_held_out,
-    that_sees,
 )
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import TrainModel, supervised_positions
@@ -69,25 +70,29 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-PACKED_ROW_TOKENS = 4096  # of a packed row that is scored
-# Called with what is counted, their count so far, their total, and for answers their tokens so far
+PACKED_ROW_TOKENS = 4096  # maximum tokens of a packed row when losses are computed
+# Callback for progress. The arguments are a label, the number of finished items and the number of
+# all items. While answers are generated, the number of generated tokens is a fourth argument.
 Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One model on one file.
+    """Loss and accuracy of one model on the evaluated rows.
 
     Attributes:
-        tokens: supervised ones; of answers that are compared or labeled those of the good ones,
-            and so for loss, perplexity and accuracy.
-        loss: mean cross-entropy over them, in nats.
+        rows: number of rows.
+        tokens: number of supervised tokens. If rows have pairs of answers or labeled answers, only
+            the tokens of good answers count. The same tokens are used for loss, perplexity and
+            accuracy.
+        loss: mean cross-entropy of these tokens, in nats.
         perplexity: exp(loss).
-        token_accuracy: share of them that are the most likely token after all true tokens before.
-        pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
-            log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
-            models share.
-        row_losses, row_tokens: of each row the sum of its losses, in nats, and of how many tokens.
+        token_accuracy: fraction of these tokens that are the model's most likely next token.
+        pairs: one number per pair of answers: 1 if the chosen answer has a higher mean log
+            probability per token than the rejected answer, 0 if lower, 0.5 if equal. All models
+            have the same order of pairs.
+        row_losses: for each row the sum of its token losses, in nats.
+        row_tokens: for each row the number of its tokens.
     """
 
     rows: int
@@ -102,22 +107,27 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluation(Tabular):
-    """The result of `evaluate`.
+    """Evaluation of a run, and of its base model, on held-out rows.
 
     Attributes:
-        scores: of `base` and `tuned`, or of `model` for a plain model.
-        data: the rows that were scored, and where they are from.
-        dropped: rows left out, because they are longer than the recipe's seq_len.
-        cut: rows shortened for the same reason.
-        by_scorer: what each scorer says of the answers; empty without scorers.
-        answers: the file of the answers, one line each; None without scorers.
-        unanswered: rows without an answer of their own, which no scorer takes.
-        unfinished: of each model's answers those that were cut at the longest allowed.
-        empty: rows whose answer is empty, of which the loss is that of its end.
-        seen: rows that the run was trained on, token for token; None where unknown.
-        seen_fault: why it is not known; empty for a model that is no run's.
-        row_hash: of the rows as tokens; two runs with one hash were scored on the same tokens.
-        reference_hash: of what the scorers compare answers with; empty without scorers.
+        scores: the result of each model: `base` and `tuned`, or `model` if the path is a base
+            model.
+        data: description of the scored rows and their source.
+        rows: number of rows, including dropped rows.
+        dropped: number of rows that were dropped because they are longer than the recipe's seq_len.
+        cut: number of rows that were truncated because they are longer than the recipe's seq_len.
+        by_scorer: the scores of each scorer; empty if no scorer was used.
+        answers: the file of the answers, one line per answer; None if no scorer was used.
+        unanswered: number of rows that are not scored because they contain no answer.
+        unfinished: for each model the number of answers that were cut off at max_new_tokens.
+        empty: number of rows with an empty answer. For these rows the loss covers only the end
+            token.
+        seen: the evaluated rows that also occur in the training data, compared by tokens; None if
+            unknown.
+        seen_fault: why `seen` is unknown; empty for a base model.
+        row_hash: hash of the rows' tokens. Two runs with the same hash were scored on the same
+            tokens.
+        reference_hash: hash of the answers in the rows; empty if no scorer was used.
     """
 
     scores: dict[str, EvalResult]
@@ -136,10 +146,11 @@ class Evaluation(Tabular):
     reference_hash: str = ""
 
     def table(self) -> ResultTable:
-        """The scores, a column for each model, and what a reader should know of the rows."""
+        """Return a table with a column for each model, and notes about the rows."""
         intervals = {}
         for scores in self.by_scorer:
-            # The file may have answers of a base that is not evaluated now.
+            # Show only the models of this evaluation. With --no-base, the answers file can still
+            # contain answers of the base model from an earlier evaluation.
             intervals[scores.name] = [scores.models[model] for model in self.scores]
         rows = [*loss_rows(list(self.scores.values())), *interval_rows(intervals)]
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
@@ -147,59 +158,64 @@ class Evaluation(Tabular):
 
     @property
     def loss_difference(self) -> LossDifference | None:
-        """The loss of tuned less that of base; None without a base, and of pairs, where both may
-        rise while the model learns which answer is better."""
+        """Loss of the tuned model minus loss of the base model, with a confidence interval.
+
+        None if the base was not evaluated, or if the rows are pairs. For pairs the difference is
+        misleading, because the loss can rise while the model learns which answer is better.
+        """
         base, tuned = self.scores.get("base"), self.scores.get("tuned")
         if base is None or tuned is None or tuned.pairs or not tuned.row_losses:
             return None
         return paired_losses(base.row_losses, tuned.row_losses, tuned.row_tokens)
 
     def verdicts(self) -> list[str]:
-        """A sentence for the loss and for each scorer: whether tuned is better than base."""
+        """Return a sentence for the loss and each scorer: whether the tuned model is better."""
         verdicts = []
         if self.loss_difference is not None:
             verdicts.append(loss_sentence(self.loss_difference))
         return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
 
     def warnings(self) -> list[str]:
-        """Tell what a reader must know before believing the scores."""
+        """Return warnings about problems of the rows that can make the scores unreliable."""
         warnings = []
         if self.empty:
             warnings.append(
-                f"warning: {self.empty} of {count_of(self.rows, 'row')} with an empty answer: its "
-                "loss is that of the end; fix: leave these rows out"
+                f"warning: the answer is empty in {self.empty} of {count_of(self.rows, 'row')}, "
+                "and the loss of an empty answer is only the loss of its end token; "
+                "fix: remove the rows with an empty answer"
             )
         if self.seen is not None and self.seen.count:
             warnings.append(
-                f"warning: trained on {self.seen.count} of {count_of(self.rows, 'row')}, so the "
+                f"warning: the run was trained on {self.seen.count} of "
+                f"{count_of(self.rows, 'row')}, so the "
                 "scores do not show how good the model is on new rows; "
-                f"first {self.seen.where} ({self.seen.earlier})"
+                f"the first such row is {self.seen.where} (in training: {self.seen.earlier})"
             )
         return warnings
 
     def notes(self) -> Iterator[str]:
-        """Yield what else there is to know of the rows, a line each."""
+        """Yield further notes about the rows, one line each."""
         rows = count_of(self.rows, "row")
         for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
             if count:
-                yield f"{what}: {count} of {rows}, longer than the recipe's seq_len"
+                yield f"{what}: {count} of {rows}, with more tokens than the recipe's data.seq_len"
         if self.seen is not None and not self.seen.count:
-            yield f"of {rows} none was trained on (compared by tokens)"
+            yield "the run was not trained on any of the evaluated rows (compared by tokens)"
         if self.seen_fault:
-            yield f"could not check whether rows were trained on:  {self.seen_fault}"
+            yield f"could not check whether the run was trained on these rows: {self.seen_fault}"
         if self.unanswered:
-            yield f"not scored: {self.unanswered} of {rows}, with an empty answer"
+            yield f"not scored, because the answer is empty: {self.unanswered} of {rows}"
         for model, count in self.unfinished.items():
             if count:
                 answers = count_of(self.by_scorer[0].rows, "answer")
-                cut = f"{model}: {count} of {answers} cut off at max_new_tokens"
+                cut = f"{model}: max_new_tokens cut off {count} of {answers}"
                 yield f"{cut}, which may lower the score"
         if self.answers is not None:
             yield f"answers: {self.answers}"
 
 
 def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]]:
-    """Format the mean and interval of each scorer, a cell for each model."""
+    """Return one table row per scorer. Each model has a cell with its mean score and interval."""
     rows = []
     for scorer, intervals in by_scorer.items():
         cells = []
@@ -211,10 +227,10 @@ def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]
 
 
 def loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
-    """Loss and what else is measured without scorers, a cell for each model."""
+    """Return table rows for loss, perplexity, accuracy and counts, with one cell per model."""
     perplexities = []
     for result in results:
-        # exp of a large loss overflows.
+        # `score` sets the perplexity to infinity if exp(loss) overflows.
         is_finite = result.perplexity < math.inf
         perplexities.append(f"{result.perplexity:.3f}" if is_finite else "above 1e308")
     return [
@@ -234,11 +250,10 @@ def score(
     progress: Progress = lambda *_: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> EvalResult:
-    """Loss, perplexity and token accuracy of every supervised token, each example once; the loss of
-    each row, and the order of each pair.
+    """Compute loss, perplexity and token accuracy over all supervised tokens of the examples.
 
-    Several ranks take the batches in turn. Their sums are added in the order of the batches, so
-    that the result is that of one process.
+    With several ranks, each rank computes a part of the batches. The sums are added in the order of
+    the batches, so the result is the same as with one process.
     """
     hits = 0
     rows = 0
@@ -256,18 +271,18 @@ def score(
                 if ranks.rank < len(turn):
                     indices, batch = turn[ranks.rank]
                     sums = _batch_sums(train_model, batch, indices, supervised[indices].tolist())
-            for of_batch in ranks.all_gather_object(sums):
-                hits += of_batch.hits
-                rows += len(of_batch.indices)
-                pairs += of_batch.pairs
-                row_losses[of_batch.indices] = of_batch.row_losses
-                row_tokens[of_batch.indices] = of_batch.row_tokens
+            for gathered in ranks.all_gather_object(sums):
+                hits += gathered.hits
+                rows += len(gathered.indices)
+                pairs += gathered.pairs
+                row_losses[gathered.indices] = gathered.row_losses
+                row_tokens[gathered.indices] = gathered.row_tokens
             progress("rows scored", rows, len(tokens))
     count = int(row_tokens.sum())
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
     loss = float(row_losses.sum()) / count
-    # exp overflows a double from 709.8 on.
+    # math.exp overflows for arguments above 709.8.
     perplexity = math.exp(loss) if loss < 709 else math.inf
     return EvalResult(
         rows,
@@ -282,8 +297,15 @@ def score(
 
 
 class _BatchSums(NamedTuple):
-    """The sum of losses and the count of tokens of each row of a batch, the tokens of all that are
-    right, and the order of each pair."""
+    """Loss sums and token counts of the examples in one batch.
+
+    Attributes:
+        indices: indices of the examples in the batch.
+        row_losses: sum of the token losses of each example.
+        row_tokens: number of scored tokens of each example.
+        hits: number of tokens that are the model's most likely token.
+        pairs: one number per pair of answers, see `EvalResult.pairs`.
+    """
 
     indices: list[int]
     row_losses: list[float]
@@ -295,21 +317,26 @@ class _BatchSums(NamedTuple):
 def _batch_sums(
     train_model: TrainModel, batch: Batch, indices: list[int], counts: list[int]
 ) -> _BatchSums:
-    """`indices`: of the batch's examples; `counts`: supervised tokens of each."""
+    """Compute the loss sums and token counts of the examples in one batch.
+
+    Args:
+        indices: indices of the examples in the batch.
+        counts: number of supervised tokens of each example.
+    """
     batch = batch.to(train_model.model.device)
     losses, correct = train_model.token_scores(batch)
     index, _ = supervised_positions(batch)
-    of_targets = losses.flatten()[index].double()
-    is_scored = torch.ones_like(of_targets, dtype=torch.bool)
+    target_losses = losses.flatten()[index].double()
+    is_scored = torch.ones_like(target_losses, dtype=torch.bool)
     pairs: list[float] = []
     sequences = batch.sequences
     if sequences is not None:
-        is_scored = sequences.labels[sequences.of_target]
+        is_scored = sequences.labels[sequences.sequence_indices]
         if batch.chosen_tokens:
-            sums = torch.segment_reduce(of_targets, "sum", lengths=sequences.lengths)
+            sums = torch.segment_reduce(target_losses, "sum", lengths=sequences.lengths)
             means = -sums / sequences.lengths
             pairs = accuracy(means[0::2] - means[1::2]).tolist()
-    # The examples are laid one after the other, and so are their targets.
+    # Index of the row that each target token belongs to.
     row_of_target = np.repeat(np.arange(len(indices)), counts)
 
     def sums_of_rows(values: torch.Tensor) -> list[float]:
@@ -317,7 +344,7 @@ def _batch_sums(
 
     return _BatchSums(
         indices,
-        sums_of_rows(of_targets.where(is_scored, 0)),
+        sums_of_rows(target_losses.where(is_scored, 0)),
         sums_of_rows(is_scored),
         int((correct.flatten()[index] & is_scored).sum()),
         pairs,
@@ -345,38 +372,45 @@ def evaluate(
     progress: Progress = lambda *_, **__: None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
+    """Score a run on held-out rows, and compare it with its base model.
+
+    Only one model is loaded at a time.
 
     >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
 
     Args:
-        path: as for `load_run`; `base` scores the base of it too.
-        data: rows with answers: a file, a Hub id, mappings, or a `datasets.Dataset`; `split` and
-            `max_examples` take a part of them. None takes the rows that the run itself validates
-            on: `data.validation`, or what `data.hold_out` drew.
-        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
-        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
-            once.
-        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
-            row and score the answers, with intervals.
-        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
-        output: for scorers: the file of the answers; None takes one in evals/ of the run. Answers
-            that exist are kept, and the missing ones are added.
-        fresh: move existing answers aside.
+        path: as for `load_run`.
+        data: rows with answers: a file, a Hub id, mappings, or a `datasets.Dataset`. None: the
+            validation rows of the run, from `data.validation` or `data.hold_out`.
+        split: split of `data`, or a slice of the rows.
+        format_name, columns: format and columns of `data`, as for `generate`.
+        max_examples: use only the first rows.
+        base: also score the base model.
+        max_new_tokens: maximum number of tokens of an answer.
+        batch_size: number of rows that are answered at once.
+        device: device of the model; None: the default device.
+        scorers: one scorer or several, such as `exact`, `f1` or `file.py:function`. The model
+            answers every row, and the answers are scored, with confidence intervals.
+        decoding: how the tokens of answers are chosen; None: greedy, up to `max_new_tokens`.
+        output: the file for the answers; None: a file in evals/ of the run. If the file exists, its
+            answers are used, and only missing answers are generated.
+        fresh: rename the file of existing answers, and answer all rows again.
         trust_remote_code: as for `load_run`.
-        progress: called with what is counted, their count so far, and their total.
-        ranks: each has the entire model and evaluates a part of the rows. Rank 0 writes the
-            answers. All return the result of a single process. None is one process.
+        progress: function that is called with a label, the number of finished items and the number
+            of all items.
+        ranks: the processes of a distributed evaluation. Each rank has the entire model and
+            evaluates a part of the rows. Rank 0 writes the answers. All ranks return the same
+            result as a single process. None: one process.
 
     Raises:
         UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
-        DataError: there is no such file, or a row is broken.
-        StoppedError: a signal came while rows were answered; the same call resumes.
+        DataError: the file does not exist, or a row is invalid.
+        StoppedError: a stop signal was received. The same call resumes.
     """
     scoring = None
     ranks = ranks or ONE_PROCESS
     with ranks.raise_on_all_ranks():
-        # Wrong names end it before a model is loaded.
+        # Check the names of the scorers before a model is loaded.
         scorers = check_scorer_names(scorers)
         location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
@@ -388,7 +422,7 @@ def evaluate(
         if scorers and all(source.format == "text" for source, _ in parts):
             raise no_scored_rows(name, "rows of the format text were read")
         for _, rows in parts:
-            location = that_sees(location, sample_rows(rows)[0].values())
+            location = add_vision_if_needed(location, sample_rows(rows)[0].values())
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
         shown = name
@@ -412,11 +446,11 @@ def evaluate(
         scores = {tuned: score_model(loaded, tuned)}
         seen, seen_fault = _seen_rows(tokens, loaded, ranks)
         if base and location.holds == "adapter":
-            # The base of an adapter is the same model with the adapter off.
+            # Disable the adapter to get the base model.
             with disabled(loaded.model):
                 scores = {"base": score_model(loaded, "base"), **scores}
         elif base and location.holds == "full":
-            # One model at a time.
+            # Free the tuned model first, so that only one model is in memory.
             del loaded
             base_model = load_run(
                 path, device=device, base_only=True, trust_remote_code=trust_remote_code
@@ -438,7 +472,10 @@ def evaluate(
 
 
 def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:
-    """The scores of the models, with what the rows called `name` became."""
+    """Build the result from the scores of the models and the counts of the rows.
+
+    `name` is the description of the rows.
+    """
     counts = tokens.counts
     dropped = counts.dropped + counts.emptied
     by_scorer: tuple[RowScores, ...] = ()
@@ -465,13 +502,17 @@ def _keep_losses(
     *,
     has_answers: bool,
 ) -> None:
-    """Write the losses, and the order of pairs where there are any, into evals/ of the run, for
-    `report`.
+    """Write a file with the losses, and with the scores of pairs, to the folder evals/ of the run.
 
-    has_answers: the losses stand beside the scores of the answers too; of pairs the order does not.
+    The command `report` reads this file. Do nothing if `Scoring.finish` will write a file with all
+    these values.
+
+    Args:
+        has_answers: whether scorers are used. `Scoring` then writes a file that includes the
+            losses, but not the scores of pairs.
     """
-    is_of_run = location.run is not None and location.holds != "base"
-    if not is_of_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
+    is_trained_run = location.run is not None and location.holds != "base"
+    if not is_trained_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
         return
     scores = {scores.name: saved_scores(scores) for scores in evaluation.by_scorer}
     values = {**_about(evaluation, location), "scores": scores}
@@ -481,17 +522,22 @@ def _keep_losses(
     try:
         save_scores(path, evaluation.data, len(tokens), evaluation.row_hash, values)
     except MachineError as error:
-        # The scores are still shown: the run may be somebody else's.
-        log.warning(f"{error.what} for the report: {error.where}: {error.why}")
+        # Only warn, because the run directory of another user may not be writable.
+        log.warning(
+            f"{error.what}, so the report will not show these scores: {error.where}: {error.why}"
+        )
 
 
 def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, object]:
-    """Collect what the file of the scores says beside them."""
+    """Return all values of the scores file except the scores.
+
+    They are the checkpoint, its step, the losses, and how many of the rows the run was trained on.
+    """
     losses = {}
     row_losses = {}
     row_tokens: tuple[int, ...] = ()
     for name, result in evaluation.scores.items():
-        # JSON has neither NaN nor infinity.
+        # Store None instead of NaN or infinity, which JSON does not have.
         losses[name] = result.loss if math.isfinite(result.loss) else None
         if losses[name] is not None:
             row_losses[name] = result.row_losses
@@ -506,29 +552,33 @@ def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, object]:
 
 
 def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Repeats | None, str]:
-    """The rows that the run was trained on, or why that is not known; of no run neither.
+    """Find the evaluated rows that the run was also trained on.
 
-    Rank 0 reads them, which takes as long as at the start of the run.
+    Return (rows, "") or (None, reason).
+
+    Return (None, "") for a base model. Rank 0 reads all training rows, which takes as long as at
+    the start of the training.
     """
     run = loaded.run
     seen: tuple[Repeats | None, str] = (None, "")
     with ranks.raise_on_all_ranks():
         if ranks.is_main_process and run is not None and loaded.location.holds != "base":
-            # The training rows may be gone: the scores are valid without them.
+            # If the training rows are missing, `find_trained_rows` returns the reason instead of
+            # raising an error, because the scores are valid without it.
             seen = find_trained_rows(tokens, run, run.data, loaded.template)
     return ranks.broadcast_object(seen)
 
 
 def _rows_of(data: object, split: str | None, max_examples: int | None) -> tuple[Source, Rows]:
-    """Return the rows of a file or of the Hub, or those that a program passes."""
+    """Return the rows and their source. `data` is a file, a Hub id, or the rows themselves."""
     if isinstance(data, str | os.PathLike):
         source = Source(source=os.fspath(data), split=split, max_examples=max_examples)
         return source, read_rows(source)
     argument = "evaluate(data=...)"
     listed = [dict(row) for row in mappings(data, argument)][:max_examples]
     if not listed or split is not None:
-        what = "there are no rows" if split is None else "rows of a program have no split"
-        raise DataError(what, where=argument, fix="pass the rows to score, without split")
+        what = "data has no rows" if split is None else "split cannot be used with rows from Python"
+        raise DataError(what, where=argument, fix="pass at least one row, and do not pass split")
     rows = from_list(listed)
     return Source(source=rows.name), rows
 
@@ -541,19 +591,21 @@ def _read_source(
     columns: Mapping[str, str] | None,
     ranks: Ranks,
 ) -> tuple[Source, Rows]:
-    """Return the rows, and their source with the format and columns that fit them."""
+    """Read the rows, and detect their format and columns."""
     if ranks.is_main_process:
         for line in describe_layouts([rows]):
             log.info(line)
-    # Rows of a file are read as those of the run, where they have its columns.
+    # If the rows have the columns of one of the run's sources, use the format and columns of this
+    # source.
     like = find_source(rows, location.sources, format_name, columns)
     return replace(source, format=like.format, columns=like.columns), rows
 
 
 def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
-    """The rows that a run validates on, and their name for the user."""
+    """Return the rows that a run validates on, and a description of them."""
     run = require_held_out(location, path)
-    # Without hold_out the training rows need not be read.
+    # Without data.hold_out the validation rows have their own files, so the training rows need not
+    # be read.
     data = run.data if run.data.hold_out else replace(run.data, train=())
     _, parts = read_splits(data, run.train.seed)
     sources = (f"{_short_name(source.source)} {source.split or ''}" for source, _ in parts)
@@ -562,21 +614,23 @@ def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows,
 
 
 def _short_name(source: str) -> str:
-    """A source as tables and saved scores have it: a file by its name alone."""
+    """Return the name of a source for tables and saved scores: a file name without its folder."""
     return Path(source).name if is_local(source) else source
 
 
 def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
-    """The first `count` of the examples that the run validated on; UsageError where they are not
-    the same any more."""
+    """Return the first `count` validation examples of the run, or all if `count` is None.
+
+    Raise UsageError if the validation examples have changed since the training.
+    """
     run = location.run
     if location.held_out_hash not in (None, tokens.counts.digest):
         raise UsageError(
-            "these are not the run's held-out rows",
+            "the held-out rows of the run have changed",
             where="--data",
-            why="the file, the template or the tokenizer has changed: with data.hold_out, "
-            "other rows would be held out now",
-            fix="undo the change, or use rows that it was not trained on: --data FILE",
+            why="the data file, the template or the tokenizer has changed, so data.hold_out now "
+            "selects other rows",
+            fix="undo the change, or give --data FILE with rows that the run was not trained on",
         )
     if run and run.validate.max_examples is not None:
         tokens = tokens.first(run.validate.max_examples)
@@ -594,9 +648,9 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
         tokens.pictures = PixelReader(loaded.template.pictures)
     if not len(tokens):
         raise UsageError(
-            f"of {count_of(tokens.counts.rows, 'row')} none can be scored",
+            "no row can be scored",
             where=name,
-            why=f"all are longer than data.seq_len: {data.seq_len}",
-            fix="use shorter rows",
+            why=f"every row is longer than data.seq_len, which is {data.seq_len} tokens",
+            fix="give shorter rows with --data FILE",
         )
     return tokens

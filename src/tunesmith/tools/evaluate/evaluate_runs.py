@@ -1,4 +1,4 @@
-"""Several runs on the same rows: each as `evaluate` measures it, and compared row by row."""
+"""Evaluation of several runs on the same rows, with a comparison row by row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +27,16 @@ from tunesmith.tools.evaluate.evaluate import (
 
 @dataclass(frozen=True)
 class RowComparison:
-    """Two runs by one number of each row.
+    """Comparison of two runs by one measure, which has a value for each row.
 
     Attributes:
-        name: `loss`, or a scorer.
-        best, other: names of the runs, the first one with the better mean.
-        mean, interval: of the difference, that of `best` less that of `other`; no interval where
-            too few rows differ.
-        is_better: whether the difference is more than chance.
-        verdict: the same in a sentence.
+        name: the measure: `loss`, or the name of a scorer.
+        best: the run with the better mean.
+        other: the other run.
+        mean: mean difference, `best` minus `other`.
+        interval: confidence interval of the mean; None if too few rows differ.
+        is_better: whether the difference is significant.
+        verdict: the result in a sentence.
     """
 
     name: str
@@ -49,12 +50,12 @@ class RowComparison:
 
 @dataclass(frozen=True)
 class RunsEvaluation(Tabular):
-    """The result of `evaluate_runs`.
+    """Evaluations of several runs on the same rows, and their comparisons.
 
     Attributes:
-        evaluations: by the name of the run.
-        comparisons: by each number, of the best run with each of the others.
-        obstacles: what is not compared, and why, in sentences.
+        evaluations: the evaluation of each run, by the run's name.
+        comparisons: for each measure, the comparison of the best run with each of the other runs.
+        obstacles: for each measure that cannot be compared, a sentence with the reason.
     """
 
     evaluations: dict[str, Evaluation]
@@ -63,11 +64,11 @@ class RunsEvaluation(Tabular):
 
     @property
     def data(self) -> str:
-        """The rows that were scored, and where they are from."""
+        """Description of the scored rows and their source."""
         return next(iter(self.evaluations.values())).data
 
     def table(self) -> ResultTable:
-        """The scores, a column for the base and for each run, and which run is better."""
+        """Return a table with one column for the base and one per run. Notes compare the runs."""
         scores = {}
         intervals: dict[str, list[Interval]] = {}
         for name, evaluation in self.evaluations.items():
@@ -80,7 +81,7 @@ class RunsEvaluation(Tabular):
         return ResultTable(rows, list(scores), title=f"rows: {self.data}", notes=notes)
 
     def warnings(self) -> list[str]:
-        """Tell what a reader must know before believing the scores."""
+        """Return warnings about problems of the rows that can make the scores unreliable."""
         return [
             f"warning: {name}: {warning.removeprefix('warning: ')}"
             for name, evaluation in self.evaluations.items()
@@ -88,18 +89,21 @@ class RunsEvaluation(Tabular):
         ]
 
     def verdicts(self) -> list[str]:
-        """A sentence for each comparison, and for each that is not possible."""
+        """Return one sentence per comparison, and one per measure that cannot be compared."""
         return [*self.obstacles, *(comparison.verdict for comparison in self.comparisons)]
 
     def notes(self) -> Iterator[str]:
-        """Yield what else there is to know of the rows, a line each."""
+        """Yield the notes about the rows, one line each.
+
+        A note that does not apply to all runs starts with the name of its run.
+        """
         texts = [set(evaluation.notes()) for evaluation in self.evaluations.values()]
-        of_all = set.intersection(*texts)
+        common = set.intersection(*texts)
         for i, (name, evaluation) in enumerate(self.evaluations.items()):
             for note in evaluation.notes():
-                if note not in of_all:
+                if note not in common:
                     yield f"{name}: {note}"
-                # What is said of all runs is said once.
+                # A note that all runs have is shown only once.
                 elif i == 0:
                     yield note
 
@@ -116,17 +120,17 @@ def evaluate_runs(
     """Score several runs on the same rows, one after the other, and compare them row by row.
 
     Args:
-        paths: as for `load_run`, each once.
-        data: as for `evaluate`; None takes the rows that all of them have held out.
-        base: score the base beside them, which must be the same of all.
-        output: for scorers: the folder of the files of answers, one for each run; None takes evals/
-            of each.
+        paths: paths as for `load_run`. No path may occur twice.
+        data: as for `evaluate`; None: the held-out rows, which must be the same in all runs.
+        base: also score the base model, which must be the same in all runs.
+        output: folder for the answers that are scored, with one file per run; None: evals/ of each
+            run.
         trust_remote_code: as for `load_run`.
-        options: others of `evaluate`.
+        options: further options of `evaluate`.
 
     Raises:
-        UsageError: the runs have held out other rows, or have other bases; and what `evaluate`
-            raises.
+        UsageError: the runs have different held-out rows, or different base models.
+        Also the errors of `evaluate`.
     """
     locations = [locate_run(path, trust_remote_code=trust_remote_code) for path in paths]
     if data is None:
@@ -135,7 +139,7 @@ def evaluate_runs(
         _check_same_base(paths, locations)
     evaluations: dict[str, Evaluation] = {}
     for name, path in zip(_names(paths), paths, strict=True):
-        # The base is the same of all, so that one run brings it.
+        # All runs have the same base, so it is scored only with the first run.
         has_base = base and not evaluations
         file = output and Path(output) / f"{name.replace('/', '-')}.jsonl"
         evaluations[name] = evaluate(
@@ -153,12 +157,13 @@ def evaluate_runs(
         comparisons += _compare_losses(evaluations)
     else:
         obstacles.append(
-            "loss: not comparable: the rows differ as tokens, because the runs differ in template, "
-            "tokenizer, seq_len or train_on; --score compares their answers"
+            "loss: not comparable, because the runs have different tokens for the same rows: "
+            "they differ in template, tokenizer, seq_len or train_on; use --score to compare the "
+            "answers"
         )
     has_same_answers = len({evaluation.reference_hash for evaluation in evaluations.values()}) == 1
     if not has_same_answers:
-        obstacles.append("scores: not comparable: the runs have answered different rows")
+        obstacles.append("scores: not comparable, because the runs have answered different rows")
     for i, row_scores in enumerate(next(iter(evaluations.values())).by_scorer):
         if has_same_tokens if row_scores.name == PAIRS else has_same_answers:
             comparisons += _compare_scores(evaluations, i)
@@ -166,51 +171,51 @@ def evaluate_runs(
 
 
 def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
-    """UsageError where a run has held out no rows, or other ones than the first."""
+    """Raise UsageError if a run has no held-out rows, or other held-out rows than the first run."""
     for path, location in zip(paths, locations, strict=True):
         require_held_out(location, path)
     for path, location in zip(paths, locations, strict=True):
         hashes = {location.held_out_hash, locations[0].held_out_hash} - {None}
         if len(hashes) > 1:
             raise UsageError(
-                "the runs have held out different rows",
+                "the runs have different held-out rows",
                 where=f"{paths[0]} and {path}",
-                why="their hashes differ (validation_hash in env.json)",
-                fix="use a file with answers that none was trained on: --data FILE",
+                why="the hashes of the held-out rows differ (validation_hash in env.json)",
+                fix="use --data FILE with rows that no run was trained on",
             )
 
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
-    """UsageError where the runs have different bases."""
+    """Raise UsageError if the runs have different base models."""
     for path, location in zip(paths, locations, strict=True):
         if location.base != locations[0].base:
             raise UsageError(
-                "the runs have different bases",
+                "the runs have different base models",
                 where=f"{paths[0]} and {path}",
-                why=f"{locations[0].base.name} and {location.base.name}",
-                fix="remove --base, or evaluate each run alone",
+                why=f"the base models are {locations[0].base.name} and {location.base.name}",
+                fix="remove --base, or evaluate each run separately",
             )
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Name the runs by their folders' names, if these differ."""
+    """Return a name for each run: its folder's name, or its path if the names are not unique."""
     names = [Path(path).name for path in paths]
     if len(set(names)) == len(names) and "base" not in names and all(names):
         return names
     return [str(path) for path in paths]
 
 
-def _tuned_of(evaluation: Evaluation) -> str:
-    """The name of the model that the evaluation is of: `tuned`, or `model` of a plain one."""
+def _tuned_name(evaluation: Evaluation) -> str:
+    """Return the evaluated model's key in `scores`: `tuned`, or `model` for a base model."""
     return "tuned" if "tuned" in evaluation.scores else "model"
 
 
 def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowComparison]:
     results = {}
     for name, evaluation in evaluations.items():
-        results[name] = evaluation.scores[_tuned_of(evaluation)]
+        results[name] = evaluation.scores[_tuned_name(evaluation)]
     if any(result.pairs for result in results.values()):
-        return  # of pairs the order decides
+        return  # for pairs of answers, `_compare_scores` compares which answer is more likely
     best = min(results, key=lambda name: results[name].loss)
     for other, result in results.items():
         if other == best:
@@ -221,10 +226,10 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
 
 
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
-    """The comparisons by one scorer, named by its place among those of each evaluation."""
+    """Yield the comparisons by one scorer. `scorer` is its index in `Evaluation.by_scorer`."""
     by_row = {}
     for run, evaluation in evaluations.items():
-        by_row[run] = evaluation.by_scorer[scorer].scores[_tuned_of(evaluation)]
+        by_row[run] = evaluation.by_scorer[scorer].scores[_tuned_name(evaluation)]
     name = next(iter(evaluations.values())).by_scorer[scorer].name
     best = max(by_row, key=lambda run: fmean(by_row[run]))
     for other, scores in by_row.items():

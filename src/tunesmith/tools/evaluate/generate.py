@@ -1,8 +1,7 @@
-"""Rows in, rows with a trained model's answers out; prompts are rendered as in training.
+"""Generation of answers to rows with a trained model. Prompts are rendered as in training.
 
-A row may have any format that trains, with its answer or without. The last assistant turn, the
-output or the completion becomes the reference; a row that has none is prompted as
-it is.
+A row can have any training format, with or without an answer. The answer in the row (the last
+assistant turn, the output or the completion) becomes the reference, and is not in the prompt.
 """
 
 import logging
@@ -22,7 +21,7 @@ from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
 from tunesmith.data.rows.samples import Completion, Conversation, Picture, Sample
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
@@ -31,13 +30,16 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
+# Row format -> the column that identifies the format. Formats of pairs and of labeled answers come
+# first, because rows of these formats also have the column `prompt`, which identifies another
+# format.
 _KEY_COLUMN: dict[str, str] = {
     name: ROW_FORMATS[name].key
     for name in sorted(ROW_FORMATS, key=lambda name: name not in METHOD_FORMATS.values())
 }
 _ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistant", "call")]
-# Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
+# Answer that is inserted into a row without an answer, because the row can only be converted with
+# an answer. The model does not see it: the prompt ends before the answer.
 ANSWER_PLACEHOLDER = "?"
 
 
@@ -53,34 +55,36 @@ def generate(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
-    """Answer rows of any format that trains, rendered with the template that was trained.
+    """Generate answers to rows of any training format, with the chat template of the training.
 
     >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
 
     Args:
-        loaded: from `load_run`.
-        rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.
-        decoding: how tokens are chosen; None is greedy, up to 256 tokens.
-        format_name, columns: how rows are read, as `format` and `columns` of a recipe; without
-            columns as in training, if the rows have the columns of one of the run's sources; else
-            by the columns that `train` would find. All rows are read alike.
-        batch_size: rows answered at once; with sampling, it changes what is drawn.
-        start: the first row to answer; the answers are those of a job that began at row 0.
-        cancelled: called after each token; once true, the iterator ends after the rows that are
-            done.
+        loaded: a model from `load_run`.
+        rows: rows such as `[{"prompt": "Hello"}]`. The model does not see the answer in a row.
+        decoding: how tokens are chosen; None: greedy, up to 256 tokens.
+        format_name, columns: format and columns of all rows, as `format` and `columns` of a recipe.
+            If `columns` is None and the rows have the columns of one of the run's sources, the
+            format and columns of this source are used. Otherwise format and columns are detected as
+            in `train`.
+        batch_size: number of rows that are answered at once. Sampled answers depend on it.
+        start: index of the first row to answer. The answers are the same as in a job that started
+            at row 0.
+        cancelled: function that is called after each token. If it returns True, generation stops,
+            and the iterator ends after the rows whose answers are complete.
 
     Returns:
-        an iterator over the rows from `start` on, in their order, each with `output` added, and
-        `reference` where it had an answer.
+        An iterator over the rows from `start` on. Each row has the key `output` added, and the key
+        `reference` if it contained an answer.
 
     Raises:
-        UsageError: `loaded` is the name of a run.
-        DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room
-            for its answer.
+        UsageError: `loaded` is not a loaded model.
+        DataError: a row is invalid, or a prompt is too long for the model's context. This error is
+            raised by the call of `generate`, not during the iteration.
     """
     if not isinstance(loaded, LoadedModel):
         what = f"generate takes a loaded model, not {type(loaded).__name__}"
-        fix = 'loaded = tunesmith.load_run("runs/my-run"), then generate(loaded, rows)'
+        fix = 'load the model: loaded = tunesmith.load_run("runs/my-run"); generate(loaded, rows)'
         raise UsageError(what, where="generate(loaded)", fix=fix)
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
@@ -88,7 +92,7 @@ def generate(
         return iter(())
     source = find_source(rows, loaded.location.sources, format_name, columns)
     prompts = [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
-    check_room(prompts, loaded.context, decoding)
+    check_prompt_lengths(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.model,
         loaded.tokenizer,
@@ -101,7 +105,8 @@ def generate(
         pictures=lambda i: loaded.pixels(prompts[i].pictures, prompts[i].where),
     )
 
-    # The rows are checked at the call, and answered as the caller iterates.
+    # This inner generator lets the checks above run when `generate` is called. In a generator they
+    # would run at the first iteration.
     def with_answers() -> Iterator[dict[str, Any]]:
         for i, answer in answers:
             row = {**rows[i], "output": answer.text}
@@ -118,11 +123,11 @@ def generate(
 def find_source(
     rows: Rows, sources: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
 ) -> Source:
-    """Choose how to read rows, whose answers may be missing.
+    """Determine the format and columns of rows. The rows may have no answers.
 
-    They are read as `format_name` and `columns` say, else as the one of `sources` whose columns the
-    first row has, else by the columns that `train` would find. Raise DataError if no column
-    indicates what to answer.
+    Use `format_name` and `columns` if the caller gives them. Otherwise use one of `sources` if the
+    first row has its columns. Otherwise detect format and columns as in `train`. Raise DataError if
+    no column can be the prompt.
     """
     sample, _ = sample_rows(rows)
     first = sample[min(sample)]
@@ -140,12 +145,13 @@ def find_source(
     for source in sources:
         needed = ROW_FORMATS[source.format].layouts[0].needed
         trained |= {source.columns.get(name, name): None for name in needed}
-    of_run = f"; those of the run's own rows are {', '.join(trained)}" if trained else ""
+    run_columns = f", but the run was trained on {', '.join(trained)}" if trained else ""
     raise DataError(
-        "no column name indicates what to answer",
-        where=from_here(rows.name),
-        why=f"the columns are {', '.join(first) or 'none'}{of_run}",
-        fix=f"say which is which: --columns prompt={next(iter(first), 'question')}, or --format",
+        "it is not known which column contains the prompts",
+        where=relative_to_cwd(rows.name),
+        why=f"the columns are {', '.join(first) or 'none'}{run_columns}",
+        fix=f"name the columns with --columns prompt={next(iter(first), 'question')}, or use "
+        "--format",
     )
 
 
@@ -155,10 +161,15 @@ def _fitting_source(
     format_name: str,
     columns: Mapping[str, str] | None,
 ) -> Source | None:
-    """The one of `sources` whose columns the row has; None where `columns` says which they are."""
+    """Return the data source of the run whose columns fit a row best.
+
+    A source fits if the row has the column that identifies the source's format. Return None if no
+    source fits, or if the user has given the columns.
+    """
     if columns is not None:
         return None
-    # A pair has a prompt or a conversation as other formats have, and is no row of theirs.
+    # If the row is a pair, use only sources of pairs, because a pair can also have the column that
+    # identifies another format, such as `prompt`.
     if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
         sources = [source for source in sources if source.format == "preference"]
     fitting = []
@@ -166,16 +177,21 @@ def _fitting_source(
         is_right = format_name in ("auto", source.format)
         if is_right and _key_column(source.format, source.columns) in row:
             fitting.append(source)
-    # Of several sources that fit, the one with the most of its columns here.
+    # If several sources fit, use the one that shares the most columns with the row.
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
 def _source_by_columns(
     row: dict[str, object], name: str, format_name: str, columns: Mapping[str, str]
 ) -> Source | None:
-    """The source of rows of a format that is given, or whose key column the row has."""
+    """Return a source with the given format, or with the format that the row's columns identify.
+
+    Return None if the row has no identifying column. Raise UsageError if `columns` has a column
+    that the format does not have.
+    """
     if format_name == "auto":
-        # Columns that are named must be of the format; where no format has them, an error says so.
+        # Try only formats that have all given columns. If no format has all of them, try all
+        # formats, because the check below then reports the unknown column.
         names = [each for each in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[each])]
         format_name = next(
             (each for each in names or _KEY_COLUMN if _has_key_column(row, each, columns)), ""
@@ -188,16 +204,17 @@ def _source_by_columns(
         raise UsageError(
             f"format {format_name} has no column {', '.join(unknown)}",
             where="--columns",
-            fix=f"its columns are {', '.join(known)}: write one of them before each =",
+            fix=f"use --columns NAME=COLUMN, where NAME is one of {', '.join(known)}",
         )
     return Source(source=name, format=format_name, columns=dict(columns))  # type: ignore[arg-type]
 
 
 def _has_key_column(row: dict[str, object], format_name: str, columns: Mapping[str, str]) -> bool:
-    """Return whether a row has the column that tells a format, or `columns` names it."""
+    """Return whether a row or `columns` has the column that identifies the format."""
     key_column = _KEY_COLUMN[format_name]
     if key_column == "label" and key_column not in columns:
-        # A label that says neither good nor bad is a column of somebody's own.
+        # Many data sets have a column `label` with another meaning. Accept the column only if its
+        # value means good or bad, and if the row has an answer.
         has_answer = not {"completion", "messages"}.isdisjoint(row)
         return has_answer and read_label(row.get(key_column)) is not None
     return key_column in columns or key_column in row
@@ -210,9 +227,12 @@ def _detect_source(
     format_name: str,
     columns: Mapping[str, str],
 ) -> Source | None:
-    """Find the format and columns that `train` would find if the rows had answers.
+    """Detect format and columns as in `train`. Missing answers are first replaced by a placeholder.
 
-    None if it finds none. `like`: has the column of the question, if that is known.
+    Args:
+        like: a source that names the column of the question; None if the column is not known.
+
+    Return None if no format fits.
     """
     source = Source(source=name, columns=dict(columns))
     if format_name != "auto":
@@ -226,12 +246,13 @@ def _detect_source(
             table = from_list(attempt, name)
             any_format = format_name == "auto"
             layouts.append(detect(table, source, any_format=any_format, skips_bad_rows=True))
-    # Any column of text reads as that, of prompts without answers too: it comes last.
+    # Try the format "text" last, because any text column fits it, even a column of prompts.
     layouts.sort(key=lambda layout: layout.format == "text")
     for layout in layouts:
         key_column = _key_column(layout.format, layout.columns)
         if layout.format == "text":
-            # Any single column would train as text, but the run answers what it was trained on.
+            # `train` accepts any single column as text. An answer requires a prompt, so accept only
+            # the usual column names, unless the user chose the format "text".
             is_usual = plain(key_column) in ROW_FORMATS["text"].names("text")
             is_right = format_name == "text" or is_usual
         else:
@@ -239,18 +260,21 @@ def _detect_source(
         if not is_right or not all(key_column in row for row in sample.values()):
             continue
         if layout.renamed != source.columns:
-            log.info(f"{from_here(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
+            log.info(f"{relative_to_cwd(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
         return replace(source, format=layout.format, columns=layout.renamed)
     return None
 
 
 def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
-    """The file's name of the column that tells a format."""
+    """Return the column of the file that identifies rows of this format."""
     return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
 
 
 def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
-    """Tell whether a row has all columns that one of the format's layouts needs."""
+    """Return whether a row has all required columns of its format.
+
+    Some formats have several sets of columns (layouts). One complete set is sufficient.
+    """
     layouts = ROW_FORMATS[source.format].layouts
     return any(
         all(source.columns.get(name, name) in row for name in layout.needed) for layout in layouts
@@ -258,13 +282,13 @@ def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
 
 
 class Prompt(NamedTuple):
-    """The prompt of a row, with the answer to compare with.
+    """Prompt of a row, and the answer in the row.
 
     Attributes:
-        ids: up to where its answer starts, with the run's system message.
-        where: the row's place.
-        scored: the row with the answer that it holds; None without one, or of an empty one.
-        pictures: those that it shows.
+        ids: token ids up to the start of the answer, including the run's system message.
+        where: file and line of the row.
+        scored: the row and its answer, for scorers; None if the answer is missing or empty.
+        pictures: the pictures of the prompt.
     """
 
     ids: list[int]
@@ -273,9 +297,13 @@ class Prompt(NamedTuple):
     pictures: tuple[Picture, ...] = ()
 
 
-def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decoding) -> None:
-    """DataError where a prompt leaves no room for its answer in `context` tokens, if these are
-    limited."""
+def check_prompt_lengths(
+    prompts: Sequence[Prompt], context: int | None, decoding: Decoding
+) -> None:
+    """Raise DataError if a prompt plus the longest answer does not fit into the model's context.
+
+    If the model's context is not limited, `context` is None.
+    """
     if context is None:
         return
     lengths = [len(prompt.ids) for prompt in prompts]
@@ -285,26 +313,31 @@ def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decodin
         return
     count = sum(length > room for length in lengths)
     raise DataError(
-        f"too long: {count} of {count_of(len(prompts), 'prompt')}, up to {longest} tokens",
+        f"the model's context is too short for {count} of {count_of(len(prompts), 'prompt')}",
         where=prompts[lengths.index(longest)].where,
-        why=f"the model's context is {context} tokens; "
-        f"{decoding.max_new_tokens} are kept for the answer",
-        fix="shorten these rows, or use a smaller --max-new-tokens",
+        why=f"the longest prompt has {longest} tokens, and the context has {context} tokens, of "
+        f"which {decoding.max_new_tokens} are reserved for the answer",
+        fix="shorten the long rows, or use a smaller --max-new-tokens",
     )
 
 
 def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source: Source) -> Prompt:
-    """The prompt of a row, read as `source` says, and the answer that it holds; DataError for a
-    broken row."""
+    """Build the prompt of a row, and separate the answer that the row contains.
+
+    Raise DataError if the row is invalid.
+
+    Args:
+        source: format and columns of the row.
+    """
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(loaded.template.prompt(sample, where=where))
     pictures = sample.pictures if isinstance(sample, Conversation) else ()
     if not is_answered or _is_empty(sample):
         return Prompt(prompt_ids, where, pictures=pictures)
-    # The row's text, never what its tokens say: where these are wrong, an answer that repeats them
-    # must not count as right. Tool calls and thoughts are in the form in which the model writes
-    # them.
+    # Render the reference from the row's text. Do not decode the row's tokens: if the tokens were
+    # wrong, a model that has learned them would count as right. The template also renders tool
+    # calls and reasoning.
     raw_reference = loaded.template.answer(sample, where=where)
     if not raw_reference.strip():
         return Prompt(prompt_ids, where, pictures=pictures)
@@ -332,7 +365,7 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
 
 
 def _is_empty(sample: Sample) -> bool:
-    """Tell whether there is nothing in the last answer to compare with."""
+    """Return whether the last answer of the sample is empty."""
     if isinstance(sample, Conversation):
         return not is_said(sample.messages[-1])
     return isinstance(sample, Completion) and not sample.completion.strip()
@@ -341,20 +374,23 @@ def _is_empty(sample: Sample) -> bool:
 def _with_answer(
     row: dict[str, object], source: Source, where: str
 ) -> tuple[dict[str, object], bool]:
-    """The row with an answer, its own or a placeholder, and whether it is its own."""
+    """Return the row with an answer, and whether the row already contained one.
+
+    If the answer is missing, a placeholder is inserted.
+    """
     if source.format == "text":
         return row, False
     form = ROW_FORMATS[source.format]
     column = source.columns.get(form.answer, form.answer)
     reader = RowReader(row, source, where)
-    # JSON text of messages is read as these.
+    # The column can contain messages as JSON text.
     value = reader.text_or_messages(row.get(column), column)
     role_key = "role"
     placeholder = {"role": "assistant", "content": ANSWER_PLACEHOLDER}
     if form.answers_in_text:
         if value not in (None, ""):
             return row, True
-        # A prompt of messages is completed by messages.
+        # If the prompt is a list of messages, the answer must also be a list of messages.
         prompt = row.get(source.columns.get("prompt", "prompt"))
         has_messages = not isinstance(reader.text_or_messages(prompt, "prompt"), str | None)
         return {**row, column: [placeholder] if has_messages else ANSWER_PLACEHOLDER}, False

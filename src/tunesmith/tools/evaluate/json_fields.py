@@ -1,5 +1,4 @@
-"""Answers that are JSON: whether they are, whether they fit a schema, and how many of their fields
-are right."""
+"""Checks of JSON answers: strict parsing, validation by a JSON schema, and comparison of fields."""
 
 import json
 from collections.abc import Iterator
@@ -13,15 +12,18 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
 JsonPath = tuple[str | int, ...]
-_ABSENT = object()  # equal to no value
+_ABSENT = object()  # value of a missing field, which is not equal to any other value
 
 
 def parse_strict(content: str) -> "JsonValue":
-    """A JSON value, the whole text; ValueError for anything else, NaN and infinity included."""
+    """Parse an entire text as one JSON value.
+
+    Raise ValueError if the text is not JSON. NaN and infinity are not JSON.
+    """
     try:
         value: JsonValue = json.loads(content, parse_constant=_reject_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON value is nested too deeply") from None
     return value
 
 
@@ -30,10 +32,10 @@ def _reject_constant(name: str) -> None:
 
 
 def equal_fields(answer: "JsonValue", reference: "JsonValue") -> float:
-    """The share of fields that are equal: of those that either value has.
+    """Return the fraction of equal fields among all fields of the two values.
 
-    A field is a value that is no object and no list, at its path. An empty object or list is one
-    too. So a field too many counts as one that is missing.
+    A field is a path in the JSON value and the scalar, empty object or empty list at this path. If
+    only one of the two values has a path, the field counts as different.
     """
     answer_fields = dict(_fields(answer))
     reference_fields = dict(_fields(reference))
@@ -42,7 +44,7 @@ def equal_fields(answer: "JsonValue", reference: "JsonValue") -> float:
     for path in paths:
         left = answer_fields.get(path, _ABSENT)
         right = reference_fields.get(path, _ABSENT)
-        # 1 and 1.0 are the same JSON value, 1 and true are not.
+        # In JSON, 1 and 1.0 are equal, but 1 and true are not. In Python all three are equal.
         equal += left == right and isinstance(left, bool) is isinstance(right, bool)
     return equal / len(paths)
 
@@ -59,9 +61,9 @@ def _fields(value: "JsonValue", path: JsonPath = ()) -> Iterator[tuple[JsonPath,
 
 
 def schema_validator(schema: dict[str, "JsonValue"] | bool) -> "Validator":
-    """Return a validator of jsonschema, by the draft that the schema names.
+    """Return a jsonschema validator for the draft that the schema names.
 
-    It opens no address: a `$ref` to one cannot be resolved.
+    The validator does not open URLs, so a `$ref` to a URL cannot be resolved.
 
     Raises:
         SchemaError: the schema is not valid.
@@ -72,10 +74,10 @@ def schema_validator(schema: dict[str, "JsonValue"] | bool) -> "Validator":
         from referencing import Registry
     except ImportError as error:
         raise MachineError(
-            "--score json needs the package jsonschema for rows with a schema",
+            "--score json requires the package jsonschema if the rows contain a JSON schema",
             where="--score json",
             why=str(error),
-            fix=f"{pip_install('jsonschema')}, or remove the column schema",
+            fix=f"run `{pip_install('jsonschema')}`, or remove the column `schema` from the rows",
         ) from error
     kind = validators.validator_for(schema, default=validators.Draft202012Validator)
     kind.check_schema(schema)

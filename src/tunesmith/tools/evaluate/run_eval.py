@@ -1,4 +1,4 @@
-"""The work of `eval`: the rows of one run or of several; its tables and reports."""
+"""Functions that run the command `eval` for one run or several runs, and print its result."""
 
 import argparse
 import json
@@ -23,16 +23,16 @@ from tunesmith.distributed.ranks import (
 )
 from tunesmith.host.streams import width_of
 from tunesmith.metrics.intervals import Interval, loss_sentence
-from tunesmith.tools.evaluate.decoding_options import decoding_of
+from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
 from tunesmith.tools.evaluate.score_rows import RowScores
 
 
 def run_rows(args: argparse.Namespace) -> None:
-    """Evaluate one run or several on rows, by the checked options of `eval`."""
+    """Evaluate one run or several runs, and print the result. `args` are the checked options."""
     with reported_once_a_node():
-        decoding = decoding_of(args)
+        decoding = read_decoding(args)
     if started_as() is None:
         require_one_process("eval")
     leave_lines_to_rank_0()
@@ -64,7 +64,7 @@ def run_rows(args: argparse.Namespace) -> None:
 
 
 def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) -> None:
-    """The table, with what a reader must know before and after it; or JSON."""
+    """Print the scores as a table with warnings and notes, or as JSON."""
     if args.json:
         if isinstance(result, RunsEvaluation):
             report = runs_as_report(args.runs, result)
@@ -74,7 +74,7 @@ def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) 
         return
     table = result.table()
     notify(table.title)
-    # What makes the scores doubtful comes before them.
+    # Print the warnings before the scores, because a warning can mean that scores are unreliable.
     for warning in result.warnings():
         notify(warning)
     print(replace(table, title="", notes=result.verdicts()).text(width_of(sys.stdout)))
@@ -83,7 +83,7 @@ def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) 
 
 
 def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
-    """Return what --json prints of one run."""
+    """Return the values that --json prints for one run."""
     report: dict[str, object] = {
         "run": run_name,
         "data": result.data,
@@ -114,7 +114,7 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
 
 
 def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str, object]:
-    """Return what --json prints of several runs."""
+    """Return the values that --json prints for several runs."""
     runs = {}
     evaluations = result.evaluations.items()
     for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True):
@@ -135,18 +135,21 @@ def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return a number that JSON can hold: it has neither NaN nor infinity."""
+    """Return the number, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def difference_as_json(mean: float, interval: Interval | None) -> dict[str, float | None]:
-    """A difference and the ends of its interval; None where there are too few rows for one."""
+    """Return a mean difference and its interval for JSON.
+
+    The ends of the interval are None if there are too few rows for an interval.
+    """
     low, high = (None, None) if interval is None else interval[1:]
     return {"mean": finite_or_none(mean), "low": low, "high": high}
 
 
 def scores_as_json(scores: RowScores) -> dict[str, object]:
-    """Return the figures of one scorer, without the scores of single rows."""
+    """Return the results of one scorer for JSON, without the scores of single rows."""
     values: dict[str, object] = {"rows": scores.rows}
     for name, interval in scores.models.items():
         values[name] = interval._asdict()

@@ -1,7 +1,7 @@
-"""Answer the rows of an evaluation with a model, and score the answers with their intervals.
+"""Generation of answers to the rows of an evaluation, and scores of the answers with intervals.
 
-Scoring is apart from answering: answers are written to a file (`answers_file.py`), and scored when
-all of them are there.
+First, all answers are written to a file (`answers_file.py`). When the file is complete, the answers
+are scored.
 """
 
 import hashlib
@@ -33,24 +33,28 @@ from tunesmith.metrics.intervals import (
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
-from tunesmith.tools.evaluate.generate import Prompt, check_room, make_prompt
+from tunesmith.tools.evaluate.generate import Prompt, check_prompt_lengths, make_prompt
 from tunesmith.tools.evaluate.scorers import TOOL_CALL, ScoredRow, scorer_process
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 from tunesmith.units import count_of
 
-# Called with what is counted, their count so far, their total, and the tokens so far
+# Callback for progress. The arguments are a label, the number of finished items, the number of all
+# items and the number of generated tokens.
 AnswerProgress = Callable[[str, int, int, int], None]
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """The scores that one scorer gave all rows.
+    """Scores of all rows by one scorer.
 
     Attributes:
-        models: the mean of each model, with its interval.
-        paired: base and tuned side by side; None for a model alone.
-        verdict: better, worse or no significant difference, in a sentence; empty for a model alone.
-        scores: of each model, row by row.
+        name: the name of the scorer.
+        rows: the number of rows.
+        models: the mean score of each model with its confidence interval.
+        paired: the paired comparison of base and tuned; None if only one model was scored.
+        verdict: a sentence: better, worse or no significant difference; empty if only one model was
+            scored.
+        scores: the scores of each model, row by row.
     """
 
     name: str
@@ -62,13 +66,16 @@ class RowScores:
 
 
 def read_call_form(loaded: LoadedModel) -> CallReader | None:
-    """Find a reader of the tool calls that the model's template writes; None if it writes none, or
-    none of a readable form."""
+    """Return a parser for the tool calls in the format of the model's chat template.
+
+    Return None if the template does not support tool calls, or if their format is unknown.
+    """
     function: CalledFunction = {"name": CALL_PROBE.name, "arguments": CALL_PROBE.arguments}
     call: FunctionCall = {"type": "function", "function": function}
     answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
     thoughtful: Message = {**answer, "reasoning_content": "It must be looked up."}
-    # Some templates of models that think write an answer without reasoning unlike their prompt.
+    # Also try an answer with reasoning, because some templates of reasoning models render an answer
+    # without reasoning inconsistently.
     for message in (answer, thoughtful):
         sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
         try:
@@ -82,14 +89,15 @@ def read_call_form(loaded: LoadedModel) -> CallReader | None:
 
 
 def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
-    """The text of tokens, with special ones."""
+    """Decode token ids to text, including special tokens."""
     return decode(loaded.tokenizer, ids, with_special=True)
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
-    """Choose the file of answers: `output`, else in evals/ of the run directory, else in evals/.
+    """Return the path of the file of answers.
 
-    Each checkpoint that is not `final/` has a file of its own.
+    The path is `output` if it is given. Otherwise the file is in evals/ of the run directory, or of
+    the current folder if there is no run. Each checkpoint other than `final/` has its own file.
     """
     if output is not None:
         return Path(output)
@@ -105,7 +113,7 @@ def answers_path(location: RunLocation, name: str, output: str | Path | None) ->
 
 
 def _file_stem(name: str) -> str:
-    """A name of rows or of a model as a part of a file's name."""
+    """Convert the name of a data set or model to a valid part of a file name."""
     path = Path(name)
     stem = path.stem if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else name
     safe_name = "".join(char if char.isalnum() or char in "._-" else "-" for char in stem)
@@ -113,7 +121,7 @@ def _file_stem(name: str) -> str:
 
 
 def trained_weights(location: RunLocation) -> str:
-    """Identify the weights of a run's checkpoint; empty for a plain model."""
+    """Return a hash that identifies a run's trained weights, or "" for a base model."""
     if location.folder is None:
         return ""
     file = location.folder / manifest.MANIFEST
@@ -125,10 +133,10 @@ def trained_weights(location: RunLocation) -> str:
 
 
 class Scoring:
-    """The rows of one evaluation that are answered and scored, and the file of their answers.
+    """Evaluation of rows with scorers. Answers are generated, saved in a file and scored.
 
-    A context from `open` on: `answer` for each model, then `finish`.
-    Of several ranks rank 0 has the file.
+    Call `open`, then use the object in a `with` statement: call `answer` for each model, then
+    `finish`. With several ranks, only rank 0 has the file.
     """
 
     def __init__(
@@ -142,13 +150,14 @@ class Scoring:
         batch_size: int,
         ranks: Ranks = ONE_PROCESS,
     ) -> None:
-        """Check scorers and rows; nothing is written.
+        """Check the scorers and the rows. No file is written.
 
         Raises:
-            DataError: a row cannot be answered, or not be scored whatever the answer.
+            DataError: a row cannot be answered, or a scorer cannot score it.
             UsageError: a scorer cannot be used, or no row has an answer.
         """
-        # Before any answer is paid for: a template whose calls cannot be read is refused.
+        # Build the parser of tool calls first, so that an unsupported template is reported before
+        # answers are generated.
         reader = read_call_form(loaded) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
         self.start_scorers = partial(scorer_process, self.scorers, reader)
@@ -156,9 +165,9 @@ class Scoring:
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
         digest = hashlib.sha256()
-        # Rows that tokenization dropped have no place in `part`, and get no answer.
+        # Rows without examples, which tokenization dropped, are skipped.
         for (source, rows), part in zip(parts, tokens.parts, strict=True):
-            for i in part.row_indices:
+            for i in dict.fromkeys(part.arrays.rows.tolist()):
                 prompt = make_prompt(rows[i], rows.where(i), loaded, source)
                 if prompt.scored is None:
                     self.unanswered += 1
@@ -168,8 +177,9 @@ class Scoring:
                 digest.update(np.array([len(prompt.ids), *prompt.ids], np.int64).tobytes())
         if not self.prompts:
             raise no_scored_rows(name, "every answer is empty")
-        check_room(self.prompts, loaded.context, decoding)
-        # A row that no answer could satisfy is a fault of the data.
+        check_prompt_lengths(self.prompts, loaded.context, decoding)
+        # Check every row with every scorer before answers are generated. The answer None means that
+        # only the row is checked.
         with self.start_scorers() as run_scorer:
             for row in self.scored:
                 for scorer in self.scorers:
@@ -191,7 +201,7 @@ class Scoring:
         )
 
     def open(self, path: Path, fresh: bool) -> None:
-        """Read the existing answers; `fresh` will move them aside."""
+        """Read the existing answers. If `fresh` is set, the file is renamed later instead."""
         self.path = path
         self.file: AnswersFile | None = None
         if self.ranks.is_main_process:
@@ -208,10 +218,10 @@ class Scoring:
             self.file.__exit__(*error)
 
     def answer(self, loaded: LoadedModel, model: str, progress: AnswerProgress) -> None:
-        """Answer the rows that the file lacks answers of `model` for.
+        """Answer the rows for which the file has no answer of `model`.
 
         Raises:
-            StoppedError: a stop signal came; the answers so far are saved.
+            StoppedError: a stop signal was received. The finished answers are saved.
         """
         total = len(self.prompts)
         answer_count = self._answered(model)
@@ -223,7 +233,7 @@ class Scoring:
         tokens = 0
 
         def count_batch(batch: Sequence[Answer]) -> None:
-            """Count this rank's answers, and as many of each other rank."""
+            """Report progress. Other ranks are assumed to be as fast as this rank."""
             nonlocal done, tokens
             done = min(total, done + len(batch) * self.ranks.world)
             tokens += sum(len(answer.ids) for answer in batch) * self.ranks.world
@@ -250,17 +260,21 @@ class Scoring:
         with self.ranks.raise_on_all_ranks():
             if answer_count < total:
                 raise StoppedError(
-                    f"stopped: {self.path} holds {answer_count} of {count_of(total, 'answer')} of "
-                    f"{model}; to continue, run the same command again"
+                    f"the evaluation was stopped: {self.path} has {answer_count} of "
+                    f"{count_of(total, 'answer')} of {model}; to continue, run the same command "
+                    "again"
                 )
 
     def _answered(self, model: str) -> int:
-        """Count the answers of a model in the file, on every rank."""
-        answer_count = 0 if self.file is None else len(self.file.of(model))
+        """Return how many answers of a model are in the file. This is a collective call."""
+        answer_count = 0 if self.file is None else len(self.file.answers.get(model, ()))
         return self.ranks.broadcast_object(answer_count)
 
     def unfinished(self) -> dict[str, int]:
-        """Count the answers of each model that were cut at --max-new-tokens, on every rank."""
+        """Return the number of answers of each model that were cut off at --max-new-tokens.
+
+        Call this on every rank.
+        """
         counts = {} if self.file is None else self.file.unfinished()
         return self.ranks.broadcast_object(counts)
 
@@ -279,10 +293,12 @@ class Scoring:
         )
 
     def finish(self, about: dict[str, object]) -> list[RowScores]:
-        """Score all answers, and write the scores beside them; RunError where a scorer fails.
+        """Score all answers, and write the scores to a file next to the answers.
 
         Args:
-            about: what the file says too: the losses, the step, the rows that were seen.
+            about: further values for the scores file, such as the losses and the step.
+
+        Raise RunError if a scorer fails.
         """
         results: list[RowScores] = []
         with self.ranks.raise_on_all_ranks():
@@ -305,23 +321,26 @@ class Scoring:
     def _scores(
         self, name: str, score: Callable[[str, ScoredRow], float], file: AnswersFile
     ) -> RowScores:
-        """The scores of all answers by one scorer; RunError where it fails."""
+        """Score the answers of all models with one scorer. Raise RunError if the scorer fails."""
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
-            answers = file.of(model)
-            # The file may have some answers of a base that is not evaluated now.
+            answers = file.answers.get(model, ())
+            # Skip a model whose answers are incomplete. For example, an earlier eval may have been
+            # stopped while the base model answered.
             if len(answers) < len(self.scored):
                 continue
             scores[model] = []
             for answer, row in zip(answers, self.scored, strict=True):
-                has_special = name == TOOL_CALL or row.is_special
-                text = answer.raw_answer if has_special else answer.answer
+                text = answer.answer
+                # Tool calls and some references contain special tokens.
+                if answer.raw is not None and (name == TOOL_CALL or row.is_special):
+                    text = answer.raw
                 scores[model].append(score(text, row))
         return summarize_rows(name, scores)
 
 
 def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
-    """Means and intervals of each model's scores; of base and tuned with the sentence."""
+    """Compute mean and interval of each model's scores. Compare base and tuned if both exist."""
     count = len(next(iter(scores.values())))
     models = {model: mean_interval(values) for model, values in scores.items()}
     if not {"base", "tuned"} <= scores.keys():
@@ -332,7 +351,10 @@ def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
 
 
 def saved_scores(result: RowScores) -> dict[str, object]:
-    """One of the `scores` of a file of scores, as `run_dir.read_scores` reads it."""
+    """Convert the result of one scorer to the format in the file of scores.
+
+    `run_dir.read_scores` reads this format.
+    """
     values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
     if result.paired is not None:
         values["difference"] = list(result.paired.difference)
@@ -347,11 +369,16 @@ def save_scores(
     row_hash: str,
     values: Mapping[str, object],
 ) -> None:
-    """Write the file of scores that stands beside a file of answers; MachineError where that fails.
+    """Write the file of scores next to a file of answers.
 
     Args:
-        data: the rows' name.
-        row_hash: tells whether two evals scored the same rows.
+        answers: path of the file of answers.
+        data: name of the rows.
+        rows: number of rows.
+        row_hash: hash of the rows. Two evals with the same hash have scored the same rows.
+        values: further values for the file.
+
+    Raise MachineError if the file cannot be written.
     """
     path = answers.with_name(f"{answers.stem}.scores.json")
     start = {"tunesmith": "eval scores", "data": data, "rows": rows, "row_hash": row_hash}
@@ -363,11 +390,17 @@ def save_scores(
             "the scores cannot be written",
             where=str(path),
             why=error.strerror or str(error),
-            fix="make sure the folder is writable and the disk is not full, then start again",
+            fix="make sure that the folder is writable and the disk is not full, then run the "
+            "command again",
         ) from error
 
 
 def no_scored_rows(name: str, why: str) -> UsageError:
-    """The error for rows without an answer to score against."""
-    fix = "remove --score, or use rows with answers"
-    return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)
+    """Build the error for rows that have no answers to compare with."""
+    fix = "remove --score, or use rows with expected answers"
+    return UsageError(
+        "no row has an expected answer to compare the model's answer with",
+        where=name,
+        why=why,
+        fix=fix,
+    )

@@ -1,9 +1,10 @@
-"""The scorers of `eval --score`: an answer and its row -> a number from 0 to 1.
+"""Scorers of `eval --score`. A scorer maps an answer and its row to a number from 0 to 1.
 
-A scorer is a name, a check of each row before the first answer, and a function. They need no torch
-and no model: answers that were saved are scored again in a moment. What is wrong with a reference
-is the row's fault and raised before any answer; what is wrong with an answer is a score of 0.
-Scorers run in a process of their own (`scorer_process`), which is killed if a row takes too long.
+A scorer has a name, a function that checks a row, and a function that scores an answer. Scorers
+need no torch and no model, so saved answers can be scored again quickly. All rows are checked
+before the first answer is generated, and an invalid reference raises an error. If an answer is
+invalid, its score is 0. Scorers run in a separate process (`scorer_process`), which is killed if a
+row takes too long.
 """
 
 import difflib
@@ -28,29 +29,32 @@ from tunesmith.host.shell import shell_path
 from tunesmith.tools.evaluate import text
 from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict, schema_validator
 from tunesmith.tools.evaluate.tool_calls import CallReader, call_score
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-SCHEMA = "schema"  # the column of a row's JSON schema
-# Time limits for a row, in seconds. The user's scorers may call services, or run code.
+SCHEMA = "schema"  # name of the column with the JSON schema of a row
+# Time limits for one row, in seconds. The user's own scorers have more time, because they may call
+# services or run code.
 SCORER_SECONDS = 10
 OWN_SCORER_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The row that an answer is scored against.
+    """Row of an evaluation, with the reference that a model's answer is compared with.
 
     Attributes:
-        reference: the row's own answer as the model would write it, without special tokens unless
-            it has no others.
-        raw_reference: with them.
-        row: as the file has it.
-        where: the row's place, for errors.
-        calls: how many tools the row's own answer calls.
-        has_tools: whether the row offers tools.
-        is_special: whether the answer has special tokens alone: with these it is compared.
+        reference: the answer in the row as the chat template renders it, without special tokens.
+            If it consists only of special tokens, they are kept.
+        raw_reference: the reference with special tokens.
+        row: the row as it is in the file.
+        where: file and line of the row, for error messages.
+        calls: number of tool calls in the reference.
+        has_tools: whether the row lists tools.
+        is_special: whether the reference consists only of special tokens. If so, the special tokens
+            of the model's answer are also compared.
     """
 
     reference: str
@@ -63,17 +67,17 @@ class ScoredRow:
 
 
 def _accept(row: ScoredRow) -> None:
-    """Every row can be scored."""
+    """Accept every row. Scorers that can score any row use this function as `Scorer.check`."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """One way to score.
+    """Named function that scores an answer, with a check of the rows.
 
     Attributes:
-        name: as on the command line.
-        score: of (answer, row), from 0 to 1.
-        check: DataError for a row that cannot be scored, whatever the answer.
+        name: the name on the command line.
+        score: function of (answer, row) that returns a number from 0 to 1.
+        check: function that raises DataError if the scorer cannot score the row.
     """
 
     name: str
@@ -82,14 +86,15 @@ class Scorer:
 
 
 def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) -> list[Scorer]:
-    """Return the scorers of these names.
+    """Return the scorers with these names.
 
     Args:
-        names: of SCORERS, or `file.py:function` for one's own.
-        call_reader: what reads the template's tool calls; None if it has no supported form.
+        names: names in SCORERS, or `file.py:function` for a scorer of the user.
+        call_reader: parser for tool calls in the format of the chat template; None if the format is
+            not supported.
 
     Raises:
-        UsageError: there is no such scorer, or its file cannot be used.
+        UsageError: a scorer does not exist, or its file cannot be used.
     """
     scorers = []
     for name in names:
@@ -103,10 +108,10 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
 
 
 def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
-    """Return the names, as a list if there is only one.
+    """Check the names of scorers, and return them as a list.
 
-    Raise UsageError for a name that is neither a scorer's nor of the form file.py:function. Nothing
-    of the file runs.
+    Raise UsageError if a name is not a scorer and does not have the form file.py:function. The file
+    is not executed.
     """
     if isinstance(names, str):
         names = [names]
@@ -117,7 +122,10 @@ def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
 
 
 def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
-    """The score of one answer, checked; RunError names the row where a scorer fails."""
+    """Return the score of one answer.
+
+    Raise RunError if the scorer fails, or if it does not return a number from 0 to 1.
+    """
     try:
         value = scorer.score(answer, row)
     except (Exception, SystemExit) as error:
@@ -126,16 +134,15 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
             f"the scorer {scorer.name} failed",
             where=row.where,
             why=f"{_reason(error)} ({Path(frame.filename).name}:{frame.lineno})",
-            fix="fix it, then start the same command again: the answers are kept",
+            fix="fix the scorer, then run the same command again; the answers are kept",
         ) from error
     is_number = isinstance(value, int | float) and math.isfinite(value)
     if not is_number or not 0 <= value <= 1:
         raise RunError(
             f"the scorer {scorer.name} did not return a number from 0 to 1",
             where=row.where,
-            why=f"it returned {value!r:.200}",
-            fix="return a float from 0 to 1, then start the same command again: "
-            "the answers are kept",
+            why=f"the scorer returned {value!r:.200}",
+            fix="return a float from 0 to 1, then run the same command again; the answers are kept",
         )
     return float(value)
 
@@ -144,14 +151,18 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-# The name of a scorer, an answer (None: check the row), and the row.
+# Message to the scorer process: (name of the scorer, answer, row). If the answer is None, only the
+# row is checked.
 _Call = tuple[str, str | None, ScoredRow]
 
 
 def _run_scorer(
     names: tuple[str, ...], call_reader: CallReader | None, call: _Call | None
 ) -> float:
-    """Return the score that a call asks for. Without a call, load the scorers only."""
+    """Score an answer or check a row. This function runs in the scorer process.
+
+    If `call` is None, only load the scorers. Return the score, or 0.0 if no answer was scored.
+    """
     scorers = _scorers_by_name(names, call_reader)
     if call is None:
         return 0.0
@@ -171,11 +182,11 @@ def _scorers_by_name(names: tuple[str, ...], call_reader: CallReader | None) -> 
 def scorer_process(
     names: Sequence[str], call_reader: CallReader | None
 ) -> Iterator[Callable[[str, str | None, ScoredRow], float]]:
-    """Start a process that scores, and is killed if a row takes too long.
+    """Start a process that runs the scorers. The process is killed if a row takes too long.
 
     Yields:
-        A function of (scorer's name, answer, row), which returns the score. Without an answer it
-        checks the row.
+        A function of (name of the scorer, answer, row) that returns the score. If the answer is
+        None, the function only checks the row.
 
     Raises:
         UsageError: as `select_scorers`.
@@ -188,21 +199,21 @@ def scorer_process(
         try:
             return worker((name, answer, row), row.where, seconds)
         except TimeoutError:
-            why = "a regular expression may backtrack exponentially on this text, as (a+)+$ does"
-            fix = "change the row's pattern or schema, for example its nested repeats"
+            why = "a regular expression such as (a+)+$ can need exponential time on this text"
+            fix = "remove nested repeats from the pattern or schema of the row"
             if is_own:
-                why = "it may be in an endless loop, or wait for something"
-                fix = f"fix it: a row may take {seconds} seconds"
+                why = "the scorer may be in an endless loop, or may wait for something"
+                fix = f"fix the scorer: one row may take at most {seconds} seconds"
             error = DataError if answer is None else RunError
             raise error(
                 f"the scorer {name} takes longer than {seconds:g} seconds",
                 where=row.where,
                 why=why,
-                fix=f"{fix}, then start the same command again: existing answers are kept",
+                fix=f"{fix}, then run the same command again; existing answers are kept",
             ) from None
 
     try:
-        # No time limit: the files of the user's scorers may import large packages.
+        # Load the scorers without a time limit, because the user's files may import large packages.
         worker(None, "--score")
         yield run
     finally:
@@ -211,11 +222,13 @@ def scorer_process(
 
 def _check_not_blank(row: ScoredRow) -> None:
     if not row.reference.strip():
-        raise _row_fault(row, "the reference is blank", "every answer would have it")
+        raise _row_fault(
+            row, "the reference answer is blank", "every answer would match a blank reference"
+        )
 
 
 def _row_fault(row: ScoredRow, what: str, why: str, column: str = "") -> DataError:
-    """Return the error for a row that a scorer cannot use."""
+    """Build the error for a row that a scorer cannot score."""
     where = f"{row.where}, {column}" if column else row.where
     return DataError(what, where=where, why=why, fix="fix the row, or use another scorer")
 
@@ -226,12 +239,14 @@ def _check_pattern(row: ScoredRow) -> None:
         regex.compile(row.reference.strip())
     except (regex.error, RecursionError, OverflowError) as error:
         why = f"{error} (--score regex takes the row's answer as a pattern)"
-        raise _row_fault(row, "the reference is not a regular expression", why) from error
+        raise _row_fault(row, "the reference answer is not a regular expression", why) from error
 
 
 def _json_score(answer: str, row: ScoredRow) -> float:
-    """0 for an answer that is no JSON or does not fit the schema, else the share of its fields that
-    are right."""
+    """Return the fraction of equal fields of a JSON answer and its reference.
+
+    Return 0 if the answer is not JSON, or does not match the row's schema.
+    """
     try:
         value = parse_strict(answer)
     except ValueError:
@@ -247,8 +262,8 @@ def _check_json(row: ScoredRow) -> None:
         reference = parse_strict(row.reference)
     except ValueError as error:
         why = f"{error} (--score json compares the row's answer field by field)"
-        raise _row_fault(row, "the reference is not JSON", why) from error
-    # A row may bring a schema of its own, in which anything may be wrong.
+        raise _row_fault(row, "the reference answer is not JSON", why) from error
+    # Catch any exception, because an invalid schema in a row can raise any type of exception.
     problem = None
     try:
         validator = _row_validator(row)
@@ -261,11 +276,14 @@ def _check_json(row: ScoredRow) -> None:
         raise _row_fault(row, what, first_line(error), SCHEMA) from error
     if problem is not None:
         why = f"{problem.json_path}: {problem.message}"
-        raise _row_fault(row, "the reference does not match the row's schema", why, SCHEMA)
+        raise _row_fault(row, "the reference answer does not match the row's schema", why, SCHEMA)
 
 
 def _row_validator(row: ScoredRow) -> "Validator | None":
-    """The validator of a row's schema, an object or JSON text of one; None without."""
+    """Return the validator for the row's JSON schema, or None if the row has no schema.
+
+    The schema can be an object or its JSON text.
+    """
     schema = row.row.get(SCHEMA)
     if schema is None or schema == "":
         return None
@@ -278,27 +296,30 @@ def _row_validator(row: ScoredRow) -> "Validator | None":
 def _validator_of(schema: str) -> "Validator":
     value = parse_strict(schema)
     if not isinstance(value, dict | bool):
-        raise ValueError("it is not an object")  # noqa: TRY004
+        raise ValueError("the JSON schema is not an object")  # noqa: TRY004
     return schema_validator(value)
 
 
 def _tool_call_scorer(read: CallReader | None) -> Scorer:
     if read is None:
         raise UsageError(
-            "the tool calls of this template cannot be parsed",
+            "the tool calls of this model cannot be scored",
             where="--score tool-call",
-            why="it does not support calls, or uses an unknown format",
+            why="the chat template does not support tool calls, or it writes them in a format that "
+            "tunesmith cannot parse",
             fix="write your own scorer: --score my_scorer.py:function",
         )
 
     def check(row: ScoredRow) -> None:
         if not row.has_tools:
-            why = "--score tool-call compares calls, and the prompt must list what can be called"
+            why = "--score tool-call compares tool calls, and the prompt must list the tools"
             raise _row_fault(row, "the row has no tools", why, "tools")
-        # A row whose own calls do not come back could not be scored.
+        # Check that the reference can be parsed: the number of parsed calls must be the number of
+        # calls in the row.
         count = len(read(row.raw_reference))
         if count != row.calls:
-            why = f"it has {row.calls}, and as the template writes them {count} are read"
+            calls = count_of(row.calls, "tool call")
+            why = f"the row has {calls}, but its rendered answer has {count}"
             raise _row_fault(row, "the row's tool calls cannot be parsed", why)
 
     def score(answer: str, row: ScoredRow) -> float:
@@ -325,8 +346,11 @@ SCORERS = (*_TEXT_SCORERS, TOOL_CALL)
 
 
 def _own_scorer_file(name: str) -> tuple[Path, str]:
-    """The file and the function that `file.py:function` names; UsageError for anything else."""
-    # From Python, anything may come.
+    """Return the file and the function that `file.py:function` names.
+
+    Raise UsageError if the name has another form, or if there is no such file.
+    """
+    # A Python caller may pass a value that is not a str.
     file, _, function = str(name).rpartition(":")
     if not file.endswith(".py") or not re.fullmatch(r"[A-Za-z_]\w*", function):
         near = difflib.get_close_matches(str(name), SCORERS, n=1)
@@ -334,43 +358,46 @@ def _own_scorer_file(name: str) -> tuple[Path, str]:
             f"there is no scorer {name}",
             where="--score",
             why=f"the scorers are {', '.join(SCORERS)}, or file.py:function",
-            fix=f"did you mean --score {near[0]}?" if near else "use one of these",
+            fix=f"did you mean --score {near[0]}?" if near else "use one of these scorers",
         )
     path = Path(file)
     if not path.is_file():
         raise UsageError(
-            f"there is no file {file}", where=f"--score {name}", fix="set the scorer's file"
+            f"there is no file {file}", where=f"--score {name}", fix="correct the path of the file"
         )
     return path, function
 
 
 def load_own_scorer(name: str) -> Scorer:
-    """The scorer `file.py:function`, called with (answer, row).
+    """Load the user's scorer `file.py:function`.
 
-    The row is a copy, with `reference` added.
+    The function is called with (answer, row). The row is a copy with the key `reference` added.
+
+    Raise UsageError if the file cannot be loaded or lacks the function.
     """
     path, function_name = _own_scorer_file(name)
     where = f"--score {name}"
     module = ModuleType(f"tunesmith_scorer_{path.stem}")
     module.__file__ = str(path)
-    # Its classes look their module up, some of them when the scorer is called.
+    # Register the module in sys.modules, because decorators such as `dataclass` look up the module
+    # of a class by name.
     sys.modules[module.__name__] = module
     try:
-        # Run, not imported: the import system would leave a folder of bytecode beside the file.
+        # Execute the file instead of importing it. An import would write __pycache__ next to it.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"{path.name} cannot be loaded",
             where=where,
             why=_reason(error),
-            fix=f"run it on its own to see where: python {shell_path(path)}",
+            fix=f"run the file alone to see the failing line: python {shell_path(path)}",
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(
             f"{path.name} has no function {function_name}",
             where=where,
-            fix=f"define it: def {function_name}(answer: str, row: dict) -> float",
+            fix=f"define the function: def {function_name}(answer: str, row: dict) -> float",
         )
 
     def score(answer: str, row: ScoredRow) -> float:

@@ -1,8 +1,8 @@
-"""Scores of an answer as text, against a reference.
+"""Functions that score an answer by comparing it with a reference text.
 
-exact, contains and regex give 0 or 1; f1 and rouge-l a share. The latter two are those of the
-field, so that a figure can stand beside one from elsewhere: SQuAD's token F1 (its evaluation
-script, v2) and ROUGE-L's F-measure as the package rouge_score computes it without stemming.
+The scorers exact, contains and regex give 0 or 1. The scorers f1 and rouge-l give a number from 0
+to 1 that is comparable with published results: f1 is SQuAD's token F1 (evaluation script v2), and
+rouge-l is the F-measure of ROUGE-L in the package rouge_score without stemming.
 """
 
 import re
@@ -17,26 +17,27 @@ _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 
 def exact(answer: str, reference: str) -> float:
-    """1 for equal texts, outer whitespace aside."""
+    """Return 1 if the texts are equal, ignoring leading and trailing whitespace, else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def contains(answer: str, reference: str) -> float:
-    """1 if the reference, without outer whitespace, stands in the answer."""
+    """Return 1 if the answer contains the reference, else 0. The reference is stripped first."""
     return float(reference.strip() in answer)
 
 
 def matches(answer: str, pattern: str) -> float:
-    """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends).
+    """Return 1 if the pattern matches anywhere in the answer, else 0.
 
-    The syntax is that of the package `regex`, which includes that of `re`.
+    The pattern has the syntax of the package `regex`, which extends `re`. `^` and `$` match the
+    start and the end of the answer.
     """
     found = regex.search(pattern.strip(), answer.strip())
     return float(found is not None)
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 of the words that both have, as SQuAD: no case, punctuation or articles."""
+    """Compute SQuAD's word-level F1 score. Case, punctuation and articles are ignored."""
     answer_words = squad_words(answer)
     reference_words = squad_words(reference)
     if not answer_words or not reference_words:
@@ -46,13 +47,13 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def squad_words(text: str) -> list[str]:
-    """The words that SQuAD compares."""
+    """Split a text into the words that SQuAD compares."""
     without_punctuation = text.lower().translate(_PUNCTUATION)
     return _ARTICLES.sub(" ", without_punctuation).split()
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words of a-z and 0-9."""
+    """Compute the F-measure of the longest common subsequence of words."""
     answer_words = rouge_words(answer)
     reference_words = rouge_words(reference)
     common = common_subsequence(answer_words, reference_words)
@@ -60,28 +61,32 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def rouge_words(text: str) -> list[str]:
-    """The words that ROUGE compares; none of a text in another script."""
+    """Split a text into the words that ROUGE compares, which consist of a-z and 0-9.
+
+    A text in another script has no ROUGE words.
+    """
     return _NO_WORD.sub(" ", text.lower()).split()
 
 
 def common_subsequence(first: list[str], second: list[str]) -> int:
-    """The length of the longest common subsequence.
+    """Return the length of the longest common subsequence of two lists of words.
 
-    Bit-parallel (Hyyrö 2004): bit i of `row` is 0 where the length grows at word i of `first`; one
-    addition of whole numbers in place of a row of the table.
+    The algorithm is bit-parallel (Hyyrö 2004): one addition of integers computes an entire row of
+    the dynamic programming table. Bit i of `row` is 0 if the length grows at word i of `first`.
     """
-    # A bit for each place at which a word stands in the first text.
+    # Word -> bit mask of the word's positions in `first`.
     places: dict[str, int] = {}
     for i, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << i
     full = (1 << len(first)) - 1
     row = full
     for word in second:
-        # Places of this word at which the length does not grow yet.
+        # Positions of this word in `first` at which the length does not grow yet.
         matching = row & places.get(word, 0)
-        # Hyyrö's step: the addition carries a match past the places before it.
+        # Update step of the paper: in each block of ones, the sum clears the bit of the first
+        # match, and its carry sets the zero bit after the block.
         row = (row + matching | row - matching) & full
-    # A bit of 0 is a place at which the length grows.
+    # The number of zero bits in `row` is the length of the subsequence.
     return len(first) - row.bit_count()
 
 

@@ -1,15 +1,15 @@
-"""Tool calls in the text of an answer, in the form in which the template writes them.
+"""Parsing of tool calls in the text of an answer, in the format of the model's chat template.
 
-There is no list of models. A call with a probe's name and arguments is rendered by the template,
-and the first of four forms that reads it back is the template's:
+The format is not chosen by the model's name. Instead, the chat template renders a known probe call.
+The first of these four formats that can parse the rendered probe is the format of the template:
 
     JSON       <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>, a list, "parameters"
     named      [TOOL_CALLS]f[ARGS]{"a": 1}, to=functions.f<|message|>{"a": 1}, call:f{a:1}
     tagged     <function=f><parameter=a>1</parameter>, f<arg_key>a</arg_key><arg_value>1</arg_value>
     Python     [f(a=1)]
 
-What stands around name and arguments is read off that rendering, so that an answer counts only
-where a server that reads this form would see the call.
+The text around the name and the arguments is taken from the rendered probe. A call in an answer
+only counts if an inference server that parses this format would recognize the call.
 """
 
 import ast
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ToolCall(NamedTuple):
-    """A call that an answer holds; `arguments`: JSON values by name."""
+    """Tool call in an answer. `arguments` maps parameter names to JSON values."""
 
     name: str
     arguments: "dict[str, JsonValue]"
@@ -35,7 +35,8 @@ class ToolCall(NamedTuple):
 
 CallReader = Callable[[str], list[ToolCall]]
 
-# What is rendered. No word of it stands in a template.
+# Tool call that is rendered to find out the format. Its words do not occur in any template, so they
+# can be located in the rendered text.
 CALL_PROBE = ToolCall("zq_look_up", {"zq_town": "Bern zq", "zq_river": "Aare zq"})
 PROBE_TOOL: dict[str, object] = {
     "type": "function",
@@ -52,19 +53,22 @@ PROBE_TOOL: dict[str, object] = {
     },
 }
 
-# What opens a call: the last tag before it and the words behind that, or one that is still open.
+# The text directly before a call: a tag such as <tool_call> and the words that follow the tag. The
+# last tag may still be incomplete.
 _OPENING = re.compile(r"(?:<[^<>]*>|\[[A-Z_]+\])[^<>\[\]{}]*$|<[^<>]*$")
 _CALL_NAME = r"([^\s<>\"'{}()\[\]=:,]+)"
-# Gemma's notation: keys without quotes, and a token of its own around texts.
+# Gemma's notation of arguments: keys have no quotes, and strings are enclosed in the special token
+# <|"|> instead of quotes.
 _GEMMA_PARTS = re.compile(r'<\|"\|>(.*?)<\|"\|>|([A-Za-z_][\w.-]*)\s*:|\bNone\b', re.DOTALL)
 _JSON_CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def call_score(answer: list[ToolCall], reference: list[ToolCall]) -> float:
-    """Compute the share of the calls that is right, in their order.
+    """Compute the score of an answer's calls. Call n is compared with call n of the reference.
 
-    A call of another name counts 0, one of the right name the share of its arguments' fields that
-    are equal. A call too many counts as one that is wrong. Without any on both sides: 1.
+    A call with the right name scores the fraction of equal fields in its arguments, and a call with
+    another name scores 0. The result is the mean. Missing and additional calls count as 0. If
+    neither answer nor reference has a call, the score is 1.
     """
     count = max(len(answer), len(reference))
     if count == 0:
@@ -77,7 +81,10 @@ def call_score(answer: list[ToolCall], reference: list[ToolCall]) -> float:
 
 
 def learn_call_form(rendering: str) -> CallReader | None:
-    """The reader of calls written as CALL_PROBE is in `rendering`; None if no form fits."""
+    """Return a parser for tool calls in the format in which `rendering` contains CALL_PROBE.
+
+    Return None if no format matches.
+    """
     for learn in (_json_form, _named_form, _tagged_form, _python_form):
         read = learn(rendering)
         if read is not None and read(rendering) == [CALL_PROBE]:
@@ -86,29 +93,35 @@ def learn_call_form(rendering: str) -> CallReader | None:
 
 
 def _opening(text: str) -> str:
-    """Find the text that opens a call in the text of the probe before it."""
+    """Return the text that opens a call, such as a tag. `text` is the text before the call."""
     match = _OPENING.search(text.rstrip())
     return match[0].strip() if match else text.strip()
 
 
 def _flexible(literal: str) -> str:
-    """A pattern for a text, with any whitespace where it has some, and any number for a number."""
+    """Return a regular expression for `literal` that allows other numbers and other whitespace."""
     words = [re.sub(r"\d+", r"\\d+", re.escape(word)) for word in literal.split()]
     return r"\s*" + r"\s*".join(words) + r"\s*"
 
 
 def _decode(text: str, start: int) -> "tuple[JsonValue, int]":
-    """The JSON value at or after whitespace at `start`, and where it ends; ValueError for none."""
+    """Return the JSON value at `start`, and its end position. Leading whitespace is skipped.
+
+    Raise ValueError if there is no JSON value.
+    """
     while start < len(text) and text[start].isspace():
         start += 1
     try:
         return json.JSONDecoder().raw_decode(text, start)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON value is nested too deeply") from None
 
 
 def _read_json(opening: str, text: str) -> list[ToolCall]:
-    """Read one JSON value for a call, or a list of such; at the start where nothing opens it."""
+    """Parse calls that are JSON objects, or lists of them, after each occurrence of `opening`.
+
+    If `opening` is empty, parse the text from its start.
+    """
     starts = [0]
     if opening:
         starts = [match.end() for match in re.finditer(re.escape(opening), text)]
@@ -118,7 +131,7 @@ def _read_json(opening: str, text: str) -> list[ToolCall]:
         if start < end:
             continue
         end = start
-        # Several may follow each other behind one opening.
+        # Several JSON values can follow one opening, so parse until there is no further value.
         with suppress(ValueError):
             while True:
                 value, end = _decode(text, end)
@@ -127,18 +140,19 @@ def _read_json(opening: str, text: str) -> list[ToolCall]:
 
 
 def _calls_in(value: "JsonValue") -> Iterator[ToolCall]:
-    """The calls of a JSON value: an object with a name and arguments, or a list of them."""
+    """Yield the calls in a JSON value: an object with name and arguments, or a list of objects."""
     values = value if isinstance(value, list) else [value]
     for item in values:
         if not isinstance(item, dict):
             continue
-        # OpenAI's wrapping, or the function itself.
+        # In OpenAI's format, name and arguments are in an inner object `function`. In other formats
+        # they are in the object itself.
         inner = item.get("function")
         function = inner if isinstance(inner, dict) else item
-        # Templates name the parts of a call differently.
+        # Templates use different keys for the name and the arguments.
         name = function.get("name", function.get("tool_name"))
         arguments = function.get("arguments", function.get("parameters"))
-        # Arguments may be a text of JSON.
+        # Arguments can be JSON text instead of an object.
         if isinstance(arguments, str):
             with suppress(ValueError):
                 arguments = parse_strict(arguments)
@@ -156,7 +170,7 @@ def _json_form(rendering: str) -> CallReader | None:
 
 
 def _read_named(head: re.Pattern[str], text: str) -> list[ToolCall]:
-    """Read a name, then its arguments as one JSON object, or in Gemma's notation of one."""
+    """Parse calls that consist of a name, and of arguments in JSON or in Gemma's notation."""
     calls = []
     for match in head.finditer(text):
         with suppress(ValueError):
@@ -176,7 +190,8 @@ def _decode_arguments(text: str) -> "JsonValue":
 def _as_json(match: re.Match[str]) -> str:
     if match[2] is not None:
         return f"{json.dumps(match[2])}:"
-    # Its templates of some versions write None in a list.
+    # Group 1 is a string. If it is also missing, the match is the word `None`, which some versions
+    # of Gemma's template write in lists instead of `null`.
     return "null" if match[1] is None else json.dumps(match[1])
 
 
@@ -191,9 +206,9 @@ def _named_form(rendering: str) -> CallReader | None:
 
 
 def _read_tagged(head: re.Pattern[str], argument: re.Pattern[str], text: str) -> list[ToolCall]:
-    """Read a name, then each argument's name and value between tags.
+    """Parse calls whose name, argument names and values are enclosed in tags.
 
-    Values are JSON if they can be read as such, else texts.
+    Values that are valid JSON are parsed, other values are texts.
     """
     calls = []
     for match in head.finditer(text):
@@ -217,19 +232,21 @@ def _tagged_form(rendering: str) -> CallReader | None:
     words = [CALL_PROBE.name]
     for name, value in CALL_PROBE.arguments.items():
         words += [name, str(value)]
-    # The probe's name, keys and values in the order in which the template writes them.
+    # Find the texts between the probe's name, keys and values. `words` has them in the order in
+    # which the template writes them.
     gaps = re.fullmatch(f"(.*){'(.*?)'.join(map(re.escape, words))}(.*)", rendering, re.DOTALL)
     if gaps is None:
         return None
     prefix, to_key, to_value, to_next, *_ = gaps.groups()
-    # What stands before a key is the same before each: the end that two gaps share.
+    # The template writes the same text before each key. Therefore this text is the longest common
+    # suffix of the gap before the first key and the gap before the second key.
     shared = 0
     while shared < min(len(to_key), len(to_next)) and to_key[-shared - 1] == to_next[-shared - 1]:
         shared += 1
     key_opening = to_key[len(to_key) - shared :]
     value_end = to_next[: len(to_next) - shared].strip()
     opening = _opening(prefix)
-    # Without marks around them, names and values could not be separated.
+    # Without text around names and values, a parser could not find where they begin and end.
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
     name_end = _flexible(to_key[: len(to_key) - shared])
@@ -244,36 +261,39 @@ def _tagged_form(rendering: str) -> CallReader | None:
 
 
 def _read_python(opening: str, closing: str, text: str) -> list[ToolCall]:
-    """Read calls as Python writes them, in a list or one a line."""
+    """Parse calls in Python syntax, in a list or one per line."""
     if opening not in text:
         return []
     source = text.partition(opening)[2] if opening else text
     if closing:
-        # A call that is cut off may lack its closing.
+        # `closing` may be missing, because the answer may have been cut off.
         source = source.partition(closing)[0]
     try:
         statements = ast.parse(source.strip()).body
         return [call for statement in statements for call in _python_calls(statement)]
-    # An answer may hold anything: what is no Python holds no calls.
+    # An answer that is not valid Python has no calls.
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
 
 
 def _python_calls(statement: ast.stmt) -> Iterator[ToolCall]:
-    """Yield the calls of a line. Raise ValueError for anything else."""
+    """Yield the calls of a statement. Raise ValueError if it contains anything else."""
     value = statement.value if isinstance(statement, ast.Expr) else None
     for node in value.elts if isinstance(value, ast.List) else [value]:
         if not isinstance(node, ast.Call) or node.args:
-            raise ValueError("it is not a call with named arguments")
+            raise ValueError(
+                "a tool call must be a function call with only named arguments, such as f(x=1)"
+            )
         arguments = {}
         for keyword in node.keywords:
-            # Templates mix JSON's constants with Python's. An argument **x has no name.
+            # `_Constants` converts JSON's constants, such as true, because some templates write
+            # them instead of Python's. keyword.arg is None for an argument **x.
             arguments[keyword.arg or ""] = ast.literal_eval(_Constants().visit(keyword.value))
         yield ToolCall(ast.unparse(node.func), arguments)
 
 
 class _Constants(ast.NodeTransformer):
-    """JSON's true, false and null as Python's."""
+    """Transformer that replaces JSON's true, false and null by Python's constants."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if node.id in _JSON_CONSTANTS:

@@ -1,7 +1,7 @@
-"""A trained model written for others: merged, or in the formats of programs that serve it.
+"""The commands `export`, `merge` and `push`, for llama.cpp, Ollama, vLLM, Transformers and the Hub.
 
-Weights are read band by band from the base's files and the adapter's, changed and written; no more
-than a band of one matrix is in memory.
+Matrices are processed in bands of rows: a band is read from the files of base model and adapter,
+merged and written. Therefore only a few bands are in memory at a time.
 """
 
 COMMANDS = {

@@ -8,21 +8,21 @@ example:
   tunesmith export runs/my-run --to vllm --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
 
---to gguf and ollama stream base and adapter into one file, so memory does not
-grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
-tokenize the run's prompts identically, and the KL divergence from the tuned
-model is printed. Without it nothing is checked.
+--to gguf and --to ollama stream base and adapter into one file, so memory use
+does not grow with the model. If llama.cpp is installed (pip install xllamacpp),
+it must tokenize the run's prompts identically, and the KL divergence from the
+tuned model is printed. Without llama.cpp the file is not checked.
 
-With --adapter they write the LoRA alone. Of a run on a .gguf file it is for
-that very file: both are checked together, and the command that serves them is
-printed.
+With --adapter, --to gguf and --to ollama write only the LoRA. If the run
+trained on a .gguf file, the LoRA fits only this file: both are checked
+together, and the command that serves them is printed.
 
---to vllm writes a folder: the merged model in bf16. With --adapter it writes
-the LoRA, if vLLM supports it.
+--to vllm writes a folder with the merged model in bf16. With --adapter it
+writes only the LoRA, if vLLM supports it.
 
 --to transformers, the default, assembles a checkpoint that several ranks saved,
-one tensor in memory at a time. final/ and checkpoints of a single process are
-already in this format; use `merge` for an adapter.
+with one tensor in memory at a time. final/ and checkpoints of a single process
+are already in this format; use `merge` for an adapter.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import locate_run
 from tunesmith.tools.export.gguf.converter import find_converter
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
-from tunesmith.tools.export.output import gguf_place, new_folder_place
+from tunesmith.tools.export.output import check_gguf_output, check_new_folder
 
 LOADS_TORCH = "here"
 
@@ -55,25 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="a new file.gguf; otherwise a new or empty folder",
+        help="for gguf, a new file with the suffix .gguf; otherwise, a new or empty folder",
     )
     parser.add_argument(
         "--quant",
         type=str.lower,
         choices=tuple(GGUF_QUANT_TYPES),
-        help="of the weights (default: q4_k_m; for vllm, which takes bf16 alone, bf16)",
+        help="quantization of the weights (default: q4_k_m for gguf and ollama, bf16 for vllm, "
+        "which supports no other value)",
     )
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="only the LoRA, to be served beside the GGUF file of its base, or by vLLM",
+        help="export only the LoRA adapter, which is served together with its base model",
     )
     parser.add_argument(
         "--converter",
         metavar="PATH",
-        help="llama.cpp's own converter, for model types that tunesmith does not write itself, and "
-        "their adapters: a llama.cpp checkout, or the sdist of llama-cpp-python 0.3.36, which is "
-        "unpacked once (default: $LLAMA_CPP_DIR, then what was unpacked)",
+        help="path of llama.cpp's converter: a llama.cpp checkout, or the sdist of "
+        "llama-cpp-python 0.3.36; required for model types that tunesmith cannot convert itself "
+        "(default: $LLAMA_CPP_DIR, or the sdist of an earlier export)",
     )
     parser.add_argument(
         "--force",
@@ -81,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace an existing export when the new one is complete",
     )
     parser.add_argument(
-        "--threads", type=whole_number, metavar="N", help="that quantize (default: all cores)"
+        "--threads",
+        type=whole_number,
+        metavar="N",
+        help="number of threads for the quantization (default: all cores)",
     )
     parser.add_argument(
         "--no-check",
@@ -93,14 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_options(args)
-    # The import below takes seconds, so wrong paths are reported before it.
+    # Check the paths first, because the import of run_export takes seconds.
     location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     if args.to in ("gguf", "ollama"):
-        gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
+        check_gguf_output(args.output, location, is_folder=args.to == "ollama", force=args.force)
         if args.converter is not None:
             find_converter(args.converter)
     else:
-        new_folder_place(args.output, location)
+        check_new_folder(args.output, location)
     if args.to != "transformers":
         notify_weights(location)
     from tunesmith.tools.export.run_export import export_for_gguf, export_for_vllm, join_sharded
@@ -114,18 +118,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """UsageError for options of another target than --to."""
+    """Raise UsageError if an option does not apply to the output format of --to."""
     if args.to == "vllm" and args.quant not in (None, "bf16"):
         raise UsageError(
-            f"--quant {args.quant} is not one of --to vllm",
+            f"--to vllm does not support --quant {args.quant}",
             where="command line: --quant",
-            fix="--quant bf16",
+            fix="use --quant bf16",
         )
     if args.adapter:
-        check_not_given(args, ("quant",), "is for a whole model")
+        check_not_given(args, ("quant",), "cannot be used with --adapter, which is not quantized")
+    fix = "remove {option}, or use --to gguf"
     if args.to == "transformers":
-        options = ("quant", "adapter", "converter", "force", "threads", "no_check", "device")
-        check_not_given(args, options, "is for --to gguf, ollama or vllm")
-    elif args.to == "vllm":
+        options = ("quant", "adapter", "device")
+        check_not_given(args, options, "requires --to gguf, ollama or vllm", fix=fix)
+    if args.to in ("transformers", "vllm"):
         others = ("converter", "force", "threads", "no_check")
-        check_not_given(args, others, "is for --to gguf or ollama")
+        check_not_given(args, others, "requires --to gguf or ollama", fix=fix)

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, and check that outputs stay the same.
+"""Merge an adapter into its base model, and check that the outputs stay the same.
 
 example:
   tunesmith merge runs/my-run --output merged
@@ -18,7 +18,7 @@ from dataclasses import asdict
 from tunesmith.cli.options import add_json, add_run, notify_weights
 from tunesmith.host.streams import width_of
 from tunesmith.inference.load_run import locate_run
-from tunesmith.tools.export.output import merge_place
+from tunesmith.tools.export.output import check_merge_output
 
 LOADS_TORCH = "here"
 
@@ -29,20 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
-        help="dtype of the weights (default: the base's)",
+        help="dtype of the merged weights (default: the dtype of the base model)",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an existing merge once the check passes",
+        help="replace an existing merged model if the new one gives the same outputs as the "
+        "adapter",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    # Wrong paths are reported before torch is imported.
+    # Check the paths first, because the import of torch takes seconds.
     location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
-    merge_place(args.run, args.output, location, force=args.force)
+    check_merge_output(args.run, args.output, location, force=args.force)
     notify_weights(location)
     from tunesmith.tools.export.merge import merge
 

@@ -19,10 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="run directory, checkpoint, final/, adapter or model folder, exported file or folder",
+        help="what to upload: a run directory, a checkpoint, final/, an adapter or model folder, "
+        "or an exported file or folder",
     )
     parser.add_argument(
-        "--to", metavar="NAME", help="owner/name on the Hub (default: your account, the run's name)"
+        "--to",
+        metavar="NAME",
+        help="repository on the Hub as owner/name (default: the run's name, in your account)",
     )
     parser.add_argument(
         "--public",

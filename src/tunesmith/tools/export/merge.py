@@ -1,11 +1,12 @@
-"""Merge an adapter into its base, write a plain Transformers folder, and check that it answers
-alike.
+"""Merge of an adapter into its base model. A check compares the outputs before and after the merge.
 
-    add B A to each weight -> write beside OUTPUT -> Transformers finds every weight
-    -> logits of adapter, base and what was written -> check (merge_check.py) -> rename into place
+    add B A to each weight -> write to a hidden folder next to OUTPUT
+    -> check that Transformers finds every weight
+    -> compute the logits of adapter, base model and merged model -> check (merge_check.py)
+    -> rename the folder to OUTPUT
 
 A merge that fails the check is kept as `OUTPUT.rejected`. Weights are read, written and multiplied
-in bands: the memory that this takes does not grow with the model.
+in bands of rows, so memory use does not grow with the model.
 """
 
 import json
@@ -32,9 +33,9 @@ from tunesmith.inference.load_run import (
     RunLocation,
     check_dtype,
     locate_run,
+    raise_if_deleted,
     read_run_files,
     select_device,
-    undeleted,
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.dtypes import DTYPES
@@ -51,23 +52,24 @@ from tunesmith.tools.export.output import (
     MERGE_FILE,
     NOTICES,
     OTHER_DISK,
+    check_merge_output,
     file_sizes,
-    merge_place,
     move_into_place,
     part_folder,
 )
-from tunesmith.tools.export.record import card_of
+from tunesmith.tools.export.record import make_card
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 
-ROOM = 1.1  # of the weights: the rest of the folder
-# Some converters read the vocabulary from it; it says nothing of added tokens.
+# Required disk space as a multiple of the size of the weights. 10 % is for the other files.
+DISK_FACTOR = 1.1
+# Vocabulary file of SentencePiece, which some converters read. It does not contain added tokens.
 SENTENCEPIECE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
 class Merged(Tabular):
-    """A finished merge: the folder, its sources, a note about it, and the check."""
+    """Result of a merge: the written folder, base, adapter, a note, and the result of the check."""
 
     output: str
     base: str
@@ -78,7 +80,7 @@ class Merged(Tabular):
     merge_check: MergeCheck
 
     def table(self) -> ResultTable:
-        """Show what was written, how far its answers are from the adapter's, and the rules."""
+        """Return a table with the folder, its difference to the adapter, and the checked rules."""
         check = self.merge_check
         rows = [
             ("folder", self.output),
@@ -109,32 +111,33 @@ def merge(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
-    """Merge the adapter at `path` into its base, write it to `output`, and check that it answers
-    alike.
+    """Merge an adapter into its base model, write the merged model, and check its answers.
 
     >>> tunesmith.merge("runs/my-run", "merged")
 
     Args:
-        path: a run directory, or its `Result`; a checkpoint, final/, or an adapter's folder.
-        output: a folder that is new or empty; with `force` also one that an earlier merge wrote,
-            and nothing else is in: it is replaced at the very end.
-        dtype: of the written weights; None keeps the base's.
+        path: a run directory, or its `Result`; a checkpoint, final/, or an adapter folder.
+        output: a new or empty folder. With `force` it can also be an unchanged earlier merge, which
+            is replaced after the new merge has passed the check.
+        dtype: dtype of the written weights; None: the dtype of the base model.
+        force: replace an earlier merge.
+        device: device of the check, such as "cuda" or "cpu"; None: the default device.
         trust_remote_code: as for `load_run`.
 
     Raises:
         UsageError: there is no adapter, or the output cannot be used.
-        MachineError: no room on the disk.
-        CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
+        MachineError: the disk has too little free space.
+        CheckpointError: the merged model answers differently. It is kept as `<output>.rejected`.
     """
     check_dtype(dtype)
     path = os.fspath(path)
     location = locate_run(path, trust_remote_code=trust_remote_code)
-    goal = merge_place(path, output, location, force=force)
+    goal = check_merge_output(path, output, location, force=force)
     dtype = dtype or location.dtype
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        with part_folder(goal) as part, undeleted(location):
+        with part_folder(goal) as part, raise_if_deleted(location):
             check = _merge_and_check(location, part, dtype, device)
             measured = check.merged.mean_kl, check.merged.agreement
             add_files_to_card(part, weights_file(part, f"Transformers, {dtype}", *measured))
@@ -149,10 +152,13 @@ def merge(
     note = ""
     form = form_of_folder(fetch(location.base))
     if form is not None:
-        note = f"the base ships in {form.describe()}: what is written is dense in {dtype}, as "
-        note += "quantizing again would round the update"
+        note = f"the base is stored in {form.describe()}; the merged weights are in {dtype}, "
+        note += "because quantizing them again would round the update"
     if scheme_of(location.base) is NF4:
-        note = f"the base is in nf4: the adapter was merged into its dequantized {dtype} weights"
+        note = (
+            "the run trained on an nf4 base, so the adapter was merged into the base's "
+            f"dequantized {dtype} weights"
+        )
     return Merged(
         output=str(output),
         base=location.base.name,
@@ -167,16 +173,17 @@ def merge(
 def _merge_and_check(
     location: RunLocation, folder: Path, dtype: Dtype, device: str | None
 ) -> MergeCheck:
-    """Write the merged model to `folder` and compare its logits with the adapter's."""
-    place = torch.device(select_device(device))
+    """Write the merged model to `folder`, and compare its logits with those of the adapter."""
+    torch_device = torch.device(select_device(device))
     read = read_run_files(location)
     tuned = open_tuned_model(read)
     write_merged(tuned, folder, dtype)
     _check_readable(folder)
-    place_of_merged = locate_run(folder)
-    # With the parts that the run has built: a folder without a recipe does not say it.
-    model = replace(place_of_merged.base, vision=location.base.vision)
-    written = open_tuned_model(read_run_files(replace(place_of_merged, base=model)))
+    merged_location = locate_run(folder)
+    # Use the run's setting of `vision`: the merged folder has no recipe, so it does not record
+    # whether the vision encoder is loaded.
+    model = replace(merged_location.base, vision=location.base.vision)
+    written = open_tuned_model(read_run_files(replace(merged_location, base=model)))
     prompts, probes = merge_check.probe_prompts(read)
 
     def logits(
@@ -187,25 +194,27 @@ def _merge_and_check(
             prompts,
             values=values,
             dtype=DTYPES[dtype],
-            device=place,
+            device=torch_device,
             attention=attention,
         )
 
-    # The adapter computes in the type that it was trained in, or in fp32 beside an fp32 merge.
+    # Compute the adapter's logits in the dtype of training, or in fp32 if the merge is in fp32.
     trained_dtype = "fp32" if dtype == "fp32" else location.dtype
     adapted = logits(tuned, "adapter", trained_dtype)
     base = compare_logits(adapted, logits(tuned, "base", trained_dtype))
     written_logits = logits(written, "merged", dtype)
-    # The same formula as sdpa, its sums in another order.
+    # Measure the noise of the dtype as the difference between eager and sdpa attention. Both
+    # compute the same formula, but add in a different order.
     noise = compare_logits(written_logits, logits(written, "merged", dtype, "eager"))
     merged = compare_logits(adapted, written_logits)
     largest = largest_logit(adapted)
     exact = None
-    # In fp32 there is no rounding: what differs is a fault of the merge.
+    # Also compare in fp32. There, rounding cannot explain a large difference, so it would be an
+    # error of the merge.
     if dtype != "fp32":
         adapted = logits(tuned, "adapter", "fp32")
         difference = compare_logits(adapted, logits(tuned, "merged", "fp32"))
-        counts = merge_check.count_off(written, tuned, DTYPES[dtype])
+        counts = merge_check.count_misrounded(written, tuned, DTYPES[dtype])
         exact = ExactCheck(difference, largest_logit(adapted), *counts)
     return MergeCheck(
         dtype=dtype,
@@ -221,7 +230,7 @@ def _merge_and_check(
 
 
 def _check_readable(folder: Path) -> None:
-    """CheckpointError unless Transformers finds every weight in the files, and all of them."""
+    """Raise CheckpointError unless the files hold exactly the weights that Transformers expects."""
     auto_class = auto_class_of(AutoConfig.from_pretrained(folder))
     _, info = auto_class.from_pretrained(
         folder, dtype="auto", device_map="meta", output_loading_info=True
@@ -232,37 +241,45 @@ def _check_readable(folder: Path) -> None:
             wrong_keys[kind] = sorted(map(str, info[kind]))
     if wrong_keys:
         raise CheckpointError(
-            "Transformers loads weights that differ from those written",
+            "the merged weights do not match the weights that Transformers expects",
             where=str(folder),
-            why=str(wrong_keys),
+            why=f"Transformers reports {wrong_keys}",
+            fix="serve the adapter with its base model instead of a merged model",
         )
 
 
 def _publish(temporary: Path, goal: Path, check: MergeCheck) -> None:
-    """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
+    """Rename the written folder to `goal`, or to `<goal>.rejected` if the check failed.
+
+    Raise CheckpointError if the check failed.
+    """
     if not check.passed:
         rejected = Path(f"{goal}.rejected")
         move_into_place(temporary, rejected)
         raise CheckpointError(
-            "the merged model gives different outputs: "
-            f"logits up to {check.merged.max_logit:.3g} apart, "
-            f"mean KL {check.merged.mean_kl:.3g} nats "
-            f"(base against adapter: {check.base.mean_kl:.3g})",
+            "the outputs of the merged model differ from those of the base model with the adapter: "
+            f"the logits differ by up to {check.merged.max_logit:.3g}, and the mean KL divergence "
+            f"is {check.merged.mean_kl:.3g} nats (base model without the adapter: "
+            f"{check.base.mean_kl:.3g} nats)",
             where=str(rejected),
             why="; ".join(text for text, holds in check.rules if not holds),
-            fix="merge with --dtype fp32, or serve the adapter with its base",
+            fix="serve the adapter with its base model, or use --dtype fp32 if another dtype was "
+            "used",
         )
     move_into_place(temporary, goal)
 
 
 def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
-    """Write the merged model as Transformers files: weights in shards, tokenizer with its template,
-    settings, a card.
+    """Write the merged model as Transformers files.
+
+    The folder holds the weights in shards, the tokenizer with its chat template, the configuration
+    files and a model card.
     """
     model = tuned.model
     files = tuned.files
     tensors = {}
-    # `save_sharded` asks for rows of a tensor: the tensor itself identifies the weight.
+    # `save_sharded` calls `read` with a meta tensor. `read` finds the weight by the id of this
+    # tensor.
     weights = {}
     parameters = dict(model.named_parameters())
     for name, tensor in weights_of(model).items():
@@ -276,7 +293,7 @@ def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
             yield weight.rows(band.start, band.stop)
 
     stored = in_stored_form(model, tensors)
-    needed = round(written_bytes(stored.values()) * ROOM)
+    needed = round(written_bytes(stored.values()) * DISK_FACTOR)
     require_disk_space(folder, needed, what=f"the model in {dtype}", fix=OTHER_DISK)
     save_sharded(folder, stored, read=read)
     model.config.dtype = DTYPES[dtype]
@@ -285,11 +302,11 @@ def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     write_for_older_readers(folder)
     write_generation_config(tuned, folder)
     copy_notices(files.folder, folder)
-    # A `tokenizer.model` knows no added tokens.
+    # Copy `tokenizer.model` only if there are no added tokens, because it does not contain them.
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
-    card = card_of(tuned.location, merged=dtype)
+    card = make_card(tuned.location, merged=dtype)
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -307,7 +324,7 @@ def add_files_to_card(folder: Path, *files: CardFile) -> None:
 
 
 def copy_notices(base: Path, folder: Path) -> None:
-    """Copy the base's license, and what else has to go along with its weights."""
+    """Copy the license files of the base model, which must be distributed with its weights."""
     for file in sorted(base.iterdir()):
         if file.is_file() and file.name.upper().startswith(NOTICES):
             shutil.copyfile(file, folder / file.name)

@@ -1,13 +1,15 @@
-"""The check that a merged model answers like the adapter over its base: what is compared, and
-what is required.
+"""Comparison of the merged model's outputs with the outputs of the base model plus adapter.
 
-fp32    They differ by rounding only: the largest logit difference is at most 1e-4 for logits up to
-        10, in proportion above.
-bf16    Every merged weight is rounded once more, and 16-bit matmuls are noisy themselves. So three
-fp16    things are required. In fp32 arithmetic the merge answers like the adapter (the rule above).
-        The written weights are that merge, rounded once. In the written type the mean KL divergence
-        is small beside what the training changed, or beside the noise of the type: the merged model
-        against itself with another attention kernel.
+The rules depend on the dtype of the written weights:
+
+fp32    The outputs may differ only by rounding. The largest logit difference is at most 1e-4 for
+        logits up to 10, and proportionally more for larger logits.
+bf16    Every merged weight is rounded to 16 bits, and 16-bit matmuls add noise. Three rules apply:
+fp16    1. In fp32 arithmetic the merge passes the fp32 rule.
+        2. The written weights are the fp32 merge, rounded once.
+        3. In the written dtype the mean KL divergence is small compared with the effect of the
+           training, or with the noise of the dtype. The noise is the difference between two
+           attention implementations on the merged model.
 """
 
 from collections.abc import Sequence
@@ -24,11 +26,14 @@ from tunesmith.tools.export.tuned_weights import TunedModel
 from tunesmith.units import count_of
 
 FP32_LIMIT = 1e-4
-KL_SHARE = 0.1  # of what the training changed
-KL_NOISE = 4.0  # times the noise of the type
-MERGE_KL_FLOOR_NATS = 1e-4  # a token; nobody can tell such models apart
+# The KL between adapter and merged model must be at most KL_SHARE times the KL between base and
+# adapter, or KL_NOISE times the noise of the dtype, or the floor, which is not noticeable.
+KL_SHARE = 0.1
+KL_NOISE = 4.0
+MERGE_KL_FLOOR_NATS = 1e-4
 PROBES = 6
-PROMPT_TOKENS = 48  # of each prompt: the logits of a vocabulary of 128k take 150 MB then
+# Maximum tokens per prompt. With a vocabulary of 128k, the logits of all prompts take 150 MB.
+PROMPT_TOKENS = 48
 SENTENCES = (
     "The lighthouse keeper wrote down the weather every morning before breakfast.",
     "To bake bread you need flour, water, salt, yeast and some patience.",
@@ -41,14 +46,13 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """The distance of two sets of logits over the same positions.
+    """Difference between the logits of two models at the same positions.
 
     Attributes:
-        max_logit: largest absolute difference of any logit.
-        mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over
-            positions.
-        agreement: share of positions where both have the same most likely token.
-        median_kl: the same divergence, median over positions.
+        max_logit: largest absolute difference of a logit.
+        mean_kl: KL divergence KL(reference || other) in nats, mean over positions.
+        agreement: fraction of positions at which both models have the same most likely token.
+        median_kl: KL divergence in nats, median over positions.
     """
 
     max_logit: float
@@ -59,12 +63,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExactCheck:
-    """The merge in fp32, and the written weights compared with it.
+    """Differences between the model with its adapter and the merged model, computed in fp32.
 
     Attributes:
-        difference: adapter against merge, both in fp32 arithmetic.
-        largest: largest absolute logit there.
-        off: values further from the fp32 merge than one rounding explains.
+        difference: difference between the logits of adapter and merge, both computed in fp32.
+        largest: largest absolute logit of the adapter in fp32.
+        tensors: number of written tensors.
+        values: number of written values.
+        off: number of values that differ from the fp32 merge by more than one rounding.
     """
 
     difference: Difference
@@ -76,18 +82,21 @@ class ExactCheck:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """The comparisons of a merged model, and the result.
+    """Result of the check of a merge: the comparisons, and the rules that the merge must pass.
 
     Attributes:
-        dtype: of the written weights, and of the matmuls of the next three.
-        merged: the written folder, loaded by Transformers, against the adapter over its base.
-        base: the base against the adapter over it: the size of what the training changed.
-        noise: the merged model with another attention kernel against itself.
-        largest: largest absolute logit, the scale of `max_logit`.
-        positions: token positions compared.
-        probes: where the prompts came from.
-        exact: None for fp32 itself.
-        rules: each requirement in words, and whether it holds.
+        dtype: dtype of the written weights. The logits of the written model are also computed in
+            this dtype. Those of adapter and base are computed in the dtype of training, or in fp32
+            if `dtype` is fp32.
+        merged: difference between the adapter and the written model.
+        base: difference between the adapter and the base model, which is the effect of the
+            training.
+        noise: difference between two attention implementations on the written model.
+        largest: largest absolute logit of the adapter, with which `max_logit` is compared.
+        positions: number of compared token positions.
+        probes: the source of the prompts.
+        exact: the comparison in fp32; None if the written weights are in fp32.
+        rules: the text of each rule, and whether the merge passes the rule.
     """
 
     dtype: str
@@ -106,27 +115,33 @@ class MergeCheck:
 
 
 def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU; CheckpointError
-    if not finite."""
+    """Compare the logits of two models.
+
+    Both lists have one tensor per prompt: fp32 [tokens, vocabulary], on the CPU.
+
+    Raise CheckpointError if a logit is not finite.
+    """
     largest = 0.0
     agreeing = 0
     divergences = []
     for p, q in zip(reference, other, strict=True):
-        for logits, whose in ((p, "the tuned model"), (q, "the model compared with it")):
+        for logits, model_name in ((p, "the tuned model"), (q, "the base or exported model")):
             if torch.isfinite(logits).all():
                 continue
             raise CheckpointError(
-                "the logits are not finite",
-                where=f"{whose}, on the prompts of the check",
+                f"{model_name} computes logits that are infinite or NaN",
+                where="prompts that tunesmith uses to compare the models",
                 why="the adapter diverged, or the weights are too large for fp16",
-                fix="use --dtype bf16 or fp32, or an earlier checkpoint",
+                fix="use an earlier checkpoint, or use `tunesmith merge` with --dtype bf16 or fp32 "
+                "if the weights are in fp16",
             )
         log_p = p.double().log_softmax(-1)
         log_q = q.double().log_softmax(-1)
         largest = max(largest, (p - q).abs().max().item())
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
         agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-    # Rounding may leave the divergence of equal models a little below 0.
+    # Replace negative values by 0: rounding can make the KL divergence of equal models slightly
+    # negative.
     kl = torch.cat(divergences).clamp_min(0.0)
     return Difference(largest, kl.mean().item(), agreeing / len(kl), kl.median().item())
 
@@ -139,26 +154,34 @@ def merge_rules(
     largest: float,
     exact: ExactCheck | None,
 ) -> tuple[tuple[str, bool], ...]:
-    """List what is required of a merge, and whether it holds; see the module's docstring."""
+    """Return the text of each rule for a merge, and whether the merge passes the rule.
+
+    The module's docstring describes the rules.
+    """
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
-    # Whichever is the largest: what training changed, what the type rounds, and a floor.
+    # The limit is the largest of three values: a fraction of the effect of the training, a multiple
+    # of the noise of the dtype, and a constant.
     limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, MERGE_KL_FLOOR_NATS)
-    parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}"
-    text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g}"
-    rules = [(f"{text} (the largest of {parts}, {MERGE_KL_FLOOR_NATS:g})", merged.mean_kl <= limit)]
+    text = (
+        f"in {dtype}, the mean KL divergence from the adapter is {merged.mean_kl:.2g} nats, and "
+        f"the limit is {limit:.2g} nats: the largest of {KL_SHARE:.0%} of the divergence between "
+        f"base and adapter, {KL_NOISE:g} times the rounding noise of {dtype}, and "
+        f"{MERGE_KL_FLOOR_NATS:g} nats"
+    )
+    rules = [(text, merged.mean_kl <= limit)]
     if exact is not None:
-        rules.append(_fp32_rule("in fp32: ", exact.difference, exact.largest))
-        count = f"{exact.values:,} in {exact.tensors} tensors"
-        text = f"written weights: {count} are the fp32 merge rounded once, except {exact.off}"
+        rules.append(_fp32_rule("in fp32, ", exact.difference, exact.largest))
+        count = f"{exact.values:,} checked weights ({count_of(exact.tensors, 'tensor')})"
+        text = f"of {count}, {exact.off} differ from the fp32 merge rounded to {dtype}"
         rules.append((text, exact.off == 0))
     return tuple(rules)
 
 
 def _fp32_rule(prefix: str, difference: Difference, largest: float) -> tuple[str, bool]:
     limit = FP32_LIMIT * max(1.0, largest / 10)
-    text = f"{prefix}largest logit difference {difference.max_logit:.1e}, at most {limit:.1e}"
-    return f"{text} (logits reach {largest:.0f})", difference.max_logit <= limit
+    text = f"{prefix}the logits differ by up to {difference.max_logit:.1e}, and the limit is"
+    return f"{text} {limit:.1e} for logits up to {largest:.0f}", difference.max_logit <= limit
 
 
 def largest_logit(logits: Sequence[torch.Tensor]) -> float:
@@ -168,8 +191,11 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
 def probe_prompts(
     read: OpenedRun, *, rows: int = PROBES, tokens: int = PROMPT_TOKENS
 ) -> tuple[list[list[int]], str]:
-    """A few prompts as token ids, and where they come from: the run's held-out or training rows,
-    else SENTENCES."""
+    """Return a few prompts as token ids, and a description of their source.
+
+    The prompts are validation rows of the run. If there are none, they are training rows. If the
+    data is missing, they are SENTENCES.
+    """
     run = read.location.run
     sources: list[tuple[str, Source]] = []
     if run is not None:
@@ -185,7 +211,7 @@ def probe_prompts(
                 sample = convert_sample(source_rows[number], source, where=where, system=system)
                 example = read.template.encode(sample, read.recipe.data.train_on, where=where)
                 prompts.append(example.ids[:tokens].tolist())
-        # The data need not be on the machine that merges.
+        # The data may be missing on this machine. Try the next source.
         except TunesmithError:
             continue
         return prompts, count_of(len(prompts), f"{name} row")
@@ -193,9 +219,13 @@ def probe_prompts(
     return prompts, f"{len(prompts)} built-in sentences"
 
 
-def count_off(written: TunedModel, tuned: TunedModel, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Compare what was written in 16 bits with the merge in fp32: (tensors, values, values off by
-    more than half a last bit)."""
+def count_misrounded(
+    written: TunedModel, tuned: TunedModel, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """Compare the written 16-bit weights with the merge in fp32.
+
+    Return the number of tensors, of values, and of values that differ by more than one rounding.
+    """
     info = torch.finfo(dtype)
     values = 0
     off = 0
@@ -203,7 +233,9 @@ def count_off(written: TunedModel, tuned: TunedModel, dtype: torch.dtype) -> tup
         for band in weight.bands():
             exact = weight.rows(band.start, band.stop)
             rounded = written.weights[name].rows(band.start, band.stop)
-            # 1.01: two machines may sum B A in another order before the rounding.
+            # The bound is the maximum rounding error of a normal number plus the distance between
+            # two subnormal numbers. The factor 1.01 allows for sums in B A that were added in
+            # another order on another machine.
             bound = exact.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
             off += int(((rounded - exact).abs() > bound).sum())
             values += exact.numel()

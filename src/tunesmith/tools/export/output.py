@@ -1,10 +1,11 @@
-"""The place of an export: a hidden folder beside its final place, until it is complete.
+"""Output paths of exports. An export is written to a hidden folder and renamed when it is complete.
 
-    gguf_place, merge_place or new_folder_place -> part_folder: `.NAME.PID.part`
-    -> checks of what was written -> move_into_place
+    check_gguf_output, check_merge_output or check_new_folder: check the output path
+    -> part_folder: write to `.NAME.PID.part`, next to the output path
+    -> check the written files -> move_into_place: rename
 
-A killed export leaves such a folder, and nothing under the final name; the next one to that place
-removes it. Commands look for the place before torch is imported.
+A killed export leaves only the hidden folder. The next export to the same path deletes the folder.
+Commands check the output path before they import torch.
 """
 
 import json
@@ -17,54 +18,63 @@ from pathlib import Path
 import psutil
 
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
-from tunesmith.host.files import existing_folder, from_here
+from tunesmith.host.files import existing_folder, relative_to_cwd
 from tunesmith.host.shell import shell_path
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
 
-# The check, and the size of each file: the mark of a folder that a merge wrote.
+# File with the result of the check and the size of each written file. Only `merge` writes this
+# file, so it identifies a merged model.
 MERGE_FILE = "merge.json"
+# Prefixes that identify files with license terms. File names are converted to upper case first.
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 OTHER_DISK = "free disk space (df -h), or use another disk with --output"
 
 
 def record_path(file: Path) -> Path:
-    """Name the path of the record of a GGUF file."""
+    """Return the path of the export record of a GGUF file: `FILE.gguf.json`."""
     return file.with_name(file.name + ".json")
 
 
-def output_place(output: str | Path, location: RunLocation) -> Path:
-    """The absolute path of an output; its folder need not exist yet.
+def check_output_path(output: str | Path, location: RunLocation) -> Path:
+    """Return the absolute path of --output. Its parent folder need not exist yet.
 
-    UsageError where the path names nothing, or where the run, its base or the user is in it;
-    MachineError where its folder cannot be written.
+    Raises:
+        UsageError: the path is empty, or it contains the run, its base model or the current folder.
+        MachineError: the parent folder is not writable.
     """
     _check_not_recipe(location)
     if not str(output):
-        raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
+        raise UsageError(
+            "--output is empty", where="--output", fix="give the path of a new file or folder"
+        )
     goal = Path(os.path.abspath(output))
-    # A kill came between the two renames of `move_into_place`.
+    # If an export was killed between the two renames of `move_into_place`, restore the old folder.
     if not goal.exists() and _old(goal).exists():
         _old(goal).rename(goal)
     for source in (location.folder, Path(location.base.name)):
         if source is None or not source.exists():
             continue
         source_path = Path(os.path.realpath(source))
-        place = Path(os.path.realpath(goal))
-        if place == source_path or place in source_path.parents:
+        real_goal = Path(os.path.realpath(goal))
+        if real_goal == source_path or real_goal in source_path.parents:
             raise UsageError(
-                f"{goal} contains the adapter or its base",
+                f"{goal} contains the adapter or its base model",
                 where="--output",
                 fix="use another folder",
             )
     if goal == Path.cwd() or goal in Path.cwd().parents:
         raise UsageError(
-            f"{goal} is the current folder", where="--output", fix="name a folder in it"
+            f"{goal} is or contains the current folder",
+            where="--output",
+            fix="use another path, for example inside the current folder",
         )
     for parent in goal.parents:
         if parent.exists() and not parent.is_dir():
-            raise UsageError(f"{parent} is a file", where="--output", fix="name another folder")
+            raise UsageError(
+                f"{parent} is a file, not a folder", where="--output", fix="use another path"
+            )
     parent = existing_folder(goal.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(parent)
@@ -73,80 +83,101 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
 
 def _unwritable(folder: Path, why: str = "") -> MachineError:
     return MachineError(
-        f"{folder} cannot be written", where="--output", why=why, fix="use a writable folder"
+        f"the folder {folder} is not writable",
+        where="--output",
+        why=why,
+        fix="use a writable folder",
     )
 
 
 def _check_not_recipe(location: RunLocation) -> None:
-    """UsageError for the base of a recipe whose run is there: who names it means the run."""
+    """Raise UsageError if the path is a recipe and the recipe's run exists.
+
+    An export of a recipe would export the untrained base model, but the user probably means the
+    run.
+    """
     recipe = location.run
     if location.holds == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
         raise UsageError(
-            "this is a recipe, which stands for its base, not for the run that it made",
+            "the given recipe names only the untrained base model, not the trained model",
             where=location.base.name,
-            fix=f"use the run: {shell_path(from_here(recipe.output_dir))}",
+            fix=f"give the run directory instead: {shell_path(relative_to_cwd(recipe.output_dir))}",
         )
 
 
-def new_folder_place(output: str | Path, location: RunLocation) -> Path:
-    """`output_place` of a folder; UsageError unless nothing is there, or an empty folder."""
-    goal = output_place(output, location)
+def check_new_folder(output: str | Path, location: RunLocation) -> Path:
+    """Return the absolute path of a folder to write.
+
+    Raise UsageError if the path exists and is not an empty folder.
+    """
+    goal = check_output_path(output, location)
     if goal.is_symlink() or (goal.exists() and (not goal.is_dir() or any(goal.iterdir()))):
-        raise UsageError("--output is not an empty folder", where=str(goal), fix="name a new one")
+        raise UsageError("--output is not an empty folder", where=str(goal), fix="use a new folder")
     return goal
 
 
-def merge_place(
+def check_merge_output(
     path: str | Path, output: str | Path, location: RunLocation, *, force: bool
 ) -> Path:
-    """`output_place` of a merge of the run at `path`.
+    """Return the absolute path of the folder for the merge of the run at `path`.
 
-    UsageError where the run has no adapter, or where the merge would overwrite something else.
+    Raise UsageError if the run has no adapter, or if the folder exists and must not be replaced.
     """
     _check_not_recipe(location)
     if location.holds != "adapter":
         where = str(location.folder or path)
-        why = location.note or "it is a base model"
+        why = location.note or f"{path} is a base model"
         if location.holds == "full":
-            why = "it is a full fine-tune, already a complete model"
-        fix = f"use {where}, or copy it"
+            why = "the run is a full fine-tune, which is already a complete model"
+        fix = f"use {where} directly, without a merge"
         raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
-    # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
-    goal = output_place(os.path.realpath(output) if str(output) else output, location)
+    # Follow a symbolic link to its folder. Path.resolve is not used: it raises if links form a
+    # loop.
+    goal = check_output_path(os.path.realpath(output) if str(output) else output, location)
 
     for folder in (goal, Path(f"{goal}.rejected")):
-        # A rejected merge is replaced in any case.
+        # A rejected merge is replaced even without --force.
         fault = _fault_of_merge(folder)
         needs_force = folder == goal and (folder / MERGE_FILE).exists()
-        _check_replaced(folder, fault, has_leave=force or not needs_force)
+        _check_replaced(folder, fault, may_replace=force or not needs_force)
     return goal
 
 
-def _check_replaced(place: Path, fault: str | None, *, has_leave: bool) -> None:
-    """UsageError for the `fault` of a place that is to be replaced, and where there is no leave."""
+def _check_replaced(path: Path, fault: str | None, *, may_replace: bool) -> None:
+    """Raise UsageError if an existing output must not be replaced.
+
+    Args:
+        fault: the reason why an export cannot have written the existing output, such as "is a
+            file"; None if an export has written all its files.
+        may_replace: whether the output may be replaced, which the user allows with --force.
+    """
     if fault:
         raise UsageError(
-            f"{place} {fault}",
+            f"{path} {fault}",
             where="--output",
-            why="--force only replaces what an export wrote and nobody changed since",
-            fix="name a new one",
+            why="--force replaces an output only if an export wrote it and no file has changed",
+            fix="use another path with --output",
         )
-    if not has_leave:
+    if not may_replace:
         raise UsageError(
-            f"{place} already exists",
+            f"{path} already exists",
             where="--output",
-            fix="use a new name, or --force to replace it",
+            fix="use another path, or add --force to replace the existing output",
         )
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder, by its relative path."""
+    """Return the size in bytes of every file in a folder, by relative path."""
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     return {str(file.relative_to(folder)): file.lstat().st_size for file in files}
 
 
 def _fault_of_merge(folder: Path) -> str | None:
-    """Say what is in a folder that no merge wrote, or that has another size by now."""
+    """Return why a path is not an unchanged merged model: "is a file" or "contains NAME".
+
+    NAME is a file that `merge` did not write, or whose size has changed. Return None if the path
+    does not exist, is empty, or is an unchanged merged model.
+    """
     if folder.exists() and not folder.is_dir():
         return "is a file"
     try:
@@ -160,19 +191,23 @@ def _fault_of_merge(folder: Path) -> str | None:
     return None
 
 
-def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, force: bool) -> Path:
-    """`output_place` of a GGUF file, or of a folder with one for Ollama.
+def check_gguf_output(
+    output: str | Path, location: RunLocation, *, is_folder: bool, force: bool
+) -> Path:
+    """Return the absolute path of a GGUF file, or of a folder for Ollama if `is_folder` is true.
 
-    UsageError where it would overwrite something that no export wrote.
+    Raise UsageError if the path exists and must not be replaced, or is no valid name.
     """
-    goal = output_place(output, location)
+    goal = check_output_path(output, location)
     if not is_folder and goal.suffix != ".gguf":
-        fix = f"--output {shell_path(f'{goal}.gguf')}"
-        raise UsageError(f"{goal} is not a GGUF file name", where="--output", fix=fix)
+        fix = f"use --output {shell_path(f'{goal}.gguf')}"
+        raise UsageError(f"the name {goal} does not end with .gguf", where="--output", fix=fix)
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
-        # A link would be replaced, and its target stay.
-        kind = "a folder" if goal.is_dir() else "a file or link"
-        raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
+        # Refuse a symbolic link, because the final rename would replace the link instead of its
+        # target.
+        kind = "a folder" if goal.is_dir() else "a file or symbolic link"
+        fix = "use the name of a new folder" if is_folder else "use the name of a new file"
+        raise UsageError(f"{goal} is {kind}", where="--output", fix=fix)
     if not goal.exists() or (is_folder and not any(goal.iterdir())):
         return goal
     if is_folder:
@@ -181,12 +216,15 @@ def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, fo
     else:
         with goal.open("rb") as stream:
             fault = None if stream.read(4) == b"GGUF" else "is not a GGUF file"
-    _check_replaced(goal, fault, has_leave=force)
+    _check_replaced(goal, fault, may_replace=force)
     return goal
 
 
 def _unexported_file(folder: Path) -> str | None:
-    """A file in a folder that no export for Ollama wrote; None if there is none."""
+    """Return the name of a file that an export for Ollama does not write, or None.
+
+    If the folder has no Modelfile, it is not an export: return the name of its first file.
+    """
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
         gguf = folder / name.removesuffix(".json")
@@ -198,9 +236,10 @@ def _unexported_file(folder: Path) -> str | None:
 
 @contextmanager
 def part_folder(goal: Path) -> Iterator[Path]:
-    """A new folder beside `goal` to write in. At the end it is removed, unless it got a name.
+    """Create a hidden folder next to `goal` for the files of an export.
 
-    CheckpointError where the disk is full.
+    On exit the folder is deleted, unless `move_into_place` has renamed it. Raise CheckpointError if
+    the disk is full.
     """
     _remove_killed(goal)
     new_parents = [folder for folder in goal.parents if not folder.exists()]
@@ -212,26 +251,27 @@ def part_folder(goal: Path) -> Iterator[Path]:
     try:
         yield part
     except Exception as error:
-        # safetensors has errors of its own for a full disk.
+        # Catch Exception instead of OSError, because safetensors raises its own type of error if
+        # the disk is full.
         fault = disk_fault(error)
         if not fault:
             raise
         raise CheckpointError(
             fault,
             where=f"--output {goal}",
-            why="nothing was written in place",
+            why="the export could not be completed, and the output path is unchanged",
             fix=OTHER_DISK,
             cause="disk",
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         for folder in new_parents:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # rmdir fails if the folder is not empty
                 folder.rmdir()
 
 
 def move_into_place(written: Path, goal: Path) -> None:
-    """Give what is complete its name; what stands there is deleted once it has it."""
+    """Rename a complete export to `goal`. An existing folder at `goal` is deleted afterwards."""
     old = _old(goal)
     if goal.is_dir():
         shutil.rmtree(old, ignore_errors=True)
@@ -241,16 +281,17 @@ def move_into_place(written: Path, goal: Path) -> None:
 
 
 def _old(goal: Path) -> Path:
-    """Name the path of an earlier folder while the new one takes its name."""
+    """Return the path to which the old folder is renamed while a new export replaces it."""
     return goal.with_name(f".{goal.name}.old")
 
 
 def _remove_killed(goal: Path) -> None:
-    """Delete what exports to this place have left that were killed: as much as a model each."""
+    """Delete the hidden folders of killed exports to this path, because each can hold a model."""
     prefix = f".{goal.name}."
     for folder in goal.parent.glob(".*.part"):
         number = folder.name.removeprefix(prefix).removesuffix(".part")
         is_part = folder.name == f"{prefix}{number}.part" and number.isdigit()
-        # In a container numbers come again: this process has written nothing yet.
+        # In a container, process ids are soon reused. This process has not written anything yet, so
+        # a folder with its process id is from a killed export too.
         if is_part and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Upload files to a model repository, with the Hub's own client. A token is never shown."""
+"""Upload of model files to the Hugging Face Hub with huggingface_hub. Tokens are never printed."""
 
 import logging
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from tunesmith.checkpoint.model_card import is_hub_id
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page
-from tunesmith.inference.load_run import locate_run, undeleted
-from tunesmith.tools.export.record import card_of, gguf_to_push
+from tunesmith.inference.load_run import locate_run, raise_if_deleted
+from tunesmith.tools.export.record import gguf_to_push, make_card
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -25,114 +25,131 @@ log = logging.getLogger(__name__)
 def push_files(
     files: Mapping[str, Path | bytes], to: str, *, public: bool, revision: str | None, message: str
 ) -> str:
-    """Commit files to a repository, new if there is none; return the address of its page.
+    """Commit files to a repository on the Hub, and return the URL of its page.
+
+    The repository is created if it does not exist.
 
     Args:
-        files: path in the repository -> the file or its contents. What is there unchanged is not
-            sent again.
-        to: `owner/name`, or a name of the token's own account.
-        public: whether a new repository is public; an existing public one is refused
-            without it.
-        revision: the branch, new if there is none; None: main.
+        files: path in the repository -> local file or contents. Files that are already in the
+            repository with the same contents are not uploaded again.
+        to: `owner/name`, or only a name for a repository of the token's account.
+        public: whether a new repository is public. If False, an existing public repository is
+            refused.
+        revision: the branch, which is created if it does not exist; None: main.
+        message: the commit message.
 
-    UsageError where that is not possible: the files there are then as they were before.
+    Raise UsageError if the upload fails. The files in the repository are then unchanged.
     """
     if get_token() is None:
-        raise UsageError("no Hub token found", where="HF_TOKEN", fix=LOGIN)
+        raise UsageError("no token for the Hub was found", where="HF_TOKEN", fix=LOGIN)
     hf_logging.set_verbosity_error()
     api = HfApi()
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
-        # A name without an owner is the user's own.
+        # If `to` has no owner, the repository belongs to the account of the token.
         repo = to if "/" in to else f"{api.whoami()['name']}/{to}"
         api.create_repo(repo, private=not public, exist_ok=True)
-        # A repository that is there already keeps its visibility.
+        # `create_repo` does not change the visibility of an existing repository, so query it.
         private = api.repo_info(repo).private
         if not private and not public:
             raise UsageError(
-                f"{repo} is public, but pushes are private by default",
+                f"the repository {repo} is public",
                 where=repo_page(repo),
+                why="without --public, `tunesmith push` uploads only to private repositories",
                 fix="add --public, or choose another repository: --to NAME",
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         size = size_text(sum(addition.upload_info.size for addition in additions))
         visibility = "private" if private else "public"
-        log.info(f"pushing {count_of(len(files), 'file')} ({size}) to {repo}, {visibility}")
+        count = count_of(len(files), "file")
+        log.info(f"pushing {count} ({size}) to the {visibility} repository {repo}")
         commit = api.create_commit(repo, additions, commit_message=message, revision=revision)
     except (TRANSPORT, HFValidationError, OSError) as error:
         raise _push_error(error, to) from error
-    # The newest there is where nothing has changed.
+    # If no file has changed, `commit` is the newest existing commit.
     log.info(f"commit {commit.oid[:12]}")
     return repo_page(repo) + (f"/tree/{revision}" if revision else "")
 
 
 def _push_error(error: Exception, to: str) -> UsageError:
-    """Return an error that says what the Hub or the network refused, and what to do."""
+    """Build the error for a failed upload. The message has the reason and a fix."""
     status = http_status(error)
-    changed_meanwhile = (f"{to} was changed by someone else in the meantime", "start again")
+    concurrent_change = (
+        f"someone else changed {to} during the push",
+        "run the command again",
+    )
     answers = {
         0: ("the Hub cannot be reached", "check the network (HTTPS_PROXY, HF_ENDPOINT)"),
         401: ("the Hub rejected the token", LOGIN),
         403: (
             f"the token may not write to {to}",
-            f"create one with write access: {constants.ENDPOINT}/settings/tokens",
+            f"create a token with write access: {constants.ENDPOINT}/settings/tokens",
         ),
-        409: changed_meanwhile,
-        412: changed_meanwhile,
-        429: ("too many requests to the Hub", "start again in a few minutes"),
+        409: concurrent_change,
+        412: concurrent_change,
+        429: ("too many requests to the Hub", "run the command again in a few minutes"),
     }
     what, fix = answers.get(
-        status, (f"the Hub answers {status}", "fix the reported problem, or start again later")
+        status,
+        (
+            f"the Hub answered with status {status}",
+            "fix the reported problem, or run the command again later",
+        ),
     )
     if isinstance(error, OfflineModeIsEnabled):
-        what, fix = "HF_HUB_OFFLINE forbids uploads", "HF_HUB_OFFLINE=0 tunesmith push ..."
+        what, fix = "HF_HUB_OFFLINE forbids uploads", "run HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):
         what = f"{to!r} is not a valid repository name"
-        fix = "--to owner/name, of letters, digits, -, _ and ."
+        fix = "use --to owner/name with only letters, digits, -, _ and ."
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)
 
 
 def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str:
-    """Upload a run, a model's folder or an exported file -> the address of its page."""
+    """Upload a run, a model folder or an exported file. Return the URL of the repository page.
+
+    Raise UsageError if there is nothing to upload, or if the upload fails.
+    """
     path = Path(run)
     send = partial(push_files, public=public, revision=revision)
     exported = gguf_to_push(path)
     if exported is not None:
         name = path.resolve().name.removesuffix(".gguf")
         return send(exported, to or name, message=f"Push {name}")
-    # No code of the model runs: its files are uploaded as they are.
+    # trust_remote_code is safe here: `push` uploads the model's files without running their code.
     location = locate_run(run, trust_remote_code=True)
     folder = location.folder
     if folder is None:
         fix = "use a run directory, or a folder with model files"
         raise UsageError(f"{run} has no files to push", where=run, fix=fix)
-    # Others load an adapter by the name of its base, which must then be one that they can fetch.
+    # To use an adapter, other users must download its base model, so the base model must be on the
+    # Hub.
     if location.holds == "adapter" and not is_hub_id(location.base.name):
-        what = "the adapter's base is a local folder"
-        why = f"its files name {location.base.name}"
-        merge = f"tunesmith merge {shell_path(run)} --output DIR, then tunesmith push DIR"
-        fix = f"{merge}; or train with the base's Hub id"
+        what = "the adapter's base model is a local folder, not a model on the Hub"
+        why = f"other users could not download the base model {location.base.name}"
+        merge = f"run `tunesmith merge {shell_path(run)} --output DIR`, then `tunesmith push DIR`"
+        fix = f"{merge}, or train with the Hub id of the base model as model.name"
         raise UsageError(what, where=str(folder), why=why, fix=fix)
     if location.run:
-        # A checkpoint or final/ is named after its run.
+        # Use the name of the run directory, because the folder itself is called final or
+        # checkpoint-N.
         name = folder.parent.resolve().name
         message = f"Push {name}/{folder.name}"
     else:
         name = folder.resolve().name
         message = f"Push {name}"
-    with undeleted(location):
-        # A damaged file would spread: sums are compared before the first byte goes.
+    with raise_if_deleted(location):
+        # Compare the checksums before the upload, so that no damaged file is published.
         check_sums(folder)
         files: dict[str, Path | bytes] = {}
         for path in sorted(folder.rglob("*")):
             file = path.relative_to(folder).as_posix()
-            # Hidden files are the system's or an editor's; state/ holds the optimizer, which only a
-            # resumed run reads.
+            # Skip hidden files, which the system or an editor creates. Also skip state/, because
+            # only a resumed run needs the optimizer state.
             is_hidden = file.startswith(".") or "/." in file
             if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
                 files[file] = path
-        # A plain model has the card of its makers, or none.
+        # Do not add a model card to an untrained base model.
         if CARD not in files and location.holds != "base":
-            files[CARD] = card_of(location).encode()
+            files[CARD] = make_card(location).encode()
         return send(files, to or name, message=message)

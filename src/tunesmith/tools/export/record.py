@@ -1,6 +1,8 @@
-"""The record of what an export measured of a GGUF file, stored beside it: `FILE.gguf.json`.
+"""Export record of a GGUF file: its properties and the result of its check.
 
-`push` reads the model card and the figures from it, and does not send it.
+The record of `FILE.gguf` is the file `FILE.gguf.json` in the same folder.
+
+`push` reads the model card and the measured values from the record, but does not upload the record.
 """
 
 import json
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.check import FileCheck
     from tunesmith.tools.export.gguf.converter import Converter
 
-# What is in a run, an adapter's folder and a model's.
+# Files that identify a run directory, an adapter folder and a model folder, in this order. A folder
+# that contains one of these files is not a GGUF export.
 OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
-ADAPTER_KIND = "GGUF, the LoRA alone in f16"
+ADAPTER_KIND = "GGUF, LoRA only, f16"
 
 
 class ExportRecord(TypedDict):
@@ -39,7 +42,7 @@ class ExportRecord(TypedDict):
     card: str
 
 
-def record_of(
+def make_record(
     location: RunLocation,
     kind: str,
     size: int,
@@ -49,15 +52,15 @@ def record_of(
     base: "GgufBase | None" = None,
     converter: "Converter | None" = None,
 ) -> ExportRecord:
-    """The record of an exported GGUF file.
+    """Return the record of an exported GGUF file.
 
     Args:
-        location: of the run that was exported.
-        kind: the type of the file's weights, in words.
-        size: bytes of the file.
-        unchecked: why there is no check.
-        base: the one GGUF file that an adapter is for.
-        converter: llama.cpp's converter that wrote the file.
+        location: the exported run.
+        kind: description of the weights' type, for the model card.
+        size: size of the file in bytes.
+        unchecked: why the file was not checked; "" if it was.
+        base: the GGUF file that an adapter was trained on; None if the base is not a GGUF file.
+        converter: llama.cpp's converter, if the converter wrote the file.
     """
     merged = "" if kind == ADAPTER_KIND else "GGUF"
     return {
@@ -70,13 +73,13 @@ def record_of(
         "converter": {"folder": str(converter.folder), "sha256": converter.sha256}
         if converter
         else None,
-        "card": card_of(location, merged=merged, library="gguf"),
+        "card": make_card(location, merged=merged, library="gguf"),
     }
 
 
-def card_of(location: RunLocation, *, merged: str = "", library: str | None = None) -> str:
-    """The model card of what is made of a run; `merged` and `library` as of `model_card`."""
-    # A run's checkpoints and final/ lie in its directory.
+def make_card(location: RunLocation, *, merged: str = "", library: str | None = None) -> str:
+    """Return the model card for an export of a run. See `model_card` for `merged` and `library`."""
+    # Checkpoints and final/ are in the run directory, so the parent folder is the run directory.
     run_dir = location.folder.parent if location.folder else Path()
     return model_card(
         location.base,
@@ -94,10 +97,12 @@ def write_record(file: Path, record: ExportRecord) -> None:
 
 
 def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
-    """Collect what an exported GGUF file or a folder of such files sends: path in the repository ->
-    file or contents, with a card from their records. None where `path` is something else.
+    """Collect the files to upload for an exported GGUF file, or for a folder of such files.
 
-    UsageError where a file is not the one that its record is about.
+    Return a dict from the path in the repository to the local file or its contents. If there is no
+    model card, build it from the export records. Return None if `path` is not a GGUF export.
+
+    Raise UsageError if a record that the card needs is missing or belongs to another file.
     """
     if path.suffix == ".gguf" and path.is_file():
         files = [path]
@@ -125,12 +130,13 @@ def _card(ggufs: list[Path]) -> str:
         record = _read_record(file)
         cards.append(record["card"])
         rows.append(card_row(file.name, record))
-    # Files of one folder are of one run; the first tells of it.
+    # All files in the folder were exported from the same run, so the card of the first file fits
+    # all files.
     return with_files(cards[0], rows)
 
 
 def card_row(name: str, record: ExportRecord) -> CardFile:
-    """The row of a file in the card's table."""
+    """Return the row that describes a file in the table of the model card."""
     check = record["check"]
     if check is None:
         return CardFile(name, record["kind"], record["bytes"])
@@ -139,23 +145,26 @@ def card_row(name: str, record: ExportRecord) -> CardFile:
 
 
 def _read_record(file: Path) -> ExportRecord:
-    """UsageError where there is none, or one of another file."""
-    place = record_path(file)
+    """Read the export record of a GGUF file.
+
+    Raise UsageError if there is no valid record, or if the file's size differs from the record.
+    """
+    record_file = record_path(file)
     size = file.stat().st_size
-    fix = f"export it again, or push its folder with a {CARD} in it"
+    fix = f"export the file again, or add a {CARD} to its folder and push the folder"
     try:
-        record: ExportRecord = json.loads(place.read_text(encoding="utf-8"))
+        record: ExportRecord = json.loads(record_file.read_text(encoding="utf-8"))
         missing = [key for key in ("kind", "check", "card") if key not in record]
         if record["bytes"] != size:
-            why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
+            why = f"the record is for a file of {record['bytes']} bytes, but the file has {size}"
         elif missing:
-            why = f"{place.name} lacks {', '.join(missing)}"
+            why = f"{record_file.name} lacks {', '.join(missing)}"
         else:
             return record
     except FileNotFoundError:
-        why = f"there is no {place.name}, which `export` writes"
+        why = f"the file {record_file.name}, which `export` writes, does not exist"
     except (OSError, ValueError, KeyError, TypeError):
-        why = f"{place.name} cannot be read"
+        why = f"{record_file.name} cannot be read"
     raise UsageError(
-        f"there is no export record for {file.name}", where=str(file), why=why, fix=fix
+        f"there is no valid export record for {file.name}", where=str(file), why=why, fix=fix
     )

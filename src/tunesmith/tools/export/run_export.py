@@ -1,4 +1,4 @@
-"""The work of `export`, and what it prints of the result."""
+"""Functions that run the command `export` and print its result."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from tunesmith.tools.export.vllm_adapter import export_peft
 
 
 def export_for_gguf(args: argparse.Namespace) -> None:
-    """Write a .gguf file or Ollama's folder, and print how near it is to the tuned model."""
+    """Write a .gguf file or a folder for Ollama, and print its difference to the tuned model."""
     with ProgressCounter() as progress:
         export: Callable[..., ExportedFile] = export_adapter
         if not args.adapter:
@@ -46,7 +46,7 @@ def export_for_gguf(args: argparse.Namespace) -> None:
             check=not args.no_check,
             device=args.device,
             trust_remote_code=args.trust_remote_code,
-            checking=lambda done, total: progress("parts checked in llama.cpp", done, total),
+            checking=lambda done, total: progress("steps of the check in llama.cpp", done, total),
         )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
@@ -66,8 +66,8 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
         base = location.base.name
         module = shell_word(f"{Path(args.output).name}={args.output}")
         serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
-        # vLLM reads the base's tokenizer, whose template has neither the arguments nor the date of
-        # training, if it has one at all, and the base's end tokens.
+        # By default vLLM uses the chat template and the end tokens of the base model. Pass the
+        # run's template and end tokens, because training may have used different ones.
         template = Path(location.folder or args.run, "chat_template.jinja")
         options = f" --chat-template {shell_path(template)}" if template.is_file() else ""
         options += f" --generation-config {output}"
@@ -96,19 +96,20 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
 
 
 def warn_of_distance(exported: ExportedFile) -> None:
-    """Tell what to do where a file is not near the tuned model."""
+    """Print a warning and a fix if the outputs of the file and of the tuned model differ much."""
     check = exported.check
     if check is None:
         return
     if not check.is_near and exported.base:
         notify(
-            "warning: llama.cpp rounds activations for a quantized file, and the answers change; "
-            "without --adapter --quant q8_0 or f16 is nearer"
+            "warning: the answers differ from those of the tuned model, because llama.cpp rounds "
+            "the activations if the base file is quantized; to get closer answers, export the "
+            "entire model: remove --adapter, and use --quant q8_0 or f16"
         )
     elif not check.is_near:
         notify(
-            "warning: rounding to so few bits changes what the model answers; "
-            "use more: --quant q8_0, or f16"
+            "warning: the answers differ from those of the tuned model, because the quantization "
+            "has few bits; to get closer answers, use --quant q8_0 or f16"
         )
 
 
@@ -128,20 +129,21 @@ def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:
 
 
 def join_sharded(args: argparse.Namespace, location: RunLocation) -> None:
-    """Assemble a checkpoint that several ranks saved."""
+    """Convert a checkpoint that several ranks saved to one model in Transformers format."""
     output = Path(args.output)
     folder = location.folder
     if folder is None or location.run is None or not is_sharded(folder):
-        fix = "use the folder directly"
+        fix = "use the folder or model directly"
         if location.holds == "adapter":
-            fix = "use `tunesmith merge` for an adapter"
+            fix = "run `tunesmith merge RUN --output FOLDER` to merge the adapter into its base"
         raise UsageError(
-            f"{args.run} needs no export",
+            f"{args.run} cannot be exported with --to transformers",
             where=str(folder or args.run),
-            why="only checkpoints of full fine-tuning on several ranks need it",
-            fix=f"{fix}; --to gguf writes a file for llama.cpp",
+            why="--to transformers only joins the parts of a checkpoint that several ranks saved "
+            "in full fine-tuning",
+            fix=f"{fix}, or use --to gguf, which writes a file for llama.cpp",
         )
-    # All files: the weights are joined from every part.
+    # Verify the checksums of all files, because the export reads the shards of every rank.
     check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, location.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -1,10 +1,9 @@
-"""Logits of a model that may be larger than the memory: weights are read when the forward meets
-them.
+"""Forward pass of a model that may be larger than the memory. Each weight is read when it is used.
 
-The modules are Transformers' own, on meta. A linear layer reads its weight in bands of rows, the
-embedding the rows of its tokens; what else a decoder layer has (norms, stacks of experts) is read
-before the layer computes and dropped after it. All prompts pass together, so that every weight is
-read once.
+The model is built from Transformers' modules on the meta device, without weights. A linear layer
+reads its weight in bands of rows, and the embedding reads only the rows of its tokens. The other
+weights of a decoder layer (norms, stacks of experts) are read before the layer computes, and
+dropped afterwards. All prompts are in one batch, so that every weight is read once.
 """
 
 import copy
@@ -33,14 +32,15 @@ from tunesmith.tools.export.tuned_weights import (
     tied_names,
 )
 
-# The values of a weight: before training; those that an adapter is computed beside; those with the
-# adapter added to them.
+# Values of the weights in the forward pass. "base": the weights before training. "adapter": the
+# frozen weights, with the adapter as a separate computation, as in training. "merged": the sum of
+# the frozen weights and the adapter.
 Values = Literal["base", "adapter", "merged"]
 
 
 @dataclass(frozen=True)
 class _WeightReader:
-    """Reads the weights of one pass, in its dtype, to its device."""
+    """Reader of weights for one forward pass, which converts them to a dtype and a device."""
 
     values: Values
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class _WeightReader:
             rows = weight.rows(first, last)
         else:
             source = weight.base if self.values == "base" else weight.source
-            assert source is not None  # of a whole model that was trained the base is another one
+            assert source is not None  # `base` is None only after full fine-tuning
             rows = source.rows(first, last)
         return rows.to(self.device, self.dtype if rows.is_floating_point() else rows.dtype)
 
@@ -61,7 +61,10 @@ class _WeightReader:
 
 
 class StreamedLinear(nn.Module):
-    """y = x W^T + b, and the update of an adapter that is computed beside it."""
+    """Linear layer that reads its weight from disk in each forward: y = x W^T + b.
+
+    With `values="adapter"`, the output of the adapter is added to y.
+    """
 
     def __init__(
         self, weight: TunedWeight, bias: TunedWeight | None, reader: _WeightReader
@@ -70,19 +73,20 @@ class StreamedLinear(nn.Module):
         self.tuned_weight = weight
         self.tuned_bias = bias
         self.reader = reader
-        # Some forwards ask for its dtype.
+        # This weight stays on meta. It exists because some models read `weight.dtype` in their
+        # forward.
         self.weight = nn.Parameter(torch.empty(weight.shape, dtype=reader.dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features]; returns [..., out_features]."""
+        """Compute the output [..., out_features] for the input x [..., in_features]."""
         weight, reader = self.tuned_weight, self.reader
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        # In bands: the whole weight is never in memory.
+        # Multiply one band of rows at a time, so that the entire weight is never in memory.
         for band in weight.bands():
             y[..., band] = F.linear(x, reader.rows(weight, band.start, band.stop))
         if self.tuned_bias is not None:
             y += reader.whole(self.tuned_bias)
-        # The adapter is applied to x as in training, not added to the weight.
+        # Apply the adapter to x, as training does, instead of adding it to the weight.
         if reader.values == "adapter" and isinstance(weight.update, LoraUpdate):
             lora_A = weight.update.lora_A.read().to(x)
             lora_B = weight.update.lora_B.read().to(x)
@@ -102,18 +106,20 @@ def streamed_logits(
     places: Sequence[Sequence[int]] | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """Logits of prompts: fp32 [tokens, vocabulary] of each, on the CPU.
+    """Compute the logits of each prompt: fp32 [tokens, vocabulary], on the CPU.
 
     Args:
-        dtype: of weights and matmuls.
-        attention: Transformers' name of the kernel; None: the one it takes for the model.
-        places: the positions of each prompt whose logits are returned, [places, vocabulary] of
-            each; None: all. A row of a vocabulary of 128k takes half a megabyte.
-        on_layer: is called after each decoder layer.
+        values: the values of the weights, see `Values`.
+        dtype: dtype of weights and matmuls.
+        attention: Transformers' name of the attention implementation; None: the model's default.
+        places: for each prompt the positions whose logits are returned, as [positions, vocabulary];
+            None: all positions. With a vocabulary of 128k, the logits of one position take half a
+            megabyte.
+        on_layer: function that is called after each decoder layer.
     """
     model = copy.deepcopy(tuned.model).eval()
-    # Without pixels a placeholder is a token as any other, as in llama.cpp's file of the text
-    # model: Gemma 4 would replace its embedding.
+    # Treat placeholder tokens of pictures as ordinary tokens, as a GGUF file of the text model
+    # does. Otherwise Gemma 4 replaces their embeddings.
     for name in ("image_token_id", "video_token_id", "audio_token_id"):
         if hasattr(model.config, name):
             setattr(model.config, name, -1)
@@ -125,7 +131,7 @@ def streamed_logits(
     if values == "adapter":
         weights |= _attach_to_experts(model, tuned)
     _stream(model, weights, _WeightReader(values, dtype, device))
-    # No token sees those behind it, with which shorter prompts are filled up.
+    # Pad shorter prompts at the end. No attention mask is needed, because attention is causal.
     ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -138,12 +144,15 @@ def streamed_logits(
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, in order."""
+    """Return the decoder layers of a model, in order."""
     return list(model.get_submodule(find_layers(model)).children())
 
 
 def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) -> None:
-    """Let the head of a model compute these positions of each row alone, as one row."""
+    """Modify the model so that the output layer only computes the given positions of each prompt.
+
+    The logits of all prompts are concatenated: [1, positions, vocabulary].
+    """
     rows = [row for row, positions in enumerate(places) for _ in positions]
     columns = [position for positions in places for position in positions]
 
@@ -155,7 +164,10 @@ def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) ->
 
 
 def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
-    """Add the adapter of the experts to a model; returns its weights by their names there."""
+    """Add LoRA modules to the stacks of experts of a model.
+
+    Return the weights of the LoRA modules, by their parameter names in the model.
+    """
     choose_top_k(model)
     experts = find_experts(model)
     weights = {}
@@ -177,30 +189,30 @@ def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, T
 def _stream(
     model: PreTrainedModel, weights: Mapping[str, TunedWeight], reader: _WeightReader
 ) -> None:
-    """Let the modules of a model on meta read their weights."""
+    """Modify a model on the meta device so that its modules read each weight when they use it."""
     by_name = dict(weights)
     for name, first_name in tied_names(model).items():
-        # Two names of one stored tensor.
+        # A tied parameter has two names in the model, but is stored only once.
         by_name[name] = weights[first_name]
-    # What is not yet read says its dtype, too.
+    # Set the dtype of the parameters on meta too, because some models read it in their forward.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(reader.dtype)
     _read_buffers(model, by_name, reader)
-    rest = {}  # by their names, the modules that read nothing themselves
+    rest = {}  # modules that do not read their weights themselves, by name
     for name, module in list(model.named_modules()):
         if is_plain_linear(module):
             bias = by_name.get(f"{name}.bias")
             model.set_submodule(name, StreamedLinear(by_name[f"{name}.weight"], bias, reader))
         elif type(module).forward is nn.Embedding.forward or module is model.get_input_embeddings():
-            _read_tokens_rows(module, by_name[f"{name}.weight"], reader)
+            _read_token_rows(module, by_name[f"{name}.weight"], reader)
         else:
             rest[name] = module
     layers = find_layers(model)
     for number, layer in enumerate(decoder_layers(model)):
         prefix = f"{layers}.{number}"
         inside = [name for name in rest if name == prefix or name.startswith(f"{prefix}.")]
-        # A layer's other parameters are read before its forward.
+        # Read the remaining parameters of a layer directly before the forward of the layer.
         _read_before_forward(layer, {name: rest.pop(name) for name in inside}, by_name, reader)
     _read_parameters(rest, by_name, reader)
 
@@ -208,7 +220,10 @@ def _stream(
 def _read_buffers(
     model: nn.Module, by_name: Mapping[str, TunedWeight], reader: _WeightReader
 ) -> None:
-    """Read the buffers that a checkpoint holds; the model has computed the others."""
+    """Load the buffers that are stored in the checkpoint.
+
+    The other buffers were computed when the model was built, so they are only moved to the device.
+    """
     for name, module in model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             stored = by_name.get(f"{name}.{key}")
@@ -216,10 +231,11 @@ def _read_buffers(
             setattr(module, key, values.to(reader.device))
 
 
-def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:
-    """Let an embedding read the rows of the tokens that it is called with, and no others."""
-    # One row for all tokens, on the device: Llama 4 sends the tokens to where it is, and Gemma 4
-    # takes the padding token's row, for placeholders.
+def _read_token_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:
+    """Make an embedding read only the rows of its input tokens, in each forward."""
+    # Between two forwards the weight is one row of zeros, expanded to the full shape. It must not
+    # be on meta, because Llama 4 moves the tokens to the device of the weight, and Gemma 4 reads
+    # the row of the padding token.
     row = torch.zeros(1, *weight.shape[1:], dtype=reader.dtype, device=reader.device)
     unread = nn.Parameter(row.expand(weight.shape), requires_grad=False)
 
@@ -234,7 +250,8 @@ def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightRea
         module.weight = unread
 
     drop()
-    # It says where no gradient goes, by a token's number among all.
+    # Remove `padding_idx`, which only affects gradients. It is an index into the entire vocabulary
+    # and would be out of range for the smaller weight that `read` sets.
     vars(module)["padding_idx"] = None
     module.register_forward_pre_hook(read)
     module.register_forward_hook(drop)
@@ -246,7 +263,10 @@ def _read_before_forward(
     by_name: Mapping[str, TunedWeight],
     reader: _WeightReader,
 ) -> None:
-    """Let a layer have the parameters of these modules of it while it computes."""
+    """Make a layer read the parameters of `modules` before its forward, and drop them afterwards.
+
+    `modules` are the layer itself and the submodules that do not read their weights themselves.
+    """
     empty = {}
     for name, module in modules.items():
         empty[name] = dict(module.named_parameters(recurse=False))

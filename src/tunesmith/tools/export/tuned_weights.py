@@ -1,10 +1,10 @@
-"""The weights that a run has trained, parameter by parameter, read from the disk at their use.
+"""Trained weights of a run. Each parameter reads its rows from disk when they are used.
 
     rows first:last  =  rows of the base  +  scaling * B[first:last] A          in fp32
 
-The base's values are those that training computed with: rounded to the recipe's dtype, and for nf4
-quantized and dequantized. Nothing is in memory but what a caller uses; of a base in nf4, one
-matrix.
+The rows of the base have the same values as in training: they are rounded to the recipe's dtype. If
+the base is quantized to nf4 in training, they are quantized and dequantized. Only the requested
+rows are in memory. With an nf4 base, one entire matrix is in memory.
 """
 
 import threading
@@ -31,26 +31,30 @@ from tunesmith.model.experts import LORA_SUFFIX
 from tunesmith.model.weights import StoredTensor, find_stored
 from tunesmith.quant.linear_layers import set_bypassed
 
-BAND = 16 << 20  # bytes of a band in fp32
+BAND = 16 << 20  # maximum size of a band of rows in fp32, in bytes
 
 
 class RowSource(Protocol):
-    """A tensor whose rows can be read: of one dimension, its elements; of none, itself."""
+    """Tensor whose rows can be read. The rows of a 1-D tensor are its elements.
+
+    For a scalar, any range of rows gives the scalar.
+    """
 
     @property
     def shape(self) -> torch.Size: ...
 
     def rows(self, first: int, last: int) -> Tensor:
-        """The rows from `first` to before `last`: fp32, on the CPU, a new tensor."""
+        """Return the rows [first:last] as a new fp32 tensor on the CPU."""
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A tensor of a safetensors file.
+    """Rows of a tensor in a safetensors file.
 
     Attributes:
-        dtype: that training computed with.
-        shape: it may have more rows than are stored, for added tokens: the mean of the others.
+        dtype: the dtype that training computed with.
+        shape: the shape in training. If tokens were added, an embedding has more rows than the
+            file. Each additional row is the mean of the stored rows.
     """
 
     stored: StoredTensor
@@ -59,11 +63,12 @@ class StoredRows:
 
     def rows(self, first: int, last: int) -> Tensor:
         if not self.shape:
-            # A scalar has no rows.
+            # A scalar has no rows, so return the scalar.
             return self._rounded(self.stored.read())
         columns = [slice(0, size) for size in self.shape[1:]]
         stored_rows = self.stored.shape[0]
-        # Rows beyond the stored ones are those of added tokens, which begin as the mean.
+        # Rows after the last stored row belong to added tokens. They are initialized with the mean
+        # of the stored rows.
         end = max(first, min(last, stored_rows))
         part = self._rounded(self.stored[(slice(first, end), *columns)])
         if last <= stored_rows:
@@ -81,7 +86,7 @@ class StoredRows:
 
 
 class LastRead:
-    """The one tensor that is in memory whole, of those of a model that cannot be read in bands."""
+    """Cache for one tensor: the last tensor that had to be read entirely, not row by row."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -99,10 +104,12 @@ class LastRead:
 
 @dataclass(frozen=True, eq=False)
 class WholeRows:
-    """A tensor that is read as a whole: the first band of it takes as long as all.
+    """Rows of a tensor that can only be read entirely, so one band takes as long as all rows.
 
     Attributes:
-        read: all of it, in the dtype that training computed with.
+        read: function that reads the entire tensor, in the dtype that training computed with.
+        last_read: the cache in which the tensor is stored. All tensors of the model share one
+            cache.
     """
 
     shape: torch.Size
@@ -117,11 +124,13 @@ class WholeRows:
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """A stack of experts in nf4, dequantized a few experts at a time.
+    """Stack of experts that is quantized in training, for example to nf4.
+
+    Each read loads the requested experts, quantizes and dequantizes them.
 
     Attributes:
-        layer: on meta; it says how the stack is quantized.
-        stored: the dense stack.
+        layer: the quantized stack on meta, which defines the storage format.
+        stored: the unquantized stack in the checkpoint.
     """
 
     layer: ExpertStack
@@ -136,9 +145,11 @@ class QuantizedExperts:
 
 
 def _read_quantized(layer: FrozenLinear, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
-    """The weight of a quantized layer on meta, dequantized.
+    """Load the weight of a quantized layer, and return the dequantized weight. `layer` is on meta.
 
-    stored: the weight under "", and its scales where the checkpoint is quantized already.
+    Args:
+        stored: the stored tensors of the layer. The key "" has the weight. If the checkpoint is
+            quantized, further keys have the scales.
     """
     try:
         layer.allocate(torch.device("cpu"))
@@ -149,17 +160,18 @@ def _read_quantized(layer: FrozenLinear, stored: Mapping[str, StoredTensor], nam
 
 
 def _read_sharded(tensors: ShardedTensors, name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor of a checkpoint of several ranks."""
+    """Read an entire tensor from a checkpoint that several ranks saved."""
     values = tensors.read(name)
     return values.to(dtype) if values.is_floating_point() else values
 
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """The update that an adapter adds to a weight: scaling * B A.
+    """Update that an adapter adds to a weight: scaling * B A.
 
     Attributes:
-        lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank], both not yet read.
+        lora_A: fp32 [rank, in_features], read from the file when it is used.
+        lora_B: fp32 [out_features, rank], read from the file when it is used.
     """
 
     lora_A: StoredTensor
@@ -167,7 +179,7 @@ class LoraUpdate:
     scaling: float
 
     def rows(self, first: int, last: int) -> Tensor:
-        """fp32 [last - first, in_features]."""
+        """Return rows [first:last] of the update: fp32 [last - first, in_features]."""
         rank = self.lora_B.shape[1]
         lora_B = self.lora_B[(slice(first, last), slice(0, rank))]
         return self.scaling * (lora_B.float() @ self.lora_A.read().float())
@@ -175,12 +187,12 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class ExpertsUpdate:
-    """The update that an adapter adds to a stack of experts, whose rows are experts.
+    """Update that an adapter adds to a stack of experts. A row of the stack is one expert.
 
     Attributes:
-        lora_A, lora_B: as `ExpertsLora` has them, not yet read.
-        experts: of the stack.
-        is_transposed: as `ExpertsLora` has it.
+        lora_A, lora_B: in the shapes of `ExpertsLora`, read from the file when they are used.
+        experts: number of experts in the stack.
+        is_transposed: as in `ExpertsLora`: whether B A is the transpose of the stored weight.
     """
 
     lora_A: StoredTensor
@@ -190,12 +202,13 @@ class ExpertsUpdate:
     is_transposed: bool
 
     def rows(self, first: int, last: int) -> Tensor:
-        """fp32, in the shape of the stack, of the experts from `first` to before `last`."""
+        """Return the update of the experts [first:last]: fp32, in the layout of the stack."""
         rank = self.lora_A.shape[0] // self.experts
         width = self.lora_A.shape[1]
         lora_A = self.lora_A[(slice(first * rank, last * rank), slice(0, width))]
         lora_A = lora_A.float().unflatten(0, (last - first, rank))
-        # The experts are its last dimension: not in one piece.
+        # The last dimension of lora_B is the expert. The data of one expert is not contiguous in
+        # the file, so read the entire tensor.
         lora_B = self.lora_B.read().permute(2, 0, 1)
         update = self.scaling * (lora_B[first:last].float() @ lora_A)
         return update.mT if self.is_transposed else update
@@ -203,12 +216,13 @@ class ExpertsUpdate:
 
 @dataclass(frozen=True)
 class TunedWeight:
-    """A parameter, or a buffer of the checkpoint, as training left it.
+    """Trained value of a parameter, or of a buffer that the checkpoint stores.
 
     Attributes:
-        base: before training; None where a whole model was trained, whose base is another folder.
-        source: `base`, or what was trained in its place.
-        update: of the adapter on it.
+        base: the value before training; None after full fine-tuning, because the run does not
+            contain the base model.
+        source: the trained weight if the entire weight was trained, otherwise `base`.
+        update: the update that the adapter adds to `source`; None if there is no update.
     """
 
     base: RowSource | None
@@ -220,17 +234,17 @@ class TunedWeight:
         return self.source.shape
 
     def rows(self, first: int, last: int) -> Tensor:
-        """The rows from `first` to before `last`: fp32, on the CPU."""
+        """Return the trained rows [first:last]: fp32, on the CPU."""
         rows = self.source.rows(first, last)
         return rows + self.update.rows(first, last) if self.update else rows
 
     def bands(self) -> Iterator[slice]:
-        """All rows, some BAND bytes at a time."""
+        """Yield slices of at most BAND bytes that together cover all rows."""
         return row_bands(self.shape)
 
 
 def row_bands(shape: torch.Size, span: slice | None = None) -> Iterator[slice]:
-    """The rows of `span`, or all, some BAND bytes at a time in fp32."""
+    """Yield slices of at most BAND bytes in fp32 that cover the rows of `span`, or all rows."""
     span = span or slice(0, shape[0] if shape else 1)
     width = shape[1:].numel()
     step = max(1, BAND // (4 * max(1, width)))
@@ -240,13 +254,13 @@ def row_bands(shape: torch.Size, span: slice | None = None) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class TunedModel(OpenedRun):
-    """A run whose weights stay on the disk until they are used.
+    """Opened run with its trained model, whose weights are read from disk when they are used.
 
     Attributes:
-        model: Transformers' own, on meta, in the recipe's dtype and with as many rows in its
-            embedding as training had; not tied any more where training changed one of two tied
-            matrices.
-        weights: by the names of `model`; tied ones once, as the embedding.
+        model: the Transformers model on meta, in the recipe's dtype and with the embedding rows of
+            training. If training changed only one of two tied matrices, they are untied here.
+        weights: the weights by the parameter names of `model`. Tied weights occur once, under the
+            name of the embedding.
     """
 
     model: PreTrainedModel
@@ -254,34 +268,37 @@ class TunedModel(OpenedRun):
 
 
 def open_tuned_model(read: OpenedRun) -> TunedModel:
-    """Find where every parameter of a run's model lies.
+    """Locate every parameter of a run's model in its files, without reading the weights.
 
-    ModelError where base, adapter and recipe do not fit each other.
+    Raise ModelError if base, adapter and recipe do not match each other.
     """
     run, files = read.recipe, read.files
     model = build_unchanged(run, files)
     set_bypassed(model, files.support.dead_targets)
     if is_sharded(files.folder):
-        # Parts of several ranks hold the trained model alone: the base is not needed.
+        # The shards of several ranks hold the entire trained model, so the base is not needed.
         parts = _sharded_rows(model, ShardedTensors(files.folder))
         weights = {name: TunedWeight(None, rows) for name, rows in parts}
         return TunedModel(**vars(read), model=model, weights=weights)
     trained = define_model(run, files)
-    rows_of = _stored_rows(model, trained, read)
+    sources = _stored_rows(model, trained, read)
     if read.location.holds == "full":
-        weights = {name: TunedWeight(None, rows) for name, rows in rows_of.items()}
+        weights = {name: TunedWeight(None, rows) for name, rows in sources.items()}
     elif run.adapter.kind == "none":
-        weights = {name: TunedWeight(rows, rows) for name, rows in rows_of.items()}
+        weights = {name: TunedWeight(rows, rows) for name, rows in sources.items()}
     else:
         copy_saved_modules(trained, run.adapter)
-        weights = _adapted_weights(model, trained, read, rows_of)
+        weights = _adapted_weights(model, trained, read, sources)
     return TunedModel(**vars(read), model=model, weights=weights)
 
 
 def _sharded_rows(
     model: PreTrainedModel, tensors: ShardedTensors
 ) -> Iterator[tuple[str, RowSource]]:
-    """The parameters of a checkpoint of several ranks, by the names of `weights_of`."""
+    """Yield the name and a `RowSource` of each parameter in a checkpoint of several ranks.
+
+    The names are those of `weights_of`.
+    """
     last_read = LastRead()
     for name, shape in weights_of(model).items():
         read_all = partial(_read_sharded, tensors, name, shape.dtype)
@@ -291,7 +308,10 @@ def _sharded_rows(
 def _stored_rows(
     model: PreTrainedModel, trained: nn.Module, read: OpenedRun
 ) -> dict[str, RowSource]:
-    """The parameters of the base, or of a model trained in full, by the names of `weights_of`."""
+    """Return a `RowSource` for each parameter in the model files. Keys are names of `weights_of`.
+
+    The files contain the base model, or a fully fine-tuned model.
+    """
     run, files = read.recipe, read.files
     frozen = {}
     stacks = {}
@@ -308,7 +328,8 @@ def _stored_rows(
     sources: dict[str, RowSource] = {}
     for stored_name, parts in stored.items():
         name = tied.get(stored_name, stored_name)
-        # An nf4 or fp8 base is rounded as it was in training: the adapter was trained on that.
+        # Quantize and dequantize an nf4 or fp8 base as training did, because the adapter was
+        # trained with the rounded weights.
         if name in frozen:
             read_all = partial(_read_quantized, frozen[name], parts, name)
             sources[name] = WholeRows(shapes[name].shape, read_all, last_read)
@@ -320,7 +341,10 @@ def _stored_rows(
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Name of a tied parameter -> the name that `weights_of` has for it."""
+    """Return a dict from the second name of each tied parameter to its first name.
+
+    `weights_of` lists a tied parameter only under its first name.
+    """
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -333,15 +357,20 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def _adapted_weights(
     model: PreTrainedModel, trained: nn.Module, read: OpenedRun, sources: Mapping[str, RowSource]
 ) -> dict[str, TunedWeight]:
-    """The parameters of `model` with the adapter of `trained`; where that changes one of two tied
-    ones, they are no longer tied in `model`.
+    """Return the weights of `model` before and after training.
+
+    `trained` is the model with the adapter.
+
+    If the adapter changes one of two tied parameters, this function unties the two parameters in
+    `model`.
     """
     folder = read.location.folder
-    assert folder is not None  # an adapter has one
+    assert folder is not None  # an adapter always has a folder
     tied = tied_names(model)
     dtype = DTYPES[read.recipe.model.dtype]
 
-    # PEFT also stores a copy of a frozen head or embedding: it is no change.
+    # PEFT can also store a copy of a frozen head or embedding. If the copy equals the base, it is
+    # not a trained weight.
     def is_base(name: str, stored: StoredTensor) -> bool:
         return _equal(StoredRows(stored, dtype, stored.shape), sources[tied.get(name, name)])
 
@@ -366,7 +395,8 @@ def _adapted_weights(
     names = list(sources)
     changed = {*updates, *replaced}
     for name, first_name in tied.items():
-        # A change of one of two tied weights makes them two.
+        # If the adapter changes one of two tied weights, their values differ after training, so
+        # untie them.
         if name in changed or first_name in changed:
             names.append(name)
             _untie(model, name)
@@ -387,7 +417,7 @@ def _equal(a: RowSource, b: RowSource) -> bool:
 
 
 def _untie(model: PreTrainedModel, name: str) -> None:
-    """Give a model on meta a parameter of its own in the place of a tied one."""
+    """Replace the tied parameter `name` of a model on meta by a separate copy."""
     module, _, key = name.rpartition(".")
     owner = model.get_submodule(module)
     owner.register_parameter(key, nn.Parameter(owner.get_parameter(key).detach().clone()))

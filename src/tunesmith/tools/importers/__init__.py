@@ -1,6 +1,8 @@
-"""Import of other tools' configurations: one table for each tool (`tables/`), which one translator
-(`translate.py`) applies to a file (`source_config.py`). `translation.py` holds the recipe and the
-notes on keys that it does not contain.
+"""Import of other tools' configurations.
+
+Each tool has one table in `tables/`. The translator (`translate.py`) applies a table to a file of
+the tool (`source_config.py`). The result is a `Translation` (`translation.py`): the recipe, and
+notes on keys that could not be translated.
 """
 
 COMMANDS = {

@@ -20,7 +20,7 @@ from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked
 from tunesmith.config.shipped import schema_line
 from tunesmith.errors import UsageError, mask_words
-from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
 from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, read_config
@@ -29,18 +29,23 @@ from tunesmith.units import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="FILE [key=value ...]", help="what to import")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="FILE [key=value ...]",
+        help="the file to import, and recipe keys that replace its values",
+    )
     parser.add_argument(
         "--from",
         dest="tool",
         choices=IMPORTED_TOOLS,
-        help="the tool (default: detected from its keys)",
+        help="tool that the file belongs to (default: detected from the keys of the file)",
     )
     parser.add_argument(
         "--world",
         type=whole_number,
         metavar="N",
-        help="number of processes (GPUs) on all nodes that the configuration is for",
+        help="total number of processes (GPUs) of the original run, on all nodes",
     )
     parser.add_argument(
         "--output",
@@ -53,33 +58,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not args.words:
-        fix = "tunesmith import --help"
-        raise UsageError("nothing to import: give a file", where="command line", fix=fix)
+        fix = "run `tunesmith import FILE`; `tunesmith import --help` lists the options"
+        raise UsageError("no file to import was given", where="command line", fix=fix)
+
     name, *words = args.words
     source = read_config(Path(name), args.tool)
     layer = override_layer(words)
-    # The command line wins over the file.
-    pairs = (word.partition("=") for word in words)
-    overrides = {key.strip(): value.strip() for key, _, value in pairs}
+    # The command line has priority over the file.
+    overrides = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        overrides[key.strip()] = value.strip()
     recipe = translate(source, overrides, args.world)
+
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
-        fix = "choose another name with --output RECIPE, or use --force"
+        fix = "choose another file with --output RECIPE, or overwrite this one with --force"
         raise UsageError("this file already exists", where=str(path), fix=fix)
     require_folder(path.parent, "--output")
+
     tree = merge_layers(recipe.tree(), layer)
     checked(tree)
-    # Quoted as JSON, a line break of the command stays within the comment.
+    # Write the command as JSON, which escapes line breaks, because the comment must stay on one
+    # line.
     origin = json.dumps(shlex.join(mask_words(args.words)))
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
+
     print(f"{path}: {count_of(len(recipe.values), 'value')} from {source.tool}")
-    for title, differs in (("differs:", True), ("needs nothing in the recipe:", False)):
+    for title, differs in (
+        ("keys that may change the training:", True),
+        ("keys that need nothing in the recipe:", False),
+    ):
         print(f"\n{title}")
         notes = [note for note in recipe.notes.values() if note.differs is differs]
         for note in notes:
             print(visible(f"  {note.key}: {note.value}  ({note.origin})\n      {note.why}"))
         if not notes:
-            print("  nothing")
-    here = shell_path(from_here(path))
-    notify(f"\ncheck the tokens: tunesmith data {here}; then: tunesmith train {here}")
+            print("  none")
+    here = shell_path(relative_to_cwd(path))
+    notify(f"\nto check the tokens: tunesmith data {here}; then, to train: tunesmith train {here}")

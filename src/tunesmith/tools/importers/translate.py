@@ -1,8 +1,9 @@
-"""The translation of any tool's configuration by its table: sections and rules, rows, batch,
-schedule and intervals.
+"""Translation of another tool's configuration to a recipe, by the rules in the tool's table.
+
+Keys that simple rules cannot express are handled in Python: data sets, batch size, schedule and
+intervals.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.errors import UsageError
@@ -18,26 +21,31 @@ from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, sou
 from tunesmith.tools.importers.translation import Translation, length
 from tunesmith.units import count_of
 
-_NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
-# Transformers' defaults.
-_BETAS = (0.9, 0.999)
+_NAME_ROWS = (
+    "name the rows on the command line: data.train.source=rows.jsonl data.train.format=messages"
+)
+# Default values of Transformers.
+_BETAS = {"beta1": 0.9, "beta2": 0.999}
 
 
 def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | None) -> Translation:
-    """Translate a configuration to a recipe in which each of its keys is set or noted.
+    """Translate a configuration to a recipe.
+
+    Each key of the file either sets a recipe key or gets a note.
 
     Args:
-        overrides: recipe keys that the command line gives.
-        world: the number of processes that train.
+        overrides: recipe keys from the command line.
+        world: number of training processes.
 
     Raises:
-        UsageError: a value that the recipe needs is missing or has no counterpart.
+        UsageError: a value that the recipe needs is missing or has no equivalent.
     """
     recipe = Translation(source, overrides)
     for section in recipe.table["when"]:
         _apply(recipe, section)
     if "method.name" in recipe.values:
-        # The command line wins.
+        # `recipe.method` is the method on the command line if there is one, otherwise the file's
+        # method.
         recipe.values["method.name"] = recipe.method
     if source.tool == "llamafactory":
         recipe.defaults["lora_alpha"] = 2 * recipe.number("adapter.rank")
@@ -54,241 +62,354 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
         _set_rows(recipe, "validation")
         _set_train_on(recipe)
         if "{" in str(recipe.get("data.template")) and "data.template" not in recipe.overrides:
-            fix = "write it to template.jinja, and give data.template=template.jinja"
-            raise recipe.error("data.template", "a template is a file here", fix)
+            fix = "write the template to template.jinja, and add data.template=template.jinja"
+            raise recipe.error("data.template", "in a recipe, a template must be a file", fix)
     _set_lengths(recipe)
     _set_schedule(recipe)
     _set_intervals(recipe)
     _set_batch(recipe, world)
     if "output_dir" not in recipe.values:
-        recipe.set_key("output_dir", f"runs/{Path(source.name).stem}", why="The file names none.")
+        recipe.set_key(
+            "output_dir", f"runs/{Path(source.name).stem}", why="The file has no output folder."
+        )
     recipe.close()
     return recipe
 
 
 def _apply(recipe: Translation, section: ToolTable) -> None:
-    """Apply the rules of a section if its conditions hold; tables/trl.yaml describes the parts.
-    Raise UsageError for a refused key or value.
+    """Apply the rules of one section of a translation table, if the section's conditions hold.
+
+    tables/trl.yaml describes the format of a section.
+
+    Raise UsageError if the file has an unsupported key or value.
     """
-    is_met = all(recipe.has(*condition) for condition in section.get("if", {}).items())
-    if not is_met or any(recipe.has(*condition) for condition in section.get("unless", {}).items()):
+    conditions = section.get("if", {})
+    exceptions = section.get("unless", {})
+    if not all(recipe.has(name, value) for name, value in conditions.items()):
+        return
+    if any(recipe.has(name, value) for name, value in exceptions.items()):
         return
     recipe.defaults |= section.get("implied", {})
+
     for name, why in section.get("refused", {}).items():
         if recipe.is_set(name):
-            fix = "tunesmith train --model MODEL --data ROWS.jsonl writes a recipe"
+            fix = "run `tunesmith train --model MODEL --data ROWS.jsonl`, which writes a new recipe"
             raise recipe.error(name, why, fix)
+
     for name, allowed in section.get("only", {}).items():
-        value = recipe.get(name)
-        if not all(item in allowed for item in (value if isinstance(value, list) else [value])):
-            fix = f"known are {', '.join(map(str, allowed))}"
-            raise recipe.error(name, "it has no counterpart here", fix)
-    for name, expected, *effect in section.get("rules", []):
-        matching = [key for key in recipe.source.keys if fnmatchcase(without_indices(key), name)]
-        for key in matching or [name]:
-            if not recipe.has(key, expected):
-                continue
-            if len(effect) == 1:
-                recipe.note(key, *effect)
-                continue
-            ours, value, *why = effect
-            earlier = recipe.values.get(ours)
-            if value == "=":
-                value = recipe.get(key)
-            elif isinstance(value, list) and isinstance(earlier, list):
-                value = [*dict.fromkeys([*earlier, *value])]
-            recipe.set_key(ours, value, key, why="".join(why))
+        values = recipe.get(name)
+        if not isinstance(values, list):
+            values = [values]
+        if not all(item in allowed for item in values):
+            fix = f"use one of the supported values: {', '.join(map(str, allowed))}"
+            raise recipe.error(name, "this value has no equivalent in a recipe", fix)
+
+    for rule in section.get("rules", []):
+        _apply_rule(recipe, *rule)
+
+
+def _apply_rule(recipe: Translation, name: str, expected: JsonValue, *effect: Any) -> None:
+    """Apply one rule to each key of the file that matches `name` and has the expected value.
+
+    `effect` is either a note, or a recipe key with its new value and a reason.
+    """
+    matching = [key for key in recipe.source.keys if fnmatchcase(without_indices(key), name)]
+    for key in matching or [name]:
+        if not recipe.has(key, expected):
+            continue
+        if len(effect) == 1:
+            recipe.note(key, *effect)
+            continue
+
+        ours, value, *why = effect
+        earlier = recipe.values.get(ours)
+        if value == "=":
+            value = recipe.get(key)
+        elif isinstance(value, list) and isinstance(earlier, list):
+            # Append the list to the list that an earlier rule has set, without duplicates.
+            value = list(dict.fromkeys(earlier + value))
+        recipe.set_key(ours, value, key, why="".join(why))
 
 
 def _set_target(recipe: Translation) -> None:
-    """Set the adapted layers, unless a rule has set them. UsageError for a regular expression."""
+    """Set the layers that get a LoRA, unless a rule has already set them.
+
+    Raise UsageError if the layers are given as a regular expression.
+    """
     name = "adapter.target"
-    target = recipe.values.get(name, recipe.listed(name) or ["q_proj", "v_proj"])
-    is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in recipe.listed(name))
-    if not is_list and name not in {*recipe.values, *recipe.overrides}:
-        why = "it is a regular expression"
+    listed = recipe.listed(name)
+    target = recipe.values.get(name, listed or ["q_proj", "v_proj"])
+
+    is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in listed)
+    is_replaced = name in recipe.values or name in recipe.overrides
+    if not is_list and not is_replaced:
+        why = "this value is a regular expression, and a recipe lists the layers"
         raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
+
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
     recipe.set_key(name, target, name)
 
 
 def _set_model_of_folder(recipe: Translation) -> None:
-    """Replace a checkpoint folder that is not here by the Hub id that its name means."""
+    """Replace a model folder that does not exist on this machine by a Hub id.
+
+    The id is derived from the folder's name.
+    """
     folder = Path(str(recipe.get("model.name")))
     for beginning, owner in recipe.table.get("owners", {}).items():
         is_here = (recipe.source.base / folder).is_dir()
         if folder.name.lower().startswith(beginning) and not is_here:
-            why = "The folder is not here, so the model comes from the Hub."
+            why = "The folder does not exist on this machine, so the model is from the Hub."
             recipe.set_key("model.name", f"{owner}/{folder.name}", "model.name", why=why)
             return
 
 
 def _set_trl_losses(recipe: Translation) -> None:
-    """Set the weight of `sft`, which can follow a loss of DPO in TRL's list."""
+    """Set the weight of the SFT loss, if TRL's list of losses contains `sft` after a DPO loss."""
     losses = recipe.listed("loss_type")
     if recipe.method != "dpo" or len(losses) < 2:
         return
     weights = recipe.get("loss_weights") or [1.0, 1.0]
-    fix = "give one loss, optionally with sft after it and loss_weights [1.0, WEIGHT]"
+    fix = "use one loss_type, or add sft as the second one with loss_weights [1.0, WEIGHT]"
+
     if losses[1:] != ["sft"]:
-        raise recipe.error("loss_type", "it has no counterpart here", fix)
+        raise recipe.error("loss_type", "this value has no equivalent in a recipe", fix)
     if not isinstance(weights, list) or weights[:-1] != [1]:
-        raise recipe.error("loss_weights", "it has no counterpart here", fix)
+        raise recipe.error("loss_weights", "this value has no equivalent in a recipe", fix)
     recipe.set_key("method.sft_weight", weights[-1], "loss_type", "loss_weights")
 
 
 def _set_trl_rows(recipe: Translation) -> None:
-    """Set the rows of TRL's one data set, and which of their tokens are trained."""
+    """Set the recipe's data set and its supervised tokens. A file of TRL has only one data set."""
     column = recipe.get("dataset_text_field") or "text"
-    # Many files name a column of messages there, which TRL then reads as messages.
-    is_chat = column in ("text", "messages", "conversations", "completion")
-    usual_format = METHOD_FORMATS.get(recipe.method) or ("messages" if is_chat else "text")
-    row_format = str(recipe.overrides.get("data.train.format", usual_format))
+    usual_format = METHOD_FORMATS.get(recipe.method)
+    if usual_format is None:
+        # `dataset_text_field` can also name a column of messages. TRL then reads the column as
+        # messages.
+        is_chat = column in ("text", "messages", "conversations", "completion")
+        usual_format = "messages" if is_chat else "text"
+    row_format = recipe.overrides.get("data.train.format", usual_format)
+
     if "data.train.source" not in recipe.overrides:
         for key in recipe.source.keys:
-            if key.partition(".")[0] in ("datasets", "dataset_mixture", "dataset_mixer"):
-                fix = f"data.train lists the sources of a recipe; for one {_NAME_ROWS}"
-                raise recipe.error(key, "a mixture of data sets is not read", fix)
-        # Without quotes the word `no` of eval_strategy is false.
-        is_validated = str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false")
-        for part in ("train", "test") if is_validated else ("train",):
-            names = {
-                "source": "dataset_name",
-                "name": "dataset_config",
-                "split": f"dataset_{part}_split",
-            }
-            source = {key: recipe.get(name) for key, name in names.items() if recipe.get(name)}
+            section = key.partition(".")[0]
+            if section in ("datasets", "dataset_mixture", "dataset_mixer"):
+                fix = (
+                    f"list the data sets in data.train of a recipe; for one data set, {_NAME_ROWS}"
+                )
+                raise recipe.error(key, "a mixture of data sets is not supported", fix)
+        splits = {"data.train": "dataset_train_split"}
+        # YAML reads an unquoted `no` as false, so `eval_strategy: no` is the text "False".
+        if str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false"):
+            splits["data.validation"] = "dataset_test_split"
+        for key, split in splits.items():
+            names = {"dataset_name": "source", "dataset_config": "name", split: "split"}
+            source = _renamed(recipe, "", names)
+            if "source" not in source:
+                continue
             source["format"] = row_format
             if row_format == "text" and column != "text":
                 source["columns"] = {"text": column}
-            if "source" in source:
-                key = "data.train" if part == "train" else "data.validation"
-                recipe.set_key(key, source, *names.values())
-    # `false` is not null: the prompts of pairs are trained too.
-    is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
-    is_masked |= any(map(recipe.is_on, recipe.names["answers_only"])) and row_format != "text"
-    train_on = "response" if is_masked or recipe.method != "sft" else "all"
+            recipe.set_key(key, source, *names)
+
+    answers_only = recipe.names["answers_only"]
+    if any(map(recipe.is_on, answers_only)):
+        is_masked = row_format != "text"
+    else:
+        # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised
+        # too. If the key is null or missing, only the completions are supervised.
+        is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
+    train_on = "all"
+    if is_masked or recipe.method != "sft":
+        train_on = "response"
     why = f"The rows have the format {row_format}."
-    recipe.set_key("data.train_on", train_on, *recipe.names["answers_only"], why=why)
+    recipe.set_key("data.train_on", train_on, *answers_only, why=why)
 
 
 def _set_rows(recipe: Translation, part: str) -> None:
-    """Set `data.train` or `data.validation` from the data sets of the table's part `rows`."""
+    """Set `data.train` or `data.validation` from the tool's data sets.
+
+    `part` is "train" or "validation". The section `rows` of the translation table names the keys of
+    the data sets.
+    """
     rows = recipe.table["rows"]
+    keys = recipe.source.keys
     sources: list[dict[str, Any]] = []
     names: list[str] = []
     for prefix, usual_type in rows[part].items():
         if f"data.{part}.source" in recipe.overrides:
-            for name in recipe.source.keys:
+            for name in keys:
                 if name == prefix or name.startswith(f"{prefix}."):
-                    recipe.note(name, "The command line names the rows.", differs=False)
+                    recipe.note(
+                        name, "The data set on the command line replaces this key.", differs=False
+                    )
             continue
-        named = recipe.listed(prefix)
-        if "listed_in" in rows and named:
-            _read_dataset_info(recipe, prefix)
-        elif named:
-            # Names of data sets without keys of their own.
-            path = f"{prefix}.{rows['sources'][-1]}"
-            recipe.source.keys[path] = replace(recipe.source.keys.pop(prefix), key=path)
-        # An entry is the prefix itself, or an entry of a list. Sorted by length first: 10 comes
-        # after 9.
-        pattern = re.compile(rf"{re.escape(prefix)}(\.[0-9]+)?(?=\.)")
-        entries = {match[0] for match in map(pattern.match, recipe.source.keys) if match}
-        for entry in sorted(entries, key=lambda entry: (len(entry), entry)):
+        # In this case the value lists names of data sets, and the file has no other keys for them.
+        if recipe.listed(prefix):
+            if "listed_in" in rows:
+                _read_dataset_info(recipe, prefix)
+            else:
+                path = f"{prefix}.{rows['sources'][-1]}"
+                keys[path] = replace(keys.pop(prefix), key=path)
+
+        # An entry is one data set. Its keys start with the prefix, or with the prefix and an index
+        # if there is a list of data sets.
+        pattern = rf"{re.escape(prefix)}(\.[0-9]+)?(?=\.)"
+        entries = set()
+        for key in keys:
+            match = re.match(pattern, key)
+            if match:
+                entries.add(match[0])
+        # Sort by length too, so that item 10 comes after item 9.
+        for entry in sorted(sorted(entries), key=len):
             names.append(prefix)
             sources += _read_entry(recipe, entry, usual_type, names)
+
     if sources:
-        recipe.set_key(f"data.{part}", sources[0] if len(sources) == 1 else [*sources], *names)
+        recipe.set_key(f"data.{part}", sources[0] if len(sources) == 1 else sources, *names)
     if part == "train" and any(source["format"] == "text" for source in sources):
         recipe.values.pop("data.too_long", None)
-        recipe.note("data.too_long", "The source splits documents; see data.too_long.")
+        recipe.note("data.too_long", "The source splits long documents; see data.too_long.")
 
 
 def _read_entry(
     recipe: Translation, entry: str, usual_type: str | None, names: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the sources of the recipe for one data set. Add the keys that are read to `names`."""
+    """Return the recipe's sources for one data set. Append the used keys to `names`."""
     rows = recipe.table["rows"]
 
     def get(key: str) -> Any:
-        names.append(f"{entry}.{key}")
-        return recipe.get(names[-1])
-
-    def renamed(ours_of_theirs: dict[str, str]) -> dict[str, Any]:
-        return {ours: get(theirs) for theirs, ours in ours_of_theirs.items() if get(theirs)}
+        name = f"{entry}.{key}"
+        names.append(name)
+        return recipe.get(name)
 
     kind = "text" if recipe.has("stage", "pt") else METHOD_FORMATS.get(recipe.method, "sft")
     type_key = f"{entry}.{rows['type']}"
-    own_prompt = [key for key in recipe.source.keys if key.startswith(f"{type_key}.")]
-    if own_prompt:
-        why = "a prompt text of its own is not supported"
-        raise recipe.error(own_prompt[0], why, rows["own_prompt"])
     named_type = str(get(rows["type"]) or usual_type or "")
-    # A type of preferences has a template or module before its name, or a variant after it.
-    pattern = r"(.*\.)?{}" if kind == "sft" else r"(.*\.)?{}\b.*"
-    types = rows["types"][kind]
-    matching = [name for name in types if re.fullmatch(pattern.format(name), named_type)]
-    if not matching:
-        raise recipe.error(type_key, f"known are {', '.join(types)}", _NAME_ROWS)
-    recipe.defaults |= {f"{entry}.{key}": value for key, value in types[matching[0]].items()}
-    named = [*filter(None, map(get, rows["sources"]))]
-    if not named:
-        raise recipe.error(f"{entry}.{rows['sources'][-1]}", "it names the rows", _NAME_ROWS)
+    for key, value in _implied_by_type(recipe, kind, type_key, named_type).items():
+        recipe.defaults[f"{entry}.{key}"] = value
+
+    named = [get(key) for key in rows["sources"]]
+    files = next(filter(None, named), None)
+    if files is None:
+        raise recipe.error(
+            f"{entry}.{rows['sources'][-1]}",
+            "the data set has no value for this key, which names its rows",
+            _NAME_ROWS,
+        )
+
     row_format = get("format")
     for key, role, format_of_role in rows["formats"]:
         if kind == "sft" and recipe.get(f"{entry}.{key}") == role:
             get(key)
             row_format = format_of_role
-    columns = renamed(rows["columns"].get(row_format, {}))
-    # A column with our name needs no mapping.
+    columns_of_theirs = rows["columns"].get(row_format, {})
+    columns = _renamed(recipe, f"{entry}.", columns_of_theirs)
+    source = _renamed(recipe, f"{entry}.", rows["keys"])
+    names += [f"{entry}.{key}" for key in (*columns_of_theirs, *rows["keys"])]
+    source["format"] = row_format
+    # A column with the name that the recipe expects needs no mapping.
     mapped = {ours: name for ours, name in columns.items() if ours and name != ours}
-    source = (
-        renamed(rows["keys"]) | {"format": row_format} | ({"columns": mapped} if mapped else {})
-    )
+    if mapped:
+        source["columns"] = mapped
+
     template = get("template")
     if template and not recipe.is_set("data.template"):
-        # Data sets with several templates have none in common.
-        is_common = recipe.values.get("data.template", template) == template
-        recipe.set_key("data.template", template if is_common else "auto", type_key)
+        # If the data sets have different templates, use "auto".
+        if recipe.values.get("data.template", template) != template:
+            template = "auto"
+        recipe.set_key("data.template", template, type_key)
     if columns.get("images"):
-        recipe.set_key("model.vision", True, f"{entry}.{rows['type']}")
+        recipe.set_key("model.vision", True, type_key)
         recipe.set_key("data.image_max_pixels", recipe.get("image_max_pixels"), "image_max_pixels")
-    files = named[0] if isinstance(named[0], list) else named[:1]
+
+    if not isinstance(files, list):
+        files = [files]
     return [{"source": file, **source} for file in files]
 
 
-def _read_dataset_info(recipe: Translation, prefix: str) -> None:
-    """Add the entries of LLaMA-Factory's dataset_info.json to the keys: `PREFIX.0.file_name` ...
+def _implied_by_type(
+    recipe: Translation, kind: str, type_key: str, named_type: str
+) -> dict[str, JsonValue]:
+    """Return the default values for a data set of the given type.
 
-    The file is looked for in the configuration's folder, the three folders above it, and the
-    working directory.
+    Raise UsageError if the type is unknown.
+
+    Args:
+        kind: group of types in the table: "sft", "text" or the format of a preference method.
+        type_key: key that contains the type, for errors.
     """
-    keys = recipe.source.keys
+    rows = recipe.table["rows"]
+    for key in recipe.source.keys:
+        if key.startswith(f"{type_key}."):
+            why = "a custom prompt text is not supported"
+            raise recipe.error(key, why, rows["own_prompt"])
+
+    types: dict[str, dict[str, JsonValue]] = rows["types"][kind]
+    # A module or template may precede the name of a type, as in `chatml.intel`. A variant may
+    # follow the name, except for SFT.
+    variant = "" if kind == "sft" else r"\b.*"
+    for name, implied in types.items():
+        if re.fullmatch(rf"(.*\.)?{name}{variant}", named_type):
+            return implied
+    raise recipe.error(type_key, f"the supported types are {', '.join(types)}", _NAME_ROWS)
+
+
+def _renamed(recipe: Translation, prefix: str, ours_of_theirs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of those keys of the other tool that are set, by the recipe's names.
+
+    Args:
+        prefix: the text that is put before each key of the other tool.
+        ours_of_theirs: key of the other tool -> name in the recipe.
+    """
+    values = {}
+    for theirs, ours in ours_of_theirs.items():
+        value = recipe.get(f"{prefix}{theirs}")
+        if value:
+            values[ours] = value
+    return values
+
+
+def _read_dataset_info(recipe: Translation, prefix: str) -> None:
+    """Add the entries of LLaMA-Factory's dataset_info.json to the keys of the configuration.
+
+    An example of an added key is `PREFIX.0.file_name`.
+
+    dataset_info.json is searched for in the configuration's folder, in the three folders above it,
+    and in the working directory.
+    """
     base = recipe.source.base.resolve()
     file = Path(str(recipe.get("dataset_dir")), recipe.table["rows"]["listed_in"])
     paths = [folder / file for folder in (base, *base.parents[:3], Path.cwd())]
     path = next(filter(Path.is_file, paths), None)
     if path is None:
-        fix = f"put it in {paths[0].parent}, or {_NAME_ROWS}"
-        raise recipe.error(prefix, f"{file}, which lists it, is not here", fix)
-    listed = {key.key: key for key in source_keys(path)}
+        fix = f"put the file in {paths[0].parent}, or {_NAME_ROWS}"
+        raise recipe.error(prefix, f"{file}, which describes the data set, was not found", fix)
+
+    listed = list(source_keys(path))
+    # The entry of a data set is a mapping, so its dotted keys start with the data set's name and a
+    # dot.
+    known = {leaf.key.partition(".")[0] for leaf in listed if "." in leaf.key}
     for number, name in enumerate(recipe.listed(prefix)):
-        known = {key.partition(".")[0] for key in listed if "." in key}
         if name not in known:
-            fix = f"did you mean {nearest(name, known) or name}? or {_NAME_ROWS}"
+            fix = f"did you mean {nearest(name, known) or name}? If not, {_NAME_ROWS}"
             raise recipe.error(prefix, f"{path} does not list {name} as a mapping", fix)
+
         entry = f"{prefix}.{number}"
         recipe.defaults[f"{entry}.num_samples"] = recipe.get("max_samples")
-        for key, leaf in listed.items():
-            section, _, rest = key.partition(".")
-            if section == name:
-                # Paths in the list are relative to it.
-                is_path = rest == "file_name"
-                value = (
-                    os.path.relpath(path.parent / str(leaf.value), base) if is_path else leaf.value
-                )
-                keys[f"{entry}.{rest}"] = replace(leaf, key=f"{entry}.{rest}", value=value)
+        for leaf in listed:
+            section, _, rest = leaf.key.partition(".")
+            if section != name:
+                continue
+
+            value = leaf.value
+            if rest == "file_name":
+                # Paths in dataset_info.json are relative to its folder. Make them relative to
+                # `base`.
+                value = os.path.relpath(path.parent / str(value), base)
+            key = f"{entry}.{rest}"
+            recipe.source.keys[key] = replace(leaf, key=key, value=value)
 
 
 def _set_train_on(recipe: Translation) -> None:
@@ -305,90 +426,122 @@ def _set_train_on(recipe: Translation) -> None:
 
 
 def _set_lengths(recipe: Translation) -> None:
-    """Set packing, clipping, the fraction of held-out rows and the duration."""
-    packs = any(map(recipe.is_on, ("packing", "neat_packing")))
+    """Set packing, gradient clipping, the number of held-out rows and the duration."""
+    packs = recipe.is_on("packing") or recipe.is_on("neat_packing")
     if packs and recipe.get("data.seq_len") is None:
-        raise recipe.error("data.seq_len", "packed rows need a length", "set the length there")
+        raise recipe.error(
+            "data.seq_len",
+            "packing needs the length of a packed row",
+            "set this key to the length of a packed row in tokens",
+        )
     why = ""
     if not packs and not recipe.is_set("packing"):
+        packs = True
         why = "The source pads rows. Packed rows give the same result in less time."
-    recipe.set_key("data.pack", bool(packs or why), "packing", "neat_packing", why=why)
-    # 0 disables clipping.
-    recipe.set_key("train.clip_norm", recipe.number("train.clip_norm") or None, "train.clip_norm")
+    recipe.set_key("data.pack", packs, "packing", "neat_packing", why=why)
+
+    # In other tools a limit of 0 disables clipping.
+    clip_norm = recipe.number("train.clip_norm") or None
+    recipe.set_key("train.clip_norm", clip_norm, "train.clip_norm")
+
     held_out = recipe.number("hold_out")
     if held_out and "data.validation" not in recipe.values:
-        size = f"{held_out * 100:g} %" if held_out < 1 else f"{held_out:g} examples"
+        size = f"{held_out:g} examples"
+        if held_out < 1:
+            size = f"{held_out * 100:g} %"
         recipe.set_key("data.hold_out", size, "hold_out")
+
     epochs = recipe.number("epochs")
-    # A length in steps wins over epochs.
+    duration = f"{epochs:g} epochs"
+    # If the file has steps and epochs, the steps have priority.
     steps = max(recipe.number("steps"), recipe.number("steps_per_epoch") * epochs)
-    duration = f"{steps:g} steps" if steps > 0 else f"{epochs:g} epochs"
+    if steps > 0:
+        duration = f"{steps:g} steps"
     recipe.set_key("train.duration", duration, "epochs", "steps", "steps_per_epoch")
 
 
 def _set_schedule(recipe: Translation) -> None:
-    """Set the betas, the minimum of the learning rate and the warmup."""
-    names = ("beta1", "beta2")
-    if any(map(recipe.is_set, names)):
-        given = zip(names, _BETAS, strict=True)
-        betas = [recipe.number(name) if recipe.is_set(name) else usual for name, usual in given]
-        recipe.set_key("train.betas", [*betas], *names)
-    names = ("min_rate_share", "train.learning_rate")
-    if recipe.is_set(names[0]):
-        # Rounded: 0.1 * 3e-5 is 3.0000000000000004e-06.
-        rate = float(f"{math.prod(map(recipe.number, names)):.12g}")
+    """Set the betas, the minimum learning rate and the warm-up."""
+    if any(map(recipe.is_set, _BETAS)):
+        betas = []
+        for name, default in _BETAS.items():
+            betas.append(recipe.number(name) if recipe.is_set(name) else default)
+        recipe.set_key("train.betas", betas, *_BETAS)
+
+    if recipe.is_set("min_rate_share"):
+        rate = recipe.number("min_rate_share") * recipe.number("train.learning_rate")
+        # Round the minimum rate for the recipe, because 0.1 * 3e-5 is 3.0000000000000004e-06.
+        rate = float(f"{rate:.12g}")
+        names = ("min_rate_share", "train.learning_rate")
         recipe.set_key("train.min_learning_rate", rate, *names)
+
     warmup = length(recipe.number("warmup_steps") or recipe.number("warmup_share"))
     if recipe.get("train.schedule") == "constant":
-        # In Transformers only constant_with_warmup has a warmup.
+        # In Transformers, the schedule "constant" has no warm-up, unlike constant_with_warmup.
         warmup = "0 steps"
     recipe.set_key("train.warmup", warmup, "warmup_steps", "warmup_share")
 
 
 def _set_intervals(recipe: Translation) -> None:
-    """Set when the run saves and validates: by count in an epoch, by steps, each epoch or never."""
-    is_validated = {"data.validation", "data.hold_out"} & {*recipe.values}
-    parts = {"save": "checkpoint.every"} | ({"eval": "validate.every"} if is_validated else {})
-    for what, key in parts.items():
+    """Set how often the run saves and validates.
+
+    The file can set a number of times per epoch, a number of steps, every epoch, or never.
+    """
+    intervals = {"save": "checkpoint.every"}
+    if "data.validation" in recipe.values or "data.hold_out" in recipe.values:
+        intervals["eval"] = "validate.every"
+    for what, key in intervals.items():
         names = (f"{what}s_per_epoch", f"{what}_strategy", f"{what}_steps")
-        every = None
+        per_epoch = recipe.number(names[0])
+        strategy = recipe.get(names[1])
         steps = recipe.number(names[2])
-        if what == "eval":
-            # As in Transformers.
-            steps = steps or recipe.number("log.every") or 500
-        if recipe.number(names[0]):
-            every = f"{1 / recipe.number(names[0]):g} epochs"
-        elif recipe.get(names[1]) == "epoch":
+        if what == "eval" and not steps:
+            # As in Transformers, validate by default as often as values are logged
+            # (`logging_steps`).
+            steps = recipe.number("log.every") or 500
+
+        every = None
+        if per_epoch:
+            every = f"{1 / per_epoch:g} epochs"
+        elif strategy == "epoch":
             every = "1 epochs"
-        elif recipe.get(names[1]) == "steps" and steps:
+        elif strategy == "steps" and steps:
             every = length(steps)
         recipe.set_key(key, every, *names)
 
 
 def _set_batch(recipe: Translation, world: int | None) -> None:
-    """Set the global batch: the rows of a process times accumulation times the number of processes
-    that have rows of their own.
+    """Set the global batch.
+
+    global batch = rows per process * accumulation steps * number of processes with different rows.
     """
     if "train.global_batch" in recipe.overrides:
         return
-    names = ("rows", "accumulation")
-    rows = math.prod(map(recipe.count, names))
-    # The ranks of a tensor-parallel group have the same rows.
-    tensor, copies = [max(1, recipe.number(f"parallel.{name}")) for name in ("tensor", "replicate")]
+    rows = recipe.count("rows") * recipe.count("accumulation")
+
+    # The ranks of a tensor-parallel group process the same rows, so a group counts as one process.
+    tensor = max(1, recipe.number("parallel.tensor"))
+    shards = recipe.number("parallel.shard")
     processes = world or recipe.number("processes")
-    if recipe.number("parallel.shard") > 0:
-        processes = recipe.number("parallel.shard") * copies * tensor
+    if shards > 0:
+        processes = shards * max(1, recipe.number("parallel.replicate")) * tensor
+
     if processes < 1 or processes % tensor:
-        why = f"a process takes {count_of(rows, 'row')} a step"
-        fix = "--world N, the number of processes (GPUs) on all nodes that it ran on"
+        why = (
+            f"each process of the original run used {count_of(rows, 'row')} per step, and the file "
+            "does not give a usable number of processes"
+        )
+        fix = "add --world N, the number of processes (GPUs) on all nodes of the original run"
         if tensor > 1:
-            fix += f", which {tensor:g} divides"
+            fix += f", a multiple of {tensor:g}"
         what = "the global batch is unknown"
         raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
+
     batch = int(rows * processes // tensor)
     why = f"{processes:g} processes"
     size = f"{batch} examples"
-    if any(map(recipe.is_on, ("packing", "neat_packing"))):
+    if recipe.is_on("packing") or recipe.is_on("neat_packing"):
         why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('data.seq_len')} tokens"
-    recipe.set_key("train.global_batch", size, *names, "processes", why=why)
+    names = ("rows", "accumulation", "processes")
+    recipe.set_key("train.global_batch", size, *names, why=why)

@@ -1,10 +1,12 @@
-"""A recipe that is being translated: values under our keys, their origins, and notes on the keys
-that are not in the recipe.
+"""State of a translation from another tool's configuration to a recipe.
+
+It holds the values of recipe keys, their origins, and notes on keys that are not in the recipe.
 """
 
+import fnmatch
 import json
+import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +24,16 @@ from tunesmith.units import Length
 
 _UNSET: tuple[JsonValue, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
-# Texts that Transformers' parser and pydantic read as true and false.
-_TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
-_FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
+# Words that Transformers' parser and pydantic accept as booleans -> the recipe's word.
+_TRUTH = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), "true")
+_TRUTH |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), "false")
 
 
 class Note(NamedTuple):
-    """A key of the other tool that the recipe does not contain.
+    """Note about a key of the other tool that has no equivalent in the recipe.
 
     Attributes:
-        differs: whether it may change what is learned.
+        differs: whether the training may differ, because the recipe does not have the key.
     """
 
     key: str
@@ -42,19 +44,20 @@ class Note(NamedTuple):
 
 
 class Translation:
-    """The translation so far.
+    """Recipe that is built from another tool's configuration, with the origin of each value.
 
-    A `name` in the methods is a key of the other tool, or the target that the table's part `keys`
-    gives it: a recipe key or a quantity.
+    The parameter `name` of the methods is either a key of the other tool, or a target. Targets are
+    the values in the section `keys` of the tool's translation table. A target is a recipe key, or
+    a quantity such as `rows`.
 
     Attributes:
-        overrides: recipe keys that the command line gives.
-        defaults: values of keys that the file does not set.
-        names: the other tool's keys of each target.
-        values: the recipe's values by key.
-        origins: the other tool's keys that each value follows from.
-        reasons: why a value is not a plain copy, by recipe key.
-        notes: the notes by key of the other tool.
+        overrides: recipe keys from the command line.
+        defaults: the other tool's default values, by its keys.
+        names: target -> keys of the other tool that set it.
+        values: recipe key -> value.
+        origins: recipe key -> keys of the other tool from which its value is derived.
+        reasons: recipe key -> explanations of its value, if the value is not simply copied.
+        notes: key of the other tool -> note.
     """
 
     def __init__(self, source: SourceConfig, overrides: Mapping[str, str]) -> None:
@@ -62,21 +65,26 @@ class Translation:
         self.overrides = dict(overrides)
         if "method" in overrides:
             self.overrides["method.name"] = overrides["method"]
+
         self.table = table(source.tool)
         self.defaults: dict[str, JsonValue] = dict(self.table["defaults"])
         self.names: dict[str, list[str]] = {}
         for theirs, ours in self.table["keys"].items():
             self.names.setdefault(ours, []).append(theirs)
+
         self.values: dict[str, Any] = {}
         self.origins: dict[str, list[SourceKey]] = {}
         self.reasons: dict[str, list[str]] = {}
         self.notes: dict[str, Note] = {}
 
     def find(self, name: str) -> SourceKey | None:
-        """Return a key in the file or its default. Return None if it has neither."""
-        names = self.names.get(name, [name])
-        # `dataset.packed` is also the key of the first entry of a list.
-        names = [form for key in names for form in (key, key.replace(".", ".0.", 1))]
+        """Return a key of the file. If the file does not have it, return its default, or None."""
+        names = []
+        for key in self.names.get(name, [name]):
+            # A key such as `dataset.packed` can also be in the first entry of a list, as
+            # `dataset.0.packed`.
+            names += [key, key.replace(".", ".0.", 1)]
+
         for key in names:
             if key in self.source.keys:
                 return self.source.keys[key]
@@ -86,77 +94,90 @@ class Translation:
         return None
 
     def get(self, name: str) -> JsonValue:
-        """Return the value of a key, or its default if the value is null."""
+        """Return the value of a key. If the key is missing or null, return its default value."""
         key = self.find(name)
         if key is None:
             return None
-        return self.defaults.get(key.key) if key.value is None else key.value
+        if key.value is None:
+            return self.defaults.get(key.key)
+        return key.value
 
     def number(self, name: str) -> int | float:
-        """Return a number, which may be in quotes, or 0 if the key is not set."""
+        """Return the value of a key as a number, or 0 if the key is not set.
+
+        In the file, the number may be in quotes.
+        """
         value = self.get(name)
         if isinstance(value, str):
             value = scalar(value.replace("_", ""))
         if value is None:
             return 0
         if isinstance(value, bool | str | list | dict) or not abs(value) < 1e15:
-            raise self.error(name, "a number is expected", "write a number there")
+            raise self.error(name, "the value must be a number", "set the key to a number")
         return value
 
     def count(self, name: str) -> int:
-        """Return a whole number of at least 1, or 1 if the key is not set."""
-        number = 1 if self.get(name) is None else self.number(name)
+        """Return the value of a key as an integer of at least 1. Return 1 if the key is not set."""
+        if self.get(name) is None:
+            return 1
+        number = self.number(name)
         if number < 1 or number % 1:
-            raise self.error(name, "it is no whole number above 0", "write such a number there")
+            raise self.error(
+                name, "the value must be a whole number above 0", "set the key to a whole number"
+            )
         return int(number)
 
     def is_on(self, name: str) -> bool:
-        """Return whether a switch is on. Raise UsageError if the value is not a truth value."""
+        """Return whether the value of a key is true. Raise UsageError if it is not a boolean."""
         if self.get(name) in _UNSET or self.has(name, "false"):
             return False
         if self.has(name, "true"):
             return True
-        raise self.error(name, "true or false is expected", "write one of them there")
+        raise self.error(name, "the value must be true or false", "set the key to true or false")
 
     def listed(self, name: str) -> list[str]:
-        """Return a list of names, or a text with commas as a list."""
+        """Return the value of a key as a list of names. A text is split at commas."""
         value = self.get(name) or []
         parts = value if isinstance(value, list) else str(value).split(",")
         return [str(part).strip() for part in parts]
 
     def is_set(self, name: str) -> bool:
-        """Return whether the file contains a value other than null."""
+        """Return whether the file has this key with a value other than null."""
         key = self.find(name)
         return key is not None and key.key in self.source.keys and key.value is not None
 
     def has(self, name: str, expected: JsonValue) -> bool:
-        """Return whether a key, or our key, has a value as the tables write it: a text that the
-        value contains, a number that it equals, or null.
+        """Return whether a key of the file or of the recipe has the expected value.
+
+        If `expected` is a text, the value must contain it; "true" also matches "yes" or "on". If
+        `expected` is a number or null, the value must be equal.
         """
-        value = self.overrides.get(name, self.values.get(name, self.get(name)))
-        text = str(value).lower()
+        value = self.values.get(name, self.get(name))
+        value = self.overrides.get(name, value)
+
         if value is None or expected is None:
             return value is expected
+        text = str(value).lower()
+        # Exclude booleans, because bool is a subclass of int.
         if isinstance(expected, int | float) and not isinstance(expected, bool):
             return scalar(text) == expected
-        if expected in ("true", "false") and text in (*_TRUE_WORDS, *_FALSE_WORDS):
-            return text in (_TRUE_WORDS if expected == "true" else _FALSE_WORDS)
+        if expected in ("true", "false") and text in _TRUTH:
+            return _TRUTH[text] == expected
         return str(expected).lower() in text
 
     @property
     def method(self) -> str:
-        """The name of the training method."""
         return str(self.overrides.get("method.name", self.values.get("method.name", "sft")))
 
     def set_key(self, key: str, value: object, *names: str, why: str = "") -> None:
-        """Set a recipe key, which follows from the other tool's keys `names`."""
+        """Set a recipe key whose value is derived from the other tool's keys `names`."""
         self.values[key] = value
         origins = [origin for origin in map(self.find, names) if origin is not None]
         self.origins.setdefault(key, []).extend(origins)
         self.reasons.setdefault(key, []).append(why)
 
     def note(self, name: str | SourceKey, why: str, *, differs: bool = True) -> None:
-        """Note why a key is not in the recipe, or how its effect differs."""
+        """Add a note that says why a key is not in the recipe, or how its effect differs."""
         key = self.find(name) if isinstance(name, str) else name
         if key is not None:
             self.notes.setdefault(key.key, Note(key.key, _shown(key), key.where, why, differs))
@@ -167,64 +188,89 @@ class Translation:
         return UsageError(what, where=key.where, why=why, fix=fix)
 
     def carry(self) -> None:
-        """Set each recipe key of the part `keys` whose value needs only our word or unit."""
+        """Set all recipe keys whose values can be copied, unchanged or with another word or unit.
+
+        The section `keys` of the translation table lists these recipe keys.
+        """
         for key in self.names:
             value = self.get(key)
             if key not in keys() or key == "adapter.target" or value is None:
                 continue
+
             hint = keys()[key][1]
+            types = members(hint)
             if key.startswith("parallel."):
-                # -1 and 0 leave the number to the tool.
-                value = self.number(key) if self.number(key) > 0 else None
+                # The values -1 and 0 mean that the other tool chooses the number, so do not set the
+                # key.
+                value = self.number(key)
+                if value <= 0:
+                    continue
             elif literal_words(hint):
-                value = self._our_word(key)
-            elif Length in members(hint):
+                value = self._recipe_word(key)
+            elif Length in types:
                 value = length(self.number(key))
-            elif isinstance(value, str) and tuple[str, ...] in members(hint):
-                value = [*self.listed(key)]
-            elif isinstance(value, str) and bool in members(hint):
-                value = self.is_on(key)
-            elif isinstance(value, str) and str not in members(hint):
-                # The tools convert a number in quotes.
-                value = scalar(value.replace("_", ""))
+            elif isinstance(value, str):
+                if tuple[str, ...] in types:
+                    value = list(self.listed(key))
+                elif bool in types:
+                    value = self.is_on(key)
+                elif str not in types:
+                    # Convert a number in quotes to a number, because the other tools do so.
+                    value = scalar(value.replace("_", ""))
+
             if value is not None:
                 self.set_key(key, value, key)
 
-    def _our_word(self, key: str) -> str | None:
-        """Return our word for a value. Note the key and return None if there is none."""
+    def _recipe_word(self, key: str) -> str | None:
+        """Return the recipe's word for the value of a key.
+
+        If there is no such word, add a note and return None.
+        """
         spec, hint = keys()[key]
-        # `torch.bfloat16`: the last part is the word.
+        # Use only the last part of values such as `torch.bfloat16`.
         word = str(self.get(key)).rpartition(".")[2].lower()
-        meanings = {**other_tools("words"), **self.table.get("words", {})}
-        for candidate in (word, *meanings.get(word, "").split()):
+        # Words in the tool's table have priority over the common words for all tools.
+        meanings = other_tools("words") | self.table.get("words", {})
+        candidates = [word, *meanings.get(word, "").split()]
+        for candidate in candidates:
             if candidate in literal_words(hint):
                 return candidate
-        absent = other_tools("absent").get(word, "{} is not known here").format(word)
+
+        absent = other_tools("absent").get(word, "{} is unknown to tunesmith").format(word)
         self.note(key, f"{absent}; the recipe has {key}: {spec.default}")
         return None
 
     def unread(self, key: str) -> str:
-        """Return why the recipe does not read a key, or "" if it does."""
+        """Return why a run of this recipe ignores a recipe key, or "" if it reads the key."""
         if key.startswith("adapter.") and self.values.get("adapter.kind") == "none":
-            return "" if key == "adapter.kind" else "No adapter is trained."
+            if key == "adapter.kind":
+                return ""
+            return "No adapter is trained."
         template = self.overrides.get("data.template", self.values.get("data.template"))
         if key == "data.template_args" and template in ("alpaca", "raw"):
-            return "These rows are written without a chat template."
+            return "These rows are formatted without a chat template."
         name = key.removeprefix("method.")
         if name not in (key, "name", *METHOD_KEYS.get(self.method, ())):
-            return f"The method {self.method} does not read it."
+            return f"The method {self.method} does not use this key."
         return ""
 
     def close(self) -> None:
-        """Drop the values that the recipe does not read, and note each key of the file that is
-        neither in the recipe nor noted.
+        """Finish the translation: remove unused recipe keys, and add the missing notes.
+
+        A recipe key is removed if the recipe, with its other values, does not read it. Each key of
+        the file that is neither in the recipe nor noted yet gets a note.
         """
-        unread = {key: why for key in self.values if (why := self.unread(key))}
-        for key in unread:
-            del self.values[key]
+        unread = {key: self.unread(key) for key in self.values}
         for key, why in unread.items():
+            if why:
+                del self.values[key]
+
+        mentioned = self.mentioned
+        for key, why in unread.items():
+            if not why:
+                continue
             for origin in self.origins[key]:
-                if origin.key in self.source.keys and origin.key not in self.mentioned:
+                if origin.key in self.source.keys and origin.key not in mentioned:
                     self.note(origin, why, differs=False)
         for key_of_file in self.source.keys.values():
             if key_of_file.key not in self.mentioned:
@@ -233,81 +279,108 @@ class Translation:
 
     @property
     def mentioned(self) -> set[str]:
-        """The other tool's keys that a comment or a note names."""
+        """Keys of the other tool that a comment or a note mentions."""
         origins = [origin.key for key in self.values for origin in self.origins[key]]
         return {*origins, *self.notes}
 
     def _reason(self, key: SourceKey) -> tuple[str, bool]:
-        """Return why a key of the file is not in the recipe, and whether the training differs."""
+        """Return why a key is not in the recipe, and whether this can change the training."""
         name = without_indices(key.key)
-        parts = key.value if isinstance(key.value, list) and key.value else [key.value]
+        value = key.value
+        parts = value if isinstance(value, list) and value else [value]
         texts = [f"{name}={'' if part in _UNSET else part}" for part in parts]
-        reasons = [(False, *item) for item in self.table["nothing"].items()]
-        reasons += [(True, *item) for item in self.table["differs"].items()]
-        for differs, why, patterns in reasons:
-            whole = [pattern if "=" in pattern else f"{pattern}=*" for pattern in patterns]
-            if all(any(fnmatchcase(text, pattern) for pattern in whole) for text in texts):
-                # A value in the table counts also if it is false.
-                is_off = key.value in (_OFF if differs else _UNSET)
-                if key.value is None or (is_off and not any("=" in p for p in patterns)):
-                    return "It is not set.", False
-                return why, differs
+        for part, unset in (("nothing", _UNSET), ("differs", _OFF)):
+            for why, patterns in self.table[part].items():
+                whole = [pattern if "=" in pattern else f"{pattern}=*" for pattern in patterns]
+                any_pattern = "|".join(map(fnmatch.translate, whole))
+                if not all(re.match(any_pattern, text) for text in texts):
+                    continue
+
+                # A pattern without "=" means that the key is on, so it does not apply to a value
+                # that is off. A pattern `key=value` applies to any value.
+                has_values = any("=" in pattern for pattern in patterns)
+                if value is None or (value in unset and not has_values):
+                    return "This key is not set.", False
+                return why, part == "differs"
+
         first = self.find(name)
         if name in self.table["keys"] and first is not None:
             if first.key == key.key:
-                return "The command line replaces it.", False
-            # A later entry of a list, or an older name.
-            return f"The recipe has the value of {first.key}.", first.value != key.value
+                return "The command line replaces this key.", False
+            # The key belongs to a later entry of a list, or it is an older name of the same
+            # setting.
+            return f"The recipe has the value of {first.key}.", first.value != value
+
         if key.key in self.source.referenced:
-            return f"It is used where ${{{key.key}}} names it.", False
-        if key.value in _OFF:
-            return "It is not set.", False
-        return "It is unknown to tunesmith: check what it does.", True
+            return f"Other keys refer to this key as ${{{key.key}}}.", False
+        if value in _OFF:
+            return "This key is not set.", False
+        return "This key is unknown to tunesmith: check what it does.", True
 
     @property
     def comments(self) -> dict[str, str]:
-        """The origins of each value as a comment."""
+        """Recipe key -> comment that names the origins of the value."""
         comments = {}
         for key in self.values:
-            parts = [f"{o.where} {o.key}: {_shown(o)}" for o in self.origins[key]]
-            parts += filter(None, self.reasons[key])
-            comments[key] = "; ".join(dict.fromkeys(parts)) or f"{self.source.tool}'s default"
+            # A dict removes duplicate parts and keeps their order.
+            parts = {}
+            for origin in self.origins[key]:
+                parts[f"{origin.where} {origin.key}: {_shown(origin)}"] = True
+            for reason in self.reasons[key]:
+                if reason:
+                    parts[reason] = True
+            comments[key] = "; ".join(parts) or f"{self.source.tool}'s default"
         return comments | dict.fromkeys(self.overrides, "given on the command line")
 
     def tree(self) -> Node:
-        """Return the recipe with the places of the other tool's file, which errors name."""
-        top: dict[str, Node] = {}
-        # In the order of the schema.
-        for key in sorted(self.values, key=[*keys()].index):
+        """Return the recipe as a tree of nodes.
+
+        The position of a node is a line of the other tool's file, so that errors in the recipe
+        point to this file.
+        """
+        name, base = self.source.name, self.source.base
+        top = Node({}, name, base)
+        # Sort the keys by the order of the schema.
+        for key in sorted(self.values, key=list(keys()).index):
             *sections, last = key.split(".")
-            section: Any = top
-            for name in sections:
-                inner = Node({}, self.source.name, self.source.base)
-                section = section.setdefault(name, inner).value
-            in_file = [o.where for o in self.origins[key] if o.key in self.source.keys]
-            where = [*in_file, self.source.name][0]
-            section[last] = wrap(self.values[key], where=where, base=self.source.base)
-        return Node(top, self.source.name, self.source.base)
+            # Create the sections that contain the key.
+            section: Any = top.value
+            for outer in sections:
+                section = section.setdefault(outer, Node({}, name, base)).value
+
+            # Use the position of the first origin that is in the file.
+            in_file = (origin for origin in self.origins[key] if origin.key in self.source.keys)
+            where = next((origin.where for origin in in_file), name)
+            section[last] = wrap(self.values[key], where=where, base=base)
+        return top
 
     def text(self, tree: Node, head: str, folder: Path) -> str:
-        """Return the recipe as a file in `folder`, with the origin of each value above it."""
-        # In ASCII a comment has no line breaks.
-        comments = {
-            key: comment.encode("ascii", "backslashreplace").decode()
-            for key, comment in self.comments.items()
-        }
-        return f"{head}\n{to_yaml(resolve_paths(tree, beside=folder).plain(), comments)}"
+        """Return the text of the recipe file, which will be written to `folder`.
+
+        Above each value, a comment names the origin of the value.
+        """
+        comments = {}
+        for key, comment in self.comments.items():
+            # Escape line breaks and characters outside ASCII, so that a comment is a single line.
+            comments[key] = comment.encode("ascii", "backslashreplace").decode()
+        values = resolve_paths(tree, relative_to=folder).plain()
+        return f"{head}\n{to_yaml(values, comments)}"
 
 
 def length(number: float) -> str:
-    """Return an interval as our unit; a number below 1 is a fraction of the run."""
+    """Return an interval in the recipe's notation. A number below 1 is a fraction of the run."""
     return f"{number:g} steps" if number >= 1 else f"{number * 100:g} %"
 
 
 def _shown(key: SourceKey) -> str:
-    """Return a value on one line, in ASCII, without secrets."""
-    if any(map(is_secret_name, key.key.split("."))) and isinstance(key.value, str):
+    """Return the value of a key as text for a comment: one line, in ASCII and without secrets."""
+    value = key.value
+    is_secret = any(map(is_secret_name, key.key.split(".")))
+    if is_secret and isinstance(value, str):
         return '"***"'
-    parts = key.value if isinstance(key.value, list) else [key.value]
-    shown = [mask_words([part])[0] if isinstance(part, str) else part for part in parts]
-    return mask(json.dumps(shown if isinstance(key.value, list) else shown[0]))
+
+    if isinstance(value, str):
+        value = mask_words([value])[0]
+    elif isinstance(value, list):
+        value = [mask_words([part])[0] if isinstance(part, str) else part for part in value]
+    return mask(json.dumps(value))

@@ -1,4 +1,8 @@
-"""Launches on this machine, in a container, on a swarm and under Slurm; what became of them."""
+"""The commands `launch`, `status`, `logs` and `stop`.
+
+`launch` starts runs on this machine, in a Docker container, on a Docker swarm or on a Slurm
+cluster. The other commands show the state and the log of launched runs, and stop them.
+"""
 
 COMMANDS = {
     "train": {
@@ -9,7 +13,7 @@ COMMANDS = {
         ),
         "launch swarm": (
             "tunesmith.tools.launch.cli_swarm",
-            "train on a Docker swarm, such as two Sparks on a cable",
+            "train on a Docker swarm, such as two connected DGX Sparks",
         ),
         "launch slurm": ("tunesmith.tools.launch.cli_slurm", "train on nodes of a Slurm cluster"),
         "status": ("tunesmith.tools.launch.cli_status", "show the state of launched runs"),

@@ -6,10 +6,10 @@ example:
   tunesmith launch docker my-recipe.yaml --detach train.duration='2 h'
   tunesmith launch docker my-recipe.yaml --render  # print the command only
 
-It trains with one rank per GPU, or in one process without GPUs. The recipe's
-files, the run directory and the caches are mounted at their own paths, and the
-container runs as your user. Signals and exit codes are those of `train`: ctrl-C
-saves after the current step and exits with 75.
+The run has one rank per GPU, or one process if there is no GPU. The recipe's
+files, the run directory and the caches are mounted at the same paths as on this
+machine, and the container runs as your user. Signals and exit codes are those
+of `train`: ctrl-C saves after the current step and exits with 75.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detach",
         action="store_true",
-        help="run in the background; keeps running when the terminal is closed",
+        help="run in the background, even after the terminal is closed",
     )
     parser.add_argument("--render", action="store_true", help="only print the docker command")
 

@@ -7,7 +7,7 @@ example:
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Without GPUs it trains in one process, or in --ranks processes. Signals and exit
+Without GPUs the run has one process, or the number of --ranks. Signals and exit
 codes are those of `train`: ctrl-C saves after the current step and exits with
 75.
 """
@@ -34,29 +34,39 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
     parser.add_argument(
-        "--ranks", type=whole_number, metavar="N", help="processes (default: one per GPU, or one)"
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="number of processes (default: one per GPU, or one if there is no GPU)",
     )
-    again = "restart failed ranks at most K times"
+    again = "maximum number of restarts of failed ranks (default: 0)"
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help=again)
     parser.add_argument(
         "--detach",
         action="store_true",
-        help="run in the background; keeps running when the terminal is closed",
+        help="run in the background, even after the terminal is closed",
     )
 
 
 def add_launched(parser: argparse.ArgumentParser) -> None:
-    """The recipe that a launcher takes, or a model and rows for a new one."""
+    """Add the options that all launch commands share.
+
+    The options are the recipe, or a model and data for a new recipe, and --debug.
+    """
     add_recipe(parser)
-    debug = "tracebacks, and what NCCL does on every node, in the log"
+    debug = "write tracebacks and NCCL's debug output of every node to the log"
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
 def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
-    """Read the recipe that the words of `add_launched` name; `ranks` as for `make_recipe`.
+    """Read the recipe that the options of `add_launched` name, or create a new recipe.
 
-    The file of a new recipe is written, and `args` then name it: what is left to do
-    before a launch, such as a fetch, takes a recipe.
+    A new recipe is written to a file, and `args` is changed to name this file. The file is needed
+    because the user may have to run other commands before the launch, such as `fetch`, which take a
+    recipe file.
+
+    Args:
+        ranks: the number of ranks, for `make_recipe`.
     """
     recipe, new_file = chosen_recipe(args, ranks=ranks)
     if new_file is not None:
@@ -70,9 +80,13 @@ def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
 
 
 def is_finished(recipe: "Run", launched: str) -> bool:
-    """Tell whether the run has finished, which is printed: it is not `launched`.
+    """Return whether the run has already finished. If so, print a message.
 
-    Raises what its start would, as far as its files tell: in the background nobody would see it.
+    Also check the run directory, and raise its errors before the start, because the user would not
+    see the errors of a run in the background.
+
+    Args:
+        launched: the verb for the message, such as "started" or "submitted".
     """
     from tunesmith.training.early_checks import check_start
 
@@ -80,15 +94,21 @@ def is_finished(recipe: "Run", launched: str) -> bool:
     finished = check_start(recipe, resumes=resumes)
     if finished is None:
         return False
-    again = "continue: a longer train.duration; start over: output_dir=runs/another-name"
+    again = (
+        "to continue, set a longer train.duration; to start over, set output_dir=runs/another-name"
+    )
     print(f"not {launched}: the run has finished all {count_of(finished.steps, 'step')}; {again}")
     return True
 
 
 def announce(job: "Job", doing: str) -> None:
-    """Print how to follow and stop what was launched."""
-    log = f"its log: tunesmith logs -f {job.name}"
-    print(f"{job.name} {doing}; {log}; to stop it: tunesmith stop {job.name}")
+    """Print the name of a launched job, and the commands to follow its log and to stop it.
+
+    Args:
+        doing: what the job does, such as "trains in the background".
+    """
+    log = f"to follow the log: tunesmith logs -f {job.name}"
+    print(f"{job.name} {doing}; {log}; to stop the run: tunesmith stop {job.name}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 example:
   tunesmith logs slurm-1234
-  tunesmith logs -f runs/my-run  # follow it to the end; ctrl-C stops only this
+  tunesmith logs -f runs/my-run  # follow; ctrl-C ends this command, not the run
 """
 
 import argparse
@@ -13,7 +13,7 @@ from tunesmith.launch.jobs import find_job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
+        "job", metavar="JOB|RUN", help="job name from `tunesmith status`, or a run directory"
     )
     parser.add_argument(
         "-f", "--follow", action="store_true", help="follow the log until the run ends"

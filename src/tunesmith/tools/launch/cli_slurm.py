@@ -10,10 +10,10 @@ example:
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves; the same launch resumes
 
-Before the time limit the run saves, and the job is requeued and resumes, at
-most --max-requeues times. Tokens are not sent: fetch the model first
-(`tunesmith fetch`), and log in to trackers on the login node. See
-docs/slurm.md.
+Before the time limit the run saves a checkpoint. Then the job is requeued and
+resumes, at most --max-requeues times. Access tokens are not sent to the job:
+fetch the model first (`tunesmith fetch`), and log in to experiment trackers on
+the login node. See docs/slurm.md.
 """
 
 import argparse
@@ -26,68 +26,76 @@ from tunesmith.launch.jobs import check_free, recipe_file
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.cli_local import add_launched, is_finished, launched_recipe
 
-# Keys of a request that are an option each -> its help.
+# Field of `slurm.Request` -> help text of the option with the same name.
 SETTINGS = {
-    "partition": "",
-    "account": "",
-    "qos": "",
-    "constraint": "such as h100",
-    "time": "limit: 90 (minutes), 12:00:00, 2-00:00:00",
-    "mem": "of a node, such as 500G; 0 is all",
-    "cpus_per_task": "of a node",
-    "gpus_per_node": "such as 8 or h100:8; 0 trains on CPUs",
-    "container": "image for Pyxis, which has tunesmith in it",
+    "partition": "partition that the job is submitted to",
+    "account": "account that the job is charged to",
+    "qos": "quality of service of the job",
+    "constraint": "feature that the nodes must have, such as h100",
+    "time": "time limit, such as 90 (minutes), 12:00:00 or 2-00:00:00",
+    "mem": "memory per node, such as 500G; 0 is all memory",
+    "cpus_per_task": "CPUs per node",
+    "gpus_per_node": "GPUs per node, such as 8 or h100:8; 0 trains on CPUs",
+    "container": "container image for Pyxis, with tunesmith installed",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    parser.add_argument("--nodes", type=whole_number, default=1, metavar="N", help="default: 1")
+    nodes = "number of nodes (default: 1)"
+    parser.add_argument("--nodes", type=whole_number, default=1, metavar="N", help=nodes)
     for key, text in SETTINGS.items():
         metavar = key.rpartition("_")[2].upper()
         if key == "gpus_per_node":
             metavar = "[TYPE:]N"
         parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
     parser.add_argument(
-        "--exclusive", action="store_true", help="whole nodes; with --mem 0 all their memory"
+        "--exclusive",
+        action="store_true",
+        help="do not share the nodes with other jobs; add --mem 0 to use all their memory",
     )
-    line = "a line of the script before the run: --setup 'module load cuda'"
+    line = "line of the script to execute before the run, such as --setup 'module load cuda'"
     parser.add_argument("--setup", action="append", default=[], metavar="LINE", help=line)
-    other = "any other sbatch option: --sbatch-arg=--reservation=tuesday"
+    other = "any other sbatch option, such as --sbatch-arg=--reservation=tuesday"
     parser.add_argument(
         "--sbatch-arg", dest="sbatch", action="append", default=[], metavar="OPTION", help=other
     )
-    reasons = "at a time limit or after a lost node; 0: never (default: 5)"
-    requeues = f"how often it may be requeued, {reasons}"
+    reasons = "after the time limit or a lost node (default: 5; 0 never requeues)"
+    requeues = f"maximum number of times that the job is requeued {reasons}"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
-    default = "by the size of a checkpoint, from 300 on; a quarter of a short limit"
-    warning = f"save this long before the time limit (default: {default})"
+    default = "at least 300, more for a large checkpoint, at most a quarter of the limit"
+    warning = f"seconds before the time limit at which the run saves (default: {default})"
     parser.add_argument(
         "--warn-before", dest="warning", type=whole_number, metavar="SECONDS", help=warning
     )
     parser.add_argument(
         "--render",
         action="store_true",
-        help="print the script, with the recipe inside, and do not submit it",
+        help="print the script with the recipe inside, and do not submit it",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     fields = [field.name for field in dataclasses.fields(slurm.Request)]
     request = slurm.Request(**{name: vars(args)[name] for name in fields if name in args})
-    # The login node's processor is not that of the nodes.
+    # Pass the number of ranks, because the login node and the compute nodes have different
+    # hardware.
     recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))
     slurm.check_mesh_of_job(recipe, request)
     request = dataclasses.replace(request, saving=slurm.saving_seconds(recipe))
     words = [args.recipe, *args.overrides]
     if args.render:
-        # It may be submitted on another machine, which has the files.
+        # Only warn about missing files, because the script may be submitted on another machine that
+        # has the files.
         try:
             slurm.check_reach(recipe, request, words)
         except UsageError as error:
-            notify(f"warning: {error.where}: {error.what}, on this machine")
+            notify(f"warning: this machine cannot submit the job: {error.what} ({error.where})")
         folder = shell_path(recipe_file(recipe.output_dir).parent)
-        notify(f"submit it where its files are: mkdir -p {folder}; sbatch FILE")
+        notify(
+            "save the script as FILE, and run these commands on a machine that has the job's "
+            f"files: mkdir -p {folder}; sbatch FILE"
+        )
         print(slurm.render_script(recipe, request, holds_recipe=True), end="")
         return
     slurm.check_reach(recipe, request, words)
@@ -97,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
     job = slurm.submit(recipe, request)
     print(f"job {job.details['id']}; log: {job.log}")
     name = shell_word(job.name)
-    stop = f"stop it: tunesmith stop {name}; queue: squeue --me"
-    notify(f"follow it: tunesmith logs -f {name}; {stop}")
+    stop = f"stop the job: tunesmith stop {name}; show the queue: squeue --me"
+    notify(f"follow the log: tunesmith logs -f {name}; {stop}")
 
 
 def _count(text: str) -> int:

@@ -2,8 +2,8 @@
 
 example:
   tunesmith status  # all jobs of this user
-  tunesmith status slurm-1234  # one, by its name
-  tunesmith status runs/my-run  # or by its run directory
+  tunesmith status slurm-1234  # one job, by its name
+  tunesmith status runs/my-run  # one job, by its run directory
   tunesmith status runs/rates  # all candidates of a sweep
 """
 
@@ -12,7 +12,7 @@ import json
 
 from tunesmith.cli.options import add_json
 from tunesmith.errors import MachineError
-from tunesmith.host.files import from_here
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.streams import visible
 from tunesmith.launch.jobs import Job, JobState, all_jobs, find_job, last_step, with_runs_of_folders
 from tunesmith.run_dir import RunState
@@ -20,7 +20,10 @@ from tunesmith.run_dir import RunState
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "jobs", nargs="*", metavar="JOB|RUN", help="names or run directories (default: all jobs)"
+        "jobs",
+        nargs="*",
+        metavar="JOB|RUN",
+        help="job names or run directories (default: all jobs)",
     )
     add_json(parser)
 
@@ -36,17 +39,17 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for job, state in zip(jobs, states, strict=True):
-        # A run that nobody launched is named by its directory.
-        name = job.name or from_here(job.run_dir)
+        # A run that was started without `launch` has no name. Print its directory instead.
+        name = job.name or relative_to_cwd(job.run_dir)
         print(visible(f"{name:<24} {state.state:<8} {state.text}"))
         if job.name:
             print(visible(f"{'':<24} {job.run_dir}"))
     if not jobs:
-        print("no jobs yet: tunesmith launch local RECIPE --detach")
+        print("there are no jobs; to start one: tunesmith launch local RECIPE --detach")
 
 
 def _state_of(job: Job) -> JobState:
-    """Return the state of a job. It is unknown if its queue does not answer."""
+    """Return the state of a job. It is unknown if Slurm, Docker or Swarm does not answer."""
     try:
         return job.state()
     except MachineError as error:

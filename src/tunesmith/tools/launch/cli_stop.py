@@ -1,8 +1,8 @@
-"""Make a launched run save and stop; the same launch resumes.
+"""Make a launched run save and stop. The same launch command resumes it.
 
 example:
   tunesmith stop slurm-1234
-  tunesmith stop runs/my-run --wait  # until it has ended
+  tunesmith stop runs/my-run --wait  # return when the run has ended
 """
 
 import argparse
@@ -13,9 +13,9 @@ from tunesmith.launch.jobs import POLL, find_job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory"
+        "job", metavar="JOB|RUN", help="job name from `tunesmith status`, or a run directory"
     )
-    parser.add_argument("--wait", action="store_true", help="wait until it has ended")
+    parser.add_argument("--wait", action="store_true", help="wait until the run has ended")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,16 +1,16 @@
-"""Train a recipe on the nodes of a Docker swarm, such as two Sparks on a cable.
+"""Train a recipe on the nodes of a Docker swarm, such as two connected DGX Sparks.
 
 example:
   tunesmith launch swarm my-recipe.yaml  # on all nodes that are ready
-  # here and on spark-b, as ssh knows it
+  # on this node and on spark-b, a host name for ssh
   tunesmith launch swarm my-recipe.yaml --hosts spark-b
   tunesmith launch swarm my-recipe.yaml --render  # print only
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves, and removes the service
 
-Run it on any of the nodes. The others need docker, sshd and rsync; data,
-model and image are copied to them. Swarm then runs it in the background, and
-failed ranks restart from the newest checkpoint.
+Run the command on any of the nodes. The other nodes need docker, sshd and
+rsync. Data, model and image are copied to them. Swarm then trains in the
+background, and failed ranks restart from the newest checkpoint.
 """
 
 import argparse
@@ -24,29 +24,31 @@ from tunesmith.tools.launch.deploy import launch_on_swarm
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    ready = "this one included (default: all that are ready)"
+    ready = "number of nodes, including this one (default: all nodes that are ready)"
     parser.add_argument("--nodes", type=whole_number, metavar="N", help=ready)
-    others = "the other nodes, as ssh names (default: all in the swarm)"
+    others = "ssh host names of the other nodes (default: all nodes of the swarm)"
     parser.add_argument("--hosts", metavar="A,B", default="", help=others)
     parser.add_argument(
-        "--image", default="tunesmith", help="docker image on this node (default: tunesmith)"
+        "--image",
+        default="tunesmith",
+        help="name of the Docker image on this node (default: tunesmith)",
     )
     parser.add_argument(
         "--restarts",
         type=int,
         default=3,
         metavar="K",
-        help="restarts of a node's ranks, at most (default: 3)",
+        help="maximum number of restarts of a node's ranks (default: 3)",
     )
-    further = "further mounts or variables of the service `ranks`"
-    extra = f"a stack file that is merged over ours: {further}"
+    further = "for example for mounts or variables of the service `ranks`"
+    extra = f"stack file that is merged into the generated stack file, {further}"
     parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
     render = "print the stack file and start nothing"
     parser.add_argument("--render", action="store_true", help=render)
 
 
 def run(args: argparse.Namespace) -> None:
-    # The nodes that are ready are counted later: a swarm is of two at least.
+    # Without --nodes, assume 2 nodes, because the nodes that are ready are counted later.
     recipe = launched_recipe(args, ranks=args.nodes or 2)
     with StopRequest():
         job = launch_on_swarm(

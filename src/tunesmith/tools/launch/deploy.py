@@ -1,7 +1,7 @@
-"""`launch swarm`: bring a run to nodes that share no disk, and start it as a service of Swarm.
+"""`launch swarm`: copy a run to nodes that share no disk, and start it as a Docker Swarm service.
 
-Files, model and image go over the cable, from this node alone; then the launcher ends. Swarm
-restarts a run that fails.
+This node sends the files, the model and the image to all other nodes, and starts the service. Then
+the command ends. If the run fails, Swarm restarts it.
 """
 
 import logging
@@ -39,12 +39,13 @@ from tunesmith.tools.launch.swarm import SwarmJob, SwarmNode, find_nodes
 
 log = logging.getLogger(__name__)
 
-# Variables of this environment that the ranks get
+# Environment variables of this process that are passed to the ranks.
 PASSED_TO_SWARM = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
     r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
-# Of a rendered stack, so that two of them are alike: that of torchrun.
+# Port in the output of --render. It is torchrun's default. A free port would make the output
+# different in each call.
 RENDERED_PORT = 29500
 
 
@@ -59,17 +60,19 @@ def launch_on_swarm(
     render: bool,
     debug: bool,
 ) -> SwarmJob | None:
-    """Bring all that a run needs to the nodes, and start it there.
+    """Copy all files that a run needs to the nodes, and start the run there.
 
-    A launch that fails leaves no service or secret.
+    A failed launch leaves no service and no secret. Errors of `find_nodes`, `fetch` and
+    `send_files` are raised unchanged.
 
     Args:
-        nodes, hosts: as of `find_nodes`.
-        extra: a file of the user's that is laid over the stack file.
-        render: print the stack file instead, without secrets, and write nothing.
-
-    Raises:
-        What `find_nodes`, `fetch` and `send_files` do.
+        image: the name of the Docker image on this node.
+        nodes: the number of nodes. None means all nodes that are ready.
+        hosts: the ssh names of the other nodes. If empty, all nodes of the swarm are used.
+        restarts: the maximum number of restarts of a node's ranks.
+        extra: a file of the user that is merged into the stack file.
+        render: only print the stack file without secrets, and return None.
+        debug: write more details to the log.
     """
     out = Path(run.output_dir).absolute()
     check_free(run.output_dir)
@@ -77,7 +80,7 @@ def launch_on_swarm(
     for path in (out, *inputs):
         check_exposed(path)
     chosen, excluded, manager = find_nodes(hosts, nodes)
-    # Before large files are read, fetched and sent.
+    # Check the image before large files are read, fetched and sent.
     image_id = "" if render else require_image(image)
     mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
     stack = replace(
@@ -90,33 +93,38 @@ def launch_on_swarm(
     if render:
         host = stack.endpoint.rpartition(":")[0]
         text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
-        log.info("recipe, files and image are copied to the nodes without --render")
+        log.info(
+            "--render copies nothing to the nodes; without --render, the recipe, the "
+            "input files and the image are copied"
+        )
         print(text, end="")
         return None
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
-    # Before the nodes are touched: a run that is at work would lose its files and service.
+    # Check that no earlier job of this run is active before the nodes are changed. Otherwise the
+    # active run would lose its files and its service.
     job.check_ended()
     _prepare_nodes(run, job, chosen, stack)
     for node in chosen[1:]:
-        log.info(f"image to {node.host}")
+        log.info(f"copying the image to {node.host}")
         send_image(image, image_id, node.host)
-    # Swarm asks no registry for an id.
+    # Use the image id instead of the name, so that Swarm does not look for a newer image in a
+    # registry.
     _start_service(job, replace(stack, image=image_id), manager, extra)
     return job
 
 
 def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: Stack) -> None:
-    """Bring the files of a run to all nodes: its inputs, what it has of the Hub, and its note.
+    """Copy a run's input files, its files from the Hub, and the job file to all nodes.
 
-    MachineError where a folder cannot be written to.
+    Raise MachineError if a folder is not writable.
     """
     cached = hub_files(run)
     recipe = write_recipe(run)
     save_job(job)
     for place, path in stack.mounts:
         copy_input(Path(path), Path(place))
-    # By the note `status`, `logs` and `stop` work on each node.
+    # Also send the job file, so that `status`, `logs` and `stop` work on each node.
     files = [*cached, str(recipe), str(state_folder() / f"{job.name}.json")]
     files += [place for place, _ in stack.mounts]
     for node in nodes:
@@ -124,15 +132,15 @@ def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: S
             run_on(node.host, "mkdir", "-p", folder)
             run_on(node.host, "test", "-w", folder)
     for node in nodes[1:]:
-        log.info(f"files to {node.host}")
+        log.info(f"copying files to {node.host}")
         send_files(files, node.host)
 
 
 def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
-    """Have the swarm start the stack; where that fails nothing of it stays."""
-    # Even a start that is cut by ctrl-C leaves neither a service nor secrets behind.
+    """Deploy the stack to the swarm. If the deployment fails, remove everything that it created."""
+    # Catch BaseException, because a service or secrets must be removed after ctrl-C too.
     try:
-        # What an earlier launch has left.
+        # Remove the remains of an earlier launch.
         job.clean()
         stack = replace(stack, secrets=create_secrets(stack.name, manager))
         flags = ("--resolve-image", "never", "--compose-file", "-")
@@ -144,12 +152,14 @@ def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None
         raise
 
 
-class NodeLook(NamedTuple):
-    """The facts that a node reports of itself.
+class NodeFacts(NamedTuple):
+    """User, GPU and RDMA devices of a node, which are read over ssh.
 
     Attributes:
-        user: of the launch there: uid and gid.
-        rdma: the RDMA devices whose link is up.
+        host: the host name.
+        user: the uid and gid of the user on this node.
+        has_gpu: whether the node has an NVIDIA GPU.
+        rdma: the RDMA devices with an active link.
     """
 
     host: str
@@ -158,33 +168,34 @@ class NodeLook(NamedTuple):
     rdma: list[str]
 
 
-# What is not there prints nothing.
-LOOK = (
+# Shell command whose output `read_facts` parses. It prints nothing for devices that do not exist.
+FACTS_COMMAND = (
     "hostname; id -u; id -g; ls /dev/nvidiactl 2>/dev/null; "
     "grep -l ACTIVE /sys/class/infiniband/*/ports/1/state 2>/dev/null"
 )
 
 
-def look_at(host: str) -> NodeLook:
-    """Ask a node who the user is there, for its GPU and its RDMA devices."""
-    name, user, group, *files = try_on(host, "sh", "-c", LOOK).stdout.splitlines()
+def read_facts(host: str) -> NodeFacts:
+    """Read the user, the GPU and the RDMA devices of a node over ssh."""
+    name, user, group, *files = try_on(host, "sh", "-c", FACTS_COMMAND).stdout.splitlines()
     devices = [Path(file).parts[4] for file in files if file.startswith("/sys/")]
-    return NodeLook(name, (int(user), int(group)), "/dev/nvidiactl" in files, sorted(devices))
+    return NodeFacts(name, (int(user), int(group)), "/dev/nvidiactl" in files, sorted(devices))
 
 
 def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
-    """Return the stack of a run directory on these nodes, without image, mounts and secrets.
+    """Return the stack for a run on these nodes. Image, mounts and secrets are set later.
 
     Raises:
-        MachineError: the nodes differ in a way that affects the run.
+        MachineError: if the nodes differ in a way that affects the run.
     """
-    looks = [look_at(node.host) for node in nodes]
-    for node, look in zip(nodes, looks, strict=True):
-        _check_alike(node, look, nodes[0], looks[0])
-    devices = sorted({device for look in looks for device in look.rdma})
-    # The address at which the other nodes reach this one; alone, the loopback is enough.
+    facts_by_node = [read_facts(node.host) for node in nodes]
+    for node, facts in zip(nodes, facts_by_node, strict=True):
+        _check_alike(node, facts, nodes[0], facts_by_node[0])
+    devices = sorted({device for facts in facts_by_node for device in facts.rdma})
+    # Use the address at which the other nodes reach this node. If there are no other nodes, use the
+    # loopback address.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
-    # A port that is free now.
+    # Port 0 makes the system choose a free port.
     with socket.socket(family_of(address)) as probe:
         probe.bind((address, 0))
         endpoint = Endpoint(address, probe.getsockname()[1], address, "")
@@ -197,37 +208,46 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
         endpoint=endpoint.place,
         restarts=restarts,
         cache=(str(folders["HF_HUB_CACHE"]), str(folders["HF_DATASETS_CACHE"])),
-        user=looks[0].user,
+        user=facts_by_node[0].user,
         gpus=nodes[0].gpus,
         environment=tuple(sorted(variables_of_ranks(devices).items())),
     )
 
 
-def _check_alike(node: SwarmNode, look: NodeLook, here: SwarmNode, look_here: NodeLook) -> None:
-    """MachineError where a node has other users or GPUs than this one."""
-    # Files of the run belong to one user on all nodes.
-    if look.user != look_here.user:
+def _check_alike(node: SwarmNode, facts: NodeFacts, here: SwarmNode, own_facts: NodeFacts) -> None:
+    """Raise MachineError if the user id or the offered GPUs of a node differ from this node's."""
+    # The files of the run must belong to the same user on all nodes.
+    if facts.user != own_facts.user:
         raise MachineError(
-            f"you are user {look.user} on {look.host}",
+            f"your uid and gid on {facts.host} differ from those on this node: {facts.user}",
             where="uid and gid",
-            why=f"here you are {look_here.user}",
-            fix="use the same uid and gid: usermod -u",
+            why=f"your uid and gid on this node are {own_facts.user}",
+            fix="use the same uid and gid on all nodes (usermod -u)",
         )
-    offers_no_gpu = look.has_gpu and not node.gpus
+    offers_no_gpu = facts.has_gpu and not node.gpus
     if node.gpus != here.gpus or offers_no_gpu:
         raise MachineError(
-            f"{look.host} offers the swarm {node.gpus or 'no GPU'}",
+            f"Docker Swarm sees {_gpus_text(node)} on {facts.host}",
             where="docker node inspect",
-            why=f"this node {here.gpus or 'none'}",
-            fix=f"tunesmith doctor --pair {shell_word(look.host)}",
+            why="all nodes must offer their GPUs, and the same number of them; Docker Swarm sees "
+            f"{_gpus_text(here)} on this node",
+            fix=f"run tunesmith doctor --pair {shell_word(facts.host)}",
         )
+
+
+def _gpus_text(node: SwarmNode) -> str:
+    """Return the GPUs that a node offers, such as `1 x NVIDIA_GPU`."""
+    return f"{node.gpus[1]} x {node.gpus[0]}" if node.gpus else "no GPU"
 
 
 def variables_of_ranks(rdma_devices: Sequence[str]) -> dict[str, str]:
-    """The variables that ranks get: of this environment, and those that NCCL needs for RDMA."""
+    """Return the environment variables of the ranks.
+
+    The result has selected variables of this process, and NCCL's settings for RDMA.
+    """
     passed = passed_variables(PASSED_TO_SWARM)
     if rdma_devices:
-        # `=`: exact names. A port of a Spark has two.
+        # "=" makes NCCL match exact names. List all devices: one port of a DGX Spark has two.
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))
     if "NCCL_IB_HCA" in passed:
         passed.setdefault(*MERGE_NICS)
@@ -235,13 +255,14 @@ def variables_of_ranks(rdma_devices: Sequence[str]) -> dict[str, str]:
 
 
 def hub_files(run: Run) -> list[str]:
-    """Get what a recipe names from the Hub into this node's cache -> its folders, which are at the
-    same places on every node.
+    """Download the models and data sets of a recipe from the Hub into this node's cache.
+
+    Return their folders in the cache. The paths of the folders are the same on every node.
     """
     models = filter(None, (run.model.name, run.model.tokenizer, run.adapter.from_))
     names = [name for name in models if not os.path.isabs(name)]
     sources = hub_sources(run)
-    # The imports below take seconds.
+    # Return before the following imports, which take seconds.
     if not names and not sources:
         return []
     from datasets import config
@@ -258,7 +279,7 @@ def hub_files(run: Run) -> list[str]:
             find_adapter(name)
         paths.append(repo_cache(name))
     for source in sources:
-        # Which loads it into the caches.
+        # Reading the rows downloads the data set into the caches.
         read_rows(source)
         paths.append(repo_cache(source.source, "dataset"))
         paths.append(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
@@ -266,9 +287,10 @@ def hub_files(run: Run) -> list[str]:
 
 
 def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:
-    """Give the swarm the Hub's token and the user's keys of trackers -> as `Stack.secrets`.
+    """Create secrets of the swarm with the Hub's token and the user's keys of experiment trackers.
 
-    They go by standard input: not to a file, a command line or a log.
+    Return them in the format of `Stack.secrets`. The values are sent over standard input, so they
+    appear in no file, command line or log.
     """
     label = f"{JOB_LABEL}={name}"
     secrets = []

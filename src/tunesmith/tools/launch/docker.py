@@ -1,8 +1,8 @@
-"""`launch docker`: the ranks of this machine in a container.
+"""`launch docker`: start the ranks of a run on this machine in a Docker container.
 
-It sees what the recipe reads and writes, each at its own path, and the caches of the Hub and of
-tunesmith: nothing else of the user's files. Tokens reach it in files that are deleted as soon as it
-runs; the container keeps what was mounted.
+The container only sees the paths that the recipe reads and writes, and the caches of the Hub and of
+tunesmith. All paths are the same as on the host. Tokens are passed as mounted files, which are
+deleted on the host when the container has started. The container can still read them.
 """
 
 import csv
@@ -50,44 +50,53 @@ from tunesmith.tools.launch.inputs import (
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 DOCKER_SOCKET = "/var/run/docker.sock"
-# Variables that mean the same in the container, and whose values `docker inspect` may show.
+# Environment variables that are passed to the container: those that have the same meaning there.
+# `passed_variables` leaves out secrets, because `docker inspect` would show their values.
 PASSED_TO_CONTAINER = re.compile(
     r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
     r"|(NCCL|WANDB)_\w+",
     re.I,
 )
 LIMITS = (
-    # A bound of /dev/shm, not an allocation: NCCL's buffers between ranks
+    # Maximum size of /dev/shm, in which NCCL exchanges data between ranks. Only the used part takes
+    # memory.
     "--shm-size=16g",
     "--ulimit=memlock=-1",
     "--ulimit=stack=67108864",
-    # `docker stop` waits until a large model is saved.
+    # Seconds that `docker stop` waits before it kills the container. The time is long enough to
+    # save a large model.
     "--stop-timeout=3600",
 )
 TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-# Words of docker -> what is wrong, and its fix
+# Text in docker's error output -> (problem, fix).
 DOCKER_FAULTS = {
     "permission denied while trying": (
-        "no permission to use Docker",
-        "sudo usermod -aG docker $USER, then log in again",
+        "this user has no permission to use Docker",
+        "run `sudo usermod -aG docker $USER`, then log in again",
     ),
     "Cannot connect to the Docker": ("Docker is not running", "sudo systemctl start docker"),
     "select device driver": (
         "Docker finds no GPU",
-        f"install nvidia-container-toolkit, then: {TOOLKIT}",
+        f"install nvidia-container-toolkit, then run: {TOOLKIT}",
     ),
 }
 
 
 class Mount(NamedTuple):
-    """A path of this machine that the container sees at `target`, or at the same place."""
+    """A path of the host that is mounted in the container.
+
+    Attributes:
+        path: the path on the host.
+        writable: whether the container can write to it.
+        target: the path in the container. "" means the same path as on the host.
+    """
 
     path: Path
     writable: bool = False
     target: str = ""
 
     def text(self) -> str:
-        """The value of docker's --mount: a line of CSV, so that a comma in a name stays there."""
+        """Return the value of docker's option --mount. In CSV format, paths may contain commas."""
         fields = ["type=bind", f"source={self.path}", f"target={self.target or self.path}"]
         if not self.writable:
             fields.append("readonly")
@@ -97,32 +106,33 @@ class Mount(NamedTuple):
 
 
 class DockerJob(Job):
-    """A container of this machine's Docker, which has the job's name."""
+    """A job that runs in a Docker container of this machine. The container has the job's name."""
 
     def container(self) -> JobState | None:
-        """Ask Docker for the container's state; None where it has none of that name."""
-        # Two words, so that one call answers both questions.
+        """Read the container's state from Docker. Return None if there is no such container."""
+        # Read state and exit code in one call, so that both belong to the same moment.
         form = "--format={{.State.Status}} {{.State.ExitCode}}"
         inspected = _docker("inspect", "--type=container", form, self.name, check=False)
         if inspected.returncode:
             return None
         status, code = inspected.stdout.split()
         if status in ("exited", "dead"):
-            # Codes above 128 are of a signal.
+            # An exit code above 128 means that a signal has killed the process.
             ending = RunState.FAILED if int(code) <= 128 else RunState.KILLED
             states = {EXIT_OK: RunState.FINISHED, EXIT_STOPPED: RunState.STOPPED}
             return JobState(states.get(int(code), ending), f"exit code {code}")
-        # `docker create` was called and `docker start` was not yet.
+        # The container was created by `docker create` but not started yet.
         if status == "created":
             return JobState(RunState.QUEUED, "starts")
-        # Before the first step the run directory has no lock: the container alone shows that it
-        # runs.
+        # Return RUNNING even if the run directory has no lock yet, because the run may still be
+        # starting.
         return JobState(RunState.RUNNING, "starts")
 
     def state(self) -> JobState:
         container = self.container()
         run = super().state()
-        # Where both agree, the run directory says more.
+        # If the container and the run directory have the same state, return that of the run
+        # directory, because its text has more details.
         if container is None or container.state is run.state:
             return run
         if container.at_work:
@@ -130,7 +140,7 @@ class DockerJob(Job):
         return run.after(container.state, container.text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
-        # The container is removed when somebody has waited for its end.
+        # If the container is already removed, read the log file of the run directory.
         if self.container() is None:
             yield from super().read_log(follow=False)
             return
@@ -145,11 +155,14 @@ class DockerJob(Job):
         if container is None or container.state is not RunState.RUNNING:
             return super().stop()
         _docker("kill", "--signal=SIGTERM", self.name)
-        return "stop requested: saves, then stops"
+        return "stop requested: the run saves, then stops"
 
 
 def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run docker; MachineError if it cannot be used, or if it fails and `check`."""
+    """Run docker and return the finished process.
+
+    Raise MachineError if docker cannot be used, or if the command fails and `check` is True.
+    """
     process = try_on("", "docker", *words)
     if process.returncode == NO_COMMAND:
         fix = "sudo apt-get install docker.io"
@@ -162,21 +175,22 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
         if text in why:
             raise MachineError(what, where=where, why=why, fix=fix)
     if check:
-        fix = "docker info shows how Docker is configured"
+        fix = "check the configuration of Docker with `docker info`"
         raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
     return process
 
 
 def find_mounts(run: Run) -> list[Mount]:
-    """List what the container sees of this machine.
+    """Return the mounts that the container needs.
 
-    UsageError where that would show it keys, the Hub's token or Docker.
+    Raise UsageError if a mount would expose private keys, the Hub's token or the Docker socket.
     """
     folders = [Path(folder) for folder in (run.output_dir, run.log.tensorboard_dir) if folder]
     mounts = [Mount(folder, writable=True) for folder in [*folders, *caches().values()]]
     inputs = recipe_inputs(run)
-    # A snapshot of the Hub's cache is links to files beside it.
-    # Mounting the snapshot alone would leave links that point nowhere in the container.
+    # Also mount the targets of symbolic links. For example, a snapshot in the Hub's cache consists
+    # of links to files in another folder. Without the targets, the links would be broken in the
+    # container.
     for folder in filter(Path.is_dir, list(inputs)):
         for link in filter(Path.is_symlink, folder.rglob("*")):
             inputs.append(Path(os.path.abspath(link.parent / link.readlink())))
@@ -189,14 +203,16 @@ def find_mounts(run: Run) -> list[Mount]:
 
 
 def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:
-    """The words that `docker create` takes; UsageError for a value that cannot be an argument.
+    """Return the arguments of `docker create`.
 
-    The working directory is only a name in the container: what the run prints of paths starts from
-    it, as here.
+    The container has the same working directory as this process, so that the run prints the same
+    relative paths. Raise UsageError if a value cannot be a command-line argument.
     """
     if not re.fullmatch(r"\w[\w.:/@-]*", image, re.ASCII):
         raise UsageError(
-            f"{image!r} is not a valid image name", where="--image", fix="--image tunesmith"
+            f"{image!r} is not a valid image name",
+            where="--image",
+            fix="use a valid name, such as --image tunesmith",
         )
     words = [
         f"--name={job.name}",
@@ -207,52 +223,52 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
         "--security-opt=no-new-privileges",
         f"--user={os.getuid()}:{os.getgid()}",
     ]
-    # A file may be readable for a group alone.
+    # Add the user's groups, because some files may be readable only for a group.
     words += [f"--group-add={group}" for group in os.getgroups() if group]
     if NVIDIA_DEVICE.exists():
         words.append("--gpus=all")
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
-    # Docker takes the value from its own environment: it is on no command line.
+    # Pass only the names of the variables. Docker reads the values from its environment, so the
+    # values are not visible in the command line.
     words += [f"--env={name}" for name in passed_variables(PASSED_TO_CONTAINER)]
     words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 
 
 def docker_job(run: Run) -> DockerJob:
-    """The job of a run directory: Docker knows one container of a name."""
+    """Return the job of a run. Its name is unique, because containers need unique names."""
     return DockerJob(name_of_run("docker", os.path.realpath(run.output_dir)), run.output_dir)
 
 
 def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
-    """Start the run in a container that outlives this process.
+    """Start the run in a container that keeps running after this process has ended.
 
-    UsageError or MachineError before anything runs.
+    Raise UsageError or MachineError if the container cannot be started.
     """
     job = docker_job(run)
     mounts = find_mounts(run)
-    # Wrong values end it here, before a file is written.
+    # Build the arguments once to check all values before a file is written.
     create_words(job, image, mounts)
     previous = job.container()
     if previous is not None and previous.state is RunState.RUNNING:
-        fix = f"tunesmith stop {shell_word(job.name)}, or another one: output_dir=runs/my-run"
+        fix = f"run `tunesmith stop {shell_word(job.name)}`, or use another output_dir"
         raise UsageError(
-            "a container already trains in this run directory", where=job.name, fix=fix
+            "a container is already training in this run directory", where=job.name, fix=fix
         )
-    # `docker create` would try to pull it from a registry.
+    # Check the image first, because `docker create` would try to pull it from a registry.
     require_image(image)
-    # The ended container of an earlier start still has the name.
+    # Remove the ended container of an earlier start, because it has the same name.
     if previous is not None:
         _docker("rm", job.name)
     write_recipe(run)
     for mount in mounts:
-        # Docker mounts only what is there.
+        # Create the folder, because Docker only mounts paths that exist.
         if mount.writable:
             mount.path.mkdir(parents=True, exist_ok=True)
-    # The container keeps its mounts of these files after they are deleted; nothing stays on the
-    # disk.
-    # The folder's mode is 0700.
+    # Write the secrets to a temporary folder, which has mode 0700. The container can still read the
+    # mounted files after they are deleted from the disk.
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         for name, value in find_secrets().items():
             secret = Path(folder, name)
@@ -270,9 +286,9 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
 
 
 def follow_container(job: DockerJob) -> int:
-    """Show what a container prints until it ends, and remove it -> its exit code.
+    """Print the output of a container until it ends. Then remove it, and return its exit code.
 
-    Stop signals go on to the container.
+    Stop signals are forwarded to the container.
     """
 
     def forward(number: int, frame: object) -> None:
@@ -280,14 +296,14 @@ def follow_container(job: DockerJob) -> int:
 
     for name in SIGNAL_NAMES:
         number = signal.Signals[name]
-        # nohup ignores SIGHUP for its command, which stays so.
+        # Keep ignoring a signal that the caller ignores: `nohup` ignores SIGHUP.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
-    # In a session of its own: ctrl-C comes to this process alone, and what the run prints while it
-    # saves is still shown.
+    # Start `docker logs` in a new session, so that ctrl-C only reaches this process. Otherwise
+    # `docker logs` would end at ctrl-C and not print the output of the run while it saves.
     subprocess.run(["docker", "logs", "--follow", job.name], start_new_session=True, check=False)
-    # `docker wait` prints the exit code of the container, also of one that has ended.
+    # `docker wait` prints the exit code of the container, even if it has already ended.
     code = int(_docker("wait", job.name).stdout)
     _docker("rm", job.name)
-    # 128 and a signal's number: the container was killed.
+    # An exit code of 128 or more means that a signal has killed the container.
     return code if code < 128 else EXIT_FAILED

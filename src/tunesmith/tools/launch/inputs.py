@@ -1,4 +1,4 @@
-"""The files of this machine that a recipe reads, and that another machine or a container needs."""
+"""Files and variables of this machine that a run needs in a container or on another machine."""
 
 import json
 import os
@@ -15,9 +15,10 @@ from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError, is_secret_name, mask
 from tunesmith.host.files import cache_folder
 
-# In a container: the files with tokens; docker/entrypoint.sh exports the trackers' from there.
+# Folder of the files with access tokens in a container. docker/entrypoint.sh exports the tokens of
+# experiment trackers as variables.
 SECRETS = "/run/secrets"
-# A copy of a larger file is a second name of it (a hard link), where the disk has such.
+# Maximum size of a file that is copied. For a larger file, a hard link is created if possible.
 MAX_COPIED_BYTES = 64 << 20
 TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
@@ -25,28 +26,38 @@ SYSTEM_FOLDERS = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
     *("/var/run", "/var/lib/docker"),
 )
-PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")  # in the home folder
+# Names in the home folder that no container may see.
+PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")
 
 
 def recipe_inputs(run: Run) -> list[Path]:
-    """The files and folders that a recipe reads here, absolute, each once, in the schema's order.
+    """Return the absolute paths of the local files and folders that a recipe reads.
 
-    They are the data files, the template, the model, its tokenizer and the adapter to go on from;
-    no Hub ids. UsageError where one is not there: a container or another machine would report it
-    only after it was started.
+    The result has data files, chat template, model, tokenizer and the adapter to continue from, in
+    the order of the recipe schema and without duplicates. Ids of the Hub are not included. Raise
+    UsageError if a path does not exist, because a container or another machine would report this
+    only after its start.
     """
-    # A recipe's paths became absolute when it was loaded: any other word is an id of the Hub.
+    # Loading a recipe makes its paths absolute, so any other value is an id of the Hub.
     files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
     patterns = {key: Path(text) for key, text in files.items() if is_pattern(text)}
     files |= {key: str(pattern_folder(pattern)) for key, pattern in patterns.items()}
     for key, text in files.items():
         if not os.path.exists(text):
-            raise UsageError(f"{text} does not exist", where=key, fix=f"correct it: {key}=PATH")
+            raise UsageError(
+                f"{text} does not exist", where=key, fix=f"correct the path: {key}=PATH"
+            )
     return [Path(text) for text in dict.fromkeys(files.values())]
 
 
 def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None:
-    """UsageError for what no container may have: keys, tokens and, of the system, `system`."""
+    """Raise UsageError if a mount of `path` would show a container a private folder.
+
+    Args:
+        path: the path to mount.
+        system: system folders that the container may not see. The user's keys and tokens are always
+            private.
+    """
     from huggingface_hub import constants
 
     home = Path.home()
@@ -54,25 +65,25 @@ def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None
     private += [home / name for name in PRIVATE_NAMES]
     private += [Path(constants.HF_TOKEN_PATH), home]
     private += [folder.resolve() for folder in private]
-    # A link is checked by its own name too.
+    # Check a symbolic link by its own path and by its target.
     for place in (path, path.resolve()):
         for folder in private:
             is_above = folder.is_relative_to(place)
-            # A run's folder may be in the home folder.
+            # A path inside the home folder is allowed, but the home folder itself is not.
             is_inside = folder not in (home, home.resolve()) and place.is_relative_to(folder)
             if is_above or is_inside:
                 raise UsageError(
                     f"{path} cannot be mounted in a container",
                     where=str(path),
-                    why=f"{folder} is private",
+                    why=f"a container must not see the private folder {folder}",
                     fix="use a separate folder, and copy the needed files there",
                 )
 
 
 def place_by_content(path: Path) -> Path:
-    """The place of an input on every node, in our cache: it is named by what is in the input.
+    """Return the path at which every node stores an input of the recipe.
 
-    Hidden files are no part of it.
+    The path is in tunesmith's cache and contains a hash of the content. Hidden files are ignored.
     """
     files = [path]
     if path.is_dir():
@@ -81,20 +92,24 @@ def place_by_content(path: Path) -> Path:
     for file in files:
         name = file.relative_to(path)
         if not any(part.startswith(".") for part in name.parts):
-            # Names count: a folder whose files changed places is another input.
+            # Include the file names in the hash, because they are part of the content of a folder.
             digests.append((str(name), digest_of_file(file)))
     digest = sha256(json.dumps(digests).encode()).hexdigest()
     folder = cache_folder("shipped").absolute() / f"{path.name[:100]}--{digest[:32]}"
-    # Below the digest stands the input's own name: its suffix tells the format of data.
+    # Keep the original file name, because its suffix gives the format of a data file.
     return folder / path.name
 
 
 def copy_input(path: Path, place: Path) -> None:
-    """Give this node an input at its place too, which does not change with a small source."""
+    """Copy an input of the recipe to the path of `place_by_content` on this node.
+
+    Do nothing if the path exists. Small files are copied, so that later changes of the source do
+    not affect the run.
+    """
     if place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Copied beside its place and renamed: another launch may look for it at the same time.
+    # Copy to a temporary name and rename it, because another launch may read the path concurrently.
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     if path.is_dir():
         hidden = shutil.ignore_patterns(".*")
@@ -105,7 +120,8 @@ def copy_input(path: Path, place: Path) -> None:
 
 
 def _copy_or_link(source: str, target: str) -> None:
-    # No link where both are on different disks, or where the file system has no links.
+    # Copy the file if the hard link fails: the paths may be on different disks, or the file system
+    # may not support links.
     with suppress(OSError):
         if os.path.getsize(source) > MAX_COPIED_BYTES:
             os.link(os.path.realpath(source), target)
@@ -114,15 +130,16 @@ def _copy_or_link(source: str, target: str) -> None:
 
 
 def hub_sources(run: Run) -> list[Source]:
-    """The sources of rows that are on the Hub."""
+    """Return the data sources of a recipe that are on the Hub."""
     sources = [*run.data.train, *run.data.validation]
     return [source for source in sources if not os.path.isabs(source.source)]
 
 
 def caches() -> dict[str, Path]:
-    """The variable that names each cache -> its folder here, absolute.
+    """Return a dict from environment variables to the cache folders that they set.
 
-    The Hub's token lies beside the folders of its cache, and in none of them.
+    The paths are absolute. The folders do not contain the Hub's token, which is stored next to
+    them.
     """
     from huggingface_hub import constants
 
@@ -136,9 +153,9 @@ def caches() -> dict[str, Path]:
 
 
 def passed_variables(names: re.Pattern[str]) -> dict[str, str]:
-    """The variables of this environment with such names, but for secrets.
+    """Return the environment variables whose names match a pattern, without secrets.
 
-    A secret may hide in a variable with a harmless name: its value is looked at too.
+    Names and values are both checked, because a variable with a harmless name may hold a secret.
     """
     passed = {}
     for name, value in sorted(os.environ.items()):
@@ -148,7 +165,7 @@ def passed_variables(names: re.Pattern[str]) -> dict[str, str]:
 
 
 def find_secrets() -> dict[str, str]:
-    """The Hub's token, as HF_TOKEN, and the keys of trackers, as far as the user has them."""
+    """Return the Hub's token as HF_TOKEN and the keys of experiment trackers, if they exist."""
     from huggingface_hub import get_token
 
     secrets = {"HF_TOKEN": get_token()}

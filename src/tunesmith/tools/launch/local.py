@@ -1,6 +1,6 @@
-"""`launch local`: the ranks of this machine, in the foreground or in the background.
+"""`launch local`: start the ranks of a run on this machine, in the foreground or in the background.
 
-In the background they outlive the terminal.
+Ranks in the background keep running when the terminal is closed.
 """
 
 import os
@@ -18,18 +18,20 @@ from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import FOLDER, Job, JobState, save_job
 from tunesmith.run_dir import RunState
 
-START_TIMEOUT = 1.0  # seconds in which a start that cannot work has ended
+# Seconds to wait after the start of the agent, to detect an agent that fails at once.
+START_TIMEOUT = 1.0
 
 
 class LocalJob(Job):
-    """Processes of one machine.
+    """A job whose node agent runs on one machine.
 
-    `details`: the agent's `pid` and when it was `created`, as a PID is used again.
+    `details` has the agent's `pid` and the time `created` at which the agent was started. The time
+    distinguishes the agent from a later process with the same PID.
     """
 
     def state(self) -> JobState:
         state = super().state()
-        # The agent runs before a rank locks the run directory.
+        # If the agent is alive but no rank has locked the run directory, the run is starting.
         if self.is_alive() and state.state is not RunState.RUNNING:
             return JobState(RunState.RUNNING, "starts")
         return state
@@ -38,25 +40,30 @@ class LocalJob(Job):
         if not self.is_alive():
             return super().stop()
         os.kill(int(self.details["pid"]), signal.SIGTERM)
-        return "stop requested: saves, then stops"
+        return "stop requested: the run saves, then stops"
 
     def is_alive(self) -> bool:
-        """Tell whether its agent runs on this machine."""
+        """Return whether the agent of this job runs on this machine."""
         import psutil
 
         with suppress(psutil.Error):
             process = psutil.Process(int(self.details["pid"]))
-            # A PID is used again: the time of creation tells whether this is still the agent.
+            # Compare the creation time, because another process may have got the same PID.
             is_same = str(process.create_time()) == self.details["created"]
-            # A zombie has ended, though nobody has read its exit code yet.
+            # A zombie process has ended, but its parent has not read the exit code yet.
             return is_same and process.status() != psutil.STATUS_ZOMBIE
         return False
 
 
 def detach(run: Run, words: Sequence[str]) -> LocalJob:
-    """Start the node agent, by the words of `agent_words`, so that it outlives this terminal.
+    """Start the node agent in the background, so that it keeps running without the terminal.
 
-    RunError if it has ended with a fault at once; what it said is in its log.
+    Args:
+        words: the arguments of `python`, from `agent_words`.
+
+    Raises:
+        RunError: if the agent ends with an error within START_TIMEOUT seconds. Its output is in the
+            log.
     """
     import psutil
 
@@ -67,21 +74,21 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            # Otherwise SIGHUP comes with the terminal's end.
+            # Start a new session, so that the process gets no SIGHUP when the terminal is closed.
             start_new_session=True,
         )
     details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
     job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)
-    # A start that is still at work after the wait is a good one.
+    # The start counts as successful if the agent is still running after the timeout.
     with suppress(subprocess.TimeoutExpired):
         code = agent.wait(START_TIMEOUT)
         if code:
             text = log.read_text(encoding="utf-8", errors="replace").strip()
             raise RunError(
-                f"it exited at once with code {code}",
+                f"the run failed during its start with exit code {code}",
                 where=str(log),
                 why=reason_in(text),
-                fix=f"cat {shell_path(log)}",
+                fix=f"read the log: cat {shell_path(log)}",
             )
     return job

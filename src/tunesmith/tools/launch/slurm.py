@@ -1,9 +1,9 @@
-"""`launch slurm`: a batch script for one run; submitted, and looked up again.
+"""`launch slurm`: create and submit the batch script of a run, and read the state of its job.
 
-Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks
-to save before the time limit, and puts itself back into the queue. Nothing of the submitting
-shell's environment enters the job but the variables that the script shows: Slurm keeps a job's
-environment on the controller's disk, where a token would stay.
+srun starts one node agent per node. The script finds the address of the first node with Slurm's
+commands, asks the ranks to save before the time limit, and requeues its job. The environment of the
+submitting shell is not passed to the job, because Slurm stores it on the controller's disk, and it
+may contain tokens. Only the variables that the script sets are passed.
 """
 
 import math
@@ -41,17 +41,18 @@ from tunesmith.model.shapes import config_of_model
 from tunesmith.run_dir import STOP_FILE, RunState
 from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_inputs
 
-# Names in the folder `launch` of the run directory
+# Names of files in the folder `launch` of the run directory.
 SCRIPT_NAME = "slurm.sh"
 LOG_NAME = "slurm"
-# Seconds before the time limit at which the run gets the signal to save, at least; a short limit
-# has less
+# Minimum number of seconds between the signal that makes the run save and the job's time limit. It
+# is reduced if the time limit is short.
 MIN_WARNING_SECONDS = 300
-# Of them for the step under way, and for Slurm's clock, which goes by the minute
+# Seconds that are added to the saving time, because the current step must end first, and Slurm
+# handles time limits with a resolution of one minute.
 STEP_AND_CLOCK_SECONDS = 60
-# Bytes/s of a checkpoint on a shared disk that several nodes write to
+# Assumed speed of writing a checkpoint to a shared disk, in bytes per second.
 ASSUMED_BYTES_PER_SECOND = 1e9
-# States of a job. Slurm has more, which are those of a job that runs.
+# Slurm's states of queued jobs and of ended jobs. A job in any other state is running.
 WAITING_JOBS = {
     "PENDING",
     "CONFIGURING",
@@ -72,8 +73,8 @@ ENDED_JOBS = {
     "PREEMPTED": RunState.KILLED,
     "TIMEOUT": RunState.KILLED,
 }
-# Variables of the submitting shell that the job gets, but for those with the name or the form of a
-# secret.
+# Variables of the submitting shell that are passed to the job. A variable is left out if its name
+# or value looks like a secret.
 PASSED_TO_JOB = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME"
     r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
@@ -81,7 +82,8 @@ PASSED_TO_JOB = re.compile(
     r"|TUNESMITH_(CACHE|DEBUG|HEARTBEAT_SECONDS)|(NCCL|GLOO|UCX)_[A-Z0-9_]+"
 )
 
-# The same for every job: the values are above it in the script.
+# Part of the script that is the same for every job. The lines above it in the script set the values
+# of its variables.
 BODY = r"""
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }
 newest() { ls -d "$run"/checkpoint-*/manifest.json 2>/dev/null | sort -V | tail -n 1; }
@@ -91,17 +93,17 @@ address_of() {
     getent ahostsv4 "$name" | awk 'NR == 1 {print $1}'
 }
 
-export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # what is above is for every node
+export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # pass all variables to every node
 attempt=${SLURM_RESTART_COUNT:-0}
-stop_file=$run/launch/stop-$SLURM_JOB_ID  # of `tunesmith stop`
-# Slurm itself requeues after a lost node, without a bound.
+stop_file=$run/launch/stop-$SLURM_JOB_ID  # created by `tunesmith stop`
+# Check the number of restarts: Slurm itself requeues after a lost node, without a maximum.
 if [ "$attempt" -gt "$max_requeues" ]; then
     say "requeued $attempt times, more than $max_requeues: giving up"
     exit 1
 fi
 if [ -e "$stop_file" ]; then
     rm -f "$stop_file"
-    say "tunesmith stop came before the start: not started"
+    say "not started: 'tunesmith stop' was called before the start"
     exit 75
 fi
 
@@ -109,24 +111,24 @@ host=127.0.0.1 port=$((20000 + SLURM_JOB_ID % 10000))
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
     host=$(address_of "${nodes[0]}")
-    # From the node's own hosts file: what the other nodes reach is the address of the route to
-    # them.
+    # A loopback address comes from the node's own hosts file. Use the address of the route to the
+    # second node instead: the other nodes can reach it.
     case $host in 127.*)
         host=$(ip -4 route get "$(address_of "${nodes[1]}")" |
             sed -n 's/.* src \([^ ]*\).*/\1/p') ;;
     esac
 fi
 
-# A run that the warning stops says then that it is requeued.
+# With this variable, a run that is stopped by the warning prints that it is requeued.
 if [ "$attempt" -lt "$max_requeues" ]; then export TUNESMITH_REQUEUE=1; fi
 
-say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}," \
+say "start $attempt on $SLURM_JOB_NODELIST, GPUs per node: ${SLURM_GPUS_ON_NODE:-none}," \
     "rendezvous $host:$port"
 previous=$(newest) requeue= stopped_by= srun=
-# srun hands the signal on.
+# srun forwards SIGUSR1 to the node agents.
 trap 'requeue=1; say "the time limit is near: the run saves and stops"; kill -USR1 $srun' USR1
-# Slurm sends SIGTERM to the steps too. After the warning it is the time limit; else scancel, after
-# which no job starts again.
+# Slurm also sends SIGTERM to the job steps. After the warning, SIGTERM means the time limit.
+# Otherwise it comes from scancel, and the job must not be requeued.
 trap '[ -n "$requeue" ] || stopped_by=scancel; say "SIGTERM: the run saves and stops"' TERM
 srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" \
     "$python" -m tunesmith.launch.node --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" \
@@ -136,7 +138,7 @@ srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
 wait "$srun"
 code=$?
-# After a lost node srun itself may end with 0.
+# After a lost node, srun may exit with 0 although the run has not finished.
 if [ "$code" -eq 0 ] && [ ! -e "$run/final/manifest.json" ]; then code=1; fi
 
 trap '' TERM
@@ -144,9 +146,9 @@ if [ -e "$stop_file" ]; then
     rm -f "$stop_file"
     stopped_by=stop
 fi
-# A lost node or a killed process fails the run (1; 137 and 143 where a launcher itself was killed
-# by SIGKILL or SIGTERM). One that had come further before it failed is worth another start: at the
-# same place it would fail again.
+# A lost node or a killed process makes the run fail with 1. The code is 137 or 143 if a node agent
+# was killed by SIGKILL or SIGTERM. Requeue only if this start has saved a new checkpoint: otherwise
+# the run would probably fail at the same step again.
 now=$(newest)
 case $code in 1 | 137 | 143)
     if [ -n "$now" ] && [ "$now" != "$previous" ]; then requeue=1; fi ;;
@@ -166,21 +168,24 @@ fi
 exit "$code"
 """
 
-# Keys of `Request` that are passed on to sbatch
+# Fields of `Request` that become options of sbatch with the same name.
 DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The requests of a job to Slurm: the flags of `launch slurm`; None: no request.
+    """The options of a Slurm job, from the flags of `launch slurm`.
+
+    None means the default of the cluster.
 
     Attributes:
-        setup: lines of the script before the run, as they are.
-        sbatch: further directives, as they are.
-        warning: seconds before the time limit at which all ranks get the signal to save; None: 300,
-            or more where saving takes longer, but no more than a quarter of the limit.
-        saving: seconds that a checkpoint takes.
-        debug: ranks and NCCL say more in the log.
+        setup: lines that are copied into the script before the run.
+        sbatch: additional options of sbatch, which are copied into the script.
+        max_requeues: maximum number of times that the job is requeued.
+        warning: seconds between the signal that makes the run save and the time limit. None means
+            300, or more if saving takes longer, but at most a quarter of the time limit.
+        saving: estimated seconds that it takes to save a checkpoint.
+        debug: whether ranks and NCCL write more details to the log.
     """
 
     nodes: int = 1
@@ -203,22 +208,24 @@ class Request:
 
 
 class SlurmJob(Job):
-    """A job. `details`: its `id`."""
+    """A job of Slurm. `details["id"]` is the id of the job."""
 
     def state(self) -> JobState:
         id_ = self.details["id"]
         form = "--format=%T|%r|%M|%l|%N"
-        # `--states=all`: without it a job that has just ended is not listed.
+        # Use `--states=all`, because squeue otherwise does not list a job that has just ended.
         code, out, errors = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, form)
-        # Slurm forgets a job some minutes after its end.
+        # "Invalid job id" means that the job has ended, because Slurm deletes a job's record some
+        # minutes after its end.
         if code and "Invalid job id" not in errors:
-            fix = "tunesmith doctor --slurm, on a login node of the cluster"
+            fix = "run `tunesmith doctor --slurm` on a login node of the cluster"
             raise MachineError("Slurm does not respond", where="squeue", why=errors, fix=fix)
         if not out.strip():
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
         if name in WAITING_JOBS:
-            # A requeued job goes on from there.
+            # Show the progress of a queued job that has already run. It will resume from its last
+            # checkpoint.
             run = super().state()
             done = run.text if run.state is RunState.STOPPED else last_step(self.run_dir)
             return JobState(RunState.QUEUED, "; ".join(filter(None, (f"{name}: {reason}", done))))
@@ -234,22 +241,26 @@ class SlurmJob(Job):
             _cancel(id_)
             return "removed from the queue"
         if state is not RunState.RUNNING:
-            return "it has already ended"
-        # The first is for the script, which does not requeue; the second tells a stop from Slurm's
-        # own SIGTERM.
+            return "the job has already ended"
+        # If the first file exists, the script does not requeue the job. If the second file exists,
+        # the run treats SIGTERM as a request of `tunesmith stop`, not of Slurm.
         out = Path(self.run_dir)
         for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
-            # The folder may be on a disk that this machine does not see: SIGTERM reaches the job
-            # all the same.
+            # Ignore an error: the folder may be on a disk that this machine cannot access, and
+            # SIGTERM below stops the job even without the files.
             with suppress(OSError):
                 file.touch()
-        # To the job's steps alone: the script waits for them.
+        # scancel sends this signal only to the job steps. The script waits for their end.
         _cancel("--signal=TERM", id_)
-        return "stop requested: saves, then stops"
+        return "stop requested: the run saves, then stops"
 
 
 def _cancel(*words: str) -> None:
-    """Run scancel; MachineError where it fails. The last word is the job's id."""
+    """Run scancel. Raise MachineError if it fails.
+
+    Args:
+        words: the arguments of scancel. The last one is the id of the job.
+    """
     code, _, errors = _slurm("scancel", *words)
     if code:
         id_ = words[-1]
@@ -258,11 +269,13 @@ def _cancel(*words: str) -> None:
 
 
 def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> str:
-    """Return the batch script.
+    """Return the text of the batch script.
 
-    Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
+    Every value from a recipe or a flag is quoted, in an #SBATCH line or in an assignment.
 
-    holds_recipe: the script contains and writes the recipe, in place of `write_recipe`.
+    Args:
+        holds_recipe: include the recipe in the script. The script then writes the recipe file
+            itself, and `write_recipe` is not needed.
     """
     version = installed_versions().get("tunesmith", "")
     lines = [
@@ -271,16 +284,16 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
     ]
     lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
     lines.append("")
-    # `setup` may change the variables of this shell.
+    # Set the variables before the lines of `setup`, which may change them.
     for key, value in sorted(_job_environment(request).items()):
         lines.append(f"export {key}={_shell_word(value, key)}")
     lines += [safe_value(line, "--setup") for line in request.setup]
-    # A container has its own interpreter.
+    # Use the interpreter of the container if there is one.
     python = "python3" if request.container else sys.executable
     debug = "--debug" if request.debug else ""
     recipe = []
     if holds_recipe:
-        # No line of YAML equals the end mark.
+        # No line of a YAML file equals the end marker of this here-document.
         recipe = [
             f'mkdir -p "$run/{FOLDER}"',
             f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
@@ -300,23 +313,22 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
 
 
 def _directives(run: Run, request: Request) -> list[str]:
-    """The options of sbatch, each one line."""
+    """Return the options of sbatch, one per #SBATCH line."""
     if "\\" in run.output_dir:
         raise UsageError(
-            "the log path contains a backslash, which Slurm interprets",
+            "the path of the log contains a backslash, which Slurm treats as an escape character",
             where="output_dir",
-            fix="output_dir=runs/my-run",
+            fix="use a path without a backslash, such as output_dir=runs/my-run",
         )
-    # Slurm fills in %j.
-    # Without a `%%` a name such as `50%job` would become something else.
+    # Escape "%" as "%%" in the folder name, because Slurm replaces patterns such as %j by values.
     folder = run.output_dir.replace("%", "%%")
     options: dict[str, str | None] = {
         "job-name": Path(run.output_dir).name,
         "output": f"{folder}/{FOLDER}/{LOG_NAME}-%j.log",
-        # A requeued job goes on in the log of its first start.
+        # A requeued job appends to the log of its first start.
         "open-mode": "append",
         "nodes": str(request.nodes),
-        # The agent starts the ranks: Slurm starts one agent a node.
+        # Slurm starts one node agent per node, which starts the ranks.
         "ntasks-per-node": "1",
         "export": "NONE",
     }
@@ -324,14 +336,14 @@ def _directives(run: Run, request: Request) -> list[str]:
         options[key.replace("_", "-")] = vars(request)[key]
     if request.gpus_per_node != "0":
         options["gpus-per-node"] = request.gpus_per_node
-    # B: to the script alone
+    # With "B:", Slurm sends the signal only to the batch script, which forwards it to the ranks.
     options["signal"] = f"B:USR1@{warning_of(request)}"
     lines = [
         f"--{key}={_directive_word(value, f'--{key}')}"
         for key, value in options.items()
         if value is not None
     ]
-    # --requeue is said, as the cluster's default may be either.
+    # Always pass --requeue or --no-requeue, because the default depends on the cluster.
     lines.append("--requeue" if request.max_requeues else "--no-requeue")
     if request.exclusive:
         lines.append("--exclusive")
@@ -339,13 +351,14 @@ def _directives(run: Run, request: Request) -> list[str]:
 
 
 def _job_environment(request: Request) -> dict[str, str]:
-    """The variables of this environment that the job gets."""
+    """Return the environment variables of this process that are passed to the job."""
     environment = passed_variables(PASSED_TO_JOB)
     if request.container:
-        # Paths of this system do not exist in the container, and its home is another.
+        # Remove variables with paths of the host, which do not exist in the container. Set HF_HOME,
+        # because the home folder differs in the container.
         environment = {key: value for key, value in environment.items() if "PATH" not in key}
         environment["HF_HOME"] = hub_home()
-    # A shell that starts shells repeats entries; of equal ones the first is searched.
+    # Keep only the first of equal entries in PATH. Nested shells add entries repeatedly.
     if "PATH" in environment:
         entries = environment["PATH"].split(os.pathsep)
         environment["PATH"] = os.pathsep.join(dict.fromkeys(entries))
@@ -353,44 +366,50 @@ def _job_environment(request: Request) -> dict[str, str]:
 
 
 def ranks_of(request: Request) -> int:
-    """Ranks of a node: one a GPU, without GPUs one.
+    """Return the number of ranks per node: one per GPU, or one without GPUs.
 
-    UsageError where the GPUs are not `8` or `h100:8`.
+    Raise UsageError if the number of GPUs is missing or does not have the form `8` or `h100:8`.
     """
     gpus = request.gpus_per_node or ""
-    # `8`, `h100:8`: the type of a GPU may stand in front.
+    # Match `8` or `h100:8`, with an optional GPU type.
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
     if match:
         return max(int(match[1]), 1)
     what = f"{gpus} is not a number of GPUs" if gpus else "the number of GPUs per node is missing"
-    fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
+    fix = "use --gpus-per-node 8, or h100:8, or 0 to train on CPUs"
     raise UsageError(what, where="--gpus-per-node", fix=fix)
 
 
 def warning_of(request: Request) -> int:
-    """Seconds before the time limit at which the ranks get the signal to save."""
-    # 0: the partition's limit, which is not known here.
+    """Return how many seconds before the time limit the ranks are asked to save.
+
+    Raise UsageError if the user's value is more than half of the time limit.
+    """
+    # 0 means that the job sets no time limit. Then the limit of the partition applies, which is
+    # unknown here.
     limit = limit_seconds(request.time) if request.time else 0
     seconds = request.warning
     if not seconds:
-        # Saving must end before the limit, but most of the time belongs to the training. A disk may
-        # be half as fast as assumed.
+        # Reserve enough time to save, even if the disk is half as fast as assumed, but at most a
+        # quarter of the limit, so that most of the time is used for training.
         seconds = max(MIN_WARNING_SECONDS, STEP_AND_CLOCK_SECONDS + math.ceil(2 * request.saving))
         if limit >= 4:
             seconds = min(seconds, limit // 4)
     if limit and seconds > limit // 2:
         raise UsageError(
-            f"the run would reserve {seconds} s of {limit} s for saving",
+            f"the run would stop {seconds} s before its time limit of {limit} s",
             where="--warn-before",
-            fix=f"a longer --time, or --warn-before {limit // 4}",
+            why="at least half of the time limit must remain for training",
+            fix=f"use a longer --time, or --warn-before {limit // 4}",
         )
     return seconds
 
 
 def saving_seconds(run: Run) -> float:
-    """Seconds that writing a checkpoint of the run takes, at ASSUMED_BYTES_PER_SECOND.
+    """Estimate the seconds that it takes to save a checkpoint, at ASSUMED_BYTES_PER_SECOND.
 
-    0 for an adapter, and where the model's shape is not at hand.
+    Return 0 for an adapter, because its checkpoint is small. Also return 0 if the config of the
+    model is not available.
     """
     if run.adapter.kind != "none":
         return 0.0
@@ -403,23 +422,24 @@ def saving_seconds(run: Run) -> float:
     spec = model_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
     base = file.parent if file.is_file() else None
     if run.model.dtype == "auto":
-        run = replace(run, model=replace(run.model, dtype="bf16"))  # as on most GPUs
+        run = replace(run, model=replace(run.model, dtype="bf16"))  # most GPUs support bf16
     size, _ = checkpoint_bytes(run, spec.parameters, base)
     return size / ASSUMED_BYTES_PER_SECOND
 
 
 def limit_seconds(text: str) -> int:
-    """Seconds of a time limit in Slurm's forms.
+    """Convert a time limit of Slurm to seconds.
 
-    They are `90` minutes, `2:30` minutes, `2:30:00`, `1-12`, `1-12:30:00`.
+    The formats are `90` (minutes), `2:30` (minutes and seconds), `2:30:00`, `1-12` (days and hours)
+    and `1-12:30:00`. Raise UsageError for any other text.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if not match:
-        fix = "--time 90 (minutes), 12:00:00 or 2-00:00:00"
+        fix = "use --time 90 (minutes), 12:00:00 or 2-00:00:00"
         raise UsageError(f"{text} is not a time limit", where="--time", fix=fix)
     has_days = match[1] is not None
     has_three_parts = match[4] is not None
-    # Without days two parts are minutes and seconds; with days they are hours and minutes.
+    # Two parts are minutes and seconds, but after a number of days they are hours and minutes.
     days, first, second, third = (int(part or 0) for part in match.groups())
     if has_days or has_three_parts:
         return (days * 24 + first) * 3600 + second * 60 + third
@@ -427,42 +447,47 @@ def limit_seconds(text: str) -> int:
 
 
 def check_reach(run: Run, request: Request, words: Sequence[str]) -> None:
-    """UsageError for what the job would fail on after it has waited in the queue.
+    """Raise UsageError if the job lacks files or a login that it needs.
 
-    It says what to fetch or log in to; `words` are the recipe and its overrides as they were typed.
+    Otherwise the job would fail only after it has waited in the queue. The error names the command
+    that downloads the files or logs in.
+
+    Args:
+        words: the recipe and its overrides as the user typed them.
     """
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
-    # Rows to train on and held-out ones may be splits of one data set.
+    # Remove duplicates, because training and validation rows may be splits of the same data set.
     datasets = dict.fromkeys(source.source for source in hub_sources(run))
     missing = [name for name in datasets if not repo_cache(name, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
-    # The nodes may have another cache, which this machine does not see.
+    # If a line of `setup` sets the cache folder, do not check the cache of this machine, because
+    # the nodes use another cache.
     has_own_cache = re.search(r"\bHF_(HOME|HUB_CACHE)=", "\n".join(request.setup))
     if missing and not has_own_cache:
         raise UsageError(
-            f"not fetched yet: {', '.join(missing)}",
+            f"the run needs files of the Hub that are not in the cache: {', '.join(missing)}",
             where="the Hub's cache",
-            why="nodes often cannot reach the Hub, and the job gets no token: "
-            "Slurm would store it on its disk",
-            fix=f"tunesmith fetch {shell_command(words)}, "
-            f"into {hub_home()}, which the nodes must be able to read",
+            why="nodes often cannot reach the Hub, and the job gets no token, because "
+            "Slurm would store the token on its disk",
+            fix=f"run `tunesmith fetch {shell_command(words)}`; the nodes must be able to read "
+            f"{hub_home()}",
         )
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
         raise UsageError(
             "WANDB_API_KEY is not sent to the job",
             where="log.wandb",
-            why="Slurm would store it on its controller's disk",
-            fix="wandb login, which writes ~/.netrc for the nodes; "
-            "or export WANDB_MODE=offline; or log.wandb=false",
+            why="Slurm would store the key on its controller's disk",
+            fix="run `wandb login`, which writes ~/.netrc for the nodes, or "
+            "`export WANDB_MODE=offline`, or set log.wandb=false",
         )
 
 
 def check_mesh_of_job(run: Run, request: Request) -> None:
-    """RecipeError where the recipe's mesh does not fit the ranks of the job."""
+    """Raise RecipeError if the recipe's mesh does not fit the number of ranks of the job."""
     if run.parallel != Parallel():
         from tunesmith.parallel.mesh import possible_shapes  # loads torch
 
@@ -470,29 +495,34 @@ def check_mesh_of_job(run: Run, request: Request) -> None:
 
 
 def hub_home() -> str:
-    """The folder of the Hub's cache and of the stored token."""
+    """Return the folder that contains the Hub's cache and the stored token."""
     from huggingface_hub import constants
 
     return constants.HF_HOME
 
 
 def submit(run: Run, request: Request) -> SlurmJob:
-    """Write recipe and script, submit it, and note the job.
+    """Write the recipe and the script, submit the script, and save the job file.
 
-    UsageError where another job of the run directory waits or runs; MachineError in sbatch's words
-    where it refuses.
+    Raises:
+        UsageError: if another job of the run directory is queued or running.
+        MachineError: if sbatch fails, with its message.
     """
     text = render_script(run, request)
-    # A job that cannot be noted is not submitted.
+    # Create the folder of the job file first. If this fails, no job is submitted.
     state_folder()
     script = write_recipe(run).with_name(SCRIPT_NAME)
     write_atomically(script, text)
-    # The flag too, because SBATCH_EXPORT of the environment wins over the script.
+    # Pass --export=NONE on the command line too, because the variable SBATCH_EXPORT would override
+    # the line in the script.
     code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
-        fix = "sinfo shows partitions and limits; tunesmith doctor --slurm checks the cluster"
+        fix = (
+            "check partitions and limits with `sinfo`, and the cluster with `tunesmith doctor "
+            "--slurm`"
+        )
         raise MachineError("sbatch rejects the job", where=str(script), why=errors, fix=fix)
-    # ID, or ID;CLUSTER
+    # sbatch prints "ID" or "ID;CLUSTER".
     id_ = out.strip().partition(";")[0]
     log = Path(run.output_dir, FOLDER, f"{LOG_NAME}-{id_}.log")
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
@@ -501,21 +531,25 @@ def submit(run: Run, request: Request) -> SlurmJob:
 
 
 def _slurm(*command: str) -> tuple[int, str, str]:
-    """Run one of Slurm's commands: exit code, what it printed, and the last line of its errors."""
+    """Run a command of Slurm.
+
+    Return its exit code, its output, and the last line of its error output. Raise MachineError if
+    the command is not installed.
+    """
     done = try_on("", *command)
     if done.returncode == NO_COMMAND:
-        fix = "run it on a login node of the cluster"
-        raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
+        fix = "run the command on a login node of the cluster"
+        raise MachineError(f"{command[0]} is not installed", where="PATH", fix=fix)
     return done.returncode, done.stdout, last_line(done.stderr)
 
 
 def _directive_word(value: str, where: str) -> str:
-    """A value as one word of an #SBATCH line.
+    """Quote a value as one word of an #SBATCH line.
 
-    Its reader knows quotes and the backslash, but neither $ nor `.
+    Slurm's parser of these lines supports quotes and backslashes, but does not expand $ or `.
     """
     safe_value(value, where)
-    # These characters mean nothing to the reader of directives; all else is quoted.
+    # A value with only these characters needs no quotes.
     if re.fullmatch(r"[\w./:=,%@+-]+", value):
         return value
     escaped = re.sub(r'([\\"])', r"\\\1", value)
@@ -527,18 +561,21 @@ def _shell_word(value: str, where: str) -> str:
 
 
 def _container_words(run: Run, request: Request) -> list[str]:
-    """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes.
+    """Return the quoted flags of srun for Pyxis: the container image and the mounts.
 
-    The paths in the container are the same.
+    The paths that the run reads and writes are mounted at the same paths as on the host. Return []
+    if the request has no container.
     """
     if not request.container:
         return []
     paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), hub_home()]
     for path in paths:
         if ":" in path or "," in path:
-            fix = "rename it: Pyxis separates mounts by these"
             raise UsageError(
-                f"a path with : or , cannot be mounted: {path}", where="--container", fix=fix
+                f"Pyxis cannot mount {path}",
+                where="--container",
+                why="Pyxis separates mounts by : and ,",
+                fix="rename the folder so that the path has no : and no ,",
             )
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
     flags = [f"--container-image={request.container}", f"--container-mounts={mounts}"]

@@ -1,9 +1,9 @@
-"""The stack file of a run on a Docker swarm: one service of one task a node.
+"""The stack file of a run on a Docker swarm: one service with one task per node.
 
-Swarm passes no devices to a container (moby/swarmkit#1244): with NVIDIA's runtime as the default
-one, NVIDIA_MOFED=enabled asks it for /dev/infiniband. Swarm ignores `ipc` and `shm_size`: shared
-memory is a tmpfs mount. No ssh server, no docker socket, no folder with a token is in the
-container; it runs as the user who launched it.
+Swarm cannot pass devices to a container (moby/swarmkit#1244). Therefore NVIDIA's runtime must be
+the default runtime, and NVIDIA_MOFED=enabled makes it add /dev/infiniband. Swarm ignores `ipc` and
+`shm_size`, so a tmpfs is mounted as shared memory. The container has no ssh server, no Docker
+socket and no folder with a token. It runs as the user who launched the run.
 """
 
 import json
@@ -15,30 +15,42 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import agent_words, recipe_file
 from tunesmith.tools.launch.inputs import SECRETS
 
-JOB_LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
+# Label of all Docker objects that a launch creates. Only objects with this label are removed after
+# the run.
+JOB_LABEL = "tunesmith.job"
 SERVICE = "ranks"
-SHM_BYTES = 16 << 30  # bytes at most; what is not used takes no memory
-SECONDS_TO_SAVE = 3600  # that the ranks have after a stop, before they are killed
-# In the container
+# Maximum size of the shared memory in bytes. Only the used part takes memory.
+SHM_BYTES = 16 << 30
+# Seconds that the ranks have to save after a stop request, before they are killed.
+SECONDS_TO_SAVE = 3600
+# Paths of the caches in the container.
 HUB_FOLDER = "/cache/hub"
 DATASETS_FOLDER = "/cache/datasets"
-# Lists that an extra file replaces; it adds to others.
+# Keys of the stack file whose lists are replaced by the lists in the user's file. The lists of all
+# other keys are extended.
 _REPLACED_KEYS = ("command", "entrypoint")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The content of a stack file.
+    """Settings of a run from which the text of the stack file is generated.
 
     Attributes:
-        endpoint: HOST:PORT that the ranks meet at.
-        cache: the folders of HUB_FOLDER and DATASETS_FOLDER on each node.
-        gpus: (kind, count) of the generic resource that each node has, or None.
-        excluded: ids of the swarm's nodes that get no task.
-        mounts: (place on each node, path in the container) of what the recipe reads.
-        secrets: (file below SECRETS, the secret's name).
-        environment: of the user.
-        debug: ranks and NCCL say more in the log.
+        name: the name of the stack, which is the name of the job.
+        run_dir: the run directory, with the same path on all nodes.
+        image: the name or id of the Docker image.
+        nodes: the number of nodes.
+        endpoint: the address HOST:PORT of the store at which the ranks meet.
+        restarts: the maximum number of restarts of a node's ranks.
+        user: the uid and gid of the processes in the container.
+        cache: the folders on each node that are mounted at HUB_FOLDER and DATASETS_FOLDER.
+        gpus: the name of the generic resource for GPUs, and the number of GPUs per node, or None.
+        excluded: ids of the nodes of the swarm that are not used.
+        mounts: pairs of a path on each node and a path in the container, for the files that the
+            recipe reads.
+        secrets: pairs of a file name in SECRETS and the name of a Docker secret.
+        environment: names and values of further environment variables of the ranks.
+        debug: whether ranks and NCCL write more details to the log.
     """
 
     name: str
@@ -57,11 +69,11 @@ class Stack:
     debug: bool = False
 
     def values(self) -> dict[str, object]:
-        """The stack file's content."""
+        """Return the content of the stack file as nested dictionaries and lists."""
         return {
             "version": "3.8",
             "services": {SERVICE: self._service()},
-            # The host's network: the ranks meet at addresses of the cable.
+            # Use the host's network, so that the ranks can use the fast link between the nodes.
             "networks": {"host": {"external": True, "name": "host"}},
             "secrets": {source: {"external": True, "name": name} for source, name in self.secrets},
         }
@@ -70,7 +82,7 @@ class Stack:
         words = agent_words(
             recipe_file(self.run_dir),
             debug=self.debug,
-            # Swarm would start a run again that was stopped and saved, which ends with 75.
+            # Exit with 0 after a stop request. Swarm would restart a run that exits with 75.
             stopped=0,
             nodes=self.nodes,
             endpoint=self.endpoint,
@@ -79,18 +91,18 @@ class Stack:
         )
         user, group = map(str, self.user)
         environment = {
-            # The user of the launch has no home folder in the image.
+            # Set HOME, because the user has no home folder in the image.
             "HOME": "/tmp",
             "HF_HUB_CACHE": HUB_FOLDER,
             "HF_DATASETS_CACHE": DATASETS_FOLDER,
-            # The run directory is a folder that the container may write to on every node.
+            # Put the cache into the run directory, which is writable in every container.
             "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
             "NVIDIA_MOFED": "enabled",
         }
         if "HF_TOKEN" in dict(self.secrets):
             environment["HF_TOKEN_PATH"] = f"{SECRETS}/HF_TOKEN"
         secrets = [
-            # Secrets are files of root unless the stack gives them to the user.
+            # Set the owner, because the files of secrets belong to root by default.
             {"source": source, "target": source, "uid": user, "gid": group, "mode": 0o400}
             for source, _ in self.secrets
         ]
@@ -103,7 +115,7 @@ class Stack:
             "stop_grace_period": f"{SECONDS_TO_SAVE}s",
             "environment": environment | dict(self.environment),
             "networks": ["host"],
-            # RDMA locks the memory of its buffers.
+            # Allow unlimited locked memory, because RDMA locks its buffers.
             "ulimits": {"memlock": -1, "stack": 64 << 20},
             "volumes": self._volumes(),
             "secrets": secrets,
@@ -126,7 +138,8 @@ class Stack:
         return volumes
 
     def _deploy(self) -> dict[str, object]:
-        # Swarm reads 0 attempts as any number of them.
+        # For 0 restarts, set the condition "none". `max_attempts: 0` would mean an unlimited number
+        # of restarts.
         restart_policy: dict[str, object] = {"condition": "none"}
         if self.restarts:
             restart_policy = {
@@ -138,7 +151,8 @@ class Stack:
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {
-                # One agent a node; Swarm would place two on one where another is not ready.
+                # Without this limit, Swarm would place two agents on one node if another node is
+                # not ready.
                 "max_replicas_per_node": 1,
                 "constraints": [f"node.id!={node}" for node in self.excluded],
             },
@@ -147,22 +161,25 @@ class Stack:
         }
         if self.gpus:
             kind, count = self.gpus
-            # The generic resource that `doctor` looks at: each task gets its GPUs by it.
+            # Reserve the generic resource of the GPUs, which `doctor` checks on each node.
             spec = {"discrete_resource_spec": {"kind": kind, "value": count}}
             deploy["resources"] = {"reservations": {"generic_resources": [spec]}}
         return deploy
 
     def text(self, extra: Path | None = None) -> str:
-        """The file, in JSON, which YAML has in it: each text is quoted, whatever it holds.
+        """Return the text of the stack file.
 
-        extra: a file of the user's whose content is laid over it.
+        The text is JSON, which is valid YAML and quotes every string.
+
+        Args:
+            extra: a file of the user that is merged into the stack file.
         """
-        # docker takes `$NAME` for a variable, and `$$` for a dollar sign.
+        # Escape "$" as "$$", because docker replaces `$NAME` by the value of a variable.
         values = json.loads(json.dumps(self.values()).replace("$", "$$"))
         if extra is not None:
-            values = _laid_over(values, _read_extra(extra))
-        # Only objects that the user's file adds have no `external`: they get our label for the
-        # clean-up.
+            values = _merge(values, _read_extra(extra))
+        # Objects without `external` come from the user's file. Add JOB_LABEL, so that they are
+        # removed after the run too.
         for kind in ("networks", "secrets", "configs", "volumes"):
             for entry in values.get(kind, {}).values():
                 if not entry.get("external"):
@@ -171,7 +188,7 @@ class Stack:
 
 
 def _read_extra(file: Path) -> Mapping[str, object]:
-    """The content of a user's stack file; UsageError where it is none."""
+    """Read a stack file of the user. Raise UsageError if it is not valid."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -179,25 +196,34 @@ def _read_extra(file: Path) -> Mapping[str, object]:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UsageError(
-            "the extra file cannot be read",
+            "the file given with --stack-extra cannot be read",
             where=str(file),
             why=str(error).splitlines()[0],
-            fix="correct it",
+            fix="make sure that the file is readable and valid YAML",
         ) from None
     if not isinstance(values, Mapping):
-        fix = "services: {ranks: {volumes: [...]}}"
-        raise UsageError("the extra file is not a stack file", where=str(file), fix=fix)
+        fix = "write a mapping, such as services: {ranks: {volumes: [...]}}"
+        raise UsageError(
+            "the file given with --stack-extra is not a stack file: it is not a YAML mapping",
+            where=str(file),
+            fix=fix,
+        )
     return values
 
 
-def _laid_over(base: object, more: object, key: str = "") -> object:
-    """`base` with the keys of `more` merged into it; `key`: the one that both are the value of."""
+def _merge(base: object, more: object, key: str = "") -> object:
+    """Return `base` with the values of `more` merged into it recursively.
+
+    Args:
+        key: the key in the stack file to which `base` and `more` belong.
+    """
     if isinstance(base, dict) and isinstance(more, Mapping):
         merged = dict(base)
         for name, value in more.items():
-            merged[name] = _laid_over(base.get(name), value, str(name))
+            merged[name] = _merge(base.get(name), value, str(name))
         return merged
-    # A list of the user's file adds to ours; but a command is one whole.
+    # Append the user's list to the generated list. A command is replaced instead, because its words
+    # belong together.
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED_KEYS:
         return [*base, *more]
     return more

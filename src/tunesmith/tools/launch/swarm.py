@@ -1,7 +1,7 @@
-"""A run on a Docker swarm as a job, from any of its nodes, and the nodes that a run can take.
+"""Jobs on a Docker swarm, and the selection of nodes for a run.
 
-Commands that only a manager takes go to one by ssh. Docker's own command line is used on every
-node, with the user's rights.
+All functions work on any node of the swarm. Commands that only a manager accepts are sent to a
+manager over ssh. On every node, Docker's command line is used with the rights of the user.
 """
 
 import json
@@ -20,14 +20,16 @@ from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ssh import remote_words, run_on, try_on
 from tunesmith.run_dir import RunState
 from tunesmith.tools.launch.stack import JOB_LABEL, SECONDS_TO_SAVE, SERVICE
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Generic resources, as guides name them
+# Names of the generic resource for GPUs that are used in setup guides.
 GPU_RESOURCES = ("NVIDIA_GPU", "NVIDIA-GPU")
-# Seconds that Swarm has to remove containers before they are removed by force
+# Seconds to wait until Swarm has removed the containers. Remaining containers are then removed by
+# force.
 REMOVE_SECONDS = 20.0
-# States of a task
+# States of a task that has ended.
 ENDED_TASKS = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
 
 
@@ -36,8 +38,9 @@ class SwarmNode:
     """A node of the swarm.
 
     Attributes:
-        host: as ssh takes it; "" is this node.
-        gpus: kind and count of them as a generic resource; None: it has none.
+        host: the host name for ssh. "" is this node.
+        address: the address of the node in the swarm.
+        gpus: the name of the generic resource for GPUs, and the number of GPUs, or None.
     """
 
     host: str
@@ -46,7 +49,10 @@ class SwarmNode:
 
 
 class SwarmJob(Job):
-    """A service of a swarm. `details`: `hosts`, the addresses of its nodes, separated by commas."""
+    """A job that is a service of a swarm.
+
+    `details` has `hosts`: the addresses of the nodes, separated by commas.
+    """
 
     @property
     def service(self) -> str:
@@ -54,16 +60,19 @@ class SwarmJob(Job):
         return f"{self.name}_{SERVICE}"
 
     def hosts(self) -> list[str]:
-        """The nodes as ssh takes them; this one is "", and first."""
+        """Return the host names of the nodes for ssh. This node is "" and comes first."""
         local = local_addresses()
         return sorted("" if host in local else host for host in self.details["hosts"].split(","))
 
     def manager(self) -> str:
-        """The node that takes commands for the swarm; MachineError where none is reached."""
+        """Return a node that accepts commands for the swarm.
+
+        Raise MachineError if no manager node can be reached.
+        """
         unreached = MachineError(
             "no manager node of the swarm can be reached",
             where=self.details["hosts"],
-            fix="start docker on a manager node of the swarm, or: docker node promote NODE",
+            fix="start docker on a manager node of the swarm, or run: docker node promote NODE",
         )
         for host in self.hosts():
             try:
@@ -76,16 +85,19 @@ class SwarmJob(Job):
         raise unreached
 
     def tasks(self, manager: str) -> list[dict[str, str]] | None:
-        """The newest task of each slot: Node, CurrentState, Error; None: there is no service."""
+        """Return the newest task of each replica, with the keys Node, CurrentState and Error.
+
+        Return None if the service does not exist.
+        """
         words = ["docker", "service", "ps", "--no-trunc", "--format", "{{json .}}", self.service]
         listed = try_on(manager, *words)
-        # The service is gone, or was never there: docker prints an error and no rows.
+        # docker fails if the service does not exist.
         if listed.returncode:
             return None
         slots: dict[str, dict[str, str]] = {}
         for line in listed.stdout.splitlines():
             task = json.loads(line)
-            # The newest of a slot comes first. An older one is ` \_ NAME`.
+            # The newest task of a replica is listed first. Older tasks are listed as ` \_ NAME`.
             slots.setdefault(task["Name"].split()[-1], task)
         return list(slots.values())
 
@@ -96,12 +108,12 @@ class SwarmJob(Job):
             return JobState(RunState.UNKNOWN, f"{error.what}: {error.why or error.where}")
         if tasks is None:
             return super().state()
-        states = {_state_of(task) for task in tasks}
+        states = {_task_state(task) for task in tasks}
         texts = []
         for task in tasks:
             node = task["Node"] or "no node"
             texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
-        # A subset: all tasks have ended, in whichever of these states.
+        # If all tasks have ended, derive the state of the job from the states of the tasks.
         if states <= ENDED_TASKS:
             state = RunState.FAILED
             if states == {"Complete"}:
@@ -120,11 +132,12 @@ class SwarmJob(Job):
         command = ["docker", "service", "logs", "--raw"]
         if follow:
             command.append("--follow")
-        # Docker's logs are at the manager, which has the service.
+        # Read the log at the manager, which collects the logs of all tasks of the service.
         command = remote_words(manager, [*command, self.service])
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
-            # Without blocking: a task that prints nothing must not hold up the look at its end.
+            # Read without blocking. Otherwise a task that prints nothing would delay the check
+            # whether all tasks have ended.
             os.set_blocking(process.stdout.fileno(), False)
             is_over = False
             quiet_polls = 0
@@ -136,8 +149,8 @@ class SwarmJob(Job):
                     elif is_over or process.poll() is not None:
                         return
                     else:
-                        # docker follows on when all tasks have ended. Their state is queried
-                        # less often, as that takes an ssh connection.
+                        # `docker service logs --follow` does not end with the tasks, so check their
+                        # state. Do so at every 4th poll, because it needs an ssh connection.
                         quiet_polls += 1
                         if follow and quiet_polls % 4 == 0:
                             is_over = not self.state().at_work
@@ -146,72 +159,76 @@ class SwarmJob(Job):
                 process.kill()
 
     def stop(self) -> str:
-        """Ask the ranks to save, wait for their end, and remove what the launch created."""
+        """Ask the ranks to save, wait for their end, and remove all objects of the launch."""
         manager = self.manager()
         tasks = self.tasks(manager)
         if tasks:
             minutes = SECONDS_TO_SAVE // 60
             step = last_step(self.run_dir) or "before the first step"
-            log.info(f"{self.name}: stop requested; ranks have {minutes} minutes to save; {step}")
-            # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
-            # to save.
+            log.info(
+                f"{self.name}: a stop was requested; the ranks have {minutes} minutes to save; "
+                f"{step}"
+            )
+            # Set the number of replicas to 0. Swarm then sends SIGTERM to the tasks, which have the
+            # grace period to save.
             update = ("docker", "service", "update", "--detach", "--replicas", "0")
             run_on(manager, *update, self.service)
-        # One minute more than Swarm's own grace period.
+        # Wait one minute longer than Swarm's grace period.
         deadline = time.monotonic() + SECONDS_TO_SAVE + 60
         while tasks and time.monotonic() < deadline:
             time.sleep(POLL)
             tasks = self.tasks_at_work(manager)
         unreachable = self.clean()
         run = Job.state(self)
-        line = f"removed; {run.state}: {run.text}"
+        line = f"the service is removed; {run.state}: {run.text}"
         return "; ".join([line, *(f"{host} cannot be reached" for host in unreachable)])
 
     def tasks_at_work(self, manager: str) -> list[dict[str, str]]:
-        """The tasks that have not ended, but for those of nodes that are lost."""
+        """Return the tasks that have not ended. Tasks on lost nodes are left out."""
         rows = run_on(manager, "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
-        # A lost node cannot report that its task has ended: waiting for it would last until the
-        # timeout.
+        # Ignore lost nodes, because they cannot report that their task has ended, so the caller
+        # would wait until the timeout.
         lost_nodes = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
         return [
             task
             for task in self.tasks(manager) or []
-            if _state_of(task) not in ENDED_TASKS and task["Node"] not in lost_nodes
+            if _task_state(task) not in ENDED_TASKS and task["Node"] not in lost_nodes
         ]
 
     def clean(self) -> list[str]:
-        """Remove what carries our label -> the nodes that are not reached.
+        """Remove all objects that a launch created. Return the nodes that cannot be reached.
 
-        That is the service, secrets, configs and networks of the swarm, and containers of each
-        node.
+        The objects are the service, secrets, configs and networks of the swarm, and the containers
+        of each node.
         """
-        mark = f"label={JOB_LABEL}={self.name}"
+        label_filter = f"label={JOB_LABEL}={self.name}"
         manager = self.manager()
-        # The service first: Swarm removes no secret or network that is in use.
+        # Remove the service first, because Swarm does not remove a secret or network in use.
         for kind in ("service", "secret", "config", "network"):
-            ids = run_on(manager, "docker", kind, "ls", "--quiet", "--filter", mark).split()
+            ids = run_on(manager, "docker", kind, "ls", "--quiet", "--filter", label_filter).split()
             if ids:
                 run_on(manager, "docker", kind, "rm", *ids)
         unreachable = []
         for host in self.hosts():
             try:
-                _remove_containers(host, mark)
+                _remove_containers(host, label_filter)
             except MachineError:
                 unreachable.append(host)
         return unreachable
 
 
-def _state_of(task: dict[str, str]) -> str:
-    """`Running` of `Running 3 minutes ago`."""
+def _task_state(task: dict[str, str]) -> str:
+    """Return the state of a task, such as `Running` from `Running 3 minutes ago`."""
     return task["CurrentState"].split()[0]
 
 
-def _remove_containers(host: str, mark: str) -> None:
-    """Wait until Swarm has removed a node's containers with this label, or remove them."""
+def _remove_containers(host: str, label_filter: str) -> None:
+    """Wait until Swarm has removed a node's containers. Remove the remaining ones by force."""
     deadline = time.monotonic() + REMOVE_SECONDS
-    # At least one look, however late it is.
+    # Check the deadline only at the end of the loop, so that the containers are listed at least
+    # once.
     while True:
-        ids = run_on(host, "docker", "ps", "--all", "--quiet", "--filter", mark).split()
+        ids = run_on(host, "docker", "ps", "--all", "--quiet", "--filter", label_filter).split()
         if not ids:
             return
         time.sleep(POLL)
@@ -220,28 +237,31 @@ def _remove_containers(host: str, mark: str) -> None:
 
 
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
-    """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager.
-
-    MachineError unless they are `count`.
+    """Select the nodes of a run.
 
     Args:
-        hosts: the other nodes; empty: all that are ready, up to `count`.
+        hosts: the ssh names of the other nodes. If empty, use all nodes that are ready.
+        count: the number of nodes, or None for any number.
 
     Returns:
-        The manager as ssh takes it; "" is this node.
+        Three values: the selected nodes, which start with this node; the ids of the swarm's other
+        nodes; and the ssh host name of a manager, or "" if this node is a manager.
+
+    Raises:
+        MachineError: if a node is not ready, or if the number of nodes is not `count`.
     """
     swarm = json.loads(run_on("", "docker", "info", "--format", "{{json .Swarm}}"))
     if swarm["LocalNodeState"] != "active":
         raise MachineError(
             "this node is not in a swarm",
             where="docker info",
-            why=swarm["LocalNodeState"],
-            fix="docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, "
-            "and on the other node the line that it prints",
+            why=f"the swarm state of this node is {swarm['LocalNodeState']}",
+            fix="run `docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE`, "
+            "then run the printed command on the other node",
         )
     manager = ""
     if not swarm["ControlAvailable"]:
-        manager = _address(swarm["RemoteManagers"][0]["Addr"])
+        manager = _host_of_endpoint(swarm["RemoteManagers"][0]["Addr"])
     ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
     infos = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
     ready = {
@@ -249,8 +269,8 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         for info in infos
         if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
     }
-    # Node id -> the host that ssh takes, as far as it was named; the node of the launch is always
-    # one of them, and the first.
+    # Node id -> host name for ssh, or "" if the user gave no host name. This node is always
+    # selected and comes first.
     chosen = {swarm["NodeID"]: ""}
     for host in hosts:
         id_ = run_on(host, "docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
@@ -258,36 +278,49 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     if not hosts:
         others = [id_ for id_ in ready if id_ != swarm["NodeID"]]
         chosen |= dict.fromkeys(others[: (count or len(ids)) - 1], "")
-    fix = "docker swarm join on each, and as many --hosts as --nodes"
     for id_, host in chosen.items():
         if id_ not in ready:
-            what = f"{host or 'this node'} is not ready in this swarm"
-            raise MachineError(what, where="docker node ls", fix=fix)
+            raise MachineError(
+                f"{host or 'this node'} is not a ready node of this swarm",
+                where="docker node ls",
+                fix="start Docker on a node that is down, add a missing node with the command that "
+                "`docker swarm join-token worker` prints, or activate a drained node: docker node "
+                "update --availability active NODE",
+            )
     if count and len(chosen) != count:
-        what = f"--nodes {count}, and there are {len(chosen)}"
+        found = f"the swarm has only {count_of(len(chosen), 'ready node')}"
+        fix = (
+            "add nodes with the command that `docker swarm join-token worker` prints, or use "
+            f"--nodes {len(chosen)}"
+        )
+        if hosts:
+            found = f"this node and --hosts are {count_of(len(chosen), 'node')}"
+            fix = f"use --nodes {len(chosen)}, the number of --hosts plus 1, or correct --hosts"
+        what = f"--nodes is {count}, but {found}"
         raise MachineError(what, where="docker node ls", fix=fix)
     nodes = []
     for id_, host in chosen.items():
         info = ready[id_]
-        # The Status of a manager may have 0.0.0.0.
-        manager_address = _address(info.get("ManagerStatus", {}).get("Addr", ""))
+        # Prefer the address in ManagerStatus, because the address in the Status of a manager may be
+        # 0.0.0.0.
+        manager_address = _host_of_endpoint(info.get("ManagerStatus", {}).get("Addr", ""))
         address = manager_address or info["Status"]["Addr"]
         name = "" if id_ == swarm["NodeID"] else host or address
-        nodes.append(SwarmNode(name, address, _gpus_of(info)))
+        nodes.append(SwarmNode(name, address, _read_gpus(info)))
     return nodes, [id_ for id_ in ids if id_ not in chosen], manager
 
 
-def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
-    """Kind and count of the GPUs that a node offers the swarm; None: none."""
+def _read_gpus(info: dict[str, Any]) -> tuple[str, int] | None:
+    """Return the kind and the count of the GPUs that a node offers the swarm, or None."""
     counts = Counter[str]()
     for resource in info["Description"]["Resources"].get("GenericResources", ()):
-        # {"DiscreteResourceSpec": {"Kind": ..., "Value": 2}}, or a NamedResourceSpec for each GPU,
-        # whose value is its UUID.
+        # A resource is {"DiscreteResourceSpec": {"Kind": ..., "Value": 2}}, or a NamedResourceSpec
+        # for each GPU, whose value is the UUID of the GPU.
         for spec in resource.values():
             counts[spec["Kind"]] += spec["Value"] if isinstance(spec["Value"], int) else 1
     return next(((kind, counts[kind]) for kind in GPU_RESOURCES if counts[kind]), None)
 
 
-def _address(endpoint: str) -> str:
-    """HOST of HOST:PORT."""
+def _host_of_endpoint(endpoint: str) -> str:
+    """Return the host of an address HOST:PORT."""
     return endpoint.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""Memory and time of a recipe on any hardware."""
+"""The command `plan`, which estimates memory and time of a recipe on any hardware."""
 
 COMMANDS = {
     "machines": {

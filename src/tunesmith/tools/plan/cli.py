@@ -2,16 +2,16 @@
 
 example:
   tunesmith plan my-recipe.yaml  # on this machine
-  # your rows, if they are elsewhere: how many, and tokens in each
+  # if your rows are on another machine: their number and mean length in tokens
   tunesmith plan llama3.3-70b-lora --rows 50000 --length 400 \\
     --on 2x8xh100
-  # what `train` with the same options would take; nothing is written
+  # plan for `train` with the same options; nothing is written
   tunesmith plan --model Qwen/Qwen3-8B --data faq.csv --on h100
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
 
-Needs the model's config.json (the models of shipped recipes need nothing) and
-no GPU. Lengths come from the token cache, which `tunesmith data` fills. The
-exit code is 2 if it does not fit.
+The command needs the model's config.json but no GPU. The models of shipped
+recipes need no file. Lengths are read from the token cache, which `tunesmith
+data` fills. The exit code is 2 if the run does not fit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LOADS_TORCH = "here"
 
 log = logging.getLogger(__name__)
 
-# The keys of a new recipe that are shown.
+# Keys whose values are printed if a new recipe is created.
 CHOSEN_KEYS = (
     "adapter.rank",
     "data.seq_len",
@@ -41,31 +41,34 @@ CHOSEN_KEYS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
+    machines = (
+        "GPUs of the plan: 2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
+    )
     parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     parser.add_argument(
         "--length",
         type=whole_number,
         metavar="TOKENS",
-        help="tokens per example, if none are cached",
+        help="estimated number of tokens per example, if the rows have not been tokenized yet",
     )
     parser.add_argument(
         "--rows",
         type=whole_number,
         metavar="N",
-        help="rows of data.train, if they are not on this machine",
+        help="number of rows of data.train, if the rows are not on this machine",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    # --on is a list, so that a repeated option can be reported instead of being ignored.
     machines = args.on or ["here"]
     if len(machines) > 1:
         raise UsageError(
             f"--on was given {len(machines)} times",
             where="command line: --on",
-            why="a plan is for one machine",
-            fix="tunesmith plan once for each machine; --json has the figures to compare",
+            why="`tunesmith plan` estimates one kind of machine at a time",
+            fix="run `tunesmith plan` once for each machine, and compare the figures of --json",
         )
     cluster = read_cluster(machines[0])
     recipe, new_recipe = chosen_recipe(
@@ -74,8 +77,10 @@ def run(args: argparse.Namespace) -> None:
     if new_recipe is not None:
         values = flatten(recipe)
         pairs = [f"{key}={shell_word(values[key])}" for key in CHOSEN_KEYS if values.get(key)]
-        log.info(f"chosen, as `train` with the same options does: {' '.join(pairs)}")
-    # It loads torch, and a wrong word has been refused by now.
+        log.info(
+            f"chosen recipe values (`tunesmith train` chooses the same values): {' '.join(pairs)}"
+        )
+    # Import after all arguments are checked, because the import loads torch.
     from tunesmith.tools.plan.show_plan import show_plan
 
     show_plan(args, cluster, recipe, new_recipe)

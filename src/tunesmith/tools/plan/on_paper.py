@@ -1,7 +1,8 @@
-"""A forecast of a run on machines that need not be here, by the recipe and small files alone.
+"""Preparation of a forecast for a run on any machine. Only the recipe and small files are read.
 
-The model is known by its config.json, the rows by the token cache, by themselves or by the user's
-words. `prepare.py` has the same for the machine that trains.
+The sizes of the model come from its config.json. The number and length of the rows come from the
+token cache, from the data files, or from the user. `training/prepare.py` prepares the plan of a run
+on the machine that trains.
 """
 
 import logging
@@ -36,18 +37,18 @@ from tunesmith.units import ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
-COUNTED_ROWS = 1000  # of a source, whose characters are counted
-ROWS_FIX = "give their number: --rows N"
+# Maximum number of rows per source whose characters are counted.
+COUNTED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class StatedRows:
-    """The user's statements about the rows of `data.train`; None: nothing is said.
+    """Number and length of the rows of `data.train`, as stated by the user. None means not stated.
 
     Attributes:
-        count: how many there are, of files that are elsewhere.
-        length: tokens of an example.
-        is_estimated: `length` is estimated from characters.
+        count: the number of rows, if the files are not on this machine.
+        length: the number of tokens per example.
+        is_estimated: whether `length` is estimated from characters.
     """
 
     count: int | None = None
@@ -56,7 +57,14 @@ class StatedRows:
 
 
 class PaperModel(NamedTuple):
-    """A model's config.json, and the folder with it and the tokenizer, if any."""
+    """The config of a model.
+
+    Attributes:
+        config: the content of config.json.
+        where: the path of config.json, or the name of the model.
+        folder: the folder with config.json and the tokenizer. None if the config is part of the
+            package.
+    """
 
     config: Mapping[str, Any]
     where: str
@@ -64,17 +72,20 @@ class PaperModel(NamedTuple):
 
     @property
     def types(self) -> tuple[str, str]:
-        """The model type and that of its text model, which is the same without other parts."""
+        """Model type, and the type of the model's text part. For text models both are equal."""
         model_type = str(self.config["model_type"])
         text_type = (self.config.get("text_config") or {}).get("model_type")
         return model_type, str(text_type or model_type)
 
 
 def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, PaperModel]:
-    """The planner of a recipe on machines that need not be here, and its model.
+    """Return the planner of a recipe for a cluster, and the config of the recipe's model.
 
-    The shapes of models of recipes that ship are in the package: they take no network, no token and
-    no license.
+    If the recipe is shipped with tunesmith, the model's config is in the package, so that no
+    network, token or license is needed.
+
+    Args:
+        rows: number and length of the rows, as stated by the user.
     """
     model = _read_model(run.model)
     spec = model_spec(
@@ -85,22 +96,29 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     check_quantize(run.model.quantize, model.config, model.where)
     run = replace(run, model=resolve_quantize(run.model, spec))
     types = read_model_types()
+    # If the model type has not been tested, assume that it supports packed documents.
     support = types[spec.model_type].support if spec.model_type in types else Support("packed")
     run = fit_to_model(run, spec, support, where=model.where)
-    work = _work_of(run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent))
+    work = _find_workload(
+        run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent)
+    )
     return plan_on_paper(run, spec, cluster, work), model
 
 
 def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
-    """The spec with the sizes of the vision part; ModelError where nothing here knows of one."""
+    """Return the spec with the sizes of the vision encoder added.
+
+    Raise ModelError if these sizes are unknown because the model is not downloaded.
+    """
     if model.folder is None:
         sizes = vision_of_model(model.where)
         if not sizes:
             raise ModelError(
-                "the sizes of this model's vision part are not known, if it has one",
+                "the size of the model's vision encoder is unknown",
                 where=model.where,
-                why="they are in the package for the models of its recipes for pictures alone",
-                fix=f"tunesmith fetch {shell_word(model.where)}; or model.vision=false",
+                why="the model is not downloaded, and tunesmith knows this size in advance only "
+                "for the models of its vision recipes",
+                fix=f"run `tunesmith fetch {shell_word(model.where)}`, or set model.vision=false",
             )
         return replace(
             spec,
@@ -109,18 +127,18 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
             picture_bytes=sizes["picture_bytes"],
             picture_flops=sizes["picture_flops"],
         )
-    # With Transformers, which a plan can do without.
+    # Import inside the function: Transformers is slow to import, and other plans do not need it.
     from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.hub.picture_support import add_vision
     from tunesmith.model.load import load_configs
     from tunesmith.model.tokenizer import load_tokenizer
 
-    _, whole = load_configs(model.folder, run.model)
+    _, full_config = load_configs(model.folder, run.model)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, model.folder), run.model)
     processor = read_picture_processor(model.folder, tokenizer, run)
-    assert whole is not None
+    assert full_config is not None
     assert processor is not None
-    return add_vision(spec, whole, processor)
+    return add_vision(spec, full_config, processor)
 
 
 def _read_model(model: Model) -> PaperModel:
@@ -136,7 +154,10 @@ def _read_model(model: Model) -> PaperModel:
 
 
 def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
-    """The tokens of a run, if the token cache has them; no rows are downloaded."""
+    """Return the tokens of the training rows from the token cache, or None if they are not cached.
+
+    No rows are downloaded.
+    """
 
     cache = cache_folder("tokens")
     if not cache.exists():
@@ -145,11 +166,11 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
         if not is_local(source.source) and not fetch.repo_cache(source.source, "dataset").exists():
             return None
 
-    # With Transformers, which a plan can do without.
+    # Import inside the function: Transformers is slow to import, and other plans do not need it.
     from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
-    # A plan goes on without the tokens: they make it more exact.
+    # Ignore errors, because a plan is possible without the tokens. They only make it more exact.
     with suppress(TunesmithError, LookupError):
         tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
         pictures = read_picture_processor(folder, tokenizer, run)
@@ -159,14 +180,18 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
     return None
 
 
-def _work_of(
+def _find_workload(
     run: Run, spec: ModelSpec, folder: Path | None, rows: StatedRows, *, shares: bool
 ) -> Workload:
-    """Find what the recipe trains on: by the token cache, by its rows if here, or assumed.
+    """Determine the workload of a run: the number of its examples and their lengths.
+
+    The values come from the token cache, from the user, or from the data files on this machine.
+    Unknown lengths are assumed to fill `data.seq_len`.
 
     Args:
-        folder: has the tokenizer.
-        shares: as `TokenSet.shares_prompts`.
+        folder: the folder with the tokenizer, or None.
+        rows: number and length of the rows, as stated by the user.
+        shares: the value of `TokenSet.shares_prompts`.
     """
     length = rows.length
     is_estimated = rows.is_estimated
@@ -178,16 +203,18 @@ def _work_of(
         if tokens is not None:
             length = round(tokens.lengths.mean())
     counted = 0
+    # Count the rows in the files on this machine, unless number and length are already known.
     if rows.count is None or not length:
         counted, estimate = _count_rows(run, is_needed=rows.count is None)
         is_estimated = is_estimated or bool(estimate and not length)
         length = length or estimate
     held_out = 0
     if rows.count is not None:
+        # The user's number includes the rows that are held out, so subtract these rows.
         if run.data.hold_out is not None:
             held_out = count_held_out(run.data.hold_out, rows.count)
         counted = rows.count - held_out
-    parts = _parts_of_row(run, length or 1)
+    parts = _examples_per_row(run, length or 1)
     source = count_of((counted + held_out) * parts, "row") if counted else "unknown"
     if rows.count is not None:
         source += " (--rows)"
@@ -205,8 +232,12 @@ def _work_of(
     return measure_work(run, spec, None, length or None, rows=counted * parts, source=source)
 
 
-def _parts_of_row(run: Run, length: int) -> int:
-    """Examples that a row of so many tokens makes: long texts are split."""
+def _examples_per_row(run: Run, length: int) -> int:
+    """Return the number of examples into which a row is split. Only long texts are split.
+
+    Args:
+        length: the number of tokens of the row.
+    """
     are_texts = all(source.format == "text" for source in run.data.train)
     if not are_texts or run.data.too_long != "auto":
         return 1
@@ -214,9 +245,14 @@ def _parts_of_row(run: Run, length: int) -> int:
 
 
 def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
-    """Count the training rows of a run, and estimate the mean tokens of a row from the characters
-    of its columns. If a source is not a local file, count the rows that the splits name. Return
-    zeros for unknown numbers, with a warning if a file is needed and cannot be read.
+    """Count the training rows of a run, and estimate the mean number of tokens per row.
+
+    The number of tokens is estimated from the number of characters. If a source is not a local
+    file, its rows are counted only if its split states a number, such as `train[:512]`. Unknown
+    numbers are 0.
+
+    Args:
+        is_needed: log a warning if a file cannot be read.
     """
     if not all(is_local(source.source) for source in run.data.train):
         return _rows_of_splits(run), 0
@@ -228,25 +264,34 @@ def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
         for source, rows in sources:
             count += len(rows)
             for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
-                # One that cannot be read is named by `train`.
+                # Skip a row that cannot be read. `train` reports it later.
                 with suppress(DataError):
                     lengths.append(count_of_example(rows[number], source))
-    # A plan goes on without the rows: they make it more exact.
+    # Continue after an error, because a plan is possible without the rows. They only make it more
+    # exact.
     except (TunesmithError, LookupError, OSError) as error:
         if is_needed:
             what = first_line(error)
             if isinstance(error, TunesmithError):
                 what = f"{error.what}: {error.where}; {error.fix}"
-            log.warning(f"the rows of data.train are not counted: {what}; or {ROWS_FIX}")
+            log.warning(
+                f"the rows of data.train were not counted ({what}); to plan without "
+                f"them, give the number of rows with --rows N"
+            )
         return 0, 0
     return count, ceil_div(sum(lengths), max(1, len(lengths)) * CHARACTERS_PER_TOKEN)
 
 
 def _rows_of_splits(run: Run) -> int:
-    """Training rows that splits such as `train[:512]` name; 0 if one has no count."""
+    """Return the number of training rows that splits such as `train[:512]` select.
+
+    Return 0 if the split of a source does not state a number of rows.
+    """
     count = 0
     for source in run.data.train:
         match = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split or "")
+        # Also return 0 if the source has a weight or if rows are held out, because the number of
+        # training rows then differs from the size of the split.
         if match is None or source.weight != 1 or run.data.hold_out:
             return 0
         rows = int(match[2]) - int(match[1] or 0)

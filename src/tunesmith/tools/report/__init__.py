@@ -1,10 +1,10 @@
-"""The page of runs, written once (`report`) or served (`watch`)."""
+"""The commands `report` and `watch`, which write or serve an HTML page about runs."""
 
 COMMANDS = {
     "train": {
         "watch": (
             "tunesmith.tools.report.cli_watch",
-            "serve the page about runs, always up to date",
+            "serve a page about runs and keep it up to date",
         ),
         "report": ("tunesmith.tools.report.cli", "write a page about runs and compare them"),
     },

@@ -3,12 +3,12 @@
 example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
-  tunesmith report runs/rates  # a sweep, or all runs of a folder
+  tunesmith report runs/rates  # a sweep, or all runs in a folder
   tunesmith report runs/lr-* --json  # figures and verdict, for scripts
 
-The page is one file that opens offline, with the commands to reproduce the
-runs. Runs may be running, finished, failed or copied. After `tunesmith eval
-RUN RUN` the page says which is better, row by row.
+The page is one file that opens offline. It includes the commands to reproduce
+the runs. Runs may be running, finished, failed or copied. After `tunesmith eval
+RUN RUN` the page says which run is better, compared row by row.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from tunesmith.cli.options import add_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directories, or folders of them"
+        "runs", nargs="+", metavar="RUN", help="run directories, or folders with runs"
     )
-    parser.add_argument("--output", metavar="FILE", help="the page (default: report.html)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="file to write the report to (default: report.html)"
+    )
     add_json(parser)
 
 

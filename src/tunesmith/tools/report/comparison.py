@@ -1,4 +1,4 @@
-"""The comparison of runs for Python programs and `report --json`."""
+"""Comparison of runs as Python objects, for `tunesmith.compare` and for `report --json`."""
 
 import json
 import os
@@ -16,14 +16,15 @@ from tunesmith.run_dir import EvalScores, Fields, shown
 
 @dataclass(frozen=True)
 class Comparison(Tabular):
-    """The result of `compare` on some runs.
+    """Result of `compare`: the measured values of several runs, and which run is better.
 
     Attributes:
-        runs: their names, in the order of the call.
-        verdict: `kind` is `better`, `equal`, `none` (it cannot be said) or `alone` (one run);
-            `headline` and `reasons` are sentences; `best` are the indices in `runs` of the better
-            ones.
-        figures: what differs and what was measured: a text for each run, `–` where there is none.
+        runs: the names of the runs, in the order of the call.
+        verdict: says which run is better. `kind` is `better`, `equal`, `none` (unknown) or `alone`
+            (only one run). `headline` and `reasons` are sentences. `best` has the indices of the
+            best runs in `runs`.
+        figures: name -> one text per run. The names are recipe keys with different values, and
+            measured values such as the loss. The text `–` means that a run has no value.
     """
 
     runs: tuple[str, ...]
@@ -31,27 +32,30 @@ class Comparison(Tabular):
     figures: dict[str, list[str]]
 
     def table(self) -> ResultTable:
-        """The figures, a column for each run, and the verdict."""
+        """Return a table with one column per run. Notes below it say which run is better."""
         rows = [(name, *cells) for name, cells in self.figures.items()]
         return ResultTable(rows, self.runs, notes=[self.verdict.headline, *self.verdict.reasons])
 
 
 def compare(*runs: str | os.PathLike[str]) -> Comparison:
-    """Compare runs: their figures, and which is better, or why that cannot be said.
+    """Compare recipes and measured values of runs, and decide which run is better.
 
     >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 
-    Only runs that `evaluate` has measured on the same rows get a verdict, row by row.
+    The decision is based on the loss of each row. Therefore `evaluate` must have measured the runs
+    on the same rows. Otherwise `verdict` says why no decision is possible.
 
     Args:
-        runs: run directories, or the `Result` of each, or folders of runs; they may still be
-            running, or have failed.
+        runs: run directories, folders with runs, or `Result` objects. The runs may still be
+            running, or may have failed.
 
     Raises:
-        UsageError: no folder was named, or one is no run directory.
+        UsageError: if no folder is given, or if a folder is not a run directory.
     """
     if not runs:
-        raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
+        raise UsageError(
+            "no runs were given", where="compare(...)", fix="give at least one run directory"
+        )
     read = [RunFiles(folder) for folder in with_runs_of_folders([os.fspath(run) for run in runs])]
     label_apart(read)
     names = tuple(run.label for run in read)
@@ -59,7 +63,7 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
 
 
 def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
-    """Return figures and verdict as plain values, for `report --json`."""
+    """Return the measured values and the verdict in the format of `report --json`."""
     rows = []
     for run in runs:
         figures = run.figures
@@ -98,7 +102,7 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
 
 
 def _without_rows(result: EvalScores) -> Fields:
-    """Return the numbers of an `eval` without those of each row."""
+    """Return the scores of an `eval` without the lists that have a value for each row."""
     values: Fields = {key: value for key, value in result.items() if key != "row_losses"}
     values["scores"] = {
         scorer: {key: value for key, value in score.items() if key != "by_row"}
@@ -108,7 +112,10 @@ def _without_rows(result: EvalScores) -> Fields:
 
 
 def _figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Return the keys that change what is learned, and the figures, as a text for each run."""
+    """Return the value of `Comparison.figures`.
+
+    Recipe keys are left out if they do not affect the trained weights.
+    """
     texts: dict[str, list[str]] = {}
     for difference in differing_keys(runs):
         if difference.learns:

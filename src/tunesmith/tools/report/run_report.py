@@ -1,4 +1,4 @@
-"""The work of `report`: the page, and which run is better."""
+"""Implementation of the command `report`: write the page and print which run is better."""
 
 import argparse
 import json
@@ -14,14 +14,18 @@ from tunesmith.reader.run_files import RunFiles, label_apart
 
 
 def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) -> list[RunFiles]:
-    """Read the runs of the command line, and report those that cannot be read.
+    """Read the runs that the command line names. Print a message for each unreadable run.
 
     Raise UsageError if no run can be read.
+
+    Args:
+        words: run directories or folders with runs.
+        read: the function that reads one run.
     """
     runs = []
     unreadable: list[UsageError] = []
     for word in with_runs_of_folders(words):
-        # One folder that is not a run must not hide the others.
+        # If a folder is not a run, print a message and continue with the other folders.
         try:
             runs.append(read(word))
         except UsageError as error:
@@ -32,15 +36,16 @@ def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) 
 
 
 def write_page(args: argparse.Namespace) -> None:
-    """Write the page of the runs that the options of `report` name, and print the verdict."""
-    # The comparison loads numpy, which `watch` does without until its page is opened.
+    """Write the page about the runs that the command line names. Print which run is better."""
+    # Import inside the function: `watch` imports this module but does not need numpy at its start.
     from tunesmith.reader.compare import judge
     from tunesmith.reader.page import write_report
     from tunesmith.tools.report.comparison import comparison_values
 
     output = Path(args.output or "report.html")
     runs = read_runs(args.runs)
-    # A script that reads the JSON needs no page, unless it names one.
+    # With --json, write the page only if --output is given, because scripts usually need only the
+    # JSON.
     if args.output or not args.json:
         write_report(runs, output)
     for run in runs:

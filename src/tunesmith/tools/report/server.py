@@ -1,8 +1,10 @@
-"""The server of `watch`: one page, which only this machine reaches, with the token of its URL.
+"""HTTP server of the command `watch`. It serves one page, only on this machine.
 
-It listens on 127.0.0.1 and reads the runs when the page asks, so that a watch without an open page
-does nothing. A request without the token, or with another host name (a page elsewhere whose name
-was bound to 127.0.0.1), gets an empty answer. The server has no files: its only path is the page.
+The server listens on 127.0.0.1, and the URL contains a secret token. A request without the token
+gets an empty answer. A request with another host name also gets an empty answer, because a
+malicious web page could bind its own host name to 127.0.0.1 (DNS rebinding). The runs are read only
+when the page requests them, so the server does nothing while no page is open. The server has no
+other path than the page, and serves no files.
 """
 
 import hashlib
@@ -19,9 +21,11 @@ from uvicorn import Config, Server
 from tunesmith.errors import UsageError
 from tunesmith.reader.run_files import RunFiles
 
-# With any port, because `ssh -L` may forward another one.
+# Host names that a request may have. Any port is accepted, because `ssh -L` may forward another
+# port.
 HOSTS = ("127.0.0.1", "localhost")
-# The page itself permits only its own script, by a hash.
+# Headers of all answers. The page itself restricts 'unsafe-inline' further: it permits only the
+# script with a given hash.
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; connect-src 'self'; "
@@ -35,9 +39,10 @@ HEADERS = {
 
 
 class LivePage:
-    """The application: the page of some runs, rendered again when their files have changed.
+    """An ASGI application that serves the page about some runs.
 
-    It only answers GET and HEAD requests with the token and this machine's name.
+    The page is rendered again if files of the runs have changed. Only GET and HEAD requests with
+    the token and a permitted host name are answered.
     """
 
     def __init__(self, runs: Sequence[RunFiles], token: str) -> None:
@@ -54,7 +59,7 @@ class LivePage:
         await response(scope, receive, send)
 
     def _is_permitted(self, scope: Scope) -> bool:
-        """Return whether the host is this machine and the path begins with the token."""
+        """Return whether the method, the host name and the token of a request are permitted."""
         hosts = Headers(scope=scope).getlist("host")
         if scope["method"] not in ("GET", "HEAD") or len(hosts) != 1:
             return False
@@ -63,8 +68,8 @@ class LivePage:
         return host in HOSTS and secrets.compare_digest(token, self.token)
 
     def _answer(self, request: Request) -> Response:
-        """Return the page, or 304 if the browser has its newest version."""
-        # The comparison loads numpy, which a server without a browser does not need.
+        """Return the page, or status 304 if the browser already has the newest version."""
+        # Import at the first request: the import loads numpy, which is not needed before.
         from tunesmith.reader.page import render_page
 
         if request.scope["path"] != f"/{self.token.decode()}/":
@@ -85,18 +90,19 @@ class LivePage:
 def serve_page(
     runs: Sequence[RunFiles], on_ready: Callable[[str], object], *, port: int = 0
 ) -> None:
-    """Serve the page of runs until SIGINT or SIGTERM.
+    """Serve the page about runs until SIGINT or SIGTERM.
 
     Args:
-        on_ready: called with the URL when it can be opened.
-        port: 0 lets the kernel pick a free one.
+        on_ready: a function that is called with the URL when the page can be opened.
+        port: the port of the server. 0 means any free port.
 
     Raises:
-        UsageError: the port cannot be used.
+        UsageError: if the port cannot be used.
     """
     token = secrets.token_urlsafe(24)
     with socket.socket() as listener:
-        # Connections of a server that has just ended would hold its port for a minute.
+        # Allow the port of a server that has just ended. Otherwise its old connections would block
+        # the port for a minute.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
@@ -106,10 +112,11 @@ def serve_page(
                 f"port {port} cannot be used",
                 where="--port",
                 why=str(error.strerror),
-                fix="name another, or leave --port out to take a free one",
+                fix="use another port, or omit --port to use a free one",
             ) from error
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
-        # No web sockets, no forwarded addresses; a log of requests would name the token.
+        # Disable web sockets, forwarded addresses and the log of requests, which would contain the
+        # token.
         config = Config(
             LivePage(runs, token),
             lifespan="off",

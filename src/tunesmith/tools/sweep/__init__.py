@@ -1,4 +1,4 @@
-"""Many adapters over one loaded base: a grid of values, closing table."""
+"""The command `sweep`, which trains many adapters on one base model and compares them."""
 
 COMMANDS = {
     "train": {

@@ -28,7 +28,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED
 from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import lasting
+from tunesmith.host.streams import survive_write_errors
 from tunesmith.launch.node import run_agent
 from tunesmith.run_dir import SWEEP, read_object
 from tunesmith.tools.sweep.space import Space, read_space
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
-    words = "key=a,b,c lists values, key=value applies to all"
+    words = "key=a,b,c tries each of the values; key=value applies to all candidates"
     parser.add_argument("words", nargs="*", metavar="key=values", help=words)
     ranks = "number of ranks to start (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
@@ -52,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     leave_lines_to_rank_0()
     with reported_once_a_node():
-        # With --model and --data the first word is a key.
+        # With --model and --data there is no recipe. Then `args.recipe` has the first key=values.
         if args.recipe is not None and "=" in args.recipe:
             args.words.insert(0, args.recipe)
             args.recipe = None
         space = read_space(args.words)
-        # A new recipe contains the words that apply to all candidates.
+        # Let the new recipe contain the values that apply to all candidates.
         args.overrides = space.fixed
         _, new_file = chosen_recipe(args)
         if new_file is not None:
@@ -71,17 +71,18 @@ def run(args: argparse.Namespace) -> int | None:
     try:
         return sweep_or_launch(args, space)
     finally:
-        # A start that is refused leaves no recipe.
+        # Remove the new recipe if the sweep did not start.
         if is_new and not Path(new_file.run.output_dir, SWEEP).exists():
             new_file.path.unlink(missing_ok=True)
 
 
 def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
-    """Train the candidates, on the requested ranks, and print the result."""
+    """Train the candidates and print the result. Start the ranks first if --ranks is given."""
     if args.ranks is not None and started_as() is None:
         words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
         code = run_agent(words + ["--json"] * args.json)
-        # Ranks that a stop has ended exit with 0, because torchrun restarts on other codes.
+        # After a stop request the ranks exit with 0, because torchrun would restart them otherwise.
+        # Therefore sweep.json must be read to know whether the sweep was stopped.
         file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
         if code == EXIT_OK and read_object(file, SweepResult)["stopped"]:
             return EXIT_STOPPED
@@ -92,7 +93,7 @@ def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
     result = run_sweep(args.recipe, space, argv=sys.argv)
     if not is_main_process():
         return None
-    # The sweep has ended well, whether or not someone reads this.
-    sys.stdout = lasting(sys.stdout)
+    # The exit code is 0 even if the output cannot be written, because the sweep has succeeded.
+    sys.stdout = survive_write_errors(sys.stdout)
     print(json.dumps(result) if args.json else "\n".join(sweep_lines(result)))
     return None

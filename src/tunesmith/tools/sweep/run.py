@@ -1,7 +1,9 @@
-"""A sweep: each candidate trains over the same base into a run directory below the output_dir.
+"""Execution of a sweep: all candidates train on the same base model.
 
-sweep.json there holds the request, the values that are fixed at the start, and the results. Whether
-a candidate is finished is read from its run directory, so that the same command resumes the sweep.
+Each candidate has a run directory in the sweep's output_dir. The file sweep.json in output_dir
+holds the recipe and keys of the sweep, the values that are determined once for all candidates, and
+the results. The run directory of a candidate shows whether the candidate is finished, so the same
+command resumes the sweep.
 """
 
 import json
@@ -50,16 +52,22 @@ from tunesmith.tools.sweep.space import Space
 from tunesmith.tools.sweep.sweep_file import CandidateResult, FixedValues, SweepResult
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
-from tunesmith.units import Size, count_of
+from tunesmith.units import Size
 
 log = logging.getLogger(__name__)
 
 
 def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None) -> SweepResult:
-    """Train every candidate of `space` over one base and return the content of sweep.json.
+    """Train all candidates on one base model, and return the content of sweep.json.
 
-    The same call resumes a sweep. A candidate whose loss is not finite has diverged, and the others
-    continue. Any other error ends the sweep; the errors are those of `train`.
+    The same call resumes a sweep. If the loss of a candidate is not finite, the candidate counts as
+    diverged, and the sweep continues. Any other error ends the sweep. The errors are those of
+    `train`.
+
+    Args:
+        recipe: the file or the name of the recipe.
+        space: the candidates.
+        argv: the command line, which is stored in each run directory.
     """
     base = load_recipe(recipe, space.fixed)
     check_sweep(base, space)
@@ -68,11 +76,12 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
     folder = Path(base.output_dir)
     runs = []
     candidates = []
-    # A wrong value is an error before anything is loaded.
+    # Load all recipes first, so that a wrong value is reported before the model is loaded.
     for number, values in enumerate(space.grid(), 1):
         words = [f"{key}={value}" for key, value in values.items()]
         runs.append(load_recipe(recipe, [*space.fixed, *words]))
         label = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+        # Replace characters that are not safe in a folder name, and limit its length.
         name = f"{number:02d}-" + re.sub(r"[^\w.+-]+", "_", label)[:80]
         candidates.append(
             CandidateResult(
@@ -84,12 +93,13 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
                 loss=None,
             )
         )
-    # Every candidate fits into the memory that the largest rank and dropout require.
+    # Plan the memory with the largest rank and dropout, so that every candidate fits.
     rank = max(run.adapter.rank for run in runs)
     dropout = max(run.adapter.dropout for run in runs)
     widest = replace(base, adapter=replace(base.adapter, rank=rank, dropout=dropout))
     asked = {"recipe": to_mapping(base), "keys": dict(space.choices)}
-    # As it is read back: a tuple becomes a list.
+    # Convert to JSON and back, so that `asked` can be compared with the value in sweep.json. For
+    # example, tuples become lists.
     asked = json.loads(json.dumps(asked))
     with joined(base) as (stop, ranks), ExitStack() as stack:
         fixed: FixedValues | None = None
@@ -97,11 +107,11 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
             if ranks.is_main_process:
                 if is_run(folder):
                     what = "output_dir contains a run, but a sweep needs its own folder"
-                    fix = shell_word(f"output_dir={folder}-sweep")
+                    fix = f"set {shell_word(f'output_dir={folder}-sweep')}"
                     raise UsageError(what, where=str(folder), fix=fix)
                 stack.enter_context(claim_run_dir(folder, inputs_of(base).values()))
                 fixed = read_fixed(folder / SWEEP, asked)
-        # All ranks continue with what rank 0 read.
+        # All ranks use the values that rank 0 has read.
         fixed = ranks.broadcast_object(fixed)
         shared = SharedBase(pinned(widest, fixed) if fixed else widest, ranks)
         result: SweepResult = {
@@ -122,7 +132,7 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
 
 
 def check_sweep(run: Run, space: Space) -> None:
-    """Raise RecipeError if the candidates of the recipe cannot train over one base."""
+    """Raise RecipeError if the candidates cannot share a base model or cannot be compared."""
     varies_seed = "train.seed" in space.choices
     draws_rows = run.data.hold_out and run.data.hold_out_seed is None
     for is_refused, where, what, fix in (
@@ -130,31 +140,31 @@ def check_sweep(run: Run, space: Space) -> None:
             run.adapter.kind != "lora",
             "adapter.kind",
             "a sweep needs a frozen base",
-            "adapter.kind=lora",
+            "set adapter.kind=lora",
         ),
         (
             run.parallel.tensor != 1,
             "parallel.tensor",
             "a sweep does not support tensor parallelism",
-            "parallel.tensor=1",
+            "set parallel.tensor=1",
         ),
         (
             run.train.duration.seconds,
             "train.duration",
             "a sweep needs a duration in steps or epochs",
-            "train.duration='500 steps'",
+            "set train.duration='500 steps'",
         ),
         (
             varies_seed and draws_rows,
             "train.seed",
-            "the seed also selects the held-out rows",
-            f"data.hold_out_seed={run.train.seed}",
+            "a sweep cannot vary the seed, because the seed also selects the held-out rows",
+            f"set data.hold_out_seed={run.train.seed}",
         ),
         (
             varies_seed and run.model.added_tokens,
             "train.seed",
-            "the seed also initializes the added tokens",
-            "one train.seed",
+            "a sweep cannot vary the seed, because the seed also initializes the added tokens",
+            "give train.seed only one value",
         ),
     ):
         if is_refused:
@@ -162,24 +172,32 @@ def check_sweep(run: Run, space: Space) -> None:
 
 
 def read_fixed(file: Path, asked: dict[str, object]) -> FixedValues | None:
-    """Read what an earlier start of this sweep fixed. Raise UsageError if it was another sweep."""
-    # A link to a file that does not exist is not overwritten either.
+    """Read the fixed values from the sweep.json of an earlier start of this sweep.
+
+    Return None if the file does not exist. Raise UsageError if the file belongs to another sweep.
+
+    Args:
+        asked: the recipe and the keys of this sweep.
+    """
+    # Use lexists, because it is also True for a broken symbolic link, which must not be
+    # overwritten.
     if not os.path.lexists(file):
         return None
     try:
         previous = read_object(file, SweepResult)
         if previous["asked"] == asked:
             return previous["fixed"]
-        why = "its recipe or its keys were different"
+        why = "the other sweep has a different recipe or different keys"
     except (OSError, ValueError) as error:
         why = reason_of(error)
-    fix = f"{shell_word(f'output_dir={file.parent}-2')}, or delete that folder"
+    fix = f"set {shell_word(f'output_dir={file.parent}-2')}, or delete the folder"
     raise UsageError("this folder contains another sweep", where=str(file), why=why, fix=fix)
 
 
 def pinned(run: Run, fixed: FixedValues) -> Run:
-    """Return the recipe with the values that the sweep has fixed, so that `train` with a
-    candidate's recipe gives the same bits on any machine.
+    """Return the recipe with the dtype and the micro batch that are fixed for all candidates.
+
+    Therefore `train` with a candidate's recipe uses the same values, even on another machine.
     """
     micro_batch = Size.parse(fixed["micro_batch"])
     return replace(
@@ -196,8 +214,9 @@ def train_candidates(
     stop: StopRequest,
     argv: list[str] | None,
 ) -> None:
-    """Train the candidates that are neither finished nor diverged; write all results to `result`
-    and sweep.json.
+    """Train all candidates that are neither finished nor diverged.
+
+    The results are written to `result` and to sweep.json after each candidate.
     """
     ranks = shared.ranks
     candidates = result["candidates"]
@@ -212,13 +231,14 @@ def train_candidates(
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / SWEEP, json.dumps(result, indent=1))
 
+    # Write sweep.json before the first candidate trains, so that the sweep can be resumed.
     write()
     for number, (run, candidate) in enumerate(zip(runs, candidates, strict=True), 1):
         folder = Path(candidate["run_dir"])
         outcome = read_outcome(folder, compared_by, ranks)
         if outcome is None:
-            place = f"{number} of {count_of(len(runs), 'candidate')}"
-            log.info(f"{candidate['name']}: {place}, trains to step {fixed['steps']}")
+            place = f"candidate {number} of {len(runs)}"
+            log.info(f"{candidate['name']}: training {place} up to step {fixed['steps']}")
             try:
                 train_candidate(
                     replace(pinned(run, fixed), output_dir=str(folder)), shared, stop, argv
@@ -235,7 +255,7 @@ def train_candidates(
             outcome = read_outcome(folder, compared_by, ranks)
             assert outcome is not None
         step, loss = outcome
-        # JSON has no infinity.
+        # Store None for an infinite loss, because JSON has no infinity.
         candidate["loss"] = loss if math.isfinite(loss) else None
         candidate["state"] = "finished" if math.isfinite(loss) else "diverged"
         candidate["step"] = step
@@ -247,24 +267,30 @@ def train_candidates(
 def train_candidate(
     run: Run, shared: SharedBase, stop: StopRequest, argv: list[str] | None
 ) -> None:
-    """Train one candidate to its end, or until its loss is not finite."""
+    """Train one candidate until it is finished or its loss is not finite."""
     ranks = shared.ranks
     control = StopControl(stop, Path(run.output_dir), ranks)
     try:
-        # A candidate's lines are in its own log.txt; a stop concerns the sweep.
+        # Print only messages of the sweep and of stop signals. The messages of a candidate are
+        # written to the candidate's log.txt.
         with stderr_only_from(log.name, signals.__name__):
             start_run(run, control, ranks, quiet=True, argv=argv, build=shared.build)
     except (NonFiniteError, OtherRankError) as error:
-        # Rank 0 raises NonFiniteError; the other ranks raise an OtherRankError from it.
+        # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this cause.
         if not any(isinstance(e, NonFiniteError) for e in (error, error.__cause__)):
             raise
 
 
 def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, float] | None:
-    """Read the last step of a candidate and its loss: the val_loss of the weights in final/, or the
-    mean training loss at the end. The loss is infinite if the candidate diverged.
+    """Return the last step and the loss of a candidate. This is a collective call.
 
-    Return None if the candidate is neither finished nor diverged. A collective call.
+    The loss is the val_loss of the weights in final/. If there is no validation, it is the mean
+    training loss at the end. It is infinite if the candidate has diverged. Return None if the
+    candidate is neither finished nor diverged.
+
+    Args:
+        folder: the run directory of the candidate.
+        compared_by: `val_loss` or `loss`.
     """
     outcome: tuple[int, float] | None = None
     with ranks.raise_on_all_ranks():
@@ -272,14 +298,18 @@ def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, flo
         failure = read_failure(folder).value or {}
         if step is not None:
             records = read_records(folder / METRICS)
+            # final/ may contain the weights of an earlier step that had a lower val_loss. Return
+            # the val_loss of that step.
             losses = {record.step: record.val_loss for record in records}
             loss = losses.get(weights_step(folder / FINAL) or step)
             if compared_by == "loss":
                 loss = RunFigures.of(records).loss
             if loss is None:
-                what = f"a candidate's records contain no {compared_by} of step {step}"
-                fix = f"rm -r {shell_path(folder)}   # then the same command retrains the candidate"
-                raise RunError(what, where=str(folder / METRICS), why="they were edited", fix=fix)
+                what = f"the records of a candidate have no {compared_by} of step {step}"
+                fix = f"run `rm -r {shell_path(folder)}`, then run the same command again"
+                raise RunError(
+                    what, where=str(folder / METRICS), why="the records were edited", fix=fix
+                )
             outcome = step, loss
         elif failure.get("cause") == NonFiniteError.cause:
             outcome = failure.get("last_step", 0), math.inf

@@ -1,7 +1,8 @@
-"""One loaded base for many runs: a start replaces the adapter, the optimizer and the data's order.
+"""Base model that is loaded once and shared by many runs, one after the other.
 
-What a run draws depends on its seed, names, steps and micro batches alone, so an adapter that is
-on a base in use learns, to the last bit, what it would learn in a process of its own.
+Each run creates a new adapter, a new optimizer and a new order of the data. The random numbers of a
+run depend only on its seed, and on names, steps and micro batches. Therefore an adapter that is
+trained on a shared base is bit for bit equal to an adapter that is trained in a separate process.
 """
 
 import logging
@@ -28,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class SharedBase:
-    """A base that is loaded, quantized and prepared for training once.
+    """A base model that is loaded, quantized and prepared for training only once.
 
-    The plan is that of the `widest` run: no other run needs more memory. The other runs differ only
-    in `space.VARIED`.
+    All runs use the plan of the run `widest`, which needs the most memory. The other runs may
+    differ from `widest` only in the keys of `space.VARIED`.
     """
 
     def __init__(self, widest: Run, ranks: Ranks) -> None:
@@ -41,7 +42,7 @@ class SharedBase:
 
     @cached_property
     def first(self) -> Session:
-        """The Session of the widest run. Its base is loaded at the first use."""
+        """Session of the run `widest`. The first access to this property loads the base model."""
         return build(self.widest, Start(), ranks=self.ranks)
 
     def build(
@@ -52,10 +53,14 @@ class SharedBase:
         why: bool = False,
         ranks: Ranks,
     ) -> Session:
-        """The Session of one of the runs, in place of the last one; arguments as of `build`."""
+        """Build the Session of a run. The Session of the previous run can no longer be used.
+
+        The arguments are those of `training.build.build`.
+        """
         first = self.first
         root = first.model
-        # What `auto` stands for with the base that is loaded.
+        # Use the settings of the loaded base model, in which `auto` is already replaced by actual
+        # values.
         run = replace(run, model=first.run.model)
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
@@ -63,9 +68,9 @@ class SharedBase:
             schedule = BatchSchedule.of(run, tokens)
             for text in describe_resume(start, run, schedule):
                 log.info(text)
-            # The adapter begins as in a run of its own with this seed.
+            # Set the seed, so that the adapter gets the same initial values as in a separate run.
             torch.manual_seed(run.train.seed)
-            # The base stays in memory: only the adapter is another.
+            # Replace only the adapter. The base model stays in memory.
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
             root.reference = reference_of(run, root)
@@ -73,7 +78,7 @@ class SharedBase:
                 peft_files.load_adapter(root.model, start.checkpoint)
         self._use_graphs_of(run.adapter)
         if first.device.type == "cuda":
-            # Of the last run.
+            # Free the memory of the previous run.
             free_device_memory()
         optimizer = make_optimizer(run, root, start, ranks)
         for text in (f"model: {root.describe()}", *first.plan.describe(why=why)):
@@ -90,13 +95,14 @@ class SharedBase:
         )
 
     def _use_graphs_of(self, adapter: Adapter) -> None:
-        """Let compiled layers train by the graphs of this shape of adapter.
+        """Make the compiled layers use the graphs for adapters like this one.
 
-        The first step with it makes them.
+        Adapters can share graphs if rank, scaling and dropout are equal. Otherwise the first step
+        compiles new graphs.
         """
         if not self.first.plan.compiled:
             return
-        # What a compiled graph has in it as constants.
+        # Values of the adapter that a compiled graph contains as constants.
         shape = (adapter.rank, lora_scaling(adapter), adapter.dropout)
         if shape not in self.compiled:
             self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")

@@ -1,7 +1,8 @@
-"""Which keys of a recipe a sweep varies, over which values; importable without torch.
+"""The keys that a sweep varies and their values. This module can be imported without torch.
 
-`key=a,b,c` lists values, `key=a` sets the recipe for all candidates. The base is loaded and the
-rows are prepared once: only what training creates again for each candidate may vary.
+`key=a,b,c` lists the values of a key. `key=a` sets a key for all candidates. The base model is
+loaded and the rows are prepared only once. Therefore a key may vary only if it affects nothing but
+the objects that are created again for each candidate.
 """
 
 import itertools
@@ -29,26 +30,26 @@ VARIED = (
     "train.clip_norm",
     "train.seed",
 )
-# Beginning of a key -> why a sweep cannot vary it; the first that matches counts.
+# Prefix of recipe keys -> reason why a sweep cannot vary these keys. The first match is used.
 FIXED_KEY_REASONS = {
-    "method": "the loss would differ, and val_loss could not be compared",
-    "model": "it would change the base, which all candidates share",
+    "method": "the loss function would differ, and val_loss could not be compared",
+    "model": "the key would change the base, which all candidates share",
     "data": "all candidates use the same rows, so that val_loss can be compared",
-    "adapter": "it changes which layers of the one loaded model are adapted",
-    "train.duration": "candidates are compared after equal numbers of steps",
-    "train.global_batch": "candidates are compared after equal numbers of steps of one size",
-    "train.master_weights": "an adapter is fp32",
-    "validate": "candidates are compared by the same validation",
-    "": "it does not affect training",
+    "adapter": "the key would change which layers of the shared model have an adapter",
+    "train.duration": "candidates are compared after the same number of steps",
+    "train.global_batch": "candidates are compared after the same number of steps of the same size",
+    "train.master_weights": "adapters are always trained in fp32",
+    "validate": "all candidates are compared by the same validation",
+    "": "the key does not affect training",
 }
 
 
 @dataclass(frozen=True)
 class Space:
-    """The candidates that a sweep tries.
+    """The candidates of a sweep.
 
     Attributes:
-        fixed: words that apply to all candidates.
+        fixed: recipe overrides `key=value` that apply to all candidates.
         choices: the values of each key that varies.
     """
 
@@ -56,7 +57,7 @@ class Space:
     choices: Mapping[str, tuple[str, ...]]
 
     def grid(self) -> list[dict[str, str]]:
-        """Return every combination of the listed values; the last key changes fastest."""
+        """Return all combinations of the values. The value of the last key changes fastest."""
         return [
             dict(zip(self.choices, values, strict=True))
             for values in itertools.product(*self.choices.values())
@@ -64,9 +65,9 @@ class Space:
 
 
 def read_space(words: Sequence[str]) -> Space:
-    """Read the words after the recipe.
+    """Parse the words `key=values` of the command line.
 
-    Raise RecipeError for a key that may not vary or is set twice, and for a range.
+    Raise RecipeError if a key may not vary, if it is set twice, or if its value is a range.
     """
     fixed: list[str] = []
     choices: dict[str, tuple[str, ...]] = {}
@@ -80,36 +81,44 @@ def read_space(words: Sequence[str]) -> Space:
         check_varied(key)
         where = f"command line: {key}"
         if key in choices:
-            fix = shell_word(f"{key}={text}")
+            fix = f"give the key only once, such as {shell_word(f'{key}={text}')}"
             raise RecipeError(f"{key} is set twice", where=where, fix=fix)
         if is_range:
-            what = f"{text} is a range, but a sweep tries the values of a list"
-            fix = shell_word(f"{key}={','.join(map(str.strip, text.split('..')))}")
+            what = f"{text} is a range, but a sweep needs a list of values"
+            values_text = ",".join(map(str.strip, text.split("..")))
+            fix = f"list the values: {shell_word(f'{key}={values_text}')}"
             raise RecipeError(what, where=where, fix=fix)
         choices[key] = tuple(values)
     if not choices:
-        fix = "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
-        raise RecipeError("no key varies", where="command line", fix=fix)
+        fix = (
+            "give several values of a key, such as train.learning_rate=1e-4,3e-4,1e-3 "
+            "adapter.rank=8,32"
+        )
+        raise RecipeError(
+            "a sweep needs at least one key with several values",
+            where="command line",
+            fix=fix,
+        )
     return Space(tuple(fixed), choices)
 
 
 def split_values(text: str) -> list[str]:
-    """The values between commas, but for commas within brackets or quotes.
+    """Split a text at commas, except at commas within brackets or quotes.
 
-    `[0.9, 0.99], [0.9, 0.95]` are two values.
+    For example, `[0.9, 0.99], [0.9, 0.95]` gives two values.
     """
     parts = re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,\[{"'])+""", text)
     return [part.strip() for part in parts if part.strip()]
 
 
 def check_varied(key: str) -> None:
-    """RecipeError where a recipe has no such key, or a sweep cannot vary it."""
+    """Raise RecipeError if the key does not exist or a sweep cannot vary it."""
     if key in VARIED:
         return
     if key not in keys():
         section, _, name = key.rpartition(".")
-        fix = suggest_key(section, name)
+        fix = suggest_key(section, name, on_command_line=True)
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     why = next(why for start, why in FIXED_KEY_REASONS.items() if key.startswith(start))
-    fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once per value"
+    fix = f"vary only {', '.join(VARIED)}; for {key}, run `tunesmith train` once per value"
     raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)

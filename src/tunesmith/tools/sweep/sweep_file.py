@@ -1,13 +1,13 @@
-"""sweep.json: the request, the values that are fixed at the start, and the results."""
+"""Types of the values in sweep.json: recipe and keys of a sweep, fixed values, and results."""
 
-from typing_extensions import TypedDict  # that pydantic reads also before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this TypedDict before Python 3.12
 
 from tunesmith.config import schema
 from tunesmith.run_dir import Count
 
 
 class FixedValues(TypedDict):
-    """The values that all candidates of a sweep share."""
+    """Values that are determined when the sweep starts, and that all candidates use."""
 
     steps: Count
     micro_batch: str
@@ -15,7 +15,10 @@ class FixedValues(TypedDict):
 
 
 class CandidateResult(TypedDict):
-    """One candidate; `state`: finished, diverged or waiting; `loss`: null unless finished."""
+    """The result of one candidate.
+
+    `state` is finished, diverged or waiting. `loss` is None unless the candidate is finished.
+    """
 
     name: str
     run_dir: str
@@ -26,7 +29,7 @@ class CandidateResult(TypedDict):
 
 
 class SweepResult(TypedDict):
-    """The content of sweep.json; `asked`: recipe and keys."""
+    """Content of sweep.json. `asked` has the recipe and the varied keys of the sweep."""
 
     asked: dict[str, object]
     fixed: FixedValues

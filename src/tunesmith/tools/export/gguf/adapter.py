@@ -1,4 +1,7 @@
-"""A LoRA alone as a GGUF file, which `llama-server --lora` adds to the GGUF of its base."""
+"""Export of a LoRA as a GGUF file.
+
+`llama-server --lora` loads this file together with the GGUF file of the base model.
+"""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgufBase:
-    """The GGUF file that a run was trained on, and the only one that its adapter is for."""
+    """GGUF file that a run was trained on. The run's adapter fits only this file."""
 
     file: Path
     sha256: str
@@ -39,13 +42,13 @@ class GgufBase:
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """The adapter that a GGUF file is written for, and what its header says.
+    """Properties of an adapter for the header of its GGUF file.
 
     Attributes:
-        name: what llama.cpp shows as its name.
-        adapter: its rank and alpha.
-        added_tokens: tokens that the run added to the base's.
-        base: the one file that it is for, where the run was trained on a GGUF file.
+        name: the adapter's name, which llama.cpp shows.
+        adapter: the adapter section of the recipe, with rank and alpha.
+        added_tokens: number of tokens that the run added to the vocabulary.
+        base: the GGUF file that the run was trained on; None if the base is not a GGUF file.
     """
 
     name: str
@@ -54,21 +57,22 @@ class AdapterTarget:
     base: GgufBase | None = None
 
 
-# PEFT's suffixes and llama.cpp's.
+# PEFT's suffix of a LoRA matrix -> llama.cpp's suffix.
 _FACTOR_SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
-WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
+WHOLE_MODEL_FIX = "export the entire model, without --adapter"
 
 
 def plan_adapter(
     config: ModelConfig, weights: Mapping[str, RowSource], target: AdapterTarget
 ) -> GgufPlan:
-    """The file of an adapter; no weight is read.
+    """Plan the GGUF file of an adapter. No weight is read.
 
     Args:
         config: `config.to_dict()` of the base's text model.
-        weights: those of `adapter_model.safetensors`, by the names that a text model has there.
+        weights: the tensors of `adapter_model.safetensors`. The names are those of an adapter of a
+            text-only model, even if the base is a vision-language model.
 
-    ModelError where more was trained than such a file can hold.
+    Raise ModelError if the run trained weights that an adapter file cannot hold.
     """
     require_gguf()
     family = read_family(config)
@@ -79,18 +83,20 @@ def plan_adapter(
     for (base_name, suffix), weight in matrices.items():
         new_name = new_names[base_name]
         heads = None
-        # Rows of B are those of the base's weight; A has its columns, which stay.
+        # If GGUF reorders the rows of the base weight, the rows of B need the same order. A
+        # corresponds to the columns of the base weight, which are never reordered.
         if suffix == ".lora_b":
             heads = heads_to_permute(new_name, config, family)
+        # llama.cpp's tensors `lora_a` [r, in] and `lora_b` [out, r] have the same shapes as PEFT's
+        # matrices, so nothing is transposed.
         tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), "F16", weight, heads))
     writer = adapter_header(family.arch, target)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 
 def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
-    """Return a writer with the keys of an adapter's file."""
+    """Return a `gguf.GGUFWriter` with the header keys of an adapter file."""
     writer = new_writer(arch)
-    # `lora_a` is [r, in] and `lora_b` [out, r], as PEFT stores them.
     writer.add_type("adapter")
     writer.add_name(target.name)
     writer.add_string("adapter.type", "lora")
@@ -105,25 +111,28 @@ def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
 def refuse_unsupported(
     weights: Mapping[str, RowSource], target: AdapterTarget, *, is_tied: bool
 ) -> None:
-    """Raise ModelError where more was trained than llama.cpp applies from an adapter's file."""
+    """Raise ModelError if the run trained weights that llama.cpp cannot apply from an adapter."""
     if target.added_tokens:
         raise _inexpressible(
-            f"{count_of(target.added_tokens, 'token')} that the base does not have"
+            f"has {count_of(target.added_tokens, 'added token')} that the base does not have"
         )
     for base_name, _ in lora_matrices(weights):
         if base_name == "model.embed_tokens.weight":
-            raise _inexpressible("a change of the embedding")
+            raise _inexpressible("changes the embedding")
         if base_name == "lm_head.weight" and is_tied:
-            raise _inexpressible("a change of a head that is the embedding")
-        # llama.cpp multiplies by it without the adapter.
+            raise _inexpressible("changes an output layer that is tied to the embedding")
+        # Refuse this weight, because llama.cpp silently ignores an adapter of it.
         if base_name == "model.per_layer_model_projection.weight":
-            raise _inexpressible("a change of per_layer_model_projection")
+            raise _inexpressible("changes per_layer_model_projection, which llama.cpp ignores")
         if ".experts." in base_name:
-            raise _inexpressible("matrices of experts")
+            raise _inexpressible("has LoRA matrices of experts")
 
 
 def lora_matrices(weights: Mapping[str, RowSource]) -> dict[tuple[str, str], RowSource]:
-    """Return the matrices by llama.cpp's suffix and the weight's name in the text model."""
+    """Return a dict from (name of the base weight, llama.cpp's suffix) to each LoRA matrix.
+
+    Raise ModelError if a tensor is not a LoRA matrix.
+    """
     matrices = {}
     for name, weight in weights.items():
         if name.endswith(".base_layer.weight"):
@@ -133,21 +142,25 @@ def lora_matrices(weights: Mapping[str, RowSource]) -> dict[tuple[str, str], Row
                 layer = name.removeprefix(PREFIX).removesuffix(part)
                 matrices[f"{layer}.weight", suffix] = weight
                 break
-        # No suffix matched: a LoRA of another form, or a part that was trained whole.
+        # Neither LoRA suffix matched: the tensor belongs to a fully trained module or to another
+        # kind of adapter.
         else:
-            raise _inexpressible(f"{name}, which is not a LoRA matrix")
+            raise _inexpressible(f"has {name}, which is not a LoRA matrix")
     return matrices
 
 
 def _alpha(adapter: Adapter) -> float:
-    """llama.cpp scales by alpha / r; rsLoRA by alpha / sqrt(r)."""
+    """Return the value of alpha for llama.cpp, which scales an adapter by alpha / r.
+
+    rsLoRA scales by alpha / sqrt(r), so the alpha of an rsLoRA is multiplied by sqrt(r).
+    """
     return adapter.alpha * math.sqrt(adapter.rank) if adapter.rslora else adapter.alpha
 
 
 def _inexpressible(what: str) -> ModelError:
     return ModelError(
-        f"the adapter has {what}",
+        f"the adapter {what}",
         where="--adapter",
-        why="llama.cpp only supports LoRA matrices of linear layers",
+        why="llama.cpp supports LoRA matrices only for linear layers that are not experts",
         fix=WHOLE_MODEL_FIX,
     )

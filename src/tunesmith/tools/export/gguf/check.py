@@ -1,7 +1,7 @@
-"""Check that llama.cpp reads prompts as a run's tokenizer does, and answers as the tuned model.
+"""Comparison of a GGUF file in llama.cpp with the tuned model: token ids of prompts, and logits.
 
-The logits to compare with are computed while the weights are read (`streamed_model.py`), so that
-the check holds no whole model either.
+The tuned model's logits are computed by `streamed_model.py`, which reads each weight only when it
+is used. Therefore the entire model is never in memory.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import CheckpointError
+from tunesmith.tools.export.gguf.families import SERVE_FOLDER
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import decoder_layers, streamed_logits
@@ -22,38 +23,44 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-MAX_PROMPTS = 20  # whose ids are compared
-# Of a prompt, where next tokens are compared: each takes a request for the whole vocabulary.
+MAX_PROMPTS = 20  # maximum number of prompts whose token ids are compared
+# Maximum number of positions per prompt at which the logits are compared. Each position needs a
+# request that returns the entire vocabulary.
 POSITIONS_PER_PROMPT = 4
-KL_SHARE = 0.1  # of what the training changed
-FILE_KL_FLOOR_NATS = 1e-3  # more than f16 and bf16 files differ by from the model in fp32
-# The same most likely token, of the positions: with less, greedy answers soon part.
-LEAST_AGREEMENT = 0.75
-# The median KL over positions of a file that computes the tuned model is at most 1e-5 in f16,
-# 1.1e-4 in bf16 and 1.4e-3 in q8_0. Another computation, such as a router without its norm, gives
-# 6e-4 or more. With fewer bits rounding gives as much.
+# Maximum KL between file and tuned model, as a fraction of the KL between base and tuned model.
+KL_SHARE = 0.1
+# A KL up to this value is always accepted. Correct f16 and bf16 files have a smaller KL.
+FILE_KL_FLOOR_NATS = 1e-3
+# Minimum fraction of positions at which file and tuned model have the same most likely token. With
+# a smaller fraction, greedy answers soon differ.
+MIN_AGREEMENT = 0.75
+# Maximum median KL over the positions, by quantization. Measured: a correct file has at most 1e-5
+# in f16, 1.1e-4 in bf16 and 1.4e-3 in q8_0. A wrong computation, such as a router without its norm,
+# gives 6e-4 or more. Types with fewer bits than q8_0 have no limit, because their rounding errors
+# alone give such values.
 MEDIAN_KL_NATS = {"f32": 1e-4, "f16": 1e-4, "bf16": 3e-4, "q8_0": 5e-3}
-# The mean also shows a mistake at few positions, such as those beyond a window of attention.
+# Maximum mean KL. The mean also detects an error at only a few positions, such as the positions
+# after the end of an attention window.
 MEAN_KL_NATS = {"f32": 5e-4, "f16": 5e-4, "bf16": 1e-3, "q8_0": 2e-2}
-# Rounding makes a router choose another expert where two scores are nearly equal. At such a
-# position the KL reaches 5e-2.
-MEAN_KL_NATS_OF_ROUTED = {"f32": 1e-2, "f16": 1e-2, "bf16": 2e-2, "q8_0": 1e-1}
-# Prompts are joined to exceed a window of attention up to this size. A longer prompt takes minutes
-# on a CPU.
+# Maximum mean KL of a mixture of experts. If two router scores are nearly equal, rounding makes the
+# router choose another expert. The KL of such a position reaches 5e-2.
+ROUTED_MEAN_KL_NATS = {"f32": 1e-2, "f16": 1e-2, "bf16": 2e-2, "q8_0": 1e-1}
+# Maximum size of a sliding attention window that is checked with a prompt longer than the window.
+# For larger windows, this prompt would take minutes on a CPU.
 MAX_WINDOW_TOKENS = 1024
 TOKENS_BEYOND_WINDOW = 64
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """The comparison of a GGUF file with the tuned model.
+    """Comparison of a GGUF file with the tuned model.
 
     Attributes:
-        prompts: texts that llama.cpp gave the tokenizer's ids for.
-        tuned: the file against the tuned model in fp32, in log probabilities.
-        base: the base against the tuned model; None of a model that was not trained, or where the
-            base is not at hand.
-        positions: where next tokens were compared.
+        prompts: number of texts for which llama.cpp and the tokenizer give the same token ids.
+        tuned: difference between the log probabilities of the tuned model in fp32 and of the file.
+        base: difference between the log probabilities of the tuned model and of the base model;
+            None if the model was not trained, or if the base model is missing.
+        positions: number of positions at which the next token was compared.
     """
 
     prompts: int
@@ -63,10 +70,12 @@ class FileCheck:
 
     @property
     def is_near(self) -> bool:
-        """Tell whether the file mostly writes the same tokens, and its KL is small beside what
-        training changed.
+        """Return whether the file and the tuned model mostly predict the same tokens.
+
+        The KL divergence between the two must also be small compared with the effect of the
+        training.
         """
-        if self.tuned.agreement < LEAST_AGREEMENT:
+        if self.tuned.agreement < MIN_AGREEMENT:
             return False
         if self.base is None:
             return True
@@ -74,28 +83,32 @@ class FileCheck:
 
 
 def require_same_model(check: FileCheck, quant: str, rejected: Path, *, is_routed: bool) -> None:
-    """CheckpointError unless a file of llama.cpp's converter computes the tuned model.
+    """Raise CheckpointError if the outputs of a converted file differ from the tuned model's.
 
-    is_routed: the model has routers, which choose experts.
+    The file is written by llama.cpp's converter.
+
+    Args:
+        rejected: path of the rejected file, for the error message.
+        is_routed: whether the model is a mixture of experts.
     """
-    means = MEAN_KL_NATS_OF_ROUTED if is_routed else MEAN_KL_NATS
+    means = ROUTED_MEAN_KL_NATS if is_routed else MEAN_KL_NATS
     is_rounded = quant not in MEDIAN_KL_NATS
     if check.is_near and (
         is_rounded
         or (check.tuned.median_kl <= MEDIAN_KL_NATS[quant] and check.tuned.mean_kl <= means[quant])
     ):
         return
-    fix = "serve the Transformers folder: tunesmith merge RUN"
+    fix = SERVE_FOLDER
     if is_rounded:
-        fix = f"--quant f16 tells which of the two it is; if that is not good either, {fix}"
+        fix = f"use --quant f16 to find out the cause; if that file differs too, {fix}"
     raise CheckpointError(
-        "the verdict on the file is: not good",
+        "the GGUF file differs too much from the tuned model",
         where=str(rejected),
-        why=f"KL against the tuned model: mean {check.tuned.mean_kl:.2g}, median "
-        f"{check.tuned.median_kl:.2g} nats; the same next token at {check.tuned.agreement:.0%} of "
-        f"{check.positions} positions: "
-        + ("it is rounded to too few bits, or " if is_rounded else "")
-        + "llama.cpp computes this configuration in another way",
+        why=f"the KL divergence from the tuned model is {check.tuned.mean_kl:.2g} nats (median "
+        f"{check.tuned.median_kl:.2g}), and at {check.tuned.agreement:.0%} of "
+        f"{check.positions} positions both models predict the same next token; "
+        + ("the weights are rounded to too few bits, or " if is_rounded else "")
+        + "llama.cpp implements this type of model differently",
         fix=fix,
     )
 
@@ -111,23 +124,25 @@ def check_file(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FileCheck:
-    """Open the file in llama.cpp, and compare it with the tuned model.
+    """Open a GGUF file in llama.cpp, and compare it with the tuned model.
 
     Args:
-        base: the model that has the values before training.
-        base_file: the GGUF file that `file` is an adapter for.
-        beyond_window: one prompt is longer than the window of the model's sliding attention.
-        progress: gets the parts that are done, and all of them.
+        base: the model before training.
+        base_file: the GGUF file of the base model, if `file` is an adapter.
+        beyond_window: add a prompt that is longer than the model's sliding attention window.
+        progress: function that is called with the number of finished steps and the number of all
+            steps.
 
-    CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
-    wrongly.
+    Raise CheckpointError if llama.cpp cannot open the file. Also raise it if llama.cpp tokenizes a
+    text differently, because the model would then give wrong answers without an error.
     """
     prompts, places = _prompts_and_places(tuned, beyond_window=beyond_window)
-    # The weights of the tuned model and of the base are read once each, a layer at a time.
+    # Number of layers to compute in the tuned model and in the base model, for the progress.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp answers {count_of(len(prompts), 'prompt')}, and {layers} layers are "
-        "computed in fp32 to compare with (--no-check skips this)"
+        f"checking the GGUF file: llama.cpp's answers to {count_of(len(prompts), 'prompt')} are "
+        f"compared with those of the tuned model in fp32 ({layers:,} layers to compute); "
+        "--no-check skips the check"
     )
     advance = _count_parts(layers + sum(map(len, places)), progress)
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
@@ -135,7 +150,7 @@ def check_file(
         base_file or file,
         file if base_file else None,
         threads=threads,
-        # The server needs room for a token after the longest prompt.
+        # The context must hold one token more than the longest prompt.
         context=max(CHECK_CONTEXT_TOKENS, *(len(prompt) + 1 for prompt in prompts)),
     ) as server:
         texts = _check_ids(server, tuned)
@@ -155,10 +170,10 @@ def check_file(
 def _prompts_and_places(
     tuned: TunedModel, *, beyond_window: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the prompts whose next tokens are compared, and the positions in each.
+    """Return the prompts for the comparison of logits, and the compared positions of each prompt.
 
-    With `beyond_window` one prompt is longer than the window of the model's sliding attention. It
-    is made of the run's rows.
+    If `beyond_window` is set, one prompt is longer than the model's sliding attention window. This
+    prompt is joined from several rows of the run.
     """
     prompts, _ = probe_prompts(tuned)
     places = [_places(len(prompt)) for prompt in prompts]
@@ -176,7 +191,7 @@ def _prompts_and_places(
 
 
 def _count_parts(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """Return a function that counts one more part for `progress`, which gets 0 at first."""
+    """Report 0 of `total` finished steps, and return a function that reports the next step."""
     done = itertools.count()
 
     def advance() -> None:
@@ -193,12 +208,16 @@ def _served_logits(
     expected: Sequence[torch.Tensor],
     advance: Callable[[], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The expected log probabilities and the server's, without the positions that it leaves out."""
+    """Return the log probabilities of the model and of the server for the same positions.
+
+    `expected` has the logits of the model. Positions for which the server returns no values are
+    left out.
+    """
     compared = []
     served = []
     for prompt, where, reference in zip(prompts, places, expected, strict=True):
         for position, row in zip(where, reference, strict=True):
-            # The prompt as ids, so that a fault of the tokenizer does not show here a second time.
+            # Send token ids instead of text, so that the result does not depend on the tokenizer.
             values = server.log_probabilities(prompt[: position + 1], len(row))
             advance()
             if values is not None:
@@ -208,24 +227,24 @@ def _served_logits(
 
 
 def _places(length: int) -> list[int]:
-    """Positions over a prompt of so many tokens, its last among them."""
-    # The last position is the one that an answer begins from.
+    """Return evenly spaced positions of a prompt of `length` tokens, including the last token."""
     count = min(POSITIONS_PER_PROMPT, length)
     return [length * (number + 1) // count - 1 for number in range(count)]
 
 
 def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
     tokenizer = tuned.files.tokenizer
-    # One token less than the context: the server needs room for the answer.
+    # A prompt must be one token shorter than the context, because the server generates one more
+    # token.
     prompts, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS - 1)
     texts = [tokenizer.decode(ids) for ids in prompts]
     for text in texts:
         own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if server.ids(text, add_special=False) != own_ids:
             raise CheckpointError(
-                "llama.cpp tokenizes a text of the run differently",
+                "llama.cpp and the run's tokenizer give different tokens for the same text",
                 where=repr(text[:120]),
-                why="the model would get a different prompt than in training",
-                fix="serve it in Transformers format: tunesmith merge RUN",
+                why="the model would see other tokens than in training",
+                fix=SERVE_FOLDER,
             )
     return texts

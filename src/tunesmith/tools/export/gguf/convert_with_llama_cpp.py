@@ -1,15 +1,17 @@
-"""A run as a GGUF file, written with the model classes of llama.cpp's own converter.
+"""Export of a run as a GGUF file with the model classes of llama.cpp's converter.
 
-    parent: convert  ->  child: run_child  ->  plan: names, keys, types  ->  one tensor at a time
+    parent process: convert  ->  child process: run_child
+    ->  plan names, keys and types  ->  write one tensor at a time
 
-The converter has a package `gguf` of its own, so it runs in a child process, which has its folder
-first on PYTHONPATH. No merged model is written: the converter reads the weights of the run through
-lazy tensors, under the names that the base stores them by. Its classes decide on the names, the
-keys and what is always in F32. The types of quantized tensors and their bytes are those of all
-exports (`types.py`, `quantize.py`).
+The converter includes its own version of the package `gguf`. Therefore it runs in a child process
+in which the converter's folders are first on PYTHONPATH. No merged model is written: the converter
+reads the weights of the run through lazy tensors, which have the names in the base model's files.
+The converter's classes choose the names, the keys and the tensors that are always in F32. tunesmith
+chooses the types of quantized tensors, and quantizes them, as in all exports (`types.py`,
+`quantize.py`).
 
-The methods that are replaced here are internal to the converter, and are tested with the pinned
-version.
+This module replaces internal methods of the converter, so it is tested with the pinned version of
+the converter.
 """
 
 import json
@@ -53,17 +55,20 @@ from tunesmith.tools.export.tuned_weights import (
     row_bands,
 )
 
-# Transformers 5 has one name for the layers of all hybrids, and the converter has the older ones.
+# Layer types of Transformers 5 -> the older names for Granite, which the converter expects.
 _GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The job of the child process.
+    """Job that the parent process sends to the child process.
 
     Attributes:
+        location: the exported run.
+        quant: the quantization, a name of `types.GGUF_QUANT_TYPES`.
         name: the model's name in the file.
-        for_ollama: the chat template is guarded as `guard_template` does.
+        threads: number of threads that quantize.
+        for_ollama: apply `guard_template` to the chat template, so that Ollama does not replace it.
     """
 
     location: RunLocation
@@ -75,11 +80,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A GGUF file that was written.
+    """Result of writing a GGUF file.
 
     Attributes:
-        size: in bytes.
-        notes: for the user: what llama.cpp computes in another way.
+        size: size of the file in bytes.
+        notes: differences between llama.cpp and Transformers, for the user.
     """
 
     size: int
@@ -92,16 +97,21 @@ def convert(
     progress: Callable[[int, int], None],
     file: Path,
 ) -> WrittenFile:
-    """Write the file in a child process; `progress` gets the bytes written and those of the file.
+    """Write a GGUF file with the converter, in a child process.
+
+    Args:
+        progress: function that is called with the number of written bytes and the file size.
+        file: path of the GGUF file.
 
     Raises:
         ModelError: the converter cannot convert this model.
-        MachineError: the disk has no room.
+        MachineError: the disk has too little free space.
         CheckpointError: the child process ended without an answer.
     """
-    # -P: a folder `gguf` in the working directory is not the converter's.
+    # Remove the working directory from sys.path with -P, because it may contain a folder `gguf`.
     command = [sys.executable, "-P", "-c", f"from {__name__} import run_child; run_child()"]
-    # A file rather than a pipe: the child would wait at a full pipe that nobody reads.
+    # Write the child's stderr to a file. With a pipe that nobody reads, the child would block when
+    # the pipe is full.
     with (
         tempfile.TemporaryFile() as messages,
         subprocess.Popen(
@@ -129,23 +139,27 @@ def convert(
             messages.seek(0)
             last = last_line(messages.read().decode(errors="replace"))
             raise CheckpointError(
-                "llama.cpp's converter ended without an answer",
+                "the process of llama.cpp's converter ended without a result",
                 where=str(converter.folder),
                 why=f"{exit_text(process.returncode)}: {last}".removesuffix(": "),
-                fix="free memory, and run the same command again",
+                fix="free memory, and run the same command again, or use another --converter",
             ) from error
         finally:
             process.kill()
 
 
 def run_child() -> None:
-    """Convert what the parent process sends, and send it the progress and the result."""
+    """Run the job that the parent process sends, and send back the progress and the result.
+
+    This is the main function of the child process.
+    """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # The converter prints its own progress.
+    # The converter prints messages to stdout. Redirect stdout to stderr, so that they do not mix
+    # with the pickled answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def send(answer: object) -> None:
-        # An error here means that the parent is gone, and ends this process too.
+        # If the parent process has ended, this raises an error, which ends the child process too.
         pickle.dump(answer, answers)
         answers.flush()
 
@@ -164,8 +178,8 @@ def _convert(
     path: Path,
     progress: Callable[[int, int], None],
 ) -> WrittenFile:
-    """Plan the file with the converter's classes, then write tensor by tensor."""
-    import gguf  # the converter's
+    """Write the GGUF file with the converter's classes, one tensor at a time."""
+    import gguf  # the converter's version
 
     tuned = open_tuned_model(read_run_files(conversion.location))
     if conversion.for_ollama:
@@ -181,7 +195,7 @@ def _convert(
         plain = {name: PlainTensor(info.shape, info.dtype.name) for name, info in infos.items()}
         header = {key: value.value for key, value in writer.kv_data[0].items()}
         types = tensor_types(plain, conversion.quant, header)
-        # A missing package shows now, not after the first gigabytes.
+        # Load the ggml library now, so that a missing package is reported before a long write.
         if any(map(needs_ggml, types.values())):
             ggml()
         for name, info in infos.items():
@@ -193,7 +207,8 @@ def _convert(
         with BandThreads(conversion.threads) as workers, path.open("wb") as file:
             file.write(head)
             for name, info in infos.items():
-                # Nothing else refers to the values, so that one tensor at a time is in memory.
+                # Clear the writer's reference to the tensor, so that only one tensor is in memory
+                # at a time.
                 lazy, info.tensor = info.tensor, None
                 values = torch.from_numpy(gguf.LazyNumpyTensor.to_eager(lazy))
                 del lazy
@@ -208,33 +223,39 @@ def _convert(
 
 
 def _refusal(tuned: TunedModel, converter: Converter, error: Exception) -> ModelError:
-    """Return the error for a model that the converter's classes do not convert."""
+    """Build the error for a model that the converter cannot convert."""
     model_type = tuned.model.config.get_text_config().model_type
     why = str(error).strip().split("\n")[-1]
     if not converter.is_pinned:
-        why += "; the tested version is that in llama-cpp-python 0.3.36"
+        why += "; the tested version of the converter is in llama-cpp-python 0.3.36"
     return ModelError(
-        f"llama.cpp's converter does not convert this {model_type} model",
+        f"llama.cpp's converter cannot convert this {model_type} model",
         where=str(converter.folder),
         why=f"{type(error).__name__}: {why}",
-        fix="tunesmith merge RUN --output FOLDER, then serve FOLDER, or convert it with another "
-        "llama.cpp: python convert_hf_to_gguf.py FOLDER",
+        fix="run `tunesmith merge RUN --output FOLDER`, then serve FOLDER, or convert FOLDER with "
+        "another version of llama.cpp: python convert_hf_to_gguf.py FOLDER (a full fine-tune needs "
+        "no merge: use its folder final/)",
     )
 
 
 def _plan_with_converter(
     tuned: TunedModel, conversion: Conversion, scratch: Path
 ) -> tuple[Any, tuple[str, ...]]:
-    """Return the converter's writer, with all keys and lazy fp32 tensors of the file, and notes."""
-    import gguf  # the converter's
+    """Plan a GGUF file with the model classes of llama.cpp's converter.
+
+    Return the converter's writer, which holds all keys and lazy fp32 tensors, and notes for the
+    user. The small files that the converter reads are written to the folder `scratch`.
+    """
+    import gguf  # the converter's version
 
     config = updated_config(read_json(tuned.files.folder / MODEL_CONFIG), tuned.model)
     if config.get("model_type") == "granitemoehybrid":
         config["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]
     if config.get("model_type") == "gemma4_unified":
-        # Its class asks for the width of experts, which this model does not have.
+        # The converter's class requires the width of the experts, although this model has no
+        # experts.
         config["text_config"].setdefault("moe_intermediate_size", None)
-    # The converter reads the small files of a model's folder: those that a merge would write.
+    # Write the config and tokenizer files for the converter, as a merge would write them.
     folder = scratch / conversion.name
     tuned.files.tokenizer.save_pretrained(folder)
     write_generation_config(tuned, folder)
@@ -243,7 +264,8 @@ def _plan_with_converter(
     base = import_module("conversion.base")
     architecture = base.get_model_architecture(config, base.ModelType.TEXT)
     model_class = import_module("conversion").get_model_class(architecture)
-    # Draft heads are not trained, and would no longer fit.
+    # Leave out the layers for multi-token prediction (MTP). They are not trained, so they would not
+    # match the tuned model.
     model_class.no_mtp = bool(model_class.supports_mtp_export)
     tensors = _lazy_tensors(tuned)
 
@@ -254,11 +276,11 @@ def _plan_with_converter(
     gguf.quants.quantize = lambda data, ggml_type: data
     prefix = "ALL" if conversion.quant == "f32" else "MOSTLY"
     file_type = gguf.LlamaFileType[f"{prefix}_{conversion.quant.upper()}"]
-    # A quantization starts from a file in bf16.
+    # The converter does not quantize. If the file will be quantized, it plans the tensors in bf16.
     is_quantized = conversion.quant not in ("f32", "f16", "bf16")
     plain_type = gguf.LlamaFileType.MOSTLY_BF16 if is_quantized else file_type
     model = model_class(folder, plain_type, folder / "model.gguf", hparams=config)
-    # Some classes only choose another one.
+    # Some classes of the converter are wrappers: the actual model is in `impl`.
     model = getattr(model, "impl", model)
     model.model_name = conversion.name
     model.prepare_tensors()
@@ -269,16 +291,18 @@ def _plan_with_converter(
 
 
 def _choose_tokenizer(model: Any, tuned: TunedModel) -> tuple[str, ...]:
-    """Let a converter's class write tunesmith's tokenizer part; return its notes.
+    """Make the converter's model class write tunesmith's tokenizer keys. Return notes for the user.
 
-    The class writes its own if tunesmith refuses the tokenizer. The check in llama.cpp compares the
-    ids of both.
+    If tunesmith does not support the tokenizer, the converter writes its own keys. In both cases
+    the check in llama.cpp compares the token ids.
     """
     files = tuned.files
     infos = model.gguf_writer.tensors[0]
     for name, info in infos.items():
         if info.tensor.dtype != "float32":
-            raise TypeError(f"{name} is {info.tensor.dtype}: the converter has other internals")
+            raise TypeError(
+                f"the tensor {name} has the dtype {info.tensor.dtype} instead of float32"
+            )
     rows = infos["token_embd.weight"].shape[0]
     config = tuned.model.config.get_text_config().to_dict()
     ends = tuned.template.end_ids - {files.tokenizer.eos_token_id}
@@ -286,10 +310,12 @@ def _choose_tokenizer(model: Any, tuned: TunedModel) -> tuple[str, ...]:
     try:
         tokenizer = read_gguf_tokenizer(files.tokenizer, rows, config, turn_end)
     except ModelError:
-        # Some classes would run Python code that comes with a base.
+        # Some of the converter's classes load the tokenizer with the base model's Python code.
+        # Return the loaded tokenizer instead.
         auto_tokenizer: Any = import_module("transformers").AutoTokenizer
         auto_tokenizer.from_pretrained = lambda *args, **options: files.tokenizer
-        # A `tokenizer.model` knows no added tokens.
+        # Copy `tokenizer.model` only if there are no added tokens, because it does not contain
+        # them.
         pieces = files.folder / SENTENCEPIECE
         if pieces.is_file() and not files.model.added_tokens:
             shutil.copyfile(pieces, model.dir_model / SENTENCEPIECE)
@@ -302,12 +328,16 @@ def _choose_tokenizer(model: Any, tuned: TunedModel) -> tuple[str, ...]:
 
 
 def _lazy_tensors(tuned: TunedModel) -> dict[str, Callable[[], Any]]:
-    """Return functions that make the lazy tensors of the text model, by the base's names."""
+    """Return a dict from tensor names to functions that build lazy tensors of the text model.
+
+    The names are those in the base model's files.
+    """
     shapes = {name: tensor.to("meta") for name, tensor in weights_of(tuned.model).items()}
     weights = {id(tensor): tuned.weights[name] for name, tensor in shapes.items()}
     makers: dict[str, Callable[[], Any]] = {}
     for name, source in in_stored_form(tuned.model, shapes).items():
-        # Copied from the base's files: parts that are not in the text model.
+        # Skip weights of the base model's files that the text model does not have. They are
+        # instances of `Entry`.
         if isinstance(source, Entry):
             continue
         sources = source.tensors if isinstance(source, JoinedRows) else (source,)
@@ -328,14 +358,14 @@ def _lazy_tensors(tuned: TunedModel) -> dict[str, Callable[[], Any]]:
 def _read_stored(
     pieces: list[tuple[TunedWeight, Tensor | TensorPart]], dtype: torch.dtype
 ) -> Tensor:
-    """Read what the base stores as one tensor: the rows of one or more pieces."""
+    """Read a tensor as the base model's files store it: one or several concatenated parameters."""
     if len(pieces) == 1:
         return _read_piece(*pieces[0], dtype)
     return torch.cat([_read_piece(weight, piece, dtype) for weight, piece in pieces])
 
 
 def _read_piece(weight: TunedWeight, source: Tensor | TensorPart, dtype: torch.dtype) -> Tensor:
-    """Read a tensor, or a part of it."""
+    """Read a parameter, or the region of a parameter that `source` names, as one CPU tensor."""
     if not weight.shape:
         return weight.rows(0, 1)
     region = tuple(slice(0, size) for size in weight.shape)

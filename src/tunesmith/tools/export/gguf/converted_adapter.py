@@ -1,8 +1,9 @@
-"""A LoRA as a GGUF file, through llama.cpp's own script for adapters.
+"""Export of a LoRA as a GGUF file with llama.cpp's script for adapters.
 
-The script runs in a child process, as it has a package `gguf` of its own. It decides on names and
-on the order of rows; the header is tunesmith's, because the script writes alpha without rsLoRA's
-root. Its file is in memory only until the export has read it.
+The script includes its own version of the package `gguf`, so it runs in a child process. The script
+chooses the tensor names and the order of rows. tunesmith writes the header, because the script
+ignores the factor sqrt(r) of rsLoRA. The script's file is temporary: its tensors are copied into
+the exported file.
 """
 
 import json
@@ -34,18 +35,19 @@ from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, header_bytes,
 from tunesmith.tools.export.tuned_weights import LastRead, RowSource, WholeRows
 
 if TYPE_CHECKING:
-    from gguf import ReaderTensor
+    pass
 
 SCRIPT = "convert_lora_to_gguf.py"
-# The text models whose adapters llama.cpp computes as PEFT does. In other architectures it
-# multiplies by some weights without the adapter, and says nothing.
+# Types of text models for which llama.cpp applies an adapter to every weight. For other types
+# llama.cpp silently ignores the adapter of some weights.
 ADAPTED_TYPES = frozenset(
     """
     gemma4_text gemma4_unified_text glm4 gpt_oss llama4_text nemotron_h olmo3 qwen3_5_moe_text
     qwen3_5_text qwen3_moe
     """.split()
 )
-# The script reads Transformers' defaults in place of the keys of config.json.
+# Program that runs the script and makes it read config.json directly. By default the script loads
+# the config through Transformers, which adds default values.
 _RUN_SCRIPT = """
 import json, runpy, sys
 from conversion.base import ModelBase
@@ -63,14 +65,14 @@ def plan_converted_adapter(
     target: AdapterTarget,
     converter: Converter,
 ) -> GgufPlan:
-    """Return the file of an adapter for a family that tunesmith does not write itself.
+    """Plan the GGUF file of an adapter for a model type that needs llama.cpp's converter.
 
     Args:
-        config: the base's config.json.
-        text_config: Transformers' config of its text model.
+        config: the content of the base's config.json.
+        text_config: Transformers' config of the base's text model.
         weights: as for `plan_adapter`.
 
-    ModelError where more was trained than llama.cpp applies, or the script fails.
+    Raise ModelError if the run trained weights that llama.cpp does not apply, or the script fails.
     """
     require_gguf()
     import gguf
@@ -79,21 +81,23 @@ def plan_converted_adapter(
     text_type = text_config.model_type
     if text_type not in ADAPTED_TYPES:
         raise ModelError(
-            f"the adapter of a {text_type} model is not exported to GGUF",
+            f"the adapter of a {text_type} model cannot be exported to GGUF",
             where="--adapter",
-            why="llama.cpp may ignore parts of it, as it does in some architectures",
+            why="llama.cpp may ignore some weights of the adapter without an error",
             fix=WHOLE_MODEL_FIX,
         )
     script = converter.folder / SCRIPT
     if not script.is_file():
         raise ModelError(
-            "this converter has no script for adapters",
+            "this llama.cpp converter cannot convert adapters",
             where=str(converter.folder),
-            why=f"there is no {SCRIPT}",
-            fix="--converter with a whole llama.cpp checkout, or the sdist of llama-cpp-python",
+            why=f"there is no script {SCRIPT}",
+            fix="use --converter with a complete llama.cpp checkout, or with the sdist of "
+            "llama-cpp-python",
         )
     with tempfile.TemporaryDirectory() as scratch:
-        # Names of this folder are in the metadata, which is not used.
+        # The script derives metadata from the path of this folder. tunesmith does not copy the
+        # metadata, so the path does not matter.
         folder = Path(scratch)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         settings = {"r": target.adapter.rank, "lora_alpha": target.adapter.alpha}
@@ -107,13 +111,13 @@ def plan_converted_adapter(
         del tensors
         file = folder / "adapter.gguf"
         _run_script(script, folder, file, converter, text_type)
-        # The memory map stays readable after the folder is removed.
+        # The reader maps the file into memory, so the file can be deleted with its folder.
         reader = gguf.GGUFReader(file)
     planned = []
     last_read = LastRead()
     for tensor in reader.tensors:
         shape = torch.Size(tensor.data.shape)
-        source = WholeRows(shape, partial(_read_values, tensor), last_read)
+        source = WholeRows(shape, partial(torch.tensor, tensor.data), last_read)
         planned.append(GgufTensor(tensor.name, tuple(shape), "F16", source))
     arch = reader.fields["general.architecture"].contents()
     writer = adapter_header(arch, target)
@@ -123,7 +127,7 @@ def plan_converted_adapter(
 def _run_script(
     script: Path, folder: Path, file: Path, converter: Converter, text_type: str
 ) -> None:
-    # -P: a folder `gguf` in the working directory is not the converter's.
+    # Remove the working directory from sys.path with -P, because it may contain a folder `gguf`.
     command = [sys.executable, "-P", "-c", _RUN_SCRIPT, str(script), "--outtype", "f32"]
     command += ["--base", str(folder), "--outfile", str(file), str(folder)]
     done = subprocess.run(
@@ -136,12 +140,8 @@ def _run_script(
     )
     if done.returncode or not file.is_file():
         raise ModelError(
-            f"llama.cpp's converter does not convert the adapter of this {text_type} model",
+            f"llama.cpp's converter cannot convert the adapter of this {text_type} model",
             where=str(script),
             why=last_line(done.stderr) or exit_text(done.returncode),
             fix=WHOLE_MODEL_FIX,
         )
-
-
-def _read_values(tensor: "ReaderTensor") -> torch.Tensor:
-    return torch.tensor(tensor.data)

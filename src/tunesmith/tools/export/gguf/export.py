@@ -1,9 +1,10 @@
-"""A run as a GGUF file for llama.cpp, or as a folder with one for Ollama.
+"""Export of a run as a GGUF file for llama.cpp, or as a folder with a GGUF file for Ollama.
 
-    plan -> bands onto the disk, beside OUTPUT -> llama.cpp opens it (check.py) -> rename into place
+    plan the file -> write it in bands to a hidden folder next to OUTPUT
+    -> check it in llama.cpp (check.py) -> rename it to OUTPUT
 
-A file that fails the check is kept as `OUTPUT.rejected`; what was measured of another lies beside
-it (record.py).
+A file that fails the check is kept as `OUTPUT.rejected`. The result of the check is stored next to
+the exported file (record.py).
 """
 
 import os
@@ -34,14 +35,14 @@ from tunesmith.hub.fetch import local_model
 from tunesmith.inference.load_run import (
     OpenedRun,
     locate_run,
+    raise_if_deleted,
     read_run_files,
     select_device,
-    undeleted,
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.decoder import find_text_part, is_in_text
+from tunesmith.model.decoder import find_text_model, is_in_text
 from tunesmith.model.gguf_writers import gguf_writer
-from tunesmith.model.names import is_in_whole, name_in_text
+from tunesmith.model.names import is_vision_language, name_in_text
 from tunesmith.model.safetensors_files import (
     ADAPTER_WEIGHTS,
     read_json,
@@ -62,12 +63,12 @@ from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
     OTHER_DISK,
-    gguf_place,
+    check_gguf_output,
     move_into_place,
     part_folder,
     record_path,
 )
-from tunesmith.tools.export.record import ADAPTER_KIND, record_of, write_record
+from tunesmith.tools.export.record import ADAPTER_KIND, make_record, write_record
 from tunesmith.tools.export.tuned_weights import (
     StoredRows,
     TunedModel,
@@ -77,33 +78,37 @@ from tunesmith.tools.export.tuned_weights import (
 
 DEFAULT_QUANT = "q4_k_m"
 OLLAMA_NOTE = (
-    "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
-    "its own that is nearly the same; compare its answers with llama-server's"
+    "Ollama renders chats with the template of the base model, which lacks the run's tool format, "
+    "or with a similar built-in template; compare Ollama's answers with those of llama-server"
 )
 PICTURES_NOTE = (
-    "the file has the text model alone; for pictures llama.cpp takes the mmproj file of the base, "
-    "whose vision part was not trained"
+    "the file holds only the text model; for pictures, give llama.cpp the mmproj file of the base "
+    "model, whose vision encoder was not trained"
 )
 TRAINED_PROJECTOR_NOTE = (
-    "the file has the text model alone, and the projector was trained: for pictures make an mmproj "
-    "file of the merged model (tunesmith merge, then convert_hf_to_gguf.py --mmproj), not of the "
-    "base"
+    "the file holds only the text model, and the projector was trained: for pictures, create an "
+    "mmproj file from the merged model, not from the base model: run `tunesmith merge RUN --output "
+    "FOLDER`, then llama.cpp's `python convert_hf_to_gguf.py --mmproj FOLDER`"
 )
-NO_CHECK = "--no-check"  # why a file is not compared, in the words of the command line
+NO_CHECK = "--no-check"  # value of `ExportedFile.unchecked` if the user gave this option
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class ExportedFile(Tabular):
-    """A finished export.
+    """Result of an export to GGUF: the written file, and its comparison with the tuned model.
 
     Attributes:
-        file: the GGUF file; for Ollama it lies in the folder `output`.
-        bytes: of the file.
-        notes: what llama.cpp does otherwise.
-        check: None where none ran, and `unchecked` says why.
-        base: the one GGUF file that an adapter is for; None where the run's base is none.
-        chat_template: the file of the run's template, where `base` has another one.
+        output: the path that the caller gave.
+        file: the GGUF file; for Ollama it is in the folder `output`.
+        quant: the quantization of the weights.
+        bytes: size of the file.
+        notes: differences between llama.cpp and Transformers, for the user.
+        check: the comparison with the tuned model; None if the file was not checked.
+        unchecked: the reason if the file was not checked; "" if it was checked.
+        base: the GGUF file that an adapter was trained on; None if the base is not a GGUF file.
+        chat_template: the file with the run's chat template; None if `base` contains the same
+            template.
     """
 
     output: str
@@ -117,7 +122,7 @@ class ExportedFile(Tabular):
     chat_template: str | None = None
 
     def table(self) -> ResultTable:
-        """Show the file, and how far its next tokens are from the tuned model's."""
+        """Return a table with the file and its difference to the tuned model."""
         rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
         notes = [f"note: {note}" for note in self.notes]
         check = self.check
@@ -141,7 +146,7 @@ class ExportedFile(Tabular):
 
 
 def _ignore(done: int, total: int) -> None:
-    """Show no progress."""
+    """Ignore the progress. This is the default callback."""
 
 
 @lines_by_default()
@@ -160,35 +165,41 @@ def export_gguf(
     progress: Callable[[int, int], None] | None = None,
     checking: Callable[[int, int], None] | None = None,
 ) -> ExportedFile:
-    """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
+    """Write the trained model of a run as one GGUF file, or as a folder for Ollama.
 
     >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
     Args:
         path: as for `load_run`.
-        output: a new file; for Ollama a new folder. `force` replaces a file of that name.
+        output: a new file; for Ollama a new folder.
         quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
-        check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
+        for_ollama: write a folder with the GGUF file and a Modelfile.
+        force: replace an earlier export at `output`.
+        threads: number of threads that quantize; None: all cores.
+        check: compare the file with the tuned model in llama.cpp, if xllamacpp is installed.
+        device: device of the tuned model in the check; None: the default device.
         trust_remote_code: as for `load_run`.
-        converter: llama.cpp's own converter, as `find_converter` finds it. Model types that
-            tunesmith does not write itself need it, others use it only if it is given.
-        progress: gets the bytes written and those of the file.
-        checking: gets the parts of the check that are done, and all of them.
+        converter: path of llama.cpp's converter, see `find_converter`. Required for model types
+            that tunesmith cannot convert itself. For other model types the converter is used only
+            if this path is given.
+        progress: function that is called with the number of written bytes and the file size.
+        checking: function that is called during the check, with the number of finished steps and
+            the number of all steps.
 
     Raises:
         UsageError: the output cannot be used.
         ModelError: llama.cpp cannot compute this model.
-        MachineError: no room on the disk, or a package is missing.
-        CheckpointError: llama.cpp reads prompts otherwise, or computes another model than the
-            one that its converter read; the file is kept as `.rejected`.
+        MachineError: the disk has too little free space, or a package is missing.
+        CheckpointError: llama.cpp tokenizes prompts differently, or it computes a converted model
+            differently. The file is kept as `<output>.rejected`.
     """
     location = locate_run(path, trust_remote_code=trust_remote_code)
-    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
+    goal = check_gguf_output(output, location, is_folder=for_ollama, force=force)
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
     unchecked = _why_unchecked(check)
     threads = threads or available_cores()
     progress = progress or _ignore
-    with undeleted(location):
+    with raise_if_deleted(location):
         tuned = open_tuned_model(read_run_files(location))
         found = None if converter is None else find_converter(converter)
         model_type = tuned.model.config.get_text_config().model_type
@@ -199,7 +210,8 @@ def export_gguf(
                 words = ["tunesmith", "export", path, "--to", target, "--quant", quant]
                 raise missing_converter(model_type, shell_command([*words, "--output", output]))
         if for_ollama:
-            # Before the plan: the header holds the template.
+            # Change the template before the file is planned, because the plan includes the
+            # template.
             guard_template(tuned.files.tokenizer)
         if found:
             _require_check(unchecked, model_type)
@@ -241,37 +253,40 @@ def export_adapter(
     converter: str | os.PathLike[str] | None = None,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
-    """Write the LoRA of a run alone as a GGUF file, to be served beside that of its base.
+    """Write only the LoRA of a run as a GGUF file. llama.cpp loads it together with the base model.
 
-    Where the run's base is a GGUF file, the adapter is for that very file and no other, and the two
-    together are compared with the tuned model.
+    If the run was trained on a GGUF file, the adapter fits only this file. The check then compares
+    both files together with the tuned model.
 
-    Args: as of `export_gguf`; `converter` as for `find_converter`; for Ollama a folder whose
-        Modelfile names both files.
+    The arguments are those of `export_gguf`. For Ollama the output is a folder whose Modelfile
+    names both files.
 
-    Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
-        base; ModelError where the base is not the file that the run was trained on.
+    Raises: as `export_gguf`, and:
+        UsageError: the run has no adapter, or `for_ollama` is set and its base is not a GGUF file.
+        ModelError: the base is not the GGUF file that the run was trained on.
     """
     location = locate_run(path, trust_remote_code=trust_remote_code)
-    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
+    goal = check_gguf_output(output, location, is_folder=for_ollama, force=force)
     folder = location.folder
     if location.holds != "adapter" or folder is None:
         raise UsageError(
-            f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
+            f"{path} has no adapter",
+            where="--adapter",
+            fix="export the entire model, without --adapter",
         )
     file_name = f"{goal.name}-lora.gguf" if for_ollama else goal.name
-    with undeleted(location):
+    with raise_if_deleted(location):
         read = read_run_files(location)
         base = _find_gguf_base(read)
         chat_template = _other_template(read) if base else None
         if for_ollama:
             _check_for_ollama(read, base)
-        tuned = open_tuned_model(read)  # checks that base and adapter fit
+        tuned = open_tuned_model(read)  # also checks that base and adapter match
         command = ["tunesmith", "export", path, "--to", "gguf", "--adapter", "--output", output]
         plan = _plan_adapter(tuned, folder, goal.stem, base, converter, shell_command(command))
         unchecked = _why_unchecked(check)
         if base is None:
-            unchecked = "the GGUF file of its base is not known"
+            unchecked = "the GGUF file of the base model is not known"
 
         modelfile = None
         if for_ollama and base is not None:
@@ -304,23 +319,24 @@ def export_adapter(
 
 
 def _why_unchecked(check: bool) -> str:
-    """Why a file is not compared with the tuned model; empty where it is."""
+    """Return why the file is not compared with the tuned model, or "" if it is compared."""
     if not check:
         return NO_CHECK
     return "" if has_llama_cpp() else "pip install xllamacpp, then export again"
 
 
 def _require_check(unchecked: str, model_type: str) -> None:
-    """MachineError if a file of llama.cpp's converter could not be compared with the tuned model.
+    """Raise MachineError if llama.cpp's converter is used but the file cannot be checked.
 
-    The converter writes models that llama.cpp then computes otherwise, without an error.
+    The check is required, because for some models the converter writes a file that llama.cpp
+    computes wrongly without an error.
     """
     if unchecked and unchecked != NO_CHECK:
         raise MachineError(
-            f"{model_type} is only exported with a check in llama.cpp",
+            f"the GGUF file of a {model_type} model must be checked with llama.cpp",
             where="the Python environment",
-            why="xllamacpp is not installed",
-            fix=f"{pip_install('xllamacpp')}, or --no-check",
+            why="the package xllamacpp, which runs llama.cpp, is not installed",
+            fix=f"run `{pip_install('xllamacpp')}`, or skip the check with --no-check",
         )
 
 
@@ -348,12 +364,17 @@ def _write_checked(
     converter: Converter | None = None,
     quant: str = "f16",
 ) -> tuple[WrittenFile, FileCheck | None]:
-    """Write a file beside its place, compare it with the tuned model, and give it its name.
+    """Write a GGUF file to a hidden folder, compare it with the tuned model, and rename it.
 
-    What the check refuses is kept as `.rejected`: the user may want to know what differs. With a
-    `modelfile` the goal is a folder with both.
+    A file that fails the check is kept as `<goal>.rejected`, so that the user can examine it.
+
+    Args:
+        write: function that writes the GGUF file to a path.
+        goal: the final path of the file, or of the folder if there is a `modelfile`.
+        kind: description of the weights' type, for the export record.
+        modelfile: text of Ollama's Modelfile.
     """
-    place = torch.device(select_device(device))
+    torch_device = torch.device(select_device(device))
     with part_folder(goal) as part:
         file = part / file_name
         moved = file
@@ -372,7 +393,7 @@ def _write_checked(
                     _find_base(tuned),
                     base_file=base.file if base else None,
                     beyond_window=converter is not None,
-                    device=place,
+                    device=torch_device,
                     threads=threads,
                     progress=checking,
                 )
@@ -382,12 +403,13 @@ def _write_checked(
             except CheckpointError:
                 move_into_place(moved, rejected)
                 raise
-        record = record_of(
+        record = make_record(
             tuned.location, kind, written.size, unchecked, result, base=base, converter=converter
         )
         write_record(file, record)
         if modelfile is None:
-            # A record is never of a file that is not there, nor of an earlier one.
+            # Delete the earlier file's record before the rename, so that no record describes a file
+            # that is missing or replaced.
             record_path(goal).unlink(missing_ok=True)
         move_into_place(moved, goal)
         if modelfile is None:
@@ -396,31 +418,32 @@ def _write_checked(
 
 
 def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
-    """The GGUF file that a run was trained on; None where its base is a folder or on the Hub.
+    """Return the GGUF file that a run was trained on. Return None if the base is not a GGUF file.
 
-    ModelError where the file has other weights by now.
+    Raise ModelError if the weights of the file have changed since the training.
     """
     file = local_model(read.location.base)
     if file is None or file.is_dir():
         return None
     folder = read.location.folder
-    assert folder is not None  # an adapter has one
+    assert folder is not None  # an adapter always has a folder
     trained_on = read_env(folder.parent).value.get("model_hash")
     digest = weights_digest(read.files.folder)
     if trained_on not in (None, digest):
         raise ModelError(
-            f"{file.name} is not the file that this run was trained on",
+            f"{file.name} is not the GGUF file that this adapter was trained on",
             where=str(file),
-            why=f"the hash of its weights is {digest[:12]}, the run's {trained_on[:12]}",
-            fix="put back the file that was there; an adapter is for that one alone",
+            why=f"the hash of its weights is {digest[:12]}, but the run recorded {trained_on[:12]}",
+            fix="restore the original file, because an adapter only works with the file that it "
+            "was trained on",
         )
     return GgufBase(file.resolve(), digest_of_file(file))
 
 
 def _other_template(read: OpenedRun) -> str | None:
-    """The file of a run's chat template, where that is not the one of its base."""
+    """Return the file with the run's chat template, or None if the base has the same template."""
     folder = read.location.folder
-    assert folder is not None  # an adapter has one
+    assert folder is not None  # an adapter always has a folder
     saved = folder / CHAT_TEMPLATE
     base = read.files.folder / CHAT_TEMPLATE
     is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
@@ -428,28 +451,34 @@ def _other_template(read: OpenedRun) -> str | None:
 
 
 def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
-    """UsageError where Ollama, which takes the template of the base, would not render chats as in
-    training."""
+    """Raise UsageError if Ollama would render chats differently than training did.
+
+    Ollama uses the chat template of the base model's GGUF file, which can differ from the run's
+    template.
+    """
     why = ""
     template = read.files.tokenizer.chat_template or ""
     file = read.files.folder / CHAT_TEMPLATE
     base_template = file.read_text() if file.is_file() else ""
     if base is None:
-        why = f"the base, {read.location.base.name}, is not a GGUF file, which Ollama needs"
+        why = f"Ollama needs a base model in GGUF, but {read.location.base.name} is not a GGUF file"
     elif _renderings(read, template) != _renderings(read, base_template):
-        why = f"{base.file.name} has another chat template than the run"
+        why = f"Ollama would use the chat template of {base.file.name}, not that of the run"
     if why:
         raise UsageError(
             "Ollama cannot serve this adapter",
             where="--to ollama --adapter",
             why=why,
-            fix="--to gguf --adapter, or --to ollama without --adapter",
+            fix="use --to gguf --adapter, or --to ollama without --adapter",
         )
 
 
 def _renderings(read: OpenedRun, template: str) -> list[str | None]:
-    """Render chats without tools; None for one that the template refuses, such as of a system
-    message."""
+    """Render sample chats with a chat template. The chats contain no tools.
+
+    The result is None for a chat that the template refuses. For example, some templates refuse
+    system messages.
+    """
     user = {"role": "user", "content": "Hi"}
     answer = {"role": "assistant", "content": "Yes?"}
     texts: list[str | None] = []
@@ -466,7 +495,7 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
     settings = tuned.files.folder / "generation_config.json"
-    # Any of them ends an answer; a GGUF file has room for one beside eos.
+    # Tokens that end an answer in addition to eos. A GGUF file can hold only one such token.
     ends = tuned.template.end_ids - {tuned.files.tokenizer.eos_token_id}
     return plan_gguf(
         tuned.model.config.get_text_config().to_dict(),
@@ -480,15 +509,18 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
 
 
 def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
-    """Return the notes for a file that contains only the text model."""
-    if not is_in_whole(tuned.model):
+    """Return a note if the file contains only the text part of a vision-language model."""
+    if not is_vision_language(tuned.model):
         return ()
     return (TRAINED_PROJECTOR_NOTE if tuned.recipe.model.train_projector else PICTURES_NOTE,)
 
 
 def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
-    """Those of the text model, by its own names, of a vision-language model in whole too."""
-    prefix, _ = find_text_part(tuned.model)
+    """Return the weights of the text model. The keys are parameter names of a text-only model.
+
+    The vision weights of a vision-language model are left out.
+    """
+    prefix, _ = find_text_model(tuned.model)
     if not prefix:
         return tuned.weights
     is_text = is_in_text(tuned.model)
@@ -507,7 +539,11 @@ def _plan_adapter(
     converter: str | os.PathLike[str] | None,
     command: str,
 ) -> GgufPlan:
-    """Return the file of the adapter in `folder`; `command` is the user's, for an error."""
+    """Plan the GGUF file of the adapter in `folder`.
+
+    Args:
+        command: the user's command line, for the fix in an error message.
+    """
     with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
         weights = {}
         for stored_name, tensor in stored.items():
@@ -525,8 +561,8 @@ def _plan_adapter(
 
 
 def _adapter_name_in_text(tuned: TunedModel, name: str) -> str:
-    """Return the name that a stored tensor has in the adapter of a text model."""
-    prefix, _ = find_text_part(tuned.model)
+    """Convert a tensor name of the run's adapter to the name in an adapter of a text-only model."""
+    prefix, _ = find_text_model(tuned.model)
     name = name_in_text(tuned.model, name.removeprefix(PREFIX))
     if prefix:
         name = re.sub(f"^{re.escape(prefix)}[.]", "model.", name)
@@ -534,16 +570,17 @@ def _adapter_name_in_text(tuned: TunedModel, name: str) -> str:
 
 
 def _find_base(tuned: TunedModel) -> TunedModel | None:
-    """The model before training; None where there was none, or a whole one was trained and its base
-    is gone.
+    """Return the model before training.
+
+    Return None if the model was not trained, or if it was fully fine-tuned and its base model is
+    not on this machine.
     """
     if tuned.location.holds == "base":
         return None
     if tuned.location.holds == "adapter":
         return tuned
     try:
-        # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
-        # cache.
+        # The recipe of a full fine-tune names the base model, but its files may have been deleted.
         return open_tuned_model(read_run_files(replace(tuned.location, holds="base")))
     except TunesmithError:
         return None

@@ -1,8 +1,8 @@
-"""The families of `model/architectures.py` in llama.cpp: names of tensors, numbers of the header.
+"""Conversion of model configs to GGUF, for the model families of `model/architectures.py`.
 
-A family that it does not know, or one with a setting that llama.cpp would compute otherwise, is
-refused: a GGUF file has no place for what its architecture does not name, so it would load and
-answer wrongly. Names of keys and tensors are those of the package `gguf`.
+The functions return tensor names and header values. They refuse families that llama.cpp does not
+support, and settings for which GGUF has no key. With such a setting llama.cpp would load the file
+and give wrong answers. The names of keys and tensors come from the package `gguf`.
 """
 
 import math
@@ -20,11 +20,20 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
-OWN_SCRIPT = f"tunesmith merge RUN, then convert_hf_to_gguf.py of {LLAMA_CPP}, which has more"
+# Fixes for errors: what the user can do if GGUF export does not support the model.
+SERVE_FOLDER = (
+    "serve the model with Transformers or vLLM: run `tunesmith merge RUN --output FOLDER` and "
+    "serve FOLDER (a full fine-tune needs no merge: serve its folder final/)"
+)
+OWN_SCRIPT = (
+    "run `tunesmith merge RUN --output FOLDER`, then convert FOLDER with convert_hf_to_gguf.py of "
+    f"{LLAMA_CPP}, which supports more model types (a full fine-tune needs no merge: convert its "
+    "folder final/)"
+)
 
 
 class Rope(TypedDict, total=False):
-    """Rotary embeddings of a config.json."""
+    """Parameters of rotary position embeddings (RoPE) in a config.json."""
 
     rope_type: str
     rope_theta: float
@@ -44,14 +53,14 @@ class Rope(TypedDict, total=False):
 
 
 class RopeByAttention(Rope, total=False):
-    """Rotary embeddings of a config.json, which may be one by type of attention."""
+    """Parameters of RoPE in a config.json: one set for all layers, or one per type of attention."""
 
     full_attention: Rope
     sliding_attention: Rope
 
 
 class ModelConfig(TypedDict, total=False):
-    """The keys of a config.json that a GGUF file depends on; the first nine are always there."""
+    """Keys of a config.json that are needed for a GGUF file. The first nine are always present."""
 
     model_type: str
     hidden_size: int
@@ -87,24 +96,26 @@ class ModelConfig(TypedDict, total=False):
     mask_token_id: int
 
 
-# At so many layers llama.cpp scales scores by hidden_size / heads: the 27B sizes.
+# Architecture -> number of layers of its 27B model. llama.cpp recognizes the 27B models by this
+# number. It divides their attention scores by sqrt(hidden_size / heads), and those of all other
+# models by sqrt(head_dim).
 _SCALED_BY_WIDTH_AT = {"gemma2": 46, "gemma3": 62}
 
 
 def read_family(config: ModelConfig) -> GgufFamily:
-    """The row of a parsed config.json (`config.to_dict()`).
+    """Return the GGUF family of a model. `config` is `config.to_dict()` of Transformers.
 
-    ModelError where the family has none, or a value of the config is one that llama.cpp computes
-    otherwise.
+    Raise ModelError if the model type is not supported, or if llama.cpp would compute a value of
+    the config differently.
     """
     model_type = config["model_type"]
     row = ARCHITECTURES.get(model_type)
     if row is None or row.gguf is None:
         supported = [name for name, other in ARCHITECTURES.items() if other.gguf]
         raise ModelError(
-            f"{model_type} is not supported for GGUF export",
+            f"GGUF export does not support the model type {model_type}",
             where="config.json: model_type",
-            why=f"supported: {', '.join(supported)}",
+            why=f"the supported model types are {', '.join(supported)}",
             fix=OWN_SCRIPT,
         )
     _check_rope(config, row.gguf)
@@ -114,36 +125,40 @@ def read_family(config: ModelConfig) -> GgufFamily:
 
 
 def _reads_window(config: ModelConfig) -> bool:
-    """Tell whether llama.cpp computes the windows of the family; the others it ignores."""
+    """Return whether llama.cpp supports the sliding attention windows of the model's family."""
     return ARCHITECTURES[config["model_type"]].window in ("every-second", "pattern")
 
 
 def notes_on_config(config: ModelConfig) -> list[str]:
-    """List for the user what llama.cpp leaves out of the model; it changes long texts only."""
+    """Return notes for the user about features that llama.cpp does not support.
+
+    These features only affect long texts, so the model can be exported.
+    """
     notes = []
     window = config.get("sliding_window")
     is_used = config.get("use_sliding_window", True) and not _reads_window(config)
-    # A window as long as the context changes nothing.
+    # Skip a window that is as long as the context, because it has no effect.
     if is_used and window and window < config["max_position_embeddings"]:
         notes.append(
-            f"llama.cpp has no sliding window for this family: it differs after {window} tokens"
+            "llama.cpp does not support the sliding window of this model: the answers differ after "
+            f"{window} tokens"
         )
     full, _ = rope_parameters(config)
     if full["rope_type"] == "longrope":
         original = _original_context(config, full)
         notes.append(
-            f"llama.cpp uses the long rope factors for short texts too if its context is above "
-            f"{original}: start it with -c {original} for those"
+            f"with a context above {original}, llama.cpp uses the long rope factors also for short "
+            f"texts: start llama.cpp with -c {original} for short texts"
         )
     return notes
 
 
 def _other_math(key: str, value: object, computed: object) -> ModelError:
     return ModelError(
-        f"llama.cpp has no {key} = {value} for this family",
+        f"llama.cpp does not support {key} = {value} for this model family",
         where=f"config.json: {key}",
-        why=f"it computes with {computed}, and a GGUF file cannot change that",
-        fix=f"serve the Transformers folder: tunesmith merge RUN; or see {LLAMA_CPP}",
+        why=f"llama.cpp supports only {computed}, and a GGUF file cannot set another value",
+        fix=SERVE_FOLDER,
     )
 
 
@@ -152,12 +167,15 @@ def _default_head_dim(config: ModelConfig) -> int:
 
 
 def head_dim(config: ModelConfig) -> int:
-    """Channels of a head."""
+    """Return the number of channels of an attention head."""
     return config.get("head_dim") or _default_head_dim(config)
 
 
 def _check_defaults(config: ModelConfig) -> None:
-    """Refuse what a file has no key for, unless it is the family's default: that is computed."""
+    """Raise ModelError if a setting without a GGUF key differs from the default of the family.
+
+    llama.cpp would compute with the default.
+    """
     layers = config["num_hidden_layers"]
     plain = AutoConfig.for_model(config["model_type"], num_hidden_layers=layers)
     defaults: Mapping[str, object] = plain.to_dict()
@@ -167,12 +185,13 @@ def _check_defaults(config: ModelConfig) -> None:
         unwritten.append("layer_types")
     for key in unwritten:
         pair = values.get(key), defaults.get(key)
-        # The first Gemma was published with `gelu` and meant its approximation by tanh.
+        # The config of Gemma 1 says `gelu`, but the model uses the tanh approximation.
         is_meant = pair[0] == pair[1] or pair == ("gelu", "gelu_pytorch_tanh")
         if key in defaults and pair[0] and not is_meant:
             raise _other_math(key, *pair)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        # A header without a cap stands for the default.
+        # If the header has no softcap, llama.cpp uses the default of the family. Therefore it would
+        # compute a model without softcap wrongly.
         if defaults.get(key) and not values.get(key):
             raise _other_math(key, values.get(key), defaults[key])
     if config.get("attn_logit_softcapping") and not defaults.get("attn_logit_softcapping"):
@@ -180,9 +199,13 @@ def _check_defaults(config: ModelConfig) -> None:
 
 
 def _check_attention_scale(config: ModelConfig, arch: str) -> None:
-    """Scores are divided by the root of a number that the header does not have."""
+    """Raise ModelError if llama.cpp would scale the attention scores differently.
+
+    The model divides the scores by the square root of `query_pre_attn_scalar`. GGUF has no key for
+    this value.
+    """
     computed = head_dim(config)
-    # The published scale is that of the width, not of the head.
+    # For the 27B models, llama.cpp uses hidden_size / heads instead of the head dimension.
     if config["num_hidden_layers"] == _SCALED_BY_WIDTH_AT.get(arch):
         computed = _default_head_dim(config)
     scalar = config.get("query_pre_attn_scalar", computed)
@@ -190,13 +213,14 @@ def _check_attention_scale(config: ModelConfig, arch: str) -> None:
         raise _other_math("query_pre_attn_scalar", scalar, computed)
 
 
-# Rotary embeddings
+# Functions for rotary embeddings
 
 
 def rope_parameters(config: ModelConfig) -> tuple[Rope, Rope]:
-    """Return those of full and of sliding attention; the second is empty where all layers have one.
+    """Return the RoPE parameters of full and of sliding attention.
 
-    Transformers writes older spellings into `rope_parameters` when it reads a config.json.
+    The second dict is empty if all layers have the same parameters. Only the key `rope_parameters`
+    is read, because Transformers converts older keys to it when it reads a config.json.
     """
     parameters = config["rope_parameters"]
     if "full_attention" in parameters:
@@ -208,12 +232,15 @@ def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
     full, sliding = rope_parameters(config)
     rope_type = full["rope_type"]
     if rope_type != "default" and rope_type not in family.ropes:
-        computed = " or ".join(("plain ones", *family.ropes))
+        computed = " or ".join(("default", *family.ropes))
         raise _other_math("rope_type", rope_type, computed)
     if sliding and sliding.get("rope_type", "default") != "default":
-        raise _other_math("rope_type", sliding["rope_type"], "plain ones in layers with a window")
+        raise _other_math(
+            "rope_type", sliding["rope_type"], "the value default in layers with a window"
+        )
     partial = full.get("partial_rotary_factor") or 1.0
-    # Phi-4 mini rotates a part of each head; the others here rotate all of it.
+    # llama.cpp supports partial rotation only for Phi-4 mini. In other families it rotates the
+    # entire head.
     if partial != 1.0 and family.arch != "phi3":
         raise _other_math("partial_rotary_factor", partial, 1.0)
     if rope_type == "yarn":
@@ -227,7 +254,11 @@ def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
 
 
 def _check_yarn(rope: Rope) -> None:
-    """llama.cpp scales scores by 0.1 ln(factor) + 1, and rounds the bounds of its ramp."""
+    """Raise ModelError if llama.cpp would compute YaRN differently.
+
+    llama.cpp always uses the attention factor 0.1 ln(factor) + 1, and always rounds the bounds of
+    the interpolation range to integers.
+    """
     computed = 0.1 * math.log(rope["factor"]) + 1.0
     factor = rope.get("attention_factor")
     if factor is not None and not math.isclose(factor, computed, rel_tol=1e-6):
@@ -241,14 +272,17 @@ def _check_yarn(rope: Rope) -> None:
 
 
 def rotary_dims(config: ModelConfig) -> int:
-    """Channels of a head that are rotated."""
+    """Return the number of channels of a head that RoPE rotates."""
     full, _ = rope_parameters(config)
     partial = full.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * partial)
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Compute the divisors of the frequencies, by the tensors' names: fp32 [rotary_dims / 2]."""
+    """Return the GGUF tensors with the divisors of the RoPE frequencies: fp32 [rotary_dims / 2].
+
+    Return an empty dict if the RoPE type needs no divisors.
+    """
     full, _ = rope_parameters(config)
     if full["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(full, rotary_dims(config))}
@@ -261,23 +295,28 @@ def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _llama3_factors(rope: Rope, dims: int) -> Tensor:
-    """1 for short waves, `factor` for long ones, and a line between the two in frequency."""
+    """Compute the frequency divisors of Llama 3's RoPE.
+
+    The divisor is 1 for short wavelengths and `factor` for long wavelengths. Between them the
+    frequency is interpolated linearly.
+    """
     factor = rope["factor"]
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
-    # `rope_freqs.weight` divides the frequencies: the same three ranges that Transformers has.
+    # llama.cpp divides the frequencies by these factors, which gives the same frequencies as
+    # Transformers.
     wavelengths = 2 * math.pi / (1.0 / (rope["rope_theta"] ** exponents))
     smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-# The header
+# Functions that write the header of a GGUF file
 
 
 def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) -> None:
-    """The config's numbers into a `gguf.GGUFWriter`."""
+    """Add the values of the config to a `gguf.GGUFWriter`."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -287,11 +326,12 @@ def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) ->
     is_phi3 = family.arch == "phi3"
     _add_rope(writer, config, is_phi3=is_phi3)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    # Only where the config has the key, as llama.cpp's converter does.
+    # Write these keys only if the config has `head_dim`, as llama.cpp's converter does.
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    # As llama.cpp's converter does.
+    # Write the vocabulary size only for families that rotate neighboring channels, as llama.cpp's
+    # converter does.
     if family.rotates_neighbors:
         writer.add_vocab_size(config["vocab_size"])
     if family.rotates_neighbors or is_phi3:
@@ -345,7 +385,7 @@ def _original_context(config: ModelConfig, rope: Rope) -> int:
 
 
 def _longrope_scale(config: ModelConfig, rope: Rope) -> float:
-    """Compute the factor of queries and keys, as Transformers does."""
+    """Compute longrope's scaling factor for queries and keys, with Transformers' formula."""
     if rope.get("attention_factor") is not None:
         return rope["attention_factor"]
     original = _original_context(config, rope)
@@ -355,13 +395,16 @@ def _longrope_scale(config: ModelConfig, rope: Rope) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-# Weights
+# Functions for names and row order of weights
 
 
 def check_tensor_names(
     names: Collection[str], config: ModelConfig, family: GgufFamily
 ) -> dict[str, str]:
-    """llama.cpp's name of each parameter. ModelError where it has none."""
+    """Return a dict from parameter names to llama.cpp's tensor names.
+
+    Raise ModelError if llama.cpp has no name for a parameter.
+    """
     import gguf
 
     arches = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -373,17 +416,20 @@ def check_tensor_names(
         is_lost_bias = name.endswith(".bias") and not family.reads_biases
         if new_name is None or is_lost_bias:
             raise ModelError(
-                f"llama.cpp's {family.arch} has no place for {name}",
+                f"llama.cpp's architecture {family.arch} does not support the weight {name}",
                 where="the model's weights",
-                why="it would load without them and give wrong answers",
-                fix="serve the Transformers folder: tunesmith merge RUN",
+                why="llama.cpp would load the model without this weight and give wrong answers",
+                fix=SERVE_FOLDER,
             )
         renamed[name] = new_name
     return renamed
 
 
 def heads_to_permute(new_name: str, config: ModelConfig, family: GgufFamily) -> int | None:
-    """Heads of a tensor whose rows change places; None: they stay."""
+    """Return the number of attention heads if GGUF stores the tensor's rows in another order.
+
+    Return None if the order of the rows is the same as in Transformers.
+    """
     if not family.rotates_neighbors:
         return None
     layer = new_name.split(".")[-2]
@@ -395,7 +441,12 @@ def heads_to_permute(new_name: str, config: ModelConfig, family: GgufFamily) -> 
 
 
 def pair_neighbors(rows: Tensor, head: int) -> Tensor:
-    """Rows of whole heads of `head` rows each: the two halves of a head, in turns."""
-    # [heads, 2, half] -> [heads, half, 2]: channel i of the second half comes after i of the first.
+    """Reorder rows, so that the rows of the first and the second half of each head alternate.
+
+    Args:
+        head: number of rows per head.
+    """
+    # [heads, 2, half] -> [heads, half, 2]: row i of the first half is followed by row i of the
+    # second half.
     halves = rows.unflatten(0, (-1, 2, head // 2))
     return halves.transpose(1, 2).reshape(rows.shape)

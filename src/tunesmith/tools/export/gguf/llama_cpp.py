@@ -1,4 +1,4 @@
-"""llama.cpp's server in a process beside this one, and what it says of a GGUF file."""
+"""Client of llama.cpp's server, which runs in a child process and serves a GGUF file."""
 
 import json
 import os
@@ -22,14 +22,18 @@ from torch import Tensor
 
 from tunesmith.errors import CheckpointError
 from tunesmith.host.child_output import exit_text, last_line
+from tunesmith.tools.export.gguf.families import SERVE_FOLDER
 
-CHECK_CONTEXT_TOKENS = 256  # the prompts of the check are shorter
-SERVER_TIMEOUT_SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
-ENDING_SECONDS = 5  # for the process to end after its pipe or connection is closed
-# Of a token that the server did not report: less likely than all that it did.
+CHECK_CONTEXT_TOKENS = 256  # context of the server; the prompts of the check are shorter
+# Seconds to open a file or to answer a request. A large model on a busy machine needs minutes.
+SERVER_TIMEOUT_SECONDS = 600
+# Seconds that the process may take to exit after its pipe or connection is closed.
+ENDING_SECONDS = 5
+# Log probability that is assumed for a token that the server did not report. It is lower than all
+# reported values.
 UNREPORTED = -50.0
-# The causes in llama.cpp's messages: a file that it refuses, a failed assertion, a C++ exception.
-# The messages that follow only say what could not be done therefore.
+# Pattern for messages of llama.cpp that state the cause of an error: a refused file, a failed
+# assertion or a C++ exception. Later messages only describe the consequences.
 _CAUSE = re.compile(r"error loading model: (.+)|(GGML_ASSERT.+)|what\(\): *(.+)")
 
 
@@ -38,20 +42,20 @@ def has_llama_cpp() -> bool:
 
 
 class TokenProbability(TypedDict):
-    """One token, and how likely it is."""
+    """Token id with its log probability."""
 
     id: int
     logprob: float
 
 
 class NextToken(TypedDict):
-    """The likeliest tokens at a position."""
+    """Most likely next tokens after a prompt."""
 
     top_logprobs: list[TokenProbability]
 
 
 class Reply(TypedDict, total=False):
-    """The parts of the server's answers that are read, each of one address."""
+    """Keys that this module reads in the server's JSON answers. They depend on the URL path."""
 
     tokens: list[int]
     completion_probabilities: list[NextToken]
@@ -59,9 +63,9 @@ class Reply(TypedDict, total=False):
 
 
 class LlamaCpp:
-    """A GGUF file, and an adapter's beside it, served on a free local port within a `with`.
+    """Server for a GGUF file and optionally an adapter, for use in a `with` statement.
 
-    CheckpointError where llama.cpp does not open it.
+    The server listens on a free local port. Raise CheckpointError if llama.cpp cannot open a file.
     """
 
     def __init__(
@@ -75,14 +79,15 @@ class LlamaCpp:
         self._file = file
         command = [sys.executable, "-m", "tunesmith.tools.export.gguf.serve"]
         command += [str(file), str(adapter or ""), str(threads), str(context)]
-        # A file rather than a pipe: llama.cpp would wait for ever at a full one that nobody reads.
+        # Write stderr to a file. With a pipe that nobody reads, llama.cpp would block when the pipe
+        # is full.
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
-            # Without a debugger, which an abort would start to print a backtrace.
+            # If llama.cpp aborts, it must not start a debugger to print a backtrace.
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         try:
@@ -92,14 +97,16 @@ class LlamaCpp:
             raise
 
     def _wait_for_address(self) -> str:
-        """Return the address, which the process prints when the file is open.
+        """Return the server's address, which the process prints when the file is open.
 
-        Other lines of its output are no address, such as those of a debugger after an abort.
+        Other lines of the output are ignored, such as those of a debugger after an abort.
+
+        Raise CheckpointError if the process ends or is not ready in time.
         """
         assert self._process.stdout is not None
         stdout = self._process.stdout.fileno()
         deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
-        why = f"it is not ready after {SERVER_TIMEOUT_SECONDS} seconds"
+        why = f"the server is not ready after {SERVER_TIMEOUT_SECONDS} seconds"
         output = b""
         while select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
             part = os.read(stdout, 4096)
@@ -113,20 +120,21 @@ class LlamaCpp:
             "llama.cpp cannot open the file",
             where=str(self._file),
             why=why,
-            fix="serve the Transformers folder: tunesmith merge RUN",
+            fix=SERVE_FOLDER,
         )
 
     def _why_ended(self) -> str:
-        """Return the cause in llama.cpp's messages, or the last of them, or how the process ended.
+        """Return why the process ended, or "" if it is still running.
 
-        Return "" if the process is still alive.
+        The reason is the cause in llama.cpp's messages. If no message states a cause, it is the
+        last message. If there is no message, it is the exit status.
         """
         try:
             code = self._process.wait(ENDING_SECONDS)
         except subprocess.TimeoutExpired:
             return ""
         if code == -signal.SIGKILL:
-            return exit_text(code)  # no message is about it
+            return exit_text(code)  # llama.cpp cannot write a message when it is killed
         self._messages.seek(0)
         text = self._messages.read().decode(errors="replace")
         if cause := _CAUSE.search(text):
@@ -134,7 +142,7 @@ class LlamaCpp:
         return last_line(text) or exit_text(code)
 
     def close(self) -> None:
-        """End the process. It is killed: see `serve.py` for what its own end may do."""
+        """Kill the server process. A normal exit can hang, see `serve.py`."""
         self._process.kill()
         self._process.communicate()
         self._messages.close()
@@ -146,9 +154,10 @@ class LlamaCpp:
         self.close()
 
     def post(self, path: str, body: Mapping[str, object]) -> Reply:
-        """The answer to a request of llama.cpp's server.
+        """Send a request to llama.cpp's server, and return the answer.
 
-        CheckpointError where it ends meanwhile, as it does where memory runs short.
+        Raise CheckpointError if the server refuses the request, or if the server process ends, for
+        example because memory is exhausted.
         """
         address = self._address + path
         headers = {"Content-Type": "application/json"}
@@ -159,27 +168,27 @@ class LlamaCpp:
                 return reply
         except (OSError, HTTPException) as error:
             why = ""
-            if isinstance(error, HTTPError):  # the server refuses the request, and lives
+            if isinstance(error, HTTPError):  # the server refused the request, but still runs
                 why = last_line(error.read().decode(errors="replace"))
             raise CheckpointError(
-                f"llama.cpp gives no answer to {path}",
+                f"llama.cpp did not answer the request {path}",
                 where=str(self._file),
                 why=why or self._why_ended() or str(error),
-                fix="free memory and try again, or serve the Transformers folder: "
-                "tunesmith merge RUN",
+                fix=f"free memory and run the command again, or {SERVE_FOLDER}",
             ) from error
 
     def ids(self, text: str, *, add_special: bool = True) -> list[int]:
-        """The token ids of a text, special tokens in it among them."""
+        """Return the token ids of a text. Special tokens in the text are recognized."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return self.post("/tokenize", body)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab: int) -> Tensor | None:
-        """Ask the server for the log probabilities of the token after `ids`: fp32 [vocab].
+        """Return the log probabilities of the token after `ids`: fp32 [vocab].
 
-        None where the likeliest is half a letter, which the server does not report.
+        Return None if the most likely token is an incomplete UTF-8 character, because the server
+        then reports no probabilities.
         """
-        # All tokens, so that a KL over the whole vocabulary can be computed.
+        # Request all tokens, because the KL divergence needs the entire vocabulary.
         body = {
             "prompt": ids,
             "n_predict": 1,

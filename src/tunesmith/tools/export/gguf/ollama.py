@@ -1,4 +1,4 @@
-"""The Modelfile beside a GGUF file, for `ollama create`."""
+"""Writer of the Modelfile for `ollama create`, which is stored next to the GGUF file."""
 
 import re
 from pathlib import Path
@@ -11,36 +11,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODELFILE = "Modelfile"
-OLLAMA_CONTEXT_TOKENS = 4096  # Ollama's own default of num_ctx
-# What Ollama takes in a model's name (types/model/name.go), which begins with a letter or digit.
+OLLAMA_CONTEXT_TOKENS = 4096  # Ollama's default of num_ctx
+# Characters that Ollama does not allow in a model's name (types/model/name.go). A name must also
+# start with a letter or digit.
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 OLLAMA_NAME_LENGTH = 80
-# `ollama create` puts a template of its own list in the place of the file's where the two are less
-# than 100 edits apart, and drops the system prompt that a model was trained with.
+# Comment that is added to the chat template, so that it differs from Ollama's built-in templates.
+# `ollama create` replaces a template that differs from a built-in template by less than 100 edits.
+# The built-in template would drop the system prompt of the training.
 COMMENT = (
-    "{#- This template is the one that the model was trained with. It stands in the file so that "
-    "every server renders prompts as training did; no other is to take its place. -#}"
+    "{#- This is the chat template that the model was trained with. It is part of the file so that "
+    "every server renders prompts in the same way as the training. Do not replace it. -#}"
 )
 
 
 def guard_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add the comment in front of a tokenizer's chat template, which renders as before."""
+    """Add COMMENT at the start of the chat template, so that Ollama does not replace the template.
+
+    The rendered text does not change.
+    """
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = COMMENT + tokenizer.chat_template
 
 
 def ollama_name(folder: Path) -> str:
-    """The folder's name in the letters that Ollama takes, others as dashes."""
+    """Return the folder's name as a valid model name for Ollama. Other characters become dashes."""
     name = _NOT_IN_A_NAME.sub("-", folder.absolute().name).strip("-_.")
     return name[:OLLAMA_NAME_LENGTH] or "my-model"
 
 
 def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> str:
-    """The Modelfile of a GGUF file, without a TEMPLATE: the file has it.
+    """Return the text of the Modelfile for a GGUF file.
 
-    `file` and `adapter`, which is added to it, are paths, or names in the Modelfile's own folder.
+    The Modelfile has no TEMPLATE, because the GGUF file holds the chat template.
 
-    ModelError where a token that ends an answer, or the system message, cannot be written in it.
+    Args:
+        file: absolute path of the GGUF file, or its name in the folder of the Modelfile.
+        adapter: path or name of the adapter's GGUF file, if there is one.
+
+    Raise ModelError if a Modelfile cannot express the system message, or a token that ends answers.
     """
     tokenizer = read.files.tokenizer
     run = read.location.run
@@ -48,19 +57,21 @@ def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> st
     positions = int(
         getattr(read.files.config, "max_position_embeddings", 0) or OLLAMA_CONTEXT_TOKENS
     )
-    # At least Ollama's default, at most what the model's positions allow.
+    # The value of num_ctx is the recipe's seq_len, but at least Ollama's default and at most the
+    # model's context.
     lines = [f"FROM {_path(file)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
     lines.append(f"PARAMETER num_ctx {min(max(OLLAMA_CONTEXT_TOKENS, seq_len), positions)}")
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
-        # Such a text would end the quoted word, or the line.
+        # A Modelfile has no escape characters: a double quote would end the quoted text, and a line
+        # break would end the instruction.
         if '"' in text or "\n" in text:
             raise ModelError(
                 f"the token {text!r}, which ends an answer, cannot be written to a Modelfile",
                 where="--to ollama",
-                fix="--to gguf, and llama-server",
+                fix="export with `--to gguf` and serve the file with llama-server",
             )
         lines.append(f'PARAMETER stop "{text}"')
     if run is not None and run.data.system:
@@ -73,13 +84,17 @@ def _path(file: str) -> str:
 
 
 def _system_line(system: str) -> str:
-    """The command that gives a chat without a system message the one that the run gave its rows."""
-    # Ollama escapes nothing: the quotes at the end of a line would close the text.
+    """Return the Modelfile line that sets the system message of the training as default.
+
+    Raise ModelError if the message cannot be written to a Modelfile.
+    """
+    # A Modelfile has no escape characters, so three double quotes at the end of a line would end
+    # the text.
     if any(line.rstrip().endswith('"""') for line in system.splitlines()[:-1]):
         raise ModelError(
             "the system message cannot be written to a Modelfile",
             where="data.system",
-            why='a line in it ends with """',
+            why='a line of the message ends with """',
             fix="use --to gguf, and set the system message in the serving program",
         )
     return f'SYSTEM """{system}"""'

@@ -1,4 +1,7 @@
-"""A GGUF file before a weight is read: header, tensors with their types, and its exact size."""
+"""Plan of a GGUF file: the header, the types of the tensors, and the exact size of the file.
+
+No weight is read for a plan.
+"""
 
 import io
 from collections.abc import Mapping
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.errors import RecipeError
 from tunesmith.host.packages import require
 from tunesmith.tools.export.gguf.families import (
+    SERVE_FOLDER,
     ModelConfig,
     add_config,
     check_tensor_names,
@@ -37,19 +41,22 @@ from tunesmith.units import ceil_div
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-TENSOR_ALIGNMENT_BYTES = 32  # tensors begin at multiples of this
-# Keys of generation_config.json that llama.cpp takes as defaults of its sampler.
+TENSOR_ALIGNMENT_BYTES = 32  # the data of each tensor starts at a multiple of this
+# Keys of generation_config.json that llama.cpp uses as defaults of its sampler.
 _SAMPLING = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file.
+    """Tensor of a GGUF file.
 
     Attributes:
-        ggml_type: its type, such as `Q4_K`.
-        heads: heads whose rows change places (`families.pair_neighbors`); None: all rows stay.
-        offset: added to every value.
+        name: llama.cpp's name of the tensor.
+        ggml_type: the type in the file, such as `Q4_K`.
+        source: the values, in fp32.
+        heads: number of attention heads, if `families.pair_neighbors` must reorder the rows of each
+            head; None if the order of the rows is unchanged.
+        offset: a number that is added to every value.
     """
 
     name: str
@@ -61,17 +68,18 @@ class GgufTensor:
 
     @property
     def size(self) -> int:
-        """Bytes, without padding."""
+        """Size of the tensor in bytes, without padding."""
         return tensor_bytes(self.ggml_type, self.shape)
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """The file that `write_gguf` writes.
+    """Plan of the GGUF file that `write_gguf` writes.
 
     Attributes:
-        header: the file up to the tensors, padded.
-        notes: for the user: what llama.cpp computes in another way.
+        header: the bytes before the first tensor, including padding.
+        tensors: the tensors in the order of the file.
+        notes: differences between llama.cpp and Transformers, for the user.
     """
 
     header: bytes
@@ -80,12 +88,12 @@ class GgufPlan:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(padded(tensor.size) for tensor in self.tensors)
 
 
 def padded(size: int) -> int:
-    """Bytes up to the next tensor."""
+    """Round a size in bytes up to the alignment of tensors."""
     return ceil_div(size, TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
 
 
@@ -99,18 +107,20 @@ def plan_gguf(
     generation: Mapping[str, float] = {},
     turn_end: int | None = None,
 ) -> GgufPlan:
-    """The file of a whole model; no weight is read.
+    """Plan the GGUF file of an entire model. No weight is read.
 
     Args:
         config: `model.config.to_dict()`.
-        weights: by the names of Transformers' parameters, a tied head left out.
+        weights: the weights by Transformers' parameter names, without a tied output layer.
         quant: a name of `types.GGUF_QUANT_TYPES`.
-        name: what llama.cpp shows as the model's name.
-        generation: `generation_config.json`.
-        turn_end: the token that ends an answer, where it is not the tokenizer's eos.
+        name: the model's name, which llama.cpp shows.
+        generation: the content of `generation_config.json`.
+        turn_end: the token that ends an answer, if it is not the tokenizer's eos.
 
-    ModelError where llama.cpp cannot compute this model, RecipeError for another quantization,
-    MachineError where a package is missing.
+    Raises:
+        ModelError: llama.cpp cannot compute this model.
+        RecipeError: the quantization is not supported.
+        MachineError: a package is missing.
     """
     require_gguf()
     import gguf
@@ -119,7 +129,7 @@ def plan_gguf(
         raise RecipeError(
             f"{quant!r} is not a supported quantization",
             where="--quant",
-            fix=f"one of {', '.join(GGUF_QUANT_TYPES)}",
+            fix=f"use one of {', '.join(GGUF_QUANT_TYPES)}",
         )
     family = read_family(config)
     new_names = check_tensor_names(weights, config, family)
@@ -134,7 +144,8 @@ def plan_gguf(
     parameters = sum(prod(shape) for shape in shapes.values())
     writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
     _add_sampling(writer, generation)
-    # The embedding may have more rows than the config says, for tokens that were added.
+    # Use the number of embedding rows as the vocabulary size, because the config may not count
+    # added tokens.
     add_config(writer, {**config, "vocab_size": rows}, family)
     header = {key: value.value for key, value in writer.kv_data[0].items()}
     types = tensor_types(plain_tensors(shapes, quant), quant, header)
@@ -142,7 +153,8 @@ def plan_gguf(
     for new_name, tensor in factors.items():
         source = WholeRows(tensor.shape, tensor.clone, LastRead())
         tensors.append(GgufTensor(new_name, shapes[new_name], types[new_name], source))
-    # Transformers multiplies with 1 + weight of a norm of Gemma, llama.cpp with the weight.
+    # Add 1 to the weights of Gemma's norms: Transformers multiplies by 1 + weight, but llama.cpp
+    # multiplies by the stored weight.
     is_gemma = family.arch.startswith("gemma")
     for old_name, weight in weights.items():
         new_name = new_names[old_name]
@@ -151,7 +163,7 @@ def plan_gguf(
         tensors.append(
             GgufTensor(new_name, shapes[new_name], types[new_name], weight, heads, offset)
         )
-    # A missing package shows now, not after the first gigabytes.
+    # Load the ggml library now, so that a missing package is reported before a long write.
     if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
         ggml()
     kind = "ALL" if quant == "f32" else "MOSTLY"
@@ -163,28 +175,33 @@ def plan_gguf(
 
 
 def require_gguf() -> None:
-    """MachineError unless the package that names keys and tensors is installed."""
-    require("gguf", where="--to gguf", fix="serve the Transformers folder: tunesmith merge RUN")
+    """Raise MachineError if the package `gguf`, which defines keys and tensor names, is missing."""
+    require(
+        "gguf",
+        where="--to gguf",
+        fix=SERVE_FOLDER,
+    )
 
 
 def new_writer(arch: str) -> "GGUFWriter":
-    """A `gguf.GGUFWriter` that no file is opened for."""
+    """Return a `gguf.GGUFWriter` without an open file."""
     import gguf
 
     return gguf.GGUFWriter(None, arch)
 
 
 def header_bytes(writer: "GGUFWriter", tensors: list[GgufTensor]) -> bytes:
-    """The file up to the first tensor."""
+    """Return the bytes of the file before the first tensor, including padding."""
     import gguf
     import numpy
     from gguf.gguf_writer import WriterState
 
     for tensor in tensors:
         ggml_type = gguf.GGMLQuantizationType[tensor.ggml_type]
-        # Each tensor is announced as bytes with its size: the writer of `gguf` gets no data at all.
+        # Describe each tensor as raw bytes (dtype "V1") and give its size, because the writer gets
+        # no data.
         writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("V1"), tensor.size, ggml_type)
-    # Where a file would be opened.
+    # Give the writer a buffer instead of a file, and set its state as if a file had been opened.
     stream = io.BytesIO()
     writer.fout = [stream]
     writer.state = WriterState.EMPTY

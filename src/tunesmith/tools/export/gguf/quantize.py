@@ -1,8 +1,8 @@
-"""Rows of fp32 as bytes of a GGUF type.
+"""Quantization of fp32 rows to the bytes of a GGUF type.
 
-Blocks of the K types are searched for by ggml's own function, from the shared object of the wheel
-libggml-python: a search in Python would be slow, and would not give the same bytes. ctypes releases
-the interpreter's lock during the call, so threads run side by side.
+Block types are quantized with ggml's C function, from the shared library in the wheel
+libggml-python. An implementation in Python would be slower and would give slightly different bytes.
+ctypes releases the GIL during the call, so several threads can quantize concurrently.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.host.packages import pip_install
 from tunesmith.tools.export.gguf.types import tensor_bytes
 
-# The numbers of `ggml_type`.
+# Values of the C enum `ggml_type`.
 _GGML_TYPES = {
     "Q5_0": 6,
     "Q5_1": 7,
@@ -33,7 +33,10 @@ _PYTHON_ENVIRONMENT = "the Python environment"
 
 @cache
 def ggml() -> ctypes.CDLL:
-    """ggml's shared object. MachineError where it is not installed, or has no such function."""
+    """Load ggml's shared library, and set the argument types of its functions.
+
+    Raise MachineError if the library is not installed or lacks a function.
+    """
     try:
         library = ctypes.CDLL(str(_library_file()))
         library.ggml_quantize_init.argtypes = [ctypes.c_int]
@@ -53,36 +56,37 @@ def ggml() -> ctypes.CDLL:
             "ggml's library cannot be loaded",
             where=_PYTHON_ENVIRONMENT,
             why=str(error),
-            fix=f"{pip_install('libggml-python')}, or use --quant f16",
+            fix=f"run `{pip_install('libggml-python')}`, or use --quant f16",
         ) from error
-    # Tables that threads would otherwise build at the same time.
+    # Build the quantization tables now. Otherwise several threads could build them concurrently.
     for number in _GGML_TYPES.values():
         library.ggml_quantize_init(number)
     return library
 
 
 def _library_file() -> Path:
-    """The file in the wheel. OSError where there is none."""
+    """Return ggml's shared library in the wheel libggml-python. Raise OSError if it is missing."""
     spec = find_spec("libggml")
     if spec is None:
-        raise OSError("libggml-python is not installed")
+        raise OSError("the package libggml-python is not installed")
     for folder in spec.submodule_search_locations or ():
-        # The wheel's file has another name on each system.
+        # The file has a different name on Linux, macOS and Windows.
         for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
             for path in Path(folder).rglob(name):
                 return path
-    raise OSError("libggml-python has no libggml-base for this machine")
+    raise OSError("the package libggml-python contains no ggml library for this machine")
 
 
 def needs_ggml(ggml_type: str) -> bool:
-    """Tell whether a type is one of blocks that the ggml library quantizes."""
+    """Return whether quantization to this type requires the ggml library."""
     return ggml_type in _GGML_TYPES
 
 
 def quantize_rows(rows: Tensor, ggml_type: str, name: str) -> memoryview:
-    """The bytes of contiguous fp32 rows [n, columns] or [n] in a type; `name` is for errors.
+    """Convert contiguous fp32 rows [n, columns] or [n] to the bytes of a GGUF type.
 
-    ModelError where a value is not finite, in the rows or in the type.
+    Raise ModelError if a value is not finite before or after the conversion. `name` is the tensor's
+    name for the message.
     """
     if needs_ggml(ggml_type):
         _check_finite(rows, name, ggml_type)
@@ -96,22 +100,25 @@ def _check_finite(values: Tensor, name: str, ggml_type: str) -> None:
     if torch.isfinite(values).all():
         return
     raise ModelError(
-        f"{name} has a value that is not finite in {ggml_type}",
+        f"{name} has a value that is infinite or NaN in the format {ggml_type}",
         where="the model's weights",
-        why="one such value makes every answer NaN; the maximum of F16 is 65,504",
-        fix="use --quant bf16; if the weights themselves are not finite, an earlier checkpoint",
+        why="such a value makes every answer NaN; F16 can store values up to 65,504",
+        fix="use --quant bf16; if the trained weights already have such values, export an earlier "
+        "checkpoint",
     )
 
 
 def _blocks(rows: Tensor, ggml_type: str) -> memoryview:
     columns = rows.shape[-1]
     data = bytearray(tensor_bytes(ggml_type, rows.shape))
-    # A view of the bytearray: ggml writes into it without a copy.
+    # `target` is a view of the bytearray, so ggml writes into it without a copy.
     target = (ctypes.c_char * len(data)).from_buffer(data)
     written = ggml().ggml_quantize_chunk(
         _GGML_TYPES[ggml_type], rows.data_ptr(), target, 0, rows.numel() // columns, columns, None
     )
-    # A size other than planned would shift every tensor after this one.
+    # Check the size, because a wrong size would shift all following tensors in the file.
     if written != len(data):
-        raise RuntimeError(f"ggml wrote {written} bytes of {ggml_type} instead of {len(data)}")
+        raise RuntimeError(
+            f"ggml wrote {written} bytes of {ggml_type} data instead of the expected {len(data)}"
+        )
     return memoryview(data)

@@ -1,9 +1,9 @@
-"""The process that serves a GGUF file: llama.cpp's server, from the wheel xllamacpp.
+"""Main module of the child process that serves a GGUF file with llama.cpp's server (xllamacpp).
 
-It is a process of its own since the server's end waits for ever now and then, most often on a busy
-machine: its loop misses a stop request that comes as it goes to sleep (xllamacpp 2026.10). A
-process needs no such end, and a fault of llama.cpp in it is an error here rather than the end of
-`tunesmith`. No torch is imported: it starts in a tenth of a second.
+The server runs in a separate process for two reasons. First, stopping the server sometimes hangs,
+mostly on a busy machine, because its loop misses a stop request that arrives when the loop goes to
+sleep (xllamacpp 2026.10). A process can be killed instead. Second, a crash of llama.cpp does not
+end `tunesmith`. The module does not import torch, so it starts in a tenth of a second.
 """
 
 import os
@@ -13,13 +13,14 @@ import xllamacpp
 
 
 def serve_file() -> None:
-    """Serve until standard input ends, as it does where the parent is killed.
+    """Serve the file until standard input is closed, which also happens if the parent is killed.
 
-    The arguments are the parameters of `LlamaCpp`, "" for no adapter. The address is printed on
-    standard output, and messages of llama.cpp on standard error.
+    The command-line arguments are the parameters of `LlamaCpp`, with "" for no adapter. The address
+    is printed on standard output, and messages of llama.cpp on standard error.
     """
     answers = os.fdopen(os.dup(1), "w")
-    # A message of llama.cpp must not fill the pipe, which nobody reads after the address.
+    # Redirect messages of llama.cpp to stderr. They would fill the pipe of stdout, which the parent
+    # does not read after the address.
     os.dup2(2, 1)
     _, file, adapter, threads, context = sys.argv
     params = xllamacpp.CommonParams()
@@ -29,8 +30,8 @@ def serve_file() -> None:
     params.n_ctx = int(context)
     params.warmup = False
     params.cpuparams.n_threads = int(threads)
-    params.port = 0  # any that is free
-    params.verbosity = 1  # errors, which have the cause
+    params.port = 0  # use any free port
+    params.verbosity = 1  # print only errors
     if adapter:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     try:
@@ -39,9 +40,9 @@ def serve_file() -> None:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
     print(server.listening_address, file=answers, flush=True)
-    # The parent's end closes the pipe, also where it was killed.
+    # Wait until the parent closes the pipe or is killed.
     sys.stdin.read()
-    # Past the server's destructor, which is what may wait for ever
+    # Exit without the server's destructor, which can hang.
     os._exit(0)
 
 

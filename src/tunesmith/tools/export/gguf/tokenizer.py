@@ -1,9 +1,10 @@
-"""A Transformers tokenizer as the `tokenizer.*` part of a GGUF header.
+"""Conversion of a Transformers tokenizer to the keys `tokenizer.*` of a GGUF header.
 
-llama.cpp has its own tokenizers in C++. Byte-level BPE is `gpt2`, whose regular expressions go by a
-name in `tokenizer.ggml.pre`; a wrong name gives other ids without an error, so a tokenizer that is
-not recognized is refused. BPE over characters with tokens for single bytes, as of SentencePiece, is
-`llama`, which joins the pair with the highest score.
+llama.cpp implements tokenizers in C++. Its name for byte-level BPE is `gpt2`. The regular
+expressions that split a text before BPE have a name, which is the value of the key
+`tokenizer.ggml.pre`. A wrong name gives wrong token ids without an error, so unknown tokenizers are
+refused. llama.cpp's name for SentencePiece's BPE is `llama`. This BPE works on characters, has
+tokens for single bytes, and first joins the pair with the highest score.
 """
 
 import hashlib
@@ -24,19 +25,23 @@ from tunesmith.hub.gguf_tokenizer import (
     TokenType,
     served_splits,
 )
-from tunesmith.tools.export.gguf.families import ModelConfig
+from tunesmith.tools.export.gguf.families import SERVE_FOLDER, ModelConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+# Scores of tokens that no merge produces: the first is for added and special tokens, the second for
+# rows of the embedding that no token uses.
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
-_SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesmith merge RUN"
 
 
 class TextStep(TypedDict, total=False):
-    """A normalizer or pre-tokenizer of tokenizer.json; each but `type` is of some types alone."""
+    """Normalizer or pre-tokenizer in tokenizer.json. Only the key `type` occurs in all types.
+
+    The two types with the name Sequence contain a list of further steps.
+    """
 
     type: str
     normalizers: "Sequence[TextStep]"
@@ -54,11 +59,11 @@ class TextStep(TypedDict, total=False):
 
 
 class BpeModel(TypedDict, total=False):
-    """The part `model` of tokenizer.json."""
+    """Object `model` in tokenizer.json."""
 
     type: str
     vocab: dict[str, int]
-    merges: Sequence[list[str]]  # pairs
+    merges: Sequence[list[str]]  # pairs of tokens
     byte_fallback: bool
     ignore_merges: bool
     continuing_subword_prefix: str
@@ -66,7 +71,7 @@ class BpeModel(TypedDict, total=False):
 
 
 class AddedToken(TypedDict):
-    """One of the tokens that stand beside the vocabulary in tokenizer.json."""
+    """Element of `added_tokens` in tokenizer.json."""
 
     id: int
     content: str
@@ -75,7 +80,7 @@ class AddedToken(TypedDict):
 
 
 class TokenizerFile(TypedDict):
-    """The content of tokenizer.json."""
+    """Content of tokenizer.json."""
 
     model: BpeModel
     normalizer: TextStep | None
@@ -85,20 +90,22 @@ class TokenizerFile(TypedDict):
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """The header's entries about the tokenizer.
+    """Values of the tokenizer's keys in a GGUF header.
 
     Attributes:
-        model: `gpt2` for byte-level BPE, `llama` for SentencePiece's.
-        pre: the name of the regular expressions that text is split by first.
-        tokens, types: one for each row of the embedding.
-        scores: of `llama`: the pair with the highest is joined first.
-        merges: of `gpt2`: `left right`, in the order in which they apply.
-        special: ids by `bos`, `eos`, ..., and `eot` where a turn ends with another token than eos.
-        add_bos, add_eos: whether encoding puts them around a text.
-        add_space: whether encoding puts a space in front of a text.
-        strips_space: whether space after a special token is dropped, as of Phi-3.
-        chat_template: Jinja; None: there is none.
-        notes: for the user: what llama.cpp does in another way.
+        model: `gpt2` for byte-level BPE, `llama` for the BPE of SentencePiece.
+        pre: the name of the regular expressions that split a text before BPE.
+        tokens, types: text and `TokenType` of each row of the embedding.
+        scores: score of each token, only for `llama`. The pair that gives the token with the
+            highest score is joined first.
+        merges: only for `gpt2`: pairs `left right`, in the order in which they are applied.
+        special: token ids by name, such as `bos` and `eos`. `eot` is an end-of-turn token that is
+            not eos.
+        add_bos, add_eos: whether encoding adds the bos and eos token to a text.
+        add_space: whether encoding adds a space at the start of a text.
+        strips_space: whether whitespace after a special token is removed, as for Phi-3.
+        chat_template: the Jinja template, or None.
+        notes: differences between llama.cpp and Transformers, for the user.
     """
 
     model: str
@@ -122,27 +129,30 @@ def read_gguf_tokenizer(
     config: ModelConfig,
     turn_end: int | None = None,
 ) -> GgufTokenizer:
-    """The tokenizer of a model whose embedding has `rows` rows.
+    """Convert a tokenizer to the values of a GGUF header.
 
-    `config` is the model's, for ids of special tokens that the tokenizer does not name. `turn_end`
-    is the token that ends an answer, where it is not eos. ModelError where llama.cpp would give
-    other ids.
+    Args:
+        rows: number of rows of the model's embedding.
+        config: the model's config, for special tokens that the tokenizer does not have.
+        turn_end: the token that ends an answer, if it is not eos.
+
+    Raise ModelError if llama.cpp could give other token ids.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown_tokenizer(f"{type(tokenizer).__name__} has no tokenizer.json")
     state: TokenizerFile = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise _unknown_tokenizer(f"its model is {model['type']}, not BPE")
+        raise _unknown_tokenizer(f"the model of the tokenizer is {model['type']}, not BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if affix := model.get(key):
-            raise _unknown_tokenizer(f"its model has {key} = {affix!r}")
-    # Rows of the embedding count: a tokenizer may know tokens that the model has no row for.
+            raise _unknown_tokenizer(f"the model of the tokenizer has {key} = {affix!r}")
+    # Leave out tokens that have no row in the embedding. Some tokenizers have such tokens.
     vocab = {token: index for token, index in model["vocab"].items() if index < rows}
     added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
     tokens, types = _token_lists(vocab, added, rows)
     special = _special_ids(tokenizer, rows, config, turn_end)
-    # What encoding puts around a text shows in the ids of any text.
+    # Encode any text, to see whether the tokenizer adds bos and eos.
     ids = tokenizer.encode("a")
     notes: list[str] = []
     is_sentencepiece = bool(model.get("byte_fallback"))
@@ -154,7 +164,9 @@ def read_gguf_tokenizer(
         scores = _scores(state, vocab, tokens, types, special.get("unk"))
     else:
         pre = _byte_level_name(tokenizer, state, notes)
-        merges = tuple(_merge_text(pair) for pair in model["merges"])
+        merges = tuple(
+            " ".join(part.replace(" ", "\u0120") for part in pair) for pair in model["merges"]
+        )
     strips_space, stripping_notes = _stripping(added.values(), {*tokens})
     return GgufTokenizer(
         model="llama" if is_sentencepiece else "gpt2",
@@ -175,10 +187,10 @@ def read_gguf_tokenizer(
 
 def _unknown_tokenizer(why: str) -> ModelError:
     return ModelError(
-        "llama.cpp has no tokenizer that is known to give the same ids",
+        "no tokenizer of llama.cpp is known to give the same token ids as the run's tokenizer",
         where="tokenizer.json",
         why=why,
-        fix=_SERVE_FOLDER,
+        fix=SERVE_FOLDER,
     )
 
 
@@ -201,14 +213,17 @@ def _special_ids(
 
 
 def _default_template(template: str | Mapping[str, str] | None) -> str | None:
-    """A tokenizer may have several by name; llama.cpp uses one."""
+    """Return the chat template that llama.cpp uses.
+
+    If a tokenizer has several templates, `template` is a dict.
+    """
     if isinstance(template, Mapping):
         return template.get("default")
     return template
 
 
-# Tokens that some models add for their templates and training without marking them as special;
-# llama.cpp's converter takes them for it.
+# Pattern for tokens that are special in chat templates, although some models do not mark them as
+# special. llama.cpp's converter also treats these tokens as special.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)
 
 
@@ -219,22 +234,36 @@ def _added_type(token: AddedToken) -> TokenType:
 
 
 def _stripping(added: Collection[AddedToken], tokens: set[str]) -> tuple[bool, list[str]]:
-    """Tell whether space after special tokens is dropped, by the name, and add notes on that."""
+    """Return whether llama.cpp should remove whitespace after special tokens, and notes.
+
+    The notes tell the user in which cases llama.cpp differs from the tokenizer.
+
+    Args:
+        added: the added tokens.
+        tokens: the texts of all tokens.
+    """
     dropped = {token["content"] for token in added if token["rstrip"]}
     unstripped = {token["content"] for token in added} - dropped
     if not dropped:
         return False, []
-    # llama.cpp does not load a file with the name that lacks one of the four.
+    # llama.cpp removes whitespace after special tokens if the model's name contains "Phi-3". But it
+    # cannot load a file with this name if one of the tokens below is missing.
     if not tokens >= {*NOT_STRIPPED, "</s>"}:
-        return False, [f"llama.cpp keeps space after {', '.join(sorted(dropped))}"]
+        return False, [
+            f"llama.cpp keeps whitespace after {', '.join(sorted(dropped))}; the run's tokenizer "
+            "removes it"
+        ]
     if unstripped > NOT_STRIPPED:
         others = ", ".join(sorted(unstripped - NOT_STRIPPED))
-        return True, [f"llama.cpp drops space after {others}, too"]
+        return True, [f"llama.cpp removes whitespace after {others}; the run's tokenizer keeps it"]
     return True, []
 
 
 def model_name(name: str, strips_space: bool) -> str:
-    """`name` as llama.cpp has to read it: whether it has Phi-3 in it decides on space."""
+    """Return the model's name, changed so that llama.cpp handles whitespace correctly.
+
+    llama.cpp removes whitespace after special tokens only if the name contains "Phi-3".
+    """
     if strips_space and not STRIPPING_NAME.search(name):
         return f"{name} (Phi-3)"
     if not strips_space:
@@ -245,8 +274,9 @@ def model_name(name: str, strips_space: bool) -> str:
 def _token_lists(
     vocab: Mapping[str, int], added: Mapping[int, AddedToken], rows: int
 ) -> tuple[list[str], list[TokenType]]:
-    """Text and type of every row: of no token, of the vocabulary, added."""
-    # An embedding is often padded to a round number of rows; each needs a text of its own.
+    """Return two lists: the text and the type of each embedding row's token."""
+    # An embedding often has more rows than there are tokens. Each additional row needs a unique
+    # text.
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [TokenType.UNUSED] * rows
     for text, index in vocab.items():
@@ -256,44 +286,46 @@ def _token_lists(
         types[index] = _added_type(token)
         tokens[index] = token["content"]
         if types[index] is TokenType.USER_DEFINED:
-            # llama.cpp looks for it in the text as it was written.
+            # llama.cpp searches for these tokens in the original text, where spaces are not
+            # escaped.
             tokens[index] = token["content"].replace(SPACE, " ")
     return tokens, types
 
 
-# Byte-level BPE
+# Functions for byte-level BPE
 
 
 def _byte_level_name(
     tokenizer: PreTrainedTokenizerBase, state: TokenizerFile, notes: list[str]
 ) -> str:
-    """`pre_tokenizer_name`, with notes on what llama.cpp splits otherwise."""
+    """Return `pre_tokenizer_name`, and add notes about texts that llama.cpp splits differently."""
     if list(_steps(state["normalizer"])):
-        notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
+        notes.append(
+            "llama.cpp does not apply the Unicode normalization NFC, so the token ids of "
+            "decomposed letters can differ"
+        )
     if not state["model"]["merges"]:
-        raise _unknown_tokenizer("it joins no bytes to tokens, and llama.cpp opens no such file")
+        raise _unknown_tokenizer(
+            "the tokenizer has no merges, and llama.cpp cannot open a file without merges"
+        )
     pre = pre_tokenizer_name(tokenizer, state)
     if pre in PRE_TOKENIZER_TABLE["notes"] and _splits(state) != served_splits(pre):
         notes.append(PRE_TOKENIZER_TABLE["notes"][pre])
     return pre
 
 
-def _merge_text(pair: list[str]) -> str:
-    """Join the two, whose parts may contain a space, by one."""
-    return " ".join(part.replace(" ", "\u0120") for part in pair)
-
-
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: TokenizerFile) -> str:
-    """`tokenizer.ggml.pre`, by the ids of a fixed text, else by the steps of tokenizer.json.
+    """Return the value of `tokenizer.ggml.pre` for a byte-level tokenizer.
 
-    The first is llama.cpp's own key, and sees the whole tokenizer; a vocabulary that was trained
-    anew has other ids, and keeps the steps. ModelError where both are unknown.
+    llama.cpp's converter identifies a tokenizer by the token ids of a fixed text. If these ids are
+    unknown, for example because the vocabulary was trained again, use the pre-tokenizer in
+    tokenizer.json. Raise ModelError if llama.cpp does not know this pre-tokenizer either.
     """
     ids = tokenizer.encode(PRE_TOKENIZER_TABLE["text"])
     name = PRE_TOKENIZER_TABLE["hashes"].get(hashlib.sha256(str(ids).encode()).hexdigest())
     if name is not None:
-        # The vocabulary is unknown: by its steps.
         return str(name)
+    # The vocabulary is unknown, so identify the pre-tokenizer by its regular expressions.
     splits = _splits(state)
     ignores_merges = bool(state["model"].get("ignore_merges"))
     names = []
@@ -303,16 +335,17 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: TokenizerFile)
                 return str(row["pre"])
             names.append(row["pre"])
     if names:
-        # Same splits, and a whole word that is a token is one only for the other: in a vocabulary
-        # whose merges lead to every token both give the same ids.
+        # The regular expressions match, but `ignore_merges` differs. If it is true, a word in the
+        # vocabulary becomes one token without merges. This makes no difference if the merges can
+        # produce every token of the vocabulary.
         return str(names[0])
-    raise _unknown_tokenizer(f"nothing in llama.cpp is known to split text by {splits}")
+    raise _unknown_tokenizer(f"no pre-tokenizer of llama.cpp is known to split text by {splits}")
 
 
 def _splits(state: TokenizerFile) -> list[str] | None:
-    """The regular expressions that text is split by, one after the other.
+    """Return the regular expressions that split a text, in the order in which they are applied.
 
-    None where a step is another.
+    Return None if the normalizer or pre-tokenizer has an unsupported kind of step.
     """
     for step in _steps(state["normalizer"]):
         if step["type"] != "NFC":
@@ -321,7 +354,7 @@ def _splits(state: TokenizerFile) -> list[str] | None:
     steps = list(_steps(state["pre_tokenizer"]))
     for position, step in enumerate(steps):
         is_last = position == len(steps) - 1
-        # ByteLevel makes letters of bytes, so it has to be the last step, and be there.
+        # ByteLevel converts bytes to letters. It must be the last step, and must not occur earlier.
         if (step["type"] == "ByteLevel") != is_last:
             return None
         split = _split_of(step)
@@ -332,13 +365,14 @@ def _splits(state: TokenizerFile) -> list[str] | None:
 
 
 def _split_of(step: TextStep) -> list[str] | None:
-    """The expressions of one step; None where it does something else."""
+    """Return the regular expressions of one step. Return None for an unsupported kind of step."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return ["gpt-2"] if step["use_regex"] else []
     if step["type"] == "Digits" and step["individual_digits"]:
         return ["digit"]
     if step["type"] == "Split" and "Regex" in step["pattern"]:
-        # Of an expression that matches all text, the same two ways to write it.
+        # "Isolated" keeps the matches and the text between the matches. "Removed" with `invert`
+        # keeps only the matches. Both are equivalent if the matches cover the entire text.
         how = (step["behavior"], step["invert"])
         if how in (("Isolated", False), ("Removed", True)):
             return [step["pattern"]["Regex"]]
@@ -346,7 +380,7 @@ def _split_of(step: TextStep) -> list[str] | None:
 
 
 def _steps(part: TextStep | None) -> Iterator[TextStep]:
-    """A normalizer or pre-tokenizer as a flat list."""
+    """Yield the steps of a normalizer or pre-tokenizer. Nested sequences are flattened."""
     if part is None:
         return
     if part["type"] != "Sequence":
@@ -356,7 +390,7 @@ def _steps(part: TextStep | None) -> Iterator[TextStep]:
         yield from _steps(member)
 
 
-# SentencePiece's BPE
+# Functions for SentencePiece's BPE
 
 
 def _scores(
@@ -366,11 +400,15 @@ def _scores(
     types: list[TokenType],
     unknown: int | None,
 ) -> tuple[float, ...]:
-    """The score of each token; sets the types of bytes and of the unknown token in `types`."""
+    """Return the score of each token.
+
+    Also set the types of the byte tokens and of the unknown token in `types`. Raise ModelError if
+    the vocabulary or the merges cannot be expressed in a GGUF file.
+    """
     for byte in range(256):
         index = vocab.get(f"<0x{byte:02X}>")
         if index is None:
-            raise _unknown_tokenizer(f"its vocabulary has no <0x{byte:02X}>")
+            raise _unknown_tokenizer(f"the vocabulary has no <0x{byte:02X}>")
         types[index] = TokenType.BYTE
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
@@ -379,36 +417,43 @@ def _scores(
     for text, token_type in zip(tokens, types, strict=True):
         if token_type is TokenType.UNUSED:
             scores.append(UNUSED_SCORE)
-        # No pair is joined to such a token: it is matched in the text before.
+        # No merge produces these tokens, because they are searched for in the text before BPE.
         elif token_type in (TokenType.CONTROL, TokenType.USER_DEFINED):
             scores.append(ADDED_SCORE)
         else:
-            # The earlier a merge stands in the list, the higher its score.
+            # Earlier merges have a higher score.
             scores.append(-float(ranks.get(text, 0)))
     return tuple(scores)
 
 
 def _adds_space(state: TokenizerFile, notes: list[str]) -> bool:
-    """Tell whether encoding puts a space in front.
+    """Return whether encoding adds a space at the start of a text.
 
-    ModelError where text is changed or split by more than SentencePiece's escape of spaces.
+    Raise ModelError if the tokenizer changes or splits a text in any way other than
+    SentencePiece's, which only escapes spaces.
     """
     adds = False
     for step in _steps(state["normalizer"]):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             adds = True
         elif step["type"] != "Replace" or step["content"] != SPACE:
-            raise _unknown_tokenizer(f"text is normalized by {step['type']}")
+            raise _unknown_tokenizer(f"the tokenizer normalizes text with {step['type']}")
     for step in _steps(state["pre_tokenizer"]):
         if step["type"] == "Metaspace" and not step["split"]:
             adds = adds or step["prepend_scheme"] != "never"
             if step["prepend_scheme"] == "always":
-                notes.append("llama.cpp puts a space in front of text that begins with one, too")
+                notes.append(
+                    "llama.cpp adds a space even to a text that starts with a space; the run's "
+                    "tokenizer does not"
+                )
             if step["prepend_scheme"] == "first":
-                notes.append("llama.cpp puts a space in front of text after any special token")
-        # No space is left to split by: the normalizer has replaced them.
+                notes.append(
+                    "llama.cpp adds a space after every special token; the run's tokenizer adds it "
+                    "only at the start of the text"
+                )
+        # A split at " " has no effect, because the normalizer has already replaced all spaces.
         elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
-            raise _unknown_tokenizer(f"text is split by {step['type']}")
+            raise _unknown_tokenizer(f"the tokenizer splits text with {step['type']}")
     return adds
 
 
@@ -418,12 +463,13 @@ def _join_ranks(
     tokens: list[str],
     types: list[TokenType],
 ) -> dict[str, int]:
-    """The order in which tokens are joined from two others: the smallest first.
+    """Return the rank of each token that a merge produces. Merges with low ranks come first.
 
-    llama.cpp joins any two that make a token, by that token's score; tokenizer.json lists the
-    pairs. ModelError where one order cannot express the list.
+    tokenizer.json ranks the pairs to join. llama.cpp ranks the tokens that result from joining, and
+    joins any pair that results in a token. Raise ModelError if ranks of tokens cannot express the
+    ranks of the pairs.
     """
-    # Matched in the text before any pair is joined.
+    # Tokens that are searched for in the text before BPE. No merge has to produce these tokens.
     whole = {
         tokens[index] for index, token_type in enumerate(types) if token_type != TokenType.NORMAL
     }
@@ -434,10 +480,12 @@ def _join_ranks(
     for left, right in merges:
         joined = left + right
         pairs.add((left, right))
-        # One score stands for all pairs that make a token, so they must follow each other in the
-        # list.
+        # All pairs that result in the same token get one rank. Therefore they must be next to each
+        # other in the list of pairs.
         if joined in ranks and joined != previous and joined not in whole:
-            raise _unknown_tokenizer(f"the pairs that make {joined!r} do not follow each other")
+            raise _unknown_tokenizer(
+                f"the merges that give {joined!r} are not next to each other in the list"
+            )
         ranks.setdefault(joined, len(ranks))
         previous = joined
     for token in vocab:
@@ -449,19 +497,22 @@ def _join_ranks(
 def _check_pairs(
     joined: str, pairs: set[tuple[str, str]], vocab: Mapping[str, int], whole: set[str]
 ) -> None:
-    # llama.cpp would join each two parts that make a token, in the list or not.
+    # llama.cpp joins any two tokens that result in a token. Therefore the merges must contain every
+    # pair that results in `joined`.
     for split in range(1, len(joined)):
         left, right = joined[:split], joined[split:]
         is_pair = left in vocab and right in vocab and left not in whole and right not in whole
         if is_pair and (left, right) not in pairs:
-            raise _unknown_tokenizer(f"no merge of {left!r} and {right!r}, which make a token")
+            raise _unknown_tokenizer(
+                f"the merges lack {left!r} and {right!r}, which together are a token"
+            )
 
 
-# The header
+# Functions that write the header of a GGUF file
 
 
 def add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
-    """The tokenizer into a `gguf.GGUFWriter`."""
+    """Add the keys of the tokenizer to a `gguf.GGUFWriter`."""
     writer.add_tokenizer_model(tokenizer.model)
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)

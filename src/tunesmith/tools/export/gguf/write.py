@@ -1,7 +1,7 @@
-"""A planned GGUF file onto the disk, in bands of rows that threads read and quantize.
+"""Writer of a planned GGUF file. Threads read and quantize bands of rows.
 
-Peak memory is a few bands a thread, whatever the size of the model: the embedding of a 70B model
-alone is 2 GB in bf16. Bands are written in the order of the file.
+Peak memory is a few bands per thread, and does not depend on the size of the model. In comparison,
+the entire embedding of a 70B model takes 2 GB in bf16. Bands are written in the order of the file.
 """
 
 import os
@@ -21,7 +21,7 @@ from tunesmith.tools.export.gguf.families import pair_neighbors
 from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, padded
 from tunesmith.tools.export.gguf.quantize import quantize_rows
 
-BAND_VALUES = 4 * 2**20  # 16 MB in fp32
+BAND_VALUES = 4 * 2**20  # maximum number of values in a band: 16 MB in fp32
 BandJob = Callable[[], memoryview]
 
 
@@ -32,9 +32,10 @@ def write_gguf(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda written, size: None,
 ) -> None:
-    """Write the file; `progress` gets the bytes written so far, and those of the file.
+    """Write the planned GGUF file. Raise OSError if the disk is full.
 
-    OSError where the disk is full.
+    Args:
+        progress: function that is called with the number of written bytes and the file size.
     """
     bands = list(_bands(plan))
     with BandThreads(threads) as workers, path.open("wb") as file:
@@ -46,20 +47,21 @@ def write_gguf(
             if band.last == band.tensor.shape[0]:
                 file.write(bytes(padded(band.tensor.size) - band.tensor.size))
             progress(file.tell(), plan.size)
-        # The data is on the disk before the file gets its name.
+        # Flush the data to disk, because the caller then renames the file to its final name.
         file.flush()
         os.fsync(file.fileno())
 
 
 class BandThreads:
-    """Threads that quantize bands of rows, for use in a `with` statement."""
+    """Pool of threads that quantize bands of rows, for use in a `with` statement."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
 
     def __enter__(self) -> Self:
         self._torch_threads = torch.get_num_threads()
-        # One thread of torch in each worker: the workers themselves fill the cores.
+        # Let torch use one thread in each worker, because the workers together already use all
+        # cores.
         self._pool = ThreadPoolExecutor(
             self._threads, initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -67,15 +69,17 @@ class BandThreads:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        # The workers set theirs to 1, and MKL has one number for all threads.
+        # Restore torch's number of threads. The workers set it to 1, and in MKL this setting
+        # applies to all threads.
         torch.set_num_threads(self._torch_threads)
 
     def run(self, jobs: Iterable[BandJob]) -> Iterator[memoryview]:
-        """Yield the results in the order of the jobs, though they may be ready in another."""
+        """Run jobs concurrently, and yield their results in the order of the jobs."""
         running: deque[Future[memoryview]] = deque()
         for job in jobs:
             running.append(self._pool.submit(job))
-            # Two more than threads: a free thread begins another while the caller writes one.
+            # Keep two more jobs in the queue than there are threads, so that no thread is idle
+            # while the caller writes a result.
             if len(running) == self._threads + 2:
                 yield running.popleft().result()
         while running:
@@ -83,9 +87,10 @@ class BandThreads:
 
 
 def tensor_jobs(tensor: Tensor, ggml_type: str, name: str) -> Iterator[BandJob]:
-    """Yield the jobs that quantize a tensor in memory, such as a stack of experts, band by band.
+    """Yield jobs that quantize a tensor in memory, such as a stack of experts, band by band.
 
-    Only bands are copied, as contiguous fp32: the tensor may be in bf16, or a transposed view.
+    The tensor can be in bf16 or a transposed view. Each job copies only its band to contiguous
+    fp32.
     """
     tensor = torch.atleast_2d(tensor)
     step = max(BAND_VALUES // tensor.shape[-1], 1)
@@ -99,7 +104,7 @@ def _quantize_copy(rows: Tensor, ggml_type: str, name: str) -> memoryview:
 
 
 class Band(NamedTuple):
-    """The rows of a tensor from the first to before the last."""
+    """Rows [first:last] of a tensor."""
 
     tensor: GgufTensor
     first: int
@@ -109,16 +114,16 @@ class Band(NamedTuple):
 def _bands(plan: GgufPlan) -> Iterator[Band]:
     for tensor in plan.tensors:
         count = tensor.shape[0]
-        # The step is counted in rows; the last band has what is left.
-        step = _rows_of_a_band(tensor)
+        # Number of rows per band. The last band can be smaller.
+        step = _rows_per_band(tensor)
         for first in range(0, count, step):
             yield Band(tensor, first, min(first + step, count))
 
 
-def _rows_of_a_band(tensor: GgufTensor) -> int:
-    """Count the rows that fit, in whole heads where rows change places within a head."""
+def _rows_per_band(tensor: GgufTensor) -> int:
+    """Return the number of rows per band: up to BAND_VALUES values, but at least a row or head."""
     values = prod(tensor.shape[1:])
-    # A head's halves change places, so a band must not cut one.
+    # If rows are reordered within each head, a band must consist of complete heads.
     unit = 1 if tensor.heads is None else tensor.shape[0] // tensor.heads
     return max(BAND_VALUES // values // unit, 1) * unit
 

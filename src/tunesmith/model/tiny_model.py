@@ -1,9 +1,9 @@
-"""A tiny twin of a model: its class and its config, each kind of layer once, small in every width.
+"""A tiny version of a model: the same class and config, but with few layers and small widths.
 
-What a family of models needs is measured on the twin in a second or two. Windows and chunks are
-shorter than the documents that are measured, and nothing is dropped out, so that what the layers do
-shows. The sizes go by the names of the config's keys; a type whose keys mean something else has its
-own in HINTS.
+The tiny model is used to measure in a second or two how a model can be trained. It has one layer of
+each kind. Windows and chunks are shorter than the measured documents and dropout is off, so that
+the effect of the layers is visible. Sizes are recognized by the names of the config keys. Types
+that use these names differently have their own values in HINTS.
 """
 
 import logging
@@ -17,9 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
-from tunesmith.model.load import auto_class_of, one_line
+from tunesmith.model.load import auto_class_of
 from tunesmith.model.safetensors_files import Config
-from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
+from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN, one_line
 from tunesmith.model.vision import text_key
 
 VOCAB = 64
@@ -27,18 +27,20 @@ HIDDEN = 64
 HEADS = 4
 HEAD_DIM = 16
 KV_HEADS = 2
-WINDOW = 8  # of attention, in tokens; also of chunks, and of what an indexer selects
-STATE_CHANNELS = 8  # of a recurrent layer
-MAX_TWIN_POSITIONS = 512  # `measured_spec` runs a twin too, on up to so many tokens
-FEWEST_LAYERS = 2
-MOST_KINDS = 10
-# A twin that is larger has a size that no key below names.
-MOST_PARAMETERS = 50_000_000
-# Spread of the weights: 0.02, as most are drawn with, would hide what a layer does behind the
-# residual.
+WINDOW = 8  # number of tokens in windows, chunks and indexer selections
+STATE_CHANNELS = 8  # number of state channels of a recurrent layer
+MAX_TINY_POSITIONS = 512  # `run_on_meta` runs at most this number of tokens
+MIN_LAYERS = 2
+MAX_LAYER_KINDS = 10
+# Maximum number of parameters of a tiny model. A larger model means that its config has a key for a
+# size that the tables below do not list, so that this size was not reduced.
+MAX_TINY_PARAMETERS = 50_000_000
+# Standard deviation of the weights. With the usual 0.02, the residual stream would hide the effect
+# of a layer.
 SPREAD = 0.1
 
-# Keys by what they become. Those of a group have one value in every model.
+# Tiny model size -> config keys that get this size. Keys of one group have equal values in every
+# model.
 _KEYS_BY_SIZE = (
     (
         VOCAB,
@@ -98,7 +100,7 @@ _KEYS_BY_SIZE = (
         ),
     ),
     (
-        MAX_TWIN_POSITIONS,
+        MAX_TINY_POSITIONS,
         (
             "max_position_embeddings",
             "n_positions",
@@ -227,10 +229,10 @@ _KEYS_BY_SIZE = (
     ),
 )
 SIZE_OF_KEY = {key: size for size, keys in _KEYS_BY_SIZE for key in keys}
-# Keys that count layers.
+# Config keys for the number of layers.
 DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers", "layers")
-# As many as heads, one, or fewer.
-KV_HEADS_OF = {
+# Config keys for the number of key-value heads -> key for the number of query heads.
+QUERY_HEADS_KEYS = {
     "num_key_value_heads": "num_attention_heads",
     "num_kv_heads": "num_attention_heads",
     "kv_n_heads": "n_heads",
@@ -239,7 +241,7 @@ KV_HEADS_OF = {
     "num_query_groups": "num_attention_heads",
 }
 GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups", "o_groups")
-# Lists of the layers that are of one kind, by their number.
+# Config keys with a list of the indices of layers of one kind.
 LISTS_OF_LAYERS = (
     "attn_layer_indices",
     "full_attn_idxs",
@@ -248,8 +250,9 @@ LISTS_OF_LAYERS = (
     "hybrid_layer_ids",
     "global_attn_layers",
 )
-LAST_INDEX = "moe_layer_end_index"  # the last layer of a kind, by its number
-# Keys whose number says which layers are of another kind: of the layer `index` among `depth`.
+LAST_INDEX = "moe_layer_end_index"  # config key for the index of the last layer of a kind
+# Config keys with a number that separates two kinds of layers. The function of a key gets (layer
+# index, value of the key, number of layers) and returns whether the layer is of the first kind.
 COUNTS_OF_LAYERS: dict[str, Callable[[int, int, int], bool]] = {
     "first_k_dense_replace": lambda index, first, depth: index < first,
     "num_dense_layers": lambda index, first, depth: index < first,
@@ -257,9 +260,10 @@ COUNTS_OF_LAYERS: dict[str, Callable[[int, int, int], bool]] = {
     "num_kv_shared_layers": lambda index, last, depth: index >= depth - last,
     LAST_INDEX: lambda index, last, depth: index <= last,
 }
-# Types whose layers of one kind share weights: two of each.
+# Types in which layers of one kind share weights. Their tiny models need two layers of each kind.
 SHARING = ("zamba", "zamba2")
-# Keys that give by a period what `layer_types` gives by layer.
+# Config keys for the number of layers after which the kinds of layers repeat. Models without
+# `layer_types` have them.
 PERIODS = (
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -268,10 +272,10 @@ PERIODS = (
     "interleave_moe_layer_step",
     "global_attn_every_n_layers",
 )
-# Of a config: ids of tokens, which the small vocabulary does not have.
+# Suffixes of keys for token ids. The tiny model's small vocabulary does not have these ids.
 TOKEN_IDS = ("_token_id", "_index")
-# Keys for how a checkpoint was written or what a forward returns, not for what the model computes.
-# DBRX's nested configs of Transformers 5.17 refuse those that they write themselves.
+# Keys that describe how a checkpoint was written or what a forward returns. They do not change the
+# computation. DBRX's nested configs in Transformers 5.17 reject keys that they wrote themselves.
 NOT_COPIED = (
     "_name_or_path",
     "architectures",
@@ -285,11 +289,12 @@ NOT_COPIED = (
     "transformers_version",
 )
 
-# The placeholders of pictures in a twin; other special tokens of a whole model come before it.
+# Placeholder id of pictures in a tiny model. Other special tokens of a vision-language model have
+# lower ids, down to FIRST_SPECIAL_ID.
 PICTURE_ID = VOCAB - 1
 FIRST_SPECIAL_ID = VOCAB - 16
 TEXT_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Keys of the parts that see and hear, by the size that they get.
+# Config keys of vision and audio parts, by the size that they get in the tiny model.
 PART_DEPTHS = (*DEPTHS, "depth")
 _PART_KEYS_BY_SIZE = (
     (
@@ -320,12 +325,13 @@ _PART_KEYS_BY_SIZE = (
 )
 PART_SIZES = {key: size for size, keys in _PART_KEYS_BY_SIZE for key in keys}
 
-# What the names of the keys do not tell, of a model or of a part of one, by its type.
+# Values that cannot be derived from the names of the keys. The key is the model type of a model or
+# of one of its parts.
 HINTS: dict[str, dict[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "dots3_note_text": {"head_dim": 24},  # the sliding layers' parts together
-    # Ids of pictures and sound are behind those of texts.
+    "dots3_note_text": {"head_dim": 24},  # total width of a head's two parts in sliding layers
+    # Ids of pictures and sound follow the ids of text.
     "apertus1p5": {"image_token_offset": 32, "audio_token_offset": 40},
     "apertus1p5_vision_tokenizer": {"codebook_size": 8, "base_channels": 32},
     "wavtokenizer_encoder": {"codebook_size": 8, "codebook_dim": 32},
@@ -334,7 +340,7 @@ HINTS: dict[str, dict[str, object]] = {
     "chameleon_vqgan": {"base_channels": 32},
     "emu3_vqgan": {"base_channels": 32},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN, "intermediate_size": HIDDEN // 4}},
-    "granite4_vision": {"vision_config": {"hidden_size": 64}},  # heads of 64
+    "granite4_vision": {"vision_config": {"hidden_size": 64}},  # its heads have a width of 64
     "janus_vqgan": {"base_channels": 32, "num_embeddings": 64},
     "mimi": {"upsample_groups": HIDDEN},
     "muse_spark_audio": {"hidden_sizes": [8, 8, 16, 16]},
@@ -342,41 +348,47 @@ HINTS: dict[str, dict[str, object]] = {
 }
 
 
-def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The twin of a model of this config: fp32, on the CPU, its text model with eager attention.
+def build_tiny_model(
+    config: PretrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a tiny model with this config: fp32, on the CPU, with eager attention for text.
 
-    It is in eval mode: some experts are drawn at random in training (PhiMoE). Of the config of a
-    vision-language model it is the twin of the whole, with all but the text model frozen.
+    The tiny model is in eval mode, because some models select experts randomly in training
+    (PhiMoE). For the config of a vision-language model, build a tiny version of the entire model
+    and freeze all parts except the text model.
 
-    ModelError where Transformers cannot build it, or a size of it does not shrink.
+    Raise ModelError if Transformers cannot build the tiny model, or if it is too large because one
+    of its sizes could not be reduced.
     """
 
-    is_whole_model = config.get_text_config() is not config
     factory = auto_class_of(config)
     attention: str | dict[str, str] = "eager"
-    if is_whole_model:
+    shrink_config: Callable[[PretrainedConfig], PretrainedConfig] = shrink
+    if config.get_text_config() is not config:
         attention = {text_key(config): "eager"}
+        shrink_config = shrink_multimodal
 
     def build() -> PreTrainedModel:
         try:
             with _without_warnings():
                 model: PreTrainedModel = factory.from_config(
-                    shrink_whole(config) if is_whole_model else shrink(config),
+                    shrink_config(config),
                     dtype=torch.float32,
                     attn_implementation=attention,
                     trust_remote_code=trust_remote_code,
                 )
-        # Code of 190 model types, on a config that may be absurd.
+        # The code of 190 model types can raise any exception for unusual configs.
         except Exception as error:
-            raise _no_twin(config, one_line(error)) from error
+            raise _no_tiny(config, one_line(error)) from error
         return model
 
-    # On meta first: a size that did not shrink would take all memory.
+    # Build on meta first, because a tiny model with a size that was not reduced could need all
+    # memory.
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
-    if parameters > MOST_PARAMETERS:
-        raise _no_twin(config, f"it would have {parameters:,} parameters")
-    # Seeded and restored: the caller's random numbers do not change.
+    if parameters > MAX_TINY_PARAMETERS:
+        raise _no_tiny(config, f"it would have {parameters:,} parameters")
+    # fork_rng restores the caller's random state after the seeded construction.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build()
@@ -389,7 +401,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hide what Transformers says of a twin's rotary embedding, which is scaled from its length."""
+    """Hide Transformers' warnings about the scaled rotary embedding of a tiny model."""
     logger = logging.getLogger("transformers.modeling_rope_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -399,18 +411,21 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _no_twin(config: PretrainedConfig, why: str) -> ModelError:
+def _no_tiny(config: PretrainedConfig, why: str) -> ModelError:
     return ModelError(
         f"cannot build a small test model of this {config.model_type}",
-        why=f"{why}; on one it is measured how the model trains",
-        fix="take config.json from the model's page again: tunesmith fetch MODEL; "
+        why=f"{why}; this small model is used to measure how the model trains",
+        fix="fetch config.json again: tunesmith fetch MODEL; "
         "a newer type needs a newer Transformers",
     )
 
 
 @torch.no_grad()
 def _spread_weights(model: PreTrainedModel) -> None:
-    """Draw what a constructor leaves so small that it would not show: matrices, zeros, biases."""
+    """Make the parameters large enough to affect the output.
+
+    Add noise to vectors, and replace matrices with small values by noise.
+    """
     for parameter in model.parameters():
         noise = torch.randn_like(parameter) * SPREAD
         if parameter.ndim == 1:
@@ -420,7 +435,7 @@ def _spread_weights(model: PreTrainedModel) -> None:
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the twin of a model of this one."""
+    """Return a config with the same structure and small sizes."""
     values = config.to_dict()
     model_type = values.pop("model_type")
     for key in NOT_COPIED:
@@ -428,22 +443,24 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     each = 2 if model_type in SHARING else 1
     layers = choose_layers(values, config.num_hidden_layers, each=each)
     small = _shrink_values(values, layers, config.num_hidden_layers)
-    twin: PretrainedConfig = type(config)(**_with_hints(small, model_type))
-    # Of a repository's own code, which is looked up by them.
-    twin.name_or_path = config.name_or_path
+    tiny: PretrainedConfig = type(config)(**_with_hints(small, model_type))
+    # Transformers finds the code in a repository by name_or_path and auto_map.
+    tiny.name_or_path = config.name_or_path
     if "auto_map" in vars(config):
-        twin.auto_map = config.auto_map
-    return twin
+        tiny.auto_map = config.auto_map
+    return tiny
 
 
-def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
-    """The config of the twin of a vision-language or audio model, which takes the same inputs.
+def shrink_multimodal(full_config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config with small sizes for a vision-language or audio model.
 
-    Its text part is that of `shrink`; of the rest widths and depths alone shrink, as all others
-    decide the shapes of what the model's own processor makes.
+    The tiny model takes the same inputs as the model.
+
+    The text part is shrunk by `shrink`. In the other parts only widths and depths are shrunk,
+    because all other values determine the shapes of the processor's output.
     """
-    text = whole.get_text_config()
-    values = whole.to_dict()
+    text = full_config.get_text_config()
+    values = full_config.to_dict()
     model_type = values.pop("model_type")
     small_text = shrink(text)
     small_text.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
@@ -453,23 +470,34 @@ def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
         if key in ("image_token_id", "image_token_index"):
             small[key] = PICTURE_ID
         elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
-            small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
+            next_id = PICTURE_ID - 1 - len(ids)
+            small[key] = ids.setdefault(value, next_id)
         elif value == text.hidden_size and "size" in key:
             small[key] = HIDDEN
-    small[text_key(whole)] = small_text
-    return type(whole)(**_with_hints(small, model_type))
+    small[text_key(full_config)] = small_text
+    return type(full_config)(**_with_hints(small, model_type))
 
 
 def _with_hints(small: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The values with those that HINTS has for their type, which may be of a section."""
+    """Apply the HINTS of the model type to the values. A hint can be a mapping for a section."""
     for key, hint in HINTS.get(model_type, {}).items():
-        small[key] = {**small[key], **hint} if isinstance(hint, dict) else hint
+        if isinstance(hint, dict):
+            small[key] = small[key] | hint
+        else:
+            small[key] = hint
     return small
 
 
 def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return the small values of a part that sees or hears; `width` is the text model's."""
-    depth = next((values[key] for key in PART_DEPTHS if isinstance(values.get(key), int)), 0)
+    """Return the small values of a vision or audio part.
+
+    `width` is the text model's hidden size.
+    """
+    depth = 0
+    for key in PART_DEPTHS:
+        if isinstance(values.get(key), int):
+            depth = values[key]
+            break
     layers = choose_layers(values, depth)
     small: dict[str, Any] = {}
     for key, value in values.items():
@@ -487,70 +515,82 @@ def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 
 def _shrink_part_value(key: str, value: object, values: Config, width: int) -> object:
-    """Return the small value of a key; `values` are all values of its part."""
+    """Return the small value of one key. `values` are all values of the same part."""
     if "drop" in key and isinstance(value, float):
         return 0.0
     if isinstance(value, list) and key.endswith(("indexes", "indices", "feature_layer")):
-        return list(range(min(len(value), FEWEST_LAYERS)))
+        return list(range(min(len(value), MIN_LAYERS)))
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    # Qwen2-VL's `hidden_size` is what comes out, beside its own width.
+    # For the vision part of Qwen2-VL, `hidden_size` is the width of its output, and `embed_dim` is
+    # the width of its layers.
     is_output = key == "hidden_size" and "embed_dim" in values
     if key in PART_SIZES and not is_output:
-        return PART_SIZES[key] if value > 0 else value
-    if value == width and ("hidden" in key or "dim" in key or "size" in key):
+        if value > 0:
+            return PART_SIZES[key]
+        return value
+    is_width = "hidden" in key or "dim" in key or "size" in key
+    if is_width and value == width:
         return HIDDEN
     if key.endswith(TOKEN_IDS):
         return min(value, VOCAB - 1)
-    return SIZE_OF_KEY[key] if key == "vocab_size" else value
+    if key == "vocab_size":
+        return VOCAB
+    return value
 
 
 def choose_layers(values: Config, depth: int, *, each: int = 1) -> list[int]:
-    """The first layers of each kind, in their order: `each` of every kind, and two at least.
+    """Return the indices of the first `each` layers of each kind, in order, and at least two.
 
-    Layers are of one kind where everything that the config says by layer is the same.
+    Two layers are of the same kind if all per-layer values of the config are equal.
     """
     kinds: dict[str, list[int]] = {}
     for index in range(depth):
-        # As text: a kind may hold lists, which are no keys of a dict.
-        kinds.setdefault(str(_layer_kind(values, index, depth)), []).append(index)
-    chosen = sorted(index for layers in kinds.values() for index in layers[:each])[:MOST_KINDS]
+        # Use a string, because lists cannot be keys of a dict.
+        kind = str(_layer_kind(values, index, depth))
+        kinds.setdefault(kind, []).append(index)
+    chosen: list[int] = []
+    for layers in kinds.values():
+        chosen += layers[:each]
+    chosen = sorted(chosen)[:MAX_LAYER_KINDS]
     others = [index for index in range(depth) if index not in chosen]
-    missing = max(0, FEWEST_LAYERS - len(chosen))
-    return sorted([*chosen, *others[:missing]])
+    missing = max(0, MIN_LAYERS - len(chosen))
+    return sorted(chosen + others[:missing])
 
 
 def _layer_kind(values: Config, index: int, depth: int) -> list[object]:
     kind: list[object] = []
     for key, value in values.items():
-        if isinstance(value, list) and key in LISTS_OF_LAYERS:
-            kind.append(index in value)
-        elif isinstance(value, list) and len(value) == depth:
-            kind.append(value[index])
+        if isinstance(value, list):
+            if key in LISTS_OF_LAYERS:
+                kind.append(index in value)
+            elif len(value) == depth:
+                kind.append(value[index])
         elif key == "per_layer_config" and isinstance(value, dict):
-            kind.append(_of_layer(value, index))
+            kind.append(_layer_entry(value, index))
         elif key in COUNTS_OF_LAYERS and isinstance(value, int):
-            kind.append(COUNTS_OF_LAYERS[key](index, value, depth))
+            is_counted = COUNTS_OF_LAYERS[key]
+            kind.append(is_counted(index, value, depth))
     return kind
 
 
-def _of_layer(by_layer: Mapping[str, Any], index: int) -> Any:
-    """The entry of a mapping whose keys are numbers of layers, as text with leading zeros."""
+def _layer_entry(by_layer: Mapping[str, Any], index: int) -> Any:
+    """Return the entry of a mapping whose keys are layer indices with leading zeros, as text."""
     return {int(key): value for key, value in by_layer.items()}.get(index)
 
 
 def _shrink_values(values: Config, layers: list[int], depth: int) -> dict[str, Any]:
-    """A config's values, with its `depth` layers cut to those of the indices `layers`."""
+    """Return the small values of a config whose `depth` layers are reduced to `layers`."""
     return {key: _shrink_entry(key, value, values, layers, depth) for key, value in values.items()}
 
 
 def _shrink_entry(key: str, value: object, values: Config, layers: list[int], depth: int) -> object:
-    """The value of one key, which may be one of layers; `values` are those beside it."""
+    """Return the small value of one key, which may be a list of per-layer values."""
     if isinstance(value, list):
-        # The same layers by their new numbers.
+        # Convert indices of the model's layers to indices of the chosen layers.
         if key in LISTS_OF_LAYERS:
             return [place for place, index in enumerate(layers) if index in value]
-        # A list by layer keeps the entries of the chosen layers, in their order.
+        # Keep the entries of the chosen layers in a list of per-layer values.
         if len(value) == depth and depth > 1:
             return [_shrink_value(key, value[index], values) for index in layers]
     elif isinstance(value, dict):
@@ -561,45 +601,52 @@ def _shrink_entry(key: str, value: object, values: Config, layers: list[int], de
     elif isinstance(value, int):
         if key in DEPTHS:
             return len(layers)
-        # A number of layers, or the index of one, among the chosen ones.
+        # The value is a number of layers or a layer index. Convert it to the tiny model's layers.
         if key in COUNTS_OF_LAYERS:
-            count = sum(COUNTS_OF_LAYERS[key](index, value, depth) for index in layers)
-            return count - 1 if key == LAST_INDEX else count
+            is_counted = COUNTS_OF_LAYERS[key]
+            count = sum(is_counted(index, value, depth) for index in layers)
+            if key == LAST_INDEX:
+                return count - 1
+            return count
     return _shrink_value(key, value, values)
 
 
 def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, object]]:
-    """Cut what a config says of single layers to the chosen ones, under their new numbers."""
+    """Return the per-layer values of the chosen layers, under their new indices."""
     small = {}
     for place, index in enumerate(layers):
-        of_layer = _of_layer(by_layer, index)
-        if of_layer is not None:
-            small[str(place)] = _shrink_values(of_layer, [], 0)
-            if "head_dim" in of_layer:
-                small[str(place)]["head_dim"] = 2 * HEAD_DIM  # wider than others (Gemma 4)
+        entry = _layer_entry(by_layer, index)
+        if entry is not None:
+            values = _shrink_values(entry, [], 0)
+            if "head_dim" in entry:
+                values["head_dim"] = 2 * HEAD_DIM  # wider than in other layers (Gemma 4)
+            small[str(place)] = values
     return small
 
 
 def _shrink_value(key: str, value: object, values: Config) -> object:
-    """The value of one key; `values` are those beside it."""
+    """Return the small value of one key. `values` are the values of the same config."""
     if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
         left_out = ("model_type", *NOT_COPIED)
         inner = {name: part for name, part in value.items() if name not in left_out}
-        # A nested config (a vision tower, a sub-model) is shrunk by the same rules.
-        shrunk = _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
+        # Nested configs (vision tower, sub-model) are shrunk by the same rules.
+        shrunk = _shrink_values(inner, list(range(MIN_LAYERS)), 0)
         return _with_hints(shrunk, value.get("model_type", ""))
     if key.endswith(TOKEN_IDS) and value is not None:
-        # Ids that the small vocabulary has: padding 0, begin 1, end 2.
+        # Ids that exist in the small vocabulary: 0 for padding, 1 for begin, 2 for end.
         return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
     if "drop" in key and isinstance(value, float):
         return 0.0
-    # Floats, texts, lists and switches decide what is computed, and stay.
+    # Floats, strings, lists and booleans decide what is computed. Keep them.
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    if key in KV_HEADS_OF:
-        heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
-        # Multi-head attention stays that, and grouped or multi-query stays fewer.
-        return HEADS if value == heads else min(value, KV_HEADS)
+    if key in QUERY_HEADS_KEYS:
+        heads = values.get(QUERY_HEADS_KEYS[key], values.get("num_attention_heads"))
+        # If the model has equally many query heads and key-value heads, so does the tiny model.
+        # Otherwise the tiny model has fewer key-value heads.
+        if value == heads:
+            return HEADS
+        return min(value, KV_HEADS)
     if key in (*EXPERTS_PER_TOKEN, *GROUPS, *PERIODS):
         return min(value, 2)
     if key in ("head_dim", "v_head_dim") and value:
@@ -610,7 +657,10 @@ def _shrink_value(key: str, value: object, values: Config) -> object:
 
 
 def _head_width(value: int, values: Mapping[str, Any]) -> int:
-    """A head's channels; latent attention names them in parts, and some of them twice."""
+    """Return the small width of a head.
+
+    In latent attention, a head has two parts, whose widths have separate config keys.
+    """
     nope = values.get("qk_nope_head_dim")
     rope = values.get("qk_rope_head_dim")
     if not nope or not rope:
@@ -623,36 +673,42 @@ def _head_width(value: int, values: Mapping[str, Any]) -> int:
 
 
 def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, object]:
-    """Parameters of the rotary embedding; a mapping by kind of layer has them inside."""
+    """Return the small rotary parameters. They can be nested by layer type."""
     small: dict[str, object] = {}
     head_dim = HEAD_DIM
     if values.get("qk_rope_head_dim"):
         head_dim = SIZE_OF_KEY["qk_rope_head_dim"]
     part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
-    # Two channels an angle.
+    # There are half as many frequencies as rotated channels, because each angle rotates two
+    # channels.
     frequencies = int(head_dim * part) // 2
     for key, value in rotary.items():
         if isinstance(value, dict):
             small[key] = _shrink_rotary(value, values)
         elif key in ("long_factor", "short_factor"):
-            # One factor a frequency.
+            # The lists have one factor per frequency.
             small[key] = value[:frequencies]
         elif key == "mrope_section":
-            # The sections of a multi-axis embedding add up to the frequencies. If only one section
-            # differs from the others, it gets the rest, because ERNIE's other two must be equal.
-            odd = [place for place, size in enumerate(value) if value.count(size) == 1]
-            rest = odd[0] if odd else 0
-            sections = [frequencies // len(value)] * len(value)
-            sections[rest] += frequencies % len(value)
+            # The sections of a multi-axis embedding add up to the number of frequencies. A section
+            # that differs from the others gets the remainder of the division, because in ERNIE the
+            # other two sections must be equal.
+            size, rest = divmod(frequencies, len(value))
+            odd = [place for place, section in enumerate(value) if value.count(section) == 1]
+            with_rest = 0
+            if odd:
+                with_rest = odd[0]
+            sections = [size] * len(value)
+            sections[with_rest] += rest
             small[key] = sections
         elif key == "partial_rotary_factor" and values.get("qk_nope_head_dim"):
-            # Latent attention rotates one of a head's two parts.
+            # Latent attention rotates only one of the two parts of a head.
             whole = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
-            small_whole = SIZE_OF_KEY["qk_nope_head_dim"] + head_dim
-            is_part = value == values["qk_rope_head_dim"] / whole
-            small[key] = head_dim / small_whole if is_part else value
+            small_config = SIZE_OF_KEY["qk_nope_head_dim"] + head_dim
+            small[key] = value
+            if value == values["qk_rope_head_dim"] / whole:
+                small[key] = head_dim / small_config
         elif key == "original_max_position_embeddings":
-            small[key] = MAX_TWIN_POSITIONS
+            small[key] = MAX_TINY_POSITIONS
         else:
             small[key] = value
     return small

@@ -1,7 +1,8 @@
-"""Pictures that a row refers to and nothing reads: marks in its texts, and files in its columns.
+"""Detection of pictures that a row mentions or contains, but that tunesmith does not read.
 
-Such a row is trained as a text, so the model learns to answer about a picture that it does not see.
-Texts about markup or about the usage of a program have such marks, too, and are not reported.
+Such a row has a placeholder (`<image>`) in a text, or a picture in a column that is not read. A
+warning is necessary, because the model would learn to answer about a picture that it does not see.
+Texts about markup or about the usage of a program contain similar words and are not reported.
 """
 
 import re
@@ -16,7 +17,8 @@ _SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .jfif .
 _FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 # First characters of a data URI, and of PNG and JPEG files in base64.
 _FIRST_CHARACTERS = ("data:image/", "iVBORw0KGgo", "/9j/4AAQ")
-# A tag that is closed, quotes, or a word such as "tag" after it show that a text is about the mark.
+# Placeholders for a picture. The pattern does not match next to quotes, a closing tag, or a word
+# such as "tag", because such a text is about markup.
 _MARK = re.compile(
     r"""(?<![`"'])(?:
     <(?P<mark>\|?(?:(?:image|IMAGE|video|audio)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?
@@ -27,36 +29,41 @@ _MARK = re.compile(
 )
 
 
-def find_lost_pictures(
+def find_unread_pictures(
     row: Mapping[str, object], sample: Sample, where: str, *, sees: bool
 ) -> Iterator[tuple[str, str]]:
-    """Find the parts of a row that refer to a picture that nothing reads.
+    """Find the placeholders and columns of a row whose pictures are not read.
 
     Args:
         row: the row from which `sample` was made.
-        where: the row's place; paths in the row are relative to its folder.
-        sees: whether the model takes pictures. If so, each mark needs its picture.
+        sample: the converted row.
+        where: file and line of the row. Paths in the row are relative to the file's folder.
+        sees: whether the model accepts pictures as input. If True, each placeholder in a user's
+            text requires a picture.
 
     Yields:
-        A name in ROW_WARNINGS, and the column or the mark.
+        The warning's name in ROW_WARNINGS, and the name of the column or the placeholder.
     """
     has_pictures = bool(pictures_of(sample))
     for column, value in row.items():
         if not has_pictures and is_picture(value, where):
             yield "picture_column", column
     for role, text in _texts_of(sample):
-        for match in _MARK.finditer(text) if role != "assistant" else ():
-            before = text[max(0, match.start() - 9) : match.start()].rstrip(" \t")
-            # In `docker run <image>` the mark is text. That of a picture begins a line or follows
-            # a sentence, another picture or a token such as <|vision_start|>.
+        if role == "assistant":
+            continue
+        needs_picture = sees and not has_pictures and role == "user"
+        for match in _MARK.finditer(text):
+            start = match.start()
+            before = text[max(0, start - 9) : start].rstrip(" \t")
+            # In `docker run <image>` the word is ordinary text. A real placeholder starts a line,
+            # or follows a sentence, another picture or a token such as <|vision_start|>.
             is_apart = before[-1:] in f"\n:?.!(：。？！{PICTURE_MARK}" or before.endswith("|>")
-            needs_picture = sees and not has_pictures and role == "user"
             if is_apart or needs_picture:
                 yield "picture_mark", match[0]
 
 
 def _texts_of(sample: Sample) -> list[tuple[str, str]]:
-    """Return the texts of a sample, each with the role of its speaker."""
+    """Return the texts of a sample as pairs (role of the text's author, text)."""
     if isinstance(sample, Conversation):
         return [(turn["role"], turn["content"]) for turn in sample.messages]
     if isinstance(sample, Completion):
@@ -65,8 +72,8 @@ def _texts_of(sample: Sample) -> list[tuple[str, str]]:
 
 
 def is_picture(value: object, where: str) -> bool:
-    """Return whether a value is a picture: its bytes, its text in base64, or an existing file."""
-    # The first values of a long list are enough.
+    """Return whether the value is a picture: bytes, base64 text or the path of an existing file."""
+    # Check only the first 8 values of a list, because the list can be long.
     values = value[:8] if isinstance(value, list) else [value]
     folder = getattr(where, "folder", None) or Path()
     for item in values:
@@ -78,7 +85,7 @@ def is_picture(value: object, where: str) -> bool:
                 continue
             if part.startswith(_FIRST_CHARACTERS):
                 return True
-            # The name may be longer than the file system allows.
+            # `is_file` raises an error if the name is longer than the file system allows.
             with suppress(OSError, ValueError):
                 is_name = part[-5:].lower().endswith(_SUFFIXES)
                 if is_name and (folder / part.removeprefix("file://")).is_file():
