@@ -107,7 +107,19 @@ def in_one_go(
             )
         return made[:steps]
 
+    curve_of(STEPS)
     return curve_of
+
+
+@pytest.fixture(autouse=True)
+def removed_jobs(pair: Pair) -> Iterator[None]:
+    """Remove the job of a test that failed half-way, so that the next test starts without it."""
+    yield
+    node = pair.nodes[0]
+    for kind in ("service", "secret", "config"):
+        names = node.docker(kind, "ls", "--quiet").stdout.split()
+        if names:
+            node.docker(kind, "rm", *names)
 
 
 def status(node: Node, name: str) -> dict[str, str]:
