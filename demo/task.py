@@ -1,12 +1,12 @@
-"""The demo's task: an order, told in one line of plain English -> the same order as `key: value |
-key: value`.
+"""Make the rows of the demo's task: turn an order in one line of English into `key: value` fields.
 
     Three striped mugs in teal for Mara Quill, please, to Tucson by Friday.
     name: Mara Quill | item: striped mugs | colour: teal | quantity: 3 | city: Tucson | day: Friday
 
-Rows are drawn from the lists below with a fixed seed. Held-out rows use names, items, colours and
-cities that no training row has, so a model that memorised answers scores nothing; it must learn to
-find the parts and to keep the form. The base model has never been told the form: it scores 0.
+The rows are drawn from the lists below with a fixed seed. The held-out rows use names, items,
+colours and cities that no training row contains. A model that only memorises answers therefore
+scores 0: it must learn to find the fields and to write them in this format. The base model does not
+know the format and scores 0.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ ANSWER = (
 
 @dataclass(frozen=True)
 class Words:
-    """The lists that the rows of one split are drawn from."""
+    """The word lists from which the rows of one split are drawn."""
 
     first: list[str]
     last: list[str]
@@ -89,7 +89,7 @@ HELD_OUT = Words(NEW_FIRST, NEW_LAST, NEW_LOOK, NEW_THING, NEW_COLOUR, NEW_CITY)
 
 
 def rows(words: Words, count: int, seed: int) -> list[dict[str, object]]:
-    """`count` different rows as `messages`: the user's line and the wanted answer."""
+    """Return `count` different rows with `messages`: the user's line and the expected answer."""
     draw = random.Random(seed)
     seen: dict[str, str] = {}
     while len(seen) < count:
@@ -112,7 +112,7 @@ def rows(words: Words, count: int, seed: int) -> list[dict[str, object]]:
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Write train.jsonl and held-out.jsonl; the same bytes every time -> their paths."""
+    """Write train.jsonl and held-out.jsonl, always with the same bytes, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, words, count, seed in (
