@@ -1,16 +1,23 @@
-"""Measure how every causal and multimodal model type of Transformers trains: packed, padded or not at all.
+"""Measurement of how each causal and multimodal model type of Transformers can be trained: with
+packed rows, with padded rows, or not at all.
 
-    python benchmarks/parity/families.py              # print each type, and compare with the table that ships
-    python benchmarks/parity/families.py llama4_text  # some types
-    python benchmarks/parity/families.py --write      # the table, and docs/models.md from it; with types, their rows
+    # print a line per type, and compare the types with the shipped table
+    python benchmarks/parity/families.py
+    # measure only some types
+    python benchmarks/parity/families.py llama4_text
+    # write the table and docs/models.md; if types are given, replace only their rows
+    python benchmarks/parity/families.py --write
 
-Each type's own config is shrunk to a tiny model (`model/tiny_model.py`), and two documents in one row are
-compared with each of them alone under Transformers' own attention, in logits and every gradient
-(`model/support.py`). Of a multimodal model the text model is trained: in its own class, whose logits
-must be those of the entire model, or else in the class of the entire model. With pictures the
-families are measured whose processor `tests/vision.py` has. What its memory is planned by must be measurable on meta
-(`model/measured_spec.py`). It ends with 1, and names the types, where one trains otherwise than the
-table says: a release of Transformers has changed it.
+The default config of each type is shrunk to a tiny model (`model/tiny_model.py`). Two documents in
+one row are compared with each document alone under Transformers' own attention, in logits and all
+gradients (`model/support.py`). For a multimodal type, only the text model is trained. If the text
+model has its own class, this class is used, and its logits must equal those of the entire model.
+Otherwise the class of the entire model is used. Training with pictures is measured for the families
+that have a processor in `tests/vision.py`. A type is refused if its memory cannot be measured on
+the meta device (`model/measured_spec.py`).
+
+If a type differs from the table, for example after a new release of Transformers, the type is
+printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -60,10 +67,11 @@ from tunesmith.model.tiny_model import shrink, shrink_multimodal
 from tunesmith.model.vision_support import measure_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
-# For `vision`, of the tests.
+# Folder of the tests' module `vision`
 sys.path.insert(0, str(ROOT / "tests"))
 PAGE = ROOT / "docs/models.md"
-# What a type's default config leaves out, and every published model of it has.
+# Values that are missing in the default config of a type, but set in all published models of the
+# type
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _QWEN_MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [16, 24, 24]}}}
@@ -109,7 +117,8 @@ COMPLETE: dict[str, dict[str, Any]] = {
     ),
     "step3p7": {"text_config": {"sliding_window": 512}},
 }
-# What a verdict rests on; its figures differ from machine to machine.
+# Values that are compared with the table. The measured errors are not compared, because they differ
+# between machines.
 VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text", "entire", "pictures")
 HEADER = """# Models
 
@@ -167,13 +176,13 @@ REASONS = {
 
 
 def default_config(model_type: str) -> PretrainedConfig:
-    """The config of a type as Transformers makes it, complete."""
+    """Return the default config of a type in Transformers, completed with COMPLETE."""
     config: PretrainedConfig = CONFIG_MAPPING[model_type](**COMPLETE.get(model_type, {}))
     return config
 
 
 def measure_type(model_type: str) -> tuple[ModelType, float]:
-    """One type, and the seconds that it took."""
+    """Measure one type. Return its row of the table and the duration in seconds."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -190,7 +199,7 @@ def measure_type(model_type: str) -> tuple[ModelType, float]:
     except ModelError as error:
         reasons = [reason for reason in (error.what, error.why) if reason]
         entry = replace(entry, support=Support("refused", _one_line(": ".join(reasons))))
-    # A config class may raise anything on its own defaults.
+    # A config class can raise any exception for its own default values.
     except Exception as error:
         why = _one_line(f"its default config: {error}")
         entry = replace(entry, support=Support("refused", why))
@@ -198,12 +207,13 @@ def measure_type(model_type: str) -> tuple[ModelType, float]:
 
 
 def _measure(config: PretrainedConfig, *, entire: bool) -> Support:
-    """How a model trains on texts."""
+    """Measure how a model can be trained on texts."""
     check_supported(config.to_dict(), config.model_type)
     support = _measure_text(config, entire=entire)
     if support.state != "refused":
         small = shrink_multimodal(config) if entire else shrink(config.get_text_config())
-        # What its memory is planned by; ModelError where it does not run on meta.
+        # The memory estimate needs this measurement. It raises ModelError if the model does not run
+        # on the meta device.
         measure_spec(small.to_dict(), where=config.model_type)
     errors = support.errors
     if errors is not None:
@@ -212,7 +222,7 @@ def _measure(config: PretrainedConfig, *, entire: bool) -> Support:
 
 
 def _measure_text(config: PretrainedConfig, *, entire: bool) -> Support:
-    """Measure the text model in the class that it is trained in."""
+    """Measure the text model in the class in which it is trained."""
     if entire:
         return measure_support(config)
     text = config.get_text_config()
@@ -227,7 +237,10 @@ def _measure_text(config: PretrainedConfig, *, entire: bool) -> Support:
 
 
 def _measure_pictures(config: PretrainedConfig, support: Support) -> Pictures:
-    """How a model that trains on texts trains with pictures."""
+    """Measure how a model can be trained with pictures.
+
+    Return "" if the type has no pictures or cannot be trained on texts.
+    """
     import vision
 
     model_type = config.model_type
@@ -256,15 +269,16 @@ def _one_line(text: str) -> str:
 
 
 def as_json(entries: list[ModelType], versions: dict[str, str]) -> str:
-    """The table that ships: a line for each type.
+    """Return the text of the shipped table, with one line per type.
 
-    versions: of Transformers and torch, that it was measured with.
+    Args:
+        versions: the versions of Transformers and torch with which the types were measured.
     """
     lines = []
     for entry in entries:
         values = {}
         for key, value in entry.row().items():
-            # A difference of 0.0 is a figure.
+            # Omit False and empty values, but not a measured difference of 0.0.
             if value is not False and value not in (None, (), ""):
                 values[key] = value
         name = values.pop("model_type")
@@ -323,9 +337,10 @@ def _reason(entry: ModelType) -> tuple[str, ...]:
 
 
 def write(entries: list[ModelType], versions: dict[str, str]) -> None:
-    """Write the table that ships, and docs/models.md.
+    """Write the shipped table and docs/models.md.
 
-    The layers of a composite whose text model has a class of its own are cut as that.
+    A multimodal type whose text model has its own class gets the tensor parallelism results of the
+    text model.
     """
     by_type = {entry.model_type: entry for entry in entries}
     for place, entry in enumerate(entries):
@@ -337,7 +352,7 @@ def write(entries: list[ModelType], versions: dict[str, str]) -> None:
 
 
 def count(entries: list[ModelType]) -> str:
-    """How many types there are of each state."""
+    """Return a text with the number of types of each state."""
     counts = Counter(entry.support.state for entry in entries)
     states = ", ".join(
         f"{counts[state]} {state}" for state in ("tuned", "packed", "padded", "refused")
@@ -346,12 +361,12 @@ def count(entries: list[ModelType]) -> str:
 
 
 def find_changes(entries: list[ModelType], table: dict[str, ModelType]) -> list[str]:
-    """A line for each type that trains otherwise than the table says."""
+    """Return one line for each difference between the measured types and the table."""
     changes = []
     for entry in entries:
         before = table.get(entry.model_type)
         if before is None:
-            changes.append(f"{entry.model_type}: new; {entry.support.state}")
+            changes.append(f"{entry.model_type}: new type, {entry.support.state}")
             continue
         for key in VERDICT:
             was, is_now = before.row()[key], entry.row()[key]
@@ -364,7 +379,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all if left out")
+    parser.add_argument(
+        "types", nargs="*", metavar="TYPE", help="model types to measure (default: all)"
+    )
     parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -398,7 +415,7 @@ def main() -> None:
                 since = installed["transformers"] if is_added else ""
                 rows[entry.model_type] = replace(entry, since=since)
                 continue
-            # What tensor_cuts.py measured.
+            # Keep the results of tensor_cuts.py.
             row = entry
             if entry.support.state != "refused":
                 row = replace(entry, tensor=known.tensor, uncut=known.uncut)
@@ -410,7 +427,7 @@ def main() -> None:
         here = Version(installed["transformers"])
         known = read_model_types().values()
         lost = {row.model_type for row in known if Version(row.since or "0") <= here} - set(names)
-        changes += [f"{name}: gone from Transformers" for name in sorted(lost)]
+        changes += [f"{name}: no longer in Transformers" for name in sorted(lost)]
     for change in changes:
         print(f"changed: {change}", file=sys.stderr)
     sys.exit(bool(changes))

@@ -1,14 +1,15 @@
-"""Loss curves of ten types of models beside a plain Transformers + PEFT loop: one type of each kind
-of layer.
+"""Comparison of tunesmith's loss curves with a plain Transformers + PEFT loop, for ten model types
+with different kinds of layers.
 
     python benchmarks/parity/families_curves.py --json out.json
-    python benchmarks/parity/families_curves.py gpt_oss lfm2       # some types
+    python benchmarks/parity/families_curves.py gpt_oss lfm2       # only some types
 
-Each type is a small random model (width 256, fp32) with a byte tokenizer. Windows and chunks are
-shorter than the rows. Both sides begin with the same weights (for LoRA the adapter that ours draws,
-read by PEFT), take the same rows in the same order at a constant rate and clip at 1.0. The plain
-side pads rows and uses sdpa, or eager attention where a type has no other. Printed: the largest
-relative difference of the loss.
+Each type is a small random model (hidden size 256, fp32) with a byte tokenizer. Attention windows
+and chunks are shorter than the rows. Both sides start from the same weights; for LoRA, PEFT reads
+the initial adapter of tunesmith. Both sides train on the same rows in the same order, with a
+constant learning rate and gradient clipping at 1.0. The plain loop pads rows. It uses sdpa, or
+eager attention if a type supports only this. The largest relative difference of the loss is
+printed.
 """
 
 from __future__ import annotations
@@ -47,24 +48,27 @@ BASE: dict[str, Any] = {
 WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
-SPREAD = 0.05  # of what is added to each weight, so that no layer hides behind its residual
-# A larger difference of the loss is put beside that of the plain loop with eager attention from
-# itself with sdpa: what rounding alone makes of these updates.
+# Standard deviation of the noise that is added to each weight. With smaller weights, the residual
+# connection would hide errors of a layer.
+SPREAD = 0.05
+# If the losses differ by more than this, the plain loop is also run with eager attention. The
+# difference between eager attention and sdpa shows the effect of rounding alone.
 BOUND = 1e-5
 RATES = {"lora": 1e-3, "none": 2e-4}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A type's settings over BASE.
+    """Settings of a model type.
 
     Attributes:
-        kind: what is special about its layers.
-        attention: of the plain side.
-        without: keys of BASE that its config has under other names.
-        target: of the adapter.
-        scales_scores: its attention divides scores by the root of the head's width; else their
-            scale is left to the weight of q_norm.
+        kind: the special property of the type's layers.
+        settings: values of the config that are added to BASE.
+        attention: the attention implementation of the plain loop.
+        without: keys of BASE that have other names in the type's config.
+        target: the layers that get an adapter.
+        scales_scores: whether the attention divides the scores by the square root of the head size.
+            If not, the weight of q_norm determines the scale.
     """
 
     kind: str
@@ -158,8 +162,8 @@ FAMILIES = {
             "v_head_dim": 24,
             "head_dim": 16,
         },
-        # PEFT 0.21 takes gate_proj, up_proj and down_proj of a model with experts for the experts',
-        # and leaves the linear layers of that name without their adapters.
+        # In a model with experts, PEFT 0.21 applies the targets gate_proj, up_proj and down_proj
+        # only to the experts. Linear layers with these names get no adapter.
         target=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     ),
     "qwen3_moe": Family("experts", EXPERTS),
@@ -172,7 +176,7 @@ FAMILIES = {
 
 
 def write_model(model_type: str, folder: Path) -> Path:
-    """A random model of a type with a byte tokenizer."""
+    """Write a random model of a type and a byte tokenizer. Return the folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -185,8 +189,9 @@ def write_model(model_type: str, folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * SPREAD)
         for name, parameter in model.named_parameters():
-            # Norms of ones would make scores as wide as the root of the head's width, attention
-            # close to a maximum, and rounding grow tenfold in five steps.
+            # If these weights were 1, the scores would be too large by the square root of the head
+            # size. Attention would be almost one-hot, and rounding errors would grow tenfold in
+            # five steps.
             if not family.scales_scores and name.endswith("q_norm.weight"):
                 parameter.mul_(parameter.numel() ** -0.5)
     model.save_pretrained(folder)
@@ -201,7 +206,7 @@ def write_model(model_type: str, folder: Path) -> Path:
 
 
 def write_rows(file: Path, count: int) -> Path:
-    """Alpaca rows, all different, of varied length: how to count."""
+    """Write different alpaca rows of varied length that count numbers. Return the file."""
     rows = []
     for i in range(count):
         step = i % 7 + 1
@@ -214,7 +219,7 @@ def write_rows(file: Path, count: int) -> Path:
 
 
 class Pair:
-    """One type and one kind of training, on both sides."""
+    """One model type and one kind of training, with tunesmith and with the plain loop."""
 
     def __init__(self, model: Path, folder: Path, kind: str, options: argparse.Namespace) -> None:
         from transformers import AutoTokenizer
@@ -239,21 +244,21 @@ class Pair:
             self.adapter = write_first_adapter(run, folder / "first")
 
     def ours(self, steps: int) -> list[float]:
-        """The losses of a run of so many steps, from the first weights on."""
+        """Train the given number of steps with tunesmith. Return the losses."""
         self.options.steps = steps
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             run = recipe(self.options, Path(out) / "run", self.kind, data=whole_texts(self.rows))
             return [record.loss for record in train(run, quiet=True).records]
 
     def plain(self, steps: int) -> list[float]:
-        """Those of a plain loop."""
+        """Train the given number of steps with the plain loop. Return the losses."""
         model = load(Path(self.options.model), self.adapter, torch.float32, self.attention)
         batches = self.batches[:steps]
         return curve(model, batches, rate=self.options.rate, pad_id=self.pad_id)
 
 
 def compare_curves(pair: Pair, steps: int) -> dict[str, Any]:
-    """The losses of both sides, and their differences."""
+    """Return the losses of both sides and their differences."""
     ours, plain = pair.ours(steps), pair.plain(steps)
     difference = compare(ours, plain)
     result = {"difference": difference, "ours": ours, "plain": plain}
@@ -264,23 +269,25 @@ def compare_curves(pair: Pair, steps: int) -> dict[str, Any]:
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """A line for each row."""
+    """Return the report as JSON, with one line per row."""
     rows = ",\n".join(json.dumps(row) for row in report["rows"])
     head = json.dumps({key: value for key, value in report.items() if key != "rows"})
     return f'{head[:-1]},\n"rows": [\n{rows}\n]}}\n'
 
 
 def main() -> None:
-    """LoRA and full, of each type."""
+    """Compare LoRA and full fine-tuning for each type."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("types", nargs="*", metavar="TYPE", help=f"of {', '.join(FAMILIES)}")
+    p.add_argument(
+        "types", nargs="*", metavar="TYPE", help=f"default: all of {', '.join(FAMILIES)}"
+    )
     p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--seq", type=int, default=256)
-    p.add_argument("--json", help="add the figures to this file, after each row")
+    p.add_argument("--json", help="add each result to this file")
     options = p.parse_args()
     report: dict[str, Any] = {
         "command": [Path(word).name for word in sys.argv],
@@ -306,7 +313,7 @@ def main() -> None:
                 text = f"{model_type:14}{kind:5} first {difference['first']:.1e}  all {difference['all']:.1e}  "
                 text += f"loss {row['loss']['plain'][0]:.4f} -> {row['loss']['plain'][-1]:.4f}"
                 if "noise" in row["loss"]:
-                    text += f" (plain eager against sdpa {row['loss']['noise']['all']:.1e})"
+                    text += f" (plain loop, eager and sdpa: {row['loss']['noise']['all']:.1e})"
                 print(text, flush=True)
                 earlier = [
                     r for r in report["rows"] if (r["type"], r["trained"]) != (model_type, kind)

@@ -1,13 +1,14 @@
-"""Compare quantized GGUF files with llama.cpp's `llama_model_quantize`: types of tensors, and bytes.
+"""Comparison of tunesmith's quantized GGUF files with llama.cpp: types and bytes of all tensors.
 
-    npm pack @node-llama-cpp/linux-x64@3.22.1   # and unpack it
+    npm pack @node-llama-cpp/linux-x64@3.22.1   # then unpack the archive
     python benchmarks/parity/gguf_types.py --converter llama_cpp_python-0.3.36.tar.gz \\
         --libllama package/bins/linux-x64 [--write] [MODEL ...]
 
-llama.cpp's converter writes a tiny random model of each type in bf16, its library quantizes that file,
-and so do our rule of types and our threads. `--write` records the types in
-tests/tools/export/gguf_types.json, which a test compares with our rule. It ends with 1 if a tensor
-differs. Both packages have llama.cpp 0.5.0. The sdist is that of `make dev`.
+llama.cpp's converter writes a tiny random model of each type in bf16. This file is quantized by
+llama.cpp's `llama_model_quantize` and by tunesmith. `--write` records llama.cpp's types in
+tests/tools/export/gguf_types.json, and a test compares them with tunesmith's types. The exit code
+is 1 if a tensor differs. Both packages contain llama.cpp 0.5.0. `make dev` downloads the sdist of
+the converter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 RECORD = Path(__file__).parents[2] / "tests" / "tools" / "export" / "gguf_types.json"
 QUANTS = ("q4_k_m", "q5_k_m", "q6_k", "q8_0")
-# Header keys that types depend on.
+# Keys of the GGUF header that determine the types of tensors
 KEYS = ("block_count", "expert_count", "attention.head_count", "attention.head_count_kv")
 SMALL = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9,
@@ -48,7 +49,8 @@ GEMMA4 = {
     **WINDOWS, "global_head_dim": 64, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
-# Models -> model_type and settings. Widths that are no multiple of 256 are those of the real models.
+# Names of models, with their model_type and settings. Sizes that are not multiples of 256 are from
+# real models.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -113,9 +115,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="*", help=", ".join(MODELS))
-    parser.add_argument("--converter", type=Path, help="as for `tunesmith export --converter`")
-    parser.add_argument("--libllama", type=Path, help="a folder with llama.cpp's shared objects")
-    parser.add_argument("--write", action="store_true", help=f"record types in {RECORD.name}")
+    parser.add_argument(
+        "--converter", type=Path, help="llama.cpp's converter, as for `tunesmith export`"
+    )
+    parser.add_argument(
+        "--libllama", type=Path, help="folder with the shared libraries of llama.cpp"
+    )
+    parser.add_argument("--write", action="store_true", help=f"record the types in {RECORD.name}")
     parser.add_argument("--convert", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.convert is not None:
@@ -130,9 +136,9 @@ def main() -> None:
         folders = {name: Path(scratch) / name for name in arguments.models or MODELS}
         for name, folder in folders.items():
             save_random_model(name, folder)
-        # The converter brings its own package `gguf`, so it runs in a process of its own.
+        # The converter contains another version of the package `gguf`, so it needs its own process.
         converter = find_converter(arguments.converter)
-        assert converter is not None, "missing: --converter"
+        assert converter is not None, "no converter of llama.cpp was found: pass --converter"
         command = [sys.executable, __file__, "--convert", scratch]
         subprocess.run(command, check=True, env=converter.environment)
         for name, folder in folders.items():
@@ -145,7 +151,7 @@ def main() -> None:
     if arguments.write:
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in record.items()]
         RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    sys.exit(f"{problems} models differ" if problems else 0)
+    sys.exit(f"{problems} models differ from llama.cpp" if problems else 0)
 
 
 def save_random_model(name: str, folder: Path) -> None:
@@ -157,13 +163,16 @@ def save_random_model(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **settings})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    # The converter cuts Gemma's embedding to the tokens that it counts here.
+    # The converter truncates Gemma's embedding to the number of tokens in this file.
     tokens = {"model": {"vocab": list(range(config.vocab_size))}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
 
 
 def convert_to_bf16(models: Path) -> None:
-    """Write plain.gguf into each model's folder, without a tokenizer: types depend on none."""
+    """Write plain.gguf into the folder of each model.
+
+    The file has no tokenizer, because the types of tensors do not depend on it.
+    """
     import logging
 
     import gguf
@@ -183,7 +192,7 @@ def convert_to_bf16(models: Path) -> None:
 
 
 def compare(plain: Path, quantized: dict[str, Path]) -> tuple[dict[str, Any], list[str]]:
-    """Return what to record of a model, and how our types and bytes differ."""
+    """Return the record of a model, and the differences of types and bytes as lines of text."""
     import torch
     from gguf import GGUFReader
 
@@ -210,20 +219,24 @@ def compare(plain: Path, quantized: dict[str, Path]) -> tuple[dict[str, Any], li
             for tensor in reader.tensors:
                 name = tensor.name
                 if ours[name] != types[quant][name]:
-                    differences.append(f"{quant} {name}: {ours[name]}, not {types[quant][name]}")
+                    differences.append(
+                        f"{quant} {name}: type {ours[name]}, llama.cpp has {types[quant][name]}"
+                    )
                     continue
                 weight = torch.from_numpy(tensor.data.copy())
                 if tensors[name].ggml_type == "BF16":
                     weight = weight.view(torch.bfloat16)
                 data = b"".join(threads.run(tensor_jobs(weight, ours[name], name)))
                 if data != theirs[name].data.tobytes():
-                    differences.append(f"{quant} {name}: {ours[name]} of other bytes")
+                    differences.append(f"{quant} {name}: type {ours[name]}, but the bytes differ")
     return {"header": header, "groups": grouped(tensors, types)}, differences
 
 
 def grouped(tensors: dict[str, Any], types: dict[str, dict[str, str]]) -> list[list[Any]]:
-    """Return name, shape, plain type, layers, and types by quantization of tensors that differ by
-    their layer alone. One type is that of all layers.
+    """Group the tensors that differ only in their layer.
+
+    Return a list per group: name, shape, type before quantization, layers, and the types for each
+    quantization. If all layers have the same type, it is listed once.
     """
     names: dict[str, list[str]] = {}
     for name, (shape, plain) in tensors.items():
@@ -240,16 +253,19 @@ def grouped(tensors: dict[str, Any], types: dict[str, dict[str, str]]) -> list[l
     return groups
 
 
-# llama.cpp's log callback: level, text, data.
+# Log callback for llama.cpp that prints nothing. Its arguments are level, text and data.
 SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
 def load_llama(folder: Path) -> Any:
-    """Return a function that quantizes a file: source, target, a name of QUANTS."""
+    """Return a function that quantizes a file with llama.cpp.
+
+    The arguments of the function are the source, the target and a name of QUANTS.
+    """
     from gguf import LlamaFileType
 
     class Parameters(ctypes.Structure):
-        # The first two of llama_model_quantize_params, and room for the others.
+        # The first two fields of llama_model_quantize_params, and memory for the other fields.
         _fields_ = (
             ("threads", ctypes.c_int32),
             ("file_type", ctypes.c_int32),

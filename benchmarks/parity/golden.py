@@ -1,16 +1,16 @@
-"""What the command line prints and promises, as files: the plans of all shipped recipes and the
-help pages of all verbs.
+"""Output of the command line that is recorded in files: the plans of all shipped recipes and the
+help pages of all commands.
 
     python benchmarks/parity/same_bits.py plans --write     # tests/planning/golden/plans.json
     python benchmarks/parity/same_bits.py help --write      # tests/cli/golden/help.txt
 
-Tests hold both files, so that a change of a plan or an option is seen in its diff. `same_bits.py
-record` writes them for any checkout, and `compare` names what differs. Both come from the command
-line alone (`main` with words, as a shell would give them), so that they mean the same before and
-after a refactoring.
+Tests compare the output with both files, so each change of a plan or an option is visible in the
+diff of a commit. `same_bits.py record` also writes the output of any checkout, and `same_bits.py
+compare` prints the differences. The output comes only from the command line (`main` with the
+arguments of a shell), so it can be compared across a refactoring.
 
-Plans of recipes that ship need neither the network nor a GPU: the shapes of their models are in the
-package.
+Plans of shipped recipes need neither network nor GPU, because the package contains the shapes of
+their models.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PLANS = ROOT / "tests" / "planning" / "golden" / "plans.json"
 HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
 COLUMNS = "100"
 
-# Each chip of chips.json alone, the machines that shipped recipes are for, and a CPU with as much
-# memory everywhere.
+# Each chip of chips.json as a single device, the machines of the shipped recipes, and a CPU with a
+# fixed amount of memory.
 MACHINES: dict[str, list[str]] = {
-    "cpu": ["here", "model.dtype=bf16"],  # with CPU_BYTES, and without a speed
+    "cpu": ["here", "model.dtype=bf16"],  # has CPU_BYTES of memory and no known speed
     "dgx-spark": ["dgx-spark"],
     "2x-dgx-spark": ["2x-dgx-spark"],
     "h100": ["h100"],
@@ -47,7 +47,7 @@ MACHINES: dict[str, list[str]] = {
     "rtx-5090": ["rtx-5090"],
 }
 CPU_BYTES = 64 << 30
-# Sentences, and what chips.json says already.
+# Keys that are not recorded: sentences, and values from chips.json
 LEFT_OUT = (
     "machines.",
     "work.source",
@@ -59,7 +59,10 @@ LEFT_OUT = (
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested JSON; an empty list or object is a value too."""
+    """Yield the dotted key and the value of each leaf of nested JSON.
+
+    An empty list or object is a leaf too.
+    """
     if not isinstance(value, dict | list) or not value:
         yield key, value
         return
@@ -68,7 +71,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def run_verb(words: list[str]) -> tuple[int, str, str]:
-    """The exit code of a command, its stdout and its stderr."""
+    """Run a command. Return its exit code, stdout and stderr."""
     from tunesmith.cli.main import main
 
     stdout = io.StringIO()
@@ -79,16 +82,16 @@ def run_verb(words: list[str]) -> tuple[int, str, str]:
 
 
 def short_error(code: int, stderr: str) -> dict[str, Any]:
-    """The exit code of a refusal, and its `where`: a key of the recipe, or a machine."""
+    """Return the exit code and the `where` of an error: a key of the recipe or a machine."""
     places = re.findall(r"^  where: (.+)", stderr, re.MULTILINE)
     return {"exit": code, "where": places[-1] if places else ""}
 
 
 def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """What a diff should show of `plan --json`: all that is known of the run.
+    """Return the values of `plan --json` that are recorded.
 
-    Zeros and empty values are left out, and numbers have 6 digits: another machine's numpy may
-    round the last one differently.
+    Zeros and empty values are omitted. Numbers are rounded to 6 digits, because the last digits
+    depend on numpy and the machine.
     """
     summary: dict[str, Any] = {"exit": code}
     for key, value in leaves(plan):
@@ -99,23 +102,23 @@ def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def plans() -> dict[str, dict[str, Any]]:
-    """`RECIPE on MACHINE` -> `short_plan`, of every shipped recipe on every machine."""
+    """Return the recorded plan of each shipped recipe on each machine, by "RECIPE on MACHINE"."""
     from tunesmith.errors import EXIT_USAGE
     from tunesmith.planning import machines
 
     machines.available_memory = lambda: CPU_BYTES
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
+        os.environ["PATH"] = temporary  # without nvidia-smi, `here` is always a CPU
         os.environ["TUNESMITH_CACHE"] = (
-            f"{temporary}/cache"  # tokens that lie in the user's cache change a plan
+            f"{temporary}/cache"  # tokens in the user's cache would change a plan
         )
         os.environ["HF_HUB_OFFLINE"] = "1"
         for recipe in json.loads(run_verb(["recipes", "--json"])[1]):
             name = recipe["name"]
             for machine, words in MACHINES.items():
                 code, output, errors = run_verb(["plan", name, "--json", "--on", *words])
-                # A recipe that asks for what the machine cannot do has an error in place of a plan.
+                # An error replaces the plan if the machine cannot run the recipe.
                 if not output and code != EXIT_USAGE:
                     sys.exit(
                         f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing"
@@ -129,17 +132,17 @@ def plans() -> dict[str, dict[str, Any]]:
 
 
 def plans_text() -> str:
-    """The plans as JSON, a line each."""
+    """Return the plans as JSON, with one line per plan."""
     lines = [f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans().items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def help_text() -> str:
-    """The help page of every verb that `tunesmith --help` lists, below the command that prints it."""
+    """Return the help pages of all commands in `tunesmith --help`, each below its command."""
     os.environ["COLUMNS"] = COLUMNS
     os.environ["NO_COLOR"] = "1"
     _, overview, _ = run_verb(["--help"])
-    # Commands of one or two words, with two spaces before what they do.
+    # Commands have one or two words, and two spaces separate them from their description.
     verbs = re.findall(r"^  (\S+(?: \S+)?)  ", overview, re.MULTILINE)
     if not verbs:
         sys.exit("no command was found in the page of tunesmith --help")
@@ -149,7 +152,8 @@ def help_text() -> str:
         if code or not page:
             sys.exit(f"tunesmith {verb} --help ended with {code}")
         pages[f"tunesmith {verb} --help"] = page
-    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"  # argparse lays out as each version pleases
+    # The layout of argparse depends on the version of Python.
+    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     return f"Written with {version}\n" + "".join(
         f"\n$ {command}\n{page}" for command, page in pages.items()
     )
@@ -157,5 +161,5 @@ def help_text() -> str:
 
 WRITERS = {"plans": (plans_text, PLANS), "help": (help_text, HELP)}
 
-if __name__ == "__main__":  # in a process of its own, whose tunesmith is that of PYTHONPATH
+if __name__ == "__main__":  # a separate process imports tunesmith from PYTHONPATH
     sys.stdout.write(WRITERS[sys.argv[1]][0]())

@@ -1,14 +1,16 @@
-"""The products of experts as a GPU computes them, beside those of a CPU: the output, and the gradients
-of the rows and of an adapter's A and B.
+"""Comparison of the experts' matrix products on a GPU with those on a CPU: the output, and the
+gradients of the rows and of an adapter's `lora_A` and `lora_B`.
 
     python benchmarks/parity/grouped_products.py [--output FILE]
 
-A GPU multiplies all experts by `grouped_mm`, a CPU one after the other. Both get the same numbers, on
-small shapes with experts that have no rows: dense stacks as [experts, out, in] and [experts, in, out],
-and one in MXFP4, in bf16 and fp32; then rows that are gathered from tokens, and such that are added up
-to them. Where torch sees no GPU, the CPU's own `grouped_mm` stands for it.
-Differences are relative to the largest value. The exit code is 1 where one is larger than its type
-rounds.
+A GPU multiplies all experts with one call of `grouped_mm`, a CPU multiplies one expert after the
+other. Both get the same values in small shapes, and some experts have no rows. The cases, each in
+bf16 and fp32, are: dense stacks of shape [experts, out, in] and [experts, in, out], a stack in
+MXFP4, rows that are gathered from tokens, and rows that are summed into tokens. If torch sees no
+GPU, `grouped_mm` runs on the CPU instead.
+
+Differences are relative to the largest value. The exit code is 1 if a difference is larger than the
+rounding of its dtype.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import ExpertRows
 
 EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
-# Of each expert; the first, one in the middle and the last have none.
+# Number of rows per expert. The first expert, one in the middle and the last one have no rows.
 ROWS = (0, 3, 70, 0, 1, 129, 16, 0)
-# Sums over 128 to 192 products, in another order, and rounded to the type once more.
+# Maximum relative differences. The sums of 128 to 192 products have another order on the GPU, and
+# are rounded to the dtype once more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 STACKS = ("dense", "transposed", "mxfp4", "gathers", "sums")
 
 
 def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack:
-    """A random stack; the same numbers on each device."""
+    """Return a random stack with the same values on each device."""
     if kind == "mxfp4":
         mxfp4 = Mxfp4.parse()
         codes = empty_tensors(mxfp4.stack_forms(EXPERTS, OUT, IN, 1), torch.device("cpu"))
@@ -56,7 +59,7 @@ def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack
 def results_of(
     kind: str, dtype: torch.dtype, device: torch.device, *, grouped: bool
 ) -> dict[str, Tensor]:
-    """The output and the gradients, on the CPU in fp32."""
+    """Compute the output and the gradients. Return them in fp32 on the CPU."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -67,7 +70,7 @@ def results_of(
     options = {}
     if kind in ("gathers", "sums"):
         options[kind] = True
-        # Three of the experts that have rows, for each token.
+        # Each token selects three of the experts 1 to 5.
         chosen = torch.rand(sum(ROWS), 5, generator=generator).topk(3).indices + 1
     copies = chosen.numel()
     x = draw(len(chosen) if kind == "gathers" else copies, IN)
@@ -84,7 +87,7 @@ def results_of(
 
 
 def compare(device: torch.device) -> dict[str, dict[str, float]]:
-    """The largest difference of each result, by type and stack."""
+    """Return the largest difference of each result, by dtype and stack."""
     differences = {}
     for dtype in TOLERANCE:
         for kind in STACKS:
@@ -99,7 +102,7 @@ def compare(device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def too_large(differences: dict[str, dict[str, float]]) -> list[str]:
-    """Names of the results that differ by more than their type rounds."""
+    """Return the names of the results that differ by more than the rounding of their dtype."""
     names = []
     for name, results in differences.items():
         tolerance = TOLERANCE[getattr(torch, name.partition(" ")[0])]
@@ -108,7 +111,7 @@ def too_large(differences: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print a line for each type and stack; 1 where a difference is too large."""
+    """Print a line for each dtype and stack. Return 1 if a difference is too large."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +126,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name in failed:
-        print(f"too far from the CPU's: {name}")
+        print(f"error: {name} differs too much from the CPU")
     return int(bool(failed))
 
 

