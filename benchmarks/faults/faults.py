@@ -1,17 +1,21 @@
-"""What a run on two nodes does when a part of it fails: `tunesmith train` under torchrun in two
-network namespaces.
+"""Measurement of faults in a run on two nodes: `tunesmith train` under torchrun in two network
+namespaces.
 
-    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json   # every fault
-    sudo python benchmarks/faults/faults.py link --seconds 60                                # one, with the default heartbeat
-    python benchmarks/faults/faults.py --table docs/measurements/faults.json                 # the table
+    # cause each fault four times
+    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json
+    # cause one fault, with the default heartbeat limit
+    sudo python benchmarks/faults/faults.py link --seconds 60
+    # print the table
+    python benchmarks/faults/faults.py --table docs/measurements/faults.json
 
-It needs root, iproute2 and util-linux. Two nodes, two ranks each, a switch between them; gloo on
-CPUs, full fine-tuning of a small Llama, two shards and two copies, a sharded checkpoint every 10
-steps. A fault strikes the unmodified ranks from outside while they train. Once all have ended, the
-same command starts them again until the next fault, and at last to the end: then records and
-weights are compared with those of a run that nothing stopped.
+The measurement needs root, iproute2 and util-linux. Two nodes with two ranks each are connected by
+a switch. The ranks use gloo on CPUs. The run is full fine-tuning of a small Llama, with two
+replicas of two shards, and a sharded checkpoint every 10 steps. A fault is caused from outside
+while the ranks train; the code of the ranks is unchanged. When all ranks have ended, the same
+command resumes the run until the next fault. The last resume completes the run. Then its records
+and weights are compared with those of an uninterrupted run.
 
-A file that exists is added to. With --keep an interrupted measurement goes on where it was.
+Results are added to an existing file. With `--keep`, an interrupted measurement continues.
 """
 
 from __future__ import annotations
@@ -34,9 +38,13 @@ from typing import Any
 
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 PORT = 29555
-RANKS = 2  # a node
-STEPS, EVERY, GAP = 160, 10, 25  # of a run; between checkpoints, and at least between faults
-# Seconds that a start may take; that a launcher may live on after its ranks
+RANKS = 2  # ranks per node
+STEPS, EVERY, GAP = (
+    160,
+    10,
+    25,
+)  # steps of a run, steps between checkpoints, minimum of steps between faults
+# Maximum seconds for a start, and for a launcher to end after its ranks
 START, LEFT = (
     150.0,
     20.0,
@@ -65,10 +73,10 @@ def lives(pid: int) -> bool:
 
 
 class Pair:
-    """Two nodes: a network namespace with a card each, joined by a switch, and a launcher of two
-    ranks in each.
+    """Two nodes connected by a switch. Each node is a network namespace with a network card and a
+    launcher of two ranks.
 
-    With `own_disks` each node has a disk of its own at the run directory, of `MIB` MiB.
+    With `own_disks`, each node has its own disk of `MIB` MiB at the run directory.
     """
 
     MIB = 96
@@ -83,7 +91,7 @@ class Pair:
 
     def __enter__(self) -> Pair:
         switch = self.spaces["switch"]
-        for space in self.spaces.values():  # of a run that was killed
+        for space in self.spaces.values():  # remains of a killed measurement
             sh(f"ip netns del {space}", check=False)
         sh(f"ip netns add {switch} && ip -n {switch} link add switch type bridge")
         sh(f"ip -n {switch} link set switch up")
@@ -110,24 +118,25 @@ class Pair:
             agent.wait()
         for space in self.spaces.values():
             sh(f"ip netns del {space}", check=False)
-        # An interrupted measurement goes on
+        # Keep the disks after an exception, because an interrupted measurement can continue.
         for node in NODES if self.own_disks and not kind else ():
             sh(f"umount -l {self.disk(node)}", check=False)
 
     def disk(self, node: str) -> Path:
-        """The run directory of a node, as this process sees it."""
+        """Return the path of a node's run directory outside the network namespace."""
         return self.folder / self.name / (f"disk-{node}" if self.own_disks else "run")
 
     def log(self, node: str, start: int) -> Path:
         return self.folder / self.name / f"start-{start}-{node}.log"
 
     def cable(self, state: str) -> None:
-        """`down` or `up`: the cable between node-b and the switch."""
+        """Set the link between node-b and the switch to the state `down` or `up`."""
         sh(f"ip -n {self.spaces['switch']} link set port-b {state}")
 
     def start(self, options: str, sysctl: str = "") -> None:
-        """The launchers of both nodes; {node}, {rank} and {address} in their options are those of
-        each.
+        """Start the launchers of both nodes.
+
+        The placeholders {host}, {rank}, {head} and {port} of `options` are replaced for each node.
         """
         run = self.folder / self.name / "run"
         run.mkdir(parents=True, exist_ok=True)
@@ -156,7 +165,7 @@ class Pair:
         return any(agent.poll() is None for agent in self.agents.values())
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank whose launcher lives."""
+        """Return the process id of each rank whose launcher is still running."""
         found = {}
         for agent in self.agents.values():
             with contextlib.suppress(OSError):
@@ -170,7 +179,7 @@ class Pair:
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        """The steps in metrics.jsonl, without a line that is being written."""
+        """Return the records of metrics.jsonl, without an incomplete last line."""
         with contextlib.suppress(OSError):
             lines = (self.disk("node-a") / "metrics.jsonl").read_text().splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -184,16 +193,18 @@ class Pair:
                     self.log(node, self.starts - 1).read_text(errors="replace")[-3000:]
                     for node in NODES
                 )
-                raise SystemExit(f"{self.name}: step {step} was not reached\n{logs}")
+                raise SystemExit(
+                    f"error: {self.name} did not reach step {step}; the ends of the logs:\n{logs}"
+                )
             time.sleep(0.02)
 
     def failure(self) -> dict[str, dict[str, Any]]:
-        """What failure.json of each node says."""
+        """Return the content of failure.json by node."""
         files = {node: self.disk(node) / "failure.json" for node in NODES}
         return {node: json.loads(file.read_text()) for node, file in files.items() if file.exists()}
 
     def printed(self, node: str) -> list[str]:
-        """The blocks of errors in a node's log of the last start."""
+        """Return the error messages in a node's log of the last start."""
         text = (
             self.log(node, self.starts - 1)
             .read_text(errors="replace")
@@ -216,7 +227,7 @@ def signal_launcher(node: str, number: int) -> Callable[[Pair], None]:
 
 
 def lose_node(pair: Pair) -> None:
-    """All of node-b ends at once, its network too."""
+    """Disconnect node-b, and kill its launcher and its ranks."""
     pair.cable("down")
     for pid in (
         *(pid for rank, pid in pair.ranks().items() if rank >= RANKS),
@@ -226,7 +237,7 @@ def lose_node(pair: Pair) -> None:
 
 
 def fill_disk(pair: Pair) -> None:
-    """Somebody else's file takes what was left of node-b's disk."""
+    """Fill the disk of node-b with another file."""
     with (
         contextlib.suppress(OSError),
         (pair.disk("node-b") / "filler").open("wb", buffering=0) as file,
@@ -249,12 +260,18 @@ ELASTIC += ",last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3
 
 @dataclass(frozen=True)
 class Fault:
-    """What strikes, what mends it before the next start, and how the launchers are started.
+    """A fault, and the options of the run in which it is caused.
 
     Attributes:
-        goes_on: the run goes on by itself: it is not started again.
-        loses_node: so it does with the ranks of node-a.
-        after: the launchers' lives are waited for so many seconds after the ranks have ended.
+        what: description of the fault.
+        strike: causes the fault.
+        heal: repairs the damage before the next start.
+        options: options of torchrun.
+        sysctl: kernel setting of the nodes, as KEY=VALUE.
+        own_disks: whether each node has its own disk.
+        goes_on: whether torchrun restarts the ranks, so that the run is not started again.
+        loses_node: whether the run continues with only the ranks of node-a.
+        after: maximum seconds to wait for the launchers after the ranks have ended.
     """
 
     what: str
@@ -317,8 +334,9 @@ def write_recipe(folder: Path) -> None:
 
 
 def wait_for_end(pair: Pair, pids: dict[int, int], began: float, after: float) -> dict[str, float]:
-    """Seconds from `began` to the end of all ranks, and of each launcher that ends in time; the
-    others are killed.
+    """Return the seconds from `began` to the end of all ranks and of each launcher.
+
+    Processes that do not end in time are killed and are missing in the result.
     """
     ended: dict[str, float] = {}
     while len(ended) < 1 + len(NODES):
@@ -341,7 +359,7 @@ def wait_for_end(pair: Pair, pids: dict[int, int], began: float, after: float) -
 
 
 def whole_steps(pair: Pair) -> list[int]:
-    """The checkpoints that lie whole on node-a's disk."""
+    """Return the steps of the complete checkpoints on node-a's disk."""
     from tunesmith.checkpoint.manifest import find_damage, list_checkpoints
 
     found = list_checkpoints(pair.disk("node-a"))
@@ -349,13 +367,14 @@ def whole_steps(pair: Pair) -> list[int]:
 
 
 def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
-    """Let the fault happen some steps after the last one that was recorded before, and wait for the
-    end of all ranks.
+    """Cause the fault GAP steps after the step `last`, and wait until all ranks have ended.
+
+    Return the results.
     """
     pair.wait_for_step(last + GAP)
     pids, step = pair.ranks(), pair.records()[-1]["step"]
     assert len(pids) == 2 * RANKS, pids
-    # Of a launcher that has started ranks again
+    # Count earlier messages, because a launcher that restarts ranks continues its log.
     earlier = {node: len(pair.printed(node)) for node in NODES}
     began = time.time()
     fault.strike(pair)
@@ -369,8 +388,10 @@ def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
         while any(map(lives, pids.values())):
             time.sleep(0.02)
         ended = round(time.time() - began, 2)
-        found = {"failure.json": pair.failure()}  # before the ranks that start again delete it
-        pair.wait_for_step(pair.records()[-1]["step"] + 1)  # which only they can take
+        found = {"failure.json": pair.failure()}  # before the restarted ranks delete it
+        pair.wait_for_step(
+            pair.records()[-1]["step"] + 1
+        )  # only the restarted ranks can reach this step
         found |= {
             "seconds": {"ranks": ended, "goes on": round(time.time() - began, 2)},
             "ranks": len(pair.ranks()),
@@ -380,7 +401,7 @@ def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
 
 
 def compare(run: Path, whole: Path) -> dict[str, Any]:
-    """A resumed run beside one that nothing stopped."""
+    """Compare a resumed run with an uninterrupted run."""
     from safetensors.torch import load_file
 
     steps = [
@@ -406,20 +427,21 @@ def compare(run: Path, whole: Path) -> dict[str, Any]:
 def measure(
     name: str, pair: Pair, times: int, whole: Path, entry: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Strike one run until `entry` has so many times, and complete it with what became of the run
-    beside `whole`; yields it whenever it has grown, so that an interrupted measurement goes on
-    where it was.
+    """Cause the fault until `entry` has `times` results. Then complete the run, and add its
+    comparison with the uninterrupted run `whole`.
+
+    `entry` is yielded after each result, so that an interrupted measurement can continue.
     """
     fault = FAULTS[name]
     while len(entry["times"]) < times:
-        # The next start cuts it back
+        # The next start may remove records after the last checkpoint.
         last = max((record["step"] for record in pair.records()), default=0)
         if not pair.runs():
             pair.start(fault.options, fault.sysctl)
         entry["times"].append(strike(fault, pair, last))
         fault.heal(pair)
         yield entry
-        if fault.loses_node:  # it is there again for the next time
+        if fault.loses_node:  # node-b is needed for the next fault
             end(pair, stop=True)
     if not pair.runs():
         pair.start(fault.options, fault.sysctl)
@@ -429,7 +451,7 @@ def measure(
 
 
 def run_whole(folder: Path) -> Path:
-    """The run directory of a run that nothing stops; it is made once."""
+    """Return the run directory of an uninterrupted run. Train it if it does not exist yet."""
     if not (folder / "whole" / "run" / "final").exists():
         with Pair(folder, "whole", 60) as pair:
             pair.start(DYNAMIC)
@@ -439,14 +461,17 @@ def run_whole(folder: Path) -> Path:
 
 
 def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
-    """Let the run come to its end, or stop it by its file; the launchers' exit codes."""
+    """Wait for the end of the run. With `stop`, request it with the file `stop`.
+
+    Return the exit codes of the launchers.
+    """
     if stop:
         (pair.disk("node-a") / "stop").touch()
     return {node: agent.wait(2 * START) for node, agent in pair.agents.items()}
 
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
-    """Print the table of a record."""
+    """Yield the lines of the table of results."""
     yield "| fault | heartbeat limit | all ranks have ended after | exit codes of the launchers | failure.json | resumed run |"
     yield "|---|---|---|---|---|---|"
     for entry in found["faults"].values():
@@ -455,7 +480,7 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
         def spread(key: str, times: list[dict[str, Any]] = times) -> str:
             seconds = [run["seconds"][key] for run in times if run["seconds"].get(key) is not None]
             if not seconds:
-                return f"not in {LEFT:.0f} s"
+                return f"more than {LEFT:.0f} s"
             if len(seconds) == 1:
                 return f"{seconds[0]:.1f} s"
             return f"{min(seconds):.1f} to {max(seconds):.1f} s"
@@ -486,24 +511,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
-        "faults", nargs="*", metavar="FAULT", help=f"{', '.join(FAULTS)}; none: all of them"
+        "faults", nargs="*", metavar="FAULT", help=f"default: all of {', '.join(FAULTS)}"
     )
     p.add_argument(
-        "--seconds", type=float, default=60.0, help="without a heartbeat a rank is gone; default 60"
+        "--seconds", type=float, default=60.0, help="heartbeat limit in seconds (default: 60)"
     )
-    p.add_argument("--times", type=int, default=1, help="that each strikes")
-    p.add_argument("--json", type=Path, help="add what was found to this file")
-    p.add_argument("--table", type=Path, help="print the table of such a file, and do nothing else")
+    p.add_argument("--times", type=int, default=1, help="how often each fault is caused")
+    p.add_argument("--json", type=Path, help="add the results to this file")
+    p.add_argument("--table", type=Path, help="only print the table of this file of results")
     p.add_argument(
-        "--keep", type=Path, help="a folder for the runs and logs; default: a temporary one"
+        "--keep", type=Path, help="folder of the runs and logs (default: a temporary folder)"
     )
     a = p.parse_args()
     if a.table:
         print("\n".join(rows(json.loads(a.table.read_text()))))
         return
     if unknown := [fault for fault in a.faults if fault not in FAULTS]:
-        p.error(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
-    # So that `timeout` leaves no namespaces behind
+        p.error(f"unknown fault {unknown[0]!r}; choose from {', '.join(FAULTS)}")
+    # Exit with cleanup, so that the command `timeout` leaves no namespaces behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     found = json.loads(a.json.read_text()) if a.json and a.json.exists() else {"faults": {}}
     with contextlib.ExitStack() as stack:

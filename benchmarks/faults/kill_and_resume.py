@@ -1,37 +1,40 @@
-"""Kill a run with SIGKILL, start the same command again, and compare it with a run that nothing
-interrupted.
+"""Test of resumed runs: kill a run with SIGKILL, start the same command again, and compare the
+result with an uninterrupted run.
 
     python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR --data rows.json [--json FILE]
-    python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] --kills 30 [--seed 0] [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30 [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family llama --method kto --adapter none --kills 10 [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 --kills 6 [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family llama --layers 6 --stream 5 --kills 30 [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family qwen2_5_vl --rows pictures --kills 20 [--json FILE]
-    python benchmarks/faults/kill_and_resume.py --family llama --rows documents --kills 10 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --shape llama3-3b --layers 4 --tokenizer DIR \\
+        --data rows.json [--json FILE]
+    python benchmarks/faults/kill_and_resume.py RECIPE [key=value ...] --kills 30 [--seed 0]
+    python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30
+    python benchmarks/faults/kill_and_resume.py --family llama --method kto --adapter none \\
+        --kills 10
+    python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 \\
+        --kills 6
+    python benchmarks/faults/kill_and_resume.py --family llama --layers 6 --stream 5 --kills 30
+    python benchmarks/faults/kill_and_resume.py --family qwen2_5_vl --rows pictures --kills 20
+    python benchmarks/faults/kill_and_resume.py --family llama --rows documents --kills 10
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
-CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
-Losses, gradient norms and a method's numbers of all steps and the bytes of the final adapter are
-compared bit for bit.
-Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
-layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
-whose text model is trained, llama, or qwen3_moe). With `--method` it learns from made pairs or
-labeled answers, and a full run's reference is kept in a cache that all starts share. With `--rows
-pictures` the family is one of `vision.FAMILIES`, and two of three rows have a picture; with `--rows
-documents` the rows are texts that are longer than a packed row.
+CHECKPOINT_EVERY steps. The run is killed one step after its first complete checkpoint. The losses,
+the gradient norms and the metrics of a preference method are compared bit for bit for all steps,
+and the bytes of the final weights. The exit code is 1 if they differ. `--json` writes the result to
+a file.
 
-With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
-is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
-before it may finish, in as many run directories as that takes. Each is compared in the same way,
-and the optimizer's state in its last checkpoint too.
-
-With `--stream N` the frozen matrices of N layers come from the host in the killed runs, and not in
-the one that they are compared with.
-
-With `--ranks N` as many processes of this machine share the run, by gloo. A kill then hits one of
-them, drawn at random; the others must end by themselves, within SURVIVORS_END seconds.
+- `--shape`: a model with the sizes of this shape, random weights and `--layers` layers
+- `--family`: a tiny random model of the tests: llama, qwen3_moe, or the text model of a family of
+  `vision_models.FAMILIES`
+- `--method`: preference training on generated pairs or rated answers. The reference of a full
+  fine-tuning run is stored in a cache that all starts share.
+- `--rows pictures`: a family of `vision.FAMILIES`, and two of three rows have a picture
+- `--rows documents`: texts that are longer than a packed row
+- `--kills N`: runs of LONG_STEPS steps with a checkpoint every LONG_CHECKPOINT_EVERY steps are
+  killed N times in total, at random times between their first step and their end. A run is killed
+  up to KILLS_A_RUN times before it may finish, and there are as many runs as needed. The
+  optimizer's state in the last checkpoint is compared too.
+- `--stream N`: the frozen matrices of N layers are streamed from the host in the killed runs, but
+  not in the uninterrupted run
+- `--ranks N`: N processes on this machine train together with gloo. Each kill hits a random rank,
+  and the other ranks must end within SURVIVORS_END seconds.
 """
 
 from __future__ import annotations
@@ -56,16 +59,16 @@ LONG_STEPS = 120
 LONG_CHECKPOINT_EVERY = 7
 KILLS_A_RUN = 6
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
-# How the names of a method's own numbers begin.
+# Prefixes of the names of a preference method's metrics
 OF_METHOD = ("reward", "logps", "kl")
-DEADLINE = 600.0  # seconds for a run
-SURVIVORS_END = 120.0  # seconds that the other ranks have to notice a killed one
+DEADLINE = 600.0  # maximum seconds of a run
+SURVIVORS_END = 120.0  # maximum seconds until the other ranks end after a kill
 
 
 def train_command(
     words: list[str], output_dir: Path, *, is_long: bool = False, streamed: int = 0
 ) -> list[str]:
-    """`tunesmith train` of the recipe and keys in `words`, into `output_dir`."""
+    """Return the `tunesmith train` command for the recipe and keys in `words`."""
     steps = LONG_STEPS if is_long else STEPS
     every = LONG_CHECKPOINT_EVERY if is_long else CHECKPOINT_EVERY
     keys = [
@@ -84,7 +87,7 @@ def train_command(
 
 
 def read_records(output_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run directory; a last line that is still being written is left out."""
+    """Return the records of a run directory, without an incomplete last line."""
     file = output_dir / "metrics.jsonl"
     if not file.exists():
         return []
@@ -102,7 +105,7 @@ def start(
     streamed: int = 0,
     **options: Any,
 ) -> list[subprocess.Popen[bytes]]:
-    """The processes of a run, in the order of their ranks, each in a session of its own."""
+    """Start the processes of a run, each in its own session. Return them in the order of ranks."""
     command = train_command(words, output_dir, is_long=is_long, streamed=streamed)
     environments: list[dict[str, str]] = [{}]
     if ranks > 1:
@@ -116,7 +119,7 @@ def start(
 
 
 def environments_of(ranks: int) -> list[dict[str, str]]:
-    """What torchrun sets for each rank of this machine."""
+    """Return the environment variables that torchrun sets, for each rank of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -131,7 +134,7 @@ def environments_of(ranks: int) -> list[dict[str, str]]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with all that it started."""
+    """Kill a process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -145,7 +148,7 @@ def train(
     is_long: bool = False,
     streamed: int = 0,
 ) -> float:
-    """Run to the end; returns the seconds. SystemExit where the run fails."""
+    """Train to the end, and return the duration in seconds. Raise SystemExit if the run fails."""
     began = time.monotonic()
     processes = start(words, output_dir, ranks, is_long=is_long, streamed=streamed)
     try:
@@ -154,13 +157,14 @@ def train(
         for process in processes:
             kill(process)
     if any(codes):
-        raise SystemExit(f"the run in {output_dir} ended with {codes}")
+        raise SystemExit(f"error: the run in {output_dir} ended with exit codes {codes}")
     return time.monotonic() - began
 
 
 def train_until_killed(words: list[str], output_dir: Path) -> int:
-    """Start a run and kill it, with all its processes, a step after its first complete checkpoint;
-    returns that step.
+    """Start a run, and kill all its processes one step after its first complete checkpoint.
+
+    Return the last recorded step.
     """
     [run] = start(words, output_dir, 1)
     manifest = output_dir / f"checkpoint-{CHECKPOINT_EVERY}" / "manifest.json"
@@ -169,11 +173,11 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
     while not manifest.exists() or steps_done <= CHECKPOINT_EVERY:
         if run.poll() is not None:
             raise SystemExit(
-                f"the run ended with {run.returncode} before it could be killed, at step {steps_done}"
+                f"error: the run ended before the kill, step {steps_done}: exit code {run.returncode}"
             )
         if time.monotonic() > deadline:
             kill(run)
-            raise SystemExit(f"no checkpoint after {DEADLINE:.0f} s")
+            raise SystemExit(f"error: the run wrote no checkpoint within {DEADLINE:.0f} s")
         time.sleep(0.01)
         steps_done = len(read_records(output_dir))
     kill(run)
@@ -181,7 +185,7 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
 
 
 def last_line(output_dir: Path) -> str:
-    """The last line of the records, whole or not; "" where there is none."""
+    """Return the last line of the records, which may be incomplete. Return "" if there is none."""
     file = output_dir / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return lines[-1] if lines else ""
@@ -195,9 +199,9 @@ def train_and_kill(
     victim: int = 0,
     streamed: int = 0,
 ) -> int | None:
-    """Start a run, and kill its rank `victim` `delay` seconds after its first record.
+    """Start a run, and kill the rank `victim` `delay` seconds after the first new record.
 
-    Returns the last step that it had recorded; None where it had ended before.
+    Return the last recorded step. Return None if the run ended before the kill.
     """
     before = last_line(output_dir)
     processes = start(
@@ -214,33 +218,35 @@ def train_and_kill(
     codes = wait_for_all(processes)
     if has_ended:
         if any(codes):
-            raise SystemExit(f"the run in {output_dir} ended with {codes}")
+            raise SystemExit(f"error: the run in {output_dir} ended with exit codes {codes}")
         return None
     records = read_records(output_dir)
     return records[-1]["step"] if records else 0
 
 
 def wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """The exit codes of all ranks; SystemExit where some go on without the killed one."""
+    """Return the exit codes of all ranks. Raise SystemExit if ranks continue after the kill."""
     deadline = time.monotonic() + SURVIVORS_END
     try:
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired as error:
-        raise SystemExit(f"ranks still run {SURVIVORS_END:.0f} s after one was killed") from error
+        raise SystemExit(
+            f"error: other ranks still run {SURVIVORS_END:.0f} s after a rank was killed"
+        ) from error
     finally:
         for process in processes:
             kill(process)
 
 
 def training_seconds(output_dir: Path) -> float:
-    """Seconds of all steps of a run."""
+    """Return the total seconds of all steps of a run."""
     return sum(float(record["step_seconds"]) for record in read_records(output_dir))
 
 
 def kill_at_random(
     words: list[str], folder: Path, kills: int, seed: int, ranks: int = 1, streamed: int = 0
 ) -> dict[str, Any]:
-    """Kill runs `kills` times in all, let each finish, and compare it with one that ran undisturbed."""
+    """Kill runs `kills` times in total, complete each, and compare it with an uninterrupted run."""
     rng = random.Random(seed)
     whole = folder / "whole"
     train(words, whole, ranks, is_long=True)
@@ -286,27 +292,31 @@ def kill_at_random(
 
 
 def optimizer_state(output_dir: Path) -> dict[str, bytes]:
-    """The optimizer's files of a run's last checkpoint, by their names: one, or one a rank."""
+    """Return the content of the optimizer's files in the last checkpoint, by file name.
+
+    There is one file, or one file per rank.
+    """
     last = LONG_STEPS - LONG_STEPS % LONG_CHECKPOINT_EVERY
     checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     if not checkpoints or int(checkpoints[-1].name.split("-")[1]) < last:
-        raise SystemExit(f"{output_dir} has no checkpoint-{last}")
+        raise SystemExit(f"error: {output_dir} has no checkpoint-{last}")
     files = (checkpoints[-1] / "state").glob("optimizer*.safetensors")
     state = {file.name: file.read_bytes() for file in files}
     if not state:
-        raise SystemExit(f"{checkpoints[-1]} has no state of an optimizer")
+        raise SystemExit(f"error: {checkpoints[-1]} has no optimizer state")
     return state
 
 
 def compared(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of the training, and not of its time."""
+    """Return the values of a record that must be equal: all that do not depend on time."""
     of_method = [key for key in record if key.startswith(OF_METHOD)]
     return {key: record[key] for key in (*COMPARED, *of_method)}
 
 
 def compare(whole: Path, resumed: Path) -> dict[str, Any]:
-    """How the two run directories differ: the records of all steps, and the files of the final
-    weights.
+    """Compare the records and the files of the final weights of two run directories.
+
+    Return the differences.
     """
     records = list(zip(read_records(whole), read_records(resumed), strict=True))
     unequal_steps = [left["step"] for left, right in records if compared(left) != compared(right)]
@@ -327,8 +337,9 @@ def compare(whole: Path, resumed: Path) -> dict[str, Any]:
 
 
 def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
-    """A model of the shape with random weights and a recipe for it, written to `folder`; the words
-    that name the recipe.
+    """Write a model of the shape with random weights, and a recipe for it.
+
+    Return the words of the command line that select the recipe.
     """
     sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
     from random_model import write_random_model
@@ -350,8 +361,9 @@ def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
-    """A tiny random model of the family and a recipe for it, written to `folder`; the words that
-    name the recipe.
+    """Write a tiny random model of the family, and a recipe for it.
+
+    Return the words of the command line that select the recipe.
     """
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
@@ -372,7 +384,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
     if options.family == "qwen3_moe":
         model = write_mixture(folder / "model", model)
     elif options.family != "llama":
-        # The last of four layers of Llama 4 attends to the whole document.
+        # In Llama 4, every fourth layer attends to the entire document.
         text = {"num_hidden_layers": 4, "floor_scale": 4} if options.family == "llama4" else {}
         model = vision_models.build(options.family, folder / "model", model, **text)
     if options.rows == "documents":
@@ -395,7 +407,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def kill_once(words: list[str], folder: Path) -> dict[str, Any]:
-    """Kill a run a step after its first checkpoint, resume it, and compare."""
+    """Kill a run one step after its first checkpoint, resume it, and compare the results."""
     whole_seconds = train(words, folder / "whole")
     killed_at = train_until_killed(words, folder / "resumed")
     resumed_seconds = train(words, folder / "resumed")
@@ -409,7 +421,7 @@ def kill_once(words: list[str], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The starts, and one line of JSON."""
+    """Run the test, and print the result as one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -417,25 +429,31 @@ def main() -> None:
     parser.add_argument("--shape")
     parser.add_argument("--family")
     parser.add_argument("--method", choices=("dpo", "orpo", "simpo", "kto"))
-    parser.add_argument("--rows", choices=("pictures", "documents"), help="with --family")
+    parser.add_argument("--rows", choices=("pictures", "documents"), help="requires --family")
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokenizer")
     parser.add_argument("--data")
-    parser.add_argument("--kills", type=int, metavar="N", help="at random moments")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of the ranks")
-    parser.add_argument("--stream", type=int, default=0, metavar="N", help="layers, with --kills")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, with --kills")
+    parser.add_argument("--kills", type=int, metavar="N", help="kill N times at random times")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the times and ranks of the kills"
+    )
+    parser.add_argument(
+        "--stream", type=int, default=0, metavar="N", help="stream N layers; requires --kills"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="use N ranks; requires --kills"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_intermixed_args()
     keys = [word for word in options.words if "=" in word]
     recipes = len(options.words) - len(keys)
     if recipes + bool(options.shape) + bool(options.family) != 1:
-        parser.error("give a recipe, or --shape with --tokenizer and --data, or --family")
+        parser.error("pass either a recipe, or --shape with --tokenizer and --data, or --family")
     if options.rows and (options.method or not options.family):
-        parser.error("--rows goes with --family, and not with --method")
+        parser.error("--rows requires --family and does not support --method")
     if (options.ranks > 1 or options.stream) and not options.kills:
-        parser.error("--ranks and --stream go with --kills")
+        parser.error("--ranks and --stream require --kills: add --kills N")
     with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:
         folder = Path(name)
         words = options.words

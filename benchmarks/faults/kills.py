@@ -1,18 +1,20 @@
-"""What becomes of a run on a real cluster when a part of it is killed: `tunesmith launch slurm` and
+"""Test of runs on real clusters with killed processes and nodes: `tunesmith launch slurm` and
 `launch swarm`.
 
+    # kill 20 times on each cluster
     sudo python benchmarks/faults/kills.py slurm --times 20 --json docs/measurements/kills.json
     sudo python benchmarks/faults/kills.py swarm --times 20 --json docs/measurements/kills.json
-    python benchmarks/faults/kills.py table --json docs/measurements/kills.json     # the table
+    # print the table
+    python benchmarks/faults/kills.py table --json docs/measurements/kills.json
 
-It needs root and `make cluster-tools`. Both clusters are those of the tests: two nodes in network
-namespaces of one machine, with the real daemons. A small random Llama is trained in full by one
-rank a node, with a checkpoint every ten steps. By a seeded plan a rank, a node agent or a whole
-node is killed by SIGKILL while the model is loaded, while steps are taken or while a checkpoint is
-written. Then the run goes on by itself, or it has ended and the same command is given again. At the
-end all losses and gradient norms are compared with those of a run that nothing stopped.
+The test needs root and `make cluster-tools`. It uses the clusters of the tests: two nodes in
+network namespaces of one machine, with the real daemons. The run is full fine-tuning of a small
+random Llama with one rank per node and a checkpoint every ten steps. A seeded plan selects a rank,
+a node agent or an entire node, which is killed with SIGKILL during loading, training or saving.
+Then the cluster restarts the run. If it does not, the same command is run again. At the end, all
+losses and gradient norms are compared with those of an uninterrupted run.
 
-A file that exists is added to.
+Results are added to an existing file.
 """
 
 from __future__ import annotations
@@ -35,35 +37,37 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from launch.conftest import SLOW  # so that polling can hit between two steps
+from launch.conftest import (
+    SLOW,
+)  # slows down the steps, so that polling can hit the time between two steps
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM_PAIR = ROOT / "tests/tools/launch/slurm_pair.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 TARGETS, PHASES = ("rank", "agent", "node"), ("loading", "training", "saving")
 EVERY = 10  # steps between checkpoints
-START = 240.0  # seconds that a start may take on a busy machine
+START = 240.0  # maximum seconds of a start on a busy machine
 RANK, AGENT = b"\0tunesmith\0train\0", b"\0tunesmith.launch.node\0"
 
 
 class Missed(Exception):
-    """The moment of a kill did not come."""
+    """The condition for a kill, or after a kill, was not met in time."""
 
 
 def wait_for(
     what: str, condition: Callable[[], Any], seconds: float = START, pause: float = 0.1
 ) -> Any:
-    """The first true value of the condition; `Missed` if there is none in time."""
+    """Return the first true value of the condition. Raise `Missed` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise Missed(f"{what}: not in {seconds:.0f} s")
+            raise Missed(f"timeout after {seconds:.0f} s while waiting for {what}")
         time.sleep(pause)
     return value
 
 
 def write_inputs(folder: Path) -> None:
-    """A random Llama of 10 million parameters, and rows."""
+    """Write a random Llama of 10 million parameters, and rows."""
     from conftest import write_tiny_llama
     from recipes import write_rows
 
@@ -95,7 +99,7 @@ def recipe_of(model: str, rows: str, out: str) -> dict[str, Any]:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl, without a line that is being written."""
+    """Return the records of metrics.jsonl, without an incomplete last line."""
     with contextlib.suppress(OSError):
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -103,7 +107,7 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 
 def newest_checkpoint(out: Path) -> int:
-    """The step of the newest checkpoint with a manifest; 0: there is none."""
+    """Return the step of the newest checkpoint with a manifest. Return 0 if there is none."""
     return max(
         (
             int(file.parent.name.partition("-")[2])
@@ -114,7 +118,7 @@ def newest_checkpoint(out: Path) -> int:
 
 
 def processes_in(space: str, marker: bytes) -> list[int]:
-    """The Python processes of a network namespace whose command line holds the marker."""
+    """Return the ids of a namespace's Python processes with the marker in their command line."""
     pids = subprocess.run(
         ["ip", "netns", "pids", space], capture_output=True, text=True, check=False
     ).stdout.split()
@@ -128,41 +132,43 @@ def processes_in(space: str, marker: bytes) -> list[int]:
 
 
 class Cluster:
-    """A pair of nodes with one run on it.
+    """A cluster of two nodes with one run.
 
     Attributes:
-        outs: the run directories of the nodes, rank 0's first; one where they share it.
+        outs: the run directories of the nodes, starting with rank 0. A shared directory is listed
+            once.
         spaces: the network namespaces of the nodes.
     """
 
     name = ""
-    old_ranks: frozenset[int] = frozenset()  # processes of ranks that were there at the last kill
+    old_ranks: frozenset[int] = frozenset()  # ids of the ranks' processes at the last kill
     outs: list[Path]
     spaces: list[str]
 
     def launch(self) -> None:
-        """Start the run, or let it go on."""
+        """Start or resume the run."""
         raise NotImplementedError
 
     def state(self) -> str:
-        """What the cluster says of the job."""
+        """Return the state of the job in the cluster."""
         raise NotImplementedError
 
     def log(self) -> str:
-        """All that the job has printed."""
+        """Return the log of the job."""
         raise NotImplementedError
 
     def lose(self, node: int) -> None:
-        """Pull the plug of a node."""
+        """Power off a node."""
         raise NotImplementedError
 
     def boot(self, node: int) -> None:
-        """Switch a lost node on."""
+        """Power on a node that was lost."""
         raise NotImplementedError
 
     def go_on(self) -> str:
-        """Wait until the run goes on by itself, or has ended and is started again; which of both,
-        in a word.
+        """Wait until the cluster restarts the run, or launch the run again after its end.
+
+        Return which of both happened, as text.
         """
         raise NotImplementedError
 
@@ -170,16 +176,16 @@ class Cluster:
         return len(read_records(self.outs[0]))
 
     def status(self) -> str:
-        """What `tunesmith status` says of the run directory."""
+        """Return the output of `tunesmith status` for the run directory."""
         raise NotImplementedError
 
     def stop(self) -> str:
-        """What `tunesmith stop` says."""
+        """Stop the run. Return the output of `tunesmith stop`."""
         raise NotImplementedError
 
 
 class SlurmCluster(Cluster):
-    """Two slurmd that share a disk; KillWait is 3 seconds."""
+    """A cluster of two slurmd that share a disk. KillWait is 3 seconds."""
 
     name = "slurm"
 
@@ -211,7 +217,7 @@ class SlurmCluster(Cluster):
             command, capture_output=True, text=True, env=self.env, timeout=START, check=False
         )
         if done.returncode:
-            raise SystemExit(f"{command}: {done.stdout}{done.stderr}")
+            raise SystemExit(f"error: {command} failed: {done.stdout}{done.stderr}")
         return done.stdout
 
     def launch(self) -> None:
@@ -260,7 +266,7 @@ class SlurmCluster(Cluster):
         if wait_for("the job's end", lambda: self.queue() in over and self.queue()) != "PENDING":
             self.launch()
             return "ended; launched again"
-        time.sleep(6)  # the job's old credential expires
+        time.sleep(6)  # until the job's old credential has expired
         self.run("scontrol", "update", f"jobid={self.job}", "StartTime=now")
         return "requeued"
 
@@ -274,7 +280,7 @@ class SlurmCluster(Cluster):
 
 
 class SwarmCluster(Cluster):
-    """Two dockerd without a shared disk."""
+    """A cluster of two dockerd without a shared disk."""
 
     name = "swarm"
 
@@ -316,7 +322,7 @@ class SwarmCluster(Cluster):
         flags = ("--image", "bare:1", "--stack-extra", "extra.yaml", "--restarts", "100")
         said = self.tunesmith("launch", "swarm", "recipe.yaml", "--nodes", "2", *flags)
         if "is deployed" not in said:
-            raise SystemExit(f"the launch failed: {said}")
+            raise SystemExit(f"error: `tunesmith launch swarm` deployed no job: {said}")
 
     def state(self) -> str:
         form = "{{.Node}} {{.CurrentState}} {{.Error}}"
@@ -336,7 +342,7 @@ class SwarmCluster(Cluster):
 
     def boot(self, node: int) -> None:
         self.pair.nodes[node].start()
-        wait_for("both nodes are ready", self.pair.is_ready)
+        wait_for("both nodes to be ready", self.pair.is_ready)
 
     def go_on(self) -> str:
         words = json.loads(self.tunesmith("status", "runs/run", "--json"))
@@ -354,8 +360,9 @@ class SwarmCluster(Cluster):
 
 
 def plan(times: int, seed: int) -> list[tuple[str, str, int, float]]:
-    """Target, phase, node and a random share of the phase for each kill: all pairs in turn, in a
-    random order.
+    """Return target, phase, node and a random fraction of the phase for each kill.
+
+    All pairs of target and phase are used in a random order before a pair is repeated.
     """
     rng = random.Random(seed)
     pairs = [(target, phase) for target in TARGETS for phase in PHASES]
@@ -367,7 +374,10 @@ def plan(times: int, seed: int) -> list[tuple[str, str, int, float]]:
 
 
 def wait_for_phase(cluster: Cluster, phase: str, share: float) -> None:
-    """Return in the middle of the phase. Before one of loading the run has just been started."""
+    """Wait until the fraction `share` of the phase has passed.
+
+    If the phase is loading, the run must have been started directly before.
+    """
     before = cluster.steps()
 
     def new_ranks_are_there() -> bool:
@@ -375,7 +385,7 @@ def wait_for_phase(cluster: Cluster, phase: str, share: float) -> None:
 
     wait_for("ranks on both nodes", new_ranks_are_there)
     if phase == "loading":
-        time.sleep(6 * share)  # importing torch alone takes three seconds
+        time.sleep(6 * share)  # the import of torch takes three seconds
         return
     steps = before + 3 + int(share * 2 * EVERY)
     wait_for(f"step {steps}", lambda: cluster.steps() >= steps)
@@ -395,13 +405,13 @@ def kill(cluster: Cluster, target: str, node: int) -> None:
         return
     pids = processes_in(cluster.spaces[node], RANK if target == "rank" else AGENT)
     if not pids:
-        raise Missed(f"there is no {target} on node {node}")
+        raise Missed(f"node {node} has no process of a {target} to kill")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
 
 def failures(cluster: Cluster, since: float) -> list[dict[str, Any]]:
-    """What failure.json of each node says that was written since then."""
+    """Return the content of the failure.json files that were written after `since`."""
     found = []
     for out in cluster.outs:
         with contextlib.suppress(OSError, ValueError):
@@ -413,7 +423,10 @@ def failures(cluster: Cluster, since: float) -> list[dict[str, Any]]:
 def strike(
     cluster: Cluster, target: str, phase: str, node: int, share: float, *, await_step: bool
 ) -> dict[str, Any]:
-    """One kill, and what came of it; `await_step`: until the next step that was not done before."""
+    """Kill one target. Return the results.
+
+    With `await_step`, wait until the resumed run completes a new step.
+    """
     first_checkpoint, log_before = newest_checkpoint(cluster.outs[0]), len(cluster.log())
     wait_for_phase(cluster, phase, share)
     at_step, checkpoint = cluster.steps(), newest_checkpoint(cluster.outs[0])
@@ -428,13 +441,13 @@ def strike(
     with contextlib.suppress(Missed):
         wait_for("failure.json", is_reported, 30)
     if target == "node":
-        time.sleep(12)  # as long as Swarm and the heartbeat take to see it
+        time.sleep(12)  # until Swarm and the heartbeat have detected the loss
         cluster.boot(node)
     state, status = cluster.state(), cluster.status()
     how = cluster.go_on()
     state_after = cluster.state()
     log = cluster.log()[log_before:]
-    reached = max(at_step, cluster.steps())  # the others may have come further before they ended
+    reached = max(at_step, cluster.steps())  # ranks can complete more steps before they end
     if await_step:
         wait_for("a new step", lambda: cluster.steps() > reached, START)
     seconds = round(time.monotonic() - began, 1) if await_step else None
@@ -460,8 +473,9 @@ def strike(
 
 
 def undisturbed(folder: Path, steps: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step of the same run on two ranks of this machine that nothing
-    stops.
+    """Train the same run without interruption, with two ranks on this machine.
+
+    Return the loss and the gradient norm of each step.
     """
     write_inputs(folder)
     values = recipe_of(str(folder / "model"), str(folder / "train.jsonl"), str(folder / "whole"))
@@ -500,8 +514,9 @@ def started(
 def measure(
     kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minutes: float, file: Path
 ) -> None:
-    """Strike so many times, or as often as the minutes allow, then compare; the file is written
-    after each kill.
+    """Kill `times` times, or until `minutes` have passed. Then compare with an uninterrupted run.
+
+    The file is written after each kill.
     """
     kills, deadline = plan(times, seed), time.monotonic() + 60 * minutes
     earlier = json.loads(file.read_text()) if file.exists() else []
@@ -531,7 +546,7 @@ def measure(
                 break
             print(json.dumps(rows[-1]), flush=True)
             file.write_text(json.dumps(earlier + rows, indent=1))
-        print(cluster.stop())  # it would slow the run that it is compared with
+        print(cluster.stop())  # otherwise the run would slow down the uninterrupted run
         records = [
             (record["loss"], record["grad_norm"]) for record in read_records(cluster.outs[0])
         ]
@@ -545,8 +560,9 @@ def measure(
 
 
 def table(file: Path) -> None:
-    """Print a row for each cluster and target: of each phase the seconds to a new step, the causes,
-    the number of kills.
+    """Print a table with a row for each cluster and target.
+
+    For each phase, a cell shows the seconds until a new step, the causes, and the number of kills.
     """
     rows = [row for row in json.loads(file.read_text()) if "missed" not in row]
     print(f"| cluster | killed | {' | '.join(f'while {phase}' for phase in PHASES)} |")
@@ -562,11 +578,15 @@ def table(file: Path) -> None:
 
 
 def summary(kills: list[dict[str, Any]]) -> str:
-    """A cell of the table."""
+    """Return the text of a cell of the table."""
     if not kills:
         return ""
     seconds = [row["seconds"] for row in kills if row["seconds"] is not None]
-    span = f"{min(seconds):.0f} to {max(seconds):.0f} s" if seconds else "killed again before"
+    span = (
+        f"{min(seconds):.0f} to {max(seconds):.0f} s"
+        if seconds
+        else "killed again before a new step"
+    )
     if len(seconds) == 1:
         span = f"{seconds[0]:.0f} s"
     causes = sorted({failure["cause"] or "none" for row in kills for failure in row["failure"]})
@@ -575,14 +595,14 @@ def summary(kills: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, or print the table."""
+    """Run the test, or print the table."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("what", choices=["slurm", "swarm", "table"])
     p.add_argument("--times", type=int, default=20)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--minutes", type=float, default=600, help="begin no kill after so long")
+    p.add_argument("--minutes", type=float, default=600, help="start no new kill after this time")
     p.add_argument("--json", type=Path, default=ROOT / "docs/measurements/kills.json")
     a = p.parse_args()
     if a.what == "table":

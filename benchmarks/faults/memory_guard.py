@@ -1,13 +1,15 @@
-"""A training run beside a process that takes all memory, in a control group with a limit: is it
-stopped before the kernel kills?
+"""Test of the memory guard in a control group with a memory limit. A run must stop before the
+kernel kills a process, while another process in the group allocates all memory.
 
-    sudo python benchmarks/faults/memory_guard.py --times 20 --json docs/measurements/memory-guard.json
+    sudo python benchmarks/faults/memory_guard.py \\
+        --times 20 --json docs/measurements/memory-guard.json
 
-Each time an unmodified `tunesmith train` and then a process that fills memory at a steady rate run
-in one control group (version 1 or 2, made by root). A time counts where the run ends with exit code
-75, stopped.json says `memory`, and the kernel has killed nothing by then. The same command then
-goes on outside the group, and its records are compared bit for bit with those of a run that nothing
-stopped. Exit code 3: no such group can be made here.
+An unmodified `tunesmith train` starts in a control group (version 1 or 2, created by root). Then a
+second process starts that allocates memory at a constant rate. The stop is clean if the run ends
+with exit code 75, stopped.json contains the reason `memory`, and the kernel has killed no process
+until then. Afterwards the same command resumes the run outside the group, and its records are
+compared bit for bit with those of an uninterrupted run. The exit code is 3 if the control group
+cannot be created on this machine.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 ROOT = Path("/sys/fs/cgroup")
-RATES = (100, 50, 200, 25, 300)  # MiB a second
+RATES = (100, 50, 200, 25, 300)  # MiB per second
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
-BEFORE, AFTER = 4, 4  # steps before memory is taken, and after the run goes on
-TIME = 300.0  # seconds for a start on a busy machine
+BEFORE, AFTER = 4, 4  # steps before the other process starts, and steps after the resume
+TIME = 300.0  # maximum seconds of a start or an end on a busy machine
 HOG = """
 import sys, time
 rate, held, began = float(sys.argv[1]) * 2**20, [], time.monotonic()
@@ -42,7 +44,7 @@ while True:
 
 
 class Group:
-    """A control group of its own whose processes together get `mib` MiB."""
+    """A new control group whose processes can use `mib` MiB together."""
 
     def __init__(self, mib: int) -> None:
         first = (ROOT / "memory").is_dir()
@@ -68,11 +70,11 @@ class Group:
         return subprocess.Popen(words, text=True, **options)
 
     def kills(self) -> int:
-        """Processes of the group that the kernel has killed."""
+        """Return the number of processes of the group that the kernel has killed."""
         return int(dict(line.split() for line in self.events.read_text().splitlines())["oom_kill"])
 
     def remove(self) -> None:
-        for _ in range(50):  # its processes may still be leaving
+        for _ in range(50):  # its processes may still be exiting
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
                 return
@@ -81,11 +83,14 @@ class Group:
 
 @contextlib.contextmanager
 def group(mib: int) -> Iterator[Group]:
-    """A group for the time of the block; the program ends with 3 where none can be made."""
+    """Create a group for the duration of the block. Exit with code 3 if it cannot be created."""
     try:
         made = Group(mib)
     except OSError as error:
-        print(f"no control group with a limit can be made here: {error}", file=sys.stderr)
+        print(
+            f"a control group with a memory limit cannot be created (root is required): {error}",
+            file=sys.stderr,
+        )
         raise SystemExit(3) from error
     try:
         yield made
@@ -104,7 +109,7 @@ def write_model_and_rows(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path, model: Path, out: str) -> Path:
-    """A recipe of short steps that never end."""
+    """Write a recipe with short steps and practically no end. Return the file."""
     rows, file = folder / "rows.jsonl", folder / f"{out}.json"
     recipe = {
         "model": {"name": str(model), "dtype": "fp32"},
@@ -129,12 +134,14 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> Non
     deadline = time.monotonic() + TIME
     while len(records(out)) < count:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"no {count} steps in {out}: exit code {process.poll()}")
+            raise SystemExit(
+                f"error: the run in {out} did not reach {count} steps: exit code {process.poll()}"
+            )
         time.sleep(0.05)
 
 
 def train_until(recipe: Path, out: Path, steps: int) -> list[dict[str, Any]]:
-    """Train, in no group, up to so many steps at least; the records."""
+    """Train at least `steps` steps outside the group. Return the records."""
     process = subprocess.Popen(command(recipe), text=True, stderr=subprocess.DEVNULL)
     wait_for_steps(out, steps, process)
     process.send_signal(signal.SIGTERM)
@@ -147,7 +154,7 @@ def command(recipe: Path) -> list[str]:
 
 
 def once(folder: Path, model: Path, name: str, mib: int, rate: int) -> dict[str, Any]:
-    """One run and its end beside a process that takes `rate` MiB a second."""
+    """Train while another process allocates `rate` MiB per second. Return how the run ended."""
     recipe, out = write_recipe(folder, model, name), folder / name
     with group(mib) as made, (folder / f"{name}.said").open("w") as said:
         run = made.start(command(recipe), stderr=said)
@@ -177,7 +184,7 @@ def once(folder: Path, model: Path, name: str, mib: int, rate: int) -> dict[str,
 def measure(
     times: int, mib: int, rates: Sequence[int], folder: Path, *, stop_only: bool
 ) -> list[dict[str, Any]]:
-    """Stop so many runs, go on with each, and compare with one that nothing stopped."""
+    """Stop `times` runs, resume each run, and compare it with an uninterrupted run."""
     model = write_model_and_rows(folder)
     found = []
     for number in range(times):
@@ -199,16 +206,23 @@ def measure(
 
 
 def main() -> None:
-    """Measure, and say how many of the times were clean."""
+    """Run the test, and print how many stops were clean."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--times", type=int, default=5)
-    p.add_argument("--limit", type=int, default=3072, metavar="MIB", help="of the control group")
     p.add_argument(
-        "--rates", type=int, nargs="+", default=RATES, metavar="MIB", help="a second, in turn"
+        "--limit", type=int, default=3072, metavar="MIB", help="memory limit of the control group"
     )
-    p.add_argument("--stop-only", action="store_true", help="do not go on with the runs")
+    p.add_argument(
+        "--rates",
+        type=int,
+        nargs="+",
+        default=RATES,
+        metavar="MIB",
+        help="MiB per second, used in turn",
+    )
+    p.add_argument("--stop-only", action="store_true", help="do not resume the runs")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="tunesmith-guard-") as folder:

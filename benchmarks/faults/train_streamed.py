@@ -1,5 +1,7 @@
-"""`tunesmith train` with so many frozen layers that stream from the host, also on a CPU, where all
-of them would fit: `benchmarks/faults/kill_and_resume.py --stream` starts it.
+"""`tunesmith train` with a given number of frozen layers that are streamed from the host.
+
+The layers are streamed even if all would fit, and also on a CPU.
+`benchmarks/faults/kill_and_resume.py --stream` starts this program.
 
     python benchmarks/faults/train_streamed.py LAYERS RECIPE [key=value ...]
 """
