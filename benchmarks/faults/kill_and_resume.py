@@ -173,7 +173,7 @@ def train_until_killed(words: list[str], output_dir: Path) -> int:
     while not manifest.exists() or steps_done <= CHECKPOINT_EVERY:
         if run.poll() is not None:
             raise SystemExit(
-                f"error: the run ended before the kill, step {steps_done}: exit code {run.returncode}"
+                f"error: the run ended before the kill, step {steps_done}: exit {run.returncode}"
             )
         if time.monotonic() > deadline:
             kill(run)
