@@ -1,4 +1,7 @@
-"""Full fine-tuning of Llama 3.2 3B, or of any model by --model_name; `--help` lists the flags."""
+"""Full fine-tuning of Llama 3.2 3B.
+
+--model_name selects another model. --help lists all flags.
+"""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""QLoRA fine-tuning of Llama 3.1 70B on an nf4 base, or of any model by --model_name; `--help`
-lists the flags.
+"""QLoRA fine-tuning of Llama 3.1 70B on an nf4 base.
+
+--model_name selects another model. --help lists all flags.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""LoRA fine-tuning of Llama 3.1 8B, or of any model by --model_name; `--help` lists the flags."""
+"""LoRA fine-tuning of Llama 3.1 8B.
+
+--model_name selects another model. --help lists all flags.
+"""
 
 import sys
 

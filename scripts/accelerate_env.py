@@ -1,9 +1,9 @@
-"""What `accelerate launch` tells a script through its environment, in the words of the scripts'
-flags and of a recipe.
+"""Conversion of the settings of `accelerate launch` into flags of the scripts and keys of a recipe.
 
-accelerate writes its config file and its own flags into variables: ACCELERATE_*, FSDP_*,
-PARALLELISM_CONFIG_*, MEGATRON_LM_*. Each that asks for something is either honoured or named as
-ignored, with the reason, in one line. A flag of the script wins over a variable.
+accelerate passes its config file and its own flags to a script in environment variables:
+ACCELERATE_*, FSDP_*, PARALLELISM_CONFIG_* and MEGATRON_LM_*. For each variable that requests
+something, one line says which flag or key the variable sets, or why the variable is ignored. A flag
+of the script overrides a variable.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from tunesmith.config.schema import Parallel
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 TRUE = ("true", "1", "yes")
-# Values that ask for nothing: accelerate sets most variables in every launch.
+# Values that request nothing. accelerate sets most of the variables at every launch.
 NOTHING = {"", "false", "no", "none", "default"}
+# Default values of accelerate. They request nothing either.
 DEFAULTS = {
     "FSDP_MIN_NUM_PARAMS": "100000000", "PARALLELISM_CONFIG_CP_SIZE": "1", "PARALLELISM_CONFIG_CP_BACKEND": "torch",
     "PARALLELISM_CONFIG_SP_SIZE": "1", "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
 }  # fmt: skip
-# Variable -> the flag that it sets, and the flag's value for each of its own
+# For each variable: the flag that the variable sets, and the flag's value for each value of the
+# variable.
 FLAGS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "ACCELERATE_MIXED_PRECISION": ("dtype", {"bf16": "bfloat16", "fp16": "float16"}),
     "ACCELERATE_DYNAMO_BACKEND": ("use_torch_compile", {"inductor": True}),
     "FSDP_ACTIVATION_CHECKPOINTING": ("gradient_checkpointing", dict.fromkeys(TRUE, True)),
 }
+# For each variable: the value that the variable adds to `train.cpu_offload`.
 OFFLOADS: dict[str, Literal["parameters", "activations"]] = {
     "FSDP_OFFLOAD_PARAMS": "parameters",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "activations",
 }
+# For each size of accelerate's mesh: the key of the recipe's section `parallel`.
 SIZES = {"DP_REPLICATE_SIZE": "replicate", "DP_SHARD_SIZE": "shard", "TP_SIZE": "tensor"}
-# 1 to 5 as numbers
+# Sharding strategies of FSDP1. Their position in the tuple is their number, from 1 to 5.
 STRATEGIES = (
     "FULL_SHARD",
     "SHARD_GRAD_OP",
@@ -43,33 +47,34 @@ STRATEGIES = (
     "HYBRID_SHARD_ZERO2",
 )
 WITHOUT_FSDP = "ACCELERATE_USE_FSDP is not true"
-GATHERED = "the layers' weights are always gathered again in the backward, which takes less memory"
-# Why a variable is ignored, by the beginning of its name; the last one has any name
+GATHERED = "the weights of a layer are always gathered again in the backward pass, to save memory"
+# Reasons why a variable is ignored, by the prefix of its name. The first matching prefix is used.
+# The empty prefix matches every name.
 IGNORED = {
-    "FSDP_VERSION": "shards are those of FSDP 2",
-    "FSDP_SHARDING_STRATEGY": "FSDP 2 reads FSDP_RESHARD_AFTER_FORWARD in its place",
-    "FSDP_STATE_DICT_TYPE": "the result is in files of PEFT or Transformers",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "each rank reads its own part of the weights",
-    "FSDP_SYNC_MODULE_STATES": "each rank reads its own part of the weights",
-    "FSDP_": "each decoder layer is a group of FSDP2, which gathers the next one ahead",
-    "ACCELERATE_MIXED_PRECISION": "--dtype says what is computed in",
-    "ACCELERATE_DYNAMO_BACKEND": "torch.compile runs with inductor or not at all",
-    "ACCELERATE_DEBUG_MODE": "TUNESMITH_DEBUG=1 shows tracebacks",
-    "PARALLELISM_CONFIG_": "a sequence is not cut over ranks",
-    "": "it has no counterpart here",
+    "FSDP_VERSION": "tunesmith always shards with FSDP2",
+    "FSDP_SHARDING_STRATEGY": "FSDP2 uses FSDP_RESHARD_AFTER_FORWARD instead",
+    "FSDP_STATE_DICT_TYPE": "the result is saved in the file format of PEFT or Transformers",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "each rank reads its own shard of the weights",
+    "FSDP_SYNC_MODULE_STATES": "each rank reads its own shard of the weights",
+    "FSDP_": "each decoder layer is one FSDP2 group, and FSDP2 prefetches the next group",
+    "ACCELERATE_MIXED_PRECISION": "use --dtype to select the dtype",
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile is supported only with the backend inductor",
+    "ACCELERATE_DEBUG_MODE": "use TUNESMITH_DEBUG=1 to show tracebacks",
+    "PARALLELISM_CONFIG_": "sequences are not split across ranks",
+    "": "tunesmith has no equivalent setting",
 }
 
 
 @dataclass
 class LauncherSettings:
-    """What the variables ask for.
+    """Settings that the launcher's variables request.
 
     Attributes:
-        flags: flags of the script that they set, by name without dashes.
-        parallel: the mesh; auto where nothing asks for one.
-        offload: values of `train.cpu_offload`.
-        on_cpu: no GPU may be used.
-        lines: what is said about each variable.
+        flags: the script's flags that the variables set, by name without dashes.
+        parallel: the mesh. The default if no variable requests a mesh.
+        offload: the values of `train.cpu_offload`.
+        on_cpu: whether GPUs must not be used.
+        lines: one message for each variable that requests something.
     """
 
     flags: dict[str, str | int | bool] = field(default_factory=dict)
@@ -82,11 +87,12 @@ class LauncherSettings:
 def read_launcher(
     environ: Mapping[str, str], given: Set[str], *, world: int, local_world: int
 ) -> LauncherSettings:
-    """What accelerate's variables in `environ` ask for.
+    """Return the settings that accelerate's variables in `environ` request.
 
     Args:
-        given: flags of the script that were typed, without dashes.
-        world, local_world: ranks, and those of this node.
+        given: the script's flags that the user typed, without dashes.
+        world: number of ranks.
+        local_world: number of ranks on this node.
     """
     left = {name: value for name, value in environ.items() if name.startswith(PREFIXES)}
     found = LauncherSettings()
@@ -102,7 +108,7 @@ def read_launcher(
     for name, (flag, setting) in wanted.items():
         value = left.pop(name)
         if flag in given:
-            found.lines.append(f"{name}={value} is ignored: --{flag} is given")
+            found.lines.append(f"{name}={value} is ignored: --{flag} overrides it")
         else:
             found.flags[flag] = setting
             found.lines.append(
@@ -132,7 +138,10 @@ def read_launcher(
 def _read_strategy(
     left: dict[str, str], found: LauncherSettings, world: int, local_world: int
 ) -> None:
-    """The mesh of FSDP 1, which has five strategies, or of FSDP 2, which shards over all ranks."""
+    """Set `found.parallel` from the variables of FSDP.
+
+    FSDP1 has five sharding strategies. FSDP2 shards over all ranks.
+    """
     name, shard, more = "FSDP_VERSION", world, ""
     reshards = left.pop("FSDP_RESHARD_AFTER_FORWARD", "")
     if left.get(name, "1") == "1":
@@ -154,14 +163,19 @@ def _read_strategy(
 
 
 def _read_sizes(left: dict[str, str], found: LauncherSettings, world: int) -> None:
-    """The mesh that a `parallelism_config` names, if its sizes multiply to the ranks."""
+    """Set `found.parallel` from the sizes of a `parallelism_config`.
+
+    The sizes are ignored if their product is not the number of ranks.
+    """
     named = {size: left.pop(f"PARALLELISM_CONFIG_{size}", "1") for size in SIZES}
     replicate, shard, tensor = (int(text) if text.isdecimal() else 0 for text in named.values())
     product = replicate * shard * tensor
     for size, text in named.items():
         line = f"PARALLELISM_CONFIG_{size}={text}"
         if product != world:
-            line += f" is ignored: the sizes multiply to {product}, and the ranks are {world}"
+            line += (
+                f" is ignored: the product of the sizes is {product}, but there are {world} ranks"
+            )
         else:
             line += f": parallel.{SIZES[size]} {text}"
         if text != "1":

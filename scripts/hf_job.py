@@ -2,15 +2,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["huggingface_hub>=1.5"]
 # ///
-"""Fine-tune a model and push the result to the Hub, as a job of Hugging Face Jobs.
+"""Fine-tune a model in a job of Hugging Face Jobs, and push the result to the Hub.
 
-hf jobs uv run --flavor a10g-small --timeout 2h --secrets HF_TOKEN --with 'tunesmith @ git+URL' \\
-    scripts/hf_job.py --model Qwen/Qwen3-0.6B --data yahma/alpaca-cleaned --to my-name/my-adapter
-uv run --with . scripts/hf_job.py --model MODEL --data rows.jsonl      # the same here, from a clone; pushes nothing
+hf jobs uv run --flavor a10g-small --timeout 2h --secrets HF_TOKEN \\
+    --with 'tunesmith @ git+URL' scripts/hf_job.py \\
+    --model Qwen/Qwen3-0.6B --data yahma/alpaca-cleaned --to my-name/my-adapter
+uv run --with . scripts/hf_job.py --model MODEL --data rows.jsonl   # on this machine, in a clone
 
-URL is that of a git repository of tunesmith. What follows is passed on to `tunesmith train`: --split,
---format, --columns, key=value. A job's disk is lost when it ends, so --to is checked before the first step,
-and a job that is stopped pushes its newest checkpoint.
+URL is the address of a git repository of tunesmith. Arguments that are not listed below, such as
+--split, --format, --columns and key=value, are passed to `tunesmith train`. Without --to, nothing
+is pushed. A job's disk is deleted when the job ends. Therefore write access to --to is checked
+before the training, and a job that is stopped pushes its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -21,28 +23,34 @@ import sys
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-STOPPED = 75  # exit code of a run that was stopped by a signal and is saved
+STOPPED = 75  # exit code of a run that saved and stopped after a signal
 
 
 def main() -> int:
-    """Train, then push; returns the exit code of what failed first."""
+    """Train and push the result.
+
+    Return the exit code of `push` if `push` fails, and the exit code of `train` otherwise.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # what is left is for `tunesmith train`
+        allow_abbrev=False,  # other arguments belong to `tunesmith train`
     )
-    parser.add_argument("--model", required=True, help="Hub id, folder, or demo")
-    parser.add_argument("--data", required=True, help="Hub id of a data set, or a file")
-    parser.add_argument("--to", metavar="OWNER/NAME", help="where the result goes on the Hub")
-    parser.add_argument("--public", action="store_true", help="make a new repository public")
-    parser.add_argument("--output-dir", default="runs/job", help="of the run")
+    parser.add_argument("--model", required=True, help="model: a Hub id, a folder, or demo")
+    parser.add_argument("--data", required=True, help="data set: a Hub id or a file")
+    parser.add_argument("--to", metavar="OWNER/NAME", help="repository on the Hub to push to")
+    parser.add_argument(
+        "--public", action="store_true", help="make the repository public if it is new"
+    )
+    parser.add_argument("--output-dir", default="runs/job", help="run directory")
     options, train_words = parser.parse_known_args()
     try:
         from tunesmith.cli.main import main as tunesmith
     except ImportError:
         print(
-            "error: tunesmith is not installed here\n"
-            "  fix: hf jobs uv run --with 'tunesmith @ git+URL', or in a clone uv run --with .",
+            "error: tunesmith is not installed in this environment\n"
+            "  fix: hf jobs uv run --with 'tunesmith @ git+URL' ..., or in a clone: "
+            "uv run --with . ...",
             file=sys.stderr,
         )
         return 2
@@ -51,8 +59,8 @@ def main() -> int:
             HfApi().create_repo(options.to, private=not options.public, exist_ok=True)
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
             print(
-                f"error: {options.to} cannot be written: {error}\n"
-                "  fix: pass a token that may write there: --secrets HF_TOKEN",
+                f"error: cannot create or find the repository {options.to} on the Hub: {error}\n"
+                "  fix: pass a token with write permission: hf jobs uv run --secrets HF_TOKEN ...",
                 file=sys.stderr,
             )
             return 2

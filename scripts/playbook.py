@@ -1,8 +1,9 @@
-"""What the four DGX Spark playbook scripts beside this file share.
+"""Shared code of the four DGX Spark playbook scripts in this folder.
 
-`Llama3_8B_LoRA_finetuning.py` and the other three keep the names, flags, defaults, data selection,
-text and closing lines of the playbook. They turn their flags into one recipe (`make_recipe`) and
-call `train`. Each difference from the playbook is one line of `DIFFERENCES`, which `--help` shows.
+`Llama3_8B_LoRA_finetuning.py` and the other three scripts have the same names, flags, defaults,
+training rows, prompt text and final output lines as the playbook. They convert their flags into a
+recipe (`make_recipe`) and call `train`. `DIFFERENCES` lists all differences from the playbook, and
+`--help` shows them.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from tunesmith.host.logger import LineFormatter, lines_on_stderr
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size, ratio
 
-# The playbook's text as a chat template: a row without an input keeps the empty field. The space
-# before the response belongs to the response, because a byte-pair tokenizer joins it with the first
-# word.
+# The playbook's prompt as a chat template. If a row has no input, the field for the input is empty.
+# The space before the response belongs to the response, because a byte-pair tokenizer merges the
+# space with the first word.
 TEMPLATE = Path(__file__).with_name("configs") / "alpaca.jinja"
 SEED = 42
 RULE = "=" * 60
-ALONE = LauncherSettings()  # no launcher asks for anything
-SHARED = "playbook"  # id of the ranks that a script starts itself: they share its batch
+ALONE = LauncherSettings()  # no launcher requests anything
+SHARED = "playbook"  # id of ranks that a script started itself; they share its batch
 DTYPES: dict[str, Literal["auto", "fp32", "fp16", "bf16"]] = {
     "auto": "auto",
     "float32": "fp32",
@@ -57,23 +58,27 @@ DTYPES: dict[str, Literal["auto", "fp32", "fp16", "bf16"]] = {
 }
 
 DIFFERENCES = (
-    "checkpoints are written on the way; the same command after a kill goes on where it was (--fresh starts over)",
-    "without --output_dir the result is kept under runs/, not thrown away",
-    "--output_dir is a run directory: metrics, log and checkpoints lie beside the model files",
-    "the order of the rows is drawn from seed 42 by our own sampler, theirs by datasets and torch",
-    "LoRA parameters, and a bf16 model's master weights in full fine-tuning, are fp32",
-    "--use_torch_compile has no warm-up: the first step compiles; theirs trained the model twice",
-    "a text begins with the tokenizer's BOS token wherever it has one",
-    "code that a model's repository ships is not run without --trust_remote_code (some of theirs always ran it)",
-    "--dtype is auto: bfloat16 as theirs, but float32 where the processor has no units for it and the weights fit",
-    "any --batch_size and --seq_length is taken; every script has every common flag",
-    "started without a launcher, a script starts one process a GPU; they share --batch_size, which theirs took on all at once",
+    "checkpoints are written; the same command resumes an interrupted run (--fresh starts anew)",
+    "without --output_dir, the result is saved under runs/; the playbook discards it",
+    "--output_dir is a run directory: it has metrics, log and checkpoints next to the model files",
+    "rows are shuffled with seed 42 by tunesmith's sampler, in the playbook by datasets and torch",
+    "LoRA parameters are fp32; so are the master weights in full fine-tuning of a bf16 model",
+    "--use_torch_compile has no warm-up: it compiles in the first step; the playbook trains the "
+    "model twice",
+    "every text begins with the BOS token if the tokenizer has one",
+    "Python code of a model's repository runs only with --trust_remote_code; some of the "
+    "playbook's scripts always run it",
+    "--dtype is auto: bfloat16 as in the playbook, but float32 if the processor has no bf16 "
+    "hardware and the weights fit",
+    "every --batch_size and --seq_length is accepted; every script has all common flags",
+    "without a launcher, a script starts one process per GPU, and the processes share "
+    "--batch_size; in the playbook one process uses all GPUs",
 )
 
 
 @dataclass(frozen=True)
 class Script:
-    """What one of the four scripts does when no flag is given."""
+    """Title and defaults of one of the four scripts."""
 
     title: str
     mode: str  # full | LoRA | QLoRA
@@ -112,15 +117,18 @@ SCRIPTS = {
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0."""
+    """Return the finite number above 0 that a text represents.
+
+    Raise ArgumentTypeError for any other text.
+    """
     with suppress(ValueError):
         if 0 < (value := float(text)) < math.inf:
             return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
+    """Run the script `name` (a key of SCRIPTS). Return the same exit codes as `tunesmith train`."""
 
     words = list(sys.argv[1:] if argv is None else argv)
 
@@ -142,14 +150,15 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def ranks_to_start(args: argparse.Namespace) -> int:
-    """How many processes this one has to start in its place; 1: it trains itself, alone or as one
-    of a launcher's.
+    """Return the number of ranks that this process must start.
+
+    Return 1 if this process itself trains, either as the only rank or as a rank of a launcher.
     """
     if is_launched() or "ACCELERATE_MIXED_PRECISION" in os.environ:
         if args.ranks and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED:
             what, fix = (
-                "another launcher has started this script",
-                "leave --ranks out: the launcher says how many",
+                "another launcher started this script, and --ranks is given",
+                "remove --ranks: the launcher sets the number of ranks",
             )
             raise UsageError(what, where=f"--ranks {args.ranks}", fix=fix)
         return 1
@@ -160,8 +169,9 @@ def ranks_to_start(args: argparse.Namespace) -> int:
 
 
 def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks: int) -> int:
-    """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does -> exit
-    code.
+    """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does.
+
+    Return the exit code.
     """
     from tunesmith.launch import node
 
@@ -172,7 +182,10 @@ def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks
 
 
 def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> LauncherSettings:
-    """What `accelerate launch` asks for, of which `args` take the flags that `words` do not give."""
+    """Return the settings that `accelerate launch` requests.
+
+    Also set the requested flags in `args`. Flags in `words` are not overridden.
+    """
     unset = object()
     typed = argparse.Namespace(**dict.fromkeys(vars(args), unset))
     given = {
@@ -192,8 +205,9 @@ def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> 
 
 
 def batches_a_step(args: argparse.Namespace) -> int:
-    """Batches of --batch_size that one optimizer step learns from: each process of a launcher takes
-    its own.
+    """Return the number of batches of --batch_size per optimizer step.
+
+    Each process of a launcher has its own batches. Ranks that the script started share a batch.
     """
     env = started_as()
     own = env is not None and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED
@@ -201,12 +215,13 @@ def batches_a_step(args: argparse.Namespace) -> int:
 
 
 def parser(name: str) -> argparse.ArgumentParser:
-    """The script's flags, with the defaults of its latest version."""
+    """Return the script's parser, with the defaults of the playbook's latest version."""
     script = SCRIPTS[name]
     p = Parser(
         prog=f"{name}.py",
-        description=f"{script.title} on alpaca rows: one recipe behind it, see `tunesmith train --help`.",
-        epilog="differs from the playbook's script:\n"
+        description=f"{script.title} on alpaca rows. The script converts its flags into a recipe "
+        "and trains as `tunesmith train` does.",
+        epilog="this script differs from the playbook's script:\n"
         + "\n".join(f"  - {line}" for line in DIFFERENCES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -215,38 +230,41 @@ def parser(name: str) -> argparse.ArgumentParser:
         p.add_argument(flag, default=default, help=f"{text} (default: {default})", **more)
 
     count, amount = {"type": whole_number}, {"type": positive_number}
-    dtype = "of weights and products; float16 scales the loss; auto: bfloat16 where it is fast"
-    add("--model_name", "Hub id, local folder or .gguf file", script.model)
+    dtype = (
+        "dtype of weights and matmuls; float16 uses loss scaling; auto: bfloat16 if the processor "
+        "has bf16 hardware"
+    )
+    add("--model_name", "model: a Hub id, a local folder or a .gguf file", script.model)
     add("--dtype", dtype, "auto", choices=list(DTYPES))
-    text = "examples at once; under accelerate launch or torchrun for each process"
+    text = "examples per batch; under accelerate launch or torchrun, per batch of each process"
     add("--batch_size", text, script.batch_size, **count)
-    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, **count)
-    add("--num_epochs", "passes over the rows", 1, **amount)
-    text = "batches that one optimizer step learns from"
+    add("--seq_length", "max tokens per example; longer ones are cut and counted", 2048, **count)
+    add("--num_epochs", "number of passes over the rows", 1, **amount)
+    text = "batches per optimizer step"
     add("--gradient_accumulation_steps", text, 1, **count)
-    text = "at the start; it falls linearly to 0"
+    text = "initial learning rate; it decreases linearly to 0"
     add("--learning_rate", text, script.learning_rate, **amount)
-    text = "run each layer's forward again in the backward, to save memory"
+    text = "recompute each layer in the backward pass, to save memory"
     action = argparse.BooleanOptionalAction
     add("--gradient_checkpointing", text, script.checkpointing, action=action)
     if script.mode != "full":
-        add("--lora_rank", "LoRA's r; alpha is 16", 8, **count)
-    add("--dataset_size", "take the first N rows", script.dataset_size, **count)
+        add("--lora_rank", "LoRA rank r; alpha is 16", 8, **count)
+    add("--dataset_size", "use only the first N rows", script.dataset_size, **count)
     add("--logging_steps", "print a line every N steps", 1, **count)
-    add("--log_dir", "folder of the TensorBoard events", "logs")
-    add("--use_torch_compile", "torch.compile", False, action="store_true")
-    add("--output_dir", "where all is written; a folder under runs/ unless given", None)
-    ours = p.add_argument_group("beside theirs")
-    text = "tokens that carry loss: all, as theirs, or the response alone, which is better"
+    add("--log_dir", "folder for TensorBoard event files", "logs")
+    add("--use_torch_compile", "use torch.compile", False, action="store_true")
+    add("--output_dir", "run directory; if not given, a folder under runs/", None)
+    ours = p.add_argument_group("flags that the playbook does not have")
+    text = "supervised tokens: all, as in the playbook, or only the response, which is better"
     choices = ["all", "response"]
     ours.add_argument("--train_on", default="all", choices=choices, help=f"{text} (default: all)")
-    text = "local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca"
+    text = "local file of alpaca rows (json, jsonl, csv, parquet) instead of tatsu-lab/alpaca"
     ours.add_argument("--data", metavar="FILE", help=text)
-    text = "start over where an earlier run lies in the folder"
+    text = "start a new run; an earlier run in the run directory is moved to another folder"
     ours.add_argument("--fresh", action="store_true", help=text)
     text = "run Python code from the model's repository"
     ours.add_argument("--trust_remote_code", action="store_true", help=text)
-    text = "processes on this machine that share the batch (default: one a GPU; without GPUs one)"
+    text = "number of processes on this machine; they share the batch (default: one per GPU, or 1)"
     ours.add_argument("--ranks", type=whole_number, metavar="N", help=text)
     return p
 
@@ -260,13 +278,13 @@ def make_recipe(
     sharing: int = 1,
     asked: LauncherSettings = ALONE,
 ) -> Run:
-    """The recipe for a script's flags.
+    """Return the recipe for a script's flags.
 
     Args:
         folder: the run directory.
-        batches: of --batch_size that a step learns from (`batches_a_step`).
-        sharing: ranks that share one such batch.
-        asked: the mesh and the offload that a launcher asks for.
+        batches: number of batches of --batch_size per optimizer step (`batches_a_step`).
+        sharing: number of ranks that share one batch.
+        asked: the settings that a launcher requests. The recipe uses the mesh and the offload.
     """
     mode = SCRIPTS[name].mode
     adapter = Adapter(kind="none")
@@ -307,8 +325,8 @@ def make_recipe(
             compile="on" if args.use_torch_compile else "off",
         ),
         parallel=asked.parallel,
-        # A full checkpoint holds every weight and the optimizer's two moments: fewer of them,
-        # further apart.
+        # A full checkpoint is large: it contains all weights and both moments of the optimizer.
+        # Therefore full checkpoints are written less often, and only one is kept.
         checkpoint=Checkpoint(
             every=Length(200 if mode == "full" else 25, "steps"),
             keep=1 if mode == "full" else 2,
@@ -322,17 +340,21 @@ def make_recipe(
 
 
 def count_parameters(recipe: Run) -> int:
-    """How many parameters are trained, counted on meta: weights that are not here come later."""
+    """Return the number of trained parameters.
+
+    The model is built on the meta device, because its weights may not be downloaded yet.
+    """
     from tunesmith.build_model import count_trained, define_model
     from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import read_model_files
 
-    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))  # any will do
+    # The count does not depend on the dtype, and `auto` would have to be resolved first.
+    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
     files = read_model_files(fetch_for_tokens(recipe.model), recipe.model)
     return count_trained(recipe, define_model(recipe, files))
 
 
-# A recipe's key in a warning or an error -> the flag that sets it here.
+# For each recipe key that warnings and errors name: the script's flag that sets the key.
 FLAGS = {
     "model.name": "--model_name", "model.dtype": "--dtype", "adapter.rank": "--lora_rank", "data.seq_len": "--seq_length",
     "data.train.source": "--data", "data.train_on": "--train_on", "train.duration": "--num_epochs",
@@ -343,13 +365,15 @@ FLAGS = {
 
 
 def flags_of(name: str) -> set[str]:
-    """The flags of the script `name`."""
+    """Return the flags of the script `name`, with their dashes."""
     return {flag for action in parser(name)._actions for flag in action.option_strings}
 
 
 def not_here(fix: str, flags: Collection[str]) -> str:
-    """What to say after a fix that names flags or keys which this script lacks; empty where it has
-    them all.
+    """Return a remark for a fix that names flags or keys that this script does not have.
+
+    Return an empty text if the script has all of them, or if the fix contains a command of
+    tunesmith.
     """
     flags_in_fix = re.findall(r"(?<![\w-])--[a-z][\w-]*", fix)
     keys_in_fix = [
@@ -360,12 +384,19 @@ def not_here(fix: str, flags: Collection[str]) -> str:
     absent = [word for word in dict.fromkeys([*flags_in_fix, *keys_in_fix]) if word not in flags]
     if not absent or "tunesmith " in fix:
         return ""
-    return f" ({', '.join(absent)}: no flag of this script; tunesmith train takes a recipe, see tunesmith recipes)"
+    return (
+        f" ({', '.join(absent)}: not a flag of this script; use `tunesmith train` with a recipe, "
+        "see `tunesmith recipes`)"
+    )
 
 
 def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
-    """A warning or an error in the words of a script that has these `flags`; it divides the global
-    batch by `accumulation`.
+    """Return a warning or an error with each recipe key replaced by the script's flag.
+
+    Args:
+        accumulation: number of batches of --batch_size per optimizer step. A global batch in the
+            text is divided by this number.
+        flags: the flags of the script. Keys of other flags are not replaced.
     """
 
     def flag(found: re.Match[str]) -> str:
@@ -389,7 +420,7 @@ def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
 
 
 class FlagFormatter(LineFormatter):
-    """A record as `in_flags` has it."""
+    """Formatter that replaces recipe keys in log records by flags, see `in_flags`."""
 
     def __init__(self, accumulation: int, flags: Collection[str]) -> None:
         super().__init__()
@@ -400,8 +431,9 @@ class FlagFormatter(LineFormatter):
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
-    """Where a run without --output_dir goes: one name for each set of flags that changes what is
-    trained.
+    """Return the run directory of a run without --output_dir.
+
+    Its name depends on all flags that change the result of the training.
     """
     free = {"output_dir", "log_dir", "logging_steps", "fresh", "ranks", "trust_remote_code"}
     free |= {"use_torch_compile", "gradient_checkpointing"}
@@ -412,7 +444,7 @@ def default_folder(name: str, args: argparse.Namespace) -> Path:
 
 
 def run_folder(name: str, args: argparse.Namespace) -> Path:
-    """The run directory."""
+    """Return the run directory."""
     return Path(args.output_dir) if args.output_dir else default_folder(name, args)
 
 
@@ -432,7 +464,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
                 unlink_final(folder)
         if env["LOCAL_RANK"] == 0:
             refuse_foreign_folder(folder)
-        # The rules that span several keys, and the paths, are those of every recipe.
+        # Check the recipe and resolve its paths in the same way as for every other recipe.
         run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
         say(f"Loading model: {args.model_name}")
         say(f"Trainable parameters = {count_parameters(run):,}")
@@ -445,17 +477,22 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
-            print("This run was finished before: nothing was left to train (--fresh starts over)")
+            print("This run was already complete: nothing was trained (--fresh starts a new run)")
         print(f"Saving model to {folder}...")
         link_final(folder)
         print(
-            f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}"
+            f"Model saved successfully! Metrics, log and checkpoints: {folder}; "
+            f"TensorBoard: {args.log_dir}"
         )
     return EXIT_OK
 
 
 def configuration_text(script: Script, args: argparse.Namespace, batches: int) -> str:
-    """The block of lines that the scripts open with; a step learns from so many batches."""
+    """Return the first lines that a script prints.
+
+    Args:
+        batches: number of batches of --batch_size per optimizer step.
+    """
     rows = [
         f"\n{RULE}",
         f"{script.title} CONFIGURATION",
@@ -479,11 +516,13 @@ def configuration_text(script: Script, args: argparse.Namespace, batches: int) -
 
 
 def closing(records: Sequence[StepRecord], seconds: float) -> str:
-    """The block of lines that the scripts close with; their train loss is the mean over all steps.
+    """Return the last lines that a script prints.
+
+    As in the playbook, the train loss is the mean over all steps.
 
     Args:
-        records: of all starts of the run.
-        seconds: its training time; 0 takes the sum of the steps' times.
+        records: the records of all steps, including those before the run was resumed.
+        seconds: the training time. If it is 0, the sum of the steps' times is used.
     """
     losses = [record.loss for record in records]
     seconds = seconds or sum(record.step_seconds for record in records)
@@ -502,27 +541,31 @@ def closing(records: Sequence[StepRecord], seconds: float) -> str:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """UsageError where --output_dir holds somebody's files: model files are put into its root."""
+    """Raise UsageError if the folder contains files that are not from a run.
+
+    The model files, which are linked into the folder, could overwrite such files.
+    """
     found = [path.name for path in folder.glob("*") if path.name != LOCK]
     if found and not is_run(folder):
         raise UsageError(
-            f"--output_dir holds files that no run wrote: {', '.join(found[:5])}",
+            f"--output_dir contains files that are not from a run: {', '.join(found[:5])}",
             where=str(folder),
-            why="they might be overwritten",
-            fix="give a new or empty folder: --output_dir runs/my-run",
+            why="the model files could overwrite them",
+            fix="use a new or empty folder: --output_dir runs/my-run",
         )
 
 
 def unlink_final(folder: Path) -> None:
-    """Remove what `link_final` has linked; the files stay in final/."""
+    """Remove the links that `link_final` created. The files remain in final/."""
     for file in (folder / "final").glob("*"):
         if (folder / file.name).is_file() and file.samefile(folder / file.name):
             (folder / file.name).unlink()
 
 
 def link_final(folder: Path) -> None:
-    """Put the files of final/ into the folder itself too, as the playbook does: hard links, or
-    copies.
+    """Hard-link the files of final/ into the run directory, where the playbook saves its files.
+
+    If a hard link is not possible, copy the file.
     """
     for file in sorted((folder / "final").iterdir()):
         target = folder / file.name
