@@ -1,14 +1,17 @@
-"""Hold the build of an image to the torch that its base brings: pip must neither replace nor shadow
-it.
+"""Check that the build of an image keeps the torch of its base image. pip must neither replace nor
+shadow this torch.
 
-    python check_torch.py before FOLDER     # writes FOLDER/constraints.txt and FOLDER/torch.json; exit code 1 and one line
-                                            # where torch is older or newer than the pyproject.toml
-                                            here asks for
-    python check_torch.py after FOLDER      # exit code 1 and one line where torch is another one, or is gone
+    python check_torch.py before FOLDER     # before pip runs; writes FOLDER/constraints.txt and
+                                            # FOLDER/torch.json; fails if the version of torch does
+                                            # not fit the pyproject.toml in the working directory
+    python check_torch.py after FOLDER      # after pip has run; fails if torch is not the same
 
-NVIDIA's builds of torch know chips that those of the package index do not, and a wheel of the index
-is built for another CUDA. Constraints make pip choose other packages around them; the comparison
-finds what constraints do not, such as a wheel that carries files of torch.
+On failure, the exit code is 1 and one line says why.
+
+NVIDIA's builds of torch support chips that the builds on PyPI do not support, and the builds on
+PyPI are for another version of CUDA. With constraints.txt, pip chooses versions of the other
+packages that fit this torch. The comparison detects changes that constraints cannot prevent, for
+example by a wheel that contains files of torch.
 """
 
 import hashlib
@@ -20,13 +23,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BASE = "--build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3"
-# What is built together with torch: another version of one is no longer the base's torch either.
+# torch and the packages that are built together with it. All their versions are kept.
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton")
 
 
 def look() -> dict[str, str]:
-    """Version, file and the file's hash of the torch that this Python imports; empty texts where it
-    has none.
+    """Return the version, the file and the file's hash of the torch that this Python imports.
+
+    The values are empty texts if this Python has no torch.
     """
     try:
         version = distribution("torch").version
@@ -39,8 +43,9 @@ def look() -> dict[str, str]:
 
 
 def version_fault(version: str, project: Path) -> str:
-    """Why a base's torch is none of those that `project` asks for, or nothing: pip would say so in
-    a hundred lines.
+    """Return why the version of torch does not fit the requirement in `project`.
+
+    Return an empty text if it fits. This check replaces an error of pip with a hundred lines.
     """
     wanted = re.search(r'"torch>=(\d+)\.(\d+)[^",]*,<(\d+)\.(\d+)"', project.read_text())
     found = re.match(r"(\d+)\.(\d+)", version)
@@ -52,15 +57,21 @@ def version_fault(version: str, project: Path) -> str:
         return ""
     needed = wanted[0].strip('"')
     if (major, minor) < (least_major, least_minor):
-        return f"the base has torch {version}, as NVIDIA's images before 26.02 do, and tunesmith needs {needed}; {BASE}"
+        return (
+            f"the base has torch {version}, as NVIDIA's images before 26.02 do, and tunesmith "
+            f"needs {needed}; use a newer base: {BASE}"
+        )
     return f"the base has torch {version}, and tunesmith needs {needed}; take an older base: {BASE}"
 
 
 def before(folder: Path) -> str:
-    """Write what is there before pip runs; returns why this base cannot be built on, or nothing."""
+    """Write the versions before pip runs.
+
+    Return why this base cannot be used. Return an empty text if it can be used.
+    """
     there = look()
     if not there["version"] or not there["file"]:
-        return f"the base has no torch; take one that has: {BASE}"
+        return f"the base has no torch; use a base with torch: {BASE}"
     if fault := version_fault(there["version"], Path("pyproject.toml")):
         return fault
     lines = []
@@ -76,14 +87,17 @@ def before(folder: Path) -> str:
 
 
 def after(folder: Path) -> str:
-    """What pip has done to torch, or nothing."""
+    """Return how pip has changed torch. Return an empty text if torch is unchanged."""
     old, new = json.loads((folder / "torch.json").read_text()), look()
     if old == new:
         return ""
     words = [
         f"{torch['version'] or 'no torch'} in {torch['file'] or 'no file'}" for torch in (old, new)
     ]
-    return f"pip replaced the base's torch, {words[0]}, by {words[1]}; take a newer base: --build-arg BASE=..."
+    return (
+        f"pip replaced the base's torch, {words[0]}, by {words[1]}; "
+        "use a newer base: --build-arg BASE=..."
+    )
 
 
 if __name__ == "__main__":

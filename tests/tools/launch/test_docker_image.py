@@ -208,7 +208,7 @@ def test_a_torch_that_pip_replaced_fails_the_build(
         ),
         (
             "",
-            "the base has no torch; take one that has: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3",
+            "the base has no torch; use a base with torch: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3",
         ),
     ],
 )
