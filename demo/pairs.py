@@ -1,12 +1,14 @@
-"""Made pairs whose rule is in no word of theirs: of two right answers the short one is better.
+"""Synthetic preference pairs with one rule: if both answers are right, the short one is better.
 
     What is a kettle for?
     chosen:   A kettle is for boiling water.
     rejected: A kettle is for boiling water. <two more sentences that answer nothing>
 
-Both begin with the same sentence, so all there is to learn is where to stop. Held-out pairs ask
-about things that no training pair has. Written with a fixed seed, the same bytes every time: as
-pairs, as answers labeled good or bad, and as the questions alone.
+Both answers begin with the same sentence, so a model can learn only where to stop. No word of an
+answer states the rule. Held-out pairs ask about things that are in no training pair.
+
+The seed is fixed, so the files have the same bytes every time. They contain the pairs, the answers
+labeled as good or bad, and only the questions.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 TRAIN_PAIRS, HELD_OUT_PAIRS = 300, 60
 
-# What each thing is for, by where it is found.
+# The use of each thing, by the place where people keep the thing.
 THINGS = {
     "kitchen": (
         "kettle: boiling water|colander: draining pasta|whisk: beating eggs|ladle: serving soup|"
@@ -61,7 +63,7 @@ THINGS = {
         "vacuum cleaner: removing dust"
     ),
 }
-# A question and the sentence that answers it.
+# Questions, each with the sentence that answers it.
 QUESTIONS = (
     ("What is {a} for?", "{A} is for {use}."),
     ("Where do people usually keep {a}?", "People usually keep {a} in the {place}."),
@@ -69,8 +71,9 @@ QUESTIONS = (
     ("Is {a} of any use for {other}?", "No, {a} is for {use}, not for {other}."),
     ("My neighbor gave me {a}. What do I do with it?", "You can use {a} for {use}."),
 )
-# What a long answer goes on with: true of anything, and asked by nobody. So common that a model finds
-# neither length likelier, by the mean log-probability of a token.
+# Sentences that make an answer longer. They are true of any thing and answer no question. They are
+# so common that, by the mean log-probability per token, a base model prefers neither the short nor
+# the long answers.
 COMMONPLACE = (
     "It comes in many different sizes and styles.",
     "If you have any other questions, please feel free to ask.",
@@ -82,7 +85,11 @@ COMMONPLACE = (
 
 
 def pairs(things: list[tuple[str, str, str]], seed: int) -> list[dict[str, Any]]:
-    """Every question about every thing (its name, its use, its place), in a drawn order."""
+    """Return a pair for every question about every thing, in random order.
+
+    Args:
+        things: the name, the use and the place of each thing.
+    """
     draw = random.Random(seed)
     rows = []
     for name, use, place in things:
@@ -110,7 +117,7 @@ def pairs(things: list[tuple[str, str, str]], seed: int) -> list[dict[str, Any]]
 
 
 def labeled(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Both answers of each pair as rows of their own, good and bad ones in a drawn order."""
+    """Return each answer of each pair as a row with a label, in random order."""
     answers = []
     for row in rows:
         for column in ("chosen", "rejected"):
@@ -147,6 +154,8 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the made pairs as JSON lines.")
+    parser = argparse.ArgumentParser(
+        description="Write the synthetic pairs as files of JSON lines."
+    )
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "data")
     write(parser.parse_args().folder)

@@ -1,5 +1,6 @@
-"""`make picture`: the README's first run, and the lines of it that docs/run.svg shows; a minute and
-a half on two quiet cores.
+"""Run the README's first example and draw lines of its output as docs/run.svg (`make picture`).
+
+This takes one and a half minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/run.svg"
 ROWS = "demo/faq.csv"
 WORDS = ["tunesmith", "train", "--model", "demo", "--data", ROWS]
-# The beginnings of the lines that are shown, in the order of the output.
+# Prefixes of the lines that the picture shows, in the order of the output.
 SHOWN = (
     "faq.csv: ",
     "recipe: ",
@@ -36,25 +37,27 @@ SHOWN = (
 
 
 def shown_lines(output: str) -> list[str]:
-    """Return the lines of a run's output that begin with one of SHOWN, each cut at COLUMNS."""
+    """Return the lines of a run's output that begin with a prefix in SHOWN, cut to COLUMNS."""
     lines = [line for line in output.splitlines() if line.startswith(SHOWN)]
     return [line if len(line) <= COLUMNS else f"{line[: COLUMNS - 1]}…" for line in lines]
 
 
 def check_answers(lines: list[str]) -> None:
-    """Raise ValueError if the picture would show no answers, or one that is not in the rows."""
+    """Raise ValueError if there are fewer than two answers, or if an answer is not in the rows."""
     with (ROOT / ROWS).open(encoding="utf-8") as file:
         expected = [row["answer"] for row in csv.DictReader(file)]
     after = [line.removeprefix("  after ").strip() for line in lines if line.startswith("  after ")]
     if len(after) < 2:
-        raise ValueError("no sample answers: run it again while the machine is quiet")
+        raise ValueError(
+            "the run printed no sample answers: run `make picture` again on an idle machine"
+        )
     for answer in after:
         if not any(row.startswith(answer.removesuffix("…")) for row in expected):
-            raise ValueError(f"a wrong answer: {answer}")
+            raise ValueError(f"an answer is not in the rows, run `make picture` again: {answer}")
 
 
 def main() -> None:
-    """Train on the demo's rows in an empty folder, and write docs/run.svg."""
+    """Train on the demo's rows in an empty folder and write docs/run.svg."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / ROWS).parent.mkdir()
