@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/tools"))
 
-from launch.conftest import (
-    SLOW,
-)  # slows down the steps, so that polling can hit the time between two steps
+# SLOW makes the steps slow, so that polling can see the time between two steps.
+from launch.conftest import SLOW
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM_PAIR = ROOT / "tests/tools/launch/slurm_pair.sh"
