@@ -1,16 +1,20 @@
-"""Use fifteen minutes of one GPU with 80 GB or more, without a network, in two calls.
+"""Measurements on one GPU with 80 GB or more, without a network, in two calls within 15 minutes.
 
-    bash benchmarks/first_gpu_prep.sh ROWS TOKENIZER .gpu                  # with a network: packages, rows, tokenizer
-    python benchmarks/gpu_session.py 1 --output results                    # on the GPU machine: 540 seconds
-    python benchmarks/gpu_session.py 2 --output results                    # 240 seconds
-    python benchmarks/gpu_session.py 1 --output results --dry-run          # on a CPU: tiny shapes
+    # On a machine with a network, download packages, rows and tokenizer:
+    bash benchmarks/first_gpu_prep.sh ROWS TOKENIZER .gpu
+    # On the GPU machine, run call 1 (540 seconds) and call 2 (240 seconds):
+    python benchmarks/gpu_session.py 1 --output results
+    python benchmarks/gpu_session.py 2 --output results
+    # On a CPU, run the same commands with tiny models:
+    python benchmarks/gpu_session.py 1 --output results --dry-run
 
-Each step is a command with a limit. After each step OUTPUT/results-CALL.json is written, so that a
-call that is killed keeps what ran before; OUTPUT/log-CALL.txt has what the steps printed. A step
-that does not fit into the rest of the call is skipped, and a step that fails ends nothing.
+A call runs a list of steps. Each step is a command with a time limit. OUTPUT/results-CALL.json is
+written after each step, so that no finished step is lost if the call is killed. The output of the
+steps is in OUTPUT/log-CALL.txt. A step is skipped if too little time is left for it. If a step
+fails, the next step runs.
 
---dry-run runs the same commands on this machine, with tiny models in place of the true shapes, so
-that errors are found without a GPU. Kernels for GPUs are left out, and their tests are skipped.
+With --dry-run, the same commands run on this machine with tiny models instead of the real shapes,
+so that errors are found without a GPU. CUDA kernels are not used, and their tests are skipped.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent / "speed"))
 from step_reports import read_report
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"1": 540, "2": 240}  # seconds of a call
-DRY_LIMIT = 900  # seconds of a step of a dry run: its machine may be slow
-MISSING_PACKAGES = 3  # exit status of device_facts.py
-# A step begins if this share of its seconds is left.
+LIMITS = {"1": 540, "2": 240}  # maximum seconds of each call
+DRY_LIMIT = 900  # maximum seconds of a step in a dry run, whose machine may be slow
+MISSING_PACKAGES = 3  # exit status of device_facts.py if packages are missing
+# A step starts only if at least this fraction of its seconds is left.
 FITS = 0.6
-# Read by each Python of a dry run before anything else: all shapes become tiny.
+# sitecustomize.py of a dry run. Each Python process runs it at its start. It makes all shapes tiny.
 TINY = """
 from dataclasses import replace
 from tunesmith.model.shapes import SHAPES
@@ -52,7 +56,12 @@ for name, shape in SHAPES.items():
 
 
 class Step(NamedTuple):
-    """A command of a call, the seconds that it may take, and what it shows."""
+    """A command of a call.
+
+    Attributes:
+        seconds: maximum run time.
+        shows: what the step measures. The text is printed when the step ends.
+    """
 
     name: str
     seconds: int
@@ -61,7 +70,7 @@ class Step(NamedTuple):
 
 
 def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Step]:
-    """Return the steps of a call, the most important first."""
+    """Return the steps of a call, the most important steps first."""
 
     def script(name: str, *words: str) -> list[str]:
         return [sys.executable, f"benchmarks/{name}.py", *words]
@@ -89,7 +98,7 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
         return script("speed/picture_steps", "--family", family, *tiny, *report(family))
 
     def compared(name: str, variant: str, *words: str) -> list[str]:
-        """The command of `bench` with these words, as it is and with other code."""
+        """Return the command that compares a variant of ablation.py with the unchanged code."""
         options = ["--only", variant, "--rounds", "1", *report(name)]
         return script("speed/ablation", *words, *options)
 
@@ -106,31 +115,37 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
         "-p",
         "no:cacheprovider",
     ]
-    # A start takes 8 s, and to build a 70B in nf4 19 s more; each comparison has two of both.
+    # Starting Python takes 8 s, and building a 70B model in nf4 takes another 19 s. Each comparison
+    # does both twice.
     first = [
         Step("device", 15, "the machine",
              script("speed/device_facts", "--output", str(work / "device.json"))),
-        Step("tests", 100, "no waits, equal numbers, memory, NCCL",
+        Step("tests", 100, "no GPU synchronization, equal numbers, memory, NCCL",
              [sys.executable, *tests, "--junitxml", str(work / "tests.xml")]),
-        Step("qwen2_5_vl", 70, "towers that wait, plans for picture sizes", pictures("qwen2_5_vl")),
-        Step("gemma3", 60, "attention over pictures, peak beside the plan", pictures("gemma3")),
-        Step("70b-nf4", 95, "our nf4 kernel in a step",
-             compared("70b-nf4", "nf4 kernel", *shape("llama3-70b", nf4, *batch(8192), *steps(2, 1)))),
-        Step("3b-attention", 70, "our attention with 3 query heads a key head",
+        Step("qwen2_5_vl", 70, "synchronization in vision models, plans for picture sizes",
+             pictures("qwen2_5_vl")),
+        Step("gemma3", 60, "attention over pictures, peak memory and plan", pictures("gemma3")),
+        Step("70b-nf4", 95, "our nf4 kernel in a training step",
+             compared("70b-nf4", "nf4 kernel",
+                      *shape("llama3-70b", nf4, *batch(8192), *steps(2, 1)))),
+        Step("3b-attention", 70, "our attention with 3 query heads per key head",
              compared("3b-attention", "attention everywhere",
                       *shape("llama3-3b", "adapter.kind=none", *batch(32768), *steps(2, 1)))),
-        Step("8b-streamed", 60, "copies beside the step, also staged",
+        Step("8b-streamed", 60, "overlap of copies with the step, also if staged",
              streamed("8b-streamed", "link,8b resident,8b staged", 3)),
-        Step("30b-experts", 60, "row kernels: 27,374 tokens/s on an H200",
+        Step("30b-experts", 60, "row kernels; 27,374 tokens/s were measured on an H200",
              [sys.executable, "-m", "tunesmith", "bench", *report("30b-experts"),
               *shape("qwen3-30b-a3b", *batch(32768), *steps(4, 2))]),
     ]  # fmt: skip
     second = [
-        Step("decoding-8b", 20, "decoding", script("speed/decoding", *shape("llama3-8b"), *report("decoding-8b"))),
-        Step("decoding-70b-nf4", 45, "decoding on nf4",
+        Step("decoding-8b", 20, "decoding",
+             script("speed/decoding", *shape("llama3-8b"), *report("decoding-8b"))),
+        Step("decoding-70b-nf4", 45, "decoding with nf4 weights",
              script("speed/decoding", *shape("llama3-70b", nf4), *report("decoding-70b-nf4"))),
-        Step("experts-streamed", 110, "experts from the host", streamed("experts-streamed", "experts", 3)),
-        Step("planned", 60, "layers that stay after the trial", streamed("planned", "planned", 3)),
+        Step("experts-streamed", 110, "experts streamed from the host",
+             streamed("experts-streamed", "experts", 3)),
+        Step("planned", 60, "layers that stay on the device after the memory trial",
+             streamed("planned", "planned", 3)),
     ]  # fmt: skip
     return first if call == "1" else second
 
@@ -146,7 +161,7 @@ def run_step(step: Step, limit: float, environment: dict[str, str], log: Path) -
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the step's own processes end with it
+            start_new_session=True,  # so that killpg also kills the processes that the step starts
         )
         try:
             return process.wait(limit)
@@ -159,7 +174,7 @@ def run_step(step: Step, limit: float, environment: dict[str, str], log: Path) -
 
 
 def make_environment(folder: Path, work: Path, *, dry: bool) -> dict[str, str]:
-    """Unpack the wheels of `folder`, and return the environment of the steps."""
+    """Unpack the wheels in `folder`. Return the environment variables of the steps."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     site = work / "site"
     site.mkdir()
@@ -175,7 +190,8 @@ def make_environment(folder: Path, work: Path, *, dry: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Most of the tests' time is compiling; each of six workers has two processes for that.
+        # Most of the tests' time is compilation. Each of the six workers starts two processes for
+        # it.
         "TORCHINDUCTOR_COMPILE_THREADS": "2",
     }
 
@@ -190,7 +206,7 @@ def write_tiny_inputs(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object, or an empty one if the file does not hold one."""
+    """Return the JSON object in a file. Return {} if the file cannot be read or parsed."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -199,7 +215,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def run_call(options: argparse.Namespace) -> bool:
-    """Run the steps of a call. Return whether all of them ended with 0."""
+    """Run the steps of a call. Return whether all steps ran and ended with exit status 0."""
     began = time.monotonic()
     limit = options.limit or (float("inf") if options.dry_run else LIMITS[options.call])
     output = options.output.resolve()
@@ -220,7 +236,11 @@ def run_call(options: argparse.Namespace) -> bool:
         left = limit - (time.monotonic() - began)
         if left < FITS * step.seconds:
             done[step.name] = {"exit": None, "seconds": 0, "limit": 0}
-            print(f"{step.name}: skipped, {left:.0f} of {step.seconds} s are left", flush=True)
+            print(
+                f"{step.name}: skipped, because {left:.0f} s are left and it may take "
+                f"{step.seconds} s",
+                flush=True,
+            )
         else:
             most = min(DRY_LIMIT if options.dry_run else step.seconds, left)
             started = time.monotonic()
@@ -232,7 +252,7 @@ def run_call(options: argparse.Namespace) -> bool:
             found = read_report(work, step.name)
             if found is not None:
                 done[step.name]["report"] = found
-            ended = f"ended with {status} after {seconds:.0f} s ({step.shows})"
+            ended = f"ended with exit status {status} after {seconds:.0f} s ({step.shows})"
             print(f"{step.name}: {ended}", flush=True)
             if step.name == "device" and status == MISSING_PACKAGES:
                 print(log.read_text(encoding="utf-8").splitlines()[-1])
@@ -245,7 +265,7 @@ def run_call(options: argparse.Namespace) -> bool:
             "device": read_json(work / "device.json"),
             "steps": done,
         }
-        # The file is replaced at once, because the call may be killed at any moment.
+        # Write another file and rename it, because the call may be killed at any moment.
         partial = output / "partial.json"
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         partial.replace(output / f"results-{options.call}.json")
@@ -253,23 +273,28 @@ def run_call(options: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    """Run one call; exit status 1 if a step failed or was skipped."""
+    """Run one call. The exit status is 1 if a step failed or was skipped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("call", choices=LIMITS)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--folder", type=Path, default=Path(".gpu"), help="of first_gpu_prep.sh")
-    parser.add_argument("--limit", type=float, help="seconds of the call")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models, on any machine")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".gpu"), help="folder that first_gpu_prep.sh wrote"
+    )
+    parser.add_argument("--limit", type=float, help="maximum seconds of the call")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="run only these steps")
+    parser.add_argument("--dry-run", action="store_true", help="use tiny models, on any machine")
     options = parser.parse_args()
     if (options.output / f"work-{options.call}").exists():
-        parser.error(f"--output {options.output} holds call {options.call} already: name another")
+        parser.error(
+            f"--output {options.output} already has results of call {options.call}; "
+            "use another folder"
+        )
     if not options.dry_run and not (options.folder / "rows.json").exists():
         parser.error(
-            f"{options.folder}/rows.json is not there: bash benchmarks/first_gpu_prep.sh ROWS "
-            f"TOKENIZER {options.folder}"
+            f"{options.folder}/rows.json does not exist; run: bash benchmarks/first_gpu_prep.sh "
+            f"ROWS TOKENIZER {options.folder}"
         )
     sys.exit(0 if run_call(options) else 1)
 

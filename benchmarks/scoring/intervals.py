@@ -1,10 +1,11 @@
-"""How often the 95 % intervals of `eval --score` hold, and how many rows tell two models apart.
+"""Coverage of the 95 % intervals of `eval --score`, and number of rows that show a difference.
 
     python benchmarks/scoring/intervals.py coverage --json docs/measurements/intervals.json
     python benchmarks/scoring/intervals.py rows       # the table of docs/evaluate.md
 
-Scores are drawn from models whose true means are known: right or wrong answers, and shares as f1 and
-json give them; tuned and base agree on most rows. Everything is seeded.
+Scores are drawn from distributions with known means: right or wrong answers, and fractions such as
+the scores f1 and json. The tuned model and the base have equal scores on most rows. All random
+generators have fixed seeds.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from tunesmith.metrics.intervals import (
     paired_intervals,
 )
 
-# The product takes 10,000: fewer move the ends by a hundredth of the width or so.
+# `tunesmith eval` uses 10,000 resamples. With 1,000, the ends of an interval change by about 1 % of
+# its width.
 RESAMPLES = 1000
 Pairs = tuple[np.ndarray, np.ndarray]
 COUNTS = (10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000)
@@ -35,7 +37,13 @@ COUNTS = (10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000, 1500,
 
 @dataclass(frozen=True)
 class Draw:
-    """Scores of base and tuned, the mean of the base's and of their difference."""
+    """A distribution of scores.
+
+    Attributes:
+        pairs: draws the scores of the base and of the tuned model for a number of rows.
+        mean: true mean of the base's score.
+        gain: true mean of the difference, tuned minus base.
+    """
 
     pairs: Callable[[np.random.Generator, int], Pairs]
     mean: float
@@ -43,8 +51,11 @@ class Draw:
 
 
 def binary(rng: np.random.Generator, n: int, base: float, gain: float, differing: float) -> Pairs:
-    """Right or wrong answers of two models; they differ on a share `differing` of the rows, of
-    which (differing + gain) / 2 are won."""
+    """Draw right or wrong answers of two models.
+
+    The models differ with probability `differing`. Only the tuned model is right with probability
+    (differing + gain) / 2.
+    """
     kind = rng.choice(
         4,
         size=n,
@@ -57,27 +68,30 @@ def binary(rng: np.random.Generator, n: int, base: float, gain: float, differing
             ]
         ),
     )
-    # won, lost, both right, both wrong
+    # The kinds are: 0 only the tuned model is right, 1 only the base, 2 both, 3 neither.
     return np.isin(kind, (1, 2)).astype(float), np.isin(kind, (0, 2)).astype(float)
 
 
 def shares(rng: np.random.Generator, n: int) -> Pairs:
-    """Shares as f1 gives them: the tuned model closes half of the gap to 1 on a fifth of the rows."""
+    """Draw fractions such as f1. The tuned model closes half of the gap to 1 in 20 % of the rows."""
     base = rng.beta(2, 5, size=n)
     better = rng.random(n) < 0.2
     return base, np.where(better, base + (1 - base) * 0.5, base)
 
 
 def mostly_right(rng: np.random.Generator, n: int) -> Pairs:
-    """Fields of a JSON: nine of ten rows are all right, and the tuned model mends half of the
-    others and spoils 2 % of all. Few rows differ, and those by much."""
+    """Draw fractions of correct JSON fields, most of them 1.
+
+    The base scores 1 in 90 % of the rows. The tuned model corrects half of the other rows, and then
+    2 % of all rows get a new score. Few rows differ, but their differences are large.
+    """
     base = np.where(rng.random(n) < 0.1, rng.beta(2, 2, size=n), 1.0)
     tuned = np.where((base < 1) & (rng.random(n) < 0.5), 1.0, base)
     return base, np.where(rng.random(n) < 0.02, rng.beta(2, 2, size=n), tuned)
 
 
 def equally_good(rng: np.random.Generator, n: int) -> Pairs:
-    """Skewed shares of two models that are equally good and differ on two of five rows."""
+    """Draw skewed fractions of two equally good models that differ in 40 % of the rows."""
     base = rng.beta(0.5, 0.2, size=n)
     return base, np.where(rng.random(n) < 0.4, rng.beta(0.5, 0.2, size=n), base)
 
@@ -86,8 +100,9 @@ def right_or_wrong(base: float, gain: float, differing: float) -> Draw:
     return Draw(lambda rng, n: binary(rng, n, base, gain, differing), base, gain)
 
 
-# The means of `mostly_right`: of beta(2, 2) it is a half. Of all rows 5 % are mended, and 2 % then
-# fall from what they are to a half.
+# True means of `mostly_right`. The mean of beta(2, 2) is 0.5. The base scores 0.9 + 0.1 * 0.5 =
+# 0.95. Correcting half of the other rows gives 0.975, and then 2 % of the rows fall to a mean of
+# 0.5.
 RIGHT_BASE = 0.95
 RIGHT_GAIN = 0.98 * 0.975 + 0.02 * 0.5 - RIGHT_BASE
 DRAWS = {
@@ -105,14 +120,16 @@ DRAWS = {
 
 
 def coverage(trials: int) -> Iterator[dict[str, Any]]:
-    """How often the intervals of base and difference hold the true value, and the sentence says a
-    difference, by draw and rows."""
+    """Yield for each distribution and number of rows how often the intervals contain the true
+    value, and how often the difference is significant.
+    """
     for name, draw in DRAWS.items():
         paired = intervals_of_counts if name.startswith("right") else intervals_of
         for n in (25, 50, 100, 400):
             rng = np.random.default_rng(n)
             base_holds = difference_holds = apart = 0
-            # A bootstrap of 400 rows takes long, and is no question there.
+            # Use fewer trials for a bootstrap of 400 rows, which takes long and whose coverage is
+            # not in doubt.
             count = trials // 4 if n == 400 and paired is intervals_of else trials
             for _ in range(count):
                 base, intervals = paired(*draw.pairs(rng, n))
@@ -139,7 +156,10 @@ def intervals_of(base: np.ndarray, tuned: np.ndarray) -> tuple[Interval, PairedI
 
 
 def intervals_of_counts(base: np.ndarray, tuned: np.ndarray) -> tuple[Interval, PairedIntervals]:
-    """Those of right or wrong answers, whose few outcomes are computed once."""
+    """Compute the intervals of right or wrong answers.
+
+    They depend only on a few counts, so intervals are cached by these counts.
+    """
     rows = len(base)
     won = int((tuned > base).sum())
     lost = int((tuned < base).sum())
@@ -161,12 +181,16 @@ def difference_of_counts(won: int, lost: int, rows: int) -> Interval:
 
 
 def power(gain: float, differing: float, rows: int) -> float:
-    """How often `rows` rows of right or wrong answers tell a gain apart in the right direction:
-    exactly, over all numbers of rows that differ and are won."""
+    """Compute the probability that `rows` right or wrong answers show the gain significantly and in
+    the right direction.
+
+    The result is exact: a sum over all numbers of rows that differ, and of rows that only the tuned
+    model answers correctly.
+    """
     share_won = (differing + gain) / 2 / differing
     apart = 0.0
     for count, probability in enumerate(probabilities(rows, differing)):
-        # Rarer numbers of rows make no difference.
+        # Less probable numbers do not change the result.
         if probability > 1e-9:
             won = probabilities(count, share_won)[won_to_be_apart(count) :]
             apart += float(probability * won.sum())
@@ -174,7 +198,11 @@ def power(gain: float, differing: float, rows: int) -> float:
 
 
 def probabilities(count: int, share: float) -> np.ndarray:
-    """Of 0 to `count` successes: fp64 [count + 1]."""
+    """Return the binomial probabilities of 0 to `count` successes: fp64 [count + 1].
+
+    Args:
+        share: the probability of one success.
+    """
     factorials = log_factorials(5001)[: count + 1]
     successes = np.arange(count + 1)
     logs = factorials[-1] - factorials - factorials[::-1] + successes * math.log(share)
@@ -191,9 +219,13 @@ def log_factorials(count: int) -> np.ndarray:
 
 @cache
 def won_to_be_apart(differing: int) -> int:
-    """The least number of won rows among those that differ with which the tuned model is better.
+    """Return the minimum number of won rows with which the tuned model is significantly better.
 
-    Tango's interval leaves out 0 where McNemar's test does, whatever the number of all rows.
+    A won row is one that only the tuned model answers correctly. Whether Tango's interval excludes
+    0 depends only on the rows that differ, as in McNemar's test, and not on the number of all rows.
+
+    Args:
+        differing: number of rows in which the models differ.
     """
     for won in range(differing // 2 + 1, differing + 1):
         lost = differing - won
@@ -204,7 +236,7 @@ def won_to_be_apart(differing: int) -> int:
 
 
 def rows_needed(power_at: Callable[[int], float], *, wanted: float = 0.8) -> int | None:
-    """The first of COUNTS that reaches the power, by bisection."""
+    """Return the minimum number in COUNTS that reaches the wanted power, or None. Use bisection."""
     low, high = 0, len(COUNTS)
     while low < high:
         middle = (low + high) // 2
@@ -221,13 +253,14 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("coverage", "rows"))
     parser.add_argument("--trials", type=int, default=None)
-    parser.add_argument("--json", type=Path, help="where the coverage is written")
+    parser.add_argument("--json", type=Path, help="file for the coverage")
     args = parser.parse_args()
     if args.what == "coverage":
         trials = args.trials or 2000
         rows = []
         print(
-            "| scores | rows | interval of the mean holds | of the difference | told apart |\n|---|---|---|---|---|"
+            "| scores | rows | interval of the mean holds | of the difference | told apart |\n"
+            "|---|---|---|---|---|"
         )
         for row in coverage(trials):
             rows.append(row)

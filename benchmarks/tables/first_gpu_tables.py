@@ -1,11 +1,12 @@
-"""Tables of the measurements of the first GPU stages, for README.md and docs/measurements/README.md.
+"""Tables of the first measurements on GPUs, for README.md and docs/measurements/README.md.
 
     python benchmarks/tables/first_gpu_tables.py --write docs/measurements/README.md
-    python benchmarks/tables/first_gpu_tables.py --check README.md       # exit status 1 if the page differs from the results
+    python benchmarks/tables/first_gpu_tables.py --check README.md
 
-The results are docs/measurements/gpu/DEVICE/results-A.json to -D.json, as the stages wrote them;
-beside.json contains the figures of other programs on such a device. README.md gets only the table
-of speeds.
+With --check, the exit status is 1 if the page differs from the results. The measurements ran in
+four stages, A to D, which wrote docs/measurements/gpu/DEVICE/results-A.json to results-D.json. The
+file beside.json contains the figures of other programs on the same type of device. README.md gets
+only the table of speeds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "measurements" / "gpu"
 SCRIPT = "benchmarks/tables/first_gpu_tables.py"
 NOTHING_YET = "\nNo results yet: none of these runs has been measured on a GPU.\n\n"
 GOAL_OF_STEP = {goal.step: goal for goal in GOALS}
-# What is measured without a goal, and its stage; the goals are stage A's.
+# Titles of the runs without a goal, which ran in stage C or D. The runs with a goal are in stage A.
 OTHER_RUNS = {
     "own-batch": "8B LoRA, bf16, 64 rows per step",
     "least-memory": "8B LoRA, every layer recomputed, 2,048 tokens",
@@ -36,7 +37,7 @@ Stages = Mapping[str, dict[str, Any]]  # results by the stage's letter
 
 
 def read_devices(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
-    """The results of each device's stages, by the name of the device's folder."""
+    """Return the results of each device's stages. The keys are the names of the device folders."""
     devices: dict[str, dict[str, dict[str, Any]]] = {}
     for file in sorted(folder.glob("*/results-*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def read_beside(device: str) -> dict[str, dict[str, Any]]:
 
 
 def report_of(stages: Stages, stage: str, step: str) -> dict[str, Any]:
-    """What a step reported; empty where the stage did not run, or the step failed."""
+    """Return the report of a step. Return {} if the stage did not run or the step has no report."""
     steps = stages.get(stage, {}).get("steps", {})
     report: dict[str, Any] = steps.get(step, {}).get("report", {})
     return report
@@ -63,7 +64,7 @@ def number(value: float | None, form: str = ",.0f") -> str:
 
 
 def runs_of(stages: Stages) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Step, title and figures of each run: all goals, and what else ran."""
+    """Yield step, title and figures of each run with a goal, then of other runs with results."""
     for step, goal in GOAL_OF_STEP.items():
         yield step, goal.title, report_of(stages, "A", step).get("figures", {})
     for step, title in OTHER_RUNS.items():
@@ -73,7 +74,7 @@ def runs_of(stages: Stages) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def speed_table(device: str, stages: Stages) -> str:
-    """The speed and memory of each run, and those of other programs."""
+    """Return a table with the speed and memory of each run and of other programs."""
     head = ("run", "tokens/s", "peak GiB", "other tools: tokens/s (peak GiB)")
     beside = read_beside(device)
     rows = []
@@ -95,7 +96,7 @@ def speed_table(device: str, stages: Stages) -> str:
 
 
 def details_table(stages: Stages) -> str:
-    """Each run beside its goal, the share of the peak that it reached, and how it ran."""
+    """Return a table with each run's speed, goal, fraction of the GPU's peak, and settings."""
     head = (
         "run",
         "tokens/s",
@@ -113,7 +114,7 @@ def details_table(stages: Stages) -> str:
         speed = figures.get("tokens_per_second")
         goal = GOAL_OF_STEP[step].tokens_per_second[key] if key and step in GOAL_OF_STEP else None
         of_fp8 = figures.get("mfu_of_fp8_peak")
-        # Reports of later versions have the data sheet's peak only.
+        # Reports of later versions only contain the fraction of the data sheet's peak.
         share = number(of_fp8 or figures.get("mfu_of_measured_peak"), ".1%")
         if figures.get("mfu") is not None:
             share = f"{figures['mfu']:.1%} (data sheet)"
@@ -134,7 +135,7 @@ def details_table(stages: Stages) -> str:
 
 
 def how_lines(device: str, stages: Stages) -> Iterator[str]:
-    """Yield how runs of other programs were started, and runs that were started differently."""
+    """Yield how other programs were started, and how runs with special settings were started."""
     others = [
         (other["name"], other["how"])
         for known in read_beside(device).values()
@@ -149,20 +150,22 @@ def how_lines(device: str, stages: Stages) -> Iterator[str]:
 
 
 def device_line(stages: Stages) -> str:
-    """What the device is and reaches, in one sentence."""
+    """Return a description of the device, its measured speed, and the versions of the software."""
     results = next(iter(stages.values()))
     device = results["device"]
     versions = device["versions"]
     commit = f"commit {results['commit']}, " if results["commit"] else ""
     return (
-        f"{device['name']}, {device['memory_gib']} GiB; measured: memory copies at {device['copy_tb_per_s']:.2f} TB/s, a bf16 matmul of "
-        f"8192^3 at {device['product_tflops']:.0f} TFLOP/s.\ntorch {versions['torch']}, Transformers "
-        f"{versions['transformers']}, CUDA {versions['cuda']}; {commit}{results['date'][:10]}.\n"
+        f"{device['name']}, {device['memory_gib']} GiB; measured: memory copies at "
+        f"{device['copy_tb_per_s']:.2f} TB/s, a bf16 matmul of "
+        f"8192^3 at {device['product_tflops']:.0f} TFLOP/s.\n"
+        f"torch {versions['torch']}, Transformers {versions['transformers']}, CUDA "
+        f"{versions['cuda']}; {commit}{results['date'][:10]}.\n"
     )
 
 
 def variants_table(report: Mapping[str, Any]) -> str:
-    """The variants of an ablation beside the recipe itself."""
+    """Return a table that compares the variants of an ablation with the unchanged recipe."""
     head = ("variant", "changed", "tokens/s", "of the recipe", "peak GiB", "last loss")
     rows = [
         (
@@ -179,46 +182,53 @@ def variants_table(report: Mapping[str, Any]) -> str:
 
 
 def tests_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The counts of the GPU tests, and each that failed."""
-    yield f"\nGPU tests: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped.\n\n"
+    """Yield the counts of the GPU tests, and a line for each failed test."""
+    yield (
+        f"\nGPU tests: {report['passed']} passed, {report['failed']} failed, "
+        f"{report['skipped']} skipped.\n\n"
+    )
     for failure in report["failures"]:
         yield f"- failed: `{failure['test']}`\n"
 
 
 def first_step_line(cold: Mapping[str, Any], warm: Mapping[str, Any]) -> str:
-    """Seconds to the end of the first step, with an empty and with a filled compile cache."""
+    """Return the seconds to the end of the first step, with empty and with warm compile cache."""
     empty_cache = cold["build_seconds"] + cold["first_step_seconds"]
     warm_cache = warm["build_seconds"] + warm["first_step_seconds"]
     return (
-        f"\n8B LoRA, build and first step: {empty_cache:.1f} s with an empty compile cache (of them "
-        f"{cold['first_step_seconds']:.1f} s the step), {warm_cache:.1f} s with a warm one "
-        f"({warm['first_step_seconds']:.1f} s).\n"
+        f"\n8B LoRA, build and first step: {empty_cache:.1f} s with an empty compile cache "
+        f"({cold['first_step_seconds']:.1f} s for the step), {warm_cache:.1f} s with a warm one "
+        f"({warm['first_step_seconds']:.1f} s for the step).\n"
     )
 
 
 def resume_line(report: Mapping[str, Any]) -> str:
-    """Whether a killed run goes on bit for bit."""
+    """Return a sentence that says whether a resumed run equals an uninterrupted run bit for bit."""
     outcome = (
         "equal bit for bit" if report["equal"] else f"different at steps {report['unequal_steps']}"
     )
     return (
-        f"\nKilled with SIGKILL after step {report['killed_at_step']} and started again: {report['steps']} losses and norms "
-        f"and {report['weight_files']} weight files are {outcome} beside a run that was not killed.\n"
+        f"\nA run was killed with SIGKILL after step {report['killed_at_step']} and resumed. "
+        f"Compared with an uninterrupted run, {report['steps']} losses and gradient norms and "
+        f"{report['weight_files']} weight files are {outcome}.\n"
     )
 
 
 def failed_lines(stages: Stages) -> Iterator[str]:
-    """Every step that failed or had no time."""
+    """Yield a line for each step that failed or was skipped for lack of time."""
     for letter, results in stages.items():
         for name, step in results["steps"].items():
             if step["exit"] is None:
-                yield f"\n- stage {letter}, {name}: no time was left\n"
+                yield f"\n- stage {letter}, {name}: skipped, because no time was left\n"
             elif step["exit"]:
-                yield f"\n- stage {letter}, {name}: ended with {step['exit']} after {step['seconds']} s\n"
+                yield (
+                    f"\n- stage {letter}, {name}: ended with {step['exit']} after "
+                    f"{step['seconds']} s\n"
+                )
 
 
 def device_page(name: str, stages: Stages) -> Iterator[str]:
-    """Everything that was measured on a device."""
+    """Yield all texts and tables with the measurements on a device."""
     yield f"\n### {name}\n\n"
     yield device_line(stages)
     if "A" in stages:
@@ -241,7 +251,7 @@ def device_page(name: str, stages: Stages) -> Iterator[str]:
 
 
 def measurements_page() -> str:
-    """All devices, for docs/measurements/README.md."""
+    """Return the block of docs/measurements/README.md, with all measurements of all devices."""
     devices = read_devices()
     if not devices:
         return NOTHING_YET
@@ -250,7 +260,7 @@ def measurements_page() -> str:
 
 
 def readme_block() -> str:
-    """The speed on each device, for README.md."""
+    """Return the block of README.md, with the table of speeds of each device."""
     speeds = [
         device_line(stages) + speed_table(device, stages)
         for device, stages in read_devices().items()

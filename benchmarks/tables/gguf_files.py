@@ -1,11 +1,12 @@
-"""The kinds of GGUF file of a model: size, seconds, memory, and how near they are to the model.
+"""Measurement of each GGUF type of a model: size, export time, memory, and difference to the model.
 
     python benchmarks/tables/gguf_files.py MODEL --dir /tmp/gguf-files --rows CONTRIBUTING.md
 
-Each kind is exported by the command in a process of its own (peak: VmHWM, imports among it), opened
-in llama.cpp, and asked for the next token at POSITIONS places over the text of `--rows`. Compared
-with Transformers in fp32: perplexity of the tokens that stand there, mean KL divergence, share of
-equal likeliest tokens. The first row is the folder itself, computed in bf16.
+For each type, `tunesmith export` runs in a new process. Its peak memory is VmHWM, which includes
+the imports. llama.cpp then loads the file and predicts the next token at POSITIONS positions of the
+text of `--rows`. The predictions are compared with those of Transformers in fp32: perplexity of the
+text's tokens, mean KL divergence, and fraction of positions with the same most likely token. The
+first row is the model folder itself, computed in bf16 by Transformers.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 
 TOKENS = 240
-POSITIONS = 60  # every fourth
+POSITIONS = 60  # every fourth token
 
 
-# A process that is started counts the memory of the one that starts it, so that it is asked itself.
+# The started process reads its own VmHWM, because the maximum that the parent process can query for
+# its children includes the memory of the parent at the start.
 COMMAND = """
 import sys
 from tunesmith.cli.main import main
@@ -41,7 +43,7 @@ sys.exit(code)
 
 
 def export(model: str, quant: str, folder: Path) -> tuple[Path, float, float]:
-    """The file, seconds and peak memory in MB."""
+    """Export the model. Return the file, the seconds, and the peak memory in MB."""
     file = folder / f"{quant}.gguf"
     words = ["export", model, "--to", "gguf", "--quant", quant, "--no-check", "--force"]
     start = time.monotonic()
@@ -56,9 +58,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("model", help="a run or a model folder")
-    parser.add_argument("--dir", type=Path, required=True, help="where the files are written")
-    parser.add_argument("--rows", type=Path, required=True, help="a text")
-    parser.add_argument("--json", type=Path, help="where the result is written")
+    parser.add_argument("--dir", type=Path, required=True, help="folder for the GGUF files")
+    parser.add_argument("--rows", type=Path, required=True, help="text file to predict")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -83,7 +85,7 @@ def main() -> None:
             for place in places:
                 served = server.log_probabilities(ids[: place + 1], expected.shape[1])
                 if served is not None:
-                    # The server rounds what it reports
+                    # The server rounds the log probabilities, so they are normalized again.
                     pairs.append((place, served.double().log_softmax(-1)))
         row = {
             "quant": quant,
@@ -109,7 +111,13 @@ def megabytes(size: int) -> float:
 def compare(
     pairs: list[tuple[int, torch.Tensor]], expected: torch.Tensor, ids: list[int]
 ) -> dict[str, Any]:
-    """Log probabilities at places of the text beside those of fp32."""
+    """Compare log probabilities at positions of the text with those of the model in fp32.
+
+    Args:
+        pairs: a position and the log probabilities of the next token at this position.
+        expected: the log probabilities in fp32 at all positions, [positions, vocabulary].
+        ids: the tokens of the text.
+    """
     loss = own_loss = kl = equal = 0.0
     for place, other in pairs:
         own = expected[place]

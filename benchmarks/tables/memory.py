@@ -1,11 +1,11 @@
-"""The table of docs/memory.md: device memory by model and method, from the estimate that plans a
-run.
+"""The table of docs/memory.md: estimated device memory by model and training method.
 
     python benchmarks/tables/memory.py --write docs/memory.md
-    python benchmarks/tables/memory.py --check docs/memory.md      # exit status 1 if the page differs from the estimate
+    python benchmarks/tables/memory.py --check docs/memory.md
 
-Nothing is downloaded or allocated: shapes are those of `tunesmith bench --shape`, models are built
-on meta.
+With --check, the exit status is 1 if the page differs from the estimate. The estimate is the one
+that `tunesmith train` uses for its plan. Nothing is downloaded or allocated: the shapes are those
+of `tunesmith bench --shape`, and the models are built on the meta device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "Spark": 119 * 2**30, "141
 
 
 def recipe(name: str, method: dict[str, dict[str, object]], recompute: str) -> Run:
-    """A recipe of sequence length 2,048 on the model `name`."""
+    """Return a recipe with bf16 weights and the default sequence length of 2,048."""
     values = {
         "model": {"name": name, "dtype": "bf16", **method.get("model", {})},
         "adapter": method["adapter"],
@@ -52,7 +52,7 @@ def recipe(name: str, method: dict[str, dict[str, object]], recompute: str) -> R
 
 
 def trained_parameters(name: str, run: Run, spec: ModelSpec) -> int:
-    """Parameters that the recipe trains."""
+    """Return the number of parameters that the recipe trains."""
     if run.adapter.kind == "none":
         return spec.parameters
     values = dict(SHAPES[name].config)
@@ -64,7 +64,12 @@ def trained_parameters(name: str, run: Run, spec: ModelSpec) -> int:
 
 
 def cell(name: str, method: str) -> str:
-    """Return the memory of a model and a method in three cases, and the smallest GPU."""
+    """Return a table cell for a model and a method: the memory in three cases, and the smallest GPU
+    that has enough memory for the first case.
+
+    The cases are 2,048 tokens with all layers recomputed, and 2,048 and 16,384 tokens without
+    recomputed layers.
+    """
     machine = Machine("cuda", 0, ("varlen", ""), (True, ""))
     spec = read_spec(SHAPES[name].config, where=name)
     keys = METHODS[method]
@@ -84,7 +89,7 @@ def cell(name: str, method: str) -> str:
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """Yield a row for each method."""
+    """Yield a table row for each method."""
     for method in METHODS:
         yield (method, *(cell(name, method) for name in MODELS))
 

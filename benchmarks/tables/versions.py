@@ -1,14 +1,19 @@
-"""The quick tests on the lowest and the newest torch, and Transformers with PEFT, that pyproject.toml allows.
+"""Run of the quick tests on the lowest and on the newest versions that pyproject.toml allows.
 
-    make versions                                                                # all four sets
-    python benchmarks/tables/versions.py --processes 2 lowest-newest             # some, each TORCH-LIBRARIES
-    python benchmarks/tables/versions.py --write docs/measurements/README.md     # the table, from the record
+    make versions                                                            # all four sets
+    python benchmarks/tables/versions.py --processes 2 lowest-newest         # some of the sets
+    python benchmarks/tables/versions.py --write docs/measurements/README.md # write the table
 
-The other packages are of constraints.txt, where the set admits them. Each set has an environment of
-its own in .versions/, made anew by uv, whose cache there holds the files once: some 12 GB, as PyPI has
-torch with CUDA only; UV_TORCH_BACKEND=cpu takes smaller ones. What needs a GPU is left out.
+The name of a set is TORCH-LIBRARIES: the first word selects the version of torch, the second word
+those of Transformers and PEFT. The other packages have the versions of constraints.txt if the set
+allows these versions. Tests that need a GPU are skipped.
 
-Each set's date, versions and counts go into docs/measurements/versions.json. Exit code 1: a test failed.
+For each set, uv creates a new environment in .versions/. The cache of uv is in the same folder, so
+that the sets share the downloaded files, about 12 GB. Set UV_TORCH_BACKEND=cpu to install torch
+without CUDA, which is smaller.
+
+The date, versions and counts of each set are written to docs/measurements/versions.json. The exit
+status is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -32,42 +37,45 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "docs/measurements/versions.json"
 FOLDER = ROOT / ".versions"
-# What moves together: Transformers and PEFT call each other.
+# Packages that get the same choice of version. Transformers and PEFT call each other.
 GROUPS = (("torch",), ("transformers", "peft"))
 PACKAGES = tuple(name for group in GROUPS for name in group)
 SETS = ("lowest-lowest", "lowest-newest", "newest-lowest", "newest-newest")
 
 
 def lowest_versions() -> dict[str, str]:
-    """The lowest release of each package that pyproject.toml allows."""
+    """Return the lowest release of each package in PACKAGES that pyproject.toml allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = {}
     for requirement in map(Requirement, project["dependencies"]):
         if requirement.name in PACKAGES:
             [floor] = (s.version for s in requirement.specifier if s.operator == ">=")
-            # Of an alpha, which PyPI does not have, the release.
+            # If the minimum is an alpha version, use the final release, because PyPI does not have
+            # the alpha version.
             lowest[requirement.name] = Version(floor).base_version
     return lowest
 
 
 def run(*command: str | Path, **environment: str) -> int:
-    """A command in the clone's folder; its exit status."""
+    """Run a command in the root of the checkout. Return its exit status."""
     return subprocess.run(
         [str(word) for word in command], check=False, cwd=ROOT, env={**os.environ, **environment}
     ).returncode
 
 
 def uv(*words: str | Path) -> None:
-    """A command of uv; SystemExit where it fails."""
+    """Run uv. Raise SystemExit with its exit status if it fails."""
     status = run(sys.executable, "-m", "uv", *words, UV_CACHE_DIR=str(FOLDER / "cache"))
     if status:
         sys.exit(status)
 
 
 def make_environment(name: str, extra: list[str]) -> Path:
-    """Install a set; the environment's Python.
+    """Create the environment of a set. Return the path of its Python.
 
-    extra: packages that are installed without their dependencies.
+    Args:
+        name: the name of the set.
+        extra: packages to install in addition, without their dependencies.
     """
     FOLDER.mkdir(exist_ok=True)
     environment, resolved = FOLDER / name, FOLDER / f"{name}.txt"
@@ -81,7 +89,7 @@ def make_environment(name: str, extra: list[str]) -> Path:
                 raised += ["--upgrade-package", package]
     pinned = FOLDER / f"{name}.in"
     pinned.write_text("".join(pins), encoding="utf-8")
-    # uv keeps the versions of an older output where it can.
+    # `uv pip compile` keeps the versions of an existing output file if they are allowed.
     shutil.copy(ROOT / "constraints.txt", resolved)
     uv("venv", "--quiet", "--clear", "--python", sys.executable, environment)
     python = environment / "bin/python"
@@ -93,14 +101,14 @@ def make_environment(name: str, extra: list[str]) -> Path:
 
 
 def test(name: str, python: Path, processes: str) -> dict[str, Any]:
-    """Run the quick tests; the set's line of the record."""
+    """Run the quick tests in the environment of a set. Return the set's entry for the record."""
     results = FOLDER / f"{name}.xml"
     results.unlink(missing_ok=True)
     run(python, "-m", "pytest", "-m", "not slow", "--numprocesses", processes,
         "--dist", "loadfile", "--no-loadscope-reorder", "--junitxml", results,
         OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="")  # fmt: skip
     if not results.exists():
-        sys.exit(f"{name}: pytest ended before its tests did")
+        sys.exit(f"{name}: pytest ended without results; see its output above")
     [suite] = ElementTree.parse(results).getroot()
     counts = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
@@ -126,7 +134,7 @@ def read_record() -> dict[str, dict[str, Any]]:
 
 
 def as_table() -> str:
-    """The record for a page."""
+    """Return the record as a table in Markdown."""
     head = ("torch", "Transformers", "PEFT", "Python", "tested on", "passed", "failed", "skipped")
     keys = (*PACKAGES, "python", "date", "passed", "failed", "skipped")
     return table(head, ([str(line[key]) for key in keys] for line in read_record().values()))
@@ -139,21 +147,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "sets", nargs="*", metavar="SET", help=f"{', '.join(SETS)}; all if left out"
+        "sets", nargs="*", metavar="SET", help=f"{', '.join(SETS)}; default: all sets"
     )
-    parser.add_argument("--processes", default="auto", help="of pytest")
+    parser.add_argument("--processes", default="auto", help="number of pytest processes")
     parser.add_argument("--extra", action="append", default=[], metavar="PACKAGE==VERSION",
-                        help="installed too, without its dependencies")  # fmt: skip
+                        help="package to install too, without its dependencies")  # fmt: skip
     options = parser.parse_args()
     names = options.sets or SETS
     if unknown := set(names) - set(SETS):
-        parser.error(f"{', '.join(sorted(unknown))}: the sets are {', '.join(SETS)}")
+        parser.error(f"unknown set {', '.join(sorted(unknown))}; use {', '.join(SETS)}")
     failed = 0
     for name in names:
         print(f"{name} in {FOLDER / name}", flush=True)
         line = test(name, make_environment(name, options.extra), options.processes)
         failed += int(line["failed"])
-        # Read now: another set may have been tested beside this one.
+        # Read the record again, because another process may have tested another set concurrently.
         record = {**read_record(), name: line}
         lines = {
             "command": "make versions",
