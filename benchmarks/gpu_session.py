@@ -115,8 +115,8 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
         "-p",
         "no:cacheprovider",
     ]
-    # Starting Python takes 8 s, and building a 70B model in nf4 takes another 19 s. Each comparison
-    # does both twice.
+    # A process needs 8 s to start, and 19 s more to build a 70B model in nf4. Each comparison does
+    # both twice.
     first = [
         Step("device", 15, "the machine",
              script("speed/device_facts", "--output", str(work / "device.json"))),

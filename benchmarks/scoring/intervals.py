@@ -73,7 +73,7 @@ def binary(rng: np.random.Generator, n: int, base: float, gain: float, differing
 
 
 def shares(rng: np.random.Generator, n: int) -> Pairs:
-    """Draw fractions such as f1. The tuned model closes half of the gap to 1 in 20 % of the rows."""
+    """Draw fractions such as f1. The tuned model closes half of the gap to 1 in a fifth of rows."""
     base = rng.beta(2, 5, size=n)
     better = rng.random(n) < 0.2
     return base, np.where(better, base + (1 - base) * 0.5, base)

@@ -1,13 +1,16 @@
-"""The gain of each technique: the same steps again, with a key changed or with other code in its
-place.
+"""Measurement of the gain of each technique (ablation).
 
     python benchmarks/speed/ablation.py BENCH... [--rounds 2] [--only NAME ...] [--json out.json]
 
-BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value,
---steps. A NAME with = in it is a key and its other value, such as data.pack=false. Every variant
-runs in a process of its own, in turns, several rounds; the median counts. A shared machine drifts
-by more than most techniques bring, so compare only within one call. FlashAttention 3 and 4 take the
-place of torch's own where their packages are installed and this torch knows them.
+The same steps run with the unchanged recipe and with variants. A variant replaces the code of one
+technique, or changes one key of the recipe. BENCH are the arguments of `tunesmith bench`: a recipe,
+or --shape, --tokenizer and --data, then key=value and --steps. NAME is the name of a replacement,
+or a changed key such as data.pack=false.
+
+Each variant runs in a new process. The variants run in turns for several rounds, and the median of
+the rounds is reported. Compare only results of the same call, because the speed of a shared machine
+changes by more than the gain of most techniques. FlashAttention 3 and 4 are measured if their
+packages are installed. They need a version of torch that supports them.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ BASELINE = "as given"
 
 
 def adapters_alone() -> None:
-    """Every layer reads x itself, twice: once for W, once for A."""
+    """Let every layer read its input x separately, once for W and once for A."""
 
     def alone(x: Tensor, linears: Any) -> list[Tensor]:
         def one(m: Any) -> Tensor:
@@ -55,12 +58,12 @@ def adapters_alone() -> None:
 
 
 def transformers_parts() -> None:
-    """Transformers' own norms, rotary embedding, gated MLP and projections."""
+    """Use Transformers' own norms, rotary embedding, gated MLP and projections."""
     fused.fuse_modules = lambda model, **_: 0
 
 
 def head_everywhere() -> None:
-    """The head computes logits for prompts and padding too."""
+    """Let the head compute logits at prompts and padding too."""
 
     def whole(
         self: SupervisedFineTuning,
@@ -82,7 +85,7 @@ def head_everywhere() -> None:
 
 
 def whole_logits() -> None:
-    """All logits of the supervised positions at once, and torch's cross-entropy in fp32."""
+    """Compute all logits of the supervised positions at once, and torch's cross-entropy in fp32."""
 
     def loss(self: base.TrainModel, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(hidden).float() * self.logit_scale
@@ -92,21 +95,25 @@ def whole_logits() -> None:
 
 
 def document_by_document() -> None:
-    """torch's scaled_dot_product_attention, one call a document."""
+    """Use torch's scaled_dot_product_attention, with one call per document."""
     attention.select_attention_backend = lambda *_, **__: (
         "sdpa",
-        "switched on for this measurement",
+        "selected for this measurement",
     )
 
 
 def default_malloc() -> None:
-    """glibc gives freed activations back to the kernel."""
+    """Let glibc return freed activations to the kernel, as it does by default."""
     build_model.keep_freed_pages = lambda: False
 
 
 def flash_attention(version: str) -> Callable[[], None]:
-    """Activates FlashAttention "FA3" or "FA4" in place of torch's own and of ours, below torch's
-    varlen attention.
+    """Return a function that selects FlashAttention for torch's varlen attention.
+
+    The function also turns off our attention kernels.
+
+    Args:
+        version: "FA3" or "FA4".
     """
 
     def activate() -> None:
@@ -117,31 +124,34 @@ def flash_attention(version: str) -> Callable[[], None]:
 
 
 def attention_of_torch() -> None:
-    """The kernel for packed documents that torch would take."""
+    """Use torch's attention kernel for packed documents instead of ours."""
     packed_attention.takes = lambda *_: False
 
 
 def attention_everywhere() -> None:
-    """Use our kernels for any number of query heads per key head, also where not measured."""
+    """Use our attention kernels for all numbers of query heads per key head, measured or not."""
     packed_attention.MEASURED_GROUPS = range(1, 128)
 
 
 def nf4_of_bitsandbytes() -> None:
-    """Dequantize nf4 with the kernel of bitsandbytes."""
+    """Dequantize nf4 with bitsandbytes' kernel instead of ours."""
     nf4._has_kernel = lambda _: False
 
 
 def experts_by_row() -> None:
-    """The updates of experts are products of all rows, and torch's kernels move rows."""
+    """Compute the experts' LoRA updates for each row, and move rows with torch's kernels."""
     grouped_experts.DENSE_COLUMNS = 0
     expert_rows._has_kernels = lambda _: False
 
 
 class Replacement(NamedTuple):
-    """Other code in place of a technique.
+    """A variant that replaces the code of one technique.
 
-    replace: changes this process. does: what it does instead. only: its device. package: the module
-    that it needs.
+    Attributes:
+        replace: replaces the code in this process.
+        does: describes the replacement.
+        only: the device type of the technique, or "" for all devices.
+        package: the module that the replacement needs, or "".
     """
 
     replace: Callable[[], None]
@@ -150,16 +160,16 @@ class Replacement(NamedTuple):
     package: str = ""
 
     def missing(self, device: str) -> str:
-        """Why it cannot be measured here, or ""."""
+        """Return the reason why the variant cannot be measured on this device, or ""."""
         if self.only not in ("", device):
-            return f"it is for {self.only}"
+            return f"it requires the device {self.only}"
         if self.package and not is_installed(self.package):
             return f"{self.package} is not installed"
         return ""
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module, or one in a package, can be imported; nothing but its packages is."""
+    """Return whether a module can be imported. Only its parent packages are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -168,24 +178,24 @@ def is_installed(module: str) -> bool:
 
 REPLACEMENTS = {
     "attention": Replacement(document_by_document, "one document at a time"),
-    "grouped adapters": Replacement(adapters_alone, "each layer reads its input for itself"),
+    "grouped adapters": Replacement(adapters_alone, "each layer reads its input separately"),
     "fused modules": Replacement(
         transformers_parts, "Transformers' norms, rotary embedding and MLP"
     ),
     "head on labels only": Replacement(head_everywhere, "the head on every position"),
     "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
     "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
-    "attention kernels": Replacement(attention_of_torch, "that of torch", only="cuda"),
+    "attention kernels": Replacement(attention_of_torch, "torch's kernel", only="cuda"),
     "attention everywhere": Replacement(
-        attention_everywhere, "ours with any number of query heads a key head", only="cuda"
+        attention_everywhere, "ours with any number of query heads per key head", only="cuda"
     ),
-    "nf4 kernel": Replacement(nf4_of_bitsandbytes, "that of bitsandbytes", only="cuda"),
+    "nf4 kernel": Replacement(nf4_of_bitsandbytes, "bitsandbytes' kernel", only="cuda"),
     "experts by token": Replacement(experts_by_row, "updates by row, torch's kernels", only="cuda"),
     "FlashAttention 3": Replacement(
-        flash_attention("FA3"), "in place of ours", "cuda", "flash_attn_interface"
+        flash_attention("FA3"), "FlashAttention 3", "cuda", "flash_attn_interface"
     ),
     "FlashAttention 4": Replacement(
-        flash_attention("FA4"), "in place of ours", "cuda", "flash_attn.cute.interface"
+        flash_attention("FA4"), "FlashAttention 4", "cuda", "flash_attn.cute.interface"
     ),
 }
 
@@ -193,26 +203,29 @@ REPLACEMENTS = {
 def run_in_turns(
     commands: Mapping[str, Sequence[str]], *, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run each command `rounds` times, in turns; the reports by name.
+    """Run each command `rounds` times, in turns. Return the reports by name.
 
-    A command writes its report to the file that follows as `--json FILE`. Its speed is printed on
-    stdout; of one that fails the end of what it wrote, and it leaves no report.
+    `--json FILE` is appended to each command, and the command writes its report to this file. The
+    speed is printed. If a command fails, the end of its stderr is printed, and this run has no
+    report.
     """
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
         file = Path(folder) / "report.json"
-        # In turns: a machine that slows down in an hour slows all variants alike.
+        # Run the variants in turns, so that a machine that becomes slower affects all of them.
         for turn in range(1, rounds + 1):
             for name, command in commands.items():
-                # A process of its own: compiled code, settings and memory of one variant do not
-                # reach the next.
+                # Start a new process, so that compiled code, settings and memory of one variant do
+                # not affect the next.
                 process = subprocess.run(
                     [*command, "--json", str(file)], capture_output=True, text=True, check=False
                 )
                 if process.returncode:
-                    failure = f"failed with {process.returncode}\n{process.stderr[-800:]}"
+                    failure = (
+                        f"failed with exit status {process.returncode}\n{process.stderr[-800:]}"
+                    )
                     print(f"round {turn}: {name} {failure}", flush=True)
-                    # A variant that fails is left out of the table; the others are still measured.
+                    # The table omits a variant that failed. The other variants are still measured.
                     continue
                 report = json.loads(file.read_text(encoding="utf-8"))
                 reports[name].append(report)
@@ -222,11 +235,11 @@ def run_in_turns(
 
 
 def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Summarize each variant: median tokens/s, ratio to the baseline, peak GiB, last loss.
+    """Summarize each variant: median tokens/s, ratio to the baseline, maximum of the peak GiB, and
+    last loss.
 
-    The process ends where the baseline failed.
+    Exit if all runs of the baseline failed.
     """
-    # The median of the rounds for speed, the largest for memory.
     table: dict[str, dict[str, float]] = {}
     for name, variant_reports in reports.items():
         runs = [report["figures"] for report in variant_reports]
@@ -237,14 +250,14 @@ def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[
                 "last_loss": runs[-1]["last_loss"],
             }
     if BASELINE not in table:
-        sys.exit("the unchanged recipe could not be measured; see the messages above")
+        sys.exit("the unchanged recipe failed, so there is no table; see the messages above")
     for row in table.values():
         row["of_baseline"] = ratio(row["tokens_per_second"], table[BASELINE]["tokens_per_second"])
     return table
 
 
 def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str]) -> Iterator[str]:
-    """The table as text; `changes` holds what each variant has changed."""
+    """Yield the lines of the table as text. `changes` describes the change of each variant."""
     yield f"{'':26} {'tokens/s':>10} {'of recipe':>10} {'GiB':>6} {'loss':>8}"
     for name, row in table.items():
         speed = f"{row['tokens_per_second']:10,.0f} {row['of_baseline']:10.1%}"
@@ -253,14 +266,14 @@ def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str
 
 
 def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and BENCH; the process ends where a NAME is unknown."""
+    """Return the options of this script, and BENCH. Exit if a NAME is unknown."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these variants")
     parser.add_argument("--one", choices=list(REPLACEMENTS), help=argparse.SUPPRESS)
     parser.add_argument("--json")
     options, bench = parser.parse_known_args(words)
@@ -268,14 +281,14 @@ def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
         if name not in REPLACEMENTS and "=" not in name:
             known = ", ".join(REPLACEMENTS)
             parser.error(
-                f"--only {name}: it is none of {known}, and no key=value; a recipe stands before"
-                " --only"
+                f"--only {name}: this name is unknown; use key=value or one of {known}. If"
+                " it is the recipe, write it before --only"
             )
     return options, bench
 
 
 def main() -> None:
-    """All of them in turns; with --one one of them, in this process."""
+    """Measure all variants in turns. With --one, measure one replacement in this process."""
     options, bench = parse()
     if options.one:
         REPLACEMENTS[options.one].replace()
@@ -290,14 +303,14 @@ def main() -> None:
             changes[name] = name
             continue
         replacement = REPLACEMENTS[name]
-        # A variant that --only names runs on any device, so that it can be tested on a CPU.
+        # A variant in --only runs on any device, so that it can be tested on a CPU.
         if reason := replacement.missing(replacement.only if options.only else device):
             left_out[name] = reason
             continue
         commands[name] = [sys.executable, __file__, "--one", name, *bench]
         changes[name] = replacement.does
     for name, reason in left_out.items():
-        print(f"{name} is left out: {reason}")
+        print(f"{name} is not measured: {reason}")
     report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
     if len(commands) > 1:
         runs = run_in_turns(commands, rounds=options.rounds)

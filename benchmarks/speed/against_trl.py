@@ -1,13 +1,16 @@
-"""Speed beside TRL on a CPU or a GPU: the same model, rows and batch, interleaved in one run.
+"""Comparison of the speed with TRL on a CPU or a GPU, with the same model, rows and batch.
 
     python benchmarks/speed/against_trl.py --model DIR --data rows.json --json out.json
 
-Each round starts one process per contender, in turn, so that a noisy machine is noisy for all.
-Reported for each: non-padding tokens/s over the timed steps (data loading included), peak memory
-(allocated on a GPU, else resident), the loss of each step, and the ratio of the medians. Rows are
-alpaca-like JSON; every contender trains on the same text in the same order, on every token. A model
-of a true shape with random weights: benchmarks/speed/random_model.py. With --pictures the rows are
-JSON lines of messages with images, and the model is one of benchmarks/speed/picture_model.py.
+Each round starts one process per contender, in turns, so that noise of the machine affects all of
+them. The report has for each contender the non-padding tokens/s over the timed steps (including
+data loading), the peak memory (allocated memory on a GPU, resident memory on a CPU), and the loss
+of each step. It also has the ratios of the median speeds.
+
+Rows are a JSON array in the alpaca format. All contenders train on the same text in the same order,
+and all tokens are supervised. benchmarks/speed/random_model.py writes a model of a real shape with
+random weights. With --pictures, rows are JSON lines of messages with images, and
+benchmarks/speed/picture_model.py writes the model and the rows.
 """
 
 from __future__ import annotations
@@ -31,20 +34,22 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTENDERS: dict[str, dict[str, Any]] = {
     "tunesmith": {},
     "trl default": {},
-    # The fastest of its settings on a CPU that we know
+    # The fastest settings of TRL on a CPU that we found
     "trl best": {"gradient_checkpointing": False},
 }
 
 
 def texts(path: str, count: int, eos: str = "") -> list[str]:
-    """The first `count` rows as text, repeated if there are fewer."""
+    """Return the first `count` rows as text. Repeat the rows if there are fewer."""
     rows = json.loads(Path(path).read_text())
     out = [TEXT.format(r["instruction"], r.get("input") or "", r["output"]) + eos for r in rows]
     return (out * (count // len(out) + 1))[:count]
 
 
 def picture_rows(path: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` rows with pictures, by absolute paths, repeated if there are fewer."""
+    """Return the first `count` rows with absolute paths of pictures. Repeat the rows if there are
+    fewer.
+    """
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for row in rows:
         row["images"] = [str(Path(path).resolve().parent / name) for name in row["images"]]
@@ -52,7 +57,7 @@ def picture_rows(path: str, count: int) -> list[dict[str, Any]]:
 
 
 def trl_picture_rows(path: str, count: int) -> list[dict[str, Any]]:
-    """The same as TRL takes them: messages of parts, and opened pictures."""
+    """Return the rows of `picture_rows` in TRL's format: messages of parts, and opened pictures."""
     from PIL import Image
 
     rows = []
@@ -69,8 +74,8 @@ def trl_picture_rows(path: str, count: int) -> list[dict[str, Any]]:
 
 
 def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """tunesmith, through the same `train` that the command calls."""
-    from tunesmith import train  # which prepares this process's threads before it loads torch
+    """Train with tunesmith by `tunesmith.train`, which the command line calls too."""
+    from tunesmith import train  # sets the number of threads of this process before it loads torch
     from tunesmith.config.load import from_mapping
 
     rows = folder / "rows.jsonl"
@@ -81,12 +86,16 @@ def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     recipe = {
         "model": {"name": a.model, "dtype": a.dtype, "vision": a.pictures},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
-        "data": {"train": {"source": str(rows), "format": "messages" if a.pictures else "text"}, "seq_len": a.seq, "train_on": "all", "shuffle": False},
-        "train": {
-            "duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples", "learning_rate": 1e-4,
-            "schedule": "linear", "warmup": "0 steps", "compile": a.compile,
+        "data": {
+            "train": {"source": str(rows), "format": "messages" if a.pictures else "text"},
+            "seq_len": a.seq, "train_on": "all", "shuffle": False,
         },
-        "checkpoint": {"every": None}, "log": {"tensorboard": False}, "output_dir": str(folder / "run"),
+        "train": {
+            "duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples",
+            "learning_rate": 1e-4, "schedule": "linear", "warmup": "0 steps", "compile": a.compile,
+        },
+        "checkpoint": {"every": None}, "log": {"tensorboard": False},
+        "output_dir": str(folder / "run"),
     }  # fmt: skip
     result = train(from_mapping(recipe, where="benchmark", base=folder))
     timed = result.records[a.skip :]
@@ -98,7 +107,11 @@ def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """TRL's SFTTrainer with PEFT, as its documentation sets it up, and `options` on top."""
+    """Train with TRL's SFTTrainer and PEFT, set up as in TRL's documentation.
+
+    Args:
+        options: additional arguments of SFTConfig.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -120,7 +133,7 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
             return SequentialSampler(self.train_dataset)
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
-            # Read at the end, so that nothing here waits for the device
+            # The sums are read after the training, so that no step waits for the device.
             seen.append(inputs["attention_mask"].sum())
             return super().training_step(model, inputs, *rest, **kw)
 
@@ -139,14 +152,15 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     config = SFTConfig(
-        max_steps=a.steps, per_device_train_batch_size=a.batch, max_length=a.seq, learning_rate=1e-4,
-        lr_scheduler_type="linear", bf16=a.dtype == "bf16", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        max_steps=a.steps, per_device_train_batch_size=a.batch, max_length=a.seq,
+        learning_rate=1e-4, lr_scheduler_type="linear", bf16=a.dtype == "bf16", save_strategy="no",
+        report_to="none", logging_steps=1, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), output_dir=str(folder / "run"), **options,
     )  # fmt: skip
     kind = AutoModelForImageTextToText if a.pictures else AutoModelForCausalLM
     targets: Any = LINEARS
     if a.pictures:
-        # The vision part stays as it is.
+        # The vision model stays frozen and gets no adapter.
         targets = f".*language_model.*[.]({'|'.join(LINEARS)})"
         dataset = Dataset.from_list(trl_picture_rows(a.data, a.steps * a.batch))
     else:
@@ -170,7 +184,7 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
 
 
 def contend(a: argparse.Namespace) -> None:
-    """Run one contender in this process; its report is the last line of stdout."""
+    """Run one contender in this process. Print its report as the last line of stdout."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if a.contender == "tunesmith":
@@ -188,19 +202,22 @@ def contend(a: argparse.Namespace) -> None:
 
 
 def report_of(contender: str) -> dict[str, Any]:
-    """Run a contender in a new process, and read what it prints behind REPORT."""
+    """Run a contender in a new process. Return the report from its last line with REPORT."""
     command = [sys.executable, *sys.argv, "--contender", contender]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     reports = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     if done.returncode or not reports:
-        sys.exit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
+        sys.exit(f"{contender} failed; its output:\n{done.stdout}\n{done.stderr}")
     report: dict[str, Any] = json.loads(reports[-1].removeprefix("REPORT "))
     return report
 
 
 def contest(a: argparse.Namespace) -> None:
-    """Run the contenders in turn, `--rounds` times, and print the table; the first is ours."""
+    """Run the contenders in turns, `--rounds` times. Print the table and write the report.
+
+    Speeds are compared with the first contender, which is tunesmith by default.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.only}
     for round_ in range(a.rounds):
         for name, done in runs.items():
@@ -216,7 +233,7 @@ def contest(a: argparse.Namespace) -> None:
     for name, row in table.items():
         row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
         slower = f"{row['times_slower_than_tunesmith']:.2f} x"
-        print(f"{figures_of(name, row)}  {a.only[0]} is {slower}")
+        print(f"{figures_of(name, row)}  {a.only[0]} is {slower} as fast")
     if a.json:
         report = {"command": sys.argv, "median": table, "runs": runs}
         Path(a.json).write_text(json.dumps(report, indent=1))
@@ -230,20 +247,25 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", required=True, help="a Transformers folder")
-    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
-    p.add_argument("--pictures", action="store_true", help="rows of messages with images")
+    p.add_argument("--model", required=True, help="model folder of Transformers")
+    p.add_argument("--data", required=True, help="rows in the alpaca format, a JSON array")
+    p.add_argument(
+        "--pictures", action="store_true", help="the rows are JSON lines of messages with images"
+    )
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--steps", type=int, default=6)
-    p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
+    p.add_argument("--skip", type=int, default=2, help="number of first steps that are not timed")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument(
-        "--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16"
+        "--dtype",
+        default="bf16",
+        choices=["bf16", "fp32"],
+        help="use fp32 on a CPU that only emulates bf16",
     )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     p.add_argument("--only", nargs="+", choices=[*CONTENDERS], default=[*CONTENDERS])
-    p.add_argument("--json", help="write the report here")
+    p.add_argument("--json", help="file for the report")
     p.add_argument("--contender", choices=[*CONTENDERS], help=argparse.SUPPRESS)
     a = p.parse_args()
     if Path(a.model).exists():

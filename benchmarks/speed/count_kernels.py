@@ -1,18 +1,18 @@
-"""Kernels and bytes of one decoder layer, counted without a GPU on the graphs that torch.compile
-makes of it.
+"""Count of the kernels and bytes of one decoder layer, from torch.compile's graphs, without a GPU.
 
     python benchmarks/speed/count_kernels.py [--shape llama3-8b] [--tokens 16384] [--json FILE]
     python benchmarks/speed/count_kernels.py --device h100
-    PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/speed/count_kernels.py ...        # another
-    version of the package
+    # Count the kernels of another version of the package:
+    PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/speed/count_kernels.py ...
 
-One layer of the true shape is traced with fake tensors, as training compiles it: Dynamo, the joint
-graph, its partition into forward and backward, Inductor's passes and its fusion by the rules of
-Triton. What an operator of ours launches inside is found by running its arithmetic on fake tensors.
-A kernel is counted with the bytes of its inputs and outputs, each once: what a perfect cache would
-move. Of matrix products the operations are counted too, attention's are not. The time is a forecast
-for a device of gpu_rates.py: each kernel takes as long as its operations or its bytes, and LAUNCH
-at least.
+One layer of the real shape is compiled with fake tensors in the same way as in training: Dynamo,
+the joint graph, its partition into forward and backward, Inductor's passes, and its fusion by the
+rules of Triton. To count the kernels in our custom operators, their functions run on fake tensors.
+
+The bytes of a kernel are those of its inputs and outputs, each counted once, as with a perfect
+cache. Operations are counted only for matmuls, not for attention. The time is a forecast for a
+device of gpu_rates.py: the time of a kernel is the maximum of the times of its operations and its
+bytes, and at least LAUNCH.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
-LAUNCH = 2.5e-6  # seconds that the shortest kernel occupies the GPU
-# Operators that launch nothing: memory without values, and other names for a tensor.
+LAUNCH = 2.5e-6  # minimum seconds for which a kernel occupies the GPU
+# Operators that launch no kernel. They allocate memory or return a view of a tensor.
 NO_KERNEL = (
     "empty",
     "new_empty",
@@ -90,16 +90,16 @@ NO_KERNEL = (
     "lift_fresh",
 )
 GATHERS = ("index", "index_select")
-# FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums
-# of dO * O, the gradients, and dq's conversion.
+# Operators that replace FlashAttention, which has no CPU kernel, and the numbers of its kernels.
+# The backward has three kernels: row sums of dO * O, gradients, and conversion of dq.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
 
 
 def cat_of_cuda(parts: Sequence[ir.TensorBox], dim: int = 0) -> ir.TensorBox:
-    """In the place of Inductor's `cat`, which chooses otherwise for a CPU.
+    """Lower `cat` as Inductor does for a GPU. Inductor's own function would lower it for a CPU.
 
-    As on a GPU it is computed where it is used, but parts that read a reduction are written where
-    they are computed.
+    On a GPU, `cat` is fused into the kernels that use its result. But if a part reads a reduction,
+    the kernels that compute the parts write them to the result.
     """
     dim %= len(parts[0].get_size())
     for part in parts:
@@ -109,7 +109,7 @@ def cat_of_cuda(parts: Sequence[ir.TensorBox], dim: int = 0) -> ir.TensorBox:
     return pointwise_cat(parts, dim)
 
 
-# Fused as for a GPU, by Triton's rules.
+# Let Inductor fuse kernels by Triton's rules, as for a GPU.
 INDUCTOR = inductor.patch(cpu_backend="triton")
 
 
@@ -148,13 +148,21 @@ counted_mxfp4.register_fake(
 
 
 def attention_of_cuda(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, *_: Any, **__: Any) -> Tensor:
-    """In the place of torch's varlen_attn."""
+    """Replace torch's `varlen_attn` by the counted operator."""
     out: Tensor = counted_attention(q, k, v, edges)
     return out
 
 
 class Launch(NamedTuple):
-    """A kernel, or a few of attention: bytes read and written, operations of a matrix product."""
+    """A kernel, or all kernels of attention in one direction.
+
+    Attributes:
+        term: a term of kernel_terms.py.
+        size: bytes read and written.
+        operations: operations of a matmul, else 0.
+        eight_bit: whether it is an 8-bit matmul.
+        kernels: number of kernels.
+    """
 
     term: str
     size: int
@@ -163,7 +171,10 @@ class Launch(NamedTuple):
     kernels: int = 1
 
     def seconds(self, rates: Rates) -> float:
-        """The longer of its operations and its bytes; attention is not forecast by its bytes: 0."""
+        """Compute the forecast time. Return 0 for attention, whose time does not follow its bytes.
+
+        The result is the maximum of the times of its operations, its bytes, and LAUNCH.
+        """
         if self.term == ATTENTION:
             return 0.0
         product = rates.eight_bit_product if self.eight_bit else rates.product
@@ -173,7 +184,9 @@ class Launch(NamedTuple):
 
 @dataclass
 class Term:
-    """A part of a layer or step: its time, the operations of its products, the bytes it moves."""
+    """A part of the time of a layer or step, with the operations of its matmuls and the GiB that
+    its kernels read and write.
+    """
 
     ms: float = 0.0
     tera_operations: float = 0.0
@@ -187,7 +200,7 @@ class Term:
 
 @dataclass
 class Count:
-    """What one layer launches in one direction; tera_operations are those of matrix products."""
+    """The kernels of one layer in one direction. `tera_operations` only counts matmuls."""
 
     launches: list[Launch] = field(default_factory=list)
 
@@ -208,11 +221,11 @@ class Count:
         return sum(launch.operations for launch in self.launches) / 1e12
 
     def ms(self, rates: Rates) -> float:
-        """Without attention."""
+        """Compute the forecast milliseconds without attention."""
         return 1e3 * sum(launch.seconds(rates) for launch in self.launches)
 
     def terms(self, rates: Rates) -> dict[str, Term]:
-        """The same by term; that of attention has no time."""
+        """Return the sums by term. The term of attention has no time."""
         terms = {name: Term() for name in TERMS}
         for launch in self.launches:
             ms = 1e3 * launch.seconds(rates)
@@ -221,7 +234,7 @@ class Count:
         return terms
 
     def add(self, size: int) -> None:
-        """One kernel that multiplies no matrices, and reads and writes `size` bytes."""
+        """Add one kernel that is not a matmul and reads and writes `size` bytes."""
         self.launches.append(Launch(OTHER, size))
 
     def add_product(
@@ -232,7 +245,7 @@ class Count:
         *,
         eight_bit: bool = False,
     ) -> None:
-        """One matrix product of these dimensions (m, k, n)."""
+        """Add one matmul with dimensions (m, k, n)."""
         term = SKINNY if is_skinny(dimensions) else PRODUCTS
         self.launches.append(Launch(term, size, operations, eight_bit))
 
@@ -252,24 +265,30 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 def product_operations(name: str, tensors: list[Tensor]) -> int:
-    """2 m n k of a matrix product by the name of its operator, else 0; `tensors` are its matrices,
-    the summand first.
+    """Return the operations 2 m n k of a matmul. Return 0 for other operators.
+
+    Args:
+        name: the name of the operator.
+        tensors: the operator's input tensors. The summand is the first.
     """
     if name not in PRODUCT_OPERATORS:
         return 0
     a, b = tensors[1:3] if name.startswith("addmm") else tensors[:2]
-    if name == GROUPED:  # each row with one expert's matrix; or [m, n] x [n, k] in parts of n
+    # A grouped matmul multiplies each row by one expert's matrix, or splits n in [m, n] x [n, k].
+    if name == GROUPED:
         return 2 * int(a.numel()) * int(b.shape[-1])
     return 2 * int(a.numel()) * (int(b.numel()) // int(a.shape[-1]))
 
 
 class Launches(TorchDispatchMode):
-    """Counts the kernels of the operators that are called below it.
+    """Dispatch mode that counts the kernels of the operators that are called in it.
 
-    in_turns: experts are multiplied one after the other. In an expert's turn its rows come from
-    memory once, where they are gathered or first written, and then from the cache: small products
-    and what else is done to them move nothing more. The 24 MB of a GB10 hold 1,024 rows of
-    Qwen3-30B-A3B, with the expert.
+    Args:
+        count: the count to which kernels are added.
+        in_turns: whether experts are multiplied one after the other. The rows of an expert are then
+            read from memory once, when they are gathered or first written, and afterwards from the
+            cache. Therefore skinny products read and write no memory. The cache of a GB10 (24 MB)
+            holds 1,024 rows of Qwen3-30B-A3B together with the expert.
     """
 
     def __init__(self, count: Count, *, in_turns: bool = False) -> None:
@@ -288,7 +307,7 @@ class Launches(TorchDispatchMode):
             size, operations = bytes_of(tensors, out), product_operations(name, tensors)
             if name == "new_zeros":
                 size = bytes_of(out)
-            if name in GATHERS:  # it reads what it returns
+            if name in GATHERS:  # reads only the rows that it returns
                 size = 2 * bytes_of(out)
             if operations:
                 dimensions = product_dimensions(name, [tensor.shape for tensor in tensors])
@@ -305,9 +324,7 @@ class Launches(TorchDispatchMode):
 
 
 class Counter:
-    """A backend of torch.compile that counts what Inductor would launch, and answers with the plain
-    graph.
-    """
+    """Backend of torch.compile that counts Inductor's kernels and returns the uncompiled graph."""
 
     def __init__(self, *, in_turns: bool = False) -> None:
         self.counts: dict[str, Count] = {}
@@ -333,7 +350,8 @@ class Counter:
                 graph.run(*inputs)
                 graph._update_scheduler()
                 for fused in graph.scheduler.nodes:
-                    # The first two are counted above, and a `cat` with its parts.
+                    # `count_operator` counts library kernels, which are the first two types. A
+                    # NopKernel is a `cat` whose parts are counted.
                     if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput | ir.NopKernel):
                         count.add(int(fused.get_read_write_buffers_sizes()))
         return make_boxed_func(module.forward)
@@ -342,7 +360,9 @@ class Counter:
 def count_operator(
     node: torch.fx.Node, count: Count, mode: FakeTensorMode, *, in_turns: bool
 ) -> None:
-    """A library's product, attention, or what one of our own operators launches inside."""
+    """Count the kernels of a node that Inductor does not generate: library matmuls, attention, and
+    our custom operators.
+    """
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return
@@ -351,7 +371,7 @@ def count_operator(
         size = bytes_of(args, node.meta["val"])
         count.launches.append(Launch(ATTENTION, size, kernels=ATTENTION_KERNELS[schema.name]))
         return
-    # One product on a GPU, which reads what it adds to
+    # On a GPU this is one matmul, which also reads the gradient to which it adds its result.
     if schema.name == "tunesmith::add_weight_gradient":
         gradient, _, dy, x = args
         operations = 2 * gradient.numel() * len(dy)
@@ -370,7 +390,13 @@ def count_operator(
 
 
 def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear") -> Run:
-    """What `define_model` needs of a recipe; `base` is bf16 or a value of model.quantize."""
+    """Return a recipe with the values that `define_model` reads.
+
+    Args:
+        base: "bf16", or a value of `model.quantize`.
+        full: whether all weights are trained.
+        target: the value of `adapter.target`.
+    """
     return Run(
         model=Model(name="shape", dtype="bf16", quantize="none" if base == "bf16" else base),
         data=Data(train=(Source(source="rows.jsonl"),)),
@@ -381,9 +407,14 @@ def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear
 
 @contextmanager
 def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
-    """Products of experts as on a GPU: by one kernel for all, or one expert after the other, each
-    with as many rows. MXFP4 is dequantized by one compiled kernel, and the update of rows added by
-    one that reads and writes them.
+    """Compute matmuls of experts in this context as on a GPU.
+
+    All experts have the same number of rows. One compiled kernel dequantizes MXFP4, and one kernel,
+    which reads and writes the rows, adds the LoRA update.
+
+    Args:
+        by_expert: whether experts are multiplied one after the other. Otherwise one kernel
+            multiplies all experts.
     """
 
     def even_ends(index: RowIndex) -> list[int]:
@@ -403,9 +434,13 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
 def count_layer(
     shape: str, run: Run, *, tokens: int, recomputed: bool, by_expert: bool = False
 ) -> dict[str, Count]:
-    """Launches of one layer of `shape`, forward and backward, on a micro batch of `tokens`.
+    """Count the kernels of one layer of `shape`, forward and backward.
 
-    by_expert: experts are multiplied one after the other, as where torch has no kernel for all.
+    Args:
+        tokens: tokens of the micro batch.
+        recomputed: whether the backward recomputes the layer.
+        by_expert: whether experts are multiplied one after the other, as on devices for which torch
+            has no grouped matmul.
     """
     values = find_shape(shape).config
     form = shipped_form(values, shape) if run.model.quantize == AS_SHIPPED else None
@@ -423,15 +458,15 @@ def count_layer(
             full_config=None,
         ),
     )  # type: ignore[arg-type]
-    if run.adapter.kind == "none":  # as on one GPU
+    if run.adapter.kind == "none":  # as in full fine-tuning on one GPU
         accumulate_in_fp32(model.model.layers)
-    # A CPU multiplies dB in another order, and copies it.
+    # Compute dB as on a GPU. On a CPU, dB is computed in transposed order and then copied.
     b_of_cuda = patch.object(matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
     kernel = patch.multiple(attention, varlen_attn=attention_of_cuda, fits_varlen=lambda *_: True)
     cat = patch.dict(lowerings, {torch.ops.aten.cat.default: cat_of_cuda})
     with fake, kernel, b_of_cuda, experts_of_cuda(by_expert=by_expert), INDUCTOR, cat:
         materialize(model, torch.device("cpu"))
-        for name, p in model.named_parameters():  # made outside the mode
+        for name, p in model.named_parameters():  # were created outside the fake mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(
                 module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad)
@@ -457,7 +492,7 @@ def count_layer(
 
 
 def main() -> None:
-    """One table: a row for each base, with and without recompute."""
+    """Print a table with a row for each base and direction, with and without recomputation."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -465,14 +500,14 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=16384)
     p.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"])
     p.add_argument(
-        "--full", action="store_true", help="full fine-tuning: no adapter, all weights trained"
+        "--full", action="store_true", help="full fine-tuning: train all weights without adapter"
     )
-    p.add_argument("--target", nargs="+", default="all-linear", help="adapter.target")
+    p.add_argument("--target", nargs="+", default="all-linear", help="value of adapter.target")
     p.add_argument(
         "--device",
         choices=RATES,
         default="h200",
-        help="whose rates give the times, and whose kernel multiplies experts",
+        help="device whose rates give the times, and whose kernels multiply experts",
     )
     p.add_argument("--json")
     a = p.parse_args()
@@ -481,7 +516,8 @@ def main() -> None:
     counts_by_row: dict[str, Any] = {}
     rates = RATES[a.device]
     print(
-        f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}"
+        f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} "
+        f"{'TFLOP':>8} {'ms':>8}"
     )
     for base in a.bases:
         for recomputed in (False, True):

@@ -1,9 +1,10 @@
-"""Time each token that a shape with random weights decodes.
+"""Measurement of the time per token when a model of a real shape decodes with random weights.
 
-    python benchmarks/speed/decoding.py --shape llama3-8b --tokenizer DIR --data rows.json --json out.json [key=value ...]
+    python benchmarks/speed/decoding.py --shape llama3-8b --tokenizer DIR --data rows.json \\
+        --json out.json [key=value ...]
 
-`seconds` has the time of each token but the first. If a token takes much longer than the median,
-a kernel or a plan was built for it.
+`seconds` in the report has the time of each token except the first. If a token takes much longer
+than the median, a kernel was compiled or a plan was built during this token.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PROMPT = 500  # tokens
 
 
 def main() -> None:
-    """Decode one answer, and write the report."""
+    """Decode one answer and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +50,7 @@ def main() -> None:
         write_shape(folder, find_shape(args.shape).config, args.tokenizer)
         run = shape_recipe(folder, data=args.data, rows="alpaca", overrides=args.overrides)
         device = choose_device()
-        # The folder has no weights, so the sizes are those of its config.json.
+        # The folder has no weights, so the sizes are computed from its config.json.
         sizes = spec_of_folder(folder, run.model)
         model = with_dtype(run.model, run.train, chip_of(device), lambda: sizes)
         run = replace(run, model=model)
@@ -74,7 +75,8 @@ def main() -> None:
     }
     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
-        f"median {report['median_ms']:.1f} ms a token, longest {report['longest_ms_after_five']:.1f} ms"
+        f"median {report['median_ms']:.1f} ms per token, maximum after the first five "
+        f"{report['longest_ms_after_five']:.1f} ms"
     )
 
 

@@ -1,11 +1,11 @@
-"""One line of JSON about the device that figures are measured on: name, memory, copy bandwidth, one
-product, versions.
+"""Facts about a device as one line of JSON: name, memory, copy bandwidth, matmul speed, versions.
 
     python benchmarks/speed/device_facts.py [--output FILE]
 
-The copy counts the bytes that it reads and those that it writes. The product is 8192 x 8192 x 8192
-in bf16 on a GPU (1024 on a CPU): what a chip reaches there is the ceiling of every other product.
-Numbers are random, since zeros draw less power and run faster.
+The copy bandwidth counts both the bytes read and the bytes written. The matmul has the size
+8192 x 8192 x 8192 on a GPU and 1024 x 1024 x 1024 on a CPU, in bf16. Its speed is the maximum that
+other matmuls can reach. The factors are random numbers, because zeros draw less power and run
+faster.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import torch
 
 from tunesmith.metrics.hardware import describe_machine, matmul_tflops, seconds_of
 
-MISSING_PACKAGES = 3  # the exit status if first_gpu_prep.sh has to bring more
+MISSING_PACKAGES = 3  # exit status if first_gpu_prep.sh must install more packages
 NEEDED = ("transformers", "peft", "pyarrow", "jinja2", "psutil", "regex", "rich")
 NEEDED += ("ruamel.yaml", "pydantic", "datasketch")
-COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}  # many times the cache
+COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}  # many times the size of the caches
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy within the device's memory, read and written bytes together."""
+    """Measure the bytes per second that a copy in the device's memory reads and writes together."""
     source = torch.randint(0, 255, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
 
 
 def device_facts() -> dict[str, Any]:
-    """What the line holds; `versions` are the driver's, CUDA's and those of the packages."""
+    """Return the facts. `versions` has the versions of the driver, CUDA and the packages."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe_machine()
     gpus = machine.pop("gpus")
@@ -52,16 +52,19 @@ def device_facts() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the line; --output writes it to a file too."""
+    """Print the line. With --output, also write it to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    # The module without its parent: to look for `ruamel.yaml` would import `ruamel`.
+    # Only look for the parent package, because `find_spec("ruamel.yaml")` would import `ruamel`.
     missing = [name for name in NEEDED if importlib.util.find_spec(name.partition(".")[0]) is None]
     if missing:
-        print(f"missing here: {' '.join(missing)}; name them in PACKAGES of first_gpu_prep.sh")
+        print(
+            f"missing packages: {' '.join(missing)}; add them to PACKAGES and run "
+            "benchmarks/first_gpu_prep.sh again"
+        )
         sys.exit(MISSING_PACKAGES)
     line = json.dumps(device_facts())
     print(line)

@@ -1,12 +1,15 @@
-"""Tokens per second of the goals on one GPU, forecast without one: a sum of kernels.
+"""Forecast of the tokens per second of the goals on one GPU, computed without a GPU.
 
     python benchmarks/speed/forecast.py [--device h200|h100|gb10] [--json FILE]
-    python benchmarks/speed/forecast.py --measured results.json  # with rates that a GPU session measured
-    python benchmarks/speed/forecast.py --beside results.json    # its profiles beside each term
+    # Use the rates that a GPU session measured:
+    python benchmarks/speed/forecast.py --measured results.json
+    # Compare each term with the profiles of a GPU session:
+    python benchmarks/speed/forecast.py --beside results.json
 
-Micro batch and recomputed layers are those that `train` plans on the device. Layers are counted by
-count_kernels.py; head, optimizer and attention are added as the comments below say. Rates are those
-of gpu_rates.py, and `--assume NAME=NUMBER` gives others.
+The time of a step is the sum of the times of its kernels. The micro batch and the number of
+recomputed layers are those that `train` plans for the device. count_kernels.py counts the kernels
+of the layers. The functions below add the head, the optimizer and attention. The rates are in
+gpu_rates.py; --assume NAME=NUMBER replaces a rate.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.workload import measure_work
 from tunesmith.units import Size
 
-SUPERVISED = 0.74  # of the tokens of alpaca rows as chats
+SUPERVISED = 0.74  # fraction of supervised tokens in alpaca rows with a chat template
 DOCUMENT = 205  # tokens of such a row
 HEAD, OPTIMIZER = "head and loss", "optimizer"
 LAYER_KERNELS = "other kernels of the layers"
@@ -57,7 +60,13 @@ NAMED_IN_PROFILE = (PRODUCTS, SKINNY, ATTENTION)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut: micro batches of `tokens`, and how many layers recompute."""
+    """The micro batches of a step.
+
+    Attributes:
+        tokens: tokens per micro batch.
+        micro_batches: number of micro batches.
+        recomputed_layers: number of recomputed layers.
+    """
 
     tokens: int
     micro_batches: int
@@ -66,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a forecast is for: a device (a key of RATES) and its rates."""
+    """The device of a forecast, a key of RATES, and its rates."""
 
     device: str
     rates: Rates
@@ -74,7 +83,7 @@ class Setting:
 
 @dataclass
 class Forecast:
-    """The terms of one step on a device, by name; `head_products` is part of the term HEAD."""
+    """The terms of one step on a device, by name. `head_products` is included in the term HEAD."""
 
     tokens: int
     terms: dict[str, Term]
@@ -94,14 +103,14 @@ def read_shape(goal: Goal) -> ModelSpec:
 
 
 def goal_recipe(goal: Goal) -> Run:
-    """The recipe that `tunesmith bench --shape` measures: packed, a global batch in tokens."""
+    """Return the recipe that `tunesmith bench --shape` measures, with packed rows."""
     run = recipe(goal.base, full=goal.full, target=goal.target)
     batch = Size(goal.global_batch, "tokens")
     return replace(run, train=replace(run.train, global_batch=batch))
 
 
 def plan_layout(goal: Goal, setting: Setting) -> Layout:
-    """What `train` would choose by its estimate, before its trial on the GPU."""
+    """Return the layout that `train` chooses from its estimate, before its trial on the GPU."""
     run, spec = goal_recipe(goal), read_shape(goal)
     cluster = read_cluster(MACHINES[setting.device])
     planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, None))
@@ -111,7 +120,7 @@ def plan_layout(goal: Goal, setting: Setting) -> Layout:
 
 
 def layout_of_report(goal: Goal, figures: Mapping[str, Any]) -> Layout | None:
-    """How a measured run was cut; None where its figures do not say."""
+    """Return the layout of a measured run. Return None if its figures do not contain it."""
     micro_batch, recomputed_layers = figures.get("micro_batch"), figures.get("recomputed_layers")
     if micro_batch is None or recomputed_layers is None:
         return None
@@ -121,7 +130,7 @@ def layout_of_report(goal: Goal, figures: Mapping[str, Any]) -> Layout | None:
 
 
 class LayerKey(NamedTuple):
-    """What the count of a layer depends on."""
+    """The arguments of `count_goal_layer`, which determine the kernels of a layer."""
 
     shape: str
     base: str
@@ -134,7 +143,7 @@ class LayerKey(NamedTuple):
 
 @cache
 def count_goal_layer(key: LayerKey) -> list[Count]:
-    """Both directions of one layer; the rates do not change what it launches."""
+    """Count the kernels of one layer in both directions. The counts do not depend on the rates."""
     run = recipe(key.base, full=key.full, target=key.target)
     counts = count_layer(
         key.shape, run, tokens=key.tokens, recomputed=key.recomputed, by_expert=key.by_expert
@@ -143,7 +152,7 @@ def count_goal_layer(key: LayerKey) -> list[Count]:
 
 
 def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]:
-    """The terms of all layers in one micro batch; attention has no time yet."""
+    """Compute the terms of all layers in one micro batch. The term of attention has no time yet."""
     by_expert = not CHIPS[MACHINES[setting.device]].grouped_mm
     layers = len(read_shape(goal).layers)
     terms = {name: Term() for name in TERMS}
@@ -161,10 +170,13 @@ def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]
 
 
 def attention_term(spec: ModelSpec, rates: Rates, layout: Layout, gib: float) -> Term:
-    """FlashAttention of a micro batch, scaled from the measured size; `gib` is counted.
+    """Compute the term of attention in a micro batch, scaled from the size of the measurement.
 
-    Operations are those of documents of DOCUMENT tokens: two products forward and five
-    backward, of causal pairs.
+    The operations are those of documents with DOCUMENT tokens: two matmuls in the forward and five
+    in the backward, over causal pairs of tokens.
+
+    Args:
+        gib: the GiB that the kernels of attention read and write.
     """
     forward, backward = rates.attention_ms
     channels = spec.layers[0].heads * spec.layers[0].head_dim
@@ -176,7 +188,10 @@ def attention_term(spec: ModelSpec, rates: Rates, layout: Layout, gib: float) ->
 
 
 def head_terms(goal: Goal, setting: Setting, tokens: int) -> tuple[Term, Term]:
-    """(products, the rest) of head and loss on the supervised positions of a micro batch."""
+    """Compute two terms for the head and the loss of a micro batch: matmuls, and other kernels.
+
+    They only compute the supervised positions.
+    """
     import torch
 
     spec, rates = read_shape(goal), setting.rates
@@ -185,22 +200,25 @@ def head_terms(goal: Goal, setting: Setting, tokens: int) -> tuple[Term, Term]:
     largest_chunk = chunk_size(spec.vocab, rows, torch.device("cuda"), trained=goal.full, card=card)
     chunks = -(-rows // even_chunk_size(rows, largest_chunk, tile=128))
     operations = (6 if goal.full else 4) * rows * spec.head_matmul
-    # Raw logits are read for the sum and for the gradient, both are written.
+    # The logits are written once, and read twice: for the log-sum-exp and for the gradient. The
+    # gradient is written once.
     moved = 4 * 2 * rows * spec.vocab
     if goal.full:
-        # A chunk's gradient in bf16 is written, read, and added in fp32; at the end it is scaled
-        # into bf16 and added to the master's.
+        # For each chunk, the head's gradient is written in bf16, read, and added to a sum in fp32.
+        # At the end, the sum is scaled to bf16 and added to the gradient of the master weights.
         moved += spec.head_matmul * (chunks * (2 + 2 + 8) + 6 + 10)
     products = Term(1e3 * operations / rates.product, operations / 1e12)
     return products, Term(1e3 * moved / rates.memory_bandwidth, 0.0, moved / 2**30)
 
 
 def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
-    """A step's norm (4 bytes a parameter), clipping (8), AdamW (28).
+    """Compute the term of the optimizer, from the bytes read and written per trained parameter.
 
-    Of a model trained in full its bf16 copy too (6). With every micro batch a hook moves the bf16
-    gradient of embedding, norms and head into the master's: 2 + 4 bytes, and 4 more after the
-    first. The products of the layers add up theirs.
+    A step needs 4 bytes for the gradient norm, 8 for clipping and 28 for AdamW. In full fine-tuning
+    it needs 6 more for the bf16 copy of the weights. In each micro batch, a hook then adds the bf16
+    gradients of the embedding, the norms and the head to the gradients of the master weights. This
+    needs 6 bytes in the first micro batch and 10 in later ones. The layers' matmuls accumulate
+    their own gradients, so the hook does not process them.
     """
     spec = read_shape(goal)
     if goal.full:
@@ -212,7 +230,7 @@ def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
 
 
 def forecast(goal: Goal, setting: Setting, layout: Layout) -> Forecast:
-    """The terms of one optimizer step."""
+    """Compute the terms of one optimizer step."""
     layers = layer_terms(goal, setting, layout)
     head_products, loss = head_terms(goal, setting, layout.tokens)
     head = Term()
@@ -235,7 +253,7 @@ def forecast(goal: Goal, setting: Setting, layout: Layout) -> Forecast:
 
 
 class Row(NamedTuple):
-    """A term of a step, forecast and measured, in milliseconds."""
+    """A term of a step: the forecast and the measured milliseconds."""
 
     term: str
     forecast: float
@@ -247,11 +265,12 @@ class Row(NamedTuple):
 
 
 def rows_beside(expected: Forecast, report: Mapping[str, Any]) -> list[Row]:
-    """The terms of a forecast beside those of a GPU profile.
+    """Return the terms of a forecast and of a GPU profile.
 
-    A profile does not tell whose a kernel is: its products have the head's among them, and its
-    other kernels have loss and optimizer. So the forecasts of these are added. The last row is the
-    time in which no kernel ran: that of a step without profiler, less all terms.
+    A profile does not show which part of the step launched a kernel. Its products include those of
+    the head, and its other kernels include the loss and the optimizer. Therefore the forecasts of
+    these parts are added. The last row is the time in which no kernel ran: the time of a step
+    without the profiler, minus all terms.
     """
     terms, head = expected.terms, expected.head_products.ms
     measured = report["terms_ms_a_step"]
@@ -268,7 +287,7 @@ def rows_beside(expected: Forecast, report: Mapping[str, Any]) -> list[Row]:
 
 
 def print_beside(goal: Goal, layout: Layout, rows: Sequence[Row]) -> None:
-    """A table of the rows, and the term that is furthest from its forecast."""
+    """Print a table of the rows, and the term with the largest difference to its forecast."""
     total = Row("a step", sum(row.forecast for row in rows), sum(row.measured for row in rows))
     print(f"\n{goal.title}: {describe_layout(layout, len(read_shape(goal).layers))}\n")
     print("| term | forecast, ms | measured, ms | measured / forecast |")
@@ -289,7 +308,7 @@ def describe_layout(layout: Layout, layers: int) -> str:
 
 
 def print_rates(device: str, rates: Rates) -> None:
-    """Each rate and where it is from."""
+    """Print each rate and its source."""
     print(f"\nRates of the {device.upper()}:")
     for name, source in rates.sources.items():
         value = getattr(rates, name)
@@ -303,13 +322,16 @@ def compare_with_results(
     goals: Sequence[Goal],
     setting: Setting,
 ) -> dict[str, Any]:
-    """Print each goal's profile beside a forecast with that run's micro batch; rows by title."""
+    """Print each goal's profile next to a forecast with the layout of the profiled run.
+
+    Return the rows by the goal's title.
+    """
     rows_by_title = {}
     for goal in goals:
         report = results["steps"].get(f"{goal.step}-profile", {}).get("report") or {}
         figures = report.get("figures", {})
         if not report.get("terms_ms_a_step") or not figures.get("tokens_per_second"):
-            print(f"\n{goal.title}: no profile of it in these results ({goal.step}-profile)")
+            print(f"\n{goal.title}: these results have no profile {goal.step}-profile")
             continue
         layout = layout_of_report(goal, figures) or plan_layout(goal, setting)
         rows = rows_beside(forecast(goal, setting, layout), report)
@@ -319,7 +341,7 @@ def compare_with_results(
 
 
 def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
-    """The table, a row a goal; everything behind it by title."""
+    """Print a table with a row for each goal. Return the details by the goal's title."""
     names = (PRODUCTS, SKINNY, LAYER_KERNELS, ATTENTION, HEAD, OPTIMIZER)
     head = ("ms a step", "micro batch", "recomputed", *names, "tokens/s", "goal", "of the goal")
     print(f"| {' | '.join(head)} |")
@@ -351,30 +373,40 @@ def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
 
 
 def parse_assumed(words: Sequence[str]) -> dict[str, float]:
-    """`NAME=NUMBER` of the figures of `Rates` that are one number; ValueError for others."""
+    """Parse `NAME=NUMBER` of the figures in `Rates` that are one number.
+
+    Raise ValueError for any other name.
+    """
     names = {f.name for f in dataclasses.fields(Rates)} - {"attention_ms", "sources"}
     figures = {}
     for word in words:
         name, _, number = word.partition("=")
         if name not in names:
-            raise ValueError(f"{word} is none of {', '.join(sorted(names))}, with =NUMBER")
+            raise ValueError(
+                f"--assume {word}: the name is none of {', '.join(sorted(names))}; use NAME=NUMBER"
+            )
         figures[name] = float(number)
     return figures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--device", choices=RATES, help="default: that of the results, else h200")
-    add("--only", type=int, nargs="+", help="goals by number, from 0; mixtures are the last two")
+    add("--device", choices=RATES, help="default: the device of the results, else h200")
+    add(
+        "--only",
+        type=int,
+        nargs="+",
+        help="numbers of the goals, starting at 0; the last two are mixtures",
+    )
     files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
-    add("--measured", help="take the rates of results.json", **files)
-    add("--beside", help="compare with the profiles of results.json", **files)
-    add("--assume", nargs="+", default=[], metavar="NAME=NUMBER", help="a rate of gpu_rates.py")
+    add("--measured", help="use the rates in these results.json files", **files)
+    add("--beside", help="compare with the profiles in these results.json files", **files)
+    add("--assume", nargs="+", default=[], metavar="NAME=NUMBER", help="replace a rate")
     add("--json")
 
 
 def main() -> None:
-    """The forecast of each goal, the rates behind it, and profiles beside it."""
+    """Print the forecast of each goal, the rates, and the comparison with profiles."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add_arguments(parser)
@@ -392,8 +424,11 @@ def main() -> None:
     device = args.device or next(filter(None, devices.values()), "h200")
     for gpu, key in devices.items():
         if key != device:
-            parser.error(f"results of {gpu} do not fit a forecast for --device {device}")
-    rates = with_measured(RATES[device], measured).with_figures("as --assume says", **assumed)
+            parser.error(
+                f"results of {gpu} do not fit a forecast for --device {device}; use results of the "
+                "same device"
+            )
+    rates = with_measured(RATES[device], measured).with_figures("given with --assume", **assumed)
     all_goals = (*GOALS, *MIXTURES)
     goals = [g for g in all_goals if device in g.tokens_per_second or g in MIXTURES]
     if args.only is not None:

@@ -1,4 +1,4 @@
-"""The goals on one GPU: non-padding tokens/s of four runs, by device. Importable without torch."""
+"""Goals for the speed of runs on one GPU, by device. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Goal:
-    """One run with its goal on each device: sequence length 2048, packed; LoRA of rank 8, or full.
+    """A run and its goal on each device.
 
-    step: its name in docs/measurements/gpu.
-    shape: the model, as `tunesmith bench --shape` names it.
-    base: bf16, or the value of `model.quantize`.
-    tokens_per_second: the goal by device key, in non-padding tokens.
-    target: of the adapter, `adapter.target`.
-    global_batch: tokens of an optimizer step.
+    The run has packed rows of 2,048 tokens, and trains LoRA of rank 8 or all weights.
+
+    Attributes:
+        step: the name of the step in docs/measurements/gpu.
+        shape: the model's name in `tunesmith bench --shape`.
+        base: "bf16", or a value of `model.quantize`.
+        full: whether all weights are trained.
+        tokens_per_second: the goal in non-padding tokens, by device key.
+        target: the value of `adapter.target`.
+        global_batch: tokens per optimizer step.
     """
 
     step: str
@@ -49,7 +53,8 @@ GOALS = (
 )
 
 ATTENTION_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj")
-# As in their recipes, 64 rows of 2,048 tokens a step. These runs are only forecast.
+# Mixtures of experts. As in their recipes, a step has 64 rows of 2,048 tokens. These runs are only
+# forecast, not measured.
 MIXTURES = (
     Goal("30b-a3b", "Qwen3-30B-A3B LoRA, bf16", "qwen3-30b-a3b", "bf16", False, {"gb10": 3_000},
          global_batch=131_072),
@@ -59,9 +64,10 @@ MIXTURES = (
 
 
 def device_key(gpu_name: str) -> str | None:
-    """`h200` or `h100` for a GPU's name as torch says it; None for a GPU without goals.
+    """Return "h200" or "h100" for the name of a GPU in torch. Return None for a GPU without goals.
 
-    The goals are for the SXM modules. PCIe and NVL cards are slower, and a MIG slice is a part.
+    The goals are for SXM modules. PCIe and NVL cards are slower, and a MIG slice is only a part of
+    a GPU.
     """
     words = gpu_name.lower().split()
     if {"pcie", "nvl", "mig"} & {*words}:

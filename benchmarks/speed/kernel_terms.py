@@ -1,11 +1,11 @@
-"""The terms of a step's time, and which of them a kernel belongs to. Importable without torch.
+"""The terms of a step's time, and the assignment of kernels to terms. Does not import torch.
 
-    products          matrix products
-    skinny products   those with a dimension of at most 64, such as an adapter's: bound by memory
+    products          matmuls
+    skinny products   matmuls with a dimension of at most 64, such as an adapter's; memory-bound
     attention         FlashAttention, forward and backward
     other kernels     norms, activations, quantization, loss, optimizer, copies
 
-forecast.py counts these terms, and `terms_of` sums them from the trace of a GPU profile.
+forecast.py computes these terms, and `terms_of` sums them from the trace of a GPU profile.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from typing import Any
 
 PRODUCTS, SKINNY, OTHER, ATTENTION = "products", "skinny products", "other kernels", "attention"
 TERMS = (PRODUCTS, SKINNY, OTHER, ATTENTION)
-SKINNY_DIMENSION = 64  # half a tile of cuBLAS, and no smaller than the usual ranks of an adapter
-GROUPED = "_grouped_mm"  # of the rows of each expert
+# Maximum dimension of a skinny product. It is half a tile of cuBLAS, and the usual ranks of
+# adapters are not larger.
+SKINNY_DIMENSION = 64
+GROUPED = "_grouped_mm"  # one matmul per expert, with the expert's rows
 PRODUCT_OPERATORS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm", GROUPED)
 
-GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
-# Parts of names, in lower case.
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
+# Parts of operator and kernel names, in lower case.
 ATTENTION_NAMES = ("flash", "fmha", "varlen")
 PRODUCT_KERNELS = ("nvjet", "cutlass", "gemm", "sm90_xmma", "cublas", "triton_tem")
 
 
 def terms_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of GPU work by term, of all steps in a trace.
+    """Sum the milliseconds of GPU work of all steps in a trace, by term.
 
-    events: `traceEvents` of a torch trace recorded with `record_shapes=True`. A kernel belongs to
-    the operator that launched it, which has the same `External id`.
+    A kernel belongs to the operator that launched it, which has the same `External id`.
+
+    Args:
+        events: `traceEvents` of a torch trace that was recorded with `record_shapes=True`.
     """
     operators = {}
     for event in events:
@@ -44,7 +48,12 @@ def terms_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def term_of(kernel: str, operator: Mapping[str, Any] | None) -> str:
-    """The term of a kernel, by the operator that launched it (its event, if known) and its name."""
+    """Return the term of a kernel.
+
+    Args:
+        kernel: the kernel's name.
+        operator: the event of the operator that launched the kernel, if known.
+    """
     kernel = kernel.lower()
     operator_name = operator["name"].lower() if operator else ""
     name = operator_name.removeprefix("aten::")
@@ -52,16 +61,20 @@ def term_of(kernel: str, operator: Mapping[str, Any] | None) -> str:
         shapes = operator["args"].get("Input Dims", [])
         return SKINNY if is_skinny(product_dimensions(name, shapes)) else PRODUCTS
     if kernel.startswith("triton_") and not kernel.startswith("triton_tem"):
-        return OTHER  # Inductor names a fused kernel after operators, which may be any
+        return OTHER  # Inductor's names of fused kernels contain the names of any fused operators
     if any(part in operator_name or part in kernel for part in ATTENTION_NAMES):
-        return ATTENTION  # before products: FlashAttention's kernels have cutlass in their names
+        return ATTENTION  # check before products, because FlashAttention's names contain "cutlass"
     return PRODUCTS if any(part in kernel for part in PRODUCT_KERNELS) else OTHER
 
 
 def product_dimensions(name: str, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """(m, k, n) of a product by the shapes of its operator's inputs; empty where they are unknown.
+    """Return (m, k, n) of a matmul [m, k] x [k, n]. Return () if the shapes are unknown.
 
     The first input of addmm is the summand.
+
+    Args:
+        name: the name of the operator.
+        shapes: the shapes of its inputs.
     """
     factors = shapes[1:3] if name.startswith("addmm") else shapes[:2]
     if len(factors) < 2 or any(len(shape) < 2 for shape in factors):
@@ -71,5 +84,5 @@ def product_dimensions(name: str, shapes: Sequence[Sequence[int]]) -> tuple[int,
 
 
 def is_skinny(dimensions: Sequence[int]) -> bool:
-    """Whether a product [m, k] x [k, n] reads and writes long before it computes."""
+    """Return whether a matmul [m, k] x [k, n] is memory-bound because one dimension is small."""
     return bool(dimensions) and min(dimensions) <= SKINNY_DIMENSION

@@ -1,11 +1,11 @@
-"""Milliseconds of the products that a step of Llama 3.1 8B is made of, one by one.
+"""Measurement of the time of each matmul in a step of Llama 3.1 8B.
 
     python benchmarks/speed/micro.py out.json [--tokens 16384] [--divide 1] [--repeat 20]
 
-Base, LoRA and fp8 products, base and LoRA widened to one product, weight gradients in fp32, whole
-groups forward and backward, attention, and the unpacking of nf4. A product that fails is noted with
-its error, and the others go on. `--divide` makes every width smaller, so that a CPU shows that all
-of them run.
+The script measures matmuls of the base, of LoRA and in fp8, base and LoRA joined to one wider
+matmul, weight gradients in fp32, groups of layers forward and backward, attention, and the
+dequantization of nf4. If a measurement fails, the report contains its error, and the other
+measurements continue. --divide makes all widths smaller, to test the script on a CPU.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ BF16 = torch.bfloat16
 
 
 class Timings:
-    """name -> milliseconds, the median of `repeat` calls after a first one that compiles and
-    allocates; or an error.
+    """Measurement of calls. `found` has the milliseconds or the error of each call by name.
+
+    The time is the median of `repeat` calls after a first call that compiles and allocates.
     """
 
     def __init__(self, device: torch.device, repeat: int) -> None:
@@ -50,7 +51,7 @@ class Timings:
             self.found[name] = statistics.median(
                 self._milliseconds(call) for _ in range(self.repeat)
             )
-        except Exception as error:  # whatever a kernel refuses, the others are measured
+        except Exception as error:  # measure the other kernels even if one kernel raises any error
             self.found[name] = repr(error)[:300]
         print(f"{name:44} {self.found[name]}", flush=True)
 
@@ -68,7 +69,7 @@ class Timings:
 
 
 def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, m: int) -> None:
-    """y = x W^T + (x A^T) B^T and its gradients, product by product; x [n, k], W [m, k]."""
+    """Measure each matmul of y = x W^T + (x A^T) B^T and its gradients, for x [n, k], W [m, k]."""
     x, w, y, dy = draw(n, k), draw(m, k), draw(n, m), draw(n, m)
     a, b, low = draw(RANK, k), draw(m, RANK), draw(n, RANK)
     shape = f"{m} x {k}"
@@ -87,7 +88,11 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
 
 
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:
-    """Frozen weights in a base: bf16, or fp8 as this device scales it."""
+    """Return frozen weights in bf16, or in fp8 with the scaling that works on this device.
+
+    Args:
+        base: "bf16" or "fp8".
+    """
     if base == "bf16":
         return [FrozenWeight(DENSE_FORMAT, [w], (w.shape[0], w.shape[1])) for w in dense]
     recipe, why = select_scaling(device)
@@ -99,7 +104,12 @@ def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[Fro
 def groups(
     timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]
 ) -> None:
-    """Layers of one input as the engine computes them, forward and backward."""
+    """Measure layers with the same input as they are computed in training, forward and backward.
+
+    Args:
+        n: number of tokens.
+        names: in_features, and the out_features of each layer, by the name of the group.
+    """
     for base in ("bf16", "fp8"):
         for name, (k, rows) in names.items():
             x, dense = draw(n, k).requires_grad_(), [draw(m, k) for m in rows]
@@ -109,7 +119,7 @@ def groups(
             try:
                 weights = weights_of(base, dense, x.device)
             except RuntimeError as error:
-                print(f"{base} {name}: {error}")
+                print(f"{base} {name} is not measured: {error}")
                 continue
 
             def both(
@@ -126,7 +136,7 @@ def groups(
 
 
 def main() -> None:
-    """All timings, on the GPU where there is one."""
+    """Run all measurements, on the GPU if there is one."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,7 +168,7 @@ def main() -> None:
         try:
             (weight,), x = weights_of("fp8", [draw(hidden, mlp)], device), draw(rows, mlp)
         except RuntimeError as error:
-            print(f"fp8: {error}")
+            print(f"fp8 is not measured: {error}")
             break
         timed(f"fp8 quantize {rows} rows", lambda w=weight, x=x: w.format.quantize_input(x))
         ready = weight.format.quantize_input(x)
@@ -187,8 +197,8 @@ def main() -> None:
             draw(28672 // args.divide, 8192 // args.divide), quant_type="nf4"
         )
         timed("nf4 28672 x 8192 made dense", lambda: nf4.dequantize_4bit(*packed))
-    except Exception as error:  # bitsandbytes is missing, or has no kernel here
-        print(f"nf4: {error}")
+    except Exception as error:  # bitsandbytes is missing or has no kernel for the device
+        print(f"nf4 is not measured: {error}")
     Path(args.json).write_text(
         json.dumps({"milliseconds": timed.found, "device": device_name(device)}, indent=1) + "\n"
     )

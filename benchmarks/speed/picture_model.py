@@ -1,10 +1,12 @@
-"""Write a small vision-language model with random weights, and rows with drawn pictures for it.
+"""Writer of a small vision-language model with random weights, and of rows with pictures for it.
 
     python benchmarks/speed/picture_model.py --tokenizer DIR --output random-vision
-    python benchmarks/speed/against_trl.py --pictures --dtype fp32 --model random-vision/model --data random-vision/rows.jsonl
+    python benchmarks/speed/against_trl.py --pictures --dtype fp32 \\
+        --model random-vision/model --data random-vision/rows.jsonl
 
-It is a Gemma 3, whose processor TRL can load without torchvision: 8 layers of width 576 that see 64
-tokens a picture. A row has no picture, one or two, and texts of other lengths.
+The model is a Gemma 3, because TRL can load its processor without torchvision. It has 8 layers of
+width 576, and 64 tokens per picture. A row has zero, one or two pictures, and answers of different
+lengths.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Gemma3Confi
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<start_of_image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PARTS = {
@@ -30,23 +34,26 @@ PARTS = {
     "eoi_token": "<end_of_image>",
 }
 SIDE, PATCH, TOKENS = 224, 14, 64
-WORDS = "a of the red lamp stands on an old table near some blue window while two birds look at it".split()
+WORDS = (
+    "a of the red lamp stands on an old table near some blue window while two birds look at it"
+).split()
 
 
 def write_model(folder: Path, tokenizer_folder: str) -> None:
-    """Write config, weights, tokenizer and processor."""
+    """Write the config, the weights, the tokenizer and the processor."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **PARTS)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64, "query_pre_attn_scalar": 64, "vocab_size": len(tokenizer),
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+        "query_pre_attn_scalar": 64, "vocab_size": len(tokenizer),
         "sliding_window": 512, "max_position_embeddings": 4096, **special,
     }  # fmt: skip
     tower = {
-        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
-        "image_size": SIDE, "patch_size": PATCH,
+        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 3, "image_size": SIDE, "patch_size": PATCH,
     }  # fmt: skip
     ids = {
         "image_token_id": tokenizer.convert_tokens_to_ids(PARTS["image_token"]),
@@ -69,7 +76,7 @@ def write_model(folder: Path, tokenizer_folder: str) -> None:
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """Write pictures of one colour, and rows that ask for them."""
+    """Write pictures of one color each, and rows that ask what the pictures show."""
     rng = random.Random(0)
     lines = []
     for n in range(count):
@@ -78,7 +85,7 @@ def write_rows(folder: Path, count: int) -> None:
             image = Image.new("RGB", (320, 240), tuple(rng.randrange(256) for _ in range(3)))
             image.save(folder / f"{n}-{i}.png")
             images.append(f"{n}-{i}.png")
-        # Few are long, as in most data.
+        # Only few answers are long, as in most data sets.
         answer = " ".join(rng.choices(WORDS, k=int(rng.expovariate(1 / 60)) + 3))
         question = "<image>" * len(images) + "What is shown?"
         messages = [
@@ -90,7 +97,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Write one folder."""
+    """Write the model and the rows to one folder."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,13 @@
-"""Time steps of a vision-language model of true shape, with random weights, on drawn pictures.
+"""Measurement of training steps of a vision-language model with random weights and random pictures.
 
-    python benchmarks/speed/picture_steps.py --family qwen2_5_vl --json out.json [--picture 1024x768] [--small]
+    python benchmarks/speed/picture_steps.py --family qwen2_5_vl --json out.json \\
+        [--picture 1024x768] [--small]
 
-First all pictures have one size, then each has its own: the difference is what new sizes cost. A
-step of the first measurement is profiled. `planned_gib` is the peak memory that the plan predicted.
-`--small` takes the tiny model of the tests, to test the script on a CPU. A checkout is required,
-because tests/vision.py writes the models.
+The model has the shape of a real model. In the first measurement, all pictures have the same size.
+In the second measurement, each picture has a different size, so the difference is the cost of new
+sizes. One step of the first measurement is profiled. `planned_gib` in the report is the peak memory
+that the plan predicted. --small uses the tiny model of the tests, to test the script on a CPU. The
+script requires a checkout, because tests/vision.py writes the models.
 """
 
 from __future__ import annotations
@@ -28,17 +30,22 @@ from tunesmith.tools.bench import measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import vision
 
-# Qwen2.5-VL 7B and Gemma 3 4B, as their config.json says, and what their processors scale to.
+# Shapes of Qwen2.5-VL 7B and Gemma 3 4B from their config.json, and the picture sizes of their
+# processors.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {
         "text": {
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064, "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128,
+            "vocab_size": 152064, "max_position_embeddings": 128000,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
+            },
         },
         "tower": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "out_hidden_size": 3584, "patch_size": 14, "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
         },
         "pixels": {
             "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14,
@@ -47,28 +54,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {
         "text": {
-            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072,
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "vocab_size": 262208, "max_position_embeddings": 131072,
             "sliding_window": 1024, "query_pre_attn_scalar": 256,
         },
         "tower": {
-            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-            "image_size": 896, "patch_size": 14,
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+            "num_attention_heads": 16, "image_size": 896, "patch_size": 14,
         },
         "whole": {"mm_tokens_per_image": 256, "tie_word_embeddings": True},
         "processor": ("Gemma3Processor", {"image_seq_length": 256}),
-        "pixels": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896}},
+        "pixels": {
+            "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896},
+        },
     },
 }  # fmt: skip
-SIZES = 64  # pictures, each with its own size in the second measurement
-# The sides of a picture are the given ones times a factor from 1 - SIZE_SPREAD to 1 + SIZE_SPREAD:
-# photos of a folder differ too, and a GPU may need time for each new size.
+SIZES = 64  # number of pictures, and of different sizes in the second measurement
+# In the second measurement, the sides of a picture are multiplied by a factor from 1 - SIZE_SPREAD
+# to 1 + SIZE_SPREAD. The photos in a folder have different sizes too, and a GPU may need extra time
+# for each new size.
 SIZE_SPREAD = 0.25
-CELL_PIXELS = 16  # side of a field of one color, before they are blended
+CELL_PIXELS = 16  # side of a square of one color, before the colors are blended
 
 
 def write_model(folder: Path, family: str, *, small: bool) -> None:
-    """Write config, processor and a tokenizer of bytes into an existing folder."""
+    """Write the config, the processor and a byte tokenizer to an existing folder."""
     of = vision.FAMILIES[family]
     vision.MORE_FAMILIES["measured"] = of.but(
         model_type=family, **({} if small else SHAPES[family])
@@ -84,7 +95,7 @@ def draw_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def write_drawn_rows(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
-    """Write the pictures, as JPEG as most photos are, and the rows that ask for their colors."""
+    """Write JPEG pictures of random colors, and rows that ask for a color of each picture."""
     random = np.random.default_rng(0)
     rows = []
     for number, (width, height) in enumerate(sizes):
@@ -105,7 +116,7 @@ def write_drawn_rows(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
 def measure_pictures(
     model: Path, size: tuple[int, int], folder: Path, *, small: bool
 ) -> dict[str, Any]:
-    """Measure steps on drawn pictures of one size, and then on pictures of many sizes."""
+    """Measure steps on pictures of one size, and then on pictures of different sizes."""
     planned = []
     build = measure.build
 
@@ -144,7 +155,7 @@ def measure_pictures(
 
 
 def main() -> None:
-    """Measure one family, and write the report after both measurements."""
+    """Measure one model family. Write the report after both measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,8 +175,8 @@ def main() -> None:
     for case, found in report.items():
         figures = found["figures"]
         print(
-            f"{case}: {figures['tokens_per_second']:,.0f} tokens/s, peak {figures['peak_memory_gib']:.1f} GiB, "
-            f"planned {found['planned_gib']:.1f}"
+            f"{case}: {figures['tokens_per_second']:,.0f} tokens/s, peak memory "
+            f"{figures['peak_memory_gib']:.1f} GiB, planned {found['planned_gib']:.1f} GiB"
         )
 
 

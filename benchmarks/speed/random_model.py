@@ -1,7 +1,8 @@
-"""Write a model of a true shape with random weights, so that `tunesmith train` itself can be timed
-without a download.
+"""Writer of a model with a real shape and random weights.
 
-python benchmarks/speed/random_model.py --shape llama3-8b --tokenizer DIR --output random-8b
+    python benchmarks/speed/random_model.py --shape llama3-8b --tokenizer DIR --output random-8b
+
+With this model, the speed of `tunesmith train` can be measured without a download.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from tunesmith.tools.bench.shape import write_shape
 def write_random_model(
     folder: Path, shape: str, tokenizer: str, layers: int | None, file_size: str = "5GB"
 ) -> int:
-    """Draw the weights on the device and save a Transformers folder in files of `file_size`; their
-    bytes together.
+    """Draw the weights on the device and save a model folder of Transformers. Return the bytes of
+    the weight files.
+
+    Args:
+        layers: number of decoder layers. None uses the number of the shape.
+        file_size: maximum size of a weight file.
     """
     folder.mkdir(parents=True)
     write_shape(
@@ -42,14 +47,14 @@ def write_random_model(
 
 
 def main() -> None:
-    """Write one folder and say its size."""
+    """Write one model folder and print its size."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--shape", required=True, choices=list(SHAPES))
     p.add_argument("--tokenizer", required=True)
     p.add_argument("--output", required=True, type=Path)
-    p.add_argument("--layers", type=int, help="only so many decoder layers")
+    p.add_argument("--layers", type=int, help="number of decoder layers; default: as in the shape")
     a = p.parse_args()
     size = write_random_model(a.output, a.shape, a.tokenizer, a.layers)
     print(json.dumps({"folder": str(a.output), "gib": round(size / 2**30, 2)}))

@@ -1,4 +1,4 @@
-"""The reports of the steps of a GPU session: JSON files, results of the GPU tests, and profiles."""
+"""Reader of the steps' reports in a GPU session: JSON files, results of GPU tests, and profiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernel_terms import terms_of
 
 
 def read_report(work: Path, name: str) -> dict[str, Any] | None:
-    """Return the report that a step wrote, or None if it wrote none or was killed while writing."""
+    """Return the report of a step. Return None if there is no complete report."""
     if name == "tests":
         return read_tests(work / "tests.xml")
     file = work / f"{name}.json"
@@ -28,7 +28,9 @@ def read_report(work: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_tests(file: Path) -> dict[str, Any] | None:
-    """Return counts of the GPU tests, the failures, and why tests were skipped."""
+    """Return the counts of the GPU tests, the failures, and the reasons of skipped tests. Return
+    None if there is no complete file.
+    """
     try:
         cases = list(ElementTree.parse(file).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -56,8 +58,8 @@ def read_tests(file: Path) -> dict[str, Any] | None:
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the milliseconds of a profiled step by kind of kernel, as forecast.py counts them, and
-    the number of kernels that it launches.
+    """Return the milliseconds per profiled step by term of kernel_terms.py, and the number of
+    kernels per step.
     """
     terms = Counter[str]()
     kernels = 0

@@ -1,14 +1,20 @@
-"""Time steps whose frozen layers stream from the host, beside the same steps with all layers on the
-device.
+"""Measurement of training steps with frozen layers that are streamed from the host.
 
-    python benchmarks/speed/streamed.py --output out.json [--only link,8b,70b,planned,experts] [--steps 5] [--small]
+    python benchmarks/speed/streamed.py --output out.json [--only link,8b,70b,planned,experts] \\
+        [--steps 5] [--small]
 
---only takes groups, or cases such as "8b staged".
-The rate of the link; Llama 3.1 8B with random weights, resident, streamed, half of it streamed, and
-streamed from memory of which the driver page-locks two blocks alone: their losses must be equal bit
-by bit; 48 layers of Llama 3.3 70B in bf16, which no card of 80 GB holds; Qwen3-30B-A3B in bf16,
-resident and streamed. Each case is written when it is done. `--small` takes tiny shapes, so that a
-CPU shows that all of it runs. On a GPU the host needs 90 GB for the 70B.
+--only takes groups, or single cases such as "8b staged". All models have random weights. The groups
+are:
+
+    link      the bandwidth of copies from the host to the device
+    8b        Llama 3.1 8B with all layers on the device ("resident"), with all layers streamed,
+              with half of the layers streamed, and with all layers streamed while only two blocks
+              of host memory can be page-locked ("staged"); the losses must be equal bit for bit
+    70b       48 layers of Llama 3.3 70B in bf16, which do not fit into 80 GB; the host needs 90 GB
+    planned   the same model, with the number of streamed layers that the planner chooses
+    experts   Qwen3-30B-A3B in bf16, resident and streamed
+
+The output is written after each case. --small uses tiny shapes, to test the script on a CPU.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize
 
 
 def write_inputs(folder: Path, row_tokens: int) -> tuple[Path, Path]:
-    """A tokenizer of single bytes, and rows that fill `row_tokens` each."""
+    """Write a byte tokenizer, and rows with about `row_tokens` tokens each. Return both paths."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*alphabet, "<|end|>"])}
     model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -72,7 +78,11 @@ def write_inputs(folder: Path, row_tokens: int) -> tuple[Path, Path]:
 
 
 def trace_figures(file: Path) -> dict[str, float]:
-    """Of a profiled step: seconds of copies from the host, those beside no kernel, and waits."""
+    """Read the trace of a profiled step.
+
+    Return the seconds of copies from the host, the seconds of these copies during which no kernel
+    ran, the seconds of kernels, and the number of times that the host waited for the device.
+    """
     events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     copies, kernels, waits = [], [], 0
     for event in events:
@@ -104,7 +114,7 @@ def trace_figures(file: Path) -> dict[str, float]:
 
 
 def profiled(steps: Any, file: Path) -> dict[str, float]:
-    """The figures of one more step."""
+    """Profile the next step. Return the figures of its trace."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -119,7 +129,7 @@ def profiled(steps: Any, file: Path) -> dict[str, float]:
 
 @contextmanager
 def locking(blocks: int | None) -> Iterator[None]:
-    """Inside, the driver does not page-lock the block after so many; None: as it says."""
+    """Let page-locking fail in this context after `blocks` blocks. None changes nothing."""
     page_lock = stream.page_lock
     asked = 0
 
@@ -137,11 +147,11 @@ def locking(blocks: int | None) -> Iterator[None]:
 
 @contextmanager
 def with_streamed(count: int | None) -> Iterator[None]:
-    """Inside, so many layers stream, whatever would fit; None: as the planner says."""
+    """Stream `count` layers in this context, even if more layers fit. None uses the plan."""
     plan_model = build.plan_model
     count_streamed = MemoryEstimator.count_streamed
 
-    def planned(*args: Any) -> Any:  # a plan for a CPU has no layers that stream
+    def planned(*args: Any) -> Any:  # needed on a CPU, whose plan has no streamed layers
         model, plan = plan_model(*args)
         return model, replace(plan, streamed_layers=count)
 
@@ -163,7 +173,15 @@ def measure(
     inputs: tuple[Path, Path],
     overrides: list[str],
 ) -> list[dict[str, Any]]:
-    """Train some steps of a shape for each size of the micro batch, with so many streamed layers."""
+    """Train `steps` steps of a shape for each size of the micro batch. Return the results.
+
+    Args:
+        config: the config of the model.
+        micro_batches: sizes of the micro batch in tokens.
+        streamed: number of streamed layers. None uses the plan.
+        inputs: the tokenizer and the rows of `write_inputs`.
+        overrides: keys of the recipe.
+    """
     tokenizer, rows = inputs
     device = choose_device()
     results = []
@@ -195,7 +213,8 @@ def measure(
             layers: Any = session.model.layers
             host = layers[0].stream if isinstance(layers[0], stream.StreamedLayer) else None
             for tokens in micro_batches:
-                torch.compiler.reset()  # else the second size would make the first graph dynamic
+                # Without a reset, the second size would compile a graph with dynamic shapes.
+                torch.compiler.reset()
                 layout = replace(session.plan.layout, micro_batch=Size(tokens, "tokens"))
                 if layout.row_length is not None:
                     layout = replace(layout, row_length=tokens)
@@ -241,7 +260,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure all cases, and write what each has given."""
+    """Measure all selected cases, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -250,7 +269,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    os.environ.setdefault(WORKSPACE, CHOICES[0])  # read at the first use of CUDA
+    os.environ.setdefault(WORKSPACE, CHOICES[0])  # cuBLAS reads it at the first use of CUDA
     device = choose_device()
     found: dict[str, Any] = {"torch": torch.__version__, "device": str(device), "errors": {}}
     if device.type == "cuda":
@@ -272,7 +291,7 @@ def main() -> None:
         "8b half": (small, sizes[0][:1], depth // 2, args.steps),
         "8b staged": (small, sizes[0][:1], depth, args.steps),
         "70b streamed": (huge, sizes[1], huge["num_hidden_layers"], max(2, args.steps - 1)),
-        # With the memory's trial, and the layers that fit then
+        # The memory trial runs, and the layers that fit after it stay on the device.
         "planned": (huge, sizes[1][:1], None, 3),
         "experts resident": (experts, sizes[0][:1], 0, args.steps),
         "experts streamed": (experts, sizes[0][:1], experts["num_hidden_layers"], args.steps),
@@ -287,13 +306,13 @@ def main() -> None:
             name, *_ = case.split()
             if not {name, case} & {*only}:
                 continue
-            # Else the backward of attention adds up in any order.
+            # Without this key, the backward of attention sums in any order, so losses could differ.
             keys = [*overrides, "train.deterministic=true"] if name == "8b" else overrides
             print(f"-- {case}", flush=True)
             try:
                 with locking(stream.SLOTS if case == "8b staged" else None):
                     found[case] = measure(config, micro_batches, streamed, steps, inputs, keys)
-            except Exception as error:  # the other cases are measured
+            except Exception as error:  # the next cases are measured anyway
                 traceback.print_exc()
                 found["errors"][case] = repr(error)[:2000]
             gc.collect()
