@@ -12,7 +12,7 @@
       ];
       each = make: nixpkgs.lib.genAttrs systems (system: make (outputs system));
 
-      # What the environment is made of; a change elsewhere in the repository makes no new one.
+      # Files that the environment depends on. Changes of other files do not create a new environment.
       parts = [
         "LICENSE"
         "README.md"
@@ -45,8 +45,8 @@
           pkgs = nixpkgs.legacyPackages.${system};
           python = "${pkgs.python313}/bin/python3";
 
-          # The Python packages come as wheels, each checked against its hash in nix/requirements.txt: they hold CUDA 13
-          # for both systems, need no build, and nixpkgs of this revision has no transformers that is new enough.
+          # The Python packages are installed from wheels, whose hashes are checked against nix/requirements.txt. Wheels
+          # need no build and include CUDA 13 on both systems, and the transformers of this nixpkgs revision is too old.
           environment = pkgs.writeShellApplication {
             name = "tunesmith-environment";
             runtimeInputs = [
@@ -68,7 +68,7 @@
             exports=$(${environment}/bin/tunesmith-environment) || exit 1
             eval "$exports"
           '';
-          # A compiler is what torch.compile and Triton need beside the packages.
+          # torch.compile and Triton need a C compiler in addition to the Python packages.
           tunesmith = pkgs.writeShellApplication {
             name = "tunesmith";
             runtimeInputs = [ pkgs.stdenv.cc ];

@@ -1,11 +1,12 @@
-# Make tunesmith's Python environment, once, and print the shell lines that enter it.
+# Create tunesmith's Python environment if it does not exist, and print the shell commands that activate it.
 #
 #   TUNESMITH_SOURCE     folder with pyproject.toml and nix/requirements.txt
-#   TUNESMITH_PYTHON     the interpreter
-#   TUNESMITH_LIBRARIES  folders with libgcc_s.so.1, libstdc++.so.6 and libz.so.1, joined by colons
-#   TUNESMITH_DRIVER     the folder with libcuda.so.1, where it is not in a usual place (optional)
+#   TUNESMITH_PYTHON     the Python interpreter
+#   TUNESMITH_LIBRARIES  folders with libgcc_s.so.1, libstdc++.so.6 and libz.so.1, separated by colons
+#   TUNESMITH_DRIVER     the folder with libcuda.so.1, if it is not in a usual folder (optional)
 #
-# A new source, interpreter or library makes a new environment beside the old ones, under ~/.cache/tunesmith/nix.
+# Environments are in ~/.cache/tunesmith/nix. If the source, the interpreter or a library changes, a new environment is
+# created, and the old ones are kept.
 # shellcheck shell=bash
 set -euo pipefail
 umask 077
@@ -14,12 +15,13 @@ base=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/nix
 key=$(printf '%s\n' "$TUNESMITH_SOURCE" "$TUNESMITH_PYTHON" "$TUNESMITH_LIBRARIES" | sha256sum)
 venv=$base/${key:0:16}
 
-refuse() { # what, fix
+refuse() { # arguments: what, fix
   printf 'error: %s\n  fix:   %s\n' "$1" "$2" >&2
   exit 1
 }
 
-first_of() { # file folder... -> its path in the first folder that has it
+# Print the path of a file in the first folder that contains it. Fail if no folder does.
+first_of() { # arguments: file, folders
   local file=$1 folder
   shift
   for folder in "$@"; do
@@ -31,26 +33,28 @@ first_of() { # file folder... -> its path in the first folder that has it
   return 1
 }
 
-# Wheels expect three libraries of the system, which are not where a Python from nixpkgs looks. Loaded by path when
-# Python starts, they serve every wheel by name; in LD_LIBRARY_PATH they would also reach programs of the host.
+# Print a .pth line that loads three system libraries by path when Python starts. Wheels need them, and a Python from
+# nixpkgs does not find them. LD_LIBRARY_PATH is not used for this, because programs of the host would load them too.
 write_preload() {
   local name path
   printf 'import ctypes; list(map(ctypes.CDLL, ('
   for name in libgcc_s.so.1 libstdc++.so.6 libz.so.1; do
-    path=$(first_of "$name" "${libraries[@]}") || refuse "no $name in $TUNESMITH_LIBRARIES" "nix flake check"
+    path=$(first_of "$name" "${libraries[@]}") || refuse "$name is not in $TUNESMITH_LIBRARIES" "run: nix flake check"
     printf '"%s", ' "$path"
   done
   printf ')))\n'
 }
 
-# Triton's ptxas names a loader of the system that NixOS lacks: the loader of this Python starts it.
-write_assemblers() { # site-packages
+# Write scripts that start Triton's ptxas with the dynamic loader of this Python. The loader that ptxas requests does not
+# exist on NixOS.
+write_assemblers() { # argument: site-packages
   local loader program
   loader=$("$venv/bin/python" -c 'import re; print(re.search(r"\S*/ld-linux\S*", open("/proc/self/maps").read())[0])')
   mkdir -p "$venv/libexec"
   for program in "$1"/triton/backends/nvidia/bin/ptxas*; do
     [ -f "$program" ] || continue
-    # `exec`, so that ptxas has the process that Triton waits for; the loader needs the file readable, no more.
+    # `exec` replaces the shell, so that Triton waits for ptxas. The wheel's file need not be executable, because the
+    # loader only reads it.
     printf '#!/bin/sh\nexec "%s" "%s" "$@"\n' "$loader" "$program" >"$venv/libexec/${program##*/}"
     chmod +x "$venv/libexec/${program##*/}"
   done
@@ -58,7 +62,7 @@ write_assemblers() { # site-packages
 
 make_environment() {
   local site
-  printf 'installing into %s (once; several GB)\n' "$venv" >&2
+  printf 'installing packages into %s (only at the first start; several GB)\n' "$venv" >&2
   rm -rf "$venv"
   export UV_PYTHON_DOWNLOADS=never UV_NO_CONFIG=1
   uv venv --quiet --python "$TUNESMITH_PYTHON" "$venv" >&2
@@ -70,9 +74,10 @@ make_environment() {
   touch "$venv/complete"
 }
 
-# The GPU driver belongs to the host. NixOS has it in one folder; elsewhere it lies among the host's own libraries, of which
-# a Python from nixpkgs must see no other: links to the driver's files alone, in a folder of this host.
-driver_folder() { # -> a folder, or nothing where there is no driver
+# Print a folder with the GPU driver of the host, or nothing if there is no driver. On NixOS the driver is in its own
+# folder. On other systems it is next to libraries that a Python from nixpkgs must not load. There, create a folder
+# with links to the driver's files only.
+driver_folder() {
   local folders folder file links nixos=/run/opengl-driver/lib multiarch
   multiarch=/usr/lib/$(uname -m)-linux-gnu
   folders=("$nixos" "$multiarch" "$multiarch/nvidia/current" /usr/lib64 /usr/lib64/nvidia /usr/lib /usr/lib/wsl/lib)
@@ -94,21 +99,21 @@ driver_folder() { # -> a folder, or nothing where there is no driver
 
 mkdir -p "$base"
 exec 9>"$venv.lock"
-flock 9 # two shells that start at once make one environment
+flock 9 # if two shells start concurrently, only one creates the environment
 if [ ! -e "$venv/complete" ]; then
-  trap 'refuse "the environment was not made; the lines above say why" \
-    "mend that (network, room in $base), then start the same command again"' EXIT
+  trap 'refuse "the environment could not be created; the lines above show the reason" \
+    "check the network and the free space in $base, then run the same command again"' EXIT
   make_environment
   trap - EXIT
 fi
 driver=$(driver_folder)
-[ -n "$driver" ] || echo "no NVIDIA driver found: this machine trains on its CPU" >&2
+[ -n "$driver" ] || echo "no NVIDIA driver found: training runs on the CPU" >&2
 
 export_line() { printf 'export %s=%q\n' "$1" "$2"; }
 export_line VIRTUAL_ENV "$venv"
 printf 'export PATH=%q:"%s"\n' "$venv/bin" "\$PATH"
-echo 'unset PYTHONPATH PYTHONHOME' # of another Python
-echo 'unset LD_LIBRARY_PATH' # whose libraries would come before those of the wheels
+echo 'unset PYTHONPATH PYTHONHOME' # they belong to another Python
+echo 'unset LD_LIBRARY_PATH' # its libraries would be loaded instead of those of the wheels
 if [ -n "$driver" ]; then
   export_line LD_LIBRARY_PATH "$driver"
   export_line TRITON_LIBCUDA_PATH "$driver"
