@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Makes what gpu_session.py needs beside a checkout, for a GPU machine with Python and torch but without a network:
+# Download the files that gpu_session.py needs on a GPU machine with Python and torch but without a network.
+#
 #   bash benchmarks/first_gpu_prep.sh ROWS TOKENIZER [FOLDER=.gpu]
-# ROWS: a JSON array of alpaca rows. TOKENIZER: a folder, a Hub id, or a .gguf file. Copy FOLDER (about 20 MB) along with the
-# checkout. PYTHON_VERSION, ARCH and CUDA (130 for 13.0) are those of the GPU machine; PACKAGES names what its Python lacks.
-# Transformers comes as a wheel, which gpu_session.py unpacks: images of NVIDIA have 5.17, without pictures.
+#
+# ROWS is a JSON array of alpaca rows. TOKENIZER is a folder, a Hub id or a .gguf file. After the run, copy FOLDER (about
+# 20 MB) to the GPU machine together with the checkout.
+#
+# Environment variables that describe the GPU machine:
+#   PYTHON_VERSION, ARCH, CUDA  versions of Python and CUDA (130 for 13.0), and the architecture
+#   PACKAGES                    packages that its Python does not have
+#
+# gpu_session.py unpacks the wheel of Transformers, because NVIDIA's images have version 5.17, which cannot train on
+# pictures.
 set -euo pipefail
 
-rows=${1:?rows: a JSON array of alpaca rows}
-tokenizer=${2:?tokenizer: a folder, a Hub id or a .gguf file}
+rows=${1:?ROWS is missing: a JSON array of alpaca rows}
+tokenizer=${2:?TOKENIZER is missing: a folder, a Hub id or a .gguf file}
 folder=${3:-.gpu}
 arch=${ARCH:-x86_64}
 cuda=${CUDA:-130}
@@ -22,12 +30,12 @@ for tag in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014; do
   platforms+=(--platform "${tag}_$arch")
 done
 rm -rf "$site"
-# Unpacked here: the GPU machine then spends no second on an installer, and parts that it cannot use stay behind.
+# Unpack the packages here, so that the GPU machine needs no time to install them, and unused files are not copied.
 for package in $packages; do
   "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --python-version "$version" \
-    --implementation cp "${platforms[@]}" --target "$site" "$package" || echo "not found: $package" >&2
+    --implementation cp "${platforms[@]}" --target "$site" "$package" || echo "pip could not install $package" >&2
 done
-# bitsandbytes brings a library for each CUDA and ROCm release, 125 MB together.
+# Delete unused libraries of bitsandbytes. It has one for each CUDA and ROCm release, 125 MB in total.
 find "$site/bitsandbytes" -name 'libbitsandbytes_*' ! -name "libbitsandbytes_cuda$cuda*" ! -name '*_cpu*' -delete
 rm -f "$folder"/transformers-*.whl
 "$python" -m pip download -q --no-deps --only-binary=:all: --dest "$folder" 'transformers>=5.18,<6'
@@ -41,7 +49,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 rows, tokenizer, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-# Repeated: a small file fills few bins, so that a step at the end of an epoch would be short.
+# Repeat the rows. A small file fills few packed rows, and the last step of an epoch would be too small.
 once = json.loads(Path(rows).read_text())
 (folder / "rows.json").write_text(json.dumps(once * max(1, 8_000 // len(once))))
 options = {}
