@@ -60,9 +60,9 @@ from tunesmith.model.model_types import (
     measured_with,
     read_model_types,
 )
-from tunesmith.model.names import has_own_class
 from tunesmith.model.spec import check_supported
 from tunesmith.model.support import TUNED_SUPPORT, measure_own_class, measure_support
+from tunesmith.model.text_config import has_own_class
 from tunesmith.model.tiny_model import shrink, shrink_multimodal
 from tunesmith.model.vision_support import measure_pictures
 

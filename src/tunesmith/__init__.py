@@ -48,6 +48,7 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
+from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.cli.from_python import inspect_data, plan, sweep
@@ -93,7 +94,6 @@ __all__ = [
     "sweep",
     "train",
 ]
-__version__ = "0.1.0"
 
 # Maps each public name to the module that defines it. No module directly in the package may have
 # one of these names: importing such a module would replace the function of the same name.

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from errors import refuses
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model import measured_spec, meta_forward, spec, tiny_model
+from tunesmith.model import measured_spec, meta_forward, spec, text_config, tiny_model
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import measure_spec, model_spec
@@ -119,7 +119,7 @@ def test_a_layer_of_several_sublayers_is_one():
 
 def test_an_infinite_number_is_read_as_transformers_writes_it():
     config = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
-    assert measured_spec.read_configs(config, "test")[0].time_step_limit == [0.0, float("inf")]
+    assert text_config.read_configs(config, "test")[0].time_step_limit == [0.0, float("inf")]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])

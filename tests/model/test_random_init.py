@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from recipes import built_model, make_run
 from tunesmith.config.schema import Run
 from tunesmith.formats.linear import has_codes
-from tunesmith.model import measured_spec, spec
+from tunesmith.model import spec, text_config
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.random_init import init_weight
@@ -114,7 +114,7 @@ def test_a_shape_has_the_parameters_of_its_model(
     ],
 )  # fmt: skip
 def test_a_measured_shape_has_the_size_of_its_model(name: str, billions: float) -> None:
-    config, whole = measured_spec.read_configs(SHAPES[name].config, where=name)
+    config, whole = text_config.read_configs(SHAPES[name].config, where=name)
     model = build_to_measure(config, full_config=whole)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digits = len(str(billions).partition(".")[2])

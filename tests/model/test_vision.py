@@ -40,9 +40,9 @@ from tunesmith.model.decoder import (
     find_text_model,
     vision_parameters,
 )
-from tunesmith.model.measured_spec import has_own_class, model_spec
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import ROUNDING_TOLERANCE
-from tunesmith.model.names import text_part
+from tunesmith.model.text_config import has_own_class, text_part
 from tunesmith.model.vision_support import measure_pictures
 from tunesmith.tools.evaluate.evaluate import evaluate
 

@@ -27,7 +27,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, join_ranks
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats import nf4
+from tunesmith.formats import nf4, stored
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
@@ -94,7 +94,8 @@ def write_all(
     """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or
     so.
     """
-    save_tensors.MAX_PIECE_BYTES = save_tensors.MAX_GATHERED_BYTES = weights.SLICE = 4000
+    save_tensors.MAX_PIECE_BYTES = save_tensors.MAX_GATHERED_BYTES = 4000
+    weights.SLICE = stored.SLICE = 4000
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)
@@ -129,7 +130,7 @@ def test_final_of_any_mesh_is_that_of_one_process_byte_for_byte(world, tiny, tmp
 
 def grown(model: Path, folder: Path, mesh: dict[str, int]) -> dict[str, np.ndarray]:
     """Embedding and head of a model whose tokenizer has more tokens than the checkpoint has rows."""
-    weights.SLICE = 1000
+    weights.SLICE = stored.SLICE = 1000
     with join_ranks() as ranks:
         changes = {**FULL, "model": {"added_tokens": [f"<{i}>" for i in range(100)]}}
         _, root = built(model, folder, mesh, changes, ranks.world)
@@ -403,7 +404,7 @@ def test_a_tied_head_that_is_stored_twice_is_compared_piece_by_piece(tiny, tmp_p
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
-    monkeypatch.setattr(weights, "SLICE", 1000)
+    monkeypatch.setattr(stored, "SLICE", 1000)
     save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
     built(folder, tmp_path, {}, FULL, 1)
     head[-1, -1] += 1

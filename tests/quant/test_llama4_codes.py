@@ -12,8 +12,9 @@ from tunesmith.build_model import define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
 from tunesmith.model.experts import find_experts
-from tunesmith.model.measured_spec import measure_spec, read_configs
+from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.support import TUNED_SUPPORT
+from tunesmith.model.text_config import read_configs
 from tunesmith.planning.measured_layers import measure_activations
 
 EXPERTS, HIDDEN, WIDTH, LAYERS = 4, 64, 96, 2

@@ -27,6 +27,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.decoder import find_projector, has_vision_language_class, trained_projector
 from tunesmith.model.experts import find_experts
@@ -43,7 +44,7 @@ from tunesmith.model.safetensors_files import (
     read_json,
 )
 from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.weights import StoredTensor, name_tensors, stored_tensors
+from tunesmith.model.weights import name_tensors, stored_tensors
 
 PREFIX = "base_model.model."
 MERGE = "merge it into its base with PEFT, and start from the merged model"
@@ -444,7 +445,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 @contextmanager
 def stored_adapter(
     model: nn.Module, folder: Path, is_base: Callable[[str, StoredTensor], bool]
-) -> Iterator[dict[str, StoredTensor]]:
+) -> Iterator[Mapping[str, StoredTensor]]:
     """Yield (name of the model's parameter, tensor) for each tensor of an adapter in PEFT's two
     files.
 

@@ -19,13 +19,14 @@ from tunesmith.checkpoint.writer import SaveFunction
 from tunesmith.config.schema import Run
 from tunesmith.data.text.template import Template
 from tunesmith.errors import CheckpointError, ModelError
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
 from tunesmith.model.stored_form import PROCESSORS, in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
-from tunesmith.model.weights import StoredTensor, stored_tensors
+from tunesmith.model.weights import stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
 TokenizerFiles = Mapping[str, bytes]  # path in the checkpoint -> content of the file
@@ -203,7 +204,7 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
 
 
 @contextmanager
-def read_optimizer(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+def read_optimizer(folder: Path) -> Iterator[Mapping[str, StoredTensor]]:
     """Yield the optimizer's tensors of a checkpoint. They can be read only inside the block.
 
     Raise CheckpointError if the file cannot be read.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,14 +17,16 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, Forms, FrozenStack, FrozenWeight
+from tunesmith.formats.base import (
+    Format,
+    Forms,
+    FrozenExperts,
+    FrozenMatrix,
+    FrozenStack,
+    FrozenWeight,
+)
 from tunesmith.formats.form import FETCH, ShippedForm
-
-if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored, StoredParts
-    from tunesmith.formats.linear import FrozenLinear
-    from tunesmith.formats.stack import ExpertStack
-    from tunesmith.model.weights import StoredTensor
+from tunesmith.formats.stored import Stored, StoredParts, StoredTensor
 
 
 class AsShipped(Format):
@@ -98,7 +99,7 @@ class AsShipped(Format):
         return False
 
     @torch.no_grad()
-    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
         local = [local_part(target) for target in targets]
@@ -119,7 +120,7 @@ class AsShipped(Format):
         weight.check_rows(local[: len(weight.codes)])
 
     @torch.no_grad()
-    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
+    def load_stack(self, stack: FrozenExperts, weight: Stored, first: int) -> None:
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
@@ -132,10 +133,10 @@ class AsShipped(Format):
         if not pieces:
             raise self._missing_scales(weight.name, "these experts are")
 
-        for piece, stored in pieces:
+        for region, stored in pieces:
             if not self._has_this_format(stored):
                 raise self._missing_scales(stored.name, "an expert is")
-            expert_slice, rows, _ = piece.region
+            expert_slice, rows, _ = region
             part = rows.start * stack.parts // stack.rows
             *places, scale = stack.tensors_of_part(expert_slice.start - first, part)
             assert scale is not None
@@ -148,7 +149,7 @@ class AsShipped(Format):
             if local:
                 stored.check_rows(local)
 
-    def _load_whole_stack(self, stack: ExpertStack, weight: StoredTensor, first: int) -> None:
+    def _load_whole_stack(self, stack: FrozenExperts, weight: StoredTensor, first: int) -> None:
         """Load the experts of a stack that the checkpoint stores as one weight. Each tensor is read
         in one contiguous read.
         """
@@ -172,7 +173,7 @@ class AsShipped(Format):
             place.copy_(scales.unflatten(1, (parts, -1)))
 
     def _has_this_format(self, weight: StoredTensor) -> bool:
-        return weight.format is not None and weight.format.name == self.name
+        return weight.format_name == self.name
 
     def _missing_scales(self, name: str, what: str) -> ModelError:
         """Build the error for a weight that config.json declares as quantized but that has no

@@ -16,20 +16,14 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tunesmith.formats.linear import FrozenLinear
-    from tunesmith.formats.stack import ExpertStack
-    from tunesmith.model.weights import StoredTensor
-
-    Stored: TypeAlias = StoredTensor | Tensor  # a weight of a checkpoint, or random values
-    StoredParts: TypeAlias = Mapping[str, Stored]  # the weight under "", its scales by suffix
+from tunesmith.formats.stored import Stored, StoredParts, StoredTensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -64,6 +58,61 @@ class TensorForm(NamedTuple):
 
 
 Forms = dict[str, TensorForm]  # tensors of a weight, by their names in a layer
+
+
+class TensorShard(NamedTuple):
+    """The shard of a weight [out, in] on one rank. The weight is split along `dim` into `parts`
+    equal parts, and the shard has the index `part`.
+
+    The other shards are on the other ranks of the process group `group`.
+    """
+
+    dim: int
+    part: int
+    parts: int
+    group: str
+
+    def shard_of(self, blocks: Tensor, rows: int) -> Tensor:
+        """Return this rank's shard of a tensor with one value per block. The result is a view
+        [rows, blocks per row].
+        """
+        # A chunk along dimension 0 has complete rows. A chunk along dimension 1 has some blocks of
+        # every row.
+        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
+
+
+class FrozenMatrix(Protocol):
+    """The part of a `FrozenLinear` with which a format loads its weight."""
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    tensor_shard: TensorShard | None
+    rounded_from: StoredTensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def get_buffer(self, target: str) -> Tensor: ...
+
+    def stored_tensors(self) -> list[Tensor]: ...
+
+    def store(self, kind: Format, tensors: Sequence[Tensor]) -> None: ...
+
+    def part_of(self, dense: Stored, rows: slice) -> Tensor: ...
+
+
+class FrozenExperts(Protocol):
+    """The part of an `ExpertStack` with which a format loads its experts."""
+
+    stored_shape: torch.Size
+    rows: int
+    columns: int
+    parts: int
+
+    def stored_tensors(self) -> list[Tensor]: ...
+
+    def tensors_of_part(self, expert: int, part: int) -> list[Tensor | None]: ...
 
 
 class Format(ABC):
@@ -113,7 +162,7 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
         """Load the weight `name` into the layer, from the tensors of a checkpoint or from random
         values.
 
@@ -121,7 +170,7 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
+    def load_stack(self, stack: FrozenExperts, weight: Stored, first: int) -> None:
         """Load the experts of a stack from a dense or quantized weight, starting at expert `first`
         of the checkpoint.
 

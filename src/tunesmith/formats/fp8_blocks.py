@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from tunesmith.formats.base import (
     TensorForm,
 )
 from tunesmith.formats.form import ShippedForm
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.units import ceil_div
-
-if TYPE_CHECKING:
-    from tunesmith.model.weights import StoredTensor
 
 
 class Fp8Blocks(AsShipped):

@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.base import Format, Forms, FrozenWeight, TensorForm
+from tunesmith.formats.base import Format, Forms, FrozenWeight, TensorForm, TensorShard
 from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.matmul import grouped_matmul
-
-if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored, StoredParts
-    from tunesmith.model.weights import StoredTensor
-
-
-class TensorShard(NamedTuple):
-    """The shard of a weight [out, in] on one rank. The weight is split along `dim` into `parts`
-    equal parts, and the shard has the index `part`.
-
-    The other shards are on the other ranks of the process group `group`.
-    """
-
-    dim: int
-    part: int
-    parts: int
-    group: str
-
-    def shard_of(self, blocks: Tensor, rows: int) -> Tensor:
-        """Return this rank's shard of a tensor with one value per block. The result is a view
-        [rows, blocks per row].
-        """
-        # A chunk along dimension 0 has complete rows. A chunk along dimension 1 has some blocks of
-        # every row.
-        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
+from tunesmith.formats.stored import Stored, StoredParts, StoredTensor
 
 
 class FrozenTensors(nn.Module):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from tunesmith.formats.base import (
 )
 from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
-
-if TYPE_CHECKING:
-    from tunesmith.model.weights import StoredTensor
+from tunesmith.formats.stored import StoredTensor
 
 SIGNLESS_NAN = 127  # byte of a scale, without its sign, that means NaN
 ONE_IN_E4M3 = 0x38  # byte of a scale of 1

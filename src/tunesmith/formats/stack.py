@@ -7,8 +7,6 @@ The experts are read and rounded one by one, so a dense stack is never in memory
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,7 @@ from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format, FrozenStack
 from tunesmith.formats.form import FETCH
 from tunesmith.formats.linear import FrozenTensors, empty_tensors
-
-if TYPE_CHECKING:
-    from tunesmith.formats.base import Stored, StoredParts
+from tunesmith.formats.stored import Stored, StoredParts
 
 
 class ExpertStack(FrozenTensors):

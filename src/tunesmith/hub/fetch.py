@@ -38,7 +38,7 @@ from tunesmith.host.files import (
 )
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, unknown_model_name
-from tunesmith.model.measured_spec import model_spec, read_configs
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import (
     INDEX,
     MODELOPT_CONFIG,
@@ -50,6 +50,7 @@ from tunesmith.model.safetensors_files import (
 from tunesmith.model.shapes import config_of_model
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
+from tunesmith.model.text_config import read_configs
 
 log = logging.getLogger(__name__)
 

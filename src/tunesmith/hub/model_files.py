@@ -13,12 +13,12 @@ from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
 from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.names import has_own_class
 from tunesmith.model.safetensors_files import has_weights, read_json
 from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.support import Support, find_support
+from tunesmith.model.text_config import has_own_class
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def read_model_files(
     # max_position_embeddings if the file has none.
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
-    model = resolve_quantize(model, spec)
+    model = resolve_quantize(model, spec.quantized)
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
     if full_config is None or not model.vision:
         support = find_support(config, model, where=str(file), full_config=full_config)

@@ -34,7 +34,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.decoder import drop_other_parts, find_projector, vision_parameters
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
-from tunesmith.model.names import ENTIRE_NAMES, EntireNames, has_own_class, text_part
+from tunesmith.model.names import ENTIRE_NAMES, EntireNames
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
     read_all_entries,
@@ -43,6 +43,7 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.shipped import check_quantize
 from tunesmith.model.spec import check_supported, one_line, read_spec
+from tunesmith.model.text_config import has_own_class, text_part
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:

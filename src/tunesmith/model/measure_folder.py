@@ -7,8 +7,8 @@ from tunesmith.errors import ModelError
 from tunesmith.model.load import load_configs
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import ModelType, Support
-from tunesmith.model.names import has_own_class
 from tunesmith.model.support import find_support
+from tunesmith.model.text_config import has_own_class
 
 
 def measure_folder(folder: Path) -> ModelType:

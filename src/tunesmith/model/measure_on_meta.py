@@ -8,15 +8,10 @@ from tunesmith.errors import ModelError, errors_at
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.count_layers import count_layers
 from tunesmith.model.load import build_on_meta
-from tunesmith.model.measured_spec import (
-    MEASURED_TOKENS,
-    cannot_measure,
-    experts_per_token,
-    read_configs,
-)
-from tunesmith.model.meta_forward import run_on_meta
+from tunesmith.model.meta_forward import MEASURED_TOKENS, run_on_meta
 from tunesmith.model.safetensors_files import Config
 from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.text_config import cannot_measure, experts_per_token, read_configs
 
 
 def measure_sizes(sizes: Config, where: str) -> ModelSpec:

@@ -27,6 +27,9 @@ from tunesmith.model.experts import CalledByInterface, HasExperts
 from tunesmith.model.vision import set_text_attention
 
 MEASURING_NAME = "tunesmith-sizes"
+# Number of tokens of the measured forward. Recurrent layers compute chunks of 64 tokens (Mamba2:
+# 256), and 256 is a multiple of both.
+MEASURED_TOKENS = 256
 GROUPED = "grouped_mm"
 # Implementations of experts that the measurement replaces by GROUPED. All other implementations run
 # unchanged.

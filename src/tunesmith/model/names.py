@@ -21,7 +21,7 @@ from tunesmith.model.shipped_entries import StoredEntry
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter, WeightTransform
 
 Region = tuple[slice, ...]
@@ -81,29 +81,6 @@ class StoredNames:
     other_parts: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     split: set[str] = field(default_factory=set)
-
-
-def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Return the config of the text model, or the config itself if the model has no other parts."""
-    text: PretrainedConfig = config.get_text_config()
-    if text is config:
-        return config
-    # The outer config decides whether weights are tied, because Mistral 3's inner config has a
-    # wrong value.
-    inner = vars(text).get("tie_word_embeddings", False)
-    text.tie_word_embeddings = vars(config).get("tie_word_embeddings", inner)
-    text.name_or_path = config.name_or_path
-    stored = vars(config).get("quantization_config")
-    if stored is not None:
-        text.quantization_config = stored
-    return text
-
-
-def has_own_class(text: "PretrainedConfig") -> bool:
-    """Return whether Transformers has a causal LM class for this text model's config."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 @dataclass(frozen=True)

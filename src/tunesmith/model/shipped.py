@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import ModelError, RecipeError, errors_at
@@ -22,9 +22,6 @@ from tunesmith.formats.form import (
     ShippedForm,
 )
 from tunesmith.model.safetensors_files import Config, read_model_config
-
-if TYPE_CHECKING:
-    from tunesmith.model.spec import ModelSpec
 
 FETCH_CONFIG = "fetch config.json again: tunesmith fetch MODEL"
 UNQUANTIZED = "use the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
@@ -314,11 +311,15 @@ def check_quantize(quantize: str, config: Config, where: str) -> None:
         )
 
 
-def resolve_quantize(model: Model, spec: "ModelSpec") -> Model:
-    """Return the recipe's `model` section with `quantize: auto` replaced by the resolved value."""
+def resolve_quantize(model: Model, stored: str | None) -> Model:
+    """Return the recipe's `model` section with `quantize: auto` replaced by the resolved value.
+
+    Args:
+        stored: the storage format of the weights, from `stored_quantization`.
+    """
     if model.quantize != "auto":
         return model
-    if spec.quantized in KEEPABLE:
+    if stored in KEEPABLE:
         return replace(model, quantize=AS_SHIPPED)
     return replace(model, quantize="none")
 

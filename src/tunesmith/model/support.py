@@ -41,10 +41,11 @@ from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import without_labels
 from tunesmith.model.model_types import Errors, Support
-from tunesmith.model.names import assign_names, has_own_class, name_in_entire_model, text_part
+from tunesmith.model.names import assign_names, name_in_entire_model
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.spec import one_line
+from tunesmith.model.text_config import has_own_class, text_part
 from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, VOCAB, build_tiny_model
 from tunesmith.model.vision import set_text_attention
 

@@ -23,10 +23,10 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.as_shipped import not_finite
-from tunesmith.formats.base import Format
 from tunesmith.formats.registry import shipped_format
+from tunesmith.formats.stored import SLICE, Region, StoredTensor, whole_slices
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.names import Piece, Pieces, StoredGroups, assign_names
+from tunesmith.model.names import Pieces, StoredGroups, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entries
 from tunesmith.units import count_of
@@ -51,24 +51,15 @@ STORED = {
 CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8_CODES = "F8_E4M3"  # read as bytes; 127 and 255 are NaN, and there is no infinity
 MAX_READ_WEIGHTS = 1 << 20  # maximum weights that are dequantized to fp32 at once
-SLICE = 16 << 20  # bytes of the buffer for tensors that are converted
 SCALES = "_scales"  # suffix of a parameter that holds the scales of another parameter
 
 
-class StoredTensor:
-    """A tensor of the checkpoint that is not yet read. Hooks of `load_weights` receive it.
+class FileTensor(StoredTensor):
+    """A stored tensor that is one entry of a safetensors file.
 
-    Shape and dtype are those of the file. If no file is passed or the file is closed, each read
-    opens the file. `check` records the values that are read.
-
-    Attributes:
-        format: the storage format of a quantized weight; None: the weight is not quantized.
-        codes: the stored tensors that have values for each row of a quantized weight.
-        scale: the scale of an entire quantized weight.
+    If no file is passed or the file is closed, each read opens the file. `check` records the values
+    that are read.
     """
-
-    format: Format | None = None
-    codes: Sequence["StoredTensor"] = ()
 
     def __init__(
         self, entry: Entry, file: BufferedReader | None = None, check: "FiniteCheck | None" = None
@@ -83,23 +74,11 @@ class StoredTensor:
         else:
             self.dtype = STORED[entry.dtype]
 
-    def with_shape(self, shape: torch.Size) -> "StoredTensor":
+    def with_shape(self, shape: torch.Size) -> "FileTensor":
         """Return a tensor of another shape with the same elements in the same order."""
-        return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
-
-    @property
-    def scale(self) -> Tensor | None:
-        return None
-
-    def read(self) -> Tensor:
-        """Return the entire tensor, on the CPU, in its stored dtype."""
-        return self[_whole(self.shape)]
+        return FileTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
 
     def into(self, target: Tensor, begin: int = 0) -> None:
-        """Read elements from index `begin` into `target`, converted to its dtype and device.
-
-        `target` must be contiguous.
-        """
         if self._file is None or self._file.closed:
             with open_uncached(self._entry.file) as file:
                 type(self)(self._entry, file, self._check).into(target, begin)
@@ -142,30 +121,6 @@ class StoredTensor:
         low, high = torch.aminmax(flat)
         return low.double() + high.double()
 
-    def pieces(self, rows: slice) -> Iterator[tuple[Piece, "StoredTensor"]]:
-        """Yield the pieces that contain some of these rows.
-
-        A tensor that is stored as a single tensor has no pieces.
-        """
-        return iter(())
-
-    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None:
-        """Raise ModelError if a stored scale of these rows is not finite."""
-
-    def into_part(self, target: Tensor) -> None:
-        """Fill this rank's shard of `target`, which may have more rows than the stored tensor."""
-        self._fill(local_part(target), local_slices(target))
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        """Read only the region of the slices. The result is on the CPU in the stored dtype.
-
-        Args:
-            slices: one slice with start and stop for each dimension.
-        """
-        part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
-        self._fill(part, slices)
-        return part
-
     def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
         if not slices:
             self.into(local)
@@ -178,7 +133,7 @@ class StoredTensor:
         local = local[: max(last - first, 0)]
         # Entire rows are contiguous in the file. Parts of rows are read as bands and sliced in
         # memory.
-        if columns == _whole(row_shape):
+        if columns == whole_slices(row_shape):
             self.into(local, first * math.prod(row_shape))
             return
         for start, band in self.bands(first, last):
@@ -186,35 +141,12 @@ class StoredTensor:
             local_band = local[offset : offset + len(band)]
             local_band.copy_(band[(slice(None), *columns)])
 
-    def bands(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield the rows from `first` up to `last` in bands of about SLICE bytes.
-
-        Yields:
-            The index of the band's first row, and its rows.
-        """
-        if last is None:
-            last = self.shape[0]
-        row_shape = self.shape[1:]
-        width = math.prod(row_shape)
-        # Read at least one row, even if it is larger than SLICE.
-        step = max(1, SLICE // max(1, width * self.dtype.itemsize))
-        for start in range(first, last, step):
-            rows = min(step, last - start)
-            band = torch.empty(rows, *row_shape, dtype=self.dtype)
-            self.into(band, start * width)
-            yield start, band
-
     def _read(self, flat: Tensor, offset: int) -> None:
         if flat.numel():
             assert self._file is not None  # `into` opens the file
             # View the memory as bytes, because numpy has no bf16.
             memory = flat.view(torch.uint8).numpy().data
             read_into(self._file, self._entry, memory, offset)
-
-
-def _whole(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return slices that cover each dimension entirely."""
-    return tuple(slice(0, size) for size in shape)
 
 
 class FiniteCheck:
@@ -260,7 +192,7 @@ class TensorOfParts(StoredTensor):
         width = math.prod(row_shape)
         first = begin // width
         rows = slice(first, first + target.numel() // width)
-        self._fill(target.view(-1, *row_shape), (rows, *_whole(row_shape)))
+        self._fill(target.view(-1, *row_shape), (rows, *whole_slices(row_shape)))
 
 
 class JoinedTensor(TensorOfParts):
@@ -280,15 +212,14 @@ class JoinedTensor(TensorOfParts):
         for piece in pieces.pieces:
             self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
 
-    def pieces(self, rows: slice) -> Iterator[tuple[Piece, StoredTensor]]:
-        """Yield the pieces that contain some of these rows, with their stored tensors."""
+    def pieces(self, rows: slice) -> Iterator[tuple[Region, StoredTensor]]:
         for piece, stored in self._pieces:
             region = piece.region[0]
             if region.start < rows.stop and rows.start < region.stop:
-                yield piece, stored
+                yield piece.region, stored
 
     def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
-        for piece, stored in self.pieces(slices[0]):
+        for piece, stored in self._pieces:
             in_local = []
             in_piece = []
             # Compute the overlap of the piece and the local slice, as positions in both of them.
@@ -324,7 +255,7 @@ class DecodedTensor(TensorOfParts):
     ) -> None:
         super().__init__(entry)
         self.shipped = shipped_format(entry.form)
-        self.format = self.shipped
+        self.format_name = self.shipped.name
         first, *others = entry.codes
         self.codes = [stored_tensor(first, files, check)]
         self.codes += [stored_tensor(part, files) for part in others]
@@ -388,8 +319,8 @@ class DecodedTensor(TensorOfParts):
 def _rows_of(stored: StoredTensor, rows: slice, expert: int | None) -> Tensor:
     """Return rows of a matrix, or of one expert's matrix in a stack."""
     if expert is None:
-        return stored[(rows, *_whole(stored.shape[1:]))]
-    expert_rows = stored[(slice(expert, expert + 1), rows, *_whole(stored.shape[2:]))]
+        return stored[(rows, *whole_slices(stored.shape[1:]))]
+    expert_rows = stored[(slice(expert, expert + 1), rows, *whole_slices(stored.shape[2:]))]
     return expert_rows[0]
 
 
@@ -408,11 +339,11 @@ def stored_tensor(
         return JoinedTensor(entry, files, check)
     if isinstance(entry, CodedEntry):
         return DecodedTensor(entry, files, check)
-    return StoredTensor(entry, files.get(entry.file), check)
+    return FileTensor(entry, files.get(entry.file), check)
 
 
 @contextmanager
-def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
+def stored_tensors(file: Path) -> Iterator[dict[str, FileTensor]]:
     """Yield the tensors of a safetensors file by name. They can be read inside the `with` block.
 
     Raise ModelError if the file is damaged.
@@ -426,7 +357,7 @@ def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
         what = name_tensors(unreadable, "of an unsupported dtype")
         raise ModelError(what, where=str(file))
     with open_uncached(file) as opened:
-        yield {entry.name: StoredTensor(entry, opened) for entry in entries}
+        yield {entry.name: FileTensor(entry, opened) for entry in entries}
 
 
 # Function that fills a parameter. It receives the parameter's stored tensors by suffix, or a random

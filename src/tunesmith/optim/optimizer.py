@@ -27,7 +27,7 @@ from tunesmith.config.schema import Train
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import CheckpointError
-from tunesmith.model.weights import StoredTensor
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
 

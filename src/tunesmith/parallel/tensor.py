@@ -35,7 +35,8 @@ from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_s
 from tunesmith.distributed.torch_private import SavingContext, collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
-from tunesmith.formats.linear import FrozenLinear, TensorShard, has_codes
+from tunesmith.formats.base import TensorShard
+from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder

@@ -15,10 +15,10 @@ from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers, find_text_model
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure
-from tunesmith.model.measured_spec import MEASURED_TOKENS, experts_per_token, read_configs
-from tunesmith.model.meta_forward import run_on_meta
+from tunesmith.model.meta_forward import MEASURED_TOKENS, run_on_meta
 from tunesmith.model.support import find_support
-from tunesmith.planning.measured_layers import SavedActivations
+from tunesmith.model.text_config import experts_per_token, read_configs
+from tunesmith.planning.run_plan import SavedActivations
 from tunesmith.quant.linear_layers import set_bypassed
 
 

@@ -7,40 +7,18 @@ length. Recurrent layers are measured with their PyTorch implementation and one 
 kernels save less. The measurement takes seconds, so its result is cached on disk.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
 
 from tunesmith.config.schema import Adapter, StatedDtype
 from tunesmith.host.files import measure_once
 from tunesmith.model.spec import ModelSpec, adapter_parameters
+from tunesmith.planning.run_plan import SavedActivations
 
 # Version of the cached files. Increase it after a change of the modules that tunesmith fuses or
 # adds adapters to.
 MEASURED_LAYERS_VERSION = 12
-
-
-@dataclass(frozen=True)
-class SavedActivations:
-    """Bytes that each decoder layer saves for the backward.
-
-    Attributes:
-        by_token: bytes per token of each layer, without attention probabilities.
-        constant: bytes of each layer that do not depend on the number of tokens.
-        outside: bytes per token that are saved outside of the layers, by rotary tables and the last
-            norm.
-        adapter: number of parameters of the adapter. 0 if the model is fully trained.
-        active: number of adapter parameters that a token uses. A token uses only some of the
-            experts.
-        experts: number of adapter parameters of all experts.
-    """
-
-    by_token: tuple[float, ...]
-    constant: tuple[float, ...]
-    outside: float
-    adapter: int
-    active: int
-    experts: int = 0
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:

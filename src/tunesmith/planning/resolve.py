@@ -86,7 +86,7 @@ def resolve_dtype(
     if half == "fp16" and train.optimizer_in_backward:
         return chosen("fp32", "because train.optimizer_in_backward does not support fp16")
     sizes = read_sizes()
-    if scheme_of(resolve_quantize(model, sizes)) is not DENSE:
+    if scheme_of(resolve_quantize(model, sizes.quantized)) is not DENSE:
         return chosen(half, f"because the base is quantized, although {name} has no bf16 hardware")
     weights = sizes.parameters * torch.float32.itemsize / 2**30
     if weights < MAX_FP32_SHARE * chip.gib:

@@ -147,6 +147,29 @@ ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))
 
 
 @dataclass(frozen=True)
+class SavedActivations:
+    """Bytes that each decoder layer saves for the backward.
+
+    Attributes:
+        by_token: bytes per token of each layer, without attention probabilities.
+        constant: bytes of each layer that do not depend on the number of tokens.
+        outside: bytes per token that are saved outside of the layers, by rotary tables and the last
+            norm.
+        adapter: number of parameters of the adapter. 0 if the model is fully trained.
+        active: number of adapter parameters that a token uses. A token uses only some of the
+            experts.
+        experts: number of adapter parameters of all experts.
+    """
+
+    by_token: tuple[float, ...]
+    constant: tuple[float, ...]
+    outside: float
+    adapter: int
+    active: int
+    experts: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the device during training with a micro batch of `tokens` tokens (including
     padding), by part.

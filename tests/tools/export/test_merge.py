@@ -25,8 +25,8 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.inference.load_run import load_run
-from tunesmith.model.weights import StoredTensor
 from tunesmith.tools.export import merge as room
 from tunesmith.tools.export import merge_check, tuned_weights
 from tunesmith.tools.export.merge import merge

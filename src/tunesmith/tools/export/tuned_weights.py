@@ -25,10 +25,11 @@ from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.formats.stored import StoredTensor
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.experts import LORA_SUFFIX
-from tunesmith.model.weights import StoredTensor, find_stored
+from tunesmith.model.weights import find_stored
 from tunesmith.quant.linear_layers import set_bypassed
 
 BAND = 16 << 20  # maximum size of a band of rows in fp32, in bytes

@@ -94,7 +94,7 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     if run.model.vision:
         spec = _with_vision(run, spec, model)
     check_quantize(run.model.quantize, model.config, model.where)
-    run = replace(run, model=resolve_quantize(run.model, spec))
+    run = replace(run, model=resolve_quantize(run.model, spec.quantized))
     types = read_model_types()
     # If the model type has not been tested, assume that it supports packed documents.
     support = types[spec.model_type].support if spec.model_type in types else Support("packed")
