@@ -23,7 +23,7 @@ from tunesmith.checkpoint.sharded import export_sharded
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
 from tunesmith.inference.load_run import locate_run
-from tunesmith.launch.jobs import Job
+from tunesmith.launch.job import Job
 from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.summary import closing_summary
 from tunesmith.reader.run_files import RunFiles

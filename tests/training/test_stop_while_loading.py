@@ -17,7 +17,7 @@ import pytest
 from errors import lines_with
 from recipes import recipe
 from tunesmith.config.schema import Run
-from tunesmith.launch.jobs import Job
+from tunesmith.launch.job import Job
 from tunesmith.run_dir import RUNNING, STOP_FILE, RunState
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm

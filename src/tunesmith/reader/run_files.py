@@ -16,7 +16,8 @@ from tunesmith.checkpoint.previous_crash import find_previous_crash
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.shell import shell_path
-from tunesmith.launch.jobs import holds_run, is_at_work
+from tunesmith.launch.job import holds_run
+from tunesmith.launch.jobs import is_at_work
 from tunesmith.metrics.record import checked_values
 from tunesmith.metrics.run_figures import Columns, RunFigures
 from tunesmith.run_dir import (

@@ -23,8 +23,8 @@ from errors import holds, lines_with, refuses
 from launch.conftest import FORKING, SLOW, UNENDING, uninterrupted
 from recipes import make_run, recipe
 from tunesmith.errors import MachineError
-from tunesmith.launch.jobs import last_step
-from tunesmith.tools.launch import slurm
+from tunesmith.launch.job import last_step
+from tunesmith.launch.slurm_job import SlurmJob
 from tunesmith.training.run import train
 
 PAIR = Path(__file__).with_name("slurm_pair.sh")
@@ -176,7 +176,7 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     assert "finished COMPLETED; step 12" in cluster.tunesmith("status", f"slurm-{job}")
     assert (out / "final" / "manifest.json").is_file()
     # As Slurm forgets a job after some minutes
-    forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})
+    forgotten = SlurmJob("slurm-99", str(out), details={"id": "99"})
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     assert forgotten.state() == ("finished", last_step(out))
     closed = cluster.folder / "closed.conf"

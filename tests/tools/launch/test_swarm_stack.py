@@ -19,10 +19,11 @@ from errors import refuses
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
+from tunesmith.launch.swarm_job import JOB_LABEL, SERVICE
 from tunesmith.tools.launch import deploy
 from tunesmith.tools.launch.deploy import variables_of_ranks
 from tunesmith.tools.launch.inputs import check_exposed
-from tunesmith.tools.launch.stack import JOB_LABEL, SERVICE, Stack
+from tunesmith.tools.launch.stack import Stack
 from tunesmith.tools.launch.swarm import SwarmNode
 
 PLAIN = Stack(

@@ -12,10 +12,10 @@ import pytest
 from errors import holds, refuses
 from records import record
 from tunesmith.errors import UsageError
-from tunesmith.launch.jobs import save_job
+from tunesmith.launch.job import save_job
+from tunesmith.launch.slurm_job import SlurmJob
 from tunesmith.reader.curves import MAX_RANKS, POINTS, curves
 from tunesmith.reader.run_files import RunFiles, end_fields
-from tunesmith.tools.launch.slurm import SlurmJob
 from tunesmith.tools.report.run_watch import open_run
 from watching import add_steps, write_run
 

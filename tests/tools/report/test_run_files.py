@@ -21,7 +21,7 @@ from records import RUN, record
 from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.config.dump import to_mapping
 from tunesmith.errors import UsageError
-from tunesmith.launch.jobs import Job
+from tunesmith.launch.job import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.reader.curves import downsample, smooth

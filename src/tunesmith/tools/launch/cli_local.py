@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.options import whole_number
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.launch import node
-from tunesmith.launch.jobs import Job, agent_words, check_free, write_recipe
+from tunesmith.launch.job import Job
+from tunesmith.launch.jobs import agent_words, check_free, write_recipe
 from tunesmith.tools.launch import local
 from tunesmith.units import count_of
 

@@ -14,7 +14,8 @@ from tunesmith.cli.options import add_json
 from tunesmith.errors import MachineError
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.streams import visible
-from tunesmith.launch.jobs import Job, JobState, all_jobs, find_job, last_step, with_runs_of_folders
+from tunesmith.launch.job import Job, JobState, last_step
+from tunesmith.launch.jobs import all_jobs, find_job, with_runs_of_folders
 from tunesmith.run_dir import RunState
 
 

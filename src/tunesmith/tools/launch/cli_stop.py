@@ -8,7 +8,8 @@ example:
 import argparse
 import time
 
-from tunesmith.launch.jobs import POLL, find_job
+from tunesmith.launch.job import POLL
+from tunesmith.launch.jobs import find_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

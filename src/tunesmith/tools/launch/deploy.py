@@ -20,10 +20,12 @@ from tunesmith.config.schema import Run
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.shell import shell_word
-from tunesmith.launch.jobs import check_free, name_of_run, save_job, state_folder, write_recipe
+from tunesmith.launch.job import save_job, state_folder
+from tunesmith.launch.jobs import check_free, name_of_run, write_recipe
 from tunesmith.launch.node import MERGE_NICS
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
 from tunesmith.launch.ssh import require_image, run_on, send_files, send_image, try_on
+from tunesmith.launch.swarm_job import JOB_LABEL, SwarmJob
 from tunesmith.tools.launch.inputs import (
     caches,
     check_exposed,
@@ -34,8 +36,8 @@ from tunesmith.tools.launch.inputs import (
     place_by_content,
     recipe_inputs,
 )
-from tunesmith.tools.launch.stack import JOB_LABEL, Stack
-from tunesmith.tools.launch.swarm import SwarmJob, SwarmNode, find_nodes
+from tunesmith.tools.launch.stack import Stack
+from tunesmith.tools.launch.swarm import SwarmNode, find_nodes
 
 log = logging.getLogger(__name__)
 

@@ -12,32 +12,17 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_STOPPED,
-    MachineError,
-    UsageError,
-    mask,
-)
+from tunesmith.errors import EXIT_FAILED, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.host.signals import SIGNAL_NAMES
-from tunesmith.launch.jobs import (
-    Job,
-    JobState,
-    agent_words,
-    name_of_run,
-    recipe_file,
-    safe_value,
-    save_job,
-    write_recipe,
-)
-from tunesmith.launch.ssh import NO_COMMAND, require_image, try_on
+from tunesmith.launch.docker_job import DockerJob, run_docker
+from tunesmith.launch.job import Job, save_job
+from tunesmith.launch.jobs import agent_words, name_of_run, recipe_file, safe_value, write_recipe
+from tunesmith.launch.ssh import require_image
 from tunesmith.run_dir import RunState
 from tunesmith.tools.launch.inputs import (
     SECRETS,
@@ -67,19 +52,6 @@ LIMITS = (
     # save a large model.
     "--stop-timeout=3600",
 )
-TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-# Text in docker's error output -> (problem, fix).
-DOCKER_FAULTS = {
-    "permission denied while trying": (
-        "this user has no permission to use Docker",
-        "run `sudo usermod -aG docker $USER`, then log in again",
-    ),
-    "Cannot connect to the Docker": ("Docker is not running", "sudo systemctl start docker"),
-    "select device driver": (
-        "Docker finds no GPU",
-        f"install nvidia-container-toolkit, then run: {TOOLKIT}",
-    ),
-}
 
 
 class Mount(NamedTuple):
@@ -103,81 +75,6 @@ class Mount(NamedTuple):
         line = io.StringIO()
         csv.writer(line, lineterminator="").writerow(fields)
         return line.getvalue()
-
-
-class DockerJob(Job):
-    """A job that runs in a Docker container of this machine. The container has the job's name."""
-
-    def container(self) -> JobState | None:
-        """Read the container's state from Docker. Return None if there is no such container."""
-        # Read state and exit code in one call, so that both belong to the same moment.
-        form = "--format={{.State.Status}} {{.State.ExitCode}}"
-        inspected = _docker("inspect", "--type=container", form, self.name, check=False)
-        if inspected.returncode:
-            return None
-        status, code = inspected.stdout.split()
-        if status in ("exited", "dead"):
-            # An exit code above 128 means that a signal has killed the process.
-            ending = RunState.FAILED if int(code) <= 128 else RunState.KILLED
-            states = {EXIT_OK: RunState.FINISHED, EXIT_STOPPED: RunState.STOPPED}
-            return JobState(states.get(int(code), ending), f"exit code {code}")
-        # The container was created by `docker create` but not started yet.
-        if status == "created":
-            return JobState(RunState.QUEUED, "starts")
-        # Return RUNNING even if the run directory has no lock yet, because the run may still be
-        # starting.
-        return JobState(RunState.RUNNING, "starts")
-
-    def state(self) -> JobState:
-        container = self.container()
-        run = super().state()
-        # If the container and the run directory have the same state, return that of the run
-        # directory, because its text has more details.
-        if container is None or container.state is run.state:
-            return run
-        if container.at_work:
-            return container
-        return run.after(container.state, container.text)
-
-    def read_log(self, *, follow: bool) -> Iterator[str]:
-        # If the container is already removed, read the log file of the run directory.
-        if self.container() is None:
-            yield from super().read_log(follow=False)
-            return
-        command = ["docker", "logs", f"--follow={str(follow).lower()}", self.name]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
-        ) as logs:
-            yield from logs.stdout or ()
-
-    def stop(self) -> str:
-        container = self.container()
-        if container is None or container.state is not RunState.RUNNING:
-            return super().stop()
-        _docker("kill", "--signal=SIGTERM", self.name)
-        return "stop requested: the run saves, then stops"
-
-
-def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run docker and return the finished process.
-
-    Raise MachineError if docker cannot be used, or if the command fails and `check` is True.
-    """
-    process = try_on("", "docker", *words)
-    if process.returncode == NO_COMMAND:
-        fix = "sudo apt-get install docker.io"
-        raise MachineError("docker is not installed", where="PATH", fix=fix)
-    if process.returncode == 0:
-        return process
-    where = f"docker {words[0]}"
-    why = mask(process.stderr.strip())[:600]
-    for text, (what, fix) in DOCKER_FAULTS.items():
-        if text in why:
-            raise MachineError(what, where=where, why=why, fix=fix)
-    if check:
-        fix = "check the configuration of Docker with `docker info`"
-        raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
-    return process
 
 
 def find_mounts(run: Run) -> list[Mount]:
@@ -261,7 +158,7 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     require_image(image)
     # Remove the ended container of an earlier start, because it has the same name.
     if previous is not None:
-        _docker("rm", job.name)
+        run_docker("rm", job.name)
     write_recipe(run)
     for mount in mounts:
         # Create the folder, because Docker only mounts paths that exist.
@@ -275,11 +172,11 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
             secret.touch(mode=0o600)
             secret.write_text(value, encoding="utf-8")
             mounts.append(Mount(secret, target=f"{SECRETS}/{name}"))
-        _docker("create", *create_words(job, image, mounts, debug=debug))
+        run_docker("create", *create_words(job, image, mounts, debug=debug))
         try:
-            _docker("start", job.name)
+            run_docker("start", job.name)
         except BaseException:
-            _docker("rm", "--force", job.name, check=False)
+            run_docker("rm", "--force", job.name, check=False)
             raise
     save_job(job)
     return job
@@ -292,7 +189,7 @@ def follow_container(job: DockerJob) -> int:
     """
 
     def forward(number: int, frame: object) -> None:
-        _docker("kill", f"--signal={number}", job.name, check=False)
+        run_docker("kill", f"--signal={number}", job.name, check=False)
 
     for name in SIGNAL_NAMES:
         number = signal.Signals[name]
@@ -303,7 +200,7 @@ def follow_container(job: DockerJob) -> int:
     # `docker logs` would end at ctrl-C and not print the output of the run while it saves.
     subprocess.run(["docker", "logs", "--follow", job.name], start_new_session=True, check=False)
     # `docker wait` prints the exit code of the container, even if it has already ended.
-    code = int(_docker("wait", job.name).stdout)
-    _docker("rm", job.name)
+    code = int(run_docker("wait", job.name).stdout)
+    run_docker("rm", job.name)
     # An exit code of 128 or more means that a signal has killed the container.
     return code if code < 128 else EXIT_FAILED

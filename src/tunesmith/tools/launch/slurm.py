@@ -12,33 +12,21 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.child_output import last_line
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
-from tunesmith.host.shell import shell_command, shell_word
-from tunesmith.launch.jobs import (
-    FOLDER,
-    Job,
-    JobState,
-    last_step,
-    safe_value,
-    save_job,
-    state_folder,
-    step_and_time_left,
-    write_recipe,
-)
-from tunesmith.launch.ssh import NO_COMMAND, try_on
+from tunesmith.host.shell import shell_command
+from tunesmith.launch.job import FOLDER, save_job, state_folder
+from tunesmith.launch.jobs import safe_value, write_recipe
+from tunesmith.launch.slurm_job import SlurmJob, run_slurm
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
-from tunesmith.run_dir import STOP_FILE, RunState
 from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_inputs
 
 # Names of files in the folder `launch` of the run directory.
@@ -52,27 +40,6 @@ MIN_WARNING_SECONDS = 300
 STEP_AND_CLOCK_SECONDS = 60
 # Assumed speed of writing a checkpoint to a shared disk, in bytes per second.
 ASSUMED_BYTES_PER_SECOND = 1e9
-# Slurm's states of queued jobs and of ended jobs. A job in any other state is running.
-WAITING_JOBS = {
-    "PENDING",
-    "CONFIGURING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "SPECIAL_EXIT",
-    "RESV_DEL_HOLD",
-}
-ENDED_JOBS = {
-    "BOOT_FAIL": RunState.FAILED,
-    "CANCELLED": RunState.KILLED,
-    "COMPLETED": RunState.FINISHED,
-    "DEADLINE": RunState.KILLED,
-    "FAILED": RunState.FAILED,
-    "NODE_FAIL": RunState.KILLED,
-    "OUT_OF_MEMORY": RunState.KILLED,
-    "PREEMPTED": RunState.KILLED,
-    "TIMEOUT": RunState.KILLED,
-}
 # Variables of the submitting shell that are passed to the job. A variable is left out if its name
 # or value looks like a secret.
 PASSED_TO_JOB = re.compile(
@@ -205,67 +172,6 @@ class Request:
     warning: int | None = None
     saving: float = 0.0
     debug: bool = False
-
-
-class SlurmJob(Job):
-    """A job of Slurm. `details["id"]` is the id of the job."""
-
-    def state(self) -> JobState:
-        id_ = self.details["id"]
-        form = "--format=%T|%r|%M|%l|%N"
-        # Use `--states=all`, because squeue otherwise does not list a job that has just ended.
-        code, out, errors = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, form)
-        # "Invalid job id" means that the job has ended, because Slurm deletes a job's record some
-        # minutes after its end.
-        if code and "Invalid job id" not in errors:
-            fix = "run `tunesmith doctor --slurm` on a login node of the cluster"
-            raise MachineError("Slurm does not respond", where="squeue", why=errors, fix=fix)
-        if not out.strip():
-            return super().state()
-        name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
-        if name in WAITING_JOBS:
-            # Show the progress of a queued job that has already run. It will resume from its last
-            # checkpoint.
-            run = super().state()
-            done = run.text if run.state is RunState.STOPPED else last_step(self.run_dir)
-            return JobState(RunState.QUEUED, "; ".join(filter(None, (f"{name}: {reason}", done))))
-        if name in ENDED_JOBS:
-            return super().state().after(ENDED_JOBS[name], name)
-        step = step_and_time_left(self.run_dir) or "before the first step"
-        return JobState(RunState.RUNNING, f"{step}; {name} for {elapsed} of {limit} on {nodes}")
-
-    def stop(self) -> str:
-        id_ = self.details["id"]
-        state = self.state().state
-        if state is RunState.QUEUED:
-            _cancel(id_)
-            return "removed from the queue"
-        if state is not RunState.RUNNING:
-            return "the job has already ended"
-        # If the first file exists, the script does not requeue the job. If the second file exists,
-        # the run treats SIGTERM as a request of `tunesmith stop`, not of Slurm.
-        out = Path(self.run_dir)
-        for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
-            # Ignore an error: the folder may be on a disk that this machine cannot access, and
-            # SIGTERM below stops the job even without the files.
-            with suppress(OSError):
-                file.touch()
-        # scancel sends this signal only to the job steps. The script waits for their end.
-        _cancel("--signal=TERM", id_)
-        return "stop requested: the run saves, then stops"
-
-
-def _cancel(*words: str) -> None:
-    """Run scancel. Raise MachineError if it fails.
-
-    Args:
-        words: the arguments of scancel. The last one is the id of the job.
-    """
-    code, _, errors = _slurm("scancel", *words)
-    if code:
-        id_ = words[-1]
-        fix = f"scancel {shell_word(id_)}"
-        raise MachineError("scancel failed", where=id_, why=errors, fix=fix)
 
 
 def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> str:
@@ -515,7 +421,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
     write_atomically(script, text)
     # Pass --export=NONE on the command line too, because the variable SBATCH_EXPORT would override
     # the line in the script.
-    code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
+    code, out, errors = run_slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
         fix = (
             "check partitions and limits with `sinfo`, and the cluster with `tunesmith doctor "
@@ -528,19 +434,6 @@ def submit(run: Run, request: Request) -> SlurmJob:
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
     save_job(job)
     return job
-
-
-def _slurm(*command: str) -> tuple[int, str, str]:
-    """Run a command of Slurm.
-
-    Return its exit code, its output, and the last line of its error output. Raise MachineError if
-    the command is not installed.
-    """
-    done = try_on("", *command)
-    if done.returncode == NO_COMMAND:
-        fix = "run the command on a login node of the cluster"
-        raise MachineError(f"{command[0]} is not installed", where="PATH", fix=fix)
-    return done.returncode, done.stdout, last_line(done.stderr)
 
 
 def _directive_word(value: str, where: str) -> str:

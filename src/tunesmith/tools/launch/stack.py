@@ -13,16 +13,11 @@ from pathlib import Path
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import agent_words, recipe_file
+from tunesmith.launch.swarm_job import JOB_LABEL, SECONDS_TO_SAVE, SERVICE
 from tunesmith.tools.launch.inputs import SECRETS
 
-# Label of all Docker objects that a launch creates. Only objects with this label are removed after
-# the run.
-JOB_LABEL = "tunesmith.job"
-SERVICE = "ranks"
 # Maximum size of the shared memory in bytes. Only the used part takes memory.
 SHM_BYTES = 16 << 30
-# Seconds that the ranks have to save after a stop request, before they are killed.
-SECONDS_TO_SAVE = 3600
 # Paths of the caches in the container.
 HUB_FOLDER = "/cache/hub"
 DATASETS_FOLDER = "/cache/datasets"
