@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipes import CHATML
-from tunesmith.config.typed import run_type
+from tunesmith.config.schema import run_type
 from tunesmith.data.text.builtin_templates import with_tools
 from tunesmith.host.packages import installed_versions, source_digest
 

@@ -105,11 +105,15 @@ class _Amount:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         """Return the schema of a field of this type for pydantic. The field is a text that `parse`
-        converts.
+        reads and `str` writes.
         """
-        from pydantic_core.core_schema import no_info_after_validator_function, str_schema
+        from pydantic_core import core_schema
 
-        return no_info_after_validator_function(cls.parse, str_schema())
+        return core_schema.no_info_after_validator_function(
+            cls.parse,
+            core_schema.str_schema(),
+            serialization=core_schema.to_string_ser_schema(),
+        )
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 from tunesmith.config.describe import GENERATED_MARK, reference, write_or_check
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
+from tunesmith.config.schema import run_type
 from tunesmith.config.shipped import purpose, shipped
-from tunesmith.config.typed import run_type
 from tunesmith.model.shapes import config_of_model
 from tunesmith.training.make_recipe import PREFERENCE_RATE, default_learning_rate
 from tunesmith.units import Length, Size

@@ -16,8 +16,15 @@ from typing import Any, get_args
 
 from tunesmith.config.names import default_of, keys
 from tunesmith.config.row_formats import FORMAT_COLUMNS
-from tunesmith.config.schema import MethodConfig, MethodName, Run, Source, is_section
-from tunesmith.config.typed import run_type, type_in_words
+from tunesmith.config.schema import (
+    MethodConfig,
+    MethodName,
+    Run,
+    Source,
+    is_section,
+    run_type,
+)
+from tunesmith.config.typed import type_in_words
 
 GENERATED_MARK = (
     "<!-- Written from the schema from here on:"

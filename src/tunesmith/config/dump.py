@@ -9,13 +9,11 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from tunesmith.config.names import keys
-from tunesmith.config.schema import METHOD_KEYS, Adapter, MethodConfig, Run, yaml_name
+from tunesmith.config.schema import METHOD_KEYS, Adapter, Run, run_type
 from tunesmith.config.tree import scalar
-from tunesmith.units import Length, Share, Size
 
 # Key of the duration of a run. A resumed run may have a longer duration than before.
 DURATION = "train.duration"
@@ -46,17 +44,11 @@ def _plain(run: Run) -> dict[str, Any]:
     The section `method` has only the keys that this method reads. A method without keys, such as
     sft, is written as its name (`method: sft`), as in recipes of earlier versions.
     """
-
-    def default(value: object) -> object:
-        if isinstance(value, Length | Size | Share):
-            return str(value)
-        if isinstance(value, MethodConfig):
-            keys = METHOD_KEYS[value.name]
-            values = asdict(value)
-            return {key: values[key] for key in ("name", *keys)} if keys else value.name
-        return {yaml_name(k): v for k, v in vars(value).items()}
-
-    return json.loads(json.dumps(run, default=default))
+    values = run_type().dump_python(run, mode="json", by_alias=True, warnings=False)
+    method = values["method"]
+    keys_read = METHOD_KEYS[method["name"]]
+    read = {key: method[key] for key in ("name", *keys_read)}
+    return {**values, "method": read if keys_read else method["name"]}
 
 
 def flatten(run: Run) -> dict[str, str | int | float | bool | None]:

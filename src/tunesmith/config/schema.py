@@ -11,12 +11,16 @@ A field accepts only values of its type. A `Literal` field accepts the listed wo
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from tunesmith.config.row_formats import FormatName
 from tunesmith.units import Length, Share, Size
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 # Text that must not be empty: a name, a path or a branch.
 Text = Annotated[str, MinLen(1)]
@@ -575,3 +579,13 @@ class Run:
         For preference pairs it is 2 * `data.seq_len`, because a pair has two sequences.
         """
         return self.data.seq_len * (2 if self.method.name in PAIR_METHODS else 1)
+
+
+@cache
+def run_type() -> "TypeAdapter[Run]":
+    """Return the pydantic adapter of `Run`, which reads and writes values and creates the JSON
+    Schema.
+    """
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Run)

@@ -8,7 +8,6 @@ import json
 import re
 import reprlib
 from dataclasses import Field, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -22,14 +21,13 @@ from tunesmith.config.names import (
     suggest_key,
     without_indices,
 )
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, run_type
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_path
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
 # pydantic's error types for a number of the right type that is out of bounds.
@@ -46,14 +44,6 @@ _FORMS = {
     Size: "a size",
     Share: "a share",
 }
-
-
-@cache
-def run_type() -> "TypeAdapter[Run]":
-    """Return the pydantic adapter of `Run`, which validates values and creates the JSON Schema."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Run)
 
 
 def build_run(tree: Node) -> Run:
