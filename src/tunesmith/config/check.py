@@ -66,7 +66,8 @@ def check_run(run: Run, where: Place) -> None:
         place = where(problem.key) or problem.key
         fix = problem.fix
         if place.startswith(COMMAND_LINE):
-            fix = _SETTING_IN_FIX.sub(_as_argument, fix)
+            # The command line needs a setting in the form `key=value`.
+            fix = _SETTING_IN_FIX.sub(lambda found: shell_word(f"{found[1]}={found[2]}"), fix)
         raise RecipeError(f"{problem.key} {problem.what}", where=place, why=problem.why, fix=fix)
 
 
@@ -76,11 +77,6 @@ _SETTING_IN_FIX = re.compile(
     r"\b((?:\w+\.)+\w+|method): "
     r"(\{.*?\}|\[.*?\]|[^\s,;()]+(?: (?:%|steps|epochs|examples|tokens)(?!\w))?)"
 )
-
-
-def _as_argument(setting: re.Match[str]) -> str:
-    """Convert a setting in a fix to the format of the command line: `key=value`."""
-    return shell_word(f"{setting[1]}={setting[2]}")
 
 
 def _no_effect(key: str, context: str, fix: str) -> Problem:
@@ -105,28 +101,24 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
             fix="set method.label_smoothing: 0.1, or method.loss_type: sigmoid",
         )
     if method.name == "kto":
-        yield from _kto(run)
+        if run.adapter.kind == "none" and run.train.duration.seconds is not None:
+            yield Problem(
+                "train.duration",
+                f"is {run.train.duration}, but full fine-tuning with kto needs a duration in "
+                "steps or epochs",
+                fix="set train.duration: 1 epochs, or adapter.kind: lora",
+                why="the base model computes the log probabilities of all answers before training;"
+                " therefore the number of steps must be known",
+            )
+        if run.train.global_batch == Size(1, "examples"):
+            yield Problem(
+                "train.global_batch",
+                "is one example, but kto needs at least two examples per batch",
+                fix="set train.global_batch: 16 examples",
+                why="kto's reference point pairs each prompt with the answer to another prompt of"
+                " the batch",
+            )
     yield from _method_formats(run, where)
-
-
-def _kto(run: Run) -> Iterator[Problem]:
-    if run.adapter.kind == "none" and run.train.duration.seconds is not None:
-        yield Problem(
-            "train.duration",
-            f"is {run.train.duration}, but full fine-tuning with kto needs a duration in "
-            "steps or epochs",
-            fix="set train.duration: 1 epochs, or adapter.kind: lora",
-            why="the base model computes the log probabilities of all answers before training;"
-            " therefore the number of steps must be known",
-        )
-    if run.train.global_batch == Size(1, "examples"):
-        yield Problem(
-            "train.global_batch",
-            "is one example, but kto needs at least two examples per batch",
-            fix="set train.global_batch: 16 examples",
-            why="kto's reference point pairs each prompt with the answer to another prompt of the"
-            " batch",
-        )
 
 
 def _method_formats(run: Run, where: Place) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ Every value keeps the file and line, or the command-line key, that it comes from
 show this position.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,27 +115,20 @@ def checked(tree: Node) -> Run:
     tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
-    run = _with_formats(run, places)
+    format_name = METHOD_FORMATS.get(run.method.name)
+    if format_name is not None:
+        # Give each data source without a `format` the row format that the training method needs.
+        parts: dict[str, Any] = {}
+        for part, sources in (("train", run.data.train), ("validation", run.data.validation)):
+            with_format = []
+            for i, source in enumerate(sources):
+                # A single source that is not in a list has a key without an index: `data.train`.
+                is_set = f"data.{part}.format" in places or f"data.{part}.{i}.format" in places
+                with_format.append(source if is_set else replace(source, format=format_name))
+            parts[part] = tuple(with_format)
+        run = replace(run, data=replace(run.data, **parts))
     check_run(run, lambda key: places.get(key, ""))
     return run
-
-
-def _with_formats(run: Run, places: Container[str]) -> Run:
-    """Set the row format of each data source without a `format` to the format that the training
-    method needs.
-    """
-    format_name = METHOD_FORMATS.get(run.method.name)
-    if format_name is None:
-        return run
-    parts: dict[str, Any] = {}
-    for part, sources in (("train", run.data.train), ("validation", run.data.validation)):
-        with_format = []
-        for i, source in enumerate(sources):
-            # A single source that is not in a list has a key without an index: `data.train`.
-            is_set = f"data.{part}.format" in places or f"data.{part}.{i}.format" in places
-            with_format.append(source if is_set else replace(source, format=format_name))
-        parts[part] = tuple(with_format)
-    return replace(run, data=replace(run.data, **parts))
 
 
 def _read_layers(path: Path, announce: bool, depth: int = 0) -> Node:

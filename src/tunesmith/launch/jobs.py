@@ -6,7 +6,7 @@ import getpass
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,13 +32,6 @@ JOB_CLASSES: dict[str, type[Job]] = {
 }
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the run directories in a folder. Subfolders that are not runs are searched too."""
-    for path in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
-        if holds_run(path) and (path.parent == folder or not holds_run(path.parent)):
-            yield path
-
-
 def with_runs_of_folders(words: Sequence[str]) -> list[str]:
     """Replace each folder that contains runs by its run directories.
 
@@ -50,8 +43,13 @@ def with_runs_of_folders(words: Sequence[str]) -> list[str]:
         # The folder of a sweep contains runs but is not a run itself, although a running sweep
         # locks it.
         is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
-        runs = () if is_run_itself else run_folders(folder)
-        named += [*map(str, runs)] or [word]
+        runs = []
+        if not is_run_itself:
+            # Search the subfolders that are not runs too.
+            for path in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
+                if holds_run(path) and (path.parent == folder or not holds_run(path.parent)):
+                    runs.append(str(path))
+        named += runs or [word]
     return list(dict.fromkeys(named))
 
 
