@@ -17,7 +17,7 @@ from pathlib import Path
 from tunesmith.cli.options import add_json, print_columns, require_folder
 from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
-from tunesmith.config.names import nearest
+from tunesmith.config.names import suggest_choice
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, locate_recipe, purpose, shipped
 from tunesmith.errors import UsageError
@@ -109,10 +109,8 @@ def _list(*, as_json: bool) -> None:
 def _copy(name: str, destination: Path, *, force: bool) -> None:
     recipes = shipped()
     if name not in recipes:
-        near = nearest(name, recipes)
-        fix = "run `tunesmith recipes`, which lists the shipped recipes"
-        if near:
-            fix = f"did you mean {near}?"
+        otherwise = "run `tunesmith recipes`, which lists the shipped recipes"
+        fix = suggest_choice(name, recipes, otherwise=otherwise)
         raise UsageError(
             f"no recipe {name!r} is shipped with tunesmith", where="command line", fix=fix
         )

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import print_columns
-from tunesmith.config.names import nearest
+from tunesmith.config.names import suggest_choice
 from tunesmith.config.schema import Model, Source
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import UsageError
@@ -119,13 +119,11 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
     if not items:
-        near = nearest(name, [item.name for item in cached])
-        fix = "run `tunesmith fetch --list`, which lists the items in the caches"
-        if near:
-            fix = f"did you mean {near}?"
-        raise UsageError(
-            f"the caches contain no model or data set named {name}", where="--remove", fix=fix
-        )
+        otherwise = "run `tunesmith fetch --list`, which lists the items in the caches"
+        names = [item.name for item in cached]
+        fix = suggest_choice(name, names, otherwise=otherwise)
+        what = f"the caches contain no model or data set named {name}"
+        raise UsageError(what, where="--remove", fix=fix)
     if not dry:
         for item in items:
             remove_cached(item)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.layers import COMMAND_LINE
-from tunesmith.config.names import last_part, nearest
+from tunesmith.config.names import last_part, nearest, suggest_choice
 from tunesmith.config.paths import TEMPLATES
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
@@ -245,13 +245,11 @@ def _columns(run: Run, where: Place) -> Iterator[Problem]:
     for key, source in _sources_with_keys(run, where):
         columns = FORMAT_COLUMNS[source.format]
         for name in set(source.columns) - set(columns):
-            near = nearest(name, columns)
+            otherwise = f"use one of the format's columns: {', '.join(columns)}"
             yield Problem(
                 f"{key}.columns.{name}",
                 f"is not a column of format {source.format}",
-                fix=f"did you mean {near}?"
-                if near
-                else f"use one of the format's columns: {', '.join(columns)}",
+                fix=suggest_choice(name, columns, otherwise=otherwise),
                 why="`columns` maps the format's column name to the file's column name",
             )
 
@@ -259,10 +257,8 @@ def _columns(run: Run, where: Place) -> Iterator[Problem]:
 def _template(run: Run) -> Iterator[Problem]:
     data = run.data
     if data.template not in TEMPLATES and not Path(data.template).is_file():
-        near = nearest(Path(data.template).name, TEMPLATES)
-        fix = f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file"
-        if near:
-            fix = f"did you mean {near}?"
+        otherwise = f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file"
+        fix = suggest_choice(Path(data.template).name, TEMPLATES, otherwise=otherwise)
         what = f"is a file that does not exist: {data.template}"
         yield Problem("data.template", what, fix)
     # Only Jinja templates take arguments. `raw` and `alpaca` build the text without Jinja.

@@ -74,6 +74,12 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | 
     return similar[0] if similar else None
 
 
+def suggest_choice(word: str, choices: Iterable[str], *, otherwise: str) -> str:
+    """Return the fix for an unknown word: the choice that it most likely means, or `otherwise`."""
+    near = nearest(word, choices)
+    return f"did you mean {near}?" if near else otherwise
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.config.names import nearest
+from tunesmith.config.names import suggest_choice
 from tunesmith.errors import UsageError
 from tunesmith.model.gguf_writers import GgufWriter, gguf_writer
 
@@ -153,13 +153,10 @@ def find_model_type(name: str) -> ModelType:
     if name in types:
         return types[name]
     fix = "run `tunesmith models`, which lists all types"
-    near = nearest(name, types)
-    if near:
-        fix = f"did you mean {near}?"
     raise UsageError(
         f"{name!r} is not a known language model type of Transformers",
         where="command line",
-        fix=fix,
+        fix=suggest_choice(name, types, otherwise=fix),
     )
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from tunesmith.config.names import nearest
+from tunesmith.config.names import suggest_choice
 from tunesmith.data.text.builtin_templates import keep_newlines, with_fixed_date, writes_today
 from tunesmith.data.text.try_template import plain_jinja
 from tunesmith.errors import DataError
@@ -65,8 +65,7 @@ def with_arguments(
         if name in names:
             continue
         why = f"it takes {', '.join(names)}" if names else "it takes none"
-        near = nearest(name, names)
-        fix = f"did you mean {near}?" if near else f"remove data.template_args.{name}"
+        fix = suggest_choice(name, names, otherwise=f"remove data.template_args.{name}")
         raise DataError(
             f"{title} takes no argument {name}",
             where=f"data.template_args.{name}",
