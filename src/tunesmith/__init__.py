@@ -28,9 +28,9 @@ export_gguf write the model of a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
 Results are printed as tables, also in a notebook. Errors that a user can fix are `TunesmithError`s,
-see `tunesmith.errors`. They state the problem, its place, the reason and the fix. A fix is written
-for the command line: for key=value pass overrides={"key": value}, for an option pass the argument
-of the same name.
+see `tunesmith.errors`. They state the problem, its place, the reason and the fix. A fix of the rows
+that you pass is written as the argument `overrides`. Other fixes are written for the command line:
+for key=value pass overrides={"key": value}, for an option pass the argument of the same name.
 """
 
 from importlib import import_module

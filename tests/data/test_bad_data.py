@@ -225,9 +225,9 @@ def test_a_folder_that_cannot_be_read_as_one_set(tmp_path: Path, write: Callable
         read_rows(source)
     write("rows.jsonl", GOOD)
     write("more.csv", "text\na\n")
-    assert_refused(source, "different kinds", str(tmp_path), f"source: '{tmp_path}/**/*.csv'")
+    assert_refused(source, "different kinds", str(tmp_path), f'source: "{tmp_path}/**/*.csv"')
     Path(tmp_path / "more.csv").rename(tmp_path / "more.txt")
-    assert_refused(source, "different kinds", str(tmp_path), f"source: '{tmp_path}/**/*.jsonl'")
+    assert_refused(source, "different kinds", str(tmp_path), f'source: "{tmp_path}/**/*.jsonl"')
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
         (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be read", "check the network"),
-        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "data.train.name=x"),
+        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "name: x"),
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 
 from errors import holds, refuses
 from time_limit import time_limit
-from tunesmith.cli.options import column_names, fixes_as_options
+from tunesmith.cli.options import column_names
 from tunesmith.config.check import FORMAT_COLUMNS
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import SAMPLE, detect
 from tunesmith.data.rows.formats import convert_row
@@ -34,6 +36,12 @@ CALL = [
     {"from": "gpt", "value": "ho"},
 ]
 TOOLS = json.dumps([{"name": "f", "description": "", "parameters": {}}])
+
+
+@pytest.fixture(autouse=True)
+def rows_by_option() -> Iterator[None]:
+    with rows_set_by(option=True):
+        yield
 
 
 def test_a_wide_table_is_read_in_one_pass_over_its_names() -> None:
@@ -411,7 +419,7 @@ def test_the_sample_reaches_both_ends_of_a_long_file() -> None:
 
 def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     """Names with a comma, a colon or a quote, and fewer columns than are needed."""
-    with pytest.raises(DataError) as refused, fixes_as_options():
+    with pytest.raises(DataError) as refused, rows_set_by(option=True):
         convert_row(
             {"it's, a: name": "x"},
             Source(source="rows.jsonl", format="prompt-completion"),
@@ -439,7 +447,7 @@ def test_columns_are_proposed_alike_with_a_recipe_and_without(row: Row, columns:
         with refuses(DataError, fix=[f"--columns prompt={columns[0]},completion={columns[1]}"]):
             found(row)
     for format_name in ("prompt-completion", "alpaca"):
-        with pytest.raises(DataError) as refused, fixes_as_options():
+        with pytest.raises(DataError) as refused, rows_set_by(option=True):
             convert_row(row, Source(source="r.jsonl", format=format_name), where="r.jsonl:1")
         words = shlex.split(refused.value.fix.removeprefix("use "))
         named = dict(column_names(words[1]))

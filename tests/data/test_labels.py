@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import byte_tokenizer
 from errors import holds, refuses, warnings_with
 from recipes import make_run
 from tunesmith.config.row_formats import FormatName
+from tunesmith.config.row_settings import record_overrides, rows_set_by
 from tunesmith.config.schema import Source
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.formats import convert_row
@@ -21,6 +23,13 @@ from tunesmith.errors import DataError
 Row = dict[str, Any]
 PAIR = {"question": "2 + 2?", "answer": "4"}
 COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+@pytest.fixture(autouse=True)
+def rows_by_override() -> Iterator[None]:
+    with rows_set_by():
+        record_overrides({"rows.jsonl": "data.train"})
+        yield
 
 
 def convert(row: Row, format_name: FormatName = "prompt-completion", **options: Any) -> Any:

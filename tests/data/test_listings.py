@@ -14,8 +14,8 @@ import pytest
 
 from errors import holds, refuses
 from recipes import make_run
-from tunesmith.cli.options import fixes_as_options
 from tunesmith.config.load import load_recipe
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Source
 from tunesmith.data.source.open_source import open_splits
 from tunesmith.errors import DataError
@@ -102,7 +102,7 @@ def test_a_clone_has_the_files_of_one_configuration(
 def test_a_clone_without_a_default_asks_for_a_configuration(tmp_path: Path, config: str) -> None:
     configs = "configs:\n- {config_name: a 1, data_dir: a}\n- {config_name: b, data_dir: b}\n"
     make_files(tmp_path, {**CLONE, "README.md": f"---\n{configs}---\n"})
-    with refuses(DataError, names=["a 1", "b"], fix=["data.train.name='a 1'"]):
+    with refuses(DataError, names=["a 1", "b"], fix=["name: a 1"]):
         texts(tmp_path, **({"name": config} if config else {}))
 
 
@@ -192,7 +192,7 @@ def test_the_source_that_is_proposed_for_a_mixed_folder_has_one_kind(
     folder = tmp_path / "it's [1]"
     contents = {".csv": "text\na", ".txt": "a"}
     make_files(folder, {n: contents.get(Path(n).suffix, '{"text": "a"}') for n in names})
-    with pytest.raises(DataError) as refused, fixes_as_options():
+    with pytest.raises(DataError) as refused, rows_set_by(option=True):
         texts(folder)
     [option, pattern] = shlex.split(refused.value.fix.partition("such as ")[2])
     assert option == "--data"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from errors import holds, refuses
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import Detected, detect
 from tunesmith.data.rows.formats import convert_row
@@ -25,6 +26,12 @@ ALPACA = {"instruction": "Translate", "input": "word", "output": "mot"}
 PAIR = {"prompt": "hi", "completion": "ho"}
 CHAT = {"messages": [U, A]}
 FROMS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+
+
+@pytest.fixture(autouse=True)
+def rows_by_option() -> Iterator[None]:
+    with rows_set_by(option=True):
+        yield
 
 
 def place(number: int) -> str:

@@ -28,6 +28,7 @@ from tunesmith.checkpoint.start_adapter import adapter_of_run, find_adapter
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences, dump
 from tunesmith.config.load import load_recipe
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import schema_line
 from tunesmith.data.prepare import prepare_data
@@ -736,7 +737,10 @@ def test_a_hub_data_set_is_read_from_its_train_split(
     assert made.path.name == "rows-small.yaml"
     assert made.about_data.startswith("me/rows: 40 rows")
     splits["dev"] = splits.pop("train")
-    with refuses(DataError, where="me/rows", names=["train"], fix=["--split test"]):
+    with (
+        refuses(DataError, where="me/rows", names=["train"], fix=["--split test"]),
+        rows_set_by(option=True),
+    ):
         make_recipe("small", "me/rows")
     assert (
         make_recipe("small", "me/rows", ["data.train.split=test"]).run.data.train[0].split == "test"

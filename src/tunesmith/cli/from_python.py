@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.layers import Overrides, override_words
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.host.logger import lines_by_default
 
 
@@ -104,7 +105,7 @@ def _json_of(
         if value is not None:
             words += [f"--{name}", str(value)]
     printed = io.StringIO()
-    with lines_by_default(), contextlib.redirect_stdout(printed):
+    with lines_by_default(), contextlib.redirect_stdout(printed), rows_set_by(python=True):
         dispatch([*words, "--json"])
     values: dict[str, Any] = json.loads(printed.getvalue())
     return values

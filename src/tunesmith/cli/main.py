@@ -29,6 +29,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import NoReturn
 
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -347,7 +348,9 @@ def dispatch(words: list[str]) -> int:
     # only once.
     if vars(module).get("LOADS_TORCH") == "here":
         prepare_threads()
-    return module.run(args) or EXIT_OK
+    names_recipe = not vars(args).keys().isdisjoint(("recipe", "overrides"))
+    with rows_set_by(option=not names_recipe or bool(vars(args).get("data"))):
+        return module.run(args) or EXIT_OK
 
 
 def _overview() -> str:

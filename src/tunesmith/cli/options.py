@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from tunesmith.config.tree import read_value
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import is_terminal, show, visible
 from tunesmith.units import format_seconds
 
@@ -185,31 +185,6 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
         metavar="N",
         help=f"{batch_size} (default: 16)",
     )
-
-
-# Matches `columns: {name: column, ...}` in the text of a fix. The names may be in double quotes.
-_COLUMNS_PATTERN = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
-
-
-def _columns_option(mapping: re.Match[str]) -> str:
-    """Convert a recipe's mapping of columns to the option --columns."""
-    pairs = ",".join(f"{name}={column}" for name, column in column_names(mapping[1]))
-    return f"--columns {shell_word(pairs)}"
-
-
-@contextmanager
-def fixes_as_options() -> Iterator[None]:
-    """Replace recipe keys by command-line options in the fix of a DataError.
-
-    Use this for commands that have no recipe.
-    """
-    try:
-        yield
-    except DataError as error:
-        error.fix = re.sub(_COLUMNS_PATTERN, _columns_option, error.fix)
-        error.fix = re.sub(r"\bsource: ", "--data ", error.fix)
-        error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
-        raise
 
 
 def check_not_given(

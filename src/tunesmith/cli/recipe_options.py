@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import add_columns, fixes_as_options
+from tunesmith.cli.options import add_columns
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.row_formats import FORMAT_COLUMNS
@@ -153,29 +153,25 @@ def chosen_recipe(
     # `data.train.name` is checked later, when its rows are read.
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
-        with fixes_as_options():
-            check_local(Path(args.data[0]).expanduser().absolute())
+        check_local(Path(args.data[0]).expanduser().absolute())
     from tunesmith.training.early_checks import preview_rows
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
-    # Convert the options to key=value words. If there is an error, `fixes_as_options` converts the
-    # keys in its fix back to options.
     for key, value in keys_of_rows.items():
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
-    with fixes_as_options():
-        preview = preview_rows(args.model, args.data[0], words)
-        on_preview(preview)
-        from tunesmith.training.make_recipe import make_recipe
+    preview = preview_rows(args.model, args.data[0], words)
+    on_preview(preview)
+    from tunesmith.training.make_recipe import make_recipe
 
-        recipe = make_recipe(
-            args.model,
-            args.data[0],
-            words,
-            on_paper=on_paper,
-            row_count=row_count,
-            ranks=ranks,
-            preview=preview,
-        )
+    recipe = make_recipe(
+        args.model,
+        args.data[0],
+        words,
+        on_paper=on_paper,
+        row_count=row_count,
+        ranks=ranks,
+        preview=preview,
+    )
     log.info(recipe.about_data)
     return recipe.run, recipe

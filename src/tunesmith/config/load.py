@@ -24,6 +24,7 @@ from tunesmith.config.layers import (
     with_method_section,
 )
 from tunesmith.config.paths import resolve_paths
+from tunesmith.config.row_settings import record_overrides
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
@@ -64,12 +65,30 @@ def load_recipe(
     tree = _read_layers(file, announce)
     tree = merge_layers(tree, override_layer(overrides), announce=announce)
     run = checked(tree)
+    places = dict(tree.places())
+    record_overrides(_overridden_sources(run, places))
     if run.model.trust_remote_code and not trusts_code:
-        where = dict(tree.places())["model.trust_remote_code"]
+        where = places["model.trust_remote_code"]
         is_given = where.startswith((COMMAND_LINE, FROM_PYTHON))
         if not is_given and (trusts_code is False or not _is_users_own(where, file)):
             raise untrusted_code(run.model.name, where)
     return run
+
+
+def _overridden_sources(run: Run, places: Mapping[str, str]) -> dict[str, str]:
+    """Return the data sources that an override changes, with their key, such as `data.train`.
+
+    A source in a list is omitted, because an override cannot set a key of a list's item.
+    """
+    overridden = {}
+    sections = {"data.train": run.data.train, "data.validation": run.data.validation}
+    for section, sources in sections.items():
+        if f"{section}.source" not in places:
+            continue
+        for key, where in places.items():
+            if key.startswith(f"{section}.") and where.startswith((COMMAND_LINE, FROM_PYTHON)):
+                overridden[sources[0].source] = section
+    return overridden
 
 
 def untrusted_code(model: str, where: str) -> RecipeError:

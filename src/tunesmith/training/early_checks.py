@@ -20,6 +20,7 @@ from tunesmith.checkpoint.resume import finished_step
 from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.layers import Overrides, merge_layers, override_layer
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
+from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
@@ -29,7 +30,6 @@ from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.host import demo_model
-from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.training.result import Result, warn_of_changed_rows
 from tunesmith.units import count_of
@@ -206,7 +206,7 @@ def _with_split(source: Source) -> Source:
             f"{source.source} has no split named train",
             where=source.source,
             why=f"its splits are {', '.join(splits)}",
-            fix=f"choose a split, such as --split {shell_word(next(iter(splits)))}",
+            fix=f"choose a split, such as {row_fix(source.source, split=next(iter(splits)))}",
         )
     # Log the splits that are not used, because the split of a file is derived from the file's name,
     # which may be misleading.

@@ -28,6 +28,7 @@ from tunesmith.checkpoint.start_adapter import adapter_of_run, folder_in_run, is
 from tunesmith.config.layers import Overrides, override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
+from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import (
     ONE_PROCESS,
@@ -152,6 +153,8 @@ def train(
     with lines_by_default(level_of_process()), ExitStack() as stack:
         if quiet:
             stack.enter_context(stderr_only_from())
+        if not isinstance(recipe, Run):
+            stack.enter_context(rows_set_by(option=recipe is None, python=True))
         if recipe is None:
             run = recipe_for_rows(model, rows, overrides)
         elif model is not None or rows is not None:

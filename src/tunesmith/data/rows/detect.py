@@ -22,16 +22,18 @@ from tunesmith.config.row_formats import (
     ColumnSet,
     FormatName,
 )
+from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.row_masks import is_mask_column
 from tunesmith.data.rows.row_reader import (
     MIN_NAME_SIMILARITY,
-    guess_columns,
     is_named_rejected,
     looks_like_list,
+    other_formats,
     plain,
+    propose_columns,
     role_key_of,
 )
 from tunesmith.data.rows.samples import pictures_of
@@ -40,7 +42,6 @@ from tunesmith.data.source.open_source import Rows
 from tunesmith.data.source.table import Row
 from tunesmith.errors import DataError
 from tunesmith.host.files import relative_to_cwd
-from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
 # Maximum number of rows that are examined. They are spread evenly over the file.
@@ -96,11 +97,6 @@ class Detected:
         if self.ignored:
             text += f"; ignored: {', '.join(self.ignored)}"
         return text
-
-    def flags(self) -> str:
-        """Return the command line option `--columns` that selects these columns."""
-        pairs = [f"{name}={column}" for name, column in self.columns.items()]
-        return f"--columns {shell_word(','.join(pairs))}"
 
 
 class _Trial(NamedTuple):
@@ -227,6 +223,9 @@ class _SampledRows:
             what, where=relative_to_cwd(self.rows.name), why=columns_text + why, fix=fix
         )
 
+    def _setting(self, **settings: object) -> str:
+        return row_fix(self.source.source, **settings)
+
     def layouts(self) -> Iterator[Detected]:
         """Yield every layout that the column names and the user's choices allow."""
         chosen_columns = self.source.columns
@@ -314,10 +313,10 @@ class _SampledRows:
         if not near:
             near = plain(rejected).replace("rejected", "chosen")
         chosen = names.get(near, "...")
-        layout = Detected("preference", {"chosen": chosen, "rejected": rejected})
-        fix = f"use {layout.flags()}"
+        fix = f"use {self._setting(columns={'chosen': chosen, 'rejected': rejected})}"
         if formats:
-            fix += f"; to train on the other columns only, use --format {' or '.join(formats)}"
+            ways = " or ".join(self._setting(format=name) for name in formats)
+            fix += f"; to train on the other columns only, use {ways}"
         raise self.error(f"the column {rejected} looks like the rejected answer of a pair", fix)
 
     def check_class_is_read(self, layouts: list[Detected]) -> None:
@@ -328,14 +327,12 @@ class _SampledRows:
             # Compare also the last word of the name, for example `label` in `coarse_label`.
             names = {name, name.rpartition("_")[2]}
             if column not in texts and names & _CLASS_NAMES:
-                as_answer = Detected(
-                    "prompt-completion", {"prompt": texts[0], "completion": column}
-                )
-                text_only = Detected("text", {"text": texts[0]})
+                as_answer = self._setting(columns={"prompt": texts[0], "completion": column})
+                text_only = self._setting(columns={"text": texts[0]})
                 raise self.error(
                     f"the column {column} looks like the class of the text, but would not be read",
-                    f"use {as_answer.flags()} to train on the class, written as a text, as the"
-                    f" answer, or {text_only.flags()} to train on the text only",
+                    f"use {as_answer} to train on the class, written as a text, as the"
+                    f" answer, or {text_only} to train on the text only",
                 )
 
     def all_errors(self, trial: _Trial) -> DataError:
@@ -365,7 +362,7 @@ class _SampledRows:
         ways = []
         counts = []
         for trial in trials:
-            ways.append(trial.layout.flags())
+            ways.append(self._setting(columns=trial.layout.columns))
             counts.append(f"{len(trial.read)} as {trial.layout.format}")
         examined = count_of(len(self.sample), "row")
         return self.error(
@@ -375,9 +372,9 @@ class _SampledRows:
         )
 
     def propose(self) -> str:
-        """Return the option that names the columns, for the error message.
+        """Return the setting that names the columns, for the error message.
 
-        The names are guessed. If the rows cannot all be read with the guessed names, the option
+        The names are guessed. If the rows cannot all be read with the guessed names, the setting
         contains `...` instead of the names.
         """
         formats: tuple[FormatName, ...] = ("prompt-completion", "text")
@@ -387,16 +384,14 @@ class _SampledRows:
         pictures = self.source.columns.get("images", "")
         first.pop(pictures, None)
         for format_name in formats:
-            needed = ROW_FORMATS[format_name].layouts[0].needed
-            columns = guess_columns(needed, {}, first)
-            guess = Detected(format_name, columns)
-            trial = self.try_layout(guess)
+            columns = propose_columns(replace(self.source, format=format_name), first)
+            trial = self.try_layout(Detected(format_name, columns))
             if trial.read == self.sample.keys():
                 header = propose_header(self.where, self.columns)
-                return f"{header}name the columns, such as {guess.flags()}"
-        names = ROW_FORMATS[formats[0]].layouts[0].needed
-        pairs = ",".join(f"{name}=..." for name in names)
-        return f"name the columns with --columns {pairs}"
+                return f"{header}name the columns, such as {self._setting(columns=columns)}"
+        unknown = dict.fromkeys(ROW_FORMATS[formats[0]].layouts[0].needed, "...")
+        others = other_formats(self.source, first)
+        return f"name the columns with {self._setting(columns=unknown)}{others}"
 
 
 def _select_training_kind(layouts: list[Detected]) -> list[Detected]:

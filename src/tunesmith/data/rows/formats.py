@@ -210,7 +210,7 @@ def _no_messages(row: RowReader, value: object, column: str) -> str:
     if isinstance(value, str) and not isinstance(read, str):
         raise row.error(
             f"the column {column} has a JSON list of messages, not a text",
-            fix="use format: prompt-completion, or write only the text",
+            fix=f"use {row.setting(format='prompt-completion')}, or write only the text",
         )
     return row.text(value, column)
 

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tunesmith.config.row_formats import ROW_FORMATS
+from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.row_masks import value_of_cell
 from tunesmith.data.rows.row_reader import RowReader, plain
 from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError
-from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
 # Words, in lower case, that label an answer as good, and words that label it as bad.
@@ -165,19 +165,19 @@ def check_no_bad_label(row: RowReader) -> None:
 
 
 def _use_labels(source: Source, column: str) -> str:
-    """Return the recipe overrides that train with KTO and read good and bad labels from the
+    """Return the settings that train with KTO and read good and bad labels from the
     column.
     """
     own_names = ROW_FORMATS[source.format].layouts[0].needed
     names = ["messages"]
     if len(own_names) == 2:
         names = ["prompt", "completion"]
-    pairs = []
+    columns = {}
     for name, own in zip(names, own_names, strict=True):
-        pairs.append(f"{name}: {source.columns.get(own, own)}")
-    pairs.append(f"label: {column}")
-    columns = shell_word(f"data.train.columns={{{', '.join(pairs)}}}")
-    fix = f"learn from good and bad answers with method=kto data.train.format=feedback {columns}"
+        columns[name] = source.columns.get(own, own)
+    columns["label"] = column
+    settings = row_fix(source.source, method="kto", format="feedback", columns=columns)
+    fix = f"learn from good and bad answers with {settings}"
     if _is_reversed(plain(column)):
         fix += f" (first swap true and false in {column})"
     return fix

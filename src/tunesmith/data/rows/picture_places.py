@@ -136,7 +136,8 @@ def _no_place(row: RowReader, what: str) -> DataError:
     return row.error(
         what,
         why=f"format {row.source.format} does not support pictures yet",
-        fix="use format: prompt-completion, messages or sharegpt, or delete the pictures",
+        fix=f"use {row.setting(format='prompt-completion')}, messages or sharegpt, or delete the "
+        "pictures",
     )
 
 

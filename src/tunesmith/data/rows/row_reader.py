@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, ChatColumn, FormatName
+from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.samples import Picture
 from tunesmith.data.source.csv_files import propose_header
@@ -150,15 +151,6 @@ def _decode_json(text: str) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _yaml_text(name: str) -> str:
-    """Return a column's name as it is written in a one-line YAML mapping, in quotes if
-    necessary.
-    """
-    if name == "..." or re.fullmatch(r"[A-Za-z_][\w .-]*", name):
-        return name
-    return json.dumps(name, ensure_ascii=False)
-
-
 def guess_columns(
     needed: Mapping[str, Sequence[str]],
     mapped: Mapping[str, str],
@@ -211,6 +203,32 @@ def guess_columns(
     return {name: guessed[name] for name in needed if name in guessed}
 
 
+def propose_columns(source: Source, row: Mapping[str, object]) -> dict[str, str]:
+    """Propose the columns of a row that the source's format reads.
+
+    Return the format's column names -> the columns of the row, with `...` for a required column
+    that no column of the row can be. Return {} if there is nothing to propose for the missing
+    columns.
+    """
+    form = ROW_FORMATS[source.format]
+    mapped = {name: own for name, own in source.columns.items() if name in form.columns}
+    needed = {name: mapped.get(name, name) for name in form.layouts[0].needed}
+    missing = {name: form.names(name) for name, own in needed.items() if own not in row}
+    read = {mapped.get(name, name) for name in form.columns}
+    free = {name: value for name, value in row.items() if name not in read}
+    guessed = guess_columns(missing, mapped, free)
+    return {**needed, **mapped, **dict.fromkeys(missing, "..."), **guessed} if guessed else {}
+
+
+def other_formats(source: Source, row: Mapping[str, object]) -> str:
+    """Return the end of a fix that proposes the formats whose columns the row has, or ""."""
+    fitting = []
+    for format_name, form in ROW_FORMATS.items():
+        if row.keys() >= form.layouts[0].needed.keys():
+            fitting.append(row_fix(source.source, format=format_name))
+    return f", or use {' or '.join(fitting)}" if fitting else ""
+
+
 def is_named_rejected(column: str) -> bool:
     """Return whether a column's name suggests that it holds the rejected answers of pairs."""
     name = plain(column)
@@ -255,6 +273,10 @@ class RowReader:
         where = f"{self.where}, {at}" if at else self.where
         return DataError(what, where=where, why=why, fix=fix)
 
+    def setting(self, **settings: object) -> str:
+        """Return settings of the row's source for a fix, in the notation of the user."""
+        return row_fix(self.source.source, **settings)
+
     def optional(self, name: str) -> object:
         """Return the value of the format's column `name`, or None if the row does not have this
         column.
@@ -278,7 +300,8 @@ class RowReader:
             raise self.error(
                 f"the columns {' and '.join(filled)} have different values",
                 why=f"each of these columns can be {name}",
-                fix=f"delete one of these columns, or choose columns: {{{name}: {first_column}}}",
+                fix="delete one of these columns, or choose "
+                + self.setting(columns={**mapped, name: first_column}),
             )
         return first
 
@@ -311,43 +334,24 @@ class RowReader:
         """Build the error for a column that the row does not have. Its fix proposes columns."""
         mapped = self.source.columns
         needed = ROW_FORMATS[self.source.format].layouts[0].needed
-        missing = []
         absent = [column]
         for name in needed:
             needed_column = mapped.get(name, name)
             if needed_column not in self.row:
-                missing.append(name)
                 absent.append(needed_column)
-        fix = self._propose_columns(missing)
-        fitting = []
-        for format_name, form in ROW_FORMATS.items():
-            if self.row.keys() >= form.layouts[0].needed.keys():
-                fitting.append(format_name)
-        if fitting:
-            fix += f", or use format: {' or '.join(fitting)}"
+        fix = "add the column, or delete the row"
+        proposed = propose_columns(self.source, self.row)
+        renamed = {name: own for name, own in proposed.items() if name != own}
+        if renamed:
+            header = propose_header(self.where, self.row)
+            fix = f"{header}use {self.setting(columns=renamed)}"
+        fix += other_formats(self.source, self.row)
         columns = ", ".join(map(str, self.row)) or "none"
         return self.error(
             f"there is no column {' or '.join(dict.fromkeys(absent))}",
             why=f"the format {self.source.format} needs such a column; the row has {columns}",
             fix=fix,
         )
-
-    def _propose_columns(self, missing: Sequence[str]) -> str:
-        """Return a proposed `columns:` line that maps missing columns to unused ones."""
-        mapped = self.source.columns
-        form = ROW_FORMATS[self.source.format]
-        read = {mapped.get(name, name) for name in form.columns}
-        free = {name: value for name, value in self.row.items() if name not in read}
-        needed = {name: form.names(name) for name in missing}
-        guessed = guess_columns(needed, mapped, free)
-        if not guessed:
-            return "add the column, or delete the row"
-        pairs = []
-        for name, column in {**mapped, **dict.fromkeys(missing, "..."), **guessed}.items():
-            if column != name:
-                pairs.append(f"{name}: {_yaml_text(column)}")
-        header = propose_header(self.where, self.row)
-        return f"{header}use columns: {{{', '.join(pairs)}}}"
 
     def text(self, value: object, at: str) -> str:
         """Return the value if it is a valid Unicode text. Raise DataError for all other values."""

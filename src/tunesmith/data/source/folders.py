@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
+from tunesmith.config.row_settings import row_fix
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import list_files
 from tunesmith.data.source.sessions import session_form
@@ -20,7 +21,6 @@ from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import relative_to_cwd
-from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
 # Metadata files that `datasets` saves next to the rows. They are not read.
@@ -223,7 +223,7 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
             "the folder has files of different kinds",
             where=str(source),
             why=" and ".join(counts),
-            fix=f"select one kind with a pattern, such as source: {shell_word(pattern)}",
+            fix=f"select one kind with a pattern, such as {row_fix(str(source), source=pattern)}",
         )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.paths import pattern_folder
+from tunesmith.config.row_settings import row_fix
 from tunesmith.errors import DataError
-from tunesmith.host.shell import shell_word
 
 # Name of a file with cached results of `map` and `filter`, which `datasets` stores next to the
 # rows.
@@ -110,7 +110,7 @@ def config_error(name: str, error: Exception) -> DataError:
     names = re.findall(r"'([^']+)'", listed)
     if names:
         why = f"the configurations are {', '.join(names)}"
-        fix = f"choose one with data.train.name={shell_word(names[0])}"
+        fix = f"choose one, such as {row_fix(name, name=names[0])}"
     else:
         why = f"the configurations cannot be read: {' '.join(text.split())}"
         fix = "correct the YAML header of its README.md, or use the data files: FOLDER/*.parquet"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES, is_pattern, is_written_as_path
+from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
 from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.folders import open_local
@@ -144,7 +145,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> R
                 f"there is no split {name}",
                 where=where,
                 why=f"the splits are {', '.join(tables)}",
-                fix=f"use split: {split.replace(name, next(iter(tables)), 1)}",
+                fix=f"use {row_fix(where, split=split.replace(name, next(iter(tables)), 1))}",
             )
     if _MIXED_BOUNDS.search(split):
         why = "both ends of a slice must be percentages, or both must be row numbers"
@@ -169,7 +170,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> R
             f"the split {split} selects no rows",
             where=where,
             why=", ".join(counts),
-            fix="use a larger slice, such as split: train",
+            fix=f"use a larger slice, such as {row_fix(where, split='train')}",
         )
     return Rows(where, [tables[name] for name in selected], numbers)
 
@@ -252,7 +253,8 @@ def _hub_error(name: str, error: Exception) -> DataError:
     elif "offline" in text.lower():
         what = f"the dataset {name} is not in the Hub cache"
         why = "HF_HUB_OFFLINE is set, so the dataset is not downloaded"
-        fix = "unset HF_HUB_OFFLINE, or use a local file, such as source: rows.jsonl"
+        local = row_fix(name, source="rows.jsonl")
+        fix = f"unset HF_HUB_OFFLINE, or use a local file, such as {local}"
     elif is_missing:
         what = f"there is no dataset {name} on the Hub, or it is private"
         fix = f"correct the name, log in with `hf auth login`, or write ./{name} for a local file"

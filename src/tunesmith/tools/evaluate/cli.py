@@ -46,7 +46,6 @@ from tunesmith.cli.options import (
     add_rows,
     add_run,
     check_not_given,
-    fixes_as_options,
     notify_weights,
     whole_number,
 )
@@ -126,8 +125,7 @@ def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocatio
         for run_name, location in zip(args.runs, locations, strict=True):
             require_held_out(location, run_name)
     elif is_local(args.data):
-        with fixes_as_options():
-            check_local(Path(args.data).expanduser())
+        check_local(Path(args.data).expanduser())
     if not args.scorers:
         answer_options = ("output", "fresh", "temperature", "seed")
         fix = "add --score exact, or another scorer"

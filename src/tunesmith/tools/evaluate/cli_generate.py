@@ -83,17 +83,16 @@ def run(args: argparse.Namespace) -> None:
     # output early.
     with sink:
         loaded = load_run(location, device=args.device)
-        with options.fixes_as_options():
-            answers = generate(
-                loaded,
-                rows,
-                decoding,
-                format_name=args.format_name,
-                columns=dict(args.columns) or None,
-                batch_size=args.batch_size,
-                start=answer_count,
-                cancelled=stop.requested,
-            )
+        answers = generate(
+            loaded,
+            rows,
+            decoding,
+            format_name=args.format_name,
+            columns=dict(args.columns) or None,
+            batch_size=args.batch_size,
+            start=answer_count,
+            cancelled=stop.requested,
+        )
         if location.note:
             options.notify(location.note)
         rows_left = count_of(len(rows) - answer_count, "row")

@@ -11,7 +11,6 @@ from functools import partial
 
 from tunesmith.cli.options import (
     ProgressCounter,
-    fixes_as_options,
     leave_lines_to_rank_0,
     notify,
 )
@@ -38,7 +37,7 @@ def run_rows(args: argparse.Namespace) -> None:
     leave_lines_to_rank_0()
     is_one = len(args.runs) == 1
     measure = partial(evaluate, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
-    with join_ranks() as ranks, fixes_as_options():
+    with join_ranks() as ranks:
         counter = ProgressCounter() if ranks.is_main_process else nullcontext(lambda *_: None)
         with counter as progress:
             result = measure(

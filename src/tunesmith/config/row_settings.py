@@ -1,0 +1,113 @@
+"""Notation in which an error proposes settings of a data source, such as `columns` and `split`.
+
+A user can copy a fix only if it has the notation in which the rows are given:
+
+    option     --format alpaca --columns output=answer
+    override   data.train.format=alpaca 'data.train.columns={output: answer}'
+    recipe     format: alpaca, columns: {output: answer}
+    Python     overrides={'data.train.format': 'alpaca', 'data.train.columns': {'output': 'answer'}}
+
+`load_recipe` records which data sources have overrides. The others are written in a recipe file.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+
+from tunesmith.host.shell import shell_word
+
+# Options of the command line for keys of a data source.
+_OPTIONS = {"source": "--data", "split": "--split", "format": "--format", "columns": "--columns"}
+# Matches a text that YAML reads as the same text without quotes, such as `train[:95%]`.
+_PLAIN = re.compile(
+    r"(?!(?:null|true|false)$)[a-z_](?:[\w .?()/+-]*[\w?()-])?(?:\[[\w:%-]+\])?", re.I
+)
+
+
+@dataclass(frozen=True)
+class RowNotation:
+    """A notation of errors: how the user has given the rows.
+
+    Attributes:
+        by_option: whether the rows are given by `--data`, or by an argument in Python. If False, a
+            recipe names them.
+        in_python: whether a Python program has called the command.
+        overridden: data source of the recipe -> the key under which an override changes it, such as
+            `data.train`.
+    """
+
+    by_option: bool = False
+    in_python: bool = False
+    overridden: Mapping[str, str] = field(default_factory=dict)
+
+
+_BY_RECIPE = RowNotation()
+_NOTATION = ContextVar("_NOTATION", default=_BY_RECIPE)
+
+
+def row_notation() -> RowNotation:
+    """Return the current notation, for a worker process."""
+    return _NOTATION.get()
+
+
+def use_row_notation(notation: RowNotation) -> None:
+    """Set the notation of a worker process."""
+    _NOTATION.set(notation)
+
+
+@contextmanager
+def rows_set_by(*, option: bool = False, python: bool = False) -> Iterator[None]:
+    """Return a context in which errors use the notation of a command.
+
+    A command that a Python program calls uses the notation of Python.
+    """
+    is_nested_in_python = _NOTATION.get().in_python
+    token = _NOTATION.set(RowNotation(option, python or is_nested_in_python))
+    try:
+        yield
+    finally:
+        _NOTATION.reset(token)
+
+
+def record_overrides(overridden: Mapping[str, str]) -> None:
+    """Record which data sources of the recipe have overrides, see `RowNotation.overridden`."""
+    _NOTATION.set(replace(_NOTATION.get(), overridden=overridden))
+
+
+def row_fix(source: str, /, **settings: object) -> str:
+    """Return the settings of a data source in the notation in which the user has given the rows.
+
+    Args:
+        source: the value of the key `source`.
+        settings: keys of the data source with their values. `method` is a key of the recipe.
+    """
+    notation = _NOTATION.get()
+    section = "data.train" if notation.by_option else notation.overridden.get(source)
+    if section is None:
+        return ", ".join(f"{name}: {_yaml(value)}" for name, value in settings.items())
+    values = {}
+    for name, value in settings.items():
+        values["method" if name == "method" else f"{section}.{name}"] = value
+    if notation.in_python:
+        return f"overrides={values!r}"
+    words = []
+    for (key, value), name in zip(values.items(), settings, strict=True):
+        if notation.by_option and name in _OPTIONS:
+            text = value
+            if isinstance(value, Mapping):
+                text = ",".join(f"{column}={own}" for column, own in value.items())
+            words.append(f"{_OPTIONS[name]} {shell_word(text)}")
+        else:
+            words.append(shell_word(f"{key}={_yaml(value)}"))
+    return " ".join(words)
+
+
+def _yaml(value: object) -> str:
+    """Return a text or a mapping of texts as one line of YAML."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_yaml(name)}: {_yaml(item)}' for name, item in value.items())}}}"
+    text = str(value)
+    return text if text == "..." or _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,189 @@
+"""The fix of an error in rows has the notation in which the rows are given, and can be copied."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cli.options import column_names
+from tunesmith.config.dump import to_yaml
+from tunesmith.config.layers import Overrides
+from tunesmith.config.load import load_recipe
+from tunesmith.config.row_settings import row_fix, rows_set_by
+from tunesmith.config.tree import read_value
+from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.errors import DataError
+from tunesmith.training.early_checks import preview_rows
+
+Settings = dict[str, Any]
+CALLS = '[{"role": "user", "content": "a"}]'
+PAIR = {"prompt": "Why?", "completion": "Because."}
+# name -> (row, settings that the user has made, pattern of what is wrong)
+BAD: dict[str, tuple[Settings, Settings, str]] = {
+    "mistyped columns": (
+        {"Question": "Why?", "Answer": "Because."},
+        {"format": "prompt-completion", "columns": {"prompt": "Qestion", "completion": "Anwser"}},
+        "Qestion",
+    ),
+    "unknown columns": (
+        {"id, no": "1", "topic": "Why?", "explanation": "Because."},
+        {"format": "prompt-completion", "columns": {"completion": "explained"}},
+        "explained",
+    ),
+    "columns of alpaca": (
+        {"question": "Why?", "answer": "Because."},
+        {"format": "alpaca", "columns": {"output": "text"}},
+        "text",
+    ),
+    "another format": ({"text": "Because."}, {"format": "alpaca"}, "column"),
+    "messages in a text": (
+        {"instruction": CALLS, "output": "b"}, {"format": "alpaca"}, "JSON list",
+    ),
+    "two systems": (
+        {**PAIR, "system": "a", "system_prompt": "b"},
+        {"format": "prompt-completion"},
+        "different values|2 ways",
+    ),
+    "a bad label": ({**PAIR, "is_correct": False}, {"format": "prompt-completion"}, "labeled bad"),
+    "no such split": (PAIR, {"format": "prompt-completion", "split": "test[:5]"}, "split test"),
+    "an empty slice": (PAIR, {"format": "prompt-completion", "split": "train[5:5]"}, "no rows"),
+    "files of two kinds": (PAIR, {"format": "prompt-completion"}, "different kinds"),
+}  # fmt: skip
+
+
+def keyed(settings: Settings) -> Settings:
+    """Return the settings under their keys of a recipe."""
+    return {key if key == "method" else f"data.train.{key}": settings[key] for key in settings}
+
+
+def preview(rows: Path, settings: Settings, *, python: bool) -> None:
+    with rows_set_by(option=True, python=python):
+        values = {"source": str(rows), **settings}
+        preview_rows("./model", values.pop("source"), keyed(values))
+
+
+def check_recipe(folder: Path, overrides: Overrides) -> None:
+    with rows_set_by():
+        [source] = load_recipe(folder / "recipe.yaml", overrides).data.train
+        bad = find_bad_rows(read_rows(source), source)
+        if bad:
+            raise error_of_sources([bad])
+
+
+def write_recipe(rows: Path, settings: Settings) -> None:
+    method = settings.get("method", "sft")
+    source = {"source": str(rows), **settings}
+    source.pop("method", None)
+    recipe = {"model": {"name": "./model"}, "method": method, "data": {"train": source}}
+    (rows.parent / "recipe.yaml").write_text(to_yaml({**recipe, "output_dir": "run"}))
+
+
+def by_recipe(rows: Path, settings: Settings) -> None:
+    write_recipe(rows, settings)
+    check_recipe(rows.parent, {})
+
+
+def by_override(rows: Path, settings: Settings) -> None:
+    write_recipe(rows.with_name("other.jsonl"), {})
+    values = keyed({"source": str(rows), **settings})
+    check_recipe(rows.parent, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def words_of(fix: str) -> list[str]:
+    return [word.rstrip(",;") for word in shlex.split(fix)]
+
+
+def read_options(fix: str) -> Settings:
+    words = words_of(fix)
+    settings: Settings = {}
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--"):
+            name = word.removeprefix("--").replace("data", "source")
+            settings.setdefault(name, dict(column_names(value)) if name == "columns" else value)
+        elif word.startswith("method="):
+            settings["method"] = word.removeprefix("method=")
+    return settings
+
+
+def read_overrides(fix: str) -> Settings:
+    settings: Settings = {}
+    for word in words_of(fix):
+        key, equals, value = word.partition("=")
+        if equals and re.fullmatch(r"data\.train\.[a-z]+|method", key):
+            node = read_value(value, where="fix", base=Path())
+            settings.setdefault(key.removeprefix("data.train."), node.plain())
+    return settings
+
+
+def read_keys(fix: str) -> Settings:
+    settings: Settings = {}
+    for key, value in re.findall(r"\b([a-z]+): (\{[^}]*\}|\"[^\"]*\"|[^\s,;]+)", fix):
+        node = read_value(value, where="fix", base=Path())
+        settings.setdefault(key, node.plain())
+    return settings
+
+
+def read_python(fix: str) -> Settings:
+    _, _, text = fix.partition("overrides=")
+    if not text:
+        return {}
+    ends = [n for n in range(1, len(text) + 1) if text[n - 1] == "}"]
+    literal = next(text[:n] for n in ends if text[:n].count("{") == text[:n].count("}"))
+    return {key.removeprefix("data.train."): v for key, v in ast.literal_eval(literal).items()}
+
+
+# origin of the rows -> (how they are read, how the fix is read)
+ORIGINS: dict[str, tuple[Callable[[Path, Settings], None], Callable[[str], Settings]]] = {
+    "option": (lambda rows, settings: preview(rows, settings, python=False), read_options),
+    "python": (lambda rows, settings: preview(rows, settings, python=True), read_python),
+    "override": (by_override, read_overrides),
+    "recipe": (by_recipe, read_keys),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize("name", BAD)
+def test_a_fix_can_be_copied_where_the_rows_are_given(
+    name: str, origin: str, tmp_path: Path
+) -> None:
+    row, settings, what = BAD[name]
+    read, read_fix = ORIGINS[origin]
+    rows = tmp_path / "rows.jsonl"
+    if name == "files of two kinds":
+        rows = tmp_path / "rows"
+        rows.mkdir()
+        (rows / "a.csv").write_text("prompt,completion\na,b\n")
+    line = json.dumps(row) + "\n"
+    (rows / "a.jsonl" if rows.is_dir() else rows).write_text(line * 20)
+    with pytest.raises(DataError) as refused:
+        read(rows, settings)
+    assert re.search(what, refused.value.what)
+    # A way with `...` names no column.
+    ways = re.split(r",? or (?=use|choose)", refused.value.fix)
+    fixes = [read_fix(way) for way in ways if "..." not in way]
+    fix = next(filter(None, fixes), {})
+    assert fix, refused.value.fix
+    next_error = ""
+    try:
+        read(rows, {**settings, **fix})
+    except DataError as error:
+        next_error = error.what
+    assert next_error != refused.value.what, refused.value.fix
+
+
+def test_a_source_without_overrides_has_the_notation_of_the_recipe(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "rows.jsonl", {})
+    held = str(tmp_path / "held.jsonl")
+    with rows_set_by():
+        run = load_recipe(tmp_path / "recipe.yaml", [f"data.validation.source={held}"])
+        [train] = run.data.train
+        assert row_fix(train.source, format="text") == "format: text"
+        assert row_fix(held, format="text") == "data.validation.format=text"
