@@ -16,7 +16,9 @@ from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.summary import closing_summary, named_figures, write_failure
+from tunesmith.metrics.run_figures import named_figures
+from tunesmith.presentation.summary import closing_summary
+from tunesmith.training.result import write_failure
 from tunesmith.units import Share
 
 

@@ -33,7 +33,7 @@ from tunesmith.errors import (
     TunesmithError,
 )
 from tunesmith.host.signals import Interrupted
-from tunesmith.metrics.summary import write_failure
+from tunesmith.training.result import write_failure
 
 pytestmark = pytest.mark.slow
 

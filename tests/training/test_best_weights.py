@@ -25,7 +25,7 @@ from tunesmith.errors import StoppedError
 from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.job import Job
 from tunesmith.methods.answers import REWARD_ACCURACY
-from tunesmith.metrics.summary import closing_summary
+from tunesmith.presentation.summary import closing_summary
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_manifest, read_samples
 from tunesmith.training import validation

@@ -18,7 +18,7 @@ from records import record
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.metrics import hardware
-from tunesmith.metrics.summary import run_figures
+from tunesmith.metrics.run_figures import run_figures
 from tunesmith.units import ratio
 
 

@@ -21,7 +21,7 @@ from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.summary import run_figures
+from tunesmith.metrics.run_figures import run_figures
 from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
 
 # Jinja template of a model card, for `ModelCard.from_template`.

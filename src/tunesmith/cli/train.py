@@ -27,7 +27,7 @@ from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
 from tunesmith.host.streams import show, survive_write_errors
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.metrics.summary import closing_summary
+from tunesmith.presentation.summary import closing_summary
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run

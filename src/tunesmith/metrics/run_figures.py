@@ -3,13 +3,14 @@
 The closing summary, the HTML report and a sweep show them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import isfinite
 from statistics import fmean
 from typing import Self
 
 from tunesmith.metrics.record import StepRecord
+from tunesmith.units import count_of, format_seconds
 
 # The values of each record field, one value per step. A value is None if it was not measured.
 Columns = dict[str, list[float | None]]
@@ -147,3 +148,59 @@ class RunFigures:
         weighted = sum(mfu * time for mfu, time in measured)
         seconds = sum(time for _, time in measured)
         return weighted / seconds if seconds else None
+
+
+def run_figures(
+    records: Sequence[StepRecord], seconds: float, *, took: float | None = None
+) -> list[str]:
+    """Return statistics of a run, one per line, such as its duration, speed and loss.
+
+    Args:
+        seconds: training time. If it is 0, the sum of the recorded steps is used.
+        took: duration of this start, including the time outside of steps.
+    """
+    if not records:
+        return ["no steps"]
+    figures = named_figures(records, seconds)
+    if took is not None:
+        figures["time"] += f"; this start took {format_seconds(took)}"
+    return [f"{name:<12}{text}" for name, text in figures.items()]
+
+
+def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
+    """Return statistics of a run with at least one step. The keys are the printed names."""
+    figures = RunFigures.of(records)
+    last = records[-1]
+    examples = count_of(round(figures.total("examples")), "example")
+    supervised = figures.total("supervised_tokens")
+    # Use the sum of the recorded steps if the training time was not measured.
+    time = format_seconds(seconds or figures.seconds)
+
+    rows = {
+        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples})",
+        "time": f"{time} in steps",
+        "tokens": f"{figures.tokens:,.0f} without padding, {supervised:,.0f} of them supervised",
+        "speed": f"{figures.speed or 0.0:,.0f} tokens/s",
+        "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
+    }
+    if figures.mfu is not None:
+        peak = figures.last("mfu_peak_tflops") or 0.0
+        rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
+
+    # The loss of one batch is noisy, and the mean of all steps does not describe the end of the
+    # run. Therefore show the mean of the last steps.
+    averaged = len(figures.last_losses)
+    if figures.loss is not None and averaged < len(records):
+        rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
+
+    val_losses = [value for value in figures.column("val_loss") if value is not None]
+    if val_losses:
+        text = f"{val_losses[0]:.4f}"
+        if len(val_losses) > 1:
+            text += f" -> {val_losses[-1]:.4f}"
+            step = figures.best_step
+            if step is not None:
+                text += f", best {figures.validations[step]:.4f} at step {step}"
+        rows["val_loss"] = text
+    rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
+    return rows

@@ -28,10 +28,11 @@ from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.signals import FREE_MEMORY_FIX, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.metrics.summary import named_figures
+from tunesmith.metrics.run_figures import named_figures
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.run_dir import (
     BEST,
+    FAILURE,
     FINAL,
     LOG,
     METRICS,
@@ -279,6 +280,28 @@ def stopped_by(
         more |= {"signal": signal, "cause": error.cause or None}
         write_stopped(out, step, reason=reason, next_command=fix, **more)
     return error
+
+
+def write_failure(
+    folder: Path, error: TunesmithError, *, last_step: int, next_command: str
+) -> None:
+    """Write failure.json, which describes the error that ended the run.
+
+    The file has the error, where and why it happened, and the last step. It has `error.fix`, or
+    `next_command` if the error has no fix. It also has the likely cause and the failed rank, which
+    are null if they are not known.
+    """
+    failure = {
+        "what": error.what,
+        "where": error.where,
+        "why": error.why,
+        "last_step": last_step,
+        "next": error.fix or next_command,
+        "cause": error.cause or None,
+    }
+    for name in ("rank", "host", "phase", "collective"):
+        failure[name] = error.failed_rank.get(name)
+    write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 
 def write_stopped(

@@ -69,7 +69,6 @@ from tunesmith.metrics.sink import (
     TensorBoardSink,
     writes_tensorboard,
 )
-from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
@@ -94,6 +93,7 @@ from tunesmith.training.result import (
     Result,
     how_to_resume,
     warn_of_changed_rows,
+    write_failure,
     write_stopped,
 )
 from tunesmith.training.stop_control import StopControl

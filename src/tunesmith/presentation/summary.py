@@ -1,20 +1,16 @@
-"""Functions that write the closing summary of a run, and failure.json."""
+"""Closing summary of a run, as `train` prints it."""
 
-import json
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import TunesmithError
-from tunesmith.host.files import relative_to_cwd, write_atomically
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.metrics.conversations import turns_of
-from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.metrics.run_figures import RunFigures
+from tunesmith.metrics.record import read_records
+from tunesmith.metrics.run_figures import run_figures
 from tunesmith.run_dir import (
-    FAILURE,
     FINAL,
     HELD_OUT,
     IDENTITY,
@@ -26,31 +22,9 @@ from tunesmith.run_dir import (
     read_manifest,
     read_samples,
 )
-from tunesmith.units import count_of, format_seconds
+from tunesmith.units import count_of
 
 ANSWER_WIDTH = 69  # maximum characters of a sample answer, so that its line fits in 80 columns
-
-
-def write_failure(
-    folder: Path, error: TunesmithError, *, last_step: int, next_command: str
-) -> None:
-    """Write failure.json, which describes the error that ended the run.
-
-    The file has the error, where and why it happened, and the last step. It has `error.fix`, or
-    `next_command` if the error has no fix. It also has the likely cause and the failed rank, which
-    are null if they are not known.
-    """
-    failure = {
-        "what": error.what,
-        "where": error.where,
-        "why": error.why,
-        "last_step": last_step,
-        "next": error.fix or next_command,
-        "cause": error.cause or None,
-    }
-    for name in ("rank", "host", "phase", "collective"):
-        failure[name] = error.failed_rank.get(name)
-    write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 
 def closing_summary(
@@ -96,60 +70,6 @@ def closing_summary(
     rows += [*run_figures(records, seconds, took=took), "", *_answers(folder, weights)]
     rows += [*_written(folder, weights), "", *_next(run, folder)]
     return "\n".join(rows)
-
-
-def run_figures(
-    records: Sequence[StepRecord], seconds: float, *, took: float | None = None
-) -> list[str]:
-    """Return statistics of a run, one per line, such as its duration, speed and loss.
-
-    For `seconds` and `took`, see `closing_summary`.
-    """
-    if not records:
-        return ["no steps"]
-    figures = named_figures(records, seconds)
-    if took is not None:
-        figures["time"] += f"; this start took {format_seconds(took)}"
-    return [f"{name:<12}{text}" for name, text in figures.items()]
-
-
-def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
-    """Return statistics of a run with at least one step. The keys are the printed names."""
-    figures = RunFigures.of(records)
-    last = records[-1]
-    examples = count_of(round(figures.total("examples")), "example")
-    supervised = figures.total("supervised_tokens")
-    # Use the sum of the recorded steps if the training time was not measured.
-    time = format_seconds(seconds or figures.seconds)
-
-    rows = {
-        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples})",
-        "time": f"{time} in steps",
-        "tokens": f"{figures.tokens:,.0f} without padding, {supervised:,.0f} of them supervised",
-        "speed": f"{figures.speed or 0.0:,.0f} tokens/s",
-        "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
-    }
-    if figures.mfu is not None:
-        peak = figures.last("mfu_peak_tflops") or 0.0
-        rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
-
-    # The loss of one batch is noisy, and the mean of all steps does not describe the end of the
-    # run. Therefore show the mean of the last steps.
-    averaged = len(figures.last_losses)
-    if figures.loss is not None and averaged < len(records):
-        rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
-
-    val_losses = [value for value in figures.column("val_loss") if value is not None]
-    if val_losses:
-        text = f"{val_losses[0]:.4f}"
-        if len(val_losses) > 1:
-            text += f" -> {val_losses[-1]:.4f}"
-            step = figures.best_step
-            if step is not None:
-                text += f", best {figures.validations[step]:.4f} at step {step}"
-        rows["val_loss"] = text
-    rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
-    return rows
 
 
 _FILE_NOTES = (
