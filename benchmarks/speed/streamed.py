@@ -42,6 +42,7 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
 from tunesmith.model.shapes import SHAPES
 from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.presentation.start import choices_line
 from tunesmith.runtime import stream
 from tunesmith.runtime.determinism import CHOICES, WORKSPACE, deterministic_algorithms
 from tunesmith.runtime.device import choose_device, free_device_memory
@@ -208,8 +209,7 @@ def measure(
             with with_streamed(streamed):
                 session = build.build(run, Start(), weights="random", measured=True)
             build_seconds = time.perf_counter() - began
-            for line in session.plan.describe():
-                print(line, flush=True)
+            print(choices_line(session.plan), flush=True)
             layers: Any = session.model.layers
             host = layers[0].stream if isinstance(layers[0], stream.StreamedLayer) else None
             for tokens in micro_batches:

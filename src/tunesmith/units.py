@@ -150,11 +150,6 @@ class Length(_Amount):
         share = min(1.0, passed / whole) if whole > 0 else 0.0
         return share if share > MIN_FRACTION else None
 
-    def in_words(self) -> str:
-        """Return the length for a sentence: `1 epoch` instead of the recipe's `1 epochs`."""
-        is_one = self.amount == 1 and self.unit in ("steps", "epochs")
-        return str(self).removesuffix("s") if is_one else str(self)
-
 
 @dataclass(frozen=True)
 class Size(_Amount):

@@ -19,6 +19,7 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model import tiny_model
+from tunesmith.presentation.start import misread_warnings
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),
@@ -83,7 +84,7 @@ def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
         randomise(model)
         peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "x", None))
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        warning = peft_files.describe_misread(model)
+        warning = "".join(misread_warnings(peft_files.find_misread(model)))
         try:
             theirs = PeftModel.from_pretrained(base, tmp_path)
         except RuntimeError:

@@ -14,6 +14,7 @@ from errors import refuses
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
+from tunesmith.presentation.data import template_line
 
 HEADER = "{{- '<|start|>' + m.role + '<|message|>' }}"
 # gpt-oss: <|return|> ends the last answer, <|end|> thinking and earlier answers, <|call|> a call;
@@ -106,7 +107,7 @@ def test_earlier_answers_that_end_with_another_token(stops: tuple[str, ...]) -> 
     template = template_of(SEVERAL_ENDS, *stops)
     assert ends(template) == {"</s>", "<|return|>", "<|call|>"}
     assert template.tokenizer.convert_ids_to_tokens([*template.earlier_end_ids]) == ["<|end|>"]
-    assert "'<|end|>'" in template.describe()
+    assert "'<|end|>'" in template_line(template)
     one = "<|message|>b<|return|>"
     assert supervised(template, user("a"), answer("b")) == [one]
     assert supervised(template, user("a"), answer("b"), user("c"), answer("")) == [
@@ -146,7 +147,7 @@ def test_the_header_of_a_next_turn_ends_no_answer() -> None:
 def test_a_last_answer_gets_the_first_token_of_the_next_turn() -> None:
     template = template_of(NO_END, "<|user|>", "<|observation|>")
     assert ends(template) == {"</s>", "<|user|>", "<|observation|>"}
-    assert "'<|user|>', '<|observation|>'" in template.describe()
+    assert "'<|user|>', '<|observation|>'" in template_line(template)
     assert supervised(template, user("a"), answer("b\n")) == ["b<|user|>"]
     assert supervised(template, user("a"), answer("b <|user|>")) == ["b <|user|><|user|>"]
     row = (user("a"), answer(""), user("c"), answer("d"))

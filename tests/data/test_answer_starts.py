@@ -25,6 +25,7 @@ from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.contract import check_tokens
 from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.presentation.data import data_warnings
 
 END = "<|im_end|>"
 KINDS = ("bytes", "trimmed", "pieces", "prefixed", "llama2")
@@ -273,7 +274,7 @@ def test_blanks_before_answers_are_counted_and_told(
         data = prepare_data(run, tokenizer, {2}, len(tokenizer), cache=tmp_path / "cache")
         flaws = data.train.parts[0].counts.flaws
         assert flaws.get("blank", [0])[0] == count
-        told = [line for line in data.warnings() if ROW_WARNINGS["blank"].what in line]
+        told = [line for line in data_warnings(data) if ROW_WARNINGS["blank"].what in line]
         assert len(told) == bool(count)
         if told:
             assert holds(told[0], "4 of 6", f"{path}:1")
@@ -287,5 +288,5 @@ def test_merged_tokens_are_counted_and_told(tiny: Path, tmp_path: Path) -> None:
     tokenizer = wordpiece("no", "so", "soon", "##on")
     data = prepare_data(run, tokenizer, {1}, len(tokenizer), cache=None)
     assert data.train.parts[0].counts.flaws["merged"] == [1, 0]
-    assert any(ROW_WARNINGS["merged"].what in line for line in data.warnings())
+    assert any(ROW_WARNINGS["merged"].what in line for line in data_warnings(data))
     assert data.train[0].trained.tolist() == [False, True, True]

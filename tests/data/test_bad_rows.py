@@ -16,6 +16,7 @@ from tunesmith.config.dump import differences
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.tokens import workers
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
+from tunesmith.presentation.data import data_warnings, start_data_lines
 from tunesmith.training.early_checks import check_start
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -113,9 +114,9 @@ def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> No
         counts = data.train.parts[0].counts
         assert (counts.rows, counts.bad, counts.kept, len(data.train)) == (40, 5, 35, 35)
         assert [row + 1 for row, _ in counts.bad_rows] == [*BAD]
-        (line,) = lines_with(data.describe(), "35 of 40", 5)
+        (line,) = lines_with("\n".join(start_data_lines(data)), "35 of 40", 5)
         assert holds(line, "data.bad_rows")
-        (warning,) = [line for line in data.warnings() if holds(line, "5 of 40")]
+        (warning,) = [line for line in data_warnings(data) if holds(line, "5 of 40")]
         assert holds(warning, f"{path}:{next(iter(BAD))}")
     # Examples keep the places of their rows.
     assert data.train.where(2).endswith("rows.jsonl:4")
@@ -198,7 +199,7 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
     for _ in range(2):
         data = prepared(tiny, tmp_path, path)
         assert data.train.parts[0].counts.unread == {"message.grade": [1, 1], "score": [2, 1]}
-        (warning,) = [line for line in data.warnings() if "message.grade" in line]
+        (warning,) = [line for line in data_warnings(data) if "message.grade" in line]
         assert holds(warning, "1 row", "score", "2 rows", f"{path}:2")
 
 
@@ -211,7 +212,7 @@ def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
     ):
         rows = [{**good(n), "split": split} for n, split in enumerate(splits)]
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        warnings = prepared(tiny, tmp_path, path).warnings()
+        warnings = data_warnings(prepared(tiny, tmp_path, path))
         lines = [line for line in warnings if holds(line, "split")]
         assert len(lines) == bool(told)
         assert holds("".join(lines), *told)
@@ -225,7 +226,7 @@ def test_worse_answers_beside_chosen_ones_that_are_named_are_no_loss(
     path.write_text(f"{json.dumps(row)}\n" * 3)
     named = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
     data = prepared(tiny, tmp_path, path, train={"source": str(path), **named})
-    (warning,) = [line for line in data.warnings() if "training does not read" in line]
+    (warning,) = [line for line in data_warnings(data) if "training does not read" in line]
     assert holds(warning, "score")
     assert "rejected" not in warning
 

@@ -31,6 +31,7 @@ from tunesmith.data.tokens.documents import DocumentSplitter
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
+from tunesmith.presentation.data import start_data_lines
 
 
 def write_texts(folder: Path, texts: Sequence[str]) -> Path:
@@ -141,7 +142,9 @@ def test_a_warning_says_how_many_tokens_are_lost(tiny: Path, tmp_path: Path) -> 
         run = make_run(tiny, tmp_path, held=False, data={"train": source, **keys})
         tokenizer = byte_tokenizer()
         ends = {tokenizer.eos_token_id}
-        described = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "c").describe()
+        described = "\n".join(
+            start_data_lines(prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "c"))
+        )
         return warnings_with(described, "texts.jsonl", 128)
 
     assert warnings() == []

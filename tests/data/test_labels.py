@@ -19,6 +19,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.errors import DataError
+from tunesmith.presentation.data import data_warnings
 
 Row = dict[str, Any]
 PAIR = {"question": "2 + 2?", "answer": "4"}
@@ -201,13 +202,13 @@ def test_numbers_that_are_labels(
 )
 def test_other_grades_are_no_labels(tiny: Path, tmp_path: Path, values: list[Any]) -> None:
     rows = [{**PAIR, "rating": value} for value in values]
-    told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
+    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "prompt-completion")))
     assert warnings_with(told, "not read rating")
 
 
 def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:
     rows = [{"text": "A long film.", "stars": stars, "verdict": "bad"} for stars in (0, 1)]
-    told = "\n".join(prepared(tiny, tmp_path, rows, "text").warnings())
+    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "text")))
     (unread,) = warnings_with(told, "stars")
     assert holds(unread, "verdict")
     assert "rows.jsonl" not in unread, "no place of columns that all rows have"
@@ -216,7 +217,7 @@ def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:
 def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> None:
     others = {"answer_id": 3, "notes": "x", "scraped_at_date": "y", "page_url": "z"}
     rows = [{**others, **PAIR, "rating": rating} for rating in (4.5, 3.5)]
-    told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
+    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "prompt-completion")))
     (unread,) = warnings_with(told, "rating")
     assert holds(unread, "rating, notes")
     assert not any(holds(unread, name) for name in others if name != "notes")
@@ -233,7 +234,7 @@ def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None
         {"chosen_score": None, "rejected_score": 3},
     ]
     told = "\n".join(
-        prepared(tiny, tmp_path, [{**pair, **row} for row in scores], "preference").warnings()
+        data_warnings(prepared(tiny, tmp_path, [{**pair, **row} for row in scores], "preference"))
     )
     assert warnings_with(told, "preference", "3 of 6", f"{tmp_path}/rows.jsonl:2")
     (unread,) = warnings_with(told, "chosen_mood")

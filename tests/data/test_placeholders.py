@@ -33,6 +33,7 @@ from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.token_set import SourceTokens, find_repeats
 from tunesmith.data.workers import WorkerPool
 from tunesmith.errors import DataError, MachineError, ModelError
+from tunesmith.presentation.data import data_warnings, source_figures
 from tunesmith.units import Size
 from vision import FAMILIES, takes_pictures, write_processor
 
@@ -604,7 +605,7 @@ def test_what_makes_tokens_of_pictures_names_the_entry(
     assert (whole.train.counts.scaled_pictures, scaled.train.counts.scaled_pictures) == (0, 1)
     assert any(
         holds(figure, 1, "data.image_max_pixels", 5000)
-        for figure in scaled.figures(scaled.train.parts[0])
+        for figure in source_figures(scaled, scaled.train.parts[0])
     )
 
 
@@ -641,7 +642,7 @@ def test_a_model_that_sees_says_that_no_row_has_a_picture(
     picture(tmp_path, (57, 43))
     read = row(tmp_path, "57x43-0.png", "What?", "Blue.")
     for rows, is_told in (([TALK], True), ([TALK, read], False)):
-        lines = prepared(folders["gemma3"], tmp_path, rows).warnings()
+        lines = data_warnings(prepared(folders["gemma3"], tmp_path, rows))
         assert any("model.vision=false" in line for line in lines) == is_told
 
 
@@ -720,7 +721,9 @@ def test_data_tells_what_the_smallest_picture_costs(
         picture(tmp_path, size)
         rows = [row(tmp_path, f"{size[0]}x{size[1]}-0.png", "What?", "Blue.")]
         data = prepared(folders[family], tmp_path, rows, seq_len=1024)
-        assert any(figure.endswith(" picture") for figure in data.figures(data.train.parts[0]))
+        assert any(
+            figure.endswith(" picture") for figure in source_figures(data, data.train.parts[0])
+        )
 
 
 def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -732,5 +735,5 @@ def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path)
     assert part.counts.pictures == 2
     assert part.counts.placeholders == 20
     share = f"{20 / part.counts.tokens:.1%}"
-    assert any(holds(figure, 2, share) for figure in data.figures(part))
-    assert any(holds(figure, 10, "per picture") for figure in data.figures(part))
+    assert any(holds(figure, 2, share) for figure in source_figures(data, part))
+    assert any(holds(figure, 10, "per picture") for figure in source_figures(data, part))

@@ -12,13 +12,9 @@ from conftest import byte_tokenizer
 from errors import lines_with, warnings_with
 from logged import logged_lines
 from recipes import make_run
+from tunesmith.cli.run_data import findings_as_json
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.compare import row_checks, row_texts
-from tunesmith.data.compare.describe_findings import (
-    describe_rows,
-    findings_as_json,
-    row_warnings_of,
-)
 from tunesmith.data.compare.row_checks import (
     RowFindings,
     check_across,
@@ -29,6 +25,7 @@ from tunesmith.data.compare.row_texts import RowText, read_texts, row_text, samp
 from tunesmith.data.compare.splits import read_checked_splits, read_splits
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.source.open_source import from_list, read_rows
+from tunesmith.presentation.data import data_warnings, left_out_lines, row_warnings_of
 from tunesmith.training.run import train
 from tunesmith.units import Share
 
@@ -221,7 +218,7 @@ def test_a_large_corpus_is_sampled_and_that_is_said(
     splits = read_checked_splits(data, 42)
     assert splits.findings is not None
     assert (splits.findings.rows, splits.findings.compared) == (90, 10)
-    assert "10 of 90" in describe_rows(splits)[0]
+    assert "10 of 90" in next(left_out_lines(splits))
     monkeypatch.setattr(row_texts, "MAX_ROWS", 9)
     found = check_rows([(source, read_rows(source))])
     assert found.near_duplicates == [[20, 80]], "rows are named by their own numbers"
@@ -261,7 +258,7 @@ def test_an_answer_is_what_is_said_last() -> None:
 def test_lines_have_counts_and_places(tmp_path: Path) -> None:
     source = source_of(tmp_path / "rows.jsonl", PLANTED)
     splits = read_checked_splits(Data(train=(source,)), 42)
-    lines = row_warnings_of(splits, [])
+    lines = list(row_warnings_of(splits, []))
     path = source.source
     assert len(lines) == 2
     assert f"{path}:3 ({path}:1)" in lines[0]
@@ -280,8 +277,8 @@ def test_what_is_left_out_is_counted_and_no_warning(tmp_path: Path) -> None:
         PLANTED[0]["prompt"],
         PLANTED[4]["prompt"],
     ]
-    assert row_warnings_of(splits, []) == []
-    told = describe_rows(splits)
+    assert list(row_warnings_of(splits, [])) == []
+    told = list(left_out_lines(splits))
     parts = [line.partition(",")[0].split() for line in told]
     assert [(count, *key) for count, _, _, _, _, *key in parts] == [
         ("1", "data.leave_out", "(near-duplicates)"),
@@ -317,7 +314,7 @@ def test_repeats_within_a_document_hide_no_repeated_rows(tiny: Path, tmp_path: P
     tokenizer = byte_tokenizer()
     ends = {tokenizer.eos_token_id}
     prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
-    told = "\n".join(prepared.warnings())
+    told = "\n".join(data_warnings(prepared))
     parts = prepared.duplicates.count
     assert parts > 5
     assert warnings_with(told, "2 of 5 rows", f"{source.source}:3 ({source.source}:2)")
@@ -358,7 +355,7 @@ def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_pat
     prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
     pair = [f"{validation.source}:2", f"{train_rows.source}:5"]
     assert findings_as_json(prepared.splits, prepared.across)["across"] == [pair]
-    assert warnings_with("\n".join(prepared.warnings()), f"{pair[0]} ({pair[1]})")
+    assert warnings_with("\n".join(data_warnings(prepared)), f"{pair[0]} ({pair[1]})")
     assert prepared.train.parts[0].counts.taken == "data.leave_out: contradictions"
     assert prepared.validation is not None
     assert prepared.validation.parts[0].counts.taken == "max_examples: 2"

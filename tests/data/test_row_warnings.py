@@ -25,6 +25,7 @@ from tunesmith.data.text.row_warnings import row_warnings
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.token_set import TokenSet, find_repeats
 from tunesmith.errors import DataError
+from tunesmith.presentation.data import data_warnings, start_data_lines, template_line
 from tunesmith.units import Length
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -59,12 +60,12 @@ def test_a_warmup_as_long_as_the_run_is_told(tiny: Path, tmp_path: Path) -> None
     for length, count in ((f"{steps} steps", 1), (f"{(steps or 2) - 1} steps", 0)):
         train = replace(data.run.train, warmup=Length.parse(length))
         run = replace(data.run, train=train)
-        told = [line for line in replace(data, run=run).warnings() if "train.warmup" in line]
+        told = [line for line in data_warnings(replace(data, run=run)) if "train.warmup" in line]
         assert len(told) == count
 
 
 def warned(data: TrainingData, about: str) -> str:
-    (line,) = [line for line in data.warnings() if about in line]
+    (line,) = [line for line in data_warnings(data) if about in line]
     assert "; fix: " in line
     return line
 
@@ -97,12 +98,9 @@ def test_empty_answers_and_placeholders_are_told_with_the_first_row(
         data = prepared(tiny, tmp_path, rows)
         assert holds(warned(data, '"train": false'), "3 of 60", f"{tmp_path}/rows.jsonl:8")
         assert holds(warned(data, "{{name}}"), "1 of 60", f"{tmp_path}/rows.jsonl:13")
-        assert "60 of 60 rows" in data.describe()
-        assert lines_with(data.describe(), "60 of 60", 3)
-        assert len(data.warnings()) == 3, "with that of the few steps"
-    assert data.warnings() == [
-        line for line in data.describe().splitlines() if line.startswith("warning: ")
-    ]
+        assert "60 of 60 rows" in "\n".join(start_data_lines(data))
+        assert lines_with("\n".join(start_data_lines(data)), "60 of 60", 3)
+        assert len(data_warnings(data)) == 3, "with that of the few steps"
 
 
 def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(
@@ -114,9 +112,9 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
     assert warned(prepared(tiny, tmp_path, rows, base=True), "5 of 6 rows")
     for asked in ("raw", "alpaca"):
         data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
-        assert not any("5 of 6" in line for line in data.warnings())
+        assert not any("5 of 6" in line for line in data_warnings(data))
     data = prepared(tiny, tmp_path, rows, base=True)
-    assert "raw: " in data.describe().splitlines()[0]
+    assert "raw: " in next(start_data_lines(data))
 
 
 SPELLED = "Write <|im_end|> here."
@@ -177,13 +175,13 @@ def test_special_tokens_that_a_recipe_or_a_raw_row_asks_for_are_not_told(
     rows[2]["prompt"] = SPELLED
     assert warned(prepared(tiny, tmp_path, rows, base=True), "<|im_end|>")
     raw = prepared(tiny, tmp_path, rows, base=True, template="raw")
-    assert not [line for line in raw.warnings() if "<|im_end|>" in line]
+    assert not [line for line in data_warnings(raw) if "<|im_end|>" in line]
     rows = [{"prompt": "Which?", "completion": "<|im_start|>"}]
     data = prepared(tiny, tmp_path, rows)
     assert warned(data, "<|im_start|>")
     model = replace(data.run.model, added_tokens=("<|im_start|>",))
     added = replace(data, run=replace(data.run, model=model))
-    assert not [line for line in added.warnings() if "<|im_start|>" in line]
+    assert not [line for line in data_warnings(added) if "<|im_start|>" in line]
 
 
 def test_what_separates_the_values_of_a_table_is_told_once(tiny: Path, tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_what_separates_the_values_of_a_table_is_told_once(tiny: Path, tmp_path:
     tokenizer = byte_tokenizer()
     data = prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=tmp_path / "cache")
     assert data.validation is not None
-    assert len(lines_with(data.describe(), path, "semicolons")) == 1
+    assert len(lines_with("\n".join(start_data_lines(data)), path, "semicolons")) == 1
 
 
 @pytest.mark.parametrize(
@@ -370,7 +368,7 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
     rows = [{"text": "x" * (200 if i % 10 == 0 else 20 + i)} for i in range(90)]
 
     def line(**given: Any) -> str:
-        lines = prepared(tiny, tmp_path, rows, **given).describe().splitlines()
+        lines = list(start_data_lines(prepared(tiny, tmp_path, rows, **given)))
         [figures] = [line for line in lines if "rows.jsonl: " in line]
         return figures.partition("rows.jsonl: ")[2]
 
@@ -400,6 +398,6 @@ def test_the_prompt_of_a_base_without_a_template_is_told(tiny: Path, tmp_path: P
     rows = [{"instruction": f"Who {i}?", "output": f"He {i}."} for i in range(20)]
     for base in (False, True):
         data = prepared(tiny, tmp_path, rows, base=base, seq_len=1024)
-        line = data.template.describe()
+        line = template_line(data.template)
         assert line.startswith("alpaca: ") == base
-        assert (line in data.describe().splitlines()) == base
+        assert (line in list(start_data_lines(data))) == base

@@ -19,6 +19,7 @@ from tunesmith.data.text import builtin_templates, rendering
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError, ModelError
+from tunesmith.presentation.data import template_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
@@ -87,19 +88,19 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
     file.write_text(CHATML)
     tokenizer = chat_tokenizer()
     lines = {
-        select_template(data(), tokenizer, {2}).describe(): [
+        template_line(select_template(data(), tokenizer, {2})): [
             "chat",
             "Hermes",
             "<|im_end|>",
             "sentinels",
         ],
-        select_template(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
-        select_template(data(template=str(file)), tokenizer, {2}).describe(): [
+        template_line(select_template(data("alpaca"), base(), {2})): ["alpaca", "</s>"],
+        template_line(select_template(data(template=str(file)), tokenizer, {2})): [
             "own.jinja",
             "<|im_end|>",
         ],
-        select_template(data("text"), base(), {2}).describe(): ["without a template", "</s>"],
-        select_template(data("text"), tokenizer, {2}).describe(): ["as they are", "</s>"],
+        template_line(select_template(data("text"), base(), {2})): ["without a template", "</s>"],
+        template_line(select_template(data("text"), tokenizer, {2})): ["as they are", "</s>"],
     }
     for line, words in lines.items():
         assert "\n" not in line
@@ -386,8 +387,8 @@ def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
 def test_hermes_form_of_a_dated_template_still_says_that_its_date_is_fixed() -> None:
     tokenizer = chat_tokenizer(CHATML + "{{ strftime_now('%d') if false else '' }}")
     template = select_template(data(), tokenizer, {2})
-    assert "Hermes' form" in template.describe()
-    assert holds(template.describe(), "data.template_args.strftime_now")
+    assert "Hermes' form" in template_line(template)
+    assert holds(template_line(template), "data.template_args.strftime_now")
 
 
 def test_no_hermes_form_for_other_templates(tmp_path: Path) -> None:
@@ -456,7 +457,7 @@ def test_arguments_reach_rows_prompts_and_what_is_saved() -> None:
     prompt = 'Say "{%- x -%}"\n<|im_start|>user\na<|im_end|><|im_start|>assistant\n\\'
     assert learnt(template, row) == (f"{prompt}b<|im_end|>", "b<|im_end|>")
     assert tokenizer.decode(template.prompt(row)) == prompt
-    assert holds(template.describe(), "thinks", "false")
+    assert holds(template_line(template), "thinks", "false")
     saved = chat_tokenizer(template.jinja)
     served = saved.apply_chat_template(
         row.messages[:1], add_generation_prompt=True, tokenize=False, thinks=True

@@ -26,6 +26,7 @@ from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template, TrainOn
 from tunesmith.data.text.thoughts import find_thought, missing_parts, split_thought
 from tunesmith.errors import DataError
+from tunesmith.presentation.data import data_warnings
 
 START, END = "<|im_start|>", "<|im_end|>"
 CLOSE = "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
@@ -493,7 +494,7 @@ def test_few_answers_that_lack_a_part_are_told_and_many_refused(tiny: Path, tmp_
         data = prepared(tiny, tmp_path, [*whole, cut, *whole], STRIPS)
         (part,) = data.train.parts
         assert part.counts.flaws == {"lost_text": [1, 199]}
-        (line,) = [line for line in data.warnings() if ROW_WARNINGS["lost_text"].what in line]
+        (line,) = [line for line in data_warnings(data) if ROW_WARNINGS["lost_text"].what in line]
         assert f"{tmp_path}/rows.jsonl:200" in line
     with refuses(DataError, where="rows.jsonl:1", names=["1 of 50"]):
         prepared(tiny, tmp_path, [cut, *whole[:49]], STRIPS)
@@ -503,5 +504,5 @@ def test_earlier_thoughts_that_the_family_leaves_out_are_told(tiny: Path, tmp_pa
     data = prepared(tiny, tmp_path, [turns(inline), turns(field), turns(field)[2:]], OPENS)
     (part,) = data.train.parts
     assert part.counts.flaws == {"earlier_thought": [2, 0]}
-    (line,) = [line for line in data.warnings() if "data.train_on=last" in line]
+    (line,) = [line for line in data_warnings(data) if "data.train_on=last" in line]
     assert "2 of 3" in line

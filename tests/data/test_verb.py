@@ -21,6 +21,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+from tunesmith.presentation.data import data_warnings, histogram, start_data_lines
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_prepare_for_training(recipe, tiny: Path, write) -> None:
     assert (len(data.train), len(data.validation or ()), len(data.contracts)) == (60, 4, 2)
     assert data.schedule.steps(data.run.train.duration) == 1
     assert data.digest == data.train.counts.digest
-    text = data.describe()
+    text = "\n".join(start_data_lines(data))
     assert "60 of 60 rows" in text
     assert lines_with(text, "validation", 4)
     assert "\n\n" not in text
@@ -194,7 +195,7 @@ def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write)
         "held.jsonl:1",
         "rows.jsonl:1",
     )
-    assert lines_with("\n".join(data.warnings()), "11 of 13", "val_loss")
+    assert lines_with("\n".join(data_warnings(data)), "11 of 13", "val_loss")
     path = recipe(alpaca(60), held)
     assert prepared(path, tiny, "data.train.split=train[10:]").overlap.count == 0
 
@@ -244,10 +245,10 @@ def test_figures_and_lengths_are_readable_at_any_width(
 
 def test_lengths_are_counted_in_equal_steps() -> None:
     lengths = np.array([30] * 3 + [57] * 2 + [1000])
-    bars = verb.histogram(SimpleNamespace(lengths=lengths))  # type: ignore[arg-type]
+    bars = histogram(SimpleNamespace(lengths=lengths))  # type: ignore[arg-type]
     assert [bar for bar in bars if bar[2]] == [(30, 90, 5), (945, 1000, 1)]
     same = SimpleNamespace(lengths=np.array([12, 12]))
-    assert verb.histogram(same) == [(12, 12, 2)]  # type: ignore[arg-type]
+    assert histogram(same) == [(12, 12, 2)]  # type: ignore[arg-type]
 
 
 def test_a_run_directory_shows_its_recipe(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import describe_misread
+from tunesmith.adapter.peft_files import find_misread
 from tunesmith.checkpoint.contents import write_model_files
 from tunesmith.model.load import auto_class_of
 from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, build_tiny_model
@@ -107,7 +107,7 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
     write_model_files(adapter, run, model, {})
     theirs = PeftModel.from_pretrained(entire(base), adapter)
     assert difference(logits(theirs), adapted) <= TOLERANCE
-    assert not describe_misread(model.model)
+    assert find_misread(model.model) is None
 
     run = make_run(base, tmp_path, adapter={"kind": "none"})
     model = built_model(run, base).eval()

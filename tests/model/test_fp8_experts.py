@@ -22,6 +22,7 @@ from tunesmith.errors import ModelError
 from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.presentation.start import model_files_lines
 
 BLOCK = (16, 24)
 
@@ -48,7 +49,7 @@ def test_they_are_kept_as_they_ship_by_default(tiny: Path, tmp_path: Path) -> No
     run = make_run(base, tmp_path, held=False)
     files = read_model_files(base, run.model)
     assert files.model.quantize == "as-shipped"
-    assert f"GGUF: {describe_gguf_export('qwen3_moe')}" in files.describe()
+    assert f"GGUF: {describe_gguf_export('qwen3_moe')}" in list(model_files_lines(files))
     model = built_model(run, base).model
     assert has_codes(model.get_submodule("model.layers.0.mlp.experts.down_proj"))
 

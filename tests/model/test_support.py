@@ -239,7 +239,7 @@ def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
     names = lora.attach_lora(model, Adapter(rank=2), seed=0)
     assert names
     assert not [name for name in names if "dt_proj" in name]
-    assert holds(lora.describe_unreached(model), "dt_proj")
+    assert "dt_proj" in lora.find_unreached(model).bypassed
     with pytest.raises(RecipeError) as caught:
         lora.attach_lora(tiny_mamba(), Adapter(rank=2, target=("dt_proj",)), seed=0)
     assert caught.value.where == "adapter.target"
@@ -269,9 +269,9 @@ def test_a_router_that_derives_from_a_linear_layer_takes_no_adapter():
     model = AutoModelForCausalLM.from_config(tiny_model.shrink(config_of("llama4_text")))
     assert not [name for name in linear_names(model, head=True) if name.endswith("router")]
     lora.attach_lora(model, Adapter(rank=2), seed=0)
-    left_out = lora.describe_unreached(model)
-    assert "router" in left_out
-    assert "experts" not in left_out
+    left_out = lora.find_unreached(model)
+    assert left_out.has_routers
+    assert not any("experts" in name for name in (*left_out.matrices, *left_out.bypassed))
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from tunesmith.model import save_tensors, weights
 from tunesmith.model.safetensors_files import read_into
 from tunesmith.parallel.mesh import Mesh, possible_shapes
 from tunesmith.planning.resolve import inference_plan
+from tunesmith.presentation.start import trained_text
 from tunesmith.training.build import make_optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -341,7 +342,8 @@ def quantized(
                     layer.tensor_shard and layer.tensor_shard[:3],
                     read[f"{name}.weight"],
                 )
-            found.append((dense, root.describe()))
+            trained = sum(p.numel() for _, p in root.trained_parameters())
+            found.append((dense, trained_text(root.model, trained)))
     return found
 
 

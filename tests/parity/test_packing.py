@@ -19,6 +19,7 @@ from tunesmith.adapter import lora
 from tunesmith.data.batches.batch import IGNORE, Batch, collate
 from tunesmith.data.text.example import Example
 from tunesmith.methods.base import TrainModel, supervised_positions
+from tunesmith.presentation.start import trained_text
 from tunesmith.runtime.recompute import recompute_layers
 
 TOLERANCE = 1e-5
@@ -193,4 +194,4 @@ def test_what_is_trained_and_how_it_is_described(tiny, tmp_path):
     names = [name for name, _ in model.trained_parameters()]
     assert len(names) == 28
     assert names[0] == "model.layers.0.self_attn.q_proj.lora_A"
-    assert "LlamaForCausalLM" in model.describe()
+    assert "LlamaForCausalLM" in trained_text(model.model, 1)

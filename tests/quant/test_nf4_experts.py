@@ -23,6 +23,7 @@ from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
+from tunesmith.presentation.start import unreached_lines
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.quant.replace import replace_by_codes
 from tunesmith.training.run import train
@@ -157,7 +158,7 @@ def test_all_linear_leaves_out_the_routers_alone(base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
     replace_by_codes(model, Nf4(BF16), BF16)
     lora.attach_lora(model, Adapter(), seed=0)
-    assert lora.describe_unreached(model) == "the adapter excludes the routers"
+    assert list(unreached_lines(lora.find_unreached(model))) == ["the adapter excludes the routers"]
 
 
 def test_a_stack_that_does_not_fit_is_refused() -> None:

@@ -34,6 +34,7 @@ from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.planning.savings import check_memory_fits
 from tunesmith.planning.workload import measure_work
+from tunesmith.presentation.start import choice_lines, choices_line
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.units import Size
 
@@ -267,12 +268,12 @@ def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
 
 def test_the_plan_is_told_in_the_words_of_the_field():
     plan = planned(recipe(recompute=5, **WHOLE_STEPS), LLAMA, 139)
-    assert plan.describe() == [
+    assert [choices_line(plan)] == [
         "attention: varlen; loss: chunked, compiled; base: bf16; compile: per layer; "
         "recompute: 5 of 32 layers; micro batch: 16,384 tokens"
     ]
     assert all(plan.why[part] for part in plan.choices)
-    assert plan.describe(why=True)[0].split() == ["attention:", "varlen", "it", "runs"]
+    assert next(choice_lines(plan)).split() == ["attention:", "varlen", "it", "runs"]
 
 
 def test_a_plan_needs_no_torch():

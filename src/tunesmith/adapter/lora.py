@@ -12,6 +12,7 @@ an adapter.
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -289,10 +290,24 @@ def _check_target(
             raise RecipeError(what.format(target), where="adapter.target", why=why, fix=fix)
 
 
-def describe_unreached(model: nn.Module) -> str:
-    """Return a line about the matrices that `all-linear` does not adapt, or "" if there are
-    none.
+class Unreached(NamedTuple):
+    """Parts of the decoder that `all-linear` does not adapt.
+
+    Attributes:
+        matrices: names of matrices that are not in linear layers.
+        share: fraction of the model's parameters in `matrices`.
+        bypassed: names of linear layers in which an adapter would get no gradient.
+        has_routers: whether the model has routers.
     """
+
+    matrices: tuple[str, ...]
+    share: float
+    bypassed: tuple[str, ...]
+    has_routers: bool
+
+
+def find_unreached(model: nn.Module) -> Unreached:
+    """Find the parts of the decoder that `all-linear` does not adapt."""
     routers = router_names(model)
     names = []
     bypassed = []
@@ -315,19 +330,12 @@ def describe_unreached(model: nn.Module) -> str:
                 parameters += weight.numel()
                 part = words[-1:] if key == "weight" else [*words[-1:], key]
                 names.append(".".join(part))
-    parts = []
-    if names:
-        share = parameters / parameter_count(model)
-        shown = ", ".join(dict.fromkeys(names))
-        parts.append(f"{shown}, which are not linear layers ({share:.0%} of the model)")
-    if bypassed:
-        shown = ", ".join(dict.fromkeys(bypassed))
-        parts.append(f"{shown}, where an adapter would get no gradient")
-    if routers:
-        parts.append("the routers")
-    if not parts:
-        return ""
-    return f"the adapter excludes {'; '.join(parts)}"
+    return Unreached(
+        tuple(dict.fromkeys(names)),
+        parameters / parameter_count(model),
+        tuple(dict.fromkeys(bypassed)),
+        bool(routers),
+    )
 
 
 def _unknown(name: str, names: Iterable[str], key: str, described: str, fix: str) -> RecipeError:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -219,8 +219,23 @@ def _peft_stacks(model: nn.Module) -> list[str]:
     return sorted(adapted)
 
 
-def describe_misread(model: PreTrainedModel) -> str:
-    """Return a warning if PEFT would not load all of this adapter's updates, or an empty string.
+class Misread(NamedTuple):
+    """An adapter whose updates PEFT would not load completely.
+
+    Attributes:
+        error: the error with which PEFT rejects the adapter. Empty if PEFT loads the adapter.
+        layers: names of the linear layers that PEFT treats as experts.
+        targets: the names for `adapter.target` with which PEFT loads the adapter.
+    """
+
+    error: str = ""
+    layers: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    model_type: str = ""
+
+
+def find_misread(model: PreTrainedModel) -> Misread | None:
+    """Find the updates of this adapter that PEFT would not load. Return None if it loads all.
 
     In many models with experts, PEFT 0.21 treats the targets gate_proj, up_proj and down_proj as
     the experts of older files. PEFT then does not load the adapters of linear layers with these
@@ -231,13 +246,13 @@ def describe_misread(model: PreTrainedModel) -> str:
     if not has_vision_language_class(model) and not any(
         parameter.ndim == 3 for parameter in model.parameters()
     ):
-        return ""
+        return None
     from peft import LoraConfig
 
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:  # older versions of PEFT have no such conversion
-        return ""
+        return None
     # Use the entire vision-language model, because PEFT loads this model and applies the conversion
     # rules for its type.
     opened = entire_model(model)
@@ -246,20 +261,16 @@ def describe_misread(model: PreTrainedModel) -> str:
     try:
         convert_peft_config_for_transformers(config, opened, None)
     except ValueError as error:
-        return f"warning: PEFT does not open this adapter: {error}"
+        return Misread(error=str(error))
     read = set(config.target_modules)
     if adapted <= read:
-        return ""
+        return None
     targets = sorted(read)
     if any(expert_updates(model)):
         targets.append(EXPERTS_TARGET)
-    # This warning also covers adapters with updates of experts. For these, PEFT expects twice the
-    # rank and rejects the entire adapter.
-    return (
-        f"warning: PEFT treats {', '.join(sorted(adapted - read))} of a {opened.config.model_type} "
-        "as experts, and does not load these adapters; merge the adapter (tunesmith merge), or set "
-        f"adapter.target: [{', '.join(targets)}]"
-    )
+    # This also covers adapters with updates of experts. For these, PEFT expects twice the rank and
+    # rejects the entire adapter.
+    return Misread("", tuple(sorted(adapted - read)), tuple(targets), opened.config.model_type)
 
 
 def write_adapter(

@@ -338,34 +338,51 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         )
 
 
-def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
-    """Return lines for the user about a resumed run. They give its first step and its new duration.
+@dataclass(frozen=True)
+class Resumed:
+    """The point from which a run resumes, and its duration.
+
+    Attributes:
+        step: number of steps that are done.
+        end: the last step, or the duration if it is a time.
+        duration, previous_duration: texts that include the number of steps.
+        has_new_duration: whether the recipe's duration differs from the one before.
+    """
+
+    step: int
+    checkpoint: Path
+    end: str
+    duration: str
+    previous_duration: str
+    has_new_duration: bool
+
+
+def find_resumed(start: Start, run: Run, schedule: BatchSchedule) -> Resumed | None:
+    """Return the point from which a run resumes. Return None if the run is new.
 
     Raise RecipeError if the duration is shorter than before, unless `checkpoint.resume` is `force`.
     """
     progress = start.progress
     if start.checkpoint is None or progress is None or start.previous_run is None:
-        return []
-
+        return None
     previous_train = start.previous_run.train
     previous_steps, previous_duration = _planned_steps(previous_train, schedule, progress)
     steps, duration = _planned_steps(run.train, schedule, progress)
-    end = duration if run.train.duration.seconds else steps
-    lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint}"]
-    is_other = previous_train.duration != run.train.duration
-    if is_other:
-        lines.append(f"train.duration: {previous_duration} -> {duration}")
-
     if steps < previous_steps and run.checkpoint.resume != "force":
         raise RecipeError(
             "train.duration is shorter than when the run started",
-            where=lines[-1],
+            where=f"train.duration: {previous_duration} -> {duration}",
             why=MIXED_RUNS_REASON,
             fix=f"set a longer train.duration, or {START_OVER}, {FORCE}",
         )
-    if is_other and run.train.schedule != "constant":
-        lines.append(f"the learning rate may jump, because its schedule now spans {duration}")
-    return lines
+    return Resumed(
+        progress.step,
+        start.checkpoint,
+        end=duration if run.train.duration.seconds else str(steps),
+        duration=duration,
+        previous_duration=previous_duration,
+        has_new_duration=previous_train.duration != run.train.duration,
+    )
 
 
 def _planned_steps(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str]:

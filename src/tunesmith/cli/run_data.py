@@ -3,18 +3,17 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from tunesmith.config.schema import Run
-from tunesmith.data.compare.describe_findings import describe_rows, findings_as_json
+from tunesmith.data.compare.row_checks import ROW_FAULTS, place
+from tunesmith.data.compare.splits import Splits
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.source.open_source import is_local
 from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.streams import show, visible, width_of
 from tunesmith.hub import fetch
@@ -22,11 +21,11 @@ from tunesmith.hub.model_files import read_picture_processor
 from tunesmith.model.load import load_config
 from tunesmith.model.spec import check_seq_len
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
-from tunesmith.units import ceil_div, count_of
+from tunesmith.presentation.data import data_lines, data_warnings, histogram
+from tunesmith.units import count_of
 
-# Number of bars in the histogram of lengths, and the length of the longest bar in columns.
-_BARS = 16
-_BAR_COLUMNS = 40
+# Maximum number of row locations in each list of findings in the JSON output.
+_LISTED_PLACES = 100
 # Maximum number of tokens that are shown of one row.
 _SHOWN_ROW_TOKENS = 800
 
@@ -61,31 +60,7 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Print rows, counts, lengths, packing and the checks of the token contract on stdout."""
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
-    lines = [prepared.template.describe()]
-    for split, part in prepared.sources():
-        name = part.counts.source
-        lines.append(f"{split}: {Path(name).name if is_local(name) else name}")
-        for figure in prepared.figures(part):
-            lines.append(f"  {figure}")
-    lines.append("tokens per example:")
-    bars = histogram(prepared.train)
-    largest = max((count for _, _, count in bars), default=0)
-    for low, high, count in bars:
-        if count:
-            # Round up, so that even a few examples have a visible bar.
-            bar = "█" * ceil_div(_BAR_COLUMNS * count, largest)
-            lines.append(f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}")
-    lines += [*describe_rows(prepared.splits), prepared.describe_schedule(), *prepared.warnings()]
-    for contract in prepared.contracts:
-        for check in contract.broken:
-            broken = f"{check.broken:,} of {count_of(check.checked, check.of)}"
-            lines += [
-                f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}",
-                f"  {check.why}",
-                f"  fix: {check.fix}",
-            ]
-    lines += prepared.describe_checks()
-    show("\n".join(filter(None, lines)), sys.stdout)
+    show("\n".join(data_lines(prepared)), sys.stdout)
 
 
 def segments(
@@ -161,24 +136,6 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     console.print()
 
 
-def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
-    """Count the examples by their length in tokens, in intervals of equal width.
-
-    Returns:
-        Tuples of the minimum length, the maximum length and the number of examples.
-    """
-    if not len(tokens.lengths):
-        return []
-    first = int(tokens.lengths.min())
-    last = int(tokens.lengths.max())
-    step = ceil_div(last - first + 1, _BARS)
-    counts = np.bincount((tokens.lengths - first) // step).tolist()
-    return [
-        (first + k * step, min(first + (k + 1) * step - 1, last), count)
-        for k, count in enumerate(counts)
-    ]
-
-
 def _count_values(part: SourceTokens) -> dict[str, Any]:
     """Return the counts of a data source, and the file and line of its bad rows."""
     bad_rows = [{"where": part.rows.where(row), "what": what} for row, what in part.counts.bad_rows]
@@ -208,7 +165,31 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
         "duplicates": asdict(prepared.duplicates),
         "overlap": asdict(prepared.overlap),
         "findings": findings_as_json(prepared.splits, prepared.across),
-        "warnings": prepared.warnings(),
+        "warnings": data_warnings(prepared),
         "contract": checks,
         "rows": examples,
+    }
+
+
+def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the number and the row locations of all findings,."""
+    findings = splits.kept_findings
+    sources = splits.sources
+
+    def places(rows: Sequence[int]) -> list[str]:
+        return [place(sources, row) for row in rows[:_LISTED_PLACES]]
+
+    def groups(row_groups: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [places(group) for group in row_groups[:_LISTED_PLACES]]
+
+    pairs = splits.pairs_across(across)
+    counts = {fault: len(findings.faulty_rows(fault)) for fault in ROW_FAULTS}
+    return {
+        "rows": findings.rows,
+        "compared": findings.compared,
+        "left_out": {fault: len(rows) for fault, rows in splits.left_out.items()},
+        "counts": {**counts, "across": len(pairs)},
+        "near-duplicates": groups(findings.near_duplicates),
+        "across": pairs[:_LISTED_PLACES],
+        "contradictions": groups(findings.contradictions),
     }

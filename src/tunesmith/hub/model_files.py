@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
-from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import has_weights, read_json
 from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
@@ -61,48 +60,6 @@ class ModelFiles:
     def vocab_rows(self) -> int:
         """Number of rows that the embedding and the output layer need."""
         return vocab_rows(self.config, self.tokenizer, self.model)
-
-    def describe(self) -> list[str]:
-        """Return lines for the user about the model.
-
-        They describe the quantization of the stored weights, tokens without an embedding, and
-        whether the model can be exported to GGUF.
-        """
-        entire = self.config if self.full_config is None else self.full_config
-        gguf = describe_gguf_export(entire.model_type, self.config.model_type)
-        return [*self._describe_form(), *self._describe_rows(), f"GGUF: {gguf}"]
-
-    def _describe_form(self) -> list[str]:
-        if self.form is None:
-            return []
-        use = {
-            "as-shipped": "the weights stay quantized and are dequantized for one matmul at a time",
-            "none": f"the weights are dequantized to {self.model.dtype} while loading",
-        }.get(
-            self.model.quantize,
-            f"the weights are dequantized and quantized to {self.model.quantize} while loading",
-        )
-        return [f"the base model is stored in {self.form.describe()}: {use}"]
-
-    def _describe_rows(self) -> list[str]:
-        embedding_rows = int(self.config.vocab_size)
-        tokens = len(self.tokenizer)
-        if tokens <= embedding_rows:
-            return []
-        sizes = (
-            f"the tokenizer has {tokens:,} tokens, "
-            f"but the model's embedding has {embedding_rows:,} rows"
-        )
-        if self.model.added_tokens:
-            names = ", ".join(self.model.added_tokens)
-            return [
-                f"{sizes}: rows are added for {names}; each new row is the mean of the existing "
-                "rows"
-            ]
-        return [
-            f"warning: {sizes}, so data with one of the other tokens is rejected; fix: list the "
-            "tokens that you need in model.added_tokens, which adds rows to the embedding"
-        ]
 
 
 def read_picture_processor(

@@ -46,7 +46,6 @@ from tunesmith.model.vision import (
     picture_features,
     set_text_attention,
 )
-from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
 
@@ -390,13 +389,6 @@ class TrainModel(nn.Module):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
-
-    def describe(self) -> str:
-        """Return the class of the model and the fraction of its parameters that are trained."""
-        count = parameter_count(self.model)
-        trained = sum(parameter.numel() for _, parameter in self.trained_parameters())
-        share = f"{trained:,} of {count:,} parameters are trained ({trained / count:.2%})"
-        return f"{type(self.model).__name__}, {share}"
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:

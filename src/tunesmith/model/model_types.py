@@ -70,17 +70,6 @@ class Support:
     errors: Errors | None = None
     bidirectional_pictures: BidirectionalPictures = ""
 
-    def describe(self) -> list[str]:
-        """Return lines for the user, if the model needs padded rows or has recurrent layers."""
-        if self.state == "padded":
-            return [f"warning: {self.why}; this is slower than packed rows"]
-        if self.recurrent:
-            return [
-                f"{', '.join(self.recurrent)}: recurrent layers run on one row per document, "
-                "padded to a common length"
-            ]
-        return []
-
 
 @dataclass(frozen=True)
 class ModelType:

@@ -351,14 +351,3 @@ class RunPlan:
         # line.
         keys = "; or ".join(saving.describe() for saving in savings)
         return f"set {keys} with --fresh" if resumed and not resumable else f"set {keys}"
-
-    def describe(self, *, why: bool = False) -> list[str]:
-        """Return one line, `attention: varlen; loss: chunked; ...`.
-
-        If `why` is True, return one line per choice with its reason.
-        """
-        choices = {part: f"{part}: {value}" for part, value in self.choices.items()}
-        if not why:
-            return ["; ".join(choices.values())]
-        width = max(map(len, choices.values()))
-        return [f"{text:<{width}}  {self.why[part]}" for part, text in choices.items()]

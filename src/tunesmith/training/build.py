@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,6 @@ import torch
 from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
-from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import describe_misread
 from tunesmith.build_model import (
     Weights,
     build_model,
@@ -60,7 +58,8 @@ from tunesmith.planning.resolve import (
 from tunesmith.planning.run_plan import (
     RunPlan,
 )
-from tunesmith.quant.schemes import scheme_of
+from tunesmith.presentation.data import contract_lines
+from tunesmith.presentation.start import planned_lines, session_lines
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
@@ -187,6 +186,9 @@ def build(
     if not measured:
         with ranks.raise_on_all_ranks():
             check_disk(run, count_trained(run, model), prepared.files.folder, ranks)
+    with ranks.raise_on_all_ranks():
+        for line in planned_lines(run, start, prepared.files, data, model, plan):
+            log.info(line)
     root, plan = load_model(prepared, model, plan, start, weights, mesh, ranks)
     if plan.base in SCALING_RECIPES:
         plan = compare_eight_bits(root, plan, mesh, prepared, ranks, weights)
@@ -195,7 +197,7 @@ def build(
     if device.type == "cpu":
         plan = replace(plan, why={**plan.why, "threads": keep_threads(progress.threads)})
     peak = hardware.find_peak(device, DTYPES[run.model.dtype])
-    for line in describe_session(run, start, root, plan, peak, why=why):
+    for line in session_lines(run, start, root.model, plan, peak, why=why):
         log.info(line)
     session = Session(
         run=prepared.recipe,
@@ -296,50 +298,6 @@ def compare_eight_bits(
             )
     reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
     return replace(plan, why={**plan.why, "base": reason})
-
-
-def describe_session(
-    run: Run, start: Start, root: TrainModel, plan: RunPlan, peak: Peak, *, why: bool
-) -> Iterator[str]:
-    """Yield lines for the user that say what is trained, and warnings. If `why` is True, also yield
-    each choice of the plan with its reason.
-    """
-    if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
-        yield f"warning: the base stays in {plan.base}: {plan.why['base']}"
-    yield from plan.warnings
-    trained = "all weights"
-    adapter = run.adapter
-    if adapter.kind == "lora":
-        trained = f"LoRA of rank {adapter.rank}"
-    if plan.base not in DTYPES:
-        trained += f", base: {plan.base}"
-    name = run.model.name
-    if Path(name).exists():
-        name = Path(name).absolute().name  # print only the name; config.yaml has the full path
-    yield f"model: {name}: {trained}: {root.describe()}"
-    if adapter.kind == "lora":
-        unreached = ""
-        if adapter.target == lora.ALL_LINEAR:
-            unreached = lora.describe_unreached(root.model)
-        yield from filter(None, (unreached, describe_misread(root.model)))
-    if why:
-        yield from plan.describe(why=True)
-    previous = start.micro_batch
-    now = plan.layout.micro_batch
-    if previous is not None and now != previous:
-        effect = "dropout masks differ" if adapter.dropout else "sums are rounded differently"
-        text = (
-            f"the micro batch changes from {previous} to {now}, so results differ from an "
-            f"uninterrupted run, because {effect}"
-        )
-        if run.train.micro_batch == "auto":
-            yield f"{text}. A micro batch of {previous} no longer fits into memory."
-        else:
-            yield f"{text}. To keep the micro batch, set train.micro_batch='{previous}'."
-    if why and "threads" in plan.why:
-        yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
-    if peak.tflops and not peak.published:
-        yield f"MFU is relative to {peak.tflops:.0f} TFLOP/s, {peak.source}"
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
@@ -483,7 +441,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         "template": data.template.name,
         "mfu_peak": session.peak._asdict(),
         "choices": choices,
-        "checks": data.describe_checks(),
+        "checks": contract_lines(data.contracts),
     }
     if session.ranks.world > 1:
         env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}

@@ -22,7 +22,7 @@ from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import (
     Start,
     check_unchanged,
-    describe_resume,
+    find_resumed,
     restore_resolved_values,
 )
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
@@ -35,9 +35,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError
 from tunesmith.host import packages
 from tunesmith.host.chips import Chip
-from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.memory import available_memory
-from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.hub.fetch import spec_of_folder
 from tunesmith.hub.model_files import ModelFiles, read_model_files
@@ -52,9 +50,11 @@ from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.resolve import check_bf16, probe_machine, with_dtype
 from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_prompts
 from tunesmith.planning.workload import measure_work
+from tunesmith.presentation.data import start_data_lines
+from tunesmith.presentation.start import model_files_lines, resume_lines
 from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import Phase, read_recipe
+from tunesmith.run_dir import Phase
 from tunesmith.runtime.device import chip_of
 from tunesmith.units import count_of
 
@@ -110,7 +110,7 @@ def prepare(
         check_inputs(run, start)
         files, hashes = read_base(run, start, chip, ranks, weights=weights)
         recipe = replace(run, model=files.model)
-        for line in files.support.describe():
+        for line in model_files_lines(files):
             log.info(line)
         began = start.checkpoint is not None
         where = f"{files.folder}/config.json"
@@ -224,8 +224,6 @@ def read_data(
     The hashes of the data are added to `hashes`. If `why` is True, the summary includes the checks
     of the data.
     """
-    for line in files.describe():
-        log.info(line)
     check_unchanged(start, run, hashes)
     shares = shares_prompts(run, files.support.recurrent)
     if start.progress is not None:
@@ -247,23 +245,8 @@ def read_data(
     if METHODS[run.method.name].needs_reference and adapter is not None:
         hashes["reference_hash"] = adapter_digest(adapter)
     check_unchanged(start, run, hashes)
-    log.info(data.describe(why=why))
-    if adapter is not None and start.checkpoint is None:
-        # `base` is None if the adapter was not trained by tunesmith.
-        folder = find_adapter(adapter).parent
-        base = read_recipe(folder).value.get("model", {}).get("name")
-        if base and base != run.model.name:
-            log.warning(
-                f"the adapter in {relative_to_cwd(folder)} was trained on {base}, but this recipe "
-                f"uses {run.model.name}; if these are different models, set "
-                f"{shell_word(f'model.name={base}')}"
-            )
-    limit = files.spec.position_limit or files.spec.context
-    longest = int(data.train.lengths.max())
-    if longest > limit:
-        text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
-        log.warning(f"{text}; fix: set data.seq_len={limit}")
-    for line in describe_resume(start, run, data.schedule):
+    log.info("\n".join(start_data_lines(data, why=why)))
+    for line in resume_lines(find_resumed(start, run, data.schedule), run):
         log.info(line)
     return data
 

@@ -18,21 +18,10 @@ import numpy as np
 from tunesmith.config.schema import Data, Run, Train
 from tunesmith.data.batches.pack import best_fit_decreasing
 from tunesmith.data.shuffle import shuffled
-from tunesmith.units import Length, ceil_div, count_of
+from tunesmith.units import Length, ceil_div
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens.token_set import TokenSet
-
-
-def describe_long_warmup(train: Train, steps: int | None) -> list[str]:
-    """Return a warning if the warmup is at least as long as the run, else an empty list."""
-    warmup = train.warmup
-    if steps is None or warmup.unit != "steps" or warmup.amount < max(2, steps):
-        return []
-    what = f"train.warmup is {warmup}, but the run has only {count_of(steps, 'step')}"
-    return [
-        f"{what}, so the learning rate still rises when the run ends; fix: set train.warmup='3 %'"
-    ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.config.schema import Data, RowFault, Source
 from tunesmith.data.compare.near_duplicates import Groups
-from tunesmith.data.compare.row_checks import RowFindings, check_rows, checked_before
+from tunesmith.data.compare.row_checks import RowFindings, check_rows, checked_before, place
 from tunesmith.data.shuffle import shuffled
 from tunesmith.data.source.open_source import Rows, read_rows
 from tunesmith.errors import DataError
@@ -51,6 +51,37 @@ class Splits:
     findings: RowFindings
     left_out: dict[RowFault, list[int]]
     held_out: tuple[int, ...] = ()
+
+    @property
+    def kept_findings(self) -> RowFindings:
+        """The findings without the rows that `data.leave_out` removes."""
+        removed = [row for rows in self.left_out.values() for row in rows]
+        return self.findings.without(removed)
+
+    def pairs_across(self, across: Sequence[Sequence[int]]) -> list[list[str]]:
+        """Return pairs of row locations: a validation row, and its near-duplicate in the training
+        rows.
+
+        Such pairs are rare if the validation rows are held out from `data.train`, because
+        near-duplicates then stay in the same split, unless their group is too large.
+
+        Args:
+            across: pairs [row of `data.validation`, row of `data.train`] that are near-duplicates.
+        """
+        pairs = []
+        if not self.held_out:
+            for validated, trained in across:
+                pairs.append([place(self.validation, validated), place(self.train, trained)])
+            return pairs
+        held_out = set(self.held_out)
+        for group in self.kept_findings.near_duplicates:
+            trained_rows = [row for row in group if row not in held_out]
+            if not trained_rows:
+                continue
+            for row in group:
+                if row in held_out:
+                    pairs.append([place(self.sources, row), place(self.sources, trained_rows[0])])
+        return pairs
 
 
 def read_splits(

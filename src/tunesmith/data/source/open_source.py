@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tunesmith.data.source.folders import open_local
 from tunesmith.data.source.listings import config_error
 from tunesmith.data.source.table import Place, Row, Rows, Table
 from tunesmith.errors import DataError, first_line
-from tunesmith.host.files import find_similar_path, relative_to_cwd
+from tunesmith.host.files import find_similar_path
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,6 @@ def read_rows(source: Source) -> Rows:
     if source.max_examples is not None:
         rows = rows.take(range(min(source.max_examples, len(rows))))
     return rows
-
-
-def describe_layouts(sources: Iterable[Rows]) -> list[str]:
-    """Return lines that tell the user the detected form of the files, such as the separator of a
-    CSV file.
-    """
-    lines = [f"{relative_to_cwd(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
-    # Remove repeated lines, because training and validation rows can come from the same source.
-    return list(dict.fromkeys(lines))
 
 
 def open_splits(source: Source) -> dict[str, Table]:

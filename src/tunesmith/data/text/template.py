@@ -47,7 +47,6 @@ from tunesmith.data.text.pictures_in_text import (
 )
 from tunesmith.data.text.probe import probe
 from tunesmith.data.text.rendering import ChatRenderer
-from tunesmith.data.text.template_args import split_arguments
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
 from tunesmith.units import count_of
@@ -113,7 +112,7 @@ class Template:
         self.pictures = pictures
         self.raw = name == "raw"
         self.jinja = jinja
-        self._has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
+        self.has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
         if jinja is not None:
             self.jinja = builtin_templates.with_fixed_date(jinja)
         self._aligner = Aligner(tokenizer)
@@ -126,9 +125,9 @@ class Template:
             )
         self._eos_ids = frozenset(eos_ids or {tokenizer.eos_token_id})
         # End token of raw rows. It is the tokenizer's end token if generation stops at this token.
-        self._raw_end = min(self._eos_ids)
+        self.raw_end = min(self._eos_ids)
         if tokenizer.eos_token_id in self._eos_ids:
-            self._raw_end = tokenizer.eos_token_id
+            self.raw_end = tokenizer.eos_token_id
         self.chat: ChatRenderer | None = None
         self.end_ids = self._eos_ids
         self.earlier_end_ids: frozenset[int] = frozenset()
@@ -160,45 +159,12 @@ class Template:
         Return None if the texts would get other tokens with this template.
         """
         bos = self.tokenizer.decode(self._bos)
-        jinja = builtin_templates.raw(bos=bos, end=self.tokenizer.decode([self._raw_end]))
+        jinja = builtin_templates.raw(bos=bos, end=self.tokenizer.decode([self.raw_end]))
         messages = [{"role": "user", "content": "One two."}]
         rendered = self.tokenizer.apply_chat_template(messages, chat_template=jinja)
         if rendered["input_ids"] != self.prompt(Completion("One two.", "")):
             return None
         return jinja
-
-    def describe(self) -> str:
-        """Return one line for the user with the template, the end tokens and the kind of loss
-        mask.
-        """
-        raw_end = repr(self.tokenizer.decode([self._raw_end]))
-        if self.chat is None:
-            how = "prompt and completion joined without a template"
-            return f"raw: no template; {how}; each row ends with {raw_end}"
-        if self.name == "text":
-            return f"text: rows as they are; each ends with {raw_end}"
-        parts = [f"{self.name}: {title_of(self.name)}"]
-        if builtin_templates.HERMES in (self.jinja or ""):
-            parts.append("tool calls in Hermes' form (plain ChatML has none)")
-        arguments, _ = split_arguments(self.jinja or "")
-        for argument, value in arguments.items():
-            parts.append(
-                f"its argument {argument} is {json.dumps(value)}, also in the saved template"
-            )
-        if self._has_fixed_date:
-            date = f"{builtin_templates.DATE:%d %b %Y}"
-            parts.append(
-                f"its date is fixed at {date}, for all starts and in the saved template"
-                " (data.template_args.strftime_now sets another date)"
-            )
-        ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
-        parts.append(f"answers end with {', '.join(ends)}")
-        if self.chat.ends.earlier:
-            earlier = ", ".join(map(repr, self.chat.ends.earlier))
-            parts.append(f"earlier answers end with {earlier}, which is not supervised")
-        blocks = "its {% generation %} blocks"
-        parts.append(f"loss mask by {blocks if self.chat.tagged else 'sentinels'}")
-        return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
         """Tokenize one sample of any length and compute its mask; see `encode_many`."""
@@ -393,7 +359,7 @@ class Template:
 
         Texts are unchanged, and answers get an end token.
         """
-        end = self.tokenizer.decode([self._raw_end])
+        end = self.tokenizer.decode([self.raw_end])
         text = ""
         for message in messages:
             if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
@@ -486,7 +452,7 @@ class Template:
             # Add the tokenizer's BOS token if it is missing, and a supervised end token.
             bos = np.array(self._missing_bos(ids), np.int32)
             has_end = self._has_own_end(sample, ids, trained)
-            end = np.array([] if has_end else [self._raw_end], np.int32)
+            end = np.array([] if has_end else [self.raw_end], np.int32)
             ids = np.concatenate([bos, ids, end])
             trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
         elif not aligned.ended:

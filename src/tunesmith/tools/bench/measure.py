@@ -27,6 +27,7 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.run_figures import RunFigures, finite
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
+from tunesmith.presentation.start import choices_line
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.training.build import Session, build
@@ -176,8 +177,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         began = time.perf_counter()
         session = build(run, Start(), weights=plan.weights, measured=True)
         build_seconds = time.perf_counter() - began
-        for line in session.plan.describe():
-            log.info(line)
+        log.info(choices_line(session.plan))
         per_epoch = session.data.schedule.steps_per_epoch(0)
         total = session.total_steps
         sinks = Sinks([Terminal(LogFile(), total_steps=total, steps_per_epoch=per_epoch)])

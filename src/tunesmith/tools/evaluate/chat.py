@@ -24,6 +24,7 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
+from tunesmith.presentation.data import template_line
 from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
@@ -44,7 +45,7 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
     if chat.on_terminal:
         about = decoding.describe()
         if loaded.template.raw:
-            about += f"; {loaded.template.describe()}"
+            about += f"; {template_line(loaded.template)}"
         notify(f"{location.note or args.run}: {about}\n{CHAT_COMMANDS_HINT}")
     else:
         notify_weights(location)

@@ -30,7 +30,6 @@ from tunesmith.data.prepare import find_trained_rows
 from tunesmith.data.rows.detect import sample_rows
 from tunesmith.data.source.open_source import (
     Rows,
-    describe_layouts,
     from_list,
     is_local,
     read_rows,
@@ -53,6 +52,7 @@ from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.presentation.data import layout_lines
 from tunesmith.run_dir import PAIRS, weights_step
 from tunesmith.tools.evaluate.generate import find_source
 from tunesmith.tools.evaluate.score_rows import (
@@ -593,7 +593,7 @@ def _read_source(
 ) -> tuple[Source, Rows]:
     """Read the rows, and detect their format and columns."""
     if ranks.is_main_process:
-        for line in describe_layouts([rows]):
+        for line in layout_lines([rows]):
             log.info(line)
     # If the rows have the columns of one of the run's sources, use the format and columns of this
     # source.

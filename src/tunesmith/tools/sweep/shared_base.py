@@ -16,10 +16,11 @@ import torch
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.build_model import init_adapter, reference_of
-from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
+from tunesmith.checkpoint.resume import Start, check_unchanged, find_resumed
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import Ranks
+from tunesmith.presentation.start import choice_lines, choices_line, resume_lines, trained_text
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
@@ -66,7 +67,7 @@ class SharedBase:
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
             schedule = BatchSchedule.of(run, tokens)
-            for text in describe_resume(start, run, schedule):
+            for text in resume_lines(find_resumed(start, run, schedule), run):
                 log.info(text)
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
             torch.manual_seed(run.train.seed)
@@ -81,7 +82,9 @@ class SharedBase:
             # Free the memory of the previous run.
             free_device_memory()
         optimizer = make_optimizer(run, root, start, ranks)
-        for text in (f"model: {root.describe()}", *first.plan.describe(why=why)):
+        trained = sum(parameter.numel() for _, parameter in root.trained_parameters())
+        log.info(f"model: {trained_text(root.model, trained)}")
+        for text in choice_lines(first.plan) if why else [choices_line(first.plan)]:
             log.info(text)
         if first.device.type == "cpu":
             keep_threads(start.progress.threads if start.progress else None)

@@ -1,0 +1,522 @@
+"""Text about the data of a run, for the start of a training and for the command `data`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith.config.schema import FEW_STEPS, RowFault, Train
+from tunesmith.data.compare.row_checks import place
+from tunesmith.data.compare.row_texts import MAX_CHARACTERS, MAX_ROWS
+from tunesmith.data.compare.splits import SourceRows, Splits
+from tunesmith.data.rows.formats import SPLIT_COLUMNS
+from tunesmith.data.rows.labels import rates_answers
+from tunesmith.data.rows.row_reader import plain
+from tunesmith.data.source.open_source import is_local
+from tunesmith.data.source.table import Rows
+from tunesmith.data.text import builtin_templates
+from tunesmith.data.text.row_warnings import ROW_WARNINGS
+from tunesmith.data.text.template import Template, title_of
+from tunesmith.data.text.template_args import split_arguments
+from tunesmith.data.tokens.contract import Contract
+from tunesmith.data.tokens.token_set import Repeats, SourceTokens, TokenSet
+from tunesmith.host.files import relative_to_cwd
+from tunesmith.run_dir import HELD_OUT
+from tunesmith.units import ceil_div, count_of
+
+if TYPE_CHECKING:
+    # Import only for type checks: it imports Transformers, which is slow and which a plan does not
+    # need.
+    from tunesmith.data.prepare import TrainingData
+
+# Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
+# are truncated or dropped.
+MAX_LOST_TOKENS_SHARE = 0.01
+# Maximum number of row locations (`file:line`) in a line of text.
+SHOWN_PLACES = 3
+# Number of bars in the histogram of lengths, and the length of the longest bar in columns.
+_BARS = 16
+_BAR_COLUMNS = 40
+
+
+def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
+    """Yield lines about the rows that are trained on, the rows that are left out, and the steps.
+
+    If `why` is True, the lines include the template and the results of the checks. The template
+    is also shown if no chat template is used, or if tunesmith has chosen the alpaca template.
+    """
+    # Whether tunesmith has chosen the alpaca template, because the model has no chat template.
+    is_chosen = data.run.data.template == "auto" and data.template.name == "alpaca"
+    if why or data.template.raw or is_chosen:
+        yield template_line(data.template)
+    for split, part in data.sources():
+        figures = ", ".join(source_figures(data, part))
+        yield f"{split}: {relative_to_cwd(part.counts.source)}: {figures}"
+    yield from layout_lines(part.rows for _, part in data.sources())
+    yield from left_out_lines(data.splits)
+    if data.run.data.hold_out and data.validation is not None:
+        count = count_of(data.validation.counts.kept_rows, "held-out row")
+        if data.run.validate.max_examples is not None:
+            count = "held-out rows"  # the validation set has fewer rows than are held out
+        listed = relative_to_cwd(Path(data.run.output_dir) / HELD_OUT)
+        yield (
+            f"this run does not train on the {count} (listed in {listed}); to train on all rows, "
+            "set data.hold_out=null"
+        )
+    yield schedule_line(data)
+    if why:
+        yield from contract_lines(data.contracts)
+
+
+def data_lines(data: TrainingData) -> Iterator[str]:
+    """Yield the lines of the command `data`: counts, lengths, packing and checks."""
+    yield template_line(data.template)
+    for split, part in data.sources():
+        name = part.counts.source
+        yield f"{split}: {Path(name).name if is_local(name) else name}"
+        for figure in source_figures(data, part):
+            yield f"  {figure}"
+    yield "tokens per example:"
+    bars = histogram(data.train)
+    largest = max((count for _, _, count in bars), default=0)
+    for low, high, count in bars:
+        if count:
+            # Round up, so that even a few examples have a visible bar.
+            bar = "█" * ceil_div(_BAR_COLUMNS * count, largest)
+            yield f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}"
+    yield from left_out_lines(data.splits)
+    yield schedule_line(data)
+    yield from data_warnings(data)
+    for contract in data.contracts:
+        for check in contract.broken:
+            broken = f"{check.broken:,} of {count_of(check.checked, check.of)}"
+            yield f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}"
+            yield f"  {check.why}"
+            yield f"  fix: {check.fix}"
+    yield from contract_lines(data.contracts)
+
+
+def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
+    """Count the examples by their length in tokens, in intervals of equal width.
+
+    Returns:
+        Tuples of the minimum length, the maximum length and the number of examples.
+    """
+    if not len(tokens.lengths):
+        return []
+    first = int(tokens.lengths.min())
+    last = int(tokens.lengths.max())
+    step = ceil_div(last - first + 1, _BARS)
+    counts = np.bincount((tokens.lengths - first) // step).tolist()
+    return [
+        (first + k * step, min(first + (k + 1) * step - 1, last), count)
+        for k, count in enumerate(counts)
+    ]
+
+
+def template_line(template: Template) -> str:
+    """Return one line with the template, the end tokens and the kind of loss mask."""
+    decode = template.tokenizer.decode
+    raw_end = repr(decode([template.raw_end]))
+    if template.chat is None:
+        how = "prompt and completion joined without a template"
+        return f"raw: no template; {how}; each row ends with {raw_end}"
+    if template.name == "text":
+        return f"text: rows as they are; each ends with {raw_end}"
+    parts = [f"{template.name}: {title_of(template.name)}"]
+    if builtin_templates.HERMES in (template.jinja or ""):
+        parts.append("tool calls in Hermes' form (plain ChatML has none)")
+    arguments, _ = split_arguments(template.jinja or "")
+    for argument, value in arguments.items():
+        parts.append(f"its argument {argument} is {json.dumps(value)}, also in the saved template")
+    if template.has_fixed_date:
+        date = f"{builtin_templates.DATE:%d %b %Y}"
+        parts.append(
+            f"its date is fixed at {date}, for all starts and in the saved template"
+            " (data.template_args.strftime_now sets another date)"
+        )
+    ends = [repr(decode([id_])) for id_ in sorted(template.end_ids)]
+    parts.append(f"answers end with {', '.join(ends)}")
+    if template.chat.ends.earlier:
+        earlier = ", ".join(map(repr, template.chat.ends.earlier))
+        parts.append(f"earlier answers end with {earlier}, which is not supervised")
+    blocks = "its {% generation %} blocks"
+    parts.append(f"loss mask by {blocks if template.chat.tagged else 'sentinels'}")
+    return "; ".join(parts)
+
+
+def source_figures(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    """Yield texts with the counts of rows, tokens and pictures of one source.
+
+    Dropped rows are counted separately, with the reason.
+    """
+    counts = part.counts
+    rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
+    left_out = ", ".join(_left_out(part))
+    if left_out:
+        rows += f" ({left_out})"
+    yield rows
+    if part.weight != 1:
+        yield f"weight {part.weight:g}"
+    supervised = counts.supervised / max(1, counts.tokens)
+    yield f"{count_of(counts.tokens, 'token')}, {supervised:.1%} supervised"
+    if counts.split:
+        parts = counts.kept - counts.kept_rows + counts.split
+        rows = count_of(counts.split, "row")
+        yield f"{rows} split into {count_of(parts, 'example')} (data.seq_len)"
+    if counts.cut:
+        yield f"{count_of(counts.cut, 'row')} truncated (data.too_long: {part.too_long})"
+    if counts.lost_share:
+        yield f"{_percent(counts.lost_share)} of the tokens lost"
+    if "empty" in counts.flaws:
+        count, _ = counts.flaws["empty"]
+        yield f"{count_of(count, 'row')} with an empty answer"
+    yield f"longest {count_of(counts.longest, 'token')}"
+    if counts.pictures:
+        all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
+        share = counts.placeholders / all_tokens
+        yield f"{count_of(counts.pictures, 'picture')}, {share:.1%} of the tokens"
+        tokens_each = counts.placeholders / counts.pictures
+        yield f"{tokens_each:,.0f} tokens per picture"
+    if counts.scaled_pictures:
+        limit = f"data.image_max_pixels: {data.run.data.image_max_pixels}"
+        yield f"{counts.scaled_pictures:,} of them scaled down ({limit})"
+
+
+def _left_out(part: SourceTokens) -> Iterator[str]:
+    """Yield texts with the number of rows of a source that are left out, and the reason."""
+    counts = part.counts
+    # If fewer rows were read than are available, a recipe key selects a part of the rows.
+    read = counts.kept_rows + counts.dropped + counts.emptied
+    if read < counts.available and counts.taken:
+        yield counts.taken
+    if counts.bad:
+        yield f"{counts.bad:,} that cannot be read (data.bad_rows: skip)"
+    if counts.dropped:
+        yield f"{counts.dropped:,} dropped (data.too_long: {part.too_long})"
+    if counts.emptied:
+        yield f"{counts.emptied:,} dropped because truncation left no supervised token"
+
+
+def _percent(share: float) -> str:
+    """Format a fraction as a percentage. A value above 0 is never shown as 0."""
+    return "less than 0.1%" if share < 0.001 else f"{share:.1%}"
+
+
+def layout_lines(sources: Iterable[Rows]) -> list[str]:
+    """Return lines with the detected form of the files, such as the separator of a CSV file."""
+    lines = [f"{relative_to_cwd(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
+    # Remove repeated lines, because training and validation rows can come from the same source.
+    return list(dict.fromkeys(lines))
+
+
+def left_out_lines(splits: Splits) -> Iterator[str]:
+    """Yield lines about the rows that `data.leave_out` removes or that were not compared."""
+    for fault, rows in splits.left_out.items():
+        line = f"{count_of(len(rows), 'row')} left out by data.leave_out ({fault})"
+        if rows:
+            places = [place(splits.sources, row) for row in rows[:SHOWN_PLACES]]
+            line += f", first {', '.join(places)}"
+        yield line
+    findings = splits.findings
+    if findings.compared < findings.rows:
+        yield (
+            f"only {findings.compared:,} of {findings.rows:,} rows (evenly spaced) are compared, "
+            f"at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
+        )
+
+
+def schedule_line(data: TrainingData) -> str:
+    """Return a line with the number of optimizer steps and the number of examples per epoch."""
+    duration = data.run.train.duration
+    summary = data.schedule.summary(duration)
+    steps = f"as many as fit in {duration}"
+    if summary.steps is not None:
+        steps = f"{summary.steps:,}"
+        if duration.unit != "steps":
+            # `1 epoch` instead of the recipe's `1 epochs`
+            steps += f", {duration}".removesuffix("s" if duration.amount == 1 else "")
+    rows = count_of(summary.rows, "row")
+    if data.schedule.packed:
+        rows = count_of(summary.rows, "packed row") + f" of {data.schedule.row_length:,} tokens"
+    examples = count_of(summary.examples, "example")
+    return (
+        f"steps: {steps}; an epoch has {count_of(summary.steps_per_epoch, 'step')}: "
+        f"{examples} in {rows}, {summary.fill:.1%} filled"
+    )
+
+
+def contract_lines(contracts: Iterable[Contract]) -> list[str]:
+    """Return a line with the results of the token contract for each split.
+
+    The line contains the number of passed rules, the number of checked rows, and the notes of
+    the rules.
+    """
+    lines = []
+    for contract in contracts:
+        checks = contract.checks
+        # Kind of item, such as "row" -> the largest number of these items that a rule has checked.
+        counts: dict[str, int] = {}
+        notes = []
+        for check in checks:
+            counts[check.of] = max(check.checked, counts.get(check.of, 0))
+            if check.note and not check.broken:
+                notes.append(check.note)
+        things = ", ".join(count_of(count, kind) for kind, count in counts.items())
+        passed = count_of(len(checks), "check")
+        if contract.broken:
+            passed = f"{len(checks) - len(contract.broken)} of {passed}"
+        line = f"token contract of {contract.split}: passed {passed} of {things}"
+        lines.append("; ".join([line, *notes]))
+    return lines
+
+
+def data_warnings(data: TrainingData) -> list[str]:
+    """Return warnings about valid but rarely intended data, each with its fix."""
+    texts = [text for warn in DATA_WARNINGS for text in warn(data)]
+    texts += row_warnings_of(data.splits, data.across)
+    return [f"warning: {text}" for text in texts]
+
+
+def _few_steps(data: TrainingData) -> Iterator[str]:
+    train = data.run.train
+    steps = data.schedule.steps(train.duration)
+    steps_per_epoch = data.schedule.steps_per_epoch(0)
+    # An adapter that was trained before may need few steps only.
+    is_new = data.run.adapter.from_ is None
+    if is_new and steps is not None and steps < FEW_STEPS and steps_per_epoch:
+        only = f"the run has only {count_of(steps, 'optimizer step')}"
+        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
+        fix = f'set train.duration="{epochs} epochs"'
+        yield f"{only}, but a model hardly changes in fewer than {FEW_STEPS} steps; fix: {fix}"
+    yield from long_warmup(train, steps)
+
+
+def long_warmup(train: Train, steps: int | None) -> Iterator[str]:
+    """Yield a warning if the warmup is at least as long as the run."""
+    warmup = train.warmup
+    if steps is None or warmup.unit != "steps" or warmup.amount < max(2, steps):
+        return
+    what = f"train.warmup is {warmup}, but the run has only {count_of(steps, 'step')}"
+    yield (
+        f"{what}, so the learning rate still rises when the run ends; fix: set train.warmup='3 %'"
+    )
+
+
+def _contract_warnings(data: TrainingData) -> Iterator[str]:
+    for contract in data.contracts:
+        for text in contract.warnings:
+            yield f"{contract.split}: {text}"
+
+
+def _bad_rows(data: TrainingData) -> Iterator[str]:
+    """Yield warnings about rows that are skipped because they cannot be read."""
+    for split, part in data.sources():
+        counts = part.counts
+        if counts.bad:
+            first, what = counts.bad_rows[0]
+            yield (
+                f"{split}: left out by data.bad_rows=skip: {counts.bad:,} of"
+                f" {count_of(counts.rows, 'row')}, first {part.rows.where(first)}: {what};"
+                " fix: correct these rows, which `tunesmith data --json` lists"
+            )
+
+
+def _unread_columns(data: TrainingData) -> Iterator[str]:
+    """Yield warnings about columns and message keys that may be important but are not read.
+
+    Columns that may rate the answers come first.
+    """
+    for split, part in data.sources():
+        names = []
+        columns = part.source.columns.values() if part.source else ()
+        unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
+        for name, (count, first) in unread:
+            if name == "rejected" and "chosen" in columns:
+                # a recipe that maps the chosen answers leaves out the rejected answers on purpose
+                continue
+            if plain(name) in SPLIT_COLUMNS and count == part.counts.rows:
+                # The column contains the name of a split, and all rows of the file belong to the
+                # chosen split.
+                continue
+            some = f" in {count_of(count, 'row')} (first {part.rows.where(first)})"
+            names.append(name + some * (count < part.counts.rows))
+        if names:
+            yield (
+                f"{split}: training does not read {', '.join(names)}; fix: map the columns with"
+                " `columns`, or delete the information that is not needed"
+            )
+
+
+def _control_tokens(data: TrainingData) -> Iterator[str]:
+    """Yield warnings about special tokens in the text of rows."""
+    if data.run.data.template == "raw":
+        return  # raw texts contain their special tokens on purpose
+    for split, part in data.sources():
+        tokens = []
+        for token, (count, first) in part.counts.control_tokens.items():
+            # Do not warn about tokens of `model.added_tokens`, because they are expected in the
+            # rows.
+            if token not in data.run.model.added_tokens:
+                where = part.rows.where(first)
+                tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
+        if tokens:
+            yield (
+                f"{split}: the text of rows contains special tokens of the tokenizer:"
+                f" {', '.join(tokens)}. The model sees such a text as a control token, which may"
+                " end the turn or begin another; fix: remove it from the rows, or put a space"
+                " into it"
+            )
+
+
+def _unread_files(data: TrainingData) -> Iterator[str]:
+    """Yield warnings about missing pictures and about files of a folder that are not read."""
+    if data.template.pictures is not None and not data.train.counts.pictures:
+        yield (
+            "model.vision is true, but no row has a picture; fix: set model.vision=false, or"
+            " name the column of the pictures, such as columns: {images: COLUMN}"
+        )
+    # Remove repeated warnings. Held-out rows are in the same folder as the training rows, so
+    # both give the same warning.
+    yield from dict.fromkeys(
+        f"files in {relative_to_cwd(part.counts.source)} are not read: {part.rows.skipped}"
+        for _, part in data.sources()
+        if part.rows.skipped
+    )
+
+
+def _lost_tokens(data: TrainingData) -> Iterator[str]:
+    """Yield warnings if too many tokens of a source are lost in truncated or dropped rows."""
+    seq_len = data.run.data.seq_len
+    for split, part in data.sources():
+        counts = part.counts
+        if counts.lost_share <= MAX_LOST_TOKENS_SHARE:
+            continue
+        left_out = counts.dropped + counts.emptied
+        lost = []
+        if left_out:
+            lost.append(f"{count_of(left_out, 'row')} dropped")
+        if counts.cut:
+            lost.append(f"{count_of(counts.cut, 'row')} truncated")
+        fixes = []
+        if part.source is not None and part.source.format == "text":
+            fixes.append("set data.too_long=auto, which splits texts")
+        for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
+            if seq_len < length <= (data.position_limit or length):
+                fixes.append(f"set data.seq_len={length}")
+        if not fixes:
+            fixes.append("shorten or split these rows: the model does not support longer rows")
+        share = _percent(counts.lost_share)
+        yield (
+            f"{split}: {share} of the tokens of {relative_to_cwd(counts.source)} are lost: "
+            f"{' and '.join(lost)} at data.seq_len {seq_len:,}; fix: {', or '.join(fixes)}"
+        )
+
+
+def _flaws(data: TrainingData) -> Iterator[str]:
+    for split, part in data.sources():
+        for name, (count, first) in part.counts.flaws.items():
+            # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
+            # texts is then intended.
+            if name != "joined" or data.run.data.template == "auto":
+                warning = ROW_WARNINGS[name]
+                rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
+                first_row = f"first {part.rows.where(first)}: {warning.why}"
+                yield f"{split}: {rows}, {first_row}; fix: {warning.fix}"
+
+
+def _repeats(data: TrainingData) -> Iterator[str]:
+    """Yield warnings about examples that repeat a training example."""
+    # Most duplicate examples come from near-duplicate rows, which have a separate warning. Warn
+    # only if there are more duplicate examples than near-duplicate rows.
+    near = data.splits.kept_findings.faulty_rows("near-duplicates")
+    if data.duplicates.count > len(near):
+        what = "training examples are duplicates"
+        text = _repeats_text(data.duplicates, data.train, what)
+        yield f"{text}; fix: delete the duplicates, or set 'data.leave_out=[near-duplicates]'"
+    if data.overlap.count and data.validation is not None:
+        what = "validation examples are also in the training data, so val_loss is too optimistic"
+        text = _repeats_text(data.overlap, data.validation, what)
+        yield (
+            f"{text}; fix: use splits that share no row, such as train[:95%] and train[95%:];"
+            " or delete the duplicates"
+        )
+
+
+def _repeats_text(repeats: Repeats, tokens: TokenSet, what: str) -> str:
+    first = f"{repeats.where} ({repeats.earlier})"
+    return f"{repeats.count:,} of {len(tokens):,} {what}; first {first}"
+
+
+def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Yield one warning with a fix for each kind of problem in the rows that are kept.
+
+    Args:
+        splits: the rows of the recipe and the findings in them.
+        across: pairs [row of `data.validation`, row of `data.train`] that are near-duplicates.
+    """
+    findings = splits.kept_findings
+    sources = splits.sources
+    total = count_of(sum(len(rows) for _, rows in sources), "row")
+    near = len(findings.faulty_rows("near-duplicates"))
+    if near:
+        places = _group_places(sources, findings.near_duplicates)
+        yield (
+            f"near-duplicates: {near:,} of {total} (equal to an earlier row except for case, "
+            f"punctuation or a few words), first {places}; {_fix('near-duplicates')}"
+        )
+    pairs = splits.pairs_across(across)
+    if pairs:
+        fix = "delete these rows, or set 'data.leave_out=[near-duplicates]'"
+        if across:
+            fix = (
+                "delete these rows from data.validation or data.train, or set data.validation=null"
+                " data.hold_out='5 %', which keeps nearly equal rows in the same split"
+            )
+        shown = ", ".join(f"{a} ({b})" for a, b in pairs[:SHOWN_PLACES])
+        yield (
+            f"val_loss is too optimistic, because of {count_of(len(pairs), 'validation row')} "
+            f"that nearly equal a training row, first {shown}; fix: {fix}"
+        )
+    if findings.contradictions:
+        rows = len(findings.faulty_rows("contradictions"))
+        prompts = count_of(len(findings.contradictions), "prompt")
+        places = _group_places(sources, findings.contradictions)
+        yield (
+            f"{prompts} with contradictory answers, in {rows:,} of {total}, first {places}; "
+            f"{_fix('contradictions')}"
+        )
+
+
+def _fix(fault: RowFault) -> str:
+    return f"fix: correct or delete these rows, or set 'data.leave_out=[{fault}]'"
+
+
+def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
+    """Return the locations of rows as text such as `b (a)`: row b is a near-duplicate of row a.
+
+    Only the first SHOWN_PLACES groups are included.
+    """
+    shown = []
+    for first, second, *_ in groups[:SHOWN_PLACES]:
+        shown.append(f"{place(sources, second)} ({place(sources, first)})")
+    return ", ".join(shown)
+
+
+# The order in which warnings are printed. The warnings of `row_warnings_of` follow.
+DATA_WARNINGS: tuple[Callable[[TrainingData], Iterator[str]], ...] = (
+    _few_steps,
+    _contract_warnings,
+    _bad_rows,
+    _unread_columns,
+    _control_tokens,
+    _unread_files,
+    _lost_tokens,
+    _flaws,
+    _repeats,
+)

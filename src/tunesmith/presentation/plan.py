@@ -1,0 +1,128 @@
+"""Text of a plan, as the command `plan` prints it.
+
+The first line says whether the run fits into memory and how long it takes. Further lines have
+details.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.filesize import decimal as size_text
+
+from tunesmith.config.schema import Run
+from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.planning.forecast import Forecast, Planner
+from tunesmith.planning.resolve import checkpoint_bytes
+from tunesmith.planning.run_plan import RunPlan
+from tunesmith.planning.savings import memory_needs
+from tunesmith.presentation.data import long_warmup
+from tunesmith.quant.schemes import scheme_of
+from tunesmith.units import count_of, format_seconds
+
+GIB = 2**30
+# Minimum fraction of a step's time. Parts of the step that take less time are not printed.
+MIN_SHOWN_SHARE = 0.01
+
+
+def plan_lines(
+    planner: Planner, best: Forecast, folder: Path | None, types: tuple[str, str]
+) -> Iterator[str]:
+    """Yield the lines of a plan: whether it fits, its inputs, and details if it fits.
+
+    Args:
+        best: the forecast of `planner` for the mesh that `train` uses.
+        folder: the folder of the model, or None if the model is not on this machine.
+        types: model type, and the type of the model's text part.
+    """
+    yield _sentence(planner, best)
+    yield from _inputs(planner)
+    if best.fits:
+        yield from _details(planner, best, folder)
+        yield f"GGUF: {describe_gguf_export(*types)}"
+        yield from _warnings(planner, best)
+
+
+def _sentence(planner: Planner, best: Forecast) -> str:
+    """Return the first line, such as `fits: 85 of 103 GiB, about 1:54 h at 1,700 tokens/s`."""
+    needed, available = best.phases["step"], best.room
+    if not best.fits:
+        # Show the minimum memory that the run needs, as the error message does.
+        needed, available = memory_needs(best.plan, planner.machine)
+        return f"does not fit: {_gib_text(needed)} of {_gib_text(available)} GiB"
+    memory = f"fits: {_gib_text(needed)} of {_gib_text(available)} GiB"
+    if not best.tokens_per_second:
+        return f"{memory}; the speed of this machine is unknown"
+    speed = f"{best.tokens_per_second:,.0f} tokens/s"
+    if best.hours is None:
+        fix = "to estimate the duration, give --rows N, or set train.duration='500 steps'"
+        return f"{memory}, {speed}; the number of rows is unknown: {fix}"
+    seconds = 3600 * best.hours
+    duration = f"about {format_seconds(seconds)}" if seconds >= 1 else "under 1 s"
+    return f"{memory}, {duration} at {speed}"
+
+
+def _gib_text(size: int) -> str:
+    gib = size / GIB
+    return f"{gib:.0f}" if gib >= 10 else f"{gib:.1f}"
+
+
+def _inputs(planner: Planner) -> list[str]:
+    """Return lines that describe the inputs of the plan: the machines and the examples."""
+    chip = planner.cluster.chip
+    work = planner.work
+    machines = f"machines: {planner.cluster.describe()}, {chip.gib:.0f} GiB"
+    if chip.tflops:
+        machines += f", {chip.tflops:.0f} TFLOP/s in whole steps ({chip.source})"
+    steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
+    return [machines, f"examples: {work.source}; {work.step.mean:,.0f} tokens a step{steps}"]
+
+
+def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[str]:
+    """Yield lines about mesh, memory, seconds per step and disk."""
+    plan = best.plan
+    choices = plan.choices
+    mesh = f"mesh: {plan.mesh.describe()}" if plan.mesh.world > 1 else "one process"
+    is_gpu = planner.machine.device == "cuda"
+    device = "a GPU" if is_gpu else "the process, without 0.5 GiB of Python and its libraries"
+    yield f"{mesh}; micro batch: {choices['micro batch']}; recompute: {choices['recompute']}"
+    yield f"memory of {device}: {plan.memory.describe()}"
+    if plan.memory.copies and best.phases["save"] > best.room:
+        why = "a step and a checkpoint do not fit into memory at the same time"
+        yield f"  training waits for each checkpoint: {why}"
+    if best.step_seconds:
+        parts = [
+            f"{part} {_seconds_text(seconds)}"
+            for part, seconds in best.seconds.items()
+            if seconds >= MIN_SHOWN_SHARE * best.step_seconds
+        ]
+        yield f"a step: {_seconds_text(best.step_seconds)} seconds: {', '.join(parts)}"
+        yield "  loading, compilation, validation and checkpoints need additional time"
+        if planner.run.model.vision and not best.seconds.get("vision part"):
+            why = "run `tunesmith data`, which counts the picture tokens"
+            yield f"  the time of the vision encoder is not included; to include it, {why}"
+    size, copies = checkpoint_bytes(planner.run, planner.trained, folder)
+    maximum = f"at most {copies} at once, {size_text(copies * size)}"
+    yield f"disk: {size_text(size)} per checkpoint, {maximum}"
+
+
+def _seconds_text(seconds: float) -> str:
+    """Return the seconds of a step as text, such as `2.67`, or `0.0038` for a short step."""
+    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
+
+
+def plan_warnings(run: Run, plan: RunPlan) -> Iterator[str]:
+    """Yield the warnings of a plan, each with its fix."""
+    if scheme_of(run.model).has_fp8_matmuls and plan.base in DTYPES:
+        what = f"the base stays in {plan.base}: {plan.why['base']}"
+        yield f"warning: {what}; to save memory, set model.quantize=nf4"
+    yield from plan.warnings
+
+
+def _warnings(planner: Planner, best: Forecast) -> Iterator[str]:
+    yield from plan_warnings(planner.run, best.plan)
+    for text in long_warmup(planner.run.train, planner.work.steps):
+        yield f"warning: {text}"
+    waits = planner.warn_of_waits(best)
+    if waits:
+        yield waits

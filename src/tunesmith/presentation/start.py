@@ -1,0 +1,216 @@
+"""Text about the start of a run: its model, its plan, and what a resumed run continues.
+
+The texts about its data are in `presentation/data.py`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tunesmith.adapter.lora import ALL_LINEAR, Unreached, find_unreached
+from tunesmith.adapter.peft_files import Misread, find_misread
+from tunesmith.build_model import count_trained
+from tunesmith.checkpoint.resume import Resumed, Start
+from tunesmith.checkpoint.start_adapter import find_adapter
+from tunesmith.config.schema import Run
+from tunesmith.data.prepare import TrainingData
+from tunesmith.host.chips import Peak
+from tunesmith.host.files import relative_to_cwd
+from tunesmith.host.shell import shell_word
+from tunesmith.hub.model_files import ModelFiles
+from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.planning.run_plan import RunPlan
+from tunesmith.presentation.data import data_warnings
+from tunesmith.presentation.plan import plan_warnings
+from tunesmith.quant.linear_layers import parameter_count
+from tunesmith.run_dir import read_recipe
+
+
+def model_files_lines(files: ModelFiles) -> Iterator[str]:
+    """Yield lines about the files of the model: how its rows and weights are used, and whether it
+    can be exported to GGUF.
+    """
+    support = files.support
+    if support.state == "padded":
+        yield f"warning: {support.why}; this is slower than packed rows"
+    elif support.recurrent:
+        yield (
+            f"{', '.join(support.recurrent)}: recurrent layers run on one row per document, "
+            "padded to a common length"
+        )
+    model = files.model
+    if files.form is not None:
+        use = {
+            "as-shipped": "the weights stay quantized and are dequantized for one matmul at a time",
+            "none": f"the weights are dequantized to {model.dtype} while loading",
+        }.get(
+            model.quantize,
+            f"the weights are dequantized and quantized to {model.quantize} while loading",
+        )
+        yield f"the base model is stored in {files.form.describe()}: {use}"
+    embedding_rows = int(files.config.vocab_size)
+    tokens = len(files.tokenizer)
+    if tokens > embedding_rows:
+        sizes = (
+            f"the tokenizer has {tokens:,} tokens, "
+            f"but the model's embedding has {embedding_rows:,} rows"
+        )
+        if model.added_tokens:
+            names = ", ".join(model.added_tokens)
+            yield (
+                f"{sizes}: rows are added for {names}; each new row is the mean of the existing "
+                "rows"
+            )
+        else:
+            yield (
+                f"warning: {sizes}, so data with one of the other tokens is rejected; fix: list "
+                "the tokens that you need in model.added_tokens, which adds rows to the embedding"
+            )
+    entire = files.config if files.full_config is None else files.full_config
+    yield f"GGUF: {describe_gguf_export(entire.model_type, files.config.model_type)}"
+
+
+def resume_lines(resumed: Resumed | None, run: Run) -> Iterator[str]:
+    """Yield lines about a resumed run: its first step and its new duration."""
+    if resumed is None:
+        return
+    yield f"resuming from step {resumed.step:,} of {resumed.end}, {resumed.checkpoint}"
+    if resumed.has_new_duration:
+        yield f"train.duration: {resumed.previous_duration} -> {resumed.duration}"
+        if run.train.schedule != "constant":
+            yield f"the learning rate may jump, because its schedule now spans {resumed.duration}"
+
+
+def planned_lines(
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    data: TrainingData,
+    model: PreTrainedModel,
+    plan: RunPlan,
+) -> Iterator[str]:
+    """Yield lines before the weights are loaded: what is trained, whether it fits, and warnings.
+
+    Args:
+        model: the model from `define_model`.
+    """
+    trained = "all weights"
+    if run.adapter.kind == "lora":
+        trained = f"LoRA of rank {run.adapter.rank}"
+    if plan.base not in DTYPES:
+        trained += f", base: {plan.base}"
+    name = run.model.name
+    if Path(name).exists():
+        name = Path(name).absolute().name  # print only the name; config.yaml has the full path
+    yield f"model: {name}: {trained}: {trained_text(model, count_trained(run, model))}"
+    memory = plan.memory
+    yield (
+        f"memory: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB, "
+        f"micro batch: {plan.choices['micro batch']}, recompute: {plan.choices['recompute']}"
+    )
+    yield from data_warnings(data)
+    yield from _adapter_warnings(run, start)
+    limit = files.spec.position_limit or files.spec.context
+    longest = int(data.train.lengths.max())
+    if longest > limit:
+        text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
+        yield f"warning: {text}; fix: set data.seq_len={limit}"
+
+
+def trained_text(model: PreTrainedModel, trained: int) -> str:
+    """Return the class of a model and the fraction of its parameters that are trained."""
+    count = parameter_count(model)
+    share = f"{trained:,} of {count:,} parameters are trained ({trained / count:.2%})"
+    return f"{type(model).__name__}, {share}"
+
+
+def _adapter_warnings(run: Run, start: Start) -> Iterator[str]:
+    """Yield a warning if `adapter.from` was trained on a base with another name."""
+    adapter = run.adapter.from_
+    if adapter is None or start.checkpoint is not None:
+        return
+    folder = find_adapter(adapter).parent
+    # `base` is None if the adapter was not trained by tunesmith.
+    base = read_recipe(folder).value.get("model", {}).get("name")
+    if base and base != run.model.name:
+        yield (
+            f"warning: the adapter in {relative_to_cwd(folder)} was trained on {base}, but this "
+            f"recipe uses {run.model.name}; if these are different models, set "
+            f"{shell_word(f'model.name={base}')}"
+        )
+
+
+def session_lines(
+    run: Run, start: Start, model: PreTrainedModel, plan: RunPlan, peak: Peak, *, why: bool
+) -> Iterator[str]:
+    """Yield lines after the weights are loaded: what the adapter excludes, and warnings.
+
+    If `why` is True, also yield each choice of the plan with its reason.
+    """
+    if run.adapter.kind == "lora" and run.adapter.target == ALL_LINEAR:
+        yield from unreached_lines(find_unreached(model))
+    if why:
+        yield from choice_lines(plan)
+        if "threads" in plan.why:
+            yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
+    if peak.tflops and not peak.published:
+        yield f"MFU is relative to {peak.tflops:.0f} TFLOP/s, {peak.source}"
+    yield from plan_warnings(run, plan)
+    if run.adapter.kind == "lora":
+        yield from misread_warnings(find_misread(model))
+    previous = start.micro_batch
+    now = plan.layout.micro_batch
+    if previous is not None and now != previous:
+        effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
+        text = (
+            f"the micro batch changes from {previous} to {now}, so results differ from an "
+            f"uninterrupted run, because {effect}"
+        )
+        if run.train.micro_batch == "auto":
+            yield f"{text}. A micro batch of {previous} no longer fits into memory."
+        else:
+            yield f"{text}. To keep the micro batch, set train.micro_batch='{previous}'."
+
+
+def unreached_lines(unreached: Unreached) -> Iterator[str]:
+    """Yield a line about the parts of the decoder that `all-linear` does not adapt."""
+    parts = []
+    if unreached.matrices:
+        names = ", ".join(unreached.matrices)
+        parts.append(f"{names}, which are not linear layers ({unreached.share:.0%} of the model)")
+    if unreached.bypassed:
+        parts.append(f"{', '.join(unreached.bypassed)}, where an adapter would get no gradient")
+    if unreached.has_routers:
+        parts.append("the routers")
+    if parts:
+        yield f"the adapter excludes {'; '.join(parts)}"
+
+
+def misread_warnings(misread: Misread | None) -> Iterator[str]:
+    """Yield a warning if PEFT would not load the entire adapter."""
+    if misread is None:
+        return
+    if misread.error:
+        yield f"warning: PEFT does not open this adapter: {misread.error}"
+        return
+    yield (
+        f"warning: PEFT treats {', '.join(misread.layers)} of a {misread.model_type} "
+        "as experts, and does not load these adapters; merge the adapter (tunesmith merge), or set "
+        f"adapter.target: [{', '.join(misread.targets)}]"
+    )
+
+
+def choice_lines(plan: RunPlan) -> Iterator[str]:
+    """Yield one line for each choice of a plan, with its reason."""
+    choices = {part: f"{part}: {value}" for part, value in plan.choices.items()}
+    width = max(map(len, choices.values()))
+    for part, text in choices.items():
+        yield f"{text:<{width}}  {plan.why[part]}"
+
+
+def choices_line(plan: RunPlan) -> str:
+    """Return one line with all choices of a plan, such as `attention: varlen; loss: chunked`."""
+    return "; ".join(f"{part}: {value}" for part, value in plan.choices.items())
