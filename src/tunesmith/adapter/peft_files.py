@@ -334,8 +334,11 @@ def read_adapter(folder: Path) -> Adapter:
     check_regular_files(folder)
     file = folder / ADAPTER_CONFIG
     if not file.exists():
-        what = f"there is no {ADAPTER_CONFIG}"
-        raise ModelError(what, where=str(folder), fix="use the folder of a PEFT adapter")
+        raise ModelError(
+            f"there is no {ADAPTER_CONFIG}",
+            where=str(folder),
+            fix="use the folder of a PEFT adapter",
+        )
     settings = read_json(file, again="copy the adapter again")
     # Check peft_type first. If the adapter uses another method, an error with the name of the
     # method is clearer than an error about one of its keys.
@@ -410,8 +413,12 @@ def _check_names(file: Path) -> None:
         names = [entry.name for entry in read_header(file)]
     for name, (pattern, what, why, fix) in product(names, NOT_READ):
         if pattern.fullmatch(name):
-            fault = f"the adapter {what}: {name.removeprefix(PREFIX)}"
-            raise ModelError(fault, where=str(file), why=why, fix=fix)
+            raise ModelError(
+                f"the adapter {what}: {name.removeprefix(PREFIX)}",
+                where=str(file),
+                why=why,
+                fix=fix,
+            )
 
 
 def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
@@ -480,8 +487,9 @@ def stored_adapter(
         read_header(file)
     except ModelError as error:
         what = "the adapter's weights cannot be read"
-        why = f"{error.what}. {error.why}"
-        raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
+        raise ModelError(
+            what, where=str(file), why=f"{error.what}. {error.why}", fix="copy the adapter again"
+        ) from error
     with stored_tensors(file) as stored:
         _check_rows(model, in_base, stored, file)
         names = set()

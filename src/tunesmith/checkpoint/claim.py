@@ -142,8 +142,9 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
     else:
         return
 
-    fix = "use a new folder: output_dir=runs/my-run"
-    raise UsageError(what, where=str(output_dir), why=why, fix=fix)
+    raise UsageError(
+        what, where=str(output_dir), why=why, fix="use a new folder: output_dir=runs/my-run"
+    )
 
 
 @contextlib.contextmanager
@@ -163,8 +164,9 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         UsageError: the directory contains files that are not from a run.
         MachineError: the directory is not writable, or another run holds its lock.
     """
-    fix = "delete this file, or use a new folder: output_dir=runs/my-run"
-    check_regular_files(output_dir, fix=fix)
+    check_regular_files(
+        output_dir, fix="delete this file, or use a new folder: output_dir=runs/my-run"
+    )
     check_run_dir(output_dir, inputs)
 
     # Folders that this call creates, innermost first.

@@ -40,12 +40,13 @@ def find_adapter(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = f"the adapter {name!r} is neither a folder nor a readable adapter on the Hub"
-        fix = (
-            "name a run directory, a folder with adapter_config.json, or a Hub id; set HF_TOKEN "
-            "for a private adapter"
-        )
-        raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
+        raise ModelError(
+            f"the adapter {name!r} is neither a folder nor a readable adapter on the Hub",
+            where="adapter.from",
+            why=first_line(error),
+            fix="name a run directory, a folder with adapter_config.json, or a Hub id; set "
+            "HF_TOKEN for a private adapter",
+        ) from error
 
 
 def find_local_adapter(name: str) -> Path | None:

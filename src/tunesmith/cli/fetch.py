@@ -45,8 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", help="list the contents of the caches, largest first"
     )
-    what = "delete a model or data set from the cache; NAME can be a pattern such as 'Qwen/*'"
-    parser.add_argument("--remove", metavar="NAME", help=what)
+    parser.add_argument(
+        "--remove",
+        metavar="NAME",
+        help="delete a model or data set from the cache; NAME can be a pattern such as 'Qwen/*'",
+    )
     add_json(parser)
 
 
@@ -68,8 +71,11 @@ def run(args: argparse.Namespace) -> None:
 def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
     """Return the model and the data sets on the Hub that the command line asks for."""
     if args.name is None:
-        fix = "run `tunesmith fetch smollm2-135m-lora`, or `tunesmith fetch --list`"
-        raise UsageError("fetch requires a recipe or a model", where="command line", fix=fix)
+        raise UsageError(
+            "fetch requires a recipe or a model",
+            where="command line",
+            fix="run `tunesmith fetch smollm2-135m-lora`, or `tunesmith fetch --list`",
+        )
     is_recipe = args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml")
     command = f"tunesmith fetch {shell_word(args.name)}"
     if is_recipe and args.revision is not None:

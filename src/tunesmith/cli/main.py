@@ -435,8 +435,9 @@ def _machine_error(error: BaseException) -> MachineError | None:
         package = (error.name or "").partition(".")[0]
         # A missing module of tunesmith is an internal error: pip cannot install it.
         if package and not package.startswith("tunesmith"):
-            what = f"the Python package {package} is missing"
-            return MachineError(what, fix=pip_install(package))
+            return MachineError(
+                f"the Python package {package} is missing", fix=pip_install(package)
+            )
     if is_out_of_memory(error):
         why = first_line(error)[:300]
         fix = "use a smaller batch (--batch-size), a smaller model, or a machine with more memory"

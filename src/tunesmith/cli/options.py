@@ -35,8 +35,9 @@ MIN_DONE_FRACTION = 0.1
 def require_folder(folder: Path, option: str) -> None:
     """Raise UsageError if `folder`, in which the file of an option is written, does not exist."""
     if not folder.is_dir():
-        fix = f"mkdir -p {shell_path(folder)}"
-        raise UsageError(f"there is no folder {folder}", where=option, fix=fix)
+        raise UsageError(
+            f"there is no folder {folder}", where=option, fix=f"mkdir -p {shell_path(folder)}"
+        )
 
 
 def notify(text: str) -> None:
@@ -98,14 +99,13 @@ def add_columns(options: argparse._ActionsContainer) -> None:
     """Add the option --columns, which maps column names of a row format to names in the user's
     file.
     """
-    names = "names of the columns in the file, such as prompt=question,completion=answer"
     options.add_argument(
         "--columns",
         type=column_names,
         action="extend",
         default=[],
         metavar="NAME=COLUMN",
-        help=names,
+        help="names of the columns in the file, such as prompt=question,completion=answer",
     )
 
 
@@ -125,8 +125,11 @@ def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
         metavar="NAME",
         help="device, such as cpu, cuda or cuda:1 (default: cuda if available)",
     )
-    trust = "run Python code that comes with the base model; review the code first"
-    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the base model; review the code first",
+    )
 
 
 def report_unreadable(errors: Sequence[UsageError], *, shown: int) -> None:

@@ -145,10 +145,12 @@ def chosen_recipe(
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is required, or --model and one --data for a new recipe"
         file = args.data[0] if args.data else "faq.csv"
-        fix = (
-            f"choose a recipe with `tunesmith recipes`, or make one: {command_on_rows(args, file)}"
+        raise UsageError(
+            what,
+            where="command line",
+            fix="choose a recipe with `tunesmith recipes`, or make one: "
+            f"{command_on_rows(args, file)}",
         )
-        raise UsageError(what, where="command line", fix=fix)
     # Check a local file before numpy is imported. A folder whose configuration is given by
     # `data.train.name` is checked later, when its rows are read.
     names_config = any(word.startswith("data.train.name=") for word in words)

@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> None:
         _list(as_json=args.json)
     elif args.name is None:
         what = f"recipes {args.action} needs a recipe's name"
-        example = f"tunesmith recipes {args.action} smollm2-135m-lora"
-        raise UsageError(what, where="command line", fix=example)
+        raise UsageError(
+            what, where="command line", fix=f"tunesmith recipes {args.action} smollm2-135m-lora"
+        )
     elif args.action == "show":
         recipe = load_recipe(args.name, args.rest, trusts_code=True)
         text = dump(recipe)
@@ -71,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
     elif len(args.rest) > 1:
         what = f"recipes copy takes one destination, not {len(args.rest)}"
         command = shell_command(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
-        fix = f"run `{command}`"
-        raise UsageError(what, where="command line", fix=fix)
+        raise UsageError(what, where="command line", fix=f"run `{command}`")
     else:
         _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 

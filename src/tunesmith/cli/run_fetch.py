@@ -122,8 +122,9 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
         otherwise = "run `tunesmith fetch --list`, which lists the items in the caches"
         names = [item.name for item in cached]
         fix = suggest_choice(name, names, otherwise=otherwise)
-        what = f"the caches contain no model or data set named {name}"
-        raise UsageError(what, where="--remove", fix=fix)
+        raise UsageError(
+            f"the caches contain no model or data set named {name}", where="--remove", fix=fix
+        )
     if not dry:
         for item in items:
             remove_cached(item)

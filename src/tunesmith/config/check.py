@@ -89,11 +89,17 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
     for name in sorted(keys_of_others - set(METHOD_KEYS[method.name])):
         if where(f"method.{name}"):
             readers = [other for other, keys in METHOD_KEYS.items() if name in keys]
-            fix = f"set method.name: {' or '.join(readers)}"
-            yield _no_effect(f"method.{name}", f"with method: {method.name}", fix)
+            yield _no_effect(
+                f"method.{name}",
+                f"with method: {method.name}",
+                f"set method.name: {' or '.join(readers)}",
+            )
     if method.label_smoothing and method.loss_type != "robust":
-        context = f"with method.loss_type: {method.loss_type}"
-        yield _no_effect("method.label_smoothing", context, "set method.loss_type: robust")
+        yield _no_effect(
+            "method.label_smoothing",
+            f"with method.loss_type: {method.loss_type}",
+            "set method.loss_type: robust",
+        )
     if method.loss_type == "robust" and not method.label_smoothing:
         yield Problem(
             "method.loss_type",
@@ -187,8 +193,11 @@ def _adapter(run: Run, where: Place) -> Iterator[Problem]:
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
             key = f"adapter.{name}"
             if where(key):
-                fix = f"remove {key}, or train an adapter with adapter.kind: lora"
-                yield Problem(key, "has no effect with adapter.kind: none", fix)
+                yield Problem(
+                    key,
+                    "has no effect with adapter.kind: none",
+                    f"remove {key}, or train an adapter with adapter.kind: lora",
+                )
         return
     target = run.adapter.target
     names = (target,) if isinstance(target, str) else target
@@ -204,8 +213,9 @@ def _adapter(run: Run, where: Place) -> Iterator[Problem]:
 def _data(run: Run, where: Place) -> Iterator[Problem]:
     data = run.data
     if not data.train:
-        fix = "set data.train: {source: rows.jsonl, format: messages}"
-        yield Problem("data.train", "is empty", fix)
+        yield Problem(
+            "data.train", "is empty", "set data.train: {source: rows.jsonl, format: messages}"
+        )
     yield from _columns(run, where)
     if data.hold_out is not None:
         if data.validation:
@@ -228,8 +238,11 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
     yield from _template(run)
     formats = {source.format for source in data.train}
     if data.system is not None and not formats & set(CHATS):
-        context = f"on rows of format {' and '.join(sorted(formats))}"
-        yield _no_effect("data.system", context, f"use a row format with turns: {', '.join(CHATS)}")
+        yield _no_effect(
+            "data.system",
+            f"on rows of format {' and '.join(sorted(formats))}",
+            f"use a row format with turns: {', '.join(CHATS)}",
+        )
 
 
 def _sources_with_keys(run: Run, where: Place) -> Iterator[tuple[str, Source]]:
@@ -245,11 +258,14 @@ def _columns(run: Run, where: Place) -> Iterator[Problem]:
     for key, source in _sources_with_keys(run, where):
         columns = FORMAT_COLUMNS[source.format]
         for name in set(source.columns) - set(columns):
-            otherwise = f"use one of the format's columns: {', '.join(columns)}"
             yield Problem(
                 f"{key}.columns.{name}",
                 f"is not a column of format {source.format}",
-                fix=suggest_choice(name, columns, otherwise=otherwise),
+                fix=suggest_choice(
+                    name,
+                    columns,
+                    otherwise=f"use one of the format's columns: {', '.join(columns)}",
+                ),
                 why="`columns` maps the format's column name to the file's column name",
             )
 
@@ -259,12 +275,12 @@ def _template(run: Run) -> Iterator[Problem]:
     if data.template not in TEMPLATES and not Path(data.template).is_file():
         otherwise = f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file"
         fix = suggest_choice(Path(data.template).name, TEMPLATES, otherwise=otherwise)
-        what = f"is a file that does not exist: {data.template}"
-        yield Problem("data.template", what, fix)
+        yield Problem("data.template", f"is a file that does not exist: {data.template}", fix)
     # Only Jinja templates take arguments. `raw` and `alpaca` build the text without Jinja.
     if data.template in ("raw", "alpaca") and data.template_args:
-        context = f"with data.template: {data.template}"
-        yield _no_effect("data.template_args", context, "set data.template: chat")
+        yield _no_effect(
+            "data.template_args", f"with data.template: {data.template}", "set data.template: chat"
+        )
     formats = {source.format for source in (*data.train, *data.validation)}
     plain = {name for name, form in ROW_FORMATS.items() if form.is_plain}
     with_turns = sorted(formats & set(CHATS) - plain - set(METHOD_FORMATS.values()))
@@ -281,8 +297,11 @@ def _train(run: Run) -> Iterator[Problem]:
     train = run.train
     key = "train.min_learning_rate"
     if train.min_learning_rate > train.learning_rate:
-        what = f"is {train.min_learning_rate}, but train.learning_rate is {train.learning_rate}"
-        yield Problem(key, what, fix="set a smaller value, such as 0")
+        yield Problem(
+            key,
+            f"is {train.min_learning_rate}, but train.learning_rate is {train.learning_rate}",
+            fix="set a smaller value, such as 0",
+        )
     if train.schedule == "constant" and train.min_learning_rate:
         yield _no_effect(key, "with train.schedule: constant", "set train.schedule: cosine")
     trains_bf16 = run.model.dtype in ("auto", "bf16") and run.adapter.kind == "none"
@@ -318,8 +337,11 @@ def _batch(run: Run) -> Iterator[Problem]:
         fix = f"set {key}: {run.row_tokens} tokens or more, or a smaller data.seq_len"
         yield Problem(key, f"of {size} is smaller than {row}", fix)
     if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
-        what = f"of {micro} is larger than train.global_batch of {batch}"
-        yield Problem("train.micro_batch", what, f"set train.micro_batch: {batch}, or auto")
+        yield Problem(
+            "train.micro_batch",
+            f"of {micro} is larger than train.global_batch of {batch}",
+            f"set train.micro_batch: {batch}, or auto",
+        )
 
 
 def _optimizer_in_backward(run: Run) -> Iterator[Problem]:
@@ -394,8 +416,11 @@ def _lengths(run: Run) -> Iterator[Problem]:
             yield Problem(key, f"is {length}, but must be above 0", fix)
     longest = {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf)
     if warmup.amount > longest:
-        what = f"is {warmup}, which is longer than train.duration of {duration}"
-        yield Problem("train.warmup", what, fix="set train.warmup: 3 %")
+        yield Problem(
+            "train.warmup",
+            f"is {warmup}, which is longer than train.duration of {duration}",
+            fix="set train.warmup: 3 %",
+        )
 
 
 def _validate(run: Run) -> Iterator[Problem]:

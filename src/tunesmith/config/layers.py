@@ -142,8 +142,11 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
     if not are_mappings or (not upper.value and _takes_mapping(key)):
         is_part = isinstance(upper.value, dict) and upper.value
         if same_layer and is_part and lower.value is not None:
-            what = f"one override sets {key}, and another override sets only a key in {key}"
-            raise RecipeError(what, where=upper.where, fix=f"set {key} completely in one override")
+            raise RecipeError(
+                f"one override sets {key}, and another override sets only a key in {key}",
+                where=upper.where,
+                fix=f"set {key} completely in one override",
+            )
         return upper
     values = dict(lower.children())
     # Drop values of the lower layer that no longer apply. For example, drop `columns` if the upper

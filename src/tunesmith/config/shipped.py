@@ -73,5 +73,8 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     )
     if near:
         fix = f"did you mean {near}? If not, {fix}"
-    what = f"there is neither a file nor a shipped recipe with the name {str(recipe)!r}"
-    raise RecipeError(what, where=where, fix=fix)
+    raise RecipeError(
+        f"there is neither a file nor a shipped recipe with the name {str(recipe)!r}",
+        where=where,
+        fix=fix,
+    )

@@ -133,9 +133,11 @@ def wrap(values: object, *, where: str, base: Path, key: str = "") -> Node:
     if isinstance(values, list | tuple):
         return Node([wrap_child(i, value) for i, value in enumerate(values)], place, base)
     if not isinstance(values, Scalar):
-        what = f"a recipe cannot have a value of type {type(values).__name__}"
-        fix = "use text, a number, true, false, null, a list or a mapping"
-        raise RecipeError(what, where=place, fix=fix)
+        raise RecipeError(
+            f"a recipe cannot have a value of type {type(values).__name__}",
+            where=place,
+            fix="use text, a number, true, false, null, a list or a mapping",
+        )
     return Node(values, place, base)
 
 
@@ -216,9 +218,11 @@ def _join_surrogates(text: str, where: str) -> str:
     try:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        what = "this text contains half of a surrogate pair, which is not a character"
-        fix = "write the character itself, or both escapes of the pair"
-        raise RecipeError(what, where=where, fix=fix) from None
+        raise RecipeError(
+            "this text contains half of a surrogate pair, which is not a character",
+            where=where,
+            fix="write the character itself, or both escapes of the pair",
+        ) from None
 
 
 class _Reader:
@@ -291,8 +295,11 @@ class _Reader:
                 fix="use fewer levels, and no aliases",
             )
         if yaml_node.ctag not in _UNTAGGED:
-            what = f"the YAML tag {yaml_node.tag} is not allowed"
-            raise RecipeError(what, where=where, fix="write the plain value without a tag")
+            raise RecipeError(
+                f"the YAML tag {yaml_node.tag} is not allowed",
+                where=where,
+                fix="write the plain value without a tag",
+            )
         value: dict[str, Node] | list[Node] | Scalar
         if isinstance(yaml_node, nodes.ScalarNode):
             # Only a scalar without quotes can be a number, bool or null.
@@ -317,12 +324,19 @@ class _Reader:
                 raise RecipeError(what, where=key.where, fix="put the key in quotes")
             # `<<` in quotes is an ordinary name, for example of a column.
             if key.value == "<<" and name.style is None:
-                fix = "write the keys out, or build on another recipe with `extends: RECIPE`"
-                raise RecipeError("YAML 1.2 has no merge key `<<`", where=key.where, fix=fix)
+                raise RecipeError(
+                    "YAML 1.2 has no merge key `<<`",
+                    where=key.where,
+                    fix="write the keys out, or build on another recipe with `extends: RECIPE`",
+                )
             if key.value in values:
                 what = f"the key {key.value!r} is given twice"
-                why = f"the first one is at {values[key.value].where}"
-                raise RecipeError(what, where=key.where, why=why, fix="remove one of the two keys")
+                raise RecipeError(
+                    what,
+                    where=key.where,
+                    why=f"the first one is at {values[key.value].where}",
+                    fix="remove one of the two keys",
+                )
             # Errors about a value point to the line of its key, because a block scalar starts one
             # line later.
             value = self.node(content, max(line, name.start_mark.line), depth)

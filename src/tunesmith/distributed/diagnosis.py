@@ -146,8 +146,12 @@ class Diagnosis:
         # List all ranks that have been idle for at least half of `longest` seconds, because they
         # reached the collective at different times.
         idle = [rank for rank, beat in enumerate(beats) if beat.idle > longest / 2]
-        what = f"{self.peers.names(stuck or idle)} made no progress for {longest:.0f} s"
-        return self.fields(what, why, "hang", stuck=stuck)
+        return self.fields(
+            f"{self.peers.names(stuck or idle)} made no progress for {longest:.0f} s",
+            why,
+            "hang",
+            stuck=stuck,
+        )
 
     def _may_move(self, rank: int, longest: float) -> bool:
         """Return whether a rank may still make progress. If so, the ranks that wait for it do not
@@ -181,8 +185,11 @@ class Diagnosis:
 
     def lost_launcher(self) -> ErrorFields:
         """Return the error fields for the fault that the launcher has ended before this rank."""
-        what = f"the launcher of {self.peers.names([self.peers.rank])} has exited"
-        return self.fields(what, "the launcher exited before its ranks", "killed")
+        return self.fields(
+            f"the launcher of {self.peers.names([self.peers.rank])} has exited",
+            "the launcher exited before its ranks",
+            "killed",
+        )
 
     def _likely_cause(self, why: str) -> tuple[str, str]:
         """Return the reason why a rank sends no heartbeats, and the name of the cause.

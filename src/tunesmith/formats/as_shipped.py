@@ -110,8 +110,11 @@ class AsShipped(Format):
         if not self._has_this_format(weight):
             raise self._missing_scales(name, "the weight is")
         if weight.shape != layer.shape:
-            what = f"it is stored as {list(weight.shape)}, but {list(layer.shape)} is needed"
-            raise ModelError(what, where=name, fix=FETCH)
+            raise ModelError(
+                f"it is stored as {list(weight.shape)}, but {list(layer.shape)} is needed",
+                where=name,
+                fix=FETCH,
+            )
 
         for target, codes in zip(targets, weight.codes, strict=False):
             codes.into_part(target)

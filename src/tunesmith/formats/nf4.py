@@ -320,8 +320,11 @@ class Nf4(Format):
             state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
             what = f"its bitsandbytes tensors are not complete: {error}"
-            fix = "copy the files again; for a model on the Hub: tunesmith fetch MODEL"
-            raise ModelError(what, where=where, fix=fix) from error
+            raise ModelError(
+                what,
+                where=where,
+                fix="copy the files again; for a model on the Hub: tunesmith fetch MODEL",
+            ) from error
 
         shape = tuple(state.shape)
         if state.quant_type != "nf4" or shape != layer.shape:

@@ -115,8 +115,11 @@ class ExpertStack(FrozenTensors):
                 fix="use the unquantized model; model.quantize: nf4 quantizes it during loading",
             )
         if tuple(weight.shape) != tuple(self.stored_shape):
-            what = f"it is stored as {list(weight.shape)}, but {list(self.stored_shape)} is needed"
-            raise ModelError(what, where=name, fix=FETCH)
+            raise ModelError(
+                f"it is stored as {list(weight.shape)}, but {list(self.stored_shape)} is needed",
+                where=name,
+                fix=FETCH,
+            )
         self.store(weight)
 
     def rounded(self, weight: Stored, first: int, last: int) -> Tensor:

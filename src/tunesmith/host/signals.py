@@ -146,8 +146,9 @@ class StopRequest:
         if self.requested() and not deferred:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
-            fix = "start the same command again"
-            raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
+            raise StoppedError(
+                f"stopped by {self.signal}", fix="start the same command again"
+            ) from error
 
     def defer_signals(self, *, announce: bool = True) -> None:
         """Defer signals from now on, because the run has something to save when it stops.
@@ -208,8 +209,7 @@ class StopRequest:
                 why=f"{self.low_memory.text}; {why}",
                 fix=f"{FREE_MEMORY_FIX}, then {fix}",
             )
-        what = f"stopped by {self.signal} {when}"
-        return StoppedEarlyError(what, why=why, fix=fix)
+        return StoppedEarlyError(f"stopped by {self.signal} {when}", why=why, fix=fix)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Record a signal in the main thread. Raise Interrupted if signals are not deferred."""

@@ -284,8 +284,11 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
         weights = indexed_files(small_file(INDEX))
     missing = [name for name in weights if name not in all_names]
     if missing:
-        what = f"the repository lacks weight files that its index lists: {', '.join(missing[:3])}"
-        raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
+        raise ModelError(
+            f"the repository lacks weight files that its index lists: {', '.join(missing[:3])}",
+            where=page,
+            fix="use another revision, or tell the model's owner",
+        )
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")

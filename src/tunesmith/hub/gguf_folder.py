@@ -108,11 +108,11 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, file: Path
     # class that ignores the saved pre-tokenizer.
     read = AutoTokenizer.from_pretrained(folder)
     if split_text(read) != split_text(tokenizer):
-        why = (
+        raise unknown_tokenizer(
+            str(file),
             f"Transformers loads the tokenizer as a {type(read).__name__}, which splits text "
-            "differently"
+            "differently",
         )
-        raise unknown_tokenizer(str(file), why)
 
 
 def _save_config(config: PretrainedConfig, folder: Path, **values: object) -> None:

@@ -75,8 +75,11 @@ class Decoding:
         )
         for name, is_allowed, allowed in ranges:
             if not is_allowed:
-                what = f"{name} {getattr(self, name)} is out of range"
-                raise UsageError(what, where=name, fix=f"give {allowed}")
+                raise UsageError(
+                    f"{name} {getattr(self, name)} is out of range",
+                    where=name,
+                    fix=f"give {allowed}",
+                )
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
             raise UsageError(
                 "top-p and top-k have no effect",

@@ -205,8 +205,9 @@ def check_dtype(dtype: str | None) -> None:
     """Raise UsageError if `dtype` is not one of the dtypes of a recipe. None is allowed."""
     names = get_args(Dtype)
     if dtype is not None and dtype not in names:
-        fix = f"use one of {', '.join(names)}"
-        raise UsageError(f"there is no dtype {dtype}", where="--dtype", fix=fix)
+        raise UsageError(
+            f"there is no dtype {dtype}", where="--dtype", fix=f"use one of {', '.join(names)}"
+        )
 
 
 def locate_run(
@@ -282,8 +283,11 @@ def _hub_note(name: str) -> str:
     missing = f"there is neither a folder nor a cached model {name}"
     if constants.HF_HUB_OFFLINE:
         fetch = f"HF_HUB_OFFLINE=0 tunesmith fetch {name}"
-        fix = f"use the output_dir of a run, or download a model from the Hub with `{fetch}`"
-        raise UsageError(missing, where=name, fix=fix)
+        raise UsageError(
+            missing,
+            where=name,
+            fix=f"use the output_dir of a run, or download a model from the Hub with `{fetch}`",
+        )
     return f"{missing}: the model is looked up on the Hub"
 
 

@@ -61,8 +61,11 @@ class ForwardStop:
 
     def not_begun(self, why: str) -> StoppedError:
         """Build the error for a stop before the first training step."""
-        what = f"stopped by {signal.Signals(self.number).name} before the first step"
-        return StoppedError(what, why=why, fix="start the same command again")
+        return StoppedError(
+            f"stopped by {signal.Signals(self.number).name} before the first step",
+            why=why,
+            fix="start the same command again",
+        )
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -111,8 +111,9 @@ class Job:
         """
         later = self.later_job()
         if later:
-            text = f"the newer job {later.name} uses the same run directory"
-            return JobState(RunState.UNKNOWN, text)
+            return JobState(
+                RunState.UNKNOWN, f"the newer job {later.name} uses the same run directory"
+            )
         out = Path(self.run_dir)
         # Check the lock first, because the directory of a running process may still have files of
         # earlier starts, such as failure.json.
@@ -161,9 +162,11 @@ class Job:
             file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
             status = f"tunesmith status {shell_path(self.name or self.run_dir)}"
-            fix = f"check with `{status}` whether the job has started"
             raise MachineError(
-                "the log cannot be opened", where=str(log), why=error.strerror or "", fix=fix
+                "the log cannot be opened",
+                where=str(log),
+                why=error.strerror or "",
+                fix=f"check with `{status}` whether the job has started",
             ) from None
         with file:
             is_over = not follow

@@ -72,8 +72,11 @@ def safe_value(value: str, where: str) -> str:
     script, and other control characters would change how a terminal shows the script.
     """
     if not value.isprintable():
-        what = f"{value!r} contains a line break or another control character"
-        raise UsageError(what, where=where, fix="remove the character from the value")
+        raise UsageError(
+            f"{value!r} contains a line break or another control character",
+            where=where,
+            fix="remove the character from the value",
+        )
     return value
 
 

@@ -60,9 +60,11 @@ def find_endpoint(host: str, port: int) -> Endpoint:
     try:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        fix = "use an IP address, or add the name to /etc/hosts on every node"
         raise MachineError(
-            f"the host name {host} cannot be resolved", where="--endpoint", why=str(error), fix=fix
+            f"the host name {host} cannot be resolved",
+            where="--endpoint",
+            why=str(error),
+            fix="use an IP address, or add the name to /etc/hosts on every node",
         ) from None
     interfaces = local_addresses()
     # If `host` is an address of this node, this node holds the store.
@@ -102,12 +104,11 @@ def route_to(host: str) -> str:
             probe.connect((host, 9))
             return str(probe.getsockname()[0])
     except OSError as error:
-        fix = f"connect the nodes, and check the route with `ip route get {shell_word(host)}`"
         raise MachineError(
             f"this node has no route to {host}",
             where="--endpoint",
             why=error.strerror or "",
-            fix=fix,
+            fix=f"connect the nodes, and check the route with `ip route get {shell_word(host)}`",
         ) from None
 
 

@@ -44,8 +44,12 @@ class SlurmJob(Job):
         # "Invalid job id" means that the job has ended, because Slurm deletes a job's record some
         # minutes after its end.
         if code and "Invalid job id" not in errors:
-            fix = "run `tunesmith doctor --slurm` on a login node of the cluster"
-            raise MachineError("Slurm does not respond", where="squeue", why=errors, fix=fix)
+            raise MachineError(
+                "Slurm does not respond",
+                where="squeue",
+                why=errors,
+                fix="run `tunesmith doctor --slurm` on a login node of the cluster",
+            )
         if not out.strip():
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
@@ -90,8 +94,9 @@ def _cancel(*words: str) -> None:
     code, _, errors = run_slurm("scancel", *words)
     if code:
         id_ = words[-1]
-        fix = f"scancel {shell_word(id_)}"
-        raise MachineError("scancel failed", where=id_, why=errors, fix=fix)
+        raise MachineError(
+            "scancel failed", where=id_, why=errors, fix=f"scancel {shell_word(id_)}"
+        )
 
 
 def run_slurm(*command: str) -> tuple[int, str, str]:
@@ -102,6 +107,9 @@ def run_slurm(*command: str) -> tuple[int, str, str]:
     """
     done = try_on("", *command)
     if done.returncode == NO_COMMAND:
-        fix = "run the command on a login node of the cluster"
-        raise MachineError(f"{command[0]} is not installed", where="PATH", fix=fix)
+        raise MachineError(
+            f"{command[0]} is not installed",
+            where="PATH",
+            fix="run the command on a login node of the cluster",
+        )
     return done.returncode, done.stdout, last_line(done.stderr)

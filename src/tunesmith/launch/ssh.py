@@ -51,8 +51,11 @@ def check_host(host: str, option: str) -> None:
         option: the command-line option that gives the host, for the error message.
     """
     if not _HOST.fullmatch(host):
-        fix = f"give a host name or an address that ssh accepts, such as {option} spark-b"
-        raise UsageError(f"{host!r} is not a host name or address", where=option, fix=fix)
+        raise UsageError(
+            f"{host!r} is not a host name or address",
+            where=option,
+            fix=f"give a host name or an address that ssh accepts, such as {option} spark-b",
+        )
 
 
 def remote_words(host: str, words: Iterable[str]) -> list[str]:
@@ -81,8 +84,10 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
         )
     except OSError as error:
         if host:
-            what = f"ssh cannot be started: {error.strerror}"
-            raise MachineError(what, fix="sudo apt-get install openssh-client") from None
+            raise MachineError(
+                f"ssh cannot be started: {error.strerror}",
+                fix="sudo apt-get install openssh-client",
+            ) from None
         text = f"{words[0]}: {error.strerror}"
         return subprocess.CompletedProcess(command, NO_COMMAND, "", text)
     if host and done.returncode == SSH_FAILED:

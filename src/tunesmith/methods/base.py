@@ -242,8 +242,10 @@ class TrainModel(nn.Module):
     def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if head is None:
-            what = f"{type(self.model).__name__} has no output layer"
-            raise ModelError(what, fix="use a causal language model")
+            raise ModelError(
+                f"{type(self.model).__name__} has no output layer",
+                fix="use a causal language model",
+            )
         return head
 
     @contextmanager

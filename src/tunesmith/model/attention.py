@@ -216,8 +216,10 @@ def attend(
     out = _attend_documents(q, k, v, rule, sinks, dropout)
     if sees_ahead:
         if softcap is not None or sinks is not None:
-            what = "bidirectional attention to pictures does not support a soft cap or sinks"
-            raise ModelError(what, fix="set model.vision=false")
+            raise ModelError(
+                "bidirectional attention to pictures does not support a soft cap or sinks",
+                fix="set model.vision=false",
+            )
         out = _recompute_pictures(out, q, k, v, rule, dropout)
     return out
 
@@ -264,8 +266,10 @@ def _attend_documents(
     # Only sdpa implements dropout, and sdpa supports neither a soft cap nor sinks.
     if dropout:
         if softcap is not None or sinks is not None:
-            what = "attention dropout together with a soft cap or sinks is not supported"
-            raise ModelError(what, fix="set the model's attention_dropout to 0")
+            raise ModelError(
+                "attention dropout together with a soft cap or sinks is not supported",
+                fix="set the model's attention_dropout to 0",
+            )
         return _sdpa(q, k, v, rule, dropout)
     backend = documents.backend
     if backend is None:

@@ -141,11 +141,10 @@ def find_model_type(name: str) -> ModelType:
     types = read_model_types()
     if name in types:
         return types[name]
-    fix = "run `tunesmith models`, which lists all types"
     raise UsageError(
         f"{name!r} is not a known language model type of Transformers",
         where="command line",
-        fix=suggest_choice(name, types, otherwise=fix),
+        fix=suggest_choice(name, types, otherwise="run `tunesmith models`, which lists all types"),
     )
 
 

@@ -396,10 +396,11 @@ def _join(
             # All stacked tensors must have the same shape. The check of the element count below
             # would not detect a tensor of another shape with equally many elements.
             if stacks and entry.shape != entries[0].shape:
-                why = (
-                    f"{entry.name} is {list(entry.shape)}, the others are {list(entries[0].shape)}"
+                raise _cannot_join(
+                    name,
+                    sources,
+                    f"{entry.name} is {list(entry.shape)}, the others are {list(entries[0].shape)}",
                 )
-                raise _cannot_join(name, sources, why)
             # Shape of the tensor that is formed from all tensors of this pattern.
             shape = list(entry.shape)
             if stacks:

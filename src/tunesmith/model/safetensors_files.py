@@ -206,8 +206,11 @@ def indexed_files(index: Path) -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
             what = f"the index names {name!r}, which is not in its folder"
-            fix = "put the file into the folder, or fetch the model again: tunesmith fetch MODEL"
-            raise ModelError(what, where=f"{index}: weight_map", fix=fix)
+            raise ModelError(
+                what,
+                where=f"{index}: weight_map",
+                fix="put the file into the folder, or fetch the model again: tunesmith fetch MODEL",
+            )
     return files
 
 

@@ -177,8 +177,11 @@ def _check_codes(scale: Entry, codes: Entry | None, layout: _Layout) -> None:
     if codes is None:
         raise _broken_entry(scale, f"the quantized weight of {scale.name} is missing")
     if codes.dtype != layout.dtype:
-        why = f"the weight has scales, so its codes must be {layout.dtype}"
-        raise _broken_entry(codes, f"{codes.name} is stored as {codes.dtype}", why)
+        raise _broken_entry(
+            codes,
+            f"{codes.name} is stored as {codes.dtype}",
+            f"the weight has scales, so its codes must be {layout.dtype}",
+        )
 
 
 def _scale_of(codes: Entry, by_name: Mapping[str, Entry], layout: _Layout, suffix: str) -> Entry:
@@ -192,8 +195,11 @@ def _scale_of(codes: Entry, by_name: Mapping[str, Entry], layout: _Layout, suffi
         raise _broken_entry(codes, f"the scales of {codes.name} are missing: {name}")
     dtypes = layout.scales[suffix]
     if scale.dtype not in dtypes:
-        why = f"supported dtypes of these scales: {', '.join(dtypes)}"
-        raise _broken_entry(scale, f"{scale.name} is stored as {scale.dtype}", why)
+        raise _broken_entry(
+            scale,
+            f"{scale.name} is stored as {scale.dtype}",
+            f"supported dtypes of these scales: {', '.join(dtypes)}",
+        )
     return scale
 
 

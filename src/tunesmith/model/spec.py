@@ -243,8 +243,10 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     kv_heads = _size(config, "num_key_value_heads", family.kv_heads or heads)
     head_dim = _size(config, "head_dim", family.head_dim or hidden // heads)
     if heads % kv_heads:
-        what = f"{heads} attention heads cannot share {kv_heads} key-value heads"
-        raise ModelError(what, fix="correct num_attention_heads or num_key_value_heads")
+        raise ModelError(
+            f"{heads} attention heads cannot share {kv_heads} key-value heads",
+            fix="correct num_attention_heads or num_key_value_heads",
+        )
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
     window, slides = _windows(config, family, depth)

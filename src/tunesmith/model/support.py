@@ -342,8 +342,9 @@ def _does_not_run(tiny: PreTrainedModel, error: Exception) -> Support:
     known = inspect.signature(tiny.forward).parameters.keys() - TEXT_INPUTS
     missing = sorted(name for name in known if re.search(rf"\b{name}\b", str(error)))
     if missing:
-        why = f"it does not support text alone: its forward requires {', '.join(missing)}"
-        return Support("refused", why)
+        return Support(
+            "refused", f"it does not support text alone: its forward requires {', '.join(missing)}"
+        )
     return Support("refused", f"a tiny model of this type does not run: {_describe(error)}")
 
 

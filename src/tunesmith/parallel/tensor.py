@@ -91,8 +91,11 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
 
 
 def _not_supported(what: str, where: str) -> RecipeError:
-    fix = f"remove this setting, or set {TENSOR_KEY}: 1"
-    return RecipeError(f"{what} does not work with tensor parallelism", where=where, fix=fix)
+    return RecipeError(
+        f"{what} does not work with tensor parallelism",
+        where=where,
+        fix=f"remove this setting, or set {TENSOR_KEY}: 1",
+    )
 
 
 def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh: Mesh) -> None:

@@ -320,8 +320,13 @@ def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:
     fix = "set output_dir to a folder on a larger disk (`df -h` lists the disks)"
     if keep >= 1:
         fix = f"set checkpoint.keep={keep}, or {fix}"
-    why = f"one checkpoint takes {size_text(size)}, and {copies} may exist at the same time"
-    require_disk_space(out, size * copies, what="the checkpoints", why=why, fix=fix)
+    require_disk_space(
+        out,
+        size * copies,
+        what="the checkpoints",
+        why=f"one checkpoint takes {size_text(size)}, and {copies} may exist at the same time",
+        fix=fix,
+    )
 
 
 def make_loader(
@@ -379,15 +384,12 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
     """
     key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
-        what = (
-            f"step {batch.step + 1} takes {len(batch.micro)} micro batches, but {key} requires one"
-        )
-        why = (
-            "each parameter is updated as soon as its gradient is computed, "
-            "so gradients cannot be accumulated"
-        )
         raise UsageError(
-            what, where=key, why=why, fix=f"set a smaller train.global_batch, or {key}=false"
+            f"step {batch.step + 1} takes {len(batch.micro)} micro batches, but {key} requires one",
+            where=key,
+            why="each parameter is updated as soon as its gradient is computed, "
+            "so gradients cannot be accumulated",
+            fix=f"set a smaller train.global_batch, or {key}=false",
         )
 
 

@@ -133,11 +133,11 @@ class CheckpointSaver(LoopPart):
             if not self.ranks.is_main_process:
                 return lambda folder: None, copy
             if copy and not is_copied:
-                text = (
+                self.sinks.text(
+                    "checkpoint",
                     "not enough device memory for a copy: training waits while the "
-                    "checkpoint is written"
+                    "checkpoint is written",
                 )
-                self.sinks.text("checkpoint", text)
             return save_fn, is_copied
         if isinstance(self.writer, RanksWriter):
             is_copied = copy and fits_twice(optimizer, session.model, self.ranks, session.device)

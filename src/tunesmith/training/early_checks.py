@@ -170,8 +170,9 @@ def preview_rows(model: str, data: str, overrides: Overrides = ()) -> RowsPrevie
         draft = replace(draft, model=replace(draft.model, vision=True))
     shown = Path(data).name if is_local(data) else data
     facts = [count_of(len(rows), "row"), rows.layout, layout.describe()]
-    about_data = f"{shown}: {', '.join(filter(None, facts))}"
-    return RowsPreview(layer, chosen, draft, rows, layout, about_data)
+    return RowsPreview(
+        layer, chosen, draft, rows, layout, f"{shown}: {', '.join(filter(None, facts))}"
+    )
 
 
 def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:

@@ -162,9 +162,11 @@ class NewRecipe:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, self.text)
         except OSError as error:
-            what = f"the recipe cannot be written: {error.strerror}"
-            fix = "choose another folder with output_dir=runs/my-run"
-            raise MachineError(what, where=str(self.path), fix=fix) from error
+            raise MachineError(
+                f"the recipe cannot be written: {error.strerror}",
+                where=str(self.path),
+                fix="choose another folder with output_dir=runs/my-run",
+            ) from error
 
 
 def make_recipe(
@@ -210,8 +212,9 @@ def make_recipe(
     parts = choices.choose_seq_len(examined)
     held_out = choices.choose_hold_out(row_count, parts)
     if examined.is_padded and "data.pack" not in choices.override_keys:
-        reason = f"{examined.spec.model_type} cannot separate packed examples"
-        choices.choose("data.pack", False, reason)
+        choices.choose(
+            "data.pack", False, f"{examined.spec.model_type} cannot separate packed examples"
+        )
     steps = choices.choose_steps(round(row_count * parts) - held_out, ranks)
     choices.choose_validations(steps, held_out)
     choices.choose_rate(examined.spec)
@@ -448,8 +451,11 @@ class _Choices:
                 )
             return 0
         count = count_held_out(hold_out, rows)
-        reason = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss"
-        self.choose("data.hold_out", str(hold_out), reason)
+        self.choose(
+            "data.hold_out",
+            str(hold_out),
+            f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss",
+        )
         return round(count * parts)
 
     def choose_steps(self, examples: int, ranks: int) -> int | None:
@@ -506,11 +512,12 @@ class _Choices:
             every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
             self.values |= {"validate.every": every, "checkpoint.every": every}
         if held_out >= MIN_VALIDATION_ROWS:
-            reason = (
+            self.choose(
+                "validate.patience",
+                PATIENCE,
                 f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
-                "weights of the best validation (checkpoint.final)"
+                "weights of the best validation (checkpoint.final)",
             )
-            self.choose("validate.patience", PATIENCE, reason)
 
     def choose_rate(self, spec: ModelSpec) -> None:
         """Choose the learning rate from the model's family, its hidden size, and the kind of

@@ -190,8 +190,10 @@ def train(
 def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> Run:
     """Make a recipe for a model and rows that a program passes. Write the rows to output_dir."""
     if model is None or rows is None:
-        fix = 'call train("my-recipe.yaml"), or train(model="...", rows=[...])'
-        raise UsageError("train needs either a recipe, or model and rows", fix=fix)
+        raise UsageError(
+            "train needs either a recipe, or model and rows",
+            fix='call train("my-recipe.yaml"), or train(model="...", rows=[...])',
+        )
     options = override_layer(overrides).plain()
     # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")

@@ -220,12 +220,11 @@ def _read_words(text: RowText) -> _Words:
         counted = answer
     numbers = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
     chosen = " ".join(words_of(text.chosen))
-    kind = f"{text.given}\n{text.is_good}\n{chosen}"
     return _Words(
         padded=np.array(padded, np.uint32),
         border=_CONTEXT_WORDS + len(prompt),
         numbers=_hash32(numbers),
-        kind=_hash32(kind),
+        kind=_hash32(f"{text.given}\n{text.is_good}\n{chosen}"),
     )
 
 

@@ -363,9 +363,11 @@ class RowReader:
                 fix = "store this column as text"
             raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
         if len(value) > MAX_ROW_BYTES:
-            what = f"{at} is a text of {len(value) >> 20} MiB"
-            limit = f"a row can have at most {MAX_ROW_BYTES >> 20} MiB"
-            raise self.error(what, limit, "split the text into several rows")
+            raise self.error(
+                f"{at} is a text of {len(value) >> 20} MiB",
+                f"a row can have at most {MAX_ROW_BYTES >> 20} MiB",
+                "split the text into several rows",
+            )
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:

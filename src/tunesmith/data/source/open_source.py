@@ -139,8 +139,9 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> R
                 fix=f"use {row_fix(where, split=split.replace(name, next(iter(tables)), 1))}",
             )
     if _MIXED_BOUNDS.search(split):
-        why = "both ends of a slice must be percentages, or both must be row numbers"
-        raise _unreadable_split(split, where, why)
+        raise _unreadable_split(
+            split, where, "both ends of a slice must be percentages, or both must be row numbers"
+        )
     sizes = {name: len(table) for name, table in tables.items()}
     # `datasets` raises AssertionError for some invalid splits, and ValueError for others.
     try:

@@ -312,8 +312,9 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         at = error.start
-        why = f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}"
-        raise _not_utf8_error(path, where(at), why, "cp1252") from None
+        raise _not_utf8_error(
+            path, where(at), f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}", "cp1252"
+        ) from None
 
 
 def check_not_wide(path: Path, data: bytes, where: str) -> None:

@@ -186,8 +186,11 @@ def with_fixed_date(jinja: str, date: datetime.date = DATE) -> str:
     """
     fixed = _DATE_CALL.sub(lambda match: json.dumps(date.strftime(match[2])), jinja)
     if writes_today(fixed):
-        what = "the chat template writes today's date in a way that cannot be fixed to one day"
-        why = "a run that resumes tomorrow would train on another prompt"
-        fix = "save the template to a file, write a date in it, and name the file in data.template"
-        raise DataError(what, where="data.template", why=why, fix=fix)
+        raise DataError(
+            "the chat template writes today's date in a way that cannot be fixed to one day",
+            where="data.template",
+            why="a run that resumes tomorrow would train on another prompt",
+            fix="save the template to a file, write a date in it, and name the file in "
+            "data.template",
+        )
     return fixed

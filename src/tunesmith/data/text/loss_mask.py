@@ -163,8 +163,10 @@ def _check_complete(chat: ChatRenderer, rendering: Rendering, trained: Collectio
             raise _dropped(chat, field, rendering)
         is_open = n in rendering.shown and sentinel_counts[n] < 2
         if is_open and chat.has_end(field.text):
-            what = f"rewrites {message}, whose text contains an end token"
-            raise chat.error(what, "the end of the message is ambiguous")
+            raise chat.error(
+                f"rewrites {message}, whose text contains an end token",
+                "the end of the message is ambiguous",
+            )
 
 
 def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataError:
@@ -189,8 +191,9 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataErro
             "write the call in the answer's content as the model's documentation shows it, and"
             " remove tool_calls; or use a template that writes calls: data.template=FILE.jinja"
         )
-    why = "the model would train on an incomplete conversation"
-    return chat.error(f"drops {dropped}", why, fix)
+    return chat.error(
+        f"drops {dropped}", "the model would train on an incomplete conversation", fix
+    )
 
 
 def _find_answer(
@@ -235,11 +238,12 @@ def _find_answer(
         limit = rendering.place(last_sentinel + 1)
     end = chat.ends.search(text, texts_end, limit, is_last=is_last)
     if end is None:
-        fix = (
+        raise chat.error(
+            f"writes no end token after {answer}",
+            _no_end(chat),
             "use a template that ends answers: data.template=FILE.jinja;"
-            " or add its end token: model.added_tokens"
+            " or add its end token: model.added_tokens",
         )
-        raise chat.error(f"writes no end token after {answer}", _no_end(chat), fix)
     is_after_prompt = start == prompt_at + len(prompt)
     return rendering, _through(chat, start, end), is_after_prompt
 

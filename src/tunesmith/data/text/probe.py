@@ -60,9 +60,11 @@ def probe(chat: ChatRenderer) -> None:
     rendering = _try(chat, _PROBE_TURN)
     if rendering is not None and not rendering.shows_all():
         dropped = "answer" if 0 in rendering.shown else "question"
-        why = f"it renders as {rendering.text[:60]!r}"
-        fix = "name a template that writes it: data.template=FILE.jinja"
-        raise chat.error(f"drops the {dropped}", why, fix)
+        raise chat.error(
+            f"drops the {dropped}",
+            f"it renders as {rendering.text[:60]!r}",
+            "name a template that writes it: data.template=FILE.jinja",
+        )
     _find_forms(chat)
     _find_ends(chat)
     rendering = _try(chat, _PROBE_TURNS)
@@ -160,12 +162,12 @@ def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
     header = rendering.text[len(question) : rendering.place(indices[0])]
     special_tokens = chat.tokenizer.added_tokens_decoder.values()
     if any(token.content in header for token in special_tokens):
-        fix = (
+        raise chat.error(
+            "has no generation prompt",
+            f"the model would have to write {header!r} itself",
             "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to"
-            " the template"
+            " the template",
         )
-        why = f"the model would have to write {header!r} itself"
-        raise chat.error("has no generation prompt", why, fix)
 
 
 def _try(chat: ChatRenderer, messages: Messages, tools: Tools = None) -> Rendering | None:

@@ -286,8 +286,11 @@ class ChatRenderer:
             ) from error
         except RENDER_ERRORS as error:
             why = first_line(error) or type(error).__name__
-            fix = "fix the row, or use a template that supports it: data.template=FILE.jinja"
-            raise self.error("cannot render this conversation", why, fix) from error
+            raise self.error(
+                "cannot render this conversation",
+                why,
+                "fix the row, or use a template that supports it: data.template=FILE.jinja",
+            ) from error
 
     def error(self, what: str, why: str = "", fix: str = FIX_WITH_TAGS) -> DataError:
         return DataError(f"{self.name} {what}", why=why, fix=fix)
@@ -369,8 +372,10 @@ class ChatRenderer:
                     break
             if rendering is not None:
                 return rendering._replace(shown=frozenset(shown))
-        what = "renders differently depending on the message text"
-        raise self.error(what, "so assistant spans cannot be located")
+        raise self.error(
+            "renders differently depending on the message text",
+            "so assistant spans cannot be located",
+        )
 
     def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
         """Remove the sentinels from a rendered conversation.
@@ -430,8 +435,10 @@ class ChatRenderer:
                 text precedes the answer in the rendered conversation.
         """
         if i == 0:
-            what = "does not support an answer at the start of a conversation"
-            raise self.error(what, "there is no prompt before it")
+            raise self.error(
+                "does not support an answer at the start of a conversation",
+                "there is no prompt before it",
+            )
         marked_prompt = self.render(rendering.messages[:i], rendering.tools, generate=True)
         prompt, prompt_sentinels = self._strip(rendering.inserted, marked_prompt)
         indices = rendering.sentinels_of_message(i)

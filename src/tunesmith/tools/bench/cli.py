@@ -105,12 +105,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         sources.append(f"--shape {args.shape}")
     if len(sources) != 1:
         what = "bench requires one recipe or one shape"
-        why = f"the command line has {', '.join(sources) or 'neither a recipe nor --shape'}"
-        fix = (
-            "run `tunesmith bench my-recipe.yaml`, or use --shape llama3-8b --tokenizer DIR --data "
-            "rows.json"
+        raise UsageError(
+            what,
+            where="command line",
+            why=f"the command line has {', '.join(sources) or 'neither a recipe nor --shape'}",
+            fix="run `tunesmith bench my-recipe.yaml`, or use --shape llama3-8b --tokenizer DIR "
+            "--data "
+            "rows.json",
         )
-        raise UsageError(what, where="command line", why=why, fix=fix)
     # These options are only allowed with --shape, and those with an example are required. With a
     # recipe, the user must set the recipe keys instead.
     for option, (key, example) in SHAPE_OPTIONS.items():

@@ -37,8 +37,12 @@ LOADS_TORCH = "here"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "default: one per GPU, or 2 without GPUs"
-    ranks = f"number of ranks to start ({default}); do not use it with torchrun"
-    parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
+    parser.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help=f"number of ranks to start ({default}); do not use it with torchrun",
+    )
     add_json(parser)
     # Hidden option: `check_on_ranks` passes it to the ranks that it starts.
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
@@ -48,8 +52,11 @@ def run(args: argparse.Namespace) -> int:
     env = started_as()
     world = env["WORLD_SIZE"] if env else args.ranks
     if env and args.ranks not in (None, world):
-        what = f"--ranks is {args.ranks}, but torchrun has already started {world} ranks"
-        raise UsageError(what, where="--ranks", fix="remove --ranks")
+        raise UsageError(
+            f"--ranks is {args.ranks}, but torchrun has already started {world} ranks",
+            where="--ranks",
+            fix="remove --ranks",
+        )
     if world is None:
         import torch
 
@@ -91,11 +98,10 @@ def check_on_ranks(world: int, *, quiet: bool) -> "Report":
         if file.is_file():
             report: Report = json.loads(file.read_text(encoding="utf-8"))
             return report
-    fix = f"run `{shell_command(['python', '-m', *words])}` to see the full output of all ranks"
     raise RunError(
         "the ranks of the self-check exited before all checks were done",
         why=reason_in(process.stderr),
-        fix=fix,
+        fix=f"run `{shell_command(['python', '-m', *words])}` to see the full output of all ranks",
     )
 
 

@@ -335,8 +335,7 @@ class SelfCheck:
                 share = abs(found - value) / max(abs(allowed * value), TINY)
                 figures.append((share, reference.step, allowed, value, found))
         share, step, allowed, value, found = max(figures)
-        limit_text = f"{allowed:.0e}"
-        self.add(check, f"{value:.8g}", f"{found:.8g}", share <= 1, step, limit_text)
+        self.add(check, f"{value:.8g}", f"{found:.8g}", share <= 1, step, f"{allowed:.0e}")
 
     @contextmanager
     def on(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> Iterator[None]:

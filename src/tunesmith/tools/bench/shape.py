@@ -76,8 +76,10 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     run = load_recipe(file, overrides)
     # An override on the command line may have set another model or tokenizer.
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
-        what = "the model and tokenizer of a shape cannot be overridden"
-        why = "the model is the shape with random weights, and its folder contains the tokenizer"
-        fix = "use --shape NAME --tokenizer DIR_OR_ID, or give a recipe instead of --shape"
-        raise UsageError(what, where="command line: model.name, model.tokenizer", why=why, fix=fix)
+        raise UsageError(
+            "the model and tokenizer of a shape cannot be overridden",
+            where="command line: model.name, model.tokenizer",
+            why="the model is the shape with random weights, and its folder contains the tokenizer",
+            fix="use --shape NAME --tokenizer DIR_OR_ID, or give a recipe instead of --shape",
+        )
     return run

@@ -78,8 +78,7 @@ def print_findings(findings: "Sequence[Finding]") -> None:
         if finding.host != host:
             host = finding.host
             print(host)
-        line = f"  {finding.level:<9}{finding.check:<16}{finding.what}"
-        show(line, sys.stdout, indent=FINDING)
+        show(f"  {finding.level:<9}{finding.check:<16}{finding.what}", sys.stdout, indent=FINDING)
         if finding.why:
             show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
         if finding.fix:

@@ -176,11 +176,11 @@ class AnswersFile(ResumedFile):
 
     def append(self, answer: SavedAnswer) -> None:
         """Write an answer as the next line. Raise RunError if the file cannot be written."""
-        why = (
-            f"the file holds {answer.row} of {count_of(self.header.rows, 'answer')} of "
-            f"{answer.model}"
+        self.write(
+            asdict(answer),
+            why=f"the file holds {answer.row} of {count_of(self.header.rows, 'answer')} of "
+            f"{answer.model}",
         )
-        self.write(asdict(answer), why=why)
         self.answers.setdefault(answer.model, []).append(answer)
 
     def unfinished(self) -> dict[str, int]:

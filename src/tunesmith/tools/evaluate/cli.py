@@ -63,8 +63,11 @@ MAX_NEW_TOKENS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, several=True)
     files = "jsonl, json, csv, parquet, or a Hub id"
-    data = f"rows with answers: {files} (default: the rows that the run held out)"
-    parser.add_argument("--data", metavar="FILE", help=data)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help=f"rows with answers: {files} (default: the rows that the run held out)",
+    )
     parser.add_argument(
         "--split",
         metavar="SPLIT",
@@ -73,8 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-examples", type=whole_number, metavar="N", help="use only the first N rows"
     )
-    base_help = "also score the base model (default: yes for one run, no for several runs)"
-    parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=base_help)
+    parser.add_argument(
+        "--base",
+        action=argparse.BooleanOptionalAction,
+        help="also score the base model (default: yes for one run, no for several runs)",
+    )
     scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your file.py:function"
     parser.add_argument(
         "--score",
@@ -84,11 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCORER",
         help=f"generate answers and score them with {scorers}; may be repeated",
     )
-    output = (
-        "with --score: file that stores the answers, so that an interrupted evaluation can "
-        "continue; with several runs, a folder (default: evals/ in each run)"
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --score: file that stores the answers, so that an interrupted evaluation can "
+        "continue; with several runs, a folder (default: evals/ in each run)",
     )
-    parser.add_argument("--output", metavar="FILE", help=output)
     parser.add_argument(
         "--fresh",
         action="store_true",
@@ -128,6 +135,7 @@ def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocatio
         check_local(Path(args.data).expanduser())
     if not args.scorers:
         answer_options = ("output", "fresh", "temperature", "seed")
-        fix = "add --score exact, or another scorer"
-        check_not_given(args, answer_options, "requires --score", fix=fix)
+        check_not_given(
+            args, answer_options, "requires --score", fix="add --score exact, or another scorer"
+        )
     check_scorer_names(args.scorers)

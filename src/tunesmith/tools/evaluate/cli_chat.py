@@ -31,12 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", action="store_true", help="chat with the base model instead of the tuned model"
     )
-    system = "system message (default: the system message of the recipe)"
-    parser.add_argument("--system", metavar="TEXT", help=system)
-    tools = "JSON list of the tools (functions) that the model may call"
-    parser.add_argument("--tools", metavar="FILE", help=tools)
-    image = "picture file for the first question; may be repeated"
-    parser.add_argument("--image", metavar="FILE", action="append", default=[], help=image)
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message (default: the system message of the recipe)",
+    )
+    parser.add_argument(
+        "--tools", metavar="FILE", help="JSON list of the tools (functions) that the model may call"
+    )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="picture file for the first question; may be repeated",
+    )
     add_decoding(parser, max_new_tokens=512)
 
 

@@ -181,8 +181,9 @@ def _read_input(name: str) -> Rows:
         except (ValueError, RecursionError) as error:
             why = str(error)
         if not isinstance(row, dict):
-            what = "the line is not a JSON object"
-            raise DataError(what, where=f"stdin:{number}", why=why, fix=fix)
+            raise DataError(
+                "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
+            )
         rows.append(row)
     if not rows:
         raise DataError("stdin contains no rows", where="stdin", fix=fix)
@@ -193,9 +194,10 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
     """Raise UsageError if the output cannot be used with --resume, or is the input file."""
     where = "--output"
     if args.resume and (output is None or _is_stream(output)):
-        place = f"{where} {args.output}"
         raise UsageError(
-            "--resume requires an output file", where=place, fix="give a file with --output"
+            "--resume requires an output file",
+            where=f"{where} {args.output}",
+            fix="give a file with --output",
         )
     if output is None:
         return

@@ -83,9 +83,12 @@ def generate(
             raised by the call of `generate`, not during the iteration.
     """
     if not isinstance(loaded, LoadedModel):
-        what = f"generate takes a loaded model, not {type(loaded).__name__}"
-        fix = 'load the model: loaded = tunesmith.load_run("runs/my-run"); generate(loaded, rows)'
-        raise UsageError(what, where="generate(loaded)", fix=fix)
+        raise UsageError(
+            f"generate takes a loaded model, not {type(loaded).__name__}",
+            where="generate(loaded)",
+            fix='load the model: loaded = tunesmith.load_run("runs/my-run"); '
+            "generate(loaded, rows)",
+        )
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     if not len(rows):

@@ -397,10 +397,9 @@ def save_scores(
 
 def no_scored_rows(name: str, why: str) -> UsageError:
     """Build the error for rows that have no answers to compare with."""
-    fix = "remove --score, or use rows with expected answers"
     return UsageError(
         "no row has an expected answer to compare the model's answer with",
         where=name,
         why=why,
-        fix=fix,
+        fix="remove --score, or use rows with expected answers",
     )

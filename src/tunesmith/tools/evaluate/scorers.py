@@ -238,8 +238,11 @@ def _check_pattern(row: ScoredRow) -> None:
     try:
         regex.compile(row.reference.strip())
     except (regex.error, RecursionError, OverflowError) as error:
-        why = f"{error} (--score regex takes the row's answer as a pattern)"
-        raise _row_fault(row, "the reference answer is not a regular expression", why) from error
+        raise _row_fault(
+            row,
+            "the reference answer is not a regular expression",
+            f"{error} (--score regex takes the row's answer as a pattern)",
+        ) from error
 
 
 def _json_score(answer: str, row: ScoredRow) -> float:
@@ -272,8 +275,9 @@ def _check_json(row: ScoredRow) -> None:
     except TunesmithError:
         raise
     except Exception as error:
-        what = f"the row's {SCHEMA} is not a JSON schema"
-        raise _row_fault(row, what, first_line(error), SCHEMA) from error
+        raise _row_fault(
+            row, f"the row's {SCHEMA} is not a JSON schema", first_line(error), SCHEMA
+        ) from error
     if problem is not None:
         why = f"{problem.json_path}: {problem.message}"
         raise _row_fault(row, "the reference answer does not match the row's schema", why, SCHEMA)

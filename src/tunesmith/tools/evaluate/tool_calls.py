@@ -250,13 +250,13 @@ def _tagged_form(rendering: str) -> CallReader | None:
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
     name_end = _flexible(to_key[: len(to_key) - shared])
-    argument = (
-        f"{_flexible(key_opening)}{_CALL_NAME}{_flexible(to_value)}(.*?){_flexible(value_end)}"
-    )
     return partial(
         _read_tagged,
         re.compile(_flexible(opening) + _CALL_NAME + name_end),
-        re.compile(argument, re.DOTALL),
+        re.compile(
+            f"{_flexible(key_opening)}{_CALL_NAME}{_flexible(to_value)}(.*?){_flexible(value_end)}",
+            re.DOTALL,
+        ),
     )
 
 

@@ -129,8 +129,12 @@ def check_merge_output(
         why = location.note or f"{path} is a base model"
         if location.holds == "full":
             why = "the run is a full fine-tune, which is already a complete model"
-        fix = f"use {where} directly, without a merge"
-        raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
+        raise UsageError(
+            f"{path} has no adapter to merge",
+            where=where,
+            why=why,
+            fix=f"use {where} directly, without a merge",
+        )
     # Follow a symbolic link to its folder. Path.resolve is not used: it raises if links form a
     # loop.
     goal = check_output_path(os.path.realpath(output) if str(output) else output, location)

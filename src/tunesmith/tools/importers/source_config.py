@@ -107,8 +107,11 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
             referenced.update(_INTERPOLATION.findall(key.value))
 
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
-        fix = f"run `tunesmith train {shell_path(path)}`, or name the tool with --from"
-        raise UsageError("this is already a tunesmith recipe", where=str(path), fix=fix)
+        raise UsageError(
+            "this is already a tunesmith recipe",
+            where=str(path),
+            fix=f"run `tunesmith train {shell_path(path)}`, or name the tool with --from",
+        )
     tool = _choose_tool(keys, path, tool)
     return SourceConfig(tool, path.name, keys, path.parent, referenced=frozenset(referenced))
 
@@ -154,8 +157,12 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
     what = "`import` cannot detect which tool this file is for"
     if named:
         what = f"this file has no key of {named}, and looks like a file of {best}"
-    fix = f"name the tool, such as --from {best}; the tools are {', '.join(IMPORTED_TOOLS)}"
-    raise UsageError(what, where=str(path), why=why, fix=fix)
+    raise UsageError(
+        what,
+        where=str(path),
+        why=why,
+        fix=f"name the tool, such as --from {best}; the tools are {', '.join(IMPORTED_TOOLS)}",
+    )
 
 
 def source_keys(path: Path) -> Iterator[SourceKey]:
@@ -227,8 +234,11 @@ def _interpolate(key: SourceKey, keys: Mapping[str, SourceKey], depth: int = 0) 
         target = keys.get(match[1])
         # The depth limit ends the recursion of keys that reference themselves.
         if target is None or isinstance(target.value, list | dict) or depth > _MAX_INTERPOLATIONS:
-            what = f"{key.key}: {match[0]} is not defined in this file"
-            raise UsageError(what, where=key.where, fix="replace the reference by its value")
+            raise UsageError(
+                f"{key.key}: {match[0]} is not defined in this file",
+                where=key.where,
+                fix="replace the reference by its value",
+            )
         return str(_interpolate(target, keys, depth + 1))
 
     if not isinstance(key.value, str) or not _INTERPOLATION.search(key.value):

@@ -62,8 +62,11 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
         _set_rows(recipe, "validation")
         _set_train_on(recipe)
         if "{" in str(recipe.get("data.template")) and "data.template" not in recipe.overrides:
-            fix = "write the template to template.jinja, and add data.template=template.jinja"
-            raise recipe.error("data.template", "in a recipe, a template must be a file", fix)
+            raise recipe.error(
+                "data.template",
+                "in a recipe, a template must be a file",
+                "write the template to template.jinja, and add data.template=template.jinja",
+            )
     _set_lengths(recipe)
     _set_schedule(recipe)
     _set_intervals(recipe)
@@ -143,8 +146,11 @@ def _set_target(recipe: Translation) -> None:
     is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in listed)
     is_replaced = name in recipe.values or name in recipe.overrides
     if not is_list and not is_replaced:
-        why = "this value is a regular expression, and a recipe lists the layers"
-        raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
+        raise recipe.error(
+            name,
+            "this value is a regular expression, and a recipe lists the layers",
+            "list the layers: adapter.target='[q_proj, v_proj]'",
+        )
 
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
@@ -160,8 +166,12 @@ def _set_model_of_folder(recipe: Translation) -> None:
     for beginning, owner in recipe.table.get("owners", {}).items():
         is_here = (recipe.source.base / folder).is_dir()
         if folder.name.lower().startswith(beginning) and not is_here:
-            why = "The folder does not exist on this machine, so the model is from the Hub."
-            recipe.set_key("model.name", f"{owner}/{folder.name}", "model.name", why=why)
+            recipe.set_key(
+                "model.name",
+                f"{owner}/{folder.name}",
+                "model.name",
+                why="The folder does not exist on this machine, so the model is from the Hub.",
+            )
             return
 
 
@@ -195,10 +205,11 @@ def _set_trl_rows(recipe: Translation) -> None:
         for key in recipe.source.keys:
             section = key.partition(".")[0]
             if section in ("datasets", "dataset_mixture", "dataset_mixer"):
-                fix = (
-                    f"list the data sets in data.train of a recipe; for one data set, {_NAME_ROWS}"
+                raise recipe.error(
+                    key,
+                    "a mixture of data sets is not supported",
+                    f"list the data sets in data.train of a recipe; for one data set, {_NAME_ROWS}",
                 )
-                raise recipe.error(key, "a mixture of data sets is not supported", fix)
         splits = {"data.train": "dataset_train_split"}
         # YAML reads an unquoted `no` as false, so `eval_strategy: no` is the text "False".
         if str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false"):
@@ -223,8 +234,9 @@ def _set_trl_rows(recipe: Translation) -> None:
     train_on = "all"
     if is_masked or recipe.method != "sft":
         train_on = "response"
-    why = f"The rows have the format {row_format}."
-    recipe.set_key("data.train_on", train_on, *answers_only, why=why)
+    recipe.set_key(
+        "data.train_on", train_on, *answers_only, why=f"The rows have the format {row_format}."
+    )
 
 
 def _set_rows(recipe: Translation, part: str) -> None:
@@ -343,8 +355,7 @@ def _implied_by_type(
     rows = recipe.table["rows"]
     for key in recipe.source.keys:
         if key.startswith(f"{type_key}."):
-            why = "a custom prompt text is not supported"
-            raise recipe.error(key, why, rows["own_prompt"])
+            raise recipe.error(key, "a custom prompt text is not supported", rows["own_prompt"])
 
     types: dict[str, dict[str, JsonValue]] = rows["types"][kind]
     # A module or template may precede the name of a type, as in `chatml.intel`. A variant may
@@ -534,8 +545,7 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
         fix = "add --world N, the number of processes (GPUs) on all nodes of the original run"
         if tensor > 1:
             fix += f", a multiple of {tensor:g}"
-        what = "the global batch is unknown"
-        raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
+        raise UsageError("the global batch is unknown", where=recipe.source.name, why=why, fix=fix)
 
     batch = int(rows * processes // tensor)
     why = f"{processes:g} processes"

@@ -184,8 +184,9 @@ class Translation:
 
     def error(self, name: str, why: str, fix: str) -> UsageError:
         key = self.find(name) or SourceKey(name, None, self.source.name)
-        what = f"{key.key}: {_shown(key)} cannot be imported"
-        return UsageError(what, where=key.where, why=why, fix=fix)
+        return UsageError(
+            f"{key.key}: {_shown(key)} cannot be imported", where=key.where, why=why, fix=fix
+        )
 
     def carry(self) -> None:
         """Set all recipe keys whose values can be copied, unchanged or with another word or unit.

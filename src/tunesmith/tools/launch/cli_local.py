@@ -40,8 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of processes (default: one per GPU, or one if there is no GPU)",
     )
-    again = "maximum number of restarts of failed ranks (default: 0)"
-    parser.add_argument("--restarts", type=int, default=0, metavar="K", help=again)
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="maximum number of restarts of failed ranks (default: 0)",
+    )
     parser.add_argument(
         "--detach",
         action="store_true",
@@ -55,8 +60,11 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     The options are the recipe, or a model and data for a new recipe, and --debug.
     """
     add_recipe(parser)
-    debug = "write tracebacks and NCCL's debug output of every node to the log"
-    parser.add_argument("--debug", action="store_true", help=debug)
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="write tracebacks and NCCL's debug output of every node to the log",
+    )
 
 
 def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":

@@ -42,8 +42,9 @@ SETTINGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    nodes = "number of nodes (default: 1)"
-    parser.add_argument("--nodes", type=whole_number, default=1, metavar="N", help=nodes)
+    parser.add_argument(
+        "--nodes", type=whole_number, default=1, metavar="N", help="number of nodes (default: 1)"
+    )
     for key, text in SETTINGS.items():
         metavar = key.rpartition("_")[2].upper()
         if key == "gpus_per_node":
@@ -54,19 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not share the nodes with other jobs; add --mem 0 to use all their memory",
     )
-    line = "line of the script to execute before the run, such as --setup 'module load cuda'"
-    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help=line)
-    other = "any other sbatch option, such as --sbatch-arg=--reservation=tuesday"
     parser.add_argument(
-        "--sbatch-arg", dest="sbatch", action="append", default=[], metavar="OPTION", help=other
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="line of the script to execute before the run, such as --setup 'module load cuda'",
+    )
+    parser.add_argument(
+        "--sbatch-arg",
+        dest="sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other sbatch option, such as --sbatch-arg=--reservation=tuesday",
     )
     reasons = "after the time limit or a lost node (default: 5; 0 never requeues)"
-    requeues = f"maximum number of times that the job is requeued {reasons}"
-    parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
-    default = "at least 300, more for a large checkpoint, at most a quarter of the limit"
-    warning = f"seconds before the time limit at which the run saves (default: {default})"
     parser.add_argument(
-        "--warn-before", dest="warning", type=whole_number, metavar="SECONDS", help=warning
+        "--max-requeues",
+        type=_count,
+        default=5,
+        metavar="N",
+        help=f"maximum number of times that the job is requeued {reasons}",
+    )
+    default = "at least 300, more for a large checkpoint, at most a quarter of the limit"
+    parser.add_argument(
+        "--warn-before",
+        dest="warning",
+        type=whole_number,
+        metavar="SECONDS",
+        help=f"seconds before the time limit at which the run saves (default: {default})",
     )
     parser.add_argument(
         "--render",

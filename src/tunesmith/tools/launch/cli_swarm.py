@@ -24,10 +24,18 @@ from tunesmith.tools.launch.deploy import launch_on_swarm
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    ready = "number of nodes, including this one (default: all nodes that are ready)"
-    parser.add_argument("--nodes", type=whole_number, metavar="N", help=ready)
-    others = "ssh host names of the other nodes (default: all nodes of the swarm)"
-    parser.add_argument("--hosts", metavar="A,B", default="", help=others)
+    parser.add_argument(
+        "--nodes",
+        type=whole_number,
+        metavar="N",
+        help="number of nodes, including this one (default: all nodes that are ready)",
+    )
+    parser.add_argument(
+        "--hosts",
+        metavar="A,B",
+        default="",
+        help="ssh host names of the other nodes (default: all nodes of the swarm)",
+    )
     parser.add_argument(
         "--image",
         default="tunesmith",
@@ -41,10 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum number of restarts of a node's ranks (default: 3)",
     )
     further = "for example for mounts or variables of the service `ranks`"
-    extra = f"stack file that is merged into the generated stack file, {further}"
-    parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
-    render = "print the stack file and start nothing"
-    parser.add_argument("--render", action="store_true", help=render)
+    parser.add_argument(
+        "--stack-extra",
+        type=Path,
+        metavar="FILE",
+        help=f"stack file that is merged into the generated stack file, {further}",
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="print the stack file and start nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

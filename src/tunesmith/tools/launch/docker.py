@@ -150,9 +150,10 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     create_words(job, image, mounts)
     previous = job.container()
     if previous is not None and previous.state is RunState.RUNNING:
-        fix = f"run `tunesmith stop {shell_word(job.name)}`, or use another output_dir"
         raise UsageError(
-            "a container is already training in this run directory", where=job.name, fix=fix
+            "a container is already training in this run directory",
+            where=job.name,
+            fix=f"run `tunesmith stop {shell_word(job.name)}`, or use another output_dir",
         )
     # Check the image first, because `docker create` would try to pull it from a registry.
     require_image(image)

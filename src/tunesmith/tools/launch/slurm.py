@@ -282,8 +282,9 @@ def ranks_of(request: Request) -> int:
     if match:
         return max(int(match[1]), 1)
     what = f"{gpus} is not a number of GPUs" if gpus else "the number of GPUs per node is missing"
-    fix = "use --gpus-per-node 8, or h100:8, or 0 to train on CPUs"
-    raise UsageError(what, where="--gpus-per-node", fix=fix)
+    raise UsageError(
+        what, where="--gpus-per-node", fix="use --gpus-per-node 8, or h100:8, or 0 to train on CPUs"
+    )
 
 
 def warning_of(request: Request) -> int:
@@ -341,8 +342,11 @@ def limit_seconds(text: str) -> int:
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if not match:
-        fix = "use --time 90 (minutes), 12:00:00 or 2-00:00:00"
-        raise UsageError(f"{text} is not a time limit", where="--time", fix=fix)
+        raise UsageError(
+            f"{text} is not a time limit",
+            where="--time",
+            fix="use --time 90 (minutes), 12:00:00 or 2-00:00:00",
+        )
     has_days = match[1] is not None
     has_three_parts = match[4] is not None
     # Two parts are minutes and seconds, but after a number of days they are hours and minutes.
@@ -423,11 +427,13 @@ def submit(run: Run, request: Request) -> SlurmJob:
     # the line in the script.
     code, out, errors = run_slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
-        fix = (
-            "check partitions and limits with `sinfo`, and the cluster with `tunesmith doctor "
-            "--slurm`"
+        raise MachineError(
+            "sbatch rejects the job",
+            where=str(script),
+            why=errors,
+            fix="check partitions and limits with `sinfo`, and the cluster with `tunesmith doctor "
+            "--slurm`",
         )
-        raise MachineError("sbatch rejects the job", where=str(script), why=errors, fix=fix)
     # sbatch prints "ID" or "ID;CLUSTER".
     id_ = out.strip().partition(";")[0]
     log = Path(run.output_dir, FOLDER, f"{LOG_NAME}-{id_}.log")

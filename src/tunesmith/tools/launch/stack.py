@@ -197,11 +197,10 @@ def _read_extra(file: Path) -> Mapping[str, object]:
             fix="make sure that the file is readable and valid YAML",
         ) from None
     if not isinstance(values, Mapping):
-        fix = "write a mapping, such as services: {ranks: {volumes: [...]}}"
         raise UsageError(
             "the file given with --stack-extra is not a stack file: it is not a YAML mapping",
             where=str(file),
-            fix=fix,
+            fix="write a mapping, such as services: {ranks: {volumes: [...]}}",
         )
     return values
 

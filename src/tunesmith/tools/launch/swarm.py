@@ -93,8 +93,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         if hosts:
             found = f"this node and --hosts are {count_of(len(chosen), 'node')}"
             fix = f"use --nodes {len(chosen)}, the number of --hosts plus 1, or correct --hosts"
-        what = f"--nodes is {count}, but {found}"
-        raise MachineError(what, where="docker node ls", fix=fix)
+        raise MachineError(f"--nodes is {count}, but {found}", where="docker node ls", fix=fix)
     nodes = []
     for id_, host in chosen.items():
         info = ready[id_]

@@ -41,10 +41,13 @@ CHOSEN_KEYS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    machines = (
-        "GPUs of the plan: 2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
+    parser.add_argument(
+        "--on",
+        action="append",
+        metavar="MACHINES",
+        help="GPUs of the plan: 2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this "
+        "machine)",
     )
-    parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     parser.add_argument(
         "--length",
         type=whole_number,

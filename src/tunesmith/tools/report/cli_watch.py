@@ -14,11 +14,16 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "run directories, folders with runs, or job names from `tunesmith status`"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run directories, folders with runs, or job names from `tunesmith status`",
+    )
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    port = "port of the page (default: a free port)"
-    parser.add_argument("--port", type=_port, default=None, help=port)
+    parser.add_argument(
+        "--port", type=_port, default=None, help="port of the page (default: a free port)"
+    )
 
 
 def _port(text: str) -> int:

@@ -41,10 +41,18 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
-    words = "key=a,b,c tries each of the values; key=value applies to all candidates"
-    parser.add_argument("words", nargs="*", metavar="key=values", help=words)
-    ranks = "number of ranks to start (default: one process)"
-    parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=values",
+        help="key=a,b,c tries each of the values; key=value applies to all candidates",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="number of ranks to start (default: one process)",
+    )
     add_json(parser)
     add_new_recipe(parser)
 

@@ -106,9 +106,11 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 if is_run(folder):
-                    what = "output_dir contains a run, but a sweep needs its own folder"
-                    fix = f"set {shell_word(f'output_dir={folder}-sweep')}"
-                    raise UsageError(what, where=str(folder), fix=fix)
+                    raise UsageError(
+                        "output_dir contains a run, but a sweep needs its own folder",
+                        where=str(folder),
+                        fix=f"set {shell_word(f'output_dir={folder}-sweep')}",
+                    )
                 stack.enter_context(claim_run_dir(folder, inputs_of(base).values()))
                 fixed = read_fixed(folder / SWEEP, asked)
         # All ranks use the values that rank 0 has read.
@@ -190,8 +192,12 @@ def read_fixed(file: Path, asked: dict[str, object]) -> FixedValues | None:
         why = "the other sweep has a different recipe or different keys"
     except (OSError, ValueError) as error:
         why = reason_of(error)
-    fix = f"set {shell_word(f'output_dir={file.parent}-2')}, or delete the folder"
-    raise UsageError("this folder contains another sweep", where=str(file), why=why, fix=fix)
+    raise UsageError(
+        "this folder contains another sweep",
+        where=str(file),
+        why=why,
+        fix=f"set {shell_word(f'output_dir={file.parent}-2')}, or delete the folder",
+    )
 
 
 def pinned(run: Run, fixed: FixedValues) -> Run:
@@ -305,10 +311,11 @@ def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, flo
             if compared_by == "loss":
                 loss = RunFigures.of(records).loss
             if loss is None:
-                what = f"the records of a candidate have no {compared_by} of step {step}"
-                fix = f"run `rm -r {shell_path(folder)}`, then run the same command again"
                 raise RunError(
-                    what, where=str(folder / METRICS), why="the records were edited", fix=fix
+                    f"the records of a candidate have no {compared_by} of step {step}",
+                    where=str(folder / METRICS),
+                    why="the records were edited",
+                    fix=f"run `rm -r {shell_path(folder)}`, then run the same command again",
                 )
             outcome = step, loss
         elif failure.get("cause") == NonFiniteError.cause:
