@@ -541,7 +541,7 @@ def read_samples(folder: Path) -> Part[list[Sample]]:
     line.
     """
     content, fault, _ = read_part(folder / SAMPLES, read_bytes)
-    rows: list[Sample] = []
+    rows = []
     skipped = 0
     for number, line in enumerate((content or b"").splitlines(keepends=True), start=1):
         try:
@@ -601,7 +601,7 @@ class EvalScores(TypedDict):
 
 def read_scores(path: Path) -> EvalScores:
     """Read a file with scores. Raise OSError or ValueError if it is damaged."""
-    values: Fields = {**dict.fromkeys(EvalScores.__annotations__), **read_object(path, Fields)}
+    values = {**dict.fromkeys(EvalScores.__annotations__), **read_object(path, Fields)}
     # Remove losses that are not finite. They are written as null or as text.
     if isinstance(values["losses"], dict):
         losses = values["losses"].items()

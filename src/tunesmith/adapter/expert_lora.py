@@ -125,7 +125,7 @@ def name_whole_experts(
         targets: the targets of the recipe.
         names: full names of the linear layers and experts that a target can select.
     """
-    whole: list[str] = []
+    whole = []
     stacks: dict[str, set[str]] = {}
     experts = find_experts(model)
     for target in targets:

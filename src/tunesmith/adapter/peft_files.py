@@ -407,7 +407,7 @@ def _adapted_modules(file: Path) -> list[str]:
 
 def _check_names(file: Path) -> None:
     """Raise ModelError if the name of a tensor matches a pattern in NOT_READ."""
-    names: list[str] = []
+    names = []
     # Ignore a missing or damaged file, because the error is raised when the file is loaded.
     with suppress(ModelError):
         names = [entry.name for entry in read_header(file)]

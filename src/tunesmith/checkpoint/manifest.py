@@ -68,7 +68,7 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
     """
     # Apply the umask, because safetensors creates its files with mode 600.
     follow_umask(folder)
-    entries: Entries = {}
+    entries = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.name == MANIFEST:
             continue

@@ -112,7 +112,7 @@ def model_card(
         tags.append("full" if is_full else "lora")
         if run:
             tags.append(run.method.name)
-    sources: list[str] = []
+    sources = []
     if run:
         # Data sources in the order of the recipe, without duplicates.
         sources = list(dict.fromkeys(source.source for source in run.data.train))
@@ -220,7 +220,7 @@ def _license(base: Model) -> Fields:
         cached = try_to_load_from_cache(base.name, "README.md", revision=base.revision)
         if isinstance(cached, str):
             card = Path(cached)
-    metadata: Fields = {}
+    metadata = {}
     # The card of the base model can be missing or invalid. Ignore all errors, so that the trained
     # weights are saved in any case.
     with suppress(Exception):

@@ -212,7 +212,7 @@ def copy_folder(ranks: Ranks, place: Path, source: int, *, needs_files: bool) ->
     # Copy env.json first, because it marks the directory as a run's directory.
     identity = [place.parent / name for name in (IDENTITY, RECIPE)]
     manifest_path = place / MANIFEST
-    texts: list[bytes] = []
+    texts = []
     with ranks.raise_on_all_ranks():
         if ranks.rank == source:
             texts = [path.read_bytes() for path in (manifest_path, *identity)]
@@ -257,7 +257,7 @@ def commit_on_all_ranks(ranks: Ranks, folder: Path, step: int, hashed: Entries) 
     parts: Entries = {}
     for entries_of_rank in ranks.all_gather_object(hashed):
         parts |= entries_of_rank
-    local_entries: Entries = {}
+    local_entries = {}
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer:
             local_entries = flush_files(folder, parts)
@@ -309,14 +309,14 @@ def copy_files(
     if not requests:
         return
 
-    sizes: dict[str, int] = {}
+    sizes = {}
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and source in (None, ranks.rank):
             paths = {name: folder / name for name, _ in requests}
             sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
     all_sizes = ranks.all_gather_object(sizes)
 
-    transfers: list[Transfer] = []
+    transfers = []
     with ranks.raise_on_all_ranks():
         # Sort the files, so that sender and receiver process the transfers in the same order.
         for name, target in sorted(requests):

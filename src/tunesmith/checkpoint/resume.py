@@ -284,7 +284,7 @@ def _copy_newest_records(output_dir: Path, ranks: Ranks) -> None:
 
     This is a collective call.
     """
-    sizes: dict[str, int] = {}
+    sizes = {}
     with ranks.raise_on_all_ranks():
         # Look for files only if the ranks see different directories. If all ranks see the same
         # directory, there is nothing to copy.

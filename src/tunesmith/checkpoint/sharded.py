@@ -391,7 +391,7 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
     """
     settings = run.model
     stored = ShardedTensors(folder)
-    shapes: dict[str, Tensor] = {}
+    shapes = {}
     for name, shape in stored.shapes.items():
         dtype = shape.dtype
         if shape.is_floating_point():

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     import shtab
 
     top = argparse.ArgumentParser(prog="tunesmith")
-    groups: dict[str, Any] = {"": top.add_subparsers()}
+    groups = {"": top.add_subparsers()}
     for verb, (module, purpose) in VERBS.items():
         group, _, name = verb.rpartition(" ")
         # Create the parser of the group, such as `launch`, before the parser of its first command.

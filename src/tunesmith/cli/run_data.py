@@ -90,7 +90,7 @@ def segments(
     if len(ids) > limit:
         half = limit // 2
         ranges = [(0, half), (len(ids) - half, len(ids))]
-    found: list[tuple[str, bool, bool]] = []
+    found = []
     last_stop = 0
     for start, stop in ranges:
         if start:

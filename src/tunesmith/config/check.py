@@ -14,7 +14,7 @@ from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
-from tunesmith.units import Length, Size
+from tunesmith.units import Size
 
 # The row format that each training method needs. sft is not listed, because it accepts several
 # formats.
@@ -399,7 +399,7 @@ def _lengths(run: Run) -> Iterator[Problem]:
     # An interval in % is converted to steps. This needs the number of steps of the run, which is
     # unknown if the duration is a time.
     interval_units = units if duration.seconds is not None else (*units, "%")
-    lengths: dict[str, tuple[Length | None, tuple[str, ...], str]] = {
+    lengths = {
         "train.duration": (duration, units, "1 epochs"),
         "train.warmup": (warmup, ("%", "steps", "epochs"), "3 %"),
         "validate.every": (run.validate.every, interval_units, "100 steps"),

@@ -126,7 +126,7 @@ def prepare_data(
     cache = cache or cache_folder("tokens")
     template = select_template(data, tokenizer, eos_ids, pictures)
     splits = read_checked_splits(data, run.train.seed)
-    across: list[list[int]] = []
+    across = []
     if data.validation:
         across = check_across(splits.validation, splits.train)
     sides = {"train": splits.train}
@@ -224,7 +224,7 @@ def find_trained_rows(
 
 def _check_labels(train: TokenSet) -> None:
     """Raise DataError if all answers have the same label. KTO requires good and bad answers."""
-    labels: set[int] = set()
+    labels = set()
     for part in train.parts:
         labels.update(np.unique(part.arrays.labels).tolist())
     if labels in ({0}, {1}):

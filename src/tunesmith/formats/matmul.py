@@ -51,8 +51,8 @@ def grouped_matmul(
     kind = weights[0].format
     encoding = kind.encoding
     widths = [weight.shape[0] for weight in weights]
-    lora: list[Tensor] = []
-    xa: list[Tensor] = []
+    lora = []
+    xa = []
     if lora_A:
         # Concatenate the A's to one matrix [sum of ranks, in], so that x is read once for all of
         # them.
@@ -165,7 +165,7 @@ def _backward(
         saved: [x, xa]. Empty if there are no LoRA updates.
     """
     update: Update = None
-    d_lora: list[Tensor] = []
+    d_lora = []
     if lora:
         x, xa = saved
         a, *lora_B = lora
@@ -249,7 +249,7 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
             dys.append(dy.contiguous())
 
     needs_dx = ctx.needs_input_grad[0]
-    quantized: list[Tensor] = []
+    quantized = []
     if needs_dx:
         weights = _rebuild_weights(ctx.encoding, tensors, ctx.widths, ctx.in_features)
         quantized = weights[0].format.quantize_gradients(weights, dys)

@@ -68,7 +68,7 @@ def available_cores(root: Path = Path("/")) -> int:
 
 def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
     """Return the folders of this process's control groups (version 1 or 2), the innermost first."""
-    groups: list[Path] = []
+    groups = []
     with suppress(OSError, ValueError):  # this system has no control groups
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             # A line is `4:cpu,cpuacct:/user` in version 1, and `0::/user` in version 2.

@@ -19,7 +19,7 @@ def demo_model() -> Path:
     Raise MachineError, with the command that installs the model, if it is missing.
     """
     spec = importlib.util.find_spec(_MODULE)
-    files: list[Path] = []
+    files = []
     if spec is not None and spec.origin is not None:
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files or importlib.util.find_spec("gguf") is None:

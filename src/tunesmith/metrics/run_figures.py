@@ -72,7 +72,7 @@ class RunFigures:
         return mean(self._after_first(name)[-RECENT_STEPS:])
 
     def _by_step(self, name: str) -> dict[int, float]:
-        values: dict[int, float] = {}
+        values = {}
         for step, value in zip(self.column("step"), self.column(name), strict=True):
             if value is not None and isfinite(value):
                 values[int(step or 0)] = value

@@ -253,7 +253,7 @@ def assign_names(
     """
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = StoredNames()
-    rest: list[StoredEntry] = []
+    rest = []
     for entry in chain.from_iterable(headers.values()):
         stored = name_in_text(model, entry.name)
         name, suffix = _target_name(stored, parameter_names, companions)
@@ -388,7 +388,7 @@ def _join(
     stacks, dim = _read_operations(name, rule, sources)
     pieces = []
     offset = 0  # offset of the pattern along the concatenated dimension
-    shape: list[int] = []
+    shape = []
     for pattern in rule.source_patterns:
         # Sort the numbers in the names by value, so that expert 10 follows expert 9.
         entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))

@@ -39,7 +39,7 @@ def with_older_config(config: Config) -> dict[str, object]:
 
     Keys that the config already has are not changed.
     """
-    older: dict[str, object] = {}
+    older = {}
     if config.get("dtype") is not None:
         older["torch_dtype"] = config["dtype"]  # name of the key before Transformers 4.56
     rope = config.get("rope_parameters")
@@ -50,7 +50,7 @@ def with_older_config(config: Config) -> dict[str, object]:
 
 def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
     """Convert the config's `rope_parameters` to the older keys."""
-    older: dict[str, object] = {}
+    older = {}
     # Gemma 3 has a separate mapping for each type of attention layer.
     if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}

@@ -30,7 +30,7 @@ def forward_code(module_class: type[nn.Module]) -> Hashable | None:
     `forward` is not written in Python.
     """
     forward = module_class.forward
-    decorators: list[Hashable] = []
+    decorators = []
     while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
         wrapped = forward.__wrapped__
         settings = []
@@ -70,7 +70,7 @@ def _function_code(
     for name in code.co_names:
         # One name may refer to two things: the attribute `self.scaling` and a global function
         # `scaling`.
-        reference: list[Hashable] = []
+        reference = []
         if name in function.__globals__:
             reference.append(_value_code(function.__globals__[name], owner, callers))
         method = inspect.getattr_static(owner, name, None)

@@ -128,7 +128,7 @@ def generation_config_text(
     answer. The file is read as JSON, because GenerationConfig refuses to save some existing files.
     """
     file = base / GENERATION_CONFIG
-    settings: dict[str, object] = {}
+    settings = {}
     if file.is_file():
         settings = read_json(file)
     settings["eos_token_id"] = sorted(end_ids)

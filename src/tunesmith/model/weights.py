@@ -500,7 +500,7 @@ def _assign_entries(
                 fix="set tie_word_embeddings: false in config.json",
             )
         del groups[name]
-    growing: dict[int, int | None] = {}
+    growing = {}
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         if end is not None:
             # Use the id, because tied parameters have several names.

@@ -190,7 +190,7 @@ class Optimizer:
         # Compute one norm for each combination of process groups, because a norm is reduced over
         # the ranks that hold shards of its parameters. Norms of unsharded parameters are not
         # reduced.
-        norms: dict[Groups, list[Tensor]] = {}
+        norms = {}
         for groups in self.groups:
             grads = [part.grad for part in parts if part.sharding_groups == groups]
             if grads:

@@ -136,7 +136,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     experts = [
         name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS_STYLE
     ]
-    blocks: dict[str, ParallelBlock] = {}
+    blocks = {}
     for name, module in decoder.named_modules():
         action = plan.get(_pattern(name), "")
         if not action or name == EMBEDDING or action == OWN_PARAMETERS:

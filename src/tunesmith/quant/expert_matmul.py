@@ -64,7 +64,7 @@ def expert_matmul(
     Returns:
         [rows, out], or [n, out] if `sums` is set.
     """
-    lora: list[Tensor] = []
+    lora = []
     if lora_A is not None and lora_B is not None:
         lora = [lora_A, lora_B]
         if expert_rows.uses_grouped_mm(x.device, x.dtype):
@@ -120,7 +120,7 @@ class ExpertProducts(GroupedProducts):
         count = len(index.tokens)
         y = x.new_empty(count, self.stack.shape[2])
         outputs = []
-        updates: list[Sequence[Tensor]] = []
+        updates = []
         if lora:
             xa = x.new_empty(count, lora[0].shape[1])
             outputs = [xa]

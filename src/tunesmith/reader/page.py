@@ -135,8 +135,8 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
         places = (sample["row"] for sample in prompt_samples if sample.get("row"))
         expected = (sample["expected"] for sample in prompt_samples if sample.get("expected"))
 
-        answers: list[ShownAnswer] = []
-        others: list[ShownAnswer] = []
+        answers = []
+        others = []
         for run in runs:
             run_samples = [sample for sample in run.samples if sample["prompt"] == text]
             # Use the answer of the final weights if there is one, else the newest answer.

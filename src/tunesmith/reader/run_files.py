@@ -297,7 +297,7 @@ def end_fields(run: RunFiles) -> Fields:
 
     Return an empty dict for a running or finished run.
     """
-    fields: Fields = {}
+    fields = {}
     # failure.json may be from an earlier start, because a later start does not delete it. Use it
     # only if the state is FAILED.
     if run.failure and run.state is RunState.FAILED:

@@ -366,7 +366,7 @@ def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Bat
     The batches begin with the first step. Within a step they are in the order of
     `Loader.largest_first`. If the data has fewer tokens, it is repeated.
     """
-    batches: list[Batch] = []
+    batches = []
     for step in itertools.count():
         for batch in loader.largest_first(step):
             batches.append(batch.to(device))

@@ -134,7 +134,7 @@ def preview_rows(model: str, data: str, overrides: Overrides = ()) -> RowsPrevie
     if model == demo_model.DEMO_NAME:
         log.info(f"model: the demo's: {demo_model.DEMO_DESCRIPTION}")
         name = str(demo_model.demo_model())
-    chosen: dict[str, object] = {
+    chosen = {
         "model.name": name,
         "adapter.rank": 16,
         "adapter.alpha": 32,  # removed if an override has `adapter.kind: none`

@@ -64,7 +64,6 @@ from tunesmith.metrics.sink import (
     RankSink,
     RecordCallback,
     SamplesSink,
-    Sink,
     Sinks,
     TensorBoardSink,
     writes_tensorboard,
@@ -379,7 +378,7 @@ def open_run_dir(
     # creates and locks the directory, only runs on ranks that write it. The other ranks must not
     # look for the directory before it exists, because a network file system caches that a name is
     # missing.
-    begins: list[Callable[[], None]] = []
+    begins = []
 
     def claim() -> None:
         begins.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
@@ -590,7 +589,7 @@ def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     """Return the sinks of a recipe. The terminal is first, and metrics.jsonl is before sinks that
     may be slow.
     """
-    sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
+    sinks = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if writes_tensorboard(run):
         shared_folder = run.log.tensorboard_dir
         events = Path(shared_folder or folder / "tensorboard")

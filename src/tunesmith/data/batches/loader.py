@@ -202,7 +202,7 @@ class Loader(AbstractContextManager["Loader"]):
         for group in groups:
             rows, _ = self._micro_batches.shape(group)
             micro.append(self.layout.batch([next(mine) for _ in group], rows))
-        mismatched: list[Batch] = []
+        mismatched = []
         if self.mismatches:
             mismatched = [batch for _, batch in self.mismatched(step)]
         return GlobalBatch(

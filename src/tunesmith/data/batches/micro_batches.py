@@ -122,7 +122,7 @@ class MicroBatches:
         # fewer micro batches than packing single documents.
         groups_of_rows = []
         for bin_ in best_fit_decreasing(row_lengths, capacity):
-            group: list[int] = []
+            group = []
             for r in bin_:
                 group += rows[r]
             groups_of_rows.append(group)

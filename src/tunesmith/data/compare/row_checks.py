@@ -259,8 +259,8 @@ class _Answers:
 
         Different long answers are not included if the data set has many of them.
         """
-        short: list[list[int]] = []
-        long: list[list[int]] = []
+        short = []
+        long = []
         for rows in chain(self._rows.values(), self._judged.values()):
             answers = {answer for _, answer, _ in rows}
             if len(answers) < 2:

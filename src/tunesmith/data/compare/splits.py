@@ -127,8 +127,8 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
     group (near-duplicates, or rows with the same prompt or the same long answer) get into the same
     split, unless all groups are too large (see `draw_held_out`).
     """
-    left_out: dict[RowFault, list[int]] = {}
-    removed: set[int] = set()
+    left_out = {}
+    removed = set()
     for fault in data.leave_out:
         left_out[fault] = [row for row in findings.faulty_rows(fault) if row not in removed]
         removed.update(left_out[fault])
@@ -217,7 +217,7 @@ def draw_held_out(
 
 def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
     """Select rows by sorted indices, which count over all sources. Drop sources without rows."""
-    taken: SourceRows = []
+    taken = []
     first = 0
     for source, rows in sources:
         stop = first + len(rows)

@@ -65,7 +65,7 @@ def error_of_sources(sources: Sequence[BadRows]) -> DataError:
     assert first is not None
     rows = 0
     count = 0
-    listed: list[_Listed] = []
+    listed = []
     for bad in sources:
         rows += bad.rows
         count += bad.count

@@ -265,7 +265,7 @@ class _SampledRows:
         `usual_names` are the usual names of the format's column in files.
         """
         if isinstance(usual_names, ChatColumn):
-            chats: dict[str, None] = {}
+            chats = {}
             for role_key in usual_names:
                 chats.update(dict.fromkeys(self.chats[role_key]))
             needed = ROW_FORMATS["prompt-completion"].layouts[0].needed

@@ -43,7 +43,7 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
         DataError: the key masks only a part of the turn, its value is unclear, or two keys
             contradict each other.
     """
-    marks: dict[str, bool] = {}
+    marks = {}
     for key, value in turn.items():
         name = plain(key)
         if value is None:

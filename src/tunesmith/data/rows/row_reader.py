@@ -171,7 +171,7 @@ def guess_columns(
         The format's column names -> the guessed columns of the row.
     """
     free = {plain(column): column for column in row}
-    guessed: dict[str, str] = {}
+    guessed = {}
 
     def near(name: str) -> str | None:
         return nearest(name, free, cutoff=MIN_NAME_SIMILARITY)

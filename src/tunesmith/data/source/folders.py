@@ -166,9 +166,9 @@ def _select_files(folder: Path, config: str | None) -> _Content:
     Raise DataError if the folder has no data files, or files of different kinds.
     """
     listing = list_files(folder, config)
-    rows: list[Path] = []
-    texts: list[Path] = []
-    others: list[Path] = []
+    rows = []
+    texts = []
+    others = []
     for file in listing.files:
         if file.name in _METADATA_FILES:
             continue

@@ -53,7 +53,7 @@ def list_files(path: Path, config: str | None) -> Listing:
             configurations.
     """
     if not path.is_dir():
-        matches: list[Path] = []
+        matches = []
         for name in sorted(glob.glob(str(path), recursive=True)):
             match = Path(name)
             matches += _walk(match) if match.is_dir() else [match]

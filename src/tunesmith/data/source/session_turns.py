@@ -42,7 +42,7 @@ def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[SessionPa
         notes: counter to which the numbers of omitted and changed parts are added, by kind.
     """
     is_trained = True
-    items: list[Any] = [line]
+    items = [line]
     match line:
         case {"type": "session_meta", "payload": payload}:
             instructions = payload.get("base_instructions") or {}
@@ -89,7 +89,7 @@ def _parts_of_item(
         # Skip calls without an id, because the server ran their tool and the file has no result for
         # them.
         name = item.get("name", kind.removesuffix("_call"))
-        arguments: Any = {"input": item.get("input")}
+        arguments = {"input": item.get("input")}
         for key in ("arguments", "action", "operation"):
             if key in item:
                 arguments = item[key]
@@ -102,7 +102,7 @@ def _parts_of_item(
         unknown = item.get("type", item.get("role"))
         notes[f"lines of type {unknown}, left out"] += 1
     else:
-        parts: list[Any] = [{"type": "text", "text": content}]
+        parts = [{"type": "text", "text": content}]
         if isinstance(content, list):
             parts = list(content)
         thought = item.get("reasoning_content") or item.get("reasoning")

@@ -115,7 +115,7 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
             because the session was killed.
     """
     notes: Counter[str] = Counter()
-    secrets: dict[int, list[str]] = {}
+    secrets = {}
     rows: list[tuple[int, array[int]]] = []
 
     def read_lines() -> Iterator[_Line]:
@@ -333,7 +333,7 @@ class _Transcript:
             path = self._path(end)
             start = path[-1]
             answers = dict.fromkeys(self._answers.get(i, i) for i in reversed(path))
-            numbers: list[int] = []
+            numbers = []
             for first in answers:
                 # Put the results after all lines of the answer, because in the file they can be
                 # between these lines.
@@ -368,8 +368,8 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
     """
     about: list[int] = []
     # Line number -> whether the line is a message of the user or the system.
-    history: dict[int, bool] = {}
-    questions: list[int] = []
+    history = {}
+    questions = []
     start = 0
     for i, line in lines:
         payload = line.get("payload")
@@ -412,7 +412,7 @@ def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Convers
     """Yield the conversations of a file in which each line is one item, one message or one
     session.
     """
-    about: list[int] = []
+    about = []
     history: list[int] = []
     for i, line in lines:
         if line.get("role") == "session_meta":

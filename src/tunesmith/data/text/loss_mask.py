@@ -88,7 +88,7 @@ def find_answers(
     rendering = chat.locate(text, messages, tools, selected)
     _check_complete(chat, rendering, selected)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    tagged: list[list[CharSpan]] = []
+    tagged = []
     if chat.tagged:
         tagged = _tagged_answers(chat, rendering, blocks, answers)
     elif answers:
@@ -366,7 +366,7 @@ def _tagged_answers(
     contain the whole answer, or if they contain text of another message.
     """
     answer_spans: list[list[CharSpan]] = []
-    spans: list[CharSpan] = []
+    spans = []
     for start, stop in blocks:
         is_last = len(answer_spans) == len(answers) - 1
         ends = [*chat.ends.pattern(is_last=is_last).finditer(rendering.text, start, stop)]

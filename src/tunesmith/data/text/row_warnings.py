@@ -153,8 +153,8 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
 
     If `raw` is True, the row is used without a template.
     """
-    questions: list[str] = []
-    answers: list[str] = []
+    questions = []
+    answers = []
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
         questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]

@@ -232,7 +232,7 @@ def _release(values: np.ndarray) -> None:
 
 def _map_arrays(folder: Path) -> TokenArrays:
     """Memory-map the arrays of a cache entry."""
-    arrays: list[np.ndarray] = []
+    arrays = []
     for name, dtype in _ENTRY_FILES.items():
         file = folder / name
         # An empty file cannot be memory-mapped.

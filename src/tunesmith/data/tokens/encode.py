@@ -129,7 +129,7 @@ class RowEncoder:
                 places += [place] * len(own_samples)
         # Tokenize all samples in one call.
         examples = iter(self.template.encode_many(samples, self.train_on, where=places))
-        encoded: list[EncodedRow | DataError] = []
+        encoded = []
         for i, row in enumerate(read, batch.first):
             if isinstance(row, _ReadRow):
                 sequences = [next(examples) for _ in row.row.samples]

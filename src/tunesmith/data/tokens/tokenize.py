@@ -237,8 +237,8 @@ def _tokenize_rows(
 ) -> TokenEntry:
     """Tokenize all rows of a source. Return the arrays, and the other values of the cache entry."""
     counts = Counter[str]()
-    leaks: list[int] = []
-    empties: list[int] = []
+    leaks = []
+    empties = []
     # Field of TokenCounts -> name of a problem, column or token -> number of rows with it, and
     # index of the first of these rows.
     named: dict[str, RowsByName] = {

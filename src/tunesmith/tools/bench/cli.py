@@ -110,8 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             where="command line",
             why=f"the command line has {', '.join(sources) or 'neither a recipe nor --shape'}",
             fix="run `tunesmith bench my-recipe.yaml`, or use --shape llama3-8b --tokenizer DIR "
-            "--data "
-            "rows.json",
+            "--data rows.json",
         )
     # These options are only allowed with --shape, and those with an example are required. With a
     # recipe, the user must set the recipe keys instead.

@@ -33,7 +33,7 @@ def run_bench(args: argparse.Namespace, recipe: Run | None) -> None:
         (folder / "run").mkdir()
         plan = BenchPlan(recipe, args.steps, args.warmup, weights, traces)
         measured = measure(plan, folder / "run")
-        report: dict[str, object] = {
+        report = {
             "figures": vars(measured.figures),
             "recipe": plain_recipe(args, recipe),
             "machine": hardware.describe_machine(),

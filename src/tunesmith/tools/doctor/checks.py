@@ -217,7 +217,7 @@ def examine(system: System, *, pair: bool) -> list[Finding]:
             problems with Docker are only warnings.
     """
     docker = system.docker
-    checks: list[Check] = [_driver, _torch, _memory]
+    checks = [_driver, _torch, _memory]
     if pair or not docker.get("absent"):
         checks += [_docker, _toolkit] if system.gpus else [_docker]
     if pair and "refused" not in docker:

@@ -257,7 +257,7 @@ def score(
     """
     hits = 0
     rows = 0
-    pairs: list[float] = []
+    pairs = []
     row_losses = np.zeros(len(tokens))
     row_tokens = np.zeros(len(tokens), np.int64)
     supervised = tokens.supervised
@@ -328,7 +328,7 @@ def _batch_sums(
     index, _ = supervised_positions(batch)
     target_losses = losses.flatten()[index].double()
     is_scored = torch.ones_like(target_losses, dtype=torch.bool)
-    pairs: list[float] = []
+    pairs = []
     sequences = batch.sequences
     if sequences is not None:
         is_scored = sequences.labels[sequences.sequence_indices]

@@ -300,7 +300,7 @@ class Scoring:
 
         Raise RunError if a scorer fails.
         """
-        results: list[RowScores] = []
+        results = []
         with self.ranks.raise_on_all_ranks():
             if self.file is not None:
                 with self.start_scorers() as run_scorer:

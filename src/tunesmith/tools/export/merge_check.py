@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
@@ -197,7 +196,7 @@ def probe_prompts(
     data is missing, they are SENTENCES.
     """
     run = read.location.run
-    sources: list[tuple[str, Source]] = []
+    sources = []
     if run is not None:
         sources += [("validation", source) for source in run.data.validation[:1]]
         sources.append(("training", run.data.train[0]))

@@ -71,7 +71,7 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
         template = Path(location.folder or args.run, "chat_template.jinja")
         options = f" --chat-template {shell_path(template)}" if template.is_file() else ""
         options += f" --generation-config {output}"
-        report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
+        report = {"output": args.output, "max_lora_rank": rank}
         lines = [f"next: {serve} --lora-modules {module}{options}"]
     else:
         merged = merge(

@@ -96,7 +96,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
 
     raw_keys = {key.key: key for key in source_keys(path)}
     keys = {}
-    referenced: set[str] = set()
+    referenced = set()
     for name, key in raw_keys.items():
         value = _interpolate(key, raw_keys)
         # Transformers' `to_dict` replaces tokens such as `hub_token` by the text `<HUB_TOKEN>`.
@@ -133,7 +133,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
         if name.endswith("_target_"):
             packages.add(str(key.value).partition(".")[0])
 
-    found: dict[str, list[str]] = {}
+    found = {}
     for tool, known in tables.items():
         found[tool] = [mark for mark in known["marks"] if mark in words]
         if known.get("package") in packages:

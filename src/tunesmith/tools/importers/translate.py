@@ -247,8 +247,8 @@ def _set_rows(recipe: Translation, part: str) -> None:
     """
     rows = recipe.table["rows"]
     keys = recipe.source.keys
-    sources: list[dict[str, Any]] = []
-    names: list[str] = []
+    sources = []
+    names = []
     for prefix, usual_type in rows[part].items():
         if f"data.{part}.source" in recipe.overrides:
             for name in keys:

@@ -271,7 +271,7 @@ def hub_files(run: Run) -> list[str]:
 
     from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
 
-    paths: list[Path] = []
+    paths = []
     for name in names:
         if name == run.model.name:
             fetch(run.model)

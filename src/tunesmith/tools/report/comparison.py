@@ -103,7 +103,7 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
 
 def _without_rows(result: EvalScores) -> Fields:
     """Return the scores of an `eval` without the lists that have a value for each row."""
-    values: Fields = {key: value for key, value in result.items() if key != "row_losses"}
+    values = {key: value for key, value in result.items() if key != "row_losses"}
     values["scores"] = {
         scorer: {key: value for key, value in score.items() if key != "by_row"}
         for scorer, score in result["scores"].items()
@@ -116,7 +116,7 @@ def _figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
 
     Recipe keys are left out if they do not affect the trained weights.
     """
-    texts: dict[str, list[str]] = {}
+    texts = {}
     for difference in differing_keys(runs):
         if difference.learns:
             texts[difference.key] = [json.dumps(value) for value in difference.values]

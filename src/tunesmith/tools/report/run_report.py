@@ -23,7 +23,7 @@ def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) 
         read: the function that reads one run.
     """
     runs = []
-    unreadable: list[UsageError] = []
+    unreadable = []
     for word in with_runs_of_folders(words):
         # If a folder is not a run, print a message and continue with the other folders.
         try:

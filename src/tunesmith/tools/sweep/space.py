@@ -69,8 +69,8 @@ def read_space(words: Sequence[str]) -> Space:
 
     Raise RecipeError if a key may not vary, if it is set twice, or if its value is a range.
     """
-    fixed: list[str] = []
-    choices: dict[str, tuple[str, ...]] = {}
+    fixed = []
+    choices = {}
     for word in words:
         key, _, text = map(str.strip, word.partition("="))
         values = split_values(text)

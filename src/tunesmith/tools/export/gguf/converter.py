@@ -176,7 +176,7 @@ def _read_folder(root: Path, where: str) -> Converter:
             )
     defined = _DEFINED_NAME.findall((gguf_folder / "gguf" / "constants.py").read_text("utf-8"))
     digest = hashlib.sha256()
-    used: set[str] = set()
+    used = set()
     for name, source in _sources(folder, gguf_folder):
         digest.update(f"{name} {len(source)}\n".encode())
         digest.update(source)

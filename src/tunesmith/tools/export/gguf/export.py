@@ -481,7 +481,7 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
     """
     user = {"role": "user", "content": "Hi"}
     answer = {"role": "assistant", "content": "Yes?"}
-    texts: list[str | None] = []
+    texts = []
     for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
         try:
             text = read.files.tokenizer.apply_chat_template(
