@@ -18,7 +18,7 @@ from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.streams import show, visible, width_of
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_picture_processor
-from tunesmith.model.load import load_config
+from tunesmith.model.config_facts import read_config_facts
 from tunesmith.model.spec import check_seq_len
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 from tunesmith.presentation.data import data_lines, data_warnings, histogram
@@ -36,7 +36,7 @@ def show_data(args: argparse.Namespace, recipe: Run) -> None:
     spec = fetch.spec_of_folder(folder, recipe.model)
     check_seq_len(spec, recipe.data.seq_len, where=str(folder / "config.json"))
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
-    rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
+    rows = vocab_rows(read_config_facts(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(
         recipe,
         tokenizer,

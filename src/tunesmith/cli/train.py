@@ -114,7 +114,10 @@ def _read_recipe(
         """Check the draft of the recipe, then import the libraries that complete the recipe."""
         _check_start(preview.draft, resumes=False)
         with early.loading_libraries():
-            import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` uses it
+            # `chosen_recipe` uses these modules. `load` imports torch, which the first recipe of a
+            # model needs.
+            import tunesmith.model.load  # noqa: F401
+            import tunesmith.training.make_recipe  # noqa: F401
 
     if is_launched():
         # Record signals without raising an exception. If this rank waits for another rank, the

@@ -6,21 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
-from tunesmith.model import load
 from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.model_types import Support
 from tunesmith.model.safetensors_files import has_weights, read_json
 from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, stated_position_limit
-from tunesmith.model.support import Support, find_support
 from tunesmith.model.text_config import has_own_class
-from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
+from tunesmith.model.tokenizer import load_original_tokenizer, vocab_rows
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
     from tunesmith.data.text.placeholders import PictureProcessor
 
 
@@ -43,12 +42,12 @@ class ModelFiles:
 
     folder: Path
     model: Model
-    config: PretrainedConfig
+    config: "PretrainedConfig"
     spec: ModelSpec
     support: Support
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     form: ShippedForm | None = None
-    full_config: PretrainedConfig | None = None
+    full_config: "PretrainedConfig | None" = None
     pictures: "PictureProcessor | None" = None
 
     @property
@@ -63,18 +62,20 @@ class ModelFiles:
 
 
 def read_picture_processor(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", run: Run
 ) -> "PictureProcessor | None":
     """Load the image processor of the model in `folder`.
 
-    Return None if the recipe has no `model.vision`, or if the model is a text model.
+    Return None if the recipe has no `model.vision`.
     """
-    _, full_config = load.load_configs(folder, run.model)
-    if full_config is None or not run.model.vision:
+    if not run.model.vision:
         return None
-    # Import here, because this module loads torch.
+    # Import here, because these modules load torch.
     from tunesmith.data.text.placeholders import PictureProcessor
+    from tunesmith.model.load import load_configs
 
+    _, full_config = load_configs(folder, run.model)
+    assert full_config is not None, "load_configs raises an error for a text model"
     return PictureProcessor.load(folder, tokenizer, full_config, run.data.image_max_pixels)
 
 
@@ -89,7 +90,11 @@ def read_model_files(
 
     Raise ModelError if the files are damaged, or if the model is not supported.
     """
-    config, full_config = load.load_configs(folder, model)
+    # Import here, because these modules load torch.
+    from tunesmith.model.load import load_configs
+    from tunesmith.model.support import find_support
+
+    config, full_config = load_configs(folder, model)
     file = folder / "config.json"
     form = form_of_folder(folder)
     if form is not None and has_weights(folder):
@@ -105,7 +110,7 @@ def read_model_files(
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec.quantized)
-    tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
+    tokenizer = load_original_tokenizer(tokenizer_folder(model, folder), model)
     if full_config is None or not model.vision:
         support = find_support(config, model, where=str(file), full_config=full_config)
         return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config)

@@ -545,14 +545,14 @@ def _read_files(
     Return two values: the recipe, with the tokenizer's added tokens, and the files.
     """
     from tunesmith.hub.model_files import read_model_files
-    from tunesmith.model.tokenizer import load_tokenizer
+    from tunesmith.model.tokenizer import load_original_tokenizer
 
     max_pixels = run.data.image_max_pixels
     files = read_model_files(weights, run.model, image_max_pixels=max_pixels)
     run = replace(run, model=files.model)
     if saved is None:
         return run, files
-    tokenizer = load_tokenizer(saved, run.model)
+    tokenizer = load_original_tokenizer(saved, run.model)
     if location.run is None and run.adapter.modules_to_save:
         # Treat tokens of the adapter's tokenizer that the base model lacks as added tokens. The
         # embedding is resized to the size of the tokenizer, as in PEFT's AutoPeftModel.

@@ -30,7 +30,7 @@ from transformers import (
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.config_facts import check_config
 from tunesmith.model.decoder import drop_other_parts, find_projector, vision_parameters
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
@@ -38,11 +38,9 @@ from tunesmith.model.names import ENTIRE_NAMES, EntireNames
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
     read_all_entries,
-    read_model_config,
     sampled_digest,
 )
-from tunesmith.model.shipped import check_quantize
-from tunesmith.model.spec import check_supported, one_line, read_spec
+from tunesmith.model.spec import one_line
 from tunesmith.model.text_config import has_own_class, text_part
 
 
@@ -62,13 +60,7 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
     The second config is None if the text model is the entire model.
     """
     file = folder / "config.json"
-    stated = read_model_config(folder)
-    check_supported(stated, str(file), vision=model.vision)
-    check_quantize(model.quantize, stated, str(file))
-    runs_own_code = model.trust_remote_code and "auto_map" in stated
-    if stated["model_type"] in ARCHITECTURES or runs_own_code:
-        # Check the values of the file itself, before Transformers adds its defaults.
-        read_spec(stated, where=str(file), trust_remote_code=model.trust_remote_code)
+    stated = check_config(folder, model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         if "quantization_config" in stated:

@@ -1,16 +1,24 @@
 """Loading of the tokenizer: padding token, added tokens, and the ids that end a turn."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, is_fault
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import one_line
+from tunesmith.model.tokenizer_copy import find_copy, read_copy, write_copy
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from tunesmith.model.config_facts import ConfigFacts
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -18,11 +26,44 @@ GENERATION_CONFIG = "generation_config.json"
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a recipe, with its added tokens and a padding token.
 
-    Raise ModelError if the tokenizer is missing or broken.
+    It is read from its copy in the cache, without torch. If there is no copy, it is loaded with
+    AutoTokenizer, and a copy is written. Raise ModelError if the tokenizer is missing or broken.
     """
+    return _load(folder, model, partial(_load_by_copy, folder, model))
+
+
+def load_original_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as `load_tokenizer` does, but always in the class of the model.
+
+    Use it to save a tokenizer: the class is part of the saved files.
+    """
+    return _load(folder, model, partial(_load_by_class, folder, model))
+
+
+def _load_by_class(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # imports torch
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+
+
+def _load_by_copy(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+    if model.trust_remote_code:
+        return _load_by_class(folder, model)
+    copy = find_copy(folder)
+    tokenizer = read_copy(copy, folder)
+    if tokenizer is None:
+        tokenizer = _load_by_class(folder, model)
+        if not copy.exists():
+            write_copy(copy, tokenizer)
+    return tokenizer
+
+
+def _load(
+    folder: Path, model: Model, load: Callable[[], PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase:
     check_regular_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer = load()
         tokenizer("a")  # some invalid settings cause an error only at the first call
     # Transformers and tokenizers raise many kinds of errors for a missing or broken file.
     except BaseException as error:
@@ -71,7 +112,9 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
     )
 
 
-def vocab_rows(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, model: Model) -> int:
+def vocab_rows(
+    config: "PretrainedConfig | ConfigFacts", tokenizer: PreTrainedTokenizerBase, model: Model
+) -> int:
     """Return the number of rows that the embedding and the head need.
 
     This is the config's vocabulary size. With `model.added_tokens`, it is the tokenizer's size if

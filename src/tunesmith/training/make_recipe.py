@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import differences, to_yaml
 from tunesmith.config.layers import Overrides, override_words
@@ -42,10 +41,12 @@ from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.metrics.intervals import MIN_DIFFERING
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.config_facts import check_config, read_config_facts
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
-from tunesmith.model.tokenizer import eos_ids
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 from tunesmith.run_dir import read_recipe
 from tunesmith.training.early_checks import RowsPreview, apply_overrides, preview_rows
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
@@ -269,7 +270,22 @@ def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
     if config is not None:
         return _examine_on_paper(run, config, rows)
     folder = fetch.fetch_for_tokens(run.model)
-    files = read_model_files(folder, run.model, image_max_pixels=run.data.image_max_pixels)
+    pictures = None
+    is_padded = False
+    model_type = check_config(folder, run.model)["model_type"]
+    if model_type in ARCHITECTURES and not run.model.vision:
+        # The support of these models is known, so torch is not needed to measure it.
+        facts = read_config_facts(folder, run.model)
+        spec = fetch.spec_of_folder(folder, run.model)
+        spec = replace(spec, context=facts.positions or spec.context)
+        tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
+    else:
+        max_pixels = run.data.image_max_pixels
+        files = read_model_files(folder, run.model, image_max_pixels=max_pixels)
+        spec = files.spec
+        tokenizer = files.tokenizer
+        pictures = files.pictures
+        is_padded = files.support.state == "padded"
     # Do not truncate the rows, because their full lengths are needed. Skip bad rows, because the
     # later tokenization of all rows reports them.
     data = replace(
@@ -279,12 +295,10 @@ def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
         train_on="all",
         bad_rows="skip",
     )
-    ends = eos_ids(files.folder, files.tokenizer)
-    template = select_template(data, files.tokenizer, ends, files.pictures)
+    template = select_template(data, tokenizer, eos_ids(folder, tokenizer), pictures)
     tokens = tokenize([(run.data.train[0], rows)], data, template, cache=None, what="a sample")
-    is_padded = files.support.state == "padded"
     mean_length = round(tokens.lengths.mean())
-    return _Examined(files.spec, is_padded, tokens.longest_sequences, mean_length)
+    return _Examined(spec, is_padded, tokens.longest_sequences, mean_length)
 
 
 def _spread(rows: Rows, count: int) -> Rows:
@@ -355,6 +369,8 @@ class _Choices:
             return  # an adapter on the Hub is not downloaded only for this choice
         self.why["adapter.rank"] = "the rank of the adapter that is trained further"
         folder = find_adapter(name)
+        from tunesmith.adapter.peft_files import read_adapter  # imports torch
+
         adapter = read_adapter(folder)
         usual = Adapter()
         # PEFT's adapter config lists single layers even if the run's recipe had `all-linear`. Write

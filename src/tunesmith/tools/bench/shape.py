@@ -15,7 +15,7 @@ from tunesmith.config.schema import Model, Run
 from tunesmith.errors import UsageError
 from tunesmith.hub.fetch import fetch_without_weights
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.model.tokenizer import load_original_tokenizer
 
 GLOBAL_BATCH_SIZE = "16384 tokens"
 
@@ -34,7 +34,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
         A description of the change of the vocabulary, or "".
     """
     model_spec(config, where="--shape")
-    loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
+    loaded = load_original_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
     values = copy.deepcopy(dict(config))
     text = values.get("text_config", values)
     # Use the special tokens of the given tokenizer instead of those of the shape's own tokenizer.

@@ -1,0 +1,104 @@
+"""A tokenizer that is read from its copy in the cache equals the original, and needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_tokenizers import train
+
+from rows import alpaca
+from tunesmith.cli.main import main
+from tunesmith.config.schema import Model
+from tunesmith.data.text.template import tokenizer_hash
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.tokenizer import load_original_tokenizer, load_tokenizer
+from tunesmith.model.tokenizer_copy import CORE_FILE, find_copy
+
+MODEL = Model(name="x")
+TEXTS = ["  The answer:\n\n is 12.", "<|x|> Τι είναι; 这是 🎉 e\u0301 \u00e9", "", "a<|x|>b </s>"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokenizers"
+
+
+def write_folder(folder: Path, model_type: str, kind: str) -> Path:
+    """The class of the tokenizer follows from the model's type, as in the models of the families."""
+    tokenizer = train(kind, ("<|x|>",), kind != "trimmed")
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["tokenizer_class"]
+    file.write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def everything(tokenizer: Any) -> list[object]:
+    encoded = [dict(tokenizer(text, return_offsets_mapping=True)) for text in TEXTS]
+    decoded = [tokenizer.decode(each["input_ids"]) for each in encoded]
+    special = (tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.padding_side)
+    named = (tokenizer.chat_template, tokenizer.name_or_path, tokenizer.model_max_length)
+    return [tokenizer_hash(tokenizer), tokenizer.get_vocab(), encoded, decoded, special, named]
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "llama2"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_copy_equals_the_original(tmp_path: Path, model_type: str, kind: str) -> None:
+    folder = write_folder(tmp_path / "model", model_type, kind)
+    original = load_original_tokenizer(folder, MODEL)
+    first = load_tokenizer(folder, MODEL)
+    assert type(first) is type(original)
+    assert (find_copy(folder) / CORE_FILE).is_file()
+    second = load_tokenizer(folder, MODEL)
+    assert type(second).__name__ == "TokenizersBackend"
+    assert everything(first) == everything(second) == everything(original)
+
+
+def test_other_files_have_another_copy(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "llama", "trimmed")
+    copy = find_copy(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert find_copy(folder) != copy
+    load_tokenizer(folder, MODEL)
+    assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
+
+
+def test_a_damaged_copy_is_not_used(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "llama", "trimmed")
+    first = everything(load_tokenizer(folder, MODEL))
+    (find_copy(folder) / CORE_FILE).write_text("{")
+    assert everything(load_tokenizer(folder, MODEL)) == first
+
+
+def test_code_of_a_repository_is_not_copied(tmp_path: Path, cache: Path) -> None:
+    folder = write_folder(tmp_path / "model", "llama", "trimmed")
+    load_tokenizer(folder, Model(name="x", trust_remote_code=True))
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_recipe", [True, False], ids=["recipe", "--model and --data"])
+def test_a_second_start_of_data_imports_no_torch(
+    tiny: Path, write: Any, tmp_path: Path, has_recipe: bool
+) -> None:
+    rows = write("rows.jsonl", alpaca(60))
+    words = ["--model", str(tiny), "--data", str(rows)]
+    if has_recipe:
+        source = f"data: {{train: {{source: {rows}, format: alpaca}}, seq_len: 128}}\n"
+        text = f"model: {{name: {tiny}, dtype: fp32}}\n{source}output_dir: {tmp_path / 'run'}\n"
+        words = [str(write("recipe.yaml", text))]
+    assert main(["data", *words]) == 0
+    program = (
+        "import sys; from tunesmith.cli.main import main; code = main(sys.argv[1:]);"
+        " sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "data", *words], check=False)
+    assert done.returncode == 0
