@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_a_copy_equals_the_original(tmp_path: Path, model_type: str, kind: str) 
     second = load_tokenizer(folder, MODEL)
     assert type(second).__name__ == "TokenizersBackend"
     assert everything(first) == everything(second) == everything(original)
+    # Worker processes get the tokenizer as a pickle, if its class is one of Transformers.
+    assert type(second).__module__.startswith("transformers.")
+    assert everything(pickle.loads(pickle.dumps(second))) == everything(original)
 
 
 def test_other_files_have_another_copy(tmp_path: Path) -> None:
