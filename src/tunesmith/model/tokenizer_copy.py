@@ -22,10 +22,10 @@ COPY_VERSION = 1  # increase it if the written files or the comparison change
 CORE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 # Suffixes of the files from which Transformers loads a tokenizer with a core in Rust.
-SUFFIXES = (".jinja", ".json", ".model", ".txt")
+TOKENIZER_SUFFIXES = (".jinja", ".json", ".model", ".txt")
 # Attributes that can be defined by the class of the original.
 CLASS_SETTINGS = ("model_input_names", "padding_side")
-SETTINGS = (
+COMPARED_SETTINGS = (
     *CLASS_SETTINGS,
     "all_special_tokens",
     "chat_template",
@@ -37,7 +37,7 @@ SETTINGS = (
 )
 # Texts with spaces at all places, digits, several scripts, combined letters, and bytes that are in
 # few vocabularies.
-PROBES = (
+PROBE_TEXTS = (
     "",
     " ",
     "The answer is 12345, isn't it?",
@@ -60,7 +60,7 @@ def find_copy(folder: Path) -> Path:
         digest.update(f"{part}\n".encode())
     for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         # The index of the weights can be large, and is not read.
-        is_read = file.suffix in SUFFIXES and not file.name.endswith(".index.json")
+        is_read = file.suffix in TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
         if is_read and file.is_file():
             content = file.read_bytes()
             digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode())
@@ -119,11 +119,11 @@ def _has_own_methods(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     """Return everything by which a copy is compared with its original."""
-    facts: list[object] = [getattr(tokenizer, name) for name in SETTINGS]
+    facts: list[object] = [getattr(tokenizer, name) for name in COMPARED_SETTINGS]
     facts += [tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()]
     facts.append({i: repr(token) for i, token in tokenizer.added_tokens_decoder.items()})
     special = "".join(tokenizer.all_special_tokens)
-    for text in (*PROBES, special, f"a {special} b"):
+    for text in (*PROBE_TEXTS, special, f"a {special} b"):
         for adds_special in (False, True):
             encoded = tokenizer(text, add_special_tokens=adds_special, return_offsets_mapping=True)
             facts += [dict(encoded), tokenizer.decode(encoded["input_ids"])]
