@@ -22,6 +22,7 @@ import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import PurePath
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -52,7 +53,7 @@ class TunesmithError(Exception):
 
     Args:
         what: the problem, as one sentence without a full stop.
-        where: `file:line`, a key of the recipe, or a step. "" if there is no place.
+        where: a file, `file:line`, a key of the recipe, or a step. "" if there is no place.
         why: the reason. "" if `what` states it.
         fix: the command or edit that fixes the problem.
         cause: the likely cause, a key of CAUSES. "" if it is unknown.
@@ -66,7 +67,7 @@ class TunesmithError(Exception):
         self,
         what: str,
         *,
-        where: str = "",
+        where: str | PurePath = "",
         why: str = "",
         fix: str = "",
         cause: str = "",
@@ -74,7 +75,7 @@ class TunesmithError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.where = where
+        self.where = str(where)
         self.why = why
         self.fix = fix
         self.cause = cause or self.cause

@@ -357,7 +357,7 @@ def held_out_hash(folder: Path) -> str | None:
     if fault and validation_hash is None:
         raise UsageError(
             "env.json is damaged, so the run's held-out rows are unknown",
-            where=str(folder / IDENTITY),
+            where=folder / IDENTITY,
             why=fault,
             fix="copy the run directory again from the machine that trained it, "
             "or give the rows with `tunesmith eval RUN --data FILE`",

@@ -336,7 +336,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not file.exists():
         raise ModelError(
             f"there is no {ADAPTER_CONFIG}",
-            where=str(folder),
+            where=folder,
             fix="use the folder of a PEFT adapter",
         )
     settings = read_json(file, again="copy the adapter again")
@@ -346,7 +346,7 @@ def read_adapter(folder: Path) -> Adapter:
         if name not in HARMLESS and not NEUTRAL.get(name, operator.not_)(value):
             raise ModelError(
                 f"the adapter has {name} = {json.dumps(value)}, which is not supported",
-                where=str(file),
+                where=file,
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix=MERGE,
             )
@@ -355,7 +355,7 @@ def read_adapter(folder: Path) -> Adapter:
     if pickled.exists() and not weights.exists():
         raise ModelError(
             "the adapter's weights are pickled",
-            where=str(pickled),
+            where=pickled,
             why="only safetensors files are read, because a pickle can run code",
             fix="load the adapter with PEFT, and save it again with save_pretrained(FOLDER)",
         )
@@ -385,7 +385,7 @@ def read_adapter(folder: Path) -> Adapter:
             why = f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}"
         raise ModelError(
             "the adapter's configuration cannot be read",
-            where=str(file),
+            where=file,
             why=why,
             fix="copy the adapter again, or use the folder of another PEFT adapter",
         ) from error
@@ -415,7 +415,7 @@ def _check_names(file: Path) -> None:
         if pattern.fullmatch(name):
             raise ModelError(
                 f"the adapter {what}: {name.removeprefix(PREFIX)}",
-                where=str(file),
+                where=file,
                 why=why,
                 fix=fix,
             )
@@ -432,7 +432,7 @@ def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
             raise ModelError(
                 f"the adapter has target_parameters = {json.dumps(list(parameters))}, "
                 "which is not supported",
-                where=str(file),
+                where=file,
                 why="for experts, only the two stacks gate_up_proj (or up_proj) and down_proj can "
                 "be adapted, and only together",
                 fix=MERGE,
@@ -488,7 +488,7 @@ def stored_adapter(
     except ModelError as error:
         what = "the adapter's weights cannot be read"
         raise ModelError(
-            what, where=str(file), why=f"{error.what}. {error.why}", fix="copy the adapter again"
+            what, where=file, why=f"{error.what}. {error.why}", fix="copy the adapter again"
         ) from error
     with stored_tensors(file) as stored:
         _check_rows(model, in_base, stored, file)
@@ -555,7 +555,7 @@ def _check_rows(
             )
         raise ModelError(
             f"the adapter has {rows:,} rows in {own_name}, but the model has {own_rows:,}",
-            where=str(file),
+            where=file,
             why="tokens were added or removed before the adapter was trained",
             fix=fix,
         )
@@ -586,7 +586,7 @@ def _check_none(names: Collection[str], problem: str, file: Path) -> None:
     shown = [name.removeprefix(PREFIX) for name in sorted(names)]
     raise ModelError(
         name_tensors(shown, problem),
-        where=str(file),
+        where=file,
         why="adapter and model do not match",
         fix="use the base model, target, rank and modules_to_save that the adapter was "
         "trained with",

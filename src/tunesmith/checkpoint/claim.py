@@ -143,7 +143,7 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
         return
 
     raise UsageError(
-        what, where=str(output_dir), why=why, fix="use a new folder: output_dir=runs/my-run"
+        what, where=output_dir, why=why, fix="use a new folder: output_dir=runs/my-run"
     )
 
 
@@ -210,7 +210,7 @@ def _lock(output_dir: Path) -> int:
     except OSError as error:
         raise MachineError(
             f"the run directory cannot be written: {error.strerror}",
-            where=str(output_dir),
+            where=output_dir,
             why="output_dir must be a writable folder",
             fix="choose another folder: output_dir=runs/my-run",
         ) from error
@@ -220,7 +220,7 @@ def _lock(output_dir: Path) -> int:
         os.close(handle)
         raise MachineError(
             "another run is writing to this run directory",
-            where=str(output_dir),
+            where=output_dir,
             why="two runs would overwrite each other's checkpoints",
             fix="wait for the other run, stop it, or choose another folder: output_dir=runs/my-run",
         ) from error
@@ -254,7 +254,7 @@ def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
         ):
             raise UsageError(
                 "--fresh would move files that the new run reads",
-                where=str(output_dir),
+                where=output_dir,
                 why=f"{path} is in the existing run's folder",
                 fix="use another folder: output_dir=runs/my-run",
             )
@@ -271,7 +271,7 @@ def move_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
             place.rmdir()
         raise MachineError(
             f"the existing run cannot be moved to {place}",
-            where=str(output_dir),
+            where=output_dir,
             why=error.strerror or str(error),
             fix="use another output_dir: output_dir=runs/my-run",
         ) from error

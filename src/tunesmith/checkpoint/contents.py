@@ -215,7 +215,7 @@ def read_optimizer(folder: Path) -> Iterator[Mapping[str, StoredTensor]]:
     except ModelError as error:
         raise CheckpointError(
             f"{folder.name} has no readable {OPTIMIZER}",
-            where=str(folder / OPTIMIZER),
+            where=folder / OPTIMIZER,
             why=f"{error.what} {error.why}",
             fix=DELETE,
         ) from error

@@ -176,7 +176,7 @@ def check_sums(
         if name != MANIFEST:
             raise ModelError(
                 clause,
-                where=str(folder / name),
+                where=folder / name,
                 why="the file was damaged or edited after it was written, because its checksum "
                 f"differs from the one in {MANIFEST}",
                 fix="restore the file from a copy, use another checkpoint of the run, or train "

@@ -154,7 +154,7 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
         if incomplete:
             raise MachineError(
                 incomplete,
-                where=str(run_dir),
+                where=run_dir,
                 why="without this checkpoint the run would start over",
                 fix="start the run on that node too, copy the missing files from that node to this "
                 "node, or start over with --fresh",
@@ -334,7 +334,7 @@ def copy_files(
             elif name != CARD:
                 raise CheckpointError(
                     f"no node has the file {name}",
-                    where=str(folder),
+                    where=folder,
                     fix="include the node that has this file in the run",
                 )
         received = [transfer.size for transfer in transfers if transfer.target == ranks.rank]
@@ -359,7 +359,7 @@ def copy_files(
         if faults:
             raise CheckpointError(
                 "a file cannot be copied to another node",
-                where=str(folder),
+                where=folder,
                 why=str(faults[0]),
                 fix="start the same command again",
             )

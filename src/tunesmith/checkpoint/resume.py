@@ -113,7 +113,7 @@ class Progress:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder.name} has no readable {PROGRESS}",
-                where=str(folder),
+                where=folder,
                 why=f"the file has no key {error}" if isinstance(error, KeyError) else str(error),
                 fix=DELETE,
             ) from error

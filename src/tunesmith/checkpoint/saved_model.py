@@ -44,7 +44,7 @@ def find_saved_model(run_dir: Path) -> tuple[Path, str, bool]:
 
     raise CheckpointError(
         "this run has no finished checkpoint",
-        where=str(run_dir),
+        where=run_dir,
         why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ exists",
         fix=f"continue the run with `tunesmith train {shell_path(run_dir / RECIPE)}`",
     )

@@ -348,7 +348,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{folder.name} has no readable {STATE_FOLDER}/",
-        where=str(folder / STATE_FOLDER),
+        where=folder / STATE_FOLDER,
         why=first_line(error),
         fix=DELETE,
     )

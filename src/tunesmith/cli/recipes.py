@@ -127,6 +127,6 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
     except FileExistsError as error:
         command = f"tunesmith recipes copy {shell_word(name)} {shell_path(destination)} --force"
         fix = f"choose another file, or run: {command}"
-        raise UsageError("this file already exists", where=str(path), fix=fix) from error
+        raise UsageError("this file already exists", where=path, fix=fix) from error
     print(path)
     print(f"edit the recipe, then run: tunesmith train {shell_path(path)}", file=sys.stderr)

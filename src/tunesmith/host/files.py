@@ -126,7 +126,7 @@ def check_regular_files(
             continue
         kind = SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
         if kind is not None:
-            raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
+            raise ModelError(f"{file.name} is {kind}, not a file", where=file, fix=fix)
 
 
 def follow_umask(folder: Path) -> None:
@@ -214,7 +214,7 @@ def cached_once(target: Path, *, what: str) -> Iterator[Path]:
     except OSError as error:
         raise MachineError(
             f"{what} cannot be written",
-            where=str(cache),
+            where=cache,
             why=str(error),
             fix="free disk space, or set TUNESMITH_CACHE to another folder",
         ) from error
@@ -239,7 +239,7 @@ def require_disk_space(path: Path, needed: int, *, what: str, fix: str, why: str
     raise MachineError(
         f"not enough disk space for {what}: {size_text(needed)} needed, {size_text(free)} free, "
         f"{size_text(needed - free)} missing",
-        where=str(path),
+        where=path,
         why=why,
         fix=fix,
         cause="disk",

@@ -180,14 +180,14 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
         described = f"config.json describes {spec.parameters:,} parameters"
         raise ModelError(
             f"{described}, but the weights have {stored:,}",
-            where=str(folder / "config.json"),
+            where=folder / "config.json",
             why="the weights and config.json do not describe the same model",
             fix="fetch the model again, or correct config.json",
         )
     if model.tokenizer is None and not _has_tokenizer(folder):
         raise ModelError(
             "the folder has no tokenizer",
-            where=str(folder),
+            where=folder,
             why=f"the folder has none of {', '.join(TOKENIZER)}",
             fix="copy the tokenizer's files to this folder, or set model.tokenizer to a folder or "
             "Hub id with a tokenizer",

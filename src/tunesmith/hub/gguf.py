@@ -50,7 +50,7 @@ def convert_gguf(file: Path, dtype: str | None) -> Path:
     if start != MAGIC:
         raise ModelError(
             f"{file.name} is not a GGUF file",
-            where=str(file),
+            where=file,
             why=f"the file begins with {start!r} instead of {MAGIC!r}",
             fix="download the file again; a small file is often a saved web page or a Git LFS "
             "pointer",

@@ -43,7 +43,7 @@ def _reading(file: Path) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"{file.name} cannot be read as a model",
-            where=str(file),
+            where=file,
             why=one_line(error),
             fix="download the file again, or use the model's safetensors on the Hub",
         ) from error
@@ -89,7 +89,7 @@ def _read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         base = header.get("general.base_model.0.name", "BASE.gguf")
         raise ModelError(
             f"{file.name} holds an adapter, not a model",
-            where=str(file),
+            where=file,
             why=f"the adapter's base is {base}",
             fix="use the file of the base model; to serve both files, run "
             f"`llama-server -m {shell_path(base)} --lora {shell_path(file)}`",

@@ -295,7 +295,7 @@ def _no_model(path: Path, what: str) -> UsageError:
     """Build the error for a path that is not a model. The fix lists run directories nearby."""
     return UsageError(
         what,
-        where=str(path),
+        where=path,
         why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or "
         "Hub id is needed",
         fix=suggest_run(path),
@@ -337,7 +337,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         if damage:
             raise CheckpointError(
                 f"{folder} is incomplete",
-                where=str(folder),
+                where=folder,
                 why=damage,
                 fix=f"use the run directory {folder.parent}, which loads the newest "
                 "complete checkpoint",
@@ -352,7 +352,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     if (folder / "state").is_dir():
         raise CheckpointError(
             "this checkpoint has no model, only training state",
-            where=str(folder),
+            where=folder,
             fix=f"give the run directory {folder.parent}, which has a checkpoint with a model",
         )
     raise _no_model(
@@ -603,7 +603,7 @@ def raise_if_deleted(location: RunLocation) -> Iterator[None]:
     if location.run and folder and not (folder / manifest.MANIFEST).is_file():
         raise CheckpointError(
             f"{folder.name} was deleted while it was being read",
-            where=str(folder),
+            where=folder,
             why="the run is still training and keeps only the newest checkpoints (checkpoint.keep)",
             fix=f"try again with the run directory {folder.parent}",
         ) from fault

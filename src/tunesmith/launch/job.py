@@ -164,7 +164,7 @@ class Job:
             status = f"tunesmith status {shell_path(self.name or self.run_dir)}"
             raise MachineError(
                 "the log cannot be opened",
-                where=str(log),
+                where=log,
                 why=error.strerror or "",
                 fix=f"check with `{status}` whether the job has started",
             ) from None

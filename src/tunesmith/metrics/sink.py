@@ -243,7 +243,7 @@ class TensorBoardSink(Sink):
         except OSError as error:
             raise MachineError(
                 "the TensorBoard events cannot be written",
-                where=str(self.folder),
+                where=self.folder,
                 why=str(error),
                 fix="set log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None

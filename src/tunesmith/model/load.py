@@ -75,7 +75,7 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
                 "takes a run add --trust-remote-code"
             )
         raise ModelError(
-            "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
+            "Transformers cannot read the config", where=file, why=one_line(error), fix=fix
         ) from error
     if text is config and not model.vision:
         return text, None
@@ -85,7 +85,7 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
     if model.vision and (text is config or not supports_pictures):
         raise ModelError(
             "model.vision is true, but this model has no vision part",
-            where=str(file),
+            where=file,
             why=f"Transformers has no class for {config.model_type} with pictures and text",
             fix="set model.vision=false, or use a vision-language model",
         )

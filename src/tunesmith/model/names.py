@@ -450,7 +450,7 @@ def _cannot_join(name: str, sources: Mapping[str, Sequence[StoredEntry]], why: s
     count = sum(len(entries) for entries in sources.values())
     return ModelError(
         f"{count} stored tensors cannot be combined into the parameter {name}: {first.name}, ...",
-        where=str(first.file),
+        where=first.file,
         why=why,
         fix="fetch the model again: tunesmith fetch MODEL",
     )

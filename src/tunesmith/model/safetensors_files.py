@@ -60,7 +60,7 @@ class Entry:
 def _damaged(file: Path, why: str) -> ModelError:
     return ModelError(
         f"{file.name} is damaged or not a safetensors file",
-        where=str(file),
+        where=file,
         why=why,
         fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then "
         "tunesmith fetch MODEL",
@@ -72,7 +72,7 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
     why = error.strerror or str(error)
     return ModelError(
         f"{file.name} cannot be read",
-        where=str(file),
+        where=file,
         why=why,
         fix=f"check its permissions: ls -l {shell_path(file)}",
     )
@@ -129,7 +129,7 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     raise ModelError(
         f"the weights are quantized: {count_of(len(integers), 'tensor')} with integers, "
         f"such as {shown}",
-        where=str(first.file),
+        where=first.file,
         why=why,
         fix="use the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
     )
@@ -148,7 +148,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ModelError(
             f"the value of `quantization` is {stated!r:.100}: it must be a mapping",
-            where=str(file),
+            where=file,
             fix="fetch the model again: tunesmith fetch MODEL",
         )
     return config | {"quantization_config": {"quant_method": "modelopt", **stated}}
@@ -202,7 +202,7 @@ def indexed_files(index: Path) -> list[str]:
         files = sorted({str(name) for name in weight_map.values()})
     if not files:
         what = "the index has no weight_map of file names"
-        raise ModelError(what, where=str(index), fix="fetch the model again: tunesmith fetch MODEL")
+        raise ModelError(what, where=index, fix="fetch the model again: tunesmith fetch MODEL")
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
             what = f"the index names {name!r}, which is not in its folder"
@@ -227,7 +227,7 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
             raise ModelError(
                 f"the folder lacks {len(missing)} of {count_of(len(files), 'weight file')}: "
                 f"{shown}",
-                where=str(folder),
+                where=folder,
                 why=f"{INDEX} lists these files",
                 fix="finish the download: tunesmith fetch MODEL",
             )

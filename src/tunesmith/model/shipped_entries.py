@@ -237,4 +237,4 @@ def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
 
 def _broken_entry(entry: Entry, what: str, why: str = "") -> ModelError:
     why = why or "config.json says that the weights are quantized, and codes need their scales"
-    return ModelError(what, where=str(entry.file), why=why, fix=FETCH)
+    return ModelError(what, where=entry.file, why=why, fix=FETCH)

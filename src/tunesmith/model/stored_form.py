@@ -63,7 +63,7 @@ def in_stored_form(
             return dict(tensors)  # Transformers can also read the model's own names
         raise ModelError(
             "the base model's files no longer exist",
-            where=str(folder),
+            where=folder,
             why="the image and audio tensors are copied from there when a model is saved",
             fix="restore the folder, then run the same command again",
         )
@@ -120,7 +120,7 @@ def _check_plain(other: StoredEntry) -> Entry:
         return other
     raise ModelError(
         f"{other.name} is quantized and therefore cannot be copied to the saved model",
-        where=str(other.file),
+        where=other.file,
         why="the parts outside the text model, such as the image part, must be unquantized",
         fix="use the adapter together with the original base model",
     )

@@ -71,7 +71,7 @@ def _load(
             raise
         raise ModelError(
             "the tokenizer cannot be read",
-            where=str(folder),
+            where=folder,
             why=one_line(error),
             fix="put tokenizer.json (or tokenizer.model) and tokenizer_config.json into this "
             "folder, or set model.tokenizer to a folder with these files",
@@ -130,7 +130,7 @@ def vocab_rows(
         other = tokenizer.unk_token or tokenizer.eos_token or "..."
         raise ModelError(
             f"{padding}, but the embedding has {rows} rows",
-            where=str(tokenizer.name_or_path),
+            where=tokenizer.name_or_path,
             fix=f"use a token with an embedding, such as model.pad_token: {json.dumps(other)}",
         )
     return rows
@@ -154,7 +154,7 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
                 fix = f"{fix}: {tokenizer.eos_token_id}"
             raise ModelError(
                 f"eos_token_id is {unknown[0]}, but the tokenizer has no token with this id",
-                where=str(file),
+                where=file,
                 why=f"the tokenizer's largest id is {max(token_ids)}",
                 fix=fix,
             )
@@ -193,7 +193,7 @@ def _stated_eos_ids(file: Path) -> list[int]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ModelError(
                 f"eos_token_id is {stated!r}",
-                where=str(file),
+                where=file,
                 fix="write the id of the end token, or a list of ids",
             )
     return values

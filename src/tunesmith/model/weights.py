@@ -170,7 +170,7 @@ class FiniteCheck:
                 entry, _ = probes[i]
                 raise ModelError(
                     f"{entry.name} has values that are not finite",
-                    where=str(entry.file),
+                    where=entry.file,
                     why="NaN or infinity in a weight makes every loss NaN: the file is damaged, or "
                     "the model was broken when it was saved",
                     fix="restore the file from a copy, or fetch the model again: "
@@ -355,7 +355,7 @@ def stored_tensors(file: Path) -> Iterator[dict[str, FileTensor]]:
             unreadable.append(f"{entry.name} ({entry.dtype})")
     if unreadable:
         what = name_tensors(unreadable, "of an unsupported dtype")
-        raise ModelError(what, where=str(file))
+        raise ModelError(what, where=file)
     with open_uncached(file) as opened:
         yield {entry.name: FileTensor(entry, opened) for entry in entries}
 

@@ -39,14 +39,14 @@ def write_report(runs: Sequence[RunFiles], output: Path) -> None:
         if output.exists() and PAGE_MARK not in output.read_text("utf-8", errors="replace")[:200]:
             raise UsageError(
                 "this file exists and is not a tunesmith report",
-                where=str(output),
+                where=output,
                 fix="use another file name, such as --output another-name.html",
             )
         output.write_text(render_page(runs), encoding="utf-8")
     except OSError as error:
         raise MachineError(
             "the report cannot be written",
-            where=str(output),
+            where=output,
             why=error.strerror or str(error),
             fix="use --output FILE with a file in a writable folder",
         ) from error

@@ -149,7 +149,7 @@ class RunFiles:
             if self.folder.exists():
                 what = "this is not a run directory"
                 why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
-            raise UsageError(what, where=str(folder), why=why, fix=suggest_run(Path(folder)))
+            raise UsageError(what, where=folder, why=why, fix=suggest_run(Path(folder)))
         self.refresh()
 
     def refresh(self) -> None:

@@ -191,7 +191,7 @@ def private_folder(folder: Path) -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or is_open_to_others:
         raise MachineError(
             "other users can write to this folder",
-            where=str(folder),
+            where=folder,
             why="compiled code in this folder is executed",
             fix=f"remove it with `rm -r {shell_path(folder)}`, or choose another folder with "
             "`export TORCHINDUCTOR_CACHE_DIR=/a/folder/of/yours`",

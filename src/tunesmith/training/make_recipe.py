@@ -165,7 +165,7 @@ class NewRecipe:
         except OSError as error:
             raise MachineError(
                 f"the recipe cannot be written: {error.strerror}",
-                where=str(self.path),
+                where=self.path,
                 fix="choose another folder with output_dir=runs/my-run",
             ) from error
 

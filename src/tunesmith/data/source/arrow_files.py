@@ -75,7 +75,7 @@ def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataEr
         return unreadable_error(path, error)
     return DataError(
         f"the file is not a valid {path.suffix[1:]} file",
-        where=str(path),
+        where=path,
         why=first_line(error),
         fix="download or write the file again",
     )
@@ -148,7 +148,7 @@ def _open_parquet(path: Path) -> _Groups:
     if repeated:
         raise DataError(
             f"the file has several columns named {', '.join(repeated)}",
-            where=str(path),
+            where=path,
             fix="write the file again with unique column names",
         )
     sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]

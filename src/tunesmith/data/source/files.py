@@ -92,15 +92,13 @@ def check_data_file(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path.name} is not a supported data file",
-            where=str(path),
+            where=path,
             why=f"the supported types are {', '.join(SUFFIXES)}",
             fix="unpack the file, or convert it to JSON lines (one object per line); convert a"
             " document to text, for example with pandoc or pdftotext",
         )
     if path.stat().st_size == 0:
-        raise DataError(
-            "the file is empty", where=str(path), fix="add rows to it, or use another file"
-        )
+        raise DataError("the file is empty", where=path, fix="add rows to it, or use another file")
 
 
 def check_is_file(path: Path) -> None:
@@ -117,7 +115,7 @@ def check_is_file(path: Path) -> None:
         why = f"the path is a link to {os.readlink(path)}, which does not exist"
     elif near := find_similar_path(path):
         fix = f"did you mean {near}?"
-    raise DataError(what, where=str(path), why=why, fix=fix)
+    raise DataError(what, where=path, why=why, fix=fix)
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -227,7 +225,7 @@ def _read_json(path: Path) -> Table:
         output = new_name(path, f"{path.stem}.jsonl")
         raise DataError(
             f"the file of {size / 2**30:.1f} GiB does not fit in memory",
-            where=str(path),
+            where=path,
             why="the entire JSON array must be in memory, but JSON lines are read one by one",
             fix=f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {shell_path(path)}"
             f" > {output}",
@@ -258,7 +256,7 @@ def _read_json(path: Path) -> Table:
                 fix = f"jq {shell_word(f'.[{json.dumps(key)}]')} {shell_path(path)} > {output}"
     raise DataError(
         f"the file contains {json_type(rows)}, not an array of rows",
-        where=str(path),
+        where=path,
         why=why,
         fix=fix,
     )

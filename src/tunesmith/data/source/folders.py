@@ -81,7 +81,7 @@ def _drop_empty_splits(tables: dict[str, Table], path: Path) -> dict[str, Table]
     if not filled:
         raise DataError(
             "the source has no rows",
-            where=str(path),
+            where=path,
             why="the files contain only blank lines, a header, or sessions without an answer",
             fix="add rows, texts, or sessions with an answer of the agent",
         )
@@ -221,7 +221,7 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
         pattern = f"{glob.escape(str(parent))}/**/*{first.suffix}"
         raise DataError(
             "the folder has files of different kinds",
-            where=str(source),
+            where=source,
             why=" and ".join(counts),
             fix=f"select one kind with a pattern, such as {row_fix(str(source), source=pattern)}",
         )
@@ -243,7 +243,7 @@ def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
     suffixes = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
     return DataError(
         what,
-        where=str(folder),
+        where=folder,
         why=f"found {_name_others(others)}" if others else "",
         fix=f"add files that end in {', '.join(suffixes)}; for pictures, add a file with rows that"
         " name them, such as rows.csv with the header image,question,answer",

@@ -68,7 +68,7 @@ def list_files(path: Path, config: str | None) -> Listing:
         if not files:
             raise DataError(
                 f"the split {name} of the data set has no files",
-                where=str(path),
+                where=path,
                 fix="copy or download the entire folder again",
             )
     if not splits:

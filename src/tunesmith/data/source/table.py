@@ -254,7 +254,7 @@ def changed_error(path: Path) -> DataError:
     """Build the error for a file that has changed since it was opened."""
     return DataError(
         "the file was changed while it was read",
-        where=str(path),
+        where=path,
         why="another program wrote, truncated or deleted it",
         fix="start again when the file is complete",
     )
@@ -264,7 +264,7 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
     """Build the error for a file or folder that the operating system cannot read."""
     return DataError(
         "the file cannot be read",
-        where=str(path),
+        where=path,
         why=error.strerror or str(error),
         fix=f"check its permissions: ls -l {shell_path(path)}",
     )

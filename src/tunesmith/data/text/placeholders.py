@@ -193,13 +193,13 @@ class PictureProcessor:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(
-                f"{what} cannot be loaded", where=str(folder), why=first_line(error), fix=_FIX
+                f"{what} cannot be loaded", where=folder, why=first_line(error), fix=_FIX
             ) from error
         [text] = processor.expand((_PROBE_SIZE,))
         if processor.token not in text:
             raise ModelError(
                 f"{kind.__name__} does not insert the image token {processor.token} for a picture",
-                where=str(folder),
+                where=folder,
                 why="image_token_id in config.json is the id of this token, but the processor"
                 f" inserts {text[:40]!r}",
                 fix="use the tokenizer, the processor and the config of the same model",
@@ -207,7 +207,7 @@ class PictureProcessor:
         if image_processor.to_dict().get("do_pan_and_scan"):
             raise ModelError(
                 "splitting pictures into crops (do_pan_and_scan) is not supported",
-                where=str(folder / "preprocessor_config.json"),
+                where=folder / "preprocessor_config.json",
                 fix="set do_pan_and_scan to false in this file",
             )
         return processor
@@ -264,7 +264,7 @@ def _find_class(folder: Path, full_config: PretrainedConfig) -> type[ProcessorMi
         return kind
     raise ModelError(
         f"there is no processor for the pictures of this {full_config.model_type}",
-        where=str(folder),
+        where=folder,
         why=f"its class is {name or 'unknown'}; Transformers does not have this class, or the class"
         " needs a package that is not installed",
         fix=_FIX,

@@ -137,7 +137,7 @@ class AnswersFile(ResumedFile):
         if differences and not self.fresh:
             raise UsageError(
                 "the file contains the answers of a different evaluation",
-                where=str(self.path),
+                where=self.path,
                 why="; ".join(differences),
                 fix="add --fresh to rename the old file, or use another file with --output FILE, "
                 "or use the previous options to continue the old evaluation",

@@ -59,7 +59,7 @@ class ResumedFile:
             self.__exit__()
             raise UsageError(
                 "another command is writing this file",
-                where=str(self.path),
+                where=self.path,
                 fix="wait until the other command has finished, or use another file: --output FILE",
             ) from None
         except OSError as error:

@@ -388,7 +388,7 @@ def save_scores(
     except OSError as error:
         raise MachineError(
             "the scores cannot be written",
-            where=str(path),
+            where=path,
             why=error.strerror or str(error),
             fix="make sure that the folder is writable and the disk is not full, then run the "
             "command again",

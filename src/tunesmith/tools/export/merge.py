@@ -242,7 +242,7 @@ def _check_readable(folder: Path) -> None:
     if wrong_keys:
         raise CheckpointError(
             "the merged weights do not match the weights that Transformers expects",
-            where=str(folder),
+            where=folder,
             why=f"Transformers reports {wrong_keys}",
             fix="serve the adapter with its base model instead of a merged model",
         )
@@ -261,7 +261,7 @@ def _publish(temporary: Path, goal: Path, check: MergeCheck) -> None:
             f"the logits differ by up to {check.merged.max_logit:.3g}, and the mean KL divergence "
             f"is {check.merged.mean_kl:.3g} nats (base model without the adapter: "
             f"{check.base.mean_kl:.3g} nats)",
-            where=str(rejected),
+            where=rejected,
             why="; ".join(text for text, holds in check.rules if not holds),
             fix="serve the adapter with its base model, or use --dtype fp32 if another dtype was "
             "used",

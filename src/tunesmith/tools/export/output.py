@@ -112,7 +112,7 @@ def check_new_folder(output: str | Path, location: RunLocation) -> Path:
     """
     goal = check_output_path(output, location)
     if goal.is_symlink() or (goal.exists() and (not goal.is_dir() or any(goal.iterdir()))):
-        raise UsageError("--output is not an empty folder", where=str(goal), fix="use a new folder")
+        raise UsageError("--output is not an empty folder", where=goal, fix="use a new folder")
     return goal
 
 

@@ -129,7 +129,7 @@ def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str
         why = f"other users could not download the base model {location.base.name}"
         merge = f"run `tunesmith merge {shell_path(run)} --output DIR`, then `tunesmith push DIR`"
         fix = f"{merge}, or train with the Hub id of the base model as model.name"
-        raise UsageError(what, where=str(folder), why=why, fix=fix)
+        raise UsageError(what, where=folder, why=why, fix=fix)
     if location.run:
         # Use the name of the run directory, because the folder itself is called final or
         # checkpoint-N.

@@ -166,5 +166,5 @@ def _read_record(file: Path) -> ExportRecord:
     except (OSError, ValueError, KeyError, TypeError):
         why = f"{record_file.name} cannot be read"
     raise UsageError(
-        f"there is no valid export record for {file.name}", where=str(file), why=why, fix=fix
+        f"there is no valid export record for {file.name}", where=file, why=why, fix=fix
     )

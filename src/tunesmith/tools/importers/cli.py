@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
         fix = "choose another file with --output RECIPE, or overwrite this one with --force"
-        raise UsageError("this file already exists", where=str(path), fix=fix)
+        raise UsageError("this file already exists", where=path, fix=fix)
     require_folder(path.parent, "--output")
 
     tree = merge_layers(recipe.tree(), layer)

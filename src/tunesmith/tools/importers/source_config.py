@@ -86,7 +86,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     if path.suffix == ".py":
         raise UsageError(
             f"{path} is a Python script, which `tunesmith import` cannot read",
-            where=str(path),
+            where=path,
             why="`tunesmith import` reads configuration files in YAML or JSON",
             fix="add this line before trainer.train(): import json; "
             "json.dump({**trainer.args.to_dict(), 'model_name_or_path': ..., 'dataset_name': ..., "
@@ -109,7 +109,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
         raise UsageError(
             "this is already a tunesmith recipe",
-            where=str(path),
+            where=path,
             fix=f"run `tunesmith train {shell_path(path)}`, or name the tool with --from",
         )
     tool = _choose_tool(keys, path, tool)
@@ -151,7 +151,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
     why = f"the file has {shown}"
     if marks and best in unsupported:
         what = f"this is a file of {best}, which `tunesmith import` does not support"
-        raise UsageError(what, where=str(path), why=why, fix=unsupported[best]["fix"])
+        raise UsageError(what, where=path, why=why, fix=unsupported[best]["fix"])
     if marks and not named:
         return best
     what = "`import` cannot detect which tool this file is for"
@@ -159,7 +159,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
         what = f"this file has no key of {named}, and looks like a file of {best}"
     raise UsageError(
         what,
-        where=str(path),
+        where=path,
         why=why,
         fix=f"name the tool, such as --from {best}; the tools are {', '.join(IMPORTED_TOOLS)}",
     )

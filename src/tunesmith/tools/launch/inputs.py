@@ -74,7 +74,7 @@ def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None
             if is_above or is_inside:
                 raise UsageError(
                     f"{path} cannot be mounted in a container",
-                    where=str(path),
+                    where=path,
                     why=f"a container must not see the private folder {folder}",
                     fix="use a separate folder, and copy the needed files there",
                 )

@@ -52,7 +52,7 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
             text = log.read_text(encoding="utf-8", errors="replace").strip()
             raise RunError(
                 f"the run failed during its start with exit code {code}",
-                where=str(log),
+                where=log,
                 why=reason_in(text),
                 fix=f"read the log: cat {shell_path(log)}",
             )

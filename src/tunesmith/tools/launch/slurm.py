@@ -429,7 +429,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
     if code:
         raise MachineError(
             "sbatch rejects the job",
-            where=str(script),
+            where=script,
             why=errors,
             fix="check partitions and limits with `sinfo`, and the cluster with `tunesmith doctor "
             "--slurm`",

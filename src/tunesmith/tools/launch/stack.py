@@ -192,14 +192,14 @@ def _read_extra(file: Path) -> Mapping[str, object]:
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UsageError(
             "the file given with --stack-extra cannot be read",
-            where=str(file),
+            where=file,
             why=str(error).splitlines()[0],
             fix="make sure that the file is readable and valid YAML",
         ) from None
     if not isinstance(values, Mapping):
         raise UsageError(
             "the file given with --stack-extra is not a stack file: it is not a YAML mapping",
-            where=str(file),
+            where=file,
             fix="write a mapping, such as services: {ranks: {volumes: [...]}}",
         )
     return values

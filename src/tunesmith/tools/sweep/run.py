@@ -108,7 +108,7 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
                 if is_run(folder):
                     raise UsageError(
                         "output_dir contains a run, but a sweep needs its own folder",
-                        where=str(folder),
+                        where=folder,
                         fix=f"set {shell_word(f'output_dir={folder}-sweep')}",
                     )
                 stack.enter_context(claim_run_dir(folder, inputs_of(base).values()))
@@ -194,7 +194,7 @@ def read_fixed(file: Path, asked: dict[str, object]) -> FixedValues | None:
         why = reason_of(error)
     raise UsageError(
         "this folder contains another sweep",
-        where=str(file),
+        where=file,
         why=why,
         fix=f"set {shell_word(f'output_dir={file.parent}-2')}, or delete the folder",
     )
@@ -313,7 +313,7 @@ def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, flo
             if loss is None:
                 raise RunError(
                     f"the records of a candidate have no {compared_by} of step {step}",
-                    where=str(folder / METRICS),
+                    where=folder / METRICS,
                     why="the records were edited",
                     fix=f"run `rm -r {shell_path(folder)}`, then run the same command again",
                 )

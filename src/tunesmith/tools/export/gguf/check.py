@@ -103,7 +103,7 @@ def require_same_model(check: FileCheck, quant: str, rejected: Path, *, is_route
         fix = f"use --quant f16 to find out the cause; if that file differs too, {fix}"
     raise CheckpointError(
         "the GGUF file differs too much from the tuned model",
-        where=str(rejected),
+        where=rejected,
         why=f"the KL divergence from the tuned model is {check.tuned.mean_kl:.2g} nats (median "
         f"{check.tuned.median_kl:.2g}), and at {check.tuned.agreement:.0%} of "
         f"{check.positions} positions both models predict the same next token; "

@@ -140,7 +140,7 @@ def convert(
             last = last_line(messages.read().decode(errors="replace"))
             raise CheckpointError(
                 "the process of llama.cpp's converter ended without a result",
-                where=str(converter.folder),
+                where=converter.folder,
                 why=f"{exit_text(process.returncode)}: {last}".removesuffix(": "),
                 fix="free memory, and run the same command again, or use another --converter",
             ) from error
@@ -230,7 +230,7 @@ def _refusal(tuned: TunedModel, converter: Converter, error: Exception) -> Model
         why += "; the tested version of the converter is in llama-cpp-python 0.3.36"
     return ModelError(
         f"llama.cpp's converter cannot convert this {model_type} model",
-        where=str(converter.folder),
+        where=converter.folder,
         why=f"{type(error).__name__}: {why}",
         fix="run `tunesmith merge RUN --output FOLDER`, then serve FOLDER, or convert FOLDER with "
         "another version of llama.cpp: python convert_hf_to_gguf.py FOLDER (a full fine-tune needs "

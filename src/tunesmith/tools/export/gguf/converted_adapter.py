@@ -90,7 +90,7 @@ def plan_converted_adapter(
     if not script.is_file():
         raise ModelError(
             "this llama.cpp converter cannot convert adapters",
-            where=str(converter.folder),
+            where=converter.folder,
             why=f"there is no script {SCRIPT}",
             fix="use --converter with a complete llama.cpp checkout, or with the sdist of "
             "llama-cpp-python",
@@ -141,7 +141,7 @@ def _run_script(
     if done.returncode or not file.is_file():
         raise ModelError(
             f"llama.cpp's converter cannot convert the adapter of this {text_type} model",
-            where=str(script),
+            where=script,
             why=last_line(done.stderr) or exit_text(done.returncode),
             fix=WHOLE_MODEL_FIX,
         )

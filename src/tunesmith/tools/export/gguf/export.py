@@ -432,7 +432,7 @@ def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
     if trained_on not in (None, digest):
         raise ModelError(
             f"{file.name} is not the GGUF file that this adapter was trained on",
-            where=str(file),
+            where=file,
             why=f"the hash of its weights is {digest[:12]}, but the run recorded {trained_on[:12]}",
             fix="restore the original file, because an adapter only works with the file that it "
             "was trained on",

@@ -118,7 +118,7 @@ class LlamaCpp:
                 return address[1].decode()
         raise CheckpointError(
             "llama.cpp cannot open the file",
-            where=str(self._file),
+            where=self._file,
             why=why,
             fix=SERVE_FOLDER,
         )
@@ -172,7 +172,7 @@ class LlamaCpp:
                 why = last_line(error.read().decode(errors="replace"))
             raise CheckpointError(
                 f"llama.cpp did not answer the request {path}",
-                where=str(self._file),
+                where=self._file,
                 why=why or self._why_ended() or str(error),
                 fix=f"free memory and run the command again, or {SERVE_FOLDER}",
             ) from error
