@@ -143,10 +143,9 @@ def chosen_recipe(
             words[0], words[1:], announce=True, trusts_code=None if is_own else False
         ), None
     if not args.model or len(args.data or ()) != 1:
-        what = "a recipe is required, or --model and one --data for a new recipe"
         file = args.data[0] if args.data else "faq.csv"
         raise UsageError(
-            what,
+            "a recipe is required, or --model and one --data for a new recipe",
             where="command line",
             fix="choose a recipe with `tunesmith recipes`, or make one: "
             f"{command_on_rows(args, file)}",

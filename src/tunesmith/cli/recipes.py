@@ -109,8 +109,9 @@ def _list(*, as_json: bool) -> None:
 def _copy(name: str, destination: Path, *, force: bool) -> None:
     recipes = shipped()
     if name not in recipes:
-        otherwise = "run `tunesmith recipes`, which lists the shipped recipes"
-        fix = suggest_choice(name, recipes, otherwise=otherwise)
+        fix = suggest_choice(
+            name, recipes, otherwise="run `tunesmith recipes`, which lists the shipped recipes"
+        )
         raise UsageError(
             f"no recipe {name!r} is shipped with tunesmith", where="command line", fix=fix
         )

@@ -119,9 +119,12 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
     if not items:
-        otherwise = "run `tunesmith fetch --list`, which lists the items in the caches"
         names = [item.name for item in cached]
-        fix = suggest_choice(name, names, otherwise=otherwise)
+        fix = suggest_choice(
+            name,
+            names,
+            otherwise="run `tunesmith fetch --list`, which lists the items in the caches",
+        )
         raise UsageError(
             f"the caches contain no model or data set named {name}", where="--remove", fix=fix
         )

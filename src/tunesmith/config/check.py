@@ -273,8 +273,11 @@ def _columns(run: Run, where: Place) -> Iterator[Problem]:
 def _template(run: Run) -> Iterator[Problem]:
     data = run.data
     if data.template not in TEMPLATES and not Path(data.template).is_file():
-        otherwise = f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file"
-        fix = suggest_choice(Path(data.template).name, TEMPLATES, otherwise=otherwise)
+        fix = suggest_choice(
+            Path(data.template).name,
+            TEMPLATES,
+            otherwise=f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file",
+        )
         yield Problem("data.template", f"is a file that does not exist: {data.template}", fix)
     # Only Jinja templates take arguments. `raw` and `alpaca` build the text without Jinja.
     if data.template in ("raw", "alpaca") and data.template_args:

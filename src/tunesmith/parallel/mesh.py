@@ -227,9 +227,8 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     if tensor == 1:
         return
     if run.train.optimizer_in_backward:
-        key = "train.optimizer_in_backward"
         what = "an optimizer that updates in the backward pass"
-        raise _not_with_tensor(what, shape, where=key, fix="false")
+        raise _not_with_tensor(what, shape, where="train.optimizer_in_backward", fix="false")
     _check_cut(spec, shape)
     if per_node % tensor:
         raise RecipeError(

@@ -113,8 +113,9 @@ def prepare(
         for line in model_files_lines(files):
             log.info(line)
         began = start.checkpoint is not None
-        where = f"{files.folder}/config.json"
-        run = fit_to_model(recipe, files.spec, files.support, where=where, began=began)
+        run = fit_to_model(
+            recipe, files.spec, files.support, where=f"{files.folder}/config.json", began=began
+        )
         # Truncated answers are only a warning for a measurement, because it trains nothing, and for
         # a resumed run, because it must keep its rows.
         cut_answers: CutAnswers = "warn" if measured or began else "refuse"

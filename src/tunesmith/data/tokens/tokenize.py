@@ -108,8 +108,9 @@ def tokenize_sides(
     for what, sources in sides.items():
         parts = []
         for source, rows in sources:
-            title = f"tokenize {what}: {rows.name}"
-            make = partial(_tokenize_rows, rows, source, data, template, title)
+            make = partial(
+                _tokenize_rows, rows, source, data, template, f"tokenize {what}: {rows.name}"
+            )
             try:
                 if cache is None:
                     arrays, about = make(TokenWriter(None))

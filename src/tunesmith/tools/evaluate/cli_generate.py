@@ -228,9 +228,12 @@ def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Nam
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
     if matching < len(file.lines) or (file.torn and not is_torn):
-        what = "a line of the output does not answer the input row with the same number"
         fix = "give the input that the output was made from, or use --force instead of --resume"
-        raise UsageError(what, where=f"{args.output}:{matching + 1}", fix=fix)
+        raise UsageError(
+            "a line of the output does not answer the input row with the same number",
+            where=f"{args.output}:{matching + 1}",
+            fix=fix,
+        )
     return matching
 
 
