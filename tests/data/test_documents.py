@@ -31,7 +31,7 @@ from tunesmith.data.tokens.documents import DocumentSplitter
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
-from tunesmith.presentation.data import start_data_lines
+from tunesmith.presentation.data import data_warnings
 
 
 def write_texts(folder: Path, texts: Sequence[str]) -> Path:
@@ -143,7 +143,7 @@ def test_a_warning_says_how_many_tokens_are_lost(tiny: Path, tmp_path: Path) -> 
         tokenizer = byte_tokenizer()
         ends = {tokenizer.eos_token_id}
         described = "\n".join(
-            start_data_lines(prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "c"))
+            data_warnings(prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "c"))
         )
         return warnings_with(described, "texts.jsonl", 128)
 

@@ -55,9 +55,8 @@ def run(args: argparse.Namespace) -> None:
         _list(as_json=args.json)
     elif args.name is None:
         what = f"recipes {args.action} needs a recipe's name"
-        raise UsageError(
-            what, where="command line", fix=f"tunesmith recipes {args.action} smollm2-135m-lora"
-        )
+        fix = shell_command(["tunesmith", "recipes", args.action, "smollm2-135m-lora"])
+        raise UsageError(what, where="command line", fix=f"run `{fix}`")
     elif args.action == "show":
         recipe = load_recipe(args.name, args.rest, trusts_code=True)
         text = dump(recipe)
