@@ -310,7 +310,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
 @pytest.mark.parametrize(
     "place",
     [
-        "tunesmith.model.tokenizer.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
+        "transformers.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
         "transformers.AutoConfig.from_pretrained",
         "tunesmith.training.run.decide_start",
         "tunesmith.data.tokens.encode.convert_row",
