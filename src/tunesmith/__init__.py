@@ -48,7 +48,7 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
-from tunesmith.version import __version__
+from tunesmith._version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.cli.from_python import inspect_data, plan, sweep

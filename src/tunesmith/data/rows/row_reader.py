@@ -342,9 +342,9 @@ class RowReader:
         fix = "add the column, or delete the row"
         proposed = propose_columns(self.source, self.row)
         renamed = {name: own for name, own in proposed.items() if name != own}
-        if renamed:
+        if proposed:
             header = propose_header(self.where, self.row)
-            fix = f"{header}use {self.setting(columns=renamed)}"
+            fix = f"{header}use {self.setting(columns=renamed or proposed)}"
         fix += other_formats(self.source, self.row)
         columns = ", ".join(map(str, self.row)) or "none"
         return self.error(
