@@ -24,7 +24,9 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CO
 # Each process uses one thread, because two processes with two threads each slow each other down on two cores.
 # Bytecode is kept, because the tests start hundreds of processes. All tests of a file run in one worker, so that a module
 # fixture, such as a cluster, is set up once. tests/conftest.py orders the files.
-PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+# In about one of ten thousand runs, a thread of gloo crashes. A test whose rank crashes is run once more.
+PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --reruns 1 --only-rerun 'ended by SIGSEGV' \
+  --dist loadfile --no-loadscope-reorder --numprocesses
 # Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
