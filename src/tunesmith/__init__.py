@@ -36,6 +36,7 @@ for key=value pass overrides={"key": value}, for an option pass the argument of 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tunesmith._version import __version__
 from tunesmith.errors import (
     CheckpointError,
     DataError,
@@ -48,7 +49,6 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
-from tunesmith._version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.cli.from_python import inspect_data, plan, sweep

@@ -29,6 +29,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import NoReturn
 
+from tunesmith._version import __version__
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.errors import (
     EXIT_FAILED,
@@ -49,7 +50,6 @@ from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, survive_write_errors, visible, width_of
 from tunesmith.runtime.host import bound_shape_caches, prepare_threads
-from tunesmith._version import __version__
 
 # Exit codes that shells use for a process that was ended by a signal: 128 + SIGINT, and 128 +
 # SIGPIPE.
