@@ -75,11 +75,15 @@ def test_other_files_have_another_copy(tmp_path: Path) -> None:
     assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
 
 
-def test_a_damaged_copy_is_not_used(tmp_path: Path) -> None:
+def test_a_damaged_copy_is_written_again(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", "llama", "trimmed")
     first = everything(load_tokenizer(folder, MODEL))
-    (find_copy(folder) / CORE_FILE).write_text("{")
+    core = find_copy(folder) / CORE_FILE
+    whole = core.read_bytes()
+    core.write_text("{")
     assert everything(load_tokenizer(folder, MODEL)) == first
+    assert core.read_bytes() == whole
+    assert type(load_tokenizer(folder, MODEL)).__name__ == "TokenizersBackend"
 
 
 def test_code_of_a_repository_is_not_copied(tmp_path: Path, cache: Path) -> None:

@@ -1,6 +1,7 @@
 """Loading of the tokenizer: padding token, added tokens, and the ids that end a turn."""
 
 import json
+import shutil
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from tunesmith.errors import ModelError, is_fault
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import one_line
-from tunesmith.model.tokenizer_copy import find_copy, read_copy, write_copy
+from tunesmith.model.tokenizer_copy import CORE_FILE, find_copy, read_copy, write_copy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +54,8 @@ def _load_by_copy(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     tokenizer = read_copy(copy, folder)
     if tokenizer is None:
         tokenizer = _load_by_class(folder, model)
+        if (copy / CORE_FILE).exists():
+            shutil.rmtree(copy, ignore_errors=True)  # the copy is damaged
         if not copy.exists():
             write_copy(copy, tokenizer)
     return tokenizer
