@@ -348,6 +348,7 @@ def dispatch(words: list[str]) -> int:
     # only once.
     if vars(module).get("LOADS_TORCH") == "here":
         prepare_threads()
+    # A command without a recipe, such as `generate`, takes its rows from options.
     names_recipe = not vars(args).keys().isdisjoint(("recipe", "overrides"))
     with rows_set_by(option=not names_recipe or bool(vars(args).get("data"))):
         return module.run(args) or EXIT_OK
