@@ -42,7 +42,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     On the CPU attention goes the way of CUDA, by an operator of varlen's signature.
     """
     found = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
-    monkeypatch.setattr("tunesmith.training.build.choose_device", lambda: found)
+    monkeypatch.setattr("tunesmith.stages.plan.choose_device", lambda: found)
     if found.type == "cpu":
         request.getfixturevalue("varlen_on_cpu")
     return found

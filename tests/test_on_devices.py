@@ -36,7 +36,8 @@ from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.recompute import recompute_layers
-from tunesmith.training.build import Session, build
+from tunesmith.training.build import build
+from tunesmith.training.session import Session
 
 pytestmark = pytest.mark.slow
 

@@ -53,6 +53,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.model_types import (
     FILE,
+    TUNED_SUPPORT,
     Errors,
     ModelType,
     Pictures,
@@ -61,7 +62,7 @@ from tunesmith.model.model_types import (
     read_model_types,
 )
 from tunesmith.model.spec import check_supported
-from tunesmith.model.support import TUNED_SUPPORT, measure_own_class, measure_support
+from tunesmith.model.support import measure_own_class, measure_support
 from tunesmith.model.text_config import has_own_class
 from tunesmith.model.tiny_model import shrink, shrink_multimodal
 from tunesmith.model.vision_support import measure_pictures

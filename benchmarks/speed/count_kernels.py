@@ -68,9 +68,9 @@ from tunesmith.host.chips import CHIPS
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialize
+from tunesmith.model.model_types import TUNED_SUPPORT
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
-from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import expert_matmul, expert_rows, grouped_experts
 from tunesmith.quant.expert_rows import RowIndex

@@ -23,7 +23,7 @@ from tunesmith.hub.fetch import spec_of_folder
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.model.shapes import find_shape
-from tunesmith.planning.resolve import inference_plan, with_dtype
+from tunesmith.planning.resolve import inference_plan, resolve_dtype
 from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
@@ -52,7 +52,8 @@ def main() -> None:
         device = choose_device()
         # The folder has no weights, so the sizes are computed from its config.json.
         sizes = spec_of_folder(folder, run.model)
-        model = with_dtype(run.model, run.train, chip_of(device), lambda: sizes)
+        dtype, _ = resolve_dtype(run.model, run.train, chip_of(device), sizes)
+        model = replace(run.model, dtype=dtype)
         run = replace(run, model=model)
         files = read_model_files(folder, run.model)
         plan = inference_plan(run, files, device)

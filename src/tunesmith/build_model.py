@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.checkpoint.start_adapter import find_adapter
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import REFERENCE_METHODS, Run
 from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
@@ -49,8 +49,6 @@ from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
 from tunesmith.runtime.stream import LayerStream
 from tunesmith.units import ceil_div
-
-Weights = Literal["stored", "random"]
 
 # The number of rows of embedding and output layer is rounded up to a multiple of this number,
 # because the matmul of the output layer is then faster on tensor cores.
@@ -314,7 +312,7 @@ def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextMana
     method needs no reference. Also return None if all weights are trained, because
     `training/reference.py` then computes the reference's log-probabilities before training.
     """
-    if not root.method.needs_reference or run.adapter.kind == "none":
+    if run.method.name not in REFERENCE_METHODS or run.adapter.kind == "none":
         return None
     if run.adapter.from_ is None:
         return partial(lora.disabled, root.model)

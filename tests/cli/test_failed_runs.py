@@ -23,7 +23,8 @@ from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
-from tunesmith.training import build, prepare
+from tunesmith.stages import plan as plan_stage
+from tunesmith.training import session
 from tunesmith.training.result import failure_of
 from warm import run_warm
 
@@ -95,10 +96,8 @@ def test_a_full_disk(
     """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends
     as it should.
     """
-    import tunesmith.training.build
-
     # It would refuse to begin
-    monkeypatch.setattr(tunesmith.training.build, "check_disk", lambda *given: None)
+    monkeypatch.setattr(plan_stage, "check_disk", lambda *given: None)
     ballast = small_disk / "ballast"
     words = world.train(output_dir=str(small_disk / "run"), train={"duration": "6 steps"})
     ballast.write_bytes(bytes((1024 - held) << 10))
@@ -141,7 +140,7 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, int(size * room))
     )
-    monkeypatch.setattr(build, "count_trained", lambda run, model: 1000)
+    monkeypatch.setattr(plan_stage, "count_trained", lambda run, model: 1000)
     code, parts, err = started(world.train(f"checkpoint.keep={keep}"), capsys)
     assert code == EXIT_USAGE, err
     assert parts["fix"].startswith(fix)
@@ -161,8 +160,8 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     def small(*args: Any) -> Machine:
         return replace(probe_machine(*args), card_bytes=1 << 20, free_bytes=1 << 20)
 
-    monkeypatch.setattr(prepare, "probe_machine", small)
-    monkeypatch.setattr(build, "build_model", lambda *args, **options: pytest.fail("built"))
+    monkeypatch.setattr(plan_stage, "probe_machine", small)
+    monkeypatch.setattr(session, "build_model", lambda *args, **options: pytest.fail("built"))
     code, parts, err = started(world.train("adapter.kind=none", "model.dtype=bf16"), capsys)
     assert code == EXIT_USAGE, err
     assert parts["where"] == "cpu"

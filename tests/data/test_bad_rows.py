@@ -17,7 +17,7 @@ from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.tokens import workers
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 from tunesmith.presentation.data import data_warnings, start_data_lines
-from tunesmith.training.early_checks import check_start
+from tunesmith.stages.inputs import check_inputs
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
@@ -102,7 +102,7 @@ def test_a_start_lists_the_bad_rows_of_all_files_before_torch_is_imported(
     data = {"train": train, "validation": validation}
     run = make_run(tiny, tmp_path, held=False, data=data)
     with refuses(DataError, where="first.jsonl:1, message 1", names=[6, 42]) as refused:
-        check_start(run, resumes=False)
+        check_inputs(run)
     places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
     assert places == {"first.jsonl:1", *(f"rows.jsonl:{number}" for number in BAD)}
 

@@ -43,7 +43,7 @@ from tunesmith.data.source.open_source import count_characters, read_rows
 from tunesmith.data.source.table import Place
 from tunesmith.errors import DataError
 from tunesmith.hub import fetch
-from tunesmith.training.early_checks import preview_rows
+from tunesmith.stages.draft import draft_recipe
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.program_rows import keep_rows
 
@@ -844,19 +844,19 @@ def test_rows_of_files_are_compared_by_their_pictures(
 def test_a_recipe_for_rows_with_pictures_has_a_model_that_sees(folder: Path) -> None:
     rows = "image,question,answer\npictures/red.png,Color?,red\n,Hi,Ho\n"
     (folder / "a.csv").write_text(rows)
-    look = preview_rows("someone/model", str(folder / "a.csv"))
+    look = draft_recipe("someone/model", str(folder / "a.csv"))
     assert look.chosen["model.vision"] is True
-    assert look.draft.model.vision
+    assert look.run.model.vision
     assert look.chosen["data.train.columns"] == {
         "prompt": "question",
         "completion": "answer",
         "images": "image",
     }
-    look = preview_rows("someone/model", str(folder / "a.csv"), ["model.vision=false"])
+    look = draft_recipe("someone/model", str(folder / "a.csv"), ["model.vision=false"])
     assert "model.vision" not in look.chosen
-    assert not look.draft.model.vision
+    assert not look.run.model.vision
     (folder / "b.csv").write_text("question,answer\nHi,Ho\n")
-    assert "model.vision" not in preview_rows("someone/model", str(folder / "b.csv")).chosen
+    assert "model.vision" not in draft_recipe("someone/model", str(folder / "b.csv")).chosen
 
 
 def test_the_recipe_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

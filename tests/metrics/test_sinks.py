@@ -35,7 +35,7 @@ from tunesmith.metrics.sink import (
     writes_tensorboard,
 )
 from tunesmith.metrics.terminal import Terminal, TimeLeftColumn
-from tunesmith.training.prepare import check_inputs
+from tunesmith.stages.inputs import check_requirements
 from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
 
@@ -435,7 +435,7 @@ def test_tensorboard_is_written_if_it_is_installed_or_asked_for(
     assert writes(tensorboard_dir="logs")
     for log in (Log(tensorboard=True), Log(tensorboard_dir="logs")):
         with refuses(MachineError, where="log.tensorboard", fix=["pip install 'tensorboard"]):
-            check_inputs(replace(run, log=log), Start())
+            check_requirements(replace(run, log=log), Start())
 
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:

@@ -25,9 +25,10 @@ from tunesmith.model import save_tensors
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.model.weights import copy_full_tensor
-from tunesmith.parallel.mesh import Mesh, possible_shapes
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.planning.resolve import inference_plan
-from tunesmith.training.build import make_optimizer
+from tunesmith.training.session import make_optimizer
 
 pytestmark = pytest.mark.slow
 

@@ -34,10 +34,11 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import save_tensors, weights
 from tunesmith.model.safetensors_files import read_into
-from tunesmith.parallel.mesh import Mesh, possible_shapes
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.presentation.start import trained_text
-from tunesmith.training.build import make_optimizer
+from tunesmith.training.session import make_optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

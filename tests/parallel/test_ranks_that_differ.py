@@ -92,7 +92,7 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
     from tunesmith.distributed.ranks import Ranks
-    from tunesmith.training.agree import find_differences
+    from tunesmith.stages.agree import find_differences
 
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), run_dir_writers=(0,) * 4)
     parts = [{"seed": "1"}] * 3 + [{"seed": "2"}]

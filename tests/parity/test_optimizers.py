@@ -19,8 +19,9 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.micro_batches import MicroBatches
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
-from tunesmith.training.build import Session, build, write_identity
+from tunesmith.training.build import build
 from tunesmith.training.run import train
+from tunesmith.training.session import Session, write_identity
 
 pytestmark = pytest.mark.slow
 
@@ -164,7 +165,7 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
         sessions.append(session)
         write_identity(session, argv)
 
-    monkeypatch.setattr("tunesmith.training.run.write_identity", kept)
+    monkeypatch.setattr("tunesmith.training.session.write_identity", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
     with refuses(NonFiniteError, cause="not-finite", names=["gradient"]):
         go(run)

@@ -26,7 +26,7 @@ from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster, cluster_of, read_cluster
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.planning.workload import measure_work
-from tunesmith.training import prepare
+from tunesmith.stages import plan as plan_stage
 from tunesmith.units import Size
 
 FULL = {"adapter": {"kind": "none"}}
@@ -78,19 +78,19 @@ def planned_in_training(
     """What `train` plans on ranks whose machine is the planner's, each with a GPU of its name."""
     cluster = planner.cluster
     machine = replace(planner.machine, name=cluster.chip.name, device="cuda:1")
-    monkeypatch.setattr(prepare, "define_model", lambda run, files: None)
-    monkeypatch.setattr(prepare, "count_trained", lambda run, model: planner.trained)
-    monkeypatch.setattr(prepare, "probe_machine", lambda *_: machine)
-    monkeypatch.setattr(prepare, "eight_bit_shapes", lambda *_: [])
+    monkeypatch.setattr(plan_stage, "define_model", lambda run, files: None)
+    monkeypatch.setattr(plan_stage, "count_trained", lambda run, model: planner.trained)
+    monkeypatch.setattr(plan_stage, "probe_machine", lambda *_: machine)
+    monkeypatch.setattr(plan_stage, "eight_bit_shapes", lambda *_: [])
     ranks = SimpleNamespace(
         raise_on_all_ranks=nullcontext, all_gather_object=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
         local_world=cluster.per_node, name=str, heartbeat=Heartbeat(),
     )  # fmt: skip
-    start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
+    previous = Size(int(before.split()[0]), "tokens") if before else None
     data = SimpleNamespace(train=tokens, schedule=None)
     files = SimpleNamespace(spec=planner.spec)
-    prepared = prepare.Prepared(planner.run, planner.run, files, data, {})  # type: ignore[arg-type]
-    return prepare.plan_model(prepared, start, torch.device("cuda:1"), ranks)[1]  # type: ignore[arg-type]
+    device = torch.device("cuda:1")
+    return plan_stage.choose_plan(planner.run, files, data, previous, device, ranks)[2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -152,9 +152,9 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
     host = 8 * planner.best().plan.memory.host
     assert host == pytest.approx(8 * spec.parameters, rel=1e-6)
-    monkeypatch.setattr(prepare, "available_memory", lambda: host)
+    monkeypatch.setattr(plan_stage, "available_memory", lambda: host)
     assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
-    monkeypatch.setattr(prepare, "available_memory", lambda: host - 1)
+    monkeypatch.setattr(plan_stage, "available_memory", lambda: host - 1)
     with refuses(MachineError, where="train.cpu_offload", names=["64.2 GB", "8 ranks"]) as refused:
         planned_in_training(monkeypatch, planner, tokens)
     assert refused.value.what.count("64.2 GB") == 2
@@ -178,7 +178,7 @@ def test_a_host_that_cannot_hold_streamed_layers_names_what_is_not_in_force_yet(
     }
     run, spec, tokens = make("llama3-70b", MANY | keys)
     planner = plan_on_paper(run, spec, read_cluster("rtx-4090"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
-    monkeypatch.setattr(prepare, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(plan_stage, "available_memory", lambda: 1 << 30)
     with refuses(MachineError, where="train.cpu_offload", fix=fixes or ["GPUs"]) as refused:
         planned_in_training(monkeypatch, planner, tokens)
     named = ("train.recompute=full", "model.quantize=nf4")

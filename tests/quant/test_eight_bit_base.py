@@ -15,7 +15,8 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import ModelError
 from tunesmith.formats import fp8, scaled_matmul
 from tunesmith.training import compare_eight_bit
-from tunesmith.training.build import Session, build, first_batches
+from tunesmith.training.build import build
+from tunesmith.training.session import Session, first_batches
 
 pytestmark = pytest.mark.slow
 

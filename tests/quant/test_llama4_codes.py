@@ -13,7 +13,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
 from tunesmith.model.experts import find_experts
 from tunesmith.model.measured_spec import measure_spec
-from tunesmith.model.support import TUNED_SUPPORT
+from tunesmith.model.model_types import TUNED_SUPPORT
 from tunesmith.model.text_config import read_configs
 from tunesmith.planning.measured_layers import measure_activations
 

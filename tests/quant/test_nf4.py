@@ -19,7 +19,7 @@ from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.formats.nf4 import MAX_FUSED_ROWS, Nf4, nf4_functions
 from tunesmith.host.chips import Chip
-from tunesmith.training.prepare import check_machine
+from tunesmith.stages.plan import check_machine
 
 pytest.importorskip("bitsandbytes")
 

@@ -26,7 +26,8 @@ from tunesmith.runtime.device import (
     is_integrated,
     prepare_allocator,
 )
-from tunesmith.training import build
+from tunesmith.stages import plan as plan_stage
+from tunesmith.training.build import build
 
 GIB = 2**30
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -157,9 +158,9 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
     assert cuda.told == ["emptied", "peak"]
     order: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(build, "free_device_memory", lambda: order.append("freed"))
-    monkeypatch.setattr(build, "choose_device", lambda: order.append("chosen") or CPU)
-    build.build(make_run(tiny, tmp_path), Start())
+    monkeypatch.setattr(plan_stage, "free_device_memory", lambda: order.append("freed"))
+    monkeypatch.setattr(plan_stage, "choose_device", lambda: order.append("chosen") or CPU)
+    build(make_run(tiny, tmp_path), Start())
     assert order == ["freed", "chosen"]
 
 

@@ -27,7 +27,7 @@ from tunesmith.data.batches.batch import collate
 from tunesmith.data.text.example import Example
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.support import TUNED_SUPPORT
+from tunesmith.model.model_types import TUNED_SUPPORT
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate

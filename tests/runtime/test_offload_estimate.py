@@ -7,13 +7,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from errors import holds, refuses, warnings_with
-from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
@@ -31,7 +31,7 @@ from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
 from tunesmith.planning.workload import Workload
-from tunesmith.training import prepare
+from tunesmith.presentation.start import machine_lines
 
 SPEC: ModelSpec = read_spec(SHAPES["llama3-8b"].config, where="test")
 SHARDS, ONE = MeshShape(1, 8, 1), MeshShape()
@@ -268,7 +268,10 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     assert estimate(run, ONE, machine("cpu")) == estimate(recipe(FULL), ONE, machine("cpu"))
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
     offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
-    with logged_lines() as said:
-        prepare.check_machine(offloaded, torch.device("cpu"), Chip("cpu", 8.0))
+    facts = SimpleNamespace(
+        run=offloaded, device=torch.device("cpu"), chip=Chip("cpu", 8.0), dtype="fp32",
+        dtype_reason="", is_dtype_restored=False,
+    )  # fmt: skip
+    said = list(machine_lines(facts))  # type: ignore[arg-type]
     assert len(said) == 1
     assert warnings_with(said[0], "train.cpu_offload", "CPU")

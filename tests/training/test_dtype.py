@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.spec import read_spec
 from tunesmith.planning.resolve import resolve_dtype
+from tunesmith.presentation.start import machine_lines
 from tunesmith.run_dir import RECIPE
 from tunesmith.runtime.device import chip_of
-from tunesmith.training import prepare
-from tunesmith.training.prepare import check_machine, common_chip
+from tunesmith.stages import plan as plan_stage
+from tunesmith.stages.plan import check_machine, common_chip
 from tunesmith.training.run import train
 
 SPEC = read_spec(SHAPES["llama3-8b"].config, where="test")  # 30 GiB in fp32
@@ -57,16 +59,9 @@ def test_bf16_where_there_are_units_for_it_else_fp32_where_it_fits(
     chip: Chip, keys: dict[str, Any], dtype: str
 ) -> None:
     model = Model(name="m", quantize=keys.pop("quantize", "auto"))
-    chosen, line = resolve_dtype(model, Train(**keys), chip, lambda: SPEC)
+    chosen, reason = resolve_dtype(model, Train(**keys), chip, SPEC)
     assert chosen == dtype
-    assert holds(line, "model.dtype", dtype)
-
-
-def test_where_there_are_units_the_model_is_not_looked_at() -> None:
-    def read_sizes() -> ModelSpec:
-        raise AssertionError
-
-    assert resolve_dtype(Model(name="m"), Train(), GPU, read_sizes)[0] == "bf16"
+    assert reason
 
 
 @pytest.mark.parametrize(
@@ -76,7 +71,7 @@ def test_what_needs_bf16_is_refused_on_a_gpu_without_it(
     model: dict[str, Any], rest: dict[str, Any]
 ) -> None:
     with refuses(MachineError, where="model.dtype", names=["T4"]):
-        resolve_dtype(Model(name="m", **model), Train(**rest), T4, lambda: SPEC)
+        resolve_dtype(Model(name="m", **model), Train(**rest), T4, SPEC)
 
 
 def chip_on_ranks() -> tuple[Chip, Chip]:
@@ -103,8 +98,12 @@ def test_only_emulated_products_are_warned_of(
     chip: Chip, dtype: str, is_warned: bool, tiny: Path, tmp_path: Path
 ) -> None:
     run = make_run(tiny, tmp_path, model={"dtype": dtype})
-    with logged_lines() as lines:
-        check_machine(run, torch.device("cpu"), chip)
+    check_machine(run, torch.device("cpu"), chip)
+    facts = SimpleNamespace(
+        run=run, device=torch.device("cpu"), chip=chip, dtype=dtype, dtype_reason="",
+        is_dtype_restored=False,
+    )  # fmt: skip
+    lines = list(machine_lines(facts))  # type: ignore[arg-type]
     assert [line for line in lines if holds(line, "bf16", "model.dtype=fp32")] == lines
     assert bool(lines) == is_warned
 
@@ -128,7 +127,7 @@ def test_a_run_keeps_the_dtype_that_it_began_with(
     config = tmp_path / "run" / RECIPE
     assert load_recipe(config).model.dtype == "fp32"
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: FAST_CPU)
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: FAST_CPU)
     with logged_lines() as lines:
         assert train(start(4)).steps == 4
     assert sum(holds(line, "model.dtype", "fp32") for line in lines) == 1
@@ -148,12 +147,12 @@ def test_a_dtype_that_was_chosen_elsewhere_is_checked_here(
         changes = {"train": {"duration": f"{steps} steps", "warmup": "1 steps"}}
         return make_run(tiny, tmp_path, held=False, model={"dtype": "auto"}, **changes)
 
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: FAST_CPU)
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: FAST_CPU)
     train(start(1), quiet=True)
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: SLOW_CPU)
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: SLOW_CPU)
     with logged_lines() as lines:
         train(start(2))
     assert lines_with("\n".join(lines), "warning", "bf16", "model.dtype=fp32")
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: T4)
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: T4)
     with refuses(MachineError, where="model.dtype", names=["T4"]):
         train(start(3), quiet=True)

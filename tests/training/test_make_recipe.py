@@ -46,6 +46,7 @@ from tunesmith.errors import (
 from tunesmith.model import tiny_model
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.run_dir import SWEEP
+from tunesmith.stages.draft import draft_recipe
 from tunesmith.training.make_recipe import (
     continued_rate,
     default_learning_rate,
@@ -735,7 +736,9 @@ def test_a_hub_data_set_is_read_from_its_train_split(
     made = make_recipe("small", "me/rows")
     assert (made.run.data.train[0].source, made.run.data.train[0].split) == ("me/rows", "train")
     assert made.path.name == "rows-small.yaml"
-    assert made.about_data.startswith("me/rows: 40 rows")
+    draft = draft_recipe("small", "me/rows")
+    assert draft.about_data.startswith("me/rows: 40 rows")
+    assert dict(draft.unused_splits) == {"test": 40}
     splits["dev"] = splits.pop("train")
     with (
         refuses(DataError, where="me/rows", names=["train"], fix=["--split test"]),

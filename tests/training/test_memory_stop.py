@@ -22,6 +22,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.reader.run_files import RunFiles, end_fields
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
+from tunesmith.training import session
 from tunesmith.training.result import stopped_by
 from tunesmith.training.run import train
 from warm import run_warm
@@ -105,13 +106,13 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
 def test_memory_that_is_short_while_the_model_loads_ends_the_start(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed, build_model = Feed(monkeypatch), start.build.__globals__["build_model"]
+    feed, build_model = Feed(monkeypatch), session.build_model
 
     def built(*args: Any, **options: Any) -> Any:
         feed.run_short()
         return build_model(*args, **options)
 
-    monkeypatch.setitem(start.build.__globals__, "build_model", built)
+    monkeypatch.setattr(session, "build_model", built)
     with refuses(LowMemoryError, where="", cause="memory") as caught:
         train(make_run(tiny, tmp_path), quiet=True)
     assert caught.value.exit_code == 75

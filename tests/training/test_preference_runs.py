@@ -24,7 +24,7 @@ from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.metrics.record import read_records
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
-from tunesmith.training import prepare, validation
+from tunesmith.training import validation
 from tunesmith.training.result import Result
 from tunesmith.training.validation_loss import ValidationResult
 
@@ -104,7 +104,7 @@ def test_a_run_of_whole_sequences_goes_on_with_them(
     """As one that an earlier version began: sums over other rows have other bits."""
     adapter = {"kind": kind}
     once = train(tiny, tmp_path, "dpo", "once", adapter=adapter)
-    monkeypatch.setattr(prepare, "shares_prompts", lambda *_: False)
+    monkeypatch.setattr("tunesmith.stages.tokens.shares_prompts", lambda *_: False)
     whole = train(tiny, tmp_path, "dpo", "whole", adapter=adapter)
     train(tiny, tmp_path, "dpo", "parts", adapter=adapter, train={"duration": "2 steps"})
     monkeypatch.undo()

@@ -314,7 +314,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
         "transformers.AutoConfig.from_pretrained",
         "tunesmith.training.run.decide_start",
         "tunesmith.data.tokens.encode.convert_row",
-        "tunesmith.training.build.build_model",
+        "tunesmith.training.session.build_model",
         "tunesmith.metrics.sink.JsonlSink.open",
     ],
 )
@@ -356,12 +356,12 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
             train(run, quiet=True)
     assert told_steps() == [2, 2]
     with monkeypatch.context() as patch:
-        stop_while(patch, "tunesmith.training.build.build_model")
+        stop_while(patch, "tunesmith.training.session.build_model")
         with refuses(StoppedEarlyError, names=["step 2"]):
             train(run, quiet=True)
     assert told_steps() == [2, 2]
     with monkeypatch.context() as patch:
-        stop_while(patch, "tunesmith.training.build.build_model")
+        stop_while(patch, "tunesmith.training.session.build_model")
         patch.setattr("tunesmith.training.run.is_launched", lambda: True)
         with refuses(StoppedEarlyError, names=["step 2"]):
             train(run, quiet=True)

@@ -21,7 +21,7 @@ from tunesmith.config.tree import read_value
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import DataError
-from tunesmith.training.early_checks import preview_rows
+from tunesmith.stages.draft import draft_recipe
 
 Settings = dict[str, Any]
 CALLS = '[{"role": "user", "content": "a"}]'
@@ -67,7 +67,7 @@ def keyed(settings: Settings) -> Settings:
 def preview(rows: Path, settings: Settings, *, python: bool) -> None:
     with rows_set_by(option=True, python=python):
         values = {"source": str(rows), **settings}
-        preview_rows("./model", values.pop("source"), keyed(values))
+        draft_recipe("./model", values.pop("source"), keyed(values))
 
 
 def check_recipe(folder: Path, overrides: Overrides) -> None:

@@ -35,7 +35,7 @@ from tunesmith.planning.run_plan import Machine
 from tunesmith.runtime import compilation
 from tunesmith.runtime import stream as stream_module
 from tunesmith.runtime.stream import SLOTS, LayerStream, StreamedLayer
-from tunesmith.training import build
+from tunesmith.stages import plan as plan_stage
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -57,14 +57,14 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that lets so many layers of the runs that follow stream, with other changes of
     their plan.
     """
-    plan_model = build.plan_model
+    choose_plan = plan_stage.choose_plan
 
     def stream(count: int, **changes: Any) -> None:
         def planned(*args: Any) -> Any:
-            model, plan = plan_model(*args)
-            return model, replace(plan, streamed_layers=count, **changes)
+            model, trained, plan = choose_plan(*args)
+            return model, trained, replace(plan, streamed_layers=count, **changes)
 
-        monkeypatch.setattr(build, "plan_model", planned)
+        monkeypatch.setattr(plan_stage, "choose_plan", planned)
 
     return stream
 

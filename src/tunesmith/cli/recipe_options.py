@@ -21,7 +21,6 @@ from tunesmith.host.shell import shell_command, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.early_checks import RowsPreview
     from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def chosen_recipe(
     row_count: int | None = None,
     ranks: int = 1,
     is_own: bool = True,
-    on_preview: "Callable[[RowsPreview], object]" = lambda preview: None,
+    on_draft: "Callable[[Run], object]" = lambda draft: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """Load or make the recipe that the options of `add_recipe` describe. Log the chosen values.
 
@@ -117,8 +116,7 @@ def chosen_recipe(
         on_paper, row_count, ranks: arguments of `make_recipe`.
         is_own: whether the user wrote the recipe. The recipe of a run directory may be from another
             person.
-        on_preview: function that is called with the result of `preview_rows`, before torch is
-            imported.
+        on_draft: function that is called with the draft of a new recipe, before the model is read.
 
     Returns:
         The recipe, and the file of a new recipe. The file is None if the recipe already exists.
@@ -155,14 +153,17 @@ def chosen_recipe(
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
         check_local(Path(args.data[0]).expanduser().absolute())
-    from tunesmith.training.early_checks import preview_rows
+    from tunesmith.presentation.data import draft_lines
+    from tunesmith.stages.draft import draft_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
     for key, value in keys_of_rows.items():
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
-    preview = preview_rows(args.model, args.data[0], words)
-    on_preview(preview)
+    draft = draft_recipe(args.model, args.data[0], words)
+    for line in draft_lines(draft):
+        log.info(line)
+    on_draft(draft.run)
     from tunesmith.training.make_recipe import make_recipe
 
     recipe = make_recipe(
@@ -172,7 +173,6 @@ def chosen_recipe(
         on_paper=on_paper,
         row_count=row_count,
         ranks=ranks,
-        preview=preview,
+        draft=draft,
     )
-    log.info(recipe.about_data)
     return recipe.run, recipe

@@ -10,18 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.row_checks import ROW_FAULTS, place
 from tunesmith.data.compare.splits import Splits
-from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.prepare import TrainingData
 from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.streams import show, visible, width_of
-from tunesmith.hub import fetch
-from tunesmith.hub.model_files import read_picture_processor
-from tunesmith.model.config_facts import read_config_facts
-from tunesmith.model.spec import check_seq_len
-from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 from tunesmith.presentation.data import data_lines, data_warnings, histogram
+from tunesmith.stages.inputs import read_inputs
+from tunesmith.stages.model import ModelFacts
 from tunesmith.units import count_of
 
 # Maximum number of row locations in each list of findings in the JSON output.
@@ -30,24 +28,17 @@ _LISTED_PLACES = 100
 _SHOWN_ROW_TOKENS = 800
 
 
-def show_data(args: argparse.Namespace, recipe: Run) -> None:
-    """Tokenize the rows of a recipe as in training, and print them as text or JSON."""
-    folder = fetch.fetch_for_tokens(recipe.model)
-    spec = fetch.spec_of_folder(folder, recipe.model)
-    check_seq_len(spec, recipe.data.seq_len, where=str(folder / "config.json"))
-    tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
-    rows = vocab_rows(read_config_facts(folder, recipe.model), tokenizer, recipe.model)
-    prepared = prepare_data(
-        recipe,
-        tokenizer,
-        eos_ids(folder, tokenizer),
-        rows,
-        # Do not raise errors of the token contract (the checks of the tokens) now. They are first
-        # shown with the other results, and raised at the end.
-        strict=False,
-        position_limit=spec.position_limit,
-        pictures=read_picture_processor(folder, tokenizer, recipe),
-    )
+def show_data(args: argparse.Namespace, recipe: Run, known: ModelFacts | None) -> None:
+    """Tokenize the rows of a recipe as in training, and print them as text or JSON.
+
+    Args:
+        known: facts that were found when the recipe was created.
+    """
+    # Errors of the token contract (the checks of the tokens) are first shown with the other
+    # results, and raised at the end.
+    tokens = read_inputs(recipe, Start(), inspected=True, known=known)
+    prepared = tokens.data
+    tokenizer = tokens.model.tokenizer
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:

@@ -19,10 +19,13 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.cli.options import add_json, is_main_process, leave_lines_to_rank_0
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
+from tunesmith.config.paths import inputs_of
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
 from tunesmith.host.streams import show, survive_write_errors
@@ -31,7 +34,6 @@ from tunesmith.presentation.summary import closing_summary
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.early_checks import RowsPreview
     from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.result import Result
 
@@ -60,12 +62,10 @@ def run(args: argparse.Namespace) -> None:
     # Collect log lines in memory until the run opens log.txt and writes them to it.
     with log_file.attached():
         with StopRequest() as early:
-            recipe, new_file, result = _read_recipe(args, early)
-            if result is None:
-                with early.loading_libraries():
-                    from tunesmith.training.run import train
+            recipe, new_file = _read_recipe(args, early)
             if early.requested():
                 raise early.not_begun()
+            from tunesmith.training.run import train_run
 
         def write_recipe(record: object) -> None:
             """Write the file of a new recipe.
@@ -75,50 +75,36 @@ def run(args: argparse.Namespace) -> None:
             if new_file is not None:
                 new_file.write_file()
 
-        if result is None:
-            result = train(
-                recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
-            )
+        result = train_run(
+            recipe,
+            known=new_file.facts if new_file else None,
+            fresh=args.fresh,
+            why=args.why,
+            argv=sys.argv,
+            on_record=write_recipe,
+        )
         if is_main_process():
             wall_seconds = None if result.finished_before else time.monotonic() - start
             _show_result(args, recipe, new_file, result, log_file, wall_seconds)
     log_file.close()
 
 
-def _check_start(recipe: "Run", *, resumes: bool) -> "Result | None":
-    """Check before the start of a run what can be checked by reading files only.
+def _check_output_dir(recipe: "Run") -> None:
+    """Check that a run can write to its output directory.
 
-    Return the Result of a finished run. Return None if the run is not finished.
+    Ranks that a launcher started do not check it, because only one of them may lock the directory.
     """
-    # Skip the checks in ranks that a launcher started. They check together after all have joined.
-    if is_launched():
-        return None
-    from tunesmith.training.early_checks import check_start
-
-    return check_start(recipe, resumes=resumes)
+    if not is_launched():
+        with claim_run_dir(Path(recipe.output_dir), inputs_of(recipe).values()):
+            pass
 
 
-def _read_recipe(
-    args: argparse.Namespace, early: StopRequest
-) -> "tuple[Run, NewRecipe | None, Result | None]":
+def _read_recipe(args: argparse.Namespace, early: StopRequest) -> "tuple[Run, NewRecipe | None]":
     """Read or make the recipe that the command line describes.
 
-    Check files before torch is imported.
-
     Returns:
-        The recipe, the file of a new recipe or None, and the Result of a finished run or None.
+        The recipe, and the file of a new recipe or None.
     """
-    result: Result | None = None
-
-    def on_preview(preview: "RowsPreview") -> None:
-        """Check the draft of the recipe, then import the libraries that complete the recipe."""
-        _check_start(preview.draft, resumes=False)
-        with early.loading_libraries():
-            # `chosen_recipe` uses these modules. `load` imports torch, which the first recipe of a
-            # model needs.
-            import tunesmith.model.load  # noqa: F401
-            import tunesmith.training.make_recipe  # noqa: F401
-
     if is_launched():
         # Record signals without raising an exception. If this rank waits for another rank, the
         # launcher stops it.
@@ -126,16 +112,13 @@ def _read_recipe(
     elif StopRequest.is_of_command:
         early.patience = STOP_PATIENCE_SECONDS
     with reported_once_a_node():
-        recipe, new_file = chosen_recipe(args, on_preview=on_preview)
+        recipe, new_file = chosen_recipe(args, on_draft=_check_output_dir)
         if new_file is not None:
             new_file.check_file()
-        else:
-            resumes = not args.fresh and recipe.checkpoint.resume != "never"
-            result = _check_start(recipe, resumes=resumes)
     if new_file is not None:
         name = new_file.name
         log.info(f"recipe: {name} (edit it and run: tunesmith train {name})")
-    return recipe, new_file, result
+    return recipe, new_file
 
 
 def _show_result(

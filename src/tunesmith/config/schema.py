@@ -50,6 +50,9 @@ MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
 
 # Training methods whose examples are pairs of answers: one is better than the other.
 PAIR_METHODS = ("dpo", "orpo", "simpo")
+# Training methods whose loss also uses log-probabilities of the model as it was at the start of
+# training.
+REFERENCE_METHODS = ("dpo", "kto")
 # Keys in the recipe section `method` that each training method reads, in addition to `name`. A
 # recipe with a key that its method does not read is refused.
 METHOD_KEYS: dict[str, tuple[str, ...]] = {

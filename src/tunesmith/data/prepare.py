@@ -14,7 +14,7 @@ from tunesmith.config.schema import Data, Run
 from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.compare.row_checks import check_across
-from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
+from tunesmith.data.compare.splits import OpenedRows, Splits, read_checked_splits, read_splits
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.contract import Contract, CutAnswers, check_tokens
@@ -98,6 +98,7 @@ def prepare_data(
     eos_ids: Collection[int],
     vocab_size: int,
     *,
+    opened: OpenedRows | None = None,
     cache: Path | None = None,
     strict: bool = True,
     cut_answers: CutAnswers = "refuse",
@@ -110,6 +111,7 @@ def prepare_data(
     Args:
         eos_ids: ids that end a turn, from the model's generation config.
         vocab_size: number of rows of the model's embedding.
+        opened: the rows of the recipe's sources. If None, the sources are opened.
         cache: folder of the token cache. If None, the folder `tokens` in tunesmith's cache folder.
         strict: whether a broken token contract raises DataError. If False, the caller must check
             `contracts`.
@@ -125,7 +127,7 @@ def prepare_data(
     data = run.data
     cache = cache or cache_folder("tokens")
     template = select_template(data, tokenizer, eos_ids, pictures)
-    splits = read_checked_splits(data, run.train.seed)
+    splits = read_checked_splits(data, run.train.seed, opened)
     across = []
     if data.validation:
         across = check_across(splits.validation, splits.train)

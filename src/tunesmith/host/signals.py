@@ -165,20 +165,6 @@ class StopRequest:
         if self.requested() and not deferred:  # a library has caught the KeyboardInterrupt
             raise self.not_begun()
 
-    @contextmanager
-    def loading_libraries(self) -> Iterator[None]:
-        """Defer stop signals while the block loads libraries.
-
-        Nothing needs to be saved at this time, so a signal ends a command immediately.
-        """
-        deferred = self._deferred
-        self._deferred = self.nothing_to_save = True
-        try:
-            yield
-        finally:
-            self._deferred = deferred
-            self.nothing_to_save = False
-
     def requested(self) -> bool:
         return self.signal is not None or self.low_memory is not None
 
@@ -297,6 +283,27 @@ def _leave_all() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_all)
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Context manager for the import of libraries such as torch, which must not be interrupted.
+
+    Stop signals are deferred inside the block. Nothing needs to be saved at this time, so a signal
+    ends a command immediately. Outside a StopRequest, the block has no effect.
+    """
+    if not _entered:
+        yield
+        return
+    request = _entered[-1]
+    before = (request._deferred, request.nothing_to_save)
+    request._deferred = request.nothing_to_save = True
+    try:
+        yield
+    finally:
+        request._deferred, request.nothing_to_save = before
+    if request.requested() and not request._deferred:
+        raise request.not_begun()
 
 
 def wait_for_signal(seconds: float) -> None:

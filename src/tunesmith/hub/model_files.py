@@ -4,7 +4,7 @@ processor.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from tunesmith.data.text.placeholders import PictureProcessor
+
+# Whether the weights are read from the folder of the model or drawn at random.
+Weights = Literal["stored", "random"]
 
 
 @dataclass(frozen=True)

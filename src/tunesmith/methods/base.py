@@ -84,14 +84,11 @@ class Method(ABC):
 
     Attributes:
         metrics: names of the sums in `MethodOutput.metrics`, in order.
-        needs_reference: whether the loss also uses log-probabilities of the model as it was at the
-            start of training.
         needs_mismatched: whether the loss needs batches in which each prompt is paired with the
             answer of another row.
     """
 
     metrics: Sequence[str] = ()
-    needs_reference = False
     needs_mismatched = False
 
     def __init__(self, config: MethodConfig) -> None:

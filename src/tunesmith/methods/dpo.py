@@ -46,7 +46,6 @@ class DirectPreferenceOptimization(MeanOverExamples):
     """
 
     metrics = PAIR_METRICS
-    needs_reference = True
 
     def __call__(
         self, model: TrainModel, batch: Batch, totals: StepTotals | None = None

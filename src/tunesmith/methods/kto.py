@@ -35,7 +35,6 @@ class KahnemanTverskyOptimization(MeanOverExamples):
     """KTO loss: the mean over the answers of the global batch."""
 
     metrics = KTO_METRICS
-    needs_reference = True
     needs_mismatched = True
 
     def begin_step(

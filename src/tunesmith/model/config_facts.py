@@ -3,6 +3,7 @@
 Transformers imports torch to read a config. Its result for an unchanged config.json is cached.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from tunesmith.config.schema import Model
 from tunesmith.host.files import measure_once
+from tunesmith.host.signals import loading_libraries
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.safetensors_files import read_model_config
 from tunesmith.model.shipped import check_quantize
@@ -46,16 +48,20 @@ def check_config(folder: Path, model: Model) -> dict[str, Any]:
     return stated
 
 
-def read_config_facts(folder: Path, model: Model) -> ConfigFacts:
-    """Return facts of the config in a model folder. Raise the errors of `load.load_config`."""
+def read_config_facts(folder: Path, model: Model, stated: Mapping[str, Any]) -> ConfigFacts:
+    """Return facts of the config in a model folder. Raise the errors of `load.load_config`.
+
+    Args:
+        stated: the values of config.json.
+    """
 
     def read() -> ConfigFacts:
-        from tunesmith.model.load import load_config  # imports torch
+        with loading_libraries():
+            from tunesmith.model.load import load_config  # imports torch
 
         config = load_config(folder, model)
         return ConfigFacts(int(config.vocab_size), getattr(config, "max_position_embeddings", None))
 
-    stated = check_config(folder, model)
     # The code of a repository can change without its config. Pictures import torch anyway.
     if model.trust_remote_code or model.vision:
         return read()

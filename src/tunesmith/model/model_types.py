@@ -71,6 +71,11 @@ class Support:
     bidirectional_pictures: BidirectionalPictures = ""
 
 
+TUNED_SUPPORT = Support(
+    "tuned", "tunesmith's own forwards, which tests compare with Transformers'", packs_eager=True
+)
+
+
 @dataclass(frozen=True)
 class ModelType:
     """One model type, measured with the default config of Transformers.

@@ -40,7 +40,7 @@ from tunesmith.model.decoder import (
 from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import without_labels
-from tunesmith.model.model_types import Errors, Support
+from tunesmith.model.model_types import TUNED_SUPPORT, Errors, Support
 from tunesmith.model.names import assign_names, name_in_entire_model
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.safetensors_files import Entry
@@ -69,10 +69,6 @@ TEXT_INPUTS = {
 FIRST_ID = 3
 # Module name -> slices of its inputs and its outputs that belong to the second document.
 Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
-
-TUNED_SUPPORT = Support(
-    "tuned", "tunesmith's own forwards, which tests compare with Transformers'", packs_eager=True
-)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Loading of the tokenizer: padding token, added tokens, and the ids that end a turn."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable, Collection
@@ -7,17 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AddedToken, PreTrainedTokenizerBase
-
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, is_fault
 from tunesmith.host.files import check_regular_files
+from tunesmith.host.signals import loading_libraries
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import one_line
 from tunesmith.model.tokenizer_copy import CORE_FILE, find_copy, read_copy, write_copy
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from tunesmith.model.config_facts import ConfigFacts
 
@@ -42,7 +43,8 @@ def load_original_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBa
 
 
 def _load_by_class(folder: Path, model: Model) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # imports torch
+    with loading_libraries():
+        from transformers import AutoTokenizer  # imports torch
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
@@ -80,6 +82,8 @@ def _load(
             "folder, or set model.tokenizer to a folder with these files",
         ) from error
     vocabulary = tokenizer.get_vocab()
+    from transformers import AddedToken
+
     tokens = []
     for text in model.added_tokens:
         if text not in vocabulary:
@@ -116,7 +120,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
 
 
 def vocab_rows(
-    config: "PretrainedConfig | ConfigFacts", tokenizer: PreTrainedTokenizerBase, model: Model
+    config: PretrainedConfig | ConfigFacts, tokenizer: PreTrainedTokenizerBase, model: Model
 ) -> int:
     """Return the number of rows that the embedding and the head need.
 

@@ -6,17 +6,21 @@ read by the base class of these classes, which uses the file unchanged. A copy i
 is equal to the original.
 """
 
+from __future__ import annotations
+
 import hashlib
 import inspect
 import json
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from tunesmith.host.files import cache_folder, cached_once
 from tunesmith.model.safetensors_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 COPY_VERSION = 1  # increase it if the written files or the comparison change
 CORE_FILE = "tokenizer.json"
@@ -72,6 +76,8 @@ def read_copy(copy: Path, folder: Path) -> PreTrainedTokenizerFast | None:
     """Read the copy of the tokenizer in `folder`. Return None if there is no readable copy."""
     if not (copy / CORE_FILE).is_file():
         return None
+    from transformers import PreTrainedTokenizerFast
+
     # The files of the cache can be damaged, and Transformers and tokenizers raise many kinds of
     # errors for damaged files.
     with suppress(Exception):
@@ -105,6 +111,8 @@ def _has_own_methods(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     Classes of Transformers with a core in Rust define only how this core is built.
     """
+    from transformers import PreTrainedTokenizerFast
+
     for parent in type(tokenizer).__mro__:
         if parent is PreTrainedTokenizerFast:
             return False

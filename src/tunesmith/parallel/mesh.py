@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tunesmith.config.schema import Parallel, Run
+from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT
 from tunesmith.errors import RecipeError
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
-from tunesmith.parallel.mesh_shape import ONE, MeshShape
+from tunesmith.parallel.mesh_shape import ONE, MeshShape, possible_shapes
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import count_of
 
@@ -158,32 +158,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             size += piece.numel()
     if bucket:
         yield bucket
-
-
-def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
-    """Return the mesh shapes of `world` ranks that a recipe allows.
-
-    The list is sorted by the number of tensor ranks, then by the number of shards. Raise
-    RecipeError if no shape is possible.
-    """
-    shapes = []
-    for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
-        for shard in range(1, world // tensor + 1):
-            replicate, rest = divmod(world, shard * tensor)
-            has_shard = parallel.shard in ("auto", shard)
-            has_replicate = parallel.replicate in ("auto", replicate)
-            if has_shard and has_replicate and not rest:
-                shapes.append(MeshShape(replicate, shard, tensor))
-    if not shapes:
-        sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
-        ranks = count_of(world, "rank")
-        raise RecipeError(
-            f"the recipe's `parallel` does not fit {ranks}: {sizes}",
-            where="parallel",
-            fix="set parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or use as many "
-            "ranks as the product of the three sizes",
-        )
-    return shapes
 
 
 def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[MeshShape]:

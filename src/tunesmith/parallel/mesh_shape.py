@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Parallel, Run
+from tunesmith.errors import RecipeError
+from tunesmith.units import count_of
 
 
 class MeshShape(NamedTuple):
@@ -36,6 +38,32 @@ class MeshShape(NamedTuple):
 
 
 ONE = MeshShape()
+
+
+def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
+    """Return the mesh shapes of `world` ranks that a recipe allows.
+
+    The list is sorted by the number of tensor ranks, then by the number of shards. Raise
+    RecipeError if no shape is possible.
+    """
+    shapes = []
+    for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
+        for shard in range(1, world // tensor + 1):
+            replicate, rest = divmod(world, shard * tensor)
+            has_shard = parallel.shard in ("auto", shard)
+            has_replicate = parallel.replicate in ("auto", replicate)
+            if has_shard and has_replicate and not rest:
+                shapes.append(MeshShape(replicate, shard, tensor))
+    if not shapes:
+        sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
+        ranks = count_of(world, "rank")
+        raise RecipeError(
+            f"the recipe's `parallel` does not fit {ranks}: {sizes}",
+            where="parallel",
+            fix="set parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or use as many "
+            "ranks as the product of the three sizes",
+        )
+    return shapes
 
 
 def needs_fsdp(run: Run, mesh: MeshShape, *, offload: bool) -> bool:

@@ -63,9 +63,10 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     chip has no bf16 units.
     """
     chip = cluster.chip
-    model = resolve.with_dtype(run.model, run.train, chip, lambda: spec)
+    dtype, _ = resolve.resolve_dtype(run.model, run.train, chip, spec)
+    model = replace(run.model, dtype=dtype)
     run = replace(run, model=model)
-    resolve.check_bf16(model.dtype, chip)
+    resolve.check_bf16(dtype, chip)
     is_cpu = chip.name == "cpu"
     size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")

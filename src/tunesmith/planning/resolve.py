@@ -7,7 +7,7 @@ batch and recomputation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,73 +57,51 @@ ANSWERING_SHARE = 0.8
 MAX_FP32_SHARE = 0.5
 
 
-def resolve_dtype(
-    model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
-) -> tuple[Dtype, str]:
-    """Resolve `model.dtype: auto` on a chip. Return the dtype, and a line about it for the user.
+def resolve_dtype(model: Model, train: Train, chip: Chip, spec: ModelSpec) -> tuple[Dtype, str]:
+    """Resolve `model.dtype: auto` on a chip. Return the dtype with the reason. The reason is empty
+    if the recipe sets the dtype.
 
     Args:
         chip: a GPU or `cpu`, with its free memory.
-        read_sizes: function that returns the sizes of the model. It is only called if the choice
-            depends on them.
 
     Raises:
         MachineError: the recipe requires bf16, but the GPU has no bf16 units.
     """
+    if model.dtype != "auto":
+        return model.dtype, ""
     name = "this CPU" if chip.name == "cpu" else chip.name
-
-    def chosen(dtype: Dtype, why: str) -> tuple[Dtype, str]:
-        return dtype, f"model.dtype: {dtype}, {why}"
-
     if chip.bf16:
-        return chosen("bf16", f"because {name} supports it in hardware")
+        return "bf16", f"because {name} supports it in hardware"
     if model.quantize == "fp8" or train.master_weights == "stochastic":
         check_bf16("bf16", chip)
-        return chosen("bf16", "because model.quantize or train.master_weights needs it")
+        return "bf16", "because model.quantize or train.master_weights needs it"
     # A GPU without bf16 units has fp16 units. A CPU without bf16 units has neither, so it emulates
     # bf16.
     half: Dtype = "bf16" if chip.name == "cpu" else "fp16"
     if half == "fp16" and train.optimizer_in_backward:
-        return chosen("fp32", "because train.optimizer_in_backward does not support fp16")
-    sizes = read_sizes()
-    if scheme_of(resolve_quantize(model, sizes.quantized)) is not DENSE:
-        return chosen(half, f"because the base is quantized, although {name} has no bf16 hardware")
-    weights = sizes.parameters * torch.float32.itemsize / 2**30
+        return "fp32", "because train.optimizer_in_backward does not support fp16"
+    if scheme_of(resolve_quantize(model, spec.quantized)) is not DENSE:
+        return half, f"because the base is quantized, although {name} has no bf16 hardware"
+    weights = spec.parameters * torch.float32.itemsize / 2**30
     if weights < MAX_FP32_SHARE * chip.gib:
         why = f"because {name} has no bf16 hardware, and fp32 weights ({weights:.2g} GiB) fit"
-        return chosen("fp32", why)
+        return "fp32", why
     why = f"fp32 weights ({weights:.2g} GiB) leave too little of {chip.gib:.2g} GiB"
-    return chosen(half, f"because {why}; {name} has no bf16 hardware")
-
-
-def with_dtype(
-    model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
-) -> Model:
-    """Return the recipe's `model` section with `auto` replaced by a dtype. Log the choice.
-
-    The arguments are those of `resolve_dtype`.
-    """
-    if model.dtype != "auto":
-        return model
-    dtype, line = resolve_dtype(model, train, chip, read_sizes)
-    log.info(line)
-    return replace(model, dtype=dtype)
+    return half, f"because {why}; {name} has no bf16 hardware"
 
 
 def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
     """Return the dtype of a base on a device of this machine. If it is not bf16, log the choice."""
-    if model.dtype != "auto":
-        return model.dtype
     from tunesmith.hub.fetch import spec_of_folder
 
+    if model.dtype != "auto":
+        return model.dtype
     # Read only the sizes. Do not convert a .gguf file, because the conversion needs the dtype,
     # which is not chosen yet.
-    def read_sizes() -> ModelSpec:
-        return spec_of_folder(fetch_for_tokens(model), model)
-
-    dtype, line = resolve_dtype(model, Train(), chip_of(torch.device(device)), read_sizes)
+    spec = spec_of_folder(fetch_for_tokens(model), model)
+    dtype, reason = resolve_dtype(model, Train(), chip_of(torch.device(device)), spec)
     if dtype != "bf16":
-        log.info(line)
+        log.info(f"model.dtype: {dtype}, {reason}")
     return dtype
 
 

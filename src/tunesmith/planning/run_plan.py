@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tunesmith.config.schema import PAIR_METHODS, Run
+from tunesmith.config.schema import PAIR_METHODS, REFERENCE_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.model.model_types import Support
@@ -32,7 +32,7 @@ class Reference(NamedTuple):
 
 def describe_reference(run: Run) -> Reference:
     method = run.method.name
-    if method not in ("dpo", "kto"):
+    if method not in REFERENCE_METHODS:
         return Reference()
     if run.adapter.kind == "none":
         what = "the base, scored before training"

@@ -32,7 +32,9 @@ from tunesmith.units import ceil_div, count_of
 if TYPE_CHECKING:
     # Import only for type checks: it imports Transformers, which is slow and which a plan does not
     # need.
+    from tunesmith.checkpoint.resume import Resumed
     from tunesmith.data.prepare import TrainingData
+    from tunesmith.stages.draft import Draft
 
 # Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
 # are truncated or dropped.
@@ -42,6 +44,18 @@ SHOWN_PLACES = 3
 # Number of bars in the histogram of lengths, and the length of the longest bar in columns.
 _BARS = 16
 _BAR_COLUMNS = 40
+
+
+def draft_lines(draft: Draft) -> Iterator[str]:
+    """Yield lines about the rows of a new recipe."""
+    yield draft.about_data
+    # The split of a file is derived from the file's name, which may be misleading.
+    if draft.unused_splits:
+        others = [f"{name} ({rows:,})" for name, rows in draft.unused_splits.items()]
+        yield (
+            f"{draft.run.data.train[0].source}: only the split train is used for training; the "
+            f"unused splits and their numbers of rows are: {', '.join(others)}"
+        )
 
 
 def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
@@ -71,6 +85,17 @@ def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
     yield schedule_line(data)
     if why:
         yield from contract_lines(data.contracts)
+
+
+def resume_lines(resumed: Resumed | None, train: Train) -> Iterator[str]:
+    """Yield lines about a resumed run: its first step and its new duration."""
+    if resumed is None:
+        return
+    yield f"resuming from step {resumed.step:,} of {resumed.end}, {resumed.checkpoint}"
+    if resumed.has_new_duration:
+        yield f"train.duration: {resumed.previous_duration} -> {resumed.duration}"
+        if train.schedule != "constant":
+            yield f"the learning rate may jump, because its schedule now spans {resumed.duration}"
 
 
 def data_lines(data: TrainingData) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Text about the start of a run: its model, its plan, and what a resumed run continues.
+"""Text about the start of a run: its machine, its model and its plan.
 
 The texts about its data are in `presentation/data.py`.
 """
@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 
 from tunesmith.adapter.lora import ALL_LINEAR, Unreached, find_unreached
 from tunesmith.adapter.peft_files import Misread, find_misread
-from tunesmith.build_model import count_trained
-from tunesmith.checkpoint.resume import Resumed, Start
+from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
-from tunesmith.data.prepare import TrainingData
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
@@ -27,6 +25,23 @@ from tunesmith.presentation.data import data_warnings
 from tunesmith.presentation.plan import plan_warnings
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.run_dir import read_recipe
+from tunesmith.stages.plan import MachineFacts, PlanFacts
+
+
+def machine_lines(facts: MachineFacts) -> Iterator[str]:
+    """Yield lines about the dtype, and warnings about settings that do not suit the device."""
+    run = facts.run
+    if facts.dtype_reason:
+        yield f"model.dtype: {facts.dtype}, {facts.dtype_reason}"
+    elif facts.is_dtype_restored:
+        yield f"model.dtype is {facts.dtype}, because this run was started with it"
+    if facts.dtype == "bf16" and not facts.chip.bf16:
+        yield (
+            "warning: this CPU has no bf16 hardware, so bf16 matmuls take up to 200 times as long "
+            "as fp32; fix: set model.dtype=fp32"
+        )
+    if run.train.cpu_offload and facts.device.type == "cpu":
+        yield "warning: train.cpu_offload has no effect on a CPU"
 
 
 def model_files_lines(files: ModelFiles) -> Iterator[str]:
@@ -73,30 +88,11 @@ def model_files_lines(files: ModelFiles) -> Iterator[str]:
     yield f"GGUF: {describe_gguf_export(entire.model_type, files.config.model_type)}"
 
 
-def resume_lines(resumed: Resumed | None, run: Run) -> Iterator[str]:
-    """Yield lines about a resumed run: its first step and its new duration."""
-    if resumed is None:
-        return
-    yield f"resuming from step {resumed.step:,} of {resumed.end}, {resumed.checkpoint}"
-    if resumed.has_new_duration:
-        yield f"train.duration: {resumed.previous_duration} -> {resumed.duration}"
-        if run.train.schedule != "constant":
-            yield f"the learning rate may jump, because its schedule now spans {resumed.duration}"
-
-
-def planned_lines(
-    run: Run,
-    start: Start,
-    files: ModelFiles,
-    data: TrainingData,
-    model: PreTrainedModel,
-    plan: RunPlan,
-) -> Iterator[str]:
-    """Yield lines before the weights are loaded: what is trained, whether it fits, and warnings.
-
-    Args:
-        model: the model from `define_model`.
-    """
+def planned_lines(facts: PlanFacts) -> Iterator[str]:
+    """Yield lines before the weights are loaded: what is trained, whether it fits, and warnings."""
+    run = facts.run
+    plan = facts.plan
+    yield from model_files_lines(facts.files)
     trained = "all weights"
     if run.adapter.kind == "lora":
         trained = f"LoRA of rank {run.adapter.rank}"
@@ -105,16 +101,17 @@ def planned_lines(
     name = run.model.name
     if Path(name).exists():
         name = Path(name).absolute().name  # print only the name; config.yaml has the full path
-    yield f"model: {name}: {trained}: {trained_text(model, count_trained(run, model))}"
+    yield f"model: {name}: {trained}: {trained_text(facts.model, facts.trained)}"
     memory = plan.memory
     yield (
         f"memory: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB, "
         f"micro batch: {plan.choices['micro batch']}, recompute: {plan.choices['recompute']}"
     )
-    yield from data_warnings(data)
-    yield from _adapter_warnings(run, start)
-    limit = files.spec.position_limit or files.spec.context
-    longest = int(data.train.lengths.max())
+    yield from data_warnings(facts.data)
+    yield from _adapter_warnings(run, facts.start)
+    spec = facts.files.spec
+    limit = spec.position_limit or spec.context
+    longest = int(facts.data.train.lengths.max())
     if longest > limit:
         text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
         yield f"warning: {text}; fix: set data.seq_len={limit}"
@@ -144,12 +141,15 @@ def _adapter_warnings(run: Run, start: Start) -> Iterator[str]:
 
 
 def session_lines(
-    run: Run, start: Start, model: PreTrainedModel, plan: RunPlan, peak: Peak, *, why: bool
+    facts: PlanFacts, model: PreTrainedModel, plan: RunPlan, peak: Peak, *, why: bool
 ) -> Iterator[str]:
     """Yield lines after the weights are loaded: what the adapter excludes, and warnings.
 
-    If `why` is True, also yield each choice of the plan with its reason.
+    Args:
+        plan: the plan with the changes that a memory trial has made.
+        why: whether to yield each choice of the plan with its reason.
     """
+    run = facts.run
     if run.adapter.kind == "lora" and run.adapter.target == ALL_LINEAR:
         yield from unreached_lines(find_unreached(model))
     if why:
@@ -161,7 +161,7 @@ def session_lines(
     yield from plan_warnings(run, plan)
     if run.adapter.kind == "lora":
         yield from misread_warnings(find_misread(model))
-    previous = start.micro_batch
+    previous = facts.start.micro_batch
     now = plan.layout.micro_batch
     if previous is not None and now != previous:
         effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"

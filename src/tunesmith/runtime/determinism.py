@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from tunesmith.errors import MachineError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -31,6 +29,8 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    import torch
+
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
             raise MachineError(

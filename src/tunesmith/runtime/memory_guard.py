@@ -18,8 +18,6 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.memory import (
     ROOT,
@@ -34,7 +32,6 @@ from tunesmith.host.memory import (
     unified_budget,
 )
 from tunesmith.host.signals import LowMemory, StopRequest
-from tunesmith.runtime.device import is_integrated
 
 # Limits of MemFree on unified memory. Below UNIFIED_FREE_BYTES, page cache is dropped. If MemFree
 # is then below UNIFIED_MIN_FREE_BYTES, the run ends. Measured on GB10: model loads succeeded down
@@ -195,6 +192,12 @@ class MemoryGuard:
         """Return the bytes of host memory that torch's allocator holds, which is 0 without
         unified memory.
         """
+        if "torch" not in sys.modules:
+            return 0
+        import torch  # waits if another thread is importing torch
+
+        from tunesmith.runtime.device import is_integrated
+
         if not torch.cuda.is_initialized():
             return 0
         if self.unified is None:

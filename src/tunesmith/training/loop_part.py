@@ -7,7 +7,7 @@ from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.metrics.sink import Sinks
-from tunesmith.training.build import Session
+from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length
 

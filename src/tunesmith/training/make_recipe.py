@@ -39,16 +39,14 @@ from tunesmith.host import demo_model
 from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import read_model_files
 from tunesmith.metrics.intervals import MIN_DIFFERING
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.config_facts import check_config, read_config_facts
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
-from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+from tunesmith.model.tokenizer import eos_ids
 from tunesmith.run_dir import read_recipe
-from tunesmith.training.early_checks import RowsPreview, apply_overrides, preview_rows
+from tunesmith.stages.draft import Draft, apply_overrides, draft_recipe
+from tunesmith.stages.model import ModelFacts, read_model
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
@@ -122,17 +120,16 @@ class NewRecipe:
 
     Attributes:
         text: the content of the file.
-        about_data: a line about the rows for the user.
         mean_length: mean number of tokens per row.
-        is_estimated: whether `mean_length` is estimated from the number of characters in the rows.
+        facts: the facts of rows and model. None if `mean_length` is estimated from the number of
+            characters in the rows.
     """
 
     run: Run
     path: Path
     text: str
-    about_data: str
     mean_length: int
-    is_estimated: bool
+    facts: ModelFacts | None
 
     @property
     def name(self) -> str:
@@ -178,7 +175,7 @@ def make_recipe(
     on_paper: bool = False,
     row_count: int | None = None,
     ranks: int = 1,
-    preview: RowsPreview | None = None,
+    draft: Draft | None = None,
 ) -> NewRecipe:
     """Examine the rows of a file or Hub data set, and create a recipe that trains a model on them.
 
@@ -193,15 +190,15 @@ def make_recipe(
             characters.
         row_count: the final number of rows, if the given rows are a sample.
         ranks: expected number of ranks, because each rank needs an example per step.
-        preview: result of `preview_rows` for the same arguments. If None, `make_recipe` calls
-            `preview_rows`.
+        draft: result of `draft_recipe` for the same arguments. If None, `make_recipe` calls
+            `draft_recipe`.
 
     Raises:
         UsageError: an input is wrong or ambiguous. The error says which key to set.
     """
-    preview = preview or preview_rows(model, data, overrides)
-    row_count = row_count or len(preview.rows)
-    choices = _Choices(preview)
+    draft = draft or draft_recipe(model, data, overrides)
+    row_count = row_count or len(draft.rows)
+    choices = _Choices(draft)
     if model == demo_model.DEMO_NAME:
         choices.why["model.name"] = (
             "the file of the model demo in this Python environment, because a recipe contains "
@@ -209,7 +206,7 @@ def make_recipe(
         )
     choices.choose_adapter()
     choices.choose_method()
-    examined = _examine(preview.draft, preview.rows, on_paper=on_paper)
+    examined = _examine(draft, on_paper=on_paper)
     parts = choices.choose_seq_len(examined)
     held_out = choices.choose_hold_out(row_count, parts)
     if examined.is_padded and "data.pack" not in choices.override_keys:
@@ -221,21 +218,20 @@ def make_recipe(
     choices.choose_rate(examined.spec)
 
     tree = apply_overrides(
-        {**choices.values, "output_dir": preview.chosen["output_dir"]}, preview.layer
+        {**choices.values, "output_dir": draft.chosen["output_dir"]}, draft.layer
     )
     run = checked(tree)
     for key in choices.override_keys & choices.why.keys() - {"data.train"}:
         choices.why[key] = "set on the command line"
     command = ["tunesmith", "train", "--model", model, "--data", data, *override_words(overrides)]
     comment = f"# {shell_command(command)}"
-    body = to_yaml(resolve_paths(tree, relative_to=preview.path.parent).plain(), choices.why)
+    body = to_yaml(resolve_paths(tree, relative_to=draft.path.parent).plain(), choices.why)
     return NewRecipe(
         run,
-        preview.path,
+        draft.path,
         "\n".join([schema_line(), comment, body]),
-        preview.about_data,
         examined.mean_length,
-        examined.is_estimated,
+        examined.facts,
     )
 
 
@@ -248,18 +244,20 @@ class _Examined(NamedTuple):
         lengths: int64 [n], number of tokens of the longest sequence in each of n rows, which are
             evenly spaced in the file.
         mean_length: mean number of tokens per row.
-        is_estimated: whether all lengths are estimated from characters.
+        facts: the facts of the model. None if all lengths are estimated from characters.
     """
 
     spec: ModelSpec
     is_padded: bool
     lengths: np.ndarray
     mean_length: int
-    is_estimated: bool = False
+    facts: ModelFacts | None = None
 
 
-def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
+def _examine(draft: Draft, *, on_paper: bool) -> _Examined:
     """Examine the model and a sample of the rows. `on_paper`: see `make_recipe`."""
+    run = draft.run
+    rows = draft.rows
     # Use evenly spaced rows, because files are often sorted.
     few = _characters(_spread(rows, MIN_ROWS_TO_HOLD_OUT), count_characters)
     characters = sum(few) / max(1, len(few))
@@ -269,23 +267,7 @@ def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
         return _examine_on_paper(run, config, rows)
-    folder = fetch.fetch_for_tokens(run.model)
-    pictures = None
-    is_padded = False
-    model_type = check_config(folder, run.model)["model_type"]
-    if model_type in ARCHITECTURES and not run.model.vision:
-        # The support of these models is known, so torch is not needed to measure it.
-        facts = read_config_facts(folder, run.model)
-        spec = fetch.spec_of_folder(folder, run.model)
-        spec = replace(spec, context=facts.positions or spec.context)
-        tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
-    else:
-        max_pixels = run.data.image_max_pixels
-        files = read_model_files(folder, run.model, image_max_pixels=max_pixels)
-        spec = files.spec
-        tokenizer = files.tokenizer
-        pictures = files.pictures
-        is_padded = files.support.state == "padded"
+    facts = read_model(draft.facts, is_draft=True)
     # Do not truncate the rows, because their full lengths are needed. Skip bad rows, because the
     # later tokenization of all rows reports them.
     data = replace(
@@ -295,10 +277,12 @@ def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
         train_on="all",
         bad_rows="skip",
     )
-    template = select_template(data, tokenizer, eos_ids(folder, tokenizer), pictures)
+    tokenizer = facts.tokenizer
+    template = select_template(data, tokenizer, eos_ids(facts.folder, tokenizer), facts.pictures)
     tokens = tokenize([(run.data.train[0], rows)], data, template, cache=None, what="a sample")
+    is_padded = facts.support.state == "padded"
     mean_length = round(tokens.lengths.mean())
-    return _Examined(spec, is_padded, tokens.longest_sequences, mean_length)
+    return _Examined(facts.spec, is_padded, tokens.longest_sequences, mean_length, facts)
 
 
 def _spread(rows: Rows, count: int) -> Rows:
@@ -334,7 +318,7 @@ def _examine_on_paper(run: Run, config: Mapping[str, object], rows: Rows) -> _Ex
     example_characters = _characters(rows, count_example)
     mean_length = round(fmean(example_characters) / CHARACTERS_PER_TOKEN)
     mean_length = max(1, mean_length)
-    return _Examined(spec, is_padded, np.array(lengths), mean_length, is_estimated=True)
+    return _Examined(spec, is_padded, np.array(lengths), mean_length)
 
 
 class _Choices:
@@ -347,13 +331,13 @@ class _Choices:
         override_keys: keys that the command line sets.
     """
 
-    def __init__(self, preview: RowsPreview) -> None:
-        self.values = {key: value for key, value in preview.chosen.items() if key != "output_dir"}
-        self.why = {"data.train": preview.about_data}
-        self.draft = preview.draft
-        self.override_keys = preview.override_keys
-        self.row_format = preview.layout.format
-        if preview.layout.has_pictures:
+    def __init__(self, draft: Draft) -> None:
+        self.values = {key: value for key, value in draft.chosen.items() if key != "output_dir"}
+        self.why = {"data.train": draft.about_data}
+        self.draft = draft.run
+        self.override_keys = draft.override_keys
+        self.row_format = draft.layout.format
+        if draft.layout.has_pictures:
             self.why["model.vision"] = "the rows have pictures"
 
     def choose(self, key: str, value: object, why: str) -> None:

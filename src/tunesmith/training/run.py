@@ -1,7 +1,9 @@
 """One start of a run on every rank.
 
-Order of the steps: lock the run directory -> choose the checkpoint to resume from -> build ->
-Trainer.fit -> Result
+Order of the steps: lock the run directory -> choose the checkpoint to resume from -> read the
+inputs -> build -> Trainer.fit -> Result
+
+torch is imported after the inputs are read.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tunesmith.checkpoint.claim import (
     claim_run_dir,
@@ -70,7 +72,7 @@ from tunesmith.metrics.sink import (
 )
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
-from tunesmith.parallel.mesh import possible_shapes
+from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.run_dir import (
     FAILURE,
     IDENTITY,
@@ -83,10 +85,12 @@ from tunesmith.run_dir import (
 )
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
-from tunesmith.training.agree import check_same_recipe
-from tunesmith.training.build import Session, build, write_identity
-from tunesmith.training.early_checks import short_name
-from tunesmith.training.make_recipe import make_recipe
+from tunesmith.stages.agree import check_same_recipe
+from tunesmith.stages.draft import short_name
+from tunesmith.stages.inputs import read_inputs
+from tunesmith.stages.model import ModelFacts
+from tunesmith.training.build import build
+from tunesmith.training.make_recipe import NewRecipe, make_recipe
 from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import (
     Result,
@@ -96,8 +100,11 @@ from tunesmith.training.result import (
     write_stopped,
 )
 from tunesmith.training.stop_control import StopControl
-from tunesmith.training.trainer import Trainer
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.training.session import Session
+    from tunesmith.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +156,17 @@ def train(
         StoppedError: the run received a signal, Ctrl-C or the stop button of a notebook. Everything
             is saved.
     """
-    with lines_by_default(level_of_process()), ExitStack() as stack:
+    with ExitStack() as stack:
+        known = None
         if quiet:
             stack.enter_context(stderr_only_from())
+        stack.enter_context(lines_by_default(level_of_process()))
         if not isinstance(recipe, Run):
             stack.enter_context(rows_set_by(option=recipe is None, python=True))
         if recipe is None:
-            run = recipe_for_rows(model, rows, overrides)
+            new = recipe_for_rows(model, rows, overrides)
+            run = new.run
+            known = new.facts
         elif model is not None or rows is not None:
             fix = "remove model and rows, and set model.name and data.train.source in overrides"
             raise UsageError(
@@ -168,16 +179,9 @@ def train(
             raise UsageError("overrides cannot be applied to a Run object", fix=fix)
         else:
             run = recipe
-        packages.check_versions()
-        if started_as() is None:
-            require_one_process("train")
-        request, ranks = stack.enter_context(joined(run))
-        # Until the first step has ended, there is nothing to save.
-        request.nothing_to_save = True
-        return start_run(
+        return train_run(
             run,
-            StopControl(request, Path(run.output_dir), ranks),
-            ranks,
+            known=known,
             on_record=on_record or (lambda record: None),
             fresh=fresh,
             why=why,
@@ -186,7 +190,41 @@ def train(
         )
 
 
-def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> Run:
+def train_run(
+    run: Run,
+    *,
+    known: ModelFacts | None = None,
+    on_record: Callable[[StepRecord], object] = lambda record: None,
+    fresh: bool = False,
+    why: bool = False,
+    argv: list[str] | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Start or resume the run of a recipe in this process. The arguments are those of `train`.
+
+    Args:
+        known: facts that were found when the recipe was created, see `read_inputs`.
+    """
+    packages.check_versions()
+    if started_as() is None:
+        require_one_process("train")
+    with lines_by_default(level_of_process()), joined(run) as (request, ranks):
+        # Until the first step has ended, there is nothing to save.
+        request.nothing_to_save = True
+        return start_run(
+            run,
+            StopControl(request, Path(run.output_dir), ranks),
+            ranks,
+            known=known,
+            on_record=on_record,
+            fresh=fresh,
+            why=why,
+            argv=argv,
+            quiet=quiet,
+        )
+
+
+def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> NewRecipe:
     """Make a recipe for a model and rows that a program passes. Write the rows to output_dir."""
     if model is None or rows is None:
         raise UsageError(
@@ -197,7 +235,7 @@ def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> Ru
     # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
     file = keep_rows(rows, Path(options["output_dir"]))
-    return make_recipe(model, str(file), options).run
+    return make_recipe(model, str(file), options)
 
 
 def level_of_process(rank: int | None = None) -> int:
@@ -259,22 +297,24 @@ def start_run(
     stop: StopControl,
     ranks: Ranks,
     *,
+    known: ModelFacts | None = None,
     on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
     argv: list[str] | None = None,
     quiet: bool = False,
-    build: Callable[..., Session] = build,
+    build_shared: "Callable[..., Session] | None" = None,
 ) -> Result:
     """Start a run on this rank. Call this inside the context `joined`, with the arguments of
-    `train`.
+    `train_run`.
 
     Rank 0 logs the lines for the user and writes the records. The other ranks log only warnings,
     and write only checkpoints and their own records.
 
     Args:
         quiet: whether to show no progress. The caller decides where log lines appear.
-        build: function that builds the Session.
+        build_shared: function that builds the Session from a base model and rows that are already
+            loaded. If None, they are loaded.
     """
     check_same_recipe(run, ranks)
     out = Path(run.output_dir)
@@ -289,8 +329,9 @@ def start_run(
             # On all ranks except rank 0, show only warnings about data. These can differ between
             # the ranks, because the ranks may use different disks and caches.
             stack.enter_context(stderr_only_from("tunesmith.data"))
-        # Lock the run directory, and choose the checkpoint to resume from.
-        ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
+        ranks, begin_to_write = lock_run_dir(run, ranks, stack)
+        starts_over = fresh or run.checkpoint.resume == "never"
+        start = Start() if starts_over else find_start(run, ranks)
         stop.request.saved_step = start.progress.step if start.progress else 0
         if ranks.is_run_dir_writer:
             stack.enter_context(record_early_stop(out, stop.request))
@@ -300,10 +341,21 @@ def start_run(
                 warn_of_changed_rows(run)
             return Result.from_finished_run(out, start.finished)
         run = with_start_adapter(run, start, ranks)
+        build_session = build_shared
         # An error before the first step has its cause in the recipe, the data or the machine, so
         # raise it as UsageError.
+        if build_session is None:
+            with as_usage_error(ranks):
+                tokens = read_inputs(run, start, ranks, known=known)
+            build_session = partial(build, tokens=tokens)
+        if starts_over:
+            move_earlier_runs_aside(run, ranks)
+        if ranks.is_run_dir_writer:
+            begin_to_write()
+            stack.enter_context(note_running(out))
+            ranks.heartbeat.report.on_fault = partial(write_fault, out)
         with as_usage_error(ranks):
-            session = build(run, start, why=why, ranks=ranks)
+            session = build_session(run, start, why=why, ranks=ranks)
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             stream = None
             if quiet:
@@ -313,13 +365,15 @@ def start_run(
             # open, the others are closed.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
+        from tunesmith.training.trainer import Trainer  # imports torch
+
         # The exit stack closes the writer even if the training loop raises an error.
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
         return fit(trainer, sinks, callback)
 
 
-def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
+def fit(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:
     """Train to the end. If the run fails or stops earlier, record this in the run directory."""
     ranks = trainer.ranks
     # Set this on every rank, because one rank per node writes failure.json.
@@ -349,18 +403,14 @@ def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
     return result
 
 
-def open_run_dir(
-    run: Run,
-    ranks: Ranks,
-    stack: ExitStack,
-    *,
-    fresh: bool,
-) -> tuple[Ranks, Start]:
-    """Lock the run directory and choose the checkpoint to resume from.
+def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Callable[[], object]]:
+    """Check the run directory and lock it until `stack` closes. This is a collective call.
 
-    This is a collective call. If `fresh`, an earlier run is first moved to another folder. The
-    directory is locked until `stack` closes. Nodes that do not share rank 0's disk each lock their
-    own directory. Return `ranks` with the writer of each run directory, and how the run starts.
+    Nodes that do not share rank 0's disk each lock their own directory.
+
+    Returns:
+        `ranks` with the writer of each run directory, and a function that must be called before the
+        first write.
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
@@ -374,11 +424,10 @@ def open_run_dir(
                     where="profile.ranks",
                     fix="set profile.ranks=[0], or profile.ranks=all",
                 )
-    # Functions from `claim_run_dir` that must be called before the first write. `claim`, which
-    # creates and locks the directory, only runs on ranks that write it. The other ranks must not
-    # look for the directory before it exists, because a network file system caches that a name is
-    # missing.
-    begins = []
+    # `claim`, which creates and locks the directory, only runs on ranks that write it. The other
+    # ranks must not look for the directory before it exists, because a network file system caches
+    # that a name is missing.
+    begins: list[Callable[[], object]] = []
 
     def claim() -> None:
         begins.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
@@ -391,18 +440,16 @@ def open_run_dir(
             f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
             f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
         )
-    move_earlier_runs_aside(run, ranks, fresh=fresh)
-    crash = find_previous_crash(out)
+    return ranks, begins[0] if begins else lambda: None
+
+
+def find_start(run: Run, ranks: Ranks) -> Start:
+    """Decide how the run starts. Warn if the previous start crashed. This is a collective call."""
+    crash = find_previous_crash(Path(run.output_dir))
     if crash:
         log.warning(crash.text().removeprefix("error: "))
     with as_usage_error():
-        start = decide_start(run, ranks)
-    if ranks.is_run_dir_writer and start.finished is None:
-        begin_to_write = begins[0]
-        begin_to_write()
-        stack.enter_context(note_running(out))
-        ranks.heartbeat.report.on_fault = partial(write_fault, out)
-    return ranks, start
+        return decide_start(run, ranks)
 
 
 def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
@@ -431,19 +478,13 @@ def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
     return replace(run, adapter=replace(run.adapter, from_=str(Path(name, folder))))
 
 
-def move_earlier_runs_aside(
-    run: Run,
-    ranks: Ranks,
-    *,
-    fresh: bool,
-) -> None:
-    """If the user starts a new run, rename existing run directories. This is a collective call, but
-    only the ranks that write a run directory rename it.
+def move_earlier_runs_aside(run: Run, ranks: Ranks) -> None:
+    """Rename existing run directories, because the user starts a new run. This is a collective
+    call, but only the ranks that write a run directory rename it.
     """
     place = None
-    starts_over = fresh or run.checkpoint.resume == "never"
     with ranks.raise_on_all_ranks():
-        if ranks.is_run_dir_writer and starts_over:
+        if ranks.is_run_dir_writer:
             place = move_aside(Path(run.output_dir), inputs_of(run).values())
     places = ranks.all_gather_object(place)
     for rank, new_place in enumerate(places):
@@ -497,7 +538,7 @@ def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
 
 
 @contextlib.contextmanager
-def defer_to_rank_0(trainer: Trainer) -> Iterator[None]:
+def defer_to_rank_0(trainer: "Trainer") -> Iterator[None]:
     """Convert errors on ranks other than 0. An error that all ranks raise becomes an
     OtherRankError, because rank 0 reports it. Any other error becomes the error that
     `Trainer.as_failure` returns.
@@ -515,7 +556,7 @@ def defer_to_rank_0(trainer: Trainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_failure(
-    trainer: Trainer,
+    trainer: "Trainer",
     callback: RecordCallback,
 ) -> Iterator[None]:
     """If the block raises an error, write failure.json. Use this on rank 0."""
@@ -560,7 +601,7 @@ def report_failure(
 
 
 def sinks_of_rank(
-    session: Session,
+    session: "Session",
     start: Start,
     callback: RecordCallback,
     log_file: LogFile,
@@ -600,7 +641,9 @@ def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     return Sinks(sinks)
 
 
-def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
+def write_first_files(
+    session: "Session", start: Start, sinks: Sinks, argv: list[str] | None
+) -> None:
     """Open the sinks and write env.json and the other files that exist from the start. Call this
     after all checks.
     """
@@ -615,6 +658,8 @@ def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[s
         last_step -= 1
     sinks.open(session.run, last_step)
     if ranks.is_run_dir_writer:
+        from tunesmith.training.session import write_identity  # imports torch
+
         # Only rank 0 stores the command line.
         write_identity(session, argv if ranks.is_main_process else None)
         for name in (FAILURE, STOPPED):

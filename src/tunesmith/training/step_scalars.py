@@ -8,7 +8,6 @@ requests and errors, so that all ranks know them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,16 +15,7 @@ from torch import Tensor
 
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.runtime.transfer import AsyncScalars
-
-
-class RankStatus(NamedTuple):
-    """Status of one rank, as numbers that are summed over all ranks. All ranks then have the same
-    sums.
-    """
-
-    stop_requests: float  # 1 if this rank has a request to stop
-    failed_writes: float  # 1 if this rank failed to write a checkpoint
-    ends: float  # 1 if the caller of `train` ends the run
+from tunesmith.training.stop_control import RankStatus
 
 
 @dataclass(frozen=True)

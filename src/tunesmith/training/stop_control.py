@@ -8,11 +8,21 @@ step.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.host.signals import StopRequest
 from tunesmith.run_dir import STOP_FILE
-from tunesmith.training.step_scalars import RankStatus
+
+
+class RankStatus(NamedTuple):
+    """Status of one rank, as numbers that are summed over all ranks. All ranks then have the same
+    sums.
+    """
+
+    stop_requests: float  # 1 if this rank has a request to stop
+    failed_writes: float  # 1 if this rank failed to write a checkpoint
+    ends: float  # 1 if the caller of `train` ends the run
 
 
 @dataclass

@@ -33,10 +33,10 @@ from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
-from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.result import Result, failure_of, stopped_by
+from tunesmith.training.session import Session, check_one_micro_batch
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
 from tunesmith.units import count_of

@@ -26,9 +26,9 @@ from tunesmith.tools.bench.measure import (
     measure,
 )
 from tunesmith.training import compare_eight_bit
-from tunesmith.training.build import Session, write_identity
 from tunesmith.training.build import build as session_of
 from tunesmith.training.run import train
+from tunesmith.training.session import Session, write_identity
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 

@@ -38,12 +38,12 @@ from tunesmith.host.signals import LowMemory
 from tunesmith.metrics.record import read_records
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import SWEEP, weights_step
+from tunesmith.stages import plan as plan_stage
 from tunesmith.tools.sweep import run as sweep_module
 from tunesmith.tools.sweep import shared_base
 from tunesmith.tools.sweep.run import check_sweep, run_sweep
 from tunesmith.tools.sweep.space import read_space
 from tunesmith.tools.sweep.table import sweep_lines
-from tunesmith.training import prepare
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -392,12 +392,12 @@ def test_a_sweep_goes_on_in_the_dtype_that_it_began_with(
         return train_step(trainer, batch)
 
     chip = Chip("cpu", 64.0)
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: replace(chip, bf16=False))
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: replace(chip, bf16=False))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(LowMemoryError):
             sweep(file)
-    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: chip)
+    monkeypatch.setattr(plan_stage, "chip_of", lambda device, ranks: chip)
     outcome = sweep(file)
     assert outcome["fixed"]["dtype"] == "fp32"
     configs = [Path(each["run_dir"], "config.yaml") for each in outcome["candidates"]]

@@ -32,6 +32,22 @@ SourceRows = list[tuple[Source, Rows]]
 
 
 @dataclass(frozen=True)
+class OpenedRows:
+    """All rows of `data.train` and of `data.validation`, by source."""
+
+    train: SourceRows
+    validation: SourceRows
+
+
+def open_sources(data: Data) -> OpenedRows:
+    """Open all sources of a recipe. Raise DataError if a source cannot be read."""
+    return OpenedRows(
+        [(source, read_rows(source)) for source in data.train],
+        [(source, read_rows(source)) for source in data.validation],
+    )
+
+
+@dataclass(frozen=True)
 class Splits:
     """The training rows and the validation rows of a recipe.
 
@@ -99,34 +115,34 @@ def read_splits(
     Raises:
         DataError: a source cannot be read, or no training row is left.
     """
-    sources = _read_sources(data)
+    opened = open_sources(data)
     findings = RowFindings()
     if data.hold_out is not None or data.leave_out:
-        findings = checked_before(sources) if only_cached else check_rows(sources)
-    splits = _split_rows(data, seed, sources, findings)
+        findings = checked_before(opened.train) if only_cached else check_rows(opened.train)
+    splits = _split_rows(data, seed, opened, findings)
     return splits.train, splits.validation
 
 
-def read_checked_splits(data: Data, seed: int) -> Splits:
+def read_checked_splits(data: Data, seed: int, opened: OpenedRows | None = None) -> Splits:
     """Read the training rows and the validation rows.
 
     Always run the row checks, even if they are not needed to split the rows.
+
+    Args:
+        opened: the rows of the sources. If None, the sources are opened.
     """
-    sources = _read_sources(data)
-    return _split_rows(data, seed, sources, check_rows(sources))
+    opened = opened or open_sources(data)
+    return _split_rows(data, seed, opened, check_rows(opened.train))
 
 
-def _read_sources(data: Data) -> SourceRows:
-    return [(source, read_rows(source)) for source in data.train]
-
-
-def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFindings) -> Splits:
+def _split_rows(data: Data, seed: int, opened: OpenedRows, findings: RowFindings) -> Splits:
     """Remove the rows of `data.leave_out`, and split the rest into training and validation rows.
 
     The held-out rows are drawn with the seed, and the training rows keep their order. All rows of a
     group (near-duplicates, or rows with the same prompt or the same long answer) get into the same
     split, unless all groups are too large (see `draw_held_out`).
     """
+    sources = opened.train
     left_out = {}
     removed = set()
     for fault in data.leave_out:
@@ -142,11 +158,10 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
             fix="remove values from the list data.leave_out, or set data.leave_out=[]",
         )
     if data.hold_out is None:
-        validation = [(source, read_rows(source)) for source in data.validation]
         kept = sources
         if removed:
             kept = _take(sources, remaining)
-        return Splits(kept, validation, sources, findings, left_out)
+        return Splits(kept, opened.validation, sources, findings, left_out)
     count = count_held_out(data.hold_out, len(remaining))
     if data.hold_out_seed is not None:
         seed = data.hold_out_seed

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.errors import TunesmithError
 from tunesmith.host.signals import StopRequest
+from tunesmith.hub.model_files import Weights
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
@@ -30,7 +30,8 @@ from tunesmith.metrics.terminal import Terminal
 from tunesmith.presentation.start import choices_line
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
-from tunesmith.training.build import Session, build
+from tunesmith.training.build import build
+from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length, count_of, ratio

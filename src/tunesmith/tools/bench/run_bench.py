@@ -7,9 +7,9 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tunesmith.build_model import Weights
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.schema import Run
+from tunesmith.hub.model_files import Weights
 from tunesmith.metrics import hardware
 from tunesmith.metrics.result_table import ResultTable
 from tunesmith.model.shapes import find_shape

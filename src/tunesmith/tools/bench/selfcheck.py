@@ -50,8 +50,9 @@ from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
-from tunesmith.training.agree import check_same_recipe
-from tunesmith.training.build import build, write_identity
+from tunesmith.stages.agree import check_same_recipe
+from tunesmith.training.build import build
+from tunesmith.training.session import write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 

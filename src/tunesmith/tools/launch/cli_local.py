@@ -14,10 +14,15 @@ codes are those of `train`: ctrl-C saves after the current step and exits with
 
 import argparse
 import logging
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.cli.options import whole_number
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
+from tunesmith.config.paths import inputs_of
+from tunesmith.errors import CheckpointError
 from tunesmith.launch import node
 from tunesmith.launch.job import Job
 from tunesmith.launch.jobs import agent_words, check_free, write_recipe
@@ -97,16 +102,25 @@ def is_finished(recipe: "Run", launched: str) -> bool:
     Args:
         launched: the verb for the message, such as "started" or "submitted".
     """
-    from tunesmith.training.early_checks import check_start
+    from tunesmith.checkpoint.resume import finished_step
+    from tunesmith.stages.inputs import check_inputs
+    from tunesmith.training.result import warn_of_changed_rows
 
-    resumes = recipe.checkpoint.resume != "never"
-    finished = check_start(recipe, resumes=resumes)
+    out = Path(recipe.output_dir)
+    finished = None
+    with claim_run_dir(out, inputs_of(recipe).values()):
+        if recipe.checkpoint.resume != "never":
+            # Ignore damaged checkpoints, because the start of the run reports them.
+            with suppress(CheckpointError):
+                finished = finished_step(recipe)
     if finished is None:
+        check_inputs(recipe)
         return False
+    warn_of_changed_rows(recipe)
     again = (
         "to continue, set a longer train.duration; to start over, set output_dir=runs/another-name"
     )
-    print(f"not {launched}: the run has finished all {count_of(finished.steps, 'step')}; {again}")
+    print(f"not {launched}: the run has finished all {count_of(finished, 'step')}; {again}")
     return True
 
 

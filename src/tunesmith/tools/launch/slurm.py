@@ -27,6 +27,7 @@ from tunesmith.launch.slurm_job import SlurmJob, run_slurm
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
+from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_inputs
 
 # Names of files in the folder `launch` of the run directory.
@@ -399,8 +400,6 @@ def check_reach(run: Run, request: Request, words: Sequence[str]) -> None:
 def check_mesh_of_job(run: Run, request: Request) -> None:
     """Raise RecipeError if the recipe's mesh does not fit the number of ranks of the job."""
     if run.parallel != Parallel():
-        from tunesmith.parallel.mesh import possible_shapes  # loads torch
-
         possible_shapes(run.parallel, request.nodes * ranks_of(request))
 
 

@@ -1,7 +1,7 @@
 """Preparation of a forecast for a run on any machine. Only the recipe and small files are read.
 
 The sizes of the model come from its config.json. The number and length of the rows come from the
-token cache, from the data files, or from the user. `training/prepare.py` prepares the plan of a run
+token cache, from the data files, or from the user. `stages/plan.py` prepares the plan of a run
 on the machine that trains.
 """
 

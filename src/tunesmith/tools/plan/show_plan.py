@@ -33,7 +33,7 @@ def show_plan(
     """
     rows = StatedRows(args.rows, args.length)
     if new_recipe is not None and not args.length:
-        rows = StatedRows(args.rows, new_recipe.mean_length, new_recipe.is_estimated)
+        rows = StatedRows(args.rows, new_recipe.mean_length, new_recipe.facts is None)
     planner, model = prepare_on_paper(recipe, cluster, rows)
     best = planner.best()
     if args.json:

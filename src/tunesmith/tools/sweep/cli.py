@@ -27,7 +27,7 @@ from tunesmith.cli.recipe_options import RECIPE_HELP, add_new_recipe, chosen_rec
 from tunesmith.config.load import load_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED
-from tunesmith.host.signals import StopRequest
+from tunesmith.host.signals import StopRequest, loading_libraries
 from tunesmith.host.streams import survive_write_errors
 from tunesmith.launch.node import run_agent
 from tunesmith.run_dir import SWEEP, read_object
@@ -95,7 +95,7 @@ def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
         if code == EXIT_OK and read_object(file, SweepResult)["stopped"]:
             return EXIT_STOPPED
         return code
-    with StopRequest() as early, early.loading_libraries():
+    with StopRequest(), loading_libraries():
         from tunesmith.tools.sweep.run import run_sweep
         from tunesmith.tools.sweep.table import sweep_lines
     result = run_sweep(args.recipe, space, argv=sys.argv)

@@ -20,11 +20,13 @@ from tunesmith.checkpoint.resume import Start, check_unchanged, find_resumed
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.presentation.start import choice_lines, choices_line, resume_lines, trained_text
+from tunesmith.presentation.data import resume_lines
+from tunesmith.presentation.start import choice_lines, choices_line, trained_text
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.training.build import Session, build, make_optimizer
+from tunesmith.training.build import build
+from tunesmith.training.session import Session, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class SharedBase:
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
             schedule = BatchSchedule.of(run, tokens)
-            for text in resume_lines(find_resumed(start, run, schedule), run):
+            for text in resume_lines(find_resumed(start, run, schedule), run.train):
                 log.info(text)
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
             torch.manual_seed(run.train.seed)

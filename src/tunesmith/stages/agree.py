@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import NoReturn
 
-import torch
-
 from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.dump import flatten, leaves
@@ -96,6 +94,8 @@ def software_versions() -> Facts:
     for name in ("numpy", "triton"):
         for distribution in metadata.distributions(name=name):
             versions[name] = distribution.version
+    import torch  # a launched rank has already imported it
+
     if torch.cuda.is_available():
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = str(torch.cuda.nccl.version())

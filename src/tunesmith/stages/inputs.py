@@ -1,0 +1,81 @@
+"""The stages of a start that need no machine: rows, model files and tokens.
+
+They import no torch, so that mistakes are reported within two seconds.
+"""
+
+from pathlib import Path
+
+from tunesmith.checkpoint.manifest import check_sums
+from tunesmith.checkpoint.replicate import copies_in
+from tunesmith.checkpoint.resume import Start
+from tunesmith.checkpoint.start_adapter import find_adapter, find_local_adapter
+from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.host import packages
+from tunesmith.hub import fetch
+from tunesmith.hub.model_files import Weights
+from tunesmith.metrics.sink import writes_tensorboard
+from tunesmith.metrics.trackers import key_and_fix, trackers_of
+from tunesmith.stages.model import ModelFacts, read_model
+from tunesmith.stages.rows import open_rows
+from tunesmith.stages.tokens import TokenFacts, read_tokens
+
+
+def read_inputs(
+    run: Run,
+    start: Start,
+    ranks: Ranks = ONE_PROCESS,
+    *,
+    weights: Weights = "stored",
+    measured: bool = False,
+    inspected: bool = False,
+    known: ModelFacts | None = None,
+) -> TokenFacts:
+    """Read the rows, the small files of the model, and the tokens of a recipe.
+
+    Args:
+        start: how the run starts.
+        ranks: the ranks of the run, which all call this function.
+        weights, measured: see `build`.
+        inspected: see `read_tokens`.
+        known: facts that were found when the recipe was created. They are used where the recipe has
+            the same rows or the same model.
+
+    Raises:
+        UsageError: an input is wrong.
+    """
+    # One rank of each node downloads and tokenizes. The other ranks of the node then read the
+    # results from the cache.
+    with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
+        if not inspected:
+            check_requirements(run, start)
+        rows = open_rows(run, start, known.rows if known else None)
+        model = read_model(rows, weights=weights, known=known)
+        return read_tokens(model, measured=measured, inspected=inspected)
+
+
+def check_inputs(run: Run) -> None:
+    """Check the files of a run before it is started in the background. Only files are read.
+
+    Raises:
+        UsageError: as `read_inputs`.
+    """
+    # A resumed run does not need the adapter from which it started, because its checkpoints contain
+    # a copy.
+    if run.adapter.from_ is not None and not copies_in(Path(run.output_dir)):
+        find_local_adapter(run.adapter.from_)
+    place = fetch.local_model(run.model)
+    if place is not None and place.is_dir():
+        fetch.check_folder(place, run.model)
+    open_rows(run, Start())
+
+
+def check_requirements(run: Run, start: Start) -> None:
+    """Check that the packages of the trackers and the adapter to continue exist."""
+    for name in trackers_of(run):
+        packages.require(name, **key_and_fix(run, name))
+    if writes_tensorboard(run):
+        packages.require("tensorboard", where="log.tensorboard", fix="set log.tensorboard=false")
+    adapter = run.adapter.from_
+    if adapter is not None and start.checkpoint is None:
+        check_sums(find_adapter(adapter))

@@ -1,0 +1,124 @@
+"""Stage 2 of a start: read the small files of the model. No weights are downloaded or read.
+
+For the model types of `architectures.py`, this stage imports no torch.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.config.schema import Run
+from tunesmith.host.signals import loading_libraries
+from tunesmith.hub import fetch
+from tunesmith.hub.model_files import Weights
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.config_facts import check_config, read_config_facts
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.model_types import TUNED_SUPPORT, Support
+from tunesmith.model.shipped import resolve_quantize
+from tunesmith.model.spec import ModelSpec
+from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
+from tunesmith.planning.run_plan import fit_to_model
+from tunesmith.stages.rows import RowFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.data.text.placeholders import PictureProcessor
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The small files of a model: config, tokenizer and image processor.
+
+    Attributes:
+        recipe: the recipe that config.yaml stores. `auto` in its model section is replaced, except
+            for the dtype, which depends on the machine.
+        run: the recipe for training, with all values adapted to the model.
+        folder: the folder with the config and the tokenizer.
+        support: how the layers of the model can be trained.
+        vocab_rows: number of rows of the embedding.
+        pictures: the image processor; None without `model.vision`.
+    """
+
+    rows: RowFacts
+    recipe: Run
+    run: Run
+    folder: Path
+    spec: ModelSpec
+    support: Support
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_rows: int
+    pictures: "PictureProcessor | None" = None
+
+
+def read_model(
+    rows: RowFacts,
+    *,
+    weights: Weights = "stored",
+    is_draft: bool = False,
+    known: ModelFacts | None = None,
+) -> ModelFacts:
+    """Read the config and the tokenizer of the recipe's model. Download missing files.
+
+    Args:
+        weights: "random" if the folder `model.name` needs no weights.
+        is_draft: whether `data.seq_len` is not chosen yet, so that it is not compared with the
+            model's context.
+        known: facts of the model. They are used if they are from the same model.
+
+    Raises:
+        ModelError: the files are missing or damaged, or the model is not supported.
+        RecipeError: the model does not support the recipe.
+    """
+    run = rows.run
+    if known is None or (known.rows.run.model, known.rows.run.data.image_max_pixels) != (
+        run.model,
+        run.data.image_max_pixels,
+    ):
+        known = _read_files(rows, weights)
+    recipe = replace(run, model=resolve_quantize(run.model, known.spec.quantized))
+    # Do not check seq_len for a resumed run, because its rows were already truncated to a length
+    # that the model supports.
+    fitted = fit_to_model(
+        recipe,
+        known.spec,
+        known.support,
+        where=f"{known.folder}/config.json",
+        began=is_draft or rows.start.checkpoint is not None,
+    )
+    return replace(known, rows=rows, recipe=recipe, run=fitted)
+
+
+def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
+    run = rows.run
+    model = run.model
+    folder = Path(model.name)
+    if weights == "stored":
+        folder = fetch.fetch_for_tokens(model)
+    # The support of these model types is known. It is measured for other types, which needs torch.
+    stated = check_config(folder, model)
+    if stated["model_type"] in ARCHITECTURES and not model.vision:
+        facts = read_config_facts(folder, model, stated)
+        where = f"{folder}/config.json"
+        spec = model_spec(stated, where=where, trust_remote_code=model.trust_remote_code)
+        spec = replace(spec, context=facts.positions or spec.context)
+        tokenizer = load_tokenizer(fetch.tokenizer_folder(model, folder), model)
+        size = vocab_rows(facts, tokenizer, model)
+        return ModelFacts(rows, run, run, folder, spec, TUNED_SUPPORT, tokenizer, size)
+    with loading_libraries():
+        import tunesmith.model.support  # noqa: F401
+    from tunesmith.hub.model_files import read_model_files
+
+    files = read_model_files(folder, model, image_max_pixels=run.data.image_max_pixels)
+    return ModelFacts(
+        rows,
+        run,
+        run,
+        folder,
+        files.spec,
+        files.support,
+        files.tokenizer,
+        files.vocab_rows,
+        files.pictures,
+    )

@@ -1,0 +1,70 @@
+"""Stage 1 of a start: open the rows of the recipe. It imports neither torch nor Transformers."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tunesmith.checkpoint.resume import Start, restore_resolved_values
+from tunesmith.config.schema import Data, Run, Source
+from tunesmith.data.compare.splits import OpenedRows, open_sources
+from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import is_local
+
+# Maximum size of a file whose rows are all checked in this stage. The check of a larger file would
+# take seconds. Its rows are checked when they are tokenized.
+MAX_EARLY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """The opened rows of a recipe.
+
+    Attributes:
+        requested: the recipe.
+        run: the recipe, with values of a resumed run in place of `auto` in its model section.
+        start: how the run starts.
+    """
+
+    requested: Run
+    run: Run
+    start: Start
+    opened: OpenedRows
+
+
+def open_rows(run: Run, start: Start, known: RowFacts | None = None) -> RowFacts:
+    """Open the sources of a recipe, and check the rows of small files.
+
+    Args:
+        known: rows that are already opened. They are used if they are from the same sources.
+
+    Raises:
+        DataError: a source cannot be read, or small files have bad rows. The error lists the bad
+            rows of all small files.
+    """
+    data = run.data
+    for source in (*data.train, *data.validation):
+        if is_local(source.source):
+            check_local(Path(source.source).expanduser(), source.name)
+    if known is not None and (known.run.data.train, known.run.data.validation) == (
+        data.train,
+        data.validation,
+    ):
+        opened = known.opened
+    else:
+        opened = open_sources(data)
+    refused = []
+    for source, rows in (*opened.train, *opened.validation):
+        if _is_checked_early(source, data):
+            bad = find_bad_rows(rows, source, data.system)
+            if bad and (data.bad_rows == "error" or bad.count == bad.rows):
+                refused.append(bad)
+    if refused:
+        raise error_of_sources(refused)
+    model = restore_resolved_values(run.model, start.previous_run)
+    return RowFacts(run, replace(run, model=model), start, opened)
+
+
+def _is_checked_early(source: Source, data: Data) -> bool:
+    # If `leave_out` is set, bad rows can be excluded from the run and are no error.
+    path = Path(source.source).expanduser()
+    return not data.leave_out and path.is_file() and path.stat().st_size <= MAX_EARLY_BYTES

@@ -1,0 +1,80 @@
+"""Stage 3 of a start: tokenize and check the rows. It imports no torch for text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tunesmith.checkpoint.resume import Resumed, check_unchanged, find_resumed
+from tunesmith.checkpoint.start_adapter import adapter_digest
+from tunesmith.config.schema import REFERENCE_METHODS, Run
+from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.tokens.contract import CutAnswers
+from tunesmith.model.tokenizer import eos_ids
+from tunesmith.planning.run_plan import shares_prompts
+from tunesmith.stages.model import ModelFacts
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """The tokens of a recipe's rows, and the result of all checks before the machine is known.
+
+    Attributes:
+        hashes: hashes of the data and of the reference adapter, named as in `Progress`.
+        resumed: the point from which a run resumes. None for a new run.
+    """
+
+    model: ModelFacts
+    data: TrainingData
+    hashes: Mapping[str, str | None]
+    resumed: Resumed | None
+
+    @property
+    def run(self) -> Run:
+        return self.model.run
+
+
+def read_tokens(
+    model: ModelFacts, *, measured: bool = False, inspected: bool = False
+) -> TokenFacts:
+    """Tokenize the rows, check the tokens, and make the schedule of batches.
+
+    Args:
+        measured: whether the tokens are only used for measurements, see `build`.
+        inspected: whether broken checks of the tokens raise no error, because they are shown to the
+            user.
+
+    Raises:
+        DataError: the rows or the tokens are wrong, or they differ from the checkpoint.
+        RecipeError: the duration is shorter than that of the resumed run.
+    """
+    run = model.run
+    start = model.rows.start
+    shares = shares_prompts(run, model.support.recurrent)
+    if start.progress is not None:
+        # A resumed run must share prompts only if it did so before, because sharing changes the
+        # rounding of sums.
+        shares = shares and bool(start.progress.shares_prompts)
+    # Truncated answers are only a warning for a measurement, because it trains nothing, and for a
+    # resumed run, because it must keep its rows.
+    cut_answers: CutAnswers = "refuse"
+    if measured or start.checkpoint is not None:
+        cut_answers = "warn"
+    data = prepare_data(
+        run,
+        model.tokenizer,
+        eos_ids(model.folder, model.tokenizer),
+        model.vocab_rows,
+        opened=model.rows.opened,
+        strict=not inspected,
+        cut_answers=cut_answers,
+        position_limit=model.spec.position_limit,
+        shares_prompts=shares,
+        pictures=model.pictures,
+    )
+    hashes = {"data_hash": data.digest, "validation_hash": data.validation_digest}
+    if run.method.name in REFERENCE_METHODS and run.adapter.from_ is not None:
+        hashes["reference_hash"] = adapter_digest(run.adapter.from_)
+    check_unchanged(start, run, hashes)
+    if measured:
+        # Repeat the rows, because all steps of a measurement must be full.
+        data = data.repeated(data.schedule.steps(run.train.duration) or 0)
+    return TokenFacts(model, data, hashes, find_resumed(start, run, data.schedule))
