@@ -38,7 +38,7 @@ from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.memory import USABLE_SHARE
-from tunesmith.planning.run_plan import RunPlan
+from tunesmith.planning.run_plan import RunPlan, StagedLayers
 from tunesmith.quant.linear_layers import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.quant.replace import check_plain, convert_to_eight_bit, eight_bit_names
@@ -198,9 +198,11 @@ def build_model(
         plan = calibrate_recompute(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )
-    staging = stream.describe_staging() if stream else ""
-    if staging:
-        plan = replace(plan, warnings=(*plan.warnings, f"warning: {staging}"))
+    if stream is not None:
+        staged, rate = stream.measure_staging()
+        if staged:
+            warning = StagedLayers(staged, rate)
+            plan = replace(plan, warnings=(*plan.warnings, warning))
     return root, plan
 
 

@@ -27,8 +27,9 @@ from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import USABLE_SHARE
 from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan
-from tunesmith.planning.savings import ALLOCATABLE_SHARE, check_memory_fits, warn_of_overrun
+from tunesmith.planning.savings import ALLOCATABLE_SHARE, check_memory_fits, find_overrun
 from tunesmith.planning.workload import measure_work
+from tunesmith.presentation.plan import warning_text
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -230,12 +231,14 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     )
     plan = plan_on(machine, run, spec, spec.parameters)
     machine = replace(machine, free_bytes=int(plan.memory.total * free))
-    plan = warn_of_overrun(plan_on(machine, run, spec, spec.parameters), machine)
-    assert len(plan.warnings) == warned
-    if warned:
-        assert warnings_with(plan.warnings[0], "/job", "200.00 GiB")
-        assert "fix: set train.optimizer=adamw-8bit" in plan.warnings[0]
-        assert "docker run --memory=" in plan.warnings[0]
+    plan = plan_on(machine, run, spec, spec.parameters)
+    found = find_overrun(plan, machine)
+    assert (found is not None) == warned
+    if found:
+        warning = warning_text(run, plan, found)
+        assert warnings_with(warning, "/job", "200.00 GiB")
+        assert "fix: set train.optimizer=adamw-8bit" in warning
+        assert "docker run --memory=" in warning
 
 
 def test_the_memory_of_a_cpu_is_that_of_the_machine(tiny: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
-from tunesmith.planning.run_plan import Machine, RunPlan, Saving
+from tunesmith.planning.run_plan import Machine, RunPlan, Saving, ShortSteps
 from tunesmith.planning.step_time import Step, StepTime
 from tunesmith.planning.workload import Workload, rank_step, scale_step
 from tunesmith.quant.schemes import scheme_of
@@ -137,17 +137,19 @@ class Planner:
         best = self.best()
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
-        plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
-        warning = self.warn_of_waits(best)
-        if warning:
-            plan = replace(plan, warnings=(*plan.warnings, warning))
+        overrun = savings.find_overrun(best.plan, self.machine, resumed=resumed)
+        warnings = (*best.plan.warnings, overrun, self.find_short_steps(best))
         reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
             reason = "the fastest in the forecast"
         reason = f"{reason}, of {len(self.meshes())} possible meshes"
-        return replace(plan, why={**plan.why, "mesh": reason})
+        return replace(
+            best.plan,
+            warnings=tuple(filter(None, warnings)),
+            why={**best.plan.why, "mesh": reason},
+        )
 
-    def warn_of_waits(self, forecast: Forecast) -> str | None:
+    def find_short_steps(self, forecast: Forecast) -> ShortSteps | None:
         """Return a warning if steps are too short to overlap the gathering of weights with
         computation.
 
@@ -169,14 +171,8 @@ class Planner:
         if batch.unit == "tokens":
             unit *= run.row_tokens
         amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
-        fix = f"set train.global_batch='{Size(amount, batch.unit)}'"
-        if run.train.micro_batch != "auto":
-            fix += " train.micro_batch=auto"
-        return (
-            f"warning: {exposed / forecast.step_seconds:.0%} of the time, ranks wait for the "
-            f"weights of other ranks, because a step is too small to hide the communication: it "
-            f"has {share:,.0f} tokens per rank in micro batches of {plan.memory.tokens:,}, and "
-            f"{forecast.hides_from:,} are needed; fix: {fix}, for fewer and larger steps"
+        return ShortSteps(
+            exposed / forecast.step_seconds, share, forecast.hides_from, Size(amount, batch.unit)
         )
 
     def best(self) -> Forecast:

@@ -21,18 +21,14 @@ from tunesmith.hub.fetch import fetch_for_tokens
 from tunesmith.loss import card_bytes
 from tunesmith.model import attention
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE, resolve_quantize
+from tunesmith.model.shipped import KEEPABLE, resolve_quantize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.stored_form import bytes_of_other_parts
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, moved_to_host
 from tunesmith.planning.micro_batch import choose_micro_batch, make_layout
-from tunesmith.planning.run_plan import (
-    Machine,
-    RunPlan,
-    describe_reference,
-)
+from tunesmith.planning.run_plan import DenseExperts, Machine, RunPlan, describe_reference
 from tunesmith.planning.savings import check_offload
 from tunesmith.planning.workload import Workload
 from tunesmith.quant.expert_rows import uses_grouped_mm
@@ -257,6 +253,9 @@ def resolve_plan(
         "micro batch": f"{chosen.reason}: about {memory.total / 2**30:.1f} of "
         f"{memory.free / 2**30:.1f} GiB",
     }
+    warnings: tuple[DenseExperts, ...] = ()
+    if estimator.scheme.has_fp8_matmuls and spec.expert_stacks and spec.quantized in KEEPABLE:
+        warnings = (DenseExperts(spec.expert_stacks / spec.parameters, spec.quantized),)
     return RunPlan(
         machine.device,
         machine.attention[0],
@@ -270,26 +269,11 @@ def resolve_plan(
         streamed_layers=memory.streamed_layers,
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
-        warnings=warn_of_dense_experts(estimator),
+        warnings=warnings,
         layout=make_layout(run, machine, chosen, work.longest),
         memory=memory,
         mesh=estimator.mesh,
         why=why,
-    )
-
-
-def warn_of_dense_experts(estimator: MemoryEstimator) -> tuple[str, ...]:
-    """Return a warning if the model's experts are stored quantized, but `model.quantize=fp8` would
-    make them dense.
-    """
-    spec = estimator.spec
-    is_dense = estimator.scheme.has_fp8_matmuls and spec.expert_stacks
-    if not is_dense or spec.quantized not in KEEPABLE:
-        return ()
-    return (
-        "warning: model.quantize=fp8 dequantizes the experts, "
-        f"{spec.expert_stacks / spec.parameters:.0%} of the parameters, which are stored in "
-        f"{spec.quantized.upper()}; fix: set model.quantize={AS_SHIPPED}",
     )
 
 

@@ -255,6 +255,62 @@ class Saving(NamedTuple):
         return f"{self.keys} ({self.total / 2**30:.1f} GiB{cost})"
 
 
+class DenseExperts(NamedTuple):
+    """A warning: the model's experts are stored quantized, but the plan makes them dense.
+
+    Attributes:
+        share: fraction of the model's parameters that are in experts.
+        stored: the form in which they are stored, such as `mxfp4`.
+    """
+
+    share: float
+    stored: str
+
+
+class Overrun(NamedTuple):
+    """A warning: on a CPU, a step may need more memory than is free.
+
+    Attributes:
+        limit: the limit of the process's memory.
+        fix: advice to the user, as in the error for a plan that does not fit.
+    """
+
+    limit: MemoryLimit | None
+    fix: str
+
+
+class ShortSteps(NamedTuple):
+    """A warning: steps are too short to overlap the gathering of weights with computation.
+
+    Attributes:
+        waiting: fraction of the time in which ranks wait for the weights of other ranks.
+        tokens: mean number of tokens per rank and step.
+        needed: minimum number of tokens per rank and step with which ranks do not wait.
+        global_batch: value of `train.global_batch` with `needed` tokens per rank and step.
+    """
+
+    waiting: float
+    tokens: float
+    needed: int
+    global_batch: Size
+
+
+class StagedLayers(NamedTuple):
+    """A warning: the driver does not page-lock all memory of streamed layers, so a thread copies
+    the other layers first.
+
+    Attributes:
+        layers: number of layers that the thread copies.
+        rate: bytes per second of these copies, as measured.
+    """
+
+    layers: int
+    rate: int
+
+
+PlanWarning = DenseExperts | Overrun | ShortSteps | StagedLayers
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The plan of a run on its machine, with a reason for each choice. The default values are for
@@ -290,7 +346,7 @@ class RunPlan:
     streamed_layers: int = 0
     fp32_gradients: bool = False
     cpu_offload: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[PlanWarning, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
     mesh: MeshShape = ONE

@@ -18,7 +18,7 @@ from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host, usable_share
-from tunesmith.planning.run_plan import Machine, RunPlan, Saving
+from tunesmith.planning.run_plan import Machine, Overrun, RunPlan, Saving
 from tunesmith.units import Size
 
 # Maximum fraction of the memory that a plan may need. A plan that needs more is rejected. The
@@ -230,21 +230,11 @@ def check_memory_fits(
     )
 
 
-def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> RunPlan:
-    """Return the plan. Add a warning if a run on a CPU may need more memory than is available."""
+def find_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> Overrun | None:
+    """Return a warning if a run on a CPU may need more memory than is available."""
     if not _may_overrun(plan, machine):
-        return plan
-    needed = plan.memory.step
-    available = machine.free_bytes
-    place = ""
-    if machine.limit and machine.limit.name:
-        place = f" ({machine.limit.describe()})"
-    warning = (
-        f"warning: the run may not fit: it needs about {needed / 2**30:.1f} GiB, on a CPU up to a "
-        f"quarter more, and {available / 2**30:.1f} GiB are available{place}; "
-        f"fix: {_ways_to_fit(plan, machine, resumed=resumed)}"
-    )
-    return replace(plan, warnings=(*plan.warnings, warning))
+        return None
+    return Overrun(machine.limit, _ways_to_fit(plan, machine, resumed=resumed))
 
 
 def _fits(plan: RunPlan, machine: Machine) -> bool:

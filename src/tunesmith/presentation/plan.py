@@ -12,9 +12,17 @@ from rich.filesize import decimal as size_text
 from tunesmith.config.schema import Run
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.resolve import checkpoint_bytes
-from tunesmith.planning.run_plan import RunPlan
+from tunesmith.planning.run_plan import (
+    DenseExperts,
+    Overrun,
+    PlanWarning,
+    RunPlan,
+    ShortSteps,
+    StagedLayers,
+)
 from tunesmith.planning.savings import memory_needs
 from tunesmith.presentation.data import long_warmup
 from tunesmith.quant.schemes import scheme_of
@@ -40,7 +48,12 @@ def plan_lines(
     if best.fits:
         yield from _details(planner, best, folder)
         yield f"GGUF: {describe_gguf_export(*types)}"
-        yield from _warnings(planner, best)
+        yield from plan_warnings(planner.run, best.plan)
+        for text in long_warmup(planner.run.train, planner.work.steps):
+            yield f"warning: {text}"
+        short_steps = planner.find_short_steps(best)
+        if short_steps is not None:
+            yield warning_text(planner.run, best.plan, short_steps)
 
 
 def _sentence(planner: Planner, best: Forecast) -> str:
@@ -116,13 +129,41 @@ def plan_warnings(run: Run, plan: RunPlan) -> Iterator[str]:
     if scheme_of(run.model).has_fp8_matmuls and plan.base in DTYPES:
         what = f"the base stays in {plan.base}: {plan.why['base']}"
         yield f"warning: {what}; to save memory, set model.quantize=nf4"
-    yield from plan.warnings
+    for warning in plan.warnings:
+        yield warning_text(run, plan, warning)
 
 
-def _warnings(planner: Planner, best: Forecast) -> Iterator[str]:
-    yield from plan_warnings(planner.run, best.plan)
-    for text in long_warmup(planner.run.train, planner.work.steps):
-        yield f"warning: {text}"
-    waits = planner.warn_of_waits(best)
-    if waits:
-        yield waits
+def warning_text(run: Run, plan: RunPlan, warning: PlanWarning) -> str:
+    """Return the text of a warning of the plan of a run, with its fix."""
+    memory = plan.memory
+    match warning:
+        case DenseExperts():
+            return (
+                f"warning: model.quantize=fp8 dequantizes the experts, {warning.share:.0%} of the "
+                f"parameters, which are stored in {warning.stored.upper()}; fix: set "
+                f"model.quantize={AS_SHIPPED}"
+            )
+        case Overrun():
+            limit = warning.limit.describe() if warning.limit else ""
+            place = f" ({limit})" if limit else ""
+            return (
+                f"warning: the run may not fit: it needs about {memory.step / GIB:.1f} GiB, on a "
+                f"CPU up to a quarter more, and {memory.free / GIB:.1f} GiB are available{place}; "
+                f"fix: {warning.fix}"
+            )
+        case ShortSteps():
+            fix = f"set train.global_batch='{warning.global_batch}'"
+            if run.train.micro_batch != "auto":
+                fix += " train.micro_batch=auto"
+            return (
+                f"warning: {warning.waiting:.0%} of the time, ranks wait for the weights of other "
+                "ranks, because a step is too small to hide the communication: it has "
+                f"{warning.tokens:,.0f} tokens per rank in micro batches of {memory.tokens:,}, "
+                f"and {warning.needed:,} are needed; fix: {fix}, for fewer and larger steps"
+            )
+        case StagedLayers():
+            return (
+                f"warning: {warning.layers} of {plan.streamed_layers} streamed layers are in "
+                "memory that the driver does not page-lock: a thread copies them first, at "
+                f"{size_text(warning.rate)}/s"
+            )

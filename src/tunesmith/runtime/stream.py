@@ -179,14 +179,15 @@ class LayerStream:
                 )
             locked.append(block)
 
-    def describe_staging(self) -> str:
-        """Return a line that says how many layers a thread copies to staging blocks, and how fast.
+    def measure_staging(self) -> tuple[int, int]:
+        """Return the number of layers that a thread copies to staging blocks, and its bytes per
+        second.
 
-        Return "" if the blocks of all layers are page-locked.
+        Both are 0 if the blocks of all layers are page-locked.
         """
         staged = [host.block for host in self.streamed if not host.locked]
         if not staged:
-            return ""
+            return 0, 0
         block = staged[0]
         # Wait for copies that may still read the staging blocks.
         for slot in range(SLOTS):
@@ -195,11 +196,7 @@ class LayerStream:
             torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         self._staging[0][: block.nbytes].copy_(block)
-        rate = block.nbytes / (time.perf_counter() - began)
-        return (
-            f"{len(staged)} of {len(self.streamed)} streamed layers are in memory that the driver "
-            f"does not page-lock: a thread copies them first, at {size_text(int(rate))}/s"
-        )
+        return len(staged), int(block.nbytes / (time.perf_counter() - began))
 
     @property
     def parameters(self) -> set[nn.Parameter]:

@@ -12,7 +12,7 @@ from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.planning.savings import check_memory_fits
-from tunesmith.presentation.plan import plan_lines
+from tunesmith.presentation.plan import plan_lines, warning_text
 from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_paper
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ def show_plan(
 
 def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, object]:
     """Return the values that --json prints."""
-    plan = vars(best.plan) | {"mesh": best.plan.mesh._asdict(), "savings": None}
+    plan = vars(best.plan) | {
+        "warnings": [
+            warning_text(planner.run, best.plan, warning) for warning in best.plan.warnings
+        ],
+        "mesh": best.plan.mesh._asdict(),
+        "savings": None,
+    }
     size, _ = checkpoint_bytes(planner.run, planner.trained, model.folder)
     return {
         "machines": vars(planner.cluster),
