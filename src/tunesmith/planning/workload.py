@@ -19,6 +19,30 @@ from tunesmith.planning.measured_layers import count_active_adapter
 from tunesmith.units import ceil_div
 
 
+class ExampleSource(NamedTuple):
+    """Number and mean length of a run's examples, and where these figures come from.
+
+    Attributes:
+        rows: number of training examples. 0 if unknown.
+        length: mean number of tokens per example.
+        is_cached: whether the examples are in the token cache. In this case, both figures are
+            exact.
+        is_assumed: whether the length is unknown, so that examples are assumed to fill
+            `data.seq_len`.
+        is_estimated: whether `length` is estimated from characters.
+        is_stated: whether the user stated the number of rows.
+        held_out: number of examples that are held out.
+    """
+
+    rows: int
+    length: float
+    is_cached: bool = False
+    is_assumed: bool = False
+    is_estimated: bool = False
+    is_stated: bool = False
+    held_out: int = 0
+
+
 class Workload(NamedTuple):
     """Numbers of tokens and operations of a run, for estimates of its memory and time.
 
@@ -29,7 +53,7 @@ class Workload(NamedTuple):
         probabilities: mean number of attention probabilities that a head saves per token on a CPU.
         whole: number of tokens of all sequences, divided by the number of computed tokens. It is
             more than 1 if the sequences of a pair share tokens.
-        source: text that says where the lengths of the examples come from.
+        source: number and length of the examples, and where these figures come from.
         pictures: fraction of the tokens that are placeholders for pictures. None if unknown.
     """
 
@@ -41,7 +65,7 @@ class Workload(NamedTuple):
     experts: float
     probabilities: float
     whole: float
-    source: str
+    source: ExampleSource
     pictures: float | None = 0.0
 
 
@@ -53,7 +77,6 @@ def measure_work(
     schedule: BatchSchedule | None = None,
     *,
     rows: int = 0,
-    source: str = "",
 ) -> Workload:
     """Compute the numbers of tokens and operations of a run.
 
@@ -61,7 +84,6 @@ def measure_work(
 
     Args:
         rows: number of examples if `tokens` is None. 0 if it is unknown.
-        source: text that says where `length` and `rows` come from.
     """
     steps = None
     pictures = None if run.model.vision else 0.0
@@ -74,16 +96,16 @@ def measure_work(
         schedule = schedule or BatchSchedule.of(run, tokens)
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
-        source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
+        source = ExampleSource(len(lengths), float(lengths.mean()), is_cached=True)
         if run.model.vision:
             pictures = float(tokens.picture_tokens.sum() / lengths.sum())
-            source += f", {pictures:.1%} of them of pictures"
     else:
         sequences = run.row_tokens // run.data.seq_len
         supervised = min(length or run.row_tokens, run.row_tokens)
         lengths = np.array([supervised])
         documents = np.repeat(supervised // sequences, sequences)
         step, steps = _steps_of_equal_rows(run, rows, supervised)
+        source = ExampleSource(rows, supervised, is_assumed=not length)
     trained: Literal["full", "lora"] = "full"
     adapter_weights = 0
     if run.adapter.kind == "lora":

@@ -24,6 +24,7 @@ from tunesmith.planning.run_plan import (
     StagedLayers,
 )
 from tunesmith.planning.savings import memory_needs
+from tunesmith.planning.workload import Workload
 from tunesmith.presentation.data import long_warmup
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import count_of, format_seconds
@@ -88,7 +89,27 @@ def _inputs(planner: Planner) -> list[str]:
     if chip.tflops:
         machines += f", {chip.tflops:.0f} TFLOP/s in whole steps ({chip.source})"
     steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
-    return [machines, f"examples: {work.source}; {work.step.mean:,.0f} tokens a step{steps}"]
+    source = source_text(planner.run, work)
+    return [machines, f"examples: {source}; {work.step.mean:,.0f} tokens a step{steps}"]
+
+
+def source_text(run: Run, work: Workload) -> str:
+    """Return the number and length of a run's examples, and where these figures come from."""
+    source = work.source
+    length = f"{source.length:,.0f} tokens"
+    if source.is_cached:
+        pictures = f", {work.pictures:.1%} of them of pictures" if run.model.vision else ""
+        return f"{source.rows:,} in the token cache, {length} on average{pictures}"
+    text = count_of(source.rows + source.held_out, "row") if source.rows else "unknown"
+    if source.is_stated:
+        text += " (--rows)"
+    if source.held_out:
+        text += f", {source.held_out:,} of them held out"
+    text += f", {'assumed to fill data.seq_len,' if source.is_assumed else 'about'} {length} each"
+    if source.is_estimated:
+        left_out = "a chat template and pictures" if run.model.vision else "a chat template"
+        text += f" (estimated from characters, without {left_out})"
+    return f"{text}, all counted as supervised"
 
 
 def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[str]:

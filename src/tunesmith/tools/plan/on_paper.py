@@ -33,7 +33,7 @@ from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
-from tunesmith.units import ceil_div, count_of
+from tunesmith.units import ceil_div
 
 log = logging.getLogger(__name__)
 
@@ -215,21 +215,11 @@ def _find_workload(
             held_out = count_held_out(run.data.hold_out, rows.count)
         counted = rows.count - held_out
     parts = _examples_per_row(run, length or 1)
-    source = count_of((counted + held_out) * parts, "row") if counted else "unknown"
-    if rows.count is not None:
-        source += " (--rows)"
-    if held_out:
-        source += f", {held_out * parts:,} of them held out"
-    if length:
-        length = ceil_div(length, parts)
-        source += f", about {min(length, run.row_tokens):,} tokens each"
-    else:
-        source += f", assumed to fill data.seq_len, {run.row_tokens:,} tokens each"
-    if is_estimated:
-        left_out = "a chat template and pictures" if run.model.vision else "a chat template"
-        source += f" (estimated from characters, without {left_out})"
-    source += ", all counted as supervised"
-    return measure_work(run, spec, None, length or None, rows=counted * parts, source=source)
+    work = measure_work(run, spec, None, ceil_div(length or 0, parts), rows=counted * parts)
+    source = work.source._replace(
+        is_estimated=is_estimated, is_stated=rows.count is not None, held_out=held_out * parts
+    )
+    return work._replace(source=source)
 
 
 def _examples_per_row(run: Run, length: int) -> int:

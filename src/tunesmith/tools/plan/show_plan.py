@@ -12,7 +12,7 @@ from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.planning.savings import check_memory_fits
-from tunesmith.presentation.plan import plan_lines, warning_text
+from tunesmith.presentation.plan import plan_lines, source_text, warning_text
 from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_paper
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, ob
     size, _ = checkpoint_bytes(planner.run, planner.trained, model.folder)
     return {
         "machines": vars(planner.cluster),
-        "work": planner.work._asdict(),
+        "work": planner.work._asdict() | {"source": source_text(planner.run, planner.work)},
         "checkpoint_bytes": size,
         "gguf": {
             "writer": gguf_writer(*model.types),
