@@ -31,7 +31,8 @@ from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
-from tunesmith.training import build, compare_eight_bit
+from tunesmith.planning import compare_eight_bit
+from tunesmith.training import build
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

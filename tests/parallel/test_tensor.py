@@ -39,12 +39,12 @@ from tunesmith.model.weights import copy_full_tensor, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
+from tunesmith.planning import compare_eight_bit
+from tunesmith.planning.compare_eight_bit import compare_with_bf16, read_dense_weight
 from tunesmith.quant.linear_layers import load_hooks
 from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
-from tunesmith.training import compare_eight_bit
-from tunesmith.training.compare_eight_bit import compare_with_bf16, read_dense_weight
 
 pytestmark = pytest.mark.slow
 
@@ -356,8 +356,8 @@ def quantized(folder: Path) -> tuple[int, float]:
         change = compare_with_bf16(root, [batch()], mesh, ranks)
         after, denominator = root(batch())[:2]
         # Sums in bf16
-        assert change.in_bf16 * denominator == pytest.approx(float(expected), rel=2**-8)
-        assert change.in_8_bits * denominator == pytest.approx(float(after), rel=1e-6)
+        assert change.exact * denominator == pytest.approx(float(expected), rel=2**-8)
+        assert change.rounded * denominator == pytest.approx(float(after), rel=1e-6)
         return count, change.relative
 
 

@@ -20,6 +20,7 @@ from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import data_warnings
 from tunesmith.presentation.plan import plan_warnings
@@ -173,6 +174,26 @@ def session_lines(
             yield f"{text}. A micro batch of {previous} no longer fits into memory."
         else:
             yield f"{text}. To keep the micro batch, set train.micro_batch='{previous}'."
+
+
+def loss_change_text(change: LossChange) -> str:
+    """Return the loss of the base in 8 bits, and its change by the rounding from bf16."""
+    losses = f"loss is {change.rounded:.4f}, and {change.exact:.4f} in bf16"
+    return f"{losses} ({change.relative:+.2%}), on {change.tokens:,} tokens of the data"
+
+
+def sums_line(base: str, change: LossChange) -> str:
+    """Return a line about the accumulation in 8-bit matmuls, and how it changes the loss.
+
+    Args:
+        base: storage of the base's weights.
+    """
+    chosen = "fast" if change.is_tolerable else "full"
+    return (
+        f"{base}: {chosen} accumulation in the forward: loss {change.rounded:.5f} with fast "
+        f"accumulation, {change.exact:.5f} with full ({change.relative:+.3%}; fast is used up to "
+        f"{change.limit:.1%}), on {change.tokens:,} tokens"
+    )
 
 
 def unreached_lines(unreached: Unreached) -> Iterator[str]:

@@ -40,21 +40,22 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
-from tunesmith.planning.run_plan import (
-    RunPlan,
-)
-from tunesmith.presentation.data import contract_lines
-from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
-from tunesmith.runtime.host import keep_threads
-from tunesmith.runtime.transfer import DevicePrefetcher
-from tunesmith.stages.plan import PlanFacts
-from tunesmith.training.compare_eight_bit import (
+from tunesmith.planning.compare_eight_bit import (
     LOSS_PROBE_TOKENS,
     MAX_LOSS_CHANGE,
     choose_sums,
     compare_with_bf16,
 )
+from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
+from tunesmith.planning.run_plan import (
+    RunPlan,
+)
+from tunesmith.presentation.data import contract_lines
+from tunesmith.presentation.start import loss_change_text, sums_line
+from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
+from tunesmith.runtime.host import keep_threads
+from tunesmith.runtime.transfer import DevicePrefetcher
+from tunesmith.stages.plan import PlanFacts
 from tunesmith.training.reference import BaseReference
 from tunesmith.units import count_of
 
@@ -231,7 +232,7 @@ def compare_eight_bits(
     loader = make_loader(facts.data, facts.files, plan)
     batches = first_batches(loader, device, LOSS_PROBE_TOKENS)
     if device.type == "cuda":
-        log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
+        log.info(sums_line(plan.base, choose_sums(root, batches, ranks)))
     # Random weights are not read from a file, so there are no dense weights to compare with.
     if facts.weights == "random":
         return plan
@@ -242,11 +243,11 @@ def compare_eight_bits(
                 f"quantization to {plan.base} changes the base model's loss by more than "
                 f"{MAX_LOSS_CHANGE:.0%}",
                 where="model.quantize",
-                why=f"the {change.describe()}",
+                why=f"the {loss_change_text(change)}",
                 fix="set model.quantize=none",
             )
-    reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
-    return replace(plan, why={**plan.why, "base": reason})
+    change_text = f"{count_of(change.layers, 'layer')}: {loss_change_text(change)}"
+    return replace(plan, why={**plan.why, "base": f"{plan.why['base']}; {change_text}"})
 
 
 def make_loader(

@@ -19,13 +19,13 @@ from tunesmith.errors import ModelError, RunError
 from tunesmith.host.chips import Peak
 from tunesmith.model import spec
 from tunesmith.model.attention import ATTENTION_KERNELS
+from tunesmith.planning import compare_eight_bit
 from tunesmith.tools.bench.measure import (
     BenchPlan,
     BenchReport,
     Measured,
     measure,
 )
-from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import build as session_of
 from tunesmith.training.run import train
 from tunesmith.training.session import Session, write_identity

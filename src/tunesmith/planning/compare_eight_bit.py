@@ -6,8 +6,8 @@ read from its file when it is used.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -38,34 +38,57 @@ MAX_LOSS_CHANGE_BY_SUMS = 0.001
 
 
 class LossChange(NamedTuple):
-    """Two losses of the base on `tokens` tokens of the run's data: in bf16 and in 8 bits.
+    """Two losses of the base on `tokens` tokens of the run's data: with exact and with rounded
+    matmuls.
 
-    `layers` is the number of layers in 8 bits.
+    Attributes:
+        layers: number of layers in 8 bits.
+        limit: maximum relative change that is tolerable.
     """
 
-    in_bf16: float
-    in_8_bits: float
+    exact: float
+    rounded: float
     tokens: int
     layers: int
+    limit: float
 
     @property
     def relative(self) -> float:
-        return self.in_8_bits / self.in_bf16 - 1
+        return self.rounded / self.exact - 1
 
     @property
     def is_tolerable(self) -> bool:
-        return math.isfinite(self.in_8_bits) and abs(self.relative) <= MAX_LOSS_CHANGE
-
-    def describe(self) -> str:
-        losses = f"loss is {self.in_8_bits:.4f}, and {self.in_bf16:.4f} in bf16"
-        return f"{losses} ({self.relative:+.2%}), on {self.tokens:,} tokens of the data"
+        return math.isfinite(self.rounded) and abs(self.relative) <= self.limit
 
 
 def compare_with_bf16(
     root: TrainModel, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
 ) -> LossChange:
-    """Measure the loss of the base without adapter in bf16 and in 8 bits. This is a collective
-    call.
+    """Measure how the rounding from bf16 to 8 bits changes the loss. See `measure_change`."""
+    in_bf16 = partial(computed_dense, mesh=mesh, ranks=ranks)
+    return measure_change(root, batches, ranks, in_bf16, MAX_LOSS_CHANGE)
+
+
+def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> LossChange:
+    """Select fast accumulation for the forward of the 8-bit layers if the change of the loss is
+    tolerable. Return the change. See `measure_change`.
+
+    The backward always uses full accumulation, because the loss does not show errors of gradients.
+    """
+    change = measure_change(root, batches, ranks, full_sums, MAX_LOSS_CHANGE_BY_SUMS)
+    set_fast_sums(eight_bit_layers(root), change.is_tolerable)
+    return change
+
+
+def measure_change(
+    root: TrainModel,
+    batches: Sequence[Batch],
+    ranks: Ranks,
+    exact: Callable[[Sequence[FrozenLinear]], AbstractContextManager[None]],
+    limit: float,
+) -> LossChange:
+    """Measure the loss of the base without adapter in the context `exact` and after it. This is a
+    collective call.
 
     All ranks pass the same `batches`. All ranks return the same result, the losses of the rank with
     the largest change.
@@ -75,45 +98,13 @@ def compare_with_bf16(
     # Run without compilation. The file reads would break the graph at every layer, and compilation
     # is not worth the time for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
-        with computed_dense(layers, mesh, ranks):
-            in_bf16 = mean_loss(root, batches)
-        in_8_bits = mean_loss(root, batches)
+        with exact(layers):
+            exact_loss = mean_loss(root, batches)
+        rounded_loss = mean_loss(root, batches)
     tokens = sum(batch.tokens for batch in batches)
-    losses_by_rank = ranks.all_gather_object((in_bf16, in_8_bits))
+    losses_by_rank = ranks.all_gather_object((exact_loss, rounded_loss))
     losses = max(losses_by_rank, key=severity)
-    return LossChange(*losses, tokens, len(layers))
-
-
-def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str:
-    """Select fast accumulation for the forward of the 8-bit layers if it hardly changes the loss.
-
-    This is a collective call. All ranks pass the same `batches`. The loss is measured without the
-    adapter. The backward always uses full accumulation, because the loss does not show errors of
-    gradients.
-
-    Returns:
-        A text with the choice and both losses. The losses are from the rank with the largest
-        difference.
-    """
-    ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
-    layers = list(eight_bit_layers(root))
-    losses = []
-    with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
-        for fast_sums in (False, True):
-            set_fast_sums(layers, fast_sums)
-            losses.append(mean_loss(root, batches))
-    losses_by_rank = ranks.all_gather_object(losses)
-    full, fast = max(losses_by_rank, key=severity)
-    change = fast / full - 1
-    uses_fast = math.isfinite(fast) and abs(change) <= MAX_LOSS_CHANGE_BY_SUMS
-    set_fast_sums(layers, uses_fast)
-    taken = "fast" if uses_fast else "full"
-    tokens = sum(batch.tokens for batch in batches)
-    return (
-        f"{taken} accumulation in the forward: loss {fast:.5f} with fast accumulation, "
-        f"{full:.5f} with full ({change:+.3%}; fast is used up to {MAX_LOSS_CHANGE_BY_SUMS:.1%}), "
-        f"on {tokens:,} tokens"
-    )
+    return LossChange(*losses, tokens, len(layers), limit)
 
 
 def eight_bit_layers(root: TrainModel) -> Iterator[FrozenLinear]:
@@ -123,7 +114,15 @@ def eight_bit_layers(root: TrainModel) -> Iterator[FrozenLinear]:
             yield module
 
 
-def set_fast_sums(layers: Sequence[FrozenLinear], fast_sums: bool) -> None:
+@contextmanager
+def full_sums(layers: Sequence[FrozenLinear]) -> Iterator[None]:
+    """Return a context with full accumulation. After it, the layers use fast accumulation."""
+    set_fast_sums(layers, False)
+    yield
+    set_fast_sums(layers, True)
+
+
+def set_fast_sums(layers: Iterable[FrozenLinear], fast_sums: bool) -> None:
     """Select fast or full-precision accumulation for the fp8 matmuls of the forward pass."""
     for layer in layers:
         assert isinstance(layer.format, Fp8)
