@@ -34,6 +34,11 @@ GIB = 2**30
 MIN_SHOWN_SHARE = 0.01
 
 
+def dtype_line(run: Run, reason: str) -> str:
+    """Return a line about a dtype that was chosen for the machine, and the reason."""
+    return f"model.dtype: {run.model.dtype}, {reason}"
+
+
 def plan_lines(
     planner: Planner, best: Forecast, folder: Path | None, types: tuple[str, str]
 ) -> Iterator[str]:

@@ -23,7 +23,7 @@ from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import data_warnings
-from tunesmith.presentation.plan import plan_warnings
+from tunesmith.presentation.plan import dtype_line, plan_warnings
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.run_dir import read_recipe
 from tunesmith.stages.plan import MachineFacts, PlanFacts
@@ -33,7 +33,7 @@ def machine_lines(facts: MachineFacts) -> Iterator[str]:
     """Yield lines about the dtype, and warnings about settings that do not suit the device."""
     run = facts.run
     if facts.dtype_reason:
-        yield f"model.dtype: {facts.dtype}, {facts.dtype_reason}"
+        yield dtype_line(run, facts.dtype_reason)
     elif facts.is_dtype_restored:
         yield f"model.dtype is {facts.dtype}, because this run was started with it"
     if facts.dtype == "bf16" and not facts.chip.bf16:

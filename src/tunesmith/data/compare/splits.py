@@ -101,13 +101,14 @@ class Splits:
 
 
 def read_splits(
-    data: Data, seed: int, *, only_cached: bool = False
+    data: Data, seed: int, opened: OpenedRows | None = None, *, only_cached: bool = False
 ) -> tuple[SourceRows, SourceRows]:
     """Read the training rows and the validation rows, by source.
 
     Args:
         data: the section `data` of the recipe.
         seed: the seed that draws the rows of `data.hold_out`, if `data.hold_out_seed` is not set.
+        opened: the rows of the sources. If None, the sources are opened.
         only_cached: whether to use only cached findings of the row checks, because a comparison of
             the rows takes time. If there are no cached findings, near-duplicates can get into
             different splits.
@@ -115,7 +116,7 @@ def read_splits(
     Raises:
         DataError: a source cannot be read, or no training row is left.
     """
-    opened = open_sources(data)
+    opened = opened or open_sources(data)
     findings = RowFindings()
     if data.hold_out is not None or data.leave_out:
         findings = checked_before(opened.train) if only_cached else check_rows(opened.train)

@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Model, Run
 from tunesmith.data.compare.splits import count_held_out, read_splits
+from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
+from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
@@ -33,6 +35,8 @@ from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
+from tunesmith.stages.model import ModelFacts
+from tunesmith.stages.rows import RowFacts, open_rows
 from tunesmith.units import ceil_div
 
 log = logging.getLogger(__name__)
@@ -78,7 +82,9 @@ class PaperModel(NamedTuple):
         return model_type, str(text_type or model_type)
 
 
-def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, PaperModel]:
+def prepare_on_paper(
+    run: Run, cluster: Cluster, rows: StatedRows, known: ModelFacts | None = None
+) -> tuple[Planner, PaperModel]:
     """Return the planner of a recipe for a cluster, and the config of the recipe's model.
 
     If the recipe is shipped with tunesmith, the model's config is in the package, so that no
@@ -86,22 +92,26 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
 
     Args:
         rows: number and length of the rows, as stated by the user.
+        known: facts that were found when the recipe was created. None if there are none.
     """
-    model = _read_model(run.model)
-    spec = model_spec(
-        model.config, where=model.where, trust_remote_code=run.model.trust_remote_code
-    )
-    if run.model.vision:
-        spec = _with_vision(run, spec, model)
+    model = _read_config(run.model)
+    if known is not None:
+        spec = known.spec
+        support = known.support
+    else:
+        spec = model_spec(
+            model.config, where=model.where, trust_remote_code=run.model.trust_remote_code
+        )
+        if run.model.vision:
+            spec = _with_vision(run, spec, model)
+        types = read_model_types()
+        # If the model type has not been tested, assume that it supports packed documents.
+        support = types[spec.model_type].support if spec.model_type in types else Support("packed")
     check_quantize(run.model.quantize, model.config, model.where)
     run = replace(run, model=resolve_quantize(run.model, spec.quantized))
-    types = read_model_types()
-    # If the model type has not been tested, assume that it supports packed documents.
-    support = types[spec.model_type].support if spec.model_type in types else Support("packed")
     run = fit_to_model(run, spec, support, where=model.where)
-    work = _find_workload(
-        run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent)
-    )
+    shares = shares_prompts(run, support.recurrent)
+    work = _find_workload(run, spec, model.folder, rows, known, shares=shares)
     return plan_on_paper(run, spec, cluster, work), model
 
 
@@ -141,7 +151,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
     return add_vision(spec, full_config, processor)
 
 
-def _read_model(model: Model) -> PaperModel:
+def _read_config(model: Model) -> PaperModel:
     config = fetch.config_in_package(model)
     if config is not None:
         return PaperModel(config, model.name, None)
@@ -181,7 +191,13 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
 
 
 def _find_workload(
-    run: Run, spec: ModelSpec, folder: Path | None, rows: StatedRows, *, shares: bool
+    run: Run,
+    spec: ModelSpec,
+    folder: Path | None,
+    rows: StatedRows,
+    known: ModelFacts | None,
+    *,
+    shares: bool,
 ) -> Workload:
     """Determine the workload of a run: the number of its examples and their lengths.
 
@@ -191,6 +207,7 @@ def _find_workload(
     Args:
         folder: the folder with the tokenizer, or None.
         rows: number and length of the rows, as stated by the user.
+        known: see `prepare_on_paper`.
         shares: the value of `TokenSet.shares_prompts`.
     """
     length = rows.length
@@ -205,7 +222,9 @@ def _find_workload(
     counted = 0
     # Count the rows in the files on this machine, unless number and length are already known.
     if rows.count is None or not length:
-        counted, estimate = _count_rows(run, is_needed=rows.count is None)
+        counted, estimate = _count_rows(
+            run, known.rows if known else None, is_needed=rows.count is None
+        )
         is_estimated = is_estimated or bool(estimate and not length)
         length = length or estimate
     held_out = 0
@@ -234,7 +253,7 @@ def _examples_per_row(run: Run, length: int) -> int:
     return max(1, ceil_div(length - 1, run.data.seq_len - 1))
 
 
-def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
+def _count_rows(run: Run, known: RowFacts | None, *, is_needed: bool) -> tuple[int, int]:
     """Count the training rows of a run, and estimate the mean number of tokens per row.
 
     The number of tokens is estimated from the number of characters. If a source is not a local
@@ -242,33 +261,35 @@ def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
     numbers are 0.
 
     Args:
-        is_needed: log a warning if a file cannot be read.
+        known: rows that are already opened.
+        is_needed: log a warning if a file is missing.
+
+    Raise DataError if a file cannot be read or has bad rows.
     """
     if not all(is_local(source.source) for source in run.data.train):
         return _rows_of_splits(run), 0
-    count = 0
-    lengths = []
     try:
-        data = replace(run.data, validation=())
-        sources, _ = read_splits(data, run.train.seed, only_cached=True)
-        for source, rows in sources:
-            count += len(rows)
-            for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
-                # Skip a row that cannot be read. `train` reports it later.
-                with suppress(DataError):
-                    lengths.append(count_of_example(rows[number], source))
-    # Continue after an error, because a plan is possible without the rows. They only make it more
-    # exact.
-    except (TunesmithError, LookupError, OSError) as error:
+        for source in run.data.train:
+            check_local(Path(source.source).expanduser(), source.name)
+    # The rows may be on another machine.
+    except DataError as error:
         if is_needed:
-            what = first_line(error)
-            if isinstance(error, TunesmithError):
-                what = f"{error.what}: {error.where}; {error.fix}"
             log.warning(
-                f"the rows of data.train were not counted ({what}); to plan without "
-                f"them, give the number of rows with --rows N"
+                f"the rows of data.train were not counted ({error.what}: {error.where}; "
+                f"{error.fix}); to plan without them, give the number of rows with --rows N"
             )
         return 0, 0
+    data = replace(run.data, validation=())
+    opened = open_rows(replace(run, data=data), Start(), known).opened
+    sources, _ = read_splits(data, run.train.seed, opened, only_cached=True)
+    count = 0
+    lengths = []
+    for source, rows in sources:
+        count += len(rows)
+        for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
+            # Skip a row that cannot be read. `train` reports it later.
+            with suppress(DataError):
+                lengths.append(count_of_example(rows[number], source))
     return count, ceil_div(sum(lengths), max(1, len(lengths)) * CHARACTERS_PER_TOKEN)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,17 @@ from tunesmith.host.streams import show
 from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.resolve import checkpoint_bytes
+from tunesmith.planning.resolve import checkpoint_bytes, resolve_dtype
 from tunesmith.planning.savings import check_memory_fits
-from tunesmith.presentation.plan import plan_lines, source_text, warning_text
+from tunesmith.presentation.plan import dtype_line, plan_lines, source_text, warning_text
 from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_paper
 
 if TYPE_CHECKING:
     # Import only for type checks: Transformers is slow to import, and a plan may not need it.
     from tunesmith.training.make_recipe import NewRecipe
+
+
+log = logging.getLogger(__name__)
 
 
 def show_plan(
@@ -34,7 +38,11 @@ def show_plan(
     rows = StatedRows(args.rows, args.length)
     if new_recipe is not None and not args.length:
         rows = StatedRows(args.rows, new_recipe.mean_length, new_recipe.facts is None)
-    planner, model = prepare_on_paper(recipe, cluster, rows)
+    known = new_recipe.facts if new_recipe else None
+    planner, model = prepare_on_paper(recipe, cluster, rows, known)
+    _, reason = resolve_dtype(recipe.model, recipe.train, cluster.chip, planner.spec)
+    if reason:
+        log.info(dtype_line(planner.run, reason))
     best = planner.best()
     if args.json:
         print(json.dumps(_report(planner, best, model), indent=1, default=vars))
