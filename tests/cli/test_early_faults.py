@@ -109,6 +109,52 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
     assert not (tmp_path / "runs").exists()
 
 
+# name -> (overrides, the place that is told)
+TOKEN_FAULTS: dict[str, tuple[list[str], str]] = {
+    "no row left": (["data.hold_out=20 examples"], "data.hold_out"),
+    "longer than the model's": (["data.seq_len=1000000"], "config.json"),
+    "cut answers": (["data.seq_len=16", "data.too_long=truncate"], "rows.jsonl"),
+    "no template": (["data.template=./none.jinja"], "data.template"),
+    "tracker": (["log.trackers=[comet]"], "log.trackers"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["recipe", "rows"])
+@pytest.mark.parametrize("name", TOKEN_FAULTS)
+def test_a_fault_of_tokens_is_told_without_torch(name: str, form: str, tiny: Path, tmp_path: Path):
+    """The second time a model is used: the first start writes the copy of its tokenizer."""
+    overrides, where = TOKEN_FAULTS[name]
+    write_rows(tmp_path / "rows.jsonl", 20)
+    run_warm(["data", "--model", str(tiny), "--data", "rows.jsonl"], cwd=tmp_path)
+    words = ["--model", str(tiny), "--data", "rows.jsonl"]
+    if form == "recipe":
+        source = {"source": "rows.jsonl", "format": "prompt-completion"}
+        values = recipe(tiny, tmp_path, held=False, data={"train": source})
+        values["output_dir"] = "runs/new"
+        (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+        words = ["recipe.yaml"]
+    code, out, err = start([*words, *overrides], tmp_path)
+    assert (code, out) == (EXIT_USAGE, "")
+    assert where in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_input_keeps_the_earlier_run_in_its_place(tiny: Path, tmp_path: Path):
+    """`--fresh` moves it only when the inputs of the new run are good."""
+    write_rows(tmp_path / "rows.jsonl", 20)
+    values = recipe(tiny, tmp_path, held=False)
+    values["data"]["train"] = {"source": "rows.jsonl", "format": "prompt-completion"}
+    values["output_dir"] = "runs/new"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+    run_warm(["train", "recipe.yaml", "train.warmup=0 steps"], cwd=tmp_path).check_returncode()
+    words = ["train", "recipe.yaml", "--fresh", "train.warmup=0 steps"]
+    assert run_warm([*words, "data.seq_len=1000000"], cwd=tmp_path).returncode == EXIT_USAGE
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["new"]
+    run_warm(words, cwd=tmp_path).check_returncode()
+    assert len([*(tmp_path / "runs").iterdir()]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "fix"),
