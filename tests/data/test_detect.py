@@ -19,9 +19,9 @@ from tunesmith.cli.options import column_names
 from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.detect import SAMPLE, detect
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
@@ -344,7 +344,7 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with refuses(DataError, names=["promt=question"]) as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
-    with refuses(DataError, fix=["messages", "--columns messages=..."]) as refused:
+    with refuses(DataError, fix=["--format prompt-completion --columns prompt=q,completion=a"]):
         found(texts("q", "a"), source=Source(source="faq", format="messages"), any_format=False)
     with refuses(DataError, names=["reply"]):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))
@@ -418,16 +418,16 @@ def test_the_sample_reaches_both_ends_of_a_long_file() -> None:
 
 
 def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
-    """Names with a comma, a colon or a quote, and fewer columns than are needed."""
+    """Names with a comma, a colon or a quote."""
     with pytest.raises(DataError) as refused, rows_set_by(option=True):
         convert_row(
-            {"it's, a: name": "x"},
+            {"it's, a: name": "x", "b": "y"},
             Source(source="rows.jsonl", format="prompt-completion"),
             where="rows.jsonl:1",
         )
     words = shlex.split(refused.value.fix.removeprefix("use ").partition(", or ")[0])
     assert words[0] == "--columns"
-    assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "...")]
+    assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "b")]
 
 
 @pytest.mark.parametrize(

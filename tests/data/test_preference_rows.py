@@ -262,7 +262,7 @@ def test_broken_rows_are_named_with_their_place(name: str) -> None:
 def test_a_column_that_the_format_reads_is_not_proposed_for_another() -> None:
     with pytest.raises(DataError) as caught:
         pair(prompt=PROMPT, chosen="3", worse="three")
-    assert "{rejected: worse}" in caught.value.fix
+    assert "columns: {chosen: chosen, rejected: worse}" in caught.value.fix
     with pytest.raises(DataError) as caught:
         pair(prompt=PROMPT, chosen="3")
     assert "prompt" not in caught.value.fix

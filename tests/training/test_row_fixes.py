@@ -17,14 +17,17 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.layers import Overrides
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_settings import row_fix, rows_set_by
+from tunesmith.config.schema import Source
 from tunesmith.config.tree import read_value
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
+from tunesmith.data.rows.detect import detect
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import DataError
 from tunesmith.stages.draft import draft_recipe
 
 Settings = dict[str, Any]
 CALLS = '[{"role": "user", "content": "a"}]'
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 PAIR = {"prompt": "Why?", "completion": "Because."}
 # name -> (row, settings that the user has made, pattern of what is wrong)
 BAD: dict[str, tuple[Settings, Settings, str]] = {
@@ -56,6 +59,32 @@ BAD: dict[str, tuple[Settings, Settings, str]] = {
     "no such split": (PAIR, {"format": "prompt-completion", "split": "test[:5]"}, "split test"),
     "an empty slice": (PAIR, {"format": "prompt-completion", "split": "train[5:5]"}, "no rows"),
     "files of two kinds": (PAIR, {"format": "prompt-completion"}, "different kinds"),
+}  # fmt: skip
+
+
+AS_PAIR = {"prompt": "q", "completion": "b"}
+PROMPT_COMPLETION = {"format": "prompt-completion"}
+PREFERENCE = {"method": "dpo", "format": "preference"}
+# name -> (row, settings that the user has made, columns that each command reads or proposes)
+PROPOSED: dict[str, tuple[Settings, Settings, dict[str, str]]] = {
+    "usual names": ({"question": "Why?", "answer": "So."}, {}, {"prompt": "question", "completion": "answer"}),
+    "names in German": ({"Frage": "Warum?", "Antwort": "Darum."}, {"format": "alpaca"}, {"instruction": "Frage", "output": "Antwort"}),
+    "odd names": ({"q": "Why?", "b": "So."}, {}, AS_PAIR),
+    "odd names for a chat": ({"q": "Why?", "b": "So."}, {"format": "messages"}, AS_PAIR),
+    "odd names for pairs": ({"q": "Why?", "b": "So."}, PREFERENCE, AS_PAIR),
+    "an input": ({"question": "Why?", "context": "Here.", "response": "So."}, {"format": "alpaca"}, {"instruction": "question", "output": "response", "input": "context"}),
+    "an input in odd columns": ({"context": "Here.", "x": "Why?", "y": "So."}, {"format": "alpaca"}, {"instruction": "x", "output": "y", "input": "context"}),
+    "one text": ({"id": "a1", "essay": "A text."}, {}, {"text": "essay"}),
+    "one text for a pair": ({"id": "a1", "essay": "A text."}, PROMPT_COMPLETION, {"text": "essay"}),
+    "a text for a wrong column": ({"text": "A text."}, {**PROMPT_COMPLETION, "columns": {"completion": "anwser"}}, {"text": "text"}),
+    "a chat": ({"dialogue": TURNS}, PROMPT_COMPLETION, {"messages": "dialogue"}),
+    "a chat for pairs": ({"dialogue": TURNS}, PREFERENCE, {"messages": "dialogue"}),
+    "a chat of an odd name": ({"thread": TURNS}, {}, {"messages": "thread"}),
+    "mistyped pairs": ({"question": "Why?", "choosen": "So.", "rejected": "No."}, {}, {"prompt": "question", "chosen": "choosen", "rejected": "rejected"}),
+    "pairs with a question": ({"question": "Why?", "chosen": "So.", "rejected": "No."}, PREFERENCE, {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}),
+    "labels": ({"q": "Why?", "b": "So.", "is_ok": True}, {"method": "kto", "format": "feedback"}, {**AS_PAIR, "label": "is_ok"}),
+    "a text and its class": ({"text": "x y", "label": "pos"}, {}, {"prompt": "text", "completion": "label"}),
+    "mistyped columns of no format": ({"q": "Why?", "b": "So."}, {**PROMPT_COMPLETION, "columns": {"prompt": "nope", "completion": "nope2"}}, AS_PAIR),
 }  # fmt: skip
 
 
@@ -149,6 +178,15 @@ ORIGINS: dict[str, tuple[Callable[[Path, Settings], None], Callable[[str], Setti
 }
 
 
+def first_fix(error: DataError, read_fix: Callable[[str], Settings]) -> Settings:
+    # A way with `...` names no column.
+    ways = re.split(r",? or (?=use|choose)", error.fix)
+    fixes = [read_fix(way) for way in ways if "..." not in way]
+    fix = next(filter(None, fixes), {})
+    assert fix, error.fix
+    return fix
+
+
 @pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("name", BAD)
 def test_a_fix_can_be_copied_where_the_rows_are_given(
@@ -166,17 +204,50 @@ def test_a_fix_can_be_copied_where_the_rows_are_given(
     with pytest.raises(DataError) as refused:
         read(rows, settings)
     assert re.search(what, refused.value.what)
-    # A way with `...` names no column.
-    ways = re.split(r",? or (?=use|choose)", refused.value.fix)
-    fixes = [read_fix(way) for way in ways if "..." not in way]
-    fix = next(filter(None, fixes), {})
-    assert fix, refused.value.fix
+    fix = first_fix(refused.value, read_fix)
     next_error = ""
     try:
         read(rows, {**settings, **fix})
     except DataError as error:
         next_error = error.what
     assert next_error != refused.value.what, refused.value.fix
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize("name", PROPOSED)
+def test_each_command_proposes_columns_that_it_reads(
+    name: str, origin: str, tmp_path: Path
+) -> None:
+    row, settings, columns = PROPOSED[name]
+    read, read_fix = ORIGINS[origin]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(row) + "\n") * 20)
+    refused = None
+    try:
+        read(rows, settings)
+    except DataError as error:
+        refused = error
+    if refused is None:
+        assert origin in ("option", "python"), "a recipe detects no columns"
+        source = Source(source=str(rows), format=settings.get("format", "messages"))
+        found = detect(read_rows(source), source, any_format="format" not in settings)
+        assert found.columns == columns
+        return
+    fix = first_fix(refused, read_fix)
+    # A column with the format's own name is read without a setting.
+    assert fix.get("columns", {"text": "text"}) == columns, refused.fix
+    read(rows, {**settings, **fix})
+
+
+def test_rows_without_texts_get_no_column_proposed(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"left": 1, "right": {"answer": "So."}}\n' * 20)
+    for read, read_fix in ORIGINS.values():
+        with pytest.raises(DataError) as refused:
+            read(rows, {})
+        assert read_fix(refused.value.fix) == {}
+        assert "left, right" in refused.value.why
+        assert refused.value.fix.startswith("add ")
 
 
 def test_a_source_without_overrides_has_the_notation_of_the_recipe(tmp_path: Path) -> None:

@@ -257,15 +257,16 @@ def _sources_with_keys(run: Run, where: Place) -> Iterator[tuple[str, Source]]:
 def _columns(run: Run, where: Place) -> Iterator[Problem]:
     for key, source in _sources_with_keys(run, where):
         columns = FORMAT_COLUMNS[source.format]
+        otherwise = f"use one of the format's columns: {', '.join(columns)}"
+        for format_name, names in FORMAT_COLUMNS.items():
+            needs_method = format_name in METHOD_FORMATS.values()
+            if source.columns.keys() <= set(names) and not needs_method:
+                otherwise = f"set {key}.format: {format_name}, or {otherwise}"
         for name in set(source.columns) - set(columns):
             yield Problem(
                 f"{key}.columns.{name}",
                 f"is not a column of format {source.format}",
-                fix=suggest_choice(
-                    name,
-                    columns,
-                    otherwise=f"use one of the format's columns: {', '.join(columns)}",
-                ),
+                fix=suggest_choice(name, columns, otherwise=otherwise),
                 why="`columns` maps the format's column name to the file's column name",
             )
 

@@ -14,9 +14,9 @@ from tunesmith.config.schema import FEW_STEPS, RowFault, Train
 from tunesmith.data.compare.row_checks import place
 from tunesmith.data.compare.row_texts import MAX_CHARACTERS, MAX_ROWS
 from tunesmith.data.compare.splits import SourceRows, Splits
+from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.formats import SPLIT_COLUMNS
 from tunesmith.data.rows.labels import rates_answers
-from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import is_local
 from tunesmith.data.source.table import Rows
 from tunesmith.data.text import builtin_templates

@@ -14,6 +14,7 @@ from functools import partial
 
 from tunesmith.config.row_formats import FormatName
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.columns import is_absent, is_harmless, plain, role_key_of
 from tunesmith.data.rows.labels import (
     check_no_bad_label,
     grades_of,
@@ -35,13 +36,7 @@ from tunesmith.data.rows.messages import (
 )
 from tunesmith.data.rows.picture_places import check_media, read_column_pictures, with_pictures
 from tunesmith.data.rows.row_masks import check_row_mask
-from tunesmith.data.rows.row_reader import (
-    RowReader,
-    is_absent,
-    is_harmless,
-    plain,
-    role_key_of,
-)
+from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
@@ -208,9 +203,15 @@ def _no_messages(row: RowReader, value: object, column: str) -> str:
     """
     read = row.text_or_messages(value, column)
     if isinstance(value, str) and not isinstance(read, str):
+        mapped = row.source.columns
+        pair = {
+            "prompt": mapped.get("instruction", "instruction"),
+            "completion": mapped.get("output", "output"),
+        }
+        chats = row.setting(format="prompt-completion", columns=pair)
         raise row.error(
             f"the column {column} has a JSON list of messages, not a text",
-            fix=f"use {row.setting(format='prompt-completion')}, or write only the text",
+            fix=f"use {chats}, or write only the text",
         )
     return row.text(value, column)
 
@@ -460,7 +461,7 @@ def _not_shared(row: RowReader) -> DataError:
     return row.error(
         "chosen and rejected do not begin with the same prompt",
         why="if there is no column prompt, both answers must begin with the prompt",
-        fix='write {"prompt": "...", "chosen": "...", "rejected": "..."}',
+        fix=row.propose_columns('write {"prompt": "...", "chosen": "...", "rejected": "..."}'),
     )
 
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.row_masks import value_of_cell
-from tunesmith.data.rows.row_reader import RowReader, plain
+from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError
 from tunesmith.units import count_of

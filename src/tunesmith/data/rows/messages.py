@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tunesmith.data.rows.columns import from_lists, is_absent, plain
 from tunesmith.data.rows.labels import bad_labels
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_masks import is_mask_column, is_trained_turn
-from tunesmith.data.rows.row_reader import RowReader, from_lists, is_absent, plain
+from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type

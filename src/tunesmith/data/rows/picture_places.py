@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from tunesmith.config.row_formats import PICTURE_NAMES, ROW_FORMATS
-from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
+from tunesmith.data.rows.columns import is_absent, plain
+from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Message, Picture
 from tunesmith.data.source.table import json_type
 from tunesmith.errors import DataError
@@ -136,8 +137,8 @@ def _no_place(row: RowReader, what: str) -> DataError:
     return row.error(
         what,
         why=f"format {row.source.format} does not support pictures yet",
-        fix=f"use {row.setting(format='prompt-completion')}, messages or sharegpt, or delete the "
-        "pictures",
+        fix=f"delete the pictures, or use {row.setting(method='sft')} with the format"
+        " prompt-completion, messages or sharegpt",
     )
 
 

@@ -10,7 +10,8 @@ weight of 0.5, or two keys that contradict each other.
 import json
 from collections.abc import Mapping
 
-from tunesmith.data.rows.row_reader import RowReader, plain
+from tunesmith.data.rows.columns import plain
+from tunesmith.data.rows.row_reader import RowReader
 
 # Name of a loss mask key -> whether the value true includes the answer in training (True) or
 # excludes it (False).

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.columns import is_absent, plain
 from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.labels import read_label
 from tunesmith.data.rows.messages import CHAT_ROLES, is_said
-from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
+from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import Completion, Conversation, Picture, Sample
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
