@@ -244,7 +244,7 @@ class RowColumns:
         no_texts = (*self.chats["role"], *self.chats["from"])
         return [name for name in named if name not in no_texts]
 
-    def propose(self, source: Source, *, any_format: bool = False) -> Source:
+    def propose(self, source: Source, any_format: bool) -> Source:
         """Return the layout that the fix of an error proposes for the rows of a source.
 
         The source's format is kept if its columns can be guessed. Otherwise, propose the layout
@@ -254,14 +254,16 @@ class RowColumns:
         Args:
             any_format: whether the user has chosen no format.
         """
-        incomplete = []
+        first = None
         for layout in self._proposals(source, any_format):
             if UNKNOWN not in layout.columns.values():
                 return layout
-            incomplete.append(layout)
-        return incomplete[0]
+            first = first or layout
+        assert first is not None
+        return first
 
     def _proposals(self, source: Source, any_format: bool) -> Iterator[Source]:
+        """Yield the layouts that can be proposed, the best first."""
         formats: list[FormatName] = [source.format]
         if any_format:
             formats = []
@@ -287,30 +289,22 @@ class RowColumns:
 
     def _guesses(self, source: Source) -> Iterator[Source]:
         """Yield each layout of the source's format with guessed columns."""
-        form = ROW_FORMATS[source.format]
-        chosen = {}
-        for name, column in source.columns.items():
-            if name in form.columns and column in self.values:
-                chosen[name] = column
-        for column_set in form.layouts:
-            guessed = self._guess(source, column_set, chosen)
+        for column_set in ROW_FORMATS[source.format].layouts:
+            guessed = self._guess(source, column_set)
             names = dict.fromkeys([*column_set.needed, *guessed])
             columns = {name: guessed.get(name, UNKNOWN) for name in names}
             yield replace(source, columns=columns)
 
-    def _guess(
-        self, source: Source, column_set: ColumnSet, chosen: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Guess the columns of a format.
+    def _guess(self, source: Source, column_set: ColumnSet) -> dict[str, str]:
+        """Guess the columns of the source's format.
 
-        The candidates are tried in this order: columns with a name similar to the name that the
-        user has chosen, with a usual name, and with a name similar to the format's name, and last
-        columns with texts.
-
-        Args:
-            chosen: columns that the user has chosen. They are kept.
+        A column that the user has chosen is kept if it exists. The candidates for the others are
+        tried in this order: columns with a name similar to the name that the user has chosen, with
+        a usual name, and with a name similar to the format's name, and last columns with texts.
         """
-        guessed = dict(chosen)
+        known = set(ROW_FORMATS[source.format].columns)
+        chosen = source.columns.items()
+        guessed = {name: own for name, own in chosen if name in known and own in self.values}
 
         def take(name: str, columns: Iterable[str]) -> None:
             free = (column for column in columns if column not in guessed.values())
@@ -392,7 +386,7 @@ def propose_fix(
         otherwise: another way to fix the error. It is mentioned first if the source's format cannot
             be used.
     """
-    layout = columns.propose(source, any_format=any_format)
+    layout = columns.propose(source, any_format)
     guessed = set(layout.columns.values())
     is_other = any_format or layout.format != source.format
     current = {name: source.columns.get(name, name) for name in layout.columns}

@@ -101,7 +101,7 @@ def detect(
             cannot read some of the rows.
     """
     sample, is_whole = sample_rows(rows)
-    examined = _SampledRows(rows, source, sample, any_format)
+    examined = _SampledRows(rows, source, sample)
     columns = examined.columns
     layouts = columns.layouts(source, any_format=any_format)
     if any_format and not source.columns:
@@ -116,14 +116,12 @@ def detect(
         reads_all = is_whole and trial.read == sample.keys()
         if not reads_all and not skips_bad_rows:
             raise examined.all_errors(trial)
-        ignored = []
-        for name in columns.values:
-            # Do not list a loss mask column such as `train` as ignored, because every layout reads
-            # or refuses it.
-            if name not in trial.used and not is_mask_column(name):
-                ignored.append(name)
         layout = trial.layout
-        return Detected(layout.format, layout.columns, tuple(ignored), trial.has_pictures)
+        # Do not list a loss mask column such as `train` as ignored, because every layout reads or
+        # refuses it.
+        unread = [name for name in columns.values if name not in trial.used]
+        ignored = tuple(name for name in unread if not is_mask_column(name))
+        return Detected(layout.format, layout.columns, ignored, trial.has_pictures)
     if readable:
         raise examined.ambiguous(readable)
     if trials:
@@ -162,16 +160,12 @@ class _SampledRows:
 
     Attributes:
         sample: the sampled rows by their index.
-        any_format: whether the user has chosen no format.
     """
 
-    def __init__(
-        self, rows: Rows, source: Source, sample: dict[int, Row], any_format: bool
-    ) -> None:
+    def __init__(self, rows: Rows, source: Source, sample: dict[int, Row]) -> None:
         self.rows = rows
         self.source = source
         self.sample = sample
-        self.any_format = any_format
         self.columns = RowColumns(sample.values(), rows.where(min(sample)))
 
     def error(self, what: str, fix: str, why: str = "") -> DataError:

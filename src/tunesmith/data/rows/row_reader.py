@@ -121,7 +121,15 @@ class RowReader:
         column = self.source.columns.get(name, name)
         self.read.add(column)
         if column not in self.row:
-            raise self._missing_columns(column)
+            needed = ROW_FORMATS[self.source.format].layouts[0].needed
+            own_names = [self.source.columns.get(each, each) for each in needed]
+            absent = dict.fromkeys([column, *(own for own in own_names if own not in self.row)])
+            raise self.error(
+                f"there is no column {' or '.join(absent)}",
+                why=f"the format {self.source.format} needs such a column; the row has "
+                + (", ".join(map(str, self.row)) or "none"),
+                fix=self.propose_columns("add the column, or delete the row"),
+            )
         if self.row[column] is None:
             raise self.error(
                 f"the column {column} is null", fix="fill the column, or delete the row"
@@ -141,22 +149,6 @@ class RowReader:
             if column not in self.read and not is_absent(value):
                 columns[column] = value
         return columns
-
-    def _missing_columns(self, column: str) -> DataError:
-        """Build the error for a column that the row does not have. Its fix proposes columns."""
-        mapped = self.source.columns
-        needed = ROW_FORMATS[self.source.format].layouts[0].needed
-        absent = [column]
-        for name in needed:
-            needed_column = mapped.get(name, name)
-            if needed_column not in self.row:
-                absent.append(needed_column)
-        columns = ", ".join(map(str, self.row)) or "none"
-        return self.error(
-            f"there is no column {' or '.join(dict.fromkeys(absent))}",
-            why=f"the format {self.source.format} needs such a column; the row has {columns}",
-            fix=self.propose_columns("add the column, or delete the row"),
-        )
 
     def propose_columns(self, otherwise: str) -> str:
         """Return a fix that names the row's columns, see `propose_fix`."""

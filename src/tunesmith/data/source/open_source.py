@@ -52,7 +52,17 @@ def open_splits(source: Source) -> dict[str, Table]:
     """
     if is_local(source.source):
         return open_local(Path(source.source).expanduser(), source.name)
-    return _read_hub(source)
+    import datasets
+
+    name = source.source
+    try:
+        # `datasets` memory-maps the splits from the Hub cache.
+        splits = datasets.load_dataset(name, source.name, revision=source.revision)
+    except Exception as error:
+        # Catch all exceptions, because the errors of the Hub client have no common base class.
+        # `_hub_error` distinguishes them.
+        raise _hub_error(name, error) from error
+    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
 
 
 def from_list(rows: list[Row], name: str = "rows") -> Rows:
@@ -174,20 +184,6 @@ def _unreadable_split(split: str, where: str, why: str) -> DataError:
         why=why,
         fix="write the split as train, train[:95%], train[95%:], train[100:200] or train[-10%:]",
     )
-
-
-def _read_hub(source: Source) -> dict[str, Table]:
-    """Return the splits of a Hub data set. `datasets` memory-maps them from the Hub cache."""
-    import datasets
-
-    name = source.source
-    try:
-        splits = datasets.load_dataset(name, source.name, revision=source.revision)
-    except Exception as error:
-        # Catch all exceptions, because the errors of the Hub client have no common base class.
-        # `_hub_error` distinguishes them.
-        raise _hub_error(name, error) from error
-    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
 
 
 def _hub_table(name: str, dataset: Any) -> Table:
