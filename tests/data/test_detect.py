@@ -344,6 +344,9 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with refuses(DataError, names=["promt=question"]) as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
+    twice = Source(source="faq", columns={"prompt": "question", "completion": "question"})
+    with refuses(DataError, fix=["--columns prompt=question,completion=answer"]):
+        found(row, source=twice)
     with refuses(DataError, fix=["--format prompt-completion --columns prompt=q,completion=a"]):
         found(texts("q", "a"), source=Source(source="faq", format="messages"), any_format=False)
     with refuses(DataError, names=["reply"]):

@@ -289,7 +289,10 @@ class RowColumns:
 
     def _guesses(self, source: Source) -> Iterator[Source]:
         """Yield each layout of the source's format with guessed columns."""
-        for column_set in ROW_FORMATS[source.format].layouts:
+        form = ROW_FORMATS[source.format]
+        chosen = {name: own for name, own in source.columns.items() if name in form.columns}
+        source = replace(source, columns=chosen)
+        for column_set in form.layouts:
             guessed = self._guess(source, column_set)
             names = dict.fromkeys([*column_set.needed, *guessed])
             columns = {name: guessed.get(name, UNKNOWN) for name in names}
@@ -302,23 +305,22 @@ class RowColumns:
         tried in this order: columns with a name similar to the name that the user has chosen, with
         a usual name, and with a name similar to the format's name, and last columns with texts.
         """
-        known = set(ROW_FORMATS[source.format].columns)
-        chosen = source.columns.items()
-        guessed = {name: own for name, own in chosen if name in known and own in self.values}
+        guessed: dict[str, str] = {}
 
         def take(name: str, columns: Iterable[str]) -> None:
-            free = (column for column in columns if column not in guessed.values())
-            column = next(free, None)
+            free = self.values.keys() - set(guessed.values())
+            column = next((column for column in columns if column in free), None)
             if name not in guessed and column is not None:
                 guessed[name] = column
 
         needed, optional = column_set
+        for name, column in source.columns.items():
+            take(name, [column])
         for name, usual_names in needed.items():
             if name in source.columns:
                 take(name, self._similar_columns(source.columns[name], usual_names))
         for name, usual_names in needed.items():
-            own = [name] if name in self.values else []
-            take(name, [*own, *self._usual_columns(source.format, usual_names)])
+            take(name, [name, *self._usual_columns(source.format, usual_names)])
         for name, usual_names in needed.items():
             take(name, self._similar_columns(name, usual_names))
         for name, usual_names in needed.items():
