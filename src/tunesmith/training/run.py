@@ -158,9 +158,9 @@ def train(
     """
     with ExitStack() as stack:
         known = None
+        stack.enter_context(lines_by_default(level_of_process()))
         if quiet:
             stack.enter_context(stderr_only_from())
-        stack.enter_context(lines_by_default(level_of_process()))
         if not isinstance(recipe, Run):
             stack.enter_context(rows_set_by(option=recipe is None, python=True))
         if recipe is None:
