@@ -81,29 +81,29 @@ def _yaml_lines(
         path = f"{key}.{name}".lstrip(".")
         for part in textwrap.wrap(comments.get(path, ""), 76 - len(indent)):
             yield f"{indent}# {part}"
-        head = f"{indent}{_yaml_value(name)}:"
+        head = f"{indent}{yaml_value(name)}:"
         if isinstance(value, dict) and value:
             yield head
             yield from _yaml_lines(value, comments, path, f"{indent}  ")
         elif isinstance(value, list) and _nested(value):
             yield head
             for item in value:
-                lines = [_yaml_value(item)]
+                lines = [yaml_value(item)]
                 if isinstance(item, dict) and item:
                     lines = [*_yaml_lines(item, {}, indent=f"{indent}  ")]
                 yield f"{indent}- {lines[0].lstrip()}"
                 yield from lines[1:]
         else:
-            yield f"{head} {_yaml_value(value)}"
+            yield f"{head} {yaml_value(value)}"
 
 
-def _yaml_value(value: object) -> str:
+def yaml_value(value: object) -> str:
     """Return a value as YAML on one line. Text that YAML could read as another type is quoted."""
     if isinstance(value, dict):
-        pairs = [f"{_yaml_value(name)}: {_yaml_value(item)}" for name, item in value.items()]
+        pairs = [f"{yaml_value(name)}: {yaml_value(item)}" for name, item in value.items()]
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_yaml_value, value))}]"
+        return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, str) and _TEXT.fullmatch(value) and isinstance(scalar(value), str):
         return value
     # JSON is valid YAML, except that YAML requires escapes for non-printable characters.

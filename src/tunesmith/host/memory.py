@@ -80,6 +80,9 @@ class MemoryLimit:
         return f"set a limit of {enough} MiB for the control group ({options})"
 
 
+NO_LIMIT = MemoryLimit("", 0, 0)
+
+
 @dataclass(frozen=True)
 class MemoryFigures:
     """The state of the host's memory, in bytes.

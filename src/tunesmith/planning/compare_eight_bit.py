@@ -102,9 +102,12 @@ def measure_change(
             exact_loss = mean_loss(root, batches)
         rounded_loss = mean_loss(root, batches)
     tokens = sum(batch.tokens for batch in batches)
-    losses_by_rank = ranks.all_gather_object((exact_loss, rounded_loss))
-    losses = max(losses_by_rank, key=severity)
-    return LossChange(*losses, tokens, len(layers), limit)
+    by_rank = ranks.all_gather_object((exact_loss, rounded_loss))
+    changes = [LossChange(*losses, tokens, len(layers), limit) for losses in by_rank]
+    # A loss that is not finite counts as the largest change.
+    return max(
+        changes, key=lambda change: (not math.isfinite(change.rounded), abs(change.relative))
+    )
 
 
 def eight_bit_layers(root: TrainModel) -> Iterator[FrozenLinear]:
@@ -127,14 +130,6 @@ def set_fast_sums(layers: Iterable[FrozenLinear], fast_sums: bool) -> None:
     for layer in layers:
         assert isinstance(layer.format, Fp8)
         layer.format = Fp8(layer.format.recipe, fast_sums)
-
-
-def severity(losses: Sequence[float]) -> tuple[bool, float]:
-    """Return a sort key for the relative change between two losses. Non-finite losses count as the
-    largest change.
-    """
-    exact, rounded = losses
-    return not math.isfinite(rounded), abs(rounded / exact - 1)
 
 
 @torch.no_grad()

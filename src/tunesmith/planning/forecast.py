@@ -135,18 +135,17 @@ class Planner:
     def choose(self) -> RunPlan:
         """Return the plan for the best mesh. Raise MachineError if the run does not fit."""
         best = self.best()
+        plan = best.plan
         resumed = self.previous_micro_batch is not None
-        savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
-        overrun = savings.find_overrun(best.plan, self.machine, resumed=resumed)
-        warnings = (*best.plan.warnings, overrun, self.find_short_steps(best))
+        savings.check_memory_fits(plan, self.machine, resumed=resumed)
+        overrun = savings.find_overrun(plan, self.machine, resumed=resumed)
+        warnings = (*plan.warnings, overrun, self.find_short_steps(best))
         reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
             reason = "the fastest in the forecast"
         reason = f"{reason}, of {len(self.meshes())} possible meshes"
         return replace(
-            best.plan,
-            warnings=tuple(filter(None, warnings)),
-            why={**best.plan.why, "mesh": reason},
+            plan, warnings=tuple(filter(None, warnings)), why={**plan.why, "mesh": reason}
         )
 
     def find_short_steps(self, forecast: Forecast) -> ShortSteps | None:
@@ -157,17 +156,17 @@ class Planner:
         limits the micro batch, because larger steps would not help.
         """
         run = self.run
-        plan = forecast.plan
+        mesh = forecast.plan.mesh
         exposed = forecast.seconds.get("shards", 0.0)
         if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
             return None
-        share = rank_step(run, self.work.step, plan.mesh).mean
+        share = rank_step(run, self.work.step, mesh).mean
         if share >= forecast.hides_from:
             return None
         batch = run.train.global_batch
         # Round the batch up to a multiple of `unit`, because each data rank gets whole examples or
         # whole packed rows.
-        unit = plan.mesh.data
+        unit = mesh.data
         if batch.unit == "tokens":
             unit *= run.row_tokens
         amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit

@@ -134,8 +134,7 @@ def _this_machine() -> Cluster:
         # Subtract the memory that a CUDA context uses, 0.6 GiB.
         gib = float(memory) / 1024 - 0.6
     cluster = cluster_of(name, 1, len(gpus), gib)
-    in_table = any(chip.name == name for chip in CHIPS.values())
-    if cluster.chip.integrated or (memory in SHARED_MEMORY_TEXTS and not in_table):
+    if cluster.chip.integrated or (memory in SHARED_MEMORY_TEXTS and not cluster.chip.gib):
         shared = unified_budget(read_memory()) / 2**30
         return replace(cluster, chip=replace(cluster.chip, gib=shared, integrated=True))
     if not cluster.chip.gib:

@@ -240,9 +240,7 @@ class MemoryEstimator:
         # Parameters of embedding and output layer. If they are tied, they are one matrix.
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
         rest = spec.parameters - matrices - experts - tables
-        width = self.scheme.weight_bytes
-        if width is None:
-            width = itemsize
+        width = self.scheme.weight_bytes or itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
         layers += self._expert_weights(itemsize)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
@@ -251,9 +249,7 @@ class MemoryEstimator:
     def _expert_weights(self, itemsize: float) -> int:
         """Return the bytes of all experts, without scales."""
         spec = self.spec
-        width = self.scheme.expert_bytes
-        if width is None:
-            width = itemsize
+        width = self.scheme.expert_bytes or itemsize
         experts = spec.layer_matrices - spec.linear_matrices
         return int(spec.expert_stacks * width + (experts - spec.expert_stacks) * itemsize)
 

@@ -17,6 +17,7 @@ import torch
 from tunesmith.config.schema import Dtype, Model, Run, Train
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import Chip
+from tunesmith.host.memory import NO_LIMIT
 from tunesmith.hub.fetch import fetch_for_tokens
 from tunesmith.loss import card_bytes
 from tunesmith.model import attention
@@ -156,7 +157,7 @@ def probe_machine(
     """
     # Measure the free memory before the trial matmuls, because torch's allocator keeps their memory
     # for the model.
-    limit = None
+    limit = NO_LIMIT
     if device.type == "cpu":
         return_freed_memory()  # free what the reading of rows and model files has used
         free, size, limit = host_budget(processes)
@@ -237,13 +238,13 @@ def resolve_plan(
     least = estimator.min_step_bytes(min(memory.tokens, work.longest), memory.recomputed_layers)
     memory = replace(memory, least=least)
     compiled, compile_reason = machine.compiles
-    reference = describe_reference(run)
+    reference, reference_cost = describe_reference(run)
     why = {
         "attention": machine.attention[1],
         "loss": "head and loss on supervised positions only",
         "base": machine.scaling[1] or "as the recipe says",
         "compile": compile_reason,
-        "reference": reference.cost,
+        "reference": reference_cost,
         "kernels": "as train.deterministic says",
         "recompute": "as few as fit" if train.recompute == "auto" else "as train.recompute says",
         "weight gradients": "16-bit weights with fp32 masters on one GPU: the matmuls "
@@ -262,7 +263,7 @@ def resolve_plan(
         kernel=machine.kernel,
         base=estimator.scheme.storage(machine.scaling[0], run.model.dtype),
         layers=spec.depth,
-        reference=reference.what,
+        reference=reference,
         compiled=compiled,
         deterministic=train.deterministic,
         recomputed_layers=memory.recomputed_layers,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tunesmith.config.schema import PAIR_METHODS, REFERENCE_METHODS, Run
 from tunesmith.errors import RecipeError
-from tunesmith.host.memory import MemoryLimit
+from tunesmith.host.memory import NO_LIMIT, MemoryLimit
 from tunesmith.model.model_types import Support
 from tunesmith.model.shipped import check_frozen
 from tunesmith.model.spec import ModelSpec, check_seq_len
@@ -21,19 +21,13 @@ from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.units import Size, ceil_div
 
 
-class Reference(NamedTuple):
-    """Two texts for the user: the kind of the method's reference model, and its cost. Both are
-    empty if the method needs no reference model.
+def describe_reference(run: Run) -> tuple[str, str]:
+    """Return the kind of the method's reference model, and its cost. Both are empty if the method
+    needs no reference model.
     """
-
-    what: str = ""
-    cost: str = ""
-
-
-def describe_reference(run: Run) -> Reference:
     method = run.method.name
     if method not in REFERENCE_METHODS:
-        return Reference()
+        return "", ""
     if run.adapter.kind == "none":
         what = "the base, scored before training"
         cost = "a forward pass over all answers before training, cached with the tokens"
@@ -45,7 +39,7 @@ def describe_reference(run: Run) -> Reference:
         cost = "one forward pass per step, and a copy of the adapter"
     if method == "kto":
         cost += "; and as many for its KL, over prompts with answers of other rows"
-    return Reference(what, cost)
+    return what, cost
 
 
 def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
@@ -122,7 +116,7 @@ class Machine:
     grouped_mm: bool = False
     kernel: str = ""
     name: str = ""
-    limit: MemoryLimit | None = None
+    limit: MemoryLimit = NO_LIMIT
     host_link: float = 0.0
 
 
@@ -275,7 +269,7 @@ class Overrun(NamedTuple):
         fix: advice to the user, as in the error for a plan that does not fit.
     """
 
-    limit: MemoryLimit | None
+    limit: MemoryLimit
     fix: str
 
 

@@ -5,15 +5,15 @@ The module also checks a plan against the memory of its machine.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from tunesmith.config.check import check_run
-from tunesmith.config.dump import differences
+from tunesmith.config.dump import differences, yaml_value
 from tunesmith.config.schema import Run
+from tunesmith.data.tokens.tokenize import too_long_of
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
@@ -64,7 +64,12 @@ def find_savings(
         max_bytes = max_bytes * 9 // 10
 
     def is_sufficient(limit: int, changed: RunPlan) -> bool:
-        return changed.memory.total <= limit and _fits(changed, machine)
+        # `train` must accept the plan without an error or a warning.
+        return (
+            changed.memory.total <= limit
+            and not _exceeds(changed, machine)
+            and not _may_overrun(changed, machine)
+        )
 
     start = PlannedChange(run, plan)
     starts = [start]
@@ -134,14 +139,7 @@ def _changed(start: PlannedChange, keys: Keys, plan_of: PlanOf) -> list[PlannedC
 
 def _saving(run: Run, planned: PlannedChange) -> Saving:
     changes = differences(run, planned.run)
-    words = []
-    for change in changes:
-        value = change.new
-        if isinstance(value, list):
-            value = f"[{', '.join(value)}]"
-        elif not isinstance(value, str):
-            value = json.dumps(value)
-        words.append(f"{change.key}={shell_word(value)}")
+    words = [f"{change.key}={shell_word(yaml_value(change.new))}" for change in changes]
     resumes = all(change.allowed for change in changes)
     plan = planned.plan
     cost = ""
@@ -177,10 +175,8 @@ def _shorter(run: Run, length: int, longest: int) -> Keys:
     """
     keys: Keys = {"data.seq_len": length}
     sequences = run.row_tokens // run.data.seq_len
-    are_texts = all(source.format == "text" for source in run.data.train)
-    if run.data.allow_cut_answers or (are_texts and run.data.too_long == "auto"):
-        return keys
-    if length * sequences < longest:
+    is_split = all(too_long_of(source, run.data) == "split" for source in run.data.train)
+    if not run.data.allow_cut_answers and not is_split and length * sequences < longest:
         keys["data.too_long"] = "drop"
     return keys
 
@@ -212,10 +208,7 @@ def check_memory_fits(
     if plan.mesh.world > 1:
         layout = f"{plan.mesh.describe()}, {layout}"
     if not where:
-        where = plan.device
-        limit = machine.limit.describe() if machine.limit else ""
-        if limit:
-            where += f", {limit}"
+        where = ", ".join(filter(None, [plan.device, machine.limit.describe()]))
     why = f"{plan.memory.describe()}; {layout}"
     scaling, reason = machine.scaling
     # The recipe requested fp8 for the base, but the machine does not support it.
@@ -237,11 +230,6 @@ def find_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> O
     return Overrun(machine.limit, _ways_to_fit(plan, machine, resumed=resumed))
 
 
-def _fits(plan: RunPlan, machine: Machine) -> bool:
-    """Return whether `train` accepts a plan without an error or a warning."""
-    return not _exceeds(plan, machine) and not _may_overrun(plan, machine)
-
-
 def _exceeds(plan: RunPlan, machine: Machine) -> bool:
     needed, available = memory_needs(plan, machine)
     # `available` is 0 if the memory of the machine is unknown.
@@ -260,8 +248,6 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
     memory limit of the process.
     """
     keys = plan.less_memory(resumed=resumed)
-    if machine.limit is None:
-        return keys
     # The limit must be higher than the estimate, because a plan uses only USABLE_CPU_SHARE of it.
     missing = int(plan.memory.total / USABLE_CPU_SHARE) - machine.free_bytes
     larger = machine.limit.fix(max(0, missing))

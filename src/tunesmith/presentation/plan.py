@@ -50,12 +50,19 @@ def plan_lines(
         types: model type, and the type of the model's text part.
     """
     yield _sentence(planner, best)
-    yield from _inputs(planner)
+    chip = planner.cluster.chip
+    machines = f"machines: {planner.cluster.describe()}, {chip.gib:.0f} GiB"
+    if chip.tflops:
+        machines += f", {chip.tflops:.0f} TFLOP/s in whole steps ({chip.source})"
+    yield machines
+    work = planner.work
+    steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
+    yield f"examples: {source_text(planner.run, work)}; {work.step.mean:,.0f} tokens a step{steps}"
     if best.fits:
         yield from _details(planner, best, folder)
         yield f"GGUF: {describe_gguf_export(*types)}"
         yield from plan_warnings(planner.run, best.plan)
-        for text in long_warmup(planner.run.train, planner.work.steps):
+        for text in long_warmup(planner.run.train, work.steps):
             yield f"warning: {text}"
         short_steps = planner.find_short_steps(best)
         if short_steps is not None:
@@ -68,34 +75,23 @@ def _sentence(planner: Planner, best: Forecast) -> str:
     if not best.fits:
         # Show the minimum memory that the run needs, as the error message does.
         needed, available = memory_needs(best.plan, planner.machine)
-        return f"does not fit: {_gib_text(needed)} of {_gib_text(available)} GiB"
-    memory = f"fits: {_gib_text(needed)} of {_gib_text(available)} GiB"
+    memory = f"{_gib_text(needed)} of {_gib_text(available)} GiB"
+    if not best.fits:
+        return f"does not fit: {memory}"
     if not best.tokens_per_second:
-        return f"{memory}; the speed of this machine is unknown"
+        return f"fits: {memory}; the speed of this machine is unknown"
     speed = f"{best.tokens_per_second:,.0f} tokens/s"
     if best.hours is None:
         fix = "to estimate the duration, give --rows N, or set train.duration='500 steps'"
-        return f"{memory}, {speed}; the number of rows is unknown: {fix}"
+        return f"fits: {memory}, {speed}; the number of rows is unknown: {fix}"
     seconds = 3600 * best.hours
     duration = f"about {format_seconds(seconds)}" if seconds >= 1 else "under 1 s"
-    return f"{memory}, {duration} at {speed}"
+    return f"fits: {memory}, {duration} at {speed}"
 
 
 def _gib_text(size: int) -> str:
     gib = size / GIB
     return f"{gib:.0f}" if gib >= 10 else f"{gib:.1f}"
-
-
-def _inputs(planner: Planner) -> list[str]:
-    """Return lines that describe the inputs of the plan: the machines and the examples."""
-    chip = planner.cluster.chip
-    work = planner.work
-    machines = f"machines: {planner.cluster.describe()}, {chip.gib:.0f} GiB"
-    if chip.tflops:
-        machines += f", {chip.tflops:.0f} TFLOP/s in whole steps ({chip.source})"
-    steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
-    source = source_text(planner.run, work)
-    return [machines, f"examples: {source}; {work.step.mean:,.0f} tokens a step{steps}"]
 
 
 def source_text(run: Run, work: Workload) -> str:
@@ -163,33 +159,31 @@ def warning_text(run: Run, plan: RunPlan, warning: PlanWarning) -> str:
     """Return the text of a warning of the plan of a run, with its fix."""
     memory = plan.memory
     match warning:
-        case DenseExperts():
+        case DenseExperts(share, stored):
             return (
-                f"warning: model.quantize=fp8 dequantizes the experts, {warning.share:.0%} of the "
-                f"parameters, which are stored in {warning.stored.upper()}; fix: set "
+                f"warning: model.quantize=fp8 dequantizes the experts, {share:.0%} of the "
+                f"parameters, which are stored in {stored.upper()}; fix: set "
                 f"model.quantize={AS_SHIPPED}"
             )
-        case Overrun():
-            limit = warning.limit.describe() if warning.limit else ""
-            place = f" ({limit})" if limit else ""
+        case Overrun(limit, fix):
+            place = f" ({limit.describe()})" if limit.name else ""
             return (
                 f"warning: the run may not fit: it needs about {memory.step / GIB:.1f} GiB, on a "
                 f"CPU up to a quarter more, and {memory.free / GIB:.1f} GiB are available{place}; "
-                f"fix: {warning.fix}"
+                f"fix: {fix}"
             )
-        case ShortSteps():
-            fix = f"set train.global_batch='{warning.global_batch}'"
+        case ShortSteps(waiting, tokens, needed, global_batch):
+            fix = f"set train.global_batch='{global_batch}'"
             if run.train.micro_batch != "auto":
                 fix += " train.micro_batch=auto"
             return (
-                f"warning: {warning.waiting:.0%} of the time, ranks wait for the weights of other "
-                "ranks, because a step is too small to hide the communication: it has "
-                f"{warning.tokens:,.0f} tokens per rank in micro batches of {memory.tokens:,}, "
-                f"and {warning.needed:,} are needed; fix: {fix}, for fewer and larger steps"
+                f"warning: {waiting:.0%} of the time, ranks wait for the weights of other ranks, "
+                "because a step is too small to hide the communication: it has "
+                f"{tokens:,.0f} tokens per rank in micro batches of {memory.tokens:,}, and "
+                f"{needed:,} are needed; fix: {fix}, for fewer and larger steps"
             )
-        case StagedLayers():
+        case StagedLayers(layers, rate):
             return (
-                f"warning: {warning.layers} of {plan.streamed_layers} streamed layers are in "
-                "memory that the driver does not page-lock: a thread copies them first, at "
-                f"{size_text(warning.rate)}/s"
+                f"warning: {layers} of {plan.streamed_layers} streamed layers are in memory that "
+                f"the driver does not page-lock: a thread copies them first, at {size_text(rate)}/s"
             )

@@ -140,22 +140,19 @@ def _answers(folder: Path, weights: Manifest | None) -> list[str]:
         return []
     rows = []
     for prompt in prompts[:2]:
+        # Show only the last turn, without the text of the chat template.
+        turns = turns_of(prompt)
+        question = turns[-1].text if turns else prompt
         # Show the beginning of a long answer but the end of a long question, because the end of a
         # question usually says what is asked.
         rows += [
-            f"prompt  {_one_line(_question(prompt), from_end=True)}",
+            f"prompt  {_one_line(question, from_end=True)}",
             f"  before  {_one_line(before[prompt])}",
             f"  after   {_one_line(after[prompt])}",
         ]
     if last != weights["last_step"]:
         rows.append(f"after: by the weights {describe_weights(last, weights['last_step'])}")
     return [*rows, ""]
-
-
-def _question(prompt: str) -> str:
-    """Return the last turn of a prompt without the text of the chat template."""
-    turns = turns_of(prompt)
-    return turns[-1].text if turns else prompt
 
 
 def _one_line(text: str, *, from_end: bool = False) -> str:

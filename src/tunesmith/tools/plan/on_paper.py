@@ -20,7 +20,7 @@ from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.data.tokens.tokenize import tokenize, too_long_of
 from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_word
@@ -121,7 +121,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
     Raise ModelError if these sizes are unknown because the model is not downloaded.
     """
     if model.folder is None:
-        sizes = vision_of_model(model.where)
+        sizes: Mapping[str, Any] = vision_of_model(model.where)
         if not sizes:
             raise ModelError(
                 "the size of the model's vision encoder is unknown",
@@ -130,13 +130,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
                 "for the models of its vision recipes",
                 fix=f"run `tunesmith fetch {shell_word(model.where)}`, or set model.vision=false",
             )
-        return replace(
-            spec,
-            vision_parameters=sizes["vision_parameters"],
-            projector_parameters=sizes["projector_parameters"],
-            picture_bytes=sizes["picture_bytes"],
-            picture_flops=sizes["picture_flops"],
-        )
+        return replace(spec, **sizes)
     # Import inside the function: Transformers is slow to import, and other plans do not need it.
     from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.hub.picture_support import add_vision
@@ -214,10 +208,10 @@ def _find_workload(
     is_estimated = rows.is_estimated
     if folder is not None and not length:
         tokens = _cached_tokens(run, folder)
-        if tokens is not None and rows.count is None:
-            tokens.shares_prompts = shares
-            return measure_work(run, spec, tokens)
         if tokens is not None:
+            if rows.count is None:
+                tokens.shares_prompts = shares
+                return measure_work(run, spec, tokens)
             length = round(tokens.lengths.mean())
     counted = 0
     # Count the rows in the files on this machine, unless number and length are already known.
@@ -225,32 +219,23 @@ def _find_workload(
         counted, estimate = _count_rows(
             run, known.rows if known else None, is_needed=rows.count is None
         )
-        is_estimated = is_estimated or bool(estimate and not length)
-        length = length or estimate
+        if not length:
+            length = estimate
+            is_estimated = bool(estimate)
     held_out = 0
     if rows.count is not None:
         # The user's number includes the rows that are held out, so subtract these rows.
         if run.data.hold_out is not None:
             held_out = count_held_out(run.data.hold_out, rows.count)
         counted = rows.count - held_out
-    parts = _examples_per_row(run, length or 1)
+    parts = 1
+    if length and all(too_long_of(source, run.data) == "split" for source in run.data.train):
+        parts = max(1, ceil_div(length - 1, run.data.seq_len - 1))
     work = measure_work(run, spec, None, ceil_div(length or 0, parts), rows=counted * parts)
     source = work.source._replace(
         is_estimated=is_estimated, is_stated=rows.count is not None, held_out=held_out * parts
     )
     return work._replace(source=source)
-
-
-def _examples_per_row(run: Run, length: int) -> int:
-    """Return the number of examples into which a row is split. Only long texts are split.
-
-    Args:
-        length: the number of tokens of the row.
-    """
-    are_texts = all(source.format == "text" for source in run.data.train)
-    if not are_texts or run.data.too_long != "auto":
-        return 1
-    return max(1, ceil_div(length - 1, run.data.seq_len - 1))
 
 
 def _count_rows(run: Run, known: RowFacts | None, *, is_needed: bool) -> tuple[int, int]:
