@@ -199,7 +199,7 @@ def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
 
 
 def test_a_file_that_is_missing_names_the_nearest(
-    tmp_path: Path, write: Callable[..., str]
+    tmp_path: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("alpaca.jsonl", GOOD)
     assert_refused(
@@ -208,8 +208,18 @@ def test_a_file_that_is_missing_names_the_nearest(
         "alpacca.jsonl",
         "alpaca.jsonl?",
     )
+    missing = Source(source=str(tmp_path / "no" / "a.jsonl"))
+    assert_refused(missing, "no such file", "a.jsonl", f"`ls {tmp_path}`")
+    write("a.jsonl", GOOD)
+    assert_refused(missing, "no such file", "a.jsonl", f"{tmp_path / 'a.jsonl'}?")
+    monkeypatch.chdir(tmp_path)
+    write("c.jsonl", GOOD)
+    (tmp_path / "recipes").mkdir()
     assert_refused(
-        Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path"
+        Source(source=str(tmp_path / "recipes" / "c.jsonl")),
+        "no such file",
+        "c.jsonl",
+        f"{tmp_path / 'c.jsonl'}?",
     )
     write("notes.md", "text")
     with refuses(DataError) as refused:
@@ -402,7 +412,7 @@ def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:
         Source(source=str(tmp_path / "a.jsonl")),
         "no such file",
         "a.jsonl",
-        "fix the path",
+        f"ln -sf FILE {tmp_path / 'a.jsonl'}",
     )
 
 

@@ -39,7 +39,7 @@ from tunesmith.data.source.table import (
 )
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
-from tunesmith.host.files import find_similar_path
+from tunesmith.host.files import existing_folder, find_similar_path
 from tunesmith.host.memory import available_memory, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -107,14 +107,22 @@ def check_is_file(path: Path) -> None:
         return
     what = "there is no such file"
     why = "" if path.parent.is_dir() else f"there is no folder {path.parent}"
-    fix = "fix the path"
+    folder = existing_folder(path.absolute())
+    fix = f"list the files with `ls {shell_path(folder)}`, and use the path of one with rows"
     if path.exists():
         what = "the source is not a regular file"
         fix = "copy its rows into a regular file, and use this file"
     elif path.is_symlink():
         why = f"the path is a link to {os.readlink(path)}, which does not exist"
-    elif near := find_similar_path(path):
-        fix = f"did you mean {near}?"
+        fix = f"link to the file with the rows: ln -sf FILE {shell_path(path)}"
+    else:
+        near = find_similar_path(path)
+        # A recipe's paths are relative to the recipe, but the file can be in the working directory.
+        for same_name in (folder / path.name, Path(path.name)):
+            if near is None and same_name.is_file():
+                near = same_name.absolute()
+        if near is not None:
+            fix = f"did you mean {near}?"
     raise DataError(what, where=path, why=why, fix=fix)
 
 
