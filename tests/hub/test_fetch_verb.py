@@ -157,3 +157,17 @@ def test_converted_files_are_listed_and_removed(fetch, tmp_path: Path) -> None:
     ]
     assert fetch("--remove", "tiny-bf16-0123")[0] == 0
     assert not made.exists()
+
+
+def test_what_is_derived_from_models_is_listed_and_removed(fetch, tmp_path: Path) -> None:
+    for folder, name in (("tokenizers", "0123/tokenizer.json"), ("configs", "4567.json")):
+        file = tmp_path / "own" / folder / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(len(folder)))
+    listed = json.loads(fetch("--list", "--json")[1])
+    assert [(h["name"], h["kind"], h["size"]) for h in listed] == [
+        ("tokenizers", "derived", 10),
+        ("configs", "derived", 7),
+    ]
+    assert fetch("--remove", "tokenizers")[0] == 0
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["configs"]

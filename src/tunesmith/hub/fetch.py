@@ -399,11 +399,12 @@ def cached_without_weights(name: str, revision: str | None = None) -> Path | Non
 
 @dataclass(frozen=True)
 class CachedItem:
-    """A model or a data set in one of the caches.
+    """A model, a data set or derived files in one of the caches.
 
     Attributes:
         name: the name for the user, such as the Hub id.
-        kind: model, dataset, converted or shipped.
+        kind: model, dataset, converted, shipped or derived. The kind derived is a folder of small
+            files that tunesmith has computed from models. The entire folder is one item.
         size: size in bytes.
         folder: the folder in the cache.
     """
@@ -423,21 +424,23 @@ def cached_items() -> list[CachedItem]:
     # have no complete file.
     hub = Path(constants.HF_HUB_CACHE)
     items = [
-        *_items_in(hub, "model", "models--"),
-        *_items_in(hub, "dataset", "datasets--"),
+        *_items_in(hub, "model", "models--*"),
+        *_items_in(hub, "dataset", "datasets--*"),
         *_items_in(cache_folder("models"), "converted"),
         *_items_in(cache_folder("shipped"), "shipped"),
+        *_items_in(cache_folder(), "derived", "tokenizers"),
+        *_items_in(cache_folder(), "derived", "configs"),
     ]
     return sorted(items, key=lambda item: -item.size)
 
 
-def _items_in(cache: Path, kind: str, prefix: str = "") -> list[CachedItem]:
-    """Return the entries of a cache whose folder names start with `prefix`."""
+def _items_in(cache: Path, kind: str, pattern: str = "*") -> list[CachedItem]:
+    """Return the folders of a cache whose names match `pattern`."""
     items = []
-    for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
+    for folder in filter(Path.is_dir, cache.glob(pattern)):
         name = folder.name
-        if prefix:
-            name = name.removeprefix(prefix).replace("--", "/")
+        if pattern.endswith("--*"):
+            name = name.partition("--")[2].replace("--", "/")
         # Skip symbolic links, so that each file is counted only once.
         files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
         items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
