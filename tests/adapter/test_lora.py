@@ -111,6 +111,7 @@ def test_targets_match_names_and_endings(model):
     ("adapter", "says"),
     [
         (Adapter(target=("qproj",)), "q_proj, k_proj"),
+        (Adapter(target=("qproj",)), "adapter.target=all-linear"),
         (Adapter(target=("proj",)), "no linear layer named 'proj'"),
         (Adapter(modules_to_save=("wte",)), "embed_tokens"),
         (

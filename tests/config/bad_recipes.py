@@ -180,6 +180,9 @@ _PATHS = [
     _rule("URL of data", "data.train.source=https://x.org/rows.jsonl", "or a Hub id", "downloaded"),
     _rule("empty name", "model.name=''", 'expected text, found ""', "write 'model.name="),
     _rule("no such template", "data.template=alpacca", "does not exist", "did you mean alpaca?"),
+    _rule(
+        "no such template file", "data.template=notes.jinja", "does not exist", "data.template=auto"
+    ),
 ]
 
 _RULES = [
@@ -217,7 +220,7 @@ _RULES = [
     _rule("small micro batch", "train.micro_batch=512 tokens", "smaller than one row of data.seq_len 2048", "2048 tokens"),
     _rule("micro above global", "train.micro_batch=128 examples", "larger than train.global_batch of 64 examples", "auto"),
     _line("pairs for sft", "data.train.format=preference", "data.train.format is preference, a row format that method sft cannot use", "data.train.format", "method=dpo"),
-    Bad("answers for dpo", "+", ("method=dpo",), "data.train.format is messages, a row format that method dpo cannot use", "r.yaml:3", "rows of format preference"),
+    Bad("answers for dpo", "+", ("method=dpo",), "data.train.format is messages, a row format that method dpo cannot use", "r.yaml:3", "set method: sft, or use rows of format preference"),
     _line("feedback for dpo", ("method=dpo", "data.train.format=feedback"), "format is feedback, a row format that method dpo", "data.train.format", "method=kto"),
     _line("beta of sft", "method.beta=0.2", "method.beta has no effect with method: sft", "method.beta", "dpo or orpo or kto or simpo"),
     _line("beta 0", "method={name: dpo, beta: 0}", "method.beta is 0: input should be greater than 0", "method", "beta"),

@@ -263,7 +263,8 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     if experts:
         described = "linear layer or experts named"
     for target in unmatched:
-        raise _unknown(target, all_names, "adapter.target", described, f"use {ALL_LINEAR}")
+        fix = f"set adapter.target={ALL_LINEAR}"
+        raise _unknown(target, all_names, "adapter.target", described, fix)
     names = [name for name in all_names if any(matches_target(target, name) for target in targets)]
     in_both = set(names).intersection(to_save)
     if in_both:

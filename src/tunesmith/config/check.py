@@ -131,16 +131,15 @@ def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
     """Yield a problem for each source whose row format does not fit the training method."""
     method_format = METHOD_FORMATS.get(run.method.name)
     for key, source in _sources_with_keys(run, where):
-        other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), None)
-        if source.format == method_format or not (method_format or other):
+        default = "sft" if method_format else None
+        other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), default)
+        if source.format == method_format or other is None:
             continue
-        fixes = []
+        fixes = [f"set method: {other}"]
         if method_format:
             fixes.append(
                 f"use rows of format {method_format} and set {key}.format: {method_format}"
             )
-        if other:
-            fixes.append(f"set method: {other}")
         yield Problem(
             f"{key}.format",
             f"is {source.format}, a row format that method {run.method.name} cannot use",
@@ -277,7 +276,8 @@ def _template(run: Run) -> Iterator[Problem]:
         fix = suggest_choice(
             Path(data.template).name,
             TEMPLATES,
-            otherwise=f"use one of {', '.join(TEMPLATES)}, or the path of an existing Jinja file",
+            otherwise=f"set data.template: auto, or use one of {', '.join(TEMPLATES[1:])}, or the"
+            " path of an existing Jinja file",
         )
         yield Problem("data.template", f"is a file that does not exist: {data.template}", fix)
     # Only Jinja templates take arguments. `raw` and `alpaca` build the text without Jinja.
