@@ -1,11 +1,10 @@
 """CPU seconds until the error of a newcomer's 24 most common mistakes, and the fix tried out.
 
-    python benchmarks/faults/mistakes.py --source ../before/src --source src --json both.json
+    python benchmarks/faults/mistakes.py --source ../before/src src --json both.json
     python benchmarks/faults/mistakes.py --only hold_out
 
-Every command is a new process with one thread, without a network, on the demo model. Two starts
-fill the caches before the measurement. Each command starts in its own copy of a folder with rows,
-a recipe and a finished run.
+Every command is a new process with one thread and no network. It uses the demo model, filled caches
+and its own copy of a folder with rows, a recipe and a finished run.
 
 The first part of a fix that can be copied (a command, an option or key=value, or the name behind
 "did you mean") is applied, and the command is run again. Its outcome is "works", "same error", or
@@ -108,11 +107,13 @@ MISTAKES = (
 )  # fmt: skip
 
 # Parts of a fix that can be copied. A value in capitals, such as FILE, is a placeholder.
-VALUE = r"""(?!["']?[A-Z]+\b)(?:"[^"]*"|'[^']*'|\{[^}]*\}|\[[^]]*\]|[^\s;`,()]+)"""
+VALUE = (
+    r"""(?!["']?[A-Z]+\b)(?:"[^"]*"|'[^']*'|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^]]*\]|[^\s;`,()'\"]+)"""
+)
 COPIED = re.compile(
     rf"(?<=`)(?P<command>tunesmith [^`]+)(?=`)|(?<=did you mean )(?P<name>[^?]+)(?=\?)"
     rf"|(?P<option>--[a-z-]+) (?P<value>{VALUE}(?:,[\w.=-]+)*)"
-    rf"|\b(?:\w+\.[\w.]+|output_dir|method|columns|format)=(?P<set>{VALUE})|--(?:fresh|force)\b"
+    rf"|\b(?P<key>[a-z]+\.[a-z_.]+|output_dir|method|overrides)(?:=|: )(?P<set>{VALUE})|--fresh"
 )
 
 
@@ -145,15 +146,13 @@ class Bench:
         """Make a new copy of the inputs, and replace a text of the recipe."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.template, self.work, symlinks=True)
-        if old:
-            recipe = self.work / "recipe.yaml"
-            recipe.write_text(recipe.read_text().replace(old, new))
+        recipe = self.work / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace(old or "\0", new))
 
     def run(self, command: str, words: list[str], limit: int = MAX_SECONDS) -> dict[str, Any]:
         """Run a command in a new process. Return its costs, its exit code, and its error."""
-        program = [sys.executable, "-c", COMMAND, command, *words]
-        if command == PYTHON:
-            program = [sys.executable, "-c", PROGRAM.format(arguments=", ".join(words))]
+        code = PROGRAM.format(arguments=", ".join(words)) if command == PYTHON else COMMAND
+        program = [sys.executable, "-c", code, command, *words]
         log = self.work / "output.log"
         with log.open("w") as out:
             process = Popen(
@@ -178,19 +177,22 @@ class Bench:
         """Return the words of the command with a part of a fix, or of the fix's own command."""
         words = mistake.split_words()
         if part["command"]:
-            _, *rest = shlex.split(part["command"])
-            if rest[0] != command:
-                self.run(rest[0], rest[1:])
-            return rest[1:] if rest[0] == command else words
+            _, verb, *rest = shlex.split(part["command"])
+            if verb == command:
+                return rest
+            self.run(verb, rest)
+            return words
         if part["name"]:
             self.renew(mistake.right, part["name"])
             return [word.replace(mistake.wrong, part["name"]) for word in words]
         if part["option"] in words:
             words[words.index(part["option"]) + 1] = part["value"]
-        elif part["set"] and (command == PYTHON or part["set"][0] in "{["):
-            words += [part[0]]
+        elif part["option"]:
+            words += [part["option"], part["value"]]
+        elif part["key"] and command != PYTHON:
+            words.append("=".join((part["key"], part["set"].strip("\"'"))))
         else:
-            words += shlex.split(part[0])
+            words.append(part[0])
         return words
 
     def measure(self, mistake: Mistake, command: str) -> dict[str, Any]:
@@ -226,15 +228,14 @@ def table(results: list[dict[str, Any]], sources: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--source", action="append", help="the src folder of a checkout")
+    parser.add_argument("--source", nargs="+", default=["src"], help="src folders of checkouts")
     parser.add_argument("--only", default="", help="a part of the mistakes' names")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    sources = options.source or [str(Path(__file__).parents[2] / "src")]
     chosen = [(one, to) for one in MISTAKES if options.only in one.name for to in one.commands]
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, source in enumerate(sources):
+        for number, source in enumerate(options.source):
             bench = Bench(Path(scratch, str(number)), source, Path(scratch, "cache"))
             for mistake, command in chosen:
                 names = {"source": source, "mistake": mistake.name, "command": command}
@@ -242,7 +243,7 @@ def main() -> None:
                 print(results[-1], file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
-    print(table(results, sources))
+    print(table(results, options.source))
 
 
 if __name__ == "__main__":
