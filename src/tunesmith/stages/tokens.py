@@ -74,7 +74,4 @@ def read_tokens(
     if run.method.name in REFERENCE_METHODS and run.adapter.from_ is not None:
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
     check_unchanged(start, run, hashes)
-    if measured:
-        # Repeat the rows, because all steps of a measurement must be full.
-        data = data.repeated(data.schedule.steps(run.train.duration) or 0)
     return TokenFacts(model, data, hashes, find_resumed(start, run, data.schedule))

@@ -4,6 +4,7 @@ checked.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.resume import Start
@@ -51,6 +52,10 @@ def build(
     log.info("\n".join(start_data_lines(tokens.data, why=why)))
     for line in resume_lines(tokens.resumed, tokens.run.train):
         log.info(line)
+    if measured:
+        # Repeat the rows, because all steps of a measurement must be full.
+        steps = tokens.data.schedule.steps(run.train.duration) or 0
+        tokens = replace(tokens, data=tokens.data.repeated(steps))
     with loading_libraries():
         from tunesmith.parallel.mesh import Mesh
         from tunesmith.presentation import start as text
