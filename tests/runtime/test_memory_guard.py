@@ -343,7 +343,7 @@ def test_a_guard_drops_the_files_that_it_was_given(
     flood = replace(SPARK, available=70 * GIB, free=5 * GIB, cached=60 * GIB)
     monkeypatch.setattr(memory_guard, "own_memory", lambda pids: GIB)
     MemoryGuard(
-        StopRequest(), Ranks(), [tmp_path], read=lambda: flood, make_room=asked.append, unified=True
+        StopRequest(), Ranks(), lambda: [tmp_path], read=lambda: flood, make_room=asked.append, unified=True
     ).look()  # fmt: skip
     assert asked == [[tmp_path]]
 

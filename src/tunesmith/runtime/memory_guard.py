@@ -99,8 +99,8 @@ class MemoryGuard:
     stop from `stop` if memory becomes low.
 
     Attributes:
-        files: files and folders that the run reads and writes. Their page cache is dropped on
-            unified memory.
+        files: function that returns the files and folders that the run reads and writes. Their page
+            cache is dropped on unified memory.
         unified: whether the GPU shares the host's memory. None until a GPU is used.
         others: readings of (time, bytes that other processes use plus an unknown constant).
         pause: seconds between two drops of page cache.
@@ -112,7 +112,7 @@ class MemoryGuard:
         self,
         stop: StopRequest,
         ranks: Ranks,
-        files: Sequence[Path] = (),
+        files: Callable[[], Sequence[Path]] = tuple,
         *,
         read: Callable[[], MemoryFigures] = read_memory,
         make_room: Callable[[Sequence[Path]], object] = drop_page_cache,
@@ -251,7 +251,7 @@ class MemoryGuard:
             return f"{free}, and dropping page cache did not raise it above {gib(minimum)} GiB"
 
         self.dropped_at = self.clock()
-        self.make_room(self.files)
+        self.make_room(self.files())
         after = self.read()
         self.still_short = critical and after.free < minimum
         if after.free - figures.free >= MIN_CACHED_BYTES / 2:

@@ -12,14 +12,13 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.dump import flatten, leaves
 from tunesmith.config.paths import is_place
 from tunesmith.config.schema import Run
-from tunesmith.data.prepare import TrainingData
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import (
     DataError,
@@ -31,13 +30,16 @@ from tunesmith.errors import (
 )
 from tunesmith.host.packages import installed_versions, source_digest
 from tunesmith.host.shell import shell_word
-from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
     read_headers,
     sampled_digest,
 )
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.data.prepare import TrainingData
+    from tunesmith.hub.model_files import ModelFiles
 
 NEXT_LINE = "\n         "  # aligns with the text after `  where: `
 MAX_NAMES = 4  # maximum number of ranks or nodes that an error lists
@@ -108,8 +110,8 @@ def software_versions() -> Facts:
 def check_same_inputs(
     run: Run,
     start: Start,
-    files: ModelFiles,
-    data: TrainingData,
+    files: "ModelFiles",
+    data: "TrainingData",
     ranks: Ranks,
     *,
     drawn: bool = False,
@@ -149,7 +151,7 @@ def check_same_inputs(
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> Facts:
+def model_parts(run: Run, start: Start, files: "ModelFiles", data: "TrainingData") -> Facts:
     """Return facts about the base model's config, the tokenizer, and the adapter to continue."""
     parts = {}
     settings = leaves(files.config.to_dict())
@@ -165,7 +167,7 @@ def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -
     return parts
 
 
-def data_parts(data: TrainingData) -> Facts:
+def data_parts(data: "TrainingData") -> Facts:
     """Return facts about the template and the rows. For rows, these are digests of the tokens."""
     prompt = f"{data.template.jinja} {sorted(data.template.end_ids)}"
     counts = data.train.counts

@@ -4,6 +4,7 @@ They import no torch, so that mistakes are reported within two seconds.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.replicate import copies_in
@@ -12,13 +13,14 @@ from tunesmith.checkpoint.start_adapter import find_adapter, find_local_adapter
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.host import packages
-from tunesmith.hub import fetch
-from tunesmith.hub.model_files import Weights
 from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
-from tunesmith.stages.model import ModelFacts, read_model
 from tunesmith.stages.rows import open_rows
-from tunesmith.stages.tokens import TokenFacts, read_tokens
+
+if TYPE_CHECKING:
+    from tunesmith.hub.model_files import Weights
+    from tunesmith.stages.model import ModelFacts
+    from tunesmith.stages.tokens import TokenFacts
 
 
 def read_inputs(
@@ -26,11 +28,11 @@ def read_inputs(
     start: Start,
     ranks: Ranks = ONE_PROCESS,
     *,
-    weights: Weights = "stored",
+    weights: "Weights" = "stored",
     measured: bool = False,
     inspected: bool = False,
-    known: ModelFacts | None = None,
-) -> TokenFacts:
+    known: "ModelFacts | None" = None,
+) -> "TokenFacts":
     """Read the rows, the small files of the model, and the tokens of a recipe.
 
     Args:
@@ -50,6 +52,10 @@ def read_inputs(
         if not inspected:
             check_requirements(run, start)
         rows = open_rows(run, start, known.rows if known else None)
+        # Import these after the rows are checked: they import huggingface_hub, which is slow.
+        from tunesmith.stages.model import read_model
+        from tunesmith.stages.tokens import read_tokens
+
         model = read_model(rows, weights=weights, known=known)
         return read_tokens(model, measured=measured, inspected=inspected)
 
@@ -64,6 +70,8 @@ def check_inputs(run: Run) -> None:
     # a copy.
     if run.adapter.from_ is not None and not copies_in(Path(run.output_dir)):
         find_local_adapter(run.adapter.from_)
+    from tunesmith.hub import fetch  # imports huggingface_hub, which is slow
+
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)

@@ -58,7 +58,6 @@ from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, Interrupted, StopRequest
 from tunesmith.host.streams import survive_write_errors
-from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import (
@@ -88,9 +87,6 @@ from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.stages.agree import check_same_recipe
 from tunesmith.stages.draft import short_name
 from tunesmith.stages.inputs import read_inputs
-from tunesmith.stages.model import ModelFacts
-from tunesmith.training.build import build
-from tunesmith.training.make_recipe import NewRecipe, make_recipe
 from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import (
     Result,
@@ -103,6 +99,8 @@ from tunesmith.training.stop_control import StopControl
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
+    from tunesmith.stages.model import ModelFacts
+    from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.session import Session
     from tunesmith.training.trainer import Trainer
 
@@ -193,7 +191,7 @@ def train(
 def train_run(
     run: Run,
     *,
-    known: ModelFacts | None = None,
+    known: "ModelFacts | None" = None,
     on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
@@ -224,13 +222,15 @@ def train_run(
         )
 
 
-def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> NewRecipe:
+def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> "NewRecipe":
     """Make a recipe for a model and rows that a program passes. Write the rows to output_dir."""
     if model is None or rows is None:
         raise UsageError(
             "train needs either a recipe, or model and rows",
             fix='call train("my-recipe.yaml"), or train(model="...", rows=[...])',
         )
+    from tunesmith.training.make_recipe import make_recipe  # imports huggingface_hub, which is slow
+
     options = override_layer(overrides).plain()
     # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
@@ -265,7 +265,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             stack.enter_context(stop)
             ranks = stack.enter_context(join_ranks())
             ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
-            stack.enter_context(MemoryGuard(stop, ranks, large_files(run)))
+            stack.enter_context(MemoryGuard(stop, ranks, partial(large_files, run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
         # Under a launcher exit with 0, because a launcher would restart ranks that exit with
@@ -280,6 +280,8 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
 
 def large_files(run: Run) -> list[Path]:
     """Return the files and folders that the run reads or writes, including the caches."""
+    from tunesmith.hub.fetch import repo_cache  # imports huggingface_hub, which is slow
+
     paths = [Path(run.output_dir), cache_folder("tokens"), cache_folder("models")]
     for key, name in inputs_of(run).items():
         if os.path.isabs(name):
@@ -297,7 +299,7 @@ def start_run(
     stop: StopControl,
     ranks: Ranks,
     *,
-    known: ModelFacts | None = None,
+    known: "ModelFacts | None" = None,
     on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
@@ -347,6 +349,8 @@ def start_run(
         if build_session is None:
             with as_usage_error(ranks):
                 tokens = read_inputs(run, start, ranks, known=known)
+            from tunesmith.training.build import build
+
             build_session = partial(build, tokens=tokens)
         if starts_over:
             move_earlier_runs_aside(run, ranks)
