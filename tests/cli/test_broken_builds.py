@@ -36,6 +36,8 @@ from tunesmith.optim.adamw import ParameterState
 from tunesmith.parallel import tensor
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
+from tunesmith.stages import agree
+from tunesmith.stages import plan as plan_stage
 from tunesmith.tools.bench import selfcheck
 from tunesmith.tools.bench.selfcheck import (
     CHANGED_CHECK,
@@ -46,7 +48,7 @@ from tunesmith.tools.bench.selfcheck import (
     RESUME_CHECK,
     SelfCheck,
 )
-from tunesmith.training import agree, build, prepare, trainer
+from tunesmith.training import session, trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -125,29 +127,29 @@ def average_over_shards() -> None:
 
 
 def swap_moments_at_resume() -> None:
-    original = build.read_sharded_optimizer
+    original = session.read_sharded_optimizer
 
     def read(optimizer, *where):
         original(optimizer, *where)
         for part in optimizer.parts.values():
             part.state["exp_avg"].copy_(exchanged(part.state["exp_avg"]))
 
-    build.read_sharded_optimizer = read
+    session.read_sharded_optimizer = read
 
 
 def forget_moments_at_resume() -> None:
-    build.read_sharded_optimizer = lambda optimizer, *where: None
+    session.read_sharded_optimizer = lambda optimizer, *where: None
 
 
 def forget_the_number_of_updates_at_resume() -> None:
-    original = build.read_sharded_optimizer
+    original = session.read_sharded_optimizer
 
     def read(optimizer, *where):
         original(optimizer, *where)
         for part in optimizer.parts.values():
             part.state["step"].zero_()
 
-    build.read_sharded_optimizer = read
+    session.read_sharded_optimizer = read
 
 
 # ---- of tensor groups ----
@@ -310,11 +312,11 @@ def nothing() -> None:
 def passed_resumes(*changes: Callable[[], None]) -> list[bool]:
     """Whether a run on shards passes the check of its resume in a build with each of `changes`."""
     check_one_mesh("full", SHARD, {RESUME_CHECK})
-    check_resume, read = SelfCheck.check_resume, build.read_sharded_optimizer
+    check_resume, read = SelfCheck.check_resume, session.read_sharded_optimizer
 
     def check_each(self: SelfCheck, *given: Any) -> None:
         for change in changes:
-            build.read_sharded_optimizer = read
+            session.read_sharded_optimizer = read
             change()
             check_resume(self, *given)
 
@@ -336,8 +338,8 @@ def test_a_build_that_resumes_wrongly_fails():
 
 
 def give_a_rank_another_model_file() -> None:
-    original = prepare.weights_digest
-    prepare.weights_digest = lambda folder: original(folder)[rank() :]
+    original = plan_stage.weights_digest
+    plan_stage.weights_digest = lambda folder: original(folder)[rank() :]
 
 
 def cut_keys_by_columns() -> None:

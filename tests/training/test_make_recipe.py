@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import logging
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ from conftest import byte_tokenizer
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
 from runs import make_run, peft_model
-from tunesmith.checkpoint.resume import decide_start
+from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.start_adapter import adapter_of_run, find_adapter
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences, dump
@@ -45,8 +44,10 @@ from tunesmith.errors import (
 )
 from tunesmith.model import tiny_model
 from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.presentation.data import draft_lines
 from tunesmith.run_dir import SWEEP
 from tunesmith.stages.draft import draft_recipe
+from tunesmith.stages.inputs import read_inputs
 from tunesmith.training.make_recipe import (
     continued_rate,
     default_learning_rate,
@@ -830,14 +831,32 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
 
 
 def test_the_train_split_of_a_folder_is_taken_and_the_others_are_named(
-    home: Path, caplog: pytest.LogCaptureFixture
+    home: Path,
 ) -> None:
     for name, count in (("sales", 30), ("dev-team", 3), ("test", 1)):
         rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count))
         (home / "set").mkdir(exist_ok=True)
         (home / f"set/{name}.jsonl").write_text(rows)
-    with caplog.at_level(logging.INFO):
-        made = make_recipe("small", "set")
+    made = make_recipe("small", "set")
     assert made.run.data.train[0].split == "train"
-    (line,) = [line for line in caplog.messages if holds(line, "validation")]
+    (line,) = [line for line in draft_lines(draft_recipe("small", "set")) if "validation" in line]
     assert holds(line, "set", "train", "validation (3)", "test (1)")
+
+
+def test_the_rows_of_a_new_recipe_include_its_validation_rows(home: Path) -> None:
+    """They are opened later than the rows of `--data`, which decide on the format."""
+    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS[:7])
+    (home / "held.jsonl").write_text(rows)
+    words = [
+        f"data.validation.source={home / 'held.jsonl'}",
+        "data.validation.format=prompt-completion",
+        "data.validation.columns={prompt: question, completion: answer}",
+    ]
+    made = make_recipe("small", "faq.csv", words)
+    assert made.facts is not None
+    validation = read_inputs(made.run, Start(), known=made.facts).data.validation
+    assert validation is not None
+    assert len(validation) == 7
+    (home / "held.jsonl").write_text("{broken\n" + rows)
+    with refuses(DataError, where="held.jsonl:1"):
+        draft_recipe("small", "faq.csv", words)

@@ -66,7 +66,9 @@ def load_recipe(
     tree = merge_layers(tree, override_layer(overrides), announce=announce)
     run = checked(tree)
     places = dict(tree.places())
-    record_overrides(_overridden_sources(run, places))
+    # Without overrides, this can be the recipe of an earlier run in `output_dir`.
+    if overrides:
+        record_overrides(overridden_sources(run, places))
     if run.model.trust_remote_code and not trusts_code:
         where = places["model.trust_remote_code"]
         is_given = where.startswith((COMMAND_LINE, FROM_PYTHON))
@@ -75,7 +77,7 @@ def load_recipe(
     return run
 
 
-def _overridden_sources(run: Run, places: Mapping[str, str]) -> dict[str, str]:
+def overridden_sources(run: Run, places: Mapping[str, str]) -> dict[str, str]:
     """Return the data sources that an override changes, with their key, such as `data.train`.
 
     A source in a list is omitted, because an override cannot set a key of a list's item.

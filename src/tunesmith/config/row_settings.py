@@ -85,7 +85,10 @@ def row_fix(source: str, /, **settings: object) -> str:
         settings: keys of the data source with their values. `method` is a key of the recipe.
     """
     notation = _NOTATION.get()
-    section = "data.train" if notation.by_option else notation.overridden.get(source)
+    section = notation.overridden.get(source)
+    by_option = notation.by_option and section is None
+    if by_option:
+        section = "data.train"
     if section is None:
         return ", ".join(f"{name}: {_yaml(value)}" for name, value in settings.items())
     values = {}
@@ -95,7 +98,7 @@ def row_fix(source: str, /, **settings: object) -> str:
         return f"overrides={values!r}"
     words = []
     for (key, value), name in zip(values.items(), settings, strict=True):
-        if notation.by_option and name in _OPTIONS:
+        if by_option and name in _OPTIONS:
             text = value
             if isinstance(value, Mapping):
                 text = ",".join(f"{column}={own}" for column, own in value.items())

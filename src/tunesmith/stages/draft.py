@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.layers import Overrides, merge_layers, override_layer
+from tunesmith.config.load import overridden_sources
 from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
-from tunesmith.config.row_settings import row_fix
+from tunesmith.config.row_settings import record_overrides, row_fix
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
@@ -94,6 +95,7 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     # complete.
     draft = build_run(resolve_paths(apply_overrides(chosen, layer)))
     _check_no_duplicate(draft, override_keys, layer)
+    record_overrides(overridden_sources(draft, dict(layer.places())))
     source, unused_splits = _with_split(draft.data.train[0])
     rows = read_rows(source)
     if rows.are_documents and not {"data.train.format", "data.train.columns"} & override_keys:
@@ -116,8 +118,8 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     if layout.has_pictures and "model.vision" not in override_keys:
         chosen["model.vision"] = True
         draft = replace(draft, model=replace(draft.model, vision=True))
-    opened = RowFacts(draft, draft, Start(), OpenedRows([(source, rows)], []))
-    return Draft(layer, chosen, open_rows(draft, Start(), opened), layout, unused_splits)
+    facts = open_rows(draft, Start(), OpenedRows([(source, rows)], []))
+    return Draft(layer, chosen, facts, layout, unused_splits)
 
 
 def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:

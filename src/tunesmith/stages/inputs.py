@@ -51,7 +51,7 @@ def read_inputs(
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
         if not inspected:
             check_requirements(run, start)
-        rows = open_rows(run, start, known.rows if known else None)
+        rows = open_rows(run, start, known.rows.opened if known else None)
         # Import these after the rows are checked: they import huggingface_hub, which is slow.
         from tunesmith.stages.model import read_model
         from tunesmith.stages.tokens import read_tokens

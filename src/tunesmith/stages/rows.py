@@ -17,12 +17,14 @@ MAX_EARLY_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class RowFacts:
-    """The opened rows of a recipe.
+    """The rows of a recipe.
 
     Attributes:
         requested: the recipe.
-        run: the recipe, with values of a resumed run in place of `auto` in its model section.
+        run: the recipe. If the run is resumed, the values with which it was started replace `auto`
+            in the model section.
         start: how the run starts.
+        opened: the sources, which are open. Their rows are read when they are needed.
     """
 
     requested: Run
@@ -31,11 +33,11 @@ class RowFacts:
     opened: OpenedRows
 
 
-def open_rows(run: Run, start: Start, known: RowFacts | None = None) -> RowFacts:
+def open_rows(run: Run, start: Start, opened: OpenedRows | None = None) -> RowFacts:
     """Open the sources of a recipe, and check the rows of small files.
 
     Args:
-        known: rows that are already opened. They are used if they are from the same sources.
+        opened: rows that are already open. They are used for equal sources.
 
     Raises:
         DataError: a source cannot be read, or small files have bad rows. The error lists the bad
@@ -45,13 +47,7 @@ def open_rows(run: Run, start: Start, known: RowFacts | None = None) -> RowFacts
     for source in (*data.train, *data.validation):
         if is_local(source.source):
             check_local(Path(source.source).expanduser(), source.name)
-    if known is not None and (known.run.data.train, known.run.data.validation) == (
-        data.train,
-        data.validation,
-    ):
-        opened = known.opened
-    else:
-        opened = open_sources(data)
+    opened = open_sources(data, opened)
     refused = []
     for source, rows in (*opened.train, *opened.validation):
         if _is_checked_early(source, data):

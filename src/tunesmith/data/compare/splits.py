@@ -39,11 +39,23 @@ class OpenedRows:
     validation: SourceRows
 
 
-def open_sources(data: Data) -> OpenedRows:
-    """Open all sources of a recipe. Raise DataError if a source cannot be read."""
+def open_sources(data: Data, opened: OpenedRows | None = None) -> OpenedRows:
+    """Open all sources of a recipe. Raise DataError if a source cannot be read.
+
+    Args:
+        opened: rows that are already open. They are used for equal sources.
+    """
+    known = [] if opened is None else [*opened.train, *opened.validation]
+
+    def rows_of(source: Source) -> Rows:
+        for other, rows in known:
+            if other == source:
+                return rows
+        return read_rows(source)
+
     return OpenedRows(
-        [(source, read_rows(source)) for source in data.train],
-        [(source, read_rows(source)) for source in data.validation],
+        [(source, rows_of(source)) for source in data.train],
+        [(source, rows_of(source)) for source in data.validation],
     )
 
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Model, Run
-from tunesmith.data.compare.splits import count_held_out, read_splits
-from tunesmith.data.source.folders import check_local
+from tunesmith.data.compare.splits import count_held_out, open_sources, read_splits
 from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize, too_long_of
-from tunesmith.errors import DataError, ModelError, TunesmithError
+from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
@@ -36,7 +34,6 @@ from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
 from tunesmith.stages.model import ModelFacts
-from tunesmith.stages.rows import RowFacts, open_rows
 from tunesmith.units import ceil_div
 
 log = logging.getLogger(__name__)
@@ -162,7 +159,6 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
 
     No rows are downloaded.
     """
-
     cache = cache_folder("tokens")
     if not cache.exists():
         return None
@@ -216,9 +212,7 @@ def _find_workload(
     counted = 0
     # Count the rows in the files on this machine, unless number and length are already known.
     if rows.count is None or not length:
-        counted, estimate = _count_rows(
-            run, known.rows if known else None, is_needed=rows.count is None
-        )
+        counted, estimate = _count_rows(run, known, is_needed=rows.count is None)
         if not length:
             length = estimate
             is_estimated = bool(estimate)
@@ -238,7 +232,7 @@ def _find_workload(
     return work._replace(source=source)
 
 
-def _count_rows(run: Run, known: RowFacts | None, *, is_needed: bool) -> tuple[int, int]:
+def _count_rows(run: Run, known: ModelFacts | None, *, is_needed: bool) -> tuple[int, int]:
     """Count the training rows of a run, and estimate the mean number of tokens per row.
 
     The number of tokens is estimated from the number of characters. If a source is not a local
@@ -246,35 +240,35 @@ def _count_rows(run: Run, known: RowFacts | None, *, is_needed: bool) -> tuple[i
     numbers are 0.
 
     Args:
-        known: rows that are already opened.
-        is_needed: log a warning if a file is missing.
-
-    Raise DataError if a file cannot be read or has bad rows.
+        known: see `prepare_on_paper`.
+        is_needed: log a warning if a file cannot be read.
     """
     if not all(is_local(source.source) for source in run.data.train):
         return _rows_of_splits(run), 0
-    try:
-        for source in run.data.train:
-            check_local(Path(source.source).expanduser(), source.name)
-    # The rows may be on another machine.
-    except DataError as error:
-        if is_needed:
-            log.warning(
-                f"the rows of data.train were not counted ({error.what}: {error.where}; "
-                f"{error.fix}); to plan without them, give the number of rows with --rows N"
-            )
-        return 0, 0
-    data = replace(run.data, validation=())
-    opened = open_rows(replace(run, data=data), Start(), known).opened
-    sources, _ = read_splits(data, run.train.seed, opened, only_cached=True)
     count = 0
     lengths = []
-    for source, rows in sources:
-        count += len(rows)
-        for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
-            # Skip a row that cannot be read. `train` reports it later.
-            with suppress(DataError):
-                lengths.append(count_of_example(rows[number], source))
+    try:
+        data = replace(run.data, validation=())
+        opened = open_sources(data, known.rows.opened if known else None)
+        sources, _ = read_splits(data, run.train.seed, opened, only_cached=True)
+        for source, rows in sources:
+            count += len(rows)
+            for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
+                # Skip a row that cannot be read. `train` reports it later.
+                with suppress(DataError):
+                    lengths.append(count_of_example(rows[number], source))
+    # Continue after an error, because a plan is possible without the rows. They only make it more
+    # exact.
+    except (TunesmithError, LookupError, OSError) as error:
+        if is_needed:
+            what = first_line(error)
+            if isinstance(error, TunesmithError):
+                what = f"{error.what}: {error.where}; {error.fix}"
+            log.warning(
+                f"the rows of data.train were not counted ({what}); to plan without "
+                f"them, give the number of rows with --rows N"
+            )
+        return 0, 0
     return count, ceil_div(sum(lengths), max(1, len(lengths)) * CHARACTERS_PER_TOKEN)
 
 

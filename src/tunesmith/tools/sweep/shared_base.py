@@ -68,7 +68,9 @@ class SharedBase:
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            schedule = BatchSchedule.of(run, tokens)
+            # The model may be unable to separate packed examples.
+            fitted = replace(run, data=replace(run.data, pack=first.data.run.data.pack))
+            schedule = BatchSchedule.of(fitted, tokens)
             for text in resume_lines(find_resumed(start, run, schedule), run.train):
                 log.info(text)
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
@@ -93,7 +95,7 @@ class SharedBase:
         return replace(
             first,
             run=run,
-            data=replace(first.data, run=run, schedule=schedule),
+            data=replace(first.data, run=fitted, schedule=schedule),
             optimizer=optimizer,
             total_steps=schedule.steps(run.train.duration),
             ranks=ranks,
