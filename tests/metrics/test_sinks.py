@@ -36,7 +36,7 @@ from tunesmith.metrics.sink import (
 )
 from tunesmith.metrics.terminal import Terminal, TimeLeftColumn
 from tunesmith.stages.inputs import check_requirements
-from tunesmith.training.run import sinks_of
+from tunesmith.training.run_sinks import sinks_of
 from tunesmith.units import Length
 
 

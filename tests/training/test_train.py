@@ -23,7 +23,8 @@ from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import build
 from tunesmith.training.result import Result
-from tunesmith.training.run import sinks_of, train
+from tunesmith.training.run import train
+from tunesmith.training.run_sinks import sinks_of
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation_loss import ValidationResult

@@ -163,7 +163,7 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
 
 
 def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the number and the row locations of all findings,."""
+    """Return the number and the row locations of all findings."""
     findings = splits.kept_findings
     sources = splits.sources
 

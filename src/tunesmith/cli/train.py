@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     # Collect log lines in memory until the run opens log.txt and writes them to it.
     with log_file.attached():
         with StopRequest() as early:
-            recipe, new_file = _read_recipe(args, early)
+            recipe, new_recipe = _read_recipe(args, early)
             if early.requested():
                 raise early.not_begun()
             from tunesmith.training.run import train_run
@@ -70,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
         def write_recipe(record: object) -> None:
             """Write the file of a new recipe.
 
-            This is called after the first step, so that a start that fails leaves no file.
+            This is called after each step, but writes only once. A start that fails leaves no file.
             """
-            if new_file is not None:
-                new_file.write_file()
+            if new_recipe is not None:
+                new_recipe.write_file()
 
         result = train_run(
             recipe,
-            known=new_file.facts if new_file else None,
+            known=new_recipe.facts if new_recipe else None,
             fresh=args.fresh,
             why=args.why,
             argv=sys.argv,
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         )
         if is_main_process():
             wall_seconds = None if result.finished_before else time.monotonic() - start
-            _show_result(args, recipe, new_file, result, log_file, wall_seconds)
+            _show_result(args, recipe, new_recipe, result, log_file, wall_seconds)
     log_file.close()
 
 
@@ -112,19 +112,19 @@ def _read_recipe(args: argparse.Namespace, early: StopRequest) -> "tuple[Run, Ne
     elif StopRequest.is_of_command:
         early.patience = STOP_PATIENCE_SECONDS
     with reported_once_a_node():
-        recipe, new_file = chosen_recipe(args, on_draft=_check_output_dir)
-        if new_file is not None:
-            new_file.check_file()
-    if new_file is not None:
-        name = new_file.name
+        recipe, new_recipe = chosen_recipe(args, on_draft=_check_output_dir)
+        if new_recipe is not None:
+            new_recipe.check_file()
+    if new_recipe is not None:
+        name = new_recipe.name
         log.info(f"recipe: {name} (edit it and run: tunesmith train {name})")
-    return recipe, new_file
+    return recipe, new_recipe
 
 
 def _show_result(
     args: argparse.Namespace,
     recipe: "Run",
-    new_file: "NewRecipe | None",
+    new_recipe: "NewRecipe | None",
     result: "Result",
     log_file: LogFile,
     wall_seconds: float | None,
@@ -146,8 +146,8 @@ def _show_result(
         )
         show(text, sys.stdout)
         if not result.finished_before:
-            if new_file is not None:
-                new_file.write_file()
+            if new_recipe is not None:
+                new_recipe.write_file()
             with suppress(OSError):
                 log_file.open()
                 log_file.write(text)

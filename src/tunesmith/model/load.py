@@ -35,11 +35,7 @@ from tunesmith.model.decoder import drop_other_parts, find_projector, vision_par
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import ENTIRE_NAMES, EntireNames
-from tunesmith.model.safetensors_files import (
-    ENDS_AND_MIDDLE,
-    read_all_entries,
-    sampled_digest,
-)
+from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_all_entries, sampled_digest
 from tunesmith.model.spec import one_line
 from tunesmith.model.text_config import has_own_class, text_part
 

@@ -150,7 +150,7 @@ def probe_machine(
     """Test what this machine supports for a run: backends, compiler, memory, fp8 matmuls.
 
     Args:
-        shapes: shapes of weights from `eight_bit.eight_bit_shapes`. Their fp8 matmuls are tested
+        shapes: shapes from `quant.replace.eight_bit_shapes`. Their fp8 matmuls are tested
             with many rows, few rows and one row.
         processes: ids of the run's processes on this host, which share its memory.
         world: number of ranks of the run.

@@ -56,7 +56,7 @@ def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
 
 
 def fit_to_model(
-    run: Run, spec: ModelSpec, support: Support, *, where: str, began: bool = False
+    run: Run, spec: ModelSpec, support: Support, *, where: str, checks_length: bool = True
 ) -> Run:
     """Return the recipe adapted to the model. If the model has layers that cannot separate packed
     documents, packing is turned off.
@@ -65,11 +65,10 @@ def fit_to_model(
 
     Args:
         where: the model's config.json.
-        began: whether the run is resumed. In this case, its rows were already truncated when it
-            began.
+        checks_length: whether `data.seq_len` is compared with the model's context.
     """
     check_frozen(run)
-    if not began:
+    if checks_length:
         check_seq_len(spec, run.data.seq_len, where=where)
     if support.state != "padded":
         return run

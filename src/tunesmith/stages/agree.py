@@ -30,11 +30,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.packages import installed_versions, source_digest
 from tunesmith.host.shell import shell_word
-from tunesmith.model.safetensors_files import (
-    ENDS_AND_MIDDLE,
-    read_headers,
-    sampled_digest,
-)
+from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_headers, sampled_digest
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:

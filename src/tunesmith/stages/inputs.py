@@ -1,6 +1,7 @@
 """The stages of a start that need no machine: rows, model files and tokens.
 
-They import no torch, so that mistakes are reported within two seconds.
+They import no torch, except at the first start with a model, for pictures, and for model types
+outside the table of `architectures.py`.
 """
 
 from pathlib import Path
@@ -61,10 +62,10 @@ def read_inputs(
 
 
 def check_inputs(run: Run) -> None:
-    """Check the files of a run before it is started in the background. Only files are read.
+    """Check rows, model folder and adapter before a run is started in the background.
 
     Raises:
-        UsageError: as `read_inputs`.
+        UsageError: an input is missing or damaged.
     """
     # A resumed run does not need the adapter from which it started, because its checkpoints contain
     # a copy.

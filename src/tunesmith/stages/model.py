@@ -1,6 +1,6 @@
 """Stage 2 of a start: read the small files of the model. No weights are downloaded or read.
 
-For the model types of `architectures.py`, this stage imports no torch.
+For the model types of `architectures.py`, this stage imports no torch from the second start.
 """
 
 from dataclasses import dataclass, replace
@@ -32,9 +32,9 @@ class ModelFacts:
     """The small files of a model: config, tokenizer and image processor.
 
     Attributes:
-        recipe: the recipe that config.yaml stores. `auto` in its model section is replaced, except
-            for the dtype, which depends on the machine.
-        run: the recipe for training, with all values adapted to the model.
+        stored_recipe: the recipe that config.yaml stores. `auto` in its model section is replaced,
+            except for the dtype, which depends on the machine.
+        fitted_run: the recipe for training, with all values adapted to the model.
         folder: the folder with the config and the tokenizer.
         support: how the layers of the model can be trained.
         vocab_rows: number of rows of the embedding.
@@ -42,8 +42,8 @@ class ModelFacts:
     """
 
     rows: RowFacts
-    recipe: Run
-    run: Run
+    stored_recipe: Run
+    fitted_run: Run
     folder: Path
     spec: ModelSpec
     support: Support
@@ -72,25 +72,26 @@ def read_model(
         RecipeError: the model does not support the recipe.
     """
     run = rows.run
-    if known is None or (known.rows.run.model, known.rows.run.data.image_max_pixels) != (
+    files = known
+    if files is None or (files.rows.run.model, files.rows.run.data.image_max_pixels) != (
         run.model,
         run.data.image_max_pixels,
     ):
-        known = _read_files(rows, weights)
-    recipe = replace(run, model=resolve_quantize(run.model, known.spec.quantized))
-    # Do not check seq_len for a resumed run, because its rows were already truncated to a length
-    # that the model supports.
+        files = _read_files(rows, weights)
+    recipe = replace(run, model=resolve_quantize(run.model, files.spec.quantized))
     fitted = fit_to_model(
         recipe,
-        known.spec,
-        known.support,
-        where=f"{known.folder}/config.json",
-        began=is_draft or rows.start.checkpoint is not None,
+        files.spec,
+        files.support,
+        where=f"{files.folder}/config.json",
+        # The rows of a resumed run were already truncated to a length that the model supports.
+        checks_length=not is_draft and rows.start.checkpoint is None,
     )
-    return replace(known, rows=rows, recipe=recipe, run=fitted)
+    return replace(files, rows=rows, stored_recipe=recipe, fitted_run=fitted)
 
 
 def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
+    """Return the facts of the model, with the recipe as it is."""
     run = rows.run
     model = run.model
     folder = Path(model.name)

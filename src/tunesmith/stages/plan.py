@@ -70,15 +70,15 @@ class MachineFacts:
     is_dtype_restored: bool
 
     @property
-    def recipe(self) -> Run:
+    def stored_recipe(self) -> Run:
         """The recipe that config.yaml stores, with all values of its model section chosen."""
-        recipe = self.tokens.model.recipe
+        recipe = self.tokens.model.stored_recipe
         return replace(recipe, model=replace(recipe.model, dtype=self.dtype))
 
     @property
-    def run(self) -> Run:
+    def fitted_run(self) -> Run:
         """The recipe for training, with all values adapted to the model and the machine."""
-        run = self.tokens.run
+        run = self.tokens.fitted_run
         return replace(run, model=replace(run.model, dtype=self.dtype))
 
 
@@ -103,8 +103,8 @@ class PlanFacts:
     hashes: Mapping[str, Any]
 
     @property
-    def run(self) -> Run:
-        return self.machine.run
+    def fitted_run(self) -> Run:
+        return self.machine.fitted_run
 
     @property
     def data(self) -> TrainingData:
@@ -112,7 +112,7 @@ class PlanFacts:
 
     @property
     def start(self) -> Start:
-        return self.machine.tokens.model.rows.start
+        return self.machine.tokens.start
 
 
 def find_machine(tokens: TokenFacts, ranks: Ranks = ONE_PROCESS) -> MachineFacts:
@@ -122,14 +122,14 @@ def find_machine(tokens: TokenFacts, ranks: Ranks = ONE_PROCESS) -> MachineFacts
     """
     if torch.cuda.is_initialized():
         free_device_memory()  # an earlier run in this process may hold memory
-    run = tokens.run
+    run = tokens.fitted_run
     device = choose_device()
     chip = common_chip(device, ranks)
     with ranks.raise_on_all_ranks():
         dtype, reason = resolve_dtype(run.model, run.train, chip, tokens.model.spec)
         is_restored = tokens.model.rows.requested.model.dtype == "auto" and not reason
         machine = MachineFacts(tokens, device, chip, dtype, reason, is_restored)
-        check_machine(machine.run, device, chip)
+        check_machine(machine.fitted_run, device, chip)
     return machine
 
 
@@ -180,8 +180,8 @@ def make_plan(
         ModelError: the model cannot be downloaded or read, or it differs from the checkpoint's.
         MachineError: the run does not fit on the machine, or the disk is too small.
     """
-    run = machine.run
-    start = machine.tokens.model.rows.start
+    run = machine.fitted_run
+    start = machine.tokens.start
     data = machine.tokens.data
     files, hashes = fetch_base(machine, ranks, weights)
     check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
@@ -229,20 +229,22 @@ def choose_plan(
 def fetch_base(
     machine: MachineFacts, ranks: Ranks, weights: Weights
 ) -> tuple[ModelFiles, Mapping[str, Any]]:
-    """Return the files of the base model, and the hashes of base and data. Download missing files.
+    """Return the files of the base model, and the hashes of base and data. Download missing files,
+    and check them.
 
-    Raise ModelError if the tokenizer differs from its copy, with which the rows were tokenized.
+    Raise ModelError if a file is damaged, if the weights differ from the checkpoint's, or if the
+    tokenizer differs from its copy, with which the rows were tokenized.
     """
-    run = machine.run
+    run = machine.fitted_run
     tokens = machine.tokens
-    start = tokens.model.rows.start
+    start = tokens.start
     folder = Path(run.model.name)
     digest = None
     # One rank of each node downloads. The other ranks of the node then find the files.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
         adapter = run.adapter.from_
         if adapter is not None and start.checkpoint is None:
-            read_adapter(find_adapter(adapter))
+            read_adapter(find_adapter(adapter))  # only a check, before the download
         if weights == "stored":
             # Do not check seq_len for a resumed run, see `read_model`.
             seq_len = None if start.checkpoint else run.data.seq_len

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tunesmith.checkpoint.resume import Resumed, check_unchanged, find_resumed
+from tunesmith.checkpoint.resume import Resumed, Start, check_unchanged, find_resumed
 from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.schema import REFERENCE_METHODS, Run
 from tunesmith.data.prepare import TrainingData, prepare_data
@@ -28,8 +28,12 @@ class TokenFacts:
     resumed: Resumed | None
 
     @property
-    def run(self) -> Run:
-        return self.model.run
+    def fitted_run(self) -> Run:
+        return self.model.fitted_run
+
+    @property
+    def start(self) -> Start:
+        return self.model.rows.start
 
 
 def read_tokens(
@@ -46,7 +50,7 @@ def read_tokens(
         DataError: the rows or the tokens are wrong, or they differ from the checkpoint.
         RecipeError: the duration is shorter than that of the resumed run.
     """
-    run = model.run
+    run = model.fitted_run
     start = model.rows.start
     shares = shares_prompts(run, model.support.recurrent)
     if start.progress is not None:

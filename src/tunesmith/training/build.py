@@ -3,7 +3,7 @@ checked.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,26 +49,27 @@ def build(
     """
     if tokens is None:
         tokens = read_inputs(run, start, ranks, weights=weights, measured=measured)
-    log.info("\n".join(start_data_lines(tokens.data, why=why)))
-    for line in resume_lines(tokens.resumed, tokens.run.train):
-        log.info(line)
+    _log_lines(start_data_lines(tokens.data, why=why))
+    _log_lines(resume_lines(tokens.resumed, tokens.fitted_run.train))
     if measured:
         # Repeat the rows, because all steps of a measurement must be full.
         steps = tokens.data.schedule.steps(run.train.duration) or 0
         tokens = replace(tokens, data=tokens.data.repeated(steps))
     with loading_libraries():
         from tunesmith.parallel.mesh import Mesh
-        from tunesmith.presentation import start as text
+        from tunesmith.presentation.start import machine_lines, planned_lines, session_lines
         from tunesmith.stages.plan import find_machine, make_plan
         from tunesmith.training.session import open_session
     machine = find_machine(tokens, ranks)
-    for line in text.machine_lines(machine):
-        log.info(line)
-    plan = make_plan(machine, ranks, weights=weights, measured=measured)
-    for line in text.planned_lines(plan):
-        log.info(line)
-    session = open_session(plan, ranks, make_mesh or Mesh.of)
-    lines = text.session_lines(plan, session.model.model, session.plan, session.peak, why=why)
+    _log_lines(machine_lines(machine))
+    planned = make_plan(machine, ranks, weights=weights, measured=measured)
+    _log_lines(planned_lines(planned))
+    session = open_session(planned, ranks, make_mesh or Mesh.of)
+    model = session.model.model
+    _log_lines(session_lines(planned, model, session.plan, session.peak, why=why))
+    return session
+
+
+def _log_lines(lines: Iterable[str]) -> None:
     for line in lines:
         log.info(line)
-    return session

@@ -52,6 +52,7 @@ from tunesmith.units import Length, Share, Size, ceil_div, count_of
 log = logging.getLogger(__name__)
 
 MAX_COUNTED_ROWS = 2000  # maximum number of rows whose tokens are counted
+MIN_EXAMINED_ROWS = 20  # minimum number of rows whose tokens are counted
 EXAMINED_CHARACTERS = 1 << 24  # approximate maximum number of characters in the counted rows
 MIN_ROWS_TO_HOLD_OUT = 20  # minimum number of rows to hold any out for validation
 # If there are at least ROWS_FOR_VALIDATION examples, hold out at least MIN_VALIDATION_ROWS of them,
@@ -259,10 +260,10 @@ def _examine(draft: Draft, *, on_paper: bool) -> _Examined:
     run = draft.run
     rows = draft.rows
     # Use evenly spaced rows, because files are often sorted.
-    few = _characters(_spread(rows, MIN_ROWS_TO_HOLD_OUT), count_characters)
+    few = _characters(_spread(rows, MIN_EXAMINED_ROWS), count_characters)
     characters = sum(few) / max(1, len(few))
     count = int(EXAMINED_CHARACTERS / max(1, characters))
-    count = max(MIN_ROWS_TO_HOLD_OUT, count)
+    count = max(MIN_EXAMINED_ROWS, count)
     rows = _spread(rows, min(MAX_COUNTED_ROWS, count))
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
@@ -327,14 +328,14 @@ class _Choices:
     Attributes:
         values: the chosen values. Values of the command line override them.
         why: the reason of each value. The keys are recipe keys.
-        draft: the recipe with the values of the command line and the rows.
+        run: the recipe with the values of the command line and the rows.
         override_keys: keys that the command line sets.
     """
 
     def __init__(self, draft: Draft) -> None:
         self.values = {key: value for key, value in draft.chosen.items() if key != "output_dir"}
         self.why = {"data.train": draft.about_data}
-        self.draft = draft.run
+        self.run = draft.run
         self.override_keys = draft.override_keys
         self.row_format = draft.layout.format
         if draft.layout.has_pictures:
@@ -348,7 +349,7 @@ class _Choices:
         """Set rank, alpha and target layers in the recipe to the values of the adapter that is
         trained further, because they must be equal.
         """
-        name = self.draft.adapter.from_
+        name = self.run.adapter.from_
         if name is None or not Path(name).is_dir():
             return  # an adapter on the Hub is not downloaded only for this choice
         self.why["adapter.rank"] = "the rank of the adapter that is trained further"
@@ -387,7 +388,7 @@ class _Choices:
             The mean number of examples per row. It is more than 1 if texts are split.
         """
         lengths = examined.lengths
-        data = self.draft.data
+        data = self.run.data
         is_set = "data.seq_len" in self.override_keys
         is_split = self.row_format == "text" and data.too_long == "auto"
         context = examined.spec.position_limit or examined.spec.context
@@ -430,7 +431,7 @@ class _Choices:
         Args:
             parts: mean number of examples per row. A long document is split into many examples.
         """
-        data = self.draft.data
+        data = self.run.data
         hold_out = data.hold_out
         is_open = "data.hold_out" not in self.override_keys and not data.validation
         if is_open and rows >= MIN_ROWS_TO_HOLD_OUT:
@@ -463,11 +464,11 @@ class _Choices:
 
         Return the number of optimizer steps, or None if it is unknown.
         """
-        train = self.draft.train
+        train = self.run.train
         epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
         if examples * epochs > MAX_SEEN_EXAMPLES:
             epochs = max(1, MAX_SEEN_EXAMPLES // examples)
-        elif self.draft.adapter.from_ is None:  # a new adapter needs a minimum number of steps
+        elif self.run.adapter.from_ is None:  # a new adapter needs a minimum number of steps
             epochs = min(MAX_EPOCHS, max(epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
         duration = train.duration
         if "train.duration" not in self.override_keys:
@@ -478,7 +479,7 @@ class _Choices:
             # The largest batch size that gives at least MIN_STEPS steps.
             sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * MIN_STEPS <= examples_seen]
             # The ranks of a tensor-parallel group process the same example.
-            tensor = self.draft.parallel.tensor
+            tensor = self.run.parallel.tensor
             min_examples = min(examples, ranks if tensor == "auto" else ranks // tensor)
             min_batch = MIN_KTO_BATCH if self.row_format == "feedback" else 1
             batch = Size(max([*sizes, min_batch, min_examples]), "examples")
@@ -523,7 +524,7 @@ class _Choices:
         """Choose the learning rate from the model's family, its hidden size, and the kind of
         training.
         """
-        kind = self.draft.adapter.kind
+        kind = self.run.adapter.kind
         rate = default_learning_rate(kind, spec.model_type, spec.hidden)
         if _width_exponent(spec.model_type) is None:
             reason = (
@@ -537,7 +538,7 @@ class _Choices:
         if self.row_format in METHODS_OF_FORMATS:
             rate = _two_digits(rate * PREFERENCE_RATE)
             reason += "; preference training uses a tenth of the usual rate"
-        elif self.draft.adapter.from_ is not None:
+        elif self.run.adapter.from_ is not None:
             rate = continued_rate(rate)
             reason += (
                 "; half of the usual rate, because a higher rate would undo the training of the "

@@ -15,14 +15,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from tunesmith.checkpoint.claim import (
-    claim_run_dir,
-    is_run,
-    move_aside,
-    remove_leftovers,
-)
+from tunesmith.checkpoint.claim import claim_run_dir, is_run, move_aside
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import choose_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
@@ -33,7 +28,6 @@ from tunesmith.config.paths import inputs_of
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import (
-    ONE_PROCESS,
     Ranks,
     is_launched,
     join_ranks,
@@ -43,58 +37,36 @@ from tunesmith.distributed.ranks import (
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
-    CheckpointError,
-    NonFiniteError,
     OtherRankError,
-    RunError,
     StoppedEarlyError,
-    StoppedError,
-    TunesmithError,
     UsageError,
-    first_line,
 )
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
-from tunesmith.host.signals import STOP_PATIENCE_SECONDS, Interrupted, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
 from tunesmith.host.streams import survive_write_errors
-from tunesmith.metrics.log_file import LogFile, log_file_of_run
+from tunesmith.metrics.log_file import log_file_of_run
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import (
-    JsonlSink,
-    RankSink,
-    RecordCallback,
-    SamplesSink,
-    Sinks,
-    TensorBoardSink,
-    writes_tensorboard,
-)
-from tunesmith.metrics.terminal import Terminal
-from tunesmith.metrics.trackers import TrackerSink, trackers_of
+from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.parallel.mesh_shape import possible_shapes
-from tunesmith.run_dir import (
-    FAILURE,
-    IDENTITY,
-    LOG,
-    METRICS,
-    RUNNING,
-    SAMPLES,
-    STOPPED,
-    Phase,
-)
+from tunesmith.run_dir import LOG
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.stages.agree import check_same_recipe
 from tunesmith.stages.draft import short_name
 from tunesmith.stages.inputs import read_inputs
-from tunesmith.training.program_rows import keep_rows
-from tunesmith.training.result import (
-    Result,
-    how_to_resume,
-    warn_of_changed_rows,
-    write_failure,
-    write_stopped,
+from tunesmith.training.failures import (
+    as_usage_error,
+    defer_to_rank_0,
+    note_early_stop,
+    record_early_stop,
+    report_failure,
+    write_fault,
 )
+from tunesmith.training.program_rows import keep_rows
+from tunesmith.training.result import Result, warn_of_changed_rows, write_stopped
+from tunesmith.training.run_sinks import close_after_all, sinks_of_rank, write_first_files
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import count_of
 
@@ -305,7 +277,7 @@ def start_run(
     why: bool = False,
     argv: list[str] | None = None,
     quiet: bool = False,
-    build_shared: "Callable[..., Session] | None" = None,
+    build_session: "Callable[..., Session] | None" = None,
 ) -> Result:
     """Start a run on this rank. Call this inside the context `joined`, with the arguments of
     `train_run`.
@@ -315,7 +287,7 @@ def start_run(
 
     Args:
         quiet: whether to show no progress. The caller decides where log lines appear.
-        build_shared: function that builds the Session from a base model and rows that are already
+        build_session: "Callable[..., Session] | None" = None,
             loaded. If None, they are loaded.
     """
     check_same_recipe(run, ranks)
@@ -343,15 +315,15 @@ def start_run(
                 warn_of_changed_rows(run)
             return Result.from_finished_run(out, start.finished)
         run = with_start_adapter(run, start, ranks)
-        build_session = build_shared
         # An error before the first step has its cause in the recipe, the data or the machine, so
         # raise it as UsageError.
         if build_session is None:
             with as_usage_error(ranks):
                 tokens = read_inputs(run, start, ranks, known=known)
-            from tunesmith.training.build import build
+            from tunesmith.training.build import build  # imports huggingface_hub, which is slow
 
             build_session = partial(build, tokens=tokens)
+        # Move an earlier run only now, so that a mistake in the inputs leaves it in its place.
         if starts_over:
             move_earlier_runs_aside(run, ranks)
         if ranks.is_run_dir_writer:
@@ -374,10 +346,10 @@ def start_run(
         # The exit stack closes the writer even if the training loop raises an error.
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
-        return fit(trainer, sinks, callback)
+        return train_to_end(trainer, sinks, callback)
 
 
-def fit(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:
+def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:
     """Train to the end. If the run fails or stops earlier, record this in the run directory."""
     ranks = trainer.ranks
     # Set this on every rank, because one rank per node writes failure.json.
@@ -495,184 +467,3 @@ def move_earlier_runs_aside(run: Run, ranks: Ranks) -> None:
         if new_place:
             owner = f" on the node of {ranks.name(rank)}" if rank else ""
             log.info(f"moved the existing run to {new_place}{owner}")
-
-
-@contextlib.contextmanager
-def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
-    """Convert a RunError of rank 0 to a UsageError. Use this before the first step, when nothing
-    has begun.
-
-    An example is the error for an unreadable checkpoint. Errors on other ranks are not converted.
-    """
-    try:
-        yield
-    except RunError as error:
-        if not ranks.is_main_process:
-            raise
-        raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
-
-
-@contextlib.contextmanager
-def record_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
-    """Context manager for the time before the first step: if a signal ends the block, call
-    `note_early_stop`.
-    """
-    try:
-        yield
-    except (Interrupted, StoppedEarlyError):
-        note_early_stop(out, request)
-        raise
-
-
-def note_early_stop(out: Path, request: StopRequest) -> None:
-    """Write stopped.json if the folder contains a run. If it contains no run, nothing was saved
-    that could be resumed.
-    """
-    if (out / IDENTITY).is_file():
-        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
-    (out / RUNNING).unlink(missing_ok=True)
-
-
-def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
-    """Write the error that ends all ranks to a file: stopped.json for a stop, else failure.json."""
-    if isinstance(fault, StoppedError):
-        write_stopped(out, step, what=fault.what)
-    else:
-        write_failure(out, fault, last_step=step, next_command="")
-
-
-@contextlib.contextmanager
-def defer_to_rank_0(trainer: "Trainer") -> Iterator[None]:
-    """Convert errors on ranks other than 0. An error that all ranks raise becomes an
-    OtherRankError, because rank 0 reports it. Any other error becomes the error that
-    `Trainer.as_failure` returns.
-    """
-    try:
-        yield
-    except (StoppedError, NonFiniteError) as error:
-        raise OtherRankError(error.what, exit_code=error.exit_code) from error
-    except Exception as error:
-        failure = trainer.as_failure(error)
-        if failure is error:
-            raise
-        raise failure from error
-
-
-@contextlib.contextmanager
-def report_failure(
-    trainer: "Trainer",
-    callback: RecordCallback,
-) -> Iterator[None]:
-    """If the block raises an error, write failure.json. Use this on rank 0."""
-    try:
-        yield
-    except StoppedError:
-        raise
-    except BaseException as caught:
-        heartbeat = trainer.ranks.heartbeat
-        writer = trainer.checkpoints.writer
-        step = trainer.progress.step
-        error = heartbeat.share_error(caught, trainer.as_failure(caught))
-        if isinstance(error, OtherRankError):  # the heartbeat has already reported the error
-            raise error from caught
-        writer.close()  # wait for the checkpoint in progress
-        if trainer.stop.request.now:
-            saved_step = writer.saved_step
-            saved = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
-            what = f"stopped after step {step}: {saved}"
-            where = str(trainer.out / f"checkpoint-{saved_step}") if saved_step else ""
-            write_stopped(trainer.out, step, what=what)
-            raise StoppedError(what, where=where, fix=how_to_resume(saved_step)) from error
-        failure = trainer.as_failure(error)
-        resume = how_to_resume(writer.saved_step)
-        place = heartbeat.peers.place_of(trainer.ranks.rank)
-        if isinstance(caught, CheckpointError):
-            # The error is from the thread that writes checkpoints. Report the saving phase, because
-            # the training loop may already be in another phase.
-            place["phase"] = Phase.SAVING
-        failure.failed_rank = failure.failed_rank or place
-        is_callback_error = error is callback.error
-        if is_callback_error:
-            what = f"on_record raised {type(error).__name__}: {first_line(error)}"
-            failure = RunError(what, where=f"step {step}", fix=f"fix on_record; {resume}")
-        try:
-            write_failure(trainer.out, failure, last_step=step, next_command=resume)
-        except OSError as write_error:
-            log.info(f"failure.json could not be written: {write_error.strerror}")
-        if is_callback_error:
-            raise
-        raise failure from error
-
-
-def sinks_of_rank(
-    session: "Session",
-    start: Start,
-    callback: RecordCallback,
-    log_file: LogFile,
-    stream: TextIO | None,
-) -> Sinks:
-    """Return the sinks of this rank, which receive the record of each step. Only rank 0 has the
-    sinks of the recipe and the callback.
-    """
-    out = Path(session.run.output_dir)
-    if not session.ranks.is_main_process:
-        return Sinks([RankSink(out, session.ranks.rank)])
-    terminal = Terminal(
-        log_file,
-        total_steps=session.total_steps,
-        steps_per_epoch=session.data.schedule.steps_per_epoch(0),
-        trained_seconds=start.progress.seconds if start.progress else 0.0,
-        phase=session.ranks.heartbeat.phase_name,
-        stream=stream,
-    )
-    sinks = sinks_of(session.run, out, terminal)
-    sinks.all.append(callback)
-    return sinks
-
-
-def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
-    """Return the sinks of a recipe. The terminal is first, and metrics.jsonl is before sinks that
-    may be slow.
-    """
-    sinks = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
-    if writes_tensorboard(run):
-        shared_folder = run.log.tensorboard_dir
-        events = Path(shared_folder or folder / "tensorboard")
-        sinks.append(TensorBoardSink(events, shared=shared_folder is not None))
-    log_text = partial(terminal.text, "tracker")
-    for name in trackers_of(run):
-        sinks.append(TrackerSink(name, folder, log_text))
-    return Sinks(sinks)
-
-
-def write_first_files(
-    session: "Session", start: Start, sinks: Sinks, argv: list[str] | None
-) -> None:
-    """Open the sinks and write env.json and the other files that exist from the start. Call this
-    after all checks.
-    """
-    out = Path(session.run.output_dir)
-    ranks = session.ranks
-    if ranks.is_run_dir_writer:
-        remove_leftovers(out)
-    last_step = start.progress.step if start.progress else 0
-    if start.progress and not start.progress.validated:
-        # The validation of the last step was interrupted. Remove the record of this step, because
-        # it is written again after the validation.
-        last_step -= 1
-    sinks.open(session.run, last_step)
-    if ranks.is_run_dir_writer:
-        from tunesmith.training.session import write_identity  # imports torch
-
-        # Only rank 0 stores the command line.
-        write_identity(session, argv if ranks.is_main_process else None)
-        for name in (FAILURE, STOPPED):
-            (out / name).unlink(missing_ok=True)
-
-
-def close_after_all(sinks: Sinks) -> None:
-    """Close the sinks, such as the terminal and log files, after a run ended early. Errors are
-    ignored, so that they do not hide the cause of the end.
-    """
-    with contextlib.suppress(OSError):
-        sinks.close()

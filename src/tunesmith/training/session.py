@@ -11,10 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from tunesmith.build_model import (
-    build_model,
-    fill_parameters,
-)
+from tunesmith.build_model import build_model, fill_parameters
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
@@ -27,9 +24,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.host.chips import Peak
-from tunesmith.host.files import (
-    write_atomically,
-)
+from tunesmith.host.files import write_atomically
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
@@ -47,9 +42,7 @@ from tunesmith.planning.compare_eight_bit import (
     compare_with_bf16,
 )
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
-from tunesmith.planning.run_plan import (
-    RunPlan,
-)
+from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import contract_lines
 from tunesmith.presentation.start import loss_change_text, sums_line
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
@@ -74,7 +67,7 @@ class Session:
     optimizer.
     """
 
-    run: Run
+    run: Run  # the recipe that config.yaml stores; `data.run` is adapted to the model
     files: ModelFiles  # files of the base model and of its tokenizer
     data: TrainingData
     model: TrainModel
@@ -144,7 +137,7 @@ def open_session(
     Args:
         make_mesh: function that creates the mesh of the ranks.
     """
-    run = facts.run
+    run = facts.fitted_run
     data = facts.data
     plan = facts.plan
     device = facts.machine.device
@@ -157,7 +150,7 @@ def open_session(
     if device.type == "cpu":
         plan = replace(plan, why={**plan.why, "threads": keep_threads(progress.threads)})
     session = Session(
-        run=facts.machine.recipe,
+        run=facts.machine.stored_recipe,
         files=facts.files,
         data=data,
         model=root,
@@ -181,7 +174,7 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
 
     Returns the model and the plan. On a GPU, a memory trial may have changed the plan.
     """
-    run = facts.run
+    run = facts.fitted_run
     files = facts.files
     data = facts.data
     plan = facts.plan

@@ -24,11 +24,7 @@ from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
-from tunesmith.data.tokens.documents import (
-    DocumentSplitter,
-    cuts_pictures,
-    truncated_example,
-)
+from tunesmith.data.tokens.documents import DocumentSplitter, cuts_pictures, truncated_example
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.tokens.token_set import (
     RowsByName,

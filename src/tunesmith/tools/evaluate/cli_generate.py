@@ -23,11 +23,7 @@ from tunesmith.cli import options
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import sample_rows
 from tunesmith.data.source.open_source import Rows, from_list, read_rows
-from tunesmith.errors import (
-    DataError,
-    StoppedError,
-    UsageError,
-)
+from tunesmith.errors import DataError, StoppedError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run

@@ -9,11 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
-from tunesmith.cli.options import (
-    ProgressCounter,
-    leave_lines_to_rank_0,
-    notify,
-)
+from tunesmith.cli.options import ProgressCounter, leave_lines_to_rank_0, notify
 from tunesmith.distributed.ranks import (
     join_ranks,
     reported_once_a_node,

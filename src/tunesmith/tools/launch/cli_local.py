@@ -82,12 +82,12 @@ def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
     Args:
         ranks: the number of ranks, for `make_recipe`.
     """
-    recipe, new_file = chosen_recipe(args, ranks=ranks)
-    if new_file is not None:
-        new_file.check_file()
-        new_file.write_file()
-        log.info(f"recipe: {new_file.name}")
-        args.recipe, args.overrides = str(new_file.path), []
+    recipe, new_recipe = chosen_recipe(args, ranks=ranks)
+    if new_recipe is not None:
+        new_recipe.check_file()
+        new_recipe.write_file()
+        log.info(f"recipe: {new_recipe.name}")
+        args.recipe, args.overrides = str(new_recipe.path), []
         args.model = args.data = args.split = args.format = None
         args.columns = []
     return recipe

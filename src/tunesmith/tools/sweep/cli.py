@@ -67,21 +67,21 @@ def run(args: argparse.Namespace) -> int | None:
         space = read_space(args.words)
         # Let the new recipe contain the values that apply to all candidates.
         args.overrides = space.fixed
-        _, new_file = chosen_recipe(args)
-        if new_file is not None:
-            new_file.check_file()
-    if new_file is None:
+        _, new_recipe = chosen_recipe(args)
+        if new_recipe is not None:
+            new_recipe.check_file()
+    if new_recipe is None:
         return sweep_or_launch(args, space)
-    log.info(f"recipe: {new_file.name}")
-    args.recipe = str(new_file.path)
-    is_new = not new_file.path.exists()
-    new_file.write_file()
+    log.info(f"recipe: {new_recipe.name}")
+    args.recipe = str(new_recipe.path)
+    is_new = not new_recipe.path.exists()
+    new_recipe.write_file()
     try:
         return sweep_or_launch(args, space)
     finally:
         # Remove the new recipe if the sweep did not start.
-        if is_new and not Path(new_file.run.output_dir, SWEEP).exists():
-            new_file.path.unlink(missing_ok=True)
+        if is_new and not Path(new_recipe.run.output_dir, SWEEP).exists():
+            new_recipe.path.unlink(missing_ok=True)
 
 
 def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:

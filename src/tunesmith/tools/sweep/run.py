@@ -280,7 +280,7 @@ def train_candidate(
         # Print only messages of the sweep and of stop signals. The messages of a candidate are
         # written to the candidate's log.txt.
         with stderr_only_from(log.name, signals.__name__):
-            start_run(run, control, ranks, quiet=True, argv=argv, build_shared=shared.build)
+            start_run(run, control, ranks, quiet=True, argv=argv, build_session=shared.build)
     except (NonFiniteError, OtherRankError) as error:
         # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this cause.
         if not any(isinstance(e, NonFiniteError) for e in (error, error.__cause__)):

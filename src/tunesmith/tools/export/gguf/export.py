@@ -43,11 +43,7 @@ from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.decoder import find_text_model, is_in_text
 from tunesmith.model.gguf_writers import gguf_writer
 from tunesmith.model.names import is_vision_language, name_in_text
-from tunesmith.model.safetensors_files import (
-    ADAPTER_WEIGHTS,
-    read_json,
-    weights_digest,
-)
+from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS, read_json, weights_digest
 from tunesmith.model.stored_form import MODEL_CONFIG
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env

@@ -24,11 +24,7 @@ from tunesmith.tools.export.gguf.families import (
     rope_tensors,
 )
 from tunesmith.tools.export.gguf.quantize import ggml, needs_ggml
-from tunesmith.tools.export.gguf.tokenizer import (
-    add_tokenizer,
-    model_name,
-    read_gguf_tokenizer,
-)
+from tunesmith.tools.export.gguf.tokenizer import add_tokenizer, model_name, read_gguf_tokenizer
 from tunesmith.tools.export.gguf.types import (
     GGUF_QUANT_TYPES,
     plain_tensors,

@@ -1,0 +1,136 @@
+"""Reports of a run that fails or is stopped: stopped.json, failure.json and the error to raise."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OtherRankError,
+    RunError,
+    StoppedEarlyError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    first_line,
+)
+from tunesmith.host.signals import Interrupted, StopRequest
+from tunesmith.metrics.sink import RecordCallback
+from tunesmith.run_dir import IDENTITY, RUNNING, Phase
+from tunesmith.training.result import how_to_resume, write_failure, write_stopped
+
+if TYPE_CHECKING:
+    from tunesmith.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
+    """Convert a RunError of rank 0 to a UsageError. Use this before the first step, when nothing
+    has begun.
+
+    An example is the error for an unreadable checkpoint. Errors on other ranks are not converted.
+    """
+    try:
+        yield
+    except RunError as error:
+        if not ranks.is_main_process:
+            raise
+        raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
+
+
+@contextlib.contextmanager
+def record_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
+    """Context manager for the time before the first step: if a signal ends the block, call
+    `note_early_stop`.
+    """
+    try:
+        yield
+    except (Interrupted, StoppedEarlyError):
+        note_early_stop(out, request)
+        raise
+
+
+def note_early_stop(out: Path, request: StopRequest) -> None:
+    """Write stopped.json if the folder contains a run. If it contains no run, nothing was saved
+    that could be resumed.
+    """
+    if (out / IDENTITY).is_file():
+        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
+    (out / RUNNING).unlink(missing_ok=True)
+
+
+def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
+    """Write the error that ends all ranks to a file: stopped.json for a stop, else failure.json."""
+    if isinstance(fault, StoppedError):
+        write_stopped(out, step, what=fault.what)
+    else:
+        write_failure(out, fault, last_step=step, next_command="")
+
+
+@contextlib.contextmanager
+def defer_to_rank_0(trainer: "Trainer") -> Iterator[None]:
+    """Convert errors on ranks other than 0. An error that all ranks raise becomes an
+    OtherRankError, because rank 0 reports it. Any other error becomes the error that
+    `Trainer.as_failure` returns.
+    """
+    try:
+        yield
+    except (StoppedError, NonFiniteError) as error:
+        raise OtherRankError(error.what, exit_code=error.exit_code) from error
+    except Exception as error:
+        failure = trainer.as_failure(error)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+@contextlib.contextmanager
+def report_failure(
+    trainer: "Trainer",
+    callback: RecordCallback,
+) -> Iterator[None]:
+    """If the block raises an error, write failure.json. Use this on rank 0."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except BaseException as caught:
+        heartbeat = trainer.ranks.heartbeat
+        writer = trainer.checkpoints.writer
+        step = trainer.progress.step
+        error = heartbeat.share_error(caught, trainer.as_failure(caught))
+        if isinstance(error, OtherRankError):  # the heartbeat has already reported the error
+            raise error from caught
+        writer.close()  # wait for the checkpoint in progress
+        if trainer.stop.request.now:
+            saved_step = writer.saved_step
+            saved = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
+            what = f"stopped after step {step}: {saved}"
+            where = str(trainer.out / f"checkpoint-{saved_step}") if saved_step else ""
+            write_stopped(trainer.out, step, what=what)
+            raise StoppedError(what, where=where, fix=how_to_resume(saved_step)) from error
+        failure = trainer.as_failure(error)
+        resume = how_to_resume(writer.saved_step)
+        place = heartbeat.peers.place_of(trainer.ranks.rank)
+        if isinstance(caught, CheckpointError):
+            # The error is from the thread that writes checkpoints. Report the saving phase, because
+            # the training loop may already be in another phase.
+            place["phase"] = Phase.SAVING
+        failure.failed_rank = failure.failed_rank or place
+        is_callback_error = error is callback.error
+        if is_callback_error:
+            what = f"on_record raised {type(error).__name__}: {first_line(error)}"
+            failure = RunError(what, where=f"step {step}", fix=f"fix on_record; {resume}")
+        try:
+            write_failure(trainer.out, failure, last_step=step, next_command=resume)
+        except OSError as write_error:
+            log.info(f"failure.json could not be written: {write_error.strerror}")
+        if is_callback_error:
+            raise
+        raise failure from error
