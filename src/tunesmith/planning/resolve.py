@@ -200,11 +200,15 @@ def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan
     """
     backend, _ = attention_backend(run, files, device)
     plan = RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
-    machine = Machine(str(device), 0, (backend, ""), (False, ""))
+    # The estimator only reads the device and the backend.
+    machine = Machine(
+        device=str(device), free_bytes=0, attention=(backend, ""), compiles=(False, "")
+    )
     estimator = MemoryEstimator(run, files.spec, machine, trained=0)
     if not estimator.streams or not estimator.trains_adapter or is_integrated(device):
         return plan
     room = int(free_memory(device) * ANSWERING_SHARE)
+    # `fixed.weights` contains the slots for streamed layers, but not the layers.
     streamed = estimator.count_streamed(room - estimator.fixed.weights)
     if streamed:
         log.info(

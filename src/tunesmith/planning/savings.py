@@ -198,6 +198,7 @@ def check_memory_fits(
     """Raise MachineError if a plan needs more memory than the machine has.
 
     Args:
+        resumed: whether the run is resumed, so that its micro batch can no longer be changed.
         where: name of the machine for the error, if the plan is not for this machine. If empty, the
             error names the plan's device.
     """
@@ -210,9 +211,9 @@ def check_memory_fits(
     if not where:
         where = ", ".join(filter(None, [plan.device, machine.limit.describe()]))
     why = f"{plan.memory.describe()}; {layout}"
-    scaling, reason = machine.scaling
-    # The recipe requested fp8 for the base, but the machine does not support it.
-    if reason and not scaling:
+    recipe, reason = machine.scaling
+    # A reason without a scaling recipe: fp8 was requested, but the machine does not support it.
+    if reason and recipe is None:
         why += f"; the base stays in {plan.base}: {reason}"
     raise MachineError(
         f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and "

@@ -161,6 +161,7 @@ class Step:
         # The communication of the embedding cannot overlap with computation: nothing else is
         # computed while it is gathered, and while its gradient is reduced at the end of the
         # backward.
+        # Both passes gather the weights. The backward also reduces the gradients.
         forward_transfers = streamed + (1 - embedding_share) * gather
         backward_transfers = forward_transfers + (1 - embedding_share) * reduce
         # Communication overlaps with computation, so only the time by which it is longer than the
@@ -180,10 +181,10 @@ class Step:
             "host copies" if streamed else "shards": micro_batches * exposed,
             "gradients": self._gradient_seconds(backward),
         }
-        # `longer` is the factor by which the micro batch must be larger, so that in both passes the
-        # computation takes as long as the communication.
-        longer = max(forward_transfers / forward, backward_transfers / backward)
-        return StepTime(parts, math.ceil(longer * self.tokens / micro_batches))
+        # The factor by which the micro batch must be larger, so that in both passes the computation
+        # takes as long as the communication.
+        batch_factor = max(forward_transfers / forward, backward_transfers / backward)
+        return StepTime(parts, math.ceil(batch_factor * self.tokens / micro_batches))
 
     def _shard_seconds(self) -> tuple[float, float, float, float]:
         """Estimate the seconds of FSDP's communication.
@@ -226,9 +227,11 @@ class Step:
         estimator = self.estimator
         replicate, shard, tensor = estimator.mesh
         size = 2 * 4 * estimator.trained_on_rank
+        # Each tensor rank has all experts, so their gradients are summed over these ranks too.
         expert_seconds = self._ring_seconds(2 * 4 * estimator.summed_expert_parameters, tensor, 1)
         if estimator.trains_adapter:
-            # Every data rank has the entire adapter, so all of them take part in the sum.
+            # Every data rank has the entire adapter, so all of them take part in the sum. The sum
+            # begins after the backward, so it does not overlap.
             return expert_seconds + self._ring_seconds(size, replicate * shard, tensor)
         # FSDP2 has already summed over the shards, so only the sum over the replicas is left. It
         # overlaps with the last backward.

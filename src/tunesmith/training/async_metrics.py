@@ -112,8 +112,10 @@ class AsyncMetrics(LoopPart):
             self.log_record()
 
     def _check_finite(self, output: StepOutput, numbers: StepNumbers) -> None:
+        """Raise NonFiniteError if the loss or the gradient norm of a step is not finite."""
         scale = self.session.optimizer.scale
-        # During the search for the fp16 loss scale, steps with infinite gradients are skipped.
+        # fp16 training halves the loss scale after a step with infinite gradients and skips this
+        # step. If the scale falls below 1, the gradients themselves are not finite.
         is_searching = scale is not None and scale >= 1.0
         if math.isfinite(numbers.loss) and (math.isfinite(numbers.grad_norm) or is_searching):
             return

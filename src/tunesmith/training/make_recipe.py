@@ -509,6 +509,7 @@ class _Choices:
             validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
             intervals = [interval for interval in INTERVALS if interval * validations <= steps]
             if not intervals:
+                # A run with so few steps gets fewer validations, because each saves a checkpoint.
                 intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
             every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
             self.values |= {"validate.every": every, "checkpoint.every": every}

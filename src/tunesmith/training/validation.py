@@ -40,8 +40,8 @@ class Validation(LoopPart):
         validation and logs the record.
         """
         progress = self.progress
-        # Set this before the validation. If a stop interrupts it, the checkpoint stores False, and
-        # the resumed run repeats the validation.
+        # If a stop interrupts the validation, the checkpoint stores False, and the resumed run
+        # repeats the validation. `log_record` sets it to True.
         progress.validated = False
         result = self._result()
         if result is None:

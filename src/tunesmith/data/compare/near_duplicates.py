@@ -288,13 +288,14 @@ def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
     )
     for i, sketch in enumerate(sketches):
         signatures[i] = sketch.hashvalues
-    # Sort the signatures instead of building a dictionary, which takes 10 KB per row.
+    # Sort the rows by the key of the band, so that rows with equal keys are adjacent. A dictionary
+    # of keys would take 10 KB per row.
     for band in range(_BANDS):
         first = band * _BAND_HASHES
         columns = signatures[:, first : first + _BAND_HASHES]
         keys = columns.astype(np.uint64) @ _HASH_MULTIPLIERS
-        _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-        order = np.argsort(numbers, kind="stable")
+        _, key_index, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+        order = np.argsort(key_index, kind="stable")
         stops = np.cumsum(sizes)
         for bucket in np.flatnonzero(sizes > 1).tolist():
             stop = stops[bucket]

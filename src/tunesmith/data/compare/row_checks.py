@@ -257,7 +257,8 @@ class _Answers:
     def contradictions(self) -> list[list[int]]:
         """Return groups of rows with the same prompt and different answers, labels or preferences.
 
-        Different long answers are not included if the data set has many of them.
+        Groups with a long answer are included only if they have at most MAX_SHARED_ROWS rows, and
+        if the data set has few such groups.
         """
         short = []
         long = []

@@ -115,7 +115,7 @@ def detect(
         [trial] = readable
         reads_all = is_whole and trial.read == sample.keys()
         if not reads_all and not skips_bad_rows:
-            raise examined.all_errors(trial)
+            raise examined.unreadable_rows(trial)
         layout = trial.layout
         # Do not list a loss mask column such as `train` as ignored, because every layout reads or
         # refuses it.
@@ -125,7 +125,7 @@ def detect(
     if readable:
         raise examined.ambiguous(readable)
     if trials:
-        raise examined.all_errors(max(trials, key=lambda trial: len(trial.layout.columns)))
+        raise examined.unreadable_rows(max(trials, key=lambda trial: len(trial.layout.columns)))
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
@@ -209,7 +209,7 @@ class _SampledRows:
                 propose_fix(self.columns, self.source, any_format=True),
             )
 
-    def all_errors(self, trial: _Trial) -> DataError:
+    def unreadable_rows(self, trial: _Trial) -> DataError:
         """Build the error that lists all rows that the layout cannot read.
 
         If the layout cannot read any sampled row, the error describes only the first row.

@@ -202,7 +202,7 @@ def _read_turn(
     """
     content = turn.get(form.content)
     if role == "call":
-        # The entire content of a turn with the role `function_call` is the call.
+        # `call` is our name for the role `function_call`. The entire content is the call.
         role = "assistant"
         parts = _ContentParts(calls=_calls(row, content, at))
         content = ""
@@ -215,6 +215,7 @@ def _read_turn(
         _read_others(row, others, form, parts, at)
         is_trained = is_trained_turn(row, role, others, at)
         if role == "assistant" and is_trained:
+            # Labels that rate this answer as bad. `labels.py` reports them.
             row.bad_turns += [(at, *label) for label in bad_labels(others)]
     if parts.results:
         return _with_results(row, role, parts, at)
