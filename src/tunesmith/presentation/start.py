@@ -14,12 +14,14 @@ from tunesmith.adapter.peft_files import Misread, find_misread
 from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.chips import Peak
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import data_warnings
@@ -194,6 +196,18 @@ def sums_line(base: str, change: LossChange) -> str:
         f"accumulation, {change.exact:.5f} with full ({change.relative:+.3%}; fast is used up to "
         f"{change.limit:.1%}), on {change.tokens:,} tokens"
     )
+
+
+def ranks_line(ranks: Ranks, shape: MeshShape, plan: RunPlan, idle_share: float) -> str:
+    """Return a line about the hosts and the mesh of a run.
+
+    Args:
+        idle_share: fraction of a step in which ranks have no work.
+    """
+    hosts = ", ".join(dict.fromkeys(ranks.hosts))
+    mesh = f"{shape.describe()}, {plan.why['mesh']}"
+    idle = f"idle time of the ranks per step: {idle_share:.1%}"
+    return f"{ranks.world} ranks on {hosts}: {mesh}; {idle}"
 
 
 def unreached_lines(unreached: Unreached) -> Iterator[str]:

@@ -355,17 +355,14 @@ def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> 
     # Set this on every rank, because one rank per node writes failure.json.
     ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
     if ranks.is_main_process and ranks.world > 1:
+        from tunesmith.presentation.start import ranks_line  # imports torch
+
         session = trainer.session
-        shape = session.mesh.shape
-        idle = 0.0
-        if shape.data > 1:
+        idle_share = 0.0
+        if session.mesh.shape.data > 1:
             step = trainer.first_step
-            idle = session.loader(step).batch(step).idle_share
-        hosts = ", ".join(dict.fromkeys(ranks.hosts))
-        mesh = f"{shape.describe()}, {session.plan.why['mesh']}"
-        log.info(
-            f"{ranks.world} ranks on {hosts}: {mesh}; idle time of the ranks per step: {idle:.1%}"
-        )
+            idle_share = session.loader(step).batch(step).idle_share
+        log.info(ranks_line(ranks, session.mesh.shape, session.plan, idle_share))
     # From here on, the training loop checks for signals between steps, so signals no longer raise
     # an exception.
     trainer.stop.request.defer_signals()
