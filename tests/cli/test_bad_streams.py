@@ -142,7 +142,10 @@ def test_an_interrupt_while_torch_is_imported(world: World) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=TIME)
-    assert_stopped(process.returncode, err, "SIGINT", world)
+    # The rows are read, and described, before torch is imported.
+    assert err.startswith("train: ")
+    assert "Traceback" not in err
+    assert_stopped(process.returncode, err[err.index("error: ") :], "SIGINT", world)
 
 
 class SignalAtImport:
@@ -272,7 +275,8 @@ def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     assert process.returncode == 75, err
     assert lines_with(err, "SIGINT")
     assert "Traceback" not in err
-    files = [p for p in cache.rglob("*") if p.is_file()]
+    small = {"tokenizers", "configs"}  # of the model; they are whole too
+    files = [p for p in cache.rglob("*") if p.is_file() and not small & set(p.parts)]
     # Comparing the rows had ended: what it found is there, and whole.
     assert [p.parent.name for p in files] == ["row-checks"]
     assert json.loads(files[0].read_text())

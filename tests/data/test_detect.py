@@ -433,6 +433,10 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "b")]
 
 
+def test_columns_may_be_given_with_spaces() -> None:
+    assert column_names("prompt=q, completion=a") == [("prompt", "q"), ("completion", "a")]
+
+
 @pytest.mark.parametrize(
     ("row", "columns"),
     [

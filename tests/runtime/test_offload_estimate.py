@@ -15,6 +15,7 @@ import torch
 
 from errors import holds, refuses, warnings_with
 from recipes import make_run
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import StepSize
@@ -270,7 +271,7 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
     facts = SimpleNamespace(
         fitted_run=offloaded, device=torch.device("cpu"), chip=Chip("cpu", 8.0), dtype="fp32",
-        dtype_reason="", is_dtype_restored=False,
+        dtype_reason="", tokens=SimpleNamespace(start=Start()),
     )  # fmt: skip
     said = list(machine_lines(facts))  # type: ignore[arg-type]
     assert len(said) == 1

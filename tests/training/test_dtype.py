@@ -14,6 +14,7 @@ from errors import holds, lines_with, refuses
 from logged import logged_lines
 from ranks import run_ranks
 from recipes import make_run
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run, Train
 from tunesmith.distributed.ranks import join_ranks
@@ -101,7 +102,7 @@ def test_only_emulated_products_are_warned_of(
     check_machine(run, torch.device("cpu"), chip)
     facts = SimpleNamespace(
         fitted_run=run, device=torch.device("cpu"), chip=chip, dtype=dtype, dtype_reason="",
-        is_dtype_restored=False,
+        tokens=SimpleNamespace(start=Start()),
     )  # fmt: skip
     lines = list(machine_lines(facts))  # type: ignore[arg-type]
     assert [line for line in lines if holds(line, "bf16", "model.dtype=fp32")] == lines

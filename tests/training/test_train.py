@@ -144,6 +144,19 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     assert manifest.last_step_of(tmp_path / "run" / "final") == result.steps
 
 
+def test_a_run_that_patience_ended_continues_with_a_longer_duration(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of validations without improvement begins anew, also if validations are rarer."""
+    monkeypatch.setattr(
+        validation, "validation_loss", lambda *args, **options: ValidationResult(1.0, 1, {})
+    )
+    rule = {"every": "1 steps", "patience": 2}
+    assert go(tiny, tmp_path, train={"duration": "8 steps"}, validate=rule).steps == 3
+    rule["every"] = "3 steps"
+    assert go(tiny, tmp_path, train={"duration": "12 steps"}, validate=rule).steps == 9
+
+
 def test_a_run_whose_held_out_loss_is_nan_ends_by_patience(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

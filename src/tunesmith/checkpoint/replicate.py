@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -349,12 +349,18 @@ def copy_files(
     if total > ANNOUNCED_BYTES:
         log.info(f"copying {count_of(len(transfers), 'file')}, {total:,} bytes, to other nodes")
 
+    _run_transfers(folder, transfers, ranks)
+
+
+def _run_transfers(folder: Path, transfers: Sequence[Transfer], ranks: Ranks) -> None:
+    """Send and receive files. A received file gets its name only if all ranks had no error."""
     faults: list[OSError] = []
+    received = {}
     for transfer in transfers:
         if ranks.rank == transfer.source:
             _send(folder, transfer, ranks, faults)
         elif ranks.rank == transfer.target:
-            _receive(folder, transfer, ranks, faults)
+            received[folder / transfer.name] = _receive(folder, transfer, ranks, faults)
     with ranks.raise_on_all_ranks():
         if faults:
             raise CheckpointError(
@@ -363,9 +369,15 @@ def copy_files(
                 why=str(faults[0]),
                 fix="start the same command again",
             )
+    with ranks.raise_on_all_ranks():
+        for path, partial in received.items():
+            # Closing the file removes its pages from the page cache.
+            with open_uncached(partial):
+                partial.replace(path)
 
 
 def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+    """Send a file. After an error, send anything, because the receiver waits for all its bytes."""
     # Import torch here and not at the top of the module, because the checks at the start of a run
     # use this module but must not load torch, which takes seconds.
     import torch.distributed as dist
@@ -381,7 +393,8 @@ def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError])
             dist.send(chunk, transfer.target, group=ranks.group)
 
 
-def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> Path:
+    """Receive a file, and return the path of a temporary file with its content."""
     # Import torch here for the reason that is given in `_send`.
     import torch.distributed as dist
 
@@ -402,15 +415,12 @@ def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSErro
                 if len(faults) == earlier_faults:
                     file.write(memory)
     with _collect_error(faults):
-        if len(faults) > earlier_faults:
-            return
-        if transfer.digest not in ("", sha256.hexdigest()):
+        if len(faults) == earlier_faults and transfer.digest not in ("", sha256.hexdigest()):
             sender = ranks.name(transfer.source)
             raise OSError(f"the data of {path} from {sender} does not match its checksum")
-        flush_to_disk(partial)
-        # Closing the file removes its pages from the page cache.
-        with open_uncached(partial):
-            partial.replace(path)
+        if len(faults) == earlier_faults:
+            flush_to_disk(partial)
+    return partial
 
 
 def _chunks(size: int) -> "Iterator[tuple[memoryview, torch.Tensor]]":

@@ -153,7 +153,7 @@ def column_names(text: str) -> list[tuple[str, str]]:
     else:
         pairs = []
         # Split only at a comma before "name=", because the name of a column may contain a comma.
-        for pair in re.split(r",(?=[\w-]+=)", text):
+        for pair in re.split(r",(?=\s*[\w-]+=)", text):
             name, _, column = pair.partition("=")
             pairs.append((name.strip(), column.strip()))
     for pair in pairs:

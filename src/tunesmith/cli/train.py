@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             recipe, new_recipe = _read_recipe(args, early)
             if early.requested():
                 raise early.not_begun()
-            from tunesmith.training.run import train_run
+            from tunesmith.training.run import StartOptions, train_run
 
         def write_recipe(record: object) -> None:
             """Write the file of a new recipe.
@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> None:
             if new_recipe is not None:
                 new_recipe.write_file()
 
-        result = train_run(
-            recipe,
-            known=new_recipe.facts if new_recipe else None,
+        options = StartOptions(
+            on_record=write_recipe,
             fresh=args.fresh,
             why=args.why,
             argv=sys.argv,
-            on_record=write_recipe,
+            known=new_recipe.facts if new_recipe else None,
         )
+        result = train_run(recipe, options)
         if is_main_process():
             wall_seconds = None if result.finished_before else time.monotonic() - start
             _show_result(args, recipe, new_recipe, result, log_file, wall_seconds)

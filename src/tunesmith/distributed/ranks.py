@@ -145,7 +145,8 @@ class Ranks:
         """Context manager: if the block fails on one rank, raise an error on all ranks at the end
         of the block.
 
-        The block must not contain a collective. The lowest failed rank raises its own error and
+        The block must not contain a collective, except `local_main_process_first`, whose collective
+        is reached also after an error. The lowest failed rank raises its own error and
         reports it. The other ranks raise `OtherRankError`, which is not printed and has the exit
         code of the first error.
         """

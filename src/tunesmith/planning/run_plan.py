@@ -59,9 +59,10 @@ def fit_to_model(
     run: Run, spec: ModelSpec, support: Support, *, where: str, checks_length: bool = True
 ) -> Run:
     """Return the recipe adapted to the model. If the model has layers that cannot separate packed
-    documents, packing is turned off.
+    documents, packing is turned off, and Transformers' own attention is used.
 
-    Raise RecipeError if the model does not support the recipe.
+    Raise RecipeError if the model does not support the recipe: its quantization, its `seq_len`, or
+    a global batch in tokens.
 
     Args:
         where: the model's config.json.

@@ -25,6 +25,7 @@ from tunesmith.data.text.template import Template, title_of
 from tunesmith.data.text.template_args import split_arguments
 from tunesmith.data.tokens.contract import Contract
 from tunesmith.data.tokens.token_set import Repeats, SourceTokens, TokenSet
+from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.run_dir import HELD_OUT
 from tunesmith.units import ceil_div, count_of
@@ -47,7 +48,9 @@ _BAR_COLUMNS = 40
 
 
 def draft_lines(draft: Draft) -> Iterator[str]:
-    """Yield lines about the rows of a new recipe."""
+    """Yield lines about the rows of a new recipe, and about the demo model if it is used."""
+    if draft.uses_demo_model:
+        yield f"model: the demo's: {DEMO_DESCRIPTION}"
     yield draft.about_data
     # The split of a file is derived from the file's name, which may be misleading.
     if draft.unused_splits:

@@ -36,7 +36,7 @@ def machine_lines(facts: MachineFacts) -> Iterator[str]:
     run = facts.fitted_run
     if facts.dtype_reason:
         yield dtype_line(run, facts.dtype_reason)
-    elif facts.is_dtype_restored:
+    elif facts.tokens.start.previous_run is not None:
         yield f"model.dtype is {facts.dtype}, because this run was started with it"
     if facts.dtype == "bf16" and not facts.chip.bf16:
         yield (
@@ -110,6 +110,7 @@ def planned_lines(facts: PlanFacts) -> Iterator[str]:
         f"memory: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB, "
         f"micro batch: {plan.choices['micro batch']}, recompute: {plan.choices['recompute']}"
     )
+    # All warnings come after the lines that describe the run.
     yield from data_warnings(facts.data)
     yield from _adapter_warnings(run, facts.start)
     spec = facts.files.spec

@@ -4,7 +4,6 @@ The rows are opened here. Like the stage `rows.py`, this module imports neither 
 Transformers.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,8 +25,6 @@ from tunesmith.host import demo_model
 from tunesmith.stages.rows import RowFacts, open_rows
 from tunesmith.units import count_of
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Draft:
@@ -44,6 +41,7 @@ class Draft:
     facts: RowFacts
     layout: Detected
     unused_splits: Mapping[str, int]
+    uses_demo_model: bool
 
     @property
     def run(self) -> Run:
@@ -81,7 +79,6 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     layer = override_layer(overrides)
     name = model
     if model == demo_model.DEMO_NAME:
-        log.info(f"model: the demo's: {demo_model.DEMO_DESCRIPTION}")
         name = str(demo_model.demo_model())
     chosen: dict[str, object] = {
         "model.name": name,
@@ -119,7 +116,7 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
         chosen["model.vision"] = True
         draft = replace(draft, model=replace(draft.model, vision=True))
     facts = open_rows(draft, Start(), OpenedRows([(source, rows)], []))
-    return Draft(layer, chosen, facts, layout, unused_splits)
+    return Draft(layer, chosen, facts, layout, unused_splits, model == demo_model.DEMO_NAME)
 
 
 def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:

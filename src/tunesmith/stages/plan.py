@@ -58,8 +58,8 @@ class MachineFacts:
     Attributes:
         device: the device of this rank.
         chip: the chip for which all ranks choose the dtype.
-        dtype_reason: why the dtype was chosen. Empty if the recipe sets it.
-        is_dtype_restored: whether the dtype is that with which a resumed run was started.
+        dtype_reason: why the dtype was chosen. Empty if the recipe sets it, or if a resumed run was
+            started with it.
     """
 
     tokens: TokenFacts
@@ -67,7 +67,6 @@ class MachineFacts:
     chip: Chip
     dtype: Dtype
     dtype_reason: str
-    is_dtype_restored: bool
 
     @property
     def stored_recipe(self) -> Run:
@@ -127,8 +126,7 @@ def find_machine(tokens: TokenFacts, ranks: Ranks = ONE_PROCESS) -> MachineFacts
     chip = common_chip(device, ranks)
     with ranks.raise_on_all_ranks():
         dtype, reason = resolve_dtype(run.model, run.train, chip, tokens.model.spec)
-        is_restored = tokens.model.rows.requested.model.dtype == "auto" and not reason
-        machine = MachineFacts(tokens, device, chip, dtype, reason, is_restored)
+        machine = MachineFacts(tokens, device, chip, dtype, reason)
         check_machine(machine.fitted_run, device, chip)
     return machine
 

@@ -20,14 +20,12 @@ class RowFacts:
     """The rows of a recipe.
 
     Attributes:
-        requested: the recipe.
         run: the recipe. If the run is resumed, the values with which it was started replace `auto`
             in the model section.
         start: how the run starts.
         opened: the sources, which are open. Their rows are read when they are needed.
     """
 
-    requested: Run
     run: Run
     start: Start
     opened: OpenedRows
@@ -57,7 +55,7 @@ def open_rows(run: Run, start: Start, opened: OpenedRows | None = None) -> RowFa
     if refused:
         raise error_of_sources(refused)
     model = restore_resolved_values(run.model, start.previous_run)
-    return RowFacts(run, replace(run, model=model), start, opened)
+    return RowFacts(replace(run, model=model), start, opened)
 
 
 def _is_checked_early(source: Source, data: Data) -> bool:

@@ -28,32 +28,43 @@ def build(
     run: Run,
     start: Start,
     *,
-    why: bool = False,
     weights: Weights = "stored",
     measured: bool = False,
     ranks: Ranks = ONE_PROCESS,
     make_mesh: "Callable[[MeshShape, str], Mesh] | None" = None,
-    tokens: TokenFacts | None = None,
 ) -> "Session":
-    """Build a Session from a recipe. Each input is checked before slower work begins.
+    """Read the inputs of a recipe and build a Session. The arguments are those of
+    `build_from_tokens`.
+    """
+    tokens = read_inputs(run, start, ranks, weights=weights, measured=measured)
+    return build_from_tokens(tokens, ranks, weights=weights, measured=measured, make_mesh=make_mesh)
+
+
+def build_from_tokens(
+    tokens: TokenFacts,
+    ranks: Ranks = ONE_PROCESS,
+    *,
+    why: bool = False,
+    weights: Weights = "stored",
+    measured: bool = False,
+    make_mesh: "Callable[[MeshShape, str], Mesh] | None" = None,
+) -> "Session":
+    """Build a Session. Each input is checked before slower work begins.
 
     Args:
+        ranks: the ranks of the run. All of them call this function at the same time.
         why: whether to log the reason of each choice.
         weights: "random" creates random weights on the device. The folder `model.name` then needs
             no weights.
         measured: whether the session is only used for measurements. If True, no disk space for
             checkpoints is required, and rows are repeated so that all steps are full.
-        ranks, make_mesh: the ranks of the run, and a function that creates their mesh. All ranks
-            call `build` at the same time.
-        tokens: the inputs, if they are already read.
+        make_mesh: function that creates the mesh of the ranks.
     """
-    if tokens is None:
-        tokens = read_inputs(run, start, ranks, weights=weights, measured=measured)
     _log_lines(start_data_lines(tokens.data, why=why))
     _log_lines(resume_lines(tokens.resumed, tokens.fitted_run.train))
     if measured:
         # Repeat the rows, because all steps of a measurement must be full.
-        steps = tokens.data.schedule.steps(run.train.duration) or 0
+        steps = tokens.data.schedule.steps(tokens.fitted_run.train.duration) or 0
         tokens = replace(tokens, data=tokens.data.repeated(steps))
     with loading_libraries():
         from tunesmith.parallel.mesh import Mesh

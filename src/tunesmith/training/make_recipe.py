@@ -413,7 +413,7 @@ class _Choices:
             # begins with the last token of the previous part.
             if is_set:
                 seq_len = data.seq_len
-            return float(np.ceil((lengths - 1) / (seq_len - 1)).mean())
+            return max(1.0, float(np.ceil((lengths - 1) / (seq_len - 1)).mean()))
         if too_long > MAX_TRUNCATED_SHARE and not is_set:
             self.choose(
                 "data.too_long",

@@ -1,9 +1,8 @@
-"""One start of a run on every rank.
+"""One start of a run on every rank: join the ranks, lock the run directory, read the inputs, build
+the Session, and train.
 
-Order of the steps: lock the run directory -> choose the checkpoint to resume from -> read the
-inputs -> build -> Trainer.fit -> Result
-
-torch is imported after the inputs are read.
+One process imports torch after the inputs are read. A rank of several imports it to join the
+others.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,49 +148,45 @@ def train(
             raise UsageError("overrides cannot be applied to a Run object", fix=fix)
         else:
             run = recipe
-        return train_run(
-            run,
-            known=known,
+        options = StartOptions(
             on_record=on_record or (lambda record: None),
             fresh=fresh,
             why=why,
             argv=argv,
             quiet=quiet,
+            known=known,
         )
+        return train_run(run, options)
 
 
-def train_run(
-    run: Run,
-    *,
-    known: "ModelFacts | None" = None,
-    on_record: Callable[[StepRecord], object] = lambda record: None,
-    fresh: bool = False,
-    why: bool = False,
-    argv: list[str] | None = None,
-    quiet: bool = False,
-) -> Result:
-    """Start or resume the run of a recipe in this process. The arguments are those of `train`.
+@dataclass(frozen=True)
+class StartOptions:
+    """Options of one start. See `train` for the fields that are arguments of it.
 
-    Args:
+    Attributes:
         known: facts that were found when the recipe was created, see `read_inputs`.
+        build_session: function that builds the Session of (run, start, ranks) from a base model and
+            rows that are already loaded. If None, inputs and model are read.
     """
+
+    on_record: Callable[[StepRecord], object] = lambda record: None
+    fresh: bool = False
+    why: bool = False
+    argv: list[str] | None = None
+    quiet: bool = False
+    known: "ModelFacts | None" = None
+    build_session: "Callable[[Run, Start, Ranks], Session] | None" = None
+
+
+def train_run(run: Run, options: StartOptions) -> Result:
+    """Start or resume the run of a recipe in this process."""
     packages.check_versions()
     if started_as() is None:
         require_one_process("train")
     with lines_by_default(level_of_process()), joined(run) as (request, ranks):
         # Until the first step has ended, there is nothing to save.
         request.nothing_to_save = True
-        return start_run(
-            run,
-            StopControl(request, Path(run.output_dir), ranks),
-            ranks,
-            known=known,
-            on_record=on_record,
-            fresh=fresh,
-            why=why,
-            argv=argv,
-            quiet=quiet,
-        )
+        return start_run(run, StopControl(request, Path(run.output_dir), ranks), ranks, options)
 
 
 def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> "NewRecipe":
@@ -266,34 +261,16 @@ def large_files(run: Run) -> list[Path]:
     return paths
 
 
-def start_run(
-    run: Run,
-    stop: StopControl,
-    ranks: Ranks,
-    *,
-    known: "ModelFacts | None" = None,
-    on_record: Callable[[StepRecord], object] = lambda record: None,
-    fresh: bool = False,
-    why: bool = False,
-    argv: list[str] | None = None,
-    quiet: bool = False,
-    build_session: "Callable[..., Session] | None" = None,
-) -> Result:
-    """Start a run on this rank. Call this inside the context `joined`, with the arguments of
-    `train_run`.
+def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) -> Result:
+    """Start a run on this rank. Call this inside the context `joined`.
 
     Rank 0 logs the lines for the user and writes the records. The other ranks log only warnings,
     and write only checkpoints and their own records.
-
-    Args:
-        quiet: whether to show no progress. The caller decides where log lines appear.
-        build_session: "Callable[..., Session] | None" = None,
-            loaded. If None, they are loaded.
     """
     check_same_recipe(run, ranks)
     out = Path(run.output_dir)
     log_file = log_file_of_run(out / LOG)
-    callback = RecordCallback(on_record)
+    callback = RecordCallback(options.on_record)
     stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
         stack.enter_context(default_level(level_of_process(ranks.rank)))
@@ -304,7 +281,7 @@ def start_run(
             # the ranks, because the ranks may use different disks and caches.
             stack.enter_context(stderr_only_from("tunesmith.data"))
         ranks, begin_to_write = lock_run_dir(run, ranks, stack)
-        starts_over = fresh or run.checkpoint.resume == "never"
+        starts_over = options.fresh or run.checkpoint.resume == "never"
         start = Start() if starts_over else find_start(run, ranks)
         stop.request.saved_step = start.progress.step if start.progress else 0
         if ranks.is_run_dir_writer:
@@ -317,12 +294,15 @@ def start_run(
         run = with_start_adapter(run, start, ranks)
         # An error before the first step has its cause in the recipe, the data or the machine, so
         # raise it as UsageError.
-        if build_session is None:
+        if options.build_session is not None:
+            build_session = partial(options.build_session, run, start)
+        else:
             with as_usage_error(ranks):
-                tokens = read_inputs(run, start, ranks, known=known)
-            from tunesmith.training.build import build  # imports huggingface_hub, which is slow
+                tokens = read_inputs(run, start, ranks, known=options.known)
+            # Import this after the rows are checked: it imports huggingface_hub, which is slow.
+            from tunesmith.training.build import build_from_tokens
 
-            build_session = partial(build, tokens=tokens)
+            build_session = partial(build_from_tokens, tokens, why=options.why)
         # Move an earlier run only now, so that a mistake in the inputs leaves it in its place.
         if starts_over:
             move_earlier_runs_aside(run, ranks)
@@ -331,16 +311,16 @@ def start_run(
             stack.enter_context(note_running(out))
             ranks.heartbeat.report.on_fault = partial(write_fault, out)
         with as_usage_error(ranks):
-            session = build_session(run, start, why=why, ranks=ranks)
+            session = build_session(ranks)
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             stream = None
-            if quiet:
+            if options.quiet:
                 stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             sinks = sinks_of_rank(session, start, callback, log_file, stream)
             # Register `close_after_all` before the sinks are opened, so that if one sink fails to
             # open, the others are closed.
             stack.callback(close_after_all, sinks)
-            write_first_files(session, start, sinks, argv)
+            write_first_files(session, start, sinks, options.argv)
         from tunesmith.training.trainer import Trainer  # imports torch
 
         # The exit stack closes the writer even if the training loop raises an error.

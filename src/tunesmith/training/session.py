@@ -163,7 +163,7 @@ def open_session(
         mesh=mesh,
     )
     is_over = session.total_steps is not None and progress.step >= session.total_steps
-    if run.train.optimizer_in_backward and not is_over:
+    if not is_over and run.train.optimizer_in_backward:
         check_one_micro_batch(run, session.loader(progress.step).batch(progress.step))
     return session
 

@@ -81,9 +81,10 @@ class Trainer(LoopPart):
         if start.progress:
             saved_step = self.first_step
             ended = start.progress.ended
-        # True if the run had already ended, but the recipe now has another duration. The run then
-        # continues, even if early stopping had ended it.
-        self.is_longer = ended not in (None, str(run.train.duration))
+        # If the run had already ended, but the recipe now has another duration, the run continues,
+        # even if early stopping had ended it.
+        if ended not in (None, str(run.train.duration)):
+            progress.worse = 0
         self.checkpoints = CheckpointSaver(shared, saved_step)
         self.metrics = AsyncMetrics(shared, self.checkpoints.writer)
         self.validation = Validation(shared, self.metrics)
@@ -140,7 +141,7 @@ class Trainer(LoopPart):
         metrics = self.metrics
         stop = self.stop
         metrics.restart_clock()
-        if self.validation.is_out_of_patience() and not self.is_longer:
+        if self.validation.is_out_of_patience():
             return
         for batch in batches:
             if stop.is_due() or self.is_over:

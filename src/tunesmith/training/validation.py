@@ -31,7 +31,8 @@ class Validation(LoopPart):
     def is_out_of_patience(self) -> bool:
         """Return whether `validate.patience` validations in a row had no improvement."""
         without_improvement = self.progress.worse
-        return without_improvement > 0 and without_improvement == self.run.validate.patience
+        patience = self.run.validate.patience
+        return patience is not None and 0 < patience <= without_improvement
 
     def measure(self) -> bool:
         """Run a validation. Add its loss to the record of the last step and log the record.

@@ -44,7 +44,7 @@ from tunesmith.tools.sweep import shared_base
 from tunesmith.tools.sweep.run import check_sweep, run_sweep
 from tunesmith.tools.sweep.space import read_space
 from tunesmith.tools.sweep.table import sweep_lines
-from tunesmith.training.run import joined, start_run
+from tunesmith.training.run import StartOptions, joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from waiting import TIME
@@ -96,7 +96,7 @@ def train_alone(candidate: dict[str, Any], folder: Path) -> Path:
     out = folder / f"alone-{candidate['name']}"
     run = replace(load_recipe(Path(candidate["run_dir"], "config.yaml")), output_dir=str(out))
     with joined(run) as (request, ranks):
-        start_run(run, StopControl(request, out, ranks), ranks, quiet=True)
+        start_run(run, StopControl(request, out, ranks), ranks, StartOptions(quiet=True))
     return out
 
 

@@ -142,6 +142,9 @@ _Groups = tuple[list[int], _ReadGroup]
 
 
 def _open_parquet(path: Path) -> _Groups:
+    """Open a .parquet file. Its row groups are read one at a time, without buffers or threads, so
+    that a large file takes little memory.
+    """
     file = pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     names = file.schema_arrow.names
     repeated = repeated_in(names)

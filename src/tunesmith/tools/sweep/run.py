@@ -50,7 +50,7 @@ from tunesmith.run_dir import (
 from tunesmith.tools.sweep.shared_base import SharedBase
 from tunesmith.tools.sweep.space import Space
 from tunesmith.tools.sweep.sweep_file import CandidateResult, FixedValues, SweepResult
-from tunesmith.training.run import joined, start_run
+from tunesmith.training.run import StartOptions, joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Size
 
@@ -280,7 +280,8 @@ def train_candidate(
         # Print only messages of the sweep and of stop signals. The messages of a candidate are
         # written to the candidate's log.txt.
         with stderr_only_from(log.name, signals.__name__):
-            start_run(run, control, ranks, quiet=True, argv=argv, build_session=shared.build)
+            options = StartOptions(quiet=True, argv=argv, build_session=shared.build)
+            start_run(run, control, ranks, options)
     except (NonFiniteError, OtherRankError) as error:
         # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this cause.
         if not any(isinstance(e, NonFiniteError) for e in (error, error.__cause__)):

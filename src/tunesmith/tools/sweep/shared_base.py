@@ -21,7 +21,7 @@ from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.presentation.data import resume_lines
-from tunesmith.presentation.start import choice_lines, choices_line, trained_text
+from tunesmith.presentation.start import choices_line, trained_text
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
@@ -52,14 +52,9 @@ class SharedBase:
         self,
         run: Run,
         start: Start,
-        *,
-        why: bool = False,
         ranks: Ranks,
     ) -> Session:
-        """Build the Session of a run. The Session of the previous run can no longer be used.
-
-        The arguments are those of `training.build.build`.
-        """
+        """Build the Session of a run. The Session of the previous run can no longer be used."""
         first = self.first
         root = first.model
         # Use the settings of the loaded base model, in which `auto` is already replaced by actual
@@ -88,8 +83,7 @@ class SharedBase:
         optimizer = make_optimizer(run, root, start, ranks)
         trained = sum(parameter.numel() for _, parameter in root.trained_parameters())
         log.info(f"model: {trained_text(root.model, trained)}")
-        for text in choice_lines(first.plan) if why else [choices_line(first.plan)]:
-            log.info(text)
+        log.info(choices_line(first.plan))
         if first.device.type == "cpu":
             keep_threads(start.progress.threads if start.progress else None)
         return replace(
