@@ -39,8 +39,11 @@ def read_inputs(
     Args:
         start: how the run starts.
         ranks: the ranks of the run, which all call this function.
-        weights, measured: see `build`.
-        inspected: see `read_tokens`.
+        weights: "random" if the folder `model.name` needs no weights.
+        measured: whether the tokens are only used to measure the speed of training. Truncated
+            answers are then only a warning.
+        inspected: whether the tokens are only shown to the user. Failed checks of the tokens then
+            raise no error, and packages that only a training needs may be missing.
         known: facts that were found when the recipe was created. They are used where the recipe has
             the same rows or the same model.
 

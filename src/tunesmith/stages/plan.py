@@ -172,7 +172,8 @@ def make_plan(
     the mesh of the ranks. This is a collective call.
 
     Args:
-        weights, measured: see `build`.
+        weights: "random" if the weights are drawn at random.
+        measured: whether the run saves no checkpoints, so that it needs no disk space for them.
 
     Raises:
         ModelError: the model cannot be downloaded or read, or it differs from the checkpoint's.

@@ -42,9 +42,7 @@ def read_tokens(
     """Tokenize the rows, check the tokens, and make the schedule of batches.
 
     Args:
-        measured: whether the tokens are only used for measurements, see `build`.
-        inspected: whether broken checks of the tokens raise no error, because they are shown to the
-            user.
+        measured, inspected: see `read_inputs`.
 
     Raises:
         DataError: the rows or the tokens are wrong, or they differ from the checkpoint.

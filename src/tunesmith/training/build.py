@@ -56,8 +56,9 @@ def build_from_tokens(
         why: whether to log the reason of each choice.
         weights: "random" creates random weights on the device. The folder `model.name` then needs
             no weights.
-        measured: whether the session is only used for measurements. If True, no disk space for
-            checkpoints is required, and rows are repeated so that all steps are full.
+        measured: whether the session is only used to measure the speed of training. If True, no
+            disk space for checkpoints is required, and rows are repeated so that all steps are
+            full.
         make_mesh: function that creates the mesh of the ranks.
     """
     _log_lines(start_data_lines(tokens.data, why=why))
