@@ -289,15 +289,17 @@ os.register_at_fork(after_in_child=_leave_all)
 def loading_libraries() -> Iterator[None]:
     """Context manager for the import of libraries such as torch, which must not be interrupted.
 
-    Stop signals are deferred inside the block. Nothing needs to be saved at this time, so a signal
-    ends a command immediately. Outside a StopRequest, the block has no effect.
+    Stop signals are deferred inside the block. If they were not deferred before, nothing needs to
+    be saved, so a signal ends a command immediately. Outside a StopRequest, the block has no
+    effect.
     """
     if not _entered:
         yield
         return
     request = _entered[-1]
     before = (request._deferred, request.nothing_to_save)
-    request._deferred = request.nothing_to_save = True
+    request.nothing_to_save = request.nothing_to_save or not request._deferred
+    request._deferred = True
     try:
         yield
     finally:
