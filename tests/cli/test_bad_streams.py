@@ -145,7 +145,7 @@ def test_an_interrupt_while_torch_is_imported(world: World) -> None:
     # The rows are read, and described, before torch is imported.
     assert err.startswith("train: ")
     assert "Traceback" not in err
-    assert_stopped(process.returncode, err[err.index("error: ") :], "SIGINT", world)
+    assert_stopped(process.returncode, err[err.index("stopped by") :], "SIGINT", world)
 
 
 class SignalAtImport:
