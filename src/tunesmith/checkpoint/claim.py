@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from tunesmith.checkpoint.manifest import find_damage, free_name, remove
 from tunesmith.config.schema import TrackerName
@@ -147,14 +147,24 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
     )
 
 
+class Claim(NamedTuple):
+    """A run directory that this process has locked.
+
+    Attributes:
+        begin: function that must be called before any file is written. It marks the directory as a
+            run's directory and removes an old stop request.
+        remove_unused: function that removes the directory if no run wrote into it.
+    """
+
+    begin: Callable[[], None]
+    remove_unused: Callable[[], None]
+
+
 @contextlib.contextmanager
-def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
+def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Claim]:
     """Create the run directory and lock it.
 
     At the end, remove the directory if no run wrote into it.
-
-    Yields a function that the caller must call before it writes any file. The function marks the
-    directory as a run's directory and removes an old stop request.
 
     Args:
         inputs: see `check_run_dir`.
@@ -186,9 +196,7 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         if _stop_requested_at(output_dir) == earlier_request:
             (output_dir / STOP_FILE).unlink(missing_ok=True)
 
-    try:
-        yield begin
-    finally:
+    def remove_unused() -> None:
         with contextlib.suppress(OSError):
             if not run_files(output_dir) and (is_new or lock.read_bytes() == LOCK_CONTENT):
                 lock.unlink()
@@ -198,6 +206,11 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         with contextlib.suppress(OSError):
             for folder in created:
                 folder.rmdir()
+
+    try:
+        yield Claim(begin, remove_unused)
+    finally:
+        remove_unused()
         os.close(handle)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.checkpoint.claim import Claim
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
     CheckpointError,
@@ -45,24 +46,25 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
+def record_early_stop(out: Path, request: StopRequest, claim: Claim) -> Iterator[None]:
     """Context manager for the time before the first step: if a signal ends the block, call
     `note_early_stop`.
     """
     try:
         yield
     except (Interrupted, StoppedEarlyError):
-        note_early_stop(out, request)
+        note_early_stop(out, request, claim)
         raise
 
 
-def note_early_stop(out: Path, request: StopRequest) -> None:
+def note_early_stop(out: Path, request: StopRequest, claim: Claim) -> None:
     """Write stopped.json if the folder contains a run. If it contains no run, nothing was saved
-    that could be resumed.
+    that could be resumed, so the folder is removed.
     """
     if (out / IDENTITY).is_file():
         write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
     (out / RUNNING).unlink(missing_ok=True)
+    claim.remove_unused()
 
 
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.checkpoint.claim import claim_run_dir, is_run, move_aside
+from tunesmith.checkpoint.claim import Claim, claim_run_dir, is_run, move_aside
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import choose_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
@@ -280,13 +280,13 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
             # On all ranks except rank 0, show only warnings about data. These can differ between
             # the ranks, because the ranks may use different disks and caches.
             stack.enter_context(stderr_only_from("tunesmith.data"))
-        ranks, begin_to_write = lock_run_dir(run, ranks, stack)
+        ranks, claim = lock_run_dir(run, ranks, stack)
         starts_over = options.fresh or run.checkpoint.resume == "never"
         start = Start() if starts_over else find_start(run, ranks)
         stop.request.saved_step = start.progress.step if start.progress else 0
-        if ranks.is_run_dir_writer:
-            stack.enter_context(record_early_stop(out, stop.request))
-            stop.request.on_exit = partial(note_early_stop, out, stop.request)
+        if claim is not None:
+            stack.enter_context(record_early_stop(out, stop.request, claim))
+            stop.request.on_exit = partial(note_early_stop, out, stop.request, claim)
         if start.finished is not None:
             if ranks.is_main_process:
                 warn_of_changed_rows(run)
@@ -306,8 +306,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
         # Move an earlier run only now, so that a mistake in the inputs leaves it in its place.
         if starts_over:
             move_earlier_runs_aside(run, ranks)
-        if ranks.is_run_dir_writer:
-            begin_to_write()
+        if claim is not None:
+            claim.begin()
             stack.enter_context(note_running(out))
             ranks.heartbeat.report.on_fault = partial(write_fault, out)
         with as_usage_error(ranks):
@@ -356,14 +356,14 @@ def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> 
     return result
 
 
-def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Callable[[], object]]:
+def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Claim | None]:
     """Check the run directory and lock it until `stack` closes. This is a collective call.
 
     Nodes that do not share rank 0's disk each lock their own directory.
 
     Returns:
-        `ranks` with the writer of each run directory, and a function that must be called before the
-        first write.
+        `ranks` with the writer of each run directory, and the claim of this rank's directory. The
+        claim is None on ranks that do not write it.
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
@@ -380,10 +380,10 @@ def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Calla
     # `claim`, which creates and locks the directory, only runs on ranks that write it. The other
     # ranks must not look for the directory before it exists, because a network file system caches
     # that a name is missing.
-    begins: list[Callable[[], object]] = []
+    claims: list[Claim] = []
 
     def claim() -> None:
-        begins.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
+        claims.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
 
     ranks = choose_run_dir_writers(ranks, out, claim)
     other_leaders = sorted({*ranks.run_dir_writers} - {0})
@@ -393,7 +393,7 @@ def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Calla
             f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
             f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
         )
-    return ranks, begins[0] if begins else lambda: None
+    return ranks, claims[0] if claims else None
 
 
 def find_start(run: Run, ranks: Ranks) -> Start:
