@@ -21,7 +21,7 @@ from tunesmith.formats.fp8 import select_scaling
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
 from tunesmith.inference import decoding
 from tunesmith.parallel import copies, mesh
-from tunesmith.training import build
+from tunesmith.training import session
 from tunesmith.training.run import train
 from untied import write_untied
 
@@ -41,7 +41,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
     with (
-        mock.patch.object(build, "LOSS_PROBE_TOKENS", 256),
+        mock.patch.object(session, "LOSS_PROBE_TOKENS", 256),
         mock.patch.object(copies, "MIN_OVERLAPPED_ELEMENTS", LARGE),
         mock.patch.object(mesh, "BUCKET_ELEMENTS", LARGE),
         mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),

@@ -353,15 +353,25 @@ def copy_files(
 
 
 def _run_transfers(folder: Path, transfers: Sequence[Transfer], ranks: Ranks) -> None:
-    """Send and receive files. A received file gets its name only if all ranks had no error."""
+    """Send and receive files. A received file gets its name only if its source could read it."""
     faults: list[OSError] = []
+    failed = set()
     received = {}
-    for transfer in transfers:
+    for number, transfer in enumerate(transfers):
+        earlier_faults = len(faults)
         if ranks.rank == transfer.source:
             _send(folder, transfer, ranks, faults)
         elif ranks.rank == transfer.target:
-            received[folder / transfer.name] = _receive(folder, transfer, ranks, faults)
+            received[number] = _receive(folder, transfer, ranks, faults)
+        if len(faults) > earlier_faults:
+            failed.add(number)
+    failed = set[int]().union(*ranks.all_gather_object(failed))
     with ranks.raise_on_all_ranks():
+        for number, partial in received.items():
+            if number not in failed:
+                # Closing the file removes its pages from the page cache.
+                with open_uncached(partial):
+                    partial.replace(folder / transfers[number].name)
         if faults:
             raise CheckpointError(
                 "a file cannot be copied to another node",
@@ -369,11 +379,6 @@ def _run_transfers(folder: Path, transfers: Sequence[Transfer], ranks: Ranks) ->
                 why=str(faults[0]),
                 fix="start the same command again",
             )
-    with ranks.raise_on_all_ranks():
-        for path, partial in received.items():
-            # Closing the file removes its pages from the page cache.
-            with open_uncached(partial):
-                partial.replace(path)
 
 
 def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
@@ -383,12 +388,13 @@ def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError])
     import torch.distributed as dist
 
     path = folder / transfer.name
+    earlier_faults = len(faults)
     with ExitStack() as stack:
         with _collect_error(faults):
             file = stack.enter_context(open_uncached(path))
         for memory, chunk in _chunks(transfer.size):
             with _collect_error(faults):
-                if not faults and file.readinto(memory) < len(memory):
+                if len(faults) == earlier_faults and file.readinto(memory) < len(memory):
                     raise OSError(f"{path} was truncated while it was read")
             dist.send(chunk, transfer.target, group=ranks.group)
 

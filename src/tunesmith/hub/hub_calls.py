@@ -73,6 +73,9 @@ def hub_error(
     """Convert an error of huggingface_hub to a message with the cause and a fix."""
     if isinstance(error, errors.HFValidationError):
         return unknown_model_name(repo)
+    # `snapshot_download` looks for a copy in the cache if the Hub answers with an error.
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__
     page = repo_page(repo, repo_type)
     status = http_status(error)
     why = clean(error)

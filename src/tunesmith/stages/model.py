@@ -95,6 +95,9 @@ def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
     run = rows.run
     model = run.model
     folder = Path(model.name)
+    # Report a missing folder of the tokenizer before the Hub is asked for the model.
+    if model.tokenizer is not None and Path(model.tokenizer).is_absolute():
+        fetch.fetch_without_weights(model.tokenizer)
     if weights == "stored":
         folder = fetch.fetch_for_tokens(model)
     # The support of these model types is known. It is measured for other types, which needs torch.
