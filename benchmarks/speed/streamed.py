@@ -46,9 +46,10 @@ from tunesmith.presentation.start import choices_line
 from tunesmith.runtime import stream
 from tunesmith.runtime.determinism import CHOICES, WORKSPACE, deterministic_algorithms
 from tunesmith.runtime.device import choose_device, free_device_memory
+from tunesmith.stages import plan as plan_stage
 from tunesmith.tools.bench.measure import BenchPlan
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
-from tunesmith.training import build
+from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Size
@@ -149,20 +150,20 @@ def locking(blocks: int | None) -> Iterator[None]:
 @contextmanager
 def with_streamed(count: int | None) -> Iterator[None]:
     """Stream `count` layers in this context, even if more layers fit. None uses the plan."""
-    plan_model = build.plan_model
+    choose_plan = plan_stage.choose_plan
     count_streamed = MemoryEstimator.count_streamed
 
     def planned(*args: Any) -> Any:  # needed on a CPU, whose plan has no streamed layers
-        model, plan = plan_model(*args)
-        return model, replace(plan, streamed_layers=count)
+        model, trained, plan = choose_plan(*args)
+        return model, trained, replace(plan, streamed_layers=count)
 
     if count is not None:
-        build.plan_model = planned
+        plan_stage.choose_plan = planned
         MemoryEstimator.count_streamed = lambda self, room: count  # type: ignore[method-assign]
     try:
         yield
     finally:
-        build.plan_model = plan_model
+        plan_stage.choose_plan = choose_plan
         MemoryEstimator.count_streamed = count_streamed  # type: ignore[method-assign]
 
 
@@ -207,7 +208,7 @@ def measure(
         with deterministic_algorithms(run.train.deterministic):
             began = time.perf_counter()
             with with_streamed(streamed):
-                session = build.build(run, Start(), weights="random", measured=True)
+                session = build(run, Start(), weights="random", measured=True)
             build_seconds = time.perf_counter() - began
             print(choices_line(session.plan), flush=True)
             layers: Any = session.model.layers

@@ -32,7 +32,8 @@ from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.planning import compare_eight_bit
-from tunesmith.training import session
+from tunesmith.training import session as session_module
+from tunesmith.training.build import build
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def start(
 
     is_wrong_here = fault == "rank 1" and os.environ["RANK"] == "1"
     with (
-        mock.patch.object(session, "LOSS_PROBE_TOKENS", 256),
+        mock.patch.object(session_module, "LOSS_PROBE_TOKENS", 256),
         mock.patch.object(fp8, "round_to_e4m3", wrongly if is_wrong_here else rounded),
         mock.patch.object(
             compare_eight_bit, "MAX_LOSS_CHANGE", -1.0 if fault == "all" else TOLERATED
@@ -113,8 +114,8 @@ def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
     changes = {"model": {"dtype": "bf16", "quantize": "fp8"}, "parallel": {"shard": 2}}
     run = make_run(model, folder, held=False, **changes)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(session, "LOSS_PROBE_TOKENS", 256), join_ranks() as ranks:
-        session = build.build(run, Start(), ranks=ranks)
+    with mock.patch.object(session_module, "LOSS_PROBE_TOKENS", 256), join_ranks() as ranks:
+        session = build(run, Start(), ranks=ranks)
         sizes: list[tuple[str, int, int]] = []
 
         layers = list(compare_eight_bit.eight_bit_layers(session.model))

@@ -16,9 +16,9 @@ import pytest
 
 from errors import lines_with
 from recipes import recipe
-from tunesmith.config.schema import Run
 from tunesmith.launch.job import Job
 from tunesmith.run_dir import RUNNING, STOP_FILE, RunState
+from tunesmith.stages.tokens import TokenFacts
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm
 
@@ -29,17 +29,18 @@ LOADED = "loaded"  # a file of the run directory that lets the load end
 
 def load_slowly() -> None:
     """Let each load wait until the test allows its end."""
-    from tunesmith.training import run
+    from tunesmith.training import build as build_module
 
-    build = run.build
+    build = build_module.build_from_tokens
 
-    def slow_build(recipe: Run, *words: Any, **options: Any) -> Any:
+    def slow_build(tokens: TokenFacts, *words: Any, **options: Any) -> Any:
+        out = Path(tokens.fitted_run.output_dir)
         deadline = time.monotonic() + TIME
-        while not Path(recipe.output_dir, LOADED).exists() and time.monotonic() < deadline:
+        while not (out / LOADED).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        return build(recipe, *words, **options)
+        return build(tokens, *words, **options)
 
-    run.start_run.__kwdefaults__["build"] = slow_build
+    build_module.build_from_tokens = slow_build
 
 
 def slow_ranks() -> None:
