@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import byte_tokenizer
 from errors import error_in, holds, is_at, refuses
 from logged import logged_lines
 from ranks import run_ranks
@@ -36,6 +38,7 @@ from tunesmith.errors import (
 from tunesmith.host.chips import Chip
 from tunesmith.host.signals import LowMemory
 from tunesmith.metrics.record import read_records
+from tunesmith.model import tiny_model
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import SWEEP, weights_step
 from tunesmith.stages import plan as plan_stage
@@ -131,6 +134,16 @@ def test_each_candidate_is_its_run_alone(
 ):
     outcome = sweep(write_recipe(tiny, tmp_path, **changes), words)
     assert_equals_train(outcome, tmp_path)
+
+
+def test_candidates_of_a_model_that_cannot_pack_are_their_runs_alone(tmp_path: Path) -> None:
+    """Each example has a row of its own, although the recipe has `data.pack: true`."""
+    config = tiny_model.shrink(AutoConfig.for_model("falcon"))
+    config.vocab_size = 272
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "falcon")
+    byte_tokenizer().save_pretrained(tmp_path / "falcon")
+    file = write_recipe(tmp_path / "falcon", tmp_path)
+    assert_equals_train(sweep(file, ["train.learning_rate=1e-3,1e-2"]), tmp_path)
 
 
 def test_the_best_is_the_lowest_val_loss_of_the_weights_in_final(
