@@ -18,6 +18,7 @@ from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.host.signals import loading_libraries
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -153,8 +154,9 @@ def chosen_recipe(
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
         check_local(Path(args.data[0]).expanduser().absolute())
-    from tunesmith.presentation.data import draft_lines
-    from tunesmith.stages.draft import draft_recipe
+    with loading_libraries():
+        from tunesmith.presentation.data import draft_lines
+        from tunesmith.stages.draft import draft_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
     for key, value in keys_of_rows.items():
@@ -164,7 +166,8 @@ def chosen_recipe(
     for line in draft_lines(draft):
         log.info(line)
     on_draft(draft.run)
-    from tunesmith.training.make_recipe import make_recipe
+    with loading_libraries():
+        from tunesmith.training.make_recipe import make_recipe
 
     recipe = make_recipe(
         args.model,

@@ -27,7 +27,7 @@ from tunesmith.cli.options import add_json, is_main_process, leave_lines_to_rank
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
-from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_libraries
 from tunesmith.host.streams import show, survive_write_errors
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.presentation.summary import closing_summary
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
             recipe, new_recipe = _read_recipe(args, early)
             if early.requested():
                 raise early.not_begun()
-            from tunesmith.training.run import StartOptions, train_run
+            with loading_libraries():
+                from tunesmith.training.run import StartOptions, train_run
 
         def write_recipe(record: object) -> None:
             """Write the file of a new recipe.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.host.files import cache_folder, cached_once
+from tunesmith.host.signals import loading_libraries
 from tunesmith.model.safetensors_files import read_json
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def read_copy(copy: Path, folder: Path) -> PreTrainedTokenizerFast | None:
     """Read the copy of the tokenizer in `folder`. Return None if there is no readable copy."""
     if not (copy / CORE_FILE).is_file():
         return None
-    from transformers import PreTrainedTokenizerFast
+    with loading_libraries():
+        from transformers import PreTrainedTokenizerFast
 
     # The files of the cache can be damaged, and Transformers and tokenizers raise many kinds of
     # errors for damaged files.

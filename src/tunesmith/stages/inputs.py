@@ -14,6 +14,7 @@ from tunesmith.checkpoint.start_adapter import find_adapter, find_local_adapter
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.host import packages
+from tunesmith.host.signals import loading_libraries
 from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.stages.rows import open_rows
@@ -57,8 +58,9 @@ def read_inputs(
             check_requirements(run, start)
         rows = open_rows(run, start, known.rows.opened if known else None)
         # Import these after the rows are checked: they import huggingface_hub, which is slow.
-        from tunesmith.stages.model import read_model
-        from tunesmith.stages.tokens import read_tokens
+        with loading_libraries():
+            from tunesmith.stages.model import read_model
+            from tunesmith.stages.tokens import read_tokens
 
         model = read_model(rows, weights=weights, known=known)
         return read_tokens(model, measured=measured, inspected=inspected)

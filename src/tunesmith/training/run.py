@@ -43,7 +43,7 @@ from tunesmith.errors import (
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
-from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_libraries
 from tunesmith.host.streams import survive_write_errors
 from tunesmith.metrics.log_file import log_file_of_run
 from tunesmith.metrics.record import StepRecord
@@ -300,7 +300,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
             with as_usage_error(ranks):
                 tokens = read_inputs(run, start, ranks, known=options.known)
             # Import this after the rows are checked: it imports huggingface_hub, which is slow.
-            from tunesmith.training.build import build_from_tokens
+            with loading_libraries():
+                from tunesmith.training.build import build_from_tokens
 
             build_session = partial(build_from_tokens, tokens, why=options.why)
         # Move an earlier run only now, so that a mistake in the inputs leaves it in its place.
@@ -321,7 +322,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
             # open, the others are closed.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, options.argv)
-        from tunesmith.training.trainer import Trainer  # imports torch
+        with loading_libraries():
+            from tunesmith.training.trainer import Trainer
 
         # The exit stack closes the writer even if the training loop raises an error.
         trainer = Trainer(session, start, sinks, stop)
