@@ -27,6 +27,7 @@ from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.planning.memory import GATHERED_LAYERS
 from tunesmith.planning.step_time import EIGHT_BIT_SPEED
 from tunesmith.planning.workload import measure_work
+from tunesmith.presentation.plan import warning_text
 from warm import run_warm
 
 P, LAYERS, MATRICES, TABLE = 70_553_706_496, 80, 855_638_016, 128256 * 8192  # Llama 3.1 70B
@@ -433,7 +434,7 @@ def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hide
         assert made.choose().warnings == ()
         return
     assert warning is not None
-    assert str(warning.global_batch) == wanted
+    assert f"train.global_batch='{wanted}'" in warning_text(made.run, best.plan, warning)
     assert made.choose().warnings == (warning,), "train prints it"
     larger = planner(
         "llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": wanted}}, length=length

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tunesmith.config.schema import Model, Run
+from tunesmith.host.signals import loading_libraries
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import Support
@@ -93,9 +94,9 @@ def read_model_files(
 
     Raise ModelError if the files are damaged, or if the model is not supported.
     """
-    # Import here, because these modules load torch.
-    from tunesmith.model.load import load_configs
-    from tunesmith.model.support import find_support
+    with loading_libraries():
+        from tunesmith.model.load import load_configs  # imports torch
+        from tunesmith.model.support import find_support
 
     config, full_config = load_configs(folder, model)
     file = folder / "config.json"

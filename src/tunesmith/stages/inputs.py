@@ -56,7 +56,8 @@ def read_inputs(
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
         if not inspected:
             check_requirements(run, start)
-        rows = open_rows(run, start, known.rows.opened if known else None)
+        opened = known.rows.opened if known else None
+        rows = open_rows(run, start, opened, are_checked=known is not None)
         # Import these after the rows are checked: they import huggingface_hub, which is slow.
         with loading_libraries():
             from tunesmith.stages.model import read_model

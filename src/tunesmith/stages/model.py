@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.schema import Run
-from tunesmith.host.signals import loading_libraries
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import Weights
+from tunesmith.hub.model_files import Weights, read_model_files
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.config_facts import check_config, read_config_facts
 from tunesmith.model.measured_spec import model_spec
@@ -110,10 +109,6 @@ def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
         tokenizer = load_tokenizer(fetch.tokenizer_folder(model, folder), model)
         size = vocab_rows(facts, tokenizer, model)
         return ModelFacts(rows, run, run, folder, spec, TUNED_SUPPORT, tokenizer, size)
-    with loading_libraries():
-        import tunesmith.model.support  # noqa: F401
-    from tunesmith.hub.model_files import read_model_files
-
     files = read_model_files(folder, model, image_max_pixels=run.data.image_max_pixels)
     return ModelFacts(
         rows,

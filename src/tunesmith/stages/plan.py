@@ -251,8 +251,7 @@ def fetch_base(
             if ranks.local_rank == 0:
                 check_sums(folder)  # an earlier run may have written this model with checksums
             digest = weights_digest(folder)
-        hashes = {"model_hash": digest, **tokens.hashes}
-        check_unchanged(start, run, hashes)
+        check_unchanged(start, run, {"model_hash": digest})
         files = read_model_files(folder, run.model, image_max_pixels=run.data.image_max_pixels)
         if tokenizer_hash(files.tokenizer) != tokens.data.template.tokenizer_hash:
             copies = cache_folder("tokenizers")
@@ -262,7 +261,7 @@ def fetch_base(
                 why="the rows were tokenized with the copy",
                 fix=f"delete the copies with `rm -r {shell_path(copies)}`",
             )
-    return files, hashes
+    return files, {"model_hash": digest, **tokens.hashes}
 
 
 def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:

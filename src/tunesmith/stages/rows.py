@@ -31,11 +31,14 @@ class RowFacts:
     opened: OpenedRows
 
 
-def open_rows(run: Run, start: Start, opened: OpenedRows | None = None) -> RowFacts:
+def open_rows(
+    run: Run, start: Start, opened: OpenedRows | None = None, *, are_checked: bool = False
+) -> RowFacts:
     """Open the sources of a recipe, and check the rows of small files.
 
     Args:
         opened: rows that are already open. They are used for equal sources.
+        are_checked: whether the rows in `opened` were checked when the recipe was created.
 
     Raises:
         DataError: a source cannot be read, or small files have bad rows. The error lists the bad
@@ -47,7 +50,7 @@ def open_rows(run: Run, start: Start, opened: OpenedRows | None = None) -> RowFa
             check_local(Path(source.source).expanduser(), source.name)
     opened = open_sources(data, opened)
     refused = []
-    for source, rows in (*opened.train, *opened.validation):
+    for source, rows in () if are_checked else (*opened.train, *opened.validation):
         if _is_checked_early(source, data):
             bad = find_bad_rows(rows, source, data.system)
             if bad and (data.bad_rows == "error" or bad.count == bad.rows):
