@@ -22,7 +22,6 @@ from devices import cpu_and_gpu
 from recipes import make_run
 from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
-from tunesmith.checkpoint.resume import Start
 from tunesmith.data.batches.batch import collate
 from tunesmith.data.text.example import Example
 from tunesmith.formats.fp8 import Fp8, select_scaling
@@ -36,6 +35,7 @@ from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.session import Session
 
@@ -53,7 +53,7 @@ def session_of(tiny: Path, folder: Path, **changes: Any) -> Session:
     zero where it is.
     """
     changes["model"] = {"dtype": "bf16", **changes.get("model", {})}
-    session = build(make_run(tiny, folder, held=False, **changes), Start())
+    session = build(Request(make_run(tiny, folder, held=False, **changes)))
     source = torch.Generator().manual_seed(3)
     for _, layer in lora.loras(session.model.model):
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=source) * 0.05)

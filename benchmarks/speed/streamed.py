@@ -47,6 +47,7 @@ from tunesmith.runtime import stream
 from tunesmith.runtime.determinism import CHOICES, WORKSPACE, deterministic_algorithms
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.stages import plan as plan_stage
+from tunesmith.stages.request import Request
 from tunesmith.tools.bench.measure import BenchPlan
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 from tunesmith.training.build import build
@@ -208,7 +209,7 @@ def measure(
         with deterministic_algorithms(run.train.deterministic):
             began = time.perf_counter()
             with with_streamed(streamed):
-                session = build(run, Start(), weights="random", measured=True)
+                session = build(Request(run, purpose="measure", weights="random"))
             build_seconds = time.perf_counter() - began
             print(choices_line(session.plan), flush=True)
             layers: Any = session.model.layers

@@ -18,7 +18,6 @@ from errors import refuses
 from ranks import run_ranks
 from recipes import make_run
 from runs import peft_model
-from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import (
     SAMPLE_TOKENS,
@@ -30,6 +29,7 @@ from tunesmith.inference.decoding import (
     sample_answers,
 )
 from tunesmith.inference.load_run import LoadedModel, load_run
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 
 TEXTS = [
@@ -191,7 +191,7 @@ def test_a_cancelled_answer_ends_after_its_present_token(
 def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_a_time(
     tiny: Path, tmp_path: Path
 ) -> None:
-    session = build(make_run(tiny, tmp_path), Start())
+    session = build(Request(make_run(tiny, tmp_path)))
     assert session.data.validation is not None
     examples, calls = list(session.data.validation.first(4)), []
     hook = session.model.model.register_forward_pre_hook(lambda *_: calls.append(1))

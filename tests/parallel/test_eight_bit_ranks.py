@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from errors import error_in, refuses
 from ranks import free_port, gathered, run_ranks
 from recipes import make_run
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Train
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.distributed.torch_private import local_slices
@@ -32,6 +31,7 @@ from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.planning import compare_eight_bit
+from tunesmith.stages.request import Request
 from tunesmith.training import session as session_module
 from tunesmith.training.build import build
 from tunesmith.training.run import train
@@ -115,7 +115,7 @@ def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
     run = make_run(model, folder, held=False, **changes)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     with mock.patch.object(session_module, "LOSS_PROBE_TOKENS", 256), join_ranks() as ranks:
-        session = build(run, Start(), ranks=ranks)
+        session = build(Request(run), ranks)
         sizes: list[tuple[str, int, int]] = []
 
         layers = list(compare_eight_bit.eight_bit_layers(session.model))

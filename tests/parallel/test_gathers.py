@@ -15,6 +15,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -52,7 +53,7 @@ def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) ->
     run = make_run(model, folder, held=False, **merge(ONE_MICRO_BATCH, changes))
     Path(run.output_dir).mkdir(exist_ok=True)
     with join_ranks() as ranks:
-        session = build(run, Start(), ranks=ranks)
+        session = build(Request(run), ranks)
         sharded = {
             name for name, p in session.model.model.named_parameters() if isinstance(p, DTensor)
         }

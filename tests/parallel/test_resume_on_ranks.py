@@ -28,6 +28,7 @@ from tunesmith.checkpoint.resume import decide_start
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import OtherRankError, StoppedError
 from tunesmith.host.signals import LowMemory
+from tunesmith.stages.request import Request
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.build import build
 from tunesmith.training.run import train
@@ -225,7 +226,7 @@ def resumed_state(
         with logged_lines() as lines:
             found = decide_start(run, ranks)
         assert lines == []
-        session = build(run, found, ranks=ranks)
+        session = build(Request(run, found), ranks)
         tensors = sharded._tensors_by_name(session.model, session.optimizer.state_dict())
         whole = {
             name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()

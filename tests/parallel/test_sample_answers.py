@@ -11,10 +11,10 @@ import pytest
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint.resume import Start
 from tunesmith.distributed import ranks as ranks_module
 from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
+from tunesmith.stages.request import Request
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.build import build
 from tunesmith.training.run import train
@@ -31,7 +31,7 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
     rank = int(os.environ["RANK"])
     run = make_run(model, folder, parallel={"shard": 2}, data={"template": "raw"})
     with ranks_module.join_ranks() as ranks:
-        session = build(run, Start(), ranks=ranks)
+        session = build(Request(run), ranks)
         assert session.data.validation is not None
         stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
         examples = session.data.validation.first(2)

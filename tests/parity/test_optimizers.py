@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from errors import refuses
 from recipes import make_run
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.micro_batches import MicroBatches
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.session import Session, write_identity
@@ -180,7 +180,7 @@ def test_in_the_backward_auto_takes_the_global_batch_in_one_pass(
 ) -> None:
     run = full(tiny, tmp_path, "run", **INSIDE | {"global_batch": global_batch})
     (tmp_path / "run").mkdir()
-    session = build(run, Start())
+    session = build(Request(run))
     with session.loader(0) as loader:
         assert [len(batch.micro) for batch in loader] == [1] * 4
 

@@ -11,12 +11,12 @@ import pytest
 
 from errors import lines_with
 from picture_runs import picture_recipe, write_mixed, write_vision_model
-from tunesmith.checkpoint.resume import Start
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.host.chips import CHIPS
 from tunesmith.model.spec import ModelSpec
+from tunesmith.stages.request import Request
 from tunesmith.tools.plan import on_paper
 from tunesmith.training.build import build
 
@@ -62,7 +62,7 @@ def test_a_plan_has_it_once_the_rows_are_tokenized(
     of_token = specs[0].picture_flops / (1e12 * (CHIPS["h100"].tflops or 0))
     assert lines_with(planned(), "`tunesmith data`")
 
-    session = build(load_recipe(file), Start(), measured=True)
+    session = build(Request(load_recipe(file), purpose="measure"))
     tokens = session.data.train
     pictures = int(tokens.picture_tokens.sum())
     assert (tokens.picture_tokens > 0).tolist() == [True, False, True] * 2

@@ -11,10 +11,10 @@ import torch
 from errors import holds, refuses
 from logged import logged_lines
 from recipes import make_run, write_rows
-from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import ModelError
 from tunesmith.formats import fp8, scaled_matmul
 from tunesmith.planning import compare_eight_bit
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.session import Session, first_batches
 
@@ -28,7 +28,7 @@ def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
     run = replace(run, model=replace(run.model, dtype="bf16", quantize="fp8"))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     with logged_lines() as said:
-        return build(run, Start()), said
+        return build(Request(run)), said
 
 
 def base(session: Session) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from recipes import make_run
-from tunesmith.checkpoint.resume import Start
 from tunesmith.distributed import torch_private
 from tunesmith.host.memory import MemoryFigures, MemoryLimit
 from tunesmith.runtime import device
@@ -27,6 +26,7 @@ from tunesmith.runtime.device import (
     prepare_allocator,
 )
 from tunesmith.stages import plan as plan_stage
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 
 GIB = 2**30
@@ -160,7 +160,7 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(plan_stage, "free_device_memory", lambda: order.append("freed"))
     monkeypatch.setattr(plan_stage, "choose_device", lambda: order.append("chosen") or CPU)
-    build(make_run(tiny, tmp_path), Start())
+    build(Request(make_run(tiny, tmp_path)))
     assert order == ["freed", "chosen"]
 
 

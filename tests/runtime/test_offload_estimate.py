@@ -270,7 +270,7 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
     offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
     facts = SimpleNamespace(
-        fitted_run=offloaded, device=torch.device("cpu"), chip=Chip("cpu", 8.0), dtype="fp32",
+        run=offloaded, device=torch.device("cpu"), chip=Chip("cpu", 8.0), dtype="fp32",
         dtype_reason="", tokens=SimpleNamespace(start=Start()),
     )  # fmt: skip
     said = list(machine_lines(facts))  # type: ignore[arg-type]

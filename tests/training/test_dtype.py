@@ -101,7 +101,7 @@ def test_only_emulated_products_are_warned_of(
     run = make_run(tiny, tmp_path, model={"dtype": dtype})
     check_machine(run, torch.device("cpu"), chip)
     facts = SimpleNamespace(
-        fitted_run=run, device=torch.device("cpu"), chip=chip, dtype=dtype, dtype_reason="",
+        run=run, device=torch.device("cpu"), chip=chip, dtype=dtype, dtype_reason="",
         tokens=SimpleNamespace(start=Start()),
     )  # fmt: skip
     lines = list(machine_lines(facts))  # type: ignore[arg-type]

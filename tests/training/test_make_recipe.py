@@ -22,7 +22,7 @@ from conftest import byte_tokenizer
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
 from runs import make_run, peft_model
-from tunesmith.checkpoint.resume import Start, decide_start
+from tunesmith.checkpoint.resume import decide_start
 from tunesmith.checkpoint.start_adapter import adapter_of_run, find_adapter
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences, dump
@@ -48,6 +48,7 @@ from tunesmith.presentation.data import draft_lines
 from tunesmith.run_dir import SWEEP
 from tunesmith.stages.draft import draft_recipe
 from tunesmith.stages.inputs import read_inputs
+from tunesmith.stages.request import Request
 from tunesmith.training.make_recipe import (
     continued_rate,
     default_learning_rate,
@@ -854,7 +855,7 @@ def test_the_rows_of_a_new_recipe_include_its_validation_rows(home: Path) -> Non
     ]
     made = make_recipe("small", "faq.csv", words)
     assert made.facts is not None
-    validation = read_inputs(made.run, Start(), known=made.facts).data.validation
+    validation = read_inputs(Request(made.run), known=made.facts).data.validation
     assert validation is not None
     assert len(validation) == 7
     (home / "held.jsonl").write_text("{broken\n" + rows)

@@ -24,6 +24,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -129,7 +130,7 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
 def trainer_of_run(run: Run) -> Trainer:
     """A trainer that reads the metrics of a step during the next one, as on CUDA."""
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    session = build(run, Start())
+    session = build(Request(run))
     trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(run.output_dir)))
     trainer.metrics.reads_late = True
     trainer.session.optimizer.checks_on_host = False

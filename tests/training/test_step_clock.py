@@ -23,6 +23,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
 from tunesmith.runtime.transfer import Mark
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.stop_control import StopControl
@@ -94,7 +95,7 @@ def trainer_of(tiny: Path, folder: Path, **changes: Any) -> Trainer:
     write_rows(folder / "held.jsonl", 8)
     run = make_run(tiny, folder, held=bool(changes.get("validate")), **changes)
     Path(run.output_dir).mkdir()
-    session = build(run, Start())
+    session = build(Request(run))
     session.model.train()
     return Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(run.output_dir)))
 

@@ -34,7 +34,7 @@ def load_slowly() -> None:
     build = build_module.build_from_tokens
 
     def slow_build(tokens: TokenFacts, *words: Any, **options: Any) -> Any:
-        out = Path(tokens.fitted_run.output_dir)
+        out = Path(tokens.run.output_dir)
         deadline = time.monotonic() + TIME
         while not (out / LOADED).exists() and time.monotonic() < deadline:
             time.sleep(0.05)

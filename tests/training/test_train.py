@@ -18,6 +18,7 @@ from tunesmith.config.schema import Log
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.terminal import Terminal
+from tunesmith.stages.request import Request
 from tunesmith.training import trainer, validation
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics
@@ -96,7 +97,7 @@ def test_metrics_read_one_step_later_are_the_same(
     go(tiny, at_once, **changes)
     run = make_run(tiny, later, **changes)
     Path(run.output_dir).mkdir()
-    session = build(run, Start())
+    session = build(Request(run))
     terminal = Terminal(LogFile(tmp_path / "log.txt"), total_steps=11, steps_per_epoch=6)
     sinks = sinks_of(run, Path(run.output_dir), terminal)
     sinks.open(run, 0)

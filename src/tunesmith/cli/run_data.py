@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.row_checks import ROW_FAULTS, place
 from tunesmith.data.compare.splits import Splits
@@ -20,6 +19,7 @@ from tunesmith.host.streams import show, visible, width_of
 from tunesmith.presentation.data import data_lines, data_warnings, histogram
 from tunesmith.stages.inputs import read_inputs
 from tunesmith.stages.model import ModelFacts
+from tunesmith.stages.request import Request
 from tunesmith.units import count_of
 
 # Maximum number of row locations in each list of findings in the JSON output.
@@ -36,7 +36,7 @@ def show_data(args: argparse.Namespace, recipe: Run, known: ModelFacts | None) -
     """
     # Errors of the token contract (the checks of the tokens) are first shown with the other
     # results, and raised at the end.
-    tokens = read_inputs(recipe, Start(), inspected=True, known=known)
+    tokens = read_inputs(Request(recipe, purpose="show"), known=known)
     prepared = tokens.data
     tokenizer = tokens.model.tokenizer
     if args.json:

@@ -11,7 +11,7 @@ configured logging.
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -42,6 +42,12 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         show(self.format(record), sys.stderr)
+
+
+def log_lines(lines: Iterable[str]) -> None:
+    """Log each line at level INFO."""
+    for line in lines:
+        PACKAGE.info(line)
 
 
 @contextmanager

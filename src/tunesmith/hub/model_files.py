@@ -4,7 +4,7 @@ processor.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.host.signals import loading_libraries
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tunesmith.data.text.placeholders import PictureProcessor
 
 # Whether the weights are read from the folder of the model or drawn at random.
-Weights = Literal["stored", "random"]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tunesmith.stages.plan import MachineFacts, PlanFacts
 
 def machine_lines(facts: MachineFacts) -> Iterator[str]:
     """Yield lines about the dtype, and warnings about settings that do not suit the device."""
-    run = facts.fitted_run
+    run = facts.run
     if facts.dtype_reason:
         yield dtype_line(run, facts.dtype_reason)
     elif facts.tokens.start.previous_run is not None:
@@ -93,7 +93,7 @@ def model_files_lines(files: ModelFiles) -> Iterator[str]:
 
 def planned_lines(facts: PlanFacts) -> Iterator[str]:
     """Yield lines before the weights are loaded: what is trained, whether it fits, and warnings."""
-    run = facts.fitted_run
+    run = facts.run
     plan = facts.plan
     yield from model_files_lines(facts.files)
     trained = "all weights"
@@ -153,7 +153,7 @@ def session_lines(
         plan: the plan with the changes that a memory trial has made.
         why: whether to yield each choice of the plan with its reason.
     """
-    run = facts.fitted_run
+    run = facts.run
     if run.adapter.kind == "lora" and run.adapter.target == ALL_LINEAR:
         yield from unreached_lines(find_unreached(model))
     if why:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.layers import Overrides, merge_layers, override_layer
 from tunesmith.config.load import overridden_sources
 from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
@@ -22,6 +21,7 @@ from tunesmith.data.rows.detect import Detected, detect
 from tunesmith.data.source.open_source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host import demo_model
+from tunesmith.stages.request import Request
 from tunesmith.stages.rows import RowFacts, open_rows
 from tunesmith.units import count_of
 
@@ -115,7 +115,7 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     if layout.has_pictures and "model.vision" not in override_keys:
         chosen["model.vision"] = True
         draft = replace(draft, model=replace(draft.model, vision=True))
-    facts = open_rows(draft, Start(), OpenedRows([(source, rows)], []))
+    facts = open_rows(Request(draft), opened=OpenedRows([(source, rows)], []))
     return Draft(layer, chosen, facts, layout, unused_splits, model == demo_model.DEMO_NAME)
 
 

@@ -17,34 +17,21 @@ from tunesmith.host import packages
 from tunesmith.host.signals import loading_libraries
 from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
+from tunesmith.stages.request import Request
 from tunesmith.stages.rows import open_rows
 
 if TYPE_CHECKING:
-    from tunesmith.hub.model_files import Weights
     from tunesmith.stages.model import ModelFacts
     from tunesmith.stages.tokens import TokenFacts
 
 
 def read_inputs(
-    run: Run,
-    start: Start,
-    ranks: Ranks = ONE_PROCESS,
-    *,
-    weights: "Weights" = "stored",
-    measured: bool = False,
-    inspected: bool = False,
-    known: "ModelFacts | None" = None,
+    request: Request, ranks: Ranks = ONE_PROCESS, known: "ModelFacts | None" = None
 ) -> "TokenFacts":
     """Read the rows, the small files of the model, and the tokens of a recipe.
 
     Args:
-        start: how the run starts.
         ranks: the ranks of the run, which all call this function.
-        weights: "random" if the folder `model.name` needs no weights.
-        measured: whether the tokens are only used to measure the speed of training. Truncated
-            answers are then only a warning.
-        inspected: whether the tokens are only shown to the user. Failed checks of the tokens then
-            raise no error, and packages that only a training needs may be missing.
         known: facts that were found when the recipe was created. They are used where the recipe has
             the same rows or the same model.
 
@@ -54,17 +41,15 @@ def read_inputs(
     # One rank of each node downloads and tokenizes. The other ranks of the node then read the
     # results from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        if not inspected:
-            check_requirements(run, start)
-        opened = known.rows.opened if known else None
-        rows = open_rows(run, start, opened, are_checked=known is not None)
+        if request.purpose != "show":
+            check_requirements(request.run, request.start)
+        rows = open_rows(request, known.rows if known else None)
         # Import these after the rows are checked: they import huggingface_hub, which is slow.
         with loading_libraries():
             from tunesmith.stages.model import read_model
             from tunesmith.stages.tokens import read_tokens
 
-        model = read_model(rows, weights=weights, known=known)
-        return read_tokens(model, measured=measured, inspected=inspected)
+        return read_tokens(read_model(rows, known=known))
 
 
 def check_inputs(run: Run) -> None:
@@ -82,7 +67,7 @@ def check_inputs(run: Run) -> None:
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
-    open_rows(run, Start())
+    open_rows(Request(run))
 
 
 def check_requirements(run: Run, start: Start) -> None:

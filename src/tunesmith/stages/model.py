@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.schema import Run
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import Weights, read_model_files
+from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.config_facts import check_config, read_config_facts
 from tunesmith.model.measured_spec import model_spec
@@ -31,9 +31,9 @@ class ModelFacts:
     """The small files of a model: config, tokenizer and image processor.
 
     Attributes:
-        stored_recipe: the recipe that config.yaml stores. `auto` in its model section is replaced,
+        recipe: the recipe that config.yaml stores. `auto` in its model section is replaced,
             except for the dtype, which depends on the machine.
-        fitted_run: the recipe for training, with all values adapted to the model.
+        run: the recipe for training, with all values adapted to the model.
         folder: the folder with the config and the tokenizer.
         support: how the layers of the model can be trained.
         vocab_rows: number of rows of the embedding.
@@ -41,8 +41,8 @@ class ModelFacts:
     """
 
     rows: RowFacts
-    stored_recipe: Run
-    fitted_run: Run
+    recipe: Run
+    run: Run
     folder: Path
     spec: ModelSpec
     support: Support
@@ -54,14 +54,12 @@ class ModelFacts:
 def read_model(
     rows: RowFacts,
     *,
-    weights: Weights = "stored",
     is_draft: bool = False,
     known: ModelFacts | None = None,
 ) -> ModelFacts:
     """Read the config and the tokenizer of the recipe's model. Download missing files.
 
     Args:
-        weights: "random" if the folder `model.name` needs no weights.
         is_draft: whether `data.seq_len` is not chosen yet, so that it is not compared with the
             model's context.
         known: facts of the model. They are used if they are from the same model.
@@ -76,7 +74,7 @@ def read_model(
         run.model,
         run.data.image_max_pixels,
     ):
-        files = _read_files(rows, weights)
+        files = _read_files(rows)
     recipe = replace(run, model=resolve_quantize(run.model, files.spec.quantized))
     fitted = fit_to_model(
         recipe,
@@ -84,12 +82,12 @@ def read_model(
         files.support,
         where=f"{files.folder}/config.json",
         # The rows of a resumed run were already truncated to a length that the model supports.
-        checks_length=not is_draft and rows.start.checkpoint is None,
+        checks_length=not is_draft and rows.request.start.checkpoint is None,
     )
-    return replace(files, rows=rows, stored_recipe=recipe, fitted_run=fitted)
+    return replace(files, rows=rows, recipe=recipe, run=fitted)
 
 
-def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
+def _read_files(rows: RowFacts) -> ModelFacts:
     """Return the facts of the model, with the recipe as it is."""
     run = rows.run
     model = run.model
@@ -97,7 +95,7 @@ def _read_files(rows: RowFacts, weights: Weights) -> ModelFacts:
     # Report a missing folder of the tokenizer before the Hub is asked for the model.
     if model.tokenizer is not None and Path(model.tokenizer).is_absolute():
         fetch.fetch_without_weights(model.tokenizer)
-    if weights == "stored":
+    if rows.request.weights == "stored":
         folder = fetch.fetch_for_tokens(model)
     # The support of these model types is known. It is measured for other types, which needs torch.
     stated = check_config(folder, model)

@@ -31,7 +31,7 @@ from tunesmith.host.files import cache_folder, existing_folder, require_disk_spa
 from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_path
 from tunesmith.hub import fetch
-from tunesmith.hub.model_files import ModelFiles, Weights, read_model_files
+from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import cluster_of
@@ -43,6 +43,7 @@ from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_dir import Phase
 from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
 from tunesmith.stages.agree import check_same_inputs
+from tunesmith.stages.request import Request
 from tunesmith.stages.tokens import TokenFacts
 from tunesmith.units import Size, count_of
 
@@ -69,15 +70,19 @@ class MachineFacts:
     dtype_reason: str
 
     @property
-    def stored_recipe(self) -> Run:
+    def request(self) -> Request:
+        return self.tokens.model.rows.request
+
+    @property
+    def recipe(self) -> Run:
         """The recipe that config.yaml stores, with all values of its model section chosen."""
-        recipe = self.tokens.model.stored_recipe
+        recipe = self.tokens.model.recipe
         return replace(recipe, model=replace(recipe.model, dtype=self.dtype))
 
     @property
-    def fitted_run(self) -> Run:
+    def run(self) -> Run:
         """The recipe for training, with all values adapted to the model and the machine."""
-        run = self.tokens.fitted_run
+        run = self.tokens.run
         return replace(run, model=replace(run.model, dtype=self.dtype))
 
 
@@ -94,7 +99,6 @@ class PlanFacts:
     """
 
     machine: MachineFacts
-    weights: Weights
     files: ModelFiles
     model: PreTrainedModel
     trained: int
@@ -102,8 +106,8 @@ class PlanFacts:
     hashes: Mapping[str, Any]
 
     @property
-    def fitted_run(self) -> Run:
-        return self.machine.fitted_run
+    def run(self) -> Run:
+        return self.machine.run
 
     @property
     def data(self) -> TrainingData:
@@ -121,13 +125,13 @@ def find_machine(tokens: TokenFacts, ranks: Ranks = ONE_PROCESS) -> MachineFacts
     """
     if torch.cuda.is_initialized():
         free_device_memory()  # an earlier run in this process may hold memory
-    run = tokens.fitted_run
+    run = tokens.run
     device = choose_device()
     chip = common_chip(device, ranks)
     with ranks.raise_on_all_ranks():
         dtype, reason = resolve_dtype(run.model, run.train, chip, tokens.model.spec)
         machine = MachineFacts(tokens, device, chip, dtype, reason)
-        check_machine(machine.fitted_run, device, chip)
+        check_machine(machine.run, device, chip)
     return machine
 
 
@@ -161,36 +165,27 @@ def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
         )
 
 
-def make_plan(
-    machine: MachineFacts,
-    ranks: Ranks = ONE_PROCESS,
-    *,
-    weights: Weights = "stored",
-    measured: bool = False,
-) -> PlanFacts:
+def make_plan(machine: MachineFacts, ranks: Ranks = ONE_PROCESS) -> PlanFacts:
     """Fetch the weights, build the model on the meta device, and choose the plan, which includes
     the mesh of the ranks. This is a collective call.
-
-    Args:
-        weights: "random" if the weights are drawn at random.
-        measured: whether the run saves no checkpoints, so that it needs no disk space for them.
 
     Raises:
         ModelError: the model cannot be downloaded or read, or it differs from the checkpoint's.
         MachineError: the run does not fit on the machine, or the disk is too small.
     """
-    run = machine.fitted_run
-    start = machine.tokens.start
+    run = machine.run
+    request = machine.request
+    start = request.start
     data = machine.tokens.data
-    files, hashes = fetch_base(machine, ranks, weights)
-    check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
+    files, hashes = fetch_base(machine, ranks)
+    check_same_inputs(run, start, files, data, ranks, drawn=request.weights == "random")
     torch.manual_seed(run.train.seed)
     model, trained, plan = choose_plan(run, files, data, start.micro_batch, machine.device, ranks)
-    if not measured:
+    if request.purpose == "train":
         with ranks.raise_on_all_ranks():
             check_disk(run, trained, files.folder, ranks)
     ranks.heartbeat.phase(Phase.LOADING)
-    return PlanFacts(machine, weights, files, model, trained, plan, hashes)
+    return PlanFacts(machine, files, model, trained, plan, hashes)
 
 
 def choose_plan(
@@ -225,16 +220,14 @@ def choose_plan(
     return model, trained, plan
 
 
-def fetch_base(
-    machine: MachineFacts, ranks: Ranks, weights: Weights
-) -> tuple[ModelFiles, Mapping[str, Any]]:
+def fetch_base(machine: MachineFacts, ranks: Ranks) -> tuple[ModelFiles, Mapping[str, Any]]:
     """Return the files of the base model, and the hashes of base and data. Download missing files,
     and check them.
 
     Raise ModelError if a file is damaged, if the weights differ from the checkpoint's, or if the
     tokenizer differs from its copy, with which the rows were tokenized.
     """
-    run = machine.fitted_run
+    run = machine.run
     tokens = machine.tokens
     start = tokens.start
     folder = Path(run.model.name)
@@ -244,7 +237,7 @@ def fetch_base(
         adapter = run.adapter.from_
         if adapter is not None and start.checkpoint is None:
             read_adapter(find_adapter(adapter))  # only a check, before the download
-        if weights == "stored":
+        if machine.request.weights == "stored":
             # Do not check seq_len for a resumed run, see `read_model`.
             seq_len = None if start.checkpoint else run.data.seq_len
             folder = fetch.fetch(run.model, seq_len=seq_len, bars=ranks.local_rank == 0)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.checkpoint.resume import Start, restore_resolved_values
+from tunesmith.checkpoint.resume import restore_resolved_values
 from tunesmith.config.schema import Data, Run, Source
 from tunesmith.data.compare.splits import OpenedRows, open_sources
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
+from tunesmith.stages.request import Request
 
 # Maximum size of a file whose rows are all checked in this stage. The check of a larger file would
 # take seconds. Its rows are checked when they are tokenized.
@@ -20,45 +21,48 @@ class RowFacts:
     """The rows of a recipe.
 
     Attributes:
-        run: the recipe. If the run is resumed, the values with which it was started replace `auto`
-            in the model section.
-        start: how the run starts.
+        request: the recipe. If the run is resumed, the values with which it was started replace
+            `auto` in the model section.
         opened: the sources, which are open. Their rows are read when they are needed.
     """
 
-    run: Run
-    start: Start
+    request: Request
     opened: OpenedRows
+
+    @property
+    def run(self) -> Run:
+        return self.request.run
 
 
 def open_rows(
-    run: Run, start: Start, opened: OpenedRows | None = None, *, are_checked: bool = False
+    request: Request, known: RowFacts | None = None, opened: OpenedRows | None = None
 ) -> RowFacts:
     """Open the sources of a recipe, and check the rows of small files.
 
     Args:
-        opened: rows that are already open. They are used for equal sources.
-        are_checked: whether the rows in `opened` were checked when the recipe was created.
+        known: rows that are open and checked, because the recipe was created for them.
+        opened: rows that are open, but not checked. They are used for equal sources.
 
     Raises:
         DataError: a source cannot be read, or small files have bad rows. The error lists the bad
             rows of all small files.
     """
+    run = request.run
     data = run.data
     for source in (*data.train, *data.validation):
         if is_local(source.source):
             check_local(Path(source.source).expanduser(), source.name)
-    opened = open_sources(data, opened)
+    opened = open_sources(data, known.opened if known else opened)
     refused = []
-    for source, rows in () if are_checked else (*opened.train, *opened.validation):
+    for source, rows in () if known else (*opened.train, *opened.validation):
         if _is_checked_early(source, data):
             bad = find_bad_rows(rows, source, data.system)
             if bad and (data.bad_rows == "error" or bad.count == bad.rows):
                 refused.append(bad)
     if refused:
         raise error_of_sources(refused)
-    model = restore_resolved_values(run.model, start.previous_run)
-    return RowFacts(replace(run, model=model), start, opened)
+    model = restore_resolved_values(run.model, request.start.previous_run)
+    return RowFacts(replace(request, run=replace(run, model=model)), opened)
 
 
 def _is_checked_early(source: Source, data: Data) -> bool:

@@ -28,28 +28,24 @@ class TokenFacts:
     resumed: Resumed | None
 
     @property
-    def fitted_run(self) -> Run:
-        return self.model.fitted_run
+    def run(self) -> Run:
+        return self.model.run
 
     @property
     def start(self) -> Start:
-        return self.model.rows.start
+        return self.model.rows.request.start
 
 
-def read_tokens(
-    model: ModelFacts, *, measured: bool = False, inspected: bool = False
-) -> TokenFacts:
+def read_tokens(model: ModelFacts) -> TokenFacts:
     """Tokenize the rows, check the tokens, and make the schedule of batches.
-
-    Args:
-        measured, inspected: see `read_inputs`.
 
     Raises:
         DataError: the rows or the tokens are wrong, or they differ from the checkpoint.
         RecipeError: the duration is shorter than that of the resumed run.
     """
-    run = model.fitted_run
-    start = model.rows.start
+    run = model.run
+    request = model.rows.request
+    start = request.start
     shares = shares_prompts(run, model.support.recurrent)
     if start.progress is not None:
         # A resumed run must share prompts only if it did so before, because sharing changes the
@@ -58,7 +54,7 @@ def read_tokens(
     # Truncated answers are only a warning for a measurement, because it trains nothing, and for a
     # resumed run, because it must keep its rows.
     cut_answers: CutAnswers = "refuse"
-    if measured or start.checkpoint is not None:
+    if request.purpose == "measure" or start.checkpoint is not None:
         cut_answers = "warn"
     data = prepare_data(
         run,
@@ -66,7 +62,7 @@ def read_tokens(
         eos_ids(model.folder, model.tokenizer),
         model.vocab_rows,
         opened=model.rows.opened,
-        strict=not inspected,
+        strict=request.purpose != "show",
         cut_answers=cut_answers,
         position_limit=model.spec.position_limit,
         shares_prompts=shares,

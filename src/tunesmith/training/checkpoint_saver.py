@@ -203,7 +203,8 @@ class CheckpointSaver(LoopPart):
         last_step = self.progress.step
         with manifest.atomic_folder(self.out / FINAL, step, last_step) as folder:
             contents.write_model_files(folder, self.run, model, self.tokenizer)
-            card = model_card(self.run.model, self.run, self.out, step=step)
+            recipe = self.session.recipe
+            card = model_card(recipe.model, recipe, self.out, step=step)
             card_file = folder / manifest.CARD
             card_file.write_text(card, encoding="utf-8")
 

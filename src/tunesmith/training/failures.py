@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,10 @@ def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_early_stop(out: Path, request: StopRequest, claim: Claim) -> Iterator[None]:
-    """Context manager for the time before the first step: if a signal ends the block, call
-    `note_early_stop`.
+    """Context manager for the time before the first step: if a signal ends the block or the
+    process, call `note_early_stop`.
     """
+    request.on_exit = partial(note_early_stop, out, request, claim)
     try:
         yield
     except (Interrupted, StoppedEarlyError):

@@ -1,4 +1,4 @@
-"""One start of a run on every rank: join the ranks, lock the run directory, read the inputs, build
+"""One start of a run on every rank: join the ranks, open the run directory, read the inputs, build
 the Session, and train.
 
 One process imports torch after the inputs are read. A rank of several imports it to join the
@@ -11,16 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.checkpoint.claim import Claim, claim_run_dir, is_run, move_aside
-from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
-from tunesmith.checkpoint.replicate import choose_run_dir_writers
-from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.start_adapter import adapter_of_run, folder_in_run, is_run_dir
+from tunesmith.checkpoint.claim import is_run
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.layers import Overrides, override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
@@ -42,23 +39,24 @@ from tunesmith.errors import (
 )
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
-from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
+from tunesmith.host.logger import default_level, lines_by_default, log_lines, stderr_only_from
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_libraries
 from tunesmith.host.streams import survive_write_errors
-from tunesmith.metrics.log_file import log_file_of_run
+from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
-from tunesmith.parallel.mesh_shape import possible_shapes
+from tunesmith.presentation.output import moved_lines, output_lines
 from tunesmith.run_dir import LOG
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.stages.agree import check_same_recipe
 from tunesmith.stages.draft import short_name
 from tunesmith.stages.inputs import read_inputs
+from tunesmith.stages.output import begin_run, open_output
+from tunesmith.stages.request import Request
 from tunesmith.training.failures import (
     as_usage_error,
     defer_to_rank_0,
-    note_early_stop,
     record_early_stop,
     report_failure,
     write_fault,
@@ -67,7 +65,6 @@ from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import Result, warn_of_changed_rows, write_stopped
 from tunesmith.training.run_sinks import close_after_all, sinks_of_rank, write_first_files
 from tunesmith.training.stop_control import StopControl
-from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.stages.model import ModelFacts
@@ -273,55 +270,42 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
     callback = RecordCallback(options.on_record)
     stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
-        stack.enter_context(default_level(level_of_process(ranks.rank)))
-        if ranks.is_main_process:
-            stack.enter_context(log_file)
-        else:
-            # On all ranks except rank 0, show only warnings about data. These can differ between
-            # the ranks, because the ranks may use different disks and caches.
-            stack.enter_context(stderr_only_from("tunesmith.data"))
-        ranks, claim = lock_run_dir(run, ranks, stack)
-        starts_over = options.fresh or run.checkpoint.resume == "never"
-        start = Start() if starts_over else find_start(run, ranks)
-        stop.request.saved_step = start.progress.step if start.progress else 0
-        if claim is not None:
-            stack.enter_context(record_early_stop(out, stop.request, claim))
-            stop.request.on_exit = partial(note_early_stop, out, stop.request, claim)
-        if start.finished is not None:
-            if ranks.is_main_process:
-                warn_of_changed_rows(run)
-            return Result.from_finished_run(out, start.finished)
-        run = with_start_adapter(run, start, ranks)
+        stack.enter_context(logging_of_rank(ranks, log_file))
         # An error before the first step has its cause in the recipe, the data or the machine, so
         # raise it as UsageError.
-        if options.build_session is not None:
-            build_session = partial(options.build_session, run, start)
-        else:
-            with as_usage_error(ranks):
-                tokens = read_inputs(run, start, ranks, known=options.known)
-            # Import this after the rows are checked: it imports huggingface_hub, which is slow.
-            with loading_libraries():
-                from tunesmith.training.build import build_from_tokens
-
-            build_session = partial(build_from_tokens, tokens, why=options.why)
-        # Move an earlier run only now, so that a mistake in the inputs leaves it in its place.
-        if starts_over:
-            move_earlier_runs_aside(run, ranks)
-        if claim is not None:
-            claim.begin()
-            stack.enter_context(note_running(out))
-            ranks.heartbeat.report.on_fault = partial(write_fault, out)
         with as_usage_error(ranks):
-            session = build_session(ranks)
-        with ranks.raise_on_all_ranks(), as_usage_error(ranks):
-            stream = None
-            if options.quiet:
-                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            sinks = sinks_of_rank(session, start, callback, log_file, stream)
-            # Register `close_after_all` before the sinks are opened, so that if one sink fails to
-            # open, the others are closed.
-            stack.callback(close_after_all, sinks)
-            write_first_files(session, start, sinks, options.argv)
+            output = stack.enter_context(open_output(run, ranks, fresh=options.fresh))
+            log_lines(output_lines(output))
+            start = output.start
+            stop.request.saved_step = start.progress.step if start.progress else 0
+            if output.claim is not None:
+                stack.enter_context(record_early_stop(out, stop.request, output.claim))
+            if start.finished is not None:
+                if ranks.is_main_process:
+                    warn_of_changed_rows(run)
+                return Result.from_finished_run(out, start.finished)
+            if options.build_session is not None:
+                build_session = partial(options.build_session, output.run, start)
+            else:
+                tokens = read_inputs(Request(output.run, start), output.ranks, options.known)
+                # Import this after the rows are checked: it imports huggingface_hub, which is slow.
+                with loading_libraries():
+                    from tunesmith.training.build import build_from_tokens
+
+                build_session = partial(build_from_tokens, tokens, why=options.why)
+            log_lines(moved_lines(begin_run(output, stack), ranks))
+            if output.claim is not None:
+                ranks.heartbeat.report.on_fault = partial(write_fault, out)
+            session = build_session(output.ranks)
+            with ranks.raise_on_all_ranks():
+                stream = None
+                if options.quiet:
+                    stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                sinks = sinks_of_rank(session, start, callback, log_file, stream)
+                # Register this before the sinks are opened, so that if one sink fails to open, the
+                # others are closed.
+                stack.callback(close_after_all, sinks)
+                write_first_files(session, start, sinks, options.argv)
         with loading_libraries():
             from tunesmith.training.trainer import Trainer
 
@@ -329,6 +313,18 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
         return train_to_end(trainer, sinks, callback)
+
+
+@contextlib.contextmanager
+def logging_of_rank(ranks: Ranks, log_file: LogFile) -> Iterator[None]:
+    """Context manager in which rank 0 also writes log.txt, and the other ranks show only warnings
+    about data. These can differ between ranks that use different disks and caches.
+    """
+    with (
+        default_level(level_of_process(ranks.rank)),
+        log_file if ranks.is_main_process else stderr_only_from("tunesmith.data"),
+    ):
+        yield
 
 
 def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:
@@ -356,93 +352,3 @@ def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> 
         result = trainer.fit()
         sinks.close()
     return result
-
-
-def lock_run_dir(run: Run, ranks: Ranks, stack: ExitStack) -> tuple[Ranks, Claim | None]:
-    """Check the run directory and lock it until `stack` closes. This is a collective call.
-
-    Nodes that do not share rank 0's disk each lock their own directory.
-
-    Returns:
-        `ranks` with the writer of each run directory, and the claim of this rank's directory. The
-        claim is None on ranks that do not write it.
-    """
-    out = Path(run.output_dir)
-    with ranks.raise_on_all_ranks():
-        possible_shapes(run.parallel, ranks.world)
-        if run.profile.enabled and run.profile.ranks != "all":
-            highest = max(run.profile.ranks, default=0)
-            if highest >= ranks.world:
-                raise UsageError(
-                    f"profile.ranks contains rank {highest}, but the run has only "
-                    f"{count_of(ranks.world, 'rank')} (the first is rank 0)",
-                    where="profile.ranks",
-                    fix="set profile.ranks=[0], or profile.ranks=all",
-                )
-    # `claim`, which creates and locks the directory, only runs on ranks that write it. The other
-    # ranks must not look for the directory before it exists, because a network file system caches
-    # that a name is missing.
-    claims: list[Claim] = []
-
-    def claim() -> None:
-        claims.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
-
-    ranks = choose_run_dir_writers(ranks, out, claim)
-    other_leaders = sorted({*ranks.run_dir_writers} - {0})
-    if other_leaders:
-        names = ", ".join(ranks.name(rank) for rank in other_leaders)
-        log.info(
-            f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
-            f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
-        )
-    return ranks, claims[0] if claims else None
-
-
-def find_start(run: Run, ranks: Ranks) -> Start:
-    """Decide how the run starts. Warn if the previous start crashed. This is a collective call."""
-    crash = find_previous_crash(Path(run.output_dir))
-    if crash:
-        log.warning(crash.text().removeprefix("error: "))
-    with as_usage_error():
-        return decide_start(run, ranks)
-
-
-def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
-    """Return the recipe. If `adapter.from` is a run directory, replace it by the adapter's folder
-    in it.
-
-    A resumed run gets the folder with which it began, even if the run that `adapter.from` names has
-    newer checkpoints. This is a collective call.
-    """
-    name = run.adapter.from_
-    if name is None:
-        return run
-    folder = None
-    with ranks.raise_on_all_ranks(), as_usage_error(ranks):
-        if start.previous_run is not None:
-            folder = folder_in_run(start.previous_run.adapter.from_, name)
-        elif ranks.is_main_process and is_run_dir(name):
-            adapter, note = adapter_of_run(Path(name))
-            log.info(f"training continues from this adapter: {note}")
-            folder = adapter.name
-    folder = ranks.broadcast_object(folder)
-    if folder is None:
-        return run
-    # `name` is the path on this node and `folder` is only a folder's name, because the nodes may
-    # store the run directory under different paths.
-    return replace(run, adapter=replace(run.adapter, from_=str(Path(name, folder))))
-
-
-def move_earlier_runs_aside(run: Run, ranks: Ranks) -> None:
-    """Rename existing run directories, because the user starts a new run. This is a collective
-    call, but only the ranks that write a run directory rename it.
-    """
-    place = None
-    with ranks.raise_on_all_ranks():
-        if ranks.is_run_dir_writer:
-            place = move_aside(Path(run.output_dir), inputs_of(run).values())
-    places = ranks.all_gather_object(place)
-    for rank, new_place in enumerate(places):
-        if new_place:
-            owner = f" on the node of {ranks.name(rank)}" if rank else ""
-            log.info(f"moved the existing run to {new_place}{owner}")

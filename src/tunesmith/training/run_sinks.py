@@ -87,7 +87,7 @@ def write_first_files(
         # The validation of the last step was interrupted. Remove the record of this step, because
         # it is written again after the validation.
         last_step -= 1
-    sinks.open(session.run, last_step)
+    sinks.open(session.recipe, last_step)
     if ranks.is_run_dir_writer:
         from tunesmith.training.session import write_identity  # imports torch
 

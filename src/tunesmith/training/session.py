@@ -67,7 +67,8 @@ class Session:
     optimizer.
     """
 
-    run: Run  # the recipe that config.yaml stores; `data.run` is adapted to the model
+    recipe: Run  # the recipe that config.yaml stores
+    run: Run  # the recipe for training, adapted to the model and the machine
     files: ModelFiles  # files of the base model and of its tokenizer
     data: TrainingData
     model: TrainModel
@@ -137,7 +138,7 @@ def open_session(
     Args:
         make_mesh: function that creates the mesh of the ranks.
     """
-    run = facts.fitted_run
+    run = facts.run
     data = facts.data
     plan = facts.plan
     device = facts.machine.device
@@ -150,7 +151,8 @@ def open_session(
     if device.type == "cpu":
         plan = replace(plan, why={**plan.why, "threads": keep_threads(progress.threads)})
     session = Session(
-        run=facts.machine.stored_recipe,
+        recipe=facts.machine.recipe,
+        run=run,
         files=facts.files,
         data=data,
         model=root,
@@ -174,14 +176,14 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
 
     Returns the model and the plan. On a GPU, a memory trial may have changed the plan.
     """
-    run = facts.fitted_run
+    run = facts.run
     files = facts.files
     data = facts.data
     plan = facts.plan
     checkpoint = facts.start.checkpoint
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
-    if facts.weights == "random":
+    if facts.machine.request.weights == "random":
         base_weights = "random"
     # With a minimum of 1 token, `first_batches` returns only the largest micro batch of the first
     # step.
@@ -189,7 +191,7 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
     reference = None
     if is_full and run.method.name in REFERENCE_METHODS:
         reference = BaseReference(run, data, facts.hashes["model_hash"], ranks)
-        if not reference.is_complete and facts.weights == "stored":
+        if not reference.is_complete and facts.machine.request.weights == "stored":
             # The reference log-probabilities are measured with the base's weights, so load these
             # first. The checkpoint's weights are loaded after the measurement.
             base_weights = None
@@ -227,7 +229,7 @@ def compare_eight_bits(
     if device.type == "cuda":
         log.info(sums_line(plan.base, choose_sums(root, batches, ranks)))
     # Random weights are not read from a file, so there are no dense weights to compare with.
-    if facts.weights == "random":
+    if facts.machine.request.weights == "random":
         return plan
     change = compare_with_bf16(root, batches, mesh, ranks)
     with ranks.raise_on_all_ranks():
@@ -338,8 +340,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     env.json marks the folder as a run directory, and describes the machine, the data and the
     choices of the plan.
     """
-    run = session.run
-    out = Path(run.output_dir)
+    recipe = session.recipe
+    out = Path(recipe.output_dir)
     data = session.data
     plan = session.plan
     choices = {
@@ -351,7 +353,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
     env = {
         **hardware.describe_machine(argv),
-        "recipe_hash": digest(run),
+        "recipe_hash": digest(recipe),
         **session.hashes,
         "validation_examples": len(data.validation) if data.validation is not None else 0,
         "template": data.template.name,
@@ -362,9 +364,9 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     if session.ranks.world > 1:
         env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
-    write_atomically(out / RECIPE, dump(run))
+    write_atomically(out / RECIPE, dump(recipe))
     held_out = data.validation
-    if run.data.hold_out and held_out is not None:
+    if recipe.data.hold_out and held_out is not None:
         lines: dict[str, str] = {}
         for i in range(len(held_out)):
             place = held_out.where(i)

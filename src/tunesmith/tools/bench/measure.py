@@ -20,7 +20,6 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.errors import TunesmithError
 from tunesmith.host.signals import StopRequest
-from tunesmith.hub.model_files import Weights
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
@@ -30,6 +29,7 @@ from tunesmith.metrics.terminal import Terminal
 from tunesmith.presentation.start import choices_line
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
+from tunesmith.stages.request import Request, Weights
 from tunesmith.training.build import build
 from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
@@ -176,7 +176,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
     run = plan.measured_run(folder)
     with deterministic_algorithms(run.train.deterministic):
         began = time.perf_counter()
-        session = build(run, Start(), weights=plan.weights, measured=True)
+        session = build(Request(run, purpose="measure", weights=plan.weights))
         build_seconds = time.perf_counter() - began
         log.info(choices_line(session.plan))
         per_epoch = session.data.schedule.steps_per_epoch(0)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.schema import Run
-from tunesmith.hub.model_files import Weights
 from tunesmith.metrics import hardware
 from tunesmith.metrics.result_table import ResultTable
 from tunesmith.model.shapes import find_shape
+from tunesmith.stages.request import Weights
 from tunesmith.tools.bench.measure import BenchPlan, measure
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 

@@ -51,6 +51,7 @@ from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
 from tunesmith.stages.agree import check_same_recipe
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.session import write_identity
 from tunesmith.training.stop_control import StopControl
@@ -510,7 +511,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     ranks = choose_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     with stderr_only_from("tunesmith.data"):
         start = decide_start(run, ranks)
-        session = build(run, start, ranks=ranks, make_mesh=make_mesh)
+        session = build(Request(run, start), ranks, make_mesh=make_mesh)
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and not start.progress:
             write_identity(session, None)

@@ -122,7 +122,7 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
             or {
                 "steps": shared.first.total_steps or 0,
                 "micro_batch": str(shared.first.plan.layout.micro_batch),
-                "dtype": shared.first.run.model.dtype,
+                "dtype": shared.first.recipe.model.dtype,
             },
             "compared_by": "val_loss" if base.data.validation or base.data.hold_out else "loss",
             "stopped": "",

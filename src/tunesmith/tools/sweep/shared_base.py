@@ -25,6 +25,7 @@ from tunesmith.presentation.start import choices_line, trained_text
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
+from tunesmith.stages.request import Request
 from tunesmith.training.build import build
 from tunesmith.training.session import Session, make_optimizer
 
@@ -46,7 +47,7 @@ class SharedBase:
     @cached_property
     def first(self) -> Session:
         """Session of the run `widest`. The first access to this property loads the base model."""
-        return build(self.widest, Start(), ranks=self.ranks)
+        return build(Request(self.widest), self.ranks)
 
     def build(
         self,
@@ -59,13 +60,15 @@ class SharedBase:
         root = first.model
         # Use the settings of the loaded base model, in which `auto` is already replaced by actual
         # values.
-        run = replace(run, model=first.run.model)
+        recipe = replace(run, model=first.recipe.model)
+        # The model may be unable to separate packed examples.
+        run = replace(
+            recipe, model=first.run.model, data=replace(run.data, pack=first.run.data.pack)
+        )
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            # The model may be unable to separate packed examples.
-            fitted = replace(run, data=replace(run.data, pack=first.data.run.data.pack))
-            schedule = BatchSchedule.of(fitted, tokens)
+            schedule = BatchSchedule.of(run, tokens)
             for text in resume_lines(find_resumed(start, run, schedule), run.train):
                 log.info(text)
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
@@ -88,8 +91,9 @@ class SharedBase:
             keep_threads(start.progress.threads if start.progress else None)
         return replace(
             first,
+            recipe=recipe,
             run=run,
-            data=replace(first.data, run=fitted, schedule=schedule),
+            data=replace(first.data, run=run, schedule=schedule),
             optimizer=optimizer,
             total_steps=schedule.steps(run.train.duration),
             ranks=ranks,

@@ -1,0 +1,35 @@
+"""Text about the run directory of a start."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.stages.output import OutputFacts
+
+
+def output_lines(output: OutputFacts) -> Iterator[str]:
+    """Yield lines about a run directory: who writes it, and what an earlier process left in it."""
+    ranks = output.ranks
+    other_writers = sorted({*ranks.run_dir_writers} - {0})
+    if other_writers:
+        names = ", ".join(map(ranks.name, other_writers))
+        yield (
+            f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
+            f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
+        )
+    if output.crash is not None:
+        yield f"warning: {output.crash.text().removeprefix('error: ')}"
+    if output.adapter_note:
+        yield f"training continues from this adapter: {output.adapter_note}"
+
+
+def moved_lines(places: Sequence[Path | None], ranks: Ranks) -> Iterator[str]:
+    """Yield a line for each earlier run that was moved.
+
+    Args:
+        places: the result of `begin_run`.
+    """
+    for rank, place in enumerate(places):
+        if place:
+            node = f" on the node of {ranks.name(rank)}" if rank else ""
+            yield f"moved the existing run to {place}{node}"
