@@ -57,6 +57,7 @@ from pathlib import Path
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import TunesmithError
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
+from tunesmith.stages import output
 from tunesmith.training import run
 import peft
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -65,10 +66,10 @@ class Blocking(StopRequest):
     def __exit__(self, *error):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         super().__exit__(*error)
-def claim(*words, then=run.claim_run_dir):
+def claim(*words, then=output.claim_run_dir):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     return then(*words)
-run.StopRequest, run.claim_run_dir = Blocking, claim
+run.StopRequest, output.claim_run_dir = Blocking, claim
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 for line in sys.stdin:
     recipe, ignored, unread = json.loads(line)
@@ -312,7 +313,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     [
         "transformers.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
         "transformers.AutoConfig.from_pretrained",
-        "tunesmith.training.run.decide_start",
+        "tunesmith.stages.output.decide_start",
         "tunesmith.data.tokens.encode.convert_row",
         "tunesmith.training.session.build_model",
         "tunesmith.metrics.sink.JsonlSink.open",
