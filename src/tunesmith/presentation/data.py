@@ -72,7 +72,8 @@ def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
     if why or data.template.raw or is_chosen:
         yield template_line(data.template)
     for split, part in data.sources():
-        figures = ", ".join(source_figures(data, part))
+        is_held_out = split == "validation" and data.run.data.hold_out is not None
+        figures = ", ".join(source_figures(data, part, is_held_out=is_held_out))
         yield f"{split}: {relative_to_cwd(part.counts.source)}: {figures}"
     yield from layout_lines(part.rows for _, part in data.sources())
     yield from left_out_lines(data.splits)
@@ -81,10 +82,7 @@ def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
         if data.run.validate.max_examples is not None:
             count = "held-out rows"  # the validation set has fewer rows than are held out
         listed = relative_to_cwd(Path(data.run.output_dir) / HELD_OUT)
-        yield (
-            f"this run does not train on the {count} (listed in {listed}); to train on all rows, "
-            "set data.hold_out=null"
-        )
+        yield f"the {count} are listed in {listed}; data.hold_out=null trains on all rows"
     yield schedule_line(data)
     if why:
         yield from contract_lines(data.contracts)
@@ -178,14 +176,22 @@ def template_line(template: Template) -> str:
     return "; ".join(parts)
 
 
-def source_figures(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+def source_figures(
+    data: TrainingData, part: SourceTokens, *, is_held_out: bool = False
+) -> Iterator[str]:
     """Yield texts with the counts of rows, tokens and pictures of one source.
 
     Dropped rows are counted separately, with the reason.
+
+    Args:
+        is_held_out: whether the rows are the held-out rows of a source, so that the number of all
+            its rows is not shown.
     """
     counts = part.counts
     rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
-    left_out = ", ".join(_left_out(part))
+    if is_held_out:
+        rows = count_of(counts.kept_rows, "held-out row")
+    left_out = ", ".join(_left_out(part, is_held_out=is_held_out))
     if left_out:
         rows += f" ({left_out})"
     yield rows
@@ -216,12 +222,12 @@ def source_figures(data: TrainingData, part: SourceTokens) -> Iterator[str]:
         yield f"{counts.scaled_pictures:,} of them scaled down ({limit})"
 
 
-def _left_out(part: SourceTokens) -> Iterator[str]:
+def _left_out(part: SourceTokens, *, is_held_out: bool) -> Iterator[str]:
     """Yield texts with the number of rows of a source that are left out, and the reason."""
     counts = part.counts
     # If fewer rows were read than are available, a recipe key selects a part of the rows.
     read = counts.kept_rows + counts.dropped + counts.emptied
-    if read < counts.available and counts.taken:
+    if read < counts.available and counts.taken and not is_held_out:
         yield counts.taken
     if counts.bad:
         yield f"{counts.bad:,} that cannot be read (data.bad_rows: skip)"

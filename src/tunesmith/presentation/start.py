@@ -20,7 +20,7 @@ from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.gguf_writers import describe_gguf_export
+from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
@@ -48,8 +48,8 @@ def machine_lines(facts: MachineFacts) -> Iterator[str]:
 
 
 def model_files_lines(files: ModelFiles) -> Iterator[str]:
-    """Yield lines about the files of the model: how its rows and weights are used, and whether it
-    can be exported to GGUF.
+    """Yield lines about the files of the model: how its rows and weights are used, and which tools
+    an export to GGUF requires.
     """
     support = files.support
     if support.state == "padded":
@@ -88,7 +88,8 @@ def model_files_lines(files: ModelFiles) -> Iterator[str]:
                 "the tokens that you need in model.added_tokens, which adds rows to the embedding"
             )
     entire = files.config if files.full_config is None else files.full_config
-    yield f"GGUF: {describe_gguf_export(entire.model_type, files.config.model_type)}"
+    if gguf_writer(entire.model_type, files.config.model_type) != "own":
+        yield f"GGUF: {describe_gguf_export(entire.model_type, files.config.model_type)}"
 
 
 def planned_lines(facts: PlanFacts) -> Iterator[str]:
