@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
-from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.dump import flatten, leaves
 from tunesmith.config.paths import is_place
@@ -36,6 +35,7 @@ from tunesmith.units import count_of
 if TYPE_CHECKING:
     from tunesmith.data.prepare import TrainingData
     from tunesmith.hub.model_files import ModelFiles
+    from tunesmith.stages.tokens import TokenFacts
 
 NEXT_LINE = "\n         "  # aligns with the text after `  where: `
 MAX_NAMES = 4  # maximum number of ranks or nodes that an error lists
@@ -103,29 +103,18 @@ def software_versions() -> Facts:
     return versions
 
 
-def check_same_inputs(
-    run: Run,
-    start: Start,
-    files: "ModelFiles",
-    data: "TrainingData",
-    ranks: Ranks,
-    *,
-    drawn: bool = False,
-) -> None:
+def check_same_inputs(tokens: "TokenFacts", files: "ModelFiles", ranks: Ranks) -> None:
     """Check that all ranks read the same model, tokenizer, template and rows. This is a collective
     call.
 
     Raise ModelError or DataError if an input differs.
-
-    Args:
-        drawn: whether the weights are drawn at random, so that `files.folder` has no weights to
-            compare.
     """
     if ranks.world == 1:
         return
     with ranks.raise_on_all_ranks():
-        parts = model_parts(run, start, files, data) | data_parts(data)
-        if not drawn:
+        parts = model_parts(tokens, files) | data_parts(tokens.data)
+        # If the weights are drawn at random, the folder has no weights to compare.
+        if tokens.model.rows.request.weights == "stored":
             # Compare a digest of the beginning, the middle and the end of each tensor, which takes
             # milliseconds for a 70B model. A difference at another position is not detected. If a
             # model has more than 4,096 tensors, only every n-th tensor is read.
@@ -147,7 +136,7 @@ def check_same_inputs(
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(run: Run, start: Start, files: "ModelFiles", data: "TrainingData") -> Facts:
+def model_parts(tokens: "TokenFacts", files: "ModelFiles") -> Facts:
     """Return facts about the base model's config, the tokenizer, and the adapter to continue."""
     parts = {}
     settings = leaves(files.config.to_dict())
@@ -157,9 +146,11 @@ def model_parts(run: Run, start: Start, files: "ModelFiles", data: "TrainingData
             parts[f"model.name: {key} of config.json"] = json.dumps(value, default=str)
     support = files.support
     parts["model.name: how its layers train"] = ", ".join([support.state, *support.recurrent])
-    parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {data.template.tokenizer_hash}"
-    if run.adapter.from_ is not None and start.checkpoint is None:
-        parts["adapter.from"] = adapter_digest(run.adapter.from_)
+    tokenizer_hash = tokens.data.template.tokenizer_hash
+    parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {tokenizer_hash}"
+    adapter = tokens.run.adapter.from_
+    if adapter is not None and tokens.start.checkpoint is None:
+        parts["adapter.from"] = adapter_digest(adapter)
     return parts
 
 

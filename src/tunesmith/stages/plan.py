@@ -175,12 +175,12 @@ def make_plan(machine: MachineFacts, ranks: Ranks = ONE_PROCESS) -> PlanFacts:
     """
     run = machine.run
     request = machine.request
-    start = request.start
     data = machine.tokens.data
     files, hashes = fetch_base(machine, ranks)
-    check_same_inputs(run, start, files, data, ranks, drawn=request.weights == "random")
+    check_same_inputs(machine.tokens, files, ranks)
     torch.manual_seed(run.train.seed)
-    model, trained, plan = choose_plan(run, files, data, start.micro_batch, machine.device, ranks)
+    previous = request.start.micro_batch
+    model, trained, plan = choose_plan(run, files, data, previous, machine.device, ranks)
     if request.purpose == "train":
         with ranks.raise_on_all_ranks():
             check_disk(run, trained, files.folder, ranks)
