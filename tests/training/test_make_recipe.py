@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import re
@@ -54,7 +55,7 @@ from tunesmith.training.make_recipe import (
     default_learning_rate,
     make_recipe,
 )
-from tunesmith.training.run import train
+from tunesmith.training.run import StartOptions, train, train_run
 
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]
@@ -281,6 +282,17 @@ output_dir: runs/my-faq-small
 """
     )
     assert 30 < int(longest) < 120
+
+
+@pytest.mark.slow
+def test_a_recipe_that_cannot_be_written_ends_the_start(home: Path) -> None:
+    """The file is written before the first step, so that the error is not one of a run."""
+    made = make_recipe("small", "faq.csv", SMALL)
+    (home / "file").touch()
+    made = dataclasses.replace(made, path=home / "file" / "recipe.yaml")
+    with refuses(MachineError, where=str(made.path), fix=["output_dir=runs/my-run"]):
+        train_run(made.run, StartOptions(quiet=True, on_begin=made.write_file))
+    assert not (Path(made.run.output_dir) / "failure.json").exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,21 +69,9 @@ def run(args: argparse.Namespace) -> None:
             with loading_libraries():
                 from tunesmith.training.run import StartOptions, train_run
 
-        def write_recipe(record: object) -> None:
-            """Write the file of a new recipe.
-
-            This is called after each step, but writes only once. A start that fails leaves no file.
-            """
-            if new_recipe is not None:
-                new_recipe.write_file()
-
-        options = StartOptions(
-            on_record=write_recipe,
-            fresh=args.fresh,
-            why=args.why,
-            argv=sys.argv,
-            known=new_recipe.facts if new_recipe else None,
-        )
+        options = StartOptions(fresh=args.fresh, why=args.why, argv=sys.argv)
+        if new_recipe is not None:
+            options = replace(options, known=new_recipe.facts, on_begin=new_recipe.write_file)
         result = train_run(recipe, options)
         if is_main_process():
             wall_seconds = None if result.finished_before else time.monotonic() - start

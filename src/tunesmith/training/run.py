@@ -162,6 +162,7 @@ class StartOptions:
 
     Attributes:
         known: facts that were found when the recipe was created, see `read_inputs`.
+        on_begin: function that rank 0 calls before the first step, after all checks.
         build_session: function that builds the Session of (run, start, ranks) from a base model and
             rows that are already loaded. If None, inputs and model are read.
     """
@@ -172,6 +173,7 @@ class StartOptions:
     argv: list[str] | None = None
     quiet: bool = False
     known: "ModelFacts | None" = None
+    on_begin: Callable[[], object] = lambda: None
     build_session: "Callable[[Run, Start, Ranks], Session] | None" = None
 
 
@@ -306,6 +308,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
                 # others are closed.
                 stack.callback(close_after_all, sinks)
                 write_first_files(session, start, sinks, options.argv)
+                if ranks.is_main_process:
+                    options.on_begin()
         with loading_libraries():
             from tunesmith.training.trainer import Trainer
 
