@@ -132,6 +132,8 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
     assert (told.cause, "elsewhere" in told.where) == ("killed", True)
     (out / "failure.json").write_text("{}")  # another rank has said why
     assert find_previous_crash(out) is None
+    os.utime(out / "failure.json", (1, 1))  # from the start before
+    assert find_previous_crash(out) is not None
     for torn in ("", "{", "[]", "null", '{"process": 1}'):
         (out / "failure.json").unlink(missing_ok=True)
         (out / RUNNING).write_text(torn)

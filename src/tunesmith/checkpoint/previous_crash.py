@@ -55,13 +55,17 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
     """Return an error that says how the previous process in this run directory was killed.
 
     The error names the last step and the likely cause. Return None if the process was not killed or
-    if a rank has already reported the failure. Call this only if no run is active in the directory.
+    if it has written why it ended. Call this only if no run is active in the directory.
     """
     note = read_running(run_dir)
     if note is None:
         return None
-    if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
-        return None
+    # A report that is older than the note is from an earlier process. It is deleted only after the
+    # model is loaded.
+    began = (run_dir / RUNNING).stat().st_mtime_ns
+    for report in (run_dir / FAILURE, run_dir / STOPPED):
+        if report.exists() and report.stat().st_mtime_ns >= began:
+            return None
     step = newest_record(run_dir).get("step")
     moment = "before its first step"
     if step:

@@ -104,9 +104,7 @@ class BaseReference:
     def __init__(self, run: Run, data: TrainingData, model_hash: str | None, ranks: Ranks) -> None:
         self.run = run
         self.data = data
-        self.model_hash = (
-            model_hash  # The key is None for random weights, whose values are not cached
-        )
+        self.model_hash = model_hash  # None for random weights, whose values are not cached
         self.ranks = ranks
         splits = [data.train]
         if data.validation is not None:
