@@ -126,13 +126,9 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
     unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
     tables = {tool: table(tool) for tool in IMPORTED_TOOLS} | unsupported
 
-    words = set()
-    packages = set()
-    for name, key in keys.items():
-        words.update(name.split("."))
-        if name.endswith("_target_"):
-            packages.add(str(key.value).partition(".")[0])
-
+    words = {word for name in keys for word in name.split(".")}
+    targets = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
+    packages = {target.partition(".")[0] for target in targets}
     found = {}
     for tool, known in tables.items():
         found[tool] = [mark for mark in known["marks"] if mark in words]

@@ -6,7 +6,7 @@ intervals.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
+from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
 from tunesmith.units import count_of
 
@@ -86,11 +86,9 @@ def _apply(recipe: Translation, section: ToolTable) -> None:
 
     Raise UsageError if the file has an unsupported key or value.
     """
-    conditions = section.get("if", {})
-    exceptions = section.get("unless", {})
-    if not all(recipe.has(name, value) for name, value in conditions.items()):
+    if not all(recipe.has(name, value) for name, value in section.get("if", {}).items()):
         return
-    if any(recipe.has(name, value) for name, value in exceptions.items()):
+    if any(recipe.has(name, value) for name, value in section.get("unless", {}).items()):
         return
     recipe.defaults |= section.get("implied", {})
 
@@ -125,12 +123,11 @@ def _apply_rule(recipe: Translation, name: str, expected: JsonValue, *effect: An
             continue
 
         ours, value, *why = effect
-        earlier = recipe.values.get(ours)
         if value == "=":
             value = recipe.get(key)
-        elif isinstance(value, list) and isinstance(earlier, list):
+        elif isinstance(value, list):
             # Append the list to the list that an earlier rule has set, without duplicates.
-            value = list(dict.fromkeys(earlier + value))
+            value = list(dict.fromkeys(recipe.values.get(ours, []) + value))
         recipe.set_key(ours, value, key, why="".join(why))
 
 
@@ -140,18 +137,16 @@ def _set_target(recipe: Translation) -> None:
     Raise UsageError if the layers are given as a regular expression.
     """
     name = "adapter.target"
-    listed = recipe.listed(name)
-    target = recipe.values.get(name, listed or ["q_proj", "v_proj"])
-
-    is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in listed)
-    is_replaced = name in recipe.values or name in recipe.overrides
-    if not is_list and not is_replaced:
-        raise recipe.error(
-            name,
-            "this value is a regular expression, and a recipe lists the layers",
-            "list the layers: adapter.target='[q_proj, v_proj]'",
-        )
-
+    target = recipe.values.get(name)
+    if target is None:
+        target = recipe.listed(name) or ["q_proj", "v_proj"]
+        is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in target)
+        if not is_list and name not in recipe.overrides:
+            raise recipe.error(
+                name,
+                "this value is a regular expression, and a recipe lists the layers",
+                "list the layers: adapter.target='[q_proj, v_proj]'",
+            )
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
     recipe.set_key(name, target, name)
@@ -193,13 +188,11 @@ def _set_trl_losses(recipe: Translation) -> None:
 def _set_trl_rows(recipe: Translation) -> None:
     """Set the recipe's data set and its supervised tokens. A file of TRL has only one data set."""
     column = recipe.get("dataset_text_field") or "text"
-    usual_format = METHOD_FORMATS.get(recipe.method)
-    if usual_format is None:
-        # `dataset_text_field` can also name a column of messages. TRL then reads the column as
-        # messages.
-        is_chat = column in ("text", "messages", "conversations", "completion")
-        usual_format = "messages" if is_chat else "text"
-    row_format = recipe.overrides.get("data.train.format", usual_format)
+    # `dataset_text_field` can also name a column of messages. TRL then reads the column as
+    # messages.
+    is_chat = column in ("text", "messages", "conversations", "completion")
+    row_format = METHOD_FORMATS.get(recipe.method, "messages" if is_chat else "text")
+    row_format = recipe.overrides.get("data.train.format", row_format)
 
     if "data.train.source" not in recipe.overrides:
         for key in recipe.source.keys:
@@ -216,7 +209,7 @@ def _set_trl_rows(recipe: Translation) -> None:
             splits["data.validation"] = "dataset_test_split"
         for key, split in splits.items():
             names = {"dataset_name": "source", "dataset_config": "name", split: "split"}
-            source = _renamed(recipe, "", names)
+            source = _renamed(recipe.get, names)
             if "source" not in source:
                 continue
             source["format"] = row_format
@@ -225,15 +218,12 @@ def _set_trl_rows(recipe: Translation) -> None:
             recipe.set_key(key, source, *names)
 
     answers_only = recipe.names["answers_only"]
+    # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised too.
+    # If the key is null or missing, only the completions are supervised.
+    is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
     if any(map(recipe.is_on, answers_only)):
         is_masked = row_format != "text"
-    else:
-        # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised
-        # too. If the key is null or missing, only the completions are supervised.
-        is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
-    train_on = "all"
-    if is_masked or recipe.method != "sft":
-        train_on = "response"
+    train_on = "response" if is_masked or recipe.method != "sft" else "all"
     recipe.set_key(
         "data.train_on", train_on, *answers_only, why=f"The rows have the format {row_format}."
     )
@@ -251,11 +241,10 @@ def _set_rows(recipe: Translation, part: str) -> None:
     names = []
     for prefix, usual_type in rows[part].items():
         if f"data.{part}.source" in recipe.overrides:
+            why = "The data set on the command line replaces this key."
             for name in keys:
-                if name == prefix or name.startswith(f"{prefix}."):
-                    recipe.note(
-                        name, "The data set on the command line replaces this key.", differs=False
-                    )
+                if f"{name}.".startswith(f"{prefix}."):
+                    recipe.note(name, why, differs=False)
             continue
         # In this case the value lists names of data sets, and the file has no other keys for them.
         if recipe.listed(prefix):
@@ -267,14 +256,10 @@ def _set_rows(recipe: Translation, part: str) -> None:
 
         # An entry is one data set. Its keys start with the prefix, or with the prefix and an index
         # if there is a list of data sets.
-        pattern = rf"{re.escape(prefix)}(\.[0-9]+)?(?=\.)"
-        entries = set()
-        for key in keys:
-            match = re.match(pattern, key)
-            if match:
-                entries.add(match[0])
-        # Sort by length too, so that item 10 comes after item 9.
-        for entry in sorted(sorted(entries), key=len):
+        pattern = re.compile(rf"{re.escape(prefix)}(\.[0-9]+)?(?=\.)")
+        # A dict removes duplicates and keeps the order of the file.
+        entries = dict.fromkeys(match[0] for match in map(pattern.match, keys) if match)
+        for entry in entries:
             names.append(prefix)
             sources += _read_entry(recipe, entry, usual_type, names)
 
@@ -292,9 +277,8 @@ def _read_entry(
     rows = recipe.table["rows"]
 
     def get(key: str) -> Any:
-        name = f"{entry}.{key}"
-        names.append(name)
-        return recipe.get(name)
+        names.append(f"{entry}.{key}")
+        return recipe.get(names[-1])
 
     kind = "text" if recipe.has("stage", "pt") else METHOD_FORMATS.get(recipe.method, "sft")
     type_key = f"{entry}.{rows['type']}"
@@ -302,8 +286,7 @@ def _read_entry(
     for key, value in _implied_by_type(recipe, kind, type_key, named_type).items():
         recipe.defaults[f"{entry}.{key}"] = value
 
-    named = [get(key) for key in rows["sources"]]
-    files = next(filter(None, named), None)
+    files = next(filter(None, [get(key) for key in rows["sources"]]), None)
     if files is None:
         raise recipe.error(
             f"{entry}.{rows['sources'][-1]}",
@@ -316,11 +299,8 @@ def _read_entry(
         if kind == "sft" and recipe.get(f"{entry}.{key}") == role:
             get(key)
             row_format = format_of_role
-    columns_of_theirs = rows["columns"].get(row_format, {})
-    columns = _renamed(recipe, f"{entry}.", columns_of_theirs)
-    source = _renamed(recipe, f"{entry}.", rows["keys"])
-    names += [f"{entry}.{key}" for key in (*columns_of_theirs, *rows["keys"])]
-    source["format"] = row_format
+    columns = _renamed(get, rows["columns"].get(row_format, {}))
+    source = _renamed(get, rows["keys"]) | {"format": row_format}
     # A column with the name that the recipe expects needs no mapping.
     mapped = {ours: name for ours, name in columns.items() if ours and name != ours}
     if mapped:
@@ -367,16 +347,16 @@ def _implied_by_type(
     raise recipe.error(type_key, f"the supported types are {', '.join(types)}", _NAME_ROWS)
 
 
-def _renamed(recipe: Translation, prefix: str, ours_of_theirs: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of those keys of the other tool that are set, by the recipe's names.
+def _renamed(get: Callable[[str], Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of the other tool's keys that are set, by their names in the recipe.
 
     Args:
-        prefix: the text that is put before each key of the other tool.
-        ours_of_theirs: key of the other tool -> name in the recipe.
+        get: returns the value of a key of the other tool.
+        names: key of the other tool -> name in the recipe. The last key with a name wins.
     """
     values = {}
-    for theirs, ours in ours_of_theirs.items():
-        value = recipe.get(f"{prefix}{theirs}")
+    for theirs, ours in names.items():
+        value = get(theirs)
         if value:
             values[ours] = value
     return values
@@ -398,10 +378,12 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
         fix = f"put the file in {paths[0].parent}, or {_NAME_ROWS}"
         raise recipe.error(prefix, f"{file}, which describes the data set, was not found", fix)
 
-    listed = list(source_keys(path))
-    # The entry of a data set is a mapping, so its dotted keys start with the data set's name and a
-    # dot.
-    known = {leaf.key.partition(".")[0] for leaf in listed if "." in leaf.key}
+    # Key of each data set -> its leaves by key, such as `file_name` or `columns.prompt`.
+    known: dict[str, dict[str, SourceKey]] = {}
+    for leaf in source_keys(path):
+        name, dot, key = leaf.key.partition(".")
+        if dot:
+            known.setdefault(name, {})[key] = leaf
     for number, name in enumerate(recipe.listed(prefix)):
         if name not in known:
             fix = f"did you mean {nearest(name, known) or name}? If not, {_NAME_ROWS}"
@@ -409,18 +391,13 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
 
         entry = f"{prefix}.{number}"
         recipe.defaults[f"{entry}.num_samples"] = recipe.get("max_samples")
-        for leaf in listed:
-            section, _, rest = leaf.key.partition(".")
-            if section != name:
-                continue
-
+        for key, leaf in known[name].items():
             value = leaf.value
-            if rest == "file_name":
+            if key == "file_name":
                 # Paths in dataset_info.json are relative to its folder. Make them relative to
                 # `base`.
                 value = os.path.relpath(path.parent / str(value), base)
-            key = f"{entry}.{rest}"
-            recipe.source.keys[key] = replace(leaf, key=key, value=value)
+            recipe.source.keys[f"{entry}.{key}"] = SourceKey(f"{entry}.{key}", value, leaf.where)
 
 
 def _set_train_on(recipe: Translation) -> None:
@@ -457,9 +434,7 @@ def _set_lengths(recipe: Translation) -> None:
 
     held_out = recipe.number("hold_out")
     if held_out and "data.validation" not in recipe.values:
-        size = f"{held_out:g} examples"
-        if held_out < 1:
-            size = f"{held_out * 100:g} %"
+        size = f"{held_out * 100:g} %" if held_out < 1 else f"{held_out:g} examples"
         recipe.set_key("data.hold_out", size, "hold_out")
 
     epochs = recipe.number("epochs")
@@ -474,16 +449,13 @@ def _set_lengths(recipe: Translation) -> None:
 def _set_schedule(recipe: Translation) -> None:
     """Set the betas, the minimum learning rate and the warm-up."""
     if any(map(recipe.is_set, _BETAS)):
-        betas = []
-        for name, default in _BETAS.items():
-            betas.append(recipe.number(name) if recipe.is_set(name) else default)
+        betas = [recipe.number(name) if recipe.is_set(name) else _BETAS[name] for name in _BETAS]
         recipe.set_key("train.betas", betas, *_BETAS)
 
     if recipe.is_set("min_rate_share"):
-        rate = recipe.number("min_rate_share") * recipe.number("train.learning_rate")
-        # Round the minimum rate for the recipe, because 0.1 * 3e-5 is 3.0000000000000004e-06.
-        rate = float(f"{rate:.12g}")
         names = ("min_rate_share", "train.learning_rate")
+        # Round the minimum rate for the recipe, because 0.1 * 3e-5 is 3.0000000000000004e-06.
+        rate = float(f"{recipe.number(names[0]) * recipe.number(names[1]):.12g}")
         recipe.set_key("train.min_learning_rate", rate, *names)
 
     warmup = length(recipe.number("warmup_steps") or recipe.number("warmup_share"))
@@ -511,11 +483,11 @@ def _set_intervals(recipe: Translation) -> None:
             # (`logging_steps`).
             steps = recipe.number("log.every") or 500
 
+        if not per_epoch and strategy == "epoch":
+            per_epoch = 1
         every = None
         if per_epoch:
             every = f"{1 / per_epoch:g} epochs"
-        elif strategy == "epoch":
-            every = "1 epochs"
         elif strategy == "steps" and steps:
             every = length(steps)
         recipe.set_key(key, every, *names)

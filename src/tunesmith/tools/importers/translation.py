@@ -261,15 +261,12 @@ class Translation:
         A recipe key is removed if the recipe, with its other values, does not read it. Each key of
         the file that is neither in the recipe nor noted yet gets a note.
         """
-        unread = {key: self.unread(key) for key in self.values}
-        for key, why in unread.items():
-            if why:
-                del self.values[key]
+        unread = {key: why for key in self.values if (why := self.unread(key))}
+        for key in unread:
+            del self.values[key]
 
         mentioned = self.mentioned
         for key, why in unread.items():
-            if not why:
-                continue
             for origin in self.origins[key]:
                 if origin.key in self.source.keys and origin.key not in mentioned:
                     self.note(origin, why, differs=False)
@@ -323,13 +320,9 @@ class Translation:
         """Recipe key -> comment that names the origins of the value."""
         comments = {}
         for key in self.values:
+            parts = [f"{item.where} {item.key}: {_shown(item)}" for item in self.origins[key]]
             # A dict removes duplicate parts and keeps their order.
-            parts = {}
-            for origin in self.origins[key]:
-                parts[f"{origin.where} {origin.key}: {_shown(origin)}"] = True
-            for reason in self.reasons[key]:
-                if reason:
-                    parts[reason] = True
+            parts = list(dict.fromkeys(filter(None, parts + self.reasons[key])))
             comments[key] = "; ".join(parts) or f"{self.source.tool}'s default"
         return comments | dict.fromkeys(self.overrides, "given on the command line")
 
@@ -360,9 +353,9 @@ class Translation:
 
         Above each value, a comment names the origin of the value.
         """
+        # Escape characters outside ASCII, some of which YAML readers take for line breaks.
         comments = {}
         for key, comment in self.comments.items():
-            # Escape line breaks and characters outside ASCII, so that a comment is a single line.
             comments[key] = comment.encode("ascii", "backslashreplace").decode()
         values = resolve_paths(tree, relative_to=folder).plain()
         return f"{head}\n{to_yaml(values, comments)}"
@@ -376,8 +369,7 @@ def length(number: float) -> str:
 def _shown(key: SourceKey) -> str:
     """Return the value of a key as text for a comment: one line, in ASCII and without secrets."""
     value = key.value
-    is_secret = any(map(is_secret_name, key.key.split(".")))
-    if is_secret and isinstance(value, str):
+    if isinstance(value, str) and any(map(is_secret_name, key.key.split("."))):
         return '"***"'
 
     if isinstance(value, str):
