@@ -117,9 +117,8 @@ def _describe_single_run(run: RunFiles) -> Verdict:
     best = run.best_val_loss_text
     if best is not None:
         return Verdict("alone", f"{headline}, lowest val_loss {best}", [])
-    reasons = []
-    if not run.validation_hash:
-        reasons.append("Without held-out rows the quality is unknown: data.hold_out: 5 %.")
+    reason = "Without held-out rows the quality is unknown: data.hold_out: 5 %."
+    reasons = [] if run.validation_hash else [reason]
     return Verdict("alone", f"{headline}, without val_loss", reasons)
 
 
@@ -163,10 +162,7 @@ def _compare(runs: Sequence[RunFiles]) -> Verdict:
     # Compare the best run with the first run that is not significantly worse. This need not be the
     # run with the smallest difference, because the significance also depends on how much the
     # difference varies between rows.
-    not_apart = [other for other in others if not compared[other][1]]
-    nearest = others[0]
-    if not_apart:
-        nearest = not_apart[0]
+    nearest = next((other for other in others if not compared[other][1]), others[0])
     sentence, is_apart = compared[nearest]
     first = runs[best]
     second = runs[nearest]
@@ -183,11 +179,10 @@ def _compare(runs: Sequence[RunFiles]) -> Verdict:
     if is_apart:
         headline = f"{first.label} is better on these rows: {against}"
         return Verdict("better", headline, reasons, (best,))
+    kind, headline = "equal", "No significant difference"
     if is_apart is None:
-        headline = f"No verdict, because too few rows differ: {first.label} has {against}"
-        return Verdict("none", headline, reasons)
-    headline = f"No significant difference: {first.label} has {against}"
-    return Verdict("equal", headline, reasons)
+        kind, headline = "none", "No verdict, because too few rows differ"
+    return Verdict(kind, f"{headline}: {first.label} has {against}", reasons)
 
 
 def _eval_command(runs: Sequence[RunFiles]) -> str:
@@ -213,19 +208,13 @@ def _common_evals(runs: Sequence[RunFiles]) -> dict[int, MeasuredRows]:
         # weights last, so that they are used.
         evals = sorted(run.evals, key=lambda result: result["step"] == run.final_step)
         for result in evals:
-            if is_sft:
-                measured = _row_losses(run, result)
-            else:
-                measured = _row_orders(result)
-            if measured is None:
-                continue
-            rows = (len(measured.values), measured.row_hash)
-            by_rows.setdefault(rows, {})[index] = measured
+            measured = _row_losses(run, result) if is_sft else _row_orders(result)
+            if measured is not None:
+                rows = (len(measured.values), measured.row_hash)
+                by_rows.setdefault(rows, {})[index] = measured
 
-    if not by_rows:
-        return {}
-    most_shared = max(by_rows, key=lambda rows: (len(by_rows[rows]), rows))
-    return by_rows[most_shared]
+    most_shared = max(by_rows, key=lambda rows: (len(by_rows[rows]), rows), default=None)
+    return by_rows[most_shared] if most_shared else {}
 
 
 def _row_losses(run: RunFiles, result: EvalScores) -> MeasuredRows | None:
@@ -249,10 +238,8 @@ def _row_orders(result: EvalScores) -> MeasuredRows | None:
     Unlike losses, these values can be compared between all training methods.
     """
     score = result["scores"].get(PAIRS)
-    if not score:
-        return None
-    values = score.get("by_row", {}).get("tuned")
-    if not values:
+    values = score.get("by_row", {}).get("tuned") if score else None
+    if not score or not values:
         return None
     return MeasuredRows(result["data"], result["row_hash"], score["tuned"][0], values, None)
 
@@ -278,19 +265,16 @@ def _compare_rows(
         return sentence, paired.is_apart
 
     loss = paired_losses(first, second, tokens)
-    sentence = loss_sentence(loss, **names)
-    if loss.interval is None:
-        return sentence, None
-    return sentence, loss.is_apart
+    return loss_sentence(loss, **names), loss.is_apart if loss.interval else None
 
 
 def _differences(first: RunFiles, second: RunFiles) -> str:
     """Return a sentence that lists the differing keys and inputs that affect training."""
-    differences = []
-    for difference in differing_keys([first, second]):
-        if difference.learns:
-            values = " against ".join(map(json.dumps, difference.values))
-            differences.append(f"`{difference.key}` ({values})")
+    differences = [
+        f"`{key}` ({' against '.join(map(json.dumps, values))})"
+        for key, values, learns in differing_keys([first, second])
+        if learns
+    ]
     for key, name in HASHES_OF_INPUTS.items():
         if first.env.get(key) != second.env.get(key):
             differences.append(name)

@@ -88,16 +88,12 @@ def curves(runs: Sequence[RunFiles]) -> tuple[list[Fields], list[tuple[str, str]
     constants = []
     for field in (*CHARTS, *others):
         lines = [line for line in _lines_of(runs, field) if line.x]
-        if not lines:
-            continue
-        values = set[float]()
-        for line in lines:
-            values.update(line.y)
+        values = {value for line in lines for value in line.y}
         if len(values) == 1:
             constants.append((field, f"{values.pop():.4g}"))
-            continue
-        series = [line._asdict() for line in lines]
-        charts.append({"title": field, "from_zero": field in FROM_ZERO, "series": series})
+        elif values:
+            series = [line._asdict() for line in lines]
+            charts.append({"title": field, "from_zero": field in FROM_ZERO, "series": series})
     return charts, constants
 
 
@@ -107,16 +103,16 @@ def _lines_of(runs: Sequence[RunFiles], field: str) -> Iterator[Line]:
     If there are several runs, each run has one color and only its rank 0 is shown. If there is a
     single run, each rank has one color.
     """
-    is_single = len(runs) == 1
-    if is_single and field in _PER_RANK:
-        by_rank = _by_rank(runs[0], field)
-        if by_rank.keys() - {0}:
-            for rank, columns in by_rank.items():
-                yield from _lines(columns, field, f"rank {rank}", rank)
-            return
-    for index, run in enumerate(runs):
-        label = field if is_single else run.label
-        yield from _lines(run.figures.columns, field, label, index)
+    if len(runs) > 1:
+        for index, run in enumerate(runs):
+            yield from _lines(run.figures.columns, field, run.label, index)
+        return
+    by_rank = _by_rank(runs[0], field) if field in _PER_RANK else {}
+    if by_rank.keys() <= {0}:
+        yield from _lines(runs[0].figures.columns, field, field, 0)
+        return
+    for rank, columns in by_rank.items():
+        yield from _lines(columns, field, f"rank {rank}", rank)
 
 
 def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Line]:
@@ -147,16 +143,11 @@ def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
     If there are many ranks, return only rank 0 and the ranks with the lowest and highest means.
     """
     columns = {0: run.figures.columns} | run.ranks
-    means: dict[int, float] = {}
-    for rank in sorted(columns):
-        value = mean(columns[rank].get(field, []))
-        if value is not None:
-            means[rank] = value
-
-    ranks = list(means)
+    means = {rank: mean(columns[rank].get(field, [])) for rank in sorted(columns)}
+    measured = {rank: value for rank, value in means.items() if value is not None}
+    ranks = list(measured)
     if len(ranks) > MAX_RANKS:
-        others = [rank for rank in ranks if rank != 0]
-        others.sort(key=means.__getitem__)
+        others = sorted(filter(None, ranks), key=measured.__getitem__)
         ranks = sorted({0, *others[:3], *others[-3:]})
     return {rank: columns[rank] for rank in ranks}
 
@@ -170,10 +161,11 @@ def downsample(
     is therefore still visible, unlike with means. Values that are None, NaN or infinite are
     skipped.
     """
-    pairs = []
-    for a, b in zip(x, y, strict=False):
-        if a is not None and b is not None and math.isfinite(b):
-            pairs.append((float(a), b))
+    pairs = [
+        (float(a), b)
+        for a, b in zip(x, y, strict=False)
+        if a is not None and b is not None and math.isfinite(b)
+    ]
     if len(pairs) > points:
         chosen = {pairs[0], pairs[-1]}
         # Each interval gives two points: the minimum and the maximum.

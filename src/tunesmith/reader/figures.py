@@ -67,13 +67,10 @@ def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """
     figures: list[tuple[str, Sequence[Figure]]] = []
     for name, figure in FIGURE_ROWS.items():
-        cells = [figure(run) for run in runs]
-        # Omit a row if no run has a value.
-        if any(cells):
-            figures.append((name, cells))
+        figures.append((name, [figure(run) for run in runs]))
     figures += eval_figures(runs)
-
-    return [(name, [figure_text(cell) for cell in cells]) for name, cells in figures]
+    # Omit a row if no run has a value.
+    return [(name, list(map(figure_text, cells))) for name, cells in figures if any(cells)]
 
 
 def figure_text(value: Figure) -> str:
@@ -94,45 +91,36 @@ def eval_figures(runs: Sequence[RunFiles]) -> list[tuple[str, list[str | None]]]
     Results of several runs are in the same table row if they are for the same data rows. The name
     of the data file does not matter.
     """
-    # Maps each table row to one list of texts per run. The list has one text for each checkpoint of
-    # the run that was evaluated.
-    lines: dict[tuple[str, str], list[list[str]]] = {}
+    # Maps each table row to the texts of each run, one for each checkpoint that was evaluated. A
+    # dict removes duplicates, because several files of scores can contain the same loss.
+    lines: dict[tuple[str, str], list[dict[str, bool]]] = {}
     labels: dict[tuple[str, str], str] = {}
     for index, run in enumerate(runs):
         for result in run.evals:
-            measured_on = f"{result['data']}, {count_of(result['rows'], 'row')}"
             at_step = f"at step {result['step']}"
             if result["seen"]:
                 at_step += f" ({result['seen']} of the rows were trained on)"
             for name, row_hash, text in _eval_texts(result):
                 key = (name, row_hash)
                 if key not in lines:
-                    lines[key] = [[] for _ in runs]
-                    label = f"eval: {name} ({measured_on})"
+                    label = f"eval: {name} ({result['data']}, {count_of(result['rows'], 'row')})"
                     # Different data rows can have the same label. Add a hash to distinguish them.
                     if label in labels.values():
                         label += f", {row_hash[:8]}"
                     labels[key] = label
-                cells = lines[key][index]
-                cell = f"{text} {at_step}"
-                # Add each text only once, because several files of scores can contain the same
-                # loss.
-                if cell not in cells:
-                    cells.append(cell)
+                    lines[key] = [{} for _ in runs]
+                lines[key][index][f"{text} {at_step}"] = True
 
-    rows = []
-    for key, line in lines.items():
-        rows.append((labels[key], ["; ".join(cells) or None for cells in line]))
-    return rows
+    return [
+        (labels[key], ["; ".join(cells) or None for cells in line]) for key, line in lines.items()
+    ]
 
 
 def _eval_texts(result: EvalScores) -> Iterator[tuple[str, str, str]]:
     """Yield the loss and each score of an eval as a tuple (name, hash of the data rows, text)."""
     if result["losses"] is not None:
         rows = result["row_losses"]
-        row_hash = result["row_hash"]
-        if rows:
-            row_hash = rows["row_hash"]
+        row_hash = rows["row_hash"] if rows else result["row_hash"]
         yield "loss", row_hash, _losses_text(result["losses"], rows)
     for scorer, score in result["scores"].items():
         yield scorer, result["row_hash"], _score_text(score)
@@ -143,16 +131,13 @@ def _losses_text(losses: dict[str, float], rows: RowLosses | None) -> str:
 
     The intervals are omitted if there are too few rows, or if the loss of each row is not known.
     """
-    text = "not finite"
-    if "tuned" in losses:
-        text = f"{losses['tuned']:.4f}"
+    text = f"{losses['tuned']:.4f}" if "tuned" in losses else "not finite"
     if rows:
         zeros = [0.0] * len(rows["tuned"])
         own = paired_losses(zeros, rows["tuned"], rows["tokens"]).interval
         if own is not None:
             # Limit the interval, because a loss is never below 0.
-            low = max(own.low, 0.0)
-            text += f" ({low:.4f} to {own.high:.4f})"
+            text += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
 
     if "base" not in losses:
         return text
@@ -176,13 +161,10 @@ def _score_text(score: Score) -> str:
 
     text = percent(score["tuned"])
     base = score.get("base")
-    if not base:
-        return text
-    text += f", base {percent(base)}"
-
     difference = score.get("difference")
-    if difference:
-        # Convert to percentage points.
+    if base:
+        text += f", base {percent(base)}"
+    if base and difference:
         mean, low, high = (100 * value for value in difference)
         text += f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
     return text
@@ -197,11 +179,8 @@ def environment_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[object], 
 
     rows = []
     for name in dict.fromkeys(chain(*environments)):
-        # Skip a key such as `x.why`, because it is the reason for the value of `x` and has no table
-        # row.
-        if name.endswith(".why"):
-            continue
-        values = [env.get(name) for env in environments]
-        differs = len(set(map(str, values))) > 1
-        rows.append((name, values, differs))
+        # A key such as `x.why` is the reason for the value of `x` and has no table row.
+        if not name.endswith(".why"):
+            values = [env.get(name) for env in environments]
+            rows.append((name, values, len(set(map(str, values))) > 1))
     return rows

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import pydantic_core
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -18,7 +19,7 @@ from tunesmith.metrics.conversations import Turn, conversations_of, whole_charac
 from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
-from tunesmith.reader.run_files import RunFiles, end_fields, to_json
+from tunesmith.reader.run_files import RunFiles, end_fields
 from tunesmith.run_dir import RECIPE, Fields, read_bytes, shown
 from tunesmith.units import format_seconds
 
@@ -57,9 +58,8 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
 
     A live page asks its server regularly whether the runs have changed.
     """
-    loader = PackageLoader("tunesmith.reader", "templates")
     env = Environment(
-        loader=loader,
+        loader=PackageLoader("tunesmith.reader", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -68,6 +68,8 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
     env.filters |= {"value": _value, "duration": format_seconds}
     script = _static(LIVE_SCRIPTS if live else SCRIPTS)
     charts, constants = curves(runs)
+    # A number that is not finite becomes null, because JSON has no such number.
+    chart_json = pydantic_core.to_json(charts, inf_nan_mode="null").decode()
     samples, system = prompts_of(runs)
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
@@ -89,7 +91,7 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
         script=Markup(script),
         styles=Markup(_static(STYLES)),
         # Escape "<", so that "</script>" in a text does not close the script element.
-        charts=Markup(to_json(charts).replace("<", "\\u003c")),
+        charts=Markup(chart_json.replace("<", "\\u003c")),
     )
 
 
@@ -131,43 +133,36 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
     conversations, system = conversations_of(sample["prompt"] for sample in samples)
     prompts = []
     for text, turns in conversations.items():
-        prompt_samples = [sample for sample in samples if sample["prompt"] == text]
-        places = (sample["row"] for sample in prompt_samples if sample.get("row"))
-        expected = (sample["expected"] for sample in prompt_samples if sample.get("expected"))
-
+        before = []
         answers = []
         others = []
         for run in runs:
             run_samples = [sample for sample in run.samples if sample["prompt"] == text]
-            # Use the answer of the final weights if there is one, else the newest answer.
+            # Show the answer of the final weights if there is one, else the newest answer.
             final = [sample for sample in run_samples if sample["step"] == run.final_step]
             newest = final[-1:] or run_samples[-1:]
             for sample in run_samples:
                 step = sample["step"]
                 answer = whole_characters(sample["answer"])
                 shown_answer = ShownAnswer(run.label, step, answer, step == run.final_step)
-                if sample in newest or step == 0:
+                if step == 0:
+                    before.append(shown_answer)
+                    answers.append(shown_answer)
+                elif sample in newest:
                     answers.append(shown_answer)
                 else:
                     others.append(shown_answer)
 
-        place = shown(next(places, None) or "")
-        answers = _merge_equal_answers(answers)
-        prompts.append(ShownPrompt(place, turns, next(expected, None) or "", answers, others))
+        # Merge the answers before training into one answer if they are equal. They are equal if the
+        # runs have the same base model.
+        if len(before) > 1 and len({answer.text for answer in before}) == 1:
+            merged = before[0]._replace(label=", ".join(answer.label for answer in before))
+            answers = [merged, *(answer for answer in answers if answer.step)]
+        prompt_samples = [sample for sample in samples if sample["prompt"] == text]
+        row = next((sample["row"] for sample in prompt_samples if sample.get("row")), "")
+        expected = (sample["expected"] for sample in prompt_samples if sample.get("expected"))
+        prompts.append(ShownPrompt(shown(row), turns, next(expected, ""), answers, others))
     return prompts, system
-
-
-def _merge_equal_answers(answers: Sequence[ShownAnswer]) -> list[ShownAnswer]:
-    """Merge the answers before training into one answer if they are equal.
-
-    They are equal if the runs have the same base model.
-    """
-    before = [answer for answer in answers if answer.step == 0]
-    if len(before) < 2 or len({answer.text for answer in before}) > 1:
-        return [*answers]
-
-    merged = before[0]._replace(label=", ".join(answer.label for answer in before))
-    return [merged, *(answer for answer in answers if answer.step)]
 
 
 def _reproduce(run: RunFiles) -> Fields:
@@ -181,10 +176,8 @@ def _reproduce(run: RunFiles) -> Fields:
     command = None
     if env.get("command"):
         program, *words = map(str, env["command"])
-        program = Path(program).name
-        # The command was `python -m tunesmith`, so show it as `tunesmith`.
-        if program == "__main__.py":
-            program = "tunesmith"
+        # `__main__.py` means that the command was `python -m tunesmith`.
+        program = Path(program).name.replace("__main__.py", "tunesmith")
         command = shell_command([program, *words])
 
     output = shell_word(shown(f"output_dir={run.folder}-again"))

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import pydantic_core
-
 from tunesmith.checkpoint.previous_crash import find_previous_crash
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
@@ -199,21 +197,14 @@ class RunFiles:
         lines = content.decode(errors="replace").splitlines()
         self.log_tail = lines[-LOG_LINES:]
 
-        # Keep each different warning only once, in the order of the file.
-        warnings = {}
-        for line in lines:
-            _, marker, text = line.partition("warning: ")
-            if marker:
-                warnings[text.strip()] = True
-        self.warnings = list(warnings)[-WARNINGS:]
+        warnings = [line.partition("warning: ")[2] for line in lines if "warning: " in line]
+        # A dict removes duplicates and keeps the order of the file.
+        self.warnings = list(dict.fromkeys(map(str.strip, warnings)))[-WARNINGS:]
 
     def signature(self) -> object:
         """Return a value that changes when a file of the run or its state changes."""
-        signatures: list[object] = [is_at_work(self.folder)]
-        for pattern in PARTS:
-            for path in sorted(self.folder.glob(pattern)):
-                signatures.append((str(path), signature_of(path)))
-        return signatures
+        paths = [path for pattern in PARTS for path in sorted(self.folder.glob(pattern))]
+        return is_at_work(self.folder), [(str(path), signature_of(path)) for path in paths]
 
     @property
     def final_step(self) -> int | None:
@@ -326,8 +317,3 @@ def signature_of(path: Path) -> tuple[int, int, int]:
     except OSError:
         return (0, 0, 0)
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def to_json(value: object) -> str:
-    """Convert a value to strict JSON. Numbers that are not finite become null."""
-    return pydantic_core.to_json(value, inf_nan_mode="null").decode()

@@ -56,10 +56,14 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
         raise UsageError(
             "no runs were given", where="compare(...)", fix="give at least one run directory"
         )
-    read = [RunFiles(folder) for folder in with_runs_of_folders([os.fspath(run) for run in runs])]
+    read = [RunFiles(folder) for folder in with_runs_of_folders(list(map(os.fspath, runs)))]
     label_apart(read)
+    # Leave out recipe keys that do not affect the trained weights.
+    figures = {
+        key: list(map(json.dumps, values)) for key, values, learns in differing_keys(read) if learns
+    }
     names = tuple(run.label for run in read)
-    return Comparison(names, judge(read), _figures(read))
+    return Comparison(names, judge(read), figures | dict(figure_rows(read)))
 
 
 def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
@@ -87,37 +91,22 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "memory_gib": figures.memory_gib,
                 "evals": [_without_rows(result) for result in run.evals],
                 "warnings": run.warnings,
-                "damaged": [str(file) for file in run.damaged],
+                "damaged": list(map(str, run.damaged)),
             }
         )
-    keys = differing_keys(runs)
+    best = [runs[index].label for index in verdict.best]
     return {
-        "verdict": {
-            **verdict._asdict(),
-            "best": [runs[index].label for index in verdict.best],
-        },
+        "verdict": verdict._asdict() | {"best": best},
         "runs": rows,
-        "differing_keys": {difference.key: difference.values for difference in keys},
+        "differing_keys": {key: values for key, values, _ in differing_keys(runs)},
     }
 
 
 def _without_rows(result: EvalScores) -> Fields:
     """Return the scores of an `eval` without the lists that have a value for each row."""
-    values = {key: value for key, value in result.items() if key != "row_losses"}
-    values["scores"] = {
-        scorer: {key: value for key, value in score.items() if key != "by_row"}
-        for scorer, score in result["scores"].items()
-    }
+    scores = {}
+    for scorer, score in result["scores"].items():
+        scores[scorer] = {key: value for key, value in score.items() if key != "by_row"}
+    values = {**result, "scores": scores}
+    del values["row_losses"]
     return values
-
-
-def _figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Return the value of `Comparison.figures`.
-
-    Recipe keys are left out if they do not affect the trained weights.
-    """
-    texts = {}
-    for difference in differing_keys(runs):
-        if difference.learns:
-            texts[difference.key] = [json.dumps(value) for value in difference.values]
-    return texts | dict(figure_rows(runs))

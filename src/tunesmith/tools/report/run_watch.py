@@ -65,11 +65,8 @@ def _print_address(address: str, *, browser: bool) -> None:
     Args:
         browser: also open the page in a browser.
     """
-    print(f"watching: {address}", flush=True)
-    print(
-        "only a browser on this machine can open this URL; ctrl-C stops the server",
-        flush=True,
-    )
+    print(f"watching: {address}")
+    print("only a browser on this machine can open this URL; ctrl-C stops the server", flush=True)
     connection = os.environ.get("SSH_CONNECTION", "").split()
     if connection:
         port = address.split(":")[2].partition("/")[0]
