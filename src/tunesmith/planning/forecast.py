@@ -71,9 +71,7 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")
     if scheme_of(model).has_fp8_matmuls:
-        scaling = ("fp8", "assumed")
-        if not chip.fp8:
-            scaling = (None, f"{chip.name} has no fp8 matmuls")
+        scaling = ("fp8", "assumed") if chip.fp8 else (None, f"{chip.name} has no fp8 matmuls")
     machine = Machine(
         device="cpu" if is_cpu else "cuda",
         free_bytes=size,
@@ -143,10 +141,8 @@ class Planner:
         reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
             reason = "the fastest in the forecast"
-        reason = f"{reason}, of {len(self.meshes())} possible meshes"
-        return replace(
-            plan, warnings=tuple(filter(None, warnings)), why={**plan.why, "mesh": reason}
-        )
+        why = {**plan.why, "mesh": f"{reason}, of {len(self.meshes())} possible meshes"}
+        return replace(plan, warnings=tuple(filter(None, warnings)), why=why)
 
     def find_short_steps(self, forecast: Forecast) -> ShortSteps | None:
         """Return a warning if steps are too short to overlap the gathering of weights with
@@ -157,11 +153,12 @@ class Planner:
         """
         run = self.run
         mesh = forecast.plan.mesh
-        exposed = forecast.seconds.get("shards", 0.0)
-        if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
-            return None
+        needed = forecast.hides_from
         share = rank_step(run, self.work.step, mesh).mean
-        if share >= forecast.hides_from:
+        if not forecast.step_seconds or share >= needed:
+            return None
+        waiting = forecast.seconds.get("shards", 0.0) / forecast.step_seconds
+        if waiting <= MIN_GAIN_SHARE:
             return None
         batch = run.train.global_batch
         # Round the batch up to a multiple of `unit`, because each data rank gets whole examples or
@@ -169,10 +166,8 @@ class Planner:
         unit = mesh.data
         if batch.unit == "tokens":
             unit *= run.row_tokens
-        amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
-        return ShortSteps(
-            exposed / forecast.step_seconds, share, forecast.hides_from, Size(amount, batch.unit)
-        )
+        amount = math.ceil(batch.amount * needed / share / unit) * unit
+        return ShortSteps(waiting, share, needed, Size(amount, batch.unit))
 
     def best(self) -> Forecast:
         """Return the forecast of the mesh that `train` uses.
@@ -225,11 +220,9 @@ class Planner:
                 )
             plan = replace(plan, why={**plan.why, "cpu offload": cost})
 
-        hours = None
-        if run.train.duration.seconds:
-            hours = run.train.duration.seconds / 3600
-        elif work.steps and step_seconds:
-            hours = work.steps * step_seconds / 3600
+        seconds = run.train.duration.seconds
+        if not seconds and work.steps and step_seconds:
+            seconds = work.steps * step_seconds
         return Forecast(
             plan,
             fits=needed <= room,
@@ -242,28 +235,24 @@ class Planner:
             hides_from=time.hides_from,
             step_seconds=step_seconds,
             tokens_per_second=tokens_per_second,
-            hours=hours,
+            hours=seconds / 3600 if seconds else None,
         )
 
     def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:
         """Return changes of the recipe with which the run needs less memory than with `plan`."""
-
+        longest = self.work.longest
         return savings.find_savings(
-            self.run,
-            plan,
-            self.machine,
-            lambda changed: self._changed(changed).best().plan,
-            longest=self.work.longest,
+            self.run, plan, self.machine, self._plan_changed, longest=longest
         )
 
-    def _changed(self, run: Run) -> "Planner":
-        """Return a planner for a changed recipe. `find_savings` uses it to try the change."""
+    def _plan_changed(self, run: Run) -> RunPlan:
+        """Return the plan for a changed recipe. `find_savings` uses it to try the change."""
         trained = self.trained
         if run.adapter.kind != self.run.adapter.kind:
             trained = _count_trained(run, self.spec)
-        batch = self.run.train.global_batch
-        factor = run.train.global_batch.amount / batch.amount
-        step = scale_step(self.work.step, factor)
-        longest = min(self.work.longest, run.row_tokens)
-        work = self.work._replace(step=step, longest=longest)
-        return replace(self, run=run, work=work, trained=trained)
+        factor = run.train.global_batch.amount / self.run.train.global_batch.amount
+        work = self.work._replace(
+            step=scale_step(self.work.step, factor),
+            longest=min(self.work.longest, run.row_tokens),
+        )
+        return replace(self, run=run, work=work, trained=trained).best().plan

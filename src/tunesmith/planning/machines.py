@@ -31,8 +31,8 @@ class Cluster:
 
     def describe(self) -> str:
         """Return a text such as `2 x 8 x NVIDIA H200`."""
-        counts = [str(count) for count in (self.nodes, self.per_node) if count > 1]
-        return " x ".join([*counts, self.chip.name])
+        counts = [f"{count} x " for count in (self.nodes, self.per_node) if count > 1]
+        return f"{''.join(counts)}{self.chip.name}"
 
     def bandwidth(self, ranks: int, stride: int) -> float:
         """Return the bytes per second that each rank can send in a ring of `ranks` ranks. The
@@ -51,7 +51,7 @@ class Cluster:
         if inside > 1:
             # The slowest connection limits a ring: the network to the next node, or a link within a
             # node.
-            return 1e9 * min(across, link)
+            across = min(across, link)
         return 1e9 * across
 
 
@@ -126,8 +126,7 @@ def _this_machine() -> Cluster:
     """
     gpus = list_gpus()
     if not gpus:
-        host = available_memory() / 2**30
-        return Cluster(Chip("cpu", host, bf16=multiplies_bf16()))
+        return Cluster(Chip("cpu", (available_memory() / 2**30), bf16=multiplies_bf16()))
     _, name, memory = gpus[0]
     gib = 0.0
     if memory.isdecimal():

@@ -280,11 +280,9 @@ class MemoryEstimator:
         adapter = self.run.adapter
         if self.trains_adapter:
             whole = count_adapter(self.spec, adapter)
-            on_rank = count_adapter(self.spec, adapter, tensor)
-            return self.trained - whole + on_rank
+            return self.trained - whole + count_adapter(self.spec, adapter, tensor)
         # `weights(1)` counts the elements in this rank's shard of each layer.
-        weights = sum(self.weights(1))
-        return ceil_div(weights * self.trained, self.spec.parameters * self.mesh.shard)
+        return ceil_div(sum(self.weights(1)) * self.trained, self.spec.parameters * self.mesh.shard)
 
     def base_bytes(self, itemsize: float) -> int:
         """Return the bytes of the base on one rank. If the base is frozen, only its layers are
@@ -400,8 +398,7 @@ class MemoryEstimator:
             spec.layers, saved.by_token, saved.constant, strict=True
         ):
             size = int(by_token * tokens + constant)
-            whole = int(self._whole_elements(layer) * tokens)
-            size += whole * itemsize
+            size += int(self._whole_elements(layer) * tokens) * itemsize
             # What a compiled layer saves is only known for layers with attention and a plain MLP,
             # not for recurrent layers and experts.
             is_plain = layer.heads and not layer.state and not layer.experts
@@ -410,8 +407,7 @@ class MemoryEstimator:
             if is_plain and self.machine.compiles[0]:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
-                probabilities = int(layer.heads * self.probabilities * tokens)
-                size += probabilities * itemsize
+                size += int(layer.heads * self.probabilities * tokens) * itemsize
             sizes.append(size)
         return sizes
 

@@ -126,8 +126,7 @@ def fastest_micro_batch(
         overrun = estimator.overrun(memory)
         if overrun:
             return overrun, 0.0
-        time = Step(estimator, cluster, work, memory, fixed).time()
-        return 0.0, sum(time.parts.values())
+        return 0.0, sum(Step(estimator, cluster, work, memory, fixed).time().parts.values())
 
     memories = []
     for count in range(max(1, rows), 0, -1):
@@ -161,8 +160,7 @@ def make_layout(run: Run, machine: Machine, chosen: MicroBatch, longest: int) ->
         # Pad row lengths to a multiple of a power of two. The power of two is at most row /
         # MIN_ROW_LENGTHS, where `row` is the longest row.
         row = chosen.memory.tokens if run.data.pack else longest
-        part = row // MIN_ROW_LENGTHS
-        bucket = 1 << max(0, part.bit_length() - 1)
+        bucket = 1 << max(0, (row // MIN_ROW_LENGTHS).bit_length() - 1)
     if not machine.compiles[0]:
         return MicroBatchLayout(size, multiple=bucket)
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK

@@ -79,12 +79,12 @@ def resolve_dtype(model: Model, train: Train, chip: Chip, spec: ModelSpec) -> tu
         return "fp32", "because train.optimizer_in_backward does not support fp16"
     if scheme_of(resolve_quantize(model, spec.quantized)) is not DENSE:
         return half, f"because the base is quantized, although {name} has no bf16 hardware"
-    weights = spec.parameters * torch.float32.itemsize / 2**30
-    if weights < MAX_FP32_SHARE * chip.gib:
-        why = f"because {name} has no bf16 hardware, and fp32 weights ({weights:.2g} GiB) fit"
-        return "fp32", why
-    why = f"fp32 weights ({weights:.2g} GiB) leave too little of {chip.gib:.2g} GiB"
-    return half, f"because {why}; {name} has no bf16 hardware"
+    gib = 4 * spec.parameters / 2**30
+    weights = f"fp32 weights ({gib:.2g} GiB)"
+    if gib < MAX_FP32_SHARE * chip.gib:
+        return "fp32", f"because {name} has no bf16 hardware, and {weights} fit"
+    why = f"{weights} leave too little of {chip.gib:.2g} GiB; {name} has no bf16 hardware"
+    return half, f"because {why}"
 
 
 def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
@@ -125,16 +125,12 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
         return "eager", files.support.why
     spec = files.spec
     # Skip layers with a sliding window, because tunesmith's attention kernels do not support it.
-    groups = [
-        layer.heads // layer.kv_heads
-        for layer in spec.layers
-        if not layer.window and layer.kv_heads
-    ]
+    layers = [layer for layer in spec.layers if not layer.window and layer.kv_heads]
     return attention.select_attention_backend(
         device,
         DTYPES[run.model.dtype],
         spec.head_dim,
-        group=groups[0] if groups else 1,
+        group=layers[0].heads // layers[0].kv_heads if layers else 1,
         softcap=spec.attention_softcap is not None,
     )
 
@@ -165,7 +161,6 @@ def probe_machine(
         free = free_memory(device)
         size = card_bytes(device)
     scaling = scheme_of(run.model).select_scaling(device, shapes)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     backend = attention_backend(run, files, device)
     machine = Machine(
         str(device),
@@ -177,7 +172,7 @@ def probe_machine(
         card_bytes=size,
         integrated=is_integrated(device),
         grouped_mm=uses_grouped_mm(device, DTYPES[run.model.dtype]),
-        name=name,
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         limit=limit,
     )
     return replace(machine, host_link=measure_link(run, machine, world))

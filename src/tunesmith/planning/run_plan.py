@@ -223,9 +223,13 @@ class MemoryEstimate:
     def describe(self) -> str:
         """Return a text that lists the parts of the memory estimate in GiB."""
         parts = "weights gradients optimizer gathered activations workspace host".split()
-        rare = ("gathered", "host")
-        sizes = {name: vars(self)[name] for name in parts if vars(self)[name] or name not in rare}
-        return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items()) + " GiB"
+        sizes = {name: vars(self)[name] for name in parts}
+        texts = [
+            f"{name} {size / 2**30:.1f}"
+            for name, size in sizes.items()
+            if size or name not in ("gathered", "host")
+        ]
+        return f"{', '.join(texts)} GiB"
 
 
 class Saving(NamedTuple):
@@ -359,6 +363,9 @@ class RunPlan:
             recompute = "full"
         elif self.recomputed_layers == 0:
             recompute = "none"
+        offload = list(self.cpu_offload)
+        if self.streamed_layers:
+            offload.append(f"{self.streamed_layers} of {self.layers} layers stream")
         choices = {
             "attention": f"{self.attention}, {self.kernel}" if self.kernel else self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
@@ -366,20 +373,13 @@ class RunPlan:
             "compile": "per layer" if self.compiled else "off",
             "recompute": recompute,
             "micro batch": f"{size.amount:,} {size.unit}",
+            "reference": self.reference,
+            "prompts": self.prompts,
+            "kernels": "deterministic" if self.deterministic else "",
+            "weight gradients": "accumulated in fp32" if self.fp32_gradients else "",
+            "cpu offload": ", ".join(offload),
         }
-        if self.reference:
-            choices["reference"] = self.reference
-        if self.prompts:
-            choices["prompts"] = self.prompts
-        if self.deterministic:
-            choices["kernels"] = "deterministic"
-        if self.fp32_gradients:
-            choices["weight gradients"] = "accumulated in fp32"
-        if self.cpu_offload:
-            choices["cpu offload"] = ", ".join(self.cpu_offload)
-            if self.streamed_layers:
-                choices["cpu offload"] += f", {self.streamed_layers} of {self.layers} layers stream"
-        return choices
+        return {name: text for name, text in choices.items() if text}
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
         """Return advice to the user for a run that does not fit.
@@ -388,16 +388,15 @@ class RunPlan:
             resumed: whether the run has a checkpoint.
             recompute: whether to propose the recomputation of more layers.
         """
-        savings = []
-        for saving in self.savings():
-            if recompute or not saving.keys.startswith("train.recompute"):
-                savings.append(saving)
+        savings = list(self.savings())
+        if not recompute:
+            savings = [each for each in savings if not each.keys.startswith("train.recompute")]
         if not savings:
             return "use a smaller model, more GPUs, or a device with more memory"
         resumable = [saving for saving in savings if saving.resumes]
+        suffix = " with --fresh" if resumed and not resumable else ""
         if resumed and resumable:
             savings = resumable
         # Separate the choices with "; or ", so that long fixes are printed with one choice per
         # line.
-        keys = "; or ".join(saving.describe() for saving in savings)
-        return f"set {keys} with --fresh" if resumed and not resumable else f"set {keys}"
+        return f"set {'; or '.join(saving.describe() for saving in savings)}{suffix}"

@@ -212,8 +212,7 @@ class Step:
             copied = 2 * 2 * gathered + (1 + itemsize / 4) * reduced
         gather = self._ring_seconds(gathered, shard, tensor)
         reduce = self._ring_seconds(reduced, shard, tensor)
-        copies = copied / self._memory_bandwidth
-        return gather, reduce, copies, embedding_share
+        return gather, reduce, copied / self._memory_bandwidth, embedding_share
 
     def _gradient_seconds(self, backward: float) -> float:
         """Estimate the seconds per step for the sum of gradients over the data ranks.

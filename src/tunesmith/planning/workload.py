@@ -190,8 +190,7 @@ def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     """Return the tokens of a step (mean and maximum) on the data rank with the most tokens."""
     units = step_units(run)
     # Units cannot be divided, so the rank with the most units has the average number, rounded up.
-    share = ceil_div(units, mesh.data) / units
-    return scale_step(step, share)
+    return scale_step(step, ceil_div(units, mesh.data) / units)
 
 
 def scale_step(step: StepSize, factor: float) -> StepSize:

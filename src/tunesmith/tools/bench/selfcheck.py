@@ -234,9 +234,9 @@ def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> N
     tensors: dict[str, torch.Tensor] = {}
     targets = set()
     for key, weight in weights.items():
-        name = key.removesuffix(".weight")
-        if "layers" not in name or weight.dim() != 2:
+        if "layers" not in key or weight.dim() != 2:
             continue
+        name = key.removesuffix(".weight")
         outputs, inputs = weight.shape
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(LORA_RANK, inputs) / inputs**0.5
         # Use a random B instead of zeros. With B = 0 all gradients of A are 0, so the checks would
@@ -377,16 +377,17 @@ class SelfCheck:
         micro_batch = self.batch // (count * shape.data)
         adapter_values: dict[str, str | float] = {"kind": adapter}
         if adapter == "lora":
-            start = str(self.folder / "adapter")
-            adapter_values |= {"rank": LORA_RANK, "alpha": LORA_ALPHA, "from": start}
+            adapter_values |= {"rank": LORA_RANK, "alpha": LORA_ALPHA, "from": "adapter"}
         # Use a separate run directory for each kind and mesh.
         out = "-".join(map(str, (*kind, micro_batch, *shape))).replace(" ", "-")
-        model = {"name": str(self.folder / "model"), "dtype": kind.dtype, "quantize": quantize}
-        rows = {"source": str(self.folder / "rows.jsonl"), "format": "prompt-completion"}
+        # The paths of inputs are relative to `self.folder`.
         values = {
-            "model": model,
+            "model": {"name": "model", "dtype": kind.dtype, "quantize": quantize},
             "adapter": adapter_values,
-            "data": {"train": rows, "seq_len": 256},
+            "data": {
+                "train": {"source": "rows.jsonl", "format": "prompt-completion"},
+                "seq_len": 256,
+            },
             "train": {
                 "duration": f"{STEPS} steps",
                 "global_batch": f"{self.batch} examples",
@@ -404,11 +405,6 @@ class SelfCheck:
             "output_dir": str(self.folder / out),
         }
         return from_mapping(values, where="selfcheck", base=self.folder)
-
-    def reference(self, kind: Kind) -> None:
-        """Train in one process with one micro batch per step, and store the records."""
-        trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
-        self.reference_records[kind] = trainer.metrics.records
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches per step, and compare with the reference.
@@ -480,13 +476,13 @@ class SelfCheck:
             start_folder, file = "adapter", ADAPTER_WEIGHTS
         start = load_file(self.folder / start_folder / file)
         final = load_file(Path(run.output_dir) / "final" / file)
-        changed = 0
-        for name, tensor in start.items():
-            # Compare in the dtype of the file, so that a change that rounding removes does not
-            # count.
-            if name in final and not torch.equal(tensor.to(final[name].dtype), final[name]):
-                changed += 1
-        return len(start), changed
+        # Compare in the dtype of the file, so that a change that rounding removes does not count.
+        changed = [
+            name
+            for name in start.keys() & final.keys()
+            if not torch.equal(start[name].to(final[name].dtype), final[name])
+        ]
+        return len(start), len(changed)
 
 
 def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
@@ -541,15 +537,9 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
     """
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     began = time.monotonic()
-    with ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(
-                tempfile.TemporaryDirectory(
-                    prefix="tunesmith-selfcheck-", ignore_cleanup_errors=True
-                )
-            )
-        )
-        check = SelfCheck(folder, env["WORLD_SIZE"], on_row)
+    inputs = tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-", ignore_cleanup_errors=True)
+    with inputs as folder, ExitStack() as stack:
+        check = SelfCheck(Path(folder), env["WORLD_SIZE"], on_row)
         if check.device.type == "cuda":
             choose_gpu(env["LOCAL_RANK"], env.get("LOCAL_WORLD_SIZE", 1))
         # Rank 0 trains the reference runs in one process, before the ranks form a process group.
@@ -557,11 +547,12 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
             write_inputs(check.folder, STEPS * check.batch)
             for kind in check.kinds:
                 with check.on(kind, ONE, ONE_PROCESS):
-                    check.reference(kind)
+                    trainer = take_steps(check.recipe(kind, ONE, count=1), ONE_PROCESS)
+                    check.reference_records[kind] = trainer.metrics.records
                     check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
             # All ranks use the folder and the kinds of rank 0.
-            check.folder, check.kinds = ranks.broadcast_object((folder, check.kinds))
+            check.folder, check.kinds = ranks.broadcast_object((check.folder, check.kinds))
             with ranks.raise_on_all_ranks():
                 # If this node does not share rank 0's disk, create the inputs on its own disk.
                 if ranks.local_rank == 0 and not check.folder.exists():

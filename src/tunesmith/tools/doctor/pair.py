@@ -78,10 +78,9 @@ def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Fin
         other = there["versions"].get(name)
         # Skip a version that the other node does not have, because `examine` already reports it.
         if other and version != other:
-            values = {"here": version, "there": other, "python": sys.executable}
-            findings.append(finding(f"versions/{name}", host, **values))
-    if not findings:
-        findings.append(finding("versions/ok", host))
+            key = f"versions/{name}"
+            findings.append(finding(key, host, here=version, there=other, python=sys.executable))
+    findings = findings or [finding("versions/ok", host)]
     # Skip a node without a swarm or without a cable, because `examine` already reports it.
     managers = here["managers"], there["managers"]
     if all(managers) and set(managers[0]).isdisjoint(managers[1]):
@@ -93,9 +92,10 @@ def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Fin
 
 
 def _subnets(cable: list[dict[str, Any]]) -> set[IPv4Network]:
-    entries = [entry for function in cable for entry in function["addr_info"]]
+    """Return the IPv4 networks of a port's interfaces, such as 192.168.100.0/24."""
     return {
-        IPv4Interface(f"{entry['local']}/{entry['prefixlen']}").network
-        for entry in entries
-        if entry["family"] == "inet"
+        IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
+        for interface in cable
+        for address in interface["addr_info"]
+        if address["family"] == "inet"
     }
