@@ -95,7 +95,7 @@ def test_codes_are_made_dense_in_both_passes() -> None:
         work = measure_work(run, mixture(), None)
         planner = plan_on_paper(run, mixture(), read_cluster("dgx-spark"), work)
         estimator = MemoryEstimator(run, mixture(), planner.machine, 0)
-        step = Step(estimator, planner.cluster, work, estimator.estimate(2048), fixed=False)
+        step = Step(estimator, planner.cluster, work, estimator.estimate(2048), one_shape=False)
         figures[quantize] = step.pass_bytes, estimator.base_bytes(2)
     experts = 32 * 64 * 3 * 4096 * 1024
     linears = mixture().linear_matrices

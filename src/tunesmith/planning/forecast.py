@@ -206,8 +206,8 @@ class Planner:
             plan = replace(plan, prompts="once a pair", why={**plan.why, "prompts": reason})
         needed, room = savings.memory_needs(plan, self.machine)
 
-        is_padded = plan.layout.row_length is not None
-        step = Step(estimator, self.cluster, work, plan.memory, is_padded)
+        one_shape = plan.layout.row_length is not None
+        step = Step(estimator, self.cluster, work, plan.memory, one_shape)
         time = step.time() if self.cluster.chip.tflops else StepTime({}, hides_from=0)
         step_seconds = sum(time.parts.values()) or None
         tokens_per_second = step_seconds and work.step.mean * work.whole / step_seconds

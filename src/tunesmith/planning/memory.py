@@ -79,8 +79,8 @@ class MemoryEstimator:
         layers = self._layer_bytes(tokens, itemsize)
         hidden = ceil_div(spec.hidden, self.mesh.tensor)
         layer_input = hidden * itemsize * tokens
-        recomputed_layer = 0 if "activations" in self.moved else layer_input
-        input_on_host = layer_input - recomputed_layer
+        input_on_host = layer_input if "activations" in self.moved else 0
+        recomputed_layer = layer_input - input_on_host
         # Bytes for the input of the last norm, and for the gradient of its output.
         ends = (spec.hidden + hidden) * itemsize * tokens
         if spec.measured:
@@ -146,9 +146,7 @@ class MemoryEstimator:
             return min_recomputed(room, layers, recomputed_layer)
         if recompute == "none":
             return 0
-        if recompute == "full":
-            return self.spec.depth
-        return min(recompute, self.spec.depth)
+        return len(layers) if recompute == "full" else min(recompute, len(layers))
 
     def min_step_bytes(self, tokens: int, recomputed_layers: int) -> int:
         """Estimate the bytes that the forward of a micro batch needs in a step after the first one.
@@ -184,8 +182,7 @@ class MemoryEstimator:
         """Bytes of the layers' frozen matrices. Scales are not included, because they stay on the
         device.
         """
-        layers, _ = self.weights(self.itemsize)
-        return layers - self.scales
+        return self.weights(self.itemsize)[0] - self.scales
 
     @property
     def slot_bytes(self) -> int:
@@ -222,6 +219,11 @@ class MemoryEstimator:
         return has_masters and is_full_training and on_one_gpu
 
     @property
+    def saves_probabilities(self) -> bool:
+        """Return whether attention saves its probabilities for the backward."""
+        return self.machine.attention[0] == "products" and self.spec.attention_softcap is None
+
+    @property
     def moved(self) -> tuple[str, ...]:
         """Parts of the training state that are offloaded to the host, such as `parameters`."""
         return moved_to_host(self.run, self.machine)
@@ -235,16 +237,13 @@ class MemoryEstimator:
         """
         spec = self.spec
         tensor = self.mesh.tensor
-        matrices = spec.linear_matrices
-        experts = spec.layer_matrices - matrices
+        width = self.scheme.weight_bytes or itemsize
+        layers = int(ceil_div(spec.linear_matrices, tensor) * width) + self.scales
+        layers += self._expert_weights(itemsize)
         # Parameters of embedding and output layer. If they are tied, they are one matrix.
         tables = spec.head_matmul if spec.tied else 2 * spec.head_matmul
-        rest = spec.parameters - matrices - experts - tables
-        width = self.scheme.weight_bytes or itemsize
-        layers = int(ceil_div(matrices, tensor) * width) + self.scales
-        layers += self._expert_weights(itemsize)
-        ends = int((ceil_div(tables, tensor) + rest) * itemsize)
-        return layers, ends
+        rest = spec.parameters - spec.layer_matrices - tables
+        return layers, int((ceil_div(tables, tensor) + rest) * itemsize)
 
     def _expert_weights(self, itemsize: float) -> int:
         """Return the bytes of all experts, without scales."""
@@ -365,12 +364,12 @@ class MemoryEstimator:
         """
         itemsize = self.itemsize
         if not self.sharded:
-            if self.mesh.data == 1 or self.trains_adapter:
-                return 0
             has_16_bit_gradients = itemsize < 4 and self.run.train.master_weights == "stochastic"
+            if self.mesh.data == 1 or self.trains_adapter or not has_16_bit_gradients:
+                return 0
             # `parallel/copies.py` converts 16-bit gradients to fp32 in pieces of this size and sums
             # them.
-            return 4 * GRADIENT_PIECE * MAX_GRADIENT_PIECES if has_16_bit_gradients else 0
+            return 4 * GRADIENT_PIECE * MAX_GRADIENT_PIECES
         layers, ends = self.weights(itemsize)
         gathered = GATHERED_LAYERS * layers // self.spec.depth
         if self.trains_adapter:
@@ -406,7 +405,7 @@ class MemoryEstimator:
             # modules.
             if is_plain and self.machine.compiles[0]:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
-            elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
+            elif self.saves_probabilities:
                 size += int(layer.heads * self.probabilities * tokens) * itemsize
             sizes.append(size)
         return sizes
@@ -441,7 +440,7 @@ class MemoryEstimator:
         # the MLP's size.
         hidden = ceil_div(spec.hidden, tensor)
         elements: float = 2 * spec.hidden + vectors * (hidden + wide) + heads
-        if self.machine.attention[0] == "products" and spec.attention_softcap is None:
+        if self.saves_probabilities:
             elements += layer.heads * self.probabilities / tensor
         elements += self._whole_elements(layer)
         factors = 0
@@ -455,9 +454,7 @@ class MemoryEstimator:
         # byte per element on a GPU.
         if adapter.dropout:
             attention_width = layer.heads * layer.head_dim // tensor
-            mask = 1 / itemsize
-            if self.machine.device == "cpu":
-                mask = 1.0
+            mask = 1.0 if self.machine.device == "cpu" else 1 / itemsize
             # Additional inputs, and the masks: five for the inputs of q, k, v, gate and up, one for
             # o, and one for down.
             elements += 3 * spec.hidden + attention_width
@@ -475,16 +472,14 @@ class MemoryEstimator:
         vocabulary = ceil_div(self.spec.vocab, self.mesh.tensor)
         device = torch.device(self.machine.device)
         card = self.machine.card_bytes
-        chunk = chunk_size(vocabulary, tokens, device, trained=trained, card=card)
-        chunk = min(tokens, chunk)
+        chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
         hidden = self.spec.hidden if trained else 0
-        # On a GPU, 16-bit logits are also copied to fp32. A CPU needs no copy, because it converts
-        # only a few rows at a time.
-        has_wide_logits = itemsize < 4 and device.type != "cpu"
         # Bytes of the logits in the dtype of matmuls, and of their gradient.
         logits = 2 * itemsize * chunk
         gradients = itemsize * (chunk + hidden)
-        if has_wide_logits:
+        # On a GPU, 16-bit logits are also copied to fp32. A CPU needs no copy, because it converts
+        # only a few rows at a time.
+        if itemsize < 4 and device.type != "cpu":
             logits += 4 * chunk
             gradients += itemsize * chunk
         # Logits and gradients are not needed at the same time. The fp32 sum of a trained output
@@ -506,33 +501,31 @@ class MemoryEstimator:
         largest = layer.largest
         if not layer.experts:
             largest = ceil_div(largest, self.mesh.tensor)
-        weight = self.scheme.backward_elements(largest, itemsize)
-        if layer.experts:
-            # Only a part of the tensor with all experts is dequantized at any time. On a CPU, this
-            # is one expert.
-            weight = min(weight, DENSE_BYTES // itemsize)
-        if not self.trains_adapter:
-            weight = largest
-        elements = 3 * hidden * tokens
-        gated = wide * tokens + max(wide * tokens, weight)
+        # With a frozen base, the dequantized weight counts instead of the gradient of a weight.
+        weight = largest
+        if self.trains_adapter:
+            weight = self.scheme.backward_elements(largest, itemsize)
+            if layer.experts:
+                # Only a part of the tensor with all experts is dequantized at any time. On a CPU,
+                # this is one expert.
+                weight = min(weight, DENSE_BYTES // itemsize)
+        mlp = wide * tokens + max(wide * tokens, weight)
+        # Each token is copied for each of its experts.
         copies = layer.experts_per_token * hidden * tokens
-        if layer.experts and self.machine.device == "cpu":
-            # Each token is copied for each of its experts. A CPU processes the experts one after
-            # the other, so only the larger of two parts counts: the gradients of these copies (two
-            # and a half per copy in full training), or the gradients of gate, up and their product.
-            if not self.trains_adapter:
-                elements += max(gated, 5 * copies // 2)
-            else:
-                # With adapters on experts, the backward also computes the activation again.
-                elements += max(gated, copies, 4 * wide * tokens)
-        elif layer.experts:
+        if layer.experts and self.machine.device != "cpu":
             # A GPU computes all experts together, so the gradients of the copies and those of gate,
             # up and their product are added. A grouped kernel needs another copy of the tokens.
             # This formula was not checked on a GPU.
-            elements += gated + (1 + self.machine.grouped_mm) * copies + 2 * wide * tokens
-        else:
-            elements += gated
-        return elements * itemsize
+            mlp += (1 + self.machine.grouped_mm) * copies + 2 * wide * tokens
+        elif layer.experts and self.trains_adapter:
+            # A CPU processes the experts one after the other, so only the larger of two parts
+            # counts: the gradients of the copies, or those of gate, up and their product. With
+            # adapters on experts, the backward also computes the activation again.
+            mlp = max(mlp, copies, 4 * wide * tokens)
+        elif layer.experts:
+            # In full training, there are two and a half gradients per copy.
+            mlp = max(mlp, 5 * copies // 2)
+        return (3 * hidden * tokens + mlp) * itemsize
 
     def overrun(self, memory: MemoryEstimate) -> float:
         """Return 0 if a micro batch fits, else the ratio of needed to available memory."""

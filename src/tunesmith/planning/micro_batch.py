@@ -48,13 +48,13 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         memory: estimated memory for a micro batch with the maximum number of tokens.
-        fixed: whether every micro batch is padded to the same size.
+        one_shape: whether every micro batch is padded to the same shape.
         reason: the reason for this size.
     """
 
     size: Size
     memory: MemoryEstimate
-    fixed: bool
+    one_shape: bool
     reason: str
 
 
@@ -83,22 +83,22 @@ def choose_micro_batch(
             size = previous
             reason = "from the checkpoint"
     # If every step has the same number of tokens, all micro batches can be padded to one shape.
-    fixed = estimator.machine.compiles[0] and run.data.pack and batch.unit == "tokens"
+    one_shape = estimator.machine.compiles[0] and run.data.pack and batch.unit == "tokens"
     if size == "auto":
-        memory = fastest_micro_batch(estimator, cluster, work, fixed=fixed)
+        memory = fastest_micro_batch(estimator, cluster, work, one_shape=one_shape)
         size = Size(memory.tokens, "tokens")
         reason = "the fastest in the estimate"
     else:
         memory = estimator.estimate(max_batch_tokens(run, size, step, work.longest))
-        fixed = fixed and size.unit == "tokens"
-    if fixed:
+        one_shape = one_shape and size.unit == "tokens"
+    if one_shape:
         # The row must be long enough for the longest example.
         size = Size(max(size.amount, work.longest), "tokens")
-    return MicroBatch(size, memory, fixed, reason)
+    return MicroBatch(size, memory, one_shape, reason)
 
 
 def fastest_micro_batch(
-    estimator: MemoryEstimator, cluster: Cluster, work: Workload, *, fixed: bool
+    estimator: MemoryEstimator, cluster: Cluster, work: Workload, *, one_shape: bool
 ) -> MemoryEstimate:
     """Return the micro batch that fits into memory and with which a step takes the least time. All
     compared micro batches have one or more whole rows.
@@ -107,8 +107,8 @@ def fastest_micro_batch(
     take the same time, return the largest.
 
     Args:
-        fixed: whether every micro batch is padded to one size. A step should then be a whole number
-            of micro batches.
+        one_shape: whether every micro batch is padded to one shape. A step should then be a whole
+            number of micro batches.
     """
     run = estimator.run
     estimators = [estimator]
@@ -126,7 +126,7 @@ def fastest_micro_batch(
         overrun = estimator.overrun(memory)
         if overrun:
             return overrun, 0.0
-        return 0.0, sum(Step(estimator, cluster, work, memory, fixed).time().parts.values())
+        return 0.0, sum(Step(estimator, cluster, work, memory, one_shape).time().parts.values())
 
     memories = []
     for count in range(max(1, rows), 0, -1):
@@ -164,7 +164,7 @@ def make_layout(run: Run, machine: Machine, chosen: MicroBatch, longest: int) ->
     if not machine.compiles[0]:
         return MicroBatchLayout(size, multiple=bucket)
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
-    if chosen.fixed:
+    if chosen.one_shape:
         return MicroBatchLayout(size, row_length=size.amount, max_document=max_document)
     multiple = PACKED_ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
     return MicroBatchLayout(size, multiple=max(bucket, multiple), max_document=max_document)

@@ -90,14 +90,14 @@ class Step:
     Attributes:
         estimator: estimator for the recipe and mesh.
         memory: memory of a micro batch, with the numbers of recomputed and streamed layers.
-        fixed: whether every micro batch is padded to the same size.
+        one_shape: whether every micro batch is padded to the same shape.
     """
 
     estimator: MemoryEstimator
     cluster: Cluster
     work: Workload
     memory: MemoryEstimate
-    fixed: bool
+    one_shape: bool
 
     @property
     def run(self) -> Run:
@@ -108,7 +108,7 @@ class Step:
         return self.estimator.spec
 
     @cached_property
-    def share(self) -> float:
+    def rank_tokens(self) -> float:
         """Mean number of tokens per step of the data rank with the most tokens."""
         return rank_step(self.run, self.work.step, self.estimator.mesh).mean
 
@@ -116,15 +116,15 @@ class Step:
     def micro_batches(self) -> int:
         # Subtract a small number before rounding up, so that a rounding error does not add a micro
         # batch.
-        return max(1, math.ceil(self.share / self.memory.tokens - 1e-9))
+        return max(1, math.ceil(self.rank_tokens / self.memory.tokens - 1e-9))
 
     @cached_property
     def tokens(self) -> float:
         """Number of tokens that the rank computes in a step, including padding."""
-        if self.fixed:
+        if self.one_shape:
             # Each row is padded to at least the length of the longest example.
             return self.micro_batches * max(self.memory.tokens, self.work.longest)
-        return self.share
+        return self.rank_tokens
 
     def _tensor_sums(self) -> int:
         """Count the sums over a tensor-parallel group in a step. Each sum consists of a scatter and
@@ -155,9 +155,11 @@ class Step:
         are meaningful.
         """
         micro_batches = self.micro_batches
-        tensor = self.estimator.mesh.tensor
         gather, reduce, copies, embedding_share = self._shard_seconds()
-        streamed = self._streamed_bytes / (1e9 * self.host_link)
+        # Layers that are not in a GPU slot are copied from the host, once in each pass.
+        copied_layers = max(0, self.memory.streamed_layers - SLOTS)
+        copied_bytes = self.estimator.streamed_bytes * copied_layers / self.spec.depth
+        streamed = copied_bytes / (1e9 * self.host_link)
         # The communication of the embedding cannot overlap with computation: nothing else is
         # computed while it is gathered, and while its gradient is reduced at the end of the
         # backward.
@@ -173,11 +175,10 @@ class Step:
         exposed += max(0.0, forward_transfers - forward) + max(0.0, backward_transfers - backward)
         # The factor 2 is for the scatter and the gather of each sum.
         tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden
+        tensor_bytes *= self.estimator.itemsize
         parts = self._compute_seconds() | {
             "shard copies": micro_batches * copies,
-            "tensor parallel": self._ring_seconds(
-                tensor_bytes * self.estimator.itemsize, tensor, 1
-            ),
+            "tensor parallel": self._ring_seconds(tensor_bytes, self.estimator.mesh.tensor, 1),
             "host copies" if streamed else "shards": micro_batches * exposed,
             "gradients": self._gradient_seconds(backward),
         }
@@ -256,14 +257,6 @@ class Step:
         """
         chip = self.cluster.chip
         return self.estimator.machine.host_link or chip.host_link or chip.link or PCIE_4_LINK
-
-    @property
-    def _streamed_bytes(self) -> float:
-        """Bytes that one forward or backward pass copies from host memory. Layers that are already
-        in a GPU slot are not copied.
-        """
-        copied = max(0, self.memory.streamed_layers - SLOTS)
-        return self.estimator.streamed_bytes * copied / self.spec.depth
 
     @cached_property
     def token_seconds(self) -> dict[str, float]:
@@ -356,7 +349,7 @@ class Step:
         if self.work.pictures:
             # The vision model has no backward and no fp8 matmuls. It processes each picture once,
             # and there are no pictures in padding.
-            operations = self.work.pictures * self.share * self.spec.picture_flops
+            operations = self.work.pictures * self.rank_tokens * self.spec.picture_flops
             parts["vision part"] = operations / (1e12 * self._tflops)
         return parts | {
             "recompute": recompute,

@@ -5,7 +5,7 @@ assumptions.
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,17 +106,14 @@ def measure_work(
         documents = np.repeat(supervised // sequences, sequences)
         step, steps = _steps_of_equal_rows(run, rows, supervised)
         source = ExampleSource(rows, supervised, is_assumed=not length)
-    trained: Literal["full", "lora"] = "full"
-    adapter_weights = 0
-    if run.adapter.kind == "lora":
-        trained = "lora"
-        adapter_weights = count_active_adapter(spec, run.adapter)
+    is_adapter = run.adapter.kind == "lora"
+    adapter_weights = count_active_adapter(spec, run.adapter) if is_adapter else 0
 
     def operations(spec: ModelSpec) -> float:
         count = partial(
             flops,
             spec,
-            trained=trained,
+            trained="lora" if is_adapter else "full",
             adapter_parameters=adapter_weights,
             forwards=run.extra_forwards,
         )
@@ -127,7 +124,7 @@ def measure_work(
     without_heads = tuple(replace(layer, heads=0) for layer in spec.layers)
     products = operations(replace(spec, layers=without_heads))
     total = float(lengths.sum() - shared.sum())
-    experts = (6 if trained == "full" else 4) * spec.active_of_experts * total
+    experts = (4 if is_adapter else 6) * spec.active_of_experts * total
     return Workload(
         step,
         longest=int(lengths.max()) if schedule is None else schedule.longest,
@@ -150,28 +147,24 @@ def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, in
         length: tokens of each example.
     """
     duration = run.train.duration
-    steps = None
-    if duration.unit == "steps":
-        steps = int(duration.amount)
+    steps = int(duration.amount) if duration.unit == "steps" else None
     units_per_step = step_units(run)
+    # A unit is an example, or a packed row if the recipe counts tokens.
+    units, unit_tokens = rows, length
     counts_examples = run.train.global_batch.unit == "examples"
-    unit_tokens = length if counts_examples else run.row_tokens
+    if not counts_examples:
+        units, unit_tokens = ceil_div(rows, run.row_tokens // length), run.row_tokens
     if not rows:
         tokens = units_per_step * unit_tokens
         return StepSize(tokens, tokens), steps
-    units = rows
-    if not counts_examples:
-        units = ceil_div(rows, run.row_tokens // length)
     steps_per_epoch = ceil_div(units, units_per_step)
     if duration.unit == "epochs":
         # Subtract a small number before rounding up, so that rounding errors of fractions do not
         # add a step.
         steps = max(1, math.ceil(duration.amount * steps_per_epoch - 1e-6))
     largest = min(units, units_per_step) * unit_tokens
-    mean: float = largest
-    if counts_examples:
-        # The last step of an epoch may have fewer examples.
-        mean = rows * length / steps_per_epoch
+    # The last step of an epoch may have fewer examples.
+    mean = rows * length / steps_per_epoch if counts_examples else largest
     return StepSize(mean, largest), steps
 
 
