@@ -49,7 +49,7 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
         recipe.values["method.name"] = recipe.method
     if source.tool == "llamafactory":
         recipe.defaults["lora_alpha"] = 2 * recipe.number("adapter.rank")
-    recipe.carry()
+    recipe.copy_values()
     _apply(recipe, recipe.table)
     if recipe.values.get("adapter.kind") == "lora" and "adapter.target" in recipe.names:
         _set_target(recipe)
@@ -75,7 +75,7 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
         recipe.set_key(
             "output_dir", f"runs/{Path(source.name).stem}", why="The file has no output folder."
         )
-    recipe.close()
+    recipe.finish()
     return recipe
 
 

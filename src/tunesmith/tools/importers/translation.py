@@ -188,7 +188,7 @@ class Translation:
             f"{key.key}: {_shown(key)} cannot be imported", where=key.where, why=why, fix=fix
         )
 
-    def carry(self) -> None:
+    def copy_values(self) -> None:
         """Set all recipe keys whose values can be copied, unchanged or with another word or unit.
 
         The section `keys` of the translation table lists these recipe keys.
@@ -241,7 +241,7 @@ class Translation:
         self.note(key, f"{absent}; the recipe has {key}: {spec.default}")
         return None
 
-    def unread(self, key: str) -> str:
+    def why_ignored(self, key: str) -> str:
         """Return why a run of this recipe ignores a recipe key, or "" if it reads the key."""
         if key.startswith("adapter.") and self.values.get("adapter.kind") == "none":
             if key == "adapter.kind":
@@ -255,24 +255,24 @@ class Translation:
             return f"The method {self.method} does not use this key."
         return ""
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Finish the translation: remove unused recipe keys, and add the missing notes.
 
         A recipe key is removed if the recipe, with its other values, does not read it. Each key of
         the file that is neither in the recipe nor noted yet gets a note.
         """
-        unread = {key: why for key in self.values if (why := self.unread(key))}
-        for key in unread:
+        ignored = {key: why for key in self.values if (why := self.why_ignored(key))}
+        for key in ignored:
             del self.values[key]
 
         mentioned = self.mentioned
-        for key, why in unread.items():
+        for key, why in ignored.items():
             for origin in self.origins[key]:
                 if origin.key in self.source.keys and origin.key not in mentioned:
                     self.note(origin, why, differs=False)
         for key_of_file in self.source.keys.values():
             if key_of_file.key not in self.mentioned:
-                why, differs = self._reason(key_of_file)
+                why, differs = self._why_absent(key_of_file)
                 self.note(key_of_file, why, differs=differs)
 
     @property
@@ -281,7 +281,7 @@ class Translation:
         origins = [origin.key for key in self.values for origin in self.origins[key]]
         return {*origins, *self.notes}
 
-    def _reason(self, key: SourceKey) -> tuple[str, bool]:
+    def _why_absent(self, key: SourceKey) -> tuple[str, bool]:
         """Return why a key is not in the recipe, and whether this can change the training."""
         name = without_indices(key.key)
         value = key.value
