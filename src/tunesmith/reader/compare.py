@@ -78,8 +78,7 @@ def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
             continue
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
-            learns = changes_learning(key, runs)
-            differing.append(KeyDifference(key, values, learns))
+            differing.append(KeyDifference(key, values, changes_learning(key, runs)))
     return sorted(differing, key=lambda difference: not difference.learns)
 
 

@@ -128,8 +128,7 @@ def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Lin
         drawn = [(label, "dots", y)]
     elif field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
         span = max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y)))
-        smoothed = smooth(y, span)
-        drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smoothed)]
+        drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smooth(y, span))]
 
     for name, look, values in drawn:
         steps, thinned = downsample(x, values, POINTS)

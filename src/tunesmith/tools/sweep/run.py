@@ -205,11 +205,10 @@ def pinned(run: Run, fixed: FixedValues) -> Run:
 
     Therefore `train` with a candidate's recipe uses the same values, even on another machine.
     """
-    micro_batch = Size.parse(fixed["micro_batch"])
     return replace(
         run,
         model=replace(run.model, dtype=fixed["dtype"]),
-        train=replace(run.train, micro_batch=micro_batch),
+        train=replace(run.train, micro_batch=Size.parse(fixed["micro_batch"])),
     )
 
 
