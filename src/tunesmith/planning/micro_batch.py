@@ -71,17 +71,19 @@ def choose_micro_batch(
     batch = run.train.global_batch
     size = run.train.micro_batch
     step = rank_step(run, work.step, estimator.mesh)
+
+    def estimate(size: Size) -> MemoryEstimate:
+        return estimator.estimate(max_batch_tokens(run, size, step, work.longest))
+
     reason = "as train.micro_batch says"
     if run.train.optimizer_in_backward:
         # With an update in the backward, a step has only one micro batch, so the micro batch is
         # this rank's part of the global batch.
         size = Size(ceil_div(batch.amount, estimator.mesh.data), batch.unit)
         reason = "the whole global batch"
-    elif size == "auto" and previous is not None:
-        memory = estimator.estimate(max_batch_tokens(run, previous, step, work.longest))
-        if not estimator.overrun(memory):
-            size = previous
-            reason = "from the checkpoint"
+    elif size == "auto" and previous is not None and not estimator.overrun(estimate(previous)):
+        size = previous
+        reason = "from the checkpoint"
     # If every step has the same number of tokens, all micro batches can be padded to one shape.
     one_shape = estimator.machine.compiles[0] and run.data.pack and batch.unit == "tokens"
     if size == "auto":
@@ -89,7 +91,7 @@ def choose_micro_batch(
         size = Size(memory.tokens, "tokens")
         reason = "the fastest in the estimate"
     else:
-        memory = estimator.estimate(max_batch_tokens(run, size, step, work.longest))
+        memory = estimate(size)
         one_shape = one_shape and size.unit == "tokens"
     if one_shape:
         # The row must be long enough for the longest example.

@@ -270,8 +270,9 @@ class Translation:
             for origin in self.origins[key]:
                 if origin.key in self.source.keys and origin.key not in mentioned:
                     self.note(origin, why, differs=False)
-        for key_of_file in self.source.keys.values():
-            if key_of_file.key not in self.mentioned:
+        mentioned = self.mentioned
+        for name, key_of_file in self.source.keys.items():
+            if name not in mentioned:
                 why, differs = self._why_absent(key_of_file)
                 self.note(key_of_file, why, differs=differs)
 

@@ -36,9 +36,11 @@ def show_plan(
             file.
     """
     rows = StatedRows(args.rows, args.length)
-    if new_recipe is not None and not args.length:
-        rows = StatedRows(args.rows, new_recipe.mean_length, new_recipe.facts is None)
-    known = new_recipe.facts if new_recipe else None
+    known = None
+    if new_recipe is not None:
+        known = new_recipe.facts
+        if not args.length:
+            rows = StatedRows(args.rows, new_recipe.mean_length, known is None)
     planner, model = prepare_on_paper(recipe, cluster, rows, known)
     _, reason = resolve_dtype(recipe.model, recipe.train, cluster.chip, planner.spec)
     if reason:
