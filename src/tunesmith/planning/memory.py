@@ -230,7 +230,8 @@ class MemoryEstimator:
 
     def weights(self, itemsize: float) -> tuple[int, int]:
         """Return the bytes of the base on a tensor-parallel rank as two numbers: the matrices in
-        all layers, and all other weights.
+        all layers, and all other weights. For Llama-3-8B in bf16 on one rank, these are 14 GB and
+        2.1 GB.
 
         Tensor parallelism shards everything except experts, norms and biases. Scales are included,
         except those of fp8 rows (4 bytes per row).

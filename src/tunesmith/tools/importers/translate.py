@@ -273,7 +273,13 @@ def _set_rows(recipe: Translation, part: str) -> None:
 def _read_entry(
     recipe: Translation, entry: str, usual_type: str | None, names: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the recipe's sources for one data set. Append the used keys to `names`."""
+    """Return the recipe's sources for one data set, such as `{"source": "d/d", "format": "alpaca"}`
+    for each of its files. Append the used keys to `names`.
+
+    Args:
+        entry: prefix of the data set's keys, such as `datasets.0`.
+        usual_type: type of a data set that names none. None if it must name its type.
+    """
     rows = recipe.table["rows"]
 
     def get(key: str) -> Any:
@@ -378,7 +384,7 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
         fix = f"put the file in {paths[0].parent}, or {_NAME_ROWS}"
         raise recipe.error(prefix, f"{file}, which describes the data set, was not found", fix)
 
-    # Key of each data set -> its leaves by key, such as `file_name` or `columns.prompt`.
+    # Name of each data set -> its keys, such as `file_name` or `columns.prompt`, with their values.
     known: dict[str, dict[str, SourceKey]] = {}
     for leaf in source_keys(path):
         name, dot, key = leaf.key.partition(".")
@@ -401,6 +407,7 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
 
 
 def _set_train_on(recipe: Translation) -> None:
+    """Set which messages are supervised: all, the answers, or only the last answer."""
     names = ("train_on_prompts", "train_on_last")
     train_on = "response"
     if recipe.method != "sft":

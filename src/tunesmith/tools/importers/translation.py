@@ -78,7 +78,10 @@ class Translation:
         self.notes: dict[str, Note] = {}
 
     def find(self, name: str) -> SourceKey | None:
-        """Return a key of the file. If the file does not have it, return its default, or None."""
+        """Return a key of the file. If the file does not have it, return its default, or None.
+
+        For example, `find("model.name")` returns the key `base_model` of an Axolotl file.
+        """
         names = []
         for key in self.names.get(name, [name]):
             # A key such as `dataset.packed` can also be in the first entry of a list, as
