@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tunesmith.config.schema import Data, Source
+from tunesmith.config.schema import Data, Source, Train
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.rows.samples import Completion, Conversation, Sample
 from tunesmith.data.text.example import Example
@@ -131,3 +133,27 @@ def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[.
         return tokenize(read_splits(data, 0)[0], data, simple, cache=cache, what="train")
 
     return build
+
+
+def schedule_of(
+    lengths: Any,
+    data: Data,
+    train: Train,
+    *,
+    repeats: Any = None,
+    row_length: int | None = None,
+    sequences: int = 1,
+    sequence_lengths: Any = None,
+    row_lengths: Any = None,
+) -> BatchSchedule:
+    """The schedule of examples of these lengths; nothing else of the recipe and the tokens."""
+    lengths = np.asarray(lengths, np.int64)
+    run: Any = SimpleNamespace(data=data, train=train, row_tokens=row_length or data.seq_len)
+    tokens: Any = SimpleNamespace(
+        lengths=lengths,
+        row_lengths=lengths if row_lengths is None else row_lengths,
+        longest_sequences=lengths if sequence_lengths is None else sequence_lengths,
+        has_pairs=sequences == 2,
+        repeats=np.ones(len(lengths)) if repeats is None else np.asarray(repeats, np.float64),
+    )
+    return BatchSchedule(run, tokens)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from errors import refuses
-from rows import alpaca
+from rows import alpaca, schedule_of
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batches.batch import IGNORE, Batch
 from tunesmith.data.batches.loader import Loader
@@ -31,7 +31,7 @@ def schedule(
     **keys: Any,
 ) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), **{"seq_len": 256, **keys})
-    return BatchSchedule(
+    return schedule_of(
         lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats
     )
 
@@ -275,7 +275,7 @@ def test_the_thread_ends_with_the_loader(make) -> None:
 
 def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
-    broken = BatchSchedule(
+    broken = schedule_of(
         tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples"))
     )
     broken.lengths = np.zeros(0)  # the rows of step 0 cannot be looked up any more

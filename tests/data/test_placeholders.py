@@ -25,7 +25,14 @@ from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.loader import Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.pictures import picture_digest, scaled_size
-from tunesmith.data.rows.samples import PICTURE_MARK, Completion, Conversation, Message, Picture
+from tunesmith.data.rows.samples import (
+    PICTURE_MARK,
+    Completion,
+    Conversation,
+    Message,
+    Picture,
+    pictures_of,
+)
 from tunesmith.data.text.example import Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.data.text.select_template import select_template
@@ -465,8 +472,8 @@ def test_pictures_are_stored_and_read_again(folders: dict[str, Path], tmp_path: 
     assert [example.digests for example in tokens.first(1)] == [(digests[0],)]
     part = tokens.parts[0]
     assert part.arrays.part(1, 3).example(1).digests == (digests[1],)
-    assert [one.path for one in part.row_pictures(2)] == [tmp_path / "87x43-1.png"]
-    assert part.row_pictures(1) == ()
+    assert [one.path for one in pictures_of(part.sample(2))] == [tmp_path / "87x43-1.png"]
+    assert pictures_of(part.sample(1)) == ()
     assert part.counts.pictures == 2
     # A reader of pixels gets the rows that have some.
     asked = []

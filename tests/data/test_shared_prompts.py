@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes import make_run, merge
+from rows import schedule_of
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batches.batch import IGNORE, collate
 from tunesmith.data.batches.micro_batches import MicroBatches
-from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.text.example import Example
 from tunesmith.planning.run_plan import shares_prompts
 from tunesmith.units import Size
@@ -117,7 +117,7 @@ def test_micro_batches_have_room_for_more_pairs() -> None:
     train = Train(global_batch=Size(8, "examples"))
     counts = []
     for row_lengths in (lengths, lengths - 40):
-        schedule = BatchSchedule(lengths, data, train, row_length=128, row_lengths=row_lengths)
+        schedule = schedule_of(lengths, data, train, row_length=128, row_lengths=row_lengths)
         micro = MicroBatches(schedule, Size(240, "tokens"), None, 1, 1, 0.0)
         groups = [group for micro_step in micro.micro_steps(0) for group in micro_step]
         assert sorted(i for group in groups for i in group) == list(range(8))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes import built_model, make_run
+from rows import schedule_of
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batches.batch import Batch, collate
 from tunesmith.data.batches.loader import GlobalBatch, Loader
@@ -52,8 +53,8 @@ class Numbered:
 def schedule(lengths: list[int], batch: str, *, pack: bool, pairs: bool = False) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), seq_len=SEQ, pack=pack)
     longest = [n - n // 2 if pairs else n for n in lengths]
-    return BatchSchedule(
-        np.array(lengths),
+    return schedule_of(
+        lengths,
         data,
         Train(global_batch=Size.parse(batch)),
         sequences=2 if pairs else 1,

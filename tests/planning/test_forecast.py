@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from rows import schedule_of
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.errors import RecipeError
 from tunesmith.host.chips import Chip
 from tunesmith.loss import chunk_size
@@ -543,7 +543,7 @@ def test_rows_of_one_length_make_the_steps_of_their_schedule(batch: str, duratio
     """Without a list of them, so that a billion rows are planned as fast as ten."""
     run = recipe({"train": {"global_batch": batch, "duration": duration}})
     spec = read_spec(SHAPES["llama3-8b"].config, where="")
-    schedule = BatchSchedule(np.full(1003, 300), run.data, run.train)
+    schedule = schedule_of(np.full(1003, 300), run.data, run.train)
     work = measure_work(run, spec, None, 300, rows=1003)
     assert (work.step, work.steps) == (schedule.step_size(), schedule.steps(run.train.duration))
     assert work.longest == schedule.longest

@@ -15,11 +15,12 @@ import torch
 
 from errors import refuses
 from recipes import built_model, make_run
+from rows import schedule_of
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.batches.batch import Batch, collate
 from tunesmith.data.batches.loader import Loader
-from tunesmith.data.batches.schedule import BatchSchedule, StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.data.text.example import Example
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import CHIPS
@@ -238,7 +239,7 @@ def test_without_expandable_segments_micro_batches_have_few_lengths(
     run = recipe(micro_batch=Size(16384, "tokens"), global_batch=Size(16, "examples"))
     run = replace(run, data=replace(run.data, pack=pack))
     lengths = np.random.default_rng(7).integers(20, 2000, 3200)
-    schedule = BatchSchedule(lengths, run.data, run.train)
+    schedule = schedule_of(lengths, run.data, run.train)
     counts, padding = [], []
     for integrated in (False, True):
         plan = planned(run, LLAMA, 139, integrated=integrated, compiles=(compiles, ""))

@@ -37,9 +37,9 @@ from picture_runs import (
     write_vision_model,
 )
 from tunesmith.data.batches import pixels
-from tunesmith.data.batches.pixels import PixelMaker, PixelReader, PixelTask
+from tunesmith.data.batches.pixels import PixelReader, PixelTask, make_pixels
 from tunesmith.data.compare.splits import read_splits
-from tunesmith.data.rows.samples import Picture
+from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
@@ -272,7 +272,7 @@ def children() -> set[int]:
 def test_other_processes_make_the_same_pixels(trained: Callable[[str], Trained]) -> None:
     """Errors are those of the thread too; one that is killed is said; none is left behind."""
     processor, tasks = makers_of(trained("qwen2_5_vl"))
-    expected = list(map(PixelMaker(processor), tasks))
+    expected = [make_pixels(processor, task) for task in tasks]
     before = children()
     reader = PixelReader(processor, workers=2)
     waits = [reader.submit(task) for task in tasks]
@@ -491,9 +491,9 @@ def loss_in_transformers(model: Any, run: Trained) -> float:
     for i, example in enumerate(tokens):
         ids = torch.tensor(example.ids.tolist())[None]
         inputs: dict[str, Any] = {}
-        row = tokens.parts[0].row_pictures(i)
+        row = pictures_of(tokens.parts[0].sample(i))
         if row:
-            made = PixelMaker(processor)(PixelTask(row))
+            made = make_pixels(processor, PixelTask(row))
             inputs = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
         is_picture = (ids == processor.token_id).long()
         inputs |= {"mm_token_type_ids": is_picture, "token_type_ids": is_picture}

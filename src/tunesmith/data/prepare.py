@@ -81,7 +81,7 @@ class TrainingData:
         repeats = self.train.repeats
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
             repeats = repeats * 2
-            schedule = BatchSchedule.of(self.run, self.train, repeats)
+            schedule = BatchSchedule(self.run, self.train, repeats)
         return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
@@ -128,9 +128,7 @@ def prepare_data(
     cache = cache or cache_folder("tokens")
     template = select_template(data, tokenizer, eos_ids, pictures)
     splits = read_checked_splits(data, run.train.seed, opened)
-    across = []
-    if data.validation:
-        across = check_across(splits.validation, splits.train)
+    across = check_across(splits.validation, splits.train) if data.validation else []
     sides = {"train": splits.train}
     if splits.validation:
         sides["validation"] = splits.validation
@@ -171,9 +169,7 @@ def prepare_data(
         _check_labels(train)
     schedule = _make_schedule(run, train)
     duplicates = find_repeats(train)
-    overlap = Repeats()
-    if validation is not None:
-        overlap = find_repeats(validation, train)
+    overlap = find_repeats(validation, train) if validation is not None else Repeats()
     return TrainingData(
         run=run,
         train=train,
@@ -216,9 +212,7 @@ def find_trained_rows(
             fault = f"{error.what} ({error.where})" if error.where else error.what
         except OSError as error:
             fault = first_line(error)
-    seen = Repeats()
-    if parts:
-        seen = find_repeats(tokens, TokenSet(parts), chosen=True)
+    seen = find_repeats(tokens, TokenSet(parts), chosen=True) if parts else Repeats()
     if fault and not seen.count:
         return None, fault
     return seen, fault
@@ -252,7 +246,7 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
             why="the memory is too small to shuffle so many examples",
             fix="use lower weights (data.train.weight); the default is 1",
         )
-    schedule = BatchSchedule.of(run, train)
+    schedule = BatchSchedule(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(

@@ -182,11 +182,11 @@ class LoadedModel(OpenedRun, Tabular):
         Args:
             where: file and line of the row, for the error message.
         """
-        from tunesmith.data.batches.pixels import PixelMaker, PixelTask
+        from tunesmith.data.batches.pixels import PixelTask, make_pixels
 
         if not pictures or self.template.pictures is None:
             return None
-        return PixelMaker(self.template.pictures)(PixelTask(pictures, where=where))
+        return make_pixels(self.template.pictures, PixelTask(pictures, where=where))
 
     @contextmanager
     def training_attention(self) -> "Iterator[TrainModel]":

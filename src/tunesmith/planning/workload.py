@@ -93,7 +93,7 @@ def measure_work(
         shared = tokens.shared
         documents = tokens.document_lengths()
         supervised = tokens.counts.supervised
-        schedule = schedule or BatchSchedule.of(run, tokens)
+        schedule = schedule or BatchSchedule(run, tokens)
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
         source = ExampleSource(len(lengths), float(lengths.mean()), is_cached=True)

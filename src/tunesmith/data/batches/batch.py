@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -169,24 +170,15 @@ def collate(
     """
     import torch
 
-    examples: list[Example] = []
-    parts: list[list[Example]] = []
-    pixels: list[Pixels] = []
-    for row in rows:
-        examples += row
-        row_parts: list[Example] = []
-        for example in row:
-            row_parts += example.parts()
-        pixels += [part.pictures.pixels() for part in row_parts if part.pictures]
-        if sequence_rows is None:
-            parts.append(row_parts)
-        else:
-            # Each sequence gets a separate row. It must store all its tokens there, including the
-            # tokens that it shares with another sequence.
-            parts += [[part._replace(shared=0)] for part in row_parts]
-    # Add empty rows, so that the shape of the batch is the same for every group of examples.
-    while sequence_rows is not None and len(parts) < sequence_rows:
-        parts.append([])
+    examples = list(chain.from_iterable(rows))
+    parts = [[part for example in row for part in example.parts()] for row in rows]
+    if sequence_rows is not None:
+        # Each sequence gets a separate row. It must store all its tokens there, including the
+        # tokens that it shares with another sequence.
+        parts = [[part._replace(shared=0)] for part in chain.from_iterable(parts)]
+        # Add empty rows, so that the shape of the batch is the same for every group of examples.
+        parts += [[] for _ in range(sequence_rows - len(parts))]
+    pixels = [part.pictures.pixels() for part in chain.from_iterable(parts) if part.pictures]
     next_pixels = iter(pixels)
     has_grids = any(len(item.grids) for item in pixels)
     # M-RoPE positions have three axes (time, row, column), and other positions have one.
@@ -209,6 +201,10 @@ def collate(
         # Split the padding into several documents, because no document can be longer than
         # `max_seqlen`.
         flat.add_padding(at, row_end, max_document or length)
+    spans: tuple[tuple[int, int], ...] = ()
+    token_ids = {example.pictures.token_id for example in examples if example.pictures}
+    if token_ids:
+        spans = picture_spans(flat.ids, token_ids.pop(), flat.edges)
     shape = (len(parts), length)
     positions = flat.positions.reshape(axes, *shape)
     return Batch(
@@ -225,21 +221,8 @@ def collate(
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
         pictures=join_pixels(pixels),
-        spans=_spans(flat, examples),
+        spans=spans,
     )
-
-
-def _spans(flat: _FlatRows, examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    """Return start and end of each picture's tokens.
-
-    Return () if documents share tokens, because such rows never have pictures.
-    """
-    if flat.edges[-1] != len(flat.ids):
-        return ()
-    for example in examples:
-        if example.pictures is not None:
-            return picture_spans(flat.ids, example.pictures.token_id, flat.edges)
-    return ()
 
 
 def join_pixels(pixels: Sequence[Pixels]) -> dict[str, torch.Tensor]:
@@ -308,14 +291,12 @@ class _FlatRows:
         positions = np.arange(part.shared, n)
         if pixels is not None and len(pixels.grids):
             assert part.pictures is not None
-            token_id = part.pictures.token_id
-            positions = mrope_positions(part.ids, token_id, pixels.grids)
+            positions = mrope_positions(part.ids, part.pictures.token_id, pixels.grids)
         self.positions[:, span] = positions
         # The target of a token is the next token. The last token of a document has no target,
         # because another document follows.
         next_ids = np.where(part.trained[1:], part.ids[1:], IGNORE)
-        targets = np.append(next_ids, IGNORE)
-        self.targets[span] = targets[part.shared :]
+        self.targets[span] = np.append(next_ids, IGNORE)[part.shared :]
         # The document begins with the shared tokens, which are stored at the start of the previous
         # sequence.
         if part.shared:
@@ -344,8 +325,7 @@ class _FlatRows:
 
         if self.edges[-1] == len(self.ids):
             return None
-        runs = [np.arange(*run) for run in self.runs]
-        places = np.concatenate(runs)
+        places = np.concatenate([np.arange(*run) for run in self.runs])
         # For each place, np.unique returns the index of the first token that is stored at it.
         _, firsts = np.unique(places, return_index=True)
         is_second = np.ones(len(places), dtype=bool)

@@ -62,7 +62,9 @@ class Layout:
             max_tokens: maximum number of tokens of a batch, including padding. An example that is
                 longer forms a batch of its own.
         """
-        groups = self._groups(examples, self.row_length or max_tokens)
+        groups: list[list[int]] = []
+        if len(examples):
+            groups = self._groups(examples, self.row_length or max_tokens)
         rank, ranks = self.share
         # Distribute the groups of examples to the ranks in turn. In the last round, some ranks can
         # get an empty group.
@@ -91,8 +93,6 @@ class Layout:
 
     def _groups(self, examples: Sequence[Example] | TokenSet, max_tokens: int) -> list[list[int]]:
         """Return, for each batch, the indices of its examples."""
-        if not len(examples):
-            return []
         if self.packed:
             lengths = [len(example.ids) - example.shared for example in examples]
             return best_fit_decreasing(lengths, max(max_tokens, *lengths))
@@ -102,7 +102,6 @@ class Layout:
         widths = np.array([example.longest_sequence for example in examples])
 
         def max_items(longest: int) -> int:
-            width = int(widths[longest])
-            return max_tokens // (sequences * width)
+            return max_tokens // (sequences * int(widths[longest]))
 
         return groups_of_like_length(widths, max_items)

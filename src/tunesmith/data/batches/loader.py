@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
-
 from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.layout import Layout, take_examples
 from tunesmith.data.batches.micro_batches import MicroBatches
@@ -202,9 +200,7 @@ class Loader(AbstractContextManager["Loader"]):
         for group in groups:
             rows, _ = self._micro_batches.shape(group)
             micro.append(self.layout.batch([next(mine) for _ in group], rows))
-        mismatched = []
-        if self.mismatches:
-            mismatched = [batch for _, batch in self.mismatched(step)]
+        mismatched = [batch for _, batch in self.mismatched(step)] if self.mismatches else []
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
@@ -232,11 +228,7 @@ class Loader(AbstractContextManager["Loader"]):
 
         def size(group: list[int]) -> tuple[int, int]:
             rows, length = self._micro_batches.shape(group)
-            picture_tokens = 0
-            for i in group:
-                is_picture = self.tokens[i].ids == self.tokens.picture_id
-                picture_tokens += int(np.sum(is_picture))
-            return rows * length, picture_tokens
+            return rows * length, int(self.tokens.picture_tokens[group].sum())
 
         micro_steps = self._micro_batches.micro_steps(step)
         groups = [rank_groups[self.rank] for rank_groups in micro_steps]
@@ -250,9 +242,7 @@ class Loader(AbstractContextManager["Loader"]):
         Each batch comes with the positions of its examples in the step.
         """
         references = self.tokens.mismatched_reference
-        reference = None
-        if references and step < len(references):
-            reference = references[step]
+        reference = references[step] if references and step < len(references) else None
         max_tokens = self.schedule.row_length
         examples = [self.tokens[i] for i in self.schedule.examples(step)]
         mismatched = mismatched_examples(examples, max_tokens, reference)

@@ -40,9 +40,8 @@ class MicroBatches:
             # Add empty groups, because every rank must run the same number of micro batches.
             while len(groups) < count:
                 groups.append([])
-        micro_steps = []
-        for first in range(0, count, self.data_ranks):
-            micro_steps.append(groups[first : first + self.data_ranks])
+        firsts = range(0, count, self.data_ranks)
+        micro_steps = [groups[first : first + self.data_ranks] for first in firsts]
         # In each micro step, the groups are sorted from the most to the least expensive. Reverse
         # every second micro step, so that the first rank does not always get the most expensive
         # group.
@@ -78,25 +77,22 @@ class MicroBatches:
         padding.
         """
         schedule = self.schedule
-        packed = schedule.packed
         # A packed micro batch always has one row.
-        rows = 1
-        if not packed:
-            rows = max(1, len(group) * schedule.sequences)
+        rows = 1 if schedule.packed else max(1, len(group) * schedule.sequences)
         if self.row_length is None:
-            if packed:
+            if schedule.packed:
                 longest = int(schedule.row_lengths[group].sum())
             else:
                 longest = int(schedule.sequence_lengths[group].max(initial=0))
             # Round up, because the ranks of a tensor parallel group divide the tokens equally.
             return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
-        if packed:
-            return 1, self.row_length
-        if self.micro_batch.unit == "examples":
-            fixed_rows = self.micro_batch.amount * schedule.sequences
-        else:
-            fixed_rows = max(schedule.sequences, self.micro_batch.amount // self.row_length)
-        return max(rows, fixed_rows), self.row_length
+        if not schedule.packed:
+            # If the shape is fixed, every micro batch has the number of rows of a full one.
+            full_rows = self.micro_batch.amount // self.row_length
+            if self.micro_batch.unit == "examples":
+                full_rows = self.micro_batch.amount * schedule.sequences
+            rows = max(rows, full_rows, schedule.sequences)
+        return rows, self.row_length
 
     def _groups_of_one_rank(self, step: int) -> list[list[int]]:
         """Return the micro batches of a step in a run with only one data rank.
@@ -111,24 +107,18 @@ class MicroBatches:
         lengths = self.schedule.row_lengths
         own_lengths = lengths[examples]
         capacity = self.row_length or max(self.micro_batch.amount, int(own_lengths.max()))
-        groups = []
-        for bin_ in best_fit_decreasing(own_lengths, capacity):
-            groups.append([examples[i] for i in bin_])
+        bins = best_fit_decreasing(own_lengths, capacity)
+        groups = [[examples[i] for i in bin_] for bin_ in bins]
         rows = self.schedule.rows(step)
         row_lengths = [int(lengths[row].sum()) for row in rows]
         if max(row_lengths) > capacity:
             return groups
         # Try also to put entire rows of the schedule into micro batches, because this can need
         # fewer micro batches than packing single documents.
-        groups_of_rows = []
-        for bin_ in best_fit_decreasing(row_lengths, capacity):
-            group = []
-            for r in bin_:
-                group += rows[r]
-            groups_of_rows.append(group)
-        if len(groups_of_rows) < len(groups):
-            return groups_of_rows
-        return groups
+        bins = best_fit_decreasing(row_lengths, capacity)
+        groups_of_rows = [[example for r in bin_ for example in rows[r]] for bin_ in bins]
+        # If both need the same number of micro batches, `min` returns the first.
+        return min(groups, groups_of_rows, key=len)
 
     def _group_in_order(self, examples: list[int]) -> list[list[int]]:
         """Group consecutive examples into micro batches.
@@ -143,8 +133,7 @@ class MicroBatches:
             is_full = len(group) == self.micro_batch.amount
             # If rows have a fixed length, a group can be full before it has `micro_batch` examples.
             if self.row_length is not None:
-                tokens = lengths[[*group, example]].sum()
-                is_full = is_full or tokens > self.row_length
+                is_full = is_full or lengths[[*group, example]].sum() > self.row_length
             if group and is_full:
                 groups.append([])
             groups[-1].append(example)
@@ -211,8 +200,7 @@ class MicroBatches:
         high = math.ceil(len(examples) * largest)
         while low < high:
             max_cost = (low + high) // 2
-            groups = self._group_by_length(examples, max_cost)
-            if len(groups) <= count:
+            if len(self._group_by_length(examples, max_cost)) <= count:
                 high = max_cost
             else:
                 low = max_cost + 1

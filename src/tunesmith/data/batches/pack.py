@@ -115,8 +115,7 @@ def balanced_bins(
         can_take = (space_left >= lengths[item]) & (items_left >= 1)
         if not can_take.any():
             return None
-        available_loads = np.where(can_take, loads, np.inf)
-        target = int(available_loads.argmin())
+        target = int(np.where(can_take, loads, np.inf).argmin())
         items[target].append(item)
         loads[target] += costs[item]
         space_left[target] -= lengths[item]

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tunesmith.data.rows.pictures import open_picture, picture_digest, picture_place, read_picture
-from tunesmith.data.rows.samples import Picture
+from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.text.example import Pixels
 from tunesmith.data.tokens.token_set import SourceTokens
 from tunesmith.data.workers import WorkerPool
@@ -46,30 +46,22 @@ class PixelTask:
     where: str = ""
 
 
-@dataclass(frozen=True)
-class PixelMaker:
-    """Function object that computes the pixels of a row's pictures. Each worker gets one copy."""
-
-    processor: "PictureProcessor"
-
-    def __call__(self, task: PixelTask) -> Pixels:
-        """Read, check and decode the pictures of one row, and process them in one processor
-        call.
-        """
-        images = []
-        for n, picture in enumerate(task.pictures):
-            data = read_picture(picture, task.where)
-            place = picture_place(picture, task.where)
-            if task.digests and picture_digest(data) != task.digests[n]:
-                raise DataError(
-                    "the picture has changed since its row was tokenized",
-                    where=place,
-                    why="the picture file was changed after the rows were read",
-                    fix="restore the old file, or resume with checkpoint.resume=force, which"
-                    " continues with the new file",
-                )
-            images.append(open_picture(data, place, self.processor.max_pixels))
-        return self.processor.pixels(images)
+def make_pixels(processor: "PictureProcessor", task: PixelTask) -> Pixels:
+    """Read, check and decode the pictures of one row, and process them in one processor call."""
+    images = []
+    for n, picture in enumerate(task.pictures):
+        data = read_picture(picture, task.where)
+        place = picture_place(picture, task.where)
+        if task.digests and picture_digest(data) != task.digests[n]:
+            raise DataError(
+                "the picture has changed since its row was tokenized",
+                where=place,
+                why="the picture file was changed after the rows were read",
+                fix="restore the old file, or resume with checkpoint.resume=force, which"
+                " continues with the new file",
+            )
+        images.append(open_picture(data, place, processor.max_pixels))
+    return processor.pixels(images)
 
 
 def default_workers() -> int:
@@ -102,7 +94,8 @@ class PixelReader:
     """
 
     def __init__(self, processor: "PictureProcessor", *, workers: int | None = None) -> None:
-        self._make = PixelMaker(processor)
+        # Each worker gets a copy of this function.
+        self._make = partial(make_pixels, processor)
         self.token_id = processor.token_id
         self.workers = default_workers() if workers is None else workers
         self._starting = Lock()
@@ -147,7 +140,7 @@ class PicturesOfRow:
     def begin(self) -> None:
         """Read the row and start the preparation of its pixels, if this is the first call."""
         if self._wait is None:
-            pictures = self._part.row_pictures(self._at)
+            pictures = pictures_of(self._part.sample(self._at))
             task = PixelTask(pictures, self._digests, self._part.where(self._at))
             self._wait = self._reader.submit(task)
 

@@ -59,8 +59,7 @@ def mrope_positions(ids: np.ndarray, token_id: int, grids: np.ndarray) -> np.nda
         taken += tokens
         at = start + tokens
         # Time (0 for all tokens), row and column of each token within the picture.
-        cells = np.indices((1, rows, columns)).reshape(3, -1)
-        positions[:, start:at] = next_position + cells
+        positions[:, start:at] = next_position + np.indices((1, rows, columns)).reshape(3, -1)
         next_position += max(rows, columns)
     # Positions of the text after the last picture.
     positions[:, at:] = next_position + np.arange(len(ids) - at)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tunesmith.config.schema import Data, Run, Train
+from tunesmith.config.schema import Run
 from tunesmith.data.batches.pack import best_fit_decreasing
 from tunesmith.data.shuffle import shuffled
 from tunesmith.units import Length, ceil_div
@@ -61,7 +61,8 @@ class StepSize(NamedTuple):
     largest: int
 
 
-# Units of an epoch or a step. A unit is a packed row (a list of examples) or a single example.
+# Units of an epoch or a step. A unit is a packed row (a list of examples) or one example, in an
+# array [units, 1].
 _Units = Sequence[Sequence[int]] | np.ndarray
 
 
@@ -69,50 +70,33 @@ class BatchSchedule:
     """Schedule that defines which examples each global batch contains. The first step is step 0.
 
     Args:
-        lengths: int64 [n], the number of tokens of each example, at most the length of a row.
-        data: the section `data` of the recipe, with seq_len, pack and shuffle.
-        train: the section `train` of the recipe, with global_batch and seed.
+        run: the recipe.
+        tokens: the tokenized rows.
         repeats: float64 [n], how often each example is in an epoch. For example, all examples with
             the value 2.3 are in each epoch twice, and 30 % of them are in it a third time. The seed
-            and the epoch determine which. If None, each example is in an epoch once.
-        row_length: number of tokens of a packed row. If None, `data.seq_len`.
-        sequences: number of sequences of each example.
-        sequence_lengths: int64 [n], the length of the longest sequence of each example. Without
-            packing, each sequence has a separate row. If None, `lengths`.
-        row_lengths: int64 [n], the number of tokens of each example in a packed row, in which the
-            sequences of a pair can share tokens. If None, `lengths`. These lengths affect the micro
-            batches, but not the examples of a step.
+            and the epoch determine which. If None, `tokens.repeats`.
 
     Attributes:
-        sequence_lengths, row_lengths: int64 [n].
+        lengths: int64 [n], the number of tokens of each example, at most the length of a row.
+        row_length: number of tokens of a packed row.
+        sequences: number of sequences of each example.
+        sequence_lengths: int64 [n], the length of the longest sequence of each example. Without
+            packing, each sequence has a separate row.
+        row_lengths: int64 [n], the number of tokens of each example in a packed row, in which the
+            sequences of a pair can share tokens. These lengths affect the micro batches, but not
+            the examples of a step.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        data: Data,
-        train: Train,
-        *,
-        repeats: np.ndarray | None = None,
-        row_length: int | None = None,
-        sequences: int = 1,
-        sequence_lengths: np.ndarray | None = None,
-        row_lengths: np.ndarray | None = None,
-    ) -> None:
-        self.lengths = np.asarray(lengths, np.int64)
-        if row_lengths is None:
-            row_lengths = self.lengths
-        if sequence_lengths is None:
-            sequence_lengths = self.lengths
-        if repeats is None:
-            repeats = np.ones(len(self.lengths))
-        self.row_lengths = row_lengths
-        self.sequences = sequences
-        self.sequence_lengths = sequence_lengths
-        self.packed = data.pack
-        self.row_length = row_length or data.seq_len
-        self._repeats = np.asarray(repeats, np.float64)
-        self._shuffle = data.shuffle
+    def __init__(self, run: Run, tokens: "TokenSet", repeats: np.ndarray | None = None) -> None:
+        train = run.train
+        self.lengths = tokens.lengths
+        self.row_lengths = tokens.row_lengths
+        self.sequences = 2 if tokens.has_pairs else 1
+        self.sequence_lengths = tokens.longest_sequences
+        self.packed = run.data.pack
+        self.row_length = run.row_tokens
+        self._repeats = tokens.repeats if repeats is None else repeats
+        self._shuffle = run.data.shuffle
         self._seed = train.seed
         # Fractional parts of `repeats`. Each different fraction requires a random draw per epoch.
         fractions = np.unique(self._repeats % 1.0)
@@ -127,26 +111,6 @@ class BatchSchedule:
             units_per_step //= self.row_length
         self._units_per_step = max(1, units_per_step)
         self._units = lru_cache(maxsize=2)(self._order_units)
-
-    @classmethod
-    def of(cls, run: Run, tokens: "TokenSet", repeats: np.ndarray | None = None) -> "BatchSchedule":
-        """Build the batch schedule from a recipe and its tokenized rows.
-
-        Args:
-            run: the recipe.
-            tokens: the tokenized rows.
-            repeats: how often each example is in an epoch. If None, `tokens.repeats`.
-        """
-        return cls(
-            tokens.lengths,
-            run.data,
-            run.train,
-            repeats=tokens.repeats if repeats is None else repeats,
-            row_length=run.row_tokens,
-            sequences=2 if tokens.has_pairs else 1,
-            sequence_lengths=tokens.longest_sequences,
-            row_lengths=tokens.row_lengths,
-        )
 
     @property
     def longest(self) -> int:
@@ -172,16 +136,14 @@ class BatchSchedule:
 
     def _order_examples(self, epoch: int) -> np.ndarray:
         """Return the examples of an epoch in their order, as int64 indices."""
-        whole_repeats = self._repeats.astype(np.int64)
-        examples = np.repeat(np.arange(len(self._repeats)), whole_repeats)
+        examples = np.repeat(np.arange(len(self._repeats)), self._repeats.astype(np.int64))
         # Start at random stream 2, because the streams 0 and 1 of an epoch shuffle its examples and
         # its rows.
         for stream, fraction in enumerate(self._fractions, start=2):
             group = np.flatnonzero(self._repeats % 1.0 == fraction)
             count = round(fraction * len(group))
             order = shuffled(len(group), self._seed, epoch, stream)
-            drawn = group[order[:count]]
-            examples = np.concatenate([examples, drawn])
+            examples = np.concatenate([examples, group[order[:count]]])
         if not self._shuffle:
             return np.sort(examples)
         order = shuffled(len(examples), self._seed, epoch, 0)
@@ -195,12 +157,11 @@ class BatchSchedule:
         order = self._order_examples(epoch)
         # If the global batch is a number of examples, the units are single examples.
         if not self._counts_tokens:
-            return order
+            return order[:, np.newaxis]
         # Packed rows. Each row is a list of indices into `order`.
         rows = best_fit_decreasing(self.lengths[order], self.row_length)
         if self._shuffle:
-            row_order = shuffled(len(rows), self._seed, epoch, 1).tolist()
-            rows = [rows[r] for r in row_order]
+            rows = [rows[r] for r in shuffled(len(rows), self._seed, epoch, 1).tolist()]
         else:
             # If the data is not shuffled, sort the rows by their first example.
             rows.sort(key=min)
@@ -257,10 +218,7 @@ class BatchSchedule:
 
     def examples(self, step: int) -> list[int]:
         """Return the indices of the examples of an optimizer step."""
-        units = self._step_units(step)
-        if isinstance(units, np.ndarray):
-            return units.tolist()
-        return [example for row in units for example in row]
+        return np.concatenate(self._step_units(step)).tolist()
 
     def rows(self, step: int) -> list[list[int]]:
         """Return the indices of the examples in each row of a step.
@@ -270,13 +228,10 @@ class BatchSchedule:
         examples = self.examples(step)
         if not self.packed:
             return [[example] for example in examples]
-        units = self._step_units(step)
-        if not isinstance(units, np.ndarray):
-            return [list(row) for row in units]
-        rows = []
-        for bin_ in best_fit_decreasing(self.lengths[examples], self.row_length):
-            rows.append([examples[i] for i in sorted(bin_)])
-        return rows
+        if self._counts_tokens:
+            return [list(row) for row in self._step_units(step)]
+        bins = best_fit_decreasing(self.lengths[examples], self.row_length)
+        return [[examples[i] for i in sorted(bin_)] for bin_ in bins]
 
     def epoch(self, step: int) -> float:
         """Return the number of epochs that are completed after this step, for example 0.25."""
@@ -285,7 +240,7 @@ class BatchSchedule:
 
     def step_size(self) -> StepSize:
         units = self._units(0)
-        if not isinstance(units, np.ndarray):
+        if self._counts_tokens:
             rows = min(self._units_per_step, len(units))
             tokens = rows * self.row_length
             # `row_lengths` counts the shared tokens of a pair once, and `lengths` counts them
@@ -295,8 +250,7 @@ class BatchSchedule:
         first_units = np.arange(0, len(units), self._units_per_step)
         tokens_per_step = np.add.reduceat(self.row_lengths[units], first_units)
         mean = tokens_per_step.mean()
-        largest = tokens_per_step.max()
-        return StepSize(float(mean), int(largest))
+        return StepSize(float(mean), int(tokens_per_step.max()))
 
     def summary(self, duration: Length) -> ScheduleSummary:
         """Compute the sizes of the first epoch and the number of steps for a duration."""

@@ -248,8 +248,7 @@ def _features(words: _Words) -> np.ndarray:
     second = np.uint32(0x85EBCA6B)
     features = [*sides]
     for side in sides:
-        pairs = (side[:-1] * first) ^ (side[1:] * second)
-        features.append(pairs)
+        features.append((side[:-1] * first) ^ (side[1:] * second))
     return np.unique(np.concatenate(features))
 
 

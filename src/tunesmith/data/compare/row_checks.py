@@ -120,8 +120,7 @@ def check_rows(sources: SourceRows) -> RowFindings:
                 f"{len(indices):,}",
             )
         counts = [len(own) for _, _, own in by_source(sources, indices)]
-        texts = read_texts(sources, indices)
-        findings = find_faults(texts, counts)
+        findings = find_faults(read_texts(sources, indices), counts)
         # `find_faults` returns indices into the compared rows. Convert them to numbers of all rows.
         at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
         return replace(at_indices, rows=indices.stop)
@@ -221,7 +220,11 @@ class _Answers:
         normal = unicodedata.normalize("NFKC", text.prompt).casefold()
         prompt = " ".join(normal.split()).rstrip(" .?!:;。？！")
         if text.is_good is not None or text.chosen:
-            self._add_judged(row, text, prompt, words)
+            # Sort the words of both answers, so that the order of chosen and rejected is ignored.
+            words = sorted(words) if text.chosen else words
+            judged = _hash64(f"{prompt}\n{text.given}\n{' '.join(words)}")
+            good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
+            self._judged.setdefault(judged, []).append((row, _hash64(good), True))
         if len(words_of(prompt)) < MIN_PROMPT_WORDS:
             return
         if not text.is_answered:
@@ -229,22 +232,10 @@ class _Answers:
             # answers to one prompt are not a contradiction in such rows.
             answer = 0
         question = _hash64(f"{prompt}\n{text.given}")
-        rows = self._rows.setdefault(question, [])
-        rows.append((row, answer, is_short))
-
-    def _add_judged(self, row: int, text: RowText, prompt: str, words: list[str]) -> None:
-        if text.chosen:
-            # Sort the words of both answers, so that the order of chosen and rejected is ignored.
-            words = sorted(words)
-        judged = _hash64(f"{prompt}\n{text.given}\n{' '.join(words)}")
-        good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
-        rows = self._judged.setdefault(judged, [])
-        rows.append((row, _hash64(good), True))
+        self._rows.setdefault(question, []).append((row, answer, is_short))
 
     def shared(self) -> list[list[int]]:
-        groups = []
-        for answers in self._rows.values():
-            groups.append([row for row, _, _ in answers])
+        groups = [[row for row, _, _ in answers] for answers in self._rows.values()]
         repeated = [rows for rows in self._long.values() if len(rows) > 1]
         # Do not group rows by answer if most rows repeat an answer, as in an FAQ with several
         # questions per answer. A group can be held out entirely. The model then never learns this
@@ -263,8 +254,7 @@ class _Answers:
         short = []
         long = []
         for rows in chain(self._rows.values(), self._judged.values()):
-            answers = {answer for _, answer, _ in rows}
-            if len(answers) < 2:
+            if len({answer for _, answer, _ in rows}) < 2:
                 continue
             group = [row for row, _, _ in rows]
             if all(is_short for _, _, is_short in rows):

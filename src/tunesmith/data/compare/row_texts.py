@@ -77,22 +77,16 @@ def sampled_rows(sources: Sequence[tuple[Source, Rows]]) -> range:
     the first row.
     """
     total = sum(len(rows) for _, rows in sources)
-    mean = max(1, _mean_characters(sources, total))
-    max_rows = min(MAX_ROWS, MAX_CHARACTERS // mean)
-    step = ceil_div(total, max(1, max_rows))
-    return range(0, total, max(1, step))
-
-
-def _mean_characters(sources: Sequence[tuple[Source, Rows]], total: int) -> int:
-    """Estimate the average number of compared characters per row from a sample of rows."""
+    # Estimate the average number of compared characters per row from a sample of rows.
     characters = 0
     measured = range(0, total, max(1, total // _MEASURED_ROWS))
     for _, rows, own in by_source(sources, measured):
         for i in own:
             with suppress(DataError):  # Tokenization reports the broken row later.
-                count = count_characters(rows[i])
-                characters += min(2 * MAX_TEXT_CHARACTERS, count)
-    return characters // max(1, len(measured))
+                characters += min(2 * MAX_TEXT_CHARACTERS, count_characters(rows[i]))
+    mean = max(1, characters // max(1, len(measured)))
+    max_rows = max(1, min(MAX_ROWS, MAX_CHARACTERS // mean))
+    return range(0, total, max(1, ceil_div(total, max_rows)))
 
 
 def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterator[RowText | None]:
@@ -118,27 +112,23 @@ def by_source(
     """
     first = 0
     for source, rows in sources:
-        offset = -first % indices.step
-        yield source, rows, range(offset, len(rows), indices.step)
+        yield source, rows, range(-first % indices.step, len(rows), indices.step)
         first += len(rows)
 
 
 def row_text(values: Row, source: Source, where: str = "") -> RowText:
     """Return the text of one row. Raise DataError if the row does not have the source's format."""
     row = convert_row(values, source, where=where)
-    sample, *others = row.samples
-    prompt, answer = _prompt_and_answer(sample)
-    chosen = ""
-    for rejected in others:
-        chosen = answer
-        _, rejected_answer = _prompt_and_answer(rejected)
-        answer = f"{chosen}\n{rejected_answer}"
+    sample = row.samples[0]
+    prompt = _prompt_and_answer(sample)[0]
+    answers = [_prompt_and_answer(sample)[1] for sample in row.samples]
+    chosen = answers[0] if len(answers) > 1 else ""
     given = " ".join(map(_identity, pictures_of(sample)))
     if isinstance(sample, Conversation) and sample.tools:
         given = json.dumps(sample.tools, sort_keys=True, default=str) + given
     return RowText(
         _ends(prompt),
-        _ends(answer),
+        _ends("\n".join(answers)),
         is_answered=row.is_answered,
         given=given,
         is_plain=isinstance(sample, Text),
@@ -161,12 +151,9 @@ def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
     if isinstance(sample, Completion):
         prompt = "\n".join(filter(None, (sample.system, sample.prompt)))
         return prompt, sample.completion
-    messages = sample.messages
-    last = len(messages) - 1
-    while last > 0 and messages[last]["role"] != "assistant":
-        last -= 1
-    prompt = "\n".join(map(_message_text, messages[:last]))
-    return prompt, _message_text(messages[last])
+    # The last message is an answer, see `check_order`.
+    *messages, last = map(_message_text, sample.messages)
+    return "\n".join(messages), last
 
 
 def _message_text(message: Message) -> str:

@@ -96,19 +96,15 @@ class Splits:
         Args:
             across: pairs [row of `data.validation`, row of `data.train`] that are near-duplicates.
         """
-        pairs = []
         if not self.held_out:
-            for validated, trained in across:
-                pairs.append([place(self.validation, validated), place(self.train, trained)])
-            return pairs
+            return [[place(self.validation, v), place(self.train, t)] for v, t in across]
+        pairs = []
         held_out = set(self.held_out)
         for group in self.kept_findings.near_duplicates:
-            trained_rows = [row for row in group if row not in held_out]
-            if not trained_rows:
-                continue
+            trained = [place(self.sources, row) for row in group if row not in held_out]
             for row in group:
-                if row in held_out:
-                    pairs.append([place(self.sources, row), place(self.sources, trained_rows[0])])
+                if trained and row in held_out:
+                    pairs.append([place(self.sources, row), trained[0]])
         return pairs
 
 
@@ -171,9 +167,7 @@ def _split_rows(data: Data, seed: int, opened: OpenedRows, findings: RowFindings
             fix="remove values from the list data.leave_out, or set data.leave_out=[]",
         )
     if data.hold_out is None:
-        kept = sources
-        if removed:
-            kept = _take(sources, remaining)
+        kept = _take(sources, remaining) if removed else sources
         return Splits(kept, opened.validation, sources, findings, left_out)
     count = count_held_out(data.hold_out, len(remaining))
     if data.hold_out_seed is not None:

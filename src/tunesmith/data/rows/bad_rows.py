@@ -39,15 +39,15 @@ class BadRows:
     def __len__(self) -> int:
         return self.count
 
-    def add(self, row: int, place: str, error: DataError) -> bool:
-        """Add the error of a row. Return False and add nothing if the error is not about the row.
+    def add(self, row: int, place: str, error: DataError) -> None:
+        """Add the error of a row. Raise the error if it is not about the row.
 
         Args:
             row: index of the row.
             place: file and line of the row.
         """
         if not is_row_error(error, place):
-            return False
+            raise error
         self.count += 1
         self.first_error = self.first_error or error
         if len(self.listed) < LISTED:
@@ -56,7 +56,6 @@ class BadRows:
             if inside:
                 what = f"{inside}: {what}"
             self.listed.append((place, row, what))
-        return True
 
 
 def error_of_sources(sources: Sequence[BadRows]) -> DataError:
@@ -115,6 +114,5 @@ def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadR
         try:
             convert_row(rows[i], source, where=place, system=system)
         except DataError as error:
-            if not bad.add(i, place, error):
-                raise
+            bad.add(i, place, error)
     return bad

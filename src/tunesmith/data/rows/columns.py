@@ -107,10 +107,7 @@ def from_lists(value: object) -> object:
     if not isinstance(value, Mapping):
         return value
     lists = [item for item in value.values() if isinstance(item, list)]
-    if len(lists) < len(value):
-        return value
-    lengths = set(map(len, lists))
-    if len(lengths) != 1:
+    if len(lists) < len(value) or len(set(map(len, lists))) != 1:
         return value
     return [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
 
@@ -122,20 +119,15 @@ def role_key_of(value: object) -> str:
     """
     if isinstance(value, str):
         match = CHAT_TEXT.match(value)
-        if match is None:
+        # Without a bracket, the text is a single message and not a list.
+        if match is None or not match[1]:
             return ""
-        if not match[1]:
-            return ""  # The text is a single message and not a list.
         key = _ROLE_KEY.search(value, 0, _MAX_SEARCHED_CHARS)
         return key[1] if key else ""
     turns = from_lists(value)
     first = turns[0] if isinstance(turns, list) and turns else None
-    if not isinstance(first, Mapping):
-        return ""
-    for key_of_role in ("role", "from"):
-        if key_of_role in first:
-            return key_of_role
-    return ""
+    keys = first if isinstance(first, Mapping) else {}
+    return "role" if "role" in keys else "from" if "from" in keys else ""
 
 
 def looks_like_list(value: object) -> bool:
@@ -149,9 +141,7 @@ def looks_like_list(value: object) -> bool:
 def is_named_rejected(column: str) -> bool:
     """Return whether a column's name suggests that it holds the rejected answers of pairs."""
     name = plain(column)
-    if "rejected" in name.split("_"):
-        return True
-    return bool(_similar("rejected", (name,)))
+    return "rejected" in name.split("_") or bool(_similar("rejected", (name,)))
 
 
 # Cache the results, because all rows have the same column names.
@@ -208,10 +198,10 @@ class RowColumns:
             for name, usual_names in names.items():
                 if name in source.columns:
                     candidates.append([source.columns[name]])
-                    continue
-                candidates.append([*self._usual_columns(format_name, usual_names)])
-                if name in column_set.optional:
-                    candidates[-1].append(None)
+                else:
+                    no_column = [None] if name in column_set.optional else []
+                    usual = self._usual_columns(format_name, usual_names)
+                    candidates.append([*usual, *no_column])
             # Try every combination of candidates, but use each column of the file only once.
             for picked in itertools.product(*candidates):
                 pairs = zip(names, picked, strict=True)
@@ -226,9 +216,7 @@ class RowColumns:
         `usual_names` are the usual names of the format's column in files.
         """
         if isinstance(usual_names, ChatColumn):
-            chats = {}
-            for role_key in usual_names:
-                chats.update(dict.fromkeys(self.chats[role_key]))
+            chats = dict.fromkeys(name for role_key in usual_names for name in self.chats[role_key])
             needed = ROW_FORMATS["prompt-completion"].layouts[0].needed
             if any(plain(column) in needed["completion"] for column in self.values):
                 # Exclude prompt columns: the file has a completion column, so a list of messages in
@@ -254,22 +242,19 @@ class RowColumns:
         Args:
             any_format: whether the user has chosen no format.
         """
-        first = None
-        for layout in self._proposals(source, any_format):
-            if UNKNOWN not in layout.columns.values():
-                return layout
-            first = first or layout
-        assert first is not None
-        return first
+        layouts = list(self._proposals(source, any_format))
+        complete = [layout for layout in layouts if UNKNOWN not in layout.columns.values()]
+        return (complete or layouts)[0]
 
     def _proposals(self, source: Source, any_format: bool) -> Iterator[Source]:
         """Yield the layouts that can be proposed, the best first."""
         formats: list[FormatName] = [source.format]
         if any_format:
-            formats = []
-            for name in _GUESSED_FORMATS if source.columns else ():
-                if source.columns.keys() <= set(ROW_FORMATS[name].columns):
-                    formats.append(name)
+            formats = [
+                name
+                for name in _GUESSED_FORMATS
+                if source.columns and source.columns.keys() <= set(ROW_FORMATS[name].columns)
+            ]
         for name in formats:
             yield from self._guesses(replace(source, format=name))
         key = ROW_FORMATS[source.format].key
@@ -295,8 +280,7 @@ class RowColumns:
         for column_set in form.layouts:
             guessed = self._guess(source, column_set)
             names = dict.fromkeys([*column_set.needed, *guessed])
-            columns = {name: guessed.get(name, UNKNOWN) for name in names}
-            yield replace(source, columns=columns)
+            yield replace(source, columns={name: guessed.get(name, UNKNOWN) for name in names})
 
     def _guess(self, source: Source, column_set: ColumnSet) -> dict[str, str]:
         """Guess the columns of the source's format.
@@ -339,13 +323,14 @@ class RowColumns:
 
         `usual_names` are the usual names of the format's column in files.
         """
-        columns = {}
-        for column, values in self.values.items():
-            if not isinstance(usual_names, ChatColumn) or any(map(looks_like_list, values)):
-                columns[plain(column)] = column
-        names = [*_similar(word, tuple(columns))]
+        columns = {
+            plain(column): column
+            for column, values in self.values.items()
+            if not isinstance(usual_names, ChatColumn) or any(map(looks_like_list, values))
+        }
+        names = _similar(word, tuple(columns))
         if word in ("chosen", "rejected"):
-            names += [name for name in columns if word in name.split("_")]
+            names = [*names, *(name for name in columns if word in name.split("_"))]
         return [columns[name] for name in names]
 
     def _columns_with_values(self, name: str, optional: Names) -> list[str]:

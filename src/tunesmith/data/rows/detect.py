@@ -142,10 +142,9 @@ def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
     count = min(SAMPLE, len(rows))
     last = len(rows) - 1
     steps = max(1, count - 1)
-    indices = [n * last // steps for n in range(count)]
     sample = {}
     first_error = None
-    for i in indices:
+    for i in (n * last // steps for n in range(count)):
         try:
             sample[i] = rows[i]
         except DataError as error:
@@ -216,11 +215,9 @@ class _SampledRows:
         """
         rows = self.rows
         if not trial.read:
-            first = next(iter(self.sample))
-            rows = rows.take([first])
+            rows = rows.take([next(iter(self.sample))])
         layout = trial.layout
-        bad = find_bad_rows(rows, layout)
-        error = error_of_sources([bad])
+        error = error_of_sources([find_bad_rows(rows, layout)])
         examined = count_of(len(self.sample), "row")
         read = f"{len(trial.read)} of the {examined} examined can be read as {layout.format}"
         error.why = "; ".join(filter(None, (error.why, read)))
@@ -233,11 +230,8 @@ class _SampledRows:
         """Build the error for rows that several layouts can read."""
         order = list(ROW_FORMATS)
         trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
-        ways = []
-        counts = []
-        for trial in trials:
-            ways.append(row_fix(self.source.source, columns=trial.layout.columns))
-            counts.append(f"{len(trial.read)} as {trial.layout.format}")
+        ways = [row_fix(self.source.source, columns=trial.layout.columns) for trial in trials]
+        counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
         examined = count_of(len(self.sample), "row")
         return self.error(
             f"the rows can be read in {len(trials)} ways",

@@ -81,16 +81,17 @@ def convert_row(
     reader = RowReader(row, source, where)
     reader.column_pictures = read_column_pictures(reader)
     samples = _ROW_READERS[source.format](reader)
-    row_samples = RowSamples(tuple(samples), reader.is_good)
+    is_answered = source.format not in ("preference", "feedback", "text")
+    grades: tuple[str, ...] = ()
+    is_other = False
     check_media(reader)
     if is_trained:
         check_row_mask(reader)
-        if row_samples.is_answered:
+        if is_answered:
             check_no_bad_label(reader)
-            row_samples = replace(row_samples, grades=grades_of(reader))
-        elif len(samples) == 2:
+            grades = grades_of(reader)
+        elif source.format == "preference":
             is_other = has_other_preference(reader)
-            row_samples = replace(row_samples, has_other_preference=is_other)
     if unread is not None:
         unread |= reader.unread
         texts: list[str] = []
@@ -103,7 +104,7 @@ def convert_row(
             if not is_harmless(column) or _is_held_out(column, value):
                 unread.add(column)
     completed = tuple(_complete(reader, sample, system) for sample in samples)
-    return replace(row_samples, samples=completed)
+    return RowSamples(completed, is_answered, reader.is_good, grades, is_other)
 
 
 def _is_held_out(column: str, value: object) -> bool:
@@ -154,21 +155,19 @@ def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
 def _alpaca(row: RowReader) -> list[Sample]:
     instruction = _no_messages(row, row.required("instruction"), "instruction")
     output = _no_messages(row, row.required("output"), "output")
-    question = instruction
     extra = row.optional("input")
-    extra_text = ""
-    if extra is not None:
-        extra_text = row.text(extra, "input")
-    if extra_text:
-        question = f"{instruction}\n{extra_text}"
-    messages = with_row_system(row, _history(row))
+    extra_text = "" if extra is None else row.text(extra, "input")
+    question = f"{instruction}\n{extra_text}" if extra_text else instruction
+    earlier = with_row_system(row, _history(row))
+    messages: list[Message] = [
+        *earlier,
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": output},
+    ]
     # The Alpaca template supports only a single turn, without a history or a system message.
-    is_single_turn = not messages
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": output})
-    if is_single_turn:
-        return [Conversation(messages, instruction=(instruction, extra_text, output))]
-    return [Conversation(messages)]
+    is_single_turn = not earlier
+    parts = (instruction, extra_text, output) if is_single_turn else None
+    return [Conversation(messages, instruction=parts)]
 
 
 def _history(row: RowReader) -> list[Message]:
@@ -223,8 +222,7 @@ def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
 
 def _prompt_completion(row: RowReader) -> list[Sample]:
     prompt = row.required_text_or_messages("prompt")
-    completion = row.required_text_or_messages("completion")
-    return _answered(row, prompt, {"completion": completion})
+    return _answered(row, prompt, {"completion": row.required_text_or_messages("completion")})
 
 
 def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
@@ -239,9 +237,7 @@ def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
     texts = {column: answer for column, answer in answers.items() if isinstance(answer, str)}
     if isinstance(prompt, str) and len(texts) == len(answers):
         question = row.text(prompt, "prompt")
-        for column, answer in texts.items():
-            samples.append(_completed(row, question, row.text(answer, column)))
-        return samples
+        return [_completed(row, question, row.text(text, name)) for name, text in texts.items()]
     messages = _messages_of(row, prompt, "prompt", "user")
     if messages[-1]["role"] == "assistant":
         raise row.error(
@@ -415,10 +411,8 @@ def _feedback(row: RowReader) -> list[Sample]:
         if value is not None:
             messages = any_messages(row, value, "messages")
             return _compared(row, messages[:-1], {"the last message": messages[-1:]})
-    prompt = row.required_text_or_messages("prompt")
-    question = _with_input(row, prompt)
-    completion = row.required_text_or_messages("completion")
-    return _compared(row, question, {"completion": completion})
+    question = _with_input(row, row.required_text_or_messages("prompt"))
+    return _compared(row, question, {"completion": row.required_text_or_messages("completion")})
 
 
 def _shared_beginning(

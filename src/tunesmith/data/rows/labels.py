@@ -170,13 +170,9 @@ def _use_labels(source: Source, column: str) -> str:
     column.
     """
     own_names = ROW_FORMATS[source.format].layouts[0].needed
-    names = ["messages"]
-    if len(own_names) == 2:
-        names = ["prompt", "completion"]
-    columns = {}
-    for name, own in zip(names, own_names, strict=True):
-        columns[name] = source.columns.get(own, own)
-    columns["label"] = column
+    names = ["prompt", "completion"] if len(own_names) == 2 else ["messages"]
+    own_columns = [source.columns.get(own, own) for own in own_names]
+    columns = {**dict(zip(names, own_columns, strict=True)), "label": column}
     settings = row_fix(source.source, method="kto", format="feedback", columns=columns)
     fix = f"learn from good and bad answers with {settings}"
     if _is_reversed(plain(column)):
@@ -194,9 +190,7 @@ def grades_of(row: RowReader) -> tuple[str, ...]:
     for column, cell in row.unread_columns().items():
         value = value_of_cell(cell)
         if isinstance(value, int | float) and _is_opinion(plain(column)):
-            grade = _NO_GRADE_LABEL
-            if value in _NUMBERED_LABELS:
-                grade = int(value)
+            grade = int(value) if value in _NUMBERED_LABELS else _NO_GRADE_LABEL
             grades.append(f"{column} {grade}")
     return tuple(grades)
 
@@ -235,12 +229,9 @@ def has_other_preference(row: RowReader) -> bool:
     columns = {plain(column): column for column in row.unread_columns()}
     is_other = False
     for name, column in columns.items():
-        if not _has_score(name):
+        other_column = columns.get(name.replace("chosen", "rejected"), column)
+        if not _has_score(name) or other_column == column:
             continue
-        other_name = name.replace("chosen", "rejected")
-        if other_name == name or other_name not in columns:
-            continue
-        other_column = columns[other_name]
         chosen = value_of_cell(row.row[column])
         rejected = value_of_cell(row.row[other_column])
         if isinstance(chosen, int | float) and isinstance(rejected, int | float):

@@ -146,10 +146,8 @@ def _sort_results(messages: list[Message]) -> list[Message]:
         turns = list(group)
         if is_result and all(turn.get("tool_call_id") in places for turn in turns):
             turns.sort(key=lambda turn: places[turn["tool_call_id"]])
-        places = {}
-        for n, call in enumerate(turns[-1].get("tool_calls", ())):
-            if "id" in call:
-                places[call["id"]] = n
+        calls = turns[-1].get("tool_calls", ())
+        places = {call["id"]: n for n, call in enumerate(calls) if "id" in call}
         ordered += turns
     return ordered
 
@@ -351,10 +349,8 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
 
 def _part_value(part: Mapping[str, object]) -> object:
     """Return the value of a content part. The name of the key depends on the API."""
-    for name in ("text", "value", "reasoning", "thinking"):
-        if name in part:
-            return part[name]
-    return None
+    names = ("text", "value", "reasoning", "thinking")
+    return next((part[name] for name in names if name in part), None)
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
@@ -440,19 +436,15 @@ def calls_in_text(row: RowReader, text: str) -> list[FunctionCall]:
 
     Data sets with the columns query, tools and answers have such answers.
     """
-    if not text.lstrip().startswith(("[", "{")):
-        return []
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return []
     items = value if isinstance(value, list) else [value]
-    are_calls = all(
-        isinstance(item, dict) and {"name", "arguments"} <= item.keys() for item in items
-    )
-    if not items or not are_calls:
-        return []
-    return _calls(row, items, "completion")
+    for item in items:
+        if not isinstance(item, dict) or not {"name", "arguments"} <= item.keys():
+            return []
+    return _calls(row, items, "completion") if items else []
 
 
 def read_tools(row: RowReader) -> list[ToolSchema] | None:
@@ -462,10 +454,8 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
     Arrow adds such keys: it gives each object in a column the keys of all other objects.
     """
     value = row.optional("tools")
-    if value is None:
-        return None
     # An empty value in a CSV file can be text such as "None".
-    if isinstance(value, str) and value.strip() in ("", "null", "None"):
+    if value is None or (isinstance(value, str) and value.strip() in ("", "null", "None")):
         return None
     tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
@@ -488,8 +478,7 @@ def read_system(row: RowReader) -> str | None:
     system = row.optional("system")
     if is_absent(system):
         return None
-    parts = _content(row, system, MESSAGE, "system", "system")
-    return row.text(parts.text, "system")
+    return row.text(_content(row, system, MESSAGE, "system", "system").text, "system")
 
 
 def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:

@@ -63,9 +63,7 @@ def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at:
             fix="sort the pictures",
             at=at,
         )
-    picture = None
-    if value is not None:
-        picture = _picture(row, value, at)
+    picture = _picture(row, value, at) if value is not None else None
     row.pictures.append(picture)
     for key, part_value in part.items():
         if key not in (*PICTURE_KEYS, *_HARMLESS_PART_KEYS) and not is_absent(part_value):
@@ -88,10 +86,7 @@ def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
     values = value if isinstance(value, list) else [value]
     if all(map(is_absent, values)):
         return ()
-    pictures = []
-    for n, item in enumerate(values, 1):
-        pictures.append(_picture(row, item, f"picture {n}"))
-    return tuple(pictures)
+    return tuple(_picture(row, item, f"picture {n}") for n, item in enumerate(values, 1))
 
 
 def names_pictures(row: object) -> bool:
@@ -100,11 +95,8 @@ def names_pictures(row: object) -> bool:
         return any(map(names_pictures, row))
     if not isinstance(row, Mapping):
         return False
-    if row.get("type") in PICTURE_PARTS:
+    if row.get("type") in PICTURE_PARTS or not all(is_absent(row.get(n)) for n in PICTURE_NAMES):
         return True
-    for name in PICTURE_NAMES:
-        if not is_absent(row.get(name)):
-            return True
     return any(map(names_pictures, row.values()))
 
 
@@ -151,8 +143,7 @@ def with_pictures(row: RowReader, sample: Conversation) -> Conversation:
     if not row.pictures and not row.column_pictures:
         return sample
     # Count PICTURE_MARK in the string form of messages and tools, because this includes every text.
-    marked = f"{sample.messages}{sample.tools}".count(PICTURE_MARK)
-    if marked != len(row.pictures):
+    if f"{sample.messages}{sample.tools}".count(PICTURE_MARK) != len(row.pictures):
         raise row.error(
             "a text has the character U+FFFC",
             why="in a row with pictures this character represents a picture",
@@ -170,10 +161,8 @@ def with_pictures(row: RowReader, sample: Conversation) -> Conversation:
             " the picture into the part",
         )
     column_pictures = iter(row.column_pictures)
-    pictures = []
-    for n, given in enumerate(places, 1):
-        picture = given or next(column_pictures)
-        pictures.append(picture._replace(place=f"picture {n}"))
+    given = [picture or next(column_pictures) for picture in places]
+    pictures = [picture._replace(place=f"picture {n}") for n, picture in enumerate(given, 1)]
     # Set `instruction` to None, because the Alpaca template does not support pictures.
     return replace(sample, instruction=None, pictures=tuple(pictures))
 
@@ -258,9 +247,7 @@ def _picture(row: RowReader, value: object, at: str) -> Picture:
 
 def _path(row: RowReader, text: str, at: str) -> Path:
     """Return the path of a picture file. A relative path starts in the folder of the data file."""
-    name = text
-    if text.startswith("file://"):
-        name = unquote(text.removeprefix("file://"))
+    name = unquote(text.removeprefix("file://")) if text.startswith("file://") else text
     path = Path(name)
     if path.is_absolute():
         return path

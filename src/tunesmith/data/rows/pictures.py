@@ -65,12 +65,11 @@ def read_picture(picture: Picture, where: str) -> bytes:
         where: file and line of the picture's row.
     """
     place = picture_place(picture, where)
-    data = picture.data
-    if picture.path is not None:
-        data = _read_file(picture.path, place)
+    path = picture.path
+    data = picture.data if path is None else _read_file(path, place)
     if not data:
         raise DataError(
-            f"{picture.path or 'the picture'} is empty",
+            f"{path or 'the picture'} is empty",
             where=place,
             fix="save the picture again, or delete the row",
         )
@@ -156,17 +155,14 @@ def scaled_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int
     `max_pixels` pixels.
     """
     width, height = size
-    pixels = width * height
-    if max_pixels is None or pixels <= max_pixels:
+    if max_pixels is None or width * height <= max_pixels:
         return size
-    scale = math.sqrt(max_pixels / pixels)
+    scale = math.sqrt(max_pixels / (width * height))
     short = max(1, int(min(size) * scale))
     # Limit the long side, so that rounding does not make the aspect ratio larger than processors
     # accept.
     long = min(int(max(size) * scale), MAX_PICTURE_RATIO * short, max_pixels // short)
-    if width > height:
-        return long, short
-    return short, long
+    return (long, short) if width > height else (short, long)
 
 
 @cache
@@ -242,8 +238,7 @@ def _to_rgb(image: Image) -> Image:
     """Convert a decoded picture to RGB. Transparent pixels are blended with white."""
     if image.mode.startswith("I"):
         # Keep the high byte of 16-bit pixels, because Pillow's conversion clips values above 255.
-        high_bytes = np.asarray(image) >> 8
-        pixels = np.clip(high_bytes, 0, 255)
+        pixels = np.clip(np.asarray(image) >> 8, 0, 255)
         image = _pil().fromarray(pixels.astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")

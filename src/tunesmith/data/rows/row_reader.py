@@ -141,19 +141,18 @@ class RowReader:
 
     def unread_columns(self) -> dict[str, object]:
         """Return the columns that have not been read, with their values, except empty ones."""
-        columns: dict[str, object] = {}
         # Return early, because most rows have no unread columns.
         if self.row.keys() <= self.read:
-            return columns
-        for column, value in self.row.items():
-            if column not in self.read and not is_absent(value):
-                columns[column] = value
-        return columns
+            return {}
+        return {
+            column: value
+            for column, value in self.row.items()
+            if column not in self.read and not is_absent(value)
+        }
 
     def propose_columns(self, otherwise: str) -> str:
         """Return a fix that names the row's columns, see `propose_fix`."""
-        columns = RowColumns([self.row], self.where)
-        return propose_fix(columns, self.source, otherwise=otherwise)
+        return propose_fix(RowColumns([self.row], self.where), self.source, otherwise=otherwise)
 
     def text(self, value: object, at: str) -> str:
         """Return the value if it is a valid Unicode text. Raise DataError for all other values."""
@@ -219,19 +218,13 @@ class RowReader:
                 item = _decode_json(value)
             except (ValueError, RecursionError):
                 return value
-            if isinstance(item, dict):
-                for keys in ({"role", "content"}, {"from", "value"}):
-                    if item.keys() >= keys:
-                        return [item]
-            return value
+            keys = item.keys() if isinstance(item, dict) else set()
+            return [item] if keys >= {"role", "content"} or keys >= {"from", "value"} else value
         items = self.json(value, at)
         if not isinstance(items, list):
             return value
-        has_texts = not items
         for item in items:
-            if not isinstance(item, dict):
+            if not isinstance(item, dict) or item.keys().isdisjoint(("role", "from")):
                 return value
-            if "role" not in item and "from" not in item:
-                return value
-            has_texts = has_texts or not _TURN_KEYS.isdisjoint(item)
-        return items if has_texts else value
+        has_texts = any(not _TURN_KEYS.isdisjoint(item) for item in items)
+        return items if has_texts or not items else value

@@ -91,12 +91,13 @@ class Conversation:
 
         Keys of the recipe can exclude more messages.
         """
-        answers = []
-        for i, message in enumerate(self.messages):
-            is_context = i < self.prompt_messages or i in self.untrained
-            if message["role"] == "assistant" and not is_context:
-                answers.append(message)
-        return answers
+        return [
+            message
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant"
+            and i >= self.prompt_messages
+            and i not in self.untrained
+        ]
 
 
 @dataclass(frozen=True)
@@ -127,29 +128,36 @@ def pictures_of(sample: Sample) -> tuple[Picture, ...]:
     return sample.pictures if isinstance(sample, Conversation) else ()
 
 
+def texts_by_role(sample: Sample) -> list[tuple[str, str]]:
+    """Return the texts of a sample in order, as pairs (role of the author, text).
+
+    The author of a plain text has the role `text`.
+    """
+    if isinstance(sample, Conversation):
+        return [(message["role"], message["content"]) for message in sample.messages]
+    if isinstance(sample, Completion):
+        return [("user", sample.prompt), ("assistant", sample.completion)]
+    return [("text", sample.text)]
+
+
 @dataclass(frozen=True)
 class RowSamples:
     """The samples of one row.
 
     Attributes:
         samples: one sample, or two for a preference pair: the chosen and the rejected answer.
+        is_answered: whether the row is a prompt with one answer to learn. False for pairs, labeled
+            answers and plain text.
         is_good: whether the answer is labeled good. None if the row has no label.
         grades: name and number of each column that can grade the answer, such as `rating 1`.
         has_other_preference: whether the scores of a pair contradict its preference.
     """
 
     samples: tuple[Sample, ...]
-    is_good: bool | None = None
-    grades: tuple[str, ...] = ()
-    has_other_preference: bool = False
-
-    @property
-    def is_answered(self) -> bool:
-        """Return True if the row is a prompt with one answer to learn, and False for pairs, labeled
-        answers and plain text.
-        """
-        [first, *others] = self.samples
-        return not others and self.is_good is None and not isinstance(first, Text)
+    is_answered: bool
+    is_good: bool | None
+    grades: tuple[str, ...]
+    has_other_preference: bool
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from tunesmith.data.rows.samples import PICTURE_MARK, Completion, Conversation, Sample, pictures_of
+from tunesmith.data.rows.samples import PICTURE_MARK, Sample, pictures_of, texts_by_role
 
 _SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .jfif .ppm".split())
 # First bytes of PNG, JPEG, GIF and TIFF files.
@@ -48,7 +48,7 @@ def find_unread_pictures(
     for column, value in row.items():
         if not has_pictures and is_picture(value, where):
             yield "picture_column", column
-    for role, text in _texts_of(sample):
+    for role, text in texts_by_role(sample):
         if role == "assistant":
             continue
         needs_picture = sees and not has_pictures and role == "user"
@@ -62,32 +62,20 @@ def find_unread_pictures(
                 yield "picture_mark", match[0]
 
 
-def _texts_of(sample: Sample) -> list[tuple[str, str]]:
-    """Return the texts of a sample as pairs (role of the text's author, text)."""
-    if isinstance(sample, Conversation):
-        return [(turn["role"], turn["content"]) for turn in sample.messages]
-    if isinstance(sample, Completion):
-        return [("user", sample.prompt), ("assistant", sample.completion)]
-    return [("text", sample.text)]
-
-
 def is_picture(value: object, where: str) -> bool:
     """Return whether the value is a picture: bytes, base64 text or the path of an existing file."""
     # Check only the first 8 values of a list, because the list can be long.
     values = value[:8] if isinstance(value, list) else [value]
     folder = getattr(where, "folder", None) or Path()
     for item in values:
-        parts = item.values() if isinstance(item, Mapping) else [item]
-        for part in parts:
+        for part in item.values() if isinstance(item, Mapping) else [item]:
             if isinstance(part, bytes) and (part.startswith(_FIRST_BYTES) or part[8:12] == b"WEBP"):
                 return True
-            if not isinstance(part, str):
-                continue
-            if part.startswith(_FIRST_CHARACTERS):
+            if isinstance(part, str) and part.startswith(_FIRST_CHARACTERS):
                 return True
-            # `is_file` raises an error if the name is longer than the file system allows.
-            with suppress(OSError, ValueError):
-                is_name = part[-5:].lower().endswith(_SUFFIXES)
-                if is_name and (folder / part.removeprefix("file://")).is_file():
-                    return True
+            if isinstance(part, str) and part[-5:].lower().endswith(_SUFFIXES):
+                # `is_file` raises an error if the name is longer than the file system allows.
+                with suppress(OSError, ValueError):
+                    if (folder / part.removeprefix("file://")).is_file():
+                        return True
     return False

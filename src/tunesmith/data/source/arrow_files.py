@@ -146,8 +146,7 @@ def _open_parquet(path: Path) -> _Groups:
     that a large file takes little memory.
     """
     file = pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-    names = file.schema_arrow.names
-    repeated = repeated_in(names)
+    repeated = repeated_in(file.schema_arrow.names)
     if repeated:
         raise DataError(
             f"the file has several columns named {', '.join(repeated)}",

@@ -29,8 +29,7 @@ def without_arrow_nulls(table: Table) -> Table:
         values = table.row(i)
         return without_nulls(values) if isinstance(values, dict) else values
 
-    layout = ", ".join(filter(None, (table.layout, ARROW_LAYOUT)))
-    return replace(table, row=row, layout=layout)
+    return replace(table, row=row, layout=", ".join(filter(None, (table.layout, ARROW_LAYOUT))))
 
 
 def _is_exported(table: Table) -> bool:

@@ -122,28 +122,6 @@ class _CsvIndex(NamedTuple):
     has_row_numbers: bool
 
 
-class _CsvLines(Iterator[str]):
-    """Iterator over the lines of an open file.
-
-    Attributes:
-        position: byte position after the last line that was returned.
-    """
-
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.position = skip_bom(file)
-        self._path = path
-        self._file = file
-        self._number = 0
-
-    def __next__(self) -> str:
-        line = self._file.readline()
-        if not line:
-            raise StopIteration
-        self._number += 1
-        self.position += len(line)
-        return decode_text(self._path, line, lambda _: f"{self._path}:{self._number}", "utf-8")
-
-
 def _index_rows(path: Path) -> _CsvIndex:
     """Read the entire file once to find its rows. Raise DataError for an unclosed quote."""
     with open_uncached(path) as file:
@@ -153,24 +131,33 @@ def _index_rows(path: Path) -> _CsvIndex:
             head = head[: head.rfind(b"\n") + 1]
         separator = _separator(head.decode("utf-8-sig", errors="replace"))
         file.seek(0)
-        return _index_lines(path, _CsvLines(path, file), separator)
+        return _index_lines(path, file, separator)
 
 
-def _index_lines(path: Path, lines: _CsvLines, separator: str) -> _CsvIndex:
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+def _index_lines(path: Path, file: BufferedReader, separator: str) -> _CsvIndex:
+    # Byte position after the last line that was read.
+    position = skip_bom(file)
+
+    def read_lines() -> Iterator[str]:
+        nonlocal position
+        while line := file.readline():
+            position += len(line)
+            yield decode_text(path, line, lambda _: f"{path}:{reader.line_num + 1}", "utf-8")
+
+    reader = csv.reader(read_lines(), delimiter=separator, strict=True)
     header: list[str] = []
     places = array("q")
     line_numbers = array("q")
     is_numbered = True
     # A row can have several lines, because a quoted value can contain line breaks.
     last_line = 0
-    position = lines.position
+    end = position
     try:
         for values in reader:
             first_line = last_line + 1
-            start = position
+            start = end
             last_line = reader.line_num
-            position = lines.position
+            end = position
             if not values:
                 continue
             if not header:
@@ -206,20 +193,11 @@ def _separator(text: str) -> str:
     header = text.partition("\n")[0]
     candidates = [separator for separator in SEPARATORS if separator in header]
     for separator in candidates:
-        if _splits_evenly(text, separator):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        counts = set()
+        # Ignore a broken quote: `_index_lines` raises an error for it.
+        with suppress(csv.Error):
+            counts.update(map(len, filter(None, itertools.islice(reader, FIRST_ROWS))))
+        if len(counts) == 1 and counts.pop() > 1:
             return separator
     return candidates[0] if candidates else ","
-
-
-def _splits_evenly(text: str, separator: str) -> bool:
-    """Return whether the header and the first rows all have the same number of values, and at least
-    two.
-    """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    counts = set()
-    # Ignore a broken quote: `_index_lines` raises an error for it.
-    with suppress(csv.Error):
-        for values in itertools.islice(reader, FIRST_ROWS):
-            if values:
-                counts.add(len(values))
-    return len(counts) == 1 and counts.pop() > 1

@@ -245,8 +245,7 @@ def _read_json(path: Path) -> Table:
         line_breaks = data.count(b"\n", 0, at)
         return f"{path}:{line_breaks + 1}"
 
-    text = decode_text(path, data, where, "utf-8-sig")
-    rows = _decode_json(path, 1, text, is_line=False)
+    rows = _decode_json(path, 1, decode_text(path, data, where, "utf-8-sig"), is_line=False)
     if isinstance(rows, list):
         return Table(
             len(rows),

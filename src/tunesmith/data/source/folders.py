@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.config.row_settings import row_fix
@@ -59,18 +58,18 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
     """
     if not _is_folder_or_pattern(path):
         return _drop_empty_splits({"train": open_table(path)}, path)
-    content = _select_files(path, config)
+    splits, all_skipped, config_layout = _select_files(path, config)
     tables = {}
-    for split, files in content.splits.items():
+    for split, files in splits.items():
         try:
-            if content.is_text:
+            if files[0].suffix.lower() in TEXT_SUFFIXES:
                 table = read_text_files(files)
             else:
                 table = _join([open_table(file) for file in files])
         except OSError as error:
             raise unreadable_error(path, error) from error
-        layout = ", ".join(filter(None, (table.layout, content.layout)))
-        skipped = ", ".join(filter(None, (table.skipped, content.skipped)))
+        layout = ", ".join(filter(None, (table.layout, config_layout)))
+        skipped = ", ".join(filter(None, (table.skipped, all_skipped)))
         tables[split] = replace(table, layout=layout, skipped=skipped)
     return _drop_empty_splits(tables, path)
 
@@ -114,22 +113,6 @@ def _join(tables: Sequence[Table]) -> Table:
     )
 
 
-class _Content(NamedTuple):
-    """The files of a folder that are read.
-
-    Attributes:
-        splits: the files of each split. `train` comes first.
-        is_text: whether the files are text files.
-        skipped: text for the user that lists the files that are not read, or "".
-        layout: text for the user about the configuration that is read, or "".
-    """
-
-    splits: dict[str, list[Path]]
-    is_text: bool
-    skipped: str
-    layout: str
-
-
 def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[str, list[Path]]:
     """Assign files to splits by the names of the files and folders. `train` is the first split."""
     names = [_split_of(file.relative_to(folder), is_text=is_text) for file in files]
@@ -160,10 +143,12 @@ def _split_of(place: Path, *, is_text: bool) -> str:
     return ""
 
 
-def _select_files(folder: Path, config: str | None) -> _Content:
+def _select_files(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str, str]:
     """Select the data files of a folder that are read, and assign them to splits.
 
-    Raise DataError if the folder has no data files, or files of different kinds.
+    Return the files of each split (`train` comes first), and two texts for the user, which can be
+    empty: the files that are not read, and the configuration that is read. Raise DataError if the
+    folder has no data files, or files of different kinds.
     """
     listing = list_files(folder, config)
     rows = []
@@ -199,15 +184,9 @@ def _select_files(folder: Path, config: str | None) -> _Content:
     read = set(rows or texts)
     read_splits = {}
     for split, files in splits.items():
-        read_files = [file for file in files if file in read]
-        if read_files:
-            read_splits[split] = read_files
-    return _Content(
-        read_splits,
-        is_text=not rows,
-        skipped=_name_others(others) if others else "",
-        layout=listing.layout,
-    )
+        if own_files := [file for file in files if file in read]:
+            read_splits[split] = own_files
+    return read_splits, _name_others(others), listing.layout
 
 
 def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Path]) -> None:
@@ -228,9 +207,12 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
 
 
 def _name_others(files: Sequence[Path]) -> str:
-    """Return text with the number of unread files for each suffix, and the path of the first
-    file.
+    """Return text with the number of unread files for each suffix, and the path of the first file.
+
+    Return "" if there are no files.
     """
+    if not files:
+        return ""
     suffixes = Counter(file.suffix.lower() or file.name for file in files)
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes.most_common())
     return f"{kinds} (such as {relative_to_cwd(files[0])})"

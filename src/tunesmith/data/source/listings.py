@@ -126,8 +126,7 @@ def _walk(folder: Path) -> list[Path]:
     links point is listed only once.
     """
     files = []
-    real_folder = Path(os.path.realpath(folder))
-    seen = set(map(str, real_folder.parents))
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
     for name, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(name)
         if real in seen:

@@ -37,8 +37,7 @@ def read_rows(source: Source) -> Rows:
     Raises:
         DataError: the file, the Hub data set or the split does not exist or cannot be read.
     """
-    tables = open_splits(source)
-    rows = select_rows(tables, source.split, where=source.source)
+    rows = select_rows(open_splits(source), source.split, where=source.source)
     if source.max_examples is not None:
         rows = rows.take(range(min(source.max_examples, len(rows))))
     return rows
@@ -163,8 +162,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> R
     numbers = array("q")
     selected: dict[str, int] = {}
     for part in slices:
-        rows_before = sum(sizes[name] for name in selected)
-        first = selected.setdefault(part.splitname, rows_before)
+        first = selected.setdefault(part.splitname, sum(sizes[name] for name in selected))
         numbers.extend(range(first + part.from_, first + part.to))
     if not numbers:
         counts = [f"{name} has {count_of(size, 'row')}" for name, size in sizes.items()]

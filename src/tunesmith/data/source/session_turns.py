@@ -83,8 +83,7 @@ def _parts_of_item(
     content = item.get("content")
     call_id = item.get("call_id", item.get("tool_call_id"))
     if kind.endswith("_output") or item.get("role") == "tool":
-        output = _text(item.get("output", content), notes)
-        yield SessionPart("result", output, call_id)
+        yield SessionPart("result", _text(item.get("output", content), notes), call_id)
     elif kind.endswith("_call") and call_id:
         # Skip calls without an id, because the server ran their tool and the file has no result for
         # them.
@@ -102,9 +101,7 @@ def _parts_of_item(
         unknown = item.get("type", item.get("role"))
         notes[f"lines of type {unknown}, left out"] += 1
     else:
-        parts = [{"type": "text", "text": content}]
-        if isinstance(content, list):
-            parts = list(content)
+        parts = list(content) if isinstance(content, list) else [{"type": "text", "text": content}]
         thought = item.get("reasoning_content") or item.get("reasoning")
         if thought:
             parts.insert(0, {"type": "thinking", "thinking": thought})

@@ -209,9 +209,7 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
     transcript = _Transcript()
     for i, line in lines:
         kind = line.get("type")
-        message = None
-        if kind in ("user", "assistant"):
-            message = line.get("message")
+        message = line.get("message") if kind in ("user", "assistant") else None
         if not message and "uuid" not in line:
             notes[f"lines of type {kind}, left out"] += 1
             continue
@@ -280,16 +278,14 @@ class _Transcript:
         if "parentUuid" not in line:
             parent = before
         if line.get("subtype") == "compact_boundary":
-            uuid_before = str(line.get("logicalParentUuid"))
-            self._compactions[i] = self.numbers.get(uuid_before, before)
+            self._compactions[i] = self.numbers.get(str(line.get("logicalParentUuid")), before)
             parent = None
             about = line.get("compactMetadata") or {}
             kept = about.get("preservedMessages") or about.get("preservedSegment") or {}
             [first_uuid, *_] = kept.get("uuids") or [""]
             first = self.numbers.get(str(kept.get("headUuid", first_uuid)))
             if first is not None:
-                anchor = str(kept.get("anchorUuid"))
-                self._kept[first] = (i, anchor)
+                self._kept[first] = (i, str(kept.get("anchorUuid")))
         self.numbers[uuid] = i
         self._latest[agent] = i
         self._parents[i] = parent
@@ -309,17 +305,13 @@ class _Transcript:
                 if call_id:
                     calls.append(str(call_id))
         if is_answer:
-            answer_id = str(message.get("id", i))
-            first = self._answers.setdefault(answer_id, i)
+            first = self._answers.setdefault(str(message.get("id", i)), i)
             self._answers.update(dict.fromkeys(calls, first))
         else:
             first = next((self._answers[call] for call in calls if call in self._answers), i)
         self._answers[i] = first
         answer_lines, result_lines = self._members.setdefault(first, ([], []))
-        if is_answer:
-            answer_lines.append(i)
-        else:
-            result_lines.append(i)
+        (answer_lines if is_answer else result_lines).append(i)
 
     def paths(self, last: int) -> list[_Conversation]:
         """Return the conversation that ends at line `last`.
@@ -338,8 +330,7 @@ class _Transcript:
                 # Put the results after all lines of the answer, because in the file they can be
                 # between these lines.
                 answer_lines, result_lines = self._members.get(first, ([first], []))
-                numbers += answer_lines
-                numbers += result_lines
+                numbers += answer_lines + result_lines
             conversations.insert(0, (start, numbers))
             end = self._compactions.get(start)
         return conversations
@@ -354,10 +345,7 @@ class _Transcript:
         while at is not None and at not in path:
             path[at] = None
             boundary, anchor = self._kept.get(at, (end, ""))
-            at = self._parents[at]
-            if boundary < end:
-                anchor_line = self.numbers.get(anchor, 0)
-                at = max(boundary, anchor_line)
+            at = max(boundary, self.numbers.get(anchor, 0)) if boundary < end else self._parents[at]
         return list(path)
 
 

@@ -141,17 +141,15 @@ class Rows:
     @property
     def available(self) -> int:
         """Number of all rows of the tables, including rows that are not selected."""
-        return sum(len(table) for table in self._tables)
+        return sum(map(len, self._tables))
 
     @property
     def layout(self) -> str:
         """Text about the detected form of the files, such as "values separated by semicolons"."""
         layouts = dict.fromkeys(table.layout for table in self._tables if table.layout)
-        parts = [", ".join(layouts)]
         notes = sum((table.notes for table in self._tables), Counter[str]())
-        for what, count in notes.items():
-            parts.append(f"{what}: {count:,}")
-        return "; ".join(filter(None, parts))
+        noted = [f"{what}: {count:,}" for what, count in notes.items()]
+        return "; ".join(filter(None, [", ".join(layouts), *noted]))
 
     @property
     def secrets(self) -> dict[int, list[str]]:
@@ -181,8 +179,7 @@ class Rows:
         number = self._numbers[i]
         p = bisect.bisect_right(self._ends, number)
         table = self._tables[p]
-        first = self._ends[p] - len(table)
-        return table, number - first
+        return table, number - (self._ends[p] - len(table))
 
     def __getitem__(self, i: int) -> Row:
         table, at = self._find(i)
@@ -211,16 +208,15 @@ class Rows:
 
     def continues(self, i: int) -> bool:
         """Return whether row i + 1 continues the document of row i."""
-        table, at = self._find(i)
-        if i + 1 == len(self) or not table.continues(at):
+        if i + 1 == len(self) or self.ends_document(i):
             return False
+        table, at = self._find(i)
         next_table, next_at = self._find(i + 1)
         return next_table is table and next_at == at + 1
 
     def take(self, indices: Sequence[int]) -> "Rows":
         """Return only the rows with the given indices."""
-        numbers = array("q", map(self._numbers.__getitem__, indices))
-        return Rows(self.name, self._tables, numbers)
+        return Rows(self.name, self._tables, array("q", map(self._numbers.__getitem__, indices)))
 
     def check_unchanged(self) -> None:
         """Raise DataError if a file has changed since it was opened."""
@@ -289,9 +285,7 @@ def _digest_of_version(path: Path, version: FileVersion | None) -> str:
 def skip_bom(file: BinaryIO) -> int:
     """Skip the UTF-8 byte order mark at the start of a file, and return the new position."""
     bom = codecs.BOM_UTF8
-    position = 0
-    if file.read(len(bom)) == bom:
-        position = len(bom)
+    position = len(bom) if file.read(len(bom)) == bom else 0
     return file.seek(position)
 
 

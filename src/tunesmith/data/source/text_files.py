@@ -46,14 +46,8 @@ def read_text_files(paths: Sequence[Path]) -> Table:
             blank += 1
         else:
             blocks += _find_blocks(path, size)
-    skipped = ""
-    if blank:
-        skipped = f"{count_of(blank, 'file')} without text"
     cut = len({block.path for block in blocks if block.start})
-    layout = ""
-    if cut:
-        kind = f"blocks of {BLOCK_BYTES >> 20} MiB that end with a paragraph or a line"
-        layout = f"{count_of(cut, 'file')} read in {kind}"
+    kind = f"blocks of {BLOCK_BYTES >> 20} MiB that end with a paragraph or a line"
     versions = dict.fromkeys((block.path, block.version) for block in blocks)
 
     def fingerprint() -> str:
@@ -73,10 +67,10 @@ def read_text_files(paths: Sequence[Path]) -> Table:
         lambda i: blocks[i].where,
         fingerprint,
         check_unchanged,
-        layout=layout,
+        layout=f"{count_of(cut, 'file')} read in {kind}" if cut else "",
         continues=lambda i: i + 1 < len(blocks) and blocks[i + 1].start > 0,
         are_documents=True,
-        skipped=skipped,
+        skipped=f"{count_of(blank, 'file')} without text" if blank else "",
     )
 
 
@@ -98,8 +92,24 @@ class _Block(NamedTuple):
         return f"{self.path}:{self.line}" if self.start else str(self.path)
 
     def row(self) -> dict[str, str]:
+        """Return the text of the block, with LF as line end."""
         data = read_span(self.path, self.version, self.start, self.stop)
-        return {"text": _decode(self.path, data, self.where, self.start, self.line)}
+
+        def where(at: int) -> str:
+            # The location starts with the location of the row, so that `data.bad_rows: skip`
+            # recognizes the error as a row error and can skip the row.
+            line = self.line + data.count(b"\n", 0, at)
+            return f"{self.where}, line {line}"
+
+        text = decode_text(self.path, data, where, "utf-8" if self.start else "utf-8-sig")
+        if "\0" in text:
+            raise DataError(
+                "the file is not text",
+                where=where(data.index(b"\0")),
+                why="it contains a null character, as binary files do",
+                fix=f"convert the file to text; `file {shell_path(self.path)}` shows its type",
+            )
+        return {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
 
 
 def _is_blank(path: Path) -> bool:
@@ -142,28 +152,3 @@ def _length_of_block(block: bytes) -> int:
     while length > 1 and block[length] & 0xC0 == 0x80:
         length -= 1
     return length
-
-
-def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) -> str:
-    """Decode a block and convert its line ends to LF.
-
-    Args:
-        place: the location of the row. The location in an error starts with it, so that
-            `data.bad_rows: skip` recognizes the error as a row error and can skip the row.
-        start: byte position of the block in the file.
-        first_line: line number of the first byte.
-    """
-
-    def where(at: int) -> str:
-        line_breaks = data.count(b"\n", 0, at)
-        return f"{place}, line {first_line + line_breaks}"
-
-    text = decode_text(path, data, where, "utf-8" if start else "utf-8-sig")
-    if "\0" in text:
-        raise DataError(
-            "the file is not text",
-            where=where(data.index(b"\0")),
-            why="it contains a null character, as binary files do",
-            fix=f"convert the file to text; `file {shell_path(path)}` shows its type",
-        )
-    return text.replace("\r\n", "\n").replace("\r", "\n")

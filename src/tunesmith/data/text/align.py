@@ -72,14 +72,9 @@ class Aligned(NamedTuple):
     merged_tokens: int = 0
 
 
-class _Piece(NamedTuple):
-    """Part of a text between two cuts, and the tokens of this part.
-
-    The decoded tokens must begin with `text`.
-    """
-
-    text: str
-    aligned: Aligned
+# A part of a text between two cuts, and the tokens of this part. The decoded tokens must begin with
+# the text.
+_Piece = tuple[str, Aligned]
 
 
 class _Tokens(NamedTuple):
@@ -140,8 +135,7 @@ class Aligner:
         `end_ids`.
         """
         encoded = []
-        tokenized = self._tokenize(texts)
-        for text, tokens, text_spans in zip(texts, tokenized, spans, strict=True):
+        for text, tokens, text_spans in zip(texts, self._tokenize(texts), spans, strict=True):
             aligned = self._align(tokens, text_spans, end_ids)
             cuts = self._crossed_edges(text, tokens, text_spans)
             if cuts:
@@ -152,13 +146,7 @@ class Aligner:
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32 [n], without special tokens."""
-        if not texts:
-            return []
-        with _tokenizer_errors():
-            encoding = self.tokenizer(
-                list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-        return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
+        return [tokens.ids for tokens in self._tokenize(texts)]
 
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:
         """Tokenize each text without special tokens."""
@@ -225,14 +213,10 @@ class Aligner:
 
     def _crossed_edges(self, text: str, tokens: _Tokens, spans: Spans) -> list[int]:
         """Return the edges of spans, in characters and in order, at which the text must be cut."""
-        edges = []
-        for span in spans:
-            edges.append(span.start)
-            # A span with a `stop` needs no cut at its end, because an end token does not merge with
-            # other text.
-            if span.stop < 0:
-                edges.append(span.end)
-        edges = sorted({edge for edge in edges if 0 < edge < len(text)})
+        # A span with a `stop` needs no cut at its end, because an end token does not merge with
+        # other text.
+        ends = [span.end for span in spans if span.stop < 0]
+        edges = sorted({*ends, *(span.start for span in spans)} - {0, len(text)})
         # For each edge, find the first token that ends after it.
         firsts = np.searchsorted(tokens.ends, edges, side="right").tolist()
         crossed = []
@@ -286,7 +270,12 @@ class Aligner:
         for context in _CONTEXTS:
             pieces = self._pieces(context, text, spans, cuts, end_ids)
             if pieces and self._is_exact(whole, pieces):
-                return _join(pieces, cuts)
+                return Aligned(
+                    ids=np.concatenate([aligned.ids for _, aligned in pieces]),
+                    trained=np.concatenate([aligned.trained for _, aligned in pieces]),
+                    ended=all(aligned.ended for _, aligned in pieces),
+                    cuts=tuple(cuts),
+                )
         return None
 
     def _pieces(
@@ -327,19 +316,18 @@ class Aligner:
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
                     return []
                 ids = aligned.ids[skipped:]
-                trained = aligned.trained[skipped:]
-                aligned = aligned._replace(ids=ids, trained=trained)
-            pieces.append(_Piece(texts[n][before:end], aligned))
+                aligned = aligned._replace(ids=ids, trained=aligned.trained[skipped:])
+            pieces.append((texts[n][before:end], aligned))
         return pieces
 
     def _is_exact(self, whole: Aligned, pieces: Sequence[_Piece]) -> bool:
         """Return whether the pieces, decoded one after the other, give the original text."""
-        ids = pieces[0].aligned.ids
+        ids = pieces[0][1].ids
         decoded = self._decode(ids)
         is_exact = True
-        for piece in pieces[1:]:
-            ids = np.concatenate([ids, piece.aligned.ids])
-            expected = normalize("NFKC", decoded + piece.text)
+        for text, aligned in pieces[1:]:
+            ids = np.concatenate([ids, aligned.ids])
+            expected = normalize("NFKC", decoded + text)
             decoded = self._decode(ids)
             # Compare in NFKC, because tokenizers may compose letters and their accents.
             normalized = normalize("NFKC", decoded)
@@ -384,14 +372,3 @@ def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
     added = tokenizer.added_tokens_decoder
     letters = set("".join(token for token, id_ in vocabulary.items() if id_ not in added))
     return "Ġ" in vocabulary and letters <= set(ByteLevel.alphabet())
-
-
-def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
-    """Join the tokenized pieces of a text."""
-    aligned = [piece.aligned for piece in pieces]
-    return Aligned(
-        ids=np.concatenate([piece.ids for piece in aligned]),
-        trained=np.concatenate([piece.trained for piece in aligned]),
-        ended=all(piece.ended for piece in aligned),
-        cuts=tuple(cuts),
-    )

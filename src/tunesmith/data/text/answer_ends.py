@@ -106,8 +106,7 @@ class AnswerEnds:
         """
         end = self.search(call)
         if end is not None:
-            before_end = call[: end.start()]
-            if before_end == last_calls and not self.search(last_calls):
+            if call[: end.start()] == last_calls and not self.search(last_calls):
                 self.next_turn[True] = end[0]
             return
         tokens = list(any_of(self._added).finditer(last_calls))

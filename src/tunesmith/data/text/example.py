@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches.pixels import PicturesOfRow
 
 
 class Pixels(NamedTuple):
@@ -19,23 +22,6 @@ class Pixels(NamedTuple):
 
     inputs: dict[str, np.ndarray]
     grids: np.ndarray
-
-
-class RowPictures(Protocol):
-    """Pictures of a row, whose pixels other processes compute."""
-
-    @property
-    def token_id(self) -> int:
-        """Id of the placeholder token that the model replaces by image features."""
-
-    def begin(self) -> None:
-        """Start the computation of the pixels, without waiting for the result."""
-
-    def pixels(self) -> Pixels:
-        """Wait for the pixels and return them.
-
-        Raise DataError if a picture has changed since the row was tokenized.
-        """
 
 
 class Example(NamedTuple):
@@ -71,7 +57,7 @@ class Example(NamedTuple):
     reference: tuple[float, ...] = ()
     shared: int = 0
     digests: tuple[int, ...] = ()
-    pictures: RowPictures | None = None
+    pictures: PicturesOfRow | None = None
     scaled: int = 0
     flaws: tuple[str, ...] = ()
     control_tokens: frozenset[str] = frozenset()
@@ -80,29 +66,26 @@ class Example(NamedTuple):
         """Return each sequence as a separate example. A pair's second example keeps `shared`."""
         if not self.sequences:
             return [self]
-        edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
-        ids = np.split(self.ids, edges)
-        parts = [Example(*part) for part in zip(ids, np.split(self.trained, edges), strict=True)]
-        parts[1] = parts[1]._replace(shared=self.shared)
-        return parts
+        first = self.sequences[0]
+        return [
+            Example(self.ids[:first], self.trained[:first]),
+            Example(self.ids[first:], self.trained[first:], shared=self.shared),
+        ]
 
     def count_shared(self) -> int:
         """Count the leading tokens that both sequences of a pair share before the first target."""
         if not self.sequences:
             return 0
         first, second = self.parts()
-        length = min(len(first.ids), len(second.ids))
-        differs = first.ids[:length] != second.ids[:length]
-        shared = length
-        if differs.any():
-            shared = int(differs.argmax())
+        length = min(self.sequences)
+        ends = first.ids[:length] != second.ids[:length]
+        # Shift the masks by one, because the target of a position is the next token.
         for part in (first, second):
-            # Shift the mask by one, because the target of a position is the next token.
-            has_target = part.trained[1:]
-            if has_target.any():
-                shared = min(shared, int(has_target.argmax()))
+            has_target = part.trained[1 : length + 1]
+            ends[: len(has_target)] |= has_target
         # At least one token of the shorter sequence must not be shared.
-        return min(shared, length - 1)
+        ends[-1] = True
+        return int(ends.argmax())
 
     @property
     def sequence_count(self) -> int:

@@ -51,17 +51,11 @@ class RenderedAnswers(NamedTuple):
             the result of `missing_parts` for each answer, `unlisted_tools`, and two parts that
             templates leave out of answers before the last turn: `earlier_thought` (the thought) and
             `earlier_prompt` (the end of the generation prompt).
-        digests, scaled: see `Example`. Both are set when the placeholders of pictures are inserted
-            into the text.
-        placeholders: number of placeholder tokens in the text.
     """
 
     text: str
     spans: list[CharSpan]
     missing: frozenset[str] = frozenset()
-    digests: tuple[int, ...] = ()
-    scaled: int = 0
-    placeholders: int = 0
 
 
 def find_answers(
@@ -80,29 +74,27 @@ def find_answers(
         DataError: the template drops a part of the conversation, or the position of an answer is
             ambiguous.
     """
+    blocks: list[Block] = []
     if chat.tagged:
         text, blocks = chat.render_tagged(messages, tools)
     else:
         text = chat.render(messages, tools)
-        blocks = []
     rendering = chat.locate(text, messages, tools, selected)
     _check_complete(chat, rendering, selected)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    tagged = []
+    tagged = {}
     if chat.tagged:
         tagged = _tagged_answers(chat, rendering, blocks, answers)
     elif answers:
-        # Some templates write no end token, so that an answer ends with the first token of the next
-        # turn. Append this token to the last answer.
         rendering = _append_next_turn(chat, rendering, answers[-1])
     spans = []
     missing = set()
-    for n, i in enumerate(answers):
+    for i in answers:
         if i not in selected:
             continue
         is_last = i == answers[-1]
         if chat.tagged:
-            own_spans = _without_header(chat, rendering, i, tagged[n])
+            own_spans = _without_header(chat, rendering, i, tagged[i])
         else:
             rendering, span, is_after_prompt = _find_answer(chat, rendering, i, is_last)
             own_spans = [span]
@@ -123,11 +115,13 @@ def find_answers(
 
 
 def _append_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Rendering:
-    """Append the first token of the next turn if message i, the last answer, has no end token."""
+    """Append the first token of the next turn if message i, the last answer, has no end token.
+
+    Some templates write no end token, so that an answer ends with the first token of the next turn.
+    """
     is_call = bool(rendering.messages[i].get("tool_calls"))
-    next_turn = chat.ends.next_turn.get(is_call)
-    place = rendering.place(len(rendering.sentinels) - 1)
-    if next_turn is None or chat.ends.search(rendering.text, place):
+    next_turn = chat.ends.next_turn.get(is_call, "")
+    if chat.ends.search(rendering.text, rendering.place(len(rendering.sentinels) - 1)):
         return rendering
     return rendering._replace(text=rendering.text + next_turn)
 
@@ -173,9 +167,11 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataErro
     """Build the error for a template that does not render one text of the conversation."""
     kind = field.kind
     message = f"message {field.message + 1}"
-    dropped = "the tools" if kind == "tools" else f"the {kind} of {message}"
+    dropped = f"the {kind} of {message}"
     fix = _FIX_DROPPED
-    if kind == "content":
+    if kind == "tools":
+        dropped = "the tools"
+    elif kind == "content":
         turn = rendering.messages[field.message]
         dropped = f"{message} ({turn['role']})"
         if turn.get("tool_calls"):
@@ -359,42 +355,40 @@ def _no_end(chat: ChatRenderer) -> str:
 
 def _tagged_answers(
     chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int]
-) -> list[list[CharSpan]]:
-    """Return the supervised spans of each answer, which are its {% generation %} blocks.
+) -> dict[int, list[CharSpan]]:
+    """Return message index -> supervised spans, which are the answer's {% generation %} blocks.
 
     The last span ends with the last end token in the blocks. Raise DataError if the blocks do not
     contain the whole answer, or if they contain text of another message.
     """
-    answer_spans: list[list[CharSpan]] = []
+    found: list[list[CharSpan]] = []
     spans = []
     for start, stop in blocks:
-        is_last = len(answer_spans) == len(answers) - 1
+        is_last = len(found) == len(answers) - 1
         ends = [*chat.ends.pattern(is_last=is_last).finditer(rendering.text, start, stop)]
         if not ends:
             spans.append(CharSpan(start, stop))
             continue
         # Use the last end token, because the text of the answer itself may contain end tokens, and
         # the template's end token comes after it.
-        answer_spans.append([*spans, _through(chat, start, ends[-1])])
+        found.append([*spans, _through(chat, start, ends[-1])])
         spans = []
-    if len(answer_spans) != len(answers) or spans:
-        what = (
-            f"encloses {len(answer_spans)} of {len(answers)} answers in {{% generation %}} blocks"
-        )
+    if len(found) != len(answers) or spans:
+        what = f"encloses {len(found)} of {len(answers)} answers in {{% generation %}} blocks"
         raise chat.error(what, _no_end(chat), _FIX_TAGS)
+    answer_spans = dict(zip(answers, found, strict=True))
     for sentinel in rendering.sentinels:
         i = rendering.field(sentinel).message
-        if i in answers:
-            own_spans = answer_spans[answers.index(i)]
-            # A sentinel at the edge of a span is inside the span, because the sentinels of an empty
-            # answer are at the edge.
-            is_valid = any(span.start <= sentinel.at <= span.end for span in own_spans)
+        verb = ""
+        if i not in answer_spans:
+            all_spans = itertools.chain.from_iterable(found)
+            if any(span.start < sentinel.at < span.end for span in all_spans):
+                verb = "covers"
+        # A sentinel at the edge of a span is inside the span, because the sentinels of an empty
+        # answer are at the edge.
+        elif not any(span.start <= sentinel.at <= span.end for span in answer_spans[i]):
             verb = "leaves out a part of"
-        else:
-            all_spans = itertools.chain.from_iterable(answer_spans)
-            is_valid = not any(span.start < sentinel.at < span.end for span in all_spans)
-            verb = "covers"
-        if not is_valid:
+        if verb:
             what = f"has a {{% generation %}} block that {verb} message {i + 1}"
             raise chat.error(what, fix=_FIX_TAGS)
     return answer_spans
@@ -417,22 +411,14 @@ def _without_header(
     prompt_at = rendering.place(anchor)
     common = _common_prefix(prompt, rendering.text[prompt_at:])
     begin = min([prompt_at + common, *texts])
-    shortened = []
-    for span in spans:
-        if span.end > begin:
-            start = max(span.start, begin)
-            shortened.append(span._replace(start=start))
-    return shortened
+    return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
 
 
 def _common_prefix(a: str, b: str) -> int:
     """Return the length of the common prefix of two texts. The prefix does not end inside a tag."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
+    for count, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             # Do not end inside a tag, because different tags may begin with the same characters,
             # such as <think> and <tool_call>.
-            tag = _OPEN_TAG.search(a[:count])
-            return tag.start() if tag is not None else count
-        count += 1
-    return count
+            return len(_OPEN_TAG.sub("", a[:count]))
+    return min(len(a), len(b))

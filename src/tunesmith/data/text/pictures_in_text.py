@@ -5,9 +5,7 @@ feature, with special tokens around the placeholders. All these tokens are inser
 is tokenized.
 """
 
-import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from operator import ne
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +17,6 @@ from tunesmith.data.rows.pictures import (
     scaled_size,
 )
 from tunesmith.data.rows.samples import Conversation, Sample, pictures_of
-from tunesmith.data.text.align import CharSpan
 from tunesmith.data.text.answer_ends import any_of
 from tunesmith.errors import DataError, first_line
 
@@ -59,10 +56,8 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
             fix="set model.vision=true, or remove the pictures",
         )
     if isinstance(sample, Conversation):
-        spelled = any_of(processor.tokens)
         for text in texts_in([sample.messages, sample.tools]):
-            found = spelled.search(text)
-            if found is not None:
+            if found := any_of(processor.tokens).search(text):
                 raise literal_placeholder(found[0])
     if not pictures:
         return SeenPictures()
@@ -85,29 +80,6 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
         ) from error
     is_scaled = map(ne, scaled, sizes)
     return SeenPictures(texts, tuple(digests), sum(is_scaled))
-
-
-def put_placeholders(
-    text: str, spans: Sequence[CharSpan], mark: str, texts: Sequence[str]
-) -> tuple[str, list[CharSpan]]:
-    """Replace the n-th PICTURE_MARK in the text by the n-th of `texts`, and shift the spans
-    accordingly.
-
-    No span may end inside a mark.
-    """
-    ends = [match.end() for match in re.finditer(re.escape(mark), text)]
-    growths = [len(placeholders) - len(mark) for placeholders in texts]
-
-    def moved(edge: int) -> int:
-        # A span without an end token has the `stop` -1, which is unchanged, because no mark is
-        # before it.
-        marks_before = bisect_right(ends, edge)
-        return edge + sum(growths[:marks_before])
-
-    joined, *pieces = text.split(mark)
-    for placeholders, piece in zip(texts, pieces, strict=True):
-        joined += placeholders + piece
-    return joined, [CharSpan(*map(moved, span)) for span in spans]
 
 
 def literal_placeholder(token: str) -> DataError:

@@ -235,8 +235,7 @@ class PictureProcessor:
                 inputs[name] = np.asarray(values)
         grids = np.zeros((0, 2), np.int64)
         if "image_grid_thw" in inputs:
-            patches = inputs["image_grid_thw"][:, 1:]
-            grids = patches // self._processor.image_processor.merge_size
+            grids = inputs["image_grid_thw"][:, 1:] // self._processor.image_processor.merge_size
         return Pixels(inputs, grids)
 
     def _process(self, pictures: Sequence[Image.Image], **settings: Any) -> Any:

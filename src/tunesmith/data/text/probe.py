@@ -77,9 +77,13 @@ def _find_forms(chat: ChatRenderer) -> None:
     traits = chat.traits
     for form in thought_forms(chat.jinja):
         traits.form = form
-        if _shows_answer(_try(chat, _PROBE_THINKING)):
-            traits.reasoning = True
-            break
+        rendering = _try(chat, _PROBE_THINKING)
+        # The template must render every text exactly once, in the order of the conversation.
+        if rendering is not None and rendering.shows_all():
+            fields = [sentinel.field for sentinel in rendering.sentinels]
+            if fields == sorted(fields):
+                traits.reasoning = True
+                break
     else:
         traits.form = MessageForm()
     for text_arguments in (False, True):
@@ -186,13 +190,3 @@ def _differ(chat: ChatRenderer, messages: Messages, others: Messages) -> bool:
         return chat.render(messages) != chat.render(others)
     except DataError:
         return True
-
-
-def _shows_answer(rendering: Rendering | None) -> bool:
-    """Return True if every text is rendered exactly once, and the texts are in the order of the
-    conversation.
-    """
-    if rendering is None or not rendering.shows_all():
-        return False
-    fields = [sentinel.field for sentinel in rendering.sentinels]
-    return fields == sorted(fields)

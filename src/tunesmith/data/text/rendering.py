@@ -13,7 +13,7 @@ import copy
 import re
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,9 +119,7 @@ class Rendering(NamedTuple):
             seen.add(side_of_text)
         if last < 0 or self.sentinels[last].side != "e":
             return None
-        next_text = len(self.text)
-        if last + 1 < len(self.sentinels):
-            next_text = self.place(last + 1)
+        next_text = self.place(last + 1) if last + 1 < len(self.sentinels) else len(self.text)
         return self.text[self.place(last) : next_text]
 
 
@@ -227,18 +225,17 @@ class ChatRenderer:
         return [self._in_parts(message) for message in given]
 
     def _in_parts(self, message: TemplateMessage) -> TemplateMessage:
+        """Replace the text of a message by a list of its texts and pictures, if necessary."""
         content = message.get("content") or ""
         assert isinstance(content, str)
         texts = content.split(PICTURE_MARK) if self.with_pictures else [content]
         if len(texts) == 1 and not self.takes_lists:
             return message
-        parts: list[Mapping[str, object]] = []
-        for n, text in enumerate(texts):
-            if n:
-                parts.append({"type": "image"})
-            if text:
-                parts.append({"type": "text", "text": text})
-        return {**message, "content": parts}
+        parts = []
+        for text in texts:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        # There is a picture between two texts, but no picture before the first text.
+        return {**message, "content": [part for part in parts[1:] if part.get("text") != ""]}
 
     def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False) -> str:
         """Render a conversation. `generate` appends the generation prompt.
@@ -295,32 +292,27 @@ class ChatRenderer:
     def error(self, what: str, why: str = "", fix: str = FIX_WITH_TAGS) -> DataError:
         return DataError(f"{self.name} {what}", why=why, fix=fix)
 
-    def in_form(self, messages: Messages) -> Messages:
+    def in_form(self, messages: Messages) -> list[Message]:
         """Return the messages without text that the template would repeat or ignore.
 
         A thought inside a text is moved to `reasoning_content` if the template does not find it in
         the text. Tags around a tool result are removed if the template writes them again.
         """
-        wrapped = self.traits.wrapped_result
-        if wrapped is not None:
-            unwrapped: list[Message] = []
-            for turn in messages:
-                if turn["role"] == "tool":
-                    result = wrapped.sub(lambda found: found[1].strip(), turn["content"])
-                    unwrapped.append({**turn, "content": result})
-                else:
-                    unwrapped.append(turn)
-            messages = unwrapped
-        if not self.traits.splits_thoughts:
-            return messages
-        in_form = []
+        traits = self.traits
+        in_form: list[Message] = []
         for message in messages:
-            split = split_thought(message)
-            if split.get("reasoning_content") == "" and not self.traits.writes_thoughts:
+            turn = message
+            if traits.wrapped_result is not None and message["role"] == "tool":
+                result = traits.wrapped_result.sub(lambda found: found[1].strip(), turn["content"])
+                turn = {**message, "content": result}
+            elif traits.splits_thoughts:
+                split = split_thought(message)
                 # If the template handles </think>, leave an empty thought in the text.
-                knows_tags = "</think>" in self.jinja
-                split = message if knows_tags else {**message, "content": split["content"]}
-            in_form.append(split)
+                if split.get("reasoning_content") != "" or traits.writes_thoughts:
+                    turn = split
+                elif "</think>" not in self.jinja:
+                    turn = {**message, "content": split["content"]}
+            in_form.append(turn)
         return in_form
 
     def locate(
@@ -446,16 +438,13 @@ class ChatRenderer:
         if prompt_sentinels:
             closing = prompt_sentinels[-1]
             prompt = prompt[closing.at :]
-            anchors = []
-            for n in candidates:
-                # Compare only the text and the side of the sentinels, because the position of a
-                # sentinel may differ if the conversation continues.
-                if n >= 0 and rendering.sentinels[n][:2] == closing[:2]:
-                    anchors.append(n)
+            # Compare only the text and the side of the sentinels, because the position of a
+            # sentinel may differ if the conversation continues.
+            sides = [sentinel[:2] for sentinel in rendering.sentinels]
+            anchors = [n for n in candidates if n >= 0 and sides[n] == closing[:2]]
         else:
             anchors = [n for n in candidates if n < 0]
-        anchor = anchors[0] if len(anchors) == 1 else None
-        return anchor, prompt
+        return anchors[0] if len(anchors) == 1 else None, prompt
 
     def header(self, rendering: Rendering, i: int, prompt_at: int) -> str | None:
         """Return the text that the template writes before the first text of message i.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tunesmith.data.rows.messages import is_said
-from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.rows.samples import Completion, Conversation, Sample, texts_by_role
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
@@ -153,15 +153,12 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
 
     If `raw` is True, the row is used without a template.
     """
-    questions = []
+    texts = [text for _, text in texts_by_role(sample)]
+    questions = [text for role, text in texts_by_role(sample) if role == "user" and not raw]
     answers = []
     if isinstance(sample, Conversation):
-        texts = [message["content"] for message in sample.messages]
-        questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
         answers = [answer["content"] for answer in sample.supervised()]
     elif isinstance(sample, Completion):
-        texts = [sample.prompt, sample.completion]
-        questions = [] if raw else [sample.prompt]
         answers = [sample.completion]
         prompt = sample.prompt.strip()
         answer = sample.completion.strip()
@@ -174,8 +171,6 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         edge = sample.prompt[-1:] + sample.completion[:1]
         if raw and len(edge) == 2 and not any(map(str.isspace, edge)):
             yield "joined"
-    else:
-        texts = [sample.text]
     # Search the entire messages for secrets, including thoughts and tool calls.
     if any(secrets_in(sample.messages if isinstance(sample, Conversation) else texts)):
         yield "secret"

@@ -54,9 +54,7 @@ def select_template(
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
     needs_none = chat_template is None and formats and all(form.is_plain for form in formats)
     if name == "raw" or (name == "auto" and needs_none):
-        why = "the tokenizer has no chat template"
-        if name == "raw":
-            why = "data.template is raw"
+        why = "data.template is raw" if name == "raw" else "the tokenizer has no chat template"
         if data.system is not None:
             what = "a raw prompt has no system message"
             fix = "remove data.system, or set data.template=alpaca"
@@ -137,10 +135,9 @@ def _is_plain_chatml(chat: ChatRenderer | None) -> bool:
     messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
     chatml = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]
     try:
-        text = chat.render(messages[:2])
+        if not chat.render(messages[:2]).endswith("".join(chatml[:2])):
+            return False
     except DataError:
-        return False
-    if not text.endswith("".join(chatml[:2])):
         return False
     try:
         text = chat.render(messages)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from tunesmith.data.rows.samples import PICTURE_MARK, CalledFunction, Message, ToolSchema
+from tunesmith.data.rows.samples import PICTURE_MARK, Message, ToolSchema
 from tunesmith.data.text.thoughts import find_thought
 
 Messages = Sequence[Message]
@@ -79,7 +79,12 @@ class Sentinels:
             marked_messages.append(self._message(i, message) if is_marked else message)
         if tools is None or self.only is not None:
             return marked_messages, tools
-        return marked_messages, [self._tool(tool) for tool in tools]
+        marked_tools = []
+        for tool in tools:
+            function: Any = tool["function"]
+            name = self._text(function["name"], -1, "tools")
+            marked_tools.append({**tool, "function": {**function, "name": name}})
+        return marked_messages, marked_tools
 
     def thought_of(self, message: int) -> str:
         """Return the reasoning text of a message (`reasoning_content`), or ""."""
@@ -107,7 +112,7 @@ class Sentinels:
         if "tool_calls" in message:
             calls = message["tool_calls"]
             copy["tool_calls"] = [
-                {**call, "function": self._function(i, call["function"])} for call in calls
+                {**call, "function": self._call(call["function"], i)} for call in calls
             ]
         return copy
 
@@ -118,9 +123,7 @@ class Sentinels:
         sentinels, because templates may remove the thought.
         """
         content = message["content"]
-        place = None
-        if message["role"] == "assistant":
-            place = find_thought(content)
+        place = find_thought(content) if message["role"] == "assistant" else None
         if place is None:
             return self._text(content, i, "content")
         opening = content[: place.start]
@@ -129,13 +132,8 @@ class Sentinels:
         rest = self._text(content[place.rest :], i, "content")
         return f"{opening}{thought}{closing}{rest}"
 
-    def _function(self, i: int, function: CalledFunction) -> CalledFunction:
-        name = self._text(function["name"], i, "tool_calls")
-        arguments = self._arguments(function["arguments"], i)
-        return {**function, "name": name, "arguments": arguments}
-
-    def _arguments(self, value: object, i: int) -> object:
-        """Insert sentinels into all texts in a call's arguments.
+    def _call(self, value: Any, i: int) -> Any:
+        """Insert sentinels into all texts of a call: its name, and the texts in its arguments.
 
         Numbers cannot contain sentinels. Names of arguments have no sentinels, because templates
         may sort the arguments by name.
@@ -143,19 +141,13 @@ class Sentinels:
         if isinstance(value, str):
             return self._text(value, i, "tool_calls")
         if isinstance(value, dict):
-            return {name: self._arguments(item, i) for name, item in value.items()}
+            return {name: self._call(item, i) for name, item in value.items()}
         if isinstance(value, list):
-            return [self._arguments(item, i) for item in value]
+            return [self._call(item, i) for item in value]
         return value
 
-    def _tool(self, tool: ToolSchema) -> ToolSchema:
-        function: Any = tool["function"]
-        return {**tool, "function": {**function, "name": self._text(function["name"], -1, "tools")}}
-
     def _text(self, text: str, message: int, kind: str) -> str:
-        bare = text
-        if self.with_pictures:
-            bare = text.replace(PICTURE_MARK, " ")
+        bare = text.replace(PICTURE_MARK, " ") if self.with_pictures else text
         start = len(bare) - len(bare.lstrip())
         end = len(bare.rstrip())
         if start >= end:
@@ -171,7 +163,5 @@ class Sentinels:
             return f"{text[:start]}{begin_sentinel}{stripped}{end_sentinel}{text[end:]}"
         if self.position == "end":
             return text[:end] + end_sentinel + text[end:]
-        at = start
-        if self.position == "middle":
-            at += len(stripped) // 2
+        at = start + len(stripped) // 2 if self.position == "middle" else start
         return text[:at] + begin_sentinel + text[at:]

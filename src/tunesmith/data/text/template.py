@@ -14,10 +14,11 @@ never rendered. Raw rows and text rows get an end token, and a BOS token if the 
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 from unicodedata import normalize
 
@@ -41,7 +42,6 @@ from tunesmith.data.text.loss_mask import RenderedAnswers, find_answers
 from tunesmith.data.text.pictures_in_text import (
     SeenPictures,
     literal_placeholder,
-    put_placeholders,
     see_pictures,
     texts_in,
 )
@@ -189,12 +189,14 @@ class Template:
         """
         samples = [self._as_turns(sample) for sample in samples]
         texts: dict[int, RenderedAnswers] = {}
+        seen: dict[int, SeenPictures] = {}
         examples: dict[int, Example | DataError] = {}
         for i, (sample, place) in enumerate(zip(samples, where, strict=True)):
             try:
                 with row_errors(place):
-                    seen = see_pictures(sample, self.pictures, place)
-                    texts[i] = self._insert_placeholders(self._locate(sample, train_on), seen)
+                    seen[i] = see_pictures(sample, self.pictures, place)
+                    answers = self._locate(sample, train_on)
+                    texts[i] = self._insert_placeholders(answers, seen[i].texts)
             except DataError as error:
                 examples[i] = error
         try:
@@ -215,7 +217,7 @@ class Template:
         for (i, answers), tokens in zip(texts.items(), aligned, strict=True):
             try:
                 with row_errors(where[i]):
-                    examples[i] = self._example(samples[i], answers, tokens)
+                    examples[i] = self._example(samples[i], seen[i], answers, tokens)
             except DataError as error:
                 examples[i] = error
         return [examples[i] for i in range(len(samples))]
@@ -230,8 +232,7 @@ class Template:
         """
         sample = self._as_turns(sample)
         with row_errors(where):
-            text = self._prompt_text(sample, where)
-            ids = self._aligner.ids([text])[0].tolist()
+            ids = self._aligner.ids([self._prompt_text(sample, where)])[0].tolist()
         has_template = self.chat is not None and isinstance(sample, Conversation)
         return ids if has_template else [*self._missing_bos(ids), *ids]
 
@@ -243,11 +244,11 @@ class Template:
         messages = self._messages(sample)
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        seen = see_pictures(sample, self.pictures, where)
+        placeholders = see_pictures(sample, self.pictures, where).texts
         if self.chat is None:
             return self._join_unchanged(messages)
         text = self._chat_of(sample).render(messages, sample.tools or None, generate=True)
-        return self._insert_placeholders(RenderedAnswers(text, []), seen).text
+        return self._insert_placeholders(RenderedAnswers(text, []), placeholders).text
 
     def answer(self, sample: Sample, *, where: str = "") -> str:
         """Return the last answer as the model should generate it, up to its end token.
@@ -259,24 +260,18 @@ class Template:
         Raises:
             DataError: the sample cannot be rendered.
         """
-        with row_errors(where):
-            text = self._answer_text(self._as_turns(sample))
+        sample = self._as_turns(sample)
+        text = sample.completion if isinstance(sample, Completion) else ""
+        if isinstance(sample, Conversation):
+            sample = replace(sample, untrained=frozenset())  # include an answer that is not trained
+            with row_errors(where):
+                answers = self._locate_answers(sample, "last")
+            text = "".join(answers.text[span.start : span.end] for span in answers.spans)
         # If the row's own text contains an end token, generation stops there.
-        end_token = self._ends.search(text)
-        if end_token is not None:
-            text = text[: end_token.start()]
+        text = self._ends.split(text, maxsplit=1)[0]
         # Some tokenizers convert a letter and its accent to one character, so the model generates
         # this single character.
         return normalize("NFC", text) if self._composes_letters else text
-
-    def _answer_text(self, sample: Sample) -> str:
-        if isinstance(sample, Text):
-            return ""
-        if isinstance(sample, Completion):
-            return sample.completion
-        sample = replace(sample, untrained=frozenset())  # include an answer that is not trained
-        answers = self._locate_answers(sample, "last")
-        return "".join(answers.text[span.start : span.end] for span in answers.spans)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -310,17 +305,12 @@ class Template:
         tokens are not returned either, because they are intended. The result is empty for rows of
         format text.
         """
+        texts: list[str] = []
         if isinstance(sample, Completion):
-            prompt = sample.prompt
-            completion = sample.completion
-            if self.raw:
-                prompt = prompt.removeprefix(self.tokenizer.decode(self._bos))
-                completion = self._trailing_ends.sub("", completion)
-            texts = [prompt, completion, sample.system or ""]
+            prompt = sample.prompt.removeprefix(self.tokenizer.decode(self._bos))
+            texts = [prompt, self._trailing_ends.sub("", sample.completion)]
         elif isinstance(sample, Conversation):
             texts = [*texts_in([sample.messages, sample.tools])]
-        else:
-            texts = []
         return frozenset(token for text in texts for token in self._control_token.findall(text))
 
     @cached_property
@@ -379,16 +369,14 @@ class Template:
         The alpaca template reads instruction and input separately. Some templates require ids of
         tool calls.
         """
-        messages = sample.messages
-        if self.chat is not None:
-            messages = list(self.chat.in_form(messages))
+        turns = sample.messages
+        messages = list(turns) if self.chat is None else self.chat.in_form(turns)
         jinja = self.jinja or ""
         # The template reads the input separately from the instruction.
         if sample.instruction is not None and "message.input" in jinja:
             instruction, extra, _ = sample.instruction
             # Replace the last question by the instruction and the input of the row.
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
-            messages = list(messages)
             messages[at] = {"role": "user", "content": instruction, "input": extra}
         if "tool_call" in jinja and ".id" in jinja:
             return _add_call_ids(messages)
@@ -401,9 +389,7 @@ class Template:
         text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
         if not text:
             raise DataError("the row has no text", fix="delete the row")
-        if isinstance(sample, Text):
-            return RenderedAnswers(text, [CharSpan(0, len(text))])
-        start = len(sample.prompt)
+        start = 0 if isinstance(sample, Text) else len(sample.prompt)
         spans = [CharSpan(start, len(text))]
         # Use separate spans for prompt and completion even if both are supervised. The text is then
         # cut between them, so that the tokens are the same as in generation.
@@ -420,32 +406,28 @@ class Template:
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
-        chat = self._chat_of(sample)
-        tools = sample.tools or None
-        first = sample.prompt_messages
-        if train_on == "last":
-            first = len(messages) - 1
+        locate = partial(find_answers, self._chat_of(sample), messages, sample.tools or None)
         # Answers before `first` belong to the prompt.
+        first = len(messages) - 1 if train_on == "last" else sample.prompt_messages
         selected = set(range(first, len(messages)))
         excluded = selected & sample.untrained
         if train_on != "all":
-            return find_answers(chat, messages, tools, selected=selected - excluded)
+            return locate(selected=selected - excluded)
         # With train_on all, supervise all characters after the prompt, except the answers that the
         # row excludes.
-        answers = find_answers(chat, messages, tools, selected=selected)
-        start = answers.spans[0].start if sample.prompt_messages else 0
-        trained_spans = []
+        answers = locate(selected=selected)
+        edges = [answers.spans[0].start if sample.prompt_messages else 0]
         # Split the supervised span at each excluded answer.
         if excluded:
-            gaps = find_answers(chat, messages, tools, selected=excluded)
-            for gap in gaps.spans:
-                trained_spans.append(CharSpan(start, gap.start))
-                start = gap.end
-        trained_spans.append(CharSpan(start, len(answers.text)))
-        trained_spans = [span for span in trained_spans if span.start < span.end]
-        return answers._replace(spans=trained_spans)
+            for gap in locate(selected=excluded).spans:
+                edges += [gap.start, gap.end]
+        edges.append(len(answers.text))
+        spans = map(CharSpan, edges[::2], edges[1::2])
+        return answers._replace(spans=[span for span in spans if span.start < span.end])
 
-    def _example(self, sample: Sample, answers: RenderedAnswers, aligned: Aligned) -> Example:
+    def _example(
+        self, sample: Sample, seen: SeenPictures, answers: RenderedAnswers, aligned: Aligned
+    ) -> Example:
         ids = aligned.ids
         trained = aligned.trained
         if not isinstance(sample, Conversation):
@@ -469,14 +451,14 @@ class Template:
             # Remove the placeholders of pictures from the mask. With train_on all, they are inside
             # the spans.
             trained &= ~np.isin(ids, self.pictures.ids)
-            count = np.count_nonzero(ids == self.pictures.token_id)
-            if count != answers.placeholders:
+            placeholders = sum(text.count(self.pictures.token) for text in seen.texts)
+            if np.count_nonzero(ids == self.pictures.token_id) != placeholders:
                 raise literal_placeholder(self.pictures.token)
         return Example(
             ids,
             trained,
-            digests=answers.digests,
-            scaled=answers.scaled,
+            digests=seen.digests,
+            scaled=seen.scaled,
             flaws=(*_flaws(answers.text, aligned), *sorted(answers.missing)),
             control_tokens=self._control_tokens(sample),
         )
@@ -495,31 +477,37 @@ class Template:
         assert self.chat is not None
         return self.chat.for_pictures() if sample.pictures else self.chat
 
-    def _insert_placeholders(self, answers: RenderedAnswers, seen: SeenPictures) -> RenderedAnswers:
-        """Insert the placeholders of the pictures into the rendered text."""
-        texts = seen.texts
+    def _insert_placeholders(
+        self, answers: RenderedAnswers, texts: tuple[str, ...]
+    ) -> RenderedAnswers:
+        """Replace the n-th picture in the rendered text by the n-th of `texts`, its placeholders.
+
+        The spans are shifted accordingly.
+        """
         if not texts:
             return answers
         assert self.pictures is not None
         assert self.chat is not None
         mark = self.pictures.placeholder
-        count = answers.text.count(mark)
-        if count != len(texts):
-            pictures = count_of(len(texts), "picture")
+        joined, *pieces = answers.text.split(mark)
+        if len(pieces) != len(texts):
             raise self.chat.error(
-                f"writes {mark} {count} times for {pictures}",
+                f"writes {mark} {len(pieces)} times for {count_of(len(texts), 'picture')}",
                 "the model finds pictures by that token",
                 "use the model's own chat template: data.template=chat",
             )
-        text, spans = put_placeholders(answers.text, answers.spans, mark, texts)
-        placeholders = sum(placeholder.count(self.pictures.token) for placeholder in texts)
-        return answers._replace(
-            text=text,
-            spans=spans,
-            digests=seen.digests,
-            scaled=seen.scaled,
-            placeholders=placeholders,
-        )
+        ends = [match.end() for match in re.finditer(re.escape(mark), answers.text)]
+        growths = [len(placeholders) - len(mark) for placeholders in texts]
+
+        def moved(edge: int) -> int:
+            # A span without an end token has the `stop` -1, which is unchanged, because no mark is
+            # before it. No span ends inside a mark.
+            return edge + sum(growths[: bisect_right(ends, edge)])
+
+        for placeholders, piece in zip(texts, pieces, strict=True):
+            joined += placeholders + piece
+        spans = [CharSpan(*map(moved, span)) for span in answers.spans]
+        return answers._replace(text=joined, spans=spans)
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = list(ids[:1]) == self._bos[:1]
@@ -583,7 +571,6 @@ def _add_call_ids(messages: list[Message]) -> list[Message]:
             copy["tool_calls"] = calls
             waiting = [call["id"] for call in calls]
         elif copy["role"] == "tool" and waiting:
-            next_id = waiting.pop(0)
-            copy.setdefault("tool_call_id", next_id)
+            copy.setdefault("tool_call_id", waiting.pop(0))
         with_ids.append(copy)
     return with_ids

@@ -64,13 +64,11 @@ def with_arguments(
     for name in arguments:
         if name in names:
             continue
-        why = f"it takes {', '.join(names)}" if names else "it takes none"
-        fix = suggest_choice(name, names, otherwise=f"remove data.template_args.{name}")
         raise DataError(
             f"{title} takes no argument {name}",
             where=f"data.template_args.{name}",
-            why=why,
-            fix=fix,
+            why=f"it takes {', '.join(names) or 'none'}",
+            fix=suggest_choice(name, names, otherwise=f"remove data.template_args.{name}"),
         )
     assigned |= arguments
     # The date is not a variable of the template. Therefore replace the calls of strftime_now in the
@@ -128,9 +126,8 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
         # Ignore the error, because rendering the template later raises an error with the line
         # number.
         return []
-    first_use: dict[str, str] = {}
-    for name, context in _names_in_order(tree):
-        first_use.setdefault(name, context)
+    # In reverse order, the first use of a name replaces its later uses.
+    first_use = dict(reversed(list(_names_in_order(tree))))
     # Jinja also reports names that are assigned in a branch or a loop as undeclared. Such a name is
     # an argument only if it is read before it is assigned.
     undeclared = meta.find_undeclared_variables(tree) - OF_RENDERER - set(special_tokens)

@@ -146,16 +146,16 @@ class MessageForm(NamedTuple):
                 content = message["content"]
                 changed["content"] = f"{opening}{thought.strip()}{closing}{content}"
         if calls and self.text_arguments:
-            changed["tool_calls"] = [_with_text_arguments(call) for call in calls]
+            text_calls: list[FunctionCall] = []
+            for call in calls:
+                function = call["function"]
+                text = json.dumps(function["arguments"], ensure_ascii=False)
+                text_calls.append({**call, "function": {**function, "arguments": text}})
+            changed["tool_calls"] = text_calls
         return changed
 
 
 DEFAULT_FORM = MessageForm()
-
-
-def _with_text_arguments(call: FunctionCall) -> FunctionCall:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def thought_forms(jinja: str) -> Iterator[MessageForm]:

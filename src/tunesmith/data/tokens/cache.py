@@ -81,19 +81,16 @@ class TokenArrays(NamedTuple):
 
     def example(self, i: int) -> Example:
         """Return the i-th example."""
-        tokens = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        start, stop = self.offsets[i : i + 2].tolist()
         first = int(self.firsts[i])
-        sequences: tuple[int, ...] = ()
-        if first:
-            sequences = (first, tokens.stop - tokens.start - first)
-        label = None
-        if self.labels[i] != NO_LABEL:
-            label = bool(self.labels[i])
+        sequences = (first, stop - start - first) if first else ()
+        label = None if self.labels[i] == NO_LABEL else bool(self.labels[i])
         digests: tuple[int, ...] = ()
         if len(self.owners):
             pictures = slice(*np.searchsorted(self.owners, [i, i + 1]))
             digests = tuple(self.digests[pictures].tolist())
-        return Example(self.ids[tokens], self.trained[tokens], sequences, label, digests=digests)
+        ids = self.ids[start:stop]
+        return Example(ids, self.trained[start:stop], sequences, label, digests=digests)
 
     def sequence_offsets(self) -> np.ndarray:
         """Return the positions at which sequences begin or end in the concatenated examples, int64.
@@ -126,8 +123,7 @@ class TokenArrays(NamedTuple):
         if np.any(self.labels != NO_LABEL):
             hashed.append(self.labels)
         if len(self.digests):
-            hashed.append(self.digests)
-            hashed.append(self.owners)
+            hashed += [self.digests, self.owners]
         digest = hashlib.sha256()
         for values in hashed:
             for block in _read_blocks(values):
@@ -171,15 +167,7 @@ class TokenWriter:
     def add(
         self, example: Example, row: int, truncated: bool = False, *, continued: bool = False
     ) -> None:
-        owners = [self._examples] * len(example.digests)
-        self._examples += 1
         self._tokens += len(example.ids)
-        first = 0
-        if example.sequences:
-            first = example.sequences[0]
-        label = NO_LABEL
-        if example.label is not None:
-            label = int(example.label)
         # Values in the order of `_ENTRY_FILES`.
         written = (
             example.ids,
@@ -188,13 +176,14 @@ class TokenWriter:
             row,
             truncated,
             continued,
-            first,
-            label,
+            example.sequences[0] if example.sequences else 0,
+            NO_LABEL if example.label is None else example.label,
             example.digests,
-            owners,
+            [self._examples] * len(example.digests),
         )
         for name, values in zip(_ENTRY_FILES, written, strict=True):
             self._append(name, values)
+        self._examples += 1
 
     def _append(self, name: str, values: Any) -> None:
         self._files[name].write(np.asarray(values, _ENTRY_FILES[name]).tobytes())

@@ -185,11 +185,8 @@ def check_tokens(
             check.checked += checked
             check.broken += len(faults)
         chunk.arrays.release()
-    warnings = []
-    if _has_answers(tokens):
-        warnings = _judge_cut_answers(checks[-1], cut_answers)
-    complete_answers = _answers_are_whole(tokens)
-    return Contract(split, (not_empty, complete_answers, *checks), tuple(warnings))
+    warnings = _judge_cut_answers(checks[-1], cut_answers) if _has_answers(tokens) else []
+    return Contract(split, (not_empty, _answers_are_whole(tokens), *checks), tuple(warnings))
 
 
 def _has_answers(tokens: TokenSet) -> bool:
@@ -398,8 +395,7 @@ def _rows_without_target(chunk: _Chunk) -> _Faults:
     """
     predicted = chunk.arrays.trained.astype(np.int64)
     predicted[chunk.starts] = 0
-    supervised_per_row = np.add.reduceat(predicted, chunk.starts)
-    return (len(chunk.starts), chunk.starts[supervised_per_row == 0])
+    return (len(chunk.starts), chunk.starts[np.add.reduceat(predicted, chunk.starts) == 0])
 
 
 def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
@@ -447,8 +443,7 @@ def _invalid_pairs(chunk: _Chunk) -> _Faults:
         have_same_prompt = np.array_equal(prompt, rejected.ids[:other_length])
         are_equal = np.array_equal(chosen.ids, rejected.ids)
         if are_equal or not have_same_prompt:
-            start = chunk.arrays.offsets[pair] + len(chosen.ids)
-            faults.append(start + other_length)
+            faults.append(chunk.arrays.offsets[pair] + len(chosen.ids) + other_length)
     return (len(pairs), np.asarray(faults, np.int64))
 
 
@@ -490,8 +485,7 @@ def _answers_without_end(
     # tokens before the last token.
     ends_row = is_row_end[stops]
     sequences = np.searchsorted(chunk.offsets, stops, side="right") - 1
-    steps_back = np.arange(1, _END_WINDOW_TOKENS)
-    earlier = stops - steps_back[:, None]
+    earlier = stops - np.arange(1, _END_WINDOW_TOKENS)[:, None]
     # If an index is before the start of the row, use the row's first token, which is never a part
     # of an answer.
     earlier = np.maximum(earlier, chunk.starts[sequences])
@@ -506,8 +500,7 @@ def _answers_without_end(
     # example of a document has one.
     has_end_token |= ends_row & continued[examples]
     unfinished = int(is_cut_off.sum() + continued.sum())
-    faults = stops[~has_end_token & ~is_cut_off]
-    ended = (spans - unfinished, faults)
+    ended = (spans - unfinished, stops[~has_end_token & ~is_cut_off])
     if not chunk.has_answers:
         return ended, _NOTHING_CHECKED
     return ended, (len(chunk.starts), stops[is_cut_off])

@@ -54,14 +54,11 @@ class DocumentSplitter:
             # Supervise all tokens of the row. This includes the first token, because the row
             # continues a document.
             trained = np.ones(len(ids), np.bool_)
-            rest_length = len(self._rest.ids)
-            trained[:rest_length] = self._rest.trained
+            trained[: len(self._rest.ids)] = self._rest.trained
             first_row = self._row
         # If seq_len is 2, omit BOS, because there is only space for the last token of the previous
         # example and one supervised token.
-        prefix = 0
-        if has_bos and self._seq_len > 2:
-            prefix = 1
+        prefix = 1 if has_bos and self._seq_len > 2 else 0
         start = 0
         limit = self._seq_len
         while len(ids) - start > limit:
@@ -96,11 +93,6 @@ class DocumentSplitter:
         piece_trained[: prefix + 1] = False
         piece = Example(piece_ids, piece_trained)
         return piece, stop - 1
-
-
-def cuts_pictures(example: Example, length: int, picture_ids: np.ndarray) -> bool:
-    """Return whether a truncation to `length` tokens would remove tokens of a picture."""
-    return bool(example.digests) and bool(np.isin(example.ids[length:], picture_ids).any())
 
 
 def truncated_example(example: Example, length: int) -> Example | None:

@@ -132,8 +132,7 @@ class RowEncoder:
         encoded = []
         for i, row in enumerate(read, batch.first):
             if isinstance(row, _ReadRow):
-                sequences = [next(examples) for _ in row.row.samples]
-                encoded.append(self._encoded(row, sequences, i))
+                encoded.append(self._encoded(row, [next(examples) for _ in row.row.samples], i))
             else:
                 encoded.append(row)
         return encoded
@@ -169,8 +168,7 @@ class RowEncoder:
             warnings.append("other_preference")
         # The warnings are about the chosen answer only, so check the rejected answer here.
         has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
-        grades = row.row.grades
-        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread, grades)
+        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread, row.row.grades)
 
     def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
         """Convert a row to samples. Return the error if this is impossible."""

@@ -4,16 +4,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.samples import Conversation, Picture, Sample, Text, pictures_of
+from tunesmith.data.rows.samples import Sample, texts_by_role
 from tunesmith.data.source.open_source import Rows
-from tunesmith.data.text.example import Example, RowPictures
+from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.cache import TokenArrays
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches.pixels import PixelReader
 
 # Number of examples that are read in order before their memory pages are released
 RELEASE_EXAMPLES = 1 << 14
@@ -149,10 +152,6 @@ class SourceTokens:
         row = self.rows[int(self.arrays.rows[at])]
         return convert_sample(row, self.source, where=self.where(at), system=system)
 
-    def row_pictures(self, at: int) -> tuple[Picture, ...]:
-        """Return the pictures in the row of example `at`."""
-        return pictures_of(self.sample(at))
-
     def first(self, n: int) -> "SourceTokens":
         """Return the first n examples, or all examples if there are fewer."""
         n = min(len(self), n)
@@ -161,8 +160,7 @@ class SourceTokens:
         if n < len(self):
             taken = f"{taken}, the first {n:,}".removeprefix(", ")
         # Compute a new digest, because a part of the examples is different training data.
-        about = f"{self.counts.digest}[:{n}]"
-        digest = hashlib.sha256(about.encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest()
         counts = replace(self.counts, **count_tokens(arrays), digest=digest, taken=taken)
         return replace(
             self,
@@ -191,17 +189,6 @@ def _join_arrays(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
-class PictureSource(Protocol):
-    """Source of the pixels of rows."""
-
-    def of(self, part: SourceTokens, at: int, digests: tuple[int, ...]) -> RowPictures:
-        """Return the pictures of example `at` of a source.
-
-        Args:
-            digests: digests of the pictures at tokenization, to detect changed files.
-        """
-
-
 class TokenSet:
     """All examples of a split, one source after the other.
 
@@ -221,7 +208,7 @@ class TokenSet:
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
         self.shares_prompts = False
-        self.pictures: PictureSource | None = None
+        self.pictures: PixelReader | None = None
         self.picture_id: int | None = None
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
@@ -234,14 +221,12 @@ class TokenSet:
         if self.has_pairs:
             # Length of the first sequence of each pair. 0 if the example has one sequence.
             firsts = _join_arrays(part.arrays.firsts for part in self.parts)
-            seconds = self.lengths - firsts
-            self.longest_sequences = np.maximum(firsts, seconds)
+            self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
         weights = np.array([part.weight for part in self.parts], np.float64)
         if len(np.unique(weights)) == 1:
             self.repeats = np.broadcast_to(weights[0], len(self))
         else:
-            counts = np.diff(self._firsts)
-            self.repeats = np.repeat(weights, counts)
+            self.repeats = np.repeat(weights, np.diff(self._firsts))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -279,15 +264,13 @@ class TokenSet:
         """Call `figure` for each example and return the results, [n]. Only a few examples are in
         memory at a time.
         """
-        return np.fromiter(map(figure, self._stored()), dtype, len(self))
-
-    def _stored(self) -> Iterator[Example]:
-        """Yield all examples in the order in which they are stored."""
-        for part in self.parts:
+        values = np.zeros(len(self), dtype)
+        for first, part in zip(self._firsts, self.parts, strict=False):
             for i in range(len(part)):
-                yield part.arrays.example(i)
+                values[first + i] = figure(part.arrays.example(i))
                 if i % RELEASE_EXAMPLES == 0:
                     part.arrays.release()
+        return values
 
     @property
     def row_lengths(self) -> np.ndarray:
@@ -318,14 +301,11 @@ class TokenSet:
             part.arrays.release()
         example = part.arrays.example(at)
         if self.shares_prompts:
-            shared = int(self.shared[i])
-            example = example._replace(shared=shared)
+            example = example._replace(shared=int(self.shared[i]))
         if self.pictures is not None and example.digests:
-            pictures = self.pictures.of(part, at, example.digests)
-            example = example._replace(pictures=pictures)
+            example = example._replace(pictures=self.pictures.of(part, at, example.digests))
         if self.reference is not None:
-            reference = tuple(self.reference[i].tolist())
-            example = example._replace(reference=reference)
+            example = example._replace(reference=tuple(self.reference[i].tolist()))
         return example
 
     @cached_property
@@ -359,17 +339,8 @@ class TokenSet:
         For a conversation this is its first question, else the prompt or the text.
         """
         sample = self.sample(i, None)
-        if isinstance(sample, Conversation):
-            text = ""
-            for message in sample.messages:
-                if message["role"] == "user":
-                    text = message["content"]
-                    break
-        elif isinstance(sample, Text):
-            text = sample.text
-        else:
-            text = sample.prompt
-        text = " ".join(text[:1000].split())
+        texts = [text for role, text in texts_by_role(sample) if role in ("user", "text")]
+        text = " ".join(next(iter(texts), "")[:1000].split())
         if len(text) <= BEGINNING_CHARACTERS:
             return text
         return f"{text[: BEGINNING_CHARACTERS - 4]} ..."

@@ -24,7 +24,7 @@ from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
-from tunesmith.data.tokens.documents import DocumentSplitter, cuts_pictures, truncated_example
+from tunesmith.data.tokens.documents import DocumentSplitter, truncated_example
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.tokens.token_set import (
     RowsByName,
@@ -164,16 +164,13 @@ def _keys_that_select(source: Source, data: Data, what: str) -> str:
     # `data.leave_out` also applies to held-out validation rows, because they come from
     # `data.train`.
     is_of_train = what == "train" or data.hold_out is not None
-    leave_out = None
-    if data.leave_out and is_of_train:
-        leave_out = ", ".join(data.leave_out)
     values = {
         "split": source.split,
         "max_examples": source.max_examples,
-        "data.leave_out": leave_out,
+        "data.leave_out": ", ".join(data.leave_out) if is_of_train else "",
         "data.hold_out": data.hold_out,
     }
-    return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
+    return ", ".join(f"{key}: {value}" for key, value in values.items() if value not in (None, ""))
 
 
 def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> str:
@@ -206,12 +203,10 @@ def _stamp_pictures(rows: Rows, source: Source) -> str:
         for i in range(len(rows)):
             # Ignore errors of rows, because they are reported later, when the rows are tokenized.
             with suppress(DataError):
-                sample = convert_sample(rows[i], source, where=rows.where(i))
-                for picture in pictures_of(sample):
+                for picture in pictures_of(convert_sample(rows[i], source, where=rows.where(i))):
                     if picture.path is None:
                         continue  # the picture is stored in the row itself
-                    name = f"{i} {picture.path}"
-                    stamps.update(name.encode(errors="backslashreplace"))
+                    stamps.update(f"{i} {picture.path}".encode(errors="backslashreplace"))
                     with suppress(OSError, ValueError):
                         about = picture.path.stat()
                         # Include the time of the last status change, because a file that was
@@ -256,19 +251,16 @@ def _tokenize_rows(
                 bad.add(i, where, row)
                 continue
             if row.prompt != "unchecked":
-                counted = "prompts_apart" if row.prompt == "apart" else "prompts"
-                counts[counted] += 1
+                counts["prompts_apart" if row.prompt == "apart" else "prompts"] += 1
             if row.prompt == "supervised":
                 leaks.append(len(writer))
             if row.has_empty_answer:
                 empties.append(len(writer))
             example = row.example
-            control_tokens = sorted(example.control_tokens)
-            row_names = (row.warnings, row.unread, row.grades, control_tokens)
+            row_names = (row.warnings, row.unread, row.grades, sorted(example.control_tokens))
             for rows_by_name, names in zip(named.values(), row_names, strict=True):
                 for name in names:
-                    count_and_first = rows_by_name.setdefault(name, [0, i])
-                    count_and_first[0] += 1
+                    rows_by_name.setdefault(name, [0, i])[0] += 1
             lengths.append(example.longest_sequence)
             if template.pictures is not None:
                 counts["pictures"] += len(example.digests)
@@ -284,7 +276,7 @@ def _tokenize_rows(
     rows.check_unchanged()
     # Report all bad rows in one error, so that the user can fix them all at once. If no row is
     # usable, raise the error even if the recipe skips bad rows.
-    if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
+    if bad and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
     check_grades(named["grades"], rows, source)
     arrays = writer.arrays()
@@ -328,9 +320,11 @@ def _add_example(
             why="data.too_long=error does not allow rows that are longer than data.seq_len",
             fix=f"set data.seq_len={length}, or data.too_long=truncate, or data.too_long=drop",
         )
-    pictures = template.pictures
-    is_cut = pictures is not None and cuts_pictures(example, data.seq_len, pictures.ids)
-    is_dropped = too_long == "drop" or is_cut
+    is_dropped = too_long == "drop"
+    if example.digests and template.pictures is not None:
+        # Drop the row if the truncation would remove tokens of a picture.
+        cut_ids = example.ids[data.seq_len :]
+        is_dropped = is_dropped or bool(np.isin(cut_ids, template.pictures.ids).any())
     truncated = None if is_dropped else truncated_example(example, data.seq_len)
     if truncated is None:
         counts["dropped" if is_dropped else "emptied"] += 1

@@ -68,7 +68,7 @@ class SharedBase:
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
-            schedule = BatchSchedule.of(run, tokens)
+            schedule = BatchSchedule(run, tokens)
             for text in resume_lines(find_resumed(start, run, schedule), run.train):
                 log.info(text)
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
