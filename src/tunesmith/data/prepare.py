@@ -167,17 +167,15 @@ def prepare_data(
         for contract in contracts:
             contract.raise_if_broken()
         _check_labels(train)
-    schedule = _make_schedule(run, train)
-    duplicates = find_repeats(train)
     overlap = find_repeats(validation, train) if validation is not None else Repeats()
     return TrainingData(
         run=run,
         train=train,
         validation=validation,
         template=template,
-        schedule=schedule,
+        schedule=_make_schedule(run, train),
         contracts=tuple(contracts),
-        duplicates=duplicates,
+        duplicates=find_repeats(train),
         overlap=overlap,
         splits=splits,
         across=tuple(map(tuple, across)),
@@ -206,8 +204,9 @@ def find_trained_rows(
     for run in runs:
         try:
             rows, _ = read_splits(replace(run.data, validation=()), run.train.seed)
-            cache = cache_folder("tokens")
-            parts += tokenize(rows, data, template, cache=cache, what="train").parts
+            parts += tokenize(
+                rows, data, template, cache=cache_folder("tokens"), what="train"
+            ).parts
         except TunesmithError as error:
             fault = f"{error.what} ({error.where})" if error.where else error.what
         except OSError as error:
@@ -220,9 +219,7 @@ def find_trained_rows(
 
 def _check_labels(train: TokenSet) -> None:
     """Raise DataError if all answers have the same label. KTO requires good and bad answers."""
-    labels = set()
-    for part in train.parts:
-        labels.update(np.unique(part.arrays.labels).tolist())
+    labels = {label for part in train.parts for label in np.unique(part.arrays.labels).tolist()}
     if labels in ({0}, {1}):
         kind = "good" if labels == {1} else "bad"
         raise DataError(

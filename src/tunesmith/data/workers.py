@@ -120,11 +120,10 @@ class Worker(Generic[Task, Result]):
             is_late = seconds is not None and not wait([answers.fileno()], seconds)
             answer: Result | Exception = TimeoutError() if is_late else pickle.load(answers)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            exit_code = self.process.wait()
             raise MachineError(
                 f"{self.what} exited without a result",
                 where=where,
-                why=exit_text(exit_code),
+                why=exit_text(self.process.wait()),
                 fix="close other programs to free memory, and start again",
             ) from error
         if isinstance(answer, Exception):

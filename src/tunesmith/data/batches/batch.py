@@ -185,10 +185,8 @@ def collate(
     axes = 3 if has_grids else 1
     flat = _FlatRows(len(parts) * length, pad_id, axes)
     for r, sequences in enumerate(parts):
-        row_start = r * length
-        row_end = row_start + length
-        at = row_start
-        previous = row_start
+        at = previous = r * length
+        row_end = at + length
         for part in sequences:
             end = at + len(part.ids) - part.shared
             if end > row_end:
@@ -244,8 +242,7 @@ def join_pixels(pixels: Sequence[Pixels]) -> dict[str, torch.Tensor]:
             missing = largest - array.shape[1:]
             # Do not copy arrays that already have the largest size.
             if missing.any():
-                widths = [(0, count) for count in (0, *missing.tolist())]
-                arrays[i] = np.pad(array, widths)
+                arrays[i] = np.pad(array, [(0, count) for count in (0, *missing.tolist())])
         joined[name] = torch.from_numpy(np.concatenate(arrays))
     return joined
 

@@ -62,9 +62,7 @@ class Layout:
             max_tokens: maximum number of tokens of a batch, including padding. An example that is
                 longer forms a batch of its own.
         """
-        groups: list[list[int]] = []
-        if len(examples):
-            groups = self._groups(examples, self.row_length or max_tokens)
+        groups = self._groups(examples, self.row_length or max_tokens) if len(examples) else []
         rank, ranks = self.share
         # Distribute the groups of examples to the ranks in turn. In the last round, some ranks can
         # get an empty group.

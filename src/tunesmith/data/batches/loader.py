@@ -194,8 +194,7 @@ class Loader(AbstractContextManager["Loader"]):
         step_examples = [self.tokens[i] for i in examples]
         groups = [rank_groups[self.rank] for rank_groups in micro_steps]
         # Get all examples in one call, so that worker processes prepare their pixels in parallel.
-        indices = itertools.chain.from_iterable(groups)
-        mine = iter(take_examples(self.tokens, list(indices)))
+        mine = iter(take_examples(self.tokens, list(itertools.chain.from_iterable(groups))))
         micro = []
         for group in groups:
             rows, _ = self._micro_batches.shape(group)
@@ -245,5 +244,6 @@ class Loader(AbstractContextManager["Loader"]):
         reference = references[step] if references and step < len(references) else None
         max_tokens = self.schedule.row_length
         examples = [self.tokens[i] for i in self.schedule.examples(step)]
-        mismatched = mismatched_examples(examples, max_tokens, reference)
-        return self.layout.batches(mismatched, max_tokens=max_tokens)
+        return self.layout.batches(
+            mismatched_examples(examples, max_tokens, reference), max_tokens=max_tokens
+        )

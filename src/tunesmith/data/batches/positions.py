@@ -26,9 +26,8 @@ def picture_spans(
     begins[starts] = is_picture[starts]
     ends = is_picture.copy()
     ends[:-1] &= ~is_picture[1:] | begins[1:]
-    first_tokens = np.flatnonzero(begins).tolist()
     stops = np.flatnonzero(ends) + 1
-    return tuple(zip(first_tokens, stops.tolist(), strict=True))
+    return tuple(zip(np.flatnonzero(begins).tolist(), stops.tolist(), strict=True))
 
 
 def mrope_positions(ids: np.ndarray, token_id: int, grids: np.ndarray) -> np.ndarray:

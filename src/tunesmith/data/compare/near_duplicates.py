@@ -96,15 +96,11 @@ class Groups:
         self._groups: dict[int, list[int]] = {}
 
     def join(self, one: int, other: int) -> None:
-        large = self._groups.setdefault(one, [one])
-        small = self._groups.setdefault(other, [other])
-        if large is small:
-            return
-        if len(large) < len(small):
-            large, small = small, large
-        large += small
-        for row in small:
-            self._groups[row] = large
+        groups = (self._groups.setdefault(row, [row]) for row in (one, other))
+        small, large = sorted(groups, key=len)
+        if small is not large:
+            large += small
+            self._groups.update(dict.fromkeys(small, large))
 
     def are_joined(self, one: int, other: int) -> bool:
         return one in self._groups and self._groups[one] is self._groups.get(other)
@@ -328,24 +324,20 @@ class _PairCheck:
     def __call__(self, one: int, other: int) -> bool:
         a = self._rows[one]
         b = self._rows[other]
-        if (a.numbers, a.kind) != (b.numbers, b.kind):
-            return False
-        if (one, other) in self._rejected:
+        if (a.numbers, a.kind) != (b.numbers, b.kind) or (one, other) in self._rejected:
             return False
         features = (self._features[one], self._features[other])
-        # A row has no features if all of its words belong to a template.
-        if not all(map(len, features)):
-            return False
-        if jaccard(*features) < MIN_JACCARD:
-            return False
-        if jaccard(np.unique(a.answer), np.unique(b.answer)) < MIN_ANSWER_JACCARD:
-            return False
-        if jaccard(np.unique(a.prompt), np.unique(b.prompt)) < MIN_PROMPT_JACCARD:
-            return False
-        if self._differ_in_blank(a, b):
+        is_similar = (
+            # A row has no features if all of its words belong to a template.
+            all(map(len, features))
+            and jaccard(*features) >= MIN_JACCARD
+            and jaccard(np.unique(a.answer), np.unique(b.answer)) >= MIN_ANSWER_JACCARD
+            and jaccard(np.unique(a.prompt), np.unique(b.prompt)) >= MIN_PROMPT_JACCARD
+        )
+        if is_similar and self._differ_in_blank(a, b):
             self._rejected.add((one, other))
             return False
-        return True
+        return is_similar
 
     def _differ_in_blank(self, one: _Words, other: _Words) -> bool:
         """Return True if the rows differ in a blank of a template, else False.

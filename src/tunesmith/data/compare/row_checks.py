@@ -9,7 +9,6 @@ import hashlib
 import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, get_args
@@ -78,11 +77,10 @@ class RowFindings:
         The first row of each group of near-duplicates is kept. All rows that contradict each other
         are removed, because it is unknown which row is right.
         """
+        groups = self.contradictions
         if fault == "near-duplicates":
-            rows = [row for group in self.near_duplicates for row in group[1:]]
-        else:
-            rows = [row for group in self.contradictions for row in group]
-        return sorted(set(rows))
+            groups = [group[1:] for group in self.near_duplicates]
+        return sorted({row for group in groups for row in group})
 
     def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
         """Apply `take` to each group of rows.
@@ -109,10 +107,15 @@ class RowFindings:
         return self.mapped(lambda rows: [row for row in rows if row not in removed])
 
 
-def check_rows(sources: SourceRows) -> RowFindings:
-    """Check the rows of the sources. Findings of an earlier run are read from the cache."""
+def check_rows(sources: SourceRows, *, only_cached: bool = False) -> RowFindings:
+    """Check the rows of the sources. Findings of an earlier run are read from the cache.
+
+    If `only_cached` is True, and the cache has no findings, return empty findings.
+    """
 
     def check() -> RowFindings:
+        if only_cached:
+            raise LookupError("the cache has no check results for these rows")
         indices = sampled_rows(sources)
         if len(indices) > ANNOUNCED_ROWS:
             log.info(
@@ -122,21 +125,15 @@ def check_rows(sources: SourceRows) -> RowFindings:
         counts = [len(own) for _, _, own in by_source(sources, indices)]
         findings = find_faults(read_texts(sources, indices), counts)
         # `find_faults` returns indices into the compared rows. Convert them to numbers of all rows.
-        at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
-        return replace(at_indices, rows=indices.stop)
+        findings = findings.mapped(lambda rows: [indices[row] for row in rows])
+        return replace(findings, rows=indices.stop)
 
-    return measure_once("row-checks", _key(sources), check, RowFindings)
-
-
-def checked_before(sources: SourceRows) -> RowFindings:
-    """Return the cached findings of `check_rows`, or empty findings if the cache has none."""
-
-    def absent() -> RowFindings:
-        raise LookupError("the cache has no check results for these rows")
-
-    with suppress(LookupError):
-        return measure_once("row-checks", _key(sources), absent, RowFindings)
-    return RowFindings()
+    try:
+        return measure_once("row-checks", _key(sources), check, RowFindings)
+    except LookupError:
+        if only_cached:
+            return RowFindings()
+        raise
 
 
 def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:

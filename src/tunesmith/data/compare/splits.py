@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.config.schema import Data, RowFault, Source
 from tunesmith.data.compare.near_duplicates import Groups
-from tunesmith.data.compare.row_checks import RowFindings, check_rows, checked_before, place
+from tunesmith.data.compare.row_checks import RowFindings, check_rows, place
 from tunesmith.data.shuffle import shuffled
 from tunesmith.data.source.open_source import Rows, read_rows
 from tunesmith.errors import DataError
@@ -127,7 +127,7 @@ def read_splits(
     opened = opened or open_sources(data)
     findings = RowFindings()
     if data.hold_out is not None or data.leave_out:
-        findings = checked_before(opened.train) if only_cached else check_rows(opened.train)
+        findings = check_rows(opened.train, only_cached=only_cached)
     splits = _split_rows(data, seed, opened, findings)
     return splits.train, splits.validation
 
@@ -176,9 +176,8 @@ def _split_rows(data: Data, seed: int, opened: OpenedRows, findings: RowFindings
     drawn = draw_held_out(len(remaining), count, seed, groups)
     # Sort the indices, because `_take` requires sorted indices.
     held_out = remaining[np.sort(drawn)]
-    train_rows = np.setdiff1d(remaining, held_out, assume_unique=True)
     return Splits(
-        _take(sources, train_rows),
+        _take(sources, np.setdiff1d(remaining, held_out, assume_unique=True)),
         _take(sources, held_out),
         sources,
         findings,
@@ -246,8 +245,7 @@ def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
         # The indices are sorted, so the indices of one source are adjacent.
         lowest, highest = np.searchsorted(indices, [first, stop])
         if lowest < highest:
-            own = indices[lowest:highest] - first
-            taken.append((source, rows.take(own.tolist())))
+            taken.append((source, rows.take((indices[lowest:highest] - first).tolist())))
         first = stop
     return taken
 

@@ -200,12 +200,14 @@ class RowColumns:
                     candidates.append([source.columns[name]])
                 else:
                     no_column = [None] if name in column_set.optional else []
-                    usual = self._usual_columns(format_name, usual_names)
-                    candidates.append([*usual, *no_column])
+                    candidates.append([*self._usual_columns(format_name, usual_names), *no_column])
             # Try every combination of candidates, but use each column of the file only once.
             for picked in itertools.product(*candidates):
-                pairs = zip(names, picked, strict=True)
-                columns = {name: column for name, column in pairs if column is not None}
+                columns = {
+                    name: column
+                    for name, column in zip(names, picked, strict=True)
+                    if column is not None
+                }
                 if len(set(columns.values())) == len(columns):
                     found.append(replace(source, format=format_name, columns=columns))
         return _select_training_kind(found)

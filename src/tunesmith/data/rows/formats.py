@@ -165,8 +165,7 @@ def _alpaca(row: RowReader) -> list[Sample]:
         {"role": "assistant", "content": output},
     ]
     # The Alpaca template supports only a single turn, without a history or a system message.
-    is_single_turn = not earlier
-    parts = (instruction, extra_text, output) if is_single_turn else None
+    parts = None if earlier else (instruction, extra_text, output)
     return [Conversation(messages, instruction=parts)]
 
 
@@ -221,8 +220,11 @@ def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
 
 
 def _prompt_completion(row: RowReader) -> list[Sample]:
-    prompt = row.required_text_or_messages("prompt")
-    return _answered(row, prompt, {"completion": row.required_text_or_messages("completion")})
+    return _answered(
+        row,
+        row.required_text_or_messages("prompt"),
+        {"completion": row.required_text_or_messages("completion")},
+    )
 
 
 def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:

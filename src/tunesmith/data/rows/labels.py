@@ -116,8 +116,7 @@ def bad_labels(fields: Mapping[str, object]) -> list[tuple[str, object]]:
     labels = dict(fields)
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            for key, part in value.items():
-                labels[f"{name}.{key}"] = part
+            labels |= {f"{name}.{key}": part for key, part in value.items()}
     return [label for label in labels.items() if _is_bad_label(*label)]
 
 
@@ -210,8 +209,7 @@ def check_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source
         low = min(rows_by_grade)
         if max(rows_by_grade) == 1 and low < 1:
             count, first = rows_by_grade[low]
-            total = sum(found[0] for found in rows_by_grade.values())
-            answers = count_of(total, "answer")
+            answers = count_of(sum(found[0] for found in rows_by_grade.values()), "answer")
             raise DataError(
                 f"the column {column} seems to rate the answers: it is {low} in {count:,} of "
                 f"{answers}, and 1 in all others",

@@ -84,6 +84,10 @@ MESSAGE = Form("message", "role", "content", 'write {"role": "user", "content": 
 TURN = Form("turn", "from", "value", 'write {"from": "human", "value": "..."}')
 
 
+# Keys of which a turn in ShareGPT's form must have at least one.
+_TURN_CONTENT = frozenset(("value", "tool_calls", "function_call"))
+
+
 def read_messages(row: RowReader, value: object, column: str, form: Form) -> list[Message]:
     """Convert the turns of a column to messages in OpenAI's form.
 
@@ -97,10 +101,9 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
     Raises:
         DataError: the value is not a list of turns, or the list is empty.
     """
-    turns = row.list(value, column)
     messages: list[Message] = []
     previous_role = ""
-    for n, value_of_turn in enumerate(turns, 1):
+    for n, value_of_turn in enumerate(row.list(value, column), 1):
         at = f"{form.noun} {n}"
         turn = _as_turn(row, value_of_turn, form, at)
         role = CHAT_ROLES.get(str(turn[form.role]).strip().lower(), "")
@@ -166,9 +169,7 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
     Raise DataError if it has no role, or if it is a ShareGPT turn without content.
     """
     is_turn = isinstance(turn, Mapping) and form.role in turn
-    if is_turn and form is TURN:
-        is_turn = any(key in turn for key in ("value", "tool_calls", "function_call"))
-    if not is_turn:
+    if not is_turn or (form is TURN and _TURN_CONTENT.isdisjoint(turn)):
         raise row.error(
             f"a {form.noun} has no `{form.role}` and `{form.content}`: {turn!r:.80}",
             fix=form.example,
@@ -203,18 +204,15 @@ def _read_turn(
         # `call` is our name for the role `function_call`. The entire content is the call.
         role = "assistant"
         parts = _ContentParts(calls=_calls(row, content, at))
-        content = ""
     else:
         parts = _content(row, content, form, at, role)
-    is_trained = True
     # Keys other than role and content. Most turns have no such keys.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
-    if others:
-        _read_others(row, others, form, parts, at)
-        is_trained = is_trained_turn(row, role, others, at)
-        if role == "assistant" and is_trained:
-            # Labels that rate this answer as bad. `labels.py` reports them.
-            row.bad_turns += [(at, *label) for label in bad_labels(others)]
+    _read_others(row, others, form, parts, at)
+    is_trained = is_trained_turn(row, role, others, at)
+    if role == "assistant" and is_trained:
+        # Labels that rate this answer as bad. `labels.py` reports them.
+        row.bad_turns += [(at, *label) for label in bad_labels(others)]
     if parts.results:
         return _with_results(row, role, parts, at)
     if (parts.thought or parts.calls) and role != "assistant":
@@ -331,9 +329,7 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         elif kind in PICTURE_PARTS:
             parts.text += read_picture_part(row, part, role, at)
         elif kind in ("tool_call", "tool_use"):
-            call: object = part
-            if kind == "tool_call":
-                call = _part_value(part)
+            call = _part_value(part) if kind == "tool_call" else part
             parts.calls += _calls(row, call, at)
         elif kind == "tool_result":
             parts.results.append(_result(row, part, at))
@@ -395,10 +391,8 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
                 fix="delete one of the two",
                 at=at,
             )
-        arguments: object = {}
-        if names:
-            # OpenAI's API writes the arguments as JSON text.
-            arguments = row.json(function[names[0]], f"{at} arguments")
+        # OpenAI's API writes the arguments as JSON text.
+        arguments = row.json(function[names[0]], f"{at} arguments") if names else None
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):

@@ -76,9 +76,8 @@ def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
     pictures.
     """
     value = row.optional("images")
-    if value is None:
-        return ()
-    if "images" not in row.source.columns and isinstance(value, _NUMBER):
+    is_count = "images" not in row.source.columns and isinstance(value, _NUMBER)
+    if value is None or is_count:
         return ()
     # A cell of a CSV file holds a list or an object as JSON text.
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):

@@ -47,8 +47,6 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
     marks = {}
     for key, value in turn.items():
         name = plain(key)
-        if value is None:
-            continue
         if name in PARTIAL_MARKS and value:
             raise row.error(
                 f"a turn has the key {key}",
@@ -56,9 +54,8 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
                 fix=f"split the turn, or remove {key}",
                 at=at,
             )
-        if name not in _MARKS:
-            continue
-        marks[key] = _read_mask_value(row, key, value, role, at)
+        if name in _MARKS and value is not None:
+            marks[key] = _read_mask_value(row, key, value, role, at)
     if len(set(marks.values())) > 1:
         raise row.error(
             f"the keys {' and '.join(marks)} contradict each other",
@@ -99,7 +96,7 @@ def check_row_mask(row: RowReader) -> None:
     for column, as_written in row.unread_columns().items():
         name = plain(column)
         is_weight = name in ("weight", "loss_weight", "sample_weight")
-        if not is_weight and not is_mask_column(column):
+        if not is_weight and name not in _MARKS:
             continue
         value = value_of_cell(as_written)
         is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)

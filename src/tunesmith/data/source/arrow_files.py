@@ -10,7 +10,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,12 +59,7 @@ def read_arrow(path: Path) -> Table:
     # If the cache contains a group of another file at that time, this group is opened again when it
     # is needed.
     weakref.finalize(row, _open_group.cache_clear)
-    return Table(
-        sum(sizes),
-        row,
-        where=lambda i: f"{path} row {i + 1}",
-        fingerprint=lambda: file_digest(path),
-    )
+    return Table(sum(sizes), row, lambda i: f"{path} row {i + 1}", partial(file_digest, path))
 
 
 def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataError:

@@ -50,7 +50,7 @@ def _is_exported(table: Table) -> bool:
                 return False
             keys = frozenset(arguments)
             calls += 1
-            has_null = has_null or any(value is None for value in arguments.values())
+            has_null = has_null or None in arguments.values()
     return calls > 1 and has_null
 
 

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
@@ -85,8 +86,8 @@ def read_csv(path: Path) -> Table:
     return Table(
         len(index.lines),
         row,
-        where=lambda i: f"{path}:{index.lines[i]}",
-        fingerprint=lambda: file_digest(path),
+        lambda i: f"{path}:{index.lines[i]}",
+        partial(file_digest, path),
         layout="" if separator == "," else f"values separated by {SEPARATORS[separator]}",
     )
 
@@ -194,7 +195,7 @@ def _separator(text: str) -> str:
     candidates = [separator for separator in SEPARATORS if separator in header]
     for separator in candidates:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        counts = set()
+        counts: set[int] = set()
         # Ignore a broken quote: `_index_lines` raises an error for it.
         with suppress(csv.Error):
             counts.update(map(len, filter(None, itertools.islice(reader, FIRST_ROWS))))

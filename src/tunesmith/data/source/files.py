@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
@@ -83,7 +83,7 @@ def open_table(path: Path) -> Table:
 # to find the conversations.
 @lru_cache(maxsize=MAX_CACHED_DIGESTS)
 def _read_sessions(path: Path, version: FileVersion | None, form: str) -> Table:
-    return read_sessions(path, _read_json_lines(path), form)
+    return read_sessions(_read_json_lines(path), form)
 
 
 def check_data_file(path: Path) -> None:
@@ -221,7 +221,7 @@ def _read_json_lines(path: Path) -> Table:
         text = decode_text(path, data, lambda _: where(i), "utf-8")
         return _decode_json(path, numbers[i], text, is_line=True)
 
-    return Table(len(numbers), row, where, fingerprint=lambda: file_digest(path))
+    return Table(len(numbers), row, where, partial(file_digest, path))
 
 
 def _read_json(path: Path) -> Table:
@@ -250,8 +250,8 @@ def _read_json(path: Path) -> Table:
         return Table(
             len(rows),
             rows.__getitem__,
-            where=lambda i: f"{path} row {i + 1}",
-            fingerprint=lambda: file_digest(path),
+            lambda i: f"{path} row {i + 1}",
+            partial(file_digest, path),
         )
     why = ""
     fix = "write an array of objects, as df.to_json('rows.json', orient='records') of pandas does"

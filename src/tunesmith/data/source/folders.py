@@ -196,8 +196,7 @@ def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Pa
     if texts:
         counts.append(count_of(len(texts), "text file"))
     if len(counts) > 1:
-        first = (rows + texts)[0]
-        pattern = f"{glob.escape(str(parent))}/**/*{first.suffix}"
+        pattern = f"{glob.escape(str(parent))}/**/*{(rows + texts)[0].suffix}"
         raise DataError(
             "the folder has files of different kinds",
             where=source,

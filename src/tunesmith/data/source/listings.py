@@ -60,8 +60,7 @@ def list_files(path: Path, config: str | None) -> Listing:
         return Listing(pattern_folder(path), list(dict.fromkeys(matches)), None)
     layout = ""
     readme = path / "README.md"
-    saved_splits = _read_list(path / "dataset_dict.json", "splits")
-    splits = {name: _walk(path / name) for name in saved_splits}
+    splits = {name: _walk(path / name) for name in _read_list(path / "dataset_dict.json", "splits")}
     if readme.is_file() and _CONFIGS.match(readme.read_bytes()):
         splits, layout = _files_of_config(path, config)
     for name, files in splits.items():
@@ -73,8 +72,7 @@ def list_files(path: Path, config: str | None) -> Listing:
             )
     if not splits:
         return Listing(path, _walk(path), None)
-    listed = itertools.chain(*splits.values())
-    return Listing(path, list(listed), splits, layout)
+    return Listing(path, list(itertools.chain(*splits.values())), splits, layout)
 
 
 def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:

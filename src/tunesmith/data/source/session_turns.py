@@ -87,13 +87,9 @@ def _parts_of_item(
     elif kind.endswith("_call") and call_id:
         # Skip calls without an id, because the server ran their tool and the file has no result for
         # them.
-        name = item.get("name", kind.removesuffix("_call"))
-        arguments = {"input": item.get("input")}
-        for key in ("arguments", "action", "operation"):
-            if key in item:
-                arguments = item[key]
-                break
-        yield SessionPart("call", arguments, call_id, name)
+        keys = [key for key in ("arguments", "action", "operation") if key in item]
+        arguments = item[keys[0]] if keys else {"input": item.get("input")}
+        yield SessionPart("call", arguments, call_id, item.get("name", kind.removesuffix("_call")))
     elif kind == "reasoning":
         thought = content or item.get("summary")
         yield from _parts_of_content({"type": "thinking", "thinking": thought}, role, notes)

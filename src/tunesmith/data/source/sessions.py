@@ -22,7 +22,7 @@ from typing import Any
 
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.source.session_turns import join_parts, parts_of
-from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest, json_type
+from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, json_type
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
 
@@ -102,11 +102,10 @@ def _form_of_line(line: object) -> str | None:
     return ""
 
 
-def read_sessions(path: Path, lines: Table, form: str) -> Table:
+def read_sessions(lines: Table, form: str) -> Table:
     """Return the conversations of a session file as a table with one row per conversation.
 
     Args:
-        path: the file.
         lines: the lines of the file.
         form: the name of the agent, see `session_form`.
 
@@ -139,8 +138,8 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
     return Table(
         len(rows),
         row,
-        where=lambda i: lines.where(rows[i][0]),
-        fingerprint=lambda: file_digest(path),
+        lambda i: lines.where(rows[i][0]),
+        lines.fingerprint,
         notes=Counter({f"rows of {form} sessions": len(rows)}) + notes,
         secrets=secrets,
     )
@@ -174,10 +173,8 @@ def _read_row(
             raise _unknown_line(where, f"{type(error).__name__}: {error}") from None
         for part in line_parts:
             size += len(part.value or "")
-            for kind in secrets_in(part.value):
-                secrets.append(f"{where}: {kind}")
-            is_trained = part.is_trained and i >= start
-            parts.append(part._replace(is_trained=is_trained))
+            secrets += [f"{where}: {kind}" for kind in secrets_in(part.value)]
+            parts.append(part._replace(is_trained=part.is_trained and i >= start))
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
 

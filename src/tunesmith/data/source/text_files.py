@@ -139,12 +139,11 @@ def _length_of_block(block: bytes) -> int:
     """Return the length to which a block is shortened, so that it ends after a paragraph, line or
     word.
     """
-    min_length = len(block) // 2
     paragraph = max(block.rfind(b"\n\n") + 2, block.rfind(b"\n\r\n") + 3)
     # If the block ends after a word, cut before the space, because tokenizers join a space with the
     # following word.
     for length in (paragraph, block.rfind(b"\n") + 1, block.rfind(b" ")):
-        if length > min_length:
+        if length > (len(block) // 2):
             return length
     # Cut before the last character. To find its first byte, skip the bytes that start with the bits
     # 10: all bytes of a UTF-8 character start with them, except the first byte.

@@ -158,8 +158,9 @@ class Aligner:
                 encodings = self._core.encode_batch(batch, add_special_tokens=False)
             for encoding in encodings:
                 offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-                ids = np.array(encoding.ids, np.int32)
-                tokenized.append(_Tokens(ids, offsets[:, 0], offsets[:, 1]))
+                tokenized.append(
+                    _Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1])
+                )
         return tokenized
 
     @cached_property
@@ -208,8 +209,9 @@ class Aligner:
         # only if they include whitespace at its edge.
         is_added = np.isin(aligned.ids, self.added_ids)
         is_merged = overlaps & ~aligned.trained & ~is_added
-        trained = aligned.trained | is_merged
-        return aligned._replace(trained=trained, merged_tokens=int(is_merged.sum()))
+        return aligned._replace(
+            trained=aligned.trained | is_merged, merged_tokens=int(is_merged.sum())
+        )
 
     def _crossed_edges(self, text: str, tokens: _Tokens, spans: Spans) -> list[int]:
         """Return the edges of spans, in characters and in order, at which the text must be cut."""
@@ -240,9 +242,7 @@ class Aligner:
         Args:
             first: index of the first token after the edge.
         """
-        if not self._is_byte_level or edge < 2:
-            return False
-        if not text[edge - 2 : edge].isspace():
+        if not self._is_byte_level or edge < 2 or not text[edge - 2 : edge].isspace():
             return False
         # Find the tokens that contain the whitespace before the edge.
         whitespace_start = len(text[:edge].rstrip())
@@ -315,8 +315,9 @@ class Aligner:
                 skipped = len(context_ids)
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
                     return []
-                ids = aligned.ids[skipped:]
-                aligned = aligned._replace(ids=ids, trained=aligned.trained[skipped:])
+                aligned = aligned._replace(
+                    ids=aligned.ids[skipped:], trained=aligned.trained[skipped:]
+                )
             pieces.append((texts[n][before:end], aligned))
         return pieces
 
@@ -369,6 +370,9 @@ def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocabulary = tokenizer.get_vocab()
-    added = tokenizer.added_tokens_decoder
-    letters = set("".join(token for token, id_ in vocabulary.items() if id_ not in added))
+    letters = set(
+        "".join(
+            token for token, id_ in vocabulary.items() if id_ not in tokenizer.added_tokens_decoder
+        )
+    )
     return "Ġ" in vocabulary and letters <= set(ByteLevel.alphabet())

@@ -47,8 +47,7 @@ class AnswerEnds:
                 self.stops[text] = id_
         self.earlier: dict[str, int] = {}
         self.next_turn: dict[bool, str] = {}
-        added_tokens = tokenizer.added_tokens_decoder.items()
-        self._added = {token.content: id_ for id_, token in added_tokens}
+        self._added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
 
     def pattern(self, *, is_last: bool = True) -> re.Pattern[str]:
         """Return a pattern that matches the end tokens of an answer.

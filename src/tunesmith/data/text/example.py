@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from tunesmith.data.batches.pixels import PicturesOfRow
 
 
 class Pixels(NamedTuple):
@@ -22,6 +19,23 @@ class Pixels(NamedTuple):
 
     inputs: dict[str, np.ndarray]
     grids: np.ndarray
+
+
+class RowPictures(Protocol):
+    """Pictures of a row. Other processes compute their pixels, or they are computed already."""
+
+    @property
+    def token_id(self) -> int:
+        """Id of the placeholder token that the model replaces by image features."""
+
+    def begin(self) -> None:
+        """Start the computation of the pixels, without waiting for the result."""
+
+    def pixels(self) -> Pixels:
+        """Wait for the pixels and return them.
+
+        Raise DataError if a picture has changed since the row was tokenized.
+        """
 
 
 class Example(NamedTuple):
@@ -57,7 +71,7 @@ class Example(NamedTuple):
     reference: tuple[float, ...] = ()
     shared: int = 0
     digests: tuple[int, ...] = ()
-    pictures: PicturesOfRow | None = None
+    pictures: RowPictures | None = None
     scaled: int = 0
     flaws: tuple[str, ...] = ()
     control_tokens: frozenset[str] = frozenset()

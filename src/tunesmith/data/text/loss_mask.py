@@ -120,10 +120,9 @@ def _append_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Rende
     Some templates write no end token, so that an answer ends with the first token of the next turn.
     """
     is_call = bool(rendering.messages[i].get("tool_calls"))
-    next_turn = chat.ends.next_turn.get(is_call, "")
     if chat.ends.search(rendering.text, rendering.place(len(rendering.sentinels) - 1)):
         return rendering
-    return rendering._replace(text=rendering.text + next_turn)
+    return rendering._replace(text=rendering.text + chat.ends.next_turn.get(is_call, ""))
 
 
 def _check_complete(chat: ChatRenderer, rendering: Rendering, trained: Collection[int]) -> None:
@@ -152,13 +151,12 @@ def _check_complete(chat: ChatRenderer, rendering: Rendering, trained: Collectio
     # The beginning and the end of a text are known only if both of its sentinels are rendered.
     sentinel_counts = Counter(sentinel.field for sentinel in rendering.sentinels)
     for n, field in enumerate(rendering.inserted.fields):
-        message = f"message {field.message + 1}"
         if n not in rendering.shown and not chat.may_drop(field, trained):
             raise _dropped(chat, field, rendering)
         is_open = n in rendering.shown and sentinel_counts[n] < 2
         if is_open and chat.has_end(field.text):
             raise chat.error(
-                f"rewrites {message}, whose text contains an end token",
+                f"rewrites message {field.message + 1}, whose text contains an end token",
                 "the end of the message is ambiguous",
             )
 
@@ -229,9 +227,7 @@ def _find_answer(
         last_sentinel = anchor
         texts_end = start
     # Search for the end token only up to the next text of the conversation.
-    limit = len(text)
-    if last_sentinel + 1 < len(rendering.sentinels):
-        limit = rendering.place(last_sentinel + 1)
+    limit = rendering.place(last_sentinel + 1)
     end = chat.ends.search(text, texts_end, limit, is_last=is_last)
     if end is None:
         raise chat.error(
@@ -267,8 +263,7 @@ def _insert_prompt(
     empty = None
     if tags is not None and not has_thought:
         opening, closing = map(re.escape, tags)
-        empty_thought = re.compile(rf"{opening}\s*(?={closing})")
-        empty = empty_thought.match(rendering.text, begin)
+        empty = re.compile(rf"{opening}\s*(?={closing})").match(rendering.text, begin)
     if empty is not None:
         end = empty.end()
     elif has_thought and chat.traits.writes_thoughts and tags is not None:
@@ -278,11 +273,9 @@ def _insert_prompt(
     indices = rendering.sentinels_of_message(i)
     split = indices[0] if indices else len(rendering.sentinels)
     growth = len(added) - (end - begin)
-    sentinels = rendering.sentinels[:split]
-    for sentinel in rendering.sentinels[split:]:
-        sentinels.append(sentinel._replace(at=sentinel.at + growth))
+    moved = [sentinel._replace(at=sentinel.at + growth) for sentinel in rendering.sentinels[split:]]
     text = rendering.text[:begin] + added + rendering.text[end:]
-    return rendering._replace(text=text, sentinels=sentinels)
+    return rendering._replace(text=text, sentinels=rendering.sentinels[:split] + moved)
 
 
 def _start_of_answer(

@@ -78,8 +78,7 @@ def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: st
             why=first_line(error),
             fix="scale or crop the pictures, or delete the row",
         ) from error
-    is_scaled = map(ne, scaled, sizes)
-    return SeenPictures(texts, tuple(digests), sum(is_scaled))
+    return SeenPictures(texts, tuple(digests), sum(map(ne, scaled, sizes)))
 
 
 def literal_placeholder(token: str) -> DataError:

@@ -123,20 +123,15 @@ class PictureProcessor:
         self.token = str(tokenizer.convert_ids_to_tokens(token_id))
         self.max_pixels = max_pixels
         self.expand = lru_cache(_MAX_CACHED_TEXTS)(self._expand)
-        settings_text = self._processor.to_json_string()
-        about = json.dumps([settings_text, max_pixels, transformers.__version__])
+        about = json.dumps([self._processor.to_json_string(), max_pixels, transformers.__version__])
         self.digest = hashlib.sha256(about.encode()).hexdigest()
         [text] = self.expand((_PROBE_SIZE,))
-        tokens = [self.placeholder]
-        for added in tokenizer.added_tokens_decoder.values():
-            token = added.content
-            # Exclude white space. Gemma 3 writes line breaks around a picture, which are added
-            # tokens but also occur in ordinary texts.
-            is_picture_token = token in text and not token.isspace()
-            if is_picture_token and token not in tokens:
-                tokens.append(token)
-        self.tokens = tuple(tokens)
-        self.ids = np.array(tokenizer.convert_tokens_to_ids(tokens), np.int32)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        # Exclude white space. Gemma 3 writes line breaks around a picture, which are added tokens
+        # but also occur in ordinary texts.
+        in_text = [token for token in added if token in text and not token.isspace()]
+        self.tokens = tuple(dict.fromkeys([self.placeholder, *in_text]))
+        self.ids = np.array(tokenizer.convert_tokens_to_ids(list(self.tokens)), np.int32)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         """Pickle only the arguments. The process that unpickles them builds a new processor."""
@@ -228,9 +223,8 @@ class PictureProcessor:
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Pixels:
         """Compute the arrays of one row's pictures."""
-        output = self._process(pictures)
         inputs = {}
-        for name, values in output.items():
+        for name, values in self._process(pictures).items():
             if name not in _TEXT_OUTPUTS:
                 inputs[name] = np.asarray(values)
         grids = np.zeros((0, 2), np.int64)
@@ -239,10 +233,9 @@ class PictureProcessor:
         return Pixels(inputs, grids)
 
     def _process(self, pictures: Sequence[Image.Image], **settings: Any) -> Any:
-        text = self.placeholder * len(pictures)
         return self._processor(
             images=[list(pictures)],
-            text=[text],
+            text=[self.placeholder * len(pictures)],
             return_text_replacement_offsets=True,
             return_tensors="np",
             **settings,

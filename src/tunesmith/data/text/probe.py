@@ -164,8 +164,7 @@ def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
     if has_generation_prompt or not rendering.text.startswith(question):
         return
     header = rendering.text[len(question) : rendering.place(indices[0])]
-    special_tokens = chat.tokenizer.added_tokens_decoder.values()
-    if any(token.content in header for token in special_tokens):
+    if any(token.content in header for token in chat.tokenizer.added_tokens_decoder.values()):
         raise chat.error(
             "has no generation prompt",
             f"the model would have to write {header!r} itself",

@@ -90,14 +90,18 @@ class Rendering(NamedTuple):
     def place(self, n: int) -> int:
         """Return the position of sentinel n in the text.
 
-        If n is -1, return the start of the text.
+        The number before the first sentinel, -1, is the start of the text, and the number after the
+        last sentinel is its end.
         """
-        return self.sentinels[n].at if n >= 0 else 0
+        if n < 0:
+            return 0
+        return self.sentinels[n].at if n < len(self.sentinels) else len(self.text)
 
     def shows(self, kind: str) -> bool:
         """Return whether all texts of a kind are rendered."""
-        fields = enumerate(self.inserted.fields)
-        return all(n in self.shown for n, text in fields if text.kind == kind)
+        return all(
+            n in self.shown for n, text in enumerate(self.inserted.fields) if text.kind == kind
+        )
 
     def shows_all(self) -> bool:
         return len(self.shown) == len(self.inserted.fields)
@@ -119,8 +123,7 @@ class Rendering(NamedTuple):
             seen.add(side_of_text)
         if last < 0 or self.sentinels[last].side != "e":
             return None
-        next_text = self.place(last + 1) if last + 1 < len(self.sentinels) else len(self.text)
-        return self.text[self.place(last) : next_text]
+        return self.text[self.place(last) : self.place(last + 1)]
 
 
 # Characters [start, end) of the rendered text that one {% generation %} block wrote.
@@ -344,8 +347,9 @@ class ChatRenderer:
             for position in SENTINEL_POSITIONS:
                 inserted = Sentinels(word, position, only, self.with_pictures)
                 marked_messages, marked_tools = inserted.insert(messages, tools)
-                marked_text = self.render(marked_messages, marked_tools)
-                plain_text, sentinels = self._strip(inserted, marked_text)
+                plain_text, sentinels = self._strip(
+                    inserted, self.render(marked_messages, marked_tools)
+                )
                 # Skip this sentinel position, because the sentinels changed the rendering. This
                 # happens if the template tests the texts.
                 if plain_text != text:

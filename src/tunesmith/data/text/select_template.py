@@ -52,49 +52,61 @@ def select_template(
     if chat_template is not None and name in ("auto", "chat"):
         try_template(chat_template, title_of("chat"))
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
-    needs_none = chat_template is None and formats and all(form.is_plain for form in formats)
-    if name == "raw" or (name == "auto" and needs_none):
-        why = "data.template is raw" if name == "raw" else "the tokenizer has no chat template"
-        if data.system is not None:
-            what = "a raw prompt has no system message"
-            fix = "remove data.system, or set data.template=alpaca"
-            raise DataError(what, where="data.system", why=why, fix=fix)
-        if data.template_args:
-            what = "a raw prompt has no template to take arguments"
-            fix = "remove data.template_args, or set data.template=FILE.jinja"
-            raise DataError(what, where="data.template_args", why=why, fix=fix)
+    if name == "auto":
+        is_text = bool(formats) and not any(form.has_turns for form in formats)
+        if chat_template is None and formats and all(form.is_plain for form in formats):
+            name = "raw"
+        elif is_text:
+            # Rows of plain text are used for training without a template. Save the tokenizer's
+            # template for later chats with the model.
+            try:
+                return make(jinja=chat_template, name="text")
+            except DataError:
+                return make(jinja=None, name="raw")
+        else:
+            name = "alpaca" if chat_template is None else "chat"
+    if name == "raw":
+        _check_raw(data)
         return make(jinja=None, name="raw")
-    if name == "auto" and formats and not any(form.has_turns for form in formats):
-        # Rows of plain text are used for training without a template. Save the tokenizer's template
-        # for later chats with the model.
-        try:
-            return make(jinja=chat_template, name="text")
-        except DataError:
-            return make(jinja=None, name="raw")
-    if name == "chat" and chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where="data.template",
-            why="data.template=chat uses the tokenizer's template, but base models often have none",
-            fix="set data.template=alpaca, or data.template=FILE.jinja",
-        )
-    if name in ("auto", "chat") and chat_template is not None:
+    if name == "chat":
+        if chat_template is None:
+            raise DataError(
+                "the tokenizer has no chat template",
+                where="data.template",
+                why="data.template=chat uses the tokenizer's template, but base models often have"
+                " none",
+                fix="set data.template=alpaca, or data.template=FILE.jinja",
+            )
         template = make(jinja=chat_template, name="chat")
         if not may_have_tools or not _is_plain_chatml(template.chat):
             return template
         arguments, jinja = split_arguments(chat_template)
         jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
         return make(jinja=jinja, name="chat")
-    if name in ("auto", "alpaca"):
+    if name == "alpaca":
         # The template must write the BOS token if the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and bos in prefix_ids(tokenizer)
-        jinja = builtin_templates.alpaca(bos=adds_bos)
-        jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
-        return make(jinja=jinja, name="alpaca")
-    path = Path(name).expanduser()
-    jinja = _with_arguments(_read_template(path), data, tokenizer, path.name)
-    return make(jinja=jinja, name=path.name)
+        jinja = builtin_templates.alpaca(bos=bos is not None and bos in prefix_ids(tokenizer))
+    else:
+        path = Path(name).expanduser()
+        name = path.name
+        jinja = _read_template(path)
+    return make(jinja=_with_arguments(jinja, data, tokenizer, name), name=name)
+
+
+def _check_raw(data: Data) -> None:
+    """Raise DataError if the recipe has settings that need a template."""
+    why = "the tokenizer has no chat template"
+    if data.template == "raw":
+        why = "data.template is raw"
+    if data.system is not None:
+        what = "a raw prompt has no system message"
+        fix = "remove data.system, or set data.template=alpaca"
+        raise DataError(what, where="data.system", why=why, fix=fix)
+    if data.template_args:
+        what = "a raw prompt has no template to take arguments"
+        fix = "remove data.template_args, or set data.template=FILE.jinja"
+        raise DataError(what, where="data.template_args", why=why, fix=fix)
 
 
 def _with_arguments(jinja: str, data: Data, tokenizer: "PreTrainedTokenizerBase", name: str) -> str:

@@ -106,13 +106,14 @@ class Sentinels:
     def _message(self, i: int, message: Message) -> Message:
         copy = message.copy()
         if "reasoning_content" in message:
-            thought = message["reasoning_content"]
-            copy["reasoning_content"] = self._text(thought, i, "reasoning_content")
+            copy["reasoning_content"] = self._text(
+                message["reasoning_content"], i, "reasoning_content"
+            )
         copy["content"] = self._content(message, i)
         if "tool_calls" in message:
-            calls = message["tool_calls"]
             copy["tool_calls"] = [
-                {**call, "function": self._call(call["function"], i)} for call in calls
+                {**call, "function": self._call(call["function"], i)}
+                for call in message["tool_calls"]
             ]
         return copy
 

@@ -158,8 +158,9 @@ class Template:
 
         Return None if the texts would get other tokens with this template.
         """
-        bos = self.tokenizer.decode(self._bos)
-        jinja = builtin_templates.raw(bos=bos, end=self.tokenizer.decode([self.raw_end]))
+        jinja = builtin_templates.raw(
+            bos=self.tokenizer.decode(self._bos), end=self.tokenizer.decode([self.raw_end])
+        )
         messages = [{"role": "user", "content": "One two."}]
         rendered = self.tokenizer.apply_chat_template(messages, chat_template=jinja)
         if rendered["input_ids"] != self.prompt(Completion("One two.", "")):
@@ -525,10 +526,9 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the sha256 (hex) of all properties of a tokenizer that determine the tokens of a
     text.
     """
-    core = tokenizer.backend_tokenizer.to_str()
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps(special_tokens, sort_keys=True)
-    return hashlib.sha256((core + special).encode()).hexdigest()
+    return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + special).encode()).hexdigest()
 
 
 def _flaws(text: str, aligned: Aligned) -> Iterator[str]:

@@ -182,8 +182,7 @@ def missing_parts(message: Message, supervised: str) -> Iterator[str]:
     The parts are names of ROW_WARNINGS. Whitespace at the edges of a text is ignored, because
     templates trim texts.
     """
-    content = message["content"]
-    if len(message) == 2 and content in supervised:
+    if len(message) == 2 and message["content"] in supervised:
         return  # The message has only role and content, like most messages.
     message = split_thought(message)
     if (message.get("reasoning_content") or "").strip() not in supervised:

@@ -89,8 +89,9 @@ class TokenArrays(NamedTuple):
         if len(self.owners):
             pictures = slice(*np.searchsorted(self.owners, [i, i + 1]))
             digests = tuple(self.digests[pictures].tolist())
-        ids = self.ids[start:stop]
-        return Example(ids, self.trained[start:stop], sequences, label, digests=digests)
+        return Example(
+            self.ids[start:stop], self.trained[start:stop], sequences, label, digests=digests
+        )
 
     def sequence_offsets(self) -> np.ndarray:
         """Return the positions at which sequences begin or end in the concatenated examples, int64.
@@ -134,16 +135,16 @@ class TokenArrays(NamedTuple):
 # File name and dtype of each array, in the order of `TokenArrays`. Do not change the names, because
 # existing caches use them.
 _ENTRY_FILES = {
-    "ids.bin": np.int32,
-    "trained.bin": np.bool_,
-    "offsets.bin": np.int64,
-    "rows.bin": np.int64,
-    "cut.bin": np.bool_,
-    "continued.bin": np.bool_,
-    "firsts.bin": np.int32,
-    "labels.bin": np.int8,
-    "digests.bin": np.int64,
-    "owners.bin": np.int64,
+    "ids.bin": "int32",
+    "trained.bin": "bool",
+    "offsets.bin": "int64",
+    "rows.bin": "int64",
+    "cut.bin": "bool",
+    "continued.bin": "bool",
+    "firsts.bin": "int32",
+    "labels.bin": "int8",
+    "digests.bin": "int64",
+    "owners.bin": "int64",
 }
 
 

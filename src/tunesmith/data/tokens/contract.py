@@ -439,10 +439,8 @@ def _invalid_pairs(chunk: _Chunk) -> _Faults:
         chosen, rejected = chunk.arrays.example(pair).parts()
         prompt_length = np.argmax(chosen.trained)
         other_length = np.argmax(rejected.trained)
-        prompt = chosen.ids[:prompt_length]
-        have_same_prompt = np.array_equal(prompt, rejected.ids[:other_length])
-        are_equal = np.array_equal(chosen.ids, rejected.ids)
-        if are_equal or not have_same_prompt:
+        have_same_prompt = np.array_equal(chosen.ids[:prompt_length], rejected.ids[:other_length])
+        if np.array_equal(chosen.ids, rejected.ids) or not have_same_prompt:
             faults.append(chunk.arrays.offsets[pair] + len(chosen.ids) + other_length)
     return (len(pairs), np.asarray(faults, np.int64))
 
@@ -460,10 +458,8 @@ def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
     answer_starts = np.flatnonzero(trained & ~follows_trained)
     # Check only the first token of an answer, because tokens that a template writes after the end
     # token may be supervised, too.
-    first_ids = chunk.arrays.ids[answer_starts]
-    faults = answer_starts[np.isin(first_ids, end_ids)]
-    is_empty = chunk.empties[chunk.examples_of(faults)]
-    return (len(answer_starts), faults[~is_empty])
+    faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
+    return (len(answer_starts), faults[~chunk.empties[chunk.examples_of(faults)]])
 
 
 def _answers_without_end(
@@ -531,10 +527,8 @@ def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int
     before = tokenizer.decode(ids[left:at])
     shown = tokenizer.decode([ids[at]]) or ids[at]
     after = tokenizer.decode(ids[at + 1 : right])
-    text = f"{before}⟦{shown}⟧{after}"
-    if left > 0:
-        text = f"…{text}"
-    if right < len(ids):
-        text = f"{text}…"
+    start = "…" if left > 0 else ""
+    end = "…" if right < len(ids) else ""
+    text = f"{start}{before}⟦{shown}⟧{after}{end}"
     # Escape line breaks and control characters, so that the excerpt stays on one line.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -83,16 +83,14 @@ class DocumentSplitter:
         """Return the example that begins at token `start`, and the start of the next example."""
         stop = start + self._seq_len
         if start == 0:
-            piece = Example(ids[:stop], trained[:stop])
-            return piece, stop - 1
+            return Example(ids[:stop], trained[:stop]), stop - 1
         stop -= prefix
         piece_ids = np.append(ids[:prefix], ids[start:stop])
         piece_trained = np.append(trained[:prefix], trained[start:stop])
         # Do not supervise BOS and the token after it, which is the last token of the previous
         # example and is supervised there.
         piece_trained[: prefix + 1] = False
-        piece = Example(piece_ids, piece_trained)
-        return piece, stop - 1
+        return Example(piece_ids, piece_trained), stop - 1
 
 
 def truncated_example(example: Example, length: int) -> Example | None:

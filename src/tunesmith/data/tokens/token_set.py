@@ -264,7 +264,7 @@ class TokenSet:
         """Call `figure` for each example and return the results, [n]. Only a few examples are in
         memory at a time.
         """
-        values = np.zeros(len(self), dtype)
+        values: np.ndarray = np.zeros(len(self), dtype)
         for first, part in zip(self._firsts, self.parts, strict=False):
             for i in range(len(part)):
                 values[first + i] = figure(part.arrays.example(i))
@@ -338,8 +338,9 @@ class TokenSet:
 
         For a conversation this is its first question, else the prompt or the text.
         """
-        sample = self.sample(i, None)
-        texts = [text for role, text in texts_by_role(sample) if role in ("user", "text")]
+        texts = [
+            text for role, text in texts_by_role(self.sample(i, None)) if role in ("user", "text")
+        ]
         text = " ".join(next(iter(texts), "")[:1000].split())
         if len(text) <= BEGINNING_CHARACTERS:
             return text
@@ -349,22 +350,21 @@ class TokenSet:
     def counts(self) -> TokenCounts:
         """The sums of the counts of all sources."""
         all_counts = [part.counts for part in self.parts]
-        source = ", ".join(counts.source for counts in all_counts)
         # The digest includes the weight, because a source with another weight gives a different
         # epoch.
         digests = "".join(f"{part.counts.digest}*{part.weight}" for part in self.parts)
-        digest = hashlib.sha256(digests.encode()).hexdigest()
         joined: dict[str, Any] = {}
         for field_ in fields(TokenCounts):
             name = field_.name
-            if not isinstance(field_.default, int):
-                continue
-            values = [getattr(counts, name) for counts in all_counts]
-            if name.startswith("longest"):
-                joined[name] = max(values, default=0)
-            else:
-                joined[name] = sum(values)
-        return TokenCounts(source=source, digest=digest, **joined)
+            if isinstance(field_.default, int):
+                values = [getattr(counts, name) for counts in all_counts]
+                is_maximum = name.startswith("longest")
+                joined[name] = max(values, default=0) if is_maximum else sum(values)
+        return TokenCounts(
+            source=", ".join(counts.source for counts in all_counts),
+            digest=hashlib.sha256(digests.encode()).hexdigest(),
+            **joined,
+        )
 
     def first(self, n: int) -> "TokenSet":
         """Return the first n examples."""

@@ -113,8 +113,11 @@ def tokenize_sides(
                 else:
                     # The cache key contains only values that affect the tokens. Therefore the
                     # cached tokens remain valid if other recipe keys change.
-                    key = _cache_key(rows, source, data, template)
-                    arrays, about = cached_tokens(cache, key, None if only_cached else make)
+                    arrays, about = cached_tokens(
+                        cache,
+                        _cache_key(rows, source, data, template),
+                        None if only_cached else make,
+                    )
             except _RefusedRowsError as error:
                 refused.append(error.bad)
                 continue
