@@ -205,6 +205,7 @@ _NO_TEXT = RowText("", "", is_answered=False)
 
 
 def _read_words(text: RowText) -> _Words:
+    """Split the prompt and the answer of a row into words, and hash them."""
     prompt = words_of(text.prompt)
     answer = words_of(text.answer)
     edge = [_EDGE] * _CONTEXT_WORDS

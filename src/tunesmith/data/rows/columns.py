@@ -1,8 +1,8 @@
 """Columns of a data file: the formats that can read them, and the columns that errors propose.
 
 A layout is a `Source` with a format and the columns that it reads. `RowColumns.layouts` yields the
-layouts whose columns have usual names in the file. `RowColumns.propose` decides for all commands
-which layout an error proposes.
+layouts whose columns have usual names in the file. `propose_fix` decides for all commands which
+layout an error proposes.
 """
 
 import difflib
@@ -234,22 +234,16 @@ class RowColumns:
         no_texts = (*self.chats["role"], *self.chats["from"])
         return [name for name in named if name not in no_texts]
 
-    def propose(self, source: Source, any_format: bool) -> Source:
-        """Return the layout that the fix of an error proposes for the rows of a source.
+    def proposals(self, source: Source, any_format: bool) -> Iterator[Source]:
+        """Yield the layouts that the fix of an error can propose for a source, the best first.
 
-        The source's format is kept if its columns can be guessed. Otherwise, propose the layout
-        with the most columns of usual names, and last a guess in the format prompt-completion or
-        text. If no layout is complete, the columns that cannot be guessed have the name `...`.
+        The source's format is kept if its columns can be guessed. The next layouts are those with
+        the most columns of usual names, and last are guesses in the formats prompt-completion and
+        text. Columns that cannot be guessed have the name `...`.
 
         Args:
             any_format: whether the user has chosen no format.
         """
-        layouts = list(self._proposals(source, any_format))
-        complete = [layout for layout in layouts if UNKNOWN not in layout.columns.values()]
-        return (complete or layouts)[0]
-
-    def _proposals(self, source: Source, any_format: bool) -> Iterator[Source]:
-        """Yield the layouts that can be proposed, the best first."""
         formats: list[FormatName] = [source.format]
         if any_format:
             formats = [
@@ -295,9 +289,9 @@ class RowColumns:
 
         def take(name: str, columns: Iterable[str]) -> None:
             free = self.values.keys() - set(guessed.values())
-            column = next((column for column in columns if column in free), None)
-            if name not in guessed and column is not None:
-                guessed[name] = column
+            candidates = [column for column in columns if column in free]
+            if candidates and name not in guessed:
+                guessed[name] = candidates[0]
 
         needed, optional = column_set
         for name, column in source.columns.items():
@@ -375,7 +369,10 @@ def propose_fix(
         otherwise: another way to fix the error. It is mentioned first if the source's format cannot
             be used.
     """
-    layout = columns.propose(source, any_format)
+    # Prefer a layout whose columns are all known.
+    layouts = list(columns.proposals(source, any_format))
+    complete = [layout for layout in layouts if UNKNOWN not in layout.columns.values()]
+    layout = (complete or layouts)[0]
     guessed = set(layout.columns.values())
     is_other = any_format or layout.format != source.format
     current = {name: source.columns.get(name, name) for name in layout.columns}

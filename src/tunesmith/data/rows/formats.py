@@ -322,6 +322,7 @@ def _text(row: RowReader) -> list[Sample]:
 
 
 def _preference(row: RowReader) -> list[Sample]:
+    """Return the chosen and the rejected sample of a preference pair, with the same prompt."""
     chosen = row.required_text_or_messages("chosen")
     rejected = row.required_text_or_messages("rejected")
     prompt = _pair_prompt(row)
@@ -398,6 +399,7 @@ def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None
 
 
 def _feedback(row: RowReader) -> list[Sample]:
+    """Return the sample of a row with a label, and set `row.is_good` to the label."""
     label = row.required("label")
     row.is_good = read_label(label)
     if row.is_good is None:

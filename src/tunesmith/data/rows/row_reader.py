@@ -118,6 +118,7 @@ class RowReader:
         return first
 
     def required(self, name: str) -> object:
+        """Return the value of the format's column `name`. Raise DataError if there is none."""
         column = self.source.columns.get(name, name)
         self.read.add(column)
         if column not in self.row:

@@ -136,6 +136,7 @@ def _index_rows(path: Path) -> _CsvIndex:
 
 
 def _index_lines(path: Path, file: BufferedReader, separator: str) -> _CsvIndex:
+    """Find the header, and the position and line of each row. The file is at its start."""
     # Byte position after the last line that was read.
     position = skip_bom(file)
 

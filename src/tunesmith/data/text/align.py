@@ -180,6 +180,7 @@ class Aligner:
         return core
 
     def _align(self, tokens: _Tokens, spans: Spans, end_ids: Collection[int]) -> Aligned:
+        """Mark the tokens inside of the spans, and the end tokens of the spans, as supervised."""
         ids, starts, ends = tokens
         trained = np.zeros(len(ids), dtype=bool)
         ended = True

@@ -104,6 +104,7 @@ class Sentinels:
         return pattern.sub("", text), sentinels
 
     def _message(self, i: int, message: Message) -> Message:
+        """Return a copy of message i with sentinels in its thought, its text and its calls."""
         copy = message.copy()
         if "reasoning_content" in message:
             copy["reasoning_content"] = self._text(
@@ -148,6 +149,7 @@ class Sentinels:
         return value
 
     def _text(self, text: str, message: int, kind: str) -> str:
+        """Insert the sentinels into one text, inside of the whitespace at its edges."""
         bare = text.replace(PICTURE_MARK, " ") if self.with_pictures else text
         start = len(bare) - len(bare.lstrip())
         end = len(bare.rstrip())

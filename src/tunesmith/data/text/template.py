@@ -399,6 +399,7 @@ class Template:
         return RenderedAnswers(text, spans)
 
     def _locate_answers(self, sample: Conversation, train_on: TrainOn) -> RenderedAnswers:
+        """Render a conversation, and find the characters that `train_on` supervises."""
         messages = self._messages(sample)
         if self.chat is None:
             raise DataError(
@@ -429,6 +430,7 @@ class Template:
     def _example(
         self, sample: Sample, seen: SeenPictures, answers: RenderedAnswers, aligned: Aligned
     ) -> Example:
+        """Build the example of a tokenized sample. Raw rows get a BOS token and an end token."""
         ids = aligned.ids
         trained = aligned.trained
         if not isinstance(sample, Conversation):

@@ -132,6 +132,7 @@ class MessageForm(NamedTuple):
         return [self._message(message) for message in messages]
 
     def _message(self, message: Message) -> TemplateMessage:
+        """Convert the thought and the calls of a message to the form that the template reads."""
         calls = message.get("tool_calls")
         thought = message.get("reasoning_content")
         if not calls and not thought:

@@ -366,6 +366,7 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
 
 
 def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
+    """Yield all examples in order, in chunks of about _CHUNK tokens of one source."""
     source_start = 0
     for source in tokens.parts:
         offsets = source.arrays.offsets
