@@ -160,9 +160,9 @@ def place(sources: SourceRows, index: int) -> str:
 
 
 def _key(sources: SourceRows) -> list[Any]:
-    described = []
-    for source, rows in sources:
-        described.append([rows.digest(), source.format, sorted(source.columns.items())])
+    described = [
+        [rows.digest(), source.format, sorted(source.columns.items())] for source, rows in sources
+    ]
     return [ROW_CHECKS_VERSION, limits(), described]
 
 

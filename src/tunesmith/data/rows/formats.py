@@ -94,10 +94,8 @@ def convert_row(
             is_other = has_other_preference(reader)
     if unread is not None:
         unread |= reader.unread
-        texts: list[str] = []
-        for sample in samples:
-            if isinstance(sample, Conversation):
-                texts += _texts_of(sample.messages)
+        conversations = [sample for sample in samples if isinstance(sample, Conversation)]
+        texts = [text for chat in conversations for text in _texts_of(chat.messages)]
         for column, value in reader.unread_columns().items():
             if isinstance(value, str) and value.strip() in texts:
                 continue  # The column only repeats a message, such as the first question.
@@ -340,7 +338,14 @@ def _preference(row: RowReader) -> list[Sample]:
             prompt = row.required("prompt")
         return _compared(row, prompt, {"chosen": chosen_turns, "rejected": rejected_turns})
     shared = _shared_beginning(row, chosen_turns, rejected_turns)
-    _check_shared(row, prompt, shared)
+    if not is_absent(prompt):
+        prompt_texts = _texts_of(_messages_of(row, prompt, "prompt", "user"))
+        if not set(prompt_texts) <= set(_texts_of(shared)):
+            raise row.error(
+                "the prompt differs from the first messages of chosen and rejected",
+                why="chosen and rejected must begin with the prompt",
+                fix="make these messages equal, or remove the prompt",
+            )
     count = len(shared)
     answers = {"chosen": chosen_turns[count:], "rejected": rejected_turns[count:]}
     return _compared(row, shared, answers)
@@ -382,20 +387,6 @@ def _with_input(row: RowReader, prompt: object) -> object:
             fix="write the input into the messages of the prompt, or delete the column input",
         )
     return f"{prompt}\n{row.text(extra, 'input')}"
-
-
-def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None:
-    """Raise DataError if chosen and rejected do not start with the messages of the prompt."""
-    if is_absent(prompt):
-        return
-    shared_texts = _texts_of(shared)
-    prompt_texts = _texts_of(_messages_of(row, prompt, "prompt", "user"))
-    if not set(prompt_texts) <= set(shared_texts):
-        raise row.error(
-            "the prompt differs from the first messages of chosen and rejected",
-            why="chosen and rejected must begin with the prompt",
-            fix="make these messages equal, or remove the prompt",
-        )
 
 
 def _feedback(row: RowReader) -> list[Sample]:

@@ -54,8 +54,7 @@ def list_files(path: Path, config: str | None) -> Listing:
     """
     if not path.is_dir():
         matches = []
-        for name in sorted(glob.glob(str(path), recursive=True)):
-            match = Path(name)
+        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
             matches += _walk(match) if match.is_dir() else [match]
         return Listing(pattern_folder(path), list(dict.fromkeys(matches)), None)
     layout = ""

@@ -103,7 +103,11 @@ def _find_forms(chat: ChatRenderer) -> None:
     if traits.reasoning:
         # Thoughts must be moved out of texts only if the template renders a thought inside a text
         # differently from a thought in the field `reasoning_content`.
-        traits.splits_thoughts = _differ(chat, _PROBE_INLINE, _PROBE_THINKING)
+        try:
+            thinking = chat.render(_PROBE_THINKING)
+            traits.splits_thoughts = chat.render(_PROBE_INLINE) != thinking
+        except DataError:
+            traits.splits_thoughts = True
     elif _prompt_opens_thought(chat):
         traits.reasoning = True
         traits.splits_thoughts = True
@@ -181,11 +185,3 @@ def _try(chat: ChatRenderer, messages: Messages, tools: Tools = None) -> Renderi
         # Ignore the error. If the rows need this feature, rendering the rows raises the error
         # later.
         return None
-
-
-def _differ(chat: ChatRenderer, messages: Messages, others: Messages) -> bool:
-    """Return whether two conversations are rendered differently."""
-    try:
-        return chat.render(messages) != chat.render(others)
-    except DataError:
-        return True
