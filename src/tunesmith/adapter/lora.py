@@ -259,9 +259,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
         "Transformers computes these experts with separate code, not through its experts interface",
         f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
     )
-    described = "linear layer named"
-    if experts:
-        described = "linear layer or experts named"
+    described = "linear layer or experts named" if experts else "linear layer named"
     for target in unmatched:
         fix = f"set adapter.target={ALL_LINEAR}"
         raise _unknown(target, all_names, "adapter.target", described, fix)
@@ -455,9 +453,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     modules.
     """
     enabled = [(layer, layer.enabled) for _, layer in low_ranks(model)]
-    originals = []
-    for _, module, key in saved_parameters(model):
-        originals.append((module.get_parameter(key), module.get_buffer(ORIGINAL + key)))
+    originals = [
+        (module.get_parameter(key), module.get_buffer(ORIGINAL + key))
+        for _, module, key in saved_parameters(model)
+    ]
     try:
         for layer, _ in enabled:
             layer.enabled = False
@@ -500,10 +499,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     `grouped_matmul` reads x once for all layers if it supports all of them. Otherwise each layer is
     computed separately with plain autograd.
     """
-    layers = []
-    for layer in linears:
-        if isinstance(layer, LoraLinear) and can_be_grouped(layer):
-            layers.append(layer)
+    layers = [layer for layer in linears if isinstance(layer, LoraLinear) and can_be_grouped(layer)]
     weights = [layer.frozen_weight() for layer in layers]
     encodings = {weight.format.encoding for weight in weights}
     # Compute each layer separately if `grouped_matmul` does not support a layer, or if the layers

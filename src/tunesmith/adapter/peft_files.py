@@ -210,10 +210,7 @@ def _peft_stacks(model: nn.Module) -> list[str]:
         return [name_in_entire_model(model, name) for name in adapted]
     ends = {".".join(name.split(".")[-3:]) for name in adapted}
     endings = tuple(f".{end}" for end in ends)
-    matched = set()
-    for name, _ in model.named_parameters():
-        if name.endswith(endings):
-            matched.add(name)
+    matched = {name for name, _ in model.named_parameters() if name.endswith(endings)}
     if matched == set(adapted):
         return sorted(ends)
     return sorted(adapted)
@@ -475,8 +472,7 @@ def stored_adapter(
 
     Raise ModelError if scaling, layers, shapes or names differ from the model's.
     """
-    adapter = read_adapter(folder)
-    _check_scaling(model, adapter, folder / ADAPTER_CONFIG)
+    _check_scaling(model, read_adapter(folder), folder / ADAPTER_CONFIG)
     file = folder / ADAPTER_WEIGHTS
     parameters = _peft_tensors(model)
     in_base = dict(model.named_parameters(remove_duplicate=False))
@@ -507,10 +503,11 @@ def stored_adapter(
                     continue
             names.add(name)
         unknown = names - parameters.keys()
-        reshaped = set()
-        for name in names - unknown:
-            if stored[name].shape != _file_shape(name, parameters[name]):
-                reshaped.add(name)
+        reshaped = {
+            name
+            for name in names - unknown
+            if stored[name].shape != _file_shape(name, parameters[name])
+        }
         _check_none(parameters.keys() - names, "missing in the adapter", file)
         what = "of the adapter, not in the recipe's target or modules_to_save"
         _check_none(unknown, what, file)

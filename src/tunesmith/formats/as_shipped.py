@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from tunesmith.errors import ModelError
 from tunesmith.formats.base import (
     Format,
     Forms,
-    FrozenExperts,
-    FrozenMatrix,
     FrozenStack,
     FrozenWeight,
 )
 from tunesmith.formats.form import FETCH, ShippedForm
-from tunesmith.formats.stored import Stored, StoredParts, StoredTensor
+from tunesmith.formats.stored import Stored, StoredParts, StoredTensor, whole_slices
+
+if TYPE_CHECKING:  # these modules import the formats
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 
 class AsShipped(Format):
@@ -51,8 +54,9 @@ class AsShipped(Format):
         part_forms = self.matrix_forms(rows // parts, columns)
         forms = {}
         for name, form in self.matrix_forms(rows, columns).items():
-            shape = (experts, *form.shape)
-            if not form.is_shared:
+            if form.is_shared:
+                shape = (experts, *form.shape)
+            else:
                 shape = (experts, parts, *part_forms[name].shape)
             forms[name] = form._replace(shape=shape)
         return forms
@@ -62,16 +66,14 @@ class AsShipped(Format):
         # dequantized as one matrix.
         tensors = [tensor[experts].flatten(0, 1) for tensor in stack.tensors]
         shape = (len(tensors[0]), stack.matrix[1])
-        dense = FrozenWeight(self, tensors, shape).dense(dtype)
-        return dense.view(-1, *stack.matrix)
+        return FrozenWeight(self, tensors, shape).dense(dtype).view(-1, *stack.matrix)
 
     def draw(self, tensors: Sequence[Tensor]) -> None:
         """Fill the tensors of a weight with random codes and constant scales, for speed
         measurements.
         """
         codes, *scales = tensors
-        generator = torch.Generator(codes.device).manual_seed(0)
-        codes.random_(0, 256, generator=generator)
+        codes.random_(0, 256, generator=torch.Generator(codes.device).manual_seed(0))
         # Clear the highest bit of the exponent, so that no code is NaN and few values are large.
         codes.bitwise_and_(0b10111111)
 
@@ -99,7 +101,7 @@ class AsShipped(Format):
         return False
 
     @torch.no_grad()
-    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
         local = [local_part(target) for target in targets]
@@ -123,7 +125,7 @@ class AsShipped(Format):
         weight.check_rows(local[: len(weight.codes)])
 
     @torch.no_grad()
-    def load_stack(self, stack: FrozenExperts, weight: Stored, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
@@ -131,8 +133,7 @@ class AsShipped(Format):
             self._load_whole_stack(stack, weight, first)
             return
 
-        experts = slice(first, first + stack.stored_shape[0])
-        pieces = list(weight.pieces(experts))
+        pieces = list(weight.pieces(slice(first, first + stack.stored_shape[0])))
         if not pieces:
             raise self._missing_scales(weight.name, "these experts are")
 
@@ -148,11 +149,11 @@ class AsShipped(Format):
             # Skip the tensors that are on other ranks. `tensors_of_part` returns None for them.
             local = [place for place in places if place is not None]
             for place, codes in zip(local, stored.codes, strict=False):
-                codes.into(place)
+                codes.read_into(place, whole_slices(codes.shape))
             if local:
                 stored.check_rows(local)
 
-    def _load_whole_stack(self, stack: FrozenExperts, weight: StoredTensor, first: int) -> None:
+    def _load_whole_stack(self, stack: ExpertStack, weight: StoredTensor, first: int) -> None:
         """Load the experts of a stack that the checkpoint stores as one weight. Each tensor is read
         in one contiguous read.
         """
@@ -162,18 +163,17 @@ class AsShipped(Format):
         # The first tensors are sharded by experts. A last scale tensor is complete on each rank.
         shared = [local_part(target) for target in targets[: len(weight.codes)]]
         for target, codes in zip(shared, weight.codes, strict=True):
-            expert_size = codes.shape[1:].numel()
-            codes.into(target, first_local * expert_size)
+            experts = slice(first_local, first_local + len(target))
+            codes.read_into(target, (experts, *whole_slices(codes.shape[1:])))
 
         for expert, expert_codes in enumerate(zip(*shared, strict=True), start=first_local):
-            weight.check_rows(expert_codes, f": that of expert {expert}")
+            weight.check_rows(expert_codes, expert)
 
         if weight.scale is not None:
             place = targets[-1]
             scales = weight.scale[first : first + len(place)]
             # If an expert has a single scale, all of its parts use this scale.
-            parts = min(stack.parts, scales.shape[1])
-            place.copy_(scales.unflatten(1, (parts, -1)))
+            place.copy_(scales.unflatten(1, (min(stack.parts, scales.shape[1]), -1)))
 
     def _has_this_format(self, weight: StoredTensor) -> bool:
         return weight.format_name == self.name

@@ -17,13 +17,17 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.formats.stored import Stored, StoredParts, StoredTensor
+from tunesmith.formats.stored import Stored, StoredParts
+
+if TYPE_CHECKING:  # these modules import this one
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -81,40 +85,6 @@ class TensorShard(NamedTuple):
         return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
 
 
-class FrozenMatrix(Protocol):
-    """The part of a `FrozenLinear` with which a format loads its weight."""
-
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    tensor_shard: TensorShard | None
-    rounded_from: StoredTensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def get_buffer(self, target: str) -> Tensor: ...
-
-    def stored_tensors(self) -> list[Tensor]: ...
-
-    def store(self, kind: Format, tensors: Sequence[Tensor]) -> None: ...
-
-    def part_of(self, dense: Stored, rows: slice) -> Tensor: ...
-
-
-class FrozenExperts(Protocol):
-    """The part of an `ExpertStack` with which a format loads its experts."""
-
-    stored_shape: torch.Size
-    rows: int
-    columns: int
-    parts: int
-
-    def stored_tensors(self) -> list[Tensor]: ...
-
-    def tensors_of_part(self, expert: int, part: int) -> list[Tensor | None]: ...
-
-
 class Format(ABC):
     """A way to store a frozen weight.
 
@@ -162,7 +132,7 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         """Load the weight `name` into the layer, from the tensors of a checkpoint or from random
         values.
 
@@ -170,7 +140,7 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_stack(self, stack: FrozenExperts, weight: Stored, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         """Load the experts of a stack from a dense or quantized weight, starting at expert `first`
         of the checkpoint.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from tunesmith.formats.base import (
     MIN_SCALE,
     Format,
     Forms,
-    FrozenMatrix,
     FrozenWeight,
     TensorForm,
     Update,
@@ -41,6 +40,9 @@ from tunesmith.formats.scaled_matmul import (
 )
 from tunesmith.formats.stored import Stored, StoredParts
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:  # these modules import the formats
+    from tunesmith.formats.linear import FrozenLinear
 
 MAX_FP8_ROUNDED_WEIGHTS = (
     1 << 22
@@ -167,7 +169,7 @@ class Fp8(Format):
 
     # ---- loading
 
-    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         dense = stored[""]
         if len(stored) > 1:
             more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)
@@ -181,7 +183,7 @@ class Fp8(Format):
         layer.rounded_from = None if isinstance(dense, Tensor) else dense
 
     @torch.no_grad()
-    def quantize(self, layer: FrozenMatrix, dense: Stored) -> None:
+    def quantize(self, layer: FrozenLinear, dense: Stored) -> None:
         """Quantize and store the entire layer's `dense` [out_features, in_features].
 
         The weight is rounded to bf16 first. A rank reads and rounds only its own rows, in pieces.
@@ -219,12 +221,12 @@ class Fp8(Format):
         layer.get_buffer("scale").copy_(scale)
 
 
-def read_bf16_rows(layer: FrozenMatrix, dense: Stored, rows: slice) -> Tensor:
+def read_bf16_rows(layer: FrozenLinear, dense: Stored, rows: slice) -> Tensor:
     """Return rows of the layer's shard of `dense` in bf16, on the device of the matmuls."""
     return layer.part_of(dense, rows).to(layer.get_buffer("scale").device, torch.bfloat16)
 
 
-def _largest_of_ranks(layer: FrozenMatrix, scale: Tensor) -> Tensor:
+def _largest_of_ranks(layer: FrozenLinear, scale: Tensor) -> Tensor:
     """Return the maximum of the scales over the ranks that have shards of the weight.
 
     On each rank, the scales of rows that belong to other ranks are 0.

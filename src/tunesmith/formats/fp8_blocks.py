@@ -60,8 +60,7 @@ class Fp8Blocks(AsShipped):
         if len(column_scales) == 1:
             # All rows have the same scales, so a piece can start at any row of the matrix.
             rows = max(1, MAX_DECODED_WEIGHTS // in_features)
-            block_rows = ceil_div(out_features, rows)
-            column_scales = column_scales.expand(block_rows, -1)
+            column_scales = column_scales.expand(ceil_div(out_features, rows), -1)
 
         for first in range(0, len(column_scales), per_piece):
             last = min(first + per_piece, len(column_scales))

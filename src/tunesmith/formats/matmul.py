@@ -76,9 +76,7 @@ def grouped_matmul(
 
     results = []
     for y, bias in zip(outputs, biases, strict=True):
-        result = y
-        if bias is not None:
-            result = y + bias
+        result = y + bias if bias is not None else y
         results.append(result.unflatten(0, x.shape[:-1]))
     return results
 
@@ -142,10 +140,10 @@ def _forward(
         lora_B = lora[1:]
         updates = [*zip(_split_by_layer(xa[0], lora_B), lora_B, strict=True)]
 
-    outputs = []
-    for weight, update in zip(weights, updates, strict=True):
-        outputs.append(weight.format.forward_matmul(weight, x, quantized, update))
-    return outputs
+    return [
+        weight.format.forward_matmul(weight, x, quantized, update)
+        for weight, update in zip(weights, updates, strict=True)
+    ]
 
 
 def _backward(

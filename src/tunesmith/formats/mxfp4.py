@@ -65,8 +65,7 @@ class Mxfp4(AsShipped):
         if not stack.is_compiled:
             return super().decode_experts(stack, experts, dtype)
         blocks, exponents = (tensor[experts].flatten(0, 1) for tensor in stack.tensors)
-        dense = compiled_mxfp4()(blocks, exponents, dtype)
-        return dense.view(-1, *stack.matrix)
+        return compiled_mxfp4()(blocks, exponents, dtype).view(-1, *stack.matrix)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
         blocks, exponents = codes

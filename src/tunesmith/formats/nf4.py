@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.formats.base import (
     Format,
     Forms,
-    FrozenExperts,
-    FrozenMatrix,
     FrozenStack,
     FrozenWeight,
     TensorForm,
@@ -31,6 +29,10 @@ from tunesmith.formats.base import (
 from tunesmith.formats.stored import Stored, StoredParts
 from tunesmith.host import packages
 from tunesmith.units import ceil_div
+
+if TYPE_CHECKING:  # these modules import the formats
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 NF4_BLOCK = 64  # number of weights that share a scale
 NESTED_BLOCK = 256  # number of scales that share a second scale
@@ -123,8 +125,7 @@ class Nf4(Format):
         forms["code"] = TensorForm((16,))
         if self.nested_block:
             forms["absmax"] = TensorForm((blocks,), torch.uint8)
-            nested_blocks = ceil_div(blocks, self.nested_block)
-            forms["nested_absmax"] = TensorForm((nested_blocks,))
+            forms["nested_absmax"] = TensorForm((ceil_div(blocks, self.nested_block),))
             forms["nested_code"] = TensorForm((256,))
             forms["nested_offset"] = TensorForm(())
         return forms
@@ -229,7 +230,7 @@ class Nf4(Format):
 
     # ---- a matrix
 
-    def load_matrix(self, layer: FrozenMatrix, stored: StoredParts, name: str) -> None:
+    def load_matrix(self, layer: FrozenLinear, stored: StoredParts, name: str) -> None:
         if len(stored) == 1:
             self.quantize(layer, stored[""])
             return
@@ -242,7 +243,7 @@ class Nf4(Format):
         self.load_quantized(layer, parts, where=name)
 
     @torch.no_grad()
-    def quantize(self, layer: FrozenMatrix, dense: Stored) -> None:
+    def quantize(self, layer: FrozenLinear, dense: Stored) -> None:
         """Quantize and store the entire layer's `dense` [out_features, in_features].
 
         The weight is rounded to the compute dtype first, as Transformers does. A rank reads and
@@ -258,8 +259,7 @@ class Nf4(Format):
         codes = local_part(layer.weight).view(-1)
         local_bytes = local_slices(layer.weight)[0]
         # Scales of the blocks of this shard. They are 0 for blocks on other ranks.
-        blocks = ceil_div(layer.out_features * width, NF4_BLOCK)
-        scales = torch.zeros(blocks, device=device)
+        scales = torch.zeros(ceil_div(layer.out_features * width, NF4_BLOCK), device=device)
         for rows in _pieces_of_rows(layer, local_bytes):
             weights = layer.part_of(dense, rows).flatten().to(device, self.dtype)
             _quantize_piece(weights, rows.start * width, codes, local_bytes, scales)
@@ -267,7 +267,7 @@ class Nf4(Format):
         scales = _gather_scales(layer, scales, dense.shape)
         self._quantize_scales(layer, scales, rows=dense.shape[0])
 
-    def _quantize_scales(self, layer: FrozenMatrix, scales: Tensor, rows: int) -> None:
+    def _quantize_scales(self, layer: FrozenLinear, scales: Tensor, rows: int) -> None:
         """Quantize the scales of the entire layer to 8 bits, and store this rank's part.
 
         Args:
@@ -303,7 +303,7 @@ class Nf4(Format):
 
     @torch.no_grad()
     def load_quantized(
-        self, layer: FrozenMatrix, parts: Mapping[str, Tensor], *, where: str
+        self, layer: FrozenLinear, parts: Mapping[str, Tensor], *, where: str
     ) -> None:
         """Store a weight that bitsandbytes has quantized. Raise ModelError if it does not fit the
         layer.
@@ -346,7 +346,7 @@ class Nf4(Format):
     # ---- a stack
 
     @torch.no_grad()
-    def load_stack(self, stack: FrozenExperts, weight: Stored, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: Stored, first: int) -> None:
         codes, absmax, code, nested_absmax, nested_code, nested_offset = stack.stored_tensors()
         code.copy_(nf4_functions().get_4bit_type("nf4", device=code.device))
         # nested_code does not depend on the scales, so compute it from an arbitrary scale.
@@ -387,7 +387,7 @@ def _has_kernel(codes: Tensor) -> bool:
     return codes.is_cuda and torch.cuda.get_device_capability(codes.device) == (9, 0)
 
 
-def _pieces_of_rows(layer: FrozenMatrix, local_bytes: slice) -> Iterator[slice]:
+def _pieces_of_rows(layer: FrozenLinear, local_bytes: slice) -> Iterator[slice]:
     """Yield slices of the rows that contain these bytes of the codes.
 
     Each slice has complete blocks.
@@ -407,7 +407,7 @@ def _pieces_of_rows(layer: FrozenMatrix, local_bytes: slice) -> Iterator[slice]:
         yield slice(row, min(row + piece_rows, end_row))
 
 
-def _gather_scales(layer: FrozenMatrix, scales: Tensor, shape: torch.Size) -> Tensor:
+def _gather_scales(layer: FrozenLinear, scales: Tensor, shape: torch.Size) -> Tensor:
     """Return the scales of the entire layer from the scales that each rank has computed.
 
     Args:

@@ -87,8 +87,7 @@ class ExpertStack(FrozenTensors):
             span = local_slices(tensor)[0]
             place = None
             if span.start <= expert < span.stop:
-                expert_tensor = local_part(tensor)[expert - span.start]
-                place = expert_tensor[rows]
+                place = local_part(tensor)[expert - span.start][rows]
             places.append(place)
         return places
 

@@ -27,21 +27,19 @@ class StoredTensor:
         scale: the scale of an entire quantized weight.
     """
 
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
     format_name: str | None = None
     codes: Sequence[StoredTensor] = ()
 
-    def into(self, target: Tensor, begin: int = 0) -> None:
-        """Read elements from index `begin` into `target`, converted to its dtype and device.
+    def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.name = name
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
 
-        `target` must be contiguous.
+    def read_into(self, target: Tensor, region: Region) -> None:
+        """Read a region into `target`, converted to its dtype and device.
+
+        `target` must be contiguous. It may have more rows than the stored tensor, for new tokens.
         """
-        raise NotImplementedError
-
-    def _fill(self, local: Tensor, slices: Region) -> None:
-        """Read the region of the slices into `local`, which may have more rows for new tokens."""
         raise NotImplementedError
 
     @property
@@ -59,21 +57,21 @@ class StoredTensor:
         """
         return iter(())
 
-    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None:
-        """Raise ModelError if a stored scale of these rows is not finite."""
+    def check_rows(self, codes: Sequence[Tensor], expert: int | None = None) -> None:
+        """Raise ModelError if a stored scale of these rows is not finite.
+
+        Args:
+            expert: the index in the file of the expert that has these rows, for the message.
+        """
 
     def into_part(self, target: Tensor) -> None:
         """Fill this rank's shard of `target`, which may have more rows than the stored tensor."""
-        self._fill(local_part(target), local_slices(target))
+        self.read_into(local_part(target), local_slices(target))
 
-    def __getitem__(self, slices: Region) -> Tensor:
-        """Read only the region of the slices. The result is on the CPU in the stored dtype.
-
-        Args:
-            slices: one slice with start and stop for each dimension.
-        """
-        part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
-        self._fill(part, slices)
+    def __getitem__(self, region: Region) -> Tensor:
+        """Read only a region. The result is on the CPU in the stored dtype."""
+        part = torch.empty([span.stop - span.start for span in region], dtype=self.dtype)
+        self.read_into(part, region)
         return part
 
     def bands(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -85,14 +83,11 @@ class StoredTensor:
         if last is None:
             last = self.shape[0]
         row_shape = self.shape[1:]
-        width = math.prod(row_shape)
         # Read at least one row, even if it is larger than SLICE.
-        step = max(1, SLICE // max(1, width * self.dtype.itemsize))
+        step = max(1, SLICE // max(1, math.prod(row_shape) * self.dtype.itemsize))
         for start in range(first, last, step):
-            rows = min(step, last - start)
-            band = torch.empty(rows, *row_shape, dtype=self.dtype)
-            self.into(band, start * width)
-            yield start, band
+            rows = slice(start, min(start + step, last))
+            yield start, self[(rows, *whole_slices(row_shape))]
 
 
 def whole_slices(shape: Sequence[int]) -> Region:

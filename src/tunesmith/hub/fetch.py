@@ -279,9 +279,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
         find_support(text, model, where=where, full_config=full_config)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
-    weights = [SINGLE]
-    if INDEX in names:
-        weights = indexed_files(small_file(INDEX))
+    weights = indexed_files(small_file(INDEX)) if INDEX in names else [SINGLE]
     missing = [name for name in weights if name not in all_names]
     if missing:
         raise ModelError(

@@ -139,10 +139,11 @@ def documents_attention(
     """
     if documents is None:
         documents = current_documents()
-    unknown = []
-    for name, option in others.items():
-        if option is not None and name not in HARMLESS_KEYWORDS:
-            unknown.append(name)
+    unknown = [
+        name
+        for name, option in others.items()
+        if option is not None and name not in HARMLESS_KEYWORDS
+    ]
     request = ""
     if unknown:
         request = f"an unknown attention option: {', '.join(sorted(unknown))}"
@@ -304,8 +305,7 @@ def _attend_repeated(
 ) -> Tensor:
     """Compute `attend` for a block that stores a token only once if two documents share it."""
     q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
-    out = _attend_documents(q, k, v, rule, sinks, dropout)
-    return _TakeFirsts.apply(out, repeated)
+    return _TakeFirsts.apply(_attend_documents(q, k, v, rule, sinks, dropout), repeated)
 
 
 class _RepeatContext(SavingContext):
@@ -481,9 +481,10 @@ def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
         inputs = [x.float() for x in inputs]
         backend = "products" if has_sinks else "sdpa"
         expected = _output_and_gradients(backend, inputs, d_out.float(), rule)
-    errors = []
-    for result, reference in zip(results, expected, strict=True):
-        errors.append(float((result.float() - reference).norm() / reference.norm()))
+    errors = [
+        float((result.float() - reference).norm() / reference.norm())
+        for result, reference in zip(results, expected, strict=True)
+    ]
     largest = float(torch.tensor(errors).max())  # is NaN if any error is NaN
     if largest < VARLEN_TOLERANCE:
         return ""
@@ -497,9 +498,7 @@ def _output_and_gradients(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
         q, k, v, *rest = leaves
-        sinks = None
-        if rest:
-            sinks = rest[0]
+        sinks = rest[0] if rest else None
         if backend == "sdpa":
             out = _sdpa(q, k, v, rule)
         elif backend == "packed":
@@ -545,9 +544,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -
         out = SinkAttention.apply(q, k, v, sinks, edges, longest, scale, window)
     else:
         # varlen_attn's window does not count the query itself, but `window` does.
-        left = -1
-        if window is not None:
-            left = window - 1
+        left = window - 1 if window is not None else -1
         options: dict[str, Any] = {
             "is_causal": True,
             "window_size": (left, 0),
@@ -891,14 +888,12 @@ def _probabilities(
     # all heads.
     by_head = scores.view(-1, rows, key_count)
     # Keys before `offset` are visible to every query of the block, so only later keys are masked.
-    future = _future(scores.dtype, scores.device)
-    by_head[:, :, offset:].add_(future[:rows, :rows])
+    by_head[:, :, offset:].add_(_future(scores.dtype, scores.device)[:rows, :rows])
     if window is not None:
         ones = torch.ones(rows, key_count, dtype=torch.bool, device=scores.device)
         # Row i is the query at key position offset + i. Keys up to offset + i - window are outside
         # its window.
-        hidden = ones.tril(offset - window)
-        by_head.masked_fill_(hidden, float("-inf"))
+        by_head.masked_fill_(ones.tril(offset - window), float("-inf"))
     if sinks is not None:
         documents = batch * group // sinks.shape[0]
         # Repeat the sinks to [documents * kv heads, heads per kv head, rows], the row order of

@@ -48,8 +48,7 @@ def count_layers(
     kinds = values.get("layer_types") or [""] * len(layers)
     counted = []
     for module, call, kind in zip(layers, calls, kinds, strict=True):
-        per_token = call.experts_per_token or experts_per_token
-        layer = _count_layer(module, call, config, per_token)
+        layer = _count_layer(module, call, config, call.experts_per_token or experts_per_token)
         if kind == "chunked_attention":
             layer = replace(layer, chunk=values["attention_chunk_size"])
         counted.append(layer)

@@ -253,9 +253,7 @@ def find_head(causal_lm: "PreTrainedModel") -> Head:
         return [value for value in values if value]
 
     softcaps = stated(CAPS)
-    softcap = None
-    if softcaps:
-        softcap = softcaps[-1]
+    softcap = softcaps[-1] if softcaps else None
     if config.model_type in MULTIPLIES_BY_SCALING:
         scale = math.prod(stated(DIVISORS), start=1.0)
     else:

@@ -149,9 +149,7 @@ class Documents:
         cu_seqlens = torch.tensor(edges, dtype=torch.int32)
         cu_seqlens = copy_to_device(cu_seqlens, self.cu_seqlens.device)
         longest = min(size, self.max_seqlen)
-        spans = None
-        if self.spans is not None:
-            spans = spans_of(cu_seqlens, self.spans.shape[1])
+        spans = spans_of(cu_seqlens, self.spans.shape[1]) if self.spans is not None else None
         chunks = replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest, chunks=None, spans=spans)
         chunks.set_edges(edges)
         return chunks

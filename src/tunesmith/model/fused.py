@@ -239,12 +239,8 @@ class FusedAttention(nn.Module):
             window = self.config.sliding_window
         elif form.window == "layer":
             window = self.sliding_window
-        softcap = None
-        if form.softcap:
-            softcap = self.attn_logit_softcapping
-        dropout = 0.0
-        if self.training:
-            dropout = self.attention_dropout
+        softcap = self.attn_logit_softcapping if form.softcap else None
+        dropout = self.attention_dropout if self.training else 0.0
         out = attend(
             q,
             k,

@@ -39,9 +39,11 @@ def _kernel_wrapper(function: object) -> FunctionType | None:
     If the package `kernels` is installed, `function` can be a module without parameters. Its
     forward then calls the wrapper.
     """
-    candidates = [function]
-    if isinstance(function, nn.Module):
-        candidates = [*getclosurevars(type(function).forward).nonlocals.values()]
+    candidates = (
+        [*getclosurevars(type(function).forward).nonlocals.values()]
+        if isinstance(function, nn.Module)
+        else [function]
+    )
     for candidate in candidates:
         if not isinstance(candidate, FunctionType) or unwrap(candidate) is candidate:
             continue

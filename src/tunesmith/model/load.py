@@ -103,8 +103,7 @@ def _stores_other_head(folder: Path) -> bool:
             last = ".".join(parts[-2:])
             if last in ("embed_tokens.weight", "lm_head.weight"):
                 # Omit the names, so that tensors with equal contents have equal digests.
-                nameless = replace(entry, name="")
-                ends[last] = sampled_digest([nameless], ENDS_AND_MIDDLE)
+                ends[last] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
     return len(set(ends.values())) == 2
 
 
@@ -176,9 +175,7 @@ def build_on_meta(
             # are stored in our own layers.
             del part.quantization_config
     factory = auto_class_of(outer)
-    attention = None
-    if model.attention == "eager" and not model.vision:
-        attention = "eager"
+    attention = "eager" if model.attention == "eager" and not model.vision else None
     try:
         with _MatricesOnMeta():
             causal_lm: PreTrainedModel = factory.from_config(

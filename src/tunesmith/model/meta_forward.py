@@ -302,10 +302,11 @@ def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashab
     config's values for the layer with this index.
     """
     depth = config.num_hidden_layers
-    form: list[Hashable] = []
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) >= depth:
-            form.append((key, repr(value[index])))
+    form: list[Hashable] = [
+        (key, repr(value[index]))
+        for key, value in config.to_dict().items()
+        if isinstance(value, list) and len(value) >= depth
+    ]
     for name, module in layer.named_modules():
         form.append((name, type(module)))
         for key, value in vars(module).items():

@@ -129,12 +129,11 @@ def read_model_types() -> dict[str, ModelType]:
     for name, values in table["types"].items():
         for key in ("recurrent", "dead_targets"):
             values[key] = tuple(values.get(key, ()))
-        errors = None
-        if "logits" in values:
-            errors = Errors(values.pop("logits"), values.pop("gradients"))
+        errors = (
+            Errors(values.pop("logits"), values.pop("gradients")) if "logits" in values else None
+        )
         type_values = {key: values.pop(key) for key in TYPE_FIELDS & values.keys()}
-        support = Support(**values, errors=errors)
-        types[name] = ModelType(name, support, **type_values)
+        types[name] = ModelType(name, Support(**values, errors=errors), **type_values)
     return types
 
 

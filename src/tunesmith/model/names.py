@@ -350,9 +350,9 @@ def _split(
         renamed: the name of the first parameter in the entire model.
     """
     first = rule.target_patterns[0]
-    parameters = []
-    for target in rule.target_patterns:
-        parameters.append(name_in_text(model, renamed.replace(first, target)))
+    parameters = [
+        name_in_text(model, renamed.replace(first, target)) for target in rule.target_patterns
+    ]
     sources = {"": [entry]}
     operations = [type(operation).__name__ for operation in rule.operations]
     is_read = operations in (["Chunk"], ["Split"]) and rule.operations[0].dim == 0

@@ -44,8 +44,7 @@ class _ProductsOnMeta(TorchFunctionMode):
         else:
             return func(*args, **kwargs)
         on_meta = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        result = product(*on_meta[0], **on_meta[1])
-        return _zeros(result)
+        return _zeros(product(*on_meta[0], **on_meta[1]))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:

@@ -121,7 +121,6 @@ def _join_rows(outputs: list[Any], documents: Documents) -> Any:
                 group_tokens = group_tokens.index_select(0, group.places)
             tokens.append(group_tokens)
         # Concatenate the groups to [n, ...] and then restore the token order of the block.
-        in_groups = torch.cat(tokens)
-        return in_groups.index_select(0, documents.places_in_rows).unsqueeze(0)
+        return torch.cat(tokens).index_select(0, documents.places_in_rows).unsqueeze(0)
 
     return tree_map(join, *outputs)

@@ -197,9 +197,9 @@ def indexed_files(index: Path) -> list[str]:
     Raise ModelError if the index has no files, or if a path leads out of the folder.
     """
     weight_map = read_json(index).get("weight_map")
-    files = []
-    if isinstance(weight_map, dict):
-        files = sorted({str(name) for name in weight_map.values()})
+    files = (
+        sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    )
     if not files:
         what = "the index has no weight_map of file names"
         raise ModelError(what, where=index, fix="fetch the model again: tunesmith fetch MODEL")
@@ -275,14 +275,14 @@ def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
     # Sort by name, so that the distribution over files does not affect the digest.
     entries = sorted(entries, key=lambda entry: entry.name)
     described = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    text = json.dumps(described)
-    total = hashlib.sha256(text.encode())
+    total = hashlib.sha256(json.dumps(described).encode())
     # Take every n-th tensor of the sorted names, at most SAMPLED_TENSORS.
     sampled = entries[:: 1 + len(entries) // SAMPLED_TENSORS]
     with ExitStack() as stack:
-        files = {}
-        for path in {entry.file for entry in entries}:
-            files[path] = stack.enter_context(path.open("rb", buffering=0))
+        files = {
+            path: stack.enter_context(path.open("rb", buffering=0))
+            for path in {entry.file for entry in entries}
+        }
         for entry in sampled:
             file = files[entry.file]
             size = min(SAMPLE_BYTES, entry.size)

@@ -213,9 +213,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
     # A mesh with one dimension is the tensor-parallel group of an adapter: gather within this
     # group. Otherwise gather over all ranks.
     mesh = tensor.device_mesh
-    group = None
-    if mesh.ndim == 1:
-        group = mesh.get_group()
+    group = mesh.get_group() if mesh.ndim == 1 else None
     first_rank = int(mesh.mesh.min())
     row_bytes = math.prod(row_shape) * dtype.itemsize
     rows_per_piece = max(1, MAX_GATHERED_BYTES // row_bytes)
@@ -229,8 +227,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
         stop = min(begin + len(rows), local_rows.stop)
         if gives and start < stop:
             part = local[start - local_rows.start : stop - local_rows.start]
-            place = slice(start - begin, stop - begin)
-            rows[(place, *columns)] = part
+            rows[(slice(start - begin, stop - begin), *columns)] = part
         dist.reduce(rows.view(torch.uint8), dst=first_rank, group=group)
         yield rows
 
@@ -298,12 +295,9 @@ def save_sharded(
         shapes[name] = torch.empty(size, dtype=torch.uint8, device="meta")
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
-        path = None
-        if folder:
-            path = folder / file
+        path = folder / file if folder else None
         file_tensors = {name: tensors[name] for name in names}
         save_tensors(path, file_tensors, {"format": "pt"}, dtype, read)
     if split.is_sharded and folder:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2)
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -289,9 +289,7 @@ def check_quantize(quantize: str, config: Config, where: str) -> None:
     """Raise ModelError if `model.quantize` does not fit the quantization in config.json."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":
-        why = ""
-        if quantize != "auto":
-            why = f"the recipe has model.quantize: {quantize}"
+        why = f"the recipe has model.quantize: {quantize}" if quantize != "auto" else ""
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=where,
@@ -299,9 +297,11 @@ def check_quantize(quantize: str, config: Config, where: str) -> None:
             fix="set model.quantize: nf4, or use the unquantized model",
         )
     if quantize == AS_SHIPPED and stored not in KEEPABLE:
-        why = "its weights are not quantized"
-        if stored:
-            why = f"its weights are in {stored}, but only {', '.join(KEEPABLE)} can be kept"
+        why = (
+            f"its weights are in {stored}, but only {', '.join(KEEPABLE)} can be kept"
+            if stored
+            else "its weights are not quantized"
+        )
         raise ModelError(
             "model.quantize is as-shipped, but this base model is not stored in a "
             "supported quantized format",

@@ -151,9 +151,7 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
         raise _broken_entry(entry, f"{name} is stored as {entry.dtype}", why)
     stem = name.removesuffix(layout.codes)
     scales = [_scale_of(entry, by_name, layout, suffix) for suffix in layout.scales]
-    dense = stem
-    if layout.codes.startswith(CODES):
-        dense = f"{stem}{CODES}"
+    dense = f"{stem}{CODES}" if layout.codes.startswith(CODES) else stem
     if dense != name and dense in by_name:
         raise _broken_entry(by_name[dense], f"{dense} is stored both unquantized and in codes")
     shape, *scale_shapes = _shapes(entry, form)
@@ -166,9 +164,7 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
                 f"{list(expected)}"
             )
             raise _broken_entry(scale, what, why)
-    entire_scale = None
-    if form.method != "mxfp4":
-        entire_scale = scales.pop()
+    entire_scale = scales.pop() if form.method != "mxfp4" else None
     return CodedEntry(dense, shape, (entry, *scales), entire_scale, form)
 
 
@@ -222,9 +218,7 @@ def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
         why = (
             "only matrices, and stacks whose blocks divide half of an expert's rows, are supported"
         )
-        dimensions = 3
-        if codes.name.endswith(CODES):
-            dimensions = 2
+        dimensions = 2 if codes.name.endswith(CODES) else 3
         if len(shape) == dimensions:
             *experts_of, rows, columns = shape
             # The rows of an expert can be two projections (gate and up). Therefore no block may

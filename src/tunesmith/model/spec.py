@@ -256,9 +256,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     layers = tuple(sliding if slides_here else layer for slides_here in slides)
     layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)
     # Number of embedding tables: the embedding and the head, or one matrix for both if tied.
-    tables = 2
-    if tied:
-        tables = 1
+    tables = 1 if tied else 2
     return ModelSpec(
         model_type=model_type,
         layers=layers,
@@ -337,9 +335,11 @@ def check_decoder(config: Config, where: str) -> None:
             )
         text = config.get("text_config", {})
         if not isinstance(text, Mapping) or (not text and "text_config" in config):
-            what = "the config has no text_config"
-            if text is not None:
-                what = f"text_config is {text!r:.100}"
+            what = (
+                f"text_config is {text!r:.100}"
+                if text is not None
+                else "the config has no text_config"
+            )
             raise _no_text(what)
         _check_sizes(config)
         _check_shares(config)
@@ -368,9 +368,7 @@ def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
         for pattern, largest in SIZE_KEYS.items():
             if not re.fullmatch(pattern, key):
                 continue
-            sizes = [value]
-            if isinstance(value, list):
-                sizes = value
+            sizes = value if isinstance(value, list) else [value]
             for size in sizes:
                 if size is not None and not (isinstance(size, int) and 0 <= size <= largest):
                     raise ModelError(
@@ -547,9 +545,7 @@ def _windows(
 
     The rules are those of the families' config classes in Transformers.
     """
-    default = None
-    if family.window in ("every-second", "pattern"):
-        default = 4096
+    default = 4096 if family.window in ("every-second", "pattern") else None
     window = config.get("sliding_window", default)
     is_off = family.window == "opt-in" and not config.get("use_sliding_window", False)
     if window is None or family.window == "none" or is_off:
@@ -563,9 +559,7 @@ def _windows(
         first = config.get("max_window_layers", 28)
         slides = [layer >= first for layer in range(layers)]
     else:
-        period = 2
-        if family.window == "pattern":
-            period = config.get("sliding_window_pattern", 6)
+        period = config.get("sliding_window_pattern", 6) if family.window == "pattern" else 2
         # The last layer of each period has full attention.
         slides = [(layer + 1) % period != 0 for layer in range(layers)]
     return window, slides
@@ -674,9 +668,7 @@ def _pairs(length: int, layer: Layer) -> int:
         chunks, rest = divmod(length, layer.chunk)
         # Chunks are independent. Add the pairs of the full chunks and of the last, shorter chunk.
         return chunks * _pairs(layer.chunk, layer) + _pairs(rest, layer)
-    max_keys = length
-    if layer.window is not None:
-        max_keys = min(length, layer.window)
+    max_keys = min(length, layer.window) if layer.window is not None else length
     # The first max_keys queries see 1 + 2 + ... + max_keys keys. Each later query sees max_keys
     # keys.
     return max_keys * (max_keys + 1) // 2 + (length - max_keys) * max_keys

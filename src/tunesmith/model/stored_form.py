@@ -67,8 +67,7 @@ def in_stored_form(
             why="the image and audio tensors are copied from there when a model is saved",
             fix="restore the folder, then run the same command again",
         )
-    headers = read_entries(folder)
-    names = assign_names(model, headers, tensors.keys())
+    names = assign_names(model, read_entries(folder), tensors.keys())
     frozen = {name for name, p in vision_parameters(model) if not p.requires_grad}
     written: dict[str, Source] = {}
     # Name of a stored tensor -> the parameters that it contains, by their position in the file.

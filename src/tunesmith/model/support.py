@@ -279,9 +279,11 @@ def measure_tiny(tiny: PreTrainedModel, *, texts_only: bool = False) -> Support:
         run_by_document(tiny, recurrent)
         errors = _run_packed(tiny, ids, chunk_size).errors(alone)
         if errors.are_rounding():
-            why = "documents share rows"
-            if recurrent:
-                why = f"documents share rows; {', '.join(recurrent)} run on one row per document"
+            why = (
+                f"documents share rows; {', '.join(recurrent)} run on one row per document"
+                if recurrent
+                else "documents share rows"
+            )
             return Support("packed", why, recurrent, dead_targets, packs_eager, errors)
         why = errors.describe()
     except Exception as error:
@@ -309,9 +311,10 @@ def _describe_unread(entire: PreTrainedModel, text: PreTrainedModel) -> str:
     The checkpoint is assumed to have the form in which Transformers writes it.
     """
     file = Path("model.safetensors")
-    entries = []
-    for name, tensor in revert_weight_conversion(entire, entire.state_dict()).items():
-        entries.append(Entry(name, "F32", tuple(tensor.shape), file, 0, 4 * tensor.numel()))
+    entries = [
+        Entry(name, "F32", tuple(tensor.shape), file, 0, 4 * tensor.numel())
+        for name, tensor in revert_weight_conversion(entire, entire.state_dict()).items()
+    ]
     try:
         assign_names(text, {file: entries}, dict(text.named_parameters()).keys())
     except ModelError as error:
@@ -377,14 +380,10 @@ def _run_padded(tiny: PreTrainedModel, ids: Tensor) -> TinyModelOutput:
     """Run one document per row, padded on the right and without a mask, as `TrainModel` does."""
     rows = pad_sequence(ids.split(DOCUMENT_LENGTHS), batch_first=True)
     documents, longest = rows.shape
-    positions = torch.arange(longest).expand(documents, -1)
-    hidden = _hidden(tiny, rows, positions)
-    tokens = []
-    for row, length in zip(hidden, DOCUMENT_LENGTHS, strict=True):
-        tokens.append(row[:length])
+    hidden = _hidden(tiny, rows, torch.arange(longest).expand(documents, -1))
+    tokens = [row[:length] for row, length in zip(hidden, DOCUMENT_LENGTHS, strict=True)]
     # Select the logits of the real tokens in the order of the packed row.
-    logits = logits_of(tiny, torch.cat(tokens))
-    return differentiate(tiny, logits, ids)
+    return differentiate(tiny, logits_of(tiny, torch.cat(tokens)), ids)
 
 
 def _packs_eager(tiny: PreTrainedModel, ids: Tensor, alone: TinyModelOutput) -> bool:
@@ -441,8 +440,7 @@ def differentiate(tiny: PreTrainedModel, logits: Tensor, ids: Tensor) -> TinyMod
     """Return the logits [n, vocabulary] and the gradients of a loss over all logits."""
     tiny.zero_grad()
     # Every logit gets a label, including the last one, so that all logits affect the loss.
-    targets = ids.roll(-1)
-    F.cross_entropy(logits, targets, reduction="sum").backward()
+    F.cross_entropy(logits, ids.roll(-1), reduction="sum").backward()
     gradients = {}
     for name, parameter in tiny.named_parameters():
         if not parameter.requires_grad:
@@ -516,10 +514,11 @@ def find_bypassed(
     try:
         with use_documents(documents):
             _hidden(tiny, ids[None], _positions(), documents=documents)
-        names = []
-        for name, module in tiny.named_modules():
-            if isinstance(module, _WatchedLinear) and module.is_read:
-                names.append(target_of(name, f"{layers}."))
+        names = [
+            target_of(name, f"{layers}.")
+            for name, module in tiny.named_modules()
+            if isinstance(module, _WatchedLinear) and module.is_read
+        ]
         return tuple(dict.fromkeys(names))
     finally:
         tiny.eval()
@@ -602,8 +601,7 @@ class LinearCalls(ExitStack):
         for name, module in tiny.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(prefix):
                 self.targets[name] = target_of(name, prefix)
-                hook = module.register_forward_hook(self._note(name))
-                self.callback(hook.remove)
+                self.callback(module.register_forward_hook(self._note(name)).remove)
 
     def _note(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def note_gradient(gradient: Tensor) -> None:

@@ -44,191 +44,95 @@ SPREAD = 0.1
 _KEYS_BY_SIZE = (
     (
         VOCAB,
-        (
-            "vocab_size",
-            "vocab_size_per_layer_input",
-            "decoder_vocab_size",
-            "unpadded_vocab_size",
-            "ngram_vocab_size_base",
-            "encoder_hash_byte_group_vocab",
-        ),
+        """
+        vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size
+        ngram_vocab_size_base encoder_hash_byte_group_vocab
+        """,
     ),
     (
         HIDDEN,
-        (
-            "hidden_size",
-            "d_model",
-            "n_embd",
-            "emb_dim",
-            "embedding_dim",
-            "embedding_size",
-            "word_embed_proj_dim",
-            "embed_dim",
-            "dim_model",
-            "lru_width",
-            "input_embedding_size",
-            "output_embedding_size",
-        ),
+        """
+        hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim
+        embed_dim dim_model lru_width input_embedding_size output_embedding_size
+        """,
     ),
     (
         48,
-        (
-            "intermediate_size",
-            "intermediate_size_mlp",
-            "dense_intermediate_size",
-            "ffn_dim",
-            "ffn_hidden_size",
-            "dim_ff",
-            "dff",
-            "n_inner",
-            "decoder_ffn_dim",
-            "encoder_ffn_dim",
-            "feed_forward_size",
-            "d_inner",
-        ),
+        """
+        intermediate_size intermediate_size_mlp dense_intermediate_size ffn_dim
+        ffn_hidden_size dim_ff dff n_inner decoder_ffn_dim encoder_ffn_dim feed_forward_size
+        d_inner
+        """,
     ),
     (
         24,
-        (
-            "moe_intermediate_size",
-            "expert_ffn_hidden_size",
-            "shared_expert_intermediate_size",
-            "shared_experts_intermediate_size",
-            "shared_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-            "qk_head_dim",
-        ),
+        """
+        moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size
+        shared_experts_intermediate_size shared_intermediate_size
+        moe_shared_expert_intermediate_size qk_head_dim
+        """,
     ),
     (
         MAX_TINY_POSITIONS,
-        (
-            "max_position_embeddings",
-            "n_positions",
-            "n_ctx",
-            "max_seq_len",
-            "model_max_length",
-            "context_length",
-            "original_max_position_embeddings",
-        ),
+        """
+        max_position_embeddings n_positions n_ctx max_seq_len model_max_length
+        context_length original_max_position_embeddings
+        """,
     ),
-    (2 * HIDDEN, ("mamba_d_ssm", "attention_hidden_size")),
+    (2 * HIDDEN, "mamba_d_ssm attention_hidden_size"),
     (
         HEADS,
-        (
-            "num_attention_heads",
-            "n_head",
-            "n_heads",
-            "num_heads",
-            "attention_heads",
-            "decoder_attention_heads",
-            "encoder_attention_heads",
-            "num_decoder_attention_heads",
-            "num_encoder_attention_heads",
-            "swa_num_attention_heads",
-            "linear_num_heads",
-            "linear_num_value_heads",
-            "index_n_heads",
-            "num_experts",
-            "num_local_experts",
-            "n_routed_experts",
-            "moe_num_experts",
-        ),
+        """
+        num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
+        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads
+        swa_num_attention_heads linear_num_heads linear_num_value_heads index_n_heads
+        num_experts num_local_experts n_routed_experts moe_num_experts
+        """,
     ),
     (
         HEAD_DIM,
-        (
-            "head_dim",
-            "dim_head",
-            "d_head",
-            "kv_channels",
-            "swa_head_dim",
-            "global_head_dim",
-            "linear_head_dim",
-            "mamba_d_head",
-            "mamba_head_dim",
-            "mamba_headdim",
-            "qk_nope_head_dim",
-            "index_head_dim",
-            "attention_head_size",
-            "query_pre_attn_scalar",
-            "kv_lora_rank",
-            "q_lora_rank",
-            "o_lora_rank",
-            "gated_norm_rank",
-            "laurel_rank",
-            "adapter_rank",
-            "hc_lowrank",
-            "d_rel",
-            "router_hidden_size",
-        ),
+        """
+        head_dim dim_head d_head kv_channels swa_head_dim global_head_dim linear_head_dim
+        mamba_d_head mamba_head_dim mamba_headdim qk_nope_head_dim index_head_dim
+        attention_head_size query_pre_attn_scalar kv_lora_rank q_lora_rank o_lora_rank
+        gated_norm_rank laurel_rank adapter_rank hc_lowrank d_rel router_hidden_size
+        """,
     ),
     (
         STATE_CHANNELS,
-        (
-            "mamba_n_heads",
-            "mamba_num_heads",
-            "n_mamba_heads",
-            "mamba_d_state",
-            "ssm_state_size",
-            "state_size",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-            "qk_rope_head_dim",
-            "rotary_dim",
-            "hidden_size_per_layer_input",
-            "ple_embed_dim",
-        ),
+        """
+        mamba_n_heads mamba_num_heads n_mamba_heads mamba_d_state ssm_state_size state_size
+        linear_key_head_dim linear_value_head_dim qk_rope_head_dim rotary_dim
+        hidden_size_per_layer_input ple_embed_dim
+        """,
     ),
-    (12, ("v_head_dim",)),
-    (32, ("attention_head_dim",)),
+    (12, "v_head_dim"),
+    (32, "attention_head_dim"),
     (
         WINDOW,
-        (
-            "sliding_window",
-            "sliding_window_size",
-            "window_size",
-            "attention_window_size",
-            "local_attention",
-            "attention_chunk_size",
-            "keep_window_size",
-            "mamba_chunk_size",
-            "chunk_size",
-            "block_size",
-            "index_topk",
-            "index_block_size",
-            "rel_extent",
-            "prompt_length",
-            "log_scaling_n_floor",
-        ),
+        """
+        sliding_window sliding_window_size window_size attention_window_size local_attention
+        attention_chunk_size keep_window_size mamba_chunk_size chunk_size block_size
+        index_topk index_block_size rel_extent prompt_length log_scaling_n_floor
+        """,
     ),
-    (4, ("floor_scale", "mamba_dt_rank", "time_step_rank")),
+    (4, "floor_scale mamba_dt_rank time_step_rank"),
     (
         2,
-        (
-            "attn_layer_period",
-            "expert_layer_period",
-            "index_topk_blocks",
-            "index_kpool",
-            "num_blocks",
-            "num_layers_per_stack",
-            "block_multiple_of",
-        ),
+        """
+        attn_layer_period expert_layer_period index_topk_blocks index_kpool num_blocks
+        num_layers_per_stack block_multiple_of
+        """,
     ),
     (
         1,
-        (
-            "attn_layer_offset",
-            "expert_layer_offset",
-            "n_group",
-            "topk_group",
-            "num_expert_group",
-            "num_nextn_predict_layers",
-            "zero_expert_num",
-            "split_ngram_parts",
-        ),
+        """
+        attn_layer_offset expert_layer_offset n_group topk_group num_expert_group
+        num_nextn_predict_layers zero_expert_num split_ngram_parts
+        """,
     ),
 )
-SIZE_OF_KEY = {key: size for size, keys in _KEYS_BY_SIZE for key in keys}
+SIZE_OF_KEY = {key: size for size, keys in _KEYS_BY_SIZE for key in keys.split()}
 # Config keys for the number of layers.
 DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers", "layers")
 # Config keys for the number of key-value heads -> key for the number of query heads.
@@ -299,31 +203,23 @@ PART_DEPTHS = (*DEPTHS, "depth")
 _PART_KEYS_BY_SIZE = (
     (
         32,
-        (
-            "hidden_size",
-            "embed_dim",
-            "d_model",
-            "hidden_dim",
-            "audio_hidden_size",
-            "adapter_in_dim",
-            "adapter_input_size",
-        ),
+        """
+        hidden_size embed_dim d_model hidden_dim audio_hidden_size adapter_in_dim
+        adapter_input_size
+        """,
     ),
     (
         48,
-        (
-            "intermediate_size",
-            "projection_intermediate_size",
-            "projector_hidden_size",
-            "encoder_ffn_dim",
-            "ffn_dim",
-        ),
+        """
+        intermediate_size projection_intermediate_size projector_hidden_size encoder_ffn_dim
+        ffn_dim
+        """,
     ),
-    (HIDDEN, ("out_hidden_size", "text_hidden_size")),
-    (2, ("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads")),
-    (HEAD_DIM, ("head_dim", "global_head_dim", "dim_head")),
+    (HIDDEN, "out_hidden_size text_hidden_size"),
+    (2, "num_heads num_attention_heads num_key_value_heads encoder_attention_heads"),
+    (HEAD_DIM, "head_dim global_head_dim dim_head"),
 )
-PART_SIZES = {key: size for size, keys in _PART_KEYS_BY_SIZE for key in keys}
+PART_SIZES = {key: size for size, keys in _PART_KEYS_BY_SIZE for key in keys.split()}
 
 # Values that cannot be derived from the names of the keys. The key is the model type of a model or
 # of one of its parts.
@@ -470,8 +366,7 @@ def shrink_multimodal(full_config: PretrainedConfig) -> PretrainedConfig:
         if key in ("image_token_id", "image_token_index"):
             small[key] = PICTURE_ID
         elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
-            next_id = PICTURE_ID - 1 - len(ids)
-            small[key] = ids.setdefault(value, next_id)
+            small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
         elif value == text.hidden_size and "size" in key:
             small[key] = HIDDEN
     small[text_key(full_config)] = small_text
@@ -547,15 +442,13 @@ def choose_layers(values: Config, depth: int, *, each: int = 1) -> list[int]:
     kinds: dict[str, list[int]] = {}
     for index in range(depth):
         # Use a string, because lists cannot be keys of a dict.
-        kind = str(_layer_kind(values, index, depth))
-        kinds.setdefault(kind, []).append(index)
+        kinds.setdefault(str(_layer_kind(values, index, depth)), []).append(index)
     chosen: list[int] = []
     for layers in kinds.values():
         chosen += layers[:each]
     chosen = sorted(chosen)[:MAX_LAYER_KINDS]
     others = [index for index in range(depth) if index not in chosen]
-    missing = max(0, MIN_LAYERS - len(chosen))
-    return sorted(chosen + others[:missing])
+    return sorted(chosen + others[: max(0, MIN_LAYERS - len(chosen))])
 
 
 def _layer_kind(values: Config, index: int, depth: int) -> list[object]:
@@ -569,8 +462,7 @@ def _layer_kind(values: Config, index: int, depth: int) -> list[object]:
         elif key == "per_layer_config" and isinstance(value, dict):
             kind.append(_layer_entry(value, index))
         elif key in COUNTS_OF_LAYERS and isinstance(value, int):
-            is_counted = COUNTS_OF_LAYERS[key]
-            kind.append(is_counted(index, value, depth))
+            kind.append(COUNTS_OF_LAYERS[key](index, value, depth))
     return kind
 
 
@@ -675,9 +567,7 @@ def _head_width(value: int, values: Mapping[str, Any]) -> int:
 def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, object]:
     """Return the small rotary parameters. They can be nested by layer type."""
     small: dict[str, object] = {}
-    head_dim = HEAD_DIM
-    if values.get("qk_rope_head_dim"):
-        head_dim = SIZE_OF_KEY["qk_rope_head_dim"]
+    head_dim = SIZE_OF_KEY["qk_rope_head_dim"] if values.get("qk_rope_head_dim") else HEAD_DIM
     part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     # There are half as many frequencies as rotated channels, because each angle rotates two
     # channels.
@@ -694,9 +584,7 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
             # other two sections must be equal.
             size, rest = divmod(frequencies, len(value))
             odd = [place for place, section in enumerate(value) if value.count(section) == 1]
-            with_rest = 0
-            if odd:
-                with_rest = odd[0]
+            with_rest = odd[0] if odd else 0
             sections = [size] * len(value)
             sections[with_rest] += rest
             small[key] = sections

@@ -84,10 +84,11 @@ def _load(
     vocabulary = tokenizer.get_vocab()
     from transformers import AddedToken
 
-    tokens = []
-    for text in model.added_tokens:
-        if text not in vocabulary:
-            tokens.append(AddedToken(text, special=True, normalized=False))
+    tokens = [
+        AddedToken(text, special=True, normalized=False)
+        for text in model.added_tokens
+        if text not in vocabulary
+    ]
     if tokens:
         tokenizer.add_tokens(tokens, special_tokens=True)
     set_padding(tokenizer, model)
@@ -193,9 +194,7 @@ def _stated_eos_ids(file: Path) -> list[int]:
     stated = read_json(file).get("eos_token_id")
     if stated is None:
         return []
-    values = [stated]
-    if isinstance(stated, list):
-        values = stated
+    values = stated if isinstance(stated, list) else [stated]
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ModelError(

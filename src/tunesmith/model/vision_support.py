@@ -105,8 +105,7 @@ def _measure_row(tiny: PreTrainedModel, row: PictureRow, support: Support) -> Su
 def _run_documents(tiny: PreTrainedModel, row: PictureRow) -> TinyModelOutput:
     """Run each document separately with Transformers' own forward, from ids and pixels."""
     logits = []
-    documents = row.ids.split(row.lengths)
-    for document, pictures in zip(documents, row.alone, strict=True):
+    for document, pictures in zip(row.ids.split(row.lengths), row.alone, strict=True):
         ids = document[None]
         marks: dict[str, Any] = mark_pictures(tiny, ids)
         output = tiny(input_ids=ids, use_cache=False, **pictures, **marks)
@@ -132,8 +131,7 @@ def _run_row(
             documents=documents,
             mm_encoder_outputs={"image": picture_features(tiny, pictures, trains=True)},
         )
-        logits = logits_of(tiny, output.last_hidden_state[0])
-        return differentiate(tiny, logits, row.ids)
+        return differentiate(tiny, logits_of(tiny, output.last_hidden_state[0]), row.ids)
 
 
 def _keeps_pictures_apart(

@@ -23,6 +23,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.as_shipped import not_finite
+from tunesmith.formats.base import row_pieces
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.stored import SLICE, Region, StoredTensor, whole_slices
 from tunesmith.host.memory import drop_pages, open_uncached
@@ -64,89 +65,62 @@ class FileTensor(StoredTensor):
     def __init__(
         self, entry: Entry, file: BufferedReader | None = None, check: "FiniteCheck | None" = None
     ) -> None:
+        dtype = torch.uint8 if entry.dtype == FP8_CODES else STORED[entry.dtype]
+        super().__init__(entry.name, entry.shape, dtype)
         self._entry = entry
         self._file = file
         self._check = check
-        self.name = entry.name
-        self.shape = torch.Size(entry.shape)
-        if entry.dtype == FP8_CODES:
-            self.dtype = torch.uint8
-        else:
-            self.dtype = STORED[entry.dtype]
 
     def with_shape(self, shape: torch.Size) -> "FileTensor":
         """Return a tensor of another shape with the same elements in the same order."""
         return FileTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
 
-    def into(self, target: Tensor, begin: int = 0) -> None:
+    def read_into(self, target: Tensor, region: Region) -> None:
+        if not region:  # a scalar
+            self._read_elements(target, 0)
+            return
+        rows, *columns = region
+        row_shape = self.shape[1:]
+        # `target` can have additional rows for new tokens. `_read_parameter` fills them.
+        stop = min(rows.stop, self.shape[0])
+        target = target[: max(stop - rows.start, 0)]
+        # Entire rows are contiguous in the file. Parts of rows are read as bands and sliced in
+        # memory.
+        if tuple(columns) == whole_slices(row_shape):
+            self._read_elements(target, rows.start * math.prod(row_shape))
+            return
+        for start, band in self.bands(rows.start, stop):
+            target_band = target[start - rows.start :][: len(band)]
+            target_band.copy_(band[(slice(None), *columns)])
+
+    def _read_elements(self, target: Tensor, begin: int) -> None:
+        """Read consecutive elements from index `begin` into the contiguous `target`."""
         if self._file is None or self._file.closed:
             with open_uncached(self._entry.file) as file:
-                type(self)(self._entry, file, self._check).into(target, begin)
+                FileTensor(self._entry, file, self._check)._read_elements(target, begin)
             return
-        # The target is contiguous, so a range of the file corresponds to a range of its memory.
         flat = target.view(-1)
         itemsize = self.dtype.itemsize
-        # If device and dtype are equal, read directly into the tensor's memory.
         if target.device.type == "cpu" and target.dtype == self.dtype:
-            self._read(flat, begin * itemsize)
+            self._read_bytes(self._file, flat, begin * itemsize)
         else:
-            # Otherwise read through a buffer of at most SLICE bytes and convert its values.
+            # Read through a buffer of at most SLICE bytes, and convert its values.
             size = min(len(flat), SLICE // itemsize)
             buffer = torch.empty(size, dtype=self.dtype)
             for start in range(0, len(flat), max(1, size)):
                 piece = buffer[: len(flat) - start]
-                self._read(piece, (begin + start) * itemsize)
+                self._read_bytes(self._file, piece, (begin + start) * itemsize)
                 flat[start : start + len(piece)].copy_(piece)
         # Drop the pages from the page cache, which uses the GPU's memory on machines with unified
         # memory.
         drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
         if self._check is not None and len(flat):
-            probe = self._probe(flat)
-            if probe is not None:
-                self._check.note(self._entry, probe)
+            self._check.note(self._entry, flat)
 
-    def _probe(self, flat: Tensor) -> Tensor | None:
-        """Return an fp64 scalar that is finite only if all values are finite.
-
-        The scalar is on the device of the values.
-
-        Return None if the dtype has no NaN and no infinity.
-        """
-        if self._entry.dtype == FP8_CODES:
-            has_positive_nan = flat.view(torch.int8).max() == 127
-            has_negative_nan = flat.view(torch.uint8).max() == 255
-            return torch.where(has_positive_nan | has_negative_nan, math.nan, 0.0).double()
-        if self.dtype not in CHECKED_DTYPES:
-            return None
-        low, high = torch.aminmax(flat)
-        return low.double() + high.double()
-
-    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
-        if not slices:
-            self.into(local)
-            return
-        first = slices[0].start
-        columns = slices[1:]
-        row_shape = self.shape[1:]
-        # `local` can have additional rows for new tokens. `_read_parameter` fills them.
-        last = min(slices[0].stop, self.shape[0])
-        local = local[: max(last - first, 0)]
-        # Entire rows are contiguous in the file. Parts of rows are read as bands and sliced in
-        # memory.
-        if columns == whole_slices(row_shape):
-            self.into(local, first * math.prod(row_shape))
-            return
-        for start, band in self.bands(first, last):
-            offset = start - first
-            local_band = local[offset : offset + len(band)]
-            local_band.copy_(band[(slice(None), *columns)])
-
-    def _read(self, flat: Tensor, offset: int) -> None:
+    def _read_bytes(self, file: BufferedReader, flat: Tensor, offset: int) -> None:
         if flat.numel():
-            assert self._file is not None  # `into` opens the file
             # View the memory as bytes, because numpy has no bf16.
-            memory = flat.view(torch.uint8).numpy().data
-            read_into(self._file, self._entry, memory, offset)
+            read_into(file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
 class FiniteCheck:
@@ -155,8 +129,17 @@ class FiniteCheck:
     def __init__(self) -> None:
         self._probes: dict[torch.device, list[tuple[Entry, Tensor]]] = {}
 
-    def note(self, entry: Entry, probe: Tensor) -> None:
-        """Record a scalar that is finite only if the values of the entry are finite."""
+    def note(self, entry: Entry, values: Tensor) -> None:
+        """Record an fp64 scalar, on the device of the values, that is finite only if they are."""
+        if entry.dtype == FP8_CODES:
+            has_positive_nan = values.view(torch.int8).max() == 127
+            has_negative_nan = values.view(torch.uint8).max() == 255
+            probe = torch.where(has_positive_nan | has_negative_nan, math.nan, 0.0).double()
+        elif STORED[entry.dtype] in CHECKED_DTYPES:
+            low, high = torch.aminmax(values)
+            probe = low.double() + high.double()
+        else:
+            return  # the dtype has no NaN and no infinity
         self._probes.setdefault(probe.device, []).append((entry, probe))
 
     def require_finite(self) -> None:
@@ -178,24 +161,7 @@ class FiniteCheck:
                 )
 
 
-class TensorOfParts(StoredTensor):
-    """A tensor that is assembled from several stored tensors by `_fill`."""
-
-    def __init__(self, entry: Pieces | CodedEntry) -> None:
-        self.name = entry.name
-        self.shape = torch.Size(entry.shape)
-        self.dtype = STORED[entry.dtype]
-
-    def into(self, target: Tensor, begin: int = 0) -> None:
-        """Read entire rows into `target`, like `StoredTensor.into`."""
-        row_shape = self.shape[1:]
-        width = math.prod(row_shape)
-        first = begin // width
-        rows = slice(first, first + target.numel() // width)
-        self._fill(target.view(-1, *row_shape), (rows, *whole_slices(row_shape)))
-
-
-class JoinedTensor(TensorOfParts):
+class JoinedTensor(StoredTensor):
     """A tensor of the model that is stored in several pieces.
 
     Only one piece is in memory at a time, or only SLICE bytes of a piece if it is converted.
@@ -207,10 +173,10 @@ class JoinedTensor(TensorOfParts):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        super().__init__(pieces)
-        self._pieces = []
-        for piece in pieces.pieces:
-            self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
+        super().__init__(pieces.name, pieces.shape, STORED[pieces.dtype])
+        self._pieces = [
+            (piece, stored_tensor(piece.entry, files, check)) for piece in pieces.pieces
+        ]
 
     def pieces(self, rows: slice) -> Iterator[tuple[Region, StoredTensor]]:
         for piece, stored in self._pieces:
@@ -218,33 +184,31 @@ class JoinedTensor(TensorOfParts):
             if region.start < rows.stop and rows.start < region.stop:
                 yield piece.region, stored
 
-    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
+    def read_into(self, target: Tensor, region: Region) -> None:
         for piece, stored in self._pieces:
-            in_local = []
+            in_target = []
             in_piece = []
-            # Compute the overlap of the piece and the local slice, as positions in both of them.
-            for local_slice, region in zip(slices, piece.region, strict=True):
-                start = max(local_slice.start, region.start)
-                stop = min(local_slice.stop, region.stop)
-                in_local.append(slice(start - local_slice.start, stop - local_slice.start))
-                in_piece.append(slice(start - region.start, stop - region.start))
+            # Compute the overlap of the piece and the region, as positions in both of them.
+            for span, piece_span in zip(region, piece.region, strict=True):
+                start = max(span.start, piece_span.start)
+                stop = min(span.stop, piece_span.stop)
+                in_target.append(slice(start - span.start, stop - span.start))
+                in_piece.append(slice(start - piece_span.start, stop - piece_span.start))
             # Skip the piece if there is no overlap.
-            if any(span.stop <= span.start for span in in_local):
+            if any(span.stop <= span.start for span in in_target):
                 continue
-            target = local[tuple(in_local)]
+            part = target[tuple(in_target)]
             # A piece of a stack is stored without the first dimension.
             if piece.stacked:
-                target = target.squeeze(0)
+                part = part.squeeze(0)
                 in_piece = in_piece[1:]
-            # The target is contiguous and takes the entire piece, so read the piece without a
-            # buffer.
-            if target.shape == stored.shape and target.is_contiguous():
-                stored.into(target)
+            if part.is_contiguous():
+                stored.read_into(part, tuple(in_piece))
             else:
-                target.copy_(stored[tuple(in_piece)])
+                part.copy_(stored[tuple(in_piece)])
 
 
-class DecodedTensor(TensorOfParts):
+class DecodedTensor(StoredTensor):
     """A quantized weight that is dequantized to fp32 in pieces while it is read."""
 
     def __init__(
@@ -253,7 +217,7 @@ class DecodedTensor(TensorOfParts):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        super().__init__(entry)
+        super().__init__(entry.name, entry.shape, STORED[entry.dtype])
         self.shipped = shipped_format(entry.form)
         self.format_name = self.shipped.name
         first, *others = entry.codes
@@ -270,50 +234,40 @@ class DecodedTensor(TensorOfParts):
             return None
         return self.shipped.read_scale(self._scale, self.name)
 
-    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None:
+    def check_rows(self, codes: Sequence[Tensor], expert: int | None = None) -> None:
         """Raise ModelError if a stored scale of these rows is NaN."""
         if self.shipped.has_nan_scale(codes):
-            where = self.codes[-1].name
-            if more:
-                where = self.name
-            raise not_finite(self.name, where, more)
+            if expert is None:
+                raise not_finite(self.name, self.codes[-1].name)
+            raise not_finite(self.name, self.name, f": that of expert {expert}")
 
-    def _fill(self, local: Tensor, slices: tuple[slice, ...]) -> None:
-        if len(slices) == 2:
-            self._fill_matrix(local, *slices)
+    def read_into(self, target: Tensor, region: Region) -> None:
+        if len(region) == 2:
+            self._read_matrix(target, *region)
             return
-        experts, rows, columns = slices
+        experts, rows, columns = region
         if self.shipped.is_output_major:
             # The codes of an expert are [out, in], but its dequantized weight is [in, out].
-            local = local.mT
+            target = target.mT
             rows, columns = columns, rows
-        last = min(experts.stop, self.shape[0])
-        for expert in range(experts.start, last):
-            self._fill_matrix(local[expert - experts.start], rows, columns, expert)
+        for expert in range(experts.start, min(experts.stop, self.shape[0])):
+            self._read_matrix(target[expert - experts.start], rows, columns, expert)
 
-    def _fill_matrix(
-        self, local: Tensor, rows: slice, columns: slice, expert: int | None = None
+    def _read_matrix(
+        self, target: Tensor, rows: slice, columns: slice, expert: int | None = None
     ) -> None:
         """Read a region of a matrix and dequantize it, MAX_READ_WEIGHTS weights at a time."""
-        more = ""
-        codes_shape = self.codes[0].shape
-        stored_rows = codes_shape[0]
+        # The codes of a matrix are [rows, ...], and those of a stack are [experts, rows, ...].
+        stored_rows = self.codes[0].shape[0 if expert is None else 1]
         scale = self.scale
-        if expert is not None:
-            more = f": that of expert {expert}"
-            stored_rows = codes_shape[1]
-            if scale is not None:
-                scale = scale[expert]
+        if scale is not None and expert is not None:
+            scale = scale[expert]
         last = min(rows.stop, stored_rows)
-        step = max(1, MAX_READ_WEIGHTS // self.shape[1])
-        for first in range(rows.start, last, step):
-            end = min(first + step, last)
-            band = slice(first, end)
+        for band in row_pieces(rows.start, last, self.shape[1], MAX_READ_WEIGHTS):
             codes = [_rows_of(stored, band, expert) for stored in self.codes]
-            self.check_rows(codes, more)
-            values = self.shipped.decode_rows(codes, scale, first)
-            local_band = local[first - rows.start : end - rows.start]
-            local_band.copy_(values[:, columns])
+            self.check_rows(codes, expert)
+            values = self.shipped.decode_rows(codes, scale, band.start)
+            target[band.start - rows.start : band.stop - rows.start].copy_(values[:, columns])
 
 
 def _rows_of(stored: StoredTensor, rows: slice, expert: int | None) -> Tensor:
@@ -349,10 +303,7 @@ def stored_tensors(file: Path) -> Iterator[dict[str, FileTensor]]:
     Raise ModelError if the file is damaged.
     """
     entries = read_header(file)
-    unreadable = []
-    for entry in entries:
-        if entry.dtype not in STORED:
-            unreadable.append(f"{entry.name} ({entry.dtype})")
+    unreadable = [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]
     if unreadable:
         what = name_tensors(unreadable, "of an unsupported dtype")
         raise ModelError(what, where=file)
@@ -402,25 +353,22 @@ def load_weights(
             targets[name] = tensor
     headers = read_entries(folder)
     groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
-
-    # Sort by file and position, so that disks read sequentially.
-    def place(name: str) -> tuple[Path, int]:
-        entry = groups[name][""]
-        return entry.file, entry.start
-
     finite = FiniteCheck()
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
-        plain = sorted(groups.keys() - hooks.keys(), key=place)
+        # Sort by file and position, so that disks read sequentially.
+        plain = sorted(
+            groups.keys() - hooks.keys(),
+            key=lambda name: (groups[name][""].file, groups[name][""].start),
+        )
         # Hooks run last. They may be collective calls, so all ranks run them in the same order.
         for name in (*plain, *hooks):
-            check = None
             # Check parameters only: a stored buffer, for example a mask, may contain infinity.
-            if name in hooks or isinstance(targets[name], nn.Parameter):
-                check = finite
-            stored = {}
-            for suffix, entry in groups[name].items():
-                stored[suffix] = stored_tensor(entry, files, check)
+            is_checked = name in hooks or isinstance(targets[name], nn.Parameter)
+            check = finite if is_checked else None
+            stored = {
+                suffix: stored_tensor(entry, files, check) for suffix, entry in groups[name].items()
+            }
             if name in hooks:
                 hooks[name](stored)
             else:
@@ -445,17 +393,16 @@ def find_stored(
         quantized: names of parameters that can have companions.
         grow_from: as in `load_weights`.
     """
-    targets = {}
-    for name, tensor in _stored_state(model).items():
-        if name not in quantized:
-            targets[name] = tensor
+    targets = {
+        name: tensor for name, tensor in _stored_state(model).items() if name not in quantized
+    }
     groups = _assign_entries(
         model, read_entries(folder), targets, dict.fromkeys(quantized), grow_from, str(folder)
     )
-    stored = {}
-    for name, group in groups.items():
-        stored[name] = {suffix: stored_tensor(entry) for suffix, entry in group.items()}
-    return stored
+    return {
+        name: {suffix: stored_tensor(entry) for suffix, entry in group.items()}
+        for name, group in groups.items()
+    }
 
 
 def _stored_state(model: "PreTrainedModel") -> dict[str, Tensor]:
@@ -500,13 +447,9 @@ def _assign_entries(
                 fix="set tie_word_embeddings: false in config.json",
             )
         del groups[name]
-    growing = {}
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if end is not None:
-            # Use the id, because tied parameters have several names.
-            for parameter in end.parameters(recurse=False):
-                growing[id(parameter)] = grow_from
-    _check_complete(groups, targets, hooks, names.unexpected, growing, where)
+    _check_complete(groups, targets, hooks, names.unexpected, where)
+    _check_shapes(model, groups, targets, grow_from, where)
+    _check_dtypes(groups, where)
     return groups
 
 
@@ -544,7 +487,7 @@ def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
     if isinstance(a, Pieces) or isinstance(b, Pieces):
         return False  # a tied embedding or head is never stored in pieces
     if a.dtype not in STORED:
-        return True  # `_check_complete` rejects the unsupported dtype
+        return True  # `_check_dtypes` rejects the unsupported dtype
     a_bands = stored_tensor(a).bands()
     b_bands = stored_tensor(b).bands()
     bands = zip(a_bands, b_bands, strict=True)
@@ -556,49 +499,54 @@ def _check_complete(
     targets: Mapping[str, Tensor],
     hooks: Mapping[str, object],
     unexpected: list[str],
-    growing: Mapping[int, int | None],
     where: str,
 ) -> None:
-    """Raise ModelError unless the checkpoint has exactly the tensors of the model, in their shapes.
-
-    Args:
-        growing: maps the id of a parameter with one row per token to the number of rows that the
-            checkpoint may have instead.
-    """
-    in_both = sorted(groups.keys() & targets.keys())
-    covered = {id(targets[name]) for name in in_both}
-    missing = []
-    for name, target in targets.items():
-        # A tied parameter is stored under only one of its names.
-        if name not in groups and id(target) not in covered:
-            missing.append(name)
-    for name in hooks:
-        if "" not in groups.get(name, {}):
-            missing.append(name)
+    """Raise ModelError unless the checkpoint has exactly the tensors of the model."""
+    # A tied parameter is stored under only one of its names.
+    stored = {id(targets[name]) for name in groups.keys() & targets.keys()}
+    missing = [name for name, target in targets.items() if id(target) not in stored]
+    missing += [name for name in hooks if "" not in groups.get(name, {})]
     _check_no_names(sorted(missing), "missing", where)
     _check_no_names(unexpected, "not part of this model", where)
 
+
+def _check_shapes(
+    model: "PreTrainedModel",
+    groups: StoredGroups,
+    targets: Mapping[str, Tensor],
+    grow_from: int | None,
+    where: str,
+) -> None:
+    """Raise ModelError unless the stored tensors have the shapes of the parameters.
+
+    Embedding and head may have `grow_from` rows in the checkpoint and more rows in the model.
+    """
+    growing: set[int] = set()
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            # Use the id, because tied parameters have several names.
+            growing.update(map(id, end.parameters(recurse=False)))
     reshaped = []
-    for name in in_both:
+    for name in sorted(groups.keys() & targets.keys()):
         entry = groups[name][""]
         shape = tuple(targets[name].shape)
-        first_rows = growing.get(id(targets[name]))
-        # The model has additional rows for added tokens, and the checkpoint has the rows of the
-        # original tokenizer.
-        grows = entry.shape == (first_rows, *shape[1:]) and shape > entry.shape
-        if entry.shape != shape and not grows:
+        grows = id(targets[name]) in growing and entry.shape == (grow_from, *shape[1:])
+        if entry.shape != shape and not (grows and shape > entry.shape):
             reshaped.append(
                 f"{name}: {list(entry.shape)} in {entry.file.name}, {list(shape)} in the model "
                 "that config.json describes"
             )
     _check_no_names(reshaped, "with a different shape", where)
 
+
+def _check_dtypes(groups: StoredGroups, where: str) -> None:
+    """Raise ModelError if a stored tensor has an unsupported dtype."""
     unreadable = []
     for group in groups.values():
         for stored in group.values():
-            entries = [stored]
-            if isinstance(stored, Pieces):
-                entries = [piece.entry for piece in stored.pieces]
+            entries = (
+                [piece.entry for piece in stored.pieces] if isinstance(stored, Pieces) else [stored]
+            )
             unreadable += [entry.name for entry in entries if entry.dtype not in STORED]
     _check_no_names(unreadable, "of an unsupported dtype", where)
 

@@ -35,8 +35,7 @@ class RowIndex(NamedTuple):
     def slots(self) -> Tensor:
         """Return for each row: token index * number of experts + expert index. int64 [rows]."""
         offsets = self.offsets
-        count = len(self.tokens)
-        numbers = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
+        numbers = torch.arange(len(self.tokens), dtype=offsets.dtype, device=offsets.device)
         experts = torch.searchsorted(offsets, numbers, right=True)
         return self.tokens * len(offsets) + experts
 
@@ -109,8 +108,7 @@ class ExpertRows(NamedTuple):
             ends = offsets.cpu()
         tokens = copies // per_token
         places = places.view(-1, per_token)
-        index = RowIndex(tokens, places, offsets, ends)
-        return cls(copies, sorted_experts, index)
+        return cls(copies, sorted_experts, RowIndex(tokens, places, offsets, ends))
 
 
 @torch.compiler.assume_constant_result

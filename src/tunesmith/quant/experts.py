@@ -52,8 +52,7 @@ def experts_forward(
     stacks = map(module.stack, module.stack_names)
     in_groups = any(stack.experts_per_step(dtype) < stack.shape[0] for stack in stacks)
     rows = ExpertRows.of(top_k_index, module.num_experts, dtype, in_groups=in_groups)
-    weights = _Weights.apply(top_k_weights, rows)
-    output = _apply_experts(module, hidden, weights, rows)
+    output = _apply_experts(module, hidden, _Weights.apply(top_k_weights, rows), rows)
     if module.has_bias:
         # Add the output biases of a token's experts, multiplied by their routing weights.
         _, second = module.stack_names

@@ -74,9 +74,9 @@ def linear_names(model: nn.Module, *, head: bool) -> list[str]:
     """
     from transformers import PreTrainedModel
 
-    left_out = None
-    if isinstance(model, PreTrainedModel) and not head:
-        left_out = model.get_output_embeddings()
+    left_out = (
+        model.get_output_embeddings() if isinstance(model, PreTrainedModel) and not head else None
+    )
     names = []
     is_text = is_in_text(model)
     for name, module in model.named_modules():
@@ -99,8 +99,10 @@ def parameter_count(model: nn.Module) -> int:
         for tensor in layer.stored_tensors():
             if isinstance(tensor, nn.Parameter):
                 count -= tensor.numel()
-        parts = 1
-        if isinstance(layer, FrozenLinear) and layer.tensor_shard is not None:
-            parts = layer.tensor_shard.parts
+        parts = (
+            layer.tensor_shard.parts
+            if isinstance(layer, FrozenLinear) and layer.tensor_shard is not None
+            else 1
+        )
         count += math.prod(layer.shape) * parts
     return count
