@@ -26,7 +26,7 @@ from tunesmith.formats.base import (
     FrozenWeight,
     TensorForm,
 )
-from tunesmith.formats.stored import Stored, StoredParts
+from tunesmith.formats.stored import Stored, StoredParts, whole_slices
 from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
@@ -142,11 +142,19 @@ class Nf4(Format):
     # ---- decode
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        codes, absmax, code, *nested = weight.tensors
+        return self._decode_codes(weight.tensors, weight.shape).to(dtype)
+
+    def _decode_codes(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+        """Return the weights [rows, columns] in `self.dtype`.
+
+        Args:
+            tensors: those of `matrix_forms`. They have no `nested_...` if the scales are fp32.
+        """
+        codes, scales, code, *nested = tensors
         if _has_kernel(codes):
-            return self._decode_by_kernel(codes, absmax, code, nested, weight.shape).to(dtype)
-        dense: Tensor = nf4_functions().dequantize_4bit(codes, self._quant_state(weight))
-        return dense.to(dtype)
+            return self._decode_by_kernel(codes, scales, code, nested, shape)
+        dense: Tensor = nf4_functions().dequantize_4bit(codes, self._quant_state(tensors, shape))
+        return dense
 
     def _decode_by_kernel(
         self,
@@ -156,20 +164,11 @@ class Nf4(Format):
         nested: Sequence[Tensor],
         shape: tuple[int, int],
     ) -> Tensor:
-        from tunesmith.formats import (
-            nf4_kernel,
-        )  # import here, because only torch for CUDA includes Triton
+        from tunesmith.formats import nf4_kernel  # only torch for CUDA includes Triton
 
         dense = torch.empty(shape, dtype=self.dtype, device=codes.device)
-        nf4_kernel.decode_nf4(
-            codes,
-            scales,
-            values,
-            nested,
-            dense,
-            block=self.block,
-            nested_block=self.nested_block,
-        )
+        sizes = {"block": self.block, "nested_block": self.nested_block}
+        nf4_kernel.decode_nf4(codes, scales, values, nested, dense, **sizes)
         return dense
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
@@ -177,20 +176,18 @@ class Nf4(Format):
             return None
         from bitsandbytes import matmul_4bit
 
-        product: Tensor = matmul_4bit(x, weight.tensors[0], self._quant_state(weight))
+        state = self._quant_state(weight.tensors, weight.shape)
+        product: Tensor = matmul_4bit(x, weight.tensors[0], state)
         return product
 
-    def _quant_state(self, weight: FrozenWeight) -> Any:
+    def _quant_state(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Any:
         """Return bitsandbytes' QuantState, which describes the codes."""
-        # `nested` has the scales of the scales. It is empty if the scales are fp32.
-        _, absmax, code, *nested = weight.tensors
-        if not nested:
-            return self._state(absmax, weight.shape, code)
-        nested_absmax, nested_code, offset = nested
-        state2 = nested_state(nested_absmax, nested_code, self.nested_block)
-        return self._state(absmax, weight.shape, code, offset=offset, state2=state2)
-
-    def _state(self, absmax: Tensor, shape: tuple[int, int], code: Tensor, **nested: Any) -> Any:
+        _, absmax, code, *nested = tensors
+        offset = None
+        state2 = None
+        if nested:
+            nested_absmax, nested_code, offset = nested
+            state2 = nested_state(nested_absmax, nested_code, self.nested_block)
         return nf4_functions().QuantState(
             absmax,
             shape=torch.Size(shape),
@@ -198,24 +195,18 @@ class Nf4(Format):
             blocksize=self.block,
             quant_type="nf4",
             dtype=self.dtype,
-            **nested,
+            offset=offset,
+            state2=state2,
         )
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         codes, _, code, *_ = stack.tensors
-        codes = codes[experts]
         scales = self.scales_of_experts(stack.tensors, experts)
         count, blocks = scales.shape
-
         # Dequantize all experts in one call. This is possible because no block contains weights of
         # two experts.
-        shape = (count, blocks * self.block)
-        weights: Tensor
-        if _has_kernel(codes):
-            weights = self._decode_by_kernel(codes, scales, code, (), shape)
-        else:
-            state = self._state(scales.flatten(), shape, code)
-            weights = nf4_functions().dequantize_4bit(codes.reshape(-1, 1), state)
+        tensors = [codes[experts].reshape(-1, 1), scales.flatten(), code]
+        weights = self._decode_codes(tensors, (count, blocks * self.block))
         # Remove the padding in the last block of each expert.
         weights = weights.to(dtype)[:, : math.prod(stack.matrix)]
         return weights.unflatten(1, stack.matrix)
@@ -319,18 +310,20 @@ class Nf4(Format):
         try:
             state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
-            what = f"its bitsandbytes tensors are not complete: {error}"
             raise ModelError(
-                what,
+                f"its bitsandbytes tensors are not complete: {error}",
                 where=where,
                 fix="copy the files again; for a model on the Hub: tunesmith fetch MODEL",
             ) from error
 
         shape = tuple(state.shape)
         if state.quant_type != "nf4" or shape != layer.shape:
-            what = f"stored as {state.quant_type} of shape {shape}"
-            what += f", and nf4 of shape {layer.shape} is needed"
-            raise ModelError(what, where=where, fix="use the unquantized model")
+            raise ModelError(
+                f"stored as {state.quant_type} of shape {shape}, and nf4 of shape {layer.shape} is "
+                "needed",
+                where=where,
+                fix="use the unquantized model",
+            )
 
         codes = codes.contiguous().view(torch.uint8).view(-1, 1)
         local_part(layer.weight).copy_(codes[local_slices(layer.weight)])
@@ -355,13 +348,11 @@ class Nf4(Format):
         for scales in expert_scales:
             scales.zero_()
 
-        rows = slice(0, stack.rows)
-        columns = slice(0, stack.columns)
+        matrix = whole_slices((stack.rows, stack.columns))
         first_local = local_slices(codes)[0].start
         for expert, expert_codes in enumerate(local_part(codes), start=first_local):
             # The slice reads only this expert from the file.
-            number = first + expert
-            dense = weight[slice(number, number + 1), rows, columns]
+            dense = weight[(slice(first + expert, first + expert + 1), *matrix)]
             dense = dense.flatten().to(absmax.device, self.dtype)
             all_bytes = slice(0, len(expert_codes))
             scales = torch.empty(absmax.shape[1], device=absmax.device)

@@ -46,6 +46,7 @@ from tunesmith.model.safetensors_files import (
     indexed_files,
     no_safetensors,
     read_json,
+    weight_files,
 )
 from tunesmith.model.shapes import config_of_model
 from tunesmith.model.shipped_entries import read_entries
@@ -150,14 +151,9 @@ def cached_model(model: Model) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    weights = [SINGLE]
-    # The index file lists all shards of the weights. A model without an index file has only one
-    # file of weights.
-    if (folder / INDEX).exists():
-        weights = indexed_files(folder / INDEX)
     # Check that every shard exists, because an interrupted download leaves the index file and only
     # some of the shards.
-    if not all((folder / name).exists() for name in weights):
+    if not all((folder / name).exists() for name in weight_files(folder)):
         return None
     if model.tokenizer is None and not _has_tokenizer(folder):
         return None

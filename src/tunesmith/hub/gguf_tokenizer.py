@@ -23,6 +23,7 @@ from tunesmith.errors import ModelError
 PRE_TOKENIZER_TABLE = json.loads(
     Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8")
 )
+Header = Mapping[str, Any]  # the values in the header of a .gguf file, by key
 SPACE = "\u2581"  # SentencePiece's character for a space
 # If the model's name (`general.name`) matches this pattern, llama.cpp removes whitespace after
 # special tokens, except after the tokens in NOT_STRIPPED.
@@ -48,11 +49,10 @@ class TokenType(IntEnum):
 _WHOLE_TOKEN_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
-def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
+def read_file_tokenizer(header: Header, where: str) -> PreTrainedTokenizerFast:
     """Build a tokenizer from the header of a .gguf file.
 
     Args:
-        header: the values of the header by key.
         where: the path of the file, for error messages.
 
     Raise ModelError if the rules of the tokenizer are unknown.
@@ -128,7 +128,7 @@ def split_text(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     return step.pre_tokenize_str(PRE_TOKENIZER_TABLE["text"]) if step else None
 
 
-def _byte_level(header: Mapping[str, Any], row: Mapping[str, Any]) -> Tokenizer:
+def _byte_level(header: Header, row: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(header["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE(vocab, merges, ignore_merges=row["ignore_merges"]))
@@ -149,7 +149,7 @@ def build_pre_tokenizer(splits: list[str]) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(steps)
 
 
-def _sentencepiece(header: Mapping[str, Any], unknown: str) -> Tokenizer:
+def _sentencepiece(header: Header, unknown: str) -> Tokenizer:
     tokens = header["tokenizer.ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(header, vocab)
@@ -172,7 +172,7 @@ def _sentencepiece(header: Mapping[str, Any], unknown: str) -> Tokenizer:
     return core
 
 
-def _merges(header: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(header: Header, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Return the BPE merges: all pairs of tokens whose concatenation is also a token.
 
     The pairs are sorted by the score of the joined token, because llama.cpp joins the pair with the
@@ -191,7 +191,7 @@ def _merges(header: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[s
     return merges
 
 
-def _added_tokens(header: Mapping[str, Any]) -> list[AddedToken]:
+def _added_tokens(header: Header) -> list[AddedToken]:
     strips_space = STRIPPING_NAME.search(header.get("general.name", "")) is not None
     types = header.get("tokenizer.ggml.token_type", ())
     added = []

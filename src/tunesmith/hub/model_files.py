@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from tunesmith.config.schema import Model, Run
 from tunesmith.host.signals import loading_libraries
 from tunesmith.hub.fetch import tokenizer_folder
+from tunesmith.model.config_facts import check_config
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import Support
-from tunesmith.model.safetensors_files import has_weights, read_json
-from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
+from tunesmith.model.safetensors_files import has_weights
+from tunesmith.model.shipped import ShippedForm, resolve_quantize, shipped_form
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.text_config import has_own_class
@@ -97,9 +98,10 @@ def read_model_files(
         from tunesmith.model.load import load_configs  # imports torch
         from tunesmith.model.support import find_support
 
-    config, full_config = load_configs(folder, model)
-    file = folder / "config.json"
-    form = form_of_folder(folder)
+    where = f"{folder}/config.json"
+    stated = check_config(folder, model)
+    config, full_config = load_configs(folder, model, stated)
+    form = shipped_form(stated, where)
     if form is not None and has_weights(folder):
         read_entries(folder)  # report damaged weight files now, and not after the rows are read
     # If Transformers has no separate class for the text model of a vision-language model, compute
@@ -110,18 +112,18 @@ def read_model_files(
     )
     # Read the limit of positions from the file, because Transformers sets a default
     # max_position_embeddings if the file has none.
-    limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
+    limit = stated_position_limit(stated, spec.layers, where=where)
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec.quantized)
     tokenizer = load_original_tokenizer(tokenizer_folder(model, folder), model)
     if full_config is None or not model.vision:
-        support = find_support(config, model, where=str(file), full_config=full_config)
+        support = find_support(config, model, where=where, full_config=full_config)
         return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config)
     # Import here, because these modules load image libraries.
     from tunesmith.data.text.placeholders import PictureProcessor
     from tunesmith.hub.picture_support import add_vision, find_picture_support
 
     pictures = PictureProcessor.load(folder, tokenizer, full_config, image_max_pixels)
-    support = find_picture_support(full_config, pictures, tokenizer, where=str(file))
+    support = find_picture_support(full_config, pictures, tokenizer, where=where)
     spec = add_vision(spec, full_config, pictures)
     return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config, pictures)

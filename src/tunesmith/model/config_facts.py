@@ -3,7 +3,6 @@
 Transformers imports torch to read a config. Its result for an unchanged config.json is cached.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from tunesmith.config.schema import Model
 from tunesmith.host.files import measure_once
 from tunesmith.host.signals import loading_libraries
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.safetensors_files import read_model_config
+from tunesmith.model.safetensors_files import Config, read_model_config
 from tunesmith.model.shipped import check_quantize
 from tunesmith.model.spec import check_supported, read_spec
 
@@ -48,8 +47,8 @@ def check_config(folder: Path, model: Model) -> dict[str, Any]:
     return stated
 
 
-def read_config_facts(folder: Path, model: Model, stated: Mapping[str, Any]) -> ConfigFacts:
-    """Return facts of the config in a model folder. Raise the errors of `load.load_config`.
+def read_config_facts(folder: Path, model: Model, stated: Config) -> ConfigFacts:
+    """Return facts of the config in a model folder. Raise the errors of `load.load_configs`.
 
     Args:
         stated: the values of config.json.
@@ -57,9 +56,9 @@ def read_config_facts(folder: Path, model: Model, stated: Mapping[str, Any]) -> 
 
     def read() -> ConfigFacts:
         with loading_libraries():
-            from tunesmith.model.load import load_config  # imports torch
+            from tunesmith.model.load import load_configs  # imports torch
 
-        config = load_config(folder, model)
+        config, _ = load_configs(folder, model, stated)
         return ConfigFacts(int(config.vocab_size), getattr(config, "max_position_embeddings", None))
 
     # The code of a repository can change without its config. Pictures import torch anyway.

@@ -1,9 +1,7 @@
 """Measurement of the widths and parameter counts of a model's layers after a forward on meta."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,6 +11,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers, find_text_model, vision_parameters
 from tunesmith.model.experts import CalledByInterface
 from tunesmith.model.meta_forward import LayerCall, are_experts, count_experts
+from tunesmith.model.safetensors_files import Config
 from tunesmith.model.spec import Layer, ModelSpec
 
 # Config keys of the number of heads, the width of a key (or of the state), and the width of a
@@ -192,7 +191,7 @@ def _stacks(module: nn.Module) -> list[nn.Parameter]:
     return stacks
 
 
-def _state(values: Mapping[str, Any]) -> int:
+def _state(values: Config) -> int:
     """Compute the number of elements of a recurrent layer's state from the config's values.
 
     Return 0 if the config does not have all keys of any row of STATE_KEYS.

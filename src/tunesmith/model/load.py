@@ -35,7 +35,12 @@ from tunesmith.model.decoder import drop_other_parts, find_projector, vision_par
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import ENTIRE_NAMES, EntireNames
-from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_all_entries, sampled_digest
+from tunesmith.model.safetensors_files import (
+    ENDS_AND_MIDDLE,
+    Config,
+    read_all_entries,
+    sampled_digest,
+)
 from tunesmith.model.spec import one_line
 from tunesmith.model.text_config import has_own_class, text_part
 
@@ -50,13 +55,19 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     return text
 
 
-def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, PretrainedConfig | None]:
+def load_configs(
+    folder: Path, model: Model, stated: Config | None = None
+) -> tuple[PretrainedConfig, PretrainedConfig | None]:
     """Return the text model's config (see `load_config`) and the entire model's config.
 
     The second config is None if the text model is the entire model.
+
+    Args:
+        stated: the result of `check_config`, or None to check the config here.
     """
     file = folder / "config.json"
-    stated = check_config(folder, model)
+    if stated is None:
+        stated = check_config(folder, model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         if "quantization_config" in stated:

@@ -136,9 +136,7 @@ def _entire_names(model: "nn.Module") -> EntireNames | None:
 def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     """Replace the first matching module name at the start of `name`."""
     for module, replacement in prefixes:
-        if name == module:
-            return replacement
-        if name.startswith(f"{module}."):
+        if f"{name}.".startswith(f"{module}."):
             return replacement + name.removeprefix(module)
     return name
 
@@ -158,9 +156,7 @@ def entire_model(model: "PreTrainedModel") -> "PreTrainedModel":
     Any other model is returned unchanged.
     """
     names = _entire_names(model)
-    if names:
-        return names.model
-    return model
+    return names.model if names else model
 
 
 def name_in_entire_model(model: "nn.Module", name: str) -> str:
@@ -169,9 +165,7 @@ def name_in_entire_model(model: "nn.Module", name: str) -> str:
     The name is unchanged if `model` is not the separate text model of a vision-language model.
     """
     names = _entire_names(model)
-    if names:
-        return names.in_entire(name)
-    return name
+    return names.in_entire(name) if names else name
 
 
 def name_in_text(model: "nn.Module", name: str) -> str:
@@ -180,21 +174,20 @@ def name_in_text(model: "nn.Module", name: str) -> str:
     Other names are unchanged.
     """
     names = _entire_names(model)
-    if names:
-        return names.in_text(name)
-    return name
+    return names.in_text(name) if names else name
 
 
 def name_in_checkpoint(model: "PreTrainedModel", name: str) -> str:
     """Return the name under which Transformers saves a parameter or module to a checkpoint."""
     from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 
-    renamings = []
-    for rule in reversed(conversions(model)):
-        # Skip PrefixChange rules, as Transformers does, because it is unknown whether the
-        # checkpoint has the prefix.
-        if isinstance(rule, WeightRenaming) and not isinstance(rule, PrefixChange):
-            renamings.append(rule.reverse_transform())
+    # Skip PrefixChange rules, as Transformers does, because it is unknown whether the checkpoint
+    # has the prefix.
+    renamings = [
+        rule.reverse_transform()
+        for rule in reversed(conversions(model))
+        if isinstance(rule, WeightRenaming) and not isinstance(rule, PrefixChange)
+    ]
     renamed: str = rename_source_key(name_in_entire_model(model, name), renamings, [])[0]
     return renamed
 
@@ -251,7 +244,6 @@ def assign_names(
     Raises:
         ModelError: if several tensors form one parameter in a way that is not supported.
     """
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = StoredNames()
     rest = []
     for entry in chain.from_iterable(headers.values()):
@@ -262,15 +254,8 @@ def assign_names(
         # Old Llama checkpoints contain the rotary frequencies. Ignore them.
         elif not entry.name.endswith("rotary_emb.inv_freq"):
             rest.append(entry)
-    if not rest:
-        return names
-    text_name = _text_name_if_partial(model)
-    for entry, renamed in _assign_converted(model, rest, parameter_names, companions, names):
-        is_ignored = any(re.search(pattern, entry.name) for pattern in ignored)
-        if is_ignored or (text_name and not renamed.startswith(f"{text_name}.")):
-            names.other_parts.append(entry)
-        else:
-            names.unexpected.append(entry.name)
+    if rest:
+        _assign_converted(model, rest, parameter_names, companions, names)
     return names
 
 
@@ -299,11 +284,10 @@ def _assign_converted(
     parameter_names: Collection[str],
     companions: Collection[str],
     names: StoredNames,
-) -> list[tuple[StoredEntry, str]]:
+) -> None:
     """Assign stored tensors that Transformers renames, splits or joins when it loads them.
 
-    Returns:
-        The remaining entries, with their names after Transformers' renaming.
+    The remaining tensors belong to other parts of the model, or are unexpected.
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -313,28 +297,30 @@ def _assign_converted(
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {}
     for rule in converters:
-        for pattern in rule.source_patterns:
-            by_pattern[pattern] = rule
+        by_pattern |= dict.fromkeys(rule.source_patterns, rule)
     # Parameter name -> pattern of the rule -> stored tensors that match the pattern.
     parts: dict[str, dict[str, list[StoredEntry]]] = {}
-    rest = []
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    text_name = _text_name_if_partial(model)
     for entry in entries:
         renamed, pattern = rename_source_key(entry.name, renamings, converters)
         stored = name_in_text(model, renamed)
         name, suffix = _target_name(stored, parameter_names, () if pattern else companions)
         if not name:
-            rest.append((entry, renamed))
+            is_ignored = any(re.search(ignored_name, entry.name) for ignored_name in ignored)
+            if is_ignored or (text_name and not renamed.startswith(f"{text_name}.")):
+                names.other_parts.append(entry)
+            else:
+                names.unexpected.append(entry.name)
         elif pattern is None:  # the tensor is only renamed
             names.groups.setdefault(name, {})[suffix] = entry
         elif len(by_pattern[pattern].target_patterns) > 1:
             _split(model, entry, renamed, by_pattern[pattern], names)
         else:  # several tensors, joined below
-            sources = parts.setdefault(name, {})
-            sources.setdefault(pattern, []).append(entry)
+            parts.setdefault(name, {}).setdefault(pattern, []).append(entry)
     for name, sources in parts.items():
         rule = by_pattern[next(iter(sources))]
         names.groups.setdefault(name, {})[""] = _join(name, rule, sources)
-    return rest
 
 
 def _split(
@@ -402,9 +388,7 @@ def _join(
                     f"{entry.name} is {list(entry.shape)}, the others are {list(entries[0].shape)}",
                 )
             # Shape of the tensor that is formed from all tensors of this pattern.
-            shape = list(entry.shape)
-            if stacks:
-                shape = [len(entries), *shape]
+            shape = [len(entries), *entry.shape] if stacks else [*entry.shape]
             region = [slice(0, size) for size in shape]
             if stacks:
                 region[0] = slice(index, index + 1)
@@ -440,7 +424,7 @@ def _read_operations(
             dim = operation.dim
         else:
             raise _cannot_join(name, sources, type(operation).__name__)
-    if len(rule.target_patterns) > 1 or (dim is None and len(sources) > 1):
+    if dim is None and len(sources) > 1:
         raise _cannot_join(name, sources, "one tensor contains several parameters")
     return stacks, dim
 

@@ -12,7 +12,6 @@ by the older ones, which both versions read. This module does not import torch.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.safetensors_files import Config
@@ -48,7 +47,7 @@ def with_older_config(config: Config) -> dict[str, object]:
     return {**older, **config}
 
 
-def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
+def _older_rope(model_type: str, rope: Config) -> dict[str, object]:
     """Convert the config's `rope_parameters` to the older keys."""
     older = {}
     # Gemma 3 has a separate mapping for each type of attention layer.

@@ -25,7 +25,7 @@ from tunesmith.units import count_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-Config = Mapping[str, object]  # a parsed config.json, or a section of one
+Config = Mapping[str, Any]  # a parsed config.json, or a section of one
 # Files of an adapter in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -191,23 +191,26 @@ def read_json(
     raise ModelError(what, where=where, why=why, fix=fix)
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a model's safetensors files. Raise ModelError if the index is invalid."""
+    index = folder / INDEX
+    return indexed_files(index) if index.exists() else [SINGLE]
+
+
 def indexed_files(index: Path) -> list[str]:
     """Return the weight files of an index as sorted paths relative to its folder.
 
     Raise ModelError if the index has no files, or if a path leads out of the folder.
     """
     weight_map = read_json(index).get("weight_map")
-    files = (
-        sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    )
-    if not files:
+    if not weight_map or not isinstance(weight_map, dict):
         what = "the index has no weight_map of file names"
         raise ModelError(what, where=index, fix="fetch the model again: tunesmith fetch MODEL")
+    files = sorted({str(name) for name in weight_map.values()})
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
-            what = f"the index names {name!r}, which is not in its folder"
             raise ModelError(
-                what,
+                f"the index names {name!r}, which is not in its folder",
                 where=f"{index}: weight_map",
                 fix="put the file into the folder, or fetch the model again: tunesmith fetch MODEL",
             )
@@ -219,23 +222,18 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
 
     Raise ModelError if a file is missing, truncated or unreadable.
     """
-    if (folder / INDEX).exists():
-        files = [folder / name for name in indexed_files(folder / INDEX)]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            shown = ", ".join(missing[:3])
-            raise ModelError(
-                f"the folder lacks {len(missing)} of {count_of(len(files), 'weight file')}: "
-                f"{shown}",
-                where=folder,
-                why=f"{INDEX} lists these files",
-                fix="finish the download: tunesmith fetch MODEL",
-            )
-    elif (folder / SINGLE).exists():
-        files = [folder / SINGLE]
-    else:
-        raise no_safetensors(
-            [p.name for p in folder.iterdir()], name=str(folder), where=str(folder)
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        names = [path.name for path in folder.iterdir()]
+        raise no_safetensors(names, name=str(folder), where=str(folder))
+    files = [folder / name for name in weight_files(folder)]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ModelError(
+            f"the folder lacks {len(missing)} of {count_of(len(files), 'weight file')}: "
+            f"{', '.join(missing[:3])}",
+            where=folder,
+            why=f"{INDEX} lists these files",
+            fix="finish the download: tunesmith fetch MODEL",
         )
     headers = {file: read_header(file) for file in files}
     _check_no_integers(list(chain.from_iterable(headers.values())), folder)

@@ -20,13 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.model.dtypes import SAFETENSORS_NAMES
 from tunesmith.model.safetensors_files import INDEX, Entry, read_into
-from tunesmith.model.weights import STORED
 
-SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
-# This dtype is supported only for writing. fp8 values cannot be read as a plain weight, because
-# they need scales.
-SAFETENSORS_DTYPE_NAMES[torch.float8_e4m3fn] = "F8_E4M3"
 MAX_PIECE_BYTES = 64 << 20  # bytes of a piece on the host; larger pieces are not written faster
 MAX_GATHERED_BYTES = 16 << 20  # bytes per collective, which may allocate as much again
 MAX_FILE_SIZE = "5GB"
@@ -148,10 +144,10 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
         itemsize = source.size // max(1, math.prod(source.shape))
         return _Form(source.dtype, source.shape, itemsize, source.size)
     written_dtype = _written_dtype(source, dtype)
-    name = SAFETENSORS_DTYPE_NAMES[written_dtype]
     shape = tuple(source.shape)
     itemsize = written_dtype.itemsize
-    return _Form(name, shape, itemsize, math.prod(shape) * itemsize)
+    size = math.prod(shape) * itemsize
+    return _Form(SAFETENSORS_NAMES[written_dtype], shape, itemsize, size)
 
 
 def _parts(

@@ -218,7 +218,7 @@ FORM_READERS: dict[str, Callable[[Config], ShippedForm | None]] = {
 }
 
 
-def _only_group(stored: Config, expected: Config) -> Mapping[str, Any]:
+def _only_group(stored: Config, expected: Config) -> Config:
     """Return the only entry of `config_groups`, after checking its weights against `expected`."""
     groups = stored.get("config_groups")
     group = None

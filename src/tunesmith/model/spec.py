@@ -226,7 +226,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> ModelSpec:
+def _read_sizes(config: Config, where: str, trust_remote_code: bool) -> ModelSpec:
     check_supported(config, where)
     model_type = str(config["model_type"])
     if model_type not in ARCHITECTURES and not (trust_remote_code and "auto_map" in config):
@@ -356,7 +356,7 @@ def _no_text(what: str) -> ModelError:
     )
 
 
-def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
+def _check_sizes(config: Config, section: str = "") -> None:
     """Raise ModelError if a size is not a whole number from 0 to its maximum in SIZE_KEYS.
 
     Sections such as `text_config` are checked as well. Without this check, building a model of a
@@ -378,7 +378,7 @@ def _check_sizes(config: Mapping[str, Any], section: str = "") -> None:
                     )
 
 
-def _check_shares(config: Mapping[str, Any]) -> None:
+def _check_shares(config: Config) -> None:
     """Raise ModelError for an invalid dropout or an invalid number of experts per token.
 
     With these values, a step would fail or compute another model.
@@ -481,9 +481,7 @@ def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
         )
 
 
-def stated_position_limit(
-    config: Mapping[str, Any], layers: Iterable[Layer], *, where: str
-) -> int | None:
+def stated_position_limit(config: Config, layers: Iterable[Layer], *, where: str) -> int | None:
     """Return `ModelSpec.position_limit` for a config and its layers.
 
     If the config is ambiguous (`max_position_embeddings` before or after the scaling), use the
@@ -505,7 +503,7 @@ def stated_position_limit(
         ) from error
 
 
-def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int | None:
+def _position_limit(config: Config, layers: Iterable[Layer]) -> int | None:
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
@@ -538,9 +536,7 @@ def _scaled_positions(config: Config, scaling: Config, positions: int) -> int:
     return max(positions, int((original or positions) * factor))
 
 
-def _windows(
-    config: Mapping[str, Any], family: Architecture, layers: int
-) -> tuple[int | None, list[bool]]:
+def _windows(config: Config, family: Architecture, layers: int) -> tuple[int | None, list[bool]]:
     """Return the attention window, and for each layer whether it uses the window.
 
     The rules are those of the families' config classes in Transformers.

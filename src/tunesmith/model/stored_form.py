@@ -25,7 +25,13 @@ from tunesmith.model.names import (
     name_in_checkpoint,
     name_in_entire_model,
 )
-from tunesmith.model.safetensors_files import Entry, has_weights, read_all_entries, read_json
+from tunesmith.model.safetensors_files import (
+    Config,
+    Entry,
+    has_weights,
+    read_all_entries,
+    read_json,
+)
 from tunesmith.model.save_tensors import JoinedRows, Source, TensorPart
 from tunesmith.model.shipped_entries import StoredEntry, read_entries
 
@@ -169,7 +175,7 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def updated_config(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Any]:
+def updated_config(config: Config, model: "PreTrainedModel") -> dict[str, Any]:
     """Return the base's config.json with the values that training changed."""
     trained = model.config.get_text_config()
     dtype = str(trained.dtype).removeprefix("torch.")

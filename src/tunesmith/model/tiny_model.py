@@ -7,7 +7,7 @@ that use these names differently have their own values in HINTS.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -383,7 +383,7 @@ def _with_hints(small: dict[str, Any], model_type: str) -> dict[str, Any]:
     return small
 
 
-def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _shrink_part(values: Config, width: int) -> dict[str, Any]:
     """Return the small values of a vision or audio part.
 
     `width` is the text model's hidden size.
@@ -466,7 +466,7 @@ def _layer_kind(values: Config, index: int, depth: int) -> list[object]:
     return kind
 
 
-def _layer_entry(by_layer: Mapping[str, Any], index: int) -> Any:
+def _layer_entry(by_layer: Config, index: int) -> Any:
     """Return the entry of a mapping whose keys are layer indices with leading zeros, as text."""
     return {int(key): value for key, value in by_layer.items()}.get(index)
 
@@ -503,7 +503,7 @@ def _shrink_entry(key: str, value: object, values: Config, layers: list[int], de
     return _shrink_value(key, value, values)
 
 
-def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, object]]:
+def _cut_by_layer(by_layer: Config, layers: list[int]) -> dict[str, dict[str, object]]:
     """Return the per-layer values of the chosen layers, under their new indices."""
     small = {}
     for place, index in enumerate(layers):
@@ -548,7 +548,7 @@ def _shrink_value(key: str, value: object, values: Config) -> object:
     return value
 
 
-def _head_width(value: int, values: Mapping[str, Any]) -> int:
+def _head_width(value: int, values: Config) -> int:
     """Return the small width of a head.
 
     In latent attention, a head has two parts, whose widths have separate config keys.
@@ -564,7 +564,7 @@ def _head_width(value: int, values: Mapping[str, Any]) -> int:
     return HEAD_DIM
 
 
-def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, object]:
+def _shrink_rotary(rotary: Config, values: Config) -> dict[str, object]:
     """Return the small rotary parameters. They can be nested by layer type."""
     small: dict[str, object] = {}
     head_dim = SIZE_OF_KEY["qk_rope_head_dim"] if values.get("qk_rope_head_dim") else HEAD_DIM

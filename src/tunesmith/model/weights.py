@@ -27,6 +27,7 @@ from tunesmith.formats.base import row_pieces
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.stored import SLICE, Region, StoredTensor, whole_slices
 from tunesmith.host.memory import drop_pages, open_uncached
+from tunesmith.model.dtypes import FP8_CODES, SAFETENSORS_DTYPES
 from tunesmith.model.names import Pieces, StoredGroups, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entries
@@ -35,22 +36,8 @@ from tunesmith.units import count_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # only for type checking: the import is slow
 
-STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "F8_E8M0": torch.float8_e8m0fnu,  # scales that are powers of two
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Dtypes whose values can be NaN or infinite.
 CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-FP8_CODES = "F8_E4M3"  # read as bytes; 127 and 255 are NaN, and there is no infinity
 MAX_READ_WEIGHTS = 1 << 20  # maximum weights that are dequantized to fp32 at once
 SCALES = "_scales"  # suffix of a parameter that holds the scales of another parameter
 
@@ -65,7 +52,7 @@ class FileTensor(StoredTensor):
     def __init__(
         self, entry: Entry, file: BufferedReader | None = None, check: "FiniteCheck | None" = None
     ) -> None:
-        dtype = torch.uint8 if entry.dtype == FP8_CODES else STORED[entry.dtype]
+        dtype = torch.uint8 if entry.dtype == FP8_CODES else SAFETENSORS_DTYPES[entry.dtype]
         super().__init__(entry.name, entry.shape, dtype)
         self._entry = entry
         self._file = file
@@ -132,10 +119,11 @@ class FiniteCheck:
     def note(self, entry: Entry, values: Tensor) -> None:
         """Record an fp64 scalar, on the device of the values, that is finite only if they are."""
         if entry.dtype == FP8_CODES:
+            # The bytes 127 and 255 are NaN, and there is no infinity.
             has_positive_nan = values.view(torch.int8).max() == 127
             has_negative_nan = values.view(torch.uint8).max() == 255
             probe = torch.where(has_positive_nan | has_negative_nan, math.nan, 0.0).double()
-        elif STORED[entry.dtype] in CHECKED_DTYPES:
+        elif SAFETENSORS_DTYPES[entry.dtype] in CHECKED_DTYPES:
             low, high = torch.aminmax(values)
             probe = low.double() + high.double()
         else:
@@ -173,7 +161,7 @@ class JoinedTensor(StoredTensor):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        super().__init__(pieces.name, pieces.shape, STORED[pieces.dtype])
+        super().__init__(pieces.name, pieces.shape, SAFETENSORS_DTYPES[pieces.dtype])
         self._pieces = [
             (piece, stored_tensor(piece.entry, files, check)) for piece in pieces.pieces
         ]
@@ -217,7 +205,7 @@ class DecodedTensor(StoredTensor):
         files: Mapping[Path, BufferedReader],
         check: FiniteCheck | None = None,
     ) -> None:
-        super().__init__(entry.name, entry.shape, STORED[entry.dtype])
+        super().__init__(entry.name, entry.shape, SAFETENSORS_DTYPES[entry.dtype])
         self.shipped = shipped_format(entry.form)
         self.format_name = self.shipped.name
         first, *others = entry.codes
@@ -303,7 +291,11 @@ def stored_tensors(file: Path) -> Iterator[dict[str, FileTensor]]:
     Raise ModelError if the file is damaged.
     """
     entries = read_header(file)
-    unreadable = [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]
+    unreadable = [
+        f"{entry.name} ({entry.dtype})"
+        for entry in entries
+        if entry.dtype not in SAFETENSORS_DTYPES
+    ]
     if unreadable:
         what = name_tensors(unreadable, "of an unsupported dtype")
         raise ModelError(what, where=file)
@@ -345,14 +337,15 @@ def load_weights(
     """
     hooks = dict(convert or {})
     targets = {}
-    for name, tensor in _stored_state(model).items():
+    # The parameters and the persistent buffers. A tied tensor has several names.
+    for name, tensor in model.state_dict(keep_vars=True).items():
         # Do not read a tensor that a hook fills. The key of the hook is the name of the tensor, of
         # the parameter whose scales the tensor holds, or of the quantized module with the tensor.
         owners = (name, name.removesuffix(SCALES), name.rpartition(".")[0])
         if hooks.keys().isdisjoint(owners) and not skip(name):
             targets[name] = tensor
     headers = read_entries(folder)
-    groups = _assign_entries(model, headers, targets, hooks, grow_from, str(folder))
+    groups = _assign_entries(model, headers, targets, hooks.keys(), grow_from, str(folder))
     finite = FiniteCheck()
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
@@ -393,45 +386,29 @@ def find_stored(
         quantized: names of parameters that can have companions.
         grow_from: as in `load_weights`.
     """
-    targets = {
-        name: tensor for name, tensor in _stored_state(model).items() if name not in quantized
-    }
-    groups = _assign_entries(
-        model, read_entries(folder), targets, dict.fromkeys(quantized), grow_from, str(folder)
-    )
+    state = model.state_dict(keep_vars=True)
+    targets = {name: tensor for name, tensor in state.items() if name not in quantized}
+    headers = read_entries(folder)
+    groups = _assign_entries(model, headers, targets, quantized, grow_from, str(folder))
     return {
         name: {suffix: stored_tensor(entry) for suffix, entry in group.items()}
         for name, group in groups.items()
     }
 
 
-def _stored_state(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """Return the parameters and the persistent buffers of a model.
-
-    A tied tensor is returned under each of its names.
-    """
-    state = dict(model.named_parameters(remove_duplicate=False))
-    # Persistent buffers are those in `state_dict`.
-    persistent = model.state_dict(keep_vars=True).keys()
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            state[name] = buffer
-    return state
-
-
 def _assign_entries(
     model: "PreTrainedModel",
     headers: Mapping[Path, Sequence[StoredEntry]],
     targets: Mapping[str, Tensor],
-    hooks: Mapping[str, object],
+    quantized: Collection[str],
     grow_from: int | None,
     where: str,
 ) -> StoredGroups:
-    """Return the stored tensors of `targets` and `hooks`. Tensors of hooks can have companions.
+    """Return the stored tensors of `targets` and of the parameters `quantized`.
 
     Tied tensors occur once. Raise ModelError if the checkpoint does not fit the model.
     """
-    names = assign_names(model, headers, {*targets, *hooks}, hooks.keys())
+    names = assign_names(model, headers, {*targets, *quantized}, quantized)
     groups = names.groups
     first_names: dict[int, str] = {}
     # Sort the names, so that the name that is kept for a tied parameter does not depend on the file
@@ -447,7 +424,7 @@ def _assign_entries(
                 fix="set tie_word_embeddings: false in config.json",
             )
         del groups[name]
-    _check_complete(groups, targets, hooks, names.unexpected, where)
+    _check_complete(groups, targets, quantized, names.unexpected, where)
     _check_shapes(model, groups, targets, grow_from, where)
     _check_dtypes(groups, where)
     return groups
@@ -486,7 +463,7 @@ def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
         return False
     if isinstance(a, Pieces) or isinstance(b, Pieces):
         return False  # a tied embedding or head is never stored in pieces
-    if a.dtype not in STORED:
+    if a.dtype not in SAFETENSORS_DTYPES:
         return True  # `_check_dtypes` rejects the unsupported dtype
     a_bands = stored_tensor(a).bands()
     b_bands = stored_tensor(b).bands()
@@ -497,7 +474,7 @@ def _equal(a: StoredEntry | Pieces, b: StoredEntry | Pieces) -> bool:
 def _check_complete(
     groups: StoredGroups,
     targets: Mapping[str, Tensor],
-    hooks: Mapping[str, object],
+    quantized: Collection[str],
     unexpected: list[str],
     where: str,
 ) -> None:
@@ -505,7 +482,7 @@ def _check_complete(
     # A tied parameter is stored under only one of its names.
     stored = {id(targets[name]) for name in groups.keys() & targets.keys()}
     missing = [name for name, target in targets.items() if id(target) not in stored]
-    missing += [name for name in hooks if "" not in groups.get(name, {})]
+    missing += [name for name in quantized if "" not in groups.get(name, {})]
     _check_no_names(sorted(missing), "missing", where)
     _check_no_names(unexpected, "not part of this model", where)
 
@@ -547,7 +524,7 @@ def _check_dtypes(groups: StoredGroups, where: str) -> None:
             entries = (
                 [piece.entry for piece in stored.pieces] if isinstance(stored, Pieces) else [stored]
             )
-            unreadable += [entry.name for entry in entries if entry.dtype not in STORED]
+            unreadable += [entry.name for entry in entries if entry.dtype not in SAFETENSORS_DTYPES]
     _check_no_names(unreadable, "of an unsupported dtype", where)
 
 
