@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
+from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.linear import empty_tensors
 from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.quant import expert_matmul, expert_rows
@@ -45,7 +46,7 @@ STACKS = ("dense", "transposed", "mxfp4", "gathers", "sums")
 def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack:
     """Return a random stack with the same values on each device."""
     if kind == "mxfp4":
-        mxfp4 = Mxfp4.parse()
+        mxfp4 = Mxfp4(ShippedForm("mxfp4"))
         codes = empty_tensors(mxfp4.stack_forms(EXPERTS, OUT, IN, 1), torch.device("cpu"))
         mxfp4.draw(codes)
         return FrozenStack(mxfp4, [tensor.to(device) for tensor in codes], (EXPERTS, IN, OUT))

@@ -318,7 +318,7 @@ def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextMana
         return None
     if run.adapter.from_ is None:
         return partial(lora.disabled, root.model)
-    return lora.TrainedValues(root.model).in_place
+    return lora.keep_trained_values(root.model)
 
 
 def init_adapter(run: Run, model: nn.Module) -> None:

@@ -100,7 +100,7 @@ def test_layers_that_were_not_measured_keep_torchs_kernel(monkeypatch: pytest.Mo
     monkeypatch.setattr(packed_attention, "takes", lambda *shape: shape[2:] == (128, 4))
     for window, taken in [(None, True), (2, False)]:
         rule = attention.Rule(documents, 1.0, window)
-        assert attention._takes_packed(q, k, k, rule, None) == taken
+        assert attention._takes_packed(q, k, k, rule) == taken
 
 
 def test_spans_are_made_where_the_kernel_takes_the_documents(

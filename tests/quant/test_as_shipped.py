@@ -20,7 +20,7 @@ from shipped_bases import compressed_fp8_config, write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.formats.base import FrozenWeight
-from tunesmith.formats.form import ROW
+from tunesmith.formats.form import ROW, ShippedForm
 from tunesmith.formats.fp8_blocks import Fp8Blocks
 from tunesmith.formats.linear import FrozenLinear, has_codes
 
@@ -198,7 +198,9 @@ def test_a_weight_in_pieces_is_the_whole_one(monkeypatch) -> None:
         (1, 0): [codes, scales.repeat_interleave(32, 0)[:70, :1]],
         (0, 0): [codes, scales[:1, :1]],
     }.items():
-        weight = FrozenWeight(Fp8Blocks.parse(*block), tensors, (70, 50))
+        weight = FrozenWeight(
+            Fp8Blocks(ShippedForm("fp8", block if block[0] else None)), tensors, (70, 50)
+        )
         spread = scales.repeat_interleave(32, 0).repeat_interleave(20, 1)[:70, :50]
         wanted = codes.float() * (spread if block == (32, 20) else tensors[1])
         assert torch.equal(weight.dense(torch.float32), wanted)

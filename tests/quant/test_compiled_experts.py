@@ -44,7 +44,7 @@ def build(model_type: str, dtype: torch.dtype, device: str) -> Any:
     model: Any = AutoModelForCausalLM.from_config(CONFIGS[model_type](), dtype=dtype)
     if model_type == "gpt_oss":  # as it ships
         dense = dict(model.named_parameters())
-        replace_by_codes(model, Mxfp4.parse(), dtype, ShippedForm("mxfp4"))
+        replace_by_codes(model, Mxfp4(ShippedForm("mxfp4")), dtype, ShippedForm("mxfp4"))
         for name, stack in model.named_modules():
             if not isinstance(stack, ExpertStack):
                 continue
@@ -171,8 +171,8 @@ def test_a_compiled_stack_of_mxfp4(device: str) -> None:
     blocks, exponents = (tensor.to(device) for tensor in all_codes())
     tensors = [blocks.view(5, 51, 16, 16), exponents.view(5, 51, 16)]
     shape = (5, 512, 51)
-    expected = FrozenStack(Mxfp4.parse(), tensors, shape).dense(1, 4, torch.bfloat16)
-    stack = FrozenStack(Mxfp4.parse(), tensors, shape, is_compiled=True)
+    expected = FrozenStack(Mxfp4(ShippedForm("mxfp4")), tensors, shape).dense(1, 4, torch.bfloat16)
+    stack = FrozenStack(Mxfp4(ShippedForm("mxfp4")), tensors, shape, is_compiled=True)
     assert torch.equal(stack.dense(1, 4, torch.bfloat16), expected)
 
 

@@ -14,7 +14,7 @@ from recipes import built_model, make_run
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.adapter import lora, peft_files
 from tunesmith.formats.base import FrozenStack
-from tunesmith.formats.form import ROW
+from tunesmith.formats.form import ROW, ShippedForm
 from tunesmith.formats.fp8_blocks import Fp8Blocks
 from tunesmith.formats.linear import has_codes
 from tunesmith.formats.stack import ExpertStack
@@ -168,11 +168,11 @@ def test_fp8_experts_are_dense_as_in_transformers(bases: Path, tmp_path: Path) -
 def test_parts_in_one_piece_are_those_one_by_one() -> None:
     codes = torch.randn(3, 12, 10).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2, 2, 2) + 0.5  # of 6 rows in blocks of 3, of 10 columns in blocks of 5
-    stack = FrozenStack(Fp8Blocks.parse(3, 5), [codes, scales], (3, 10, 12))
+    stack = FrozenStack(Fp8Blocks(ShippedForm("fp8", (3, 5))), [codes, scales], (3, 10, 12))
     spread = scales.repeat_interleave(3, 2).repeat_interleave(5, 3).flatten(1, 2)
     assert torch.equal(stack.dense(0, 3, torch.float32).mT, codes.float() * spread)
     # Blocks of 4 rows: the second of each part has 2.
-    stack = FrozenStack(Fp8Blocks.parse(4, 5), [codes, scales], (3, 10, 12))
+    stack = FrozenStack(Fp8Blocks(ShippedForm("fp8", (4, 5))), [codes, scales], (3, 10, 12))
     spread = scales.repeat_interleave(4, 2)[:, :, :6].repeat_interleave(5, 3).flatten(1, 2)
     assert torch.equal(stack.dense(0, 3, torch.float32).mT, codes.float() * spread)
 

@@ -8,7 +8,7 @@ written and read without a conversion. A is [experts * rank, in], one expert aft
 one rank are a contiguous part of A along dimension 0 and of B along dimension 2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -129,13 +129,13 @@ def name_whole_experts(
     stacks: dict[str, set[str]] = {}
     experts = find_experts(model)
     for target in targets:
-        if any(matches_target(target, name) for name in names):
+        if any(is_selected(name, [target]) for name in names):
             whole.append(target)
             continue
         modules = set()
         for module, held in experts.items():
             for stack in held.stack_names:
-                if matches_target(target, f"{module}.{stack}"):
+                if is_selected(f"{module}.{stack}", [target]):
                     modules.add(module)
                     stacks.setdefault(module, set()).add(stack)
         whole += modules or {target}
@@ -152,9 +152,9 @@ def name_whole_experts(
     return tuple(dict.fromkeys(whole))
 
 
-def matches_target(target: str, name: str) -> bool:
-    """Return whether a target selects the module with this full name."""
-    return name == target or name.endswith(f".{target}")
+def is_selected(name: str, targets: Iterable[str]) -> bool:
+    """Return whether a target is the name, or its last parts after a dot."""
+    return f".{name}".endswith(tuple(f".{target}" for target in targets))
 
 
 def router_names(model: nn.Module) -> set[str]:

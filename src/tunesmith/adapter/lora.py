@@ -10,8 +10,9 @@ an adapter.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tunesmith.adapter.expert_lora import (
     ExpertsLora,
     attach_to_experts,
-    matches_target,
+    is_selected,
     name_whole_experts,
     router_names,
 )
@@ -222,48 +223,15 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
         linears = linear_names(model, head=False)
         excluded = routers.union(to_save)
         return [name for name in (*linears, *experts) if name not in excluded]
-    targets = adapter.target
-    if isinstance(targets, str):
-        targets = (targets,)
+    given = [adapter.target] if isinstance(adapter.target, str) else adapter.target
     # Convert targets that are names in an entire vision-language model to names in its text model,
     # which are compared below.
-    targets = tuple(name_in_text(model, target) for target in targets)
+    in_text = [name_in_text(model, target) for target in given]
     linears = [name for name in linear_names(model, head=True) if name not in routers]
-    all_names = [*linears, *experts]
-    targets = name_whole_experts(model, targets, all_names)
-    bypassed = [
-        name for name, module in model.named_modules() if isinstance(module, BypassedLinear)
-    ]
-    _check_target(
-        targets,
-        bypassed,
-        "an adapter on {!r} would learn nothing",
-        "the model uses this layer's weight without calling its forward (as Mamba's fused kernel "
-        "does), or only for a selection: measured on a small model of this class",
-        f"remove it from adapter.target, or use {ALL_LINEAR}",
-    )
-    unmatched = [target for target in targets if not _is_selected(target, all_names)]
-    _check_target(
-        unmatched,
-        routers,
-        "{!r} is a router, which cannot have an adapter",
-        "it chooses the experts of each token, and a small change sends tokens to experts that "
-        "were not trained on them",
-        f"remove it, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
-    )
-    parts = (*model.named_modules(), *model.named_parameters())
-    _check_target(
-        unmatched,
-        [name for name, _ in parts if "expert" in name],
-        f"{{!r}} of a {type(model).__name__} cannot have an adapter",
-        "Transformers computes these experts with separate code, not through its experts interface",
-        f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
-    )
-    described = "linear layer or experts named" if experts else "linear layer named"
-    for target in unmatched:
-        fix = f"set adapter.target={ALL_LINEAR}"
-        raise _unknown(target, all_names, "adapter.target", described, fix)
-    names = [name for name in all_names if any(matches_target(target, name) for target in targets)]
+    selectable = [*linears, *experts]
+    targets = name_whole_experts(model, in_text, selectable)
+    _check_targets(model, targets, selectable, routers)
+    names = [name for name in selectable if is_selected(name, targets)]
     in_both = set(names).intersection(to_save)
     if in_both:
         raise RecipeError(
@@ -275,18 +243,53 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     return names
 
 
-def _is_selected(target: str, names: Iterable[str]) -> bool:
-    """Return whether a target selects one of the names."""
-    return any(matches_target(target, name) for name in names)
-
-
-def _check_target(
-    targets: Iterable[str], names: Collection[str], what: str, why: str, fix: str
+def _check_targets(
+    model: nn.Module, targets: Sequence[str], selectable: Sequence[str], routers: Collection[str]
 ) -> None:
-    """Raise RecipeError if a target selects one of these names."""
-    for target in targets:
-        if _is_selected(target, names):
-            raise RecipeError(what.format(target), where="adapter.target", why=why, fix=fix)
+    """Raise RecipeError if a target is a layer that cannot have an adapter, or does not exist.
+
+    Args:
+        selectable: full names of the linear layers and experts that a target can select.
+    """
+    modules = dict(model.named_modules())
+    names = [*modules, *(name for name, _ in model.named_parameters())]
+    bypassed = [name for name, module in modules.items() if isinstance(module, BypassedLinear)]
+    unmatched = [t for t in targets if not any(is_selected(name, [t]) for name in selectable)]
+    # Targets, names that they must not select, and what, why and fix of the error.
+    refused = (
+        (
+            targets,
+            bypassed,
+            "an adapter on {!r} would learn nothing",
+            "the model uses this layer's weight without calling its forward (as Mamba's fused "
+            "kernel does), or only for a selection: measured on a small model of this class",
+            f"remove it from adapter.target, or use {ALL_LINEAR}",
+        ),
+        (
+            unmatched,
+            routers,
+            "{!r} is a router, which cannot have an adapter",
+            "it chooses the experts of each token, and a small change sends tokens to experts that "
+            "were not trained on them",
+            f"remove it, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
+        ),
+        (
+            unmatched,
+            [name for name in names if "expert" in name],
+            f"{{!r}} of a {type(model).__name__} cannot have an adapter",
+            "Transformers computes these experts with separate code, not through its experts "
+            "interface",
+            f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
+        ),
+    )
+    for checked, others, what, why, fix in refused:
+        for target in checked:
+            if any(is_selected(name, [target]) for name in others):
+                raise RecipeError(what.format(target), where="adapter.target", why=why, fix=fix)
+    for target in unmatched:
+        described = "linear layer or experts named" if find_experts(model) else "linear layer named"
+        fix = f"set adapter.target={ALL_LINEAR}"
+        raise _unknown(target, selectable, "adapter.target", described, fix)
 
 
 class Unreached(NamedTuple):
@@ -467,15 +470,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = was_enabled
 
 
-class TrainedValues:
-    """A copy of the current values of all trained parameters of a model."""
+def keep_trained_values(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Copy the current values of all trained parameters.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.values = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-
-    def in_place(self) -> AbstractContextManager[None]:
-        """Set the parameters to the copied values inside the `with` block."""
-        return _in_place(self.values)
+    Returns:
+        A function that creates a context manager. In its block, the parameters have these values.
+    """
+    values = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    return partial(_in_place, values)
 
 
 @contextmanager
@@ -518,18 +520,15 @@ def can_be_grouped(layer: LoraLinear) -> bool:
 
     The layer must have an enabled adapter without dropout on a frozen base.
     """
-    if not layer.enabled:
-        return False
-    if layer.training and layer.dropout > 0:
-        return False  # dropout draws a different mask of x for each layer
-    return not layer.weight.requires_grad
+    # Dropout draws a different mask of x for each layer.
+    has_dropout = layer.training and layer.dropout > 0
+    return layer.enabled and not has_dropout and not layer.weight.requires_grad
 
 
 def _project_alone(x: Tensor, layer: nn.Module) -> Tensor:
-    y: Tensor
     if not isinstance(layer, LoraLinear):
-        y = layer(x)
-        return y
+        output: Tensor = layer(x)
+        return output
     y = layer.base(x)
     if not layer.enabled:
         return y

@@ -167,19 +167,15 @@ def _peft_modules(
     # of a name.
     targets = {last_part(name) for name in adapted}
     to_save = {last_part(name) for name in trained}
-    matched_by_target = set()
-    matched_by_saved = set()
-    for name, module in model.named_modules():
-        if last_part(name) in targets and not isinstance(module, nn.ModuleList):
-            matched_by_target.add(name)
-        if name.endswith(tuple(to_save)):
-            matched_by_saved.add(name)
+    modules = dict(model.named_modules())
+    by_saved = {name for name in modules if name.endswith(tuple(to_save))}
+    by_target = {
+        name
+        for name, module in modules.items()
+        if last_part(name) in targets and not isinstance(module, nn.ModuleList)
+    }
     # If a last part matches other modules too, use full names, which match nothing else.
-    if matched_by_target != adapted:
-        targets = adapted
-    if matched_by_saved != trained:
-        to_save = trained
-    return targets, to_save
+    return targets if by_target == adapted else adapted, to_save if by_saved == trained else trained
 
 
 def _joined_projector(model: nn.Module, trained: set[str]) -> set[str]:
@@ -192,11 +188,8 @@ def _joined_projector(model: nn.Module, trained: set[str]) -> set[str]:
         return trained
     projector = find_projector(model)
     inside = tuple(f"{name}." for name in projector)
-    joined = set(projector)
-    for name in trained:
-        if not f"{name}.".startswith(inside):
-            joined.add(name)
-    return joined
+    others = {name for name in trained if not f"{name}.".startswith(inside)}
+    return others.union(projector)
 
 
 def _peft_stacks(model: nn.Module) -> list[str]:
@@ -211,9 +204,7 @@ def _peft_stacks(model: nn.Module) -> list[str]:
     ends = {".".join(name.split(".")[-3:]) for name in adapted}
     endings = tuple(f".{end}" for end in ends)
     matched = {name for name, _ in model.named_parameters() if name.endswith(endings)}
-    if matched == set(adapted):
-        return sorted(ends)
-    return sorted(adapted)
+    return sorted(ends if matched == set(adapted) else adapted)
 
 
 class Misread(NamedTuple):

@@ -17,7 +17,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +89,8 @@ class Format(ABC):
     """A way to store a frozen weight.
 
     Attributes:
-        encoding: name and options as a string, from which `find_format` creates the format again.
-            It is a string because a `torch.library` operator accepts strings and tensors but no
+        encoding: name and options as a string, for which `find_format` returns the format. It is
+            a string because a `torch.library` operator accepts strings and tensors but no
             objects. Two weights can be multiplied by one operator call if their strings are equal.
         block: number of consecutive weights of a row that share a scale. Their codes must be on the
             same rank.
@@ -106,11 +106,7 @@ class Format(ABC):
 
     def __init__(self, *options: str | float | None) -> None:
         self.encoding = json.dumps([self.name, *options])
-
-    @classmethod
-    def parse(cls, *options: Any) -> Format:
-        """Create the format from the options in `encoding`."""
-        return cls(*options)
+        _FORMATS[self.encoding] = self
 
     # ---- tensors
 
@@ -229,6 +225,15 @@ class Format(ABC):
             dx = dy @ dense if dx is None else dx.addmm_(dy, dense)
         assert dx is not None
         return dx
+
+
+# The formats of this process by their `encoding`.
+_FORMATS: dict[str, Format] = {}
+
+
+def find_format(encoding: str) -> Format:
+    """Return the format object with this encoding."""
+    return _FORMATS[encoding]
 
 
 def row_pieces(first: int, end: int, columns: int, max_weights: int) -> Iterator[slice]:

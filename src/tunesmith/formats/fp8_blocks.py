@@ -37,10 +37,6 @@ class Fp8Blocks(AsShipped):
         self.height, self.width = form.block or (0, 0)
         super().__init__(form, self.height, self.width)
 
-    @classmethod
-    def parse(cls, height: int, width: int) -> Fp8Blocks:
-        return cls(ShippedForm("fp8", (height, width) if height else None))
-
     def matrix_forms(self, rows: int, columns: int) -> Forms:
         return {
             "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
@@ -90,14 +86,12 @@ class Fp8Blocks(AsShipped):
         rows, columns = stack.matrix
         height = rows // scales.shape[1]  # height of a part; blocks do not cross parts
         block_height = self.height or height
-        part_format = Fp8Blocks.parse(block_height, self.width)
+        part_format = Fp8Blocks(ShippedForm("fp8", (block_height, self.width)))
         codes = codes.flatten(0, 1)
         scales = scales.flatten(0, 1)
 
-        parts_at_once = 1
-        if height % block_height == 0:
-            # Each part consists of complete blocks, so all parts can be dequantized as one matrix.
-            parts_at_once = len(scales)
+        # Each part consists of complete blocks, so all parts can be dequantized as one matrix.
+        parts_at_once = len(scales) if height % block_height == 0 else 1
         step = parts_at_once * height
         pieces = zip(codes.split(step), scales.split(parts_at_once), strict=True)
         matrices = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -29,6 +30,15 @@ class FrozenTensors(nn.Module):
     weight: nn.Parameter
     _forms: Mapping[str, TensorForm] = MappingProxyType({})
 
+    @abstractmethod
+    def tensor_forms(self) -> Forms:
+        """Return the shape and dtype of each tensor of the weight."""
+
+    def allocate(self, device: torch.device) -> None:
+        """Allocate uninitialized tensors for the weight."""
+        forms = self.tensor_forms()
+        self.hold(forms, empty_tensors(forms, device))
+
     def hold(self, forms: Mapping[str, TensorForm], tensors: Sequence[Tensor]) -> None:
         """Replace the module's tensors by `tensors`."""
         for name in self._forms.keys() - forms.keys():
@@ -37,8 +47,7 @@ class FrozenTensors(nn.Module):
         for (name, form), tensor in zip(forms.items(), tensors, strict=True):
             if not form.is_shared:
                 self.register_buffer(name, tensor, persistent=False)
-                continue
-            if isinstance(tensor, nn.Parameter):
+            elif isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -118,10 +127,8 @@ class FrozenLinear(FrozenTensors):
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def allocate(self, device: torch.device) -> None:
-        """Allocate uninitialized tensors for the weight. The bias is unchanged."""
-        forms = self.format.matrix_forms(*self.shape)
-        self.hold(forms, empty_tensors(forms, device))
+    def tensor_forms(self) -> Forms:
+        return self.format.matrix_forms(*self.shape)
 
     def store(self, kind: Format, tensors: Sequence[Tensor]) -> None:
         """Replace the weight by `tensors`, which are in the format `kind`."""

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.formats.base import FrozenWeight, Update
-from tunesmith.formats.registry import find_format
+from tunesmith.formats.base import FrozenWeight, Update, find_format
 
 
 def grouped_matmul(

@@ -22,7 +22,7 @@ from tunesmith.formats.base import (
     row_pieces,
 )
 from tunesmith.formats.e2m1 import unpack_fp4
-from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
+from tunesmith.formats.form import MXFP4_GROUP
 
 EXPONENT_BIAS = 127
 NAN_EXPONENT = 255  # stored exponent that means NaN
@@ -37,10 +37,6 @@ class Mxfp4(AsShipped):
     drawn_scales = (EXPONENT_BIAS - 7,)
     is_output_major = True
 
-    @classmethod
-    def parse(cls) -> Mxfp4:
-        return cls(ShippedForm("mxfp4"))
-
     def matrix_forms(self, rows: int, columns: int) -> Forms:
         groups = (rows, columns // MXFP4_GROUP)
         return {
@@ -52,11 +48,9 @@ class Mxfp4(AsShipped):
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         blocks, exponents = weight.tensors
         dense = blocks.new_empty(weight.shape, dtype=dtype)
-        exact = torch.float32
-        if dtype == torch.bfloat16:
-            # bf16 represents every value of MXFP4 exactly. fp16 does not, because its exponent
-            # range is smaller.
-            exact = dtype
+        # bf16 represents every value of MXFP4 exactly. fp16 does not, because its exponent
+        # range is smaller.
+        exact = dtype if dtype == torch.bfloat16 else torch.float32
         for rows in row_pieces(0, *weight.shape, MAX_DECODED_WEIGHTS):
             decode_mxfp4(blocks[rows], exponents[rows], exact, out=dense[rows])
         return dense

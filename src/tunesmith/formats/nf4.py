@@ -43,7 +43,6 @@ MAX_NF4_ROUNDED_WEIGHTS = 1 << 21
 # Maximum number of rows for which bitsandbytes dequantizes inside the matmul kernel. Dequantization
 # in a separate kernel would read and write nine times as many bytes.
 MAX_FUSED_ROWS = 16
-QUANT_STATE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def nf4_functions() -> Any:
@@ -108,10 +107,6 @@ class Nf4(Format):
         self.dtype = dtype
         self.block = block
         self.nested_block = nested_block
-
-    @classmethod
-    def parse(cls, dtype: str, block: int, nested_block: int) -> Nf4:
-        return cls(QUANT_STATE_DTYPES[dtype], block, nested_block)
 
     def matrix_forms(self, rows: int, columns: int) -> Forms:
         count = rows * columns

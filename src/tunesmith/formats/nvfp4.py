@@ -20,7 +20,7 @@ from tunesmith.formats.base import (
     row_pieces,
 )
 from tunesmith.formats.e2m1 import unpack_fp4
-from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
+from tunesmith.formats.form import NVFP4_GROUP, ShippedForm
 from tunesmith.formats.stored import StoredTensor
 
 SIGNLESS_NAN = 127  # byte of a scale, without its sign, that means NaN
@@ -44,10 +44,6 @@ class Nvfp4(AsShipped):
         self.divides = form.names.divides
         super().__init__(form, self.divides)
         self.drawn_scales = (ONE_IN_E4M3, 2.0**7 if self.divides else 2.0**-7)
-
-    @classmethod
-    def parse(cls, divides: bool) -> Nvfp4:
-        return cls(ShippedForm("nvfp4", names=COMPRESSED_TENSORS if divides else MODELOPT))
 
     def matrix_forms(self, rows: int, columns: int) -> Forms:
         groups = (rows, columns // NVFP4_GROUP)

@@ -13,9 +13,9 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, FrozenStack
+from tunesmith.formats.base import Format, Forms, FrozenStack
 from tunesmith.formats.form import FETCH
-from tunesmith.formats.linear import FrozenTensors, empty_tensors
+from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.stored import Stored, StoredParts
 
 
@@ -64,11 +64,9 @@ class ExpertStack(FrozenTensors):
     def device(self) -> torch.device:
         return self.weight.device
 
-    def allocate(self, device: torch.device) -> None:
-        """Allocate uninitialized tensors for the stack."""
+    def tensor_forms(self) -> Forms:
         experts = self.stored_shape[0]
-        forms = self.format.stack_forms(experts, self.rows, self.columns, self.parts)
-        self.hold(forms, empty_tensors(forms, device))
+        return self.format.stack_forms(experts, self.rows, self.columns, self.parts)
 
     def tensors_of_part(self, expert: int, part: int) -> list[Tensor | None]:
         """Return views of the tensors for one part of an expert's matrix.

@@ -19,7 +19,7 @@ let documents attend to each other. Generation therefore uses Transformers' "sdp
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -82,12 +82,14 @@ HARMLESS_KEYWORDS = frozenset(
 
 
 class Rule(NamedTuple):
-    """The mask and the scaling of an attention call. `attend` describes the fields."""
+    """How an attention call computes the weights. `attend` describes the fields."""
 
     documents: Documents
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
 
 
 def register() -> str:
@@ -211,29 +213,27 @@ def attend(
         window = None
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    rule = Rule(documents, scale, window, softcap)
+    rule = Rule(documents, scale, window, softcap, sinks, dropout)
     if documents.repeated is not None:
-        return _attend_repeated(q, k, v, rule, documents.repeated, sinks, dropout)
-    out = _attend_documents(q, k, v, rule, sinks, dropout)
+        return _attend_repeated(q, k, v, rule, documents.repeated)
+    out = _attend_documents(q, k, v, rule)
     if sees_ahead:
         if softcap is not None or sinks is not None:
             raise ModelError(
                 "bidirectional attention to pictures does not support a soft cap or sinks",
                 fix="set model.vision=false",
             )
-        out = _recompute_pictures(out, q, k, v, rule, dropout)
+        out = _recompute_pictures(out, q, k, v, rule)
     return out
 
 
 @torch.compiler.disable  # shapes depend on the pictures of the batch
-def _recompute_pictures(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float
-) -> Tensor:
+def _recompute_pictures(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Recompute the output of picture tokens, which also attend to later tokens of the picture.
 
     The window or the start of the document still limits attention to earlier tokens.
     """
-    documents, _, window, _ = rule
+    documents = rule.documents
     # Create the indices on the device. Copying them from the host would synchronize in each layer.
     places = torch.arange(len(q), device=q.device)
     rows = []
@@ -242,28 +242,22 @@ def _recompute_pictures(
         document = bisect_right(documents.edges, first) - 1
         start = documents.edges[document]
         mask = None
-        if window is not None:
+        if rule.window is not None:
             # Keep the keys in the window of the picture's first query, which starts earliest. The
             # window has `window` tokens, including the query itself.
-            start = max(start, first - window + 1)
-            if stop - start > window:
-                mask = places[first:stop, None] - places[start:stop] < window
-        queries = q[first:stop]
-        keys = k[start:stop]
-        values = v[start:stop]
-        row = _attend_fused(queries, keys, values, rule.scale, mask=mask, dropout=dropout)
-        rows.append(row)
+            start = max(start, first - rule.window + 1)
+            if stop - start > rule.window:
+                mask = places[first:stop, None] - places[start:stop] < rule.window
+        rows.append(_attend_fused(q[first:stop], k[start:stop], v[start:stop], rule, mask=mask))
         indices.append(places[first:stop])
     if not rows:
         return out
     return out.index_copy(0, torch.cat(indices), torch.cat(rows))
 
 
-def _attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None, dropout: float
-) -> Tensor:
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Compute `attend` for a packed row in which no two documents share a token."""
-    documents, _, window, softcap = rule
+    documents, _, window, softcap, sinks, dropout = rule
     # Only sdpa implements dropout, and sdpa supports neither a soft cap nor sinks.
     if dropout:
         if softcap is not None or sinks is not None:
@@ -271,13 +265,13 @@ def _attend_documents(
                 "attention dropout together with a soft cap or sinks is not supported",
                 fix="set the model's attention_dropout to 0",
             )
-        return _sdpa(q, k, v, rule, dropout)
+        return _sdpa(q, k, v, rule)
     backend = documents.backend
     if backend is None:
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "products" or softcap is not None:
-        return _products(q, k, v, rule, sinks)
-    if _takes_packed(q, k, v, rule, sinks):
+        return _products(q, k, v, rule)
+    if _takes_packed(q, k, v, rule):
         return _packed(q, k, v, rule)
     # The backend is selected once per run, but its kernel may not support all layers. For example,
     # Gemma 4 has heads of width 512 in full attention and of width 256 in sliding attention.
@@ -286,26 +280,18 @@ def _attend_documents(
         and (window is None or "window_size" in VARLEN_KEYWORDS)
         and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
     ):
-        return _varlen(q, k, v, rule, sinks)
+        return _varlen(q, k, v, rule)
     # sdpa has no argument for sinks. `_products` adds a column of scores for them.
-    if sinks is not None:
-        return _products(q, k, v, rule, sinks)
-    return _sdpa(q, k, v, rule)
+    return _sdpa(q, k, v, rule) if sinks is None else _products(q, k, v, rule)
 
 
 @torch.compiler.disable  # shapes depend on the documents of the batch
 def _attend_repeated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rule: Rule,
-    repeated: RepeatedTokens,
-    sinks: Tensor | None,
-    dropout: float,
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, repeated: RepeatedTokens
 ) -> Tensor:
     """Compute `attend` for a block that stores a token only once if two documents share it."""
     q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
-    return _TakeFirsts.apply(_attend_documents(q, k, v, rule, sinks, dropout), repeated)
+    return _TakeFirsts.apply(_attend_documents(q, k, v, rule), repeated)
 
 
 class _RepeatContext(SavingContext):
@@ -444,13 +430,13 @@ def fits_varlen(
     return _FITS_VARLEN[key]
 
 
-def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
+def find_varlen_fault(shape: VarlenShape, kernel: str = "varlen") -> str:
     """Return the error of an attention kernel on a few packed documents, or "" if it is correct.
 
     The result is compared with fp32 attention that is computed for each document separately.
 
     Args:
-        kernels: "varlen" for torch's kernel, or "packed" for our own.
+        kernel: "varlen" for torch's kernel, or "packed" for our own.
     """
     device, dtype, head_dim, v_dim, has_sinks = shape
     # Three documents of 40, 160 and 256 tokens. Some of their edges are multiples of a kernel's
@@ -473,14 +459,15 @@ def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
         # result measurably.
         inputs.append(torch.linspace(0, 4, 4, device=device).to(dtype))
     try:
-        results = _output_and_gradients(kernels, inputs, d_out, rule)
+        attend_by = _packed if kernel == "packed" else _varlen
+        results = _output_and_gradients(attend_by, inputs, d_out, rule)
     except Exception as error:  # FlashAttention 4's compiler can raise any exception
         return first_line(error)
     # Use the MATH backend for the reference: it is torch's formula without a fused kernel.
     with sdpa_kernel(SDPBackend.MATH):
         inputs = [x.float() for x in inputs]
-        backend = "products" if has_sinks else "sdpa"
-        expected = _output_and_gradients(backend, inputs, d_out.float(), rule)
+        attend_by = _products if has_sinks else _sdpa
+        expected = _output_and_gradients(attend_by, inputs, d_out.float(), rule)
     errors = [
         float((result.float() - reference).norm() / reference.norm())
         for result, reference in zip(results, expected, strict=True)
@@ -492,28 +479,23 @@ def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
 
 
 def _output_and_gradients(
-    backend: str, inputs: Sequence[Tensor], d_out: Tensor, rule: Rule
+    attention: Callable[[Tensor, Tensor, Tensor, Rule], Tensor],
+    inputs: Sequence[Tensor],
+    d_out: Tensor,
+    rule: Rule,
 ) -> list[Tensor]:
     """Compute the output and the gradients of all inputs: q, k, v and optionally the sinks."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        q, k, v, *rest = leaves
-        sinks = rest[0] if rest else None
-        if backend == "sdpa":
-            out = _sdpa(q, k, v, rule)
-        elif backend == "packed":
-            out = _packed(q, k, v, rule)
-        elif backend == "varlen":
-            out = _varlen(q, k, v, rule, sinks)
-        else:
-            out = _products(q, k, v, rule, sinks)
+        q, k, v, *sinks = leaves
+        out = attention(q, k, v, rule._replace(sinks=sinks[0] if sinks else None))
         gradients = torch.autograd.grad(out, leaves, d_out)
         return [out.detach(), *gradients]
 
 
-def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
+def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> bool:
     """Return whether our own kernels were selected and support this layer."""
-    if rule.documents.spans is None or rule.window is not None or sinks is not None:
+    if rule.documents.spans is None or rule.window is not None or rule.sinks is not None:
         return False
     group = q.shape[1] // k.shape[1]
     return v.shape == k.shape and packed_attention.takes(q.device, q.dtype, q.shape[-1], group)
@@ -527,8 +509,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return out
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
-    documents, scale, window, _ = rule
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    documents, scale, window, _, sinks, _ = rule
     edges = documents.cu_seqlens
     # max_seqlen is a constant of the compiled graph. All batches of a run have the same value (see
     # data/batches/loader.py), so that the graph is compiled only once.
@@ -563,11 +545,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -
 
 
 @torch.compiler.disable  # shapes depend on the documents of the batch
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
-    documents, scale, window, _ = rule
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    window = rule.window
     outputs = []
     # One call per document with inputs [1, heads, length, d], so that documents are independent.
-    for start, end in pairwise(documents.edges):
+    for start, end in pairwise(rule.documents.edges):
         length = end - start
         mask = None
         # Query i attends to key j if 0 <= i - j < window.
@@ -577,8 +559,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
         document = q[start:end], k[start:end], v[start:end]
         # Pass no mask if the document fits into the window, because torch's fused kernels do not
         # support masks.
-        out = _attend_fused(*document, scale, mask=mask, is_causal=mask is None, dropout=dropout)
-        outputs.append(out)
+        outputs.append(_attend_fused(*document, rule, mask=mask, is_causal=mask is None))
     return torch.cat(outputs)
 
 
@@ -586,11 +567,10 @@ def _attend_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    rule: Rule,
     *,
     mask: Tensor | None,
     is_causal: bool = False,
-    dropout: float,
 ) -> Tensor:
     """Compute the attention of q [n, heads, d] to k and v [m, kv heads, d] with torch's SDPA.
 
@@ -609,16 +589,17 @@ def _attend_fused(
         v,
         attn_mask=mask,
         is_causal=is_causal,
-        dropout_p=dropout,
-        scale=scale,
+        dropout_p=rule.dropout,
+        scale=rule.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.squeeze(0).transpose(0, 1)
 
 
 @torch.compiler.disable  # shapes depend on the documents of the batch
-def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None = None) -> Tensor:
-    return _Products.apply(q, k, v, rule, sinks)
+def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    # Autograd tracks only tensors that are arguments.
+    return _Products.apply(q, k, v, rule._replace(sinks=None), rule.sinks)
 
 
 class _ProductsContext(SavingContext):
@@ -787,11 +768,9 @@ class Block(NamedTuple):
 def _blocks(length: int, window: int | None) -> Iterator[Block]:
     for start in range(0, length, BLOCK_QUERIES):
         end = min(start + BLOCK_QUERIES, length)
-        first_key = 0
-        if window is not None:
-            # Keep the keys in the window of the block's first query, which starts earliest. The
-            # window has `window` tokens, including the query itself.
-            first_key = max(0, start - window + 1)
+        # Keep the keys in the window of the block's first query, which starts earliest. The
+        # window has `window` tokens, including the query itself.
+        first_key = max(0, start - window + 1) if window is not None else 0
         yield Block(slice(start, end), slice(first_key, end))
 
 
@@ -871,7 +850,8 @@ def _probabilities(
         shape. The derivative is None without a soft cap. With sinks, the probabilities have an
         additional last column for the sinks.
     """
-    _, _, window, softcap = rule
+    window = rule.window
+    softcap = rule.softcap
     offset = block.queries.start - block.keys.start  # key index of the first query
     # Shape [batch, heads per key head * rows, keys]. All query heads of a key head are in one
     # matrix, so that the keys are read once.

@@ -60,11 +60,9 @@ class TunedAttention(nn.Module):
         if isinstance(documents, Documents):
             edges = documents.cu_seqlens
             in_row = torch.arange(hidden_states.shape[1], device=edges.device)
-            tokens = in_row
             # A token that two documents share can be stored once. Use its position in the first of
             # the two documents.
-            if documents.repeated is not None:
-                tokens = documents.repeated.firsts
+            tokens = documents.repeated.firsts if documents.repeated is not None else in_row
             # Index of the document that contains each token.
             document = torch.searchsorted(edges, tokens, right=True) - 1
             in_document = tokens - edges[document]

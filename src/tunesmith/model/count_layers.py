@@ -58,13 +58,9 @@ def count_layers(
     other_matmul = _matrices(text) - sum(map(_matrices, layers))
     if text is model:
         other_matmul -= head.numel()
-    softcap = None
-    for call in calls:
-        if softcap is None:
-            softcap = call.softcap
+    softcaps = [call.softcap for call in calls if call.softcap is not None]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    for _, parameter in vision_parameters(model):
-        parameters -= parameter.numel()
+    parameters -= sum(parameter.numel() for _, parameter in vision_parameters(model))
     return ModelSpec(
         model_type=config.model_type,
         layers=tuple(counted),
@@ -76,7 +72,7 @@ def count_layers(
         parameters=parameters,
         head_matmul=head.numel(),
         quantized=None,
-        attention_softcap=softcap,
+        attention_softcap=softcaps[0] if softcaps else None,
         other_matmul=other_matmul,
     )
 

@@ -135,6 +135,7 @@ def drop_other_parts(model: "PreTrainedModel") -> None:
 
 
 def _keep_modules(module: nn.Module, kept: list[str]) -> None:
+    """Remove all parameters and modules except those in `kept`, and the modules around them."""
     for name, _ in list(module.named_parameters(recurse=False)):
         setattr(module, name, None)
     for name, child in list(module.named_children()):
@@ -277,11 +278,9 @@ def head_fits(causal_lm: "PreTrainedModel", head: Head) -> bool:
     ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
     hidden = find_decoder(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state
     raw = output_layer(hidden)
-    largest = LARGE_LOGIT
     # Logits of 3 * softcap are in the flat part of tanh, so that a missing cap in `head` is
     # detected.
-    if head.softcap is not None:
-        largest = 3 * head.softcap
+    largest = 3 * head.softcap if head.softcap is not None else LARGE_LOGIT
     gain = largest / (raw * head.scale).abs().max()
     # Scale the output layer's result with a hook. The model then applies its cap and scale to the
     # scaled result.

@@ -129,9 +129,9 @@ def read_model_types() -> dict[str, ModelType]:
     for name, values in table["types"].items():
         for key in ("recurrent", "dead_targets"):
             values[key] = tuple(values.get(key, ()))
-        errors = (
-            Errors(values.pop("logits"), values.pop("gradients")) if "logits" in values else None
-        )
+        errors = None
+        if "logits" in values:
+            errors = Errors(values.pop("logits"), values.pop("gradients"))
         type_values = {key: values.pop(key) for key in TYPE_FIELDS & values.keys()}
         types[name] = ModelType(name, Support(**values, errors=errors), **type_values)
     return types

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightTransform
 
 Region = tuple[slice, ...]
+# Pattern of a conversion rule -> the stored tensors that match it.
+Sources = Mapping[str, Sequence[StoredEntry]]
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def entire_model(model: "PreTrainedModel") -> "PreTrainedModel":
 def name_in_entire_model(model: "nn.Module", name: str) -> str:
     """Return the name of a module or parameter in the entire vision-language model.
 
-    The name is unchanged if `model` is not the separate text model of a vision-language model.
+    For example, "model.layers.0" is "model.language_model.layers.0" in many of these models. The
+    name is unchanged if `model` is not the separate text model of a vision-language model.
     """
     names = _entire_names(model)
     return names.in_entire(name) if names else name
@@ -295,9 +298,7 @@ def _assign_converted(
     rules = [*conversions(model), *get_checkpoint_conversion_mapping("legacy")]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {}
-    for rule in converters:
-        by_pattern |= dict.fromkeys(rule.source_patterns, rule)
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     # Parameter name -> pattern of the rule -> stored tensors that match the pattern.
     parts: dict[str, dict[str, list[StoredEntry]]] = {}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -361,9 +362,7 @@ def _split(
         raise _cannot_join(parameters[0], sources, "they do not fill one tensor")
 
 
-def _join(
-    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
-) -> Pieces:
+def _join(name: str, rule: "WeightConverter", sources: Sources) -> Pieces:
     """Return the parameter that a conversion rule forms from the entries of its patterns.
 
     The tensors that match one pattern (the experts) are stacked. The stacks of all patterns (gate,
@@ -407,7 +406,7 @@ def _join(
 
 
 def _read_operations(
-    name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
+    name: str, rule: "WeightConverter", sources: Sources
 ) -> tuple[bool, int | None]:
     """Return whether a rule stacks the tensors of each pattern, and which dim it concatenates.
 
@@ -429,7 +428,7 @@ def _read_operations(
     return stacks, dim
 
 
-def _cannot_join(name: str, sources: Mapping[str, Sequence[StoredEntry]], why: str) -> ModelError:
+def _cannot_join(name: str, sources: Sources, why: str) -> ModelError:
     first = next(iter(sources.values()))[0]
     count = sum(len(entries) for entries in sources.values())
     return ModelError(

@@ -17,6 +17,7 @@ does not import torch.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tunesmith.errors import ModelError
@@ -82,17 +83,11 @@ def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
     form = form_of_folder(folder)
     if form is None:
         return {file: [*entries] for file, entries in headers.items()}
-    by_name = {}
-    for entries in headers.values():
-        for entry in entries:
-            by_name[entry.name] = entry
+    by_name = {entry.name: entry for entry in chain.from_iterable(headers.values())}
     joined: dict[Path, list[StoredEntry]] = {}
     for file, entries in headers.items():
-        joined[file] = []
-        for entry in entries:
-            weight = _join(entry, by_name, form)
-            if weight is not None:
-                joined[file].append(weight)
+        weights = [_join(entry, by_name, form) for entry in entries]
+        joined[file] = [weight for weight in weights if weight is not None]
     return joined
 
 
@@ -158,13 +153,13 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
     for scale, expected in zip(scales, scale_shapes, strict=True):
         is_one = math.prod(scale.shape) == math.prod(expected) == 1
         if scale.shape != expected and not is_one:
-            what = f"{scale.name} is {list(scale.shape)}"
-            why = (
+            raise _broken_entry(
+                scale,
+                f"{scale.name} is {list(scale.shape)}",
                 f"{name} is {list(entry.shape)}, {form.describe()}: the expected shape is "
-                f"{list(expected)}"
+                f"{list(expected)}",
             )
-            raise _broken_entry(scale, what, why)
-    entire_scale = scales.pop() if form.method != "mxfp4" else None
+    entire_scale = None if form.method == "mxfp4" else scales.pop()
     return CodedEntry(dense, shape, (entry, *scales), entire_scale, form)
 
 
@@ -211,9 +206,8 @@ def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
     elif form.method == "nvfp4":
         why = f"only matrices with groups of {NVFP4_GROUP} weights per row are supported"
         if len(shape) == 2 and 2 * shape[1] % NVFP4_GROUP == 0:
-            rows = shape[0]
-            width = 2 * shape[1]
-            return [(rows, width), (rows, width // NVFP4_GROUP), (1,)]
+            rows, pairs = shape
+            return [(rows, 2 * pairs), (rows, 2 * pairs // NVFP4_GROUP), (1,)]
     else:
         why = (
             "only matrices, and stacks whose blocks divide half of an expert's rows, are supported"
@@ -223,8 +217,7 @@ def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
             *experts_of, rows, columns = shape
             # The rows of an expert can be two projections (gate and up). Therefore no block may
             # contain rows of both halves.
-            is_divided = form.block is None or rows % (2 * form.block[0]) == 0
-            if dimensions == 2 or is_divided:
+            if dimensions == 2 or form.block is None or rows % (2 * form.block[0]) == 0:
                 return [shape, (*experts_of, *form.scale_shape(rows, columns))]
     raise _broken_entry(codes, f"{codes.name} is {list(shape)}", why)
 

@@ -190,10 +190,8 @@ def updated_config(config: Config, model: "PreTrainedModel") -> dict[str, Any]:
         changed["dtype"] = dtype
     if changed.get("tie_word_embeddings") != trained.tie_word_embeddings:
         changed["tie_word_embeddings"] = trained.tie_word_embeddings
-    sizes = text
     # Older Qwen models have the text model's keys at the top level, next to `vision_config`.
-    if not text and "vocab_size" in changed:
-        sizes = changed
+    sizes = changed if not text and "vocab_size" in changed else text
     if sizes.get("vocab_size") != trained.vocab_size:
         sizes["vocab_size"] = trained.vocab_size
     if text:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -43,7 +44,7 @@ from tunesmith.model.measured_spec import without_labels
 from tunesmith.model.model_types import TUNED_SUPPORT, Errors, Support
 from tunesmith.model.names import assign_names, name_in_entire_model
 from tunesmith.model.recurrent import run_by_document
-from tunesmith.model.safetensors_files import Entry
+from tunesmith.model.safetensors_files import Config, Entry
 from tunesmith.model.spec import one_line
 from tunesmith.model.text_config import has_own_class, text_part
 from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, VOCAB, build_tiny_model
@@ -429,6 +430,13 @@ def _hidden(tiny: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Do
     return hidden
 
 
+def _packed_hidden(tiny: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Run the packed row of both documents with tunesmith's attention."""
+    documents = packed_documents(DOCUMENT_LENGTHS, None)
+    with use_documents(documents):
+        return _hidden(tiny, ids[None], _positions(), documents=documents)
+
+
 def logits_of(tiny: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = tiny.get_output_embeddings()
     if head is None:
@@ -443,12 +451,9 @@ def differentiate(tiny: PreTrainedModel, logits: Tensor, ids: Tensor) -> TinyMod
     F.cross_entropy(logits, ids.roll(-1), reduction="sum").backward()
     gradients = {}
     for name, parameter in tiny.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            gradients[name] = torch.zeros_like(parameter)
-        else:
-            gradients[name] = parameter.grad.clone()
+        if parameter.requires_grad:
+            gradient = parameter.grad
+            gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
     return TinyModelOutput(logits.detach(), gradients)
 
 
@@ -460,14 +465,9 @@ def find_recurrent(tiny: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     document as its input, but returns a different output. If such modules are nested, only the
     innermost ones are returned.
     """
-    documents = packed_documents(DOCUMENT_LENGTHS, None)
     others = _with_other_ids(ids, slice(DOCUMENT_LENGTHS[0]))
-    first: Seen = {}
-    second: Seen = {}
-    with use_documents(documents):
-        for row, seen in ((ids, first), (others, second)):
-            with _watch_modules(tiny, seen):
-                _hidden(tiny, row[None], _positions(), documents=documents)
+    first = _record_second_document(tiny, ids)
+    second = _record_second_document(tiny, others)
     leaking = []
     for name, (inputs, outputs) in first.items():
         other_inputs, other_outputs = second[name]
@@ -480,12 +480,10 @@ def find_recurrent(tiny: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
         # affects it.
         if same_input and not same_output:
             leaking.append(name)
-    classes = []
-    for name in leaking:
-        holds_another = any(other.startswith(f"{name}.") for other in leaking)
-        if not holds_another:
-            classes.append(type(tiny.get_submodule(name)).__name__)
-    return tuple(dict.fromkeys(classes))
+    innermost = [
+        name for name in leaking if not any(other.startswith(f"{name}.") for other in leaking)
+    ]
+    return tuple({type(tiny.get_submodule(name)).__name__: None for name in innermost})
 
 
 @torch.no_grad()
@@ -508,12 +506,10 @@ def find_bypassed(
         return ()
     for part in watched:
         part.__class__ = _WatchedLinear
-    documents = packed_documents(DOCUMENT_LENGTHS, None)
     # Use train mode, because the fused kernels run only in training.
     tiny.train()
     try:
-        with use_documents(documents):
-            _hidden(tiny, ids[None], _positions(), documents=documents)
+        _packed_hidden(tiny, ids)
         names = [
             target_of(name, f"{layers}.")
             for name, module in tiny.named_modules()
@@ -553,39 +549,40 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return _difference(one, other) <= LEAK_TOLERANCE * max(_largest(one), 1e-6)
 
 
-@contextmanager
-def _watch_modules(tiny: PreTrainedModel, seen: Seen) -> Iterator[None]:
-    """Record the second document's part of the inputs and outputs of each module in the layers."""
+def _record_second_document(tiny: PreTrainedModel, ids: Tensor) -> Seen:
+    """Run the packed row, and return the inputs and outputs of each module in the layers.
 
-    def second_document(values: Iterable[object]) -> list[Tensor]:
+    They contain only the slices of the second document.
+    """
+    seen: Seen = {}
+
+    def slices(values: Iterable[object]) -> list[Tensor]:
         tensors = []
         for value in values:
             if isinstance(value, tuple | list):
-                tensors += second_document(value)
+                tensors += slices(value)
             elif (
                 isinstance(value, Tensor)
                 and value.is_floating_point()
                 # Only tensors [1, tokens of both documents, ...] have a token dimension.
-                and value.shape[:2] == (1, sum(DOCUMENT_LENGTHS))
+                and value.shape[:2] == (1, len(ids))
             ):
                 # Clone the slice, because later layers may write to the tensor.
                 tensors.append(value[:, DOCUMENT_LENGTHS[0] :].clone())
         return tensors
 
-    def watch(name: str, module: nn.Module) -> None:
-        def note(
-            _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
-        ) -> None:
-            inputs = second_document((*args, *kwargs.values()))
-            seen[name] = (inputs, second_document((output,)))
-
-        hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+    def note(
+        name: str, _module: nn.Module, args: tuple[object, ...], kwargs: Config, output: object
+    ) -> None:
+        seen[name] = (slices((*args, *kwargs.values())), slices((output,)))
 
     layers = find_layers(tiny)
     with ExitStack() as hooks:
         for name, module in tiny.get_submodule(layers).named_modules(prefix=layers):
-            watch(name, module)
-        yield
+            hook = module.register_forward_hook(partial(note, name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        _packed_hidden(tiny, ids)
+    return seen
 
 
 class LinearCalls(ExitStack):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     It is read from its copy in the cache, without torch. If there is no copy, it is loaded with
     AutoTokenizer, and a copy is written. Raise ModelError if the tokenizer is missing or broken.
     """
-    return _load(folder, model, partial(_load_by_copy, folder, model))
+    return _load(folder, model, _load_by_copy)
 
 
 def load_original_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
@@ -39,7 +38,7 @@ def load_original_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBa
 
     Use it to save a tokenizer: the class is part of the saved files.
     """
-    return _load(folder, model, partial(_load_by_class, folder, model))
+    return _load(folder, model, _load_by_class)
 
 
 def _load_by_class(folder: Path, model: Model) -> PreTrainedTokenizerBase:
@@ -64,11 +63,11 @@ def _load_by_copy(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
 
 def _load(
-    folder: Path, model: Model, load: Callable[[], PreTrainedTokenizerBase]
+    folder: Path, model: Model, load: Callable[[Path, Model], PreTrainedTokenizerBase]
 ) -> PreTrainedTokenizerBase:
     check_regular_files(folder)
     try:
-        tokenizer = load()
+        tokenizer = load(folder, model)
         tokenizer("a")  # some invalid settings cause an error only at the first call
     # Transformers and tokenizers raise many kinds of errors for a missing or broken file.
     except BaseException as error:

@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.formats.base import FrozenStack
-from tunesmith.formats.registry import find_format
+from tunesmith.formats.base import FrozenStack, find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
 from tunesmith.quant.grouped_experts import GroupedProducts
