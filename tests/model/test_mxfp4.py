@@ -43,7 +43,7 @@ def test_a_checkpoint_is_read_bit_for_bit(base: Path, tmp_path: Path, monkeypatc
     )
     run = make_run(base, tmp_path, held=False, model={"dtype": "bf16", "quantize": "none"})
     # In pieces that are no whole expert.
-    monkeypatch.setattr("tunesmith.model.weights.MAX_READ_WEIGHTS", 64 * 40)
+    monkeypatch.setattr("tunesmith.model.stored_tensors.MAX_READ_WEIGHTS", 64 * 40)
     ours = dict(built_model(run, base).model.named_parameters())
     compared = 0
     for name, weight in theirs.named_parameters():

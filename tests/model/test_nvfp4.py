@@ -197,5 +197,5 @@ def test_a_weight_in_pieces_is_the_whole_one(tiny: Path, tmp_path: Path, monkeyp
     whole = layer.dense()
     monkeypatch.setattr("tunesmith.formats.nvfp4.MAX_DECODED_WEIGHTS", 64 * 50)
     assert torch.equal(layer.dense(), whole)
-    monkeypatch.setattr("tunesmith.model.weights.MAX_READ_WEIGHTS", 64 * 50)
+    monkeypatch.setattr("tunesmith.model.stored_tensors.MAX_READ_WEIGHTS", 64 * 50)
     assert torch.equal(built(folder, tmp_path, "none").get_submodule(UP).weight, whole)

@@ -22,7 +22,7 @@ from tunesmith.formats import nf4
 from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.weights import JoinedTensor
+from tunesmith.model.stored_tensors import JoinedTensor
 from tunesmith.presentation.start import unreached_lines
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.quant.replace import replace_by_codes

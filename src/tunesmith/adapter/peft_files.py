@@ -44,7 +44,7 @@ from tunesmith.model.safetensors_files import (
     read_json,
 )
 from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.weights import name_tensors, stored_tensors
+from tunesmith.model.stored_tensors import name_tensors, stored_tensors
 
 PREFIX = "base_model.model."
 MERGE = "merge it into its base with PEFT, and start from the merged model"

@@ -25,8 +25,8 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
 from tunesmith.model.stored_form import PROCESSORS, in_stored_form, write_model_config
+from tunesmith.model.stored_tensors import stored_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
-from tunesmith.model.weights import stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
 TokenizerFiles = Mapping[str, bytes]  # path in the checkpoint -> content of the file

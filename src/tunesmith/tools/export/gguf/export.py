@@ -45,7 +45,7 @@ from tunesmith.model.gguf_writers import gguf_writer
 from tunesmith.model.names import is_vision_language, name_in_text
 from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS, read_json, weights_digest
 from tunesmith.model.stored_form import MODEL_CONFIG
-from tunesmith.model.weights import stored_tensors
+from tunesmith.model.stored_tensors import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
