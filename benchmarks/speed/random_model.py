@@ -38,7 +38,7 @@ def write_random_model(
         tokenizer,
     )
     recipe = Model(name=str(folder), dtype="bf16")
-    model = load.build_on_meta(load.load_config(folder, recipe), recipe)
+    model = load.build_on_meta(load.load_configs(folder, recipe)[0], recipe)
     stored = dict(model.state_dict())
     load.materialize(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     random_init.init_random_weights(model, stored, seed=0, convert={}, device=None)

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.load import build_on_meta, load_config
+from tunesmith.model.load import build_on_meta, load_configs
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.support import find_support
 from vision_models import FAMILIES, TEXT
@@ -112,7 +112,7 @@ def write(folder: Path, model_type: str, values: dict[str, Any]) -> dict[str, An
 def read(folder: Path) -> None:
     """What a run reads of a config before its weights."""
     model = Model(name=str(folder), dtype="fp32")
-    config = load_config(folder, model)
+    config, _ = load_configs(folder, model)
     model_spec(config.to_dict(), where=str(folder))
     find_support(config, model, where=str(folder))
     build_on_meta(config, model)

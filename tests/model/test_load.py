@@ -19,7 +19,7 @@ from . import families
 
 def ours(folder: Path, dtype: str = "fp32", **more):
     spec = Model(name=str(folder), dtype=dtype)
-    built = load.build_on_meta(load.load_config(folder, spec), spec, **more)
+    built = load.build_on_meta(load.load_configs(folder, spec)[0], spec, **more)
     assert all(p.is_meta for p in built.parameters())
     load.materialize(built, torch.device("cpu"))
     load_weights(built, folder)

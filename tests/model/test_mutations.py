@@ -84,7 +84,7 @@ def test_a_damaged_model_loads_or_is_refused_by_name(
 def test_a_damaged_adapter_loads_or_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
     peft_model(tiny).save_pretrained(tmp_path / "good")
     spec = Model(name=str(tiny), dtype="fp32")
-    base = load.build_on_meta(load.load_config(tiny, spec), spec)
+    base = load.build_on_meta(load.load_configs(tiny, spec)[0], spec)
     load.materialize(base, torch.device("cpu"))
     load_weights(base, tiny)
     lora.attach_lora(base, peft_files.read_adapter(tmp_path / "good"), seed=0)

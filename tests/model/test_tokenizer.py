@@ -12,7 +12,7 @@ from errors import refuses
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub.fetch import tokenizer_folder
-from tunesmith.model.load import load_config
+from tunesmith.model.load import load_configs
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer, set_padding, vocab_rows
 
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_any_candidate_is_refused(folder: Path) -> None:
 
 def test_added_tokens_are_single_special_ids_and_grow_the_rows(folder: Path) -> None:
     plain = load_tokenizer(folder, Model(name="x"))
-    config = load_config(folder, Model(name="x"))
+    config, _ = load_configs(folder, Model(name="x"))
     assert vocab_rows(config, plain, Model(name="x")) == config.vocab_size == 272, (
         "nothing grows that need not"
     )
@@ -96,7 +96,7 @@ def test_a_padding_token_without_a_row_is_refused(folder: Path) -> None:
     tokenizer.add_tokens([f"<{i}>" for i in range(20)])
     tokenizer.pad_token = "<19>"
     with refuses(ModelError, names=[278, 272]) as caught:
-        vocab_rows(load_config(folder, Model(name="x")), tokenizer, Model(name="x"))
+        vocab_rows(load_configs(folder, Model(name="x"))[0], tokenizer, Model(name="x"))
     assert caught.value.fix.endswith('model.pad_token: "<|im_end|>"')
 
 

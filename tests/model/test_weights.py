@@ -39,7 +39,7 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 
 def filled(folder: Path, rows: int | None = None, **more):
-    model = load.build_on_meta(load.load_config(folder, FP32), FP32, rows=rows)
+    model = load.build_on_meta(load.load_configs(folder, FP32)[0], FP32, rows=rows)
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, **more)
     return model
@@ -109,7 +109,7 @@ def test_shards_and_their_index(folder: Path) -> None:
 def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: str) -> None:
     rewrite(folder, lambda t: {n: v.to(getattr(torch, stored)) for n, v in t.items()})
     spec = Model(name="here", dtype=dtype)
-    model = load.build_on_meta(load.load_config(folder, spec), spec)
+    model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -150,7 +150,7 @@ def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:
 
 
 def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None:
-    model = load.build_on_meta(load.load_config(folder, FP32), FP32)
+    model = load.build_on_meta(load.load_configs(folder, FP32)[0], FP32)
     model.model.layers[0].mlp.extra = torch.nn.Parameter(torch.full((2,), 5.0))
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, skip=lambda n: n.endswith("extra"))
@@ -402,7 +402,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(
 
     rewrite(folder, damage)
     spec = Model(name="x", dtype=dtype)
-    model = load.build_on_meta(load.load_config(folder, spec), spec)
+    model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
     load.materialize(model, torch.device("cpu"))
     with refuses(ModelError, where="model.safetensors", names=[DAMAGED], fix=["tunesmith fetch"]):
         load_weights(model, folder)
@@ -417,7 +417,7 @@ def test_large_finite_weights_are_loaded(folder: Path) -> None:
         return tensors
 
     rewrite(folder, enlarge)
-    model = load.build_on_meta(load.load_config(folder, FP32), Model(name="x", dtype="fp16"))
+    model = load.build_on_meta(load.load_configs(folder, FP32)[0], Model(name="x", dtype="fp16"))
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     assert dict(model.named_parameters())[DAMAGED][0, 1] == -65504
@@ -447,7 +447,7 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
     # Code counts as memory from its first use on: the first load is not measured
     for dtype in ("bf16", "bf16", "fp32"):
         spec = Model(name="x", dtype=dtype)
-        model = load.build_on_meta(load.load_config(folder, spec), spec)
+        model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
         load.materialize(model, torch.device("cpu"))
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")

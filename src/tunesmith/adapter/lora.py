@@ -286,10 +286,10 @@ def _check_targets(
         for target in checked:
             if any(is_selected(name, [target]) for name in others):
                 raise RecipeError(what.format(target), where="adapter.target", why=why, fix=fix)
-    for target in unmatched:
+    if unmatched:
         described = "linear layer or experts named" if find_experts(model) else "linear layer named"
         fix = f"set adapter.target={ALL_LINEAR}"
-        raise _unknown(target, selectable, "adapter.target", described, fix)
+        raise _unknown(unmatched[0], selectable, "adapter.target", described, fix)
 
 
 class Unreached(NamedTuple):

@@ -109,7 +109,7 @@ class AsShipped(Format):
             self.draw(local)
             return
 
-        if not self._has_this_format(weight):
+        if weight.format_name != self.name:
             raise self._missing_scales(name, "the weight is")
         if weight.shape != layer.shape:
             raise ModelError(
@@ -129,7 +129,7 @@ class AsShipped(Format):
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
-        if self._has_this_format(weight):
+        if weight.format_name == self.name:
             self._load_whole_stack(stack, weight, first)
             return
 
@@ -138,7 +138,7 @@ class AsShipped(Format):
             raise self._missing_scales(weight.name, "these experts are")
 
         for region, stored in pieces:
-            if not self._has_this_format(stored):
+            if stored.format_name != self.name:
                 raise self._missing_scales(stored.name, "an expert is")
             expert_slice, rows, _ = region
             part = rows.start * stack.parts // stack.rows
@@ -174,9 +174,6 @@ class AsShipped(Format):
             scales = weight.scale[first : first + len(place)]
             # If an expert has a single scale, all of its parts use this scale.
             place.copy_(scales.unflatten(1, (min(stack.parts, scales.shape[1]), -1)))
-
-    def _has_this_format(self, weight: StoredTensor) -> bool:
-        return weight.format_name == self.name
 
     def _missing_scales(self, name: str, what: str) -> ModelError:
         """Build the error for a weight that config.json declares as quantized but that has no

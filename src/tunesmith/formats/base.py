@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.distributed.torch_private import collective
+from tunesmith.distributed.vocab_parallel import sharding_groups
 from tunesmith.formats.stored import Stored, StoredParts
 
 if TYPE_CHECKING:  # these modules import this one
@@ -225,6 +227,17 @@ class Format(ABC):
             dx = dy @ dense if dx is None else dx.addmm_(dy, dense)
         assert dx is not None
         return dx
+
+
+def max_over_ranks(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the maximum of the values over the ranks that have shards of a weight.
+
+    Each rank has 0 for the scales of rows that belong to other ranks, so the maximum combines the
+    scales of all ranks. This is a collective call if the weight is sharded.
+    """
+    for group in sharding_groups(weight):
+        values = collective("all_reduce", values, "max", group.group_name)
+    return values
 
 
 # The formats of this process by their `encoding`.

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.torch_private import collective, local_slices
-from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError, first_line
 from tunesmith.formats.base import (
     E4M3,
@@ -27,6 +27,7 @@ from tunesmith.formats.base import (
     FrozenWeight,
     TensorForm,
     Update,
+    max_over_ranks,
     row_pieces,
 )
 from tunesmith.formats.scaled_matmul import (
@@ -208,7 +209,7 @@ class Fp8(Format):
             weights = [(rows, read_bf16_rows(layer, dense, rows)) for rows in pieces]
             for _, weight in weights:
                 scale = scale.maximum(find_scale(self.recipe, weight))
-            scale = _largest_of_ranks(layer, scale)
+            scale = max_over_ranks(scale, layer.weight)
             for rows, weight in weights:
                 store(rows, weight, scale)
         else:
@@ -217,23 +218,13 @@ class Fp8(Format):
                 weight = read_bf16_rows(layer, dense, rows)
                 scale[rows] = find_scale(self.recipe, weight)
                 store(rows, weight, scale[rows])
-            scale = _largest_of_ranks(layer, scale)
+            scale = max_over_ranks(scale, layer.weight)
         layer.get_buffer("scale").copy_(scale)
 
 
 def read_bf16_rows(layer: FrozenLinear, dense: Stored, rows: slice) -> Tensor:
     """Return rows of the layer's shard of `dense` in bf16, on the device of the matmuls."""
     return layer.part_of(dense, rows).to(layer.get_buffer("scale").device, torch.bfloat16)
-
-
-def _largest_of_ranks(layer: FrozenLinear, scale: Tensor) -> Tensor:
-    """Return the maximum of the scales over the ranks that have shards of the weight.
-
-    On each rank, the scales of rows that belong to other ranks are 0.
-    """
-    for group in sharding_groups(layer.weight):
-        scale = collective("all_reduce", scale, "max", group.group_name)
-    return scale
 
 
 # ---- selection of the scaling recipe

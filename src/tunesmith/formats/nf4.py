@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.distributed.torch_private import collective, local_slices
-from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
+from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.formats.base import (
     Format,
@@ -25,6 +25,7 @@ from tunesmith.formats.base import (
     FrozenStack,
     FrozenWeight,
     TensorForm,
+    max_over_ranks,
 )
 from tunesmith.formats.stored import Stored, StoredParts, whole_slices
 from tunesmith.host import packages
@@ -359,11 +360,8 @@ class Nf4(Format):
             nested_absmax[expert] = expert_nested_absmax
             nested_offset[expert] = offset
 
-        for group in sharding_groups(codes):
-            for scales in expert_scales:
-                # Combine the scales of all ranks by the maximum: scales are not negative, and each
-                # rank has 0 for the experts of other ranks.
-                scales.copy_(collective("all_reduce", scales, "max", group.group_name))
+        for scales in expert_scales:
+            scales.copy_(max_over_ranks(scales, codes))
 
 
 def _has_kernel(codes: Tensor) -> bool:
@@ -399,22 +397,15 @@ def _gather_scales(layer: FrozenLinear, scales: Tensor, shape: torch.Size) -> Te
     Args:
         shape: shape of the entire layer.
     """
-    groups: list[str] = [group.group_name for group in sharding_groups(layer.weight)]
+    # Use the maximum, not the sum: a block at the border of two shards has its scale on both ranks.
     shard = layer.tensor_shard
+    if shard is None:
+        return max_over_ranks(scales, layer.weight)
     # Copy the shard's scales to their position in [rows, blocks per row]. The other scales are 0
     # until the reduction.
-    if shard is not None:
-        local_scales = scales.view(layer.out_features, -1)
-        scales = torch.zeros(shape.numel() // NF4_BLOCK, device=scales.device)
-        shard.shard_of(scales, shape[0]).copy_(local_scales)
-        groups.append(shard.group)
-
-    for group in groups:
-        # Combine the scales of all ranks by the maximum, because a rank has 0 for blocks of other
-        # ranks. A block at the border of two shards has the same scale on both ranks, so a sum
-        # would be wrong.
-        scales = collective("all_reduce", scales, "max", group)
-    return scales
+    all_scales = torch.zeros(shape.numel() // NF4_BLOCK, device=scales.device)
+    shard.shard_of(all_scales, shape[0]).copy_(scales.view(layer.out_features, -1))
+    return collective("all_reduce", max_over_ranks(all_scales, layer.weight), "max", shard.group)
 
 
 def _quantize_piece(

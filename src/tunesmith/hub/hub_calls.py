@@ -17,7 +17,7 @@ from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 from tunesmith.host import demo_model
 from tunesmith.host.shell import shell_word
-from tunesmith.model.shapes import SHAPES
+from tunesmith.model.shapes import SHAPE_OF_MODEL
 
 DISK_FIX = (
     "free disk space (`tunesmith fetch --list` shows the models), or move the Hub cache to another "
@@ -136,7 +136,7 @@ def unknown_model_name(name: str) -> ModelError:
 
     The fix proposes a known model with a similar name.
     """
-    models = {repo.partition("/")[2]: repo for shape in SHAPES.values() for repo in shape.models}
+    models = {repo.partition("/")[2]: repo for repo in SHAPE_OF_MODEL}
     near = nearest(name, [demo_model.DEMO_NAME, *models])
     fix = "use an existing path, or owner/name as on the Hub"
     if near == demo_model.DEMO_NAME:

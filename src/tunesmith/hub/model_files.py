@@ -116,14 +116,15 @@ def read_model_files(
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec.quantized)
     tokenizer = load_original_tokenizer(tokenizer_folder(model, folder), model)
-    if full_config is None or not model.vision:
-        support = find_support(config, model, where=where, full_config=full_config)
-        return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config)
-    # Import here, because these modules load image libraries.
-    from tunesmith.data.text.placeholders import PictureProcessor
-    from tunesmith.hub.picture_support import add_vision, find_picture_support
+    pictures = None
+    if full_config is not None and model.vision:
+        # Import here, because these modules load image libraries.
+        from tunesmith.data.text.placeholders import PictureProcessor
+        from tunesmith.hub.picture_support import add_vision, find_picture_support
 
-    pictures = PictureProcessor.load(folder, tokenizer, full_config, image_max_pixels)
-    support = find_picture_support(full_config, pictures, tokenizer, where=where)
-    spec = add_vision(spec, full_config, pictures)
+        pictures = PictureProcessor.load(folder, tokenizer, full_config, image_max_pixels)
+        support = find_picture_support(full_config, pictures, tokenizer, where=where)
+        spec = add_vision(spec, full_config, pictures)
+    else:
+        support = find_support(config, model, where=where, full_config=full_config)
     return ModelFiles(folder, model, config, spec, support, tokenizer, form, full_config, pictures)

@@ -64,20 +64,10 @@ MAX_GROUPED_WIDTH = 192
 # Keyword arguments that Transformers passes to every attention function. They do not change the
 # result of this implementation.
 HARMLESS_KEYWORDS = frozenset(
-    {
-        "position_ids",
-        "use_cache",
-        "output_attentions",
-        "cache_position",
-        "position_embeddings",
-        "is_causal",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "num_items_in_batch",
-        "output_router_logits",
-    }
+    """
+    position_ids use_cache output_attentions cache_position position_embeddings is_causal
+    cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k num_items_in_batch output_router_logits
+    """.split()
 )
 
 

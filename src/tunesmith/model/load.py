@@ -45,22 +45,14 @@ from tunesmith.model.spec import one_line
 from tunesmith.model.text_config import has_own_class, text_part
 
 
-def load_config(folder: Path, model: Model) -> PretrainedConfig:
-    """Return the config of the model, or of the text model of a vision-language model.
-
-    Raise ModelError if the config is missing or broken, if the model is not supported, or if the
-    recipe's `model` section does not fit the model.
-    """
-    text, _ = load_configs(folder, model)
-    return text
-
-
 def load_configs(
     folder: Path, model: Model, stated: Config | None = None
 ) -> tuple[PretrainedConfig, PretrainedConfig | None]:
-    """Return the text model's config (see `load_config`) and the entire model's config.
+    """Return the config of the text model, and the config of the entire vision-language model.
 
-    The second config is None if the text model is the entire model.
+    The second config is None if the text model is the entire model. Raise ModelError if the config
+    is missing or broken, if the model is not supported, or if the recipe's `model` section does not
+    fit the model.
 
     Args:
         stated: the result of `check_config`, or None to check the config here.

@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
+from tunesmith.model.decoder import (
+    find_innermost,
+    find_text_model,
+    has_vision_language_class,
+    name_of_head,
+    vision_parameters,
+)
 from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.shipped import FETCH_CONFIG
 from tunesmith.model.shipped_entries import StoredEntry
@@ -101,8 +108,6 @@ class EntireNames:
     @classmethod
     def find(cls, text: "PreTrainedModel", entire: "PreTrainedModel") -> "EntireNames":
         """Build the mapping from the names of the decoder and of the head in both models."""
-        from tunesmith.model.decoder import find_innermost, name_of_head
-
         decoder = (find_innermost(text)[0], find_innermost(entire)[0])
         head = (name_of_head(text), name_of_head(entire))
         names = cls(decoder, head, entire)
@@ -208,8 +213,6 @@ def names_on_disk(model: "PreTrainedModel", name: str) -> list[str]:
 
 def is_vision_language(model: "nn.Module") -> bool:
     """Return whether a model is a vision-language model, or the text model of one."""
-    from tunesmith.model.decoder import has_vision_language_class
-
     return _entire_names(model) is not None or has_vision_language_class(model)
 
 
@@ -218,12 +221,6 @@ def _text_name_if_partial(model: "PreTrainedModel") -> str | None:
 
     Return None if the model has all parts of its checkpoint.
     """
-    from tunesmith.model.decoder import (
-        find_text_model,
-        has_vision_language_class,
-        vision_parameters,
-    )
-
     names = _entire_names(model)
     if names:
         return names.decoder[1]

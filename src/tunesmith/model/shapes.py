@@ -36,6 +36,7 @@ class Shape:
 
 _SHAPE_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 SHAPES: dict[str, Shape] = {name: Shape(**values) for name, values in _SHAPE_TABLE.items()}
+SHAPE_OF_MODEL = {repo: shape for shape in SHAPES.values() for repo in shape.models}
 
 
 def find_shape(name: str) -> Shape:
@@ -54,10 +55,7 @@ def find_shape(name: str) -> Shape:
 
 def vision_of_model(repo: str) -> Mapping[str, int]:
     """Return the sizes of the vision part of a repository's model, or {} if they are unknown."""
-    for shape in SHAPES.values():
-        if repo in shape.models:
-            return shape.vision
-    return {}
+    return SHAPE_OF_MODEL[repo].vision if repo in SHAPE_OF_MODEL else {}
 
 
 def config_of_model(repo: str) -> dict[str, object] | None:
@@ -65,7 +63,5 @@ def config_of_model(repo: str) -> dict[str, object] | None:
 
     Return None if its shape is not in the table.
     """
-    for shape in SHAPES.values():
-        if repo in shape.models:
-            return {**shape.config, **shape.models[repo]}
-    return None
+    shape = SHAPE_OF_MODEL.get(repo)
+    return {**shape.config, **shape.models[repo]} if shape else None

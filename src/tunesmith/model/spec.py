@@ -32,19 +32,7 @@ _OTHER_PICTURES = {
     "idefics": "its text model attends to pictures in separate cross-attention layers",
     "llama4": "its projector is not part of Transformers' `get_image_features`",
 }
-_ENCODERS = (
-    "bert",
-    "roberta",
-    "deberta",
-    "electra",
-    "albert",
-    "t5",
-    "bart",
-    "pegasus",
-    "marian",
-    "whisper",
-    "clip",
-)
+_ENCODERS = "bert roberta deberta electra albert t5 bart pegasus marian whisper clip".split()
 
 # Config keys for the number of decoder layers.
 DECODER_DEPTHS = (

@@ -103,7 +103,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, (
         "the weights' mode is that of the rest"
     )
-    model = load.build_on_meta(load.load_config(folder, spec), spec)
+    model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder)
     theirs = AutoModelForCausalLM.from_pretrained(
