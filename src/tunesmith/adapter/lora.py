@@ -199,12 +199,11 @@ def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
     """Return the number of trained parameters of a model with an adapter: A, B, and the fully
     trained modules.
     """
-    count = 0
-    for module in modules_to_save(model, adapter):
-        count += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    for _, layer in low_ranks(model):
-        count += layer.lora_A.numel() + layer.lora_B.numel()
-    return count
+    saved = modules_to_save(model, adapter)
+    in_full = sum(p.numel() for module in saved for p in module.parameters(recurse=False))
+    return in_full + sum(
+        layer.lora_A.numel() + layer.lora_B.numel() for _, layer in low_ranks(model)
+    )
 
 
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:

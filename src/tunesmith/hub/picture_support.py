@@ -113,9 +113,8 @@ def add_vision(
         stated = Model(name=full_config.model_type, dtype="fp32", vision=True)
         model = build_on_meta(full_config.get_text_config(), stated, full_config=full_config)
         parameters = sum(parameter.numel() for _, parameter in vision_parameters(model))
-        projector = 0
-        for name in find_projector(model):
-            projector += sum(p.numel() for p in model.get_submodule(name).parameters())
+        modules = [model.get_submodule(name) for name in find_projector(model)]
+        projector = sum(p.numel() for module in modules for p in module.parameters())
         try:
             inputs = {name: torch.from_numpy(array) for name, array in pixels.inputs.items()}
             return VisionSize(parameters, projector, count_picture_flops(model, inputs))

@@ -40,6 +40,9 @@ Sources = Mapping[str, Sequence[StoredEntry]]
 class Piece:
     """A stored tensor that is one region of a parameter.
 
+    For example, `experts.3.up_proj.weight` is the region [3:4, width : 2 * width, 0:hidden] of the
+    parameter `experts.gate_up_proj`.
+
     Attributes:
         region: one slice with start and stop for each dimension of the parameter.
         stacked: whether the stored tensor lacks the parameter's first dimension. `region` then
@@ -237,6 +240,9 @@ def assign_names(
 ) -> StoredNames:
     """Assign the tensors of a checkpoint to a model's parameters.
 
+    Most tensors have the name of their parameter. The others are renamed, split or joined by the
+    rules of Transformers.
+
     Args:
         parameter_names: names of all parameters of the model, including `companions`.
         companions: names of parameters that can be stored with companion tensors (scales).
@@ -330,6 +336,8 @@ def _split(
 ) -> None:
     """Split a stored tensor by rows with a conversion rule, and assign each part to its parameter.
 
+    For example, a stored `qkv` has the rows of `q_proj`, then those of `k_proj` and of `v_proj`.
+
     Args:
         renamed: the name of the first parameter in the entire model.
     """
@@ -363,7 +371,8 @@ def _join(name: str, rule: "WeightConverter", sources: Sources) -> Pieces:
     """Return the parameter that a conversion rule forms from the entries of its patterns.
 
     The tensors that match one pattern (the experts) are stacked. The stacks of all patterns (gate,
-    then up) are concatenated.
+    then up) are concatenated. For example, `experts.0.gate_proj`, `experts.1.gate_proj`,
+    `experts.0.up_proj` and `experts.1.up_proj` form `experts.gate_up_proj`.
     """
     from transformers.core_model_loading import dot_natural_key
 

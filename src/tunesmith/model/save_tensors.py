@@ -231,10 +231,10 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
 def _is_first_replica(tensor: DTensor) -> bool:
     """Return whether this rank is the first one that has this shard of the tensor."""
     coordinate = tensor.device_mesh.get_coordinate() or ()
-    for index, placement in zip(coordinate, tensor.placements, strict=True):
-        if index > 0 and placement.is_replicate():
-            return False
-    return True
+    return all(
+        index == 0 or not placement.is_replicate()
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+    )
 
 
 @torch.no_grad()

@@ -284,13 +284,9 @@ def _vector_parameters(config: Config, family: Architecture, hidden: int, layer:
     """Return the number of parameters of a layer's biases and norms."""
     q = layer.heads * layer.head_dim
     kv = layer.kv_heads * layer.head_dim
-    attention_bias = bool(config.get("attention_bias", False))
-    has_qkv_bias = family.qkv_bias
-    if has_qkv_bias is None:
-        has_qkv_bias = attention_bias
-    has_output_bias = family.output_bias
-    if has_output_bias is None:
-        has_output_bias = attention_bias
+    stated_bias = bool(config.get("attention_bias", False))
+    has_qkv_bias = stated_bias if family.qkv_bias is None else family.qkv_bias
+    has_output_bias = stated_bias if family.output_bias is None else family.output_bias
     count = family.norms * hidden
     if has_qkv_bias:
         count += q + 2 * kv
