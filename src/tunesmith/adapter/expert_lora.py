@@ -17,13 +17,13 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
-from tunesmith.model.experts import LORA_SUFFIX, Experts, StackUpdate, find_experts
+from tunesmith.model.experts import LORA_SUFFIX, Experts, find_experts
 from tunesmith.quant.llama4_experts import Llama4Experts
 
 EXPERTS_TARGET = "experts"  # target that selects both stacks of every layer
 
 
-class ExpertsLora(LowRank, StackUpdate):
+class ExpertsLora(LowRank):
     """Module with the LoRA update of all experts of one stack.
 
     Attributes:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import EXPERTS_TARGET, ExpertsLora, expert_updates
+from tunesmith.adapter.expert_lora import EXPERTS_TARGET, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.names import last_part
 from tunesmith.config.schema import Adapter
@@ -296,11 +296,8 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         tensors[f"{peft_name}.lora_A.weight"] = layer.lora_A
         tensors[f"{peft_name}.lora_B.weight"] = layer.lora_B
     for name, experts in find_experts(model).items():
-        updates = []
-        for stack in experts.stacks_in_order():
-            update = experts.update(stack)
-            if isinstance(update, ExpertsLora):
-                updates.append(update)
+        stacks = map(experts.update, experts.stacks_in_order())
+        updates = [update for update in stacks if update is not None]
         # PEFT wraps the experts' module once per stack. Each wrapper adds `.base_layer` to the
         # name, so the first stack has one `.base_layer` more than the second.
         peft_name = PREFIX + name_in_entire_model(model, name) + len(updates) * ".base_layer"

@@ -1,10 +1,8 @@
 """Access to all experts of a layer, as a mixin that is added to Transformers' own classes."""
 
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
@@ -12,13 +10,6 @@ from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.fused import add_mixin
-
-
-@runtime_checkable
-class HasExperts(Protocol):
-    """A module whose `num_experts` is the number of experts that it holds or selects from."""
-
-    num_experts: int
 
 
 @runtime_checkable
@@ -35,17 +26,6 @@ class CalledByInterface(Protocol):
 
 
 LORA_SUFFIX = "_lora"  # name suffix of a stack's adapter, a module with lora_A and lora_B
-
-
-class StackUpdate(nn.Module):
-    """The LoRA adapter of one stack of expert weights. It is a child of the experts' module."""
-
-    @abstractmethod
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return A [experts, rank, in], and B [experts, rank, out] multiplied by the scaling.
-
-        Return (None, None) if the adapter is disabled.
-        """
 
 
 class Experts(nn.Module):
@@ -80,12 +60,9 @@ class Experts(nn.Module):
             return codes
         return None
 
-    def update(self, name: str) -> StackUpdate | None:
-        """Return the adapter of the stack of this name, or None if it has no adapter."""
-        update = self._modules.get(name + LORA_SUFFIX)
-        if isinstance(update, StackUpdate):
-            return update
-        return None
+    def update(self, name: str) -> Any:
+        """Return the adapter of the stack of this name (an `ExpertsLora`), or None."""
+        return self._modules.get(name + LORA_SUFFIX)
 
     def stack(self, name: str) -> FrozenStack:
         """Return this rank's shard of the named stack, in the form that the matmuls use."""
@@ -130,7 +107,7 @@ def find_experts(model: nn.Module) -> dict[str, Experts]:
 
 
 def _has_stacks(module: nn.Module) -> bool:
-    if not isinstance(module, CalledByInterface) or not isinstance(module, HasExperts):
+    if not isinstance(module, CalledByInterface) or not hasattr(module, "num_experts"):
         return False
     return set(_stack_names(module.has_gate)) <= set(_held_names(module))
 

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.decoder import find_layers
-from tunesmith.model.experts import CalledByInterface, HasExperts
+from tunesmith.model.experts import CalledByInterface
 from tunesmith.model.vision import set_text_attention
 
 MEASURING_NAME = "tunesmith-sizes"
@@ -343,6 +343,4 @@ def are_experts(module: nn.Module) -> bool:
 
 def count_experts(module: nn.Module) -> int:
     """Return the module's number of experts, or 0 if it has no such attribute."""
-    if isinstance(module, HasExperts):
-        return int(module.num_experts)
-    return 0
+    return int(getattr(module, "num_experts", 0))
