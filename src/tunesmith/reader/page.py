@@ -159,9 +159,17 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
             merged = before[0]._replace(label=", ".join(answer.label for answer in before))
             answers = [merged, *(answer for answer in answers if answer.step)]
         prompt_samples = [sample for sample in samples if sample["prompt"] == text]
-        row = next((sample["row"] for sample in prompt_samples if sample.get("row")), "")
-        expected = (sample["expected"] for sample in prompt_samples if sample.get("expected"))
-        prompts.append(ShownPrompt(shown(row), turns, next(expected, ""), answers, others))
+        rows = [sample["row"] or "" for sample in prompt_samples if sample.get("row")]
+        expected = [sample["expected"] or "" for sample in prompt_samples if sample.get("expected")]
+        prompts.append(
+            ShownPrompt(
+                shown(rows[0] if rows else ""),
+                turns,
+                expected[0] if expected else "",
+                answers,
+                others,
+            )
+        )
     return prompts, system
 
 

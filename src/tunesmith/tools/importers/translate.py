@@ -191,8 +191,8 @@ def _set_trl_rows(recipe: Translation) -> None:
     # `dataset_text_field` can also name a column of messages. TRL then reads the column as
     # messages.
     is_chat = column in ("text", "messages", "conversations", "completion")
-    row_format = METHOD_FORMATS.get(recipe.method, "messages" if is_chat else "text")
-    row_format = recipe.overrides.get("data.train.format", row_format)
+    method_format = METHOD_FORMATS.get(recipe.method, "messages" if is_chat else "text")
+    row_format = recipe.overrides.get("data.train.format", method_format)
 
     if "data.train.source" not in recipe.overrides:
         for key in recipe.source.keys:

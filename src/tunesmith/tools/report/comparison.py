@@ -56,7 +56,7 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
         raise UsageError(
             "no runs were given", where="compare(...)", fix="give at least one run directory"
         )
-    read = [RunFiles(folder) for folder in with_runs_of_folders(list(map(os.fspath, runs)))]
+    read = [RunFiles(folder) for folder in with_runs_of_folders([os.fspath(run) for run in runs])]
     label_apart(read)
     # Leave out recipe keys that do not affect the trained weights.
     figures = {
