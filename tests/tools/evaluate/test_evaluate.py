@@ -129,8 +129,8 @@ def test_an_answer_that_is_not_scored_adds_nothing_however_unlikely_it_is() -> N
     stand_in: Any = SimpleNamespace(
         model=SimpleNamespace(device=CPU), token_scores=lambda _: (losses, correct)
     )
-    sums = _batch_sums(stand_in, batch, [0], [4])
-    assert (sums.row_losses, sums.row_tokens, sums.pairs) == ([2.0], [2], [1.0])
+    sums, pairs = _batch_sums(stand_in, batch, [4])
+    assert (sums.tolist(), pairs) == ([[2], [2], [0]], [1])
 
 
 def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:

@@ -21,8 +21,8 @@ from tunesmith.tools.evaluate.scorers import (
     SCORERS,
     ScoredRow,
     check_scorer_names,
+    find_scorer,
     score_answer,
-    select_scorers,
 )
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, CallReader, learn_call_form
 
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_table(name: str) -> None:
     """Equal to 1e-12: sums of few floats."""
     kind, _, family = name.partition(":")
     read = reader(family) if family else None
-    (scorer,) = select_scorers([kind], read)
+    scorer = find_scorer(kind, read)
     wrong = []
     for case, answer, reference, expected, *schema in CASES:
         if case != name:
@@ -139,7 +139,7 @@ def test_a_template_without_a_form_that_is_known_is_refused() -> None:
     assert learn_call_form("assistant calls nothing") is None
     assert learn_call_form(f"call {CALL_PROBE.name} with {_TOWN[1]} and {_RIVER[1]}") is None
     with refuses(UsageError, where="--score tool-call"):
-        select_scorers(["tool-call"], None)
+        find_scorer("tool-call", None)
 
 
 BAD_ROWS = [
@@ -171,7 +171,7 @@ BAD_ROWS = [
 def test_a_row_that_cannot_be_scored_is_named(
     name: str, bad: ScoredRow, what: str, why: str
 ) -> None:
-    (scorer,) = select_scorers([name], reader("hermes"))
+    scorer = find_scorer(name, reader("hermes"))
     with pytest.raises(DataError, match=what) as refused:
         scorer.check(bad)
     assert refused.value.where.startswith("held.jsonl:3")
@@ -193,7 +193,7 @@ def test_what_an_answer_does_is_a_score_and_no_error() -> None:
     ]
     odd += ["[TOOL_CALLS]", "f(" * 10_000, "-" * 10_000 + "1", "1" + "+1" * 30_000, "<|tool_call_start|>[" + "(" * 5000]  # fmt: skip
     for family in RENDERINGS:
-        for scorer in select_scorers(SCORERS, reader(family)):
+        for scorer in (find_scorer(name, reader(family)) for name in SCORERS):
             for answer in odd:
                 if scorer.name != "regex":
                     assert 0 <= score_answer(scorer, answer, row("1")) <= 1
@@ -300,11 +300,11 @@ number = 3
 def test_a_scorer_of_ones_own_gets_answer_and_row(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    (scorer,) = select_scorers([f"{file}:length"])
+    scorer = find_scorer(f"{file}:length")
     scored = row("abcd")
     assert score_answer(scorer, "ab", scored) == 0.5
     assert scored.row == {}
-    (scorer,) = select_scorers([f"{file}:modelled"])
+    scorer = find_scorer(f"{file}:modelled")
     assert score_answer(scorer, "ab", scored) == 1
 
 
@@ -323,7 +323,7 @@ def test_what_a_scorer_of_ones_own_does_wrong_names_the_row(
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    (scorer,) = select_scorers([f"{file}:{function}"])
+    scorer = find_scorer(f"{file}:{function}")
     with pytest.raises(RunError) as failed:
         score_answer(scorer, "ab", row("abcd"))
     assert failed.value.where == "held.jsonl:3"
@@ -353,7 +353,7 @@ def test_a_scorer_that_is_none_is_refused(
     if content is not None:
         Path("mine.py").write_text(content)
     with pytest.raises(UsageError, match=what) as refused:
-        select_scorers([name])
+        find_scorer(name)
     assert name in f"{refused.value.where} {refused.value.what}"
     assert refused.value.fix
     if "loaded" not in what and "function" not in what:

@@ -10,12 +10,11 @@ scores have confidence intervals.
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +55,7 @@ from tunesmith.presentation.data import layout_lines
 from tunesmith.run_dir import PAIRS, weights_step
 from tunesmith.tools.evaluate.generate import find_source
 from tunesmith.tools.evaluate.score_rows import (
+    Progress,
     RowScores,
     Scoring,
     answers_path,
@@ -71,9 +71,6 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 PACKED_ROW_TOKENS = 4096  # maximum tokens of a packed row when losses are computed
-# Callback for progress. The arguments are a label, the number of finished items and the number of
-# all items. While answers are generated, the number of generated tokens is a fourth argument.
-Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -152,9 +149,8 @@ class Evaluation(Tabular):
             # Show only the models of this evaluation. With --no-base, the answers file can still
             # contain answers of the base model from an earlier evaluation.
             intervals[scores.name] = [scores.models[model] for model in self.scores]
-        rows = [*loss_rows(list(self.scores.values())), *interval_rows(intervals)]
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
-        return ResultTable(rows, list(self.scores), title=f"rows: {self.data}", notes=notes)
+        return score_table(self.data, self.scores, intervals, notes)
 
     @property
     def loss_difference(self) -> LossDifference | None:
@@ -214,32 +210,41 @@ class Evaluation(Tabular):
             yield f"answers: {self.answers}"
 
 
-def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]]:
-    """Return one table row per scorer. Each model has a cell with its mean score and interval."""
-    rows = []
-    for scorer, intervals in by_scorer.items():
-        cells = []
-        for interval in intervals:
-            ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-            cells.append(f"{interval.mean:.1%} ({ends})")
-        rows.append([f"{scorer}, 95 % interval", *cells])
-    return rows
+def score_table(
+    data: str,
+    results: Mapping[str, EvalResult],
+    by_scorer: Mapping[str, Sequence[Interval]],
+    notes: Sequence[str],
+) -> ResultTable:
+    """Return the table of an evaluation, with a column for each model.
 
-
-def loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
-    """Return table rows for loss, perplexity, accuracy and counts, with one cell per model."""
-    perplexities = []
-    for result in results:
+    Args:
+        data: description of the rows, for the title.
+        results: column heading -> loss and accuracy of the model.
+        by_scorer: name of a scorer -> mean score of each model with its interval.
+        notes: lines below the table.
+    """
+    columns = []
+    for result in results.values():
         # `score` sets the perplexity to infinity if exp(loss) overflows.
         is_finite = result.perplexity < math.inf
-        perplexities.append(f"{result.perplexity:.3f}" if is_finite else "above 1e308")
-    return [
-        ["loss (nats per token)", *(f"{result.loss:.4f}" for result in results)],
-        ["perplexity", *perplexities],
-        ["token accuracy", *(f"{result.token_accuracy:.2%}" for result in results)],
-        ["rows", *(str(result.rows) for result in results)],
-        ["supervised tokens", *(str(result.tokens) for result in results)],
-    ]
+        columns.append(
+            [
+                f"{result.loss:.4f}",
+                f"{result.perplexity:.3f}" if is_finite else "above 1e308",
+                f"{result.token_accuracy:.2%}",
+                str(result.rows),
+                str(result.tokens),
+            ]
+        )
+    names = ["loss (nats per token)", "perplexity", "token accuracy", "rows", "supervised tokens"]
+    rows = list(zip(names, *columns, strict=True))
+    for scorer, intervals in by_scorer.items():
+        cells = [
+            f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})" for mean, low, high in intervals
+        ]
+        rows.append((f"{scorer}, 95 % interval", *cells))
+    return ResultTable(rows, list(results), title=f"rows: {data}", notes=notes)
 
 
 def score(
@@ -255,29 +260,28 @@ def score(
     With several ranks, each rank computes a part of the batches. The sums are added in the order of
     the batches, so the result is the same as with one process.
     """
-    hits = 0
-    rows = 0
-    pairs = []
-    row_losses = np.zeros(len(tokens))
-    row_tokens = np.zeros(len(tokens), np.int64)
+    pairs: list[float] = []
+    sums = np.zeros((3, len(tokens)))  # the sums that `_batch_sums` returns, for all examples
     supervised = tokens.supervised
-    progress("rows scored", 0, len(tokens))
+    rows = 0
+    progress("rows scored", rows, len(tokens))
     with evaluating(train_model):
         layout = Layout(pad_id, train_model.packs_rows)
         batches = layout.batches(tokens, PACKED_ROW_TOKENS)
-        for turn in iter(lambda: list(islice(batches, ranks.world)), []):
-            sums = _BatchSums([], [], [], 0, [])
+        # In each turn, every rank computes one batch. In the last turn, some ranks have no batch.
+        while turn := list(islice(batches, ranks.world)):
+            computed = None
             with ranks.raise_on_all_ranks():
                 if ranks.rank < len(turn):
                     indices, batch = turn[ranks.rank]
-                    sums = _batch_sums(train_model, batch, indices, supervised[indices].tolist())
-            for gathered in ranks.all_gather_object(sums):
-                hits += gathered.hits
-                rows += len(gathered.indices)
-                pairs += gathered.pairs
-                row_losses[gathered.indices] = gathered.row_losses
-                row_tokens[gathered.indices] = gathered.row_tokens
+                    computed = _batch_sums(train_model, batch, supervised[indices].tolist())
+            for (indices, _), of_rank in zip(turn, ranks.all_gather_object(computed), strict=False):
+                assert of_rank is not None
+                sums[:, indices], batch_pairs = of_rank
+                pairs += batch_pairs
+                rows += len(indices)
             progress("rows scored", rows, len(tokens))
+    row_losses, row_tokens, row_hits = sums
     count = int(row_tokens.sum())
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
@@ -289,66 +293,45 @@ def score(
         count,
         loss,
         perplexity,
-        hits / count,
+        int(row_hits.sum()) / count,
         pairs=tuple(pairs),
         row_losses=tuple(row_losses.tolist()),
-        row_tokens=tuple(row_tokens.tolist()),
+        row_tokens=tuple(row_tokens.astype(int).tolist()),
     )
 
 
-class _BatchSums(NamedTuple):
-    """Loss sums and token counts of the examples in one batch.
-
-    Attributes:
-        indices: indices of the examples in the batch.
-        row_losses: sum of the token losses of each example.
-        row_tokens: number of scored tokens of each example.
-        hits: number of tokens that are the model's most likely token.
-        pairs: one number per pair of answers, see `EvalResult.pairs`.
-    """
-
-    indices: list[int]
-    row_losses: list[float]
-    row_tokens: list[float]
-    hits: int
-    pairs: list[float]
-
-
 def _batch_sums(
-    train_model: TrainModel, batch: Batch, indices: list[int], counts: list[int]
-) -> _BatchSums:
+    train_model: TrainModel, batch: Batch, counts: list[int]
+) -> tuple[np.ndarray, list[float]]:
     """Compute the loss sums and token counts of the examples in one batch.
 
     Args:
-        indices: indices of the examples in the batch.
         counts: number of supervised tokens of each example.
+
+    Returns:
+        For each example the sum of its token losses, the number of its scored tokens, and how many
+        of them are the model's most likely token, float64 [3, examples]; and one number per pair of
+        answers, see `EvalResult.pairs`.
     """
     batch = batch.to(train_model.model.device)
     losses, correct = train_model.token_scores(batch)
     index, _ = supervised_positions(batch)
     target_losses = losses.flatten()[index].double()
-    is_scored = torch.ones_like(target_losses, dtype=torch.bool)
+    values = torch.stack(
+        [target_losses, torch.ones_like(target_losses), correct.flatten()[index].double()]
+    )
     pairs = []
     sequences = batch.sequences
     if sequences is not None:
-        is_scored = sequences.labels[sequences.sequence_indices]
+        values = values.where(sequences.labels[sequences.sequence_indices], 0)
         if batch.chosen_tokens:
             sums = torch.segment_reduce(target_losses, "sum", lengths=sequences.lengths)
             means = -sums / sequences.lengths
             pairs = accuracy(means[0::2] - means[1::2]).tolist()
-    # Index of the row that each target token belongs to.
-    row_of_target = np.repeat(np.arange(len(indices)), counts)
-
-    def sums_of_rows(values: torch.Tensor) -> list[float]:
-        return np.bincount(row_of_target, values.cpu().numpy(), len(indices)).tolist()
-
-    return _BatchSums(
-        indices,
-        sums_of_rows(target_losses.where(is_scored, 0)),
-        sums_of_rows(is_scored),
-        int((correct.flatten()[index] & is_scored).sum()),
-        pairs,
-    )
+    # Index of the example that each target token belongs to.
+    example = np.repeat(np.arange(len(counts)), counts)
+    per_example = [np.bincount(example, row, len(counts)) for row in values.cpu().numpy()]
+    return np.stack(per_example), pairs
 
 
 @lines_by_default()
@@ -416,20 +399,19 @@ def evaluate(
         if data is None:
             parts, name = _held_out_rows(location, os.fspath(path))
         else:
-            source, rows = _rows_of(data, split, max_examples)
+            source, rows = _rows_of(data, split, max_examples, ranks)
             name = source.source
-            parts = [_read_source(source, rows, location, format_name, columns, ranks)]
+            like = find_source(rows, location.sources, format_name, columns)
+            parts = [(replace(source, format=like.format, columns=like.columns), rows)]
         if scorers and all(source.format == "text" for source, _ in parts):
             raise no_scored_rows(name, "rows of the format text were read")
         for _, rows in parts:
             location = add_vision_if_needed(location, sample_rows(rows)[0].values())
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
-        shown = name
         if data is None:
             tokens = _first_validated(tokens, location, max_examples)
-        else:
-            shown = _short_name(name)
+        shown = name if data is None else _short_name(name)
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
             scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
@@ -444,7 +426,7 @@ def evaluate(
     with scoring or nullcontext():
         tuned = "model" if location.holds == "base" else "tuned"
         scores = {tuned: score_model(loaded, tuned)}
-        seen, seen_fault = _seen_rows(tokens, loaded, ranks)
+        seen = _seen_rows(tokens, loaded, ranks)
         if base and location.holds == "adapter":
             # Disable the adapter to get the base model.
             with disabled(loaded.model):
@@ -452,15 +434,18 @@ def evaluate(
         elif base and location.holds == "full":
             # Free the tuned model first, so that only one model is in memory.
             del loaded
-            base_model = load_run(
+            loaded = load_run(
                 path, device=device, base_only=True, trust_remote_code=trust_remote_code
             )
-            scores = {"base": score_model(base_model, "base"), **scores}
-        evaluation = replace(_evaluation(scores, tokens, shown), seen=seen, seen_fault=seen_fault)
-        _keep_losses(evaluation, tokens, location, ranks, has_answers=bool(scorers))
+            scores = {"base": score_model(loaded, "base"), **scores}
+        evaluation = _evaluation(scores, tokens, shown, *seen)
+        about = _about(evaluation, location)
+        # `Scoring.finish` writes a file with the losses, but without the scores of pairs.
+        if scoring is None or tokens.has_pairs:
+            _keep_losses(evaluation, about, len(tokens), location, ranks)
         if scoring is None:
             return evaluation
-        by_scorer = scoring.finish(_about(evaluation, location))
+        by_scorer = scoring.finish(about)
         return replace(
             evaluation,
             by_scorer=(*evaluation.by_scorer, *by_scorer),
@@ -471,56 +456,54 @@ def evaluate(
         )
 
 
-def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:
-    """Build the result from the scores of the models and the counts of the rows.
-
-    `name` is the description of the rows.
-    """
-    counts = tokens.counts
-    dropped = counts.dropped + counts.emptied
+def _evaluation(
+    scores: dict[str, EvalResult], tokens: TokenSet, name: str, seen: Repeats | None, fault: str
+) -> Evaluation:
+    """Build the result from the scores of the models and the counts of the rows."""
     by_scorer: tuple[RowScores, ...] = ()
     if tokens.has_pairs:
-        orders = {model: list(result.pairs) for model, result in scores.items()}
-        by_scorer = (summarize_rows(PAIRS, orders),)
+        pairs = {model: list(result.pairs) for model, result in scores.items()}
+        by_scorer = (summarize_rows(PAIRS, pairs),)
+    counts = tokens.counts
     return Evaluation(
         scores,
         name,
         counts.rows,
-        dropped,
+        counts.dropped + counts.emptied,
         counts.cut,
         by_scorer,
         empty=counts.flaws.get("empty", [0])[0],
+        seen=seen,
+        seen_fault=fault,
         row_hash=counts.digest,
     )
 
 
 def _keep_losses(
     evaluation: Evaluation,
-    tokens: TokenSet,
+    about: dict[str, object],
+    examples: int,
     location: RunLocation,
     ranks: Ranks,
-    *,
-    has_answers: bool,
 ) -> None:
     """Write a file with the losses, and with the scores of pairs, to the folder evals/ of the run.
 
-    The command `report` reads this file. Do nothing if `Scoring.finish` will write a file with all
-    these values.
+    The command `report` reads this file. Do nothing if the evaluated model is not from a run.
 
     Args:
-        has_answers: whether scorers are used. `Scoring` then writes a file that includes the
-            losses, but not the scores of pairs.
+        about: the values that `_about` returns.
+        examples: number of examples.
     """
-    is_trained_run = location.run is not None and location.holds != "base"
-    if not is_trained_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
+    if location.run is None or location.holds == "base" or not ranks.is_main_process:
         return
-    scores = {scores.name: saved_scores(scores) for scores in evaluation.by_scorer}
-    values = {**_about(evaluation, location), "scores": scores}
     answers = answers_path(location, evaluation.data, None)
-    kind = "pairs" if tokens.has_pairs else "loss"
+    # Only pairs have scores at this point.
+    kind = "pairs" if evaluation.by_scorer else "loss"
     path = answers.with_name(f"{answers.stem}-{kind}.jsonl")
+    scores = {scores.name: saved_scores(scores) for scores in evaluation.by_scorer}
+    values = {**about, "scores": scores}
     try:
-        save_scores(path, evaluation.data, len(tokens), evaluation.row_hash, values)
+        save_scores(path, evaluation.data, examples, evaluation.row_hash, values)
     except MachineError as error:
         # Only warn, because the run directory of another user may not be writable.
         log.warning(
@@ -533,20 +516,19 @@ def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, object]:
 
     They are the checkpoint, its step, the losses, and how many of the rows the run was trained on.
     """
-    losses = {}
-    row_losses = {}
-    row_tokens: tuple[int, ...] = ()
+    losses: dict[str, float | None] = {}
+    row_losses: dict[str, object] = {"row_hash": evaluation.row_hash, "tokens": ()}
     for name, result in evaluation.scores.items():
         # Store None instead of NaN or infinity, which JSON does not have.
-        losses[name] = result.loss if math.isfinite(result.loss) else None
-        if losses[name] is not None:
-            row_losses[name] = result.row_losses
-            row_tokens = result.row_tokens
+        losses[name] = None
+        if math.isfinite(result.loss):
+            losses[name] = result.loss
+            row_losses |= {"tokens": result.row_tokens, name: result.row_losses}
     return {
         "checkpoint": location.folder.name if location.folder else None,
         "step": weights_step(location.folder) if location.run else None,
         "losses": losses,
-        "row_losses": {"row_hash": evaluation.row_hash, "tokens": row_tokens, **row_losses},
+        "row_losses": row_losses,
         "seen": None if evaluation.seen is None else evaluation.seen.count,
     }
 
@@ -569,36 +551,27 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Rep
     return ranks.broadcast_object(seen)
 
 
-def _rows_of(data: object, split: str | None, max_examples: int | None) -> tuple[Source, Rows]:
+def _rows_of(
+    data: object, split: str | None, max_examples: int | None, ranks: Ranks
+) -> tuple[Source, Rows]:
     """Return the rows and their source. `data` is a file, a Hub id, or the rows themselves."""
     if isinstance(data, str | os.PathLike):
         source = Source(source=os.fspath(data), split=split, max_examples=max_examples)
-        return source, read_rows(source)
-    argument = "evaluate(data=...)"
-    listed = [dict(row) for row in mappings(data, argument)][:max_examples]
-    if not listed or split is not None:
-        what = "data has no rows" if split is None else "split cannot be used with rows from Python"
-        raise DataError(what, where=argument, fix="pass at least one row, and do not pass split")
-    rows = from_list(listed)
-    return Source(source=rows.name), rows
-
-
-def _read_source(
-    source: Source,
-    rows: Rows,
-    location: RunLocation,
-    format_name: str,
-    columns: Mapping[str, str] | None,
-    ranks: Ranks,
-) -> tuple[Source, Rows]:
-    """Read the rows, and detect their format and columns."""
+        rows = read_rows(source)
+    else:
+        where = "evaluate(data=...)"
+        listed = [dict(row) for row in mappings(data, where)][:max_examples]
+        if not listed or split is not None:
+            what = "data has no rows"
+            if split is not None:
+                what = "split cannot be used with rows from Python"
+            raise DataError(what, where=where, fix="pass at least one row, and do not pass split")
+        rows = from_list(listed)
+        source = Source(source=rows.name)
     if ranks.is_main_process:
         for line in layout_lines([rows]):
             log.info(line)
-    # If the rows have the columns of one of the run's sources, use the format and columns of this
-    # source.
-    like = find_source(rows, location.sources, format_name, columns)
-    return replace(source, format=like.format, columns=like.columns), rows
+    return source, rows
 
 
 def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
@@ -623,7 +596,6 @@ def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None)
 
     Raise UsageError if the validation examples have changed since the training.
     """
-    run = location.run
     if location.held_out_hash not in (None, tokens.counts.digest):
         raise UsageError(
             "the held-out rows of the run have changed",
@@ -632,9 +604,10 @@ def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None)
             "selects other rows",
             fix="undo the change, or give --data FILE with rows that the run was not trained on",
         )
-    if run and run.validate.max_examples is not None:
-        tokens = tokens.first(run.validate.max_examples)
-    return tokens if count is None else tokens.first(count)
+    for limit in (location.run and location.run.validate.max_examples, count):
+        if limit is not None:
+            tokens = tokens.first(limit)
+    return tokens
 
 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:

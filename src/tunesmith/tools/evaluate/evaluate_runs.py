@@ -20,8 +20,7 @@ from tunesmith.run_dir import PAIRS
 from tunesmith.tools.evaluate.evaluate import (
     Evaluation,
     evaluate,
-    interval_rows,
-    loss_rows,
+    score_table,
 )
 
 
@@ -76,9 +75,8 @@ class RunsEvaluation(Tabular):
                 scores["base" if model == "base" else name] = result
                 for row_scores in evaluation.by_scorer:
                     intervals.setdefault(row_scores.name, []).append(row_scores.models[model])
-        rows = [*loss_rows(list(scores.values())), *interval_rows(intervals)]
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
-        return ResultTable(rows, list(scores), title=f"rows: {self.data}", notes=notes)
+        return score_table(self.data, scores, intervals, notes)
 
     def warnings(self) -> list[str]:
         """Return warnings about problems of the rows that can make the scores unreliable."""

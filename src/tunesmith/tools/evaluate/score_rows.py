@@ -38,9 +38,9 @@ from tunesmith.tools.evaluate.scorers import TOOL_CALL, ScoredRow, scorer_proces
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 from tunesmith.units import count_of
 
-# Callback for progress. The arguments are a label, the number of finished items, the number of all
-# items and the number of generated tokens.
-AnswerProgress = Callable[[str, int, int, int], None]
+# Callback for progress. The arguments are a label, the number of finished items and the number of
+# all items. While answers are generated, the number of generated tokens is a fourth argument.
+Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Scoring:
         if self.file is not None:
             self.file.__exit__(*error)
 
-    def answer(self, loaded: LoadedModel, model: str, progress: AnswerProgress) -> None:
+    def answer(self, loaded: LoadedModel, model: str, progress: Progress) -> None:
         """Answer the rows for which the file has no answer of `model`.
 
         Raises:

@@ -66,10 +66,6 @@ class ScoredRow:
     is_special: bool = False
 
 
-def _accept(row: ScoredRow) -> None:
-    """Accept every row. Scorers that can score any row use this function as `Scorer.check`."""
-
-
 @dataclass(frozen=True)
 class Scorer:
     """Named function that scores an answer, with a check of the rows.
@@ -77,34 +73,29 @@ class Scorer:
     Attributes:
         name: the name on the command line.
         score: function of (answer, row) that returns a number from 0 to 1.
-        check: function that raises DataError if the scorer cannot score the row.
+        check: function that raises DataError if the scorer cannot score the row. By default, every
+            row is accepted.
     """
 
     name: str
     score: Callable[[str, ScoredRow], float]
-    check: Callable[[ScoredRow], None] = _accept
+    check: Callable[[ScoredRow], object] = lambda row: None
 
 
-def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) -> list[Scorer]:
-    """Return the scorers with these names.
+def find_scorer(name: str, call_reader: CallReader | None = None) -> Scorer:
+    """Return the scorer with this name.
 
     Args:
-        names: names in SCORERS, or `file.py:function` for a scorer of the user.
+        name: a name in SCORERS, or `file.py:function` for a scorer of the user.
         call_reader: parser for tool calls in the format of the chat template; None if the format is
             not supported.
 
     Raises:
-        UsageError: a scorer does not exist, or its file cannot be used.
+        UsageError: the scorer does not exist, or its file cannot be used.
     """
-    scorers = []
-    for name in names:
-        if name in _TEXT_SCORERS:
-            scorers.append(_TEXT_SCORERS[name])
-        elif name == TOOL_CALL:
-            scorers.append(_tool_call_scorer(call_reader))
-        else:
-            scorers.append(load_own_scorer(name))
-    return scorers
+    if name in _TEXT_SCORERS:
+        return _TEXT_SCORERS[name]
+    return _tool_call_scorer(call_reader) if name == TOOL_CALL else load_own_scorer(name)
 
 
 def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
@@ -151,31 +142,27 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-# Message to the scorer process: (name of the scorer, answer, row). If the answer is None, only the
-# row is checked.
-_Call = tuple[str, str | None, ScoredRow]
+# Keep the scorers in the scorer process, because loading a file of the user may take seconds.
+_cached_scorer = cache(find_scorer)
 
 
 def _run_scorer(
-    names: tuple[str, ...], call_reader: CallReader | None, call: _Call | None
+    call_reader: CallReader | None, call: tuple[str, str | None, ScoredRow | None]
 ) -> float:
-    """Score an answer or check a row. This function runs in the scorer process.
+    """Return the score of an answer. This function runs in the scorer process.
 
-    If `call` is None, only load the scorers. Return the score, or 0.0 if no answer was scored.
+    Args:
+        call: name of the scorer, answer and row. If the row is None, the scorer is only loaded. If
+            the answer is None, the scorer only checks the row. The result is then 0.
     """
-    scorers = _scorers_by_name(names, call_reader)
-    if call is None:
-        return 0.0
     name, answer, row = call
-    if answer is None:
-        scorers[name].check(row)
+    scorer = _cached_scorer(name, call_reader)
+    if row is None:
         return 0.0
-    return score_answer(scorers[name], answer, row)
-
-
-@cache
-def _scorers_by_name(names: tuple[str, ...], call_reader: CallReader | None) -> dict[str, Scorer]:
-    return {scorer.name: scorer for scorer in select_scorers(names, call_reader)}
+    if answer is None:
+        scorer.check(row)
+        return 0.0
+    return score_answer(scorer, answer, row)
 
 
 @contextmanager
@@ -189,9 +176,9 @@ def scorer_process(
         None, the function only checks the row.
 
     Raises:
-        UsageError: as `select_scorers`.
+        UsageError: as `find_scorer`.
     """
-    worker = Worker(partial(_run_scorer, tuple(names), call_reader), "the scorers' process")
+    worker = Worker(partial(_run_scorer, call_reader), "the scorers' process")
 
     def run(name: str, answer: str | None, row: ScoredRow) -> float:
         is_own = name not in SCORERS
@@ -214,7 +201,8 @@ def scorer_process(
 
     try:
         # Load the scorers without a time limit, because the user's files may import large packages.
-        worker(None, "--score")
+        for name in names:
+            worker((name, None, None), "--score")
         yield run
     finally:
         worker.close()
@@ -332,17 +320,22 @@ def _tool_call_scorer(read: CallReader | None) -> Scorer:
     return Scorer(TOOL_CALL, score, check)
 
 
+def _by_reference(
+    compare: Callable[[str, str], float],
+) -> Callable[[str, ScoredRow], float]:
+    """Return a function that compares an answer with the reference of its row."""
+    return lambda answer, row: compare(answer, row.reference)
+
+
 _TEXT_SCORERS = {
     scorer.name: scorer
     for scorer in (
-        Scorer("exact", lambda answer, row: text.exact(answer, row.reference)),
-        Scorer(
-            "contains", lambda answer, row: text.contains(answer, row.reference), _check_not_blank
-        ),
-        Scorer("regex", lambda answer, row: text.matches(answer, row.reference), _check_pattern),
+        Scorer("exact", _by_reference(text.exact)),
+        Scorer("contains", _by_reference(text.contains), _check_not_blank),
+        Scorer("regex", _by_reference(text.matches), _check_pattern),
         Scorer("json", _json_score, _check_json),
-        Scorer("f1", lambda answer, row: text.token_f1(answer, row.reference)),
-        Scorer("rouge-l", lambda answer, row: text.rouge_l(answer, row.reference)),
+        Scorer("f1", _by_reference(text.token_f1)),
+        Scorer("rouge-l", _by_reference(text.rouge_l)),
     )
 }
 TOOL_CALL = "tool-call"
