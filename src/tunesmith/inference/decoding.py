@@ -202,7 +202,12 @@ def answer_batch(
         rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in numbers]
         ones = [torch.ones_like(row) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-        seen = [pictures[i] for i in numbers] if pictures else []
+        picture_inputs: dict[str, torch.Tensor] = {}
+        pixels = list(filter(None, [pictures[i] for i in numbers] if pictures else []))
+        if pixels:
+            picture_inputs = mark_pictures(model, ids)
+            for name, tensor in join_pixels(pixels).items():
+                picture_inputs[name] = tensor.to(ids.device)
         torch.manual_seed(decoding.seed)
         out = generate(
             input_ids=ids,
@@ -212,7 +217,7 @@ def answer_batch(
             ),
             stopping_criteria=StoppingCriteriaList([ended]),
             streamer=_Streamer(tokenizer, write) if write else None,
-            **_picture_inputs(model, ids, [pixels for pixels in seen if pixels is not None]),
+            **picture_inputs,
         )
         return out[:, ids.shape[1] :].tolist()
 
@@ -234,16 +239,6 @@ def answer_batch(
     finally:
         model.generation_config = settings
     return [cut_answer(tokenizer, written[i], stops) for i in range(len(prompts))]
-
-
-def _picture_inputs(
-    model: PreTrainedModel, ids: torch.Tensor, pixels: Sequence[Pixels]
-) -> dict[str, torch.Tensor]:
-    """Return the forward arguments for the pictures of prompts with token ids [prompts, length]."""
-    if not pixels:
-        return {}
-    inputs = {name: tensor.to(ids.device) for name, tensor in join_pixels(pixels).items()}
-    return inputs | mark_pictures(model, ids)
 
 
 def _is_affected_by_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:

@@ -98,7 +98,7 @@ class AnswersFile(ResumedFile):
     """File of answers. The object reads the existing answers and appends new answers.
 
     Attributes:
-        answers: model -> its answers, in the order of the rows.
+        answers: model -> its answers in the existing file, in the order of the rows.
     """
 
     def __init__(self, path: Path, header: AnswersHeader, *, fresh: bool = False) -> None:
@@ -181,11 +181,3 @@ class AnswersFile(ResumedFile):
             why=f"the file holds {answer.row} of {count_of(self.header.rows, 'answer')} of "
             f"{answer.model}",
         )
-        self.answers.setdefault(answer.model, []).append(answer)
-
-    def unfinished(self) -> dict[str, int]:
-        """Return the number of answers of each model that were cut off at --max-new-tokens."""
-        counts = {}
-        for model, answers in self.answers.items():
-            counts[model] = sum(not answer.finished for answer in answers)
-        return counts

@@ -63,9 +63,13 @@ def run(args: argparse.Namespace) -> None:
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)
-    sink = ResumedFile(output) if output and not _is_stream(output) else _Stream(output)
+    answer_count = 0
+    if output is None or _is_stream(output):
+        sink: _Stream | ResumedFile = _Stream(output)
+    else:
+        sink = ResumedFile(output)
+        answer_count = _answered_rows(sink, rows, args)
     # If all rows are already answered, do not load the model.
-    answer_count = _answered_rows(sink, rows, args)
     if answer_count == len(rows) and args.resume:
         options.notify(f"all answers are already in {output} ({count_of(len(rows), 'row')})")
         return
@@ -123,12 +127,8 @@ def _is_stream(output: Path) -> bool:
 class _Stream:
     """Output to stdout, a pipe or a device, with one line per answer. Use it in a `with` statement.
 
-    The class has the same methods as `ResumedFile`. `lines` is always empty, because the output
-    cannot be read.
+    It has the same method `write` as `ResumedFile`.
     """
-
-    lines: tuple[bytes, ...] = ()
-    torn = b""
 
     def __init__(self, output: Path | None) -> None:
         self.name = str(output or "standard output")
@@ -170,17 +170,15 @@ def _read_input(name: str) -> Rows:
     fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
     for number, line in options.stdin_lines():
-        row = None
         why = ""
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             why = str(error)
-        if not isinstance(row, dict):
+        if why or not isinstance(rows[-1], dict):
             raise DataError(
                 "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
             )
-        rows.append(row)
     if not rows:
         raise DataError("stdin contains no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
@@ -202,7 +200,7 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
         raise UsageError("input and output are the same file", where=where, fix="use another file")
 
 
-def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:
+def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> int:
     """Return the number of rows that are already answered in the output.
 
     An incomplete last line is not counted. Return 0 with --force, because the file will be

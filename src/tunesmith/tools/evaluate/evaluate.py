@@ -604,10 +604,9 @@ def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None)
             "selects other rows",
             fix="undo the change, or give --data FILE with rows that the run was not trained on",
         )
-    for limit in (location.run and location.run.validate.max_examples, count):
-        if limit is not None:
-            tokens = tokens.first(limit)
-    return tokens
+    if location.run and location.run.validate.max_examples is not None:
+        tokens = tokens.first(location.run.validate.max_examples)
+    return tokens if count is None else tokens.first(count)
 
 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:

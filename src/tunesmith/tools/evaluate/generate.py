@@ -135,14 +135,12 @@ def find_source(
     """
     sample, _ = sample_rows(rows)
     first = sample[min(sample)]
-    like = _fitting_source(first, sources, format_name, columns)
-    if like is None:
-        like = _source_by_columns(first, rows.name, format_name, columns or {})
-    if like is None or not _has_needed_columns(first, like):
-        detected = None
-        if format_name == "auto" or columns is None:
-            detected = _detect_source(rows.name, sample, like, format_name, columns or {})
-        like = detected or like
+    given = Source(source=rows.name, columns=dict(columns or {}))
+    like = _fitting_source(first, sources, format_name) if columns is None else None
+    like = like or _source_by_columns(first, given, format_name)
+    is_free = format_name == "auto" or columns is None
+    if is_free and (like is None or not _has_needed_columns(first, like)):
+        like = _detect_source(sample, given, format_name, like) or like
     if like is not None:
         return like
     trained: dict[str, None] = {}
@@ -160,22 +158,17 @@ def find_source(
 
 
 def _fitting_source(
-    row: dict[str, object],
-    sources: Sequence[Source],
-    format_name: str,
-    columns: Mapping[str, str] | None,
+    row: dict[str, object], sources: Sequence[Source], format_name: str
 ) -> Source | None:
     """Return the data source of the run whose columns fit a row best.
 
     A source fits if the row has the column that identifies the source's format. Return None if no
-    source fits, or if the user has given the columns.
+    source fits.
     """
-    if columns is not None:
-        return None
     # If the row is a pair, use only sources of pairs, because a pair can also have the column that
     # identifies another format, such as `prompt`.
     if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
-        sources = [source for source in sources if source.format == "preference"]
+        format_name = "preference"
     fitting = []
     for source in sources:
         is_right = format_name in ("auto", source.format)
@@ -185,62 +178,58 @@ def _fitting_source(
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
-def _source_by_columns(
-    row: dict[str, object], name: str, format_name: str, columns: Mapping[str, str]
-) -> Source | None:
-    """Return a source with the given format, or with the format that the row's columns identify.
+def _source_by_columns(row: dict[str, object], given: Source, format_name: str) -> Source | None:
+    """Return `given` with the format `format_name`. If it is `auto`, the row's columns identify it.
 
-    Return None if the row has no identifying column. Raise UsageError if `columns` has a column
-    that the format does not have.
+    Return None if the row has no identifying column. Raise UsageError if `given` has a column that
+    the format does not have.
     """
     if format_name == "auto":
         # Try only formats that have all given columns. If no format has all of them, try all
         # formats, because the check below then reports the unknown column.
-        names = [each for each in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[each])]
-        format_name = next(
-            (each for each in names or _KEY_COLUMN if _has_key_column(row, each, columns)), ""
-        )
-        if not format_name:
+        names = [each for each in _KEY_COLUMN if given.columns.keys() <= set(FORMAT_COLUMNS[each])]
+        fitting = [each for each in names or _KEY_COLUMN if _has_key_column(row, each, given)]
+        if not fitting:
             return None
+        format_name = fitting[0]
     known = FORMAT_COLUMNS[format_name]
-    unknown = [column for column in columns if column not in known]
+    unknown = [column for column in given.columns if column not in known]
     if unknown:
         raise UsageError(
             f"format {format_name} has no column {', '.join(unknown)}",
             where="--columns",
             fix=f"use --columns NAME=COLUMN, where NAME is one of {', '.join(known)}",
         )
-    return Source(source=name, format=format_name, columns=dict(columns))  # type: ignore[arg-type]
+    return replace(given, format=format_name)  # type: ignore[arg-type]
 
 
-def _has_key_column(row: dict[str, object], format_name: str, columns: Mapping[str, str]) -> bool:
-    """Return whether a row or `columns` has the column that identifies the format."""
+def _has_key_column(row: dict[str, object], format_name: str, given: Source) -> bool:
+    """Return whether a row or `given.columns` has the column that identifies the format."""
     key_column = _KEY_COLUMN[format_name]
-    if key_column == "label" and key_column not in columns:
+    if key_column in given.columns:
+        return True
+    if key_column == "label":
         # Many data sets have a column `label` with another meaning. Accept the column only if its
         # value means good or bad, and if the row has an answer.
         has_answer = not {"completion", "messages"}.isdisjoint(row)
         return has_answer and read_label(row.get(key_column)) is not None
-    return key_column in columns or key_column in row
+    return key_column in row
 
 
 def _detect_source(
-    name: str,
-    sample: Mapping[int, dict[str, object]],
-    like: Source | None,
-    format_name: str,
-    columns: Mapping[str, str],
+    sample: Mapping[int, dict[str, object]], given: Source, format_name: str, like: Source | None
 ) -> Source | None:
     """Detect format and columns as in `train`. Missing answers are first replaced by a placeholder.
 
     Args:
+        given: the name of the rows, and the columns that the caller gave.
         like: a source that names the column of the question; None if the column is not known.
 
     Return None if no format fits.
     """
-    source = Source(source=name, columns=dict(columns))
+    name = given.source
     if format_name != "auto":
-        source = replace(source, format=format_name)  # type: ignore[arg-type]
+        given = replace(given, format=format_name)  # type: ignore[arg-type]
     complete = []
     for row in sample.values():
         complete.append({key: ANSWER_PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
@@ -249,7 +238,7 @@ def _detect_source(
         with suppress(DataError):
             table = from_list(attempt, name)
             any_format = format_name == "auto"
-            layouts.append(detect(table, source, any_format=any_format, skips_bad_rows=True))
+            layouts.append(detect(table, given, any_format=any_format, skips_bad_rows=True))
     # Try the format "text" last, because any text column fits it, even a column of prompts.
     layouts.sort(key=lambda layout: layout.format == "text")
     for layout in layouts:
@@ -261,11 +250,10 @@ def _detect_source(
             is_right = format_name == "text" or is_usual
         else:
             is_right = like is None or key_column == _key_column(like.format, like.columns)
-        if not is_right or not all(key_column in row for row in sample.values()):
-            continue
-        if layout.renamed != source.columns:
-            log.info(f"{relative_to_cwd(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
-        return replace(source, format=layout.format, columns=layout.renamed)
+        if is_right and all(key_column in row for row in sample.values()):
+            if layout.renamed != given.columns:
+                log.info(f"{relative_to_cwd(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
+            return replace(given, format=layout.format, columns=layout.renamed)
     return None
 
 
@@ -333,39 +321,36 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
     Args:
         source: format and columns of the row.
     """
+    template = loaded.template
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
-    prompt_ids = list(loaded.template.prompt(sample, where=where))
-    pictures = sample.pictures if isinstance(sample, Conversation) else ()
-    if not is_answered or _is_empty(sample):
-        return Prompt(prompt_ids, where, pictures=pictures)
+    prompt_ids = list(template.prompt(sample, where=where))
+    calls = 0
+    tools = None
+    pictures: tuple[Picture, ...] = ()
+    if isinstance(sample, Conversation):
+        calls = len(sample.messages[-1].get("tool_calls") or ())
+        tools, pictures = sample.tools, sample.pictures
     # Render the reference from the row's text. Do not decode the row's tokens: if the tokens were
     # wrong, a model that has learned them would count as right. The template also renders tool
     # calls and reasoning.
-    raw_reference = loaded.template.answer(sample, where=where)
-    if not raw_reference.strip():
-        return Prompt(prompt_ids, where, pictures=pictures)
-    reference = loaded.template.without_special_tokens(raw_reference)
-    is_special = not reference.strip()
-    calls = 0
-    has_tools = False
-    if isinstance(sample, Conversation):
-        calls = len(sample.messages[-1].get("tool_calls") or ())
-        has_tools = bool(sample.tools)
-    return Prompt(
-        prompt_ids,
-        where,
-        ScoredRow(
+    raw_reference = ""
+    if is_answered and not _is_empty(sample):
+        raw_reference = template.answer(sample, where=where)
+    scored = None
+    if raw_reference.strip():
+        reference = template.without_special_tokens(raw_reference)
+        is_special = not reference.strip()
+        scored = ScoredRow(
             raw_reference if is_special else reference,
             raw_reference,
             row,
             where,
             calls,
-            has_tools,
+            bool(tools),
             is_special,
-        ),
-        pictures,
-    )
+        )
+    return Prompt(prompt_ids, where, scored, pictures)
 
 
 def _is_empty(sample: Sample) -> bool:

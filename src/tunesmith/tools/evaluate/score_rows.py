@@ -82,15 +82,11 @@ def read_call_form(loaded: LoadedModel) -> CallReader | None:
             example = loaded.template.encode(sample, "last", where="the template")
         except DataError:
             continue
-        reader = learn_call_form(_raw_text(loaded, example.ids[example.trained].tolist()))
+        ids = example.ids[example.trained].tolist()
+        reader = learn_call_form(decode(loaded.tokenizer, ids, with_special=True))
         if reader is not None:
             return reader
     return None
-
-
-def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
-    """Decode token ids to text, including special tokens."""
-    return decode(loaded.tokenizer, ids, with_special=True)
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
@@ -211,6 +207,8 @@ class Scoring:
         with self.ranks.raise_on_all_ranks():
             if self.file is not None:
                 self.file.__enter__()
+        # Model -> its answers, in the order of the rows. All ranks have all answers.
+        self.answers = self.ranks.broadcast_object(self.file.answers if self.file else {})
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -224,13 +222,13 @@ class Scoring:
             StoppedError: a stop signal was received. The finished answers are saved.
         """
         total = len(self.prompts)
-        answer_count = self._answered(model)
-        if answer_count == total:
+        answers = self.answers.setdefault(model, [])
+        if len(answers) == total:
             return
         what = f"answers of {model}"
-        progress(what, answer_count, total, 0)
-        done = answer_count
+        done = len(answers)
         tokens = 0
+        progress(what, done, total, tokens)
 
         def count_batch(batch: Sequence[Answer]) -> None:
             """Report progress. Other ranks are assumed to be as fast as this rank."""
@@ -240,57 +238,48 @@ class Scoring:
             progress(what, done, total, tokens)
 
         with StopRequest(interactive=True) as stop:
-            answers = answer_all(
+            new_answers = answer_all(
                 loaded.model,
                 loaded.tokenizer,
                 [prompt.ids for prompt in self.prompts],
                 self.decoding,
                 stops=loaded.template.end_ids,
                 batch_size=self.batch_size,
-                start=answer_count,
+                start=len(answers),
                 cancelled=stop.requested,
                 ranks=self.ranks,
                 answered=count_batch,
                 pictures=lambda i: loaded.pixels(self.prompts[i].pictures, self.prompts[i].where),
             )
-            for i, answer in answers:
+            for i, answer in new_answers:
+                raw = decode(loaded.tokenizer, answer.ids, with_special=True)
+                saved = SavedAnswer(
+                    model=model,
+                    row=i,
+                    where=self.scored[i].where,
+                    answer=answer.text,
+                    raw=None if raw == answer.text else raw,
+                    tokens=len(answer.ids),
+                    finished=answer.finished,
+                    reference=self.scored[i].reference,
+                )
                 if self.file is not None:
-                    self.file.append(self._saved(loaded, model, i, answer))
-        answer_count = self._answered(model)
+                    self.file.append(saved)
+                answers.append(saved)
         with self.ranks.raise_on_all_ranks():
-            if answer_count < total:
+            if len(answers) < total:
                 raise StoppedError(
-                    f"the evaluation was stopped: {self.path} has {answer_count} of "
+                    f"the evaluation was stopped: {self.path} has {len(answers)} of "
                     f"{count_of(total, 'answer')} of {model}; to continue, run the same command "
                     "again"
                 )
 
-    def _answered(self, model: str) -> int:
-        """Return how many answers of a model are in the file. This is a collective call."""
-        answer_count = 0 if self.file is None else len(self.file.answers.get(model, ()))
-        return self.ranks.broadcast_object(answer_count)
-
     def unfinished(self) -> dict[str, int]:
-        """Return the number of answers of each model that were cut off at --max-new-tokens.
-
-        Call this on every rank.
-        """
-        counts = {} if self.file is None else self.file.unfinished()
-        return self.ranks.broadcast_object(counts)
-
-    def _saved(self, loaded: LoadedModel, model: str, i: int, answer: Answer) -> SavedAnswer:
-        raw = _raw_text(loaded, answer.ids)
-        row = self.scored[i]
-        return SavedAnswer(
-            model=model,
-            row=i,
-            where=row.where,
-            answer=answer.text,
-            raw=None if raw == answer.text else raw,
-            tokens=len(answer.ids),
-            finished=answer.finished,
-            reference=row.reference,
-        )
+        """Return the number of answers of each model that were cut off at --max-new-tokens."""
+        return {
+            model: sum(not answer.finished for answer in answers)
+            for model, answers in self.answers.items()
+        }
 
     def finish(self, about: dict[str, object]) -> list[RowScores]:
         """Score all answers, and write the scores to a file next to the answers.
@@ -300,31 +289,32 @@ class Scoring:
 
         Raise RunError if a scorer fails.
         """
-        results = []
+        results: list[RowScores] = []
         with self.ranks.raise_on_all_ranks():
-            if self.file is not None:
+            if self.ranks.is_main_process:
                 with self.start_scorers() as run_scorer:
-                    for scorer in self.scorers:
-                        score = partial(run_scorer, scorer)
-                        results.append(self._scores(scorer, score, self.file))
+                    results += [self._scores(name, run_scorer) for name in self.scorers]
                 row_hash = hashlib.sha256(f"{self.header.prompts} {self.reference_hash}".encode())
-                about = {"decoding": self.decoding.describe(), **about}
                 save_scores(
                     self.path,
                     self.header.data,
                     len(self.prompts),
                     row_hash.hexdigest(),
-                    {**about, "scores": {result.name: saved_scores(result) for result in results}},
+                    {
+                        "decoding": self.decoding.describe(),
+                        **about,
+                        "scores": {result.name: saved_scores(result) for result in results},
+                    },
                 )
         return self.ranks.broadcast_object(results)
 
     def _scores(
-        self, name: str, score: Callable[[str, ScoredRow], float], file: AnswersFile
+        self, name: str, run_scorer: Callable[[str, str | None, ScoredRow], float]
     ) -> RowScores:
         """Score the answers of all models with one scorer. Raise RunError if the scorer fails."""
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
-            answers = file.answers.get(model, ())
+            answers = self.answers.get(model, ())
             # Skip a model whose answers are incomplete. For example, an earlier eval may have been
             # stopped while the base model answered.
             if len(answers) < len(self.scored):
@@ -335,7 +325,7 @@ class Scoring:
                 # Tool calls and some references contain special tokens.
                 if answer.raw is not None and (name == TOOL_CALL or row.is_special):
                     text = answer.raw
-                scores[model].append(score(text, row))
+                scores[model].append(run_scorer(name, text, row))
         return summarize_rows(name, scores)
 
 

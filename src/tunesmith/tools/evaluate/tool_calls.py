@@ -109,10 +109,8 @@ def _decode(text: str, start: int) -> "tuple[JsonValue, int]":
 
     Raise ValueError if there is no JSON value.
     """
-    while start < len(text) and text[start].isspace():
-        start += 1
     try:
-        return json.JSONDecoder().raw_decode(text, start)
+        return json.JSONDecoder().raw_decode(text, len(text) - len(text[start:].lstrip()))
     except RecursionError:
         raise ValueError("the JSON value is nested too deeply") from None
 
@@ -154,8 +152,7 @@ def _calls_in(value: "JsonValue") -> Iterator[ToolCall]:
         arguments = function.get("arguments", function.get("parameters"))
         # Arguments can be JSON text instead of an object.
         if isinstance(arguments, str):
-            with suppress(ValueError):
-                arguments = parse_strict(arguments)
+            arguments = _json_or_text(arguments)
         if isinstance(name, str) and isinstance(arguments, dict):
             yield ToolCall(name, arguments)
 
@@ -215,13 +212,14 @@ def _read_tagged(head: re.Pattern[str], argument: re.Pattern[str], text: str) ->
         arguments = {}
         position = match.end()
         while (pair := argument.match(text, position)) is not None:
-            arguments[pair[1]] = _value_of(pair[2])
+            arguments[pair[1]] = _json_or_text(pair[2])
             position = pair.end()
         calls.append(ToolCall(match[1], arguments))
     return calls
 
 
-def _value_of(text: str) -> "JsonValue":
+def _json_or_text(text: str) -> "JsonValue":
+    """Return the JSON value that a text contains, or the text itself if it is not valid JSON."""
     try:
         return parse_strict(text)
     except ValueError:
@@ -240,16 +238,14 @@ def _tagged_form(rendering: str) -> CallReader | None:
     prefix, to_key, to_value, to_next, *_ = gaps.groups()
     # The template writes the same text before each key. Therefore this text is the longest common
     # suffix of the gap before the first key and the gap before the second key.
-    shared = 0
-    while shared < min(len(to_key), len(to_next)) and to_key[-shared - 1] == to_next[-shared - 1]:
-        shared += 1
-    key_opening = to_key[len(to_key) - shared :]
-    value_end = to_next[: len(to_next) - shared].strip()
+    split = next(i for i in range(len(to_next) + 1) if to_key.endswith(to_next[i:]))
+    key_opening = to_next[split:]
+    value_end = to_next[:split].strip()
     opening = _opening(prefix)
     # Without text around names and values, a parser could not find where they begin and end.
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
-    name_end = _flexible(to_key[: len(to_key) - shared])
+    name_end = _flexible(to_key.removesuffix(key_opening))
     return partial(
         _read_tagged,
         re.compile(_flexible(opening) + _CALL_NAME + name_end),
