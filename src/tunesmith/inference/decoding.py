@@ -221,9 +221,6 @@ def answer_batch(
         )
         return out[:, ids.shape[1] :].tolist()
 
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
     written: dict[int, list[int]] = {}
     # Replace the generation settings of the checkpoint by defaults. They are restored below.
     settings = model.generation_config
@@ -231,10 +228,13 @@ def answer_batch(
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
-            batches = [*by_length.values()]
-            if len(batches) > 1 and not _is_affected_by_padding(model, generate):
-                batches = [list(range(len(prompts)))]
-            for batch in batches:
+            needs_padding = len({len(prompt) for prompt in prompts}) > 1
+            is_split = needs_padding and _is_affected_by_padding(model, generate)
+            # Generate all answers together, or those to prompts of each length.
+            batches: dict[int, list[int]] = {}
+            for i, prompt in enumerate(prompts):
+                batches.setdefault(len(prompt) if is_split else 0, []).append(i)
+            for batch in batches.values():
                 written.update(zip(batch, continuations(batch), strict=True))
     finally:
         model.generation_config = settings
@@ -367,15 +367,12 @@ def answer_all(
     for turn in range(start // window * window, len(prompts), window * ranks.world):
         answers_of_rank: dict[int, Answer] | None = {}
         with ranks.raise_on_all_ranks():
-            first = turn + ranks.rank * window
-            if first < len(prompts):
-                answers_of_rank = answer_window(first)
+            # `answer_window` returns {} if this rank has no window in the last turn.
+            answers_of_rank = answer_window(turn + ranks.rank * window)
         for answers in ranks.all_gather_object(answers_of_rank):
             if answers is None:
                 return
-            for i in sorted(answers):
-                if i >= start:
-                    yield i, answers[i]
+            yield from ((i, answers[i]) for i in sorted(answers) if i >= start)
 
 
 class AnswerClock:
@@ -470,8 +467,8 @@ def sample_answers(
     clock = clock or AnswerClock()
     prompts = []
     expected = []
-    rows = []
     pictures = []
+    rows = []
     for index, example in enumerate(examples):
         # The prompt is the part before the first supervised token. Skip an example whose prompt is
         # empty or only one token.

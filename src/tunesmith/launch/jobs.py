@@ -60,9 +60,9 @@ def is_at_work(run_dir: Path) -> bool:
     """
     if is_locked(run_dir):
         return True
-    if not (run_dir / FOLDER).is_dir():
-        return False  # nothing was launched here
-    return any(job.is_alive() for job in jobs_of(str(run_dir)))
+    # Without this folder, nothing was launched here.
+    was_launched = (run_dir / FOLDER).is_dir()
+    return was_launched and any(job.is_alive() for job in jobs_of(str(run_dir)))
 
 
 def safe_value(value: str, where: str) -> str:
@@ -135,9 +135,9 @@ def all_jobs() -> list[Job]:
     """Return all saved jobs, the newest last. Files that cannot be read are skipped."""
     jobs = []
     for job in saved_jobs():
-        job_class = JOB_CLASSES.get(job.name.partition("-")[0])
-        if job_class:
-            jobs.append(job_class(**vars(job)))
+        kind = job.name.partition("-")[0]
+        if kind in JOB_CLASSES:
+            jobs.append(JOB_CLASSES[kind](**vars(job)))
     return jobs
 
 
@@ -157,16 +157,13 @@ def find_job(word: str) -> Job:
         return named[-1]
     if is_run(Path(word)) or is_locked(Path(word)):
         return Job("", os.path.realpath(word))
-    newest = ", ".join(job.name for job in jobs[-5:]) or "none"
+    fix = "list all jobs with `tunesmith status`"
     near = find_similar_path(Path(word))
-    fix = (
-        f"did you mean {near}?"
-        if near and holds_run(near)
-        else "list all jobs with `tunesmith status`"
-    )
+    if near and holds_run(near):
+        fix = f"did you mean {near}?"
     raise UsageError(
         f"{word} is neither a job of {getpass.getuser()} nor a run directory",
         where="command line",
-        why=f"known jobs: {newest}",
+        why=f"known jobs: {', '.join(job.name for job in jobs[-5:]) or 'none'}",
         fix=fix,
     )

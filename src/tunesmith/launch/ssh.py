@@ -88,11 +88,11 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
                 f"ssh cannot be started: {error.strerror}",
                 fix="sudo apt-get install openssh-client",
             ) from None
-        text = f"{words[0]}: {error.strerror}"
-        return subprocess.CompletedProcess(command, NO_COMMAND, "", text)
-    if host and done.returncode == SSH_FAILED:
-        raise _unreached(host, done.stderr)
+        errors = f"{words[0]}: {error.strerror}"
+        return subprocess.CompletedProcess(command, NO_COMMAND, "", errors)
     if host:
+        if done.returncode == SSH_FAILED:
+            raise _unreached(host, done.stderr)
         done.stdout = done.stdout.partition(f"{_OUTPUT_BEGINS}\n")[2]
     return done
 

@@ -93,10 +93,10 @@ class SwarmJob(Job):
         if tasks is None:
             return super().state()
         states = {_task_state(task) for task in tasks}
-        texts = []
-        for task in tasks:
-            node = task["Node"] or "no node"
-            texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
+        texts = [
+            f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip()
+            for task in tasks
+        ]
         # If all tasks have ended, derive the state of the job from the states of the tasks.
         if states <= ENDED_TASKS:
             state = RunState.FAILED

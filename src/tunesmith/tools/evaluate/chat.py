@@ -76,13 +76,10 @@ class Chat:
         decoding: Decoding,
         tools: list[ToolSchema] | None = None,
     ) -> None:
-        self.args = args
         self.loaded = loaded
         self.decoding = decoding
         self.tools = tools
-        self.system = loaded.system
-        if args.system is not None:
-            self.system = args.system or None
+        self.system = loaded.system if args.system is None else args.system or None
         self.side = "base" if loaded.location.holds == "base" else "tuned"
         self.pictures = tuple(Picture(file, path=Path(file)) for file in args.image)
         if self.pictures and loaded.template.pictures is None:

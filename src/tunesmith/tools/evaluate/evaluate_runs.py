@@ -32,19 +32,19 @@ class RowComparison:
         name: the measure: `loss`, or the name of a scorer.
         best: the run with the better mean.
         other: the other run.
-        mean: mean difference, `best` minus `other`.
-        interval: confidence interval of the mean; None if too few rows differ.
         is_better: whether the difference is significant.
         verdict: the result in a sentence.
+        mean: mean difference, `best` minus `other`.
+        interval: confidence interval of the mean; None if too few rows differ.
     """
 
     name: str
     best: str
     other: str
-    mean: float
-    interval: Interval | None
     is_better: bool
     verdict: str
+    mean: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
     """Raise UsageError if a run has no held-out rows, or other held-out rows than the first run."""
     for path, location in zip(paths, locations, strict=True):
         require_held_out(location, path)
+    first = locations[0].held_out_hash
     for path, location in zip(paths, locations, strict=True):
-        hashes = {location.held_out_hash, locations[0].held_out_hash} - {None}
-        if len(hashes) > 1:
+        # The hash is None if it is unknown.
+        if first and location.held_out_hash not in (None, first):
             raise UsageError(
                 "the runs have different held-out rows",
                 where=f"{paths[0]} and {path}",
@@ -209,32 +210,34 @@ def _tuned_name(evaluation: Evaluation) -> str:
 
 
 def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowComparison]:
-    results = {}
-    for name, evaluation in evaluations.items():
-        results[name] = evaluation.scores[_tuned_name(evaluation)]
+    results = {
+        name: evaluation.scores[_tuned_name(evaluation)] for name, evaluation in evaluations.items()
+    }
     if any(result.pairs for result in results.values()):
         return  # for pairs of answers, `_compare_scores` compares which answer is more likely
     best = min(results, key=lambda name: results[name].loss)
     for other, result in results.items():
-        if other == best:
-            continue
-        loss = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
-        verdict = loss_sentence(loss, first=other, second=best)
-        yield RowComparison("loss", best, other, loss.mean, loss.interval, loss.is_apart, verdict)
+        if other != best:
+            loss = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
+            verdict = loss_sentence(loss, first=other, second=best)
+            yield RowComparison(
+                "loss", best, other, loss.is_apart, verdict, loss.mean, loss.interval
+            )
 
 
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
     """Yield the comparisons by one scorer. `scorer` is its index in `Evaluation.by_scorer`."""
     by_row = {}
     for run, evaluation in evaluations.items():
-        by_row[run] = evaluation.by_scorer[scorer].scores[_tuned_name(evaluation)]
-    name = next(iter(evaluations.values())).by_scorer[scorer].name
+        row_scores = evaluation.by_scorer[scorer]
+        by_row[run] = row_scores.scores[_tuned_name(evaluation)]
     best = max(by_row, key=lambda run: fmean(by_row[run]))
     for other, scores in by_row.items():
         if other != best:
             paired = paired_intervals(scores, by_row[best])
+            name = row_scores.name
             verdict = difference_sentence(name, paired, len(scores), first=other, second=best)
-            mean = paired.difference.mean
+            interval = paired.difference
             yield RowComparison(
-                name, best, other, mean, paired.difference, paired.is_apart, verdict
+                name, best, other, paired.is_apart, verdict, interval.mean, interval
             )

@@ -116,16 +116,9 @@ def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str
         runs[name] = as_report(run_name, evaluation)
     comparisons = []
     for comparison in result.comparisons:
-        comparisons.append(
-            {
-                "name": comparison.name,
-                "best": comparison.best,
-                "other": comparison.other,
-                "is_better": comparison.is_better,
-                "verdict": comparison.verdict,
-                **difference_as_json(comparison.mean, comparison.interval),
-            }
-        )
+        values = vars(comparison).copy()
+        difference = difference_as_json(values.pop("mean"), values.pop("interval"))
+        comparisons.append({**values, **difference})
     return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
 
 
@@ -145,11 +138,12 @@ def difference_as_json(mean: float, interval: Interval | None) -> dict[str, floa
 
 def scores_as_json(scores: RowScores) -> dict[str, object]:
     """Return the results of one scorer for JSON, without the scores of single rows."""
-    values: dict[str, object] = {"rows": scores.rows}
-    for name, interval in scores.models.items():
-        values[name] = interval._asdict()
+    means = {name: interval._asdict() for name, interval in scores.models.items()}
+    values: dict[str, object] = {"rows": scores.rows, **means}
     if scores.paired is not None:
-        values["difference"] = scores.paired.difference._asdict()
-        values["differing"] = scores.paired.differing
-        values["verdict"] = scores.verdict
+        values |= {
+            "difference": scores.paired.difference._asdict(),
+            "differing": scores.paired.differing,
+            "verdict": scores.verdict,
+        }
     return values

@@ -182,8 +182,6 @@ class Scoring:
                     run_scorer(scorer, None, row)
         references = [row.raw_reference for row in self.scored]
         self.reference_hash = hashlib.sha256(json.dumps(references).encode()).hexdigest()
-        self.decoding = decoding
-        self.batch_size = batch_size
         self.ranks = ranks
         base = loaded.location.base
         self.header = AnswersHeader(
@@ -242,9 +240,9 @@ class Scoring:
                 loaded.model,
                 loaded.tokenizer,
                 [prompt.ids for prompt in self.prompts],
-                self.decoding,
+                self.header.decoding,
                 stops=loaded.template.end_ids,
-                batch_size=self.batch_size,
+                batch_size=self.header.batch_size,
                 start=len(answers),
                 cancelled=stop.requested,
                 ranks=self.ranks,
@@ -301,7 +299,7 @@ class Scoring:
                     len(self.prompts),
                     row_hash.hexdigest(),
                     {
-                        "decoding": self.decoding.describe(),
+                        "decoding": self.header.decoding.describe(),
                         **about,
                         "scores": {result.name: saved_scores(result) for result in results},
                     },

@@ -101,8 +101,8 @@ def launch_on_swarm(
         )
         print(text, end="")
         return None
-    addresses = ",".join(node.address for node in chosen)
-    job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
+    details = {"hosts": ",".join(node.address for node in chosen)}
+    job = SwarmJob(stack.name, stack.run_dir, details=details)
     # Check that no earlier job of this run is active before the nodes are changed. Otherwise the
     # active run would lose its files and its service.
     job.check_ended()
@@ -146,8 +146,7 @@ def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None
         job.clean()
         stack = replace(stack, secrets=create_secrets(stack.name, manager))
         flags = ("--resolve-image", "never", "--compose-file", "-")
-        words = ("docker", "stack", "deploy", *flags, stack.name)
-        run_on(manager, *words, text=stack.text(extra))
+        run_on(manager, "docker", "stack", "deploy", *flags, stack.name, text=stack.text(extra))
     except BaseException:
         with suppress(TunesmithError):
             job.clean()
@@ -298,7 +297,6 @@ def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:
     secrets = []
     for source, content in find_secrets().items():
         secret = f"{name}-{source.lower()}-{time.time_ns()}"
-        words = ("docker", "secret", "create", "--label", label, secret, "-")
-        run_on(manager, *words, text=content)
+        run_on(manager, "docker", "secret", "create", "--label", label, secret, "-", text=content)
         secrets.append((source, secret))
     return tuple(secrets)

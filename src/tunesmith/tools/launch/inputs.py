@@ -157,18 +157,16 @@ def passed_variables(names: re.Pattern[str]) -> dict[str, str]:
 
     Names and values are both checked, because a variable with a harmless name may hold a secret.
     """
-    passed = {}
-    for name, value in sorted(os.environ.items()):
-        if names.fullmatch(name) and not is_secret_name(name) and mask(value) == value:
-            passed[name] = value
-    return passed
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if names.fullmatch(name) and not is_secret_name(name) and mask(value) == value
+    }
 
 
 def find_secrets() -> dict[str, str]:
     """Return the Hub's token as HF_TOKEN and the keys of experiment trackers, if they exist."""
     from huggingface_hub import get_token
 
-    secrets = {"HF_TOKEN": get_token()}
-    for key in TRACKER_KEYS:
-        secrets[key] = os.environ.get(key)
+    secrets = {"HF_TOKEN": get_token(), **{key: os.environ.get(key) for key in TRACKER_KEYS}}
     return {name: value for name, value in secrets.items() if value}

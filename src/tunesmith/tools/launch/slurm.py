@@ -192,31 +192,29 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
     lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
     lines.append("")
     # Set the variables before the lines of `setup`, which may change them.
-    for key, value in sorted(_job_environment(request).items()):
-        lines.append(f"export {key}={_shell_word(value, key)}")
+    variables = sorted(_job_environment(request).items())
+    lines += [f"export {key}={_shell_word(value, key)}" for key, value in variables]
     lines += [safe_value(line, "--setup") for line in request.setup]
     # Use the interpreter of the container if there is one.
     python = "python3" if request.container else sys.executable
-    debug = "--debug" if request.debug else ""
-    recipe = []
+    lines.append(f"python={shlex.quote(python)}")
+    lines.append(f"run={_shell_word(run.output_dir, 'output_dir')}")
     if holds_recipe:
         # No line of a YAML file equals the end marker of this here-document.
-        recipe = [
+        lines += [
             f'mkdir -p "$run/{FOLDER}"',
             f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
             dump(run).rstrip(),
             "END-OF-RECIPE",
         ]
     lines += [
-        f"python={shlex.quote(python)}",
-        f"run={_shell_word(run.output_dir, 'output_dir')}",
-        *recipe,
         f"ranks={ranks_of(request)}",
         f"max_requeues={request.max_requeues}",
-        f"debug=({debug})",
+        f"debug=({'--debug' if request.debug else ''})",
         f"container=({' '.join(_container_words(run, request))})",
+        BODY,
     ]
-    return "\n".join([*lines, BODY])
+    return "\n".join(lines)
 
 
 def _directives(run: Run, request: Request) -> list[str]:
@@ -239,8 +237,7 @@ def _directives(run: Run, request: Request) -> list[str]:
         "ntasks-per-node": "1",
         "export": "NONE",
     }
-    for key in DIRECTIVES:
-        options[key.replace("_", "-")] = vars(request)[key]
+    options |= {key.replace("_", "-"): vars(request)[key] for key in DIRECTIVES}
     if request.gpus_per_node != "0":
         options["gpus-per-node"] = request.gpus_per_node
     # With "B:", Slurm sends the signal only to the batch script, which forwards it to the ranks.
@@ -280,12 +277,13 @@ def ranks_of(request: Request) -> int:
     gpus = request.gpus_per_node or ""
     # Match `8` or `h100:8`, with an optional GPU type.
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
-    if match:
-        return max(int(match[1]), 1)
-    what = f"{gpus} is not a number of GPUs" if gpus else "the number of GPUs per node is missing"
-    raise UsageError(
-        what, where="--gpus-per-node", fix="use --gpus-per-node 8, or h100:8, or 0 to train on CPUs"
-    )
+    if not match:
+        raise UsageError(
+            f"{gpus} is not a number of GPUs" if gpus else "the number of GPUs per node is missing",
+            where="--gpus-per-node",
+            fix="use --gpus-per-node 8, or h100:8, or 0 to train on CPUs",
+        )
+    return max(int(match[1]), 1)
 
 
 def warning_of(request: Request) -> int:
@@ -348,11 +346,9 @@ def limit_seconds(text: str) -> int:
             where="--time",
             fix="use --time 90 (minutes), 12:00:00 or 2-00:00:00",
         )
-    has_days = match[1] is not None
-    has_three_parts = match[4] is not None
     # Two parts are minutes and seconds, but after a number of days they are hours and minutes.
     days, first, second, third = (int(part or 0) for part in match.groups())
-    if has_days or has_three_parts:
+    if match[1] or match[4]:
         return (days * 24 + first) * 3600 + second * 60 + third
     return first * 60 + second
 

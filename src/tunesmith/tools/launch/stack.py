@@ -120,17 +120,15 @@ class Stack:
 
     def _volumes(self) -> list[dict[str, object]]:
         hub, datasets = self.cache
-        volumes: list[dict[str, object]] = []
-        for place, path in (
-            (self.run_dir, self.run_dir),
-            (hub, HUB_FOLDER),
-            (datasets, DATASETS_FOLDER),
-        ):
-            volumes.append({"type": "bind", "source": place, "target": path})
-        for place, path in self.mounts:
-            volumes.append({"type": "bind", "source": place, "target": path, "read_only": True})
-        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}})
-        return volumes
+        writable = [(self.run_dir, self.run_dir), (hub, HUB_FOLDER), (datasets, DATASETS_FOLDER)]
+        return [
+            *({"type": "bind", "source": place, "target": path} for place, path in writable),
+            *(
+                {"type": "bind", "source": place, "target": path, "read_only": True}
+                for place, path in self.mounts
+            ),
+            {"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}},
+        ]
 
     def _deploy(self) -> dict[str, object]:
         # For 0 restarts, set the condition "none". `max_attempts: 0` would mean an unlimited number
@@ -212,10 +210,7 @@ def _merge(base: object, more: object, key: str = "") -> object:
         key: the key in the stack file to which `base` and `more` belong.
     """
     if isinstance(base, dict) and isinstance(more, Mapping):
-        merged = dict(base)
-        for name, value in more.items():
-            merged[name] = _merge(base.get(name), value, str(name))
-        return merged
+        return base | {name: _merge(base.get(name), more[name], str(name)) for name in more}
     # Append the user's list to the generated list. A command is replaced instead, because its words
     # belong together.
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED_KEYS:

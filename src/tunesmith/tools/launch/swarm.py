@@ -60,12 +60,10 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     if not swarm["ControlAvailable"]:
         manager = _host_of_endpoint(swarm["RemoteManagers"][0]["Addr"])
     ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
-    infos = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
-    ready = {
-        info["ID"]: info
-        for info in infos
-        if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
-    }
+    ready = {}
+    for info in json.loads(run_on(manager, "docker", "node", "inspect", *ids)):
+        if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active":
+            ready[info["ID"]] = info
     # Node id -> host name for ssh, or "" if the user gave no host name. This node is always
     # selected and comes first.
     chosen = {swarm["NodeID"]: ""}
@@ -73,8 +71,8 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         id_ = run_on(host, "docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
         chosen.setdefault(id_, host)
     if not hosts:
-        others = [id_ for id_ in ready if id_ != swarm["NodeID"]]
-        chosen |= dict.fromkeys(others[: (count or len(ids)) - 1], "")
+        candidates = list(dict.fromkeys([swarm["NodeID"], *ready]))
+        chosen = dict.fromkeys(candidates[:count], "")
     for id_, host in chosen.items():
         if id_ not in ready:
             raise MachineError(
