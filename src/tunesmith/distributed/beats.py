@@ -164,10 +164,10 @@ class Peers:
 
     def names(self, ranks: Collection[int]) -> str:
         """Return a list of ranks as text, such as `rank 3 on spark-b, rank 4 on spark-b`."""
-        names = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(ranks)]
-        text = ", ".join(names[:MAX_NAMED_RANKS])
-        if len(names) > MAX_NAMED_RANKS:
-            text += f" and {len(names) - MAX_NAMED_RANKS} more"
+        named = sorted(ranks)[:MAX_NAMED_RANKS]
+        text = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in named)
+        if len(ranks) > MAX_NAMED_RANKS:
+            text += f" and {len(ranks) - MAX_NAMED_RANKS} more"
         return text
 
     def place_of(self, rank: int) -> dict[str, object]:

@@ -136,13 +136,15 @@ class Diagnosis:
             return {}
         longest = max(beats[rank].idle for rank in overdue)
         stuck = [rank for rank in overdue if not beats[rank].collective]
-        if stuck:
-            why = "the main thread hangs"
-        else:
-            for rank in range(len(beats)):
-                if rank not in overdue and self._may_move(rank, longest):
-                    return {}
+        why = "the main thread hangs"
+        if not stuck:
             why = "the ranks wait in collectives, for each other or for the network"
+            for rank, beat in enumerate(beats):
+                # A rank that is within its limit can still make progress, unless it has finished or
+                # waits in a collective almost as long as the others.
+                waits_too = beat.collective and beat.idle > longest / 2
+                if rank not in overdue and not beat.is_done and not waits_too:
+                    return {}
         # List all ranks that have been idle for at least half of `longest` seconds, because they
         # reached the collective at different times.
         idle = [rank for rank, beat in enumerate(beats) if beat.idle > longest / 2]
@@ -152,21 +154,6 @@ class Diagnosis:
             "hang",
             stuck=stuck,
         )
-
-    def _may_move(self, rank: int, longest: float) -> bool:
-        """Return whether a rank may still make progress. If so, the ranks that wait for it do not
-        count as stuck.
-
-        Return False if the rank has finished, or if it has been waiting in a collective for at
-        least half of `longest` seconds.
-
-        Args:
-            rank: a rank that is within the limit of its phase.
-            longest: the time that the other ranks have been waiting, in seconds.
-        """
-        beat = self.peers.beats[rank]
-        waits_too = bool(beat.collective) and beat.idle > longest / 2
-        return not beat.is_done and not waits_too
 
     def lost_store(self, why: str) -> ErrorFields:
         """Return the error fields for a store that does not answer.
@@ -258,23 +245,21 @@ class Diagnosis:
             failure = RunError(f"{type(error).__name__}: {first_line(error)}")
         peers = self.peers
         name = peers.names([peers.rank])
-        fields = {
+        fields: ErrorFields = {
             "what": f"{name} failed: {failure.what}",
             "where": failure.where,
             "why": failure.why,
             "fix": failure.fix,
-            "cause": failure.cause,
-            "reporter": peers.rank,
-            # Report the current location of this rank. The other ranks only know the location of
-            # its last heartbeat.
-            "failed_rank": peers.place_of(peers.rank),
         }
         if isinstance(error, KeyboardInterrupt | StoppedEarlyError):
-            fields |= {
+            fields = {
                 "what": f"{name} was stopped by {self.probes.stop_signal() or 'a signal'}",
                 "where": activity.doing,
                 "why": "",
                 "fix": AGAIN,
                 "stopped": True,
             }
-        return fields
+        # Report the current location of this rank. The other ranks only know the location of its
+        # last heartbeat.
+        failed_rank = peers.place_of(peers.rank)
+        return fields | {"cause": failure.cause, "reporter": peers.rank, "failed_rank": failed_rank}

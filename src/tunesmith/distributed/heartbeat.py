@@ -159,8 +159,7 @@ class Heartbeat:
         if is_broken:
             # Reverse the frames: `walk_tb` starts with the outermost frame, but `locate` expects
             # the innermost frame first.
-            frames = [*traceback.walk_tb(root.__traceback__)]
-            self.activity.locate(reversed(frames))
+            self.activity.locate(reversed([*traceback.walk_tb(root.__traceback__)]))
             self.diagnosis.note_broken(first_line(root))
         elif not self.report.own_error:
             self.report.own_error = self.diagnosis.own_error(error, failure, self.activity)
@@ -298,9 +297,9 @@ class Heartbeat:
         Args:
             why: the reason, such as torch's message.
         """
-        living = {*self.peers.local} - {*self.peers.ended()}
-        is_lowest = self.peers.rank == min(living)
-        self._decide(self.diagnosis.lost_store(why), reports=is_lowest)
+        # The lowest living rank of the node reports the fault.
+        reporter = min({*self.peers.local} - {*self.peers.ended()})
+        self._decide(self.diagnosis.lost_store(why), reports=reporter == self.peers.rank)
 
     def _decide(self, fields: ErrorFields, *, reports: bool) -> None:
         # If a connection is broken, the main thread raises OtherRankError, which has no details. In

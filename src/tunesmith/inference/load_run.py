@@ -448,7 +448,7 @@ def load_run(
         train_model, _ = build_model(read.recipe, read.files, plan)
         train_model.eval()
         train_model.use_inference_attention()
-        return LoadedModel(location, read.recipe, read.files, read.template, train_model)
+        return LoadedModel(**vars(read), train_model=train_model)
 
 
 def _with_base(location: RunLocation, base: Model) -> RunLocation:

@@ -42,7 +42,6 @@ from tunesmith.host.signals import ignore_stop_signals
 from tunesmith.host.streams import visible
 from tunesmith.launch.rendezvous import (
     BACKEND,
-    Endpoint,
     connect_store,
     find_endpoint,
     register_backend,
@@ -182,8 +181,20 @@ def run_program(
     install_agent(store, stop)
     # Give torch a temporary folder for logs, because torch does not delete the folder it creates.
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:
-        launcher = _launcher_words(args, ranks, endpoint, folder)
-        code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
+        flags = [
+            f"--nnodes={args.nodes}",
+            f"--nproc-per-node={ranks}",
+            f"--rdzv-backend={BACKEND}",
+            f"--rdzv-endpoint={endpoint.place}",
+            f"--rdzv-id={args.id}",
+            f"--local-addr={endpoint.address}",
+            f"--max-restarts={args.restarts}",
+            # Let torch handle only SIGQUIT. Its handlers of SIGTERM and SIGINT would kill ranks
+            # that need more than 30 seconds to save.
+            "--signals-to-handle=SIGQUIT",
+            f"--log-dir={folder}",
+        ]
+        code = run_ranks([*flags, *program], store, stop)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > stopped_before:
         return EXIT_STOPPED
     is_done = out is not None and (out / FINAL).is_dir()
@@ -192,29 +203,6 @@ def run_program(
     if stop.number and code == EXIT_OK and not is_done:
         return EXIT_STOPPED
     return code
-
-
-def _launcher_words(
-    args: argparse.Namespace, ranks: int, endpoint: Endpoint, folder: str
-) -> list[str]:
-    """Return all flags of torch's elastic launcher except the rendezvous id.
-
-    Args:
-        folder: the folder for the launcher's logs.
-    """
-    flags = {
-        "--nnodes": str(args.nodes),
-        "--nproc-per-node": str(ranks),
-        "--rdzv-backend": BACKEND,
-        "--rdzv-endpoint": endpoint.place,
-        "--local-addr": endpoint.address,
-        "--max-restarts": str(args.restarts),
-        # Let torch handle only SIGQUIT. Its handlers of SIGTERM and SIGINT would kill ranks that
-        # need more than 30 seconds to save.
-        "--signals-to-handle": "SIGQUIT",
-        "--log-dir": folder,
-    }
-    return [word for flag in flags.items() for word in flag]
 
 
 def run_ranks(launcher: list[str], store: "TCPStore", stop: "ForwardStop") -> int:
@@ -292,8 +280,9 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
 
 def stopped_at(out: Path | None) -> float:
     """Return the time at which stopped.json was last written, or 0 if there is none."""
-    file = None if out is None else out / STOPPED
-    return file.stat().st_mtime if file is not None and file.exists() else 0.0
+    if out is None or not (out / STOPPED).exists():
+        return 0.0
+    return (out / STOPPED).stat().st_mtime
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
     jobs = [find_job(word) for word in with_runs_of_folders(args.jobs)] or all_jobs()
     states = [_state_of(job) for job in jobs]
     if args.json:
-        rows = []
-        for job, state in zip(jobs, states, strict=True):
-            row = {"job": job.name, "run_dir": job.run_dir, "log": job.log, **state._asdict()}
-            rows.append(row)
+        rows = [
+            {"job": job.name, "run_dir": job.run_dir, "log": job.log, **state._asdict()}
+            for job, state in zip(jobs, states, strict=True)
+        ]
         print(json.dumps(rows, indent=1))
         return
     for job, state in zip(jobs, states, strict=True):
