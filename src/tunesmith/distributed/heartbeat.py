@@ -146,7 +146,7 @@ class Heartbeat:
                 `error`.
         """
         chain = _causes(error)
-        if self.store is None or any(self._is_agreed(cause) for cause in chain):
+        if self.store is None or any(map(self._is_agreed, chain)):
             self.agreed = error
             return error
         self.report.is_ending = True

@@ -163,10 +163,7 @@ class LoadedModel(OpenedRun, Tabular):
     @property
     def context(self) -> int | None:
         """Maximum number of tokens of the model's context; None if it is unlimited, as in Mamba."""
-        try:
-            positions = self.model.config.max_position_embeddings
-        except AttributeError:
-            return None
+        positions = getattr(self.model.config, "max_position_embeddings", None)
         return None if positions is None else int(positions)
 
     @property

@@ -122,11 +122,12 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             if stop.number:
                 # Keep torch from restarting failed ranks after a stop signal.
                 self._remaining_restarts = 0
-            signals = {}
-            for rank, failure in result.failures.items():
-                # A negative exit code is the number of the signal that ended the process.
-                if failure.exitcode < 0:
-                    signals[rank] = -failure.exitcode
+            # A negative exit code is the number of the signal that ended the process.
+            signals = {
+                rank: -failure.exitcode
+                for rank, failure in result.failures.items()
+                if failure.exitcode < 0
+            }
             # Report only if there are several nodes. On a single node, the launcher prints the
             # signal.
             nodes = worker_group.group_world_size or 1

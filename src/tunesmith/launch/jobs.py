@@ -42,9 +42,8 @@ def with_runs_of_folders(words: Sequence[str]) -> list[str]:
         folder = Path(word)
         # The folder of a sweep contains runs but is not a run itself, although a running sweep
         # locks it.
-        is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
         runs = []
-        if not is_run_itself:
+        if not holds_run(folder) or (folder / SWEEP).is_file():
             # Search the subfolders that are not runs too.
             for path in sorted([*folder.glob("*/"), *folder.glob("*/*/")]):
                 if holds_run(path) and (path.parent == folder or not holds_run(path.parent)):

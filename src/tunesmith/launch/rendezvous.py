@@ -83,12 +83,12 @@ def local_addresses() -> dict[str, str]:
     """Return a dict from each address of this node to its network interface."""
     import psutil
 
-    interfaces = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        for entry in addresses:
-            # Remove the interface from a link-local IPv6 address, such as fe80::1%eth0.
-            interfaces[entry.address.partition("%")[0]] = name
-    return interfaces
+    # Remove the interface from a link-local IPv6 address, such as fe80::1%eth0.
+    return {
+        entry.address.partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+    }
 
 
 def family_of(address: str) -> socket.AddressFamily:

@@ -191,8 +191,10 @@ class Chat:
         loaded = self.loaded
         messages: list[Message] = []
         for text, reply in [*self.turns, (question, ANSWER_PLACEHOLDER)]:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": reply})
+            messages += [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": reply},
+            ]
         messages[0]["content"] = PICTURE_MARK * len(self.pictures) + messages[0]["content"]
         conversation = Conversation(
             with_system(messages, self.system), self.tools, pictures=self.pictures

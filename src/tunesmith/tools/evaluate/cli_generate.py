@@ -100,11 +100,8 @@ def run(args: argparse.Namespace) -> None:
         with stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
             for row in answers:
-                sink.write(
-                    row,
-                    why=f"the output holds answers to {answer_count} of "
-                    f"{count_of(len(rows), 'row')}",
-                )
+                held = f"{answer_count} of {count_of(len(rows), 'row')}"
+                sink.write(row, why=f"the output holds answers to {held}")
                 answer_count += 1
                 progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
@@ -112,10 +109,9 @@ def run(args: argparse.Namespace) -> None:
         if output and output.is_file():
             resume_hint = "; to continue, run the same command again with --resume"
             resume_hint += " instead of --force" if args.force else ""
-        held = f"{answer_count} of {count_of(len(rows), 'row')}"
         raise StoppedError(
             f"the command was stopped: {output or 'standard output'} has the answers for "
-            f"{held}{resume_hint}"
+            f"{answer_count} of {count_of(len(rows), 'row')}{resume_hint}"
         )
 
 
@@ -131,8 +127,8 @@ class _Stream:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.name = str(output or "standard output")
         self.file = sys.stdout if output is None else output.open("w", encoding="utf-8")
+        self.name = str(output or "standard output")
 
     def __enter__(self) -> "_Stream":
         return self

@@ -9,7 +9,6 @@ row takes too long.
 
 import difflib
 import json
-import math
 import re
 import sys
 import traceback
@@ -127,8 +126,7 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
             why=f"{_reason(error)} ({Path(frame.filename).name}:{frame.lineno})",
             fix="fix the scorer, then run the same command again; the answers are kept",
         ) from error
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    if not is_number or not 0 <= value <= 1:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise RunError(
             f"the scorer {scorer.name} did not return a number from 0 to 1",
             where=row.where,

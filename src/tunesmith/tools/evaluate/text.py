@@ -14,7 +14,6 @@ import regex
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NO_WORD = re.compile(r"[^a-z0-9]+")
 
 
 def exact(answer: str, reference: str) -> float:
@@ -66,7 +65,7 @@ def rouge_words(text: str) -> list[str]:
 
     A text in another script has no ROUGE words.
     """
-    return _NO_WORD.sub(" ", text.lower()).split()
+    return re.findall("[a-z0-9]+", text.lower())
 
 
 def common_subsequence(first: list[str], second: list[str]) -> int:

@@ -280,11 +280,12 @@ def _python_calls(statement: ast.stmt) -> Iterator[ToolCall]:
             raise ValueError(
                 "a tool call must be a function call with only named arguments, such as f(x=1)"
             )
-        arguments = {}
-        for keyword in node.keywords:
-            # `_Constants` converts JSON's constants, such as true, because some templates write
-            # them instead of Python's. keyword.arg is None for an argument **x.
-            arguments[keyword.arg or ""] = ast.literal_eval(_Constants().visit(keyword.value))
+        # `_Constants` converts JSON's constants, such as true, because some templates write them
+        # instead of Python's. keyword.arg is None for an argument **x.
+        arguments = {
+            keyword.arg or "": ast.literal_eval(_Constants().visit(keyword.value))
+            for keyword in node.keywords
+        }
         yield ToolCall(ast.unparse(node.func), arguments)
 
 
@@ -292,9 +293,7 @@ class _Constants(ast.NodeTransformer):
     """Transformer that replaces JSON's true, false and null by Python's constants."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        if node.id in _JSON_CONSTANTS:
-            return ast.Constant(_JSON_CONSTANTS[node.id])
-        return node
+        return ast.Constant(_JSON_CONSTANTS[node.id]) if node.id in _JSON_CONSTANTS else node
 
 
 def _python_form(rendering: str) -> CallReader | None:

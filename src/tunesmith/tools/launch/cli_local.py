@@ -88,8 +88,6 @@ def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
         new_recipe.write_file()
         log.info(f"recipe: {new_recipe.name}")
         args.recipe, args.overrides = str(new_recipe.path), []
-        args.model = args.data = args.split = args.format = None
-        args.columns = []
     return recipe
 
 

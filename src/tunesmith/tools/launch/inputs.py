@@ -38,16 +38,18 @@ def recipe_inputs(run: Run) -> list[Path]:
     UsageError if a path does not exist, because a container or another machine would report this
     only after its start.
     """
-    # Loading a recipe makes its paths absolute, so any other value is an id of the Hub.
-    files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
-    patterns = {key: Path(text) for key, text in files.items() if is_pattern(text)}
-    files |= {key: str(pattern_folder(pattern)) for key, pattern in patterns.items()}
-    for key, text in files.items():
-        if not os.path.exists(text):
+    paths: dict[Path, None] = {}
+    for key, text in inputs_of(run).items():
+        # Loading a recipe makes its paths absolute, so any other value is an id of the Hub.
+        if not os.path.isabs(text):
+            continue
+        path = pattern_folder(Path(text)) if is_pattern(text) else Path(text)
+        if not os.path.exists(path):
             raise UsageError(
-                f"{text} does not exist", where=key, fix=f"correct the path: {key}=PATH"
+                f"{path} does not exist", where=key, fix=f"correct the path: {key}=PATH"
             )
-    return [Path(text) for text in dict.fromkeys(files.values())]
+        paths[path] = None
+    return list(paths)
 
 
 def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None:
@@ -85,13 +87,10 @@ def place_by_content(path: Path) -> Path:
 
     The path is in tunesmith's cache and contains a hash of the content. Hidden files are ignored.
     """
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     digests = []
-    for file in files:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(path)
-        if not any(part.startswith(".") for part in name.parts):
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
             # Include the file names in the hash, because they are part of the content of a folder.
             digests.append((str(name), digest_of_file(file)))
     digest = sha256(json.dumps(digests).encode()).hexdigest()
