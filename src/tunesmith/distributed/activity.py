@@ -123,8 +123,7 @@ class Activity:
         frames = sys._current_frames()
         main_thread = frames[threading.main_thread().ident or 0]
         # If the thread that the main thread waits for has ended, use the main thread.
-        thread = frames.get(self.waited_thread or 0, main_thread)
-        self.locate(traceback.walk_stack(thread))
+        self.locate(traceback.walk_stack(frames.get(self.waited_thread or 0, main_thread)))
 
     def locate(self, frames: Iterable[tuple[FrameType, int]]) -> None:
         """Record the collective and the line of tunesmith's code that a stack is currently in.

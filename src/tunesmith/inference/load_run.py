@@ -228,10 +228,8 @@ def locate_run(
     # A run directory, an adapter folder and a model folder have one of these files.
     names = (RECIPE, "adapter_config.json", "config.json")
     if path == demo_model.DEMO_NAME and not any((local_path / n).is_file() for n in names):
-        base = Model(name=str(demo_model.demo_model()))
-        location = RunLocation(
-            "base", None, base, note=f"the demo's model: {demo_model.DEMO_DESCRIPTION}"
-        )
+        note = f"the demo's model: {demo_model.DEMO_DESCRIPTION}"
+        location = RunLocation("base", None, Model(name=str(demo_model.demo_model())), note=note)
     elif local_path.is_dir():
         if (local_path / RECIPE).is_file():
             folder, note, is_note_shown = find_saved_model(local_path)

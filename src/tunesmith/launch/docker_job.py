@@ -83,8 +83,9 @@ def run_docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[s
     """
     process = try_on("", "docker", *words)
     if process.returncode == NO_COMMAND:
-        fix = "sudo apt-get install docker.io"
-        raise MachineError("docker is not installed", where="PATH", fix=fix)
+        raise MachineError(
+            "docker is not installed", where="PATH", fix="sudo apt-get install docker.io"
+        )
     if process.returncode == 0:
         return process
     where = f"docker {words[0]}"
@@ -93,6 +94,10 @@ def run_docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[s
         if text in why:
             raise MachineError(what, where=where, why=why, fix=fix)
     if check:
-        fix = "check the configuration of Docker with `docker info`"
-        raise MachineError(f"{where} failed", where=where, why=why, fix=fix)
+        raise MachineError(
+            f"{where} failed",
+            where=where,
+            why=why,
+            fix="check the configuration of Docker with `docker info`",
+        )
     return process

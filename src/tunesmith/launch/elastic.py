@@ -70,8 +70,8 @@ class ForwardStop:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         name = signal.Signals(number).name
-        agent = f"the node agent on {socket.gethostname()}"
-        line = f"{agent} received {name} and forwards it to its ranks\n"
+        host = socket.gethostname()
+        line = f"the node agent on {host} received {name} and forwards it to its ranks\n"
         # Use os.write, because the signal may have interrupted a `print`, which is not reentrant.
         os.write(sys.stderr.fileno(), line.encode())
         self.send(again=True)
@@ -130,8 +130,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             }
             # Report only if there are several nodes. On a single node, the launcher prints the
             # signal.
-            nodes = worker_group.group_world_size or 1
-            if signals and nodes > 1:
+            if signals and (worker_group.group_world_size or 1) > 1:
                 publish_killed(store, signals, new_oom_kills=oom_kills() - self._oom_kills)
             return result
 
@@ -175,12 +174,15 @@ def kill_fault(rank: int, number: int, beat: Mapping[str, str], *, is_oom: bool)
     """
     host = socket.gethostname()
     name = signal.Signals(number).name
-    cause = "oom-kill" if number == signal.SIGKILL and is_oom else "killed"
+    cause = "killed"
     why = f"the agent of the rank's node reported {name}"
+    if number == signal.SIGKILL and is_oom:
+        cause = "oom-kill"
+        why += f"; {CAUSES[cause]}"
     return {
         "what": f"rank {rank} on {host} was killed by {name}",
         "where": f"rank {rank}: {beat['place']}" if beat.get("place") else "",
-        "why": f"{why}; {CAUSES[cause]}" if cause == "oom-kill" else why,
+        "why": why,
         "fix": AGAIN,
         "cause": cause,
         "failed_rank": {

@@ -201,8 +201,7 @@ class Job:
     def later_job(self) -> "Job | None":
         """Return the newest job of this run directory if it is newer than this job, else None."""
         jobs = [job for job in saved_jobs() if job.is_in(self.run_dir)]
-        is_earlier = self.name in [job.name for job in jobs[:-1]]
-        return jobs[-1] if is_earlier else None
+        return jobs[-1] if self.name in [job.name for job in jobs[:-1]] else None
 
     def stop(self) -> str:
         """Ask the run to save and end, by creating the file `stop` in its run directory.
@@ -241,7 +240,8 @@ def first_error(log: Path) -> str:
         # Match the error message and its continuation lines, which are indented by at least three
         # spaces. The lines after the message, such as "  fix: ...", are indented by two spaces.
         match = re.search(r"^(?:\w+: )?error: (.+(?:\n {3,}.+)*)", text, re.MULTILINE)
-        return " ".join(match[1].split()) if match else ""
+        if match:
+            return " ".join(match[1].split())
     return ""
 
 

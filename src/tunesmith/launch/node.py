@@ -139,10 +139,9 @@ def run_node(args: argparse.Namespace) -> int:
     if args.debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
         os.environ.setdefault("NCCL_DEBUG", "INFO")
-    is_one_rank = ranks == args.nodes == 1
     # A single rank needs no launcher. Replace this process by the rank, so that the rank gets
     # signals directly.
-    if is_one_rank and not args.restarts:
+    if ranks == args.nodes == 1 and not args.restarts:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 

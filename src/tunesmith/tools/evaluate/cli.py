@@ -62,11 +62,11 @@ MAX_NEW_TOKENS = 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, several=True)
-    files = "jsonl, json, csv, parquet, or a Hub id"
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help=f"rows with answers: {files} (default: the rows that the run held out)",
+        help="rows with answers: jsonl, json, csv, parquet, or a Hub id (default: the rows that "
+        "the run held out)",
     )
     parser.add_argument(
         "--split",
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="also score the base model (default: yes for one run, no for several runs)",
     )
-    scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your file.py:function"
     parser.add_argument(
         "--score",
         action="append",
         default=[],
         dest="scorers",
         metavar="SCORER",
-        help=f"generate answers and score them with {scorers}; may be repeated",
+        help="generate answers and score them with exact, contains, regex, json, f1, rouge-l, "
+        "tool-call, or your file.py:function; may be repeated",
     )
     parser.add_argument(
         "--output",

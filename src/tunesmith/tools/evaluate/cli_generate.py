@@ -160,8 +160,11 @@ def _read_input(name: str) -> Rows:
     if name != "-":
         path = Path(name)
         if not path.is_file():
-            fix = "use a jsonl, json, csv or parquet file, or - for stdin"
-            raise DataError(f"there is no file {name}", where=name, fix=fix)
+            raise DataError(
+                f"there is no file {name}",
+                where=name,
+                fix="use a jsonl, json, csv or parquet file, or - for stdin",
+            )
         return read_rows(Source(source=str(path.absolute())))
     fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
@@ -182,18 +185,19 @@ def _read_input(name: str) -> Rows:
 
 def check_output(output: Path | None, args: argparse.Namespace) -> None:
     """Raise UsageError if the output cannot be used with --resume, or is the input file."""
-    where = "--output"
     if args.resume and (output is None or _is_stream(output)):
         raise UsageError(
             "--resume requires an output file",
-            where=f"{where} {args.output}",
+            where=f"--output {args.output}",
             fix="give a file with --output",
         )
     if output is None:
         return
     # Opening the same file for writing would delete the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
-        raise UsageError("input and output are the same file", where=where, fix="use another file")
+        raise UsageError(
+            "input and output are the same file", where="--output", fix="use another file"
+        )
 
 
 def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> int:
@@ -209,8 +213,11 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
     if not file.lines and not file.torn:
         return 0
     if not args.resume:
-        fix = "add --resume to continue the file or --force to overwrite it, or use another file"
-        raise UsageError(f"{args.output} already exists", where="--output", fix=fix)
+        raise UsageError(
+            f"{args.output} already exists",
+            where="--output",
+            fix="add --resume to continue the file or --force to overwrite it, or use another file",
+        )
     # The lines of the output must be answers to the first rows of the input, in the same order.
     matching = 0
     end = min(len(file.lines), len(rows))
@@ -218,11 +225,10 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
         matching += 1
     is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
     if matching < len(file.lines) or (file.torn and not is_torn):
-        fix = "give the input that the output was made from, or use --force instead of --resume"
         raise UsageError(
             "a line of the output does not answer the input row with the same number",
             where=f"{args.output}:{matching + 1}",
-            fix=fix,
+            fix="give the input that the output was made from, or use --force instead of --resume",
         )
     return matching
 

@@ -266,8 +266,7 @@ def score(
     rows = 0
     progress("rows scored", rows, len(tokens))
     with evaluating(train_model):
-        layout = Layout(pad_id, train_model.packs_rows)
-        batches = layout.batches(tokens, PACKED_ROW_TOKENS)
+        batches = Layout(pad_id, train_model.packs_rows).batches(tokens, PACKED_ROW_TOKENS)
         # In each turn, every rank computes one batch. In the last turn, some ranks have no batch.
         while turn := list(islice(batches, ranks.world)):
             computed = None
@@ -413,9 +412,18 @@ def evaluate(
             tokens = _first_validated(tokens, location, max_examples)
         shown = name if data is None else _short_name(name)
         if scorers:
-            decoding = decoding or Decoding(max_new_tokens)
-            scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
-            scoring.open(answers_path(location, name, output), fresh)
+            scoring = Scoring(
+                loaded,
+                tokens,
+                parts,
+                shown,
+                scorers,
+                decoding or Decoding(max_new_tokens),
+                batch_size,
+                answers_path(location, name, output),
+                fresh=fresh,
+                ranks=ranks,
+            )
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         if scoring is not None:
@@ -445,10 +453,9 @@ def evaluate(
             _keep_losses(evaluation, about, len(tokens), location, ranks)
         if scoring is None:
             return evaluation
-        by_scorer = scoring.finish(about)
         return replace(
             evaluation,
-            by_scorer=(*evaluation.by_scorer, *by_scorer),
+            by_scorer=(*evaluation.by_scorer, *scoring.finish(about)),
             answers=scoring.path,
             unanswered=scoring.unanswered,
             unfinished=scoring.unfinished(),

@@ -101,8 +101,11 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
     if result.loss_difference is not None:
         loss = result.loss_difference
-        values = difference_as_json(loss.mean, loss.interval)
-        report["loss_difference"] = {"rows": loss.rows, **values, "verdict": loss_sentence(loss)}
+        report["loss_difference"] = {
+            "rows": loss.rows,
+            **difference_as_json(loss.mean, loss.interval),
+            "verdict": loss_sentence(loss),
+        }
     if result.seen is not None:
         report["seen"] = result.seen.count
     return report

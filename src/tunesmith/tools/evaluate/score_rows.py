@@ -17,7 +17,7 @@ from tunesmith.checkpoint import manifest
 from tunesmith.data.compare.splits import SourceRows
 from tunesmith.data.rows.samples import CalledFunction, Conversation, FunctionCall, Message
 from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
@@ -131,8 +131,8 @@ def trained_weights(location: RunLocation) -> str:
 class Scoring:
     """Evaluation of rows with scorers. Answers are generated, saved in a file and scored.
 
-    Call `open`, then use the object in a `with` statement: call `answer` for each model, then
-    `finish`. With several ranks, only rank 0 has the file.
+    Use the object in a `with` statement: call `answer` for each model, then `finish`. With several
+    ranks, only rank 0 has the file.
     """
 
     def __init__(
@@ -144,9 +144,17 @@ class Scoring:
         scorers: Sequence[str],
         decoding: Decoding,
         batch_size: int,
-        ranks: Ranks = ONE_PROCESS,
+        path: Path,
+        *,
+        fresh: bool,
+        ranks: Ranks,
     ) -> None:
-        """Check the scorers and the rows. No file is written.
+        """Check the scorers and the rows, and read the existing answers. No file is written.
+
+        Args:
+            name: name of the rows.
+            path: the file of answers.
+            fresh: rename an existing file when the `with` block starts, and answer all rows again.
 
         Raises:
             DataError: a row cannot be answered, or a scorer cannot score it.
@@ -193,12 +201,9 @@ class Scoring:
             decoding=decoding,
             batch_size=batch_size,
         )
-
-    def open(self, path: Path, fresh: bool) -> None:
-        """Read the existing answers. If `fresh` is set, the file is renamed later instead."""
         self.path = path
         self.file: AnswersFile | None = None
-        if self.ranks.is_main_process:
+        if ranks.is_main_process:
             self.file = AnswersFile(path, self.header, fresh=fresh)
 
     def __enter__(self) -> "Scoring":

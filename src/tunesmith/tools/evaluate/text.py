@@ -32,8 +32,7 @@ def matches(answer: str, pattern: str) -> float:
     The pattern has the syntax of the package `regex`, which extends `re`. `^` and `$` match the
     start and the end of the answer.
     """
-    found = regex.search(pattern.strip(), answer.strip())
-    return float(found is not None)
+    return float(regex.search(pattern.strip(), answer.strip()) is not None)
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -48,8 +47,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 def squad_words(text: str) -> list[str]:
     """Split a text into the words that SQuAD compares."""
-    without_punctuation = text.lower().translate(_PUNCTUATION)
-    return _ARTICLES.sub(" ", without_punctuation).split()
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def rouge_l(answer: str, reference: str) -> float:

@@ -70,21 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OPTION",
         help="any other sbatch option, such as --sbatch-arg=--reservation=tuesday",
     )
-    reasons = "after the time limit or a lost node (default: 5; 0 never requeues)"
     parser.add_argument(
         "--max-requeues",
         type=_count,
         default=5,
         metavar="N",
-        help=f"maximum number of times that the job is requeued {reasons}",
+        help="maximum number of times that the job is requeued after the time limit or a lost node "
+        "(default: 5; 0 never requeues)",
     )
-    default = "at least 300, more for a large checkpoint, at most a quarter of the limit"
     parser.add_argument(
         "--warn-before",
         dest="warning",
         type=whole_number,
         metavar="SECONDS",
-        help=f"seconds before the time limit at which the run saves (default: {default})",
+        help="seconds before the time limit at which the run saves (default: at least 300, more "
+        "for a large checkpoint, at most a quarter of the limit)",
     )
     parser.add_argument(
         "--render",

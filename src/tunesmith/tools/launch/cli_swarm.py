@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="maximum number of restarts of a node's ranks (default: 3)",
     )
-    further = "for example for mounts or variables of the service `ranks`"
     parser.add_argument(
         "--stack-extra",
         type=Path,
         metavar="FILE",
-        help=f"stack file that is merged into the generated stack file, {further}",
+        help="stack file that is merged into the generated stack file, for example for mounts or "
+        "variables of the service `ranks`",
     )
     parser.add_argument(
         "--render", action="store_true", help="print the stack file and start nothing"

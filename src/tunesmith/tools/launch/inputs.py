@@ -23,8 +23,19 @@ MAX_COPIED_BYTES = 64 << 20
 TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
 SYSTEM_FOLDERS = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
-    *("/var/run", "/var/lib/docker"),
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib64",
+    "/proc",
+    "/run",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/var/run",
+    "/var/lib/docker",
 )
 # Names in the home folder that no container may see.
 PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")

@@ -121,14 +121,15 @@ class Stack:
     def _volumes(self) -> list[dict[str, object]]:
         hub, datasets = self.cache
         writable = [(self.run_dir, self.run_dir), (hub, HUB_FOLDER), (datasets, DATASETS_FOLDER)]
-        return [
-            *({"type": "bind", "source": place, "target": path} for place, path in writable),
-            *(
-                {"type": "bind", "source": place, "target": path, "read_only": True}
-                for place, path in self.mounts
-            ),
-            {"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}},
+        volumes: list[dict[str, object]] = [
+            {"type": "bind", "source": place, "target": path} for place, path in writable
         ]
+        volumes += [
+            {"type": "bind", "source": place, "target": path, "read_only": True}
+            for place, path in self.mounts
+        ]
+        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}})
+        return volumes
 
     def _deploy(self) -> dict[str, object]:
         # For 0 restarts, set the condition "none". `max_attempts: 0` would mean an unlimited number
