@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -44,18 +44,17 @@ class Problem(NamedTuple):
     why: str = ""
 
 
-# Type of a function that takes a dotted key. It returns the position of the key, such as
-# "recipe.yaml:3", or "" if the recipe does not have the key.
-Place = Callable[[str], str]
+# Dotted key of each value that the recipe has -> its position, such as "recipe.yaml:3".
+Places = Mapping[str, str]
 
 
-def check_run(run: Run, where: Place) -> None:
+def check_run(run: Run, places: Places) -> None:
     """Raise RecipeError for the first rule that the recipe breaks."""
     problems = chain(
-        _method(run, where),
+        _method(run, places),
         _model(run),
-        _adapter(run, where),
-        _data(run, where),
+        _adapter(run, places),
+        _data(run, places),
         _train(run),
         _batch(run),
         _optimizer_in_backward(run),
@@ -63,7 +62,7 @@ def check_run(run: Run, where: Place) -> None:
         _validate(run),
     )
     for problem in problems:
-        place = where(problem.key) or problem.key
+        place = places.get(problem.key, problem.key)
         fix = problem.fix
         if place.startswith(COMMAND_LINE):
             # The command line needs a setting in the form `key=value`.
@@ -83,17 +82,14 @@ def _no_effect(key: str, context: str, fix: str) -> Problem:
     return Problem(key, f"has no effect {context}", f"remove the key, or {fix}")
 
 
-def _method(run: Run, where: Place) -> Iterator[Problem]:
+def _method(run: Run, places: Places) -> Iterator[Problem]:
     method = run.method
-    keys_of_others = {key for keys in METHOD_KEYS.values() for key in keys}
-    for name in sorted(keys_of_others - set(METHOD_KEYS[method.name])):
-        if where(f"method.{name}"):
-            readers = [other for other, keys in METHOD_KEYS.items() if name in keys]
-            yield _no_effect(
-                f"method.{name}",
-                f"with method: {method.name}",
-                f"set method.name: {' or '.join(readers)}",
-            )
+    for key in places:
+        section, _, key_name = key.rpartition(".")
+        readers = [name for name, keys in METHOD_KEYS.items() if key_name in keys]
+        if section == "method" and readers and method.name not in readers:
+            fix = f"set method.name: {' or '.join(readers)}"
+            yield _no_effect(key, f"with method: {method.name}", fix)
     if method.label_smoothing and method.loss_type != "robust":
         yield _no_effect(
             "method.label_smoothing",
@@ -124,13 +120,13 @@ def _method(run: Run, where: Place) -> Iterator[Problem]:
                 why="kto's reference point pairs each prompt with the answer to another prompt of"
                 " the batch",
             )
-    yield from _method_formats(run, where)
+    yield from _method_formats(run, places)
 
 
-def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
+def _method_formats(run: Run, places: Places) -> Iterator[Problem]:
     """Yield a problem for each source whose row format does not fit the training method."""
     method_format = METHOD_FORMATS.get(run.method.name)
-    for key, source in _sources_with_keys(run, where):
+    for key, source in sources_with_keys(run, places):
         default = "sft" if method_format else None
         other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), default)
         if source.format == method_format or other is None:
@@ -185,13 +181,11 @@ def _model(run: Run) -> Iterator[Problem]:
         )
 
 
-def _adapter(run: Run, where: Place) -> Iterator[Problem]:
+def _adapter(run: Run, places: Places) -> Iterator[Problem]:
     if run.adapter.kind == "none":
-        # `where` returns "" for a key with its default value. Therefore only keys that the user
-        # wrote are reported.
-        for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
-            key = f"adapter.{name}"
-            if where(key):
+        # `places` has only the keys that the user wrote, and no key with its default value.
+        for key in places:
+            if key.startswith("adapter.") and key != "adapter.kind":
                 yield Problem(
                     key,
                     "has no effect with adapter.kind: none",
@@ -209,13 +203,13 @@ def _adapter(run: Run, where: Place) -> Iterator[Problem]:
         )
 
 
-def _data(run: Run, where: Place) -> Iterator[Problem]:
+def _data(run: Run, places: Places) -> Iterator[Problem]:
     data = run.data
     if not data.train:
         yield Problem(
             "data.train", "is empty", "set data.train: {source: rows.jsonl, format: messages}"
         )
-    yield from _columns(run, where)
+    yield from _columns(run, places)
     if data.hold_out is not None:
         if data.validation:
             yield Problem(
@@ -244,17 +238,16 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
         )
 
 
-def _sources_with_keys(run: Run, where: Place) -> Iterator[tuple[str, Source]]:
-    """Yield each data source with its dotted key, such as `data.train.0`."""
+def sources_with_keys(run: Run, places: Places) -> Iterator[tuple[str, Source]]:
+    """Yield each data source with its dotted key: `data.train.0` in a list, else `data.train`."""
     for key, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
         for i, source in enumerate(sources):
-            # A single source that is not in a list has a key without an index: `data.train`.
-            is_indexed = where(f"{key}.{i}") or len(sources) > 1
-            yield f"{key}.{i}" if is_indexed else key, source
+            is_in_list = f"{key}.{i}" in places or len(sources) > 1
+            yield f"{key}.{i}" if is_in_list else key, source
 
 
-def _columns(run: Run, where: Place) -> Iterator[Problem]:
-    for key, source in _sources_with_keys(run, where):
+def _columns(run: Run, places: Places) -> Iterator[Problem]:
+    for key, source in sources_with_keys(run, places):
         columns = FORMAT_COLUMNS[source.format]
         otherwise = f"use one of the format's columns: {', '.join(columns)}"
         for format_name, names in FORMAT_COLUMNS.items():

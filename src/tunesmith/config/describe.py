@@ -113,22 +113,22 @@ def json_schema() -> dict[str, object]:
 
 def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, Any]:
     """Convert pydantic's schema of one key to draft 7, and add its documentation and default."""
+    doc = spec.metadata["doc"]
+    reference = {"$ref": f"#/$defs/{getattr(hint, '__name__', '')}"}
     if hint is MethodConfig:
         name = {"enum": list(get_args(MethodName)), "type": "string"}
-        reference = {"$ref": f"#/$defs/{hint.__name__}"}
-        return {"anyOf": [name, reference], "description": spec.metadata["doc"]}
+        return {"anyOf": [name, reference], "description": doc}
     if is_section(hint):
-        return {"$ref": f"#/$defs/{hint.__name__}"}
+        return reference
     schema = {name: part for name, part in schema.items() if name not in ("title", "default")}
     if "prefixItems" in schema:
         schema["items"] = schema.pop("prefixItems")
     default = default_of(spec)
     if Source in get_args(hint):
-        forms = [schema["items"], schema]
-        if default:
-            forms.append({"type": "null"})
-        schema = {"anyOf": forms}
-    schema["description"] = spec.metadata["doc"]
+        # A recipe can have one source instead of a list. Only validation rows are optional.
+        optional = [{"type": "null"}] if default else []
+        schema = {"anyOf": [schema["items"], schema, *optional]}
+    schema["description"] = doc
     if default:
         schema["default"] = default
         # A default such as "3 epochs" is not JSON. If `json.loads` fails, keep the default as text.

@@ -53,11 +53,10 @@ def _plain(run: Run) -> dict[str, Any]:
 
 def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
     """Return the recipe as a flat dict of dotted keys. Lists and mappings become JSON text."""
-    values = leaves(to_mapping(run))
-    for key, value in values.items():
-        if isinstance(value, list | dict):
-            values[key] = json.dumps(value)
-    return values
+    return {
+        key: json.dumps(value) if isinstance(value, list | dict) else value
+        for key, value in leaves(to_mapping(run)).items()
+    }
 
 
 def dump(run: Run) -> str:

@@ -12,9 +12,8 @@ show this position.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tunesmith.config.check import METHOD_FORMATS, check_run
+from tunesmith.config.check import METHOD_FORMATS, check_run, sources_with_keys
 from tunesmith.config.layers import (
     COMMAND_LINE,
     FROM_PYTHON,
@@ -25,7 +24,7 @@ from tunesmith.config.layers import (
 )
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.row_settings import record_overrides
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
 from tunesmith.config.typed import build_run
@@ -136,19 +135,17 @@ def checked(tree: Node) -> Run:
     tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
-    format_name = METHOD_FORMATS.get(run.method.name)
-    if format_name is not None:
+    method_format = METHOD_FORMATS.get(run.method.name)
+    if method_format is not None:
         # Give each data source without a `format` the row format that the training method needs.
-        parts: dict[str, Any] = {}
-        for part, sources in (("train", run.data.train), ("validation", run.data.validation)):
-            with_format = []
-            for i, source in enumerate(sources):
-                # A single source that is not in a list has a key without an index: `data.train`.
-                is_set = f"data.{part}.format" in places or f"data.{part}.{i}.format" in places
-                with_format.append(source if is_set else replace(source, format=format_name))
-            parts[part] = tuple(with_format)
-        run = replace(run, data=replace(run.data, **parts))
-    check_run(run, lambda key: places.get(key, ""))
+        sources: dict[str, list[Source]] = {"train": [], "validation": []}
+        for key, source in sources_with_keys(run, places):
+            if f"{key}.format" not in places:
+                source = replace(source, format=method_format)
+            sources[key.split(".")[1]].append(source)
+        train, validation = map(tuple, sources.values())
+        run = replace(run, data=replace(run.data, train=train, validation=validation))
+    check_run(run, places)
     return run
 
 

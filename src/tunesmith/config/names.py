@@ -146,11 +146,16 @@ def default_of(spec: Field[Any]) -> str:
     return "{}" if is_dataclass(value) else json.dumps(value)
 
 
-def example(hint: Any, spec: Field[Any]) -> str:
-    """Return an example value of a key as YAML text.
+def example(key: str) -> str:
+    """Return an example value of a dotted key as YAML text.
 
     Use the key's `example` if there is one, else its default, else any value of its type.
     """
+    name = without_indices(key)
+    # Only an entry of a mapping, such as data.train.columns.prompt, is not a key of the schema.
+    if name not in keys():
+        return "name"
+    spec, hint = keys()[name]
     if hint is bool:
         return "true"
     value = spec.metadata["example"] or default_of(spec)

@@ -116,22 +116,20 @@ def scalar(text: str) -> Scalar:
 
 def wrap(values: object, *, where: str, base: Path, key: str = "") -> Node:
     """Convert plain values to a tree of nodes. The position of a node is the text `where: key`."""
-
-    def wrap_child(name: object, value: object) -> Node:
-        return wrap(value, where=where, base=base, key=f"{key}.{name}".lstrip("."))
-
     place = f"{where}: {key}" if key else where
+    if isinstance(values, Mapping | list | tuple):
+        children = {}
+        for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            path = f"{key}.{name}".lstrip(".")
+            children[str(name)] = wrap(value, where=where, base=base, key=path)
+        is_mapping = isinstance(values, Mapping)
+        return Node(children if is_mapping else list(children.values()), place, base)
     if isinstance(values, os.PathLike):
         values = os.fspath(values)
     if isinstance(values, int) and abs(values) >= 10**MAX_DIGITS:
         # Use infinity, as `scalar` does for an integer of this size. str(values) could raise
         # ValueError.
         values = math.inf
-    if isinstance(values, Mapping):
-        mapping = {str(name): wrap_child(name, value) for name, value in values.items()}
-        return Node(mapping, place, base)
-    if isinstance(values, list | tuple):
-        return Node([wrap_child(i, value) for i, value in enumerate(values)], place, base)
     if not isinstance(values, Scalar):
         raise RecipeError(
             f"a recipe cannot have a value of type {type(values).__name__}",
@@ -198,16 +196,6 @@ class _Untyped(VersionedResolver):
         return BaseResolver.resolve(self, kind, value, implicit)
 
 
-def _check_brackets(text: str) -> None:
-    """Raise RecursionError if more than MAX_OPEN brackets and braces are open at once.
-
-    Brackets in quoted text count too.
-    """
-    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
-    if max(accumulate(changes), default=0) > MAX_OPEN:
-        raise RecursionError
-
-
 def _join_surrogates(text: str, where: str) -> str:
     """Replace each surrogate pair by its character.
 
@@ -253,7 +241,10 @@ class _Reader:
         yaml.Resolver = _Untyped
         where = self.name
         try:
-            _check_brackets(text)
+            # The number of open brackets after each bracket. Brackets in quoted text count too.
+            changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+            if max(accumulate(changes), default=0) > MAX_OPEN:
+                raise RecursionError
             top = yaml.compose(text)
             return None if top is None else self.node(top)
         except MarkedYAMLError as error:
@@ -303,8 +294,7 @@ class _Reader:
         value: dict[str, Node] | list[Node] | Scalar
         if isinstance(yaml_node, nodes.ScalarNode):
             # Only a scalar without quotes can be a number, bool or null.
-            is_plain = yaml_node.style is None
-            if is_plain:
+            if yaml_node.style is None:
                 value = self.plain_scalar(yaml_node.value)
             else:
                 value = _join_surrogates(yaml_node.value, where)

@@ -9,12 +9,13 @@ import re
 import reprlib
 from dataclasses import Field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from tunesmith.config.layers import COMMAND_LINE
 from tunesmith.config.names import (
     example,
     keys,
+    last_part,
     members,
     nearest,
     other_tools,
@@ -71,51 +72,6 @@ def build_run(tree: Node) -> Run:
         raise _explain(error.errors(include_url=False), tree) from None
 
 
-class _Value(NamedTuple):
-    """A value of the recipe with its dotted key, its type and its field of the schema."""
-
-    node: Node
-    key: str
-    hint: object
-    spec: Field[Any]
-
-    @classmethod
-    def at(cls, node: Node, key: str) -> "_Value":
-        schema_key = without_indices(key)
-        is_entry = key[-1:].isdigit() and not key.endswith(schema_key)
-        # A key that is not in the schema is an entry of a mapping. An example is
-        # data.train.columns.prompt.
-        if schema_key not in keys():
-            schema_key = schema_key.rpartition(".")[0]
-            is_entry = True
-        spec, hint = keys()[schema_key]
-        if is_entry:
-            # Replace `hint` by the type of the list's items or of the mapping's values.
-            [inside] = [get_args(m) for m in members(hint) if get_origin(m) in (tuple, dict)]
-            hint = inside[1] if dict in map(get_origin, members(hint)) else inside[0]
-        return cls(node, key, hint, spec)
-
-    def line(self, value: str) -> str:
-        """Return the text that sets this key: `key=value` on the command line, or `key: value` in a
-        file.
-        """
-        name = self.key.rpartition(".")[2]
-        if name.isdigit():
-            return value
-        if self.node.where.startswith("command line"):
-            return f"'{self.key}={value}'"
-        return f"{name}: {value}"
-
-    def example(self) -> str:
-        """Return a line with a valid example value. For a list item, return the entire list."""
-        owner = re.sub(r"\.[0-9]+$", "", self.key)
-        value = example(self.hint, self.spec)
-        # The schema's example is for the entire mapping, so it does not fit one of its entries.
-        if without_indices(owner) not in keys():
-            value = "name"
-        return self._replace(key=owner).line(value)
-
-
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     """Convert pydantic's errors to one RecipeError.
 
@@ -129,7 +85,6 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     # key, because this member type matched the largest part of the value.
     same_value = [one for one in located if one[1].startswith(located[0][1])]
     node, key, error = max(same_value, key=lambda one: len(one[1]))
-    name = error["loc"][-1] if error["loc"] else ""
     if error["type"] == "json_invalid":
         return RecipeError(
             "the recipe has text that is not Unicode",
@@ -137,20 +92,13 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
             why=error["msg"],
             fix="remove escapes such as \\ud800, which are half of a character",
         )
-    # `name` is the missing key. If `name` is a number, a list has too few items, and
-    # `_explain_value` handles this error.
+    name = error["loc"][-1]
+    # If `name` is a number, a list has too few items.
     if error["type"] == "missing" and isinstance(name, str):
-        value = _Value.at(node, f"{key}.{name}".lstrip("."))
-        what = f"{value.key} is missing: {value.spec.metadata['doc']}"
-        fix = f"add {value.key}: {example(value.hint, value.spec)}"
-        return RecipeError(what, where=node.where, fix=fix)
-    what, fix = _explain_value(_Value.at(node, key), error)
-    why = ""
-    # The value may be null because of an unset shell variable: the shell turns `key=$UNSET` into
-    # `key=`.
-    if node.value is None and node.where.startswith("command line"):
-        why = "the value is empty, perhaps because a shell variable is not set"
-    return RecipeError(what, where=node.where, why=why, fix=fix)
+        key = f"{key}.{name}".lstrip(".")
+        what = f"{key} is missing: {_field_and_type(key)[0].metadata['doc']}"
+        return RecipeError(what, where=node.where, fix=f"add {key}: {example(key)}")
+    return _explain_value(node, key, error)
 
 
 def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]") -> RecipeError:
@@ -182,20 +130,27 @@ def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]"
     return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
 
 
-def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
-    """Return two texts: the problem with a value, and the fix."""
-    content = value.node.value
-    is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
-    fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
+def _explain_value(node: Node, key: str, error: "ErrorDetails") -> RecipeError:
+    """Return the error about a value of the wrong type, or a number that is out of bounds."""
+    field, hint = _field_and_type(key)
+    # For an item of a list, show an example of the entire list.
+    shown_key = re.sub(r"\.[0-9]+$", "", key)
+    fix = f"write {_setting(node, shown_key, example(shown_key))}   # {field.metadata['doc']}"
+    # A value that begins with a digit is an amount, even if the key also accepts words.
+    is_amount = not literal_words(hint) or str(node.value)[:1].isdigit()
     if error["type"] in _BOUNDS:
-        what = f"{value.key} is {reprlib.repr(content)}: {error['msg'].lower()}"
-    elif error["type"] == "value_error" and is_form_error:
-        what = f"{value.key}: {error['ctx']['error']}"
+        what = f"{key} is {reprlib.repr(node.value)}: {error['msg'].lower()}"
+    elif error["type"] == "value_error" and is_amount:
+        what = f"{key}: {error['ctx']['error']}"
     else:
-        found = reprlib.repr(json.dumps(value.node.plain()))[1:-1]
-        what = f"{value.key}: expected {type_in_words(value.hint)}, found {found}"
-        fix = _fix_type(value) or fix
-    return what, fix
+        found = reprlib.repr(json.dumps(node.plain()))[1:-1]
+        what = f"{key}: expected {type_in_words(hint)}, found {found}"
+        fix = _fix_type(node, key, hint) or fix
+    why = ""
+    # The shell turns `key=$UNSET` into `key=`, which is null.
+    if node.value is None and node.where.startswith(COMMAND_LINE):
+        why = "the value is empty, perhaps because a shell variable is not set"
+    return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
 def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
@@ -213,11 +168,37 @@ def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
     return node, key
 
 
-def _fix_type(value: _Value) -> str:
+def _field_and_type(key: str) -> tuple[Field[Any], Any]:
+    """Return the field of the schema and the type of a value.
+
+    The key can also be an entry of a list or of a mapping, such as `train.betas.1` or
+    `data.train.columns.prompt`.
+    """
+    name = without_indices(key)
+    if name in keys() and not last_part(key).isdigit():
+        return keys()[name]
+    field, hint = keys().get(name) or keys()[name.rpartition(".")[0]]
+    [container] = [member for member in members(hint) if get_origin(member) in (tuple, dict)]
+    # The values of dict[str, V] have the type V. The items of tuple[T, ...] have the type T.
+    return field, get_args(container)[1 if get_origin(container) is dict else 0]
+
+
+def _setting(node: Node, key: str, value: str) -> str:
+    """Return the text that sets a key: `key=value` on the command line, or `key: value` in a file.
+
+    For an item of a list, return only the value.
+    """
+    name = last_part(key)
+    if name.isdigit():
+        return value
+    return f"'{key}={value}'" if node.where.startswith(COMMAND_LINE) else f"{name}: {value}"
+
+
+def _fix_type(node: Node, key: str, hint: object) -> str:
     """Return the fix for a value of the wrong type, or "" if no fix can be guessed."""
-    content = value.node.value
-    types_ = members(value.hint)
-    words = literal_words(value.hint)
+    content = node.value
+    types_ = members(hint)
+    words = literal_words(hint)
     # The given value may be the name that another tool uses for one of the allowed words.
     if words and isinstance(content, str | bool):
         one_of = f"write one of {', '.join(words)}"
@@ -225,16 +206,16 @@ def _fix_type(value: _Value) -> str:
         if absent:
             return f"{one_of}: {absent.format(content)}"
         near = nearest(str(content), words)
-        return f"did you mean {value.line(near)}?" if near else one_of
+        return f"did you mean {_setting(node, key, near)}?" if near else one_of
     is_list = get_origin(types_[0]) is tuple and not is_dataclass(get_args(types_[0])[0])
     if isinstance(content, str) and is_list:
-        return f"write it as a list: {value.line(f'[{content}]')}"
+        return f"write it as a list: {_setting(node, key, f'[{content}]')}"
     if isinstance(content, int | float) and str in types_:
-        return f"put it in quotes: {value.line(json.dumps(str(content).lower()))}"
+        return f"put it in quotes: {_setting(node, key, json.dumps(str(content).lower()))}"
     # The value is a number without a unit, but the key needs a unit, as in `3 epochs`.
     for kind in _AMOUNTS.intersection(types_):
         if type(content) is int:
-            lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
+            lines = [_setting(node, key, f"{content} {unit}") for unit in kind.units[:2]]
             return f"add the unit: {' or '.join(lines)}"
     return ""
 

@@ -131,7 +131,7 @@ def _changed(start: PlannedChange, keys: Keys, plan_of: PlanOf) -> list[PlannedC
         changed = replace(getattr(run, section), **{name: value})
         run = replace(run, **{section: changed})
     try:
-        check_run(run, lambda key: "")
+        check_run(run, {})
         return [PlannedChange(run, plan_of(run))]
     except UsageError:
         return []
