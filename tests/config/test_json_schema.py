@@ -84,7 +84,7 @@ def test_every_key_is_there_with_its_documentation() -> None:
     for section in sections.values():
         for name, value in section["properties"].items():
             assert "$ref" in str(value) or value["description"], name
-    assert told["rank"]["description"] == keys()["adapter.rank"][0].metadata["doc"]
+    assert told["rank"]["description"] == keys()["adapter.rank"][0].metadata["description"]
     assert sections["Train"]["properties"]["duration"]["default"] == "1 epochs"
 
 

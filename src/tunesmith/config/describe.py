@@ -9,8 +9,6 @@ compares the file with the schema and exits with 1 if they differ.
 import json
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import Field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +18,6 @@ from tunesmith.config.schema import (
     MethodConfig,
     MethodName,
     Run,
-    Source,
     is_section,
     run_type,
 )
@@ -38,37 +35,36 @@ def reference() -> str:
     """
     sections: dict[str, list[tuple[str, ...]]] = {}
     for key, (spec, hint) in keys().items():
-        if is_section(hint):
-            continue
         section, _, name = key.rpartition(".")
+        # data.validation has the same keys as data.train.
+        if is_section(hint) or section == "data.validation":
+            continue
         default = default_of(spec)
         row = (
             f"`{name}`",
             type_in_words(hint),
             f"`{default}`" if default else "",
-            spec.metadata["doc"],
+            spec.metadata["description"],
         )
         sections.setdefault(section, []).append(row)
     parts = ["\n## The keys\n\nA key without a default is required.\n"]
     for section, rows in sections.items():
-        table = _table(("key", "form", "default", "what it is"), rows)
-        # Skip data.validation, because it has the same keys as data.train.
-        if section == "data.validation":
-            continue
+        head = "### Top level"
         if section == "data.train":
             head = (
                 "### `data.train` and `data.validation`\n\n"
                 "Each is one source, or a list of sources."
             )
         elif section:
-            doc = keys()[section][0].metadata["doc"]
+            doc = keys()[section][0].metadata["description"]
             head = f"### `{section}`\n\n{doc[0].upper()}{doc[1:]}."
-        else:
-            head = "### Top level"
+        table = _table(("key", "form", "default", "what it is"), rows)
         parts.append(f"{head}\n\n{table}")
         if section == "data.train":
-            names = {f"`{name}`": columns for name, columns in FORMAT_COLUMNS.items()}
-            listed = [(name, ", ".join(f"`{c}`" for c in cs)) for name, cs in names.items()]
+            listed = [
+                (f"`{name}`", ", ".join(f"`{column}`" for column in columns))
+                for name, columns in FORMAT_COLUMNS.items()
+            ]
             table = _table(("format", "columns"), listed)
             parts.append(f"`columns` maps these names to those of the file:\n\n{table}")
     return "\n".join(parts)
@@ -86,19 +82,12 @@ def json_schema() -> dict[str, object]:
     """
     run_schema = run_type().json_schema()
     sections = {**run_schema.pop("$defs"), Run.__name__: run_schema}
-    for key, (spec, hint) in keys().items():
-        # Skip data.validation, because it has the same type as data.train.
-        if key.startswith("data.validation."):
-            continue
-        section, _, name = key.rpartition(".")
-        section_type = keys()[section][1] if section else Run
-        # `data.train` is tuple[Source, ...]: use the type of its elements.
-        section_type = (get_args(section_type) or (section_type,))[0]
-        properties = sections[section_type.__name__]["properties"]
-        properties[name] = _property(spec, hint, properties[name])
-    # A recipe that extends another recipe may omit any key, so no key is required.
-    for section_schema in sections.values():
-        section_schema.pop("required", None)
+    for section in sections.values():
+        # A recipe that extends another recipe may omit any key, so no key is required.
+        section.pop("required", None)
+        properties = section["properties"]
+        for name, schema in properties.items():
+            properties[name] = _property(schema)
     sections[Run.__name__]["properties"]["extends"] = {
         "type": "string",
         "description": "a shipped recipe or a file whose values this recipe overrides",
@@ -111,30 +100,23 @@ def json_schema() -> dict[str, object]:
     }
 
 
-def _property(spec: Field[Any], hint: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    """Convert pydantic's schema of one key to draft 7, and add its documentation and default."""
-    doc = spec.metadata["doc"]
-    reference = {"$ref": f"#/$defs/{getattr(hint, '__name__', '')}"}
-    if hint is MethodConfig:
+def _property(schema: dict[str, Any]) -> dict[str, Any]:
+    """Convert pydantic's schema of one key to draft 7. Its documentation and default come last."""
+    section = schema.get("$ref", "")
+    if section.endswith(MethodConfig.__name__):
         name = {"enum": list(get_args(MethodName)), "type": "string"}
-        return {"anyOf": [name, reference], "description": doc}
-    if is_section(hint):
-        return reference
-    schema = {name: part for name, part in schema.items() if name not in ("title", "default")}
+        return {"anyOf": [name, {"$ref": section}], "description": schema["description"]}
+    if section:
+        return {"$ref": section}
+    del schema["title"]
+    texts = {name: schema.pop(name) for name in ("description", "default") if name in schema}
     if "prefixItems" in schema:
         schema["items"] = schema.pop("prefixItems")
-    default = default_of(spec)
-    if Source in get_args(hint):
+    if "$ref" in schema.get("items", {}):
         # A recipe can have one source instead of a list. Only validation rows are optional.
-        optional = [{"type": "null"}] if default else []
+        optional = [{"type": "null"}] if "default" in texts else []
         schema = {"anyOf": [schema["items"], schema, *optional]}
-    schema["description"] = doc
-    if default:
-        schema["default"] = default
-        # A default such as "3 epochs" is not JSON. If `json.loads` fails, keep the default as text.
-        with suppress(ValueError):
-            schema["default"] = json.loads(default)
-    return schema
+    return schema | texts
 
 
 def write_or_check(arguments: list[str]) -> int:

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import get_origin
 
 from tunesmith.config.names import keys, without_indices
 from tunesmith.config.paths import resolve_paths
+from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import MAX_DEPTH, Node, read_value, wrap
 from tunesmith.errors import RecipeError
 
@@ -40,10 +40,9 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     upper = with_method_section(upper)
     merged = _merge(lower, upper)
     remaining = {key for tree in (upper, merged) for key, _ in tree.places()}
-    dropped = []
-    for key, _ in lower.places():
-        if key.startswith("data.") and key not in remaining:
-            dropped.append(key)
+    dropped = [
+        key for key, _ in lower.places() if key.startswith("data.") and key not in remaining
+    ]
     # If an entire section is dropped, list only the section and not its keys.
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
     if shown and announce:
@@ -137,9 +136,10 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
             No override of the command line may replace another one.
     """
     are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
+    _, hint = keys().get(without_indices(key), (None, Run))
     # An empty mapping clears the value of a key such as `columns`, whose value is a mapping. For a
     # section, such as `train: {}`, an empty mapping changes nothing.
-    if not are_mappings or (not upper.value and _takes_mapping(key)):
+    if not are_mappings or not (upper.value or is_section(hint)):
         is_part = isinstance(upper.value, dict) and upper.value
         if same_layer and is_part and lower.value is not None:
             raise RecipeError(
@@ -164,18 +164,6 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
     # line. Keep the position of the lower layer if the upper layer is an override.
     is_override = upper.where.startswith((COMMAND_LINE, FROM_PYTHON))
     return replace(lower if is_override else upper, value=merged)
-
-
-def _takes_mapping(key: str) -> bool:
-    """Return True if a key, such as `columns`, has a mapping or a list as its value.
-
-    Return False for a section, such as `train`: it is a mapping too, but it contains keys.
-    """
-    key = without_indices(key)
-    if key not in keys():
-        return False
-    _, hint = keys()[key]
-    return get_origin(hint) in (dict, tuple)
 
 
 def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
@@ -207,9 +195,9 @@ def _sources(rows: Node) -> list[object]:
     """Return the sources of `rows`, such as `data.train`, as Hub ids and absolute paths."""
     sources = []
     for entry in rows.value if isinstance(rows.value, list) else [rows]:
-        if not isinstance(entry.value, dict) or "source" not in entry.value:
+        source = dict(entry.children()).get("source")
+        if source is None:
             continue
-        source = entry.value["source"]
         # Ignore an invalid source for now: a later layer may replace it, and the final recipe is
         # checked again.
         with suppress(RecipeError):

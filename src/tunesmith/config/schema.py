@@ -81,11 +81,15 @@ def key(
         free: whether a run can resume with other values of this key and its nested keys. This is
             possible if no training step depends on them.
     """
-    metadata = {"doc": doc, "example": example, "free": free}
+    # pydantic reads `description` and `json_schema_extra` for the JSON Schema.
+    metadata: dict[str, Any] = {"description": doc, "example": example, "free": free}
     if default is ...:
         return field(metadata=metadata)
     if default == {}:
+        metadata["json_schema_extra"] = {"default": {}}
         return field(default_factory=dict, metadata=metadata)
+    if isinstance(default, Length | Size):
+        metadata["json_schema_extra"] = {"default": str(default)}
     return field(default=default, metadata=metadata)
 
 
