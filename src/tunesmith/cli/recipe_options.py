@@ -98,8 +98,9 @@ def command_on_rows(args: argparse.Namespace, file: str) -> str:
 
     The command uses the model `demo` if no model is given.
     """
-    words = ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
-    return shell_command(words)
+    return shell_command(
+        ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
+    )
 
 
 def chosen_recipe(
@@ -125,8 +126,9 @@ def chosen_recipe(
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     if words:
         check_no_rows(words[0], args)
-    names = ("model", "data", "split", "format", "columns")
-    options = [f"--{name}" for name in names if vars(args)[name]]
+    options = [
+        f"--{name}" for name in ("model", "data", "split", "format", "columns") if vars(args)[name]
+    ]
     # If options for a new recipe are given, the first word can be key=value instead of a recipe.
     if words and not (options and "=" in words[0]):
         if options:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -65,9 +66,9 @@ def segments(
     """
     ids = tokens[i].ids.tolist()
     special_ids = set(tokenizer.all_special_ids)
-    kinds = []
-    for token, is_supervised in zip(ids, tokens[i].trained.tolist(), strict=True):
-        kinds.append((is_supervised, token in special_ids))
+    is_special = [token in special_ids for token in ids]
+    # The kind of each token: (is supervised, is special).
+    kinds = [*zip(tokens[i].trained.tolist(), is_special, strict=True)]
 
     def decode(end: int) -> str:
         # Always decode from the first token. If only one token is decoded, the result can be an
@@ -82,20 +83,17 @@ def segments(
         half = limit // 2
         ranges = [(0, half), (len(ids) - half, len(ids))]
     found = []
-    last_stop = 0
+    end = 0
     for start, stop in ranges:
         if start:
-            found.append((f"\n… {count_of(start - last_stop, 'token')} …\n", False, False))
-        last_stop = stop
-        first = start
+            found.append((f"\n… {count_of(start - end, 'token')} …\n", False, False))
+        end = start
         prefix = decode(start)
-        for end in range(start + 1, stop + 1):
-            # A segment ends before a token of another kind, and at the end of the range.
-            if end == stop or kinds[end] != kinds[first]:
-                text = decode(end)
-                found.append((text[len(prefix) :], *kinds[first]))
-                first = end
-                prefix = text
+        for kind, group in groupby(kinds[start:stop]):
+            end += len([*group])
+            text = decode(end)
+            found.append((text[len(prefix) :], *kind))
+            prefix = text
     return found
 
 
@@ -138,14 +136,16 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     train = prepared.train
     examples = []
     for i in range(min(rows, len(train))):
-        parts = []
-        for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30):
-            parts.append({"text": text, "supervised": supervised, "special": special})
+        parts = [
+            {"text": text, "supervised": supervised, "special": special}
+            for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30)
+        ]
         examples.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
-    checks = []
-    for contract in prepared.contracts:
-        for check in contract.checks:
-            checks.append({"split": contract.split, **asdict(check)})
+    checks = [
+        {"split": contract.split, **asdict(check)}
+        for contract in prepared.contracts
+        for check in contract.checks
+    ]
     validation = [part for split, part in prepared.sources() if split == "validation"]
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},

@@ -106,8 +106,7 @@ def list_caches(*, as_json: bool) -> None:
     """Print the content of the caches, the largest items first."""
     items = cached_items()
     if as_json:
-        rows = [dataclasses.asdict(item) for item in items]
-        print(json.dumps(rows, indent=2, default=str))
+        print(json.dumps([dataclasses.asdict(item) for item in items], indent=2, default=str))
         return
     print_columns([(it.name, it.kind, size_text(it.size), str(it.folder)) for it in items])
     total = size_text(sum(item.size for item in items))
@@ -119,10 +118,9 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
     if not items:
-        names = [item.name for item in cached]
         fix = suggest_choice(
             name,
-            names,
+            [item.name for item in cached],
             otherwise="run `tunesmith fetch --list`, which lists the items in the caches",
         )
         raise UsageError(
@@ -134,8 +132,9 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
     if as_json:
         rows = []
         for item in items:
-            size = item.size
-            rows.append({"name": item.name, "kind": item.kind, "bytes": size, "removed": not dry})
+            rows.append(
+                {"name": item.name, "kind": item.kind, "bytes": item.size, "removed": not dry}
+            )
         print(json.dumps(rows, indent=2))
         return
     verb = "would remove" if dry else "removed"

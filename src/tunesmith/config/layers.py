@@ -40,9 +40,7 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     upper = with_method_section(upper)
     merged = _merge(lower, upper)
     remaining = {key for tree in (upper, merged) for key, _ in tree.places()}
-    dropped = [
-        key for key, _ in lower.places() if key.startswith("data.") and key not in remaining
-    ]
+    dropped = [key for key, _ in lower.places() if key.startswith("data.") and key not in remaining]
     # If an entire section is dropped, list only the section and not its keys.
     shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
     if shown and announce:

@@ -140,9 +140,9 @@ def checked(tree: Node) -> Run:
         # Give each data source without a `format` the row format that the training method needs.
         sources: dict[str, list[Source]] = {"train": [], "validation": []}
         for key, source in sources_with_keys(run, places):
-            if f"{key}.format" not in places:
-                source = replace(source, format=method_format)
-            sources[key.split(".")[1]].append(source)
+            is_set = f"{key}.format" in places
+            with_format = source if is_set else replace(source, format=method_format)
+            sources[key.split(".")[1]].append(with_format)
         train, validation = map(tuple, sources.values())
         run = replace(run, data=replace(run.data, train=train, validation=validation))
     check_run(run, places)

@@ -196,6 +196,16 @@ class _Untyped(VersionedResolver):
         return BaseResolver.resolve(self, kind, value, implicit)
 
 
+def _check_brackets(text: str) -> None:
+    """Raise RecursionError if more than MAX_OPEN brackets and braces are open at once.
+
+    Brackets in quoted text count too.
+    """
+    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(accumulate(changes), default=0) > MAX_OPEN:
+        raise RecursionError
+
+
 def _join_surrogates(text: str, where: str) -> str:
     """Replace each surrogate pair by its character.
 
@@ -241,10 +251,7 @@ class _Reader:
         yaml.Resolver = _Untyped
         where = self.name
         try:
-            # The number of open brackets after each bracket. Brackets in quoted text count too.
-            changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
-            if max(accumulate(changes), default=0) > MAX_OPEN:
-                raise RecursionError
+            _check_brackets(text)
             top = yaml.compose(text)
             return None if top is None else self.node(top)
         except MarkedYAMLError as error:

@@ -135,7 +135,9 @@ def _explain_value(node: Node, key: str, error: "ErrorDetails") -> RecipeError:
     field, hint = _field_and_type(key)
     # For an item of a list, show an example of the entire list.
     shown_key = re.sub(r"\.[0-9]+$", "", key)
-    fix = f"write {_setting(node, shown_key, example(shown_key))}   # {field.metadata['description']}"
+    fix = (
+        f"write {_setting(node, shown_key, example(shown_key))}   # {field.metadata['description']}"
+    )
     # A value that begins with a digit is an amount, even if the key also accepts words.
     is_amount = not literal_words(hint) or str(node.value)[:1].isdigit()
     if error["type"] in _BOUNDS:

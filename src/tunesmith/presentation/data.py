@@ -138,10 +138,9 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
     first = int(tokens.lengths.min())
     last = int(tokens.lengths.max())
     step = ceil_div(last - first + 1, _BARS)
-    counts = np.bincount((tokens.lengths - first) // step).tolist()
     return [
         (first + k * step, min(first + (k + 1) * step - 1, last), count)
-        for k, count in enumerate(counts)
+        for k, count in enumerate(np.bincount((tokens.lengths - first) // step).tolist())
     ]
 
 
@@ -150,8 +149,10 @@ def template_line(template: Template) -> str:
     decode = template.tokenizer.decode
     raw_end = repr(decode([template.raw_end]))
     if template.chat is None:
-        how = "prompt and completion joined without a template"
-        return f"raw: no template; {how}; each row ends with {raw_end}"
+        return (
+            "raw: no template; prompt and completion joined without a template; each row ends "
+            f"with {raw_end}"
+        )
     if template.name == "text":
         return f"text: rows as they are; each ends with {raw_end}"
     parts = [f"{template.name}: {title_of(template.name)}"]
@@ -161,9 +162,9 @@ def template_line(template: Template) -> str:
     for argument, value in arguments.items():
         parts.append(f"its argument {argument} is {json.dumps(value)}, also in the saved template")
     if template.has_fixed_date:
-        date = f"{builtin_templates.DATE:%d %b %Y}"
         parts.append(
-            f"its date is fixed at {date}, for all starts and in the saved template"
+            f"its date is fixed at {builtin_templates.DATE:%d %b %Y}, for all starts and in the "
+            "saved template"
             " (data.template_args.strftime_now sets another date)"
         )
     ends = [repr(decode([id_])) for id_ in sorted(template.end_ids)]
@@ -212,14 +213,14 @@ def source_figures(
         yield f"{count_of(count, 'row')} with an empty answer"
     yield f"longest {count_of(counts.longest, 'token')}"
     if counts.pictures:
-        all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
-        share = counts.placeholders / all_tokens
+        share = counts.placeholders / (counts.tokens + counts.cut_tokens + counts.dropped_tokens)
         yield f"{count_of(counts.pictures, 'picture')}, {share:.1%} of the tokens"
-        tokens_each = counts.placeholders / counts.pictures
-        yield f"{tokens_each:,.0f} tokens per picture"
+        yield f"{counts.placeholders / counts.pictures:,.0f} tokens per picture"
     if counts.scaled_pictures:
-        limit = f"data.image_max_pixels: {data.run.data.image_max_pixels}"
-        yield f"{counts.scaled_pictures:,} of them scaled down ({limit})"
+        yield (
+            f"{counts.scaled_pictures:,} of them scaled down (data.image_max_pixels: "
+            f"{data.run.data.image_max_pixels})"
+        )
 
 
 def _left_out(part: SourceTokens, *, is_held_out: bool) -> Iterator[str]:
@@ -305,8 +306,9 @@ def contract_lines(contracts: Iterable[Contract]) -> list[str]:
         passed = count_of(len(checks), "check")
         if contract.broken:
             passed = f"{len(checks) - len(contract.broken)} of {passed}"
-        line = f"token contract of {contract.split}: passed {passed} of {things}"
-        lines.append("; ".join([line, *notes]))
+        lines.append(
+            "; ".join([f"token contract of {contract.split}: passed {passed} of {things}", *notes])
+        )
     return lines
 
 
@@ -325,8 +327,7 @@ def _few_steps(data: TrainingData) -> Iterator[str]:
     is_new = data.run.adapter.from_ is None
     if is_new and steps is not None and steps < FEW_STEPS and steps_per_epoch:
         only = f"the run has only {count_of(steps, 'optimizer step')}"
-        epochs = math.ceil(FEW_STEPS / steps_per_epoch)
-        fix = f'set train.duration="{epochs} epochs"'
+        fix = f'set train.duration="{math.ceil(FEW_STEPS / steps_per_epoch)} epochs"'
         yield f"{only}, but a model hardly changes in fewer than {FEW_STEPS} steps; fix: {fix}"
     yield from long_warmup(train, steps)
 
@@ -483,8 +484,7 @@ def _repeats(data: TrainingData) -> Iterator[str]:
 
 
 def _repeats_text(repeats: Repeats, tokens: TokenSet, what: str) -> str:
-    first = f"{repeats.where} ({repeats.earlier})"
-    return f"{repeats.count:,} of {len(tokens):,} {what}; first {first}"
+    return f"{repeats.count:,} of {len(tokens):,} {what}; first {repeats.where} ({repeats.earlier})"
 
 
 def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> Iterator[str]:

@@ -137,8 +137,10 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
             why = "run `tunesmith data`, which counts the picture tokens"
             yield f"  the time of the vision encoder is not included; to include it, {why}"
     size, copies = checkpoint_bytes(planner.run, planner.trained, folder)
-    maximum = f"at most {copies} at once, {size_text(copies * size)}"
-    yield f"disk: {size_text(size)} per checkpoint, {maximum}"
+    yield (
+        f"disk: {size_text(size)} per checkpoint, at most {copies} at once, "
+        f"{size_text(copies * size)}"
+    )
 
 
 def _seconds_text(seconds: float) -> str:

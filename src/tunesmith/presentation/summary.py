@@ -96,8 +96,7 @@ def _written(folder: Path, weights: Manifest | None) -> list[str]:
             text = what.format(path=shell_path(path), weights=which)
             rows.append(f"  {name:<16}{text}".rstrip())
 
-    checkpoints = folder.glob("checkpoint-*")
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
     if newest:
         rows.append(f"  {newest.name:<16}the newest checkpoint, to resume from")
     return rows
