@@ -9,8 +9,8 @@ sum is divided. The training loop is in another module.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeVar, overload
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,6 @@ from tunesmith.model.vision import (
     picture_features,
     set_text_attention,
 )
-
-Value = TypeVar("Value")
 
 
 class MethodOutput(NamedTuple):
@@ -145,11 +143,8 @@ class MeanOverExamples(Method):
         Args:
             chosen: [pairs], log-probabilities of the chosen answers.
         """
-        if totals is not None:
-            scale = totals.examples / max(1, totals.chosen_tokens)
-        else:
-            scale = batch.examples / max(1, batch.chosen_tokens)
-        return -chosen.sum() * scale
+        counts = totals or batch
+        return -chosen.sum() * (counts.examples / max(1, counts.chosen_tokens))
 
 
 class TrainModel(nn.Module):
@@ -197,7 +192,7 @@ class TrainModel(nn.Module):
         self.partial_gradients: frozenset[str] = frozenset()
         self.reference: Callable[[], AbstractContextManager[None]] | None = None
         self.chunk_size = None  # chunk size of layers with chunked attention, in tokens
-        if attention_backend != "eager":
+        if self.packs_rows:
             self.chunk_size = prepare_chunked_attention(model)
             run_by_document(model, recurrent)
         add_features_by_place(model)
@@ -207,10 +202,7 @@ class TrainModel(nn.Module):
         """Select the attention for training. Call this again after `generate`, because generation
         needs another attention.
         """
-        if self.attention_backend == "eager":
-            set_text_attention(self.model, "eager")
-        else:
-            set_text_attention(self.model, attention.register())
+        set_text_attention(self.model, attention.register() if self.packs_rows else "eager")
 
     def use_inference_attention(self) -> None:
         """Select Transformers' attention for generation, which must support padding masks. This is
@@ -245,21 +237,13 @@ class TrainModel(nn.Module):
             )
         return head
 
-    @contextmanager
-    def step_context(self, batch: Batch) -> Iterator[None]:
+    def step_context(self, batch: Batch) -> AbstractContextManager[None]:
         """Return a context for forward and backward of a micro batch.
 
         The backward must run inside the context too: it recomputes layers, and their attention
         needs the documents of the batch.
         """
-        with use_documents(self._documents(batch)):
-            yield
-
-    @overload
-    def forward(self, batch: Batch) -> MethodOutput: ...
-
-    @overload
-    def forward(self, batch: Batch, compute: Callable[["TrainModel", Batch], Value]) -> Value: ...
+        return use_documents(self._documents(batch))
 
     def forward(
         self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
@@ -275,7 +259,7 @@ class TrainModel(nn.Module):
         """Return the documents of a batch, or None for padded rows, which use Transformers'
         attention.
         """
-        if self.attention_backend == "eager":
+        if not self.packs_rows:
             return None
         repeated = None if batch.whole is None else RepeatedTokens(*batch.whole)
         tokens = batch.input_ids.numel() if repeated is None else len(repeated.places)
@@ -361,19 +345,18 @@ class TrainModel(nn.Module):
         # Only labeled positions reach the output layer. `index` [n] refers to the flattened batch.
         index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
+        rule = self.logit_rule
         losses, hits = token_cross_entropy(
-            hidden,
-            self.head,
-            targets,
-            softcap=self.logit_rule.softcap,
-            scale=self.logit_rule.scale,
+            hidden, self.head, targets, softcap=rule.softcap, scale=rule.scale
         )
-        # Write the values to their positions. Positions without a label keep 0 and False.
-        all_losses = losses.new_zeros(batch.targets.numel())
-        all_losses[index] = losses
-        all_hits = hits.new_zeros(batch.targets.numel())
-        all_hits[index] = hits
-        return all_losses.view_as(batch.targets), all_hits.view_as(batch.targets)
+
+        def at_positions(values: Tensor) -> Tensor:
+            """Write the values to their positions. Positions without a label have 0 or False."""
+            scores = values.new_zeros(batch.targets.numel())
+            scores[index] = values
+            return scores.view_as(batch.targets)
+
+        return at_positions(losses), at_positions(hits)
 
     def generate(self, **options: Any) -> Tensor:
         """Generate token ids that continue a prompt. `options` are arguments of Transformers'

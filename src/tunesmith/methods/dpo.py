@@ -26,8 +26,7 @@ def _losses(margin: Tensor, config: MethodConfig) -> Tensor:
     """Compute the loss of each pair for `method.loss_type`, [pairs]."""
     scaled = config.beta * margin
     if config.loss_type == "ipo":
-        target = 1 / (2 * config.beta)
-        return (margin - target) ** 2
+        return (margin - 1 / (2 * config.beta)) ** 2
     if config.loss_type == "hinge":
         return F.relu(1 - scaled)
     if config.loss_type == "robust":
@@ -62,8 +61,7 @@ class DirectPreferenceOptimization(MeanOverExamples):
             margin = chosen_mean - rejected_mean
         loss = _losses(margin, config).sum()
         if config.sft_weight:
-            cross_entropy = self.cross_entropy(chosen, batch, totals)
-            loss = loss + config.sft_weight * cross_entropy
+            loss = loss + config.sft_weight * self.cross_entropy(chosen, batch, totals)
         beta = config.beta
         metrics = pair_metrics(beta * chosen_ratio, beta * rejected_ratio, chosen, rejected)
         return MethodOutput(loss, self.denominator(batch), metrics)

@@ -64,8 +64,7 @@ class KahnemanTverskyOptimization(MeanOverExamples):
         distance = torch.where(is_good, ratios - kl, kl - ratios)
         weights = torch.full_like(ratios, config.undesirable_weight)
         weights = weights.masked_fill(is_good, config.desirable_weight)
-        answer_values = F.sigmoid(config.beta * distance)
-        losses = weights * (1 - answer_values)
+        losses = weights * (1 - F.sigmoid(config.beta * distance))
         rewards = (config.beta * ratios).detach()
         logprobs = logprobs.detach()
         values = (
@@ -76,8 +75,9 @@ class KahnemanTverskyOptimization(MeanOverExamples):
             is_good.sum(),
             kl * len(ratios),
         )
-        metrics = dict(zip(KTO_METRICS, values, strict=True))
-        return MethodOutput(losses.sum(), self.denominator(batch), metrics)
+        return MethodOutput(
+            losses.sum(), self.denominator(batch), dict(zip(KTO_METRICS, values, strict=True))
+        )
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics as means over the good and over the bad answers, and the difference
@@ -99,8 +99,7 @@ class KahnemanTverskyOptimization(MeanOverExamples):
             if share > 0:
                 finished[name] = mean / share
         if 0 < good < 1:
-            margin = finished["rewards_chosen"] - finished["rewards_rejected"]
-            finished["reward_margin"] = margin
+            finished["reward_margin"] = finished["rewards_chosen"] - finished["rewards_rejected"]
         return finished
 
 

@@ -31,12 +31,9 @@ class OddsRatioPreferenceOptimization(MeanOverExamples):
         chosen, rejected = split_pairs(answers.per_token())
         log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
         preference = F.logsigmoid(log_odds_ratio).sum()
-        cross_entropy = self.cross_entropy(chosen_sum, batch, totals)
         beta = self.config.beta
-        loss = -beta * preference + cross_entropy
-        chosen_reward = beta * chosen
-        rejected_reward = beta * rejected
-        metrics = pair_metrics(chosen_reward, rejected_reward, chosen, rejected)
+        loss = -beta * preference + self.cross_entropy(chosen_sum, batch, totals)
+        metrics = pair_metrics(beta * chosen, beta * rejected, chosen, rejected)
         return MethodOutput(loss, self.denominator(batch), metrics)
 
 

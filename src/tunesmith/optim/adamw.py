@@ -223,16 +223,12 @@ class ParameterState:
                 # The step is on the host, because bitsandbytes' kernel takes it as a number.
                 "step": torch.zeros(()),
             }
-        if self.rounded:
-            moment = torch.zeros_like(self.weight, dtype=torch.float32, requires_grad=False)
-            # The step is on the host, because `_scalars_of` uses it as the exponent of the bias
-            # correction.
-            step = torch.zeros(())
-        else:
-            moment = torch.zeros_like(self.weight, requires_grad=False)
-            # The step is on the device. The fused kernel reads and increments it there, unless
-            # `found_inf` is set.
-            step = torch.zeros((), device=moment.device)
+        dtype = torch.float32 if self.rounded else self.weight.dtype
+        moment = torch.zeros_like(self.weight, dtype=dtype, requires_grad=False)
+        # The fused kernel reads and increments the step on the device, unless `found_inf` is set.
+        # For the stochastically rounded update the step is on the host, because `_scalars_of` uses
+        # it as the exponent of the bias correction.
+        step = torch.zeros((), device="cpu" if self.rounded else moment.device)
         return {"exp_avg": moment, "exp_avg_sq": moment.clone(), "step": step}
 
 
@@ -259,11 +255,11 @@ class AdamWUpdate:
         self.functional: Any = None
         if train.optimizer == "adamw-8bit":
             self.functional = packages.bnb_functional("8-bit moments", "train.optimizer")
-            # Values of the 256 codes. exp_avg_sq is never negative, so all of its codes are
-            # positive.
-            exp_avg_codes = self.functional.create_dynamic_map(signed=True).to(device)
-            exp_avg_sq_codes = self.functional.create_dynamic_map(signed=False).to(device)
-            self.codes = [exp_avg_codes, exp_avg_sq_codes]
+            # Values of the 256 codes of exp_avg and of exp_avg_sq, which is never negative.
+            self.codes = [
+                self.functional.create_dynamic_map(signed=signed).to(device)
+                for signed in (True, False)
+            ]
         self.takes_found_inf = self.functional is None or self._skips_nan()
 
     @torch.no_grad()
@@ -304,11 +300,9 @@ class AdamWUpdate:
         # model.
         self.rounded = torch.compile(_adamw_rounded, dynamic=True, fullgraph=True, backend=backend)
         self.compiled = True
-        ranks = set()
-        for part in parts:
-            if part.rounded and not part.eight_bit:
-                ranks.add(part.param.ndim)
-        for rank in sorted(ranks):
+        for rank in sorted(
+            {part.param.ndim for part in parts if part.rounded and not part.eight_bit}
+        ):
             # Use sizes 32 and 48. The compiler would specialize for equal dimensions and for a
             # dimension of 1.
             shape = [16 * (dim + 2) for dim in range(rank)]
@@ -413,8 +407,7 @@ class AdamWUpdate:
             # bitsandbytes has updated `weight`, an fp32 copy. Round it stochastically into the
             # parameter.
             for place, updated, rounded in self._pieces(part, weight, part.weight.data):
-                noise = noise_at(place, key, updated.shape)
-                rounded.copy_(round_stochastically(updated, noise))
+                rounded.copy_(round_stochastically(updated, noise_at(place, key, updated.shape)))
         elif part.has_master:
             local_part(part.param).copy_(weight)
 
@@ -452,8 +445,7 @@ class AdamWUpdate:
 
     def _key_of(self, step: int) -> Tensor:
         """Return the argument `key` of `noise_at` for a step."""
-        words = _two_words(f"{self.train.seed} {step}")
-        return copy_to_device(torch.tensor(words), self.device)
+        return copy_to_device(torch.tensor(_two_words(f"{self.train.seed} {step}")), self.device)
 
     def _pieces(self, part: ParameterState, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield pieces of the tensors along the first dimension, each with its position for
@@ -463,8 +455,7 @@ class AdamWUpdate:
         tensors are one piece.
         """
         if part.noise_place is None:
-            place = noise_place(part.name, part.param)
-            part.noise_place = copy_to_device(place, self.device)
+            part.noise_place = copy_to_device(noise_place(part.name, part.param), self.device)
         count = part.weight.numel()
         max_elements = MAX_PIECE_ELEMENTS[self.device.type]
         is_compiled = self.compiled and not part.eight_bit
@@ -478,14 +469,12 @@ class AdamWUpdate:
             # place[2] is the index of the first row. Add the start of the piece, so that the noise
             # is the same as for the entire tensor.
             place[2] += start
-            pieces = [tensor[start : start + rows] for tensor in tensors]
-            yield place, *pieces
+            yield place, *(tensor[start : start + rows] for tensor in tensors)
 
 
 def _two_words(text: str) -> list[int]:
     """Return two signed 32-bit integers from the hash of a text."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return [*struct.unpack("<2i", digest)]
+    return [*struct.unpack("<2i", hashlib.blake2b(text.encode(), digest_size=8).digest())]
 
 
 def noise_place(name: str, param: Tensor) -> Tensor:

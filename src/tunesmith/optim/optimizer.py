@@ -72,12 +72,8 @@ class Optimizer:
         self.scale = loss_scale
         self.growth_tracker = 0
         self.params = dict(named)
-        self.parts: dict[str, ParameterState] = {}
-        for name, param in self.params.items():
-            self.parts[name] = ParameterState.of(name, param, train)
-        device = torch.device("cpu")
-        if self.params:
-            device = next(iter(self.params.values())).device
+        self.parts = {name: ParameterState.of(name, p, train) for name, p in self.params.items()}
+        device = next((p.device for p in self.params.values()), torch.device("cpu"))
         self.update = AdamWUpdate(train, device)
         parts = self.parts.values()
         is_cuda = device.type == "cuda"
@@ -141,11 +137,11 @@ class Optimizer:
 
         If a parameter is sharded, its copy is a DTensor.
         """
-        masters = {}
-        for name, part in self.parts.items():
-            if part.has_master:
-                masters[name] = part.whole(part.weight.data)
-        return masters
+        return {
+            name: part.whole(part.weight.data)
+            for name, part in self.parts.items()
+            if part.has_master
+        }
 
     def gradients(self) -> dict[str, Tensor]:
         """Return this rank's shard of each gradient. The keys are the names of the parameters."""
@@ -265,9 +261,7 @@ class Optimizer:
         for name, part in self.parts.items():
             for key, value in part.state.items():
                 tensors[f"{name}.{key}"] = part.whole(value)
-        for name, master in self.masters.items():
-            tensors[f"{name}.master"] = master
-        return tensors
+        return tensors | {f"{name}.master": master for name, master in self.masters.items()}
 
     def load_state_dict(
         self,

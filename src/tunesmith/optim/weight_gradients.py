@@ -148,13 +148,9 @@ def _differentiate(ctx: SavingContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gradient, filled = ctx.saved_tensors
     add_weight_gradient(gradient, filled, dy, x)
     needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-    dx = None
-    if needs_dx:
-        dx = dy @ weight
+    dx = dy @ weight if needs_dx else None
     # Gradient of the bias, shape [out], in the dtype of dy. Autograd accumulates it.
-    db = None
-    if needs_db:
-        db = dy.sum(0)
+    db = dy.sum(0) if needs_db else None
     # Return None for the weight, because its gradient is already added to `gradient`.
     return dx, None, db, None, None
 

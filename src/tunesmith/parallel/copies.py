@@ -17,7 +17,6 @@ with pictures use it. Therefore the projector's gradients are summed after the b
 from collections import deque
 from collections.abc import Container, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,20 +33,6 @@ MAX_GRADIENT_PIECES = 4
 # Minimum number of elements of a gradient that is reduced by its own collective: 256 KiB in fp32.
 # Smaller gradients are reduced together.
 MIN_OVERLAPPED_ELEMENTS = 1 << 16
-
-
-class PendingSum(NamedTuple):
-    """An all-reduce that may still be running.
-
-    Attributes:
-        work: torch's handle of the all-reduce.
-        part: the gradient, or a piece of it.
-        total: the tensor that is reduced: `part` itself, or an fp32 copy of it.
-    """
-
-    work: dist.Work
-    part: Tensor
-    total: Tensor
 
 
 class GradientSum:
@@ -76,7 +61,9 @@ class GradientSum:
     ) -> None:
         self.group = group
         self.is_last_backward = False
-        self.pending: deque[PendingSum] = deque()
+        # All-reduces that may still be running: torch's handle, the gradient or a piece of it, and
+        # the tensor that is reduced, which is this piece or an fp32 copy of it.
+        self.pending: deque[tuple[dist.Work, Tensor, Tensor]] = deque()
         # Names of the parameters whose all-reduce has been started in this step.
         self.begun: set[str] = set()
         if group is None or not beside_backward:
@@ -109,7 +96,7 @@ class GradientSum:
             total = piece.float() if piece.dtype in HALF else piece
             work = dist.all_reduce(total, group=self.group, async_op=True)
             assert work is not None
-            self.pending.append(PendingSum(work, piece, total))
+            self.pending.append((work, piece, total))
             # Limit the number of fp32 copies that exist at the same time.
             if total is not piece and len(self.pending) > MAX_GRADIENT_PIECES:
                 self._complete_oldest()

@@ -239,20 +239,17 @@ def _check_rest(
         token_wise: names of modules whose parameters may have any shape.
     """
     embedding = decoder.get_input_embeddings()
-    hidden = embedding.embedding_dim
+    heads = decoder.config.get_text_config().num_attention_heads
     for name, module in decoder.named_modules():
-        if module is embedding:
-            continue
-        block = _find_block(name, blocks)
-        if block is None and _is_in(name, token_wise):
+        # The block that contains the module, or is the module itself.
+        block = next((block for block in blocks.values() if _is_in(name, [block.name])), None)
+        if module is embedding or (block is None and _is_in(name, token_wise)):
             continue
         # Skip the layers and norms of a block that are already recorded in the block. Other
         # parameters of the block are checked below.
         if block is not None and block.name != name:
             child = name[len(block.name) + 1 :]
-            if child in block.colwise or child in block.rowwise or child in block.norms:
-                continue
-            if child in block.replicated:
+            if child in block.colwise | block.rowwise | block.norms | block.replicated:
                 continue
             if block.replicated and child in LATENT_QUERIES:
                 assert isinstance(module, nn.Linear | FrozenLinear)
@@ -261,7 +258,6 @@ def _check_rest(
         for key, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{key}" if name else key
             action = plan.get(_pattern(full_name))
-            heads = decoder.config.get_text_config().num_attention_heads
             if action == COLWISE and block is not None and parameter.shape == (heads,):
                 block.by_head.append(key)
                 continue
@@ -271,19 +267,11 @@ def _check_rest(
                     f"Transformers' plan gives {full_name} the action {action}, which is not "
                     "supported for this parameter",
                 )
-            if not _can_replicate(parameter.shape, block, hidden):
+            if not _can_replicate(parameter.shape, block, embedding.embedding_dim):
                 shape = " x ".join(f"{size:,}" for size in parameter.shape)
                 raise _unsupported(
                     model, f"the plan of Transformers does not cover {full_name} [{shape}]"
                 )
-
-
-def _find_block(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock | None:
-    """Return the block that contains a module or is the module itself, or None."""
-    for block_name, block in blocks.items():
-        if _is_in(name, [block_name]):
-            return block
-    return None
 
 
 def _can_replicate(shape: torch.Size, block: ParallelBlock | None, hidden: int) -> bool:

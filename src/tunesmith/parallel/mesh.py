@@ -66,10 +66,11 @@ class Mesh:
         ranks = torch.arange(shape.world).view(shape.replicate, shape.shard, shape.tensor)
         # Create the groups with tunesmith's timeout. init_device_mesh would use torch's default of
         # 30 minutes, and a slow save of a checkpoint may take longer.
-        groups = []
-        for dimension in range(len(DIMENSIONS)):
+        groups = [
             # Each list has the ranks whose mesh coordinates differ only in this dimension.
-            groups.append(_make_own_group(ranks.movedim(dimension, -1).flatten(0, -2).tolist()))
+            _make_own_group(ranks.movedim(dimension, -1).flatten(0, -2).tolist())
+            for dimension in range(len(DIMENSIONS))
+        ]
         # Use unique names, because torch treats meshes with the same ranks and names as equal.
         # DTensor's cache could return an earlier mesh, whose process groups no longer exist or now
         # belong to other ranks.
@@ -94,17 +95,16 @@ class Mesh:
     @property
     def sharding(self) -> DeviceMesh:
         """The mesh [replicate, shard] for FSDP's `fully_shard`."""
-        return self._dimensions(0, 2)
+        return self._dimensions(slice(2))
 
     @property
     def tensor(self) -> DeviceMesh:
         """The mesh [tensor], over which `apply_tensor_parallel` shards parameters."""
-        return self._dimensions(2, 3)
+        return self._dimensions(slice(2, 3))
 
-    def _dimensions(self, start: int, stop: int) -> DeviceMesh:
+    def _dimensions(self, part: slice) -> DeviceMesh:
         assert self.device_mesh is not None
-        names = self.device_mesh.mesh_dim_names or ()
-        return self.device_mesh[names[start:stop]]
+        return self.device_mesh[(self.device_mesh.mesh_dim_names or ())[part]]
 
 
 def _make_own_group(rank_lists: list[list[int]]) -> dist.ProcessGroup:
@@ -137,8 +137,8 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
         wide = torch.promote_types(bucket[0].dtype, torch.float32)
         flat = torch.cat([tensor.flatten().to(wide) for tensor in bucket])
         dist.all_reduce(flat, group=group)
-        totals = flat.split([tensor.numel() for tensor in bucket])
-        for tensor, total in zip(bucket, totals, strict=True):
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        for tensor, total in zip(bucket, parts, strict=True):
             tensor.copy_(total.view_as(tensor))
 
 
@@ -184,13 +184,27 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     this check.
     """
     tensor = shape.tensor
-    if tensor > 1 and spec.quantized == "bnb-nf4":
-        raise _not_with_tensor("a base model that is already in nf4", shape)
-    if tensor > 1 and run.model.vision:
-        raise _not_with_tensor("a model with a vision encoder", shape)
-    if tensor > 1 and not scheme_of(run.model, spec.quantized).is_cut:
-        what = "a base model in its original quantization"
-        raise _not_with_tensor(what, shape, where="model.quantize", fix="none")
+    # What does not support tensor parallelism -> the key and the value that the fix sets.
+    unsupported = {
+        "a base model that is already in nf4": (spec.quantized == "bnb-nf4", "parallel.tensor=1"),
+        "a model with a vision encoder": (run.model.vision, "parallel.tensor=1"),
+        "a base model in its original quantization": (
+            not scheme_of(run.model, spec.quantized).is_cut,
+            "model.quantize=none",
+        ),
+        "an optimizer that updates in the backward pass": (
+            run.train.optimizer_in_backward,
+            "train.optimizer_in_backward=false",
+        ),
+    }
+    for what, (is_used, fix) in unsupported.items():
+        if tensor > 1 and is_used:
+            raise RecipeError(
+                f"{what} does not support tensor parallelism",
+                where=fix.partition("=")[0],
+                why=f"this run needs tensor parallelism, because the mesh is {shape.describe()}",
+                fix=f"set {fix}",
+            )
     if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):
         raise RecipeError(
             "8-bit moments of this model cannot be divided among the ranks",
@@ -200,9 +214,6 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         )
     if tensor == 1:
         return
-    if run.train.optimizer_in_backward:
-        what = "an optimizer that updates in the backward pass"
-        raise _not_with_tensor(what, shape, where="train.optimizer_in_backward", fix="false")
     _check_cut(spec, shape)
     if per_node % tensor:
         raise RecipeError(
@@ -216,17 +227,15 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     # same rank.
     block = scheme_of(run.model).block
     for layer in dict.fromkeys(spec.layers):
-        attention_blocks = layer.heads * layer.value_dim / block
-        widths = [layer.heads, layer.kv_heads, attention_blocks]
+        widths = [layer.heads, layer.kv_heads, layer.heads * layer.value_dim / block]
         if not layer.experts:
             # Check the MLP only in layers without experts, because experts are not sharded.
             # `apply_tensor_parallel` checks shared experts.
             widths.append(layer.intermediate / block)
         if any(width % tensor for width in widths):
-            heads = f"{layer.heads} attention heads, {layer.kv_heads} key-value heads"
             raise RecipeError(
-                f"{heads} and an MLP of {layer.intermediate:,} columns cannot be divided among "
-                f"{tensor} ranks",
+                f"{layer.heads} attention heads, {layer.kv_heads} key-value heads and an MLP of "
+                f"{layer.intermediate:,} columns cannot be divided among {tensor} ranks",
                 where="parallel.tensor",
                 why="tensor parallelism gives each rank an equal number of heads and columns",
                 fix="set parallel.tensor=auto",
@@ -243,8 +252,6 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     is_cut = model_type is not None and model_type.tensor is not None
     if is_cut and all(layer.mixing == "attention" for layer in spec.layers):
         return
-    ranks = shape.shard * shape.tensor
-    fix = f"set parallel.tensor=1 parallel.shard={ranks}, which every model type supports"
     why = f"the mesh is {shape.describe()}; `tunesmith models TYPE` shows what a type supports"
     if model_type is not None and model_type.uncut:
         why = model_type.uncut
@@ -252,7 +259,8 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
         f"a layer of {spec.model_type} cannot be divided among {shape.tensor} ranks",
         where="parallel.tensor",
         why=why,
-        fix=fix,
+        fix=f"set parallel.tensor=1 parallel.shard={shape.shard * shape.tensor}, which every model "
+        "type supports",
     )
 
 
@@ -274,14 +282,3 @@ def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
         rows.append(layer.intermediate / tensor)
         rows.append(layer.heads * layer.head_dim / tensor)
     return any(row % 256 for row in rows)
-
-
-def _not_with_tensor(
-    what: str, shape: MeshShape, *, where: str = "parallel.tensor", fix: str = "1"
-) -> RecipeError:
-    return RecipeError(
-        f"{what} does not support tensor parallelism",
-        where=where,
-        why=f"this run needs tensor parallelism, because the mesh is {shape.describe()}",
-        fix=f"set {where}={fix}",
-    )

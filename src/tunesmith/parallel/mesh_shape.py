@@ -50,9 +50,9 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
     for tensor in range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor]:
         for shard in range(1, world // tensor + 1):
             replicate, rest = divmod(world, shard * tensor)
-            has_shard = parallel.shard in ("auto", shard)
-            has_replicate = parallel.replicate in ("auto", replicate)
-            if has_shard and has_replicate and not rest:
+            is_allowed = parallel.shard in ("auto", shard)
+            is_allowed &= parallel.replicate in ("auto", replicate)
+            if is_allowed and not rest:
                 shapes.append(MeshShape(replicate, shard, tensor))
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())

@@ -190,29 +190,26 @@ class _ModelSharder:
         # DTensors.
         if isinstance(module, ExpertStack):
             return
-        computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank)
         parameters = dict(module.named_parameters(recurse=False))
-        if has_codes(module):
+        is_quantized = has_codes(module)
+        if is_quantized:
             # Only these parameters become DTensors, because quantized codes are not trained.
-            computes_locally = True
             names = parameters.keys() & {"bias", "lora_A", "lora_B"}
             parameters = {name: parameters[name] for name in sorted(names)}
-        if not parameters:
-            return
-        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        if not parameters or is_sharded:
             return
         for name in parameters:
             self.replicate_parameter(module, name)
-        if not computes_locally:
+        # The forwards of the other modules already use local tensors.
+        if not is_quantized and not isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank):
             self.add_mixin(module, LocalParameters)
 
     def gather_output(self, decoder: nn.Module) -> None:
         """Add a hook to the decoder so that it returns the hidden states of all tokens."""
         group = self.group
 
-        def gather(
-            _module: nn.Module, _inputs: object, output: BaseModelOutputWithPast
-        ) -> BaseModelOutputWithPast:
+        def gather(_module: object, _inputs: object, output: BaseModelOutputWithPast) -> object:
             output.last_hidden_state = _gather(output.last_hidden_state, group)
             return output
 
@@ -394,8 +391,7 @@ class NormOfHeads(TensorParallelPart):
         squares = wide.square().sum(-1, keepdim=True)
         width = x.shape[-1] * self.tensor_group.size
         mean = _SumOfRanks.apply(squares, self.tensor_group) / width
-        scale = torch.rsqrt(mean + self.variance_epsilon)
-        normed = wide * scale
+        normed = wide * torch.rsqrt(mean + self.variance_epsilon)
         weight = local_part(self.weight)
         if isinstance(self, FusedWideNorm):
             return (normed * weight.to(wide.dtype)).to(x.dtype)

@@ -71,8 +71,7 @@ def probe_compiler(device: torch.device) -> tuple[str, str]:
     if "ptxas" not in fault.lower():
         return fault, ""
     paths = assemblers()
-    working = (path for path in paths if runs_with(path, device))
-    path = next(working, None)
+    path = next((path for path in paths if runs_with(path, device)), None)
     if path is None:
         others = "no other CUDA toolkit was found"
         if paths:
@@ -102,13 +101,8 @@ def compiler_fault(device: torch.device) -> str:
     except Exception as error:  # after any error of the compiler, training continues without it
         # Search the entire message, because Triton gives the reason after the first line.
         match = re.search(r"ptxas (?:fatal|error).*", str(error))
-        reason = first_line(error)
-        if match:
-            reason = match[0]
-        return f"torch.compile fails: {reason}"
-    if not is_right:
-        return "torch.compile gives wrong results"
-    return ""
+        return f"torch.compile fails: {match[0] if match else first_line(error)}"
+    return "" if is_right else "torch.compile gives wrong results"
 
 
 def runs_with(assembler: str, device: torch.device) -> bool:
@@ -119,9 +113,9 @@ def runs_with(assembler: str, device: torch.device) -> bool:
     """
     command = [sys.executable, "-c", ATTEMPT, str(device)]
     env = os.environ | dict.fromkeys(ASSEMBLERS, assembler)
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        process = subprocess.run(command, env=env, capture_output=True, timeout=300, check=False)
-        return process.returncode == 0
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, env=env, capture_output=True, timeout=300, check=True)
+        return True
     return False
 
 
@@ -138,11 +132,8 @@ def assemblers() -> list[str]:
     paths.append(shutil.which("ptxas"))
     paths += [f"{toolkit}/bin/ptxas" for toolkit in toolkits]
 
-    files = {}
-    for path in paths:
-        if path and os.access(path, os.X_OK):
-            files[os.path.realpath(path)] = True
-    return list(files)
+    files = (os.path.realpath(path) for path in paths if path and os.access(path, os.X_OK))
+    return list(dict.fromkeys(files))
 
 
 def use_persistent_cache() -> str:
@@ -279,10 +270,8 @@ def compile_apart(name: str) -> Callable[..., object]:
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple):
-        for part in value:
+    elif isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)
 
 

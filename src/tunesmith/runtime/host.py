@@ -112,9 +112,7 @@ def prepare_threads() -> str:
     """
     has_count = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if "torch" in sys.modules or sys.platform != "linux":
-        if has_count:
-            return BY_ENVIRONMENT
-        return "torch's default"
+        return BY_ENVIRONMENT if has_count else "torch's default"
 
     first = _read_stat()
     time.sleep(SAMPLE_SECONDS)
@@ -147,7 +145,7 @@ def keep_threads(previous: int | None) -> str:
     now = torch.get_num_threads()
     if previous is None or previous == now or why == BY_ENVIRONMENT:
         return why
-    if max(previous, now) >= 2 * min(previous, now):
+    if not now / 2 < previous < 2 * now:
         return why
     torch.set_num_threads(previous)
     return "from the checkpoint"

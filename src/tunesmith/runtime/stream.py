@@ -115,8 +115,7 @@ class LayerStream:
         weakref.finalize(self, page_unlock, self._locked, device).atexit = False
 
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
-        shared = {parameter for parameter, count in uses.items() if count > 1}
-        unmoved = shared.union(stays)
+        unmoved = {parameter for parameter, count in uses.items() if count > 1}.union(stays)
         for number in evenly(count, len(layers)):
             self._allocate_on_host(layers[number], unmoved)
         self._lock()
@@ -146,14 +145,13 @@ class LayerStream:
         If the driver does not allow this for all blocks, some blocks are unlocked again, so that
         two staging blocks for the other layers can be page-locked.
         """
-        error = 0
         locked = self._locked
         for host in self.streamed:
             error = page_lock(host.block, self.device)
             if error:
                 break
             locked.append(host.block)
-        if not error:
+        else:
             return
 
         count = len(locked)
@@ -163,8 +161,7 @@ class LayerStream:
             freed += locked[count].nbytes
         page_unlock(locked[count:], self.device)
         del locked[count:]
-        unlocked = [host._replace(locked=False) for host in self.streamed[count:]]
-        self.streamed[count:] = unlocked
+        self.streamed[count:] = [host._replace(locked=False) for host in self.streamed[count:]]
 
         self._staging = [host_block(self.slot_bytes) for _ in range(SLOTS)]
         for block in self._staging:
@@ -204,10 +201,6 @@ class LayerStream:
         return {host.layer.get_parameter(name) for host in self.streamed for name in host.offsets}
 
     @property
-    def host_bytes(self) -> int:
-        return sum(host.block.nbytes for host in self.streamed)
-
-    @property
     def slot_bytes(self) -> int:
         return max((host.block.nbytes for host in self.streamed), default=0)
 
@@ -216,7 +209,10 @@ class LayerStream:
 
         Call this after the weights are loaded and after all other wrappers are added.
         """
-        self._slots = [self._empty(self.slot_bytes) for _ in range(SLOTS)]
+        self._slots = [
+            torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            for _ in range(SLOTS)
+        ]
         turns = {host.layer: turn for turn, host in enumerate(self.streamed)}
         for layer in self.layers:
             # Also add the mixin to layers that are not streamed, because each graph would be
@@ -228,9 +224,6 @@ class LayerStream:
         for turn, host in enumerate(self.streamed):
             host.bind(self._slots[turn % SLOTS])
         self._held = [None] * SLOTS
-
-    def _empty(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _wait_staged(self, slot: int) -> None:
         """Wait until the thread has issued its copy into a slot. Return at once if no copy is
@@ -249,11 +242,8 @@ class LayerStream:
             self._copy_to_slot(turn)
         self._wait_staged(slot)
         if self._stream is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(self._copied[slot])
-        if not 0 <= ahead < len(self.streamed):
-            return
-        if self._held[ahead % SLOTS] != ahead:
+            torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
+        if 0 <= ahead < len(self.streamed) and self._held[ahead % SLOTS] != ahead:
             self._copy_to_slot(ahead)
 
     def _copy_to_slot(self, turn: int) -> None:
@@ -312,9 +302,7 @@ class StreamedLayer(nn.Module):
             return super().forward(*args, **kwargs)
         stream.take(turn, turn + 1)
         output = super().forward(*args, **kwargs)
-        hidden = output
-        if isinstance(output, tuple):
-            hidden = output[0]
+        hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
             # The hook runs before the layer's backward, on the same stream. At this time, all work
             # that reads the matrices of later layers is already issued, so their slot can be
@@ -364,14 +352,13 @@ def host_link(device: torch.device) -> float:
     """Measure the speed of copies from page-locked memory to a GPU, in GB/s. This takes 0.1 s."""
     block = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     place = torch.empty_like(block, device=device)
-    marks = [Mark(device)]
+    marks = []
     for _ in range(4):
         place.copy_(block, non_blocking=True)
         marks.append(Mark(device))
 
     # The first copy is a warm-up and is not counted.
-    seconds = marks[-1].seconds_since(marks[1])
-    return 3 * block.nbytes / seconds / 1e9
+    return 3 * block.nbytes / marks[-1].seconds_since(marks[0]) / 1e9
 
 
 def page_unlock(blocks: list[Tensor], device: torch.device) -> None:

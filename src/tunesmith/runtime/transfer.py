@@ -81,10 +81,8 @@ class Snapshot:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        devices = [tensor.device for tensor in self._tensors.values() if tensor.is_cuda]
-        self._device = torch.device("cpu")
-        if devices:
-            self._device = devices[0]
+        devices = (tensor.device for tensor in self._tensors.values() if tensor.is_cuda)
+        self._device = next(devices, torch.device("cpu"))
         self._copied = Mark(self._device)
 
     def on_host(self) -> dict[str, Tensor]:
