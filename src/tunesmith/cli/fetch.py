@@ -92,10 +92,11 @@ def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
         )
     if is_recipe:
         recipe = load_recipe(args.name, args.overrides)
-        sources = {}
         # Add each data set only once, even if several sources use splits of the same data set.
-        for source in (*recipe.data.train, *recipe.data.validation):
-            if not is_local(source.source):
-                sources[source.source, source.name, source.revision] = source
+        sources = {
+            (source.source, source.name, source.revision): source
+            for source in (*recipe.data.train, *recipe.data.validation)
+            if not is_local(source.source)
+        }
         return recipe.model, list(sources.values())
     return Model(name=args.name, revision=args.revision), []

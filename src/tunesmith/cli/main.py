@@ -193,11 +193,11 @@ class Parser(argparse.ArgumentParser):
 
         The keys are attributes of `args`, and the values are the options, such as `--batch-size`.
         """
-        typed = {}
-        for action in self._actions:
-            if action.option_strings and vars(args).get(action.dest) != action.default:
-                typed[action.dest] = action.option_strings[0]
-        return typed
+        return {
+            action.dest: action.option_strings[0]
+            for action in self._actions
+            if action.option_strings and vars(args).get(action.dest) != action.default
+        }
 
     def error(self, message: str) -> NoReturn:
         fix = self._fix_of(message) or f"run `{self.prog} --help`, which lists the options"
@@ -356,48 +356,43 @@ def dispatch(words: list[str]) -> int:
 
 def _overview() -> str:
     """Return the page of `tunesmith --help`."""
-    lines = [
-        "usage: tunesmith COMMAND [...]",
-        "",
-        "Fine-tune open-weight language models from one recipe file.",
-        "",
-        "example:",
-        "  tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv",
-        "  tunesmith chat runs/faq-smollm2-135m-instruct",
-    ]
-    for group, verbs in VERB_GROUPS.items():
-        lines += ["", f"{group}:", *_listed(verbs)]
-    lines += [
-        "",
-        "  tunesmith COMMAND --help    options of a command, with examples",
-        "  tunesmith --version",
-    ]
-    return "\n".join(lines)
+    groups = "\n\n".join(f"{group}:\n{_listed(verbs)}" for group, verbs in VERB_GROUPS.items())
+    return f"""\
+usage: tunesmith COMMAND [...]
+
+Fine-tune open-weight language models from one recipe file.
+
+example:
+  tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv
+  tunesmith chat runs/faq-smollm2-135m-instruct
+
+{groups}
+
+  tunesmith COMMAND --help    options of a command, with examples
+  tunesmith --version"""
 
 
 def _launch_help() -> str:
     """Return the page of `tunesmith launch --help`."""
-    lines = [
-        "usage: tunesmith launch KIND RECIPE [key=value ...] [options]",
-        "",
-        "Train a recipe on one or more machines; results are the same as with `train`.",
-        "",
-        "example:",
-        "  tunesmith launch local my-recipe.yaml --detach",
-        "  tunesmith status",
-        "",
-        "kinds:",
-        *_listed(LAUNCHES),
-        "",
-        "  tunesmith launch KIND --help    options of a kind, with examples",
-    ]
-    return "\n".join(lines)
+    return f"""\
+usage: tunesmith launch KIND RECIPE [key=value ...] [options]
+
+Train a recipe on one or more machines; results are the same as with `train`.
+
+example:
+  tunesmith launch local my-recipe.yaml --detach
+  tunesmith status
+
+kinds:
+{_listed(LAUNCHES)}
+
+  tunesmith launch KIND --help    options of a kind, with examples"""
 
 
-def _listed(verbs: Iterable[str]) -> list[str]:
+def _listed(verbs: Iterable[str]) -> str:
     """Return one line for each command, with its purpose."""
     width = max(map(len, VERBS)) + 2
-    return [f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs]
+    return "\n".join(f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs)
 
 
 def _report(error: BaseException) -> None:
@@ -444,9 +439,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
         fix = "use a smaller batch (--batch-size), a smaller model, or a machine with more memory"
         fix += "; if `ulimit -v` shows a limit, run `ulimit -v unlimited`"
         return MachineError("out of memory", where="this machine", why=why, fix=fix)
-    where = ""
-    if isinstance(error, OSError):
-        where = str(error.filename or "")
+    where = str(error.filename or "") if isinstance(error, OSError) else ""
     full_disk = disk_fault(error)
     if full_disk is not None:
         if error is fault_of(sys.stdout):

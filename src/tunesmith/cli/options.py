@@ -151,11 +151,9 @@ def column_names(text: str) -> list[tuple[str, str]]:
     if text.lstrip().startswith("{"):
         pairs = list(read_value(text, where="--columns", base=Path()).plain().items())
     else:
-        pairs = []
         # Split only at a comma before "name=", because the name of a column may contain a comma.
-        for pair in re.split(r",(?=\s*[\w-]+=)", text):
-            name, _, column = pair.partition("=")
-            pairs.append((name.strip(), column.strip()))
+        words = (pair.partition("=") for pair in re.split(r",(?=\s*[\w-]+=)", text))
+        pairs = [(name.strip(), column.strip()) for name, _, column in words]
     for pair in pairs:
         if not all(isinstance(part, str) and part for part in pair):
             raise argparse.ArgumentTypeError(
@@ -213,18 +211,28 @@ def check_not_given(
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """Add the options of decoding. Decoding is greedy if there is no temperature."""
-    longest = f"maximum number of tokens of an answer (default: {max_new_tokens})"
-    temperature = "0 (the default) is greedy decoding; 1.0 samples from the model's probabilities"
-    top_p = (
-        "if a temperature is set: sample from the most likely tokens with a total probability of P"
-    )
-    top_k = "if a temperature is set: sample from the K most likely tokens"
-    add = parser.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=longest)
-    add("--temperature", type=float, default=0.0, metavar="T", help=temperature)
-    add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
-    add("--top-k", type=int, default=0, metavar="K", help=top_k)
-    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    options = {
+        "--max-new-tokens": (
+            max_new_tokens,
+            "N",
+            f"maximum number of tokens of an answer (default: {max_new_tokens})",
+        ),
+        "--temperature": (
+            0.0,
+            "T",
+            "0 (the default) is greedy decoding; 1.0 samples from the model's probabilities",
+        ),
+        "--top-p": (
+            1.0,
+            "P",
+            "if a temperature is set: sample from the most likely tokens with a total "
+            "probability of P",
+        ),
+        "--top-k": (0, "K", "if a temperature is set: sample from the K most likely tokens"),
+        "--seed": (0, "N", "random seed (default: 0)"),
+    }
+    for option, (default, metavar, text) in options.items():
+        parser.add_argument(option, type=type(default), default=default, metavar=metavar, help=text)
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:

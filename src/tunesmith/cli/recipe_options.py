@@ -161,9 +161,11 @@ def chosen_recipe(
         from tunesmith.stages.draft import draft_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
-    for key, value in keys_of_rows.items():
-        if value:
-            words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
+    words += [
+        f"data.train.{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in keys_of_rows.items()
+        if value
+    ]
     draft = draft_recipe(args.model, args.data[0], words)
     for line in draft_lines(draft):
         log.info(line)

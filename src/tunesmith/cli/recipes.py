@@ -114,9 +114,7 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
         raise UsageError(
             f"no recipe {name!r} is shipped with tunesmith", where="command line", fix=fix
         )
-    path = destination
-    if destination.is_dir():
-        path = destination / f"{name}.yaml"
+    path = destination / f"{name}.yaml" if destination.is_dir() else destination
     require_folder(path.parent, "DEST")
     text = copy_of(recipes[name])
     try:

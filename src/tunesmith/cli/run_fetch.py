@@ -130,11 +130,10 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
         for item in items:
             remove_cached(item)
     if as_json:
-        rows = []
-        for item in items:
-            rows.append(
-                {"name": item.name, "kind": item.kind, "bytes": item.size, "removed": not dry}
-            )
+        rows = [
+            {"name": item.name, "kind": item.kind, "bytes": item.size, "removed": not dry}
+            for item in items
+        ]
         print(json.dumps(rows, indent=2))
         return
     verb = "would remove" if dry else "removed"

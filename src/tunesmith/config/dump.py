@@ -135,10 +135,11 @@ def digest(run: Run) -> str:
 
     The duration is not included, because a resumed run may have a longer one.
     """
-    values = {}
-    for key, value in leaves(_plain(run)).items():
-        if not is_free(key) and key != DURATION:
-            values[key] = value
+    values = {
+        key: value
+        for key, value in leaves(_plain(run)).items()
+        if not is_free(key) and key != DURATION
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -60,11 +60,11 @@ def inputs_of(run: Run) -> dict[str, str]:
 
     An input is an absolute path, a Hub id or the name of a template.
     """
-    inputs = {}
-    for key, value in flatten(run).items():
-        if value is not None and without_indices(key) in _INPUTS:
-            inputs[key] = str(value)
-    return inputs
+    return {
+        key: str(value)
+        for key, value in flatten(run).items()
+        if value is not None and without_indices(key) in _INPUTS
+    }
 
 
 def is_place(key: str) -> bool:
@@ -80,9 +80,10 @@ def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None)
             written to this folder. A path stays absolute if the relative path would lead to another
             file because of a symbolic link.
     """
-    children = {}
-    for name, child in node.children():
-        children[name] = resolve_paths(child, f"{key}.{name}".lstrip("."), relative_to=relative_to)
+    children = {
+        name: resolve_paths(child, f"{key}.{name}".lstrip("."), relative_to=relative_to)
+        for name, child in node.children()
+    }
     if isinstance(node.value, dict):
         return replace(node, value=children)
     if isinstance(node.value, list):

@@ -42,10 +42,8 @@ def cache_folder(*parts: str) -> Path:
     The cache folder is `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else
     `~/.cache/tunesmith`.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
-    if os.environ.get("TUNESMITH_CACHE"):
-        root = Path(os.environ["TUNESMITH_CACHE"])
-    return root.expanduser().joinpath(*parts)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
+    return Path(os.environ.get("TUNESMITH_CACHE") or default).expanduser().joinpath(*parts)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -120,12 +118,9 @@ def check_regular_files(
     Opening or reading such a file may block forever. Symbolic links are followed, because the Hub's
     cache consists of links.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        if not file.exists():
-            continue
-        kind = SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
-        if kind is not None:
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        kind = file.exists() and SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
+        if kind:
             raise ModelError(f"{file.name} is {kind}, not a file", where=file, fix=fix)
 
 

@@ -274,8 +274,7 @@ def largest_processes(ours: Collection[int], count: int = 4) -> tuple[list[Holde
             holders.append(Holder(process.pid, process.info["name"], memory.rss))
     holders.sort(key=lambda holder: holder.bytes, reverse=True)
     in_run = [holder for holder in holders if holder.pid in ours]
-    others = [holder for holder in holders if holder.pid not in ours]
-    return in_run, others[:count]
+    return in_run, [holder for holder in holders if holder.pid not in ours][:count]
 
 
 def available_memory() -> int:

@@ -114,6 +114,7 @@ def bnb_functional(what: str, where: str) -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        fix = pip_install("bitsandbytes")
-        raise MachineError(f"{what} need bitsandbytes", where=where, fix=fix) from error
+        raise MachineError(
+            f"{what} need bitsandbytes", where=where, fix=pip_install("bitsandbytes")
+        ) from error
     return bitsandbytes.functional

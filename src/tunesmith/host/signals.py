@@ -185,10 +185,10 @@ class StopRequest:
     def not_begun(self) -> StoppedError:
         """Build the error for a stop before this process has done its first training step."""
         when = self.when()
+        fix = "start the same command again"
         why = "there was nothing to save yet"
         if self.saved_step:
             why = f"there was nothing new to save: step {self.saved_step} is saved"
-        fix = "start the same command again"
         if self.low_memory is not None:
             return LowMemoryError(
                 f"{SHORT} {when}",

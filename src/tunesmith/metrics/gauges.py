@@ -45,9 +45,8 @@ class Gauges:
         root: Path = Path("/"),
     ) -> None:
         self.every = every
-        self.gauges: Sources = {}
-        if device.type == "cuda":
-            self.gauges = {name: partial(gauge, device) for name, gauge in _GPU.items()}
+        gauges = _GPU.items() if device.type == "cuda" else ()
+        self.gauges: Sources = {name: partial(gauge, device) for name, gauge in gauges}
 
         # Functions that return the number of bytes transferred since boot. The record has the bytes
         # per second, computed from two readings.
@@ -117,9 +116,7 @@ def network_bytes(root: Path) -> int:
     # NCCL_SOCKET_IFNAME can be a list of names, with "=" before exact names. Use the first name.
     interface = names.lstrip("=").partition(",")[0]
     statistics = root / "sys/class/net" / interface / "statistics"
-    received = (statistics / "rx_bytes").read_text()
-    sent = (statistics / "tx_bytes").read_text()
-    return int(received) + int(sent)
+    return sum(int((statistics / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
 
 
 def _nvml_device(device: torch.device) -> Any:

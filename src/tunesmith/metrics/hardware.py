@@ -53,8 +53,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
     left = torch.randn(n, n, device=device, dtype=dtype)
     right = torch.randn(n, n, device=device, dtype=dtype)
     out = torch.empty_like(left)
-    seconds = seconds_of(lambda: torch.mm(left, right, out=out))
-    return ratio(2 * n**3, seconds) / 1e12
+    return ratio(2 * n**3, seconds_of(lambda: torch.mm(left, right, out=out))) / 1e12
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:
@@ -95,17 +94,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
     Environment variables are not stored, because they can contain secrets. Secrets in argv are
     masked.
     """
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "name": gpu.name,
-                "memory_gib": round(gpu.total_memory / 2**30, 1),
-                "capability": f"{gpu.major}.{gpu.minor}",
-                "peak_tflops_bf16": peak_of(gpu.name).tflops,
-            }
-        )
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "python": platform.python_version(),
         **installed_versions(),
@@ -116,7 +105,15 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(physical_memory() / 2**30, 1),
-        "gpus": gpus,
+        "gpus": [
+            {
+                "name": gpu.name,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+                "capability": f"{gpu.major}.{gpu.minor}",
+                "peak_tflops_bf16": peak_of(gpu.name).tflops,
+            }
+            for gpu in gpus
+        ],
         "commit": _source_commit(Path(__file__).parents[1]),
         "command": mask_words(sys.argv if argv is None else argv),
     }
@@ -129,8 +126,7 @@ def _cpu_name() -> str:
     """
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        if match:
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
             return match[1].strip()
     return platform.processor() or platform.machine()
 

@@ -55,6 +55,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def has_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
 
 class PairedIntervals(NamedTuple):
     """The difference of two models on the same rows, with its interval.
@@ -74,8 +78,7 @@ class PairedIntervals(NamedTuple):
     @property
     def is_apart(self) -> bool:
         """Return whether the difference is significant at the 5 % level."""
-        holds_zero = self.difference.low <= 0 <= self.difference.high
-        if holds_zero or self.differing < MIN_DIFFERING:
+        if self.difference.has_zero or self.differing < MIN_DIFFERING:
             return False
         # For equally good models, the score interval excludes 0 in up to 5.4 % of evaluations.
         # Therefore McNemar's test must be significant too.
@@ -100,19 +103,18 @@ def paired_intervals(
     differences = pairs[:, 1] - pairs[:, 0]
     differing = int(np.count_nonzero(differences))
 
-    chance = None
-    if _is_right_or_wrong(pairs):
-        won = int((differences > 0).sum())
-        lost = differing - won
-        chance = mcnemar_chance(won, lost)
-        difference = paired_share_interval(won, lost, len(pairs))
-    else:
-        difference = _bootstrap_interval(differences, -1.0, resamples)
+    won = int((differences > 0).sum())
+    lost = differing - won
+    chance = mcnemar_chance(won, lost) if _is_right_or_wrong(pairs) else None
 
     # If all differences are equal, all resamples are equal too, so a bootstrap gives no interval.
     # The sample shows only that other differences are rare.
     if _is_constant(differences):
         difference = _constant_interval(differences, -1.0)
+    elif chance is not None:
+        difference = paired_share_interval(won, lost, len(pairs))
+    else:
+        difference = _bootstrap_interval(differences, -1.0, resamples)
     return PairedIntervals(difference, differing, chance)
 
 
@@ -134,9 +136,7 @@ def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
     # `share` is the lower limit of the true fraction of rows that have the value of the sample. If
     # the fraction is lower, the probability of a sample with only this value is below 2.5 %.
     share = TAIL_PROBABILITY ** (1 / len(values))
-    low = share * mean + (1 - share) * lowest
-    high = share * mean + (1 - share) * 1.0
-    return Interval(mean, low, high)
+    return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share))
 
 
 def share_interval(right: int, rows: int) -> Interval:
@@ -161,15 +161,12 @@ def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
         # If `difference` is the true one, the maximum-likelihood fraction x of lost rows is a root
         # of 2 rows x^2 + linear x - lost difference (1 - difference).
         linear = (2 * rows - won + lost) * difference - won - lost
-        constant = lost * difference * (1 - difference)
-        discriminant = linear**2 + 8 * rows * constant
+        discriminant = linear**2 + 8 * rows * (lost * difference * (1 - difference))
         root = math.sqrt(max(discriminant, 0.0))
         share_lost = (root - linear) / (4 * rows)
         variance = rows * (2 * share_lost + difference * (1 - difference))
         # For a difference of -1 or 1 the variance is 0, because all rows are lost or all are won.
-        error = math.sqrt(max(variance, 1e-12))
-        surplus = net - rows * difference
-        return surplus / error
+        return (net - rows * difference) / math.sqrt(max(variance, 1e-12))
 
     low = _root(lambda difference: z - distance(difference), -1.0, mean)
     high = _root(lambda difference: -z - distance(difference), mean, 1.0)
@@ -226,15 +223,13 @@ def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> In
     at_once = max(1, min(RESAMPLES_AT_ONCE, DRAWS_AT_ONCE // count))
     means = []
     for first in range(0, resamples, at_once):
-        draws = min(at_once, resamples - first)
-        rows = rng.integers(count, size=(draws, count))
+        rows = rng.integers(count, size=(min(at_once, resamples - first), count))
         means.append(values[rows].mean(axis=1))
 
     tail = expanded_tail(count)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     mean = float(values.mean())
-    deviation = float(values.std(ddof=1))
-    reach = students_t(count) * deviation / math.sqrt(count)
+    reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
 
     # Student's interval can exceed the range of the scores, so limit it.
     students_low = max(mean - reach, lowest)
@@ -276,7 +271,7 @@ class LossDifference(NamedTuple):
     @property
     def is_apart(self) -> bool:
         """Return whether the difference is significant at the 5 % level."""
-        return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
+        return self.interval is not None and not self.interval.has_zero
 
 
 def paired_losses(
@@ -296,19 +291,15 @@ def paired_losses(
     rows = len(counts)
     differing = int(np.count_nonzero(differences))
     total_tokens = float(counts.sum())
-    mean = math.nan
-    if rows:
-        mean = float(differences.sum()) / total_tokens
+    mean = float(differences.sum()) / total_tokens if rows else math.nan
 
     # A mean that is not finite has no interval.
     if differing < MIN_DIFFERING or not math.isfinite(mean):
         return LossDifference(rows, differing, mean, None)
     residuals = differences - mean * counts
     squares = float((residuals**2).sum())
-    error = math.sqrt(squares * rows / (rows - 1)) / total_tokens
-    reach = students_t(rows) * error
-    interval = Interval(mean, mean - reach, mean + reach)
-    return LossDifference(rows, differing, mean, interval)
+    reach = students_t(rows) * (math.sqrt(squares * rows / (rows - 1)) / total_tokens)
+    return LossDifference(rows, differing, mean, Interval(mean, mean - reach, mean + reach))
 
 
 def loss_sentence(difference: LossDifference, *, first: str = "base", second: str = "tuned") -> str:
@@ -354,7 +345,7 @@ def difference_sentence(
         figures += "; their scores are equal on every row"
     elif differing < MIN_DIFFERING:
         figures += f"; different rows: only {differing}, which can be chance"
-    elif chance is not None and not low <= 0 <= high:
+    elif chance is not None and not intervals.difference.has_zero:
         figures += f"; chance alone causes such a difference in {chance:.1%} of evaluations"
     return _verdict(name, 0.0, row_count, figures, first=first, second=second)
 

@@ -94,11 +94,10 @@ class StepRecord:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        clashes = [name for name in self.extra if name in self.__dataclass_fields__]
+        clashes = ", ".join(name for name in self.extra if name in self.__dataclass_fields__)
         if clashes:
-            names = ", ".join(clashes)
             raise ValueError(
-                f"{names} must not be in `extra`, because the record has a field of this name"
+                f"{clashes} must not be in `extra`, because the record has a field of this name"
             )
 
     def values(self) -> Values:
@@ -106,32 +105,27 @@ class StepRecord:
 
         An optional value that was not measured is omitted.
         """
-        values = {}
-        for name in _FIELD_NAMES:
-            value = self.__dict__[name]
-            if value is not None or name not in _OPTIONAL:
-                values[name] = value
+        values = {name: value for name, value in vars(self).items() if name != "extra"}
+        for name in _OPTIONAL:
+            if values[name] is None:
+                del values[name]
         return values | dict(self.extra)
 
     def tagged(self) -> dict[str, float]:
         """Return the measured values with the names that trackers use, such as `train/loss`."""
         tagged = {}
         for name, value in self.values().items():
-            if value is None or name == "step":
-                continue
-            tag = f"train/{name}"
-            if name.startswith(VALIDATION):
-                tag = f"validation/{name.removeprefix(VALIDATION)}"
-            tagged[tag] = value
+            if value is not None and name != "step":
+                group = "validation" if name.startswith(VALIDATION) else "train"
+                tagged[f"{group}/{name.removeprefix(VALIDATION)}"] = value
         return tagged
 
     def to_plain(self) -> dict[str, int | float | str | None]:
         """Return `values()` with non-finite floats as strings, for strict JSON."""
-        plain = {}
-        for name, value in self.values().items():
-            is_plain = value is None or math.isfinite(value)
-            plain[name] = value if is_plain else json.dumps(value)
-        return plain
+        return {
+            name: value if value is None or math.isfinite(value) else json.dumps(value)
+            for name, value in self.values().items()
+        }
 
     def to_json(self) -> str:
         """Return one line of strict JSON without the newline."""

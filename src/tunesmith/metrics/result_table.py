@@ -62,14 +62,10 @@ class ResultTable:
         with console.capture() as capture:
             console.print(table, markup=False, emoji=False, highlight=False)
 
-        lines = []
-        if self.title:
-            lines.append(_one_line(self.title))
-        for line in capture.get().splitlines():
-            lines.append(line.rstrip())
-        for note in self.notes:
-            lines.append(folded(_one_line(note), width))
-        return "\n".join(lines)
+        title = [_one_line(self.title)] if self.title else []
+        lines = [line.rstrip() for line in capture.get().splitlines()]
+        notes = [folded(_one_line(note), width) for note in self.notes]
+        return "\n".join([*title, *lines, *notes])
 
 
 class Tabular:

@@ -49,8 +49,7 @@ class RunFigures:
     def add(self, row: Mapping[str, float | None]) -> None:
         """Add the values of one record. Call this before any statistic is read."""
         for name in row:
-            if name not in self.columns:
-                self.columns[name] = [None] * self.rows
+            self.columns.setdefault(name, [None] * self.rows)
         for name, column in self.columns.items():
             column.append(row.get(name))
         self.rows += 1
@@ -72,11 +71,11 @@ class RunFigures:
         return mean(self._after_first(name)[-RECENT_STEPS:])
 
     def _by_step(self, name: str) -> dict[int, float]:
-        values = {}
-        for step, value in zip(self.column("step"), self.column(name), strict=True):
-            if value is not None and isfinite(value):
-                values[int(step or 0)] = value
-        return values
+        return {
+            int(step or 0): value
+            for step, value in zip(self.column("step"), self.column(name), strict=True)
+            if value is not None and isfinite(value)
+        }
 
     @cached_property
     def validations(self) -> dict[int, float]:

@@ -177,9 +177,8 @@ class SamplesSink(Sink):
         cut_back(self.path, resumed_at)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
-        lines = (json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+            file.writelines(json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)
 
 
 class RankSink(Sink):
@@ -235,9 +234,8 @@ class TensorBoardSink(Sink):
 
         # With purge_step=n, TensorBoard hides the events of step n and later that were written
         # before this start. With None, it hides nothing.
-        purge_step = None if self.shared else 0
-        if resumed_at:
-            purge_step = resumed_at + 1
+        first_step = None if self.shared else 0
+        purge_step = resumed_at + 1 if resumed_at else first_step
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=10)
         except OSError as error:
@@ -257,9 +255,7 @@ class TensorBoardSink(Sink):
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
-            parts = []
-            for name, text in row._asdict().items():
-                parts.append(f"**{name}**\n\n{_verbatim(text)}")
+            parts = (f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items())
             self._add(self._writer.add_text, f"sample/{number}", "\n\n".join(parts), step)
 
     def text(self, title: str, body: str) -> None:

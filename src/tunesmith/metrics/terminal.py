@@ -43,9 +43,7 @@ class TimeLeftColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         phase = self.phase()
-        if phase != Phase.TRAINING:
-            return Text(phase)
-        return Text(task.fields["time_left"])
+        return Text(task.fields["time_left"] if phase == Phase.TRAINING else phase)
 
 
 class Terminal(Sink):
@@ -134,9 +132,7 @@ class Terminal(Sink):
                 time_left=time_left,
             )
 
-        is_last = step == self.total
-        is_due = self._every.due(step, self.trained_seconds)
-        if is_due or self._steps == 1 or is_last:
+        if self._every.due(step, self.trained_seconds) or self._steps == 1 or step == self.total:
             self._show_step(record, count, time_left)
         if record.val_loss is not None:
             self._show_validation(step, record.val_loss, record.extra)

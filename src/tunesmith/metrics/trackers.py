@@ -90,10 +90,8 @@ TRACKERS = {
 
 def trackers_of(run: Run) -> list[str]:
     """Return the trackers that a recipe requests. `log.wandb: true` requests W&B."""
-    names = list(run.log.trackers)
-    if run.log.wandb:
-        names.insert(0, "wandb")
-    return list(dict.fromkeys(names))
+    wandb = ["wandb"] if run.log.wandb else []
+    return list(dict.fromkeys([*wandb, *run.log.trackers]))
 
 
 def key_and_fix(run: Run, name: str) -> dict[str, str]:

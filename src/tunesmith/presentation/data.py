@@ -393,13 +393,12 @@ def _control_tokens(data: TrainingData) -> Iterator[str]:
     if data.run.data.template == "raw":
         return  # raw texts contain their special tokens on purpose
     for split, part in data.sources():
-        tokens = []
-        for token, (count, first) in part.counts.control_tokens.items():
-            # Do not warn about tokens of `model.added_tokens`, because they are expected in the
-            # rows.
-            if token not in data.run.model.added_tokens:
-                where = part.rows.where(first)
-                tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
+        # Do not warn about tokens of `model.added_tokens`, because they are expected in the rows.
+        tokens = [
+            f"{token} in {count_of(count, 'row')} (first {part.rows.where(first)})"
+            for token, (count, first) in part.counts.control_tokens.items()
+            if token not in data.run.model.added_tokens
+        ]
         if tokens:
             yield (
                 f"{split}: the text of rows contains special tokens of the tokenizer:"
@@ -536,10 +535,10 @@ def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
 
     Only the first SHOWN_PLACES groups are included.
     """
-    shown = []
-    for first, second, *_ in groups[:SHOWN_PLACES]:
-        shown.append(f"{place(sources, second)} ({place(sources, first)})")
-    return ", ".join(shown)
+    return ", ".join(
+        f"{place(sources, second)} ({place(sources, first)})"
+        for first, second, *_ in groups[:SHOWN_PLACES]
+    )
 
 
 # The order in which warnings are printed. The warnings of `row_warnings_of` follow.

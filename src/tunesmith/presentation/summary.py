@@ -126,13 +126,10 @@ def _answers(folder: Path, weights: Manifest | None) -> list[str]:
     if not samples or not weights:
         return []
     last = weights["step"]
-    before = {}
-    after = {}
-    for row in samples:
-        if row["step"] == 0:
-            before[row["prompt"]] = row["answer"]
-        elif row["step"] == last:
-            after[row["prompt"]] = row["answer"]
+    before, after = (
+        {row["prompt"]: row["answer"] for row in samples if row["step"] == step}
+        for step in (0, last)
+    )
 
     prompts = [prompt for prompt in after if prompt in before]
     if not prompts:
