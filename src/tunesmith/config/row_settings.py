@@ -64,8 +64,7 @@ def rows_set_by(*, option: bool = False, python: bool = False) -> Iterator[None]
 
     A command that a Python program calls uses the notation of Python.
     """
-    is_nested_in_python = _NOTATION.get().in_python
-    token = _NOTATION.set(RowNotation(option, python or is_nested_in_python))
+    token = _NOTATION.set(RowNotation(option, python or _NOTATION.get().in_python))
     try:
         yield
     finally:

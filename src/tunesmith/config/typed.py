@@ -115,8 +115,7 @@ def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]"
         places.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
         section = without_indices(key.removesuffix(name).rstrip("."))
         on_command_line = node.where.startswith(COMMAND_LINE)
-        hint = suggest_key(section, name, on_command_line=on_command_line)
-        fixes.append(f"{key}: {hint}")
+        fixes.append(f"{key}: {suggest_key(section, name, on_command_line=on_command_line)}")
     if len(unknown) == 1:
         fix = fixes[0].removeprefix(f"{key}: ")
         return RecipeError(f"unknown key {key}", where=where, fix=fix)

@@ -323,8 +323,7 @@ class TrainModel(nn.Module):
             hidden: [n, width].
             targets: [n].
         """
-        options = self._loss_options()
-        return compute_with_head(token_logprobs, hidden, self.head, targets, **options)
+        return compute_with_head(token_logprobs, hidden, self.head, targets, **self._loss_options())
 
     def _loss_options(self) -> dict[str, Any]:
         return {

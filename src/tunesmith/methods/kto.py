@@ -105,5 +105,4 @@ class KahnemanTverskyOptimization(MeanOverExamples):
 
 def _log_ratio_sum(model: TrainModel, batch: Batch) -> Tensor:
     """Compute log (p / p_ref), summed over the answers of a batch."""
-    reference = reference_logprobs(model, batch)
-    return (answer_logprobs(model, batch).logprobs - reference).sum()
+    return (answer_logprobs(model, batch).logprobs - reference_logprobs(model, batch)).sum()

@@ -29,8 +29,7 @@ class OddsRatioPreferenceOptimization(MeanOverExamples):
         answers = answer_logprobs(model, batch)
         chosen_sum, _ = split_pairs(answers.logprobs)
         chosen, rejected = split_pairs(answers.per_token())
-        log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
-        preference = F.logsigmoid(log_odds_ratio).sum()
+        preference = F.logsigmoid(_log_odds(chosen) - _log_odds(rejected)).sum()
         beta = self.config.beta
         loss = -beta * preference + self.cross_entropy(chosen_sum, batch, totals)
         metrics = pair_metrics(beta * chosen, beta * rejected, chosen, rejected)

@@ -38,8 +38,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     peak = peak_of(chip.name)
     if peak.tflops is not None or not chip.is_integrated:
         return peak
-    tflops = matmul_tflops(device, dtype)
-    return Peak(tflops, f"{MEASURED} at the start of this run, dense {dtype}")
+    return Peak(matmul_tflops(device, dtype), f"{MEASURED} at the start of this run, dense {dtype}")
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:

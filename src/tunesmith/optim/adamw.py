@@ -440,8 +440,7 @@ class AdamWUpdate:
             lr / (1 - beta1**count),
             (1 - beta2**count) ** 0.5,
         )
-        scalars = torch.tensor((values, NO_UPDATE), dtype=torch.float32)
-        return copy_to_device(scalars, self.device)
+        return copy_to_device(torch.tensor((values, NO_UPDATE), dtype=torch.float32), self.device)
 
     def _key_of(self, step: int) -> Tensor:
         """Return the argument `key` of `noise_at` for a step."""
@@ -517,8 +516,7 @@ def noise_at(place: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
     for dim, size in enumerate(shape):
         # `place` is [word, word, first_0, stride_0, first_1, stride_1, ...].
         first = place[2 + 2 * dim]
-        between = place[3 + 2 * dim]
-        inner = (torch.arange(size, device=place.device) + first) * between
+        inner = (torch.arange(size, device=place.device) + first) * place[3 + 2 * dim]
         if dim < len(shape) - 1:
             # Compute one index per row. The index within the row is added last as int32, so there
             # is no int64 index for every element.

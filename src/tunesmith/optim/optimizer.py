@@ -300,8 +300,7 @@ class Optimizer:
             # if a run of one process has written it.
             is_sharded = isinstance(part.param, DTensor)
             if part.has_master or (is_sharded and f"{name}.master" in tensors):
-                master = part_of(f"{name}.master", part.whole(part.weight.data))
-                part.weight.data.copy_(master)
+                part.weight.data.copy_(part_of(f"{name}.master", part.whole(part.weight.data)))
             if f"{name}.step" in tensors:  # no state if the parameter never had a gradient
                 # Create the state first: its shapes and dtypes determine which slices of the file
                 # belong to this rank.

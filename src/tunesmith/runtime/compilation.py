@@ -165,8 +165,7 @@ def use_persistent_cache() -> str:
         if "SLURM_JOB_ID" in os.environ:
             place = Path(temporary, f"tunesmith-{name}")
         with contextlib.suppress(OSError):  # the home directory is read-only
-            folder = private_folder(place)
-            os.environ[CACHE] = str(folder / socket.gethostname())
+            os.environ[CACHE] = str(private_folder(place) / socket.gethostname())
     return os.environ.get(CACHE, "")
 
 
