@@ -8,6 +8,7 @@ import gc
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -83,8 +84,17 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
-    prepare_allocator(place, cuda, cuda.told.append)
+    with (
+        patch.object(device, "cuda", cuda),
+        patch.object(torch_private, "set_allocator", cuda.told.append),
+    ):
+        prepare_allocator(place)
     return cuda.told
+
+
+def free_on(cuda: Pretended) -> int:
+    with patch.object(device, "cuda", cuda):
+        return free_memory(GPU)
 
 
 def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +127,8 @@ def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(
     assert prepared(Pretended(integrated=False)) == ["expandable_segments:True"]
     assert prepared(Pretended(integrated=True), CPU) == []
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "backend:native")
+        with monkeypatch.context() as context:
+            context.setenv(name, "backend:native")
             assert prepared(Pretended(integrated=False)) == []
 
 
@@ -129,15 +139,15 @@ def test_a_device_is_chosen_with_its_allocator(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_free_memory_is_the_card_s_or_the_host_s() -> None:
-    assert free_memory(GPU, Pretended(integrated=False, free=7)) == 7
-    assert free_memory(GPU, Pretended(integrated=True, free=7)) == 90 * GIB
+    assert free_on(Pretended(integrated=False, free=7)) == 7
+    assert free_on(Pretended(integrated=True, free=7)) == 90 * GIB
     assert free_memory(CPU) == 99 * GIB
 
 
 def test_memory_that_the_allocator_holds_unused_since_an_earlier_run_is_free() -> None:
     for integrated, before in ((False, 7), (True, 90 * GIB)):
         assert (
-            free_memory(GPU, Pretended(integrated=integrated, free=7, reserved=30, allocated=10))
+            free_on(Pretended(integrated=integrated, free=7, reserved=30, allocated=10))
             == before + 20
         )
 
@@ -152,7 +162,8 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
     weight = weakref.ref(layer.weight)
     del layer
     assert weight() is not None, "a cycle of references holds it"
-    free_device_memory(cuda)
+    with patch.object(device, "cuda", cuda):
+        free_device_memory()
     gc.enable()
     assert weight() is None
     assert cuda.told == ["emptied", "peak"]
@@ -165,10 +176,8 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
 
 
 def test_an_integrated_gpu_is_told_from_others() -> None:
-    assert [is_integrated(place, Pretended(integrated=True)) for place in (GPU, CPU)] == [
-        True,
-        False,
-    ]
+    with patch.object(device, "cuda", Pretended(integrated=True)):
+        assert [is_integrated(place) for place in (GPU, CPU)] == [True, False]
 
 
 def test_this_torch_takes_the_setting() -> None:

@@ -56,12 +56,8 @@ def other_tools(section: str) -> dict[str, str]:
     return {name: meaning for meaning, names in table.items() for name in names}
 
 
-def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the choice that a mistyped word most likely means, or None if no choice is similar.
-
-    Args:
-        cutoff: the minimum similarity, from 0 to 1 (equal words).
-    """
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that a mistyped word most likely means, or None if no choice is similar."""
     choices = list(choices)
     plain = _plain(word)
     for choice in choices:
@@ -70,7 +66,7 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | 
     for meaning in other_tools("words").get(word.lower(), "").split():
         if meaning in choices:
             return meaning
-    similar = difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)
+    similar = difflib.get_close_matches(word, choices, n=1)
     return similar[0] if similar else None
 
 

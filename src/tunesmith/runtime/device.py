@@ -2,11 +2,11 @@
 
 import gc
 import os
-from collections.abc import Callable, Collection
-from types import ModuleType
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+from torch import cuda
 
 from tunesmith.distributed import torch_private
 from tunesmith.host.chips import Chip
@@ -68,9 +68,9 @@ def chip_of(device: torch.device, ranks: Collection[int] = ()) -> Chip:
     if device.type == "cpu":
         return Chip("cpu", host_budget(ranks).free / 2**30, bf16=multiplies_bf16())
     return Chip(
-        torch.cuda.get_device_name(device),
+        cuda.get_device_name(device),
         free_memory(device) / 2**30,
-        bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16=cuda.is_bf16_supported(including_emulation=False),
     )
 
 
@@ -80,18 +80,18 @@ def choose_device() -> torch.device:
     The memory allocator of the device is configured, which must happen before its first use.
     """
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    if cuda.is_available():
+        device = torch.device("cuda", cuda.current_device())
     prepare_allocator(device)
     return device
 
 
-def is_integrated(device: torch.device, cuda: ModuleType = torch.cuda) -> bool:
+def is_integrated(device: torch.device) -> bool:
     """Return whether `device` is a GPU that shares the host's memory (GB10)."""
     return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
 
 
-def free_memory(device: torch.device, cuda: ModuleType = torch.cuda) -> int:
+def free_memory(device: torch.device) -> int:
     """Return the number of bytes that can still be allocated on `device`.
 
     For a CPU, the result does not include the memory that `memory_guard` keeps free.
@@ -103,39 +103,31 @@ def free_memory(device: torch.device, cuda: ModuleType = torch.cuda) -> int:
     idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
     # With unified memory, the driver reports only unused memory. It does not count page cache,
     # which the kernel could free.
-    if is_integrated(device, cuda):
+    if is_integrated(device):
         return unified_budget(read_memory()) + idle
     return int(cuda.mem_get_info(device)[0]) + idle
 
 
-def prepare_allocator(
-    device: torch.device,
-    cuda: ModuleType = torch.cuda,
-    configure: Callable[[str], object] = torch_private.set_allocator,
-) -> None:
+def prepare_allocator(device: torch.device) -> None:
     """Set up the allocator of a GPU before its first allocation.
 
     An integrated GPU gets a memory limit, so that an overrun raises torch.OutOfMemoryError instead
     of freezing the machine. A discrete GPU gets expandable segments, unless the user has configured
     the allocator. Expandable segments waste less memory if micro batches differ in length, but they
     caused driver errors on GB10.
-
-    Args:
-        cuda: torch.cuda, or a replacement in tests.
-        configure: sets options of the allocator.
     """
-    if is_integrated(device, cuda):
+    if is_integrated(device):
         # The limit includes the memory that the allocator already holds.
-        limit = free_memory(device, cuda) + cuda.memory_allocated(device)
+        limit = free_memory(device) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
         # device.index is None for the current device. torch does not accept `cuda` without an
         # index.
         cuda.set_per_process_memory_fraction(share, device.index)
     elif device.type == "cuda" and not ALLOCATOR_VARIABLES & os.environ.keys():
-        configure("expandable_segments:True")
+        torch_private.set_allocator("expandable_segments:True")
 
 
-def free_device_memory(cuda: ModuleType = torch.cuda) -> None:
+def free_device_memory() -> None:
     """Free the memory of runs in this process that have ended, and reset the GPU's counter of peak
     memory.
     """
