@@ -41,11 +41,13 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
     # If the model is neither a local folder nor in the cache, download it from the Hub.
     if folder is None:
         plan = fetch.plan_download(model)
-        row["licence"] = fetch.stated_license(plan.info)
-        row["gated"] = bool(plan.info.gated)
-        row["revision"] = plan.info.sha
-        row["bytes"] = plan.total
-        row["missing_bytes"] = plan.missing
+        row |= {
+            "licence": fetch.stated_license(plan.info),
+            "gated": bool(plan.info.gated),
+            "revision": plan.info.sha,
+            "bytes": plan.total,
+            "missing_bytes": plan.missing,
+        }
         fetch.check_cache_space(model.name, plan.missing)
         if not dry:
             folder = fetch.download_model(plan)
@@ -58,9 +60,11 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
     # Check the folder even if nothing was downloaded.
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
-        row["type"] = spec.model_type
-        row["parameters"] = spec.parameters
-        row["bytes"] = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        row |= {
+            "type": spec.model_type,
+            "parameters": spec.parameters,
+            "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
+        }
     if model.tokenizer is not None and not dry:
         fetch.fetch_without_weights(model.tokenizer)
     row["folder"] = None if folder is None else str(folder)
@@ -73,10 +77,12 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
     if not constants.HF_HUB_OFFLINE:
         info = fetch.describe_repo(source.source, source.revision, "dataset")
         size = sum(file.size or 0 for file in info.siblings or ())
-        row["licence"] = fetch.stated_license(info)
-        row["gated"] = bool(info.gated)
-        row["revision"] = info.sha
-        row["bytes"] = size
+        row |= {
+            "licence": fetch.stated_license(info),
+            "gated": bool(info.gated),
+            "revision": info.sha,
+            "bytes": size,
+        }
         if not fetch.repo_cache(source.source, "dataset").exists():
             # Require twice the size, because the cache stores the files of the Hub, and the same
             # data as an Arrow table.
@@ -118,13 +124,14 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
     if not items:
-        fix = suggest_choice(
-            name,
-            [item.name for item in cached],
-            otherwise="run `tunesmith fetch --list`, which lists the items in the caches",
-        )
         raise UsageError(
-            f"the caches contain no model or data set named {name}", where="--remove", fix=fix
+            f"the caches contain no model or data set named {name}",
+            where="--remove",
+            fix=suggest_choice(
+                name,
+                [item.name for item in cached],
+                otherwise="run `tunesmith fetch --list`, which lists the items in the caches",
+            ),
         )
     if not dry:
         for item in items:

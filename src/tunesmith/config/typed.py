@@ -108,21 +108,19 @@ def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]"
     """
     where = unknown[0][0].where
     file = where.rpartition(":")[0]
-    places = []
-    fixes = []
+    hints = {}
     for node, key, error in unknown:
         name = str(error["loc"][-1])
-        places.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
         section = without_indices(key.removesuffix(name).rstrip("."))
         on_command_line = node.where.startswith(COMMAND_LINE)
-        fixes.append(f"{key}: {suggest_key(section, name, on_command_line=on_command_line)}")
-    if len(unknown) == 1:
-        fix = fixes[0].removeprefix(f"{key}: ")
-        return RecipeError(f"unknown key {key}", where=where, fix=fix)
-    fix = "; ".join(fixes)
+        hints[key] = suggest_key(section, name, on_command_line=on_command_line)
+    if len(hints) == 1:
+        return RecipeError(f"unknown key {key}", where=where, fix=hints[key])
+    places = [f"{key} ({node.where.replace(f'{file}:', 'line ')})" for node, key, _ in unknown]
+    fix = "; ".join(f"{key}: {hint}" for key, hint in hints.items())
     # A file with several top-level keys of other tools and without a `model` section is a
     # configuration file of another tool.
-    foreign = [key for _, key, _ in unknown if key in other_tools("keys")]
+    foreign = other_tools("keys").keys() & hints
     if len(foreign) > 1 and "model" not in dict(tree.children()) and Path(file).is_file():
         command = f"tunesmith import {shell_path(file)}"
         fix = f"convert the file with `{command}`, because these are keys of another tool"

@@ -36,9 +36,7 @@ def turns_of(prompt: str) -> list[Turn]:
     first = _FIRST_ROLE.match(prompt)
     if first is None:
         return [Turn("user", prompt.strip())]
-    pattern = _ROLE_BEHIND_TEXT
-    if len(first[1]) == 1:
-        pattern = _ROLE_IN_LINE
+    pattern = _ROLE_IN_LINE if len(first[1]) == 1 else _ROLE_BEHIND_TEXT
     # `split` returns the text before the first role, and then each role followed by its text.
     _, *parts = pattern.split(prompt.lstrip())
     turns = []
@@ -58,14 +56,11 @@ def conversations_of(prompts: Iterable[str]) -> tuple[dict[str, list[Turn]], str
     """
     conversations = {prompt: turns_of(prompt) for prompt in prompts}
     first_turns = {turns[0] for turns in conversations.values() if turns}
-    if len(first_turns) != 1:
-        return conversations, ""
-    (first,) = first_turns
-    if first.role != "system":
-        return conversations, ""
-    for turns in conversations.values():
-        del turns[:1]
-    return conversations, first.text
+    if len(first_turns) == 1:
+        [first] = first_turns
+        if first.role == "system":
+            return {prompt: turns[1:] for prompt, turns in conversations.items()}, first.text
+    return conversations, ""
 
 
 def whole_characters(answer: str) -> str:

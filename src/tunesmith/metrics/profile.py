@@ -85,9 +85,8 @@ class Profiler:
             self._profile.profiler.acc_events = False
 
     def __exit__(self, *_: object) -> None:
-        if self._profile is not None:
-            running = self._profile
-            self._profile = None
+        running, self._profile = self._profile, None
+        if running is not None:
             running.stop()
 
     def _write(self, cycle: profile) -> None:

@@ -145,8 +145,7 @@ class RunFigures:
         values = zip(self._after_first("mfu"), self._after_first("step_seconds"), strict=True)
         measured = [(mfu, time) for mfu, time in values if mfu and time]
         weighted = sum(mfu * time for mfu, time in measured)
-        seconds = sum(time for _, time in measured)
-        return weighted / seconds if seconds else None
+        return weighted / sum(time for _, time in measured) if measured else None
 
 
 def run_figures(

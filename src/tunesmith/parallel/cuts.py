@@ -138,10 +138,8 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     ]
     blocks = {}
     for name, module in decoder.named_modules():
-        action = plan.get(_pattern(name), "")
-        if not action or name == EMBEDDING or action == OWN_PARAMETERS:
-            continue
-        if _is_in(name, experts):
+        action = plan.get(_pattern(name))
+        if action in (None, OWN_PARAMETERS) or name == EMBEDDING or _is_in(name, experts):
             continue
         parent, _, child = name.rpartition(".")
         if parent not in blocks:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.host.files import relative_to_cwd
-from tunesmith.host.shell import shell_command, shell_path
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.run_figures import run_figures
@@ -50,16 +50,11 @@ def closing_summary(
     rows = []
     if finished_before:
         duration = run.train.duration
-        longer = replace(duration, amount=2 * duration.amount)
-        command = [
-            "tunesmith",
-            "train",
-            relative_to_cwd(folder / RECIPE),
-            f"train.duration={longer}",
-        ]
+        longer = shell_word(f"train.duration={replace(duration, amount=2 * duration.amount)}")
+        recipe = shell_word(relative_to_cwd(folder / RECIPE))
         rows = [
             f"this run had already finished: {count_of(steps, 'step')}",
-            f"  to continue: {shell_command(command)}",
+            f"  to continue: tunesmith train {recipe} {longer}",
             "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
@@ -87,9 +82,7 @@ _FILE_NOTES = (
 def _written(folder: Path, weights: Manifest | None) -> list[str]:
     """Return one line per file of the run. `weights` is the manifest of final/."""
     rows = [f"written to {folder}"]
-    which = ""
-    if weights:
-        which = describe_weights(weights["step"], weights["last_step"])
+    which = describe_weights(weights["step"], weights["last_step"]) if weights else ""
     for name, what in _FILE_NOTES:
         path = folder / name
         if path.exists():
@@ -159,6 +152,4 @@ def _one_line(text: str, *, from_end: bool = False) -> str:
     text = " ".join(text.split())
     if len(text) <= ANSWER_WIDTH:
         return text
-    if from_end:
-        return f"…{text[1 - ANSWER_WIDTH :]}"
-    return f"{text[: ANSWER_WIDTH - 1]}…"
+    return f"…{text[1 - ANSWER_WIDTH :]}" if from_end else f"{text[: ANSWER_WIDTH - 1]}…"
