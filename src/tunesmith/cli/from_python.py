@@ -86,8 +86,14 @@ def sweep(
     Raises:
         TunesmithError: the same errors as `train`.
     """
-    words = [f"{key}={','.join(map(_value_word, values))}" for key, values in space.items()]
-    return _json_of("sweep", recipe, [*override_words(overrides), *words])
+    words = override_words(overrides)
+    for key, values in space.items():
+        # Text is passed unchanged. Other values become JSON, which is valid YAML.
+        texts = [
+            value if isinstance(value, str) else json.dumps(value, default=str) for value in values
+        ]
+        words.append(f"{key}={','.join(texts)}")
+    return _json_of("sweep", recipe, words)
 
 
 def _json_of(
@@ -109,11 +115,3 @@ def _json_of(
         dispatch([*words, "--json"])
     values: dict[str, Any] = json.loads(printed.getvalue())
     return values
-
-
-def _value_word(value: object) -> str:
-    """Convert a value to YAML for the command line.
-
-    Text is returned unchanged. Other values become JSON, which is valid YAML.
-    """
-    return value if isinstance(value, str) else json.dumps(value, default=str)

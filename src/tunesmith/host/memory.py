@@ -168,7 +168,7 @@ def group_limits(root: Path = ROOT) -> list[MemoryLimit]:
     Args:
         root: the folder that contains /proc and /sys. Tests use another folder.
     """
-    total = physical_memory()
+    total = psutil.virtual_memory().total
     limits = []
     for folder in control_groups("memory", root):
         for limit_file, usage_file, prefix in GROUP_FILES:
@@ -282,11 +282,6 @@ def available_memory() -> int:
     return read_memory().room
 
 
-def unavailable_percent() -> float:
-    """Return the percentage of the host's memory that is not available."""
-    return float(psutil.virtual_memory().percent)
-
-
 def oom_kills() -> int:
     """Return how many processes the kernel has killed since boot because memory was exhausted.
 
@@ -296,8 +291,3 @@ def oom_kills() -> int:
         lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     return 0
-
-
-def physical_memory() -> int:
-    """Return the total size of the host's memory in bytes."""
-    return int(psutil.virtual_memory().total)

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-
-from tunesmith.host.memory import unavailable_percent
 
 Sources = dict[str, Callable[[], float]]
 _GPU: dict[str, Callable[[torch.device], float]] = {
@@ -53,8 +52,13 @@ class Gauges:
         self.counters: Sources = {}
         if links:
             self.counters["network"] = partial(network_bytes, root)
-            handle = _nvml_device(device)
-            if handle:
+            # Omit NVLink if NVML cannot find the device.
+            with contextlib.suppress(Exception):
+                uuid = torch.cuda.get_device_properties(device).uuid
+                import pynvml
+
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
                 self.counters["nvlink"] = partial(nvlink_bytes, handle)
 
         self._read_at = -every
@@ -72,7 +76,10 @@ class Gauges:
         seconds = max(now - self._read_at, 1e-9)
 
         self._read_at = now
-        self._values = {"host_memory_percent": unavailable_percent(), **_read_all(self.gauges)}
+        self._values = {
+            "host_memory_percent": psutil.virtual_memory().percent,
+            **_read_all(self.gauges),
+        }
         for name in counts.keys() & self._counts:
             # The difference is negative if the counter was reset.
             growth = max(0.0, counts[name] - self._counts[name])
@@ -116,17 +123,6 @@ def network_bytes(root: Path) -> int:
     interface = names.lstrip("=").partition(",")[0]
     statistics = root / "sys/class/net" / interface / "statistics"
     return sum(int((statistics / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
-
-
-def _nvml_device(device: torch.device) -> Any:
-    """Return the NVML handle of a CUDA device, or None if NVML cannot find the device."""
-    with contextlib.suppress(Exception):
-        uuid = torch.cuda.get_device_properties(device).uuid
-        import pynvml
-
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-    return None
 
 
 def nvlink_bytes(handle: Any) -> int:

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from tunesmith.errors import mask_words
 from tunesmith.host.chips import MEASURED, Peak, peak_of
-from tunesmith.host.memory import physical_memory
 from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
@@ -103,7 +103,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
         # A container or `taskset` may allow fewer cores than the machine has.
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
-        "memory_gib": round(physical_memory() / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [
             {
                 "name": gpu.name,

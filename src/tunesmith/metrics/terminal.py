@@ -148,7 +148,10 @@ class Terminal(Sink):
         self.log.write(line)
         # Do not show every line, because a fast run would flood a terminal or a scheduler's log.
         # log.txt has every line.
-        if self._progress is None and (self._may_show() or record.step == self.total):
+        now = time.monotonic()
+        may_show = now - self._shown_at >= 1 / LINES_PER_SECOND or record.step == self.total
+        if self._progress is None and may_show:
+            self._shown_at = now
             self._show(line)
 
     def _show_validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
@@ -170,14 +173,6 @@ class Terminal(Sink):
         else:
             return ""
         return f"left {format_seconds(seconds)}"
-
-    def _may_show(self) -> bool:
-        """Return whether a line may be shown now. If True, store the time of this line."""
-        now = time.monotonic()
-        if now - self._shown_at < 1 / LINES_PER_SECOND:
-            return False
-        self._shown_at = now
-        return True
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for row in rows:

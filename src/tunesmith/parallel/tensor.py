@@ -261,7 +261,10 @@ class _ModelSharder:
         # Set the same out_features on every rank, because the loss computes its chunk size from it.
         logits.out_features = ceil_div(logits.out_features, self.group.size)
         tokens.first = logits.out_features * self.group.rank
-        tokens.padding_idx = _local_padding_row(tokens)
+        # The padding token gets no gradient. Keep its row only if it is on this rank.
+        row = None if tokens.padding_idx is None else tokens.padding_idx - tokens.first
+        has_row = row is not None and 0 <= row < len(local_part(tokens.weight))
+        tokens.padding_idx = row if has_row else None
         logits.shard = VocabularyShard(tokens.first, self.group.name)
 
     def add_mixin(self, module: nn.Module, mixin: type[PartT]) -> PartT:
@@ -449,17 +452,6 @@ class VocabParallelEmbedding(LocalParameters):
         # Mask [1, n, width] with [1, n, 1]. For each token exactly one rank contributes, and the
         # other ranks add zeros.
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
-
-
-def _local_padding_row(embedding: "VocabParallelEmbedding") -> int | None:
-    """Return the local row of the padding token, which gets no gradient.
-
-    Return None if there is no padding token, or if another rank has its row.
-    """
-    if embedding.padding_idx is None:
-        return None
-    row = embedding.padding_idx - embedding.first
-    return row if 0 <= row < len(local_part(embedding.weight)) else None
 
 
 class SequenceParallelBlock(TensorParallelPart):

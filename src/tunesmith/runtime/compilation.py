@@ -191,9 +191,8 @@ def private_folder(folder: Path) -> Path:
 
 def compile_layers(
     layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., object] = "inductor"
-) -> int:
-    """Compile each decoder layer in place at its first forward in training. Return the number of
-    layers.
+) -> None:
+    """Compile each decoder layer in place at its first forward in training.
 
     Args:
         varied: whether micro batches differ in their number of tokens.
@@ -205,7 +204,6 @@ def compile_layers(
         compiled_layer = add_mixin(layer, CompiledLayer)
         compiled_layer.compiled = shared
         compiled_layer.varied = varied
-    return len(layers)
 
 
 class CompiledLayer(nn.Module):
