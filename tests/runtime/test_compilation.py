@@ -338,17 +338,21 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
     monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     own_folder = tmp_path / "tunesmith" / f"compiled-{os.getuid()}"
-    assert compilation.use_persistent_cache() == str(own_folder / socket.gethostname())
+    compilation.use_persistent_cache()
+    assert os.environ.get(compilation.CACHE, "") == str(own_folder / socket.gethostname())
     set_by_torch = str(Path(tempfile.gettempdir()) / "torchinductor_root")
     monkeypatch.setenv(compilation.CACHE, set_by_torch)
-    assert compilation.use_persistent_cache() == str(own_folder / socket.gethostname())
+    compilation.use_persistent_cache()
+    assert os.environ.get(compilation.CACHE, "") == str(own_folder / socket.gethostname())
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "of the node"))
     of_node = tmp_path / "of the node" / f"tunesmith-compiled-{os.getuid()}"
     monkeypatch.delenv(compilation.CACHE)
-    assert compilation.use_persistent_cache() == str(of_node / socket.gethostname())
+    compilation.use_persistent_cache()
+    assert os.environ.get(compilation.CACHE, "") == str(of_node / socket.gethostname())
     monkeypatch.setenv(compilation.CACHE, "/elsewhere")
-    assert compilation.use_persistent_cache() == "/elsewhere"
+    compilation.use_persistent_cache()
+    assert os.environ.get(compilation.CACHE, "") == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -527,7 +531,8 @@ def test_a_cache_folder_that_cannot_be_written_leaves_torch_its_own(
     monkeypatch.setenv(compilation.CACHE, "")  # so that it is restored, whatever the test leaves
     monkeypatch.delenv(compilation.CACHE)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    assert compilation.use_persistent_cache() == ""
+    compilation.use_persistent_cache()
+    assert os.environ.get(compilation.CACHE, "") == ""
     assert compilation.CACHE not in os.environ
 
 

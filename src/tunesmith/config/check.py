@@ -220,11 +220,8 @@ def _data(run: Run, places: Places) -> Iterator[Problem]:
             )
         # A percentage must be below 100, so that rows for training are left. A number of rows is
         # checked later, when the size of the data set is known.
-        limit = 100 if data.hold_out.unit == "%" else math.inf
-        if not 0 < data.hold_out.amount < limit:
-            what = f"is {data.hold_out}, but must be above 0"
-            if data.hold_out.unit == "%":
-                what += " % and below 100 %"
+        if data.hold_out.unit == "%" and not 0 < data.hold_out.amount < 100:
+            what = f"is {data.hold_out}, but must be above 0 % and below 100 %"
             yield Problem("data.hold_out", what, fix="set data.hold_out: 5 %")
     elif data.hold_out_seed is not None:
         yield _no_effect("data.hold_out_seed", "without data.hold_out", "set data.hold_out: 5 %")
@@ -324,13 +321,12 @@ def _batch(run: Run) -> Iterator[Problem]:
     if batch.unit == "tokens" and not run.data.pack:
         fix = "set train.global_batch: 64 examples, or data.pack: true"
         yield Problem("train.global_batch", f"is {batch}, but this needs packed rows", fix)
+    is_pair = run.row_tokens != run.data.seq_len
+    row = f"one {'pair of two sequences' if is_pair else 'row'} of data.seq_len {run.data.seq_len}"
     for key, size in (("train.global_batch", batch), ("train.micro_batch", micro)):
         # Skip `auto`, because the size that later replaces it fits these limits.
         if size == "auto" or size.unit != "tokens" or size.amount >= run.row_tokens:
             continue
-        row = f"one row of data.seq_len {run.data.seq_len}"
-        if run.row_tokens != run.data.seq_len:
-            row = f"one pair of two sequences of data.seq_len {run.data.seq_len}"
         fix = f"set {key}: {run.row_tokens} tokens or more, or a smaller data.seq_len"
         yield Problem(key, f"of {size} is smaller than {row}", fix)
     if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
@@ -395,7 +391,7 @@ def _lengths(run: Run) -> Iterator[Problem]:
     units: tuple[str, ...] = ("steps", "epochs", "s", "min", "h")
     # An interval in % is converted to steps. This needs the number of steps of the run, which is
     # unknown if the duration is a time.
-    interval_units = units if duration.seconds is not None else (*units, "%")
+    interval_units = (*units, "%") if duration.seconds is None else units
     lengths = {
         "train.duration": (duration, units, "1 epochs"),
         "train.warmup": (warmup, ("%", "steps", "epochs"), "3 %"),
@@ -405,11 +401,9 @@ def _lengths(run: Run) -> Iterator[Problem]:
     }
     for key, (length, known, example) in lengths.items():
         fix = f"set {key}: {example}"
-        if length is None:
-            continue
-        if length.unit not in known:
+        if length is not None and length.unit not in known:
             yield Problem(key, f"is {length}, but its unit must be one of {', '.join(known)}", fix)
-        elif length.amount <= 0 and length is not warmup:
+        elif length is not None and length.amount <= 0 and length is not warmup:
             yield Problem(key, f"is {length}, but must be above 0", fix)
     longest = {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf)
     if warmup.amount > longest:

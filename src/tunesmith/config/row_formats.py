@@ -82,10 +82,7 @@ class RowFormat(NamedTuple):
 
         The required columns of a layout come before its optional columns.
         """
-        names: dict[str, None] = {}
-        for layout in self.layouts:
-            names |= dict.fromkeys([*layout.needed, *layout.optional])
-        return tuple(names)
+        return tuple(self._names)
 
     @property
     def answers_in_text(self) -> bool:
@@ -97,11 +94,18 @@ class RowFormat(NamedTuple):
         """Return the names that a column can have in files, or () if the format does not have the
         column.
         """
+        return self._names.get(column, ())
+
+    @property
+    def _names(self) -> Names:
+        """The names of each column in files. The first layout that has the column determines
+        them.
+        """
+        found: dict[str, tuple[str, ...]] = {}
         for layout in self.layouts:
-            for names in (layout.needed, layout.optional):
-                if column in names:
-                    return names[column]
-        return ()
+            for column, names in (*layout.needed.items(), *layout.optional.items()):
+                found.setdefault(column, names)
+        return found
 
 
 ROW_FORMATS: dict[FormatName, RowFormat] = {

@@ -10,7 +10,6 @@ from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
 from tunesmith.host.files import find_similar_path
 
-YAML_SUFFIXES = (".yaml", ".yml")
 # Start of the comment that tells an editor's YAML language server which schema a file has.
 MODELINE = "# yaml-language-server: $schema="
 

@@ -23,14 +23,13 @@ from tunesmith.optim.adamw import HALF
 from tunesmith.quant.linear_layers import BypassedLinear
 
 
-def accumulate_in_fp32(model: nn.Module) -> int:
+def accumulate_in_fp32(model: nn.Module) -> None:
     """Let every trained 16-bit `nn.Linear` in `model` accumulate its weight's gradient in fp32.
 
-    Return the number of changed layers. The layers are changed in place and may be on the meta
+    The layers are changed in place and may be on the meta
     device. Their parameters keep their names, but autograd no longer computes gradients of the
     weights.
     """
-    count = 0
     for layer in model.modules():
         kind = type(layer)
         if issubclass(kind, BypassedLinear):
@@ -45,8 +44,6 @@ def accumulate_in_fp32(model: nn.Module) -> int:
             # Flag that `gradient` is valid. It is not a buffer, because a buffer would be moved to
             # the GPU.
             summing.filled = torch.zeros((), dtype=torch.bool, device="cpu")
-            count += 1
-    return count
 
 
 def fp32_gradients(model: nn.Module) -> "Iterator[tuple[str, Fp32GradientLinear]]":

@@ -136,7 +136,7 @@ def assemblers() -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def use_persistent_cache() -> str:
+def use_persistent_cache() -> None:
     """Store compiled code in tunesmith's cache folder, unless TORCHINDUCTOR_CACHE_DIR is set.
 
     torch's default is a folder in /tmp, which is often emptied. It is only used if tunesmith's
@@ -145,9 +145,6 @@ def use_persistent_cache() -> str:
     Slurm job the folder is on the node's own disk, because file locks are slow on a shared disk.
 
     Code that was compiled by another version of tunesmith is not used.
-
-    Returns:
-        The folder.
     """
     # Add the digest of tunesmith's source to the cache key. torch's key only includes the forward
     # graph, so after a change of a backward function the old compiled code would be used.
@@ -166,7 +163,6 @@ def use_persistent_cache() -> str:
             place = Path(temporary, f"tunesmith-{name}")
         with contextlib.suppress(OSError):  # the home directory is read-only
             os.environ[CACHE] = str(private_folder(place) / socket.gethostname())
-    return os.environ.get(CACHE, "")
 
 
 def private_folder(folder: Path) -> Path:
