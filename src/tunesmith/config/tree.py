@@ -223,25 +223,23 @@ def _join_surrogates(text: str, where: str) -> str:
         ) from None
 
 
+@dataclass
 class _Reader:
     """Reader that converts one YAML document to a `Node`.
 
     It enforces MAX_DEPTH, MAX_NODES and MAX_OPEN.
+
+    Attributes:
+        name: the file or the key of the command line, for positions.
+        lines: whether positions have a line number.
+        count: number of values so far.
     """
 
-    def __init__(
-        self,
-        name: str,
-        base: Path,
-        *,
-        lines: bool = True,
-        plain_scalar: Callable[[str], Scalar] = scalar,
-    ) -> None:
-        self.name = name
-        self.base = base
-        self.lines = lines
-        self.plain_scalar = plain_scalar
-        self.count = 0
+    name: str
+    base: Path
+    lines: bool = True
+    plain_scalar: Callable[[str], Scalar] = scalar
+    count: int = 0
 
     def place(self, line: int) -> str:
         return f"{self.name}:{line + 1}" if self.lines else self.name

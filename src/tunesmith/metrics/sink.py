@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
@@ -70,6 +71,7 @@ class Sink:
         """Close the sink after the last step or a failure. This method can be called twice."""
 
 
+@dataclass
 class RecordCallback(Sink):
     """A sink that passes each record to a function, which the caller of `train` gave.
 
@@ -78,10 +80,9 @@ class RecordCallback(Sink):
         has_ended: whether the function raised StopIteration, which ends the run.
     """
 
-    def __init__(self, function: Callable[[StepRecord], object]) -> None:
-        self.function = function
-        self.error: BaseException | None = None
-        self.has_ended = False
+    function: Callable[[StepRecord], object]
+    error: BaseException | None = None
+    has_ended: bool = False
 
     def step(self, record: StepRecord) -> None:
         try:
@@ -131,15 +132,15 @@ class Sinks(Sink):
                 stack.callback(sink.close)
 
 
+@dataclass
 class JsonlSink(Sink):
     """The sink of metrics.jsonl, with one line per step.
 
     A resume removes the lines after the checkpoint's step. `flush` syncs the file to the disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: TextIO | None = None
+    path: Path
+    _file: TextIO | None = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         cut_back(self.path, resumed_at)
@@ -162,14 +163,14 @@ class JsonlSink(Sink):
             self._file = None
 
 
+@dataclass
 class SamplesSink(Sink):
     """The sink of samples.jsonl, with one line per answer to a held-out prompt.
 
     Step 0 is before training.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def open(self, run: Run, resumed_at: int) -> None:
         if not resumed_at:

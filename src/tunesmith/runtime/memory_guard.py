@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def _files_below(paths: Sequence[Path]) -> Iterator[Path]:
                     yield file
 
 
+@dataclass
 class MemoryGuard:
     """Thread that checks the host's memory while the run loads, trains and saves. It requests a
     stop from `stop` if memory becomes low.
@@ -108,30 +110,20 @@ class MemoryGuard:
         still_short: whether MemFree was below the minimum both before and after the last drop.
     """
 
-    def __init__(
-        self,
-        stop: StopRequest,
-        ranks: Ranks,
-        files: Callable[[], Sequence[Path]] = tuple,
-        *,
-        read: Callable[[], MemoryFigures] = read_memory,
-        make_room: Callable[[Sequence[Path]], object] = drop_page_cache,
-        clock: Callable[[], float] = time.monotonic,
-        unified: bool | None = None,
-    ) -> None:
-        self.stop = stop
-        self.ranks = ranks
-        self.files = files
-        self.read = read
-        self.make_room = make_room
-        self.clock = clock
-        self.unified = unified
+    stop: StopRequest
+    ranks: Ranks
+    files: Callable[[], Sequence[Path]] = tuple
+    read: Callable[[], MemoryFigures] = read_memory
+    make_room: Callable[[Sequence[Path]], object] = drop_page_cache
+    clock: Callable[[], float] = time.monotonic
+    unified: bool | None = None
+    others: deque[tuple[float, int]] = field(default_factory=deque)
+    pause: float = PAUSE_SECONDS
+    dropped_at: float = -MAX_PAUSE_SECONDS
+    still_short: bool = False
+    _closing: threading.Event = field(default_factory=threading.Event)
 
-        self.others: deque[tuple[float, int]] = deque()
-        self.pause = PAUSE_SECONDS
-        self.dropped_at = -MAX_PAUSE_SECONDS
-        self.still_short = False
-        self._closing = threading.Event()
+    def __post_init__(self) -> None:
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
     def __enter__(self) -> "MemoryGuard":
