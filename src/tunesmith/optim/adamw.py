@@ -318,7 +318,7 @@ class AdamWUpdate:
 
     @torch.no_grad()
     def __call__(
-        self, parts: Iterable[ParameterState], lr: float, step: int, found_inf: Tensor | None
+        self, parts: Sequence[ParameterState], lr: float, step: int, found_inf: Tensor | None
     ) -> None:
         """Update every weight with its gradient.
 
@@ -344,6 +344,10 @@ class AdamWUpdate:
                 fused.setdefault(part.decay, []).append(part)
         for decay, group in fused.items():
             self._update_fused(group, lr, decay, found_inf)
+        for part in parts:
+            # Copy the updated master to the 16-bit parameter, which the model computes with.
+            if part.has_master:
+                local_part(part.param).copy_(part.weight)
 
     def _update_fused(
         self, parts: list[ParameterState], lr: float, decay: float, found_inf: Tensor | None
@@ -366,10 +370,6 @@ class AdamWUpdate:
             eps=self.train.eps,
             weight_decay=decay,
         )
-        for part in parts:
-            # Copy the updated master to the 16-bit parameter, which the model computes with.
-            if part.has_master:
-                local_part(part.param).copy_(part.weight)
 
     def _update_8bit(self, part: ParameterState, lr: float, step: int) -> None:
         state = part.state
@@ -408,8 +408,6 @@ class AdamWUpdate:
             # parameter.
             for place, updated, rounded in self._pieces(part, weight, part.weight.data):
                 rounded.copy_(round_stochastically(updated, noise_at(place, key, updated.shape)))
-        elif part.has_master:
-            local_part(part.param).copy_(weight)
 
     def _update_rounded(
         self, part: ParameterState, lr: float, step: int, found_inf: Tensor | None

@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -177,9 +177,9 @@ class _ModelSharder:
             self.shard_linear(layer, COLUMNS)
         for norm in block.norms.values():
             self.add_mixin(norm, NormOfHeads)
-            self.shard_parameter(norm, "weight", ROWS)
+            self.distribute(norm, "weight", ROWS)
         for name in block.by_head:
-            self.shard_parameter(block.module, name, ROWS)
+            self.distribute(block.module, name, ROWS)
         if block.by_head:
             self.add_mixin(block.module, LocalParameters)
         self.add_mixin(block.module, SequenceParallelBlock)
@@ -200,7 +200,7 @@ class _ModelSharder:
         if not parameters or is_sharded:
             return
         for name in parameters:
-            self.replicate_parameter(module, name)
+            self.distribute(module, name, None)
         # The forwards of the other modules already use local tensors.
         if not is_quantized and not isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank):
             self.add_mixin(module, LocalParameters)
@@ -230,26 +230,20 @@ class _ModelSharder:
             # The forward of a LoraLinear already uses local shards and needs no mixin.
             if not isinstance(layer, LoraLinear):
                 self.add_mixin(layer, ShardedLinear)
-            self.shard_parameter(layer, "weight", dim)
-        if layer.bias is not None and dim == ROWS:
-            self.shard_parameter(layer, "bias", ROWS)
-        elif layer.bias is not None:
-            self.replicate_parameter(layer, "bias")
-            self.add_mixin(layer, BiasOfSum)
-        if not isinstance(layer, LoraLinear):
-            return
-        # lora_A has the dimension of the layer's inputs, and lora_B that of the outputs. If inputs
-        # or outputs are sharded, the same dimension of lora_A or lora_B is sharded.
-        layer.first = 0
-        if dim == COLUMNS:
-            # Set the offset of this rank's inputs in the unsharded layer. Dropout draws a mask for
-            # all inputs and uses the part that starts at this offset.
-            layer.first = layer.in_features * self.group.rank
-            self.shard_parameter(layer, "lora_A", COLUMNS)
-            self.replicate_parameter(layer, "lora_B")
-        else:
-            self.replicate_parameter(layer, "lora_A")
-            self.shard_parameter(layer, "lora_B", ROWS)
+            self.distribute(layer, "weight", dim)
+        has_all_outputs = dim == COLUMNS
+        if layer.bias is not None:
+            self.distribute(layer, "bias", None if has_all_outputs else ROWS)
+            if has_all_outputs:
+                self.add_mixin(layer, BiasOfSum)
+        if isinstance(layer, LoraLinear):
+            # lora_A has the dimension of the layer's inputs, and lora_B that of the outputs. If
+            # inputs or outputs are sharded, the same dimension of lora_A or lora_B is sharded.
+            self.distribute(layer, "lora_A", COLUMNS if has_all_outputs else None)
+            self.distribute(layer, "lora_B", None if has_all_outputs else ROWS)
+            # The offset of this rank's inputs in the unsharded layer. Dropout draws a mask for all
+            # inputs and uses the part that starts at this offset.
+            layer.first = layer.in_features * self.group.rank if has_all_outputs else 0
 
     def shard_vocabulary(self, embedding: nn.Module, head: nn.Linear) -> None:
         """Shard embedding and head by the vocabulary. The last rank may have fewer tokens."""
@@ -257,7 +251,7 @@ class _ModelSharder:
         logits = self.add_mixin(head, VocabParallelHead)
         for module in (tokens, logits):
             for name, _ in list(module.named_parameters(recurse=False)):
-                self.shard_parameter(module, name, ROWS)
+                self.distribute(module, name, ROWS)
         # Set the same out_features on every rank, because the loss computes its chunk size from it.
         logits.out_features = ceil_div(logits.out_features, self.group.size)
         tokens.first = logits.out_features * self.group.rank
@@ -272,38 +266,32 @@ class _ModelSharder:
         part.tensor_group = self.group
         return part
 
-    def shard_parameter(self, module: nn.Module, name: str, dim: int) -> None:
-        """Replace a parameter by a DTensor that holds this rank's shard along `dim`."""
-        param = module.get_parameter(name)
-        if param not in self.sharded:
-            part = param.detach().chunk(self.group.size, dim)[self.group.rank]
-            # Copy the shard, so that the memory of the entire parameter can be freed.
-            part = part.clone(memory_format=torch.contiguous_format)
-            self.sharded[param] = self._distributed(part, param, Shard(dim))
-        setattr(module, name, self.sharded[param])
+    def distribute(self, module: nn.Module, name: str, dim: int | None) -> None:
+        """Replace a parameter by a DTensor that holds this rank's shard along `dim`.
 
-    def replicate_parameter(self, module: nn.Module, name: str) -> None:
-        """Replace a parameter by a replicated DTensor. Record the DTensor in `partial`, because
-        each rank computes only a part of its gradient.
+        If `dim` is None, the DTensor is replicated. It is then recorded in `partial`, because each
+        rank computes only a part of its gradient.
         """
         param = module.get_parameter(name)
         if param not in self.sharded:
-            self.sharded[param] = self._distributed(param.detach(), param, Replicate())
-            self.partial.add(self.sharded[param])
+            part = param.detach()
+            if dim is not None:
+                # Copy the shard, so that the memory of the entire parameter can be freed.
+                part = part.chunk(self.group.size, dim)[self.group.rank]
+                part = part.clone(memory_format=torch.contiguous_format)
+            tensor = DTensor.from_local(
+                part,
+                self.mesh,
+                [Replicate() if dim is None else Shard(dim)],
+                # Do not compare the shapes over the ranks, because the shards may differ in size.
+                run_check=False,
+                shape=param.shape,
+                stride=param.stride(),
+            )
+            self.sharded[param] = nn.Parameter(tensor, requires_grad=param.requires_grad)
+            if dim is None:
+                self.partial.add(self.sharded[param])
         setattr(module, name, self.sharded[param])
-
-    def _distributed(self, part: Tensor, param: nn.Parameter, placement: Placement) -> nn.Parameter:
-        # Pass the global shape, because the shards may have different sizes. run_check=False
-        # avoids a comparison over the ranks.
-        tensor = DTensor.from_local(
-            part,
-            self.mesh,
-            [placement],
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )
-        return nn.Parameter(tensor, requires_grad=param.requires_grad)
 
 
 # ---- collectives with a gradient. Activations are [1, tokens, width]; in shared experts they may
