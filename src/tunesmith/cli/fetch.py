@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # Check the arguments first, because the import of huggingface_hub is slow.
-    named = None
-    if not args.list and args.remove is None:
-        named = _model_and_sources(args)
+    named = _model_and_sources(args) if not args.list and args.remove is None else None
     from tunesmith.cli.run_fetch import fetch_all, list_caches, remove_from_caches
 
     if named is not None:

@@ -81,9 +81,7 @@ def as_row(entry: ModelType) -> dict[str, Any]:
     """Return the values of a model type for JSON."""
     row = entry.row()
     row["gguf"] = entry.gguf
-    row["missing"] = ""
-    if entry.support.recurrent and find_spec("fla") is None:
-        row["missing"] = KERNEL_PACKAGE
+    row["missing"] = KERNEL_PACKAGE if entry.support.recurrent and find_spec("fla") is None else ""
     return row
 
 

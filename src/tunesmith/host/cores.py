@@ -56,9 +56,7 @@ def available_cores(root: Path = Path("/")) -> int:
     Args:
         root: the folder that contains /proc and /sys. Tests use another folder.
     """
-    cores = os.cpu_count() or 1
-    if sys.platform == "linux":
-        cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for group in control_groups("cpu", root):
         quota = _core_quota(group)
         if quota is not None:

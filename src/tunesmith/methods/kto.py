@@ -58,9 +58,7 @@ class KahnemanTverskyOptimization(MeanOverExamples):
         is_good = logprobs.new_zeros(len(logprobs), dtype=torch.bool)
         if batch.sequences is not None:
             is_good = batch.sequences.labels
-        kl = ratios.new_zeros(())
-        if totals is not None and totals.kl is not None:
-            kl = totals.kl
+        kl = totals.kl if totals is not None and totals.kl is not None else ratios.new_zeros(())
         distance = torch.where(is_good, ratios - kl, kl - ratios)
         weights = torch.full_like(ratios, config.undesirable_weight)
         weights = weights.masked_fill(is_good, config.desirable_weight)

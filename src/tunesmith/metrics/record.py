@@ -199,9 +199,7 @@ def checked_values(row: object) -> Values:
     values: Values = {}
     for name, value in row.items():
         # In the file, NaN and infinities are strings, because JSON has no such numbers.
-        number = value
-        if value in _NON_FINITE:
-            number = float(value)
+        number = float(value) if value in _NON_FINITE else value
         is_wrong = not is_number(number) and not isinstance(number, float)
         if name in _INTEGER_FIELDS:
             is_wrong = not is_count(value)

@@ -131,9 +131,7 @@ class TrackerSink(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         tracker = TRACKERS[self.name]
         id_file = self.folder / f"{self.name}-id.txt"
-        run_id = None
-        if resumed_at and id_file.exists():
-            run_id = id_file.read_text().strip()
+        run_id = id_file.read_text().strip() if resumed_at and id_file.exists() else None
         # A resumed run repeats the steps after its checkpoint. Read the old records, so that a
         # record with the same values is not sent twice.
         with suppress(OSError, RunError):

@@ -252,9 +252,7 @@ class LayerStream:
         """
         slot = turn % SLOTS
         host = self.streamed[turn]
-        issued = None
-        if self._stream:
-            issued = torch.cuda.current_stream(self.device).record_event()
+        issued = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         self._held[slot] = turn
         self.copies += 1
         self._wait_staged(slot)  # an earlier copy by the thread must not finish after this one
