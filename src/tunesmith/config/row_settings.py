@@ -45,17 +45,8 @@ class RowNotation:
 
 
 _BY_RECIPE = RowNotation()
-_NOTATION = ContextVar("_NOTATION", default=_BY_RECIPE)
-
-
-def row_notation() -> RowNotation:
-    """Return the current notation, for a worker process."""
-    return _NOTATION.get()
-
-
-def use_row_notation(notation: RowNotation) -> None:
-    """Set the notation of a worker process."""
-    _NOTATION.set(notation)
+# The current notation. A worker process gets the value of the process that starts it.
+NOTATION = ContextVar("NOTATION", default=_BY_RECIPE)
 
 
 @contextmanager
@@ -64,16 +55,16 @@ def rows_set_by(*, option: bool = False, python: bool = False) -> Iterator[None]
 
     A command that a Python program calls uses the notation of Python.
     """
-    token = _NOTATION.set(RowNotation(option, python or _NOTATION.get().in_python))
+    token = NOTATION.set(RowNotation(option, python or NOTATION.get().in_python))
     try:
         yield
     finally:
-        _NOTATION.reset(token)
+        NOTATION.reset(token)
 
 
 def record_overrides(overridden: Mapping[str, str]) -> None:
     """Record which data sources of the recipe have overrides, see `RowNotation.overridden`."""
-    _NOTATION.set(replace(_NOTATION.get(), overridden=overridden))
+    NOTATION.set(replace(NOTATION.get(), overridden=overridden))
 
 
 def row_fix(source: str, /, **settings: object) -> str:
@@ -83,7 +74,7 @@ def row_fix(source: str, /, **settings: object) -> str:
         source: the value of the key `source`.
         settings: keys of the data source with their values. `method` is a key of the recipe.
     """
-    notation = _NOTATION.get()
+    notation = NOTATION.get()
     section = notation.overridden.get(source)
     by_option = notation.by_option and section is None
     if by_option:

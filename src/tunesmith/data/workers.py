@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from tunesmith.config.row_settings import row_notation, use_row_notation
+from tunesmith.config.row_settings import NOTATION
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.child_output import exit_text
 
@@ -93,7 +93,7 @@ class Worker(Generic[Task, Result]):
             env=env,
             start_new_session=True,
         )
-        self._unsent: list[object] = [row_notation(), function]
+        self._unsent: list[object] = [NOTATION.get(), function]
 
     def __call__(self, task: Task, where: str, seconds: float | None = None) -> Result:
         """Apply the function to a task and return its result, or raise its error.
@@ -147,7 +147,7 @@ def serve() -> None:
     os.dup2(2, 1)
     # EOFError means that stdin has ended. The worker exits in this case.
     with suppress(EOFError, BrokenPipeError):
-        use_row_notation(pickle.load(requests))
+        NOTATION.set(pickle.load(requests))
         function = pickle.load(requests)
         while True:
             task = pickle.load(requests)

@@ -26,9 +26,10 @@ def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     activations of the other layers are already freed.
     """
     for number, layer in enumerate(layers):
-        is_prepared = isinstance(layer, RecomputedLayer)
-        recomputed = layer if is_prepared else add_mixin(layer, RecomputedLayer)
-        recomputed.recomputed = number < count
+        if isinstance(layer, RecomputedLayer):
+            layer.recomputed = number < count
+        else:
+            add_mixin(layer, RecomputedLayer).recomputed = number < count
 
 
 class RecomputedLayer(nn.Module):
