@@ -268,14 +268,13 @@ class ProgressCounter:
     If the number of tokens is given, the speed is also shown in tokens per second.
     """
 
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = 0
-        self._began = 0.0
-        self._shown = 0.0
-        self._line = ""  # the newest line, which is not yet printed
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    _what = ""
+    _start = 0
+    _began = 0.0
+    _shown = 0.0
+    _line = ""  # the newest line, which is not yet printed
+    _bar: "Progress | None" = None
+    _task: "TaskID | None" = None
 
     def __enter__(self) -> "ProgressCounter":
         if is_terminal(sys.stderr):

@@ -215,6 +215,7 @@ def writes_tensorboard(run: Run) -> bool:
     return run.log.tensorboard_dir is not None or find_spec("tensorboard") is not None
 
 
+@dataclass
 class TensorBoardSink(Sink):
     """The sink for TensorBoard. It writes the values of the records (`train/loss`,
     `validation/loss`), the recipe and sample answers.
@@ -223,12 +224,10 @@ class TensorBoardSink(Sink):
         shared: whether the folder may contain events of other runs, which a new run must not hide.
     """
 
-    def __init__(self, folder: Path, *, shared: bool = False) -> None:
-        self.folder = folder
-        self.shared = shared
-        self._writer: Any = None
-        self._has_failed = False
-        self._hook = threading.excepthook
+    folder: Path
+    shared: bool = False
+    _writer: Any = None
+    _has_failed: bool = False
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ def key_and_fix(run: Run, name: str) -> dict[str, str]:
     return {"where": f"log.{name}", "fix": f"set log.{name}=false"}
 
 
+@dataclass
 class TrackerSink(Sink):
     """A sink for one tracker. It sends the recipe as the config, and the values of the records
     (`train/loss`, `validation/loss`).
@@ -118,15 +120,15 @@ class TrackerSink(Sink):
         warn: shows a line to the user.
     """
 
-    def __init__(self, name: str, folder: Path, warn: Callable[[str], None]) -> None:
-        self.name = name
-        self.folder = folder
-        self.warn = warn
-        self._tracker: Any = None
-        # Step, loss and val_loss of the records that an earlier start has already sent to the
-        # tracker.
-        self._sent: set[tuple[int, float, float | None]] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+    name: str
+    folder: Path
+    warn: Callable[[str], None]
+    _tracker: Any = None
+    # Step, loss and val_loss of the records that an earlier start has already sent to the tracker.
+    _sent: set[tuple[int, float, float | None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
 
     def open(self, run: Run, resumed_at: int) -> None:
         tracker = TRACKERS[self.name]
