@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.model.decoder import find_decoder, find_layers
+from tunesmith.model.decoder import find_decoder
 from tunesmith.model.fused import FusedNorm
 from tunesmith.quant.linear_layers import is_plain_linear
 
@@ -164,7 +164,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
             raise _unsupported(
                 model, f"the module {block.name} has no pair of layers that ranks can share"
             )
-    _check_rest(model, decoder, blocks, plan, _token_wise_modules(model, decoder, experts))
+    _check_rest(model, decoder, blocks, plan, _token_wise_modules(experts))
     return list(blocks.values())
 
 
@@ -178,20 +178,17 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _token_wise_modules(
-    model: PreTrainedModel, decoder: PreTrainedModel, experts: Iterable[str]
-) -> set[str]:
+def _token_wise_modules(experts: Iterable[str]) -> set[str]:
     """Return the names of mixture-of-experts modules, which process each token separately.
 
     Every rank holds these modules completely, and their parameters may have any shape. Usually the
     parent module of the experts contains only parts of the mixture, so the name of the parent is
     returned. Shared experts in the parent are an exception: they are blocks and are sharded.
     """
-    layers = set(model.get_submodule(find_layers(model)).children())
     names = set()
     for name in experts:
         mixture = name.rpartition(".")[0]
-        if decoder.get_submodule(mixture) in layers:
+        if _pattern(mixture) == "layers.*":
             # In Gemma 4 the parent is the decoder layer itself, which also contains attention and
             # MLP. List only the experts and the router.
             names |= {name, f"{mixture}.{ROUTER}"}

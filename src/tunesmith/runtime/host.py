@@ -36,9 +36,8 @@ def keep_freed_pages() -> bool:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    if not mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD):
-        return False
-    return bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    is_set = mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    return bool(is_set and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def return_freed_memory() -> None:
@@ -181,15 +180,9 @@ def measure_cores(first: str, second: str, root: Path = Path("/")) -> Cores:
 
 def _ticks(stat: str, cpus: set[int]) -> tuple[int, int]:
     """Return the idle ticks and all ticks of these CPUs since boot, from the text of /proc/stat."""
-    idle = 0
-    total = 0
-    for line in stat.splitlines():
-        name, *counts = line.split()
-        if name[:3] == "cpu" and name[3:] in map(str, cpus):
-            # user nice system idle iowait irq softirq steal. The values after these are already
-            # included in user.
-            ticks = [int(count) for count in counts[:8]]
-            idle += ticks[3] + ticks[4]
-            total += sum(ticks)
-
-    return idle, total
+    names = {f"cpu{cpu}" for cpu in cpus}
+    rows = [line.split() for line in stat.splitlines()]
+    # user nice system idle iowait irq softirq steal. The values after these are already included
+    # in user.
+    ticks = [[int(count) for count in counts[:8]] for name, *counts in rows if name in names]
+    return sum(values[3] + values[4] for values in ticks), sum(map(sum, ticks))
