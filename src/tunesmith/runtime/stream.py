@@ -201,6 +201,10 @@ class LayerStream:
         return {host.layer.get_parameter(name) for host in self.streamed for name in host.offsets}
 
     @property
+    def host_bytes(self) -> int:
+        return sum(host.block.nbytes for host in self.streamed)
+
+    @property
     def slot_bytes(self) -> int:
         return max((host.block.nbytes for host in self.streamed), default=0)
 
