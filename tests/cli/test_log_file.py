@@ -100,7 +100,7 @@ def test_a_refused_start_writes_no_line(world: World, capsys: Capture) -> None:
 
 def test_lines_of_the_command_come_before_those_of_its_run(tmp_path: Path) -> None:
     command = LogFile()
-    with logged_lines(lambda line: None), command.attached():
+    with logged_lines(lambda line: None), command:
         log.info("recipe")
         with log_file_of_run(tmp_path / "log.txt") as log_file:
             log.info("rows")
@@ -108,7 +108,6 @@ def test_lines_of_the_command_come_before_those_of_its_run(tmp_path: Path) -> No
             log.info("step")
         command.open()
         command.write("summary")
-    command.close()
     assert logged(tmp_path) == ["recipe", "rows", "step", "summary"]
 
 

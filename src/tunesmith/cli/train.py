@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     leave_lines_to_rank_0()
     log_file = LogFile()
     # Collect log lines in memory until the run opens log.txt and writes them to it.
-    with log_file.attached():
+    with log_file:
         with StopRequest() as early:
             recipe, new_recipe = _read_recipe(args, early)
             if early.requested():
@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> None:
         if is_main_process():
             wall_seconds = None if result.finished_before else time.monotonic() - start
             _show_result(args, recipe, new_recipe, result, log_file, wall_seconds)
-    log_file.close()
 
 
 def _check_output_dir(recipe: "Run") -> None:

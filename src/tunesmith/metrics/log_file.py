@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -31,8 +30,9 @@ class LogFile(logging.Handler):
     start that fails leaves no file.
 
     Inside a `with` block it also logs the messages of the package and the error that ends the run.
-    At the end of the block it closes the file. Each line is written with one unbuffered call, so
-    that a signal handler can write a line.
+    At the end of the block it closes the file. The block of a run can be inside the block of its
+    command. Each line is written with one unbuffered call, so that a signal handler can write a
+    line.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -65,15 +65,6 @@ class LogFile(logging.Handler):
         # Ignore a full disk: a log line must not end the run.
         with contextlib.suppress(OSError):
             self.write(self.format(record))
-
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Write the log messages of the package while the block runs."""
-        PACKAGE.addHandler(self)
-        try:
-            yield
-        finally:
-            PACKAGE.removeHandler(self)
 
     def close(self) -> None:
         super().close()
