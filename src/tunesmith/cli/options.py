@@ -162,12 +162,8 @@ def column_names(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """Add the options for the row format, the columns and the batch size.
-
-    Args:
-        batch_size: the help text of --batch-size.
-    """
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the row format, the columns and the batch size."""
     formats = ("auto", *FORMAT_COLUMNS)
     parser.add_argument(
         "--format",
@@ -184,7 +180,7 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
         type=whole_number,
         default=16,
         metavar="N",
-        help=f"{batch_size} (default: 16)",
+        help="number of rows that are answered at once (default: 16)",
     )
 
 

@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --score: rename the existing answers file, and generate all answers again",
     )
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
-    add_rows(parser, batch_size="number of rows that are answered at once")
+    add_rows(parser)
     add_json(parser)
 
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", action="store_true", help="answer with the base model, not with the tuned model"
     )
-    options.add_rows(parser, batch_size="number of rows that are answered at once")
+    options.add_rows(parser)
     options.add_decoding(parser, max_new_tokens=256)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
