@@ -159,7 +159,7 @@ class Terminal(Sink):
         for name, value in metrics.items():
             if name.startswith(VALIDATION) and name.endswith("accuracy"):
                 line += f"  {name} {value:.1%}"
-        self._show_and_log(line)
+        self.text("validation", line)
 
     def _time_left(self, step: int) -> str:
         """Return the time left, estimated from the last 20 steps or from the duration.
@@ -179,17 +179,14 @@ class Terminal(Sink):
             self.log.write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
 
     def text(self, title: str, body: str) -> None:
-        self._show_and_log(body)
+        self._show(body)
+        self.log.write(body)
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.refresh()
             self._progress.stop()
             self._progress = None
-
-    def _show_and_log(self, text: str) -> None:
-        self._show(text)
-        self.log.write(text)
 
     def _show(self, text: str) -> None:
         if self._progress is not None:

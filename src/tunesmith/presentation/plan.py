@@ -71,13 +71,11 @@ def plan_lines(
 
 def _sentence(planner: Planner, best: Forecast) -> str:
     """Return the first line, such as `fits: 85 of 103 GiB, about 1:54 h at 1,700 tokens/s`."""
-    needed, available = best.phases["step"], best.room
     if not best.fits:
         # Show the minimum memory that the run needs, as the error message does.
         needed, available = memory_needs(best.plan, planner.machine)
-    memory = f"{_gib_text(needed)} of {_gib_text(available)} GiB"
-    if not best.fits:
-        return f"does not fit: {memory}"
+        return f"does not fit: {_gib_text(needed)} of {_gib_text(available)} GiB"
+    memory = f"{_gib_text(best.phases['step'])} of {_gib_text(best.room)} GiB"
     if not best.tokens_per_second:
         return f"fits: {memory}; the speed of this machine is unknown"
     speed = f"{best.tokens_per_second:,.0f} tokens/s"
