@@ -119,7 +119,7 @@ def save_tensors(
                     file.writelines(_file_pieces(source))
                 continue
             written_dtype = _written_dtype(source, dtype)
-            for part in _parts(source, written_dtype, read):
+            for part in written_bands(source, written_dtype, read):
                 if file is not None:
                     file.writelines(_pieces(part, written_dtype))
 
@@ -150,7 +150,7 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
     return _Form(SAFETENSORS_NAMES[written_dtype], shape, itemsize, size)
 
 
-def _parts(
+def written_bands(
     source: Tensor | TensorPart | JoinedRows, dtype: torch.dtype, read: Read | None
 ) -> Iterator[Tensor]:
     """Yield the values to write.
@@ -159,7 +159,7 @@ def _parts(
     """
     if isinstance(source, JoinedRows):
         for tensor in source.tensors:
-            yield from _parts(tensor, dtype, read)
+            yield from written_bands(tensor, dtype, read)
         return
     if isinstance(source, TensorPart):
         tensor = source.tensor

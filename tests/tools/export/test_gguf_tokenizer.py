@@ -47,37 +47,42 @@ def test_tokens_have_their_types() -> None:
         ]
     )
     read = read_gguf_tokenizer(tokenizer, len(tokenizer) + 3, {})
-    types = dict(zip(read.tokens, read.types, strict=True))
+    tokens = read.keys["token_list"]
+    types = dict(zip(tokens, read.keys["token_types"], strict=True))
     assert types["<s>"] == types["<|tool|>"] == TokenType.CONTROL
     assert types["<unused7>"] == types["<\uff5cUser\uff5c>"] == TokenType.CONTROL
     assert types["<order>"] == TokenType.USER_DEFINED
     assert types["he"] == TokenType.NORMAL
-    assert read.tokens[-1] == f"[PAD{len(tokenizer) + 2}]"
-    assert read.types[-3:] == (TokenType.UNUSED,) * 3
-    assert read.merges[0] == " ".join(state_of(tokenizer)["model"]["merges"][0])
-    assert read.special == {"bos": 1, "eos": 2, "unk": 3, "pad": 0}
-    assert (read.add_bos, read.add_eos) == (True, False)
-    assert read.chat_template == TEMPLATE
+    assert tokens[-1] == f"[PAD{len(tokenizer) + 2}]"
+    assert read.keys["token_types"][-3:] == [TokenType.UNUSED] * 3
+    assert read.keys["token_merges"][0] == " ".join(state_of(tokenizer)["model"]["merges"][0])
+    special = {key: value for key, value in read.keys.items() if key.endswith("_token_id")}
+    expected = {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 3, "pad_token_id": 0}
+    assert special == expected
+    assert (read.keys["add_bos_token"], read.keys["add_eos_token"]) == (True, False)
+    assert read.keys["chat_template"] == TEMPLATE
 
 
 def test_tokens_without_a_row_are_left_out() -> None:
     """Gemma 3's text models have an image token past their embedding."""
     tokenizer = byte_level(GPT2)
     tokenizer.add_tokens([AddedToken("<image>", special=True)])
-    assert "<image>" not in read_gguf_tokenizer(tokenizer, len(tokenizer) - 1, {}).tokens
+    read = read_gguf_tokenizer(tokenizer, len(tokenizer) - 1, {})
+    assert "<image>" not in read.keys["token_list"]
 
 
 def test_special_ids_come_from_the_config_where_the_tokenizer_has_none() -> None:
     tokenizer = byte_level(GPT2)
     tokenizer.bos_token = None
-    assert read_gguf_tokenizer(tokenizer, 600, {"bos_token_id": 7}).special["bos"] == 7
-    assert "bos" not in read_gguf_tokenizer(tokenizer, 600, {"bos_token_id": [7, 8]}).special
+    assert read_gguf_tokenizer(tokenizer, 600, {"bos_token_id": 7}).keys["bos_token_id"] == 7
+    several = read_gguf_tokenizer(tokenizer, 600, {"bos_token_id": [7, 8]})
+    assert "bos_token_id" not in several.keys
 
 
 def test_the_end_of_a_turn_is_written_where_it_is_not_eos() -> None:
     tokenizer = byte_level(GPT2)
-    assert "eot" not in read_gguf_tokenizer(tokenizer, 600, {}, turn_end=2).special
-    assert read_gguf_tokenizer(tokenizer, 600, {}, turn_end=3).special["eot"] == 3
+    assert "eot_token_id" not in read_gguf_tokenizer(tokenizer, 600, {}, turn_end=2).keys
+    assert read_gguf_tokenizer(tokenizer, 600, {}, turn_end=3).keys["eot_token_id"] == 3
 
 
 def test_the_header_has_the_tokenizer(tmp_path: Path) -> None:
@@ -195,9 +200,10 @@ def test_the_refusal_comes_before_a_weight_is_read() -> None:
 def test_sentencepiece_has_scores_in_the_order_of_merges() -> None:
     tokenizer = sentencepiece()
     read = read_gguf_tokenizer(tokenizer, len(tokenizer), {})
-    assert (read.model, read.pre, read.merges) == ("llama", "default", ())
-    types = dict(zip(read.tokens, read.types, strict=True))
-    scores = dict(zip(read.tokens, read.scores, strict=True))
+    assert (read.keys["tokenizer_model"], read.keys["tokenizer_pre"]) == ("llama", "default")
+    assert read.keys["token_merges"] is None
+    types = dict(zip(read.keys["token_list"], read.keys["token_types"], strict=True))
+    scores = dict(zip(read.keys["token_list"], read.keys["token_scores"], strict=True))
     assert types["<unk>"] == TokenType.UNKNOWN
     assert types["<0x0A>"] == TokenType.BYTE
     assert types["</s>"] == TokenType.CONTROL
@@ -205,8 +211,9 @@ def test_sentencepiece_has_scores_in_the_order_of_merges() -> None:
     in_order = [scores[token] for token in dict.fromkeys(joined)]
     assert in_order == sorted(in_order, reverse=True)
     assert len(set(in_order)) == len(in_order) > 50
-    assert read.add_space
-    assert not read_gguf_tokenizer(sentencepiece(prepend=False), 600, {}).add_space
+    assert read.keys["add_space_prefix"] is True
+    without = read_gguf_tokenizer(sentencepiece(prepend=False), 600, {})
+    assert without.keys["add_space_prefix"] is False
 
 
 def changed_merges(change) -> PreTrainedTokenizerFast:
@@ -262,7 +269,7 @@ def test_metaspace_is_noted() -> None:
             prepend_scheme=scheme, split=False
         )
         read = read_gguf_tokenizer(tokenizer, 600, {})
-        assert read.add_space
+        assert read.keys["add_space_prefix"]
         assert text in read.notes[0]
 
 

@@ -158,7 +158,7 @@ def test_a_file_is_read_as_llama_cpp_reads_it(
             for text in ("a<order>b <order> c", "hi<|im_end|>\nyou"):
                 assert server.ids(text) == own.encode(text)
         again = read_gguf_tokenizer(own, 600, {})
-        assert (again.pre, again.notes) == (row["pre"], ())
+        assert (again.keys["tokenizer_pre"], again.notes) == (row["pre"], ())
 
 
 def test_the_demo_is_tokenized_as_llama_cpp_does(

@@ -12,7 +12,6 @@ in bands of rows, so memory use does not grow with the model.
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, weights_file, with_files
 from tunesmith.errors import CheckpointError
@@ -43,7 +41,7 @@ from tunesmith.model.load import auto_class_of
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import save_sharded, written_bytes
 from tunesmith.model.shipped import form_of_folder
-from tunesmith.model.stored_form import in_stored_form, write_model_config
+from tunesmith.model.stored_form import write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.tools.export import merge_check
@@ -59,7 +57,7 @@ from tunesmith.tools.export.output import (
 )
 from tunesmith.tools.export.record import make_card
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
-from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, row_bands
+from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, stored_sources
 
 # Required disk space as a multiple of the size of the weights. 10 % is for the other files.
 DISK_FACTOR = 1.1
@@ -277,22 +275,7 @@ def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     """
     model = tuned.model
     files = tuned.files
-    tensors = {}
-    # `save_sharded` calls `read` with a meta tensor. `read` finds the weight by the id of this
-    # tensor.
-    weights = {}
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights_of(model).items():
-        written = DTYPES[dtype] if name in parameters else tensor.dtype
-        tensors[name] = tensor.to("meta", written)
-        weights[id(tensors[name])] = tuned.weights[name]
-
-    def read(tensor: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
-        weight = weights[id(tensor)]
-        for band in row_bands(tensor.shape, rows):
-            yield weight.rows(band.start, band.stop)
-
-    stored = in_stored_form(model, tensors)
+    stored, read = stored_sources(tuned, DTYPES[dtype])
     needed = round(written_bytes(stored.values()) * DISK_FACTOR)
     require_disk_space(folder, needed, what=f"the model in {dtype}", fix=OTHER_DISK)
     save_sharded(folder, stored, read=read)
@@ -302,12 +285,16 @@ def write_merged(tuned: TunedModel, folder: Path, dtype: str) -> None:
     write_for_older_readers(folder)
     write_generation_config(tuned, folder)
     copy_notices(files.folder, folder)
-    # Copy `tokenizer.model` only if there are no added tokens, because it does not contain them.
-    pieces = files.folder / SENTENCEPIECE
-    if pieces.is_file() and not files.model.added_tokens:
-        shutil.copyfile(pieces, folder / SENTENCEPIECE)
+    copy_sentencepiece(tuned, folder)
     card = make_card(tuned.location, merged=dtype)
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def copy_sentencepiece(tuned: TunedModel, folder: Path) -> None:
+    """Copy `tokenizer.model`, unless the run added tokens, which this file does not contain."""
+    pieces = tuned.files.folder / SENTENCEPIECE
+    if pieces.is_file() and not tuned.files.model.added_tokens:
+        shutil.copyfile(pieces, folder / SENTENCEPIECE)
 
 
 def write_generation_config(tuned: TunedModel, folder: Path) -> None:

@@ -29,6 +29,8 @@ from tunesmith.formats.stored import StoredTensor
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.experts import LORA_SUFFIX
+from tunesmith.model.save_tensors import Read, Source
+from tunesmith.model.stored_form import in_stored_form
 from tunesmith.model.weights import find_stored
 from tunesmith.quant.linear_layers import set_bypassed
 
@@ -266,6 +268,27 @@ class TunedModel(OpenedRun):
 
     model: PreTrainedModel
     weights: dict[str, TunedWeight]
+
+
+def stored_sources(tuned: TunedModel, dtype: torch.dtype) -> tuple[dict[str, Source], Read]:
+    """Return the trained tensors in the form in which the base model's files store them.
+
+    Also return the function that reads their rows, see `save_tensors`. The tensors are on meta:
+    the parameters in `dtype`, the buffers in their own dtype.
+    """
+    tensors = {}
+    weights = {}
+    parameters = dict(tuned.model.named_parameters())
+    for name, tensor in weights_of(tuned.model).items():
+        tensors[name] = tensor.to("meta", dtype if name in parameters else tensor.dtype)
+        weights[id(tensors[name])] = tuned.weights[name]
+
+    def read(tensor: Tensor, rows: slice) -> Iterator[Tensor]:
+        weight = weights[id(tensor)]
+        for band in row_bands(tensor.shape, rows):
+            yield weight.rows(band.start, band.stop)
+
+    return in_stored_form(tuned.model, tensors), read
 
 
 def open_tuned_model(read: OpenedRun) -> TunedModel:

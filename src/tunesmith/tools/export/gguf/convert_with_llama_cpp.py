@@ -17,11 +17,10 @@ the converter.
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -31,29 +30,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.checkpoint.contents import weights_of
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.host.child_output import exit_text, last_line
 from tunesmith.host.files import require_disk_space
 from tunesmith.inference.load_run import RunLocation, read_run_files
 from tunesmith.model.safetensors_files import Entry, read_json
-from tunesmith.model.save_tensors import JoinedRows, TensorPart
-from tunesmith.model.stored_form import MODEL_CONFIG, in_stored_form, updated_config
+from tunesmith.model.save_tensors import JoinedRows, Read, TensorPart, written_bands
+from tunesmith.model.stored_form import MODEL_CONFIG, updated_config
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.ollama import guard_template
-from tunesmith.tools.export.gguf.plan import header_bytes, padded
-from tunesmith.tools.export.gguf.quantize import ggml, needs_ggml
-from tunesmith.tools.export.gguf.tokenizer import add_tokenizer, model_name, read_gguf_tokenizer
+from tunesmith.tools.export.gguf.plan import add_keys, header_bytes, header_values, padded
+from tunesmith.tools.export.gguf.quantize import load_ggml_if_needed
+from tunesmith.tools.export.gguf.tokenizer import model_name, other_end_id, read_gguf_tokenizer
 from tunesmith.tools.export.gguf.types import PlainTensor, tensor_bytes, tensor_types
-from tunesmith.tools.export.gguf.write import BandThreads, tensor_jobs
-from tunesmith.tools.export.merge import SENTENCEPIECE, write_generation_config
+from tunesmith.tools.export.gguf.write import BandThreads, tensor_jobs, write_tensors
+from tunesmith.tools.export.merge import copy_sentencepiece, write_generation_config
 from tunesmith.tools.export.output import OTHER_DISK
-from tunesmith.tools.export.tuned_weights import (
-    TunedModel,
-    TunedWeight,
-    open_tuned_model,
-    row_bands,
-)
+from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, stored_sources
 
 # Layer types of Transformers 5 -> the older names for Granite, which the converter expects.
 _GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -183,7 +176,7 @@ def _convert(
 
     tuned = open_tuned_model(read_run_files(conversion.location))
     if conversion.for_ollama:
-        guard_template(tuned.files.tokenizer)
+        guard_template(tuned.tokenizer)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
         try:
             writer, notes = _plan_with_converter(tuned, conversion, Path(scratch))
@@ -193,32 +186,27 @@ def _convert(
             raise _refusal(tuned, converter, error) from error
         (infos,) = writer.tensors
         plain = {name: PlainTensor(info.shape, info.dtype.name) for name, info in infos.items()}
-        header = {key: value.value for key, value in writer.kv_data[0].items()}
-        types = tensor_types(plain, conversion.quant, header)
-        # Load the ggml library now, so that a missing package is reported before a long write.
-        if any(map(needs_ggml, types.values())):
-            ggml()
+        types = tensor_types(plain, conversion.quant, header_values(writer))
+        load_ggml_if_needed(types.values())
         for name, info in infos.items():
             info.dtype = gguf.GGMLQuantizationType[types[name]]
             info.nbytes = tensor_bytes(types[name], info.shape)
-        head = header_bytes(writer, [])
-        size = len(head) + sum(padded(info.nbytes) for info in infos.values())
+        header = header_bytes(writer, [])
+        size = len(header) + sum(padded(info.nbytes) for info in infos.values())
         require_disk_space(path, size, what=path.name, fix=OTHER_DISK)
-        with BandThreads(conversion.threads) as workers, path.open("wb") as file:
-            file.write(head)
+
+        def quantized(workers: BandThreads) -> Iterator[Iterator[memoryview]]:
             for name, info in infos.items():
                 # Clear the writer's reference to the tensor, so that only one tensor is in memory
                 # at a time.
                 lazy, info.tensor = info.tensor, None
                 values = torch.from_numpy(gguf.LazyNumpyTensor.to_eager(lazy))
                 del lazy
-                for data in workers.run(tensor_jobs(values, types[name], name)):
-                    file.write(data)
+                yield workers.run(tensor_jobs(values, types[name], name))
                 del values
-                file.write(bytes(padded(info.nbytes) - info.nbytes))
-                progress(file.tell(), size)
-            file.flush()
-            os.fsync(file.fileno())
+
+        with BandThreads(conversion.threads) as workers:
+            write_tensors(path, header, quantized(workers), lambda written: progress(written, size))
     return WrittenFile(size, notes)
 
 
@@ -257,7 +245,7 @@ def _plan_with_converter(
         config["text_config"].setdefault("moe_intermediate_size", None)
     # Write the config and tokenizer files for the converter, as a merge would write them.
     folder = scratch / conversion.name
-    tuned.files.tokenizer.save_pretrained(folder)
+    tuned.tokenizer.save_pretrained(folder)
     write_generation_config(tuned, folder)
     (folder / MODEL_CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
@@ -296,7 +284,6 @@ def _choose_tokenizer(model: Any, tuned: TunedModel) -> tuple[str, ...]:
     If tunesmith does not support the tokenizer, the converter writes its own keys. In both cases
     the check in llama.cpp compares the token ids.
     """
-    files = tuned.files
     infos = model.gguf_writer.tensors[0]
     for name, info in infos.items():
         if info.tensor.dtype != "float32":
@@ -305,24 +292,19 @@ def _choose_tokenizer(model: Any, tuned: TunedModel) -> tuple[str, ...]:
             )
     rows = infos["token_embd.weight"].shape[0]
     config = tuned.model.config.get_text_config().to_dict()
-    ends = tuned.template.end_ids - {files.tokenizer.eos_token_id}
-    turn_end = min(ends, default=None)
+    turn_end = other_end_id(tuned)
     try:
-        tokenizer = read_gguf_tokenizer(files.tokenizer, rows, config, turn_end)
+        tokenizer = read_gguf_tokenizer(tuned.tokenizer, rows, config, turn_end)
     except ModelError:
         # Some of the converter's classes load the tokenizer with the base model's Python code.
         # Return the loaded tokenizer instead.
         auto_tokenizer: Any = import_module("transformers").AutoTokenizer
-        auto_tokenizer.from_pretrained = lambda *args, **options: files.tokenizer
-        # Copy `tokenizer.model` only if there are no added tokens, because it does not contain
-        # them.
-        pieces = files.folder / SENTENCEPIECE
-        if pieces.is_file() and not files.model.added_tokens:
-            shutil.copyfile(pieces, model.dir_model / SENTENCEPIECE)
+        auto_tokenizer.from_pretrained = lambda *args, **options: tuned.tokenizer
+        copy_sentencepiece(tuned, model.dir_model)
         if turn_end is not None:
             model.gguf_writer.add_eot_token_id(turn_end)
         return ()
-    model.set_vocab = partial(add_tokenizer, model.gguf_writer, tokenizer)
+    model.set_vocab = partial(add_keys, model.gguf_writer, tokenizer.keys)
     model.model_name = model_name(model.model_name, tokenizer.strips_space)
     return tokenizer.notes
 
@@ -332,48 +314,32 @@ def _lazy_tensors(tuned: TunedModel) -> dict[str, Callable[[], Any]]:
 
     The names are those in the base model's files.
     """
-    shapes = {name: tensor.to("meta") for name, tensor in weights_of(tuned.model).items()}
-    weights = {id(tensor): tuned.weights[name] for name, tensor in shapes.items()}
+    sources, read = stored_sources(tuned, torch.float32)
     makers: dict[str, Callable[[], Any]] = {}
-    for name, source in in_stored_form(tuned.model, shapes).items():
+    for name, source in sources.items():
         # Skip weights of the base model's files that the text model does not have. They are
         # instances of `Entry`.
         if isinstance(source, Entry):
             continue
-        sources = source.tensors if isinstance(source, JoinedRows) else (source,)
-        pieces = []
-        for piece in sources:
-            tensor = piece.tensor if isinstance(piece, TensorPart) else piece
-            pieces.append((weights[id(tensor)], piece))
+        tensor = source.tensors[0] if isinstance(source, JoinedRows) else source
+        tensor = tensor.tensor if isinstance(tensor, TensorPart) else tensor
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         makers[name] = partial(
             import_module("conversion.base").LazyTorchTensor,
             meta=torch.empty(source.shape, dtype=dtype, device="meta"),
-            args=(pieces, dtype),
+            args=(source, dtype, read),
             func=_read_stored,
         )
     return makers
 
 
 def _read_stored(
-    pieces: list[tuple[TunedWeight, Tensor | TensorPart]], dtype: torch.dtype
+    source: Tensor | TensorPart | JoinedRows, dtype: torch.dtype, read: Read
 ) -> Tensor:
-    """Read a tensor as the base model's files store it: one or several concatenated parameters."""
-    if len(pieces) == 1:
-        return _read_piece(*pieces[0], dtype)
-    return torch.cat([_read_piece(weight, piece, dtype) for weight, piece in pieces])
-
-
-def _read_piece(weight: TunedWeight, source: Tensor | TensorPart, dtype: torch.dtype) -> Tensor:
-    """Read a parameter, or the region of a parameter that `source` names, as one CPU tensor."""
-    if not weight.shape:
-        return weight.rows(0, 1)
-    region = tuple(slice(0, size) for size in weight.shape)
-    if isinstance(source, TensorPart):
-        region = source.region
-    first = region[0].start
-    values = torch.empty([span.stop - span.start for span in region], dtype=dtype)
-    for band in row_bands(weight.shape, region[0]):
-        rows = weight.rows(band.start, band.stop)
-        values[band.start - first : band.stop - first] = rows[(slice(None), *region[1:])]
-    return values[0] if isinstance(source, TensorPart) and source.stacked else values
+    """Read a tensor as the base model's files store it: a parameter, a part, or several joined."""
+    values = torch.empty(source.shape, dtype=dtype)
+    end = 0
+    for band in written_bands(source, dtype, read):
+        start, end = end, end + band.numel()
+        values.view(-1)[start:end] = band.reshape(-1)
+    return values

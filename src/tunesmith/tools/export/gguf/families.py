@@ -6,8 +6,8 @@ and give wrong answers. The names of keys and tensors come from the package `ggu
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES, GgufFamily
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # Fixes for errors: what the user can do if GGUF export does not support the model.
@@ -32,69 +29,11 @@ OWN_SCRIPT = (
 )
 
 
-class Rope(TypedDict, total=False):
-    """Parameters of rotary position embeddings (RoPE) in a config.json."""
-
-    rope_type: str
-    rope_theta: float
-    factor: float
-    partial_rotary_factor: float
-    original_max_position_embeddings: int
-    attention_factor: float
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
-    truncate: bool
-    low_freq_factor: float
-    high_freq_factor: float
-    long_factor: Sequence[float]
-    short_factor: Sequence[float]
-
-
-class RopeByAttention(Rope, total=False):
-    """Parameters of RoPE in a config.json: one set for all layers, or one per type of attention."""
-
-    full_attention: Rope
-    sliding_attention: Rope
-
-
-class ModelConfig(TypedDict, total=False):
-    """Keys of a config.json that are needed for a GGUF file. The first nine are always present."""
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    max_position_embeddings: int
-    vocab_size: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    head_dim: int
-    num_key_value_heads: int
-    hidden_act: str
-    hidden_activation: str
-    sliding_window: int
-    use_sliding_window: bool
-    layer_types: Sequence[str]
-    no_rope_layers: Sequence[int]
-    query_pre_attn_scalar: int
-    attn_logit_softcapping: float
-    final_logit_softcapping: float
-    rope_parameters: RopeByAttention
-    original_max_position_embeddings: int
-    attention_multiplier: float
-    embedding_multiplier: float
-    residual_multiplier: float
-    logits_scaling: float
-    bos_token_id: int
-    eos_token_id: int
-    unk_token_id: int
-    sep_token_id: int
-    pad_token_id: int
-    mask_token_id: int
-
+ModelConfig = Mapping[str, Any]  # `config.to_dict()` of a text model, as in config.json
+# Parameters of rotary position embeddings (RoPE), from `rope_parameters` in a config.json.
+Rope = Mapping[str, Any]
+# Key of a config.json, its value, and a description of the values that llama.cpp supports.
+Setting = tuple[str, object, object]
 
 # Architecture -> number of layers of its 27B model. llama.cpp recognizes the 27B models by this
 # number. It divides their attention scores by sqrt(hidden_size / heads), and those of all other
@@ -103,7 +42,7 @@ _SCALED_BY_WIDTH_AT = {"gemma2": 46, "gemma3": 62}
 
 
 def read_family(config: ModelConfig) -> GgufFamily:
-    """Return the GGUF family of a model. `config` is `config.to_dict()` of Transformers.
+    """Return the GGUF family of a model.
 
     Raise ModelError if the model type is not supported, or if llama.cpp would compute a value of
     the config differently.
@@ -118,10 +57,29 @@ def read_family(config: ModelConfig) -> GgufFamily:
             why=f"the supported model types are {', '.join(supported)}",
             fix=OWN_SCRIPT,
         )
-    _check_rope(config, row.gguf)
-    _check_defaults(config)
-    _check_attention_scale(config, row.gguf.arch)
+    for key, value, supported_value in _unsupported_settings(config, row.gguf):
+        raise ModelError(
+            f"llama.cpp does not support {key} = {value} for this model family",
+            where=f"config.json: {key}",
+            why=f"llama.cpp supports only {supported_value}, and a GGUF file cannot set another "
+            "value",
+            fix=SERVE_FOLDER,
+        )
     return row.gguf
+
+
+def _unsupported_settings(config: ModelConfig, family: GgufFamily) -> Iterator[Setting]:
+    """Yield the settings that llama.cpp computes differently, because GGUF has no key for them."""
+    yield from _unsupported_rope(config, family)
+    yield from _unsupported_defaults(config)
+    # The model divides the attention scores by the square root of `query_pre_attn_scalar`.
+    computed = head_dim(config)
+    # For the 27B models, llama.cpp uses hidden_size / heads instead of the head dimension.
+    if config["num_hidden_layers"] == _SCALED_BY_WIDTH_AT.get(family.arch):
+        computed = config["hidden_size"] // config["num_attention_heads"]
+    scalar = config.get("query_pre_attn_scalar", computed)
+    if scalar != computed:
+        yield "query_pre_attn_scalar", scalar, computed
 
 
 def _reads_window(config: ModelConfig) -> bool:
@@ -153,64 +111,36 @@ def notes_on_config(config: ModelConfig) -> list[str]:
     return notes
 
 
-def _other_math(key: str, value: object, computed: object) -> ModelError:
-    return ModelError(
-        f"llama.cpp does not support {key} = {value} for this model family",
-        where=f"config.json: {key}",
-        why=f"llama.cpp supports only {computed}, and a GGUF file cannot set another value",
-        fix=SERVE_FOLDER,
-    )
-
-
-def _default_head_dim(config: ModelConfig) -> int:
-    return config["hidden_size"] // config["num_attention_heads"]
-
-
 def head_dim(config: ModelConfig) -> int:
     """Return the number of channels of an attention head."""
-    return config.get("head_dim") or _default_head_dim(config)
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _check_defaults(config: ModelConfig) -> None:
-    """Raise ModelError if a setting without a GGUF key differs from the default of the family.
+def _unsupported_defaults(config: ModelConfig) -> Iterator[Setting]:
+    """Yield the settings without a GGUF key that differ from the default of the model type.
 
     llama.cpp would compute with the default.
     """
     layers = config["num_hidden_layers"]
     plain = AutoConfig.for_model(config["model_type"], num_hidden_layers=layers)
-    defaults: Mapping[str, object] = plain.to_dict()
-    values: Mapping[str, object] = config
+    defaults: ModelConfig = plain.to_dict()
     unwritten = ["hidden_act", "hidden_activation", "no_rope_layers"]
     if _reads_window(config):
         unwritten.append("layer_types")
     for key in unwritten:
-        pair = values.get(key), defaults.get(key)
+        pair = config.get(key), defaults.get(key)
         # The config of Gemma 1 says `gelu`, but the model uses the tanh approximation.
         is_meant = pair[0] == pair[1] or pair == ("gelu", "gelu_pytorch_tanh")
         if key in defaults and pair[0] and not is_meant:
-            raise _other_math(key, *pair)
+            yield key, *pair
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         # If the header has no softcap, llama.cpp uses the default of the family. Therefore it would
         # compute a model without softcap wrongly.
-        if defaults.get(key) and not values.get(key):
-            raise _other_math(key, values.get(key), defaults[key])
-    if config.get("attn_logit_softcapping") and not defaults.get("attn_logit_softcapping"):
-        raise _other_math("attn_logit_softcapping", config["attn_logit_softcapping"], "none")
-
-
-def _check_attention_scale(config: ModelConfig, arch: str) -> None:
-    """Raise ModelError if llama.cpp would scale the attention scores differently.
-
-    The model divides the scores by the square root of `query_pre_attn_scalar`. GGUF has no key for
-    this value.
-    """
-    computed = head_dim(config)
-    # For the 27B models, llama.cpp uses hidden_size / heads instead of the head dimension.
-    if config["num_hidden_layers"] == _SCALED_BY_WIDTH_AT.get(arch):
-        computed = _default_head_dim(config)
-    scalar = config.get("query_pre_attn_scalar", computed)
-    if scalar != computed:
-        raise _other_math("query_pre_attn_scalar", scalar, computed)
+        if defaults.get(key) and not config.get(key):
+            yield key, config.get(key), defaults[key]
+    softcap = config.get("attn_logit_softcapping")
+    if softcap and not defaults.get("attn_logit_softcapping"):
+        yield "attn_logit_softcapping", softcap, "none"
 
 
 # Functions for rotary embeddings
@@ -228,47 +158,37 @@ def rope_parameters(config: ModelConfig) -> tuple[Rope, Rope]:
     return parameters, {}
 
 
-def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
+def _unsupported_rope(config: ModelConfig, family: GgufFamily) -> Iterator[Setting]:
     full, sliding = rope_parameters(config)
     rope_type = full["rope_type"]
-    if rope_type != "default" and rope_type not in family.ropes:
-        computed = " or ".join(("default", *family.ropes))
-        raise _other_math("rope_type", rope_type, computed)
-    if sliding and sliding.get("rope_type", "default") != "default":
-        raise _other_math(
-            "rope_type", sliding["rope_type"], "the value default in layers with a window"
-        )
+    supported = ("default", *family.ropes)
+    if rope_type not in supported:
+        yield "rope_type", rope_type, " or ".join(supported)
+    if sliding.get("rope_type", "default") != "default":
+        yield "rope_type", sliding["rope_type"], "the value default in layers with a window"
     partial = full.get("partial_rotary_factor") or 1.0
     # llama.cpp supports partial rotation only for Phi-4 mini. In other families it rotates the
     # entire head.
     if partial != 1.0 and family.arch != "phi3":
-        raise _other_math("partial_rotary_factor", partial, 1.0)
+        yield "partial_rotary_factor", partial, 1.0
     if rope_type == "yarn":
-        _check_yarn(full)
+        # llama.cpp always uses the attention factor 0.1 ln(factor) + 1, and always rounds the
+        # bounds of the interpolation range to integers.
+        computed = 0.1 * math.log(full["factor"]) + 1.0
+        factor = full.get("attention_factor")
+        if factor is not None and not math.isclose(factor, computed, rel_tol=1e-6):
+            yield "attention_factor", factor, computed
+        for key in ("mscale", "mscale_all_dim"):
+            if full.get(key):
+                yield key, full[key], "none"
+        if full.get("truncate") is False:
+            yield "truncate", False, True
     if rope_type == "longrope":
         pairs = rotary_dims(config) // 2
-        long, short = full.get("long_factor", ()), full.get("short_factor", ())
-        for key, factors in {"long_factor": long, "short_factor": short}.items():
+        for key in ("long_factor", "short_factor"):
+            factors = full.get(key, ())
             if len(factors) != pairs:
-                raise _other_math(key, factors, f"a list of {pairs} factors")
-
-
-def _check_yarn(rope: Rope) -> None:
-    """Raise ModelError if llama.cpp would compute YaRN differently.
-
-    llama.cpp always uses the attention factor 0.1 ln(factor) + 1, and always rounds the bounds of
-    the interpolation range to integers.
-    """
-    computed = 0.1 * math.log(rope["factor"]) + 1.0
-    factor = rope.get("attention_factor")
-    if factor is not None and not math.isclose(factor, computed, rel_tol=1e-6):
-        raise _other_math("attention_factor", factor, computed)
-    scales = {"mscale": rope.get("mscale"), "mscale_all_dim": rope.get("mscale_all_dim")}
-    for key, scale in scales.items():
-        if scale:
-            raise _other_math(key, scale, "none")
-    if rope.get("truncate") is False:
-        raise _other_math("truncate", False, True)
+                yield key, factors, f"a list of {pairs} factors"
 
 
 def rotary_dims(config: ModelConfig) -> int:
@@ -312,82 +232,70 @@ def _llama3_factors(rope: Rope, dims: int) -> Tensor:
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-# Functions that write the header of a GGUF file
+# Functions for the header of a GGUF file
 
 
-def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) -> None:
-    """Add the values of the config to a `gguf.GGUFWriter`."""
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+def config_keys(config: ModelConfig, family: GgufFamily) -> dict[str, Any]:
+    """Return the values of the config for the header, see `plan.add_keys`."""
     is_phi3 = family.arch == "phi3"
-    _add_rope(writer, config, is_phi3=is_phi3)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    # Write these keys only if the config has `head_dim`, as llama.cpp's converter does.
-    if config.get("head_dim") is not None:
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-    # Write the vocabulary size only for families that rotate neighboring channels, as llama.cpp's
-    # converter does.
-    if family.rotates_neighbors:
-        writer.add_vocab_size(config["vocab_size"])
-    if family.rotates_neighbors or is_phi3:
-        writer.add_rope_dimension_count(rotary_dims(config))
-    if _reads_window(config) or is_phi3:
-        writer.add_sliding_window(config["sliding_window"] or 0)
-    factors = (
-        (writer.add_attention_scale, config.get("attention_multiplier")),
-        (writer.add_embedding_scale, config.get("embedding_multiplier")),
-        (writer.add_residual_scale, config.get("residual_multiplier")),
-        (writer.add_logit_scale, config.get("logits_scaling")),
-        (writer.add_attn_logit_softcapping, config.get("attn_logit_softcapping")),
-        (writer.add_final_logit_softcapping, config.get("final_logit_softcapping")),
-    )
-    for add, factor in factors:
-        if factor:
-            add(factor)
+    has_window = _reads_window(config) or is_phi3
+    has_rotary_dims = family.rotates_neighbors or is_phi3
+    return {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "head_count": config["num_attention_heads"],
+        "head_count_kv": config["num_key_value_heads"],
+        **_rope_keys(config, is_phi3=is_phi3),
+        "layer_norm_rms_eps": config["rms_norm_eps"],
+        # llama.cpp's converter writes these two keys only if the config has `head_dim`.
+        "key_length": config.get("head_dim"),
+        "value_length": config.get("head_dim"),
+        # The converter writes the vocabulary size only for families that rotate neighboring
+        # channels.
+        "vocab_size": config["vocab_size"] if family.rotates_neighbors else None,
+        "rope_dimension_count": rotary_dims(config) if has_rotary_dims else None,
+        "sliding_window": (config["sliding_window"] or 0) if has_window else None,
+        "attention_scale": config.get("attention_multiplier") or None,
+        "embedding_scale": config.get("embedding_multiplier") or None,
+        "residual_scale": config.get("residual_multiplier") or None,
+        "logit_scale": config.get("logits_scaling") or None,
+        "attn_logit_softcapping": config.get("attn_logit_softcapping") or None,
+        "final_logit_softcapping": config.get("final_logit_softcapping") or None,
+    }
 
 
-def _add_rope(writer: "GGUFWriter", config: ModelConfig, *, is_phi3: bool) -> None:
+def _rope_keys(config: ModelConfig, *, is_phi3: bool) -> dict[str, Any]:
     import gguf
 
     full, sliding = rope_parameters(config)
     rope_type = full["rope_type"]
-    if rope_type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(full["factor"])
+    keys: dict[str, Any] = {}
+    if rope_type in ("linear", "yarn"):
+        keys["rope_scaling_type"] = gguf.RopeScalingType(rope_type)
+        keys["rope_scaling_factor"] = full["factor"]
+    if rope_type == "yarn" or is_phi3:
+        keys["rope_scaling_orig_ctx_len"] = _original_context(config, full)
     if rope_type == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(full["factor"])
-        writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
-        if full.get("beta_fast") is not None:
-            writer.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
-        if full.get("beta_slow") is not None:
-            writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
-    if is_phi3:
-        writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
+        keys["rope_scaling_yarn_beta_fast"] = full.get("beta_fast")
+        keys["rope_scaling_yarn_beta_slow"] = full.get("beta_slow")
     if rope_type == "longrope":
-        writer.add_rope_scaling_attn_factors(_longrope_scale(config, full))
-    writer.add_rope_freq_base(full["rope_theta"])
-    if sliding:
-        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+        keys["rope_scaling_attn_factors"] = _longrope_scale(config, full)
+    keys["rope_freq_base"] = full["rope_theta"]
+    keys["rope_freq_base_swa"] = sliding.get("rope_theta")
+    return keys
 
 
 def _original_context(config: ModelConfig, rope: Rope) -> int:
-    return (
-        rope.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
-    )
+    key = "original_max_position_embeddings"
+    return int(rope.get(key) or config.get(key) or config["max_position_embeddings"])
 
 
 def _longrope_scale(config: ModelConfig, rope: Rope) -> float:
     """Compute longrope's scaling factor for queries and keys, with Transformers' formula."""
     if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
+        return float(rope["attention_factor"])
     original = _original_context(config, rope)
     factor = config["max_position_embeddings"] / original
     if factor <= 1.0:

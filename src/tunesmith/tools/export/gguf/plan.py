@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,15 +16,15 @@ from tunesmith.host.packages import require
 from tunesmith.tools.export.gguf.families import (
     SERVE_FOLDER,
     ModelConfig,
-    add_config,
     check_tensor_names,
+    config_keys,
     heads_to_permute,
     notes_on_config,
     read_family,
     rope_tensors,
 )
-from tunesmith.tools.export.gguf.quantize import ggml, needs_ggml
-from tunesmith.tools.export.gguf.tokenizer import add_tokenizer, model_name, read_gguf_tokenizer
+from tunesmith.tools.export.gguf.quantize import load_ggml_if_needed
+from tunesmith.tools.export.gguf.tokenizer import model_name, read_gguf_tokenizer
 from tunesmith.tools.export.gguf.types import (
     GGUF_QUANT_TYPES,
     plain_tensors,
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 TENSOR_ALIGNMENT_BYTES = 32  # the data of each tensor starts at a multiple of this
-# Keys of generation_config.json that llama.cpp uses as defaults of its sampler.
-_SAMPLING = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -134,17 +132,27 @@ def plan_gguf(
     factors = rope_tensors(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
     shapes |= {new_names[name]: tuple(weight.shape) for name, weight in weights.items()}
-    writer = new_writer(family.arch)
-    writer.add_type("model")
-    writer.add_name(model_name(name, read_tokenizer.strips_space))
     parameters = sum(prod(shape) for shape in shapes.values())
-    writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
-    _add_sampling(writer, generation)
-    # Use the number of embedding rows as the vocabulary size, because the config may not count
-    # added tokens.
-    add_config(writer, {**config, "vocab_size": rows}, family)
-    header = {key: value.value for key, value in writer.kv_data[0].items()}
-    types = tensor_types(plain_tensors(shapes, quant), quant, header)
+    kind = "ALL" if quant == "f32" else "MOSTLY"
+    keys = {
+        "type": "model",
+        "name": model_name(name, read_tokenizer.strips_space),
+        "size_label": gguf.size_label(parameters, parameters, 0, 0),
+        # llama.cpp uses these values as defaults of its sampler.
+        "sampling_top_k": generation.get("top_k"),
+        "sampling_top_p": generation.get("top_p"),
+        "sampling_min_p": generation.get("min_p"),
+        "sampling_temp": generation.get("temperature"),
+        # Use the number of embedding rows as the vocabulary size, because the config may not count
+        # added tokens.
+        **config_keys({**config, "vocab_size": rows}, family),
+        "file_type": gguf.LlamaFileType[f"{kind}_{quant.upper()}"],
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        **read_tokenizer.keys,
+    }
+    writer = new_writer(family.arch)
+    add_keys(writer, keys)
+    types = tensor_types(plain_tensors(shapes, quant), quant, header_values(writer))
     tensors = []
     for new_name, tensor in factors.items():
         source = WholeRows(tensor.shape, tensor.clone, LastRead())
@@ -159,13 +167,7 @@ def plan_gguf(
         tensors.append(
             GgufTensor(new_name, shapes[new_name], types[new_name], weight, heads, offset)
         )
-    # Load the ggml library now, so that a missing package is reported before a long write.
-    if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
-        ggml()
-    kind = "ALL" if quant == "f32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{kind}_{quant.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, read_tokenizer)
+    load_ggml_if_needed(types.values())
     notes = (*notes_on_config(config), *read_tokenizer.notes)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors), notes)
 
@@ -184,6 +186,22 @@ def new_writer(arch: str) -> "GGUFWriter":
     import gguf
 
     return gguf.GGUFWriter(None, arch)
+
+
+def add_keys(writer: "GGUFWriter", keys: Mapping[str, Any]) -> None:
+    """Add values to the header of a `gguf.GGUFWriter`. Values that are None are left out.
+
+    The value of the key `x` is added with the writer's method `add_x`. For example,
+    `{"block_count": 24}` becomes `llama.block_count = 24` in the header.
+    """
+    for name, value in keys.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+
+
+def header_values(writer: "GGUFWriter") -> dict[str, Any]:
+    """Return the values of the header by their full keys, such as `llama.block_count`."""
+    return {key: value.value for key, value in writer.kv_data[0].items()}
 
 
 def header_bytes(writer: "GGUFWriter", tensors: list[GgufTensor]) -> bytes:
@@ -206,11 +224,3 @@ def header_bytes(writer: "GGUFWriter", tensors: list[GgufTensor]) -> bytes:
     writer.write_ti_data_to_file()
     header = stream.getvalue()
     return header.ljust(padded(len(header)), b"\0")
-
-
-def _add_sampling(writer: "GGUFWriter", generation: Mapping[str, float]) -> None:
-    values = {name: generation.get(name) for name in _SAMPLING}
-    values["temp"] = generation.get("temperature")
-    for name, value in values.items():
-        if value is not None:
-            getattr(writer, f"add_sampling_{name}")(value)

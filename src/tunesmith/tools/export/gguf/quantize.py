@@ -6,6 +6,7 @@ ctypes releases the GIL during the call, so several threads can quantize concurr
 """
 
 import ctypes
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,18 +78,23 @@ def _library_file() -> Path:
     raise OSError("the package libggml-python contains no ggml library for this machine")
 
 
-def needs_ggml(ggml_type: str) -> bool:
-    """Return whether quantization to this type requires the ggml library."""
-    return ggml_type in _GGML_TYPES
+def load_ggml_if_needed(ggml_types: Iterable[str]) -> None:
+    """Load the ggml library if a tensor will be quantized with it.
+
+    Callers use this function before a long write, so that a missing package is reported early.
+    """
+    if not _GGML_TYPES.keys().isdisjoint(ggml_types):
+        ggml()
 
 
 def quantize_rows(rows: Tensor, ggml_type: str, name: str) -> memoryview:
-    """Convert contiguous fp32 rows [n, columns] or [n] to the bytes of a GGUF type.
+    """Convert rows [n, columns] or [n] to the bytes of a GGUF type.
 
     Raise ModelError if a value is not finite before or after the conversion. `name` is the tensor's
     name for the message.
     """
-    if needs_ggml(ggml_type):
+    rows = rows.float().contiguous()
+    if ggml_type in _GGML_TYPES:
         _check_finite(rows, name, ggml_type)
         return _blocks(rows, ggml_type)
     converted = rows.to(_TORCH_TYPES[ggml_type])

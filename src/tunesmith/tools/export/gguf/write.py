@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import chain, islice, product
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -37,16 +37,33 @@ def write_gguf(
     Args:
         progress: function that is called with the number of written bytes and the file size.
     """
-    bands = list(_bands(plan))
-    with BandThreads(threads) as workers, path.open("wb") as file:
-        file.write(plan.header)
-        progress(file.tell(), plan.size)
-        results = workers.run(partial(_band_bytes, band) for band in bands)
-        for band, data in zip(bands, results, strict=True):
-            file.write(data)
-            if band.last == band.tensor.shape[0]:
-                file.write(bytes(padded(band.tensor.size) - band.tensor.size))
-            progress(file.tell(), plan.size)
+    jobs = [list(_row_jobs(tensor)) for tensor in plan.tensors]
+    with BandThreads(threads) as workers:
+        bands = workers.run(chain.from_iterable(jobs))
+        tensors = (islice(bands, len(tensor_jobs)) for tensor_jobs in jobs)
+        write_tensors(path, plan.header, tensors, lambda written: progress(written, plan.size))
+
+
+def write_tensors(
+    path: Path,
+    header: bytes,
+    tensors: Iterable[Iterable[memoryview]],
+    progress: Callable[[int], None],
+) -> None:
+    """Write a GGUF file.
+
+    Args:
+        tensors: for each tensor, the bytes of its bands.
+        progress: function that is called with the number of written bytes.
+    """
+    with path.open("wb") as file:
+        file.write(header)
+        for bands in tensors:
+            for band in bands:
+                file.write(band)
+                progress(file.tell())
+            file.write(bytes(padded(file.tell()) - file.tell()))
+        progress(file.tell())
         # Flush the data to disk, because the caller then renames the file to its final name.
         file.flush()
         os.fsync(file.fileno())
@@ -96,43 +113,23 @@ def tensor_jobs(tensor: Tensor, ggml_type: str, name: str) -> Iterator[BandJob]:
     step = max(BAND_VALUES // tensor.shape[-1], 1)
     for index in product(*map(range, tensor.shape[:-2])):
         for rows in tensor[index].split(step):
-            yield partial(_quantize_copy, rows, ggml_type, name)
+            yield partial(quantize_rows, rows, ggml_type, name)
 
 
-def _quantize_copy(rows: Tensor, ggml_type: str, name: str) -> memoryview:
-    return quantize_rows(rows.float().contiguous(), ggml_type, name)
-
-
-class Band(NamedTuple):
-    """Rows [first:last] of a tensor."""
-
-    tensor: GgufTensor
-    first: int
-    last: int
-
-
-def _bands(plan: GgufPlan) -> Iterator[Band]:
-    for tensor in plan.tensors:
-        count = tensor.shape[0]
-        # Number of rows per band. The last band can be smaller.
-        step = _rows_per_band(tensor)
-        for first in range(0, count, step):
-            yield Band(tensor, first, min(first + step, count))
-
-
-def _rows_per_band(tensor: GgufTensor) -> int:
-    """Return the number of rows per band: up to BAND_VALUES values, but at least a row or head."""
-    values = prod(tensor.shape[1:])
+def _row_jobs(tensor: GgufTensor) -> Iterator[BandJob]:
+    """Yield jobs that read and quantize a tensor of a plan, band by band."""
+    count = tensor.shape[0]
     # If rows are reordered within each head, a band must consist of complete heads.
-    unit = 1 if tensor.heads is None else tensor.shape[0] // tensor.heads
-    return max(BAND_VALUES // values // unit, 1) * unit
+    unit = 1 if tensor.heads is None else count // tensor.heads
+    step = max(BAND_VALUES // prod(tensor.shape[1:]) // unit, 1) * unit
+    for first in range(0, count, step):
+        yield partial(_quantized_rows, tensor, first, min(first + step, count))
 
 
-def _band_bytes(band: Band) -> memoryview:
-    tensor, first, last = band
+def _quantized_rows(tensor: GgufTensor, first: int, last: int) -> memoryview:
     rows = tensor.source.rows(first, last)
     if tensor.offset:
         rows = rows + tensor.offset
     if tensor.heads is not None:
         rows = pair_neighbors(rows, tensor.shape[0] // tensor.heads)
-    return quantize_rows(rows.contiguous(), tensor.ggml_type, tensor.name)
+    return quantize_rows(rows, tensor.ggml_type, tensor.name)
