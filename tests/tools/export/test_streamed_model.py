@@ -79,11 +79,11 @@ def test_every_kind_of_module_reads_its_weights(
     tuned = open_tuned(tmp_path)
     logits = stream(tuned, "merged")
     assert_equal(logits, plain_logits(expected))
-    places = [[8, 2], [1]]
+    positions = [[8, 2], [1]]
     some = streamed_logits(
-        tuned, PROMPTS, values="merged", dtype=torch.float32, device=CPU, places=places
+        tuned, PROMPTS, values="merged", dtype=torch.float32, device=CPU, positions=positions
     )
-    assert_equal(some, [logits[0][places[0]], logits[1][places[1]]])
+    assert_equal(some, [logits[0][positions[0]], logits[1][positions[1]]])
 
 
 @pytest.mark.slow

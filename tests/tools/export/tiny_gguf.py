@@ -22,7 +22,7 @@ from model import families
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
-from tunesmith.tools.export.tuned_weights import LastRead, WholeRows
+from tunesmith.tools.export.tuned_weights import WholeRows
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 TEXTS = [
@@ -159,7 +159,7 @@ def random_model(variant: str, **more: Any) -> PreTrainedModel:
 
 
 def tensor_rows(tensor: torch.Tensor) -> WholeRows:
-    return WholeRows(tensor.shape, tensor.clone, LastRead())
+    return WholeRows(tensor.shape, tensor.clone)
 
 
 def rows_of(model: PreTrainedModel) -> dict[str, WholeRows]:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ from tunesmith.tools.export.output import (
     part_folder,
 )
 from tunesmith.tools.export.record import make_card
-from tunesmith.tools.export.streamed_model import Values, streamed_logits
+from tunesmith.tools.export.streamed_model import streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, stored_sources
 
 # Required disk space as a multiple of the size of the weights. 10 % is for the other files.
@@ -173,58 +174,55 @@ def _merge_and_check(
 ) -> MergeCheck:
     """Write the merged model to `folder`, and compare its logits with those of the adapter."""
     torch_device = torch.device(select_device(device))
-    read = read_run_files(location)
-    tuned = open_tuned_model(read)
+    tuned = open_tuned_model(read_run_files(location))
     write_merged(tuned, folder, dtype)
     _check_readable(folder)
     merged_location = locate_run(folder)
     # Use the run's setting of `vision`: the merged folder has no recipe, so it does not record
     # whether the vision encoder is loaded.
-    model = replace(merged_location.base, vision=location.base.vision)
-    written = open_tuned_model(read_run_files(replace(merged_location, base=model)))
-    prompts, probes = merge_check.probe_prompts(read)
+    base = replace(merged_location.base, vision=location.base.vision)
+    written = open_tuned_model(read_run_files(replace(merged_location, base=base)))
+    return _compare(tuned, written, dtype, torch_device)
 
-    def logits(
-        model: TunedModel, values: Values, dtype: str, attention: str | None = None
-    ) -> list[torch.Tensor]:
-        return streamed_logits(
-            model,
-            prompts,
-            values=values,
-            dtype=DTYPES[dtype],
-            device=torch_device,
-            attention=attention,
-        )
 
+def _compare(
+    tuned: TunedModel, written: TunedModel, dtype: Dtype, device: torch.device
+) -> MergeCheck:
+    """Compare the logits of the adapter with those of the written model."""
+    prompts, probes = merge_check.probe_prompts(tuned)
+    logits = partial(streamed_logits, prompts=prompts, device=device)
     # Compute the adapter's logits in the dtype of training, or in fp32 if the merge is in fp32.
-    trained_dtype = "fp32" if dtype == "fp32" else location.dtype
-    adapted = logits(tuned, "adapter", trained_dtype)
-    base = compare_logits(adapted, logits(tuned, "base", trained_dtype))
-    written_logits = logits(written, "merged", dtype)
+    trained_dtype = torch.float32 if dtype == "fp32" else DTYPES[tuned.location.dtype]
+    adapted = logits(tuned, values="adapter", dtype=trained_dtype)
+    base = compare_logits(adapted, logits(tuned, values="base", dtype=trained_dtype))
+    merged = logits(written, values="merged", dtype=DTYPES[dtype])
     # Measure the noise of the dtype as the difference between eager and sdpa attention. Both
     # compute the same formula, but add in a different order.
-    noise = compare_logits(written_logits, logits(written, "merged", dtype, "eager"))
-    merged = compare_logits(adapted, written_logits)
-    largest = largest_logit(adapted)
+    noise = compare_logits(
+        merged, logits(written, values="merged", dtype=DTYPES[dtype], attention="eager")
+    )
     exact = None
     # Also compare in fp32. There, rounding cannot explain a large difference, so it would be an
     # error of the merge.
     if dtype != "fp32":
-        adapted = logits(tuned, "adapter", "fp32")
-        difference = compare_logits(adapted, logits(tuned, "merged", "fp32"))
-        counts = merge_check.count_misrounded(written, tuned, DTYPES[dtype])
-        exact = ExactCheck(difference, largest_logit(adapted), *counts)
-    return MergeCheck(
+        adapted_fp32 = logits(tuned, values="adapter", dtype=torch.float32)
+        merged_fp32 = logits(tuned, values="merged", dtype=torch.float32)
+        exact = ExactCheck(
+            compare_logits(adapted_fp32, merged_fp32),
+            largest_logit(adapted_fp32),
+            *merge_check.count_misrounded(written, tuned, DTYPES[dtype]),
+        )
+    check = MergeCheck(
         dtype=dtype,
-        merged=merged,
+        merged=compare_logits(adapted, merged),
         base=base,
         noise=noise,
-        largest=largest,
+        largest=largest_logit(adapted),
         positions=sum(map(len, prompts)),
         probes=probes,
         exact=exact,
-        rules=merge_check.merge_rules(dtype, merged, base, noise, largest, exact),
     )
+    return replace(check, rules=merge_check.merge_rules(check))
 
 
 def _check_readable(folder: Path) -> None:

@@ -95,7 +95,7 @@ class MergeCheck:
         positions: number of compared token positions.
         probes: the source of the prompts.
         exact: the comparison in fp32; None if the written weights are in fp32.
-        rules: the text of each rule, and whether the merge passes the rule.
+        rules: the result of `merge_rules`.
     """
 
     dtype: str
@@ -106,7 +106,7 @@ class MergeCheck:
     positions: int
     probes: str
     exact: ExactCheck | None
-    rules: tuple[tuple[str, bool], ...]
+    rules: tuple[tuple[str, bool], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -145,23 +145,17 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
     return Difference(largest, kl.mean().item(), agreeing / len(kl), kl.median().item())
 
 
-def merge_rules(
-    dtype: str,
-    merged: Difference,
-    base: Difference,
-    noise: Difference,
-    largest: float,
-    exact: ExactCheck | None,
-) -> tuple[tuple[str, bool], ...]:
+def merge_rules(check: MergeCheck) -> tuple[tuple[str, bool], ...]:
     """Return the text of each rule for a merge, and whether the merge passes the rule.
 
     The module's docstring describes the rules.
     """
+    dtype, merged, exact = check.dtype, check.merged, check.exact
     if dtype == "fp32":
-        return (_fp32_rule("", merged, largest),)
+        return (_fp32_rule("", merged, check.largest),)
     # The limit is the largest of three values: a fraction of the effect of the training, a multiple
     # of the noise of the dtype, and a constant.
-    limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, MERGE_KL_FLOOR_NATS)
+    limit = max(KL_SHARE * check.base.mean_kl, KL_NOISE * check.noise.mean_kl, MERGE_KL_FLOOR_NATS)
     text = (
         f"in {dtype}, the mean KL divergence from the adapter is {merged.mean_kl:.2g} nats, and "
         f"the limit is {limit:.2g} nats: the largest of {KL_SHARE:.0%} of the divergence between "

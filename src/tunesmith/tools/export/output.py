@@ -10,6 +10,7 @@ Commands check the output path before they import torch.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,18 +54,15 @@ def check_output_path(output: str | Path, location: RunLocation) -> Path:
     # If an export was killed between the two renames of `move_into_place`, restore the old folder.
     if not goal.exists() and _old(goal).exists():
         _old(goal).rename(goal)
+    real_goal = os.path.realpath(goal)
     for source in (location.folder, Path(location.base.name)):
-        if source is None or not source.exists():
-            continue
-        source_path = Path(os.path.realpath(source))
-        real_goal = Path(os.path.realpath(goal))
-        if real_goal == source_path or real_goal in source_path.parents:
+        if source and source.exists() and Path(os.path.realpath(source)).is_relative_to(real_goal):
             raise UsageError(
                 f"{goal} contains the adapter or its base model",
                 where="--output",
                 fix="use another folder",
             )
-    if goal == Path.cwd() or goal in Path.cwd().parents:
+    if Path.cwd().is_relative_to(goal):
         raise UsageError(
             f"{goal} is or contains the current folder",
             where="--output",
@@ -291,11 +289,9 @@ def _old(goal: Path) -> Path:
 
 def _remove_killed(goal: Path) -> None:
     """Delete the hidden folders of killed exports to this path, because each can hold a model."""
-    prefix = f".{goal.name}."
     for folder in goal.parent.glob(".*.part"):
-        number = folder.name.removeprefix(prefix).removesuffix(".part")
-        is_part = folder.name == f"{prefix}{number}.part" and number.isdigit()
+        match = re.fullmatch(rf"\.{re.escape(goal.name)}\.([0-9]+)\.part", folder.name)
         # In a container, process ids are soon reused. This process has not written anything yet, so
         # a folder with its process id is from a killed export too.
-        if is_part and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(folder, ignore_errors=True)

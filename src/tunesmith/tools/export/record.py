@@ -6,9 +6,9 @@ The record of `FILE.gguf` is the file `FILE.gguf.json` in the same folder.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, model_card, with_files
@@ -20,8 +20,8 @@ from tunesmith.tools.export.output import record_path
 
 if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.adapter import GgufBase
-    from tunesmith.tools.export.gguf.check import FileCheck
     from tunesmith.tools.export.gguf.converter import Converter
+    from tunesmith.tools.export.gguf.export import ExportedFile
 
 # Files that identify a run directory, an adapter folder and a model folder, in this order. A folder
 # that contains one of these files is not a GGUF export.
@@ -29,52 +29,40 @@ OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
 ADAPTER_KIND = "GGUF, LoRA only, f16"
 
 
-class ExportRecord(TypedDict):
-    """The content of FILE.gguf.json."""
-
-    tunesmith: str
-    kind: str
-    bytes: int
-    check: dict[str, dict[str, float]] | None
-    unchecked: str
-    base: dict[str, str] | None
-    converter: dict[str, str] | None
-    card: str
-
-
-def make_record(
+def write_record(
+    file: Path,
     location: RunLocation,
+    exported: "ExportedFile",
     kind: str,
-    size: int,
-    unchecked: str,
-    check: "FileCheck | None",
-    *,
-    base: "GgufBase | None" = None,
-    converter: "Converter | None" = None,
-) -> ExportRecord:
-    """Return the record of an exported GGUF file.
+    base: "GgufBase | None",
+    converter: "Converter | None",
+) -> None:
+    """Write the record of an exported GGUF file.
 
     Args:
+        file: the GGUF file.
         location: the exported run.
+        exported: the result of the export.
         kind: description of the weights' type, for the model card.
-        size: size of the file in bytes.
-        unchecked: why the file was not checked; "" if it was.
         base: the GGUF file that an adapter was trained on; None if the base is not a GGUF file.
         converter: llama.cpp's converter, if the converter wrote the file.
     """
-    merged = "" if kind == ADAPTER_KIND else "GGUF"
-    return {
+    record = {
         "tunesmith": "export",
         "kind": kind,
-        "bytes": size,
-        "check": asdict(check) if check else None,
-        "unchecked": unchecked,
-        "base": {"file": base.file.name, "sha256": base.sha256} if base else None,
-        "converter": {"folder": str(converter.folder), "sha256": converter.sha256}
-        if converter
-        else None,
-        "card": make_card(location, merged=merged, library="gguf"),
+        "bytes": exported.bytes,
+        "check": asdict(exported.check) if exported.check else None,
+        "unchecked": exported.unchecked,
+        "base": None,
+        "converter": None,
+        "card": make_card(location, merged="" if kind == ADAPTER_KIND else "GGUF", library="gguf"),
     }
+    if base:
+        record["base"] = {"file": base.file.name, "sha256": base.sha256}
+    if converter:
+        record["converter"] = {"folder": str(converter.folder), "sha256": converter.sha256}
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(record_path(file), text + "\n")
 
 
 def make_card(location: RunLocation, *, merged: str = "", library: str | None = None) -> str:
@@ -90,10 +78,6 @@ def make_card(location: RunLocation, *, merged: str = "", library: str | None = 
         is_trained=location.holds != "base",
         step=weights_step(location.folder),
     )
-
-
-def write_record(file: Path, record: ExportRecord) -> None:
-    write_atomically(record_path(file), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
@@ -124,27 +108,20 @@ def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
 
 
 def _card(ggufs: list[Path]) -> str:
-    cards = []
+    records = [_read_record(file) for file in ggufs]
     rows = []
-    for file in ggufs:
-        record = _read_record(file)
-        cards.append(record["card"])
-        rows.append(card_row(file.name, record))
+    for file, record in zip(ggufs, records, strict=True):
+        row = CardFile(file.name, record["kind"], record["bytes"])
+        if record["check"]:
+            tuned = record["check"]["tuned"]
+            row = replace(row, mean_kl=tuned["mean_kl"], agreement=tuned["agreement"])
+        rows.append(row)
     # All files in the folder were exported from the same run, so the card of the first file fits
     # all files.
-    return with_files(cards[0], rows)
+    return with_files(records[0]["card"], rows)
 
 
-def card_row(name: str, record: ExportRecord) -> CardFile:
-    """Return the row that describes a file in the table of the model card."""
-    check = record["check"]
-    if check is None:
-        return CardFile(name, record["kind"], record["bytes"])
-    tuned = check["tuned"]
-    return CardFile(name, record["kind"], record["bytes"], tuned["mean_kl"], tuned["agreement"])
-
-
-def _read_record(file: Path) -> ExportRecord:
+def _read_record(file: Path) -> dict[str, Any]:
     """Read the export record of a GGUF file.
 
     Raise UsageError if there is no valid record, or if the file's size differs from the record.
@@ -153,7 +130,7 @@ def _read_record(file: Path) -> ExportRecord:
     size = file.stat().st_size
     fix = f"export the file again, or add a {CARD} to its folder and push the folder"
     try:
-        record: ExportRecord = json.loads(record_file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
         missing = [key for key in ("kind", "check", "card") if key not in record]
         if record["bytes"] != size:
             why = f"the record is for a file of {record['bytes']} bytes, but the file has {size}"

@@ -97,16 +97,15 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
 
 def warn_of_distance(exported: ExportedFile) -> None:
     """Print a warning and a fix if the outputs of the file and of the tuned model differ much."""
-    check = exported.check
-    if check is None:
+    if exported.check is None or exported.check.is_near:
         return
-    if not check.is_near and exported.base:
+    if exported.base:
         notify(
             "warning: the answers differ from those of the tuned model, because llama.cpp rounds "
             "the activations if the base file is quantized; to get closer answers, export the "
             "entire model: remove --adapter, and use --quant q8_0 or f16"
         )
-    elif not check.is_near:
+    else:
         notify(
             "warning: the answers differ from those of the tuned model, because the quantization "
             "has few bits; to get closer answers, use --quant q8_0 or f16"

@@ -40,8 +40,13 @@ Values = Literal["base", "adapter", "merged"]
 
 @dataclass(frozen=True)
 class _WeightReader:
-    """Reader of weights for one forward pass, which converts them to a dtype and a device."""
+    """Reader of a model's weights for one forward pass. It converts them to a dtype and a device.
 
+    Attributes:
+        weights: the weights by parameter name. A tied weight occurs under both of its names.
+    """
+
+    weights: Mapping[str, TunedWeight]
     values: Values
     dtype: torch.dtype
     device: torch.device
@@ -66,16 +71,15 @@ class StreamedLinear(nn.Module):
     With `values="adapter"`, the output of the adapter is added to y.
     """
 
-    def __init__(
-        self, weight: TunedWeight, bias: TunedWeight | None, reader: _WeightReader
-    ) -> None:
+    def __init__(self, name: str, reader: _WeightReader) -> None:
         super().__init__()
-        self.tuned_weight = weight
-        self.tuned_bias = bias
+        self.tuned_weight = reader.weights[f"{name}.weight"]
+        self.tuned_bias = reader.weights.get(f"{name}.bias")
         self.reader = reader
         # This weight stays on meta. It exists because some models read `weight.dtype` in their
         # forward.
-        self.weight = nn.Parameter(torch.empty(weight.shape, dtype=reader.dtype, device="meta"))
+        shape = self.tuned_weight.shape
+        self.weight = nn.Parameter(torch.empty(shape, dtype=reader.dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the output [..., out_features] for the input x [..., in_features]."""
@@ -103,7 +107,7 @@ def streamed_logits(
     dtype: torch.dtype,
     device: torch.device,
     attention: str | None = None,
-    places: Sequence[Sequence[int]] | None = None,
+    positions: Sequence[Sequence[int]] | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Compute the logits of each prompt: fp32 [tokens, vocabulary], on the CPU.
@@ -112,9 +116,9 @@ def streamed_logits(
         values: the values of the weights, see `Values`.
         dtype: dtype of weights and matmuls.
         attention: Transformers' name of the attention implementation; None: the model's default.
-        places: for each prompt the positions whose logits are returned, as [positions, vocabulary];
-            None: all positions. With a vocabulary of 128k, the logits of one position take half a
-            megabyte.
+        positions: for each prompt the positions whose logits are returned, as [positions,
+            vocabulary]; None: all positions. With a vocabulary of 128k, the logits of one position
+            take half a megabyte.
         on_layer: function that is called after each decoder layer.
     """
     model = copy.deepcopy(tuned.model).eval()
@@ -130,16 +134,19 @@ def streamed_logits(
     weights = dict(tuned.weights)
     if values == "adapter":
         weights |= _attach_to_experts(model, tuned)
-    _stream(model, weights, _WeightReader(values, dtype, device))
+    for name, first_name in tied_names(model).items():
+        # A tied parameter has two names in the model, but is stored only once.
+        weights[name] = weights[first_name]
+    _stream(model, _WeightReader(weights, values, dtype, device))
     # Pad shorter prompts at the end. No attention mask is needed, because attention is causal.
     ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    if places is not None:
-        _compute_head_at(model, places)
+    if positions is not None:
+        _compute_head_at(model, positions)
     logits = model(input_ids=ids.to(device), use_cache=False).logits
-    if places is not None:
-        return list(logits[0].float().cpu().split(list(map(len, places))))
+    if positions is not None:
+        return list(logits[0].float().cpu().split(list(map(len, positions))))
     return [row[: len(prompt)].float().cpu() for row, prompt in zip(logits, prompts, strict=True)]
 
 
@@ -148,13 +155,16 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.get_submodule(find_layers(model)).children())
 
 
-def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) -> None:
+def _compute_head_at(model: PreTrainedModel, positions: Sequence[Sequence[int]]) -> None:
     """Modify the model so that the output layer only computes the given positions of each prompt.
 
     The logits of all prompts are concatenated: [1, positions, vocabulary].
     """
-    rows = [row for row, positions in enumerate(places) for _ in positions]
-    columns = [position for positions in places for position in positions]
+    rows = []
+    columns = []
+    for row, in_prompt in enumerate(positions):
+        rows += [row] * len(in_prompt)
+        columns += in_prompt
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *others = args
@@ -186,26 +196,19 @@ def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, T
     return weights
 
 
-def _stream(
-    model: PreTrainedModel, weights: Mapping[str, TunedWeight], reader: _WeightReader
-) -> None:
+def _stream(model: PreTrainedModel, reader: _WeightReader) -> None:
     """Modify a model on the meta device so that its modules read each weight when they use it."""
-    by_name = dict(weights)
-    for name, first_name in tied_names(model).items():
-        # A tied parameter has two names in the model, but is stored only once.
-        by_name[name] = weights[first_name]
     # Set the dtype of the parameters on meta too, because some models read it in their forward.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(reader.dtype)
-    _read_buffers(model, by_name, reader)
+    _read_buffers(model, reader)
     rest = {}  # modules that do not read their weights themselves, by name
     for name, module in list(model.named_modules()):
         if is_plain_linear(module):
-            bias = by_name.get(f"{name}.bias")
-            model.set_submodule(name, StreamedLinear(by_name[f"{name}.weight"], bias, reader))
+            model.set_submodule(name, StreamedLinear(name, reader))
         elif type(module).forward is nn.Embedding.forward or module is model.get_input_embeddings():
-            _read_token_rows(module, by_name[f"{name}.weight"], reader)
+            _read_token_rows(module, reader.weights[f"{name}.weight"], reader)
         else:
             rest[name] = module
     layers = find_layers(model)
@@ -213,20 +216,18 @@ def _stream(
         prefix = f"{layers}.{number}"
         inside = [name for name in rest if name == prefix or name.startswith(f"{prefix}.")]
         # Read the remaining parameters of a layer directly before the forward of the layer.
-        _read_before_forward(layer, {name: rest.pop(name) for name in inside}, by_name, reader)
-    _read_parameters(rest, by_name, reader)
+        _read_before_forward(layer, {name: rest.pop(name) for name in inside}, reader)
+    _read_parameters(rest, reader)
 
 
-def _read_buffers(
-    model: nn.Module, by_name: Mapping[str, TunedWeight], reader: _WeightReader
-) -> None:
+def _read_buffers(model: nn.Module, reader: _WeightReader) -> None:
     """Load the buffers that are stored in the checkpoint.
 
     The other buffers were computed when the model was built, so they are only moved to the device.
     """
     for name, module in model.named_modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
-            stored = by_name.get(f"{name}.{key}")
+            stored = reader.weights.get(f"{name}.{key}")
             values = buffer if stored is None else reader.whole(stored).to(buffer.dtype)
             setattr(module, key, values.to(reader.device))
 
@@ -241,10 +242,10 @@ def _read_token_rows(module: nn.Module, weight: TunedWeight, reader: _WeightRead
 
     def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ids, *others = args
-        tokens, places = ids.unique(return_inverse=True)
+        tokens, indices = ids.unique(return_inverse=True)
         rows = [reader.rows(weight, token, token + 1) for token in tokens.tolist()]
         module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
-        return (places, *others)
+        return (indices, *others)
 
     def drop(*_: object) -> None:
         module.weight = unread
@@ -258,35 +259,27 @@ def _read_token_rows(module: nn.Module, weight: TunedWeight, reader: _WeightRead
 
 
 def _read_before_forward(
-    layer: nn.Module,
-    modules: Mapping[str, nn.Module],
-    by_name: Mapping[str, TunedWeight],
-    reader: _WeightReader,
+    layer: nn.Module, modules: Mapping[str, nn.Module], reader: _WeightReader
 ) -> None:
     """Make a layer read the parameters of `modules` before its forward, and drop them afterwards.
 
     `modules` are the layer itself and the submodules that do not read their weights themselves.
     """
-    empty = {}
-    for name, module in modules.items():
-        empty[name] = dict(module.named_parameters(recurse=False))
 
     def read(*_: object) -> None:
-        _read_parameters(modules, by_name, reader)
+        _read_parameters(modules, reader)
 
     def drop(*_: object) -> None:
-        for name, parameters in empty.items():
-            for key, parameter in parameters.items():
-                setattr(modules[name], key, parameter)
+        for module in modules.values():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     layer.register_forward_pre_hook(read)
     layer.register_forward_hook(drop)
 
 
-def _read_parameters(
-    modules: Mapping[str, nn.Module], by_name: Mapping[str, TunedWeight], reader: _WeightReader
-) -> None:
+def _read_parameters(modules: Mapping[str, nn.Module], reader: _WeightReader) -> None:
     for name, module in modules.items():
         for key, _ in list(module.named_parameters(recurse=False)):
-            values = reader.whole(by_name[f"{name}.{key}" if name else key])
+            values = reader.whole(reader.weights[f"{name}.{key}" if name else key])
             setattr(module, key, nn.Parameter(values, requires_grad=False))

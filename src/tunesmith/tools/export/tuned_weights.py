@@ -9,7 +9,7 @@ rows are in memory. With an nf4 base, one entire matrix is in memory.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -88,7 +88,7 @@ class StoredRows:
         return self._rounded(torch.stack(sums).sum(dim=0) / self.stored.shape[0])
 
 
-class LastRead:
+class TensorCache:
     """Cache for one tensor: the last tensor that had to be read entirely, not row by row."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class LastRead:
     def values(self, owner: "WholeRows") -> Tensor:
         with self._lock:
             if self._owner is not owner:
-                self._values = torch.empty(0)
+                self._values = torch.empty(0)  # free the previous tensor first
                 self._values = owner.read()
                 self._owner = owner
             return self._values
@@ -111,16 +111,16 @@ class WholeRows:
 
     Attributes:
         read: function that reads the entire tensor, in the dtype that training computed with.
-        last_read: the cache in which the tensor is stored. All tensors of the model share one
-            cache.
+        cache: the cache in which the tensor is stored. If several tensors share a cache, only the
+            last one is in memory.
     """
 
     shape: torch.Size
     read: Callable[[], Tensor]
-    last_read: LastRead
+    cache: TensorCache = field(default_factory=TensorCache)
 
     def rows(self, first: int, last: int) -> Tensor:
-        values = self.last_read.values(self)
+        values = self.cache.values(self)
         rows = values[first:last] if values.ndim else values
         return rows.float() if rows.is_floating_point() else rows
 
@@ -301,8 +301,8 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     set_bypassed(model, files.support.dead_targets)
     if is_sharded(files.folder):
         # The shards of several ranks hold the entire trained model, so the base is not needed.
-        parts = _sharded_rows(model, ShardedTensors(files.folder))
-        weights = {name: TunedWeight(None, rows) for name, rows in parts}
+        sources = _sharded_rows(model, ShardedTensors(files.folder))
+        weights = {name: TunedWeight(None, rows) for name, rows in sources.items()}
         return TunedModel(**vars(read), model=model, weights=weights)
     trained = define_model(run, files)
     sources = _stored_rows(model, trained, read)
@@ -316,17 +316,17 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     return TunedModel(**vars(read), model=model, weights=weights)
 
 
-def _sharded_rows(
-    model: PreTrainedModel, tensors: ShardedTensors
-) -> Iterator[tuple[str, RowSource]]:
-    """Yield the name and a `RowSource` of each parameter in a checkpoint of several ranks.
+def _sharded_rows(model: PreTrainedModel, tensors: ShardedTensors) -> dict[str, RowSource]:
+    """Return a `RowSource` for each parameter in a checkpoint of several ranks.
 
-    The names are those of `weights_of`.
+    Keys are names of `weights_of`.
     """
-    last_read = LastRead()
-    for name, shape in weights_of(model).items():
-        read_all = partial(_read_sharded, tensors, name, shape.dtype)
-        yield name, WholeRows(shape.shape, read_all, last_read)
+    cache = TensorCache()
+    sources: dict[str, RowSource] = {}
+    for name, tensor in weights_of(model).items():
+        read_all = partial(_read_sharded, tensors, name, tensor.dtype)
+        sources[name] = WholeRows(tensor.shape, read_all, cache)
+    return sources
 
 
 def _stored_rows(
@@ -348,7 +348,7 @@ def _stored_rows(
     stored = find_stored(model, files.folder, quantized=frozen, grow_from=grow_from)
     shapes = weights_of(model)
     tied = tied_names(model)
-    last_read = LastRead()
+    cache = TensorCache()
     sources: dict[str, RowSource] = {}
     for stored_name, parts in stored.items():
         name = tied.get(stored_name, stored_name)
@@ -356,7 +356,7 @@ def _stored_rows(
         # trained with the rounded weights.
         if name in frozen:
             read_all = partial(_read_quantized, frozen[name], parts, name)
-            sources[name] = WholeRows(shapes[name].shape, read_all, last_read)
+            sources[name] = WholeRows(shapes[name].shape, read_all, cache)
         elif name in stacks:
             sources[name] = QuantizedExperts(stacks[name], parts[""])
         else:
@@ -432,12 +432,10 @@ def _adapted_weights(
 
 
 def _equal(a: RowSource, b: RowSource) -> bool:
-    if a.shape != b.shape:
-        return False
-    for band in row_bands(a.shape):
-        if not torch.equal(a.rows(band.start, band.stop), b.rows(band.start, band.stop)):
-            return False
-    return True
+    return a.shape == b.shape and all(
+        torch.equal(a.rows(band.start, band.stop), b.rows(band.start, band.stop))
+        for band in row_bands(a.shape)
+    )
 
 
 def _untie(model: PreTrainedModel, name: str) -> None:

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,6 @@ class AdapterTarget:
     base: GgufBase | None = None
 
 
-# PEFT's suffix of a LoRA matrix -> llama.cpp's suffix.
-_FACTOR_SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 WHOLE_MODEL_FIX = "export the entire model, without --adapter"
 
 
@@ -76,8 +75,7 @@ def plan_adapter(
     """
     require_gguf()
     family = read_family(config)
-    refuse_unsupported(weights, target, is_tied=bool(config.get("tie_word_embeddings")))
-    matrices = lora_matrices(weights)
+    matrices = lora_matrices(weights, target, is_tied=bool(config.get("tie_word_embeddings")))
     new_names = check_tensor_names({base_name for base_name, _ in matrices}, config, family)
     tensors = []
     for (base_name, suffix), weight in matrices.items():
@@ -100,7 +98,11 @@ def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
     writer.add_type("adapter")
     writer.add_name(target.name)
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", _alpha(target.adapter))
+    alpha = target.adapter.alpha
+    # llama.cpp scales an adapter by alpha / r, but rsLoRA scales by alpha / sqrt(r).
+    if target.adapter.rslora:
+        alpha *= math.sqrt(target.adapter.rank)
+    writer.add_float32("adapter.lora.alpha", alpha)
     if target.base is not None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, target.base.file.name)
@@ -108,15 +110,30 @@ def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
     return writer
 
 
-def refuse_unsupported(
+def lora_matrices(
     weights: Mapping[str, RowSource], target: AdapterTarget, *, is_tied: bool
-) -> None:
-    """Raise ModelError if the run trained weights that llama.cpp cannot apply from an adapter."""
+) -> dict[tuple[str, str], RowSource]:
+    """Return a dict from (name of the base weight, llama.cpp's suffix) to each LoRA matrix.
+
+    For example, the matrix A of `q_proj` has the key
+    `("model.layers.0.self_attn.q_proj.weight", ".lora_a")`.
+
+    Raise ModelError if the run trained weights that llama.cpp cannot apply from an adapter.
+    """
     if target.added_tokens:
         raise _inexpressible(
             f"has {count_of(target.added_tokens, 'added token')} that the base does not have"
         )
-    for base_name, _ in lora_matrices(weights):
+    matrices = {}
+    for name, weight in weights.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen head or embedding
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
+        if match is None:
+            # The tensor belongs to a fully trained module or to another kind of adapter.
+            raise _inexpressible(f"has {name}, which is not a LoRA matrix")
+        matrices[f"{match[1]}.weight", f".lora_{match[2].lower()}"] = weight
+    for base_name, _ in matrices:
         if base_name == "model.embed_tokens.weight":
             raise _inexpressible("changes the embedding")
         if base_name == "lm_head.weight" and is_tied:
@@ -126,35 +143,7 @@ def refuse_unsupported(
             raise _inexpressible("changes per_layer_model_projection, which llama.cpp ignores")
         if ".experts." in base_name:
             raise _inexpressible("has LoRA matrices of experts")
-
-
-def lora_matrices(weights: Mapping[str, RowSource]) -> dict[tuple[str, str], RowSource]:
-    """Return a dict from (name of the base weight, llama.cpp's suffix) to each LoRA matrix.
-
-    Raise ModelError if a tensor is not a LoRA matrix.
-    """
-    matrices = {}
-    for name, weight in weights.items():
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT's copy of a frozen head or embedding
-        for part, suffix in _FACTOR_SUFFIXES.items():
-            if name.endswith(part):
-                layer = name.removeprefix(PREFIX).removesuffix(part)
-                matrices[f"{layer}.weight", suffix] = weight
-                break
-        # Neither LoRA suffix matched: the tensor belongs to a fully trained module or to another
-        # kind of adapter.
-        else:
-            raise _inexpressible(f"has {name}, which is not a LoRA matrix")
     return matrices
-
-
-def _alpha(adapter: Adapter) -> float:
-    """Return the value of alpha for llama.cpp, which scales an adapter by alpha / r.
-
-    rsLoRA scales by alpha / sqrt(r), so the alpha of an rsLoRA is multiplied by sqrt(r).
-    """
-    return adapter.alpha * math.sqrt(adapter.rank) if adapter.rslora else adapter.alpha
 
 
 def _inexpressible(what: str) -> ModelError:

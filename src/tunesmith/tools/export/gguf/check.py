@@ -136,7 +136,7 @@ def check_file(
     Raise CheckpointError if llama.cpp cannot open the file. Also raise it if llama.cpp tokenizes a
     text differently, because the model would then give wrong answers without an error.
     """
-    prompts, places = _prompts_and_places(tuned, beyond_window=beyond_window)
+    prompts, positions = _prompts_and_positions(tuned, beyond_window=beyond_window)
     # Number of layers to compute in the tuned model and in the base model, for the progress.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
@@ -144,7 +144,13 @@ def check_file(
         f"compared with those of the tuned model in fp32 ({layers:,} layers to compute); "
         "--no-check skips the check"
     )
-    advance = _count_parts(layers + sum(map(len, places)), progress)
+    total = layers + sum(map(len, positions))
+    done = itertools.count()
+
+    def advance() -> None:
+        progress(next(done), total)
+
+    advance()  # reports 0 steps
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
     with LlamaCpp(
         base_file or file,
@@ -153,21 +159,21 @@ def check_file(
         # The context must hold one token more than the longest prompt.
         context=max(CHECK_CONTEXT_TOKENS, *(len(prompt) + 1 for prompt in prompts)),
     ) as server:
-        texts = _check_ids(server, tuned)
+        checked = _check_ids(server, tuned)
         base_logits = None
         if base is not None:
-            base_logits = compute(base, prompts, values="base", places=places)
-        expected = compute(tuned, prompts, values="adapter", places=places)
-        compared, served = _served_logits(server, prompts, places, expected, advance)
+            base_logits = compute(base, prompts, values="base", positions=positions)
+        expected = compute(tuned, prompts, values="adapter", positions=positions)
+        compared, served = _served_logits(server, prompts, positions, expected, advance)
     return FileCheck(
-        len(texts),
+        checked,
         compare_logits(compared, served),
         None if base_logits is None else compare_logits(expected, base_logits),
         len(served),
     )
 
 
-def _prompts_and_places(
+def _prompts_and_positions(
     tuned: TunedModel, *, beyond_window: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the prompts for the comparison of logits, and the compared positions of each prompt.
@@ -176,7 +182,7 @@ def _prompts_and_places(
     prompt is joined from several rows of the run.
     """
     prompts, _ = probe_prompts(tuned)
-    places = [_places(len(prompt)) for prompt in prompts]
+    positions = [_spaced_positions(len(prompt)) for prompt in prompts]
     config = tuned.model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     window = window or getattr(config, "attention_chunk_size", None) or 0
@@ -186,25 +192,14 @@ def _prompts_and_places(
         rows, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS)
         ids = itertools.chain.from_iterable(itertools.cycle(rows))
         prompts.append(list(itertools.islice(ids, length)))
-        places.append([len(prompts[-1]) - 1])
-    return prompts, places
-
-
-def _count_parts(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """Report 0 of `total` finished steps, and return a function that reports the next step."""
-    done = itertools.count()
-
-    def advance() -> None:
-        progress(next(done), total)
-
-    advance()
-    return advance
+        positions.append([len(prompts[-1]) - 1])
+    return prompts, positions
 
 
 def _served_logits(
     server: LlamaCpp,
     prompts: Sequence[list[int]],
-    places: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
     advance: Callable[[], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -215,8 +210,8 @@ def _served_logits(
     """
     compared = []
     served = []
-    for prompt, where, reference in zip(prompts, places, expected, strict=True):
-        for position, row in zip(where, reference, strict=True):
+    for prompt, in_prompt, logits in zip(prompts, positions, expected, strict=True):
+        for position, row in zip(in_prompt, logits, strict=True):
             # Send token ids instead of text, so that the result does not depend on the tokenizer.
             values = server.log_probabilities(prompt[: position + 1], len(row))
             advance()
@@ -226,20 +221,23 @@ def _served_logits(
     return compared, served
 
 
-def _places(length: int) -> list[int]:
+def _spaced_positions(length: int) -> list[int]:
     """Return evenly spaced positions of a prompt of `length` tokens, including the last token."""
     count = min(POSITIONS_PER_PROMPT, length)
     return [length * (number + 1) // count - 1 for number in range(count)]
 
 
-def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
-    tokenizer = tuned.files.tokenizer
+def _check_ids(server: LlamaCpp, tuned: TunedModel) -> int:
+    """Return the number of texts for which llama.cpp and the tokenizer give the same token ids.
+
+    Raise CheckpointError if the token ids of a text differ.
+    """
     # A prompt must be one token shorter than the context, because the server generates one more
     # token.
     prompts, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS - 1)
-    texts = [tokenizer.decode(ids) for ids in prompts]
-    for text in texts:
-        own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for ids in prompts:
+        text = tuned.tokenizer.decode(ids)
+        own_ids = tuned.tokenizer(text, add_special_tokens=False)["input_ids"]
         if server.ids(text, add_special=False) != own_ids:
             raise CheckpointError(
                 "llama.cpp and the run's tokenizer give different tokens for the same text",
@@ -247,4 +245,4 @@ def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
                 why="the model would see other tokens than in training",
                 fix=SERVE_FOLDER,
             )
-    return texts
+    return len(prompts)

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -28,14 +27,10 @@ from tunesmith.tools.export.gguf.adapter import (
     AdapterTarget,
     adapter_header,
     lora_matrices,
-    refuse_unsupported,
 )
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, header_bytes, require_gguf
-from tunesmith.tools.export.tuned_weights import LastRead, RowSource, WholeRows
-
-if TYPE_CHECKING:
-    pass
+from tunesmith.tools.export.tuned_weights import RowSource, TensorCache, WholeRows
 
 SCRIPT = "convert_lora_to_gguf.py"
 # Types of text models for which llama.cpp applies an adapter to every weight. For other types
@@ -77,7 +72,7 @@ def plan_converted_adapter(
     require_gguf()
     import gguf
 
-    refuse_unsupported(weights, target, is_tied=bool(text_config.tie_word_embeddings))
+    matrices = lora_matrices(weights, target, is_tied=bool(text_config.tie_word_embeddings))
     text_type = text_config.model_type
     if text_type not in ADAPTED_TYPES:
         raise ModelError(
@@ -103,7 +98,7 @@ def plan_converted_adapter(
         settings = {"r": target.adapter.rank, "lora_alpha": target.adapter.alpha}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
         tensors = {}
-        for (base_name, suffix), weight in lora_matrices(weights).items():
+        for (base_name, suffix), weight in matrices.items():
             layer = base_name.removesuffix(".weight")
             key = f"{PREFIX}{layer}.lora_{suffix[-1].upper()}.weight"
             tensors[key] = weight.rows(0, weight.shape[0]).contiguous()
@@ -114,10 +109,10 @@ def plan_converted_adapter(
         # The reader maps the file into memory, so the file can be deleted with its folder.
         reader = gguf.GGUFReader(file)
     planned = []
-    last_read = LastRead()
+    cache = TensorCache()
     for tensor in reader.tensors:
         shape = torch.Size(tensor.data.shape)
-        source = WholeRows(shape, partial(torch.tensor, tensor.data), last_read)
+        source = WholeRows(shape, partial(torch.tensor, tensor.data), cache)
         planned.append(GgufTensor(tensor.name, tuple(shape), "F16", source))
     arch = reader.fields["general.architecture"].contents()
     writer = adapter_header(arch, target)

@@ -9,9 +9,7 @@ cache. This module downloads nothing and imports no module of the converter.
 import hashlib
 import os
 import re
-import shutil
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -91,19 +89,24 @@ def find_converter(path: str | os.PathLike[str] | None = None) -> Converter | No
     return _read_folder(unpacked, "cache")
 
 
-def missing_converter(model_type: str, command: str) -> ModelError:
-    """Build the error for a model type that only llama.cpp's converter can export.
+def require_converter(
+    path: str | os.PathLike[str] | None, model_type: str, command: str
+) -> Converter:
+    """Return the result of `find_converter(path)`, or raise ModelError if there is no converter.
 
     Args:
         command: the user's command line, to which the message appends `--converter`.
     """
-    own = [name for name in ARCHITECTURES if gguf_writer(name) == "own"]
-    return ModelError(
-        f"the export of a {model_type} model needs llama.cpp's converter",
-        where="config.json: model_type",
-        why=f"only these model types need no converter: {', '.join(own)}",
-        fix=f"{CONVERTER_DOWNLOAD} && {command} --converter {CONVERTER_SDIST}",
-    )
+    found = find_converter(path)
+    if found is None:
+        own = [name for name in ARCHITECTURES if gguf_writer(name) == "own"]
+        raise ModelError(
+            f"the export of a {model_type} model needs llama.cpp's converter",
+            where="config.json: model_type",
+            why=f"only these model types need no converter: {', '.join(own)}",
+            fix=f"{CONVERTER_DOWNLOAD} && {command} --converter {CONVERTER_SDIST}",
+        )
+    return found
 
 
 def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
@@ -140,16 +143,14 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
         path = PurePosixPath(member.name)
         # The first component of the path is the name and version of the package.
         inner = PurePosixPath(*path.parts[1:])
-        if not member.isfile() or ".." in path.parts or not inner.is_relative_to(_TREE_IN_SDIST):
+        is_unpacked = any(inner.is_relative_to(_TREE_IN_SDIST / part) for part in _UNPACKED)
+        if not member.isfile() or ".." in path.parts or not is_unpacked:
             continue
-        relative = inner.relative_to(_TREE_IN_SDIST)
         source = archive.extractfile(member)
-        if source is None or not any(relative.is_relative_to(part) for part in _UNPACKED):
-            continue
-        file = folder / relative
+        assert source is not None  # `member` is a regular file
+        file = folder / inner.relative_to(_TREE_IN_SDIST)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with source, file.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        file.write_bytes(source.read())
 
 
 def _read_folder(root: Path, where: str) -> Converter:
@@ -177,11 +178,13 @@ def _read_folder(root: Path, where: str) -> Converter:
     defined = _DEFINED_NAME.findall((gguf_folder / "gguf" / "constants.py").read_text("utf-8"))
     digest = hashlib.sha256()
     used = set()
-    for name, source in _sources(folder, gguf_folder):
-        digest.update(f"{name} {len(source)}\n".encode())
-        digest.update(source)
-        if name.startswith("conversion/"):
-            used.update(_USED_NAME.findall(source.decode()))
+    for parent, package in ((folder, "conversion"), (gguf_folder, "gguf")):
+        for file in sorted((parent / package).rglob("*.py")):
+            source = file.read_bytes()
+            digest.update(f"{file.relative_to(parent).as_posix()} {len(source)}\n".encode())
+            digest.update(source)
+            if package == "conversion":
+                used.update(_USED_NAME.findall(source.decode()))
     unknown = sorted(used.difference(defined))
     if unknown:
         names = ", ".join(unknown[:3])
@@ -193,13 +196,3 @@ def _read_folder(root: Path, where: str) -> Converter:
             fix=f"use the sdist: {CONVERTER_DOWNLOAD}",
         )
     return Converter(folder, gguf_folder, digest.hexdigest())
-
-
-def _sources(folder: Path, gguf_folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield path and contents of each Python file of both packages.
-
-    The paths start with the package's name.
-    """
-    for root, package in ((folder, "conversion"), (gguf_folder, "gguf")):
-        for file in sorted((root / package).rglob("*.py")):
-            yield file.relative_to(root).as_posix(), file.read_bytes()

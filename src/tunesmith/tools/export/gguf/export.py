@@ -9,7 +9,7 @@ the exported file (record.py).
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,10 +51,11 @@ from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_ad
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
 from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, WrittenFile, convert
 from tunesmith.tools.export.gguf.converted_adapter import plan_converted_adapter
-from tunesmith.tools.export.gguf.converter import Converter, find_converter, missing_converter
+from tunesmith.tools.export.gguf.converter import Converter, require_converter
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
+from tunesmith.tools.export.gguf.tokenizer import other_end_id
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
@@ -64,11 +65,10 @@ from tunesmith.tools.export.output import (
     part_folder,
     record_path,
 )
-from tunesmith.tools.export.record import ADAPTER_KIND, make_record, write_record
+from tunesmith.tools.export.record import ADAPTER_KIND, write_record
 from tunesmith.tools.export.tuned_weights import (
     StoredRows,
     TunedModel,
-    TunedWeight,
     open_tuned_model,
 )
 
@@ -191,24 +191,25 @@ def export_gguf(
     """
     location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = check_gguf_output(output, location, is_folder=for_ollama, force=force)
-    file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
+    file = Path(output)
+    if for_ollama:
+        file /= f"{goal.name}-{quant}.gguf"
     unchecked = _why_unchecked(check)
     threads = threads or available_cores()
     progress = progress or _ignore
     with raise_if_deleted(location):
         tuned = open_tuned_model(read_run_files(location))
-        found = None if converter is None else find_converter(converter)
         model_type = tuned.model.config.get_text_config().model_type
-        if not found and gguf_writer(model_type) != "own":
-            found = find_converter()
-            if found is None:
-                target = "ollama" if for_ollama else "gguf"
-                words = ["tunesmith", "export", path, "--to", target, "--quant", quant]
-                raise missing_converter(model_type, shell_command([*words, "--output", output]))
+        found = None
+        if converter is not None or gguf_writer(model_type) != "own":
+            target = "ollama" if for_ollama else "gguf"
+            command = ["tunesmith", "export", path, "--to", target, "--quant", quant]
+            command += ["--output", output]
+            found = require_converter(converter, model_type, shell_command(command))
         if for_ollama:
             # Change the template before the file is planned, because the plan includes the
             # template.
-            guard_template(tuned.files.tokenizer)
+            guard_template(tuned.tokenizer)
         if found:
             _require_check(unchecked, model_type)
             job = Conversion(location, quant, goal.stem, threads, for_ollama)
@@ -216,23 +217,20 @@ def export_gguf(
         else:
             plan = _plan_model(tuned, quant, goal.stem)
             write = partial(_write_plan, plan, threads, progress)
-        written, result = _write_checked(
+        notes = _notes_on_pictures(tuned)
+        exported = ExportedFile(str(output), str(file), quant, 0, notes, None, unchecked)
+        return _write_checked(
             write,
+            exported,
             goal,
             tuned,
             f"GGUF, {quant}",
-            unchecked=unchecked,
             device=device,
             threads=threads,
             checking=checking or _ignore,
-            file_name=file_name,
-            modelfile=modelfile_text(file_name, tuned) if for_ollama else None,
+            modelfile=modelfile_text(file.name, tuned) if for_ollama else None,
             converter=found,
-            quant=quant,
         )
-    shown = str(Path(output) / file_name if for_ollama else output)
-    notes = (*written.notes, *_notes_on_pictures(tuned))
-    return ExportedFile(str(output), shown, quant, written.size, notes, result, unchecked)
 
 
 @lines_by_default()
@@ -270,48 +268,49 @@ def export_adapter(
             where="--adapter",
             fix="export the entire model, without --adapter",
         )
-    file_name = f"{goal.name}-lora.gguf" if for_ollama else goal.name
+    file = Path(output)
+    if for_ollama:
+        file /= f"{goal.name}-lora.gguf"
+    threads = threads or available_cores()
     with raise_if_deleted(location):
         read = read_run_files(location)
-        base = _find_gguf_base(read)
-        chat_template = _other_template(read) if base else None
+        base = _find_gguf_base(read, folder)
         if for_ollama:
             _check_for_ollama(read, base)
         tuned = open_tuned_model(read)  # also checks that base and adapter match
         command = ["tunesmith", "export", path, "--to", "gguf", "--adapter", "--output", output]
         plan = _plan_adapter(tuned, folder, goal.stem, base, converter, shell_command(command))
-        unchecked = _why_unchecked(check)
-        if base is None:
-            unchecked = "the GGUF file of the base model is not known"
-
+        exported = ExportedFile(
+            str(output),
+            str(file),
+            quant="f16",
+            bytes=0,
+            notes=(OLLAMA_NOTE,) if for_ollama else (),
+            check=None,
+            unchecked="the GGUF file of the base model is not known",
+        )
         modelfile = None
-        if for_ollama and base is not None:
-            modelfile = modelfile_text(str(base.file), read, file_name)
-        threads = threads or available_cores()
-        written, result = _write_checked(
+        if base is not None:
+            exported = replace(
+                exported,
+                unchecked=_why_unchecked(check),
+                base=str(base.file),
+                chat_template=_other_template(read, folder),
+            )
+            if for_ollama:
+                modelfile = modelfile_text(str(base.file), read, file.name)
+        return _write_checked(
             partial(_write_plan, plan, threads, _ignore),
+            exported,
             goal,
             tuned,
             ADAPTER_KIND,
-            unchecked=unchecked,
             device=device,
             threads=threads,
             checking=checking,
-            file_name=file_name,
             modelfile=modelfile,
             base=base,
         )
-    return ExportedFile(
-        str(output),
-        str(Path(output) / file_name if for_ollama else output),
-        "f16",
-        written.size,
-        (*written.notes, *([OLLAMA_NOTE] if for_ollama else [])),
-        result,
-        unchecked,
-        base=str(base.file) if base else None,
-        chat_template=chat_template,
-    )
 
 
 def _why_unchecked(check: bool) -> str:
@@ -346,33 +345,34 @@ def _write_plan(
 
 def _write_checked(
     write: Callable[[Path], WrittenFile],
+    exported: ExportedFile,
     goal: Path,
     tuned: TunedModel,
     kind: str,
     *,
-    unchecked: str,
     device: str | None,
     threads: int,
     checking: Callable[[int, int], None],
-    file_name: str,
     modelfile: str | None,
     base: GgufBase | None = None,
     converter: Converter | None = None,
-    quant: str = "f16",
-) -> tuple[WrittenFile, FileCheck | None]:
+) -> ExportedFile:
     """Write a GGUF file to a hidden folder, compare it with the tuned model, and rename it.
 
-    A file that fails the check is kept as `<goal>.rejected`, so that the user can examine it.
+    Return `exported` with the size of the file, the result of the check, and the notes of the
+    writer in addition to its own notes. A file that fails the check is kept as `<goal>.rejected`,
+    so that the user can examine it.
 
     Args:
         write: function that writes the GGUF file to a path.
+        exported: the result of the export, as far as it is known.
         goal: the final path of the file, or of the folder if there is a `modelfile`.
         kind: description of the weights' type, for the export record.
         modelfile: text of Ollama's Modelfile.
     """
     torch_device = torch.device(select_device(device))
     with part_folder(goal) as part:
-        file = part / file_name
+        file = part / Path(exported.file).name
         moved = file
         written = write(file)
         if modelfile is not None:
@@ -380,7 +380,7 @@ def _write_checked(
             (part / MODELFILE).write_text(modelfile, encoding="utf-8")
             copy_notices(tuned.files.folder, part)
         result = None
-        if not unchecked:
+        if not exported.unchecked:
             rejected = goal.with_name(f"{goal.name}.rejected")
             try:
                 result = check_file(
@@ -395,14 +395,14 @@ def _write_checked(
                 )
                 if converter is not None:
                     is_routed = any(layer.experts for layer in tuned.files.spec.layers)
-                    require_same_model(result, quant, rejected, is_routed=is_routed)
+                    require_same_model(result, exported.quant, rejected, is_routed=is_routed)
             except CheckpointError:
                 move_into_place(moved, rejected)
                 raise
-        record = make_record(
-            tuned.location, kind, written.size, unchecked, result, base=base, converter=converter
+        exported = replace(
+            exported, bytes=written.size, notes=(*written.notes, *exported.notes), check=result
         )
-        write_record(file, record)
+        write_record(file, tuned.location, exported, kind, base, converter)
         if modelfile is None:
             # Delete the earlier file's record before the rename, so that no record describes a file
             # that is missing or replaced.
@@ -410,10 +410,10 @@ def _write_checked(
         move_into_place(moved, goal)
         if modelfile is None:
             move_into_place(record_path(file), record_path(goal))
-    return written, result
+    return exported
 
 
-def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
+def _find_gguf_base(read: OpenedRun, folder: Path) -> GgufBase | None:
     """Return the GGUF file that a run was trained on. Return None if the base is not a GGUF file.
 
     Raise ModelError if the weights of the file have changed since the training.
@@ -421,8 +421,6 @@ def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
     file = local_model(read.location.base)
     if file is None or file.is_dir():
         return None
-    folder = read.location.folder
-    assert folder is not None  # an adapter always has a folder
     trained_on = read_env(folder.parent).value.get("model_hash")
     digest = weights_digest(read.files.folder)
     if trained_on not in (None, digest):
@@ -436,10 +434,11 @@ def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
     return GgufBase(file.resolve(), digest_of_file(file))
 
 
-def _other_template(read: OpenedRun) -> str | None:
-    """Return the file with the run's chat template, or None if the base has the same template."""
-    folder = read.location.folder
-    assert folder is not None  # an adapter always has a folder
+def _other_template(read: OpenedRun, folder: Path) -> str | None:
+    """Return the file with the run's chat template, or None if the base has the same template.
+
+    `folder` is the folder of the adapter.
+    """
     saved = folder / CHAT_TEMPLATE
     base = read.files.folder / CHAT_TEMPLATE
     is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
@@ -452,21 +451,21 @@ def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
     Ollama uses the chat template of the base model's GGUF file, which can differ from the run's
     template.
     """
-    why = ""
-    template = read.files.tokenizer.chat_template or ""
+    template = read.tokenizer.chat_template or ""
     file = read.files.folder / CHAT_TEMPLATE
     base_template = file.read_text() if file.is_file() else ""
     if base is None:
         why = f"Ollama needs a base model in GGUF, but {read.location.base.name} is not a GGUF file"
     elif _renderings(read, template) != _renderings(read, base_template):
         why = f"Ollama would use the chat template of {base.file.name}, not that of the run"
-    if why:
-        raise UsageError(
-            "Ollama cannot serve this adapter",
-            where="--to ollama --adapter",
-            why=why,
-            fix="use --to gguf --adapter, or --to ollama without --adapter",
-        )
+    else:
+        return
+    raise UsageError(
+        "Ollama cannot serve this adapter",
+        where="--to ollama --adapter",
+        why=why,
+        fix="use --to gguf --adapter, or --to ollama without --adapter",
+    )
 
 
 def _renderings(read: OpenedRun, template: str) -> list[str | None]:
@@ -480,7 +479,7 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
     texts = []
     for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
         try:
-            text = read.files.tokenizer.apply_chat_template(
+            text = read.tokenizer.apply_chat_template(
                 chat, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except (ValueError, TemplateError):
@@ -491,17 +490,31 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
     settings = tuned.files.folder / "generation_config.json"
-    # Tokens that end an answer in addition to eos. A GGUF file can hold only one such token.
-    ends = tuned.template.end_ids - {tuned.files.tokenizer.eos_token_id}
+    prefix, _ = find_text_model(tuned.model)
+    is_text = is_in_text(tuned.model)
+    weights = {}
+    for weight_name, weight in tuned.weights.items():
+        # Leave out the vision weights of a vision-language model.
+        if is_text(weight_name):
+            weights[_text_only_name(weight_name, prefix)] = weight
     return plan_gguf(
         tuned.model.config.get_text_config().to_dict(),
-        _text_weights(tuned),
-        tuned.files.tokenizer,
+        weights,
+        tuned.tokenizer,
         quant=quant,
         name=name,
         generation=read_json(settings) if settings.is_file() else {},
-        turn_end=min(ends, default=None),
+        turn_end=other_end_id(tuned),
     )
+
+
+def _text_only_name(name: str, prefix: str) -> str:
+    """Return the name that a parameter has in a text-only model.
+
+    `prefix` is the name of the text model in the vision-language model, such as
+    `model.language_model`; "" for a text-only model.
+    """
+    return re.sub(f"^{re.escape(prefix)}[.]", "model.", name)
 
 
 def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
@@ -509,22 +522,6 @@ def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
     if not is_vision_language(tuned.model):
         return ()
     return (TRAINED_PROJECTOR_NOTE if tuned.recipe.model.train_projector else PICTURES_NOTE,)
-
-
-def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
-    """Return the weights of the text model. The keys are parameter names of a text-only model.
-
-    The vision weights of a vision-language model are left out.
-    """
-    prefix, _ = find_text_model(tuned.model)
-    if not prefix:
-        return tuned.weights
-    is_text = is_in_text(tuned.model)
-    weights = {}
-    for name, weight in tuned.weights.items():
-        if is_text(name):
-            weights[re.sub(f"^{re.escape(prefix)}[.]", "model.", name)] = weight
-    return weights
 
 
 def _plan_adapter(
@@ -540,29 +537,20 @@ def _plan_adapter(
     Args:
         command: the user's command line, for the fix in an error message.
     """
+    prefix, _ = find_text_model(tuned.model)
+    weights = {}
     with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
-        weights = {}
         for stored_name, tensor in stored.items():
-            in_text = _adapter_name_in_text(tuned, stored_name)
+            in_text = name_in_text(tuned.model, stored_name.removeprefix(PREFIX))
+            in_text = PREFIX + _text_only_name(in_text, prefix)
             weights[in_text] = StoredRows(tensor, torch.float32, tensor.shape)
     target = AdapterTarget(name, read_adapter(folder), len(tuned.recipe.model.added_tokens), base)
     config = tuned.model.config.get_text_config()
     if gguf_writer(config.model_type) == "own":
         return plan_adapter(config.to_dict(), weights, target)
-    found = find_converter(converter)
-    if found is None:
-        raise missing_converter(config.model_type, command)
+    found = require_converter(converter, config.model_type, command)
     stated = read_json(tuned.files.folder / MODEL_CONFIG)
     return plan_converted_adapter(stated, config, weights, target, found)
-
-
-def _adapter_name_in_text(tuned: TunedModel, name: str) -> str:
-    """Convert a tensor name of the run's adapter to the name in an adapter of a text-only model."""
-    prefix, _ = find_text_model(tuned.model)
-    name = name_in_text(tuned.model, name.removeprefix(PREFIX))
-    if prefix:
-        name = re.sub(f"^{re.escape(prefix)}[.]", "model.", name)
-    return PREFIX + name
 
 
 def _find_base(tuned: TunedModel) -> TunedModel | None:

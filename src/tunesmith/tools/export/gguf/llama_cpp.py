@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Any, Self
 from urllib.error import HTTPError
 
 import torch
@@ -39,27 +39,6 @@ _CAUSE = re.compile(r"error loading model: (.+)|(GGML_ASSERT.+)|what\(\): *(.+)"
 
 def has_llama_cpp() -> bool:
     return find_spec("xllamacpp") is not None
-
-
-class TokenProbability(TypedDict):
-    """Token id with its log probability."""
-
-    id: int
-    logprob: float
-
-
-class NextToken(TypedDict):
-    """Most likely next tokens after a prompt."""
-
-    top_logprobs: list[TokenProbability]
-
-
-class Reply(TypedDict, total=False):
-    """Keys that this module reads in the server's JSON answers. They depend on the URL path."""
-
-    tokens: list[int]
-    completion_probabilities: list[NextToken]
-    prompt: str
 
 
 class LlamaCpp:
@@ -153,8 +132,8 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def post(self, path: str, body: Mapping[str, object]) -> Reply:
-        """Send a request to llama.cpp's server, and return the answer.
+    def post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request to llama.cpp's server, and return the JSON object of the answer.
 
         Raise CheckpointError if the server refuses the request, or if the server process ends, for
         example because memory is exhausted.
@@ -164,7 +143,7 @@ class LlamaCpp:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_SECONDS) as answer:
-                reply: Reply = json.load(answer)
+                reply: dict[str, Any] = json.load(answer)
                 return reply
         except (OSError, HTTPException) as error:
             why = ""
@@ -180,7 +159,7 @@ class LlamaCpp:
     def ids(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return the token ids of a text. Special tokens in the text are recognized."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
-        return self.post("/tokenize", body)["tokens"]
+        return list(self.post("/tokenize", body)["tokens"])
 
     def log_probabilities(self, ids: list[int], vocab: int) -> Tensor | None:
         """Return the log probabilities of the token after `ids`: fp32 [vocab].

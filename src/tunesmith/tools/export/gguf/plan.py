@@ -31,7 +31,7 @@ from tunesmith.tools.export.gguf.types import (
     tensor_bytes,
     tensor_types,
 )
-from tunesmith.tools.export.tuned_weights import LastRead, RowSource, WholeRows
+from tunesmith.tools.export.tuned_weights import RowSource, WholeRows
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def plan_gguf(
     types = tensor_types(plain_tensors(shapes, quant), quant, header_values(writer))
     tensors = []
     for new_name, tensor in factors.items():
-        source = WholeRows(tensor.shape, tensor.clone, LastRead())
+        source = WholeRows(tensor.shape, tensor.clone)
         tensors.append(GgufTensor(new_name, shapes[new_name], types[new_name], source))
     # Add 1 to the weights of Gemma's norms: Transformers multiplies by 1 + weight, but llama.cpp
     # multiplies by the stored weight.

@@ -139,10 +139,7 @@ def _names_with_more_bits(names: Sequence[str], layers: int, *, by_layer: bool) 
     ordered = sorted(names, key=lambda name: (_layer_of(name), name))
     values = [name for name in ordered if any(part in name for part in _VALUES)]
     downs = [name for name in ordered if "ffn_down" in name]
-    chosen = set()
-    for index, name in enumerate(values):
-        if _gets_more_bits(index, len(values)):
-            chosen.add(name)
+    chosen = {name for index, name in enumerate(values) if _gets_more_bits(index, len(values))}
     for index, name in enumerate(downs):
         if _gets_more_bits(_layer_of(name) if by_layer else index, layers):
             chosen.add(name)
@@ -175,7 +172,7 @@ def _is_70b(header: Mapping[str, Any], arch: str, layers: int) -> bool:
 
 def _fitting_type(ggml_type: str, columns: int) -> str:
     """Return the type, or a type with smaller blocks if rows do not consist of complete blocks."""
-    if columns % block_of(ggml_type)[0] == 0:
-        return ggml_type
-    ggml_type = _SMALLER_BLOCK.get(ggml_type, ggml_type)
-    return ggml_type if columns % block_of(ggml_type)[0] == 0 else "F16"
+    for fitting_type in (ggml_type, _SMALLER_BLOCK.get(ggml_type, "F16")):
+        if columns % block_of(fitting_type)[0] == 0:
+            return fitting_type
+    return "F16"
