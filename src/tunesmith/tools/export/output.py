@@ -202,14 +202,20 @@ def check_gguf_output(
     """
     goal = check_output_path(output, location)
     if not is_folder and goal.suffix != ".gguf":
-        fix = f"use --output {shell_path(f'{goal}.gguf')}"
-        raise UsageError(f"the name {goal} does not end with .gguf", where="--output", fix=fix)
+        raise UsageError(
+            f"the name {goal} does not end with .gguf",
+            where="--output",
+            fix=f"use --output {shell_path(f'{goal}.gguf')}",
+        )
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
         # Refuse a symbolic link, because the final rename would replace the link instead of its
         # target.
         kind = "a folder" if goal.is_dir() else "a file or symbolic link"
-        fix = "use the name of a new folder" if is_folder else "use the name of a new file"
-        raise UsageError(f"{goal} is {kind}", where="--output", fix=fix)
+        raise UsageError(
+            f"{goal} is {kind}",
+            where="--output",
+            fix=f"use the name of a new {'folder' if is_folder else 'file'}",
+        )
     if not goal.exists() or (is_folder and not any(goal.iterdir())):
         return goal
     if is_folder:

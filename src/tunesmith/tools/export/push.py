@@ -120,16 +120,21 @@ def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str
     location = locate_run(run, trust_remote_code=True)
     folder = location.folder
     if folder is None:
-        fix = "use a run directory, or a folder with model files"
-        raise UsageError(f"{run} has no files to push", where=run, fix=fix)
+        raise UsageError(
+            f"{run} has no files to push",
+            where=run,
+            fix="use a run directory, or a folder with model files",
+        )
     # To use an adapter, other users must download its base model, so the base model must be on the
     # Hub.
     if location.holds == "adapter" and not is_hub_id(location.base.name):
-        what = "the adapter's base model is a local folder, not a model on the Hub"
-        why = f"other users could not download the base model {location.base.name}"
-        merge = f"run `tunesmith merge {shell_path(run)} --output DIR`, then `tunesmith push DIR`"
-        fix = f"{merge}, or train with the Hub id of the base model as model.name"
-        raise UsageError(what, where=folder, why=why, fix=fix)
+        raise UsageError(
+            "the adapter's base model is a local folder, not a model on the Hub",
+            where=folder,
+            why=f"other users could not download the base model {location.base.name}",
+            fix=f"run `tunesmith merge {shell_path(run)} --output DIR`, then `tunesmith push DIR`, "
+            "or train with the Hub id of the base model as model.name",
+        )
     if location.run:
         # Use the name of the run directory, because the folder itself is called final or
         # checkpoint-N.

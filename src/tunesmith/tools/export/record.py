@@ -6,7 +6,7 @@ The record of `FILE.gguf` is the file `FILE.gguf.json` in the same folder.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,28 +97,27 @@ def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if not ggufs:
         return None
-    records = {record_path(file): file for file in ggufs}
-    sent: dict[str, Path | bytes] = {}
-    for file in files:
-        if file not in records and not file.name.startswith("."):
-            sent[file.name] = file
+    records = [record_path(file) for file in ggufs]
+    sent: dict[str, Path | bytes] = {
+        file.name: file for file in files if file not in records and not file.name.startswith(".")
+    }
     if CARD not in sent:
         sent[CARD] = _card(ggufs).encode()
     return sent
 
 
 def _card(ggufs: list[Path]) -> str:
-    records = [_read_record(file) for file in ggufs]
+    cards = []
     rows = []
-    for file, record in zip(ggufs, records, strict=True):
-        row = CardFile(file.name, record["kind"], record["bytes"])
-        if record["check"]:
-            tuned = record["check"]["tuned"]
-            row = replace(row, mean_kl=tuned["mean_kl"], agreement=tuned["agreement"])
-        rows.append(row)
+    for file in ggufs:
+        record = _read_record(file)
+        cards.append(record["card"])
+        measured = record["check"]["tuned"] if record["check"] else {}
+        mean_kl, agreement = measured.get("mean_kl"), measured.get("agreement")
+        rows.append(CardFile(file.name, record["kind"], record["bytes"], mean_kl, agreement))
     # All files in the folder were exported from the same run, so the card of the first file fits
     # all files.
-    return with_files(records[0]["card"], rows)
+    return with_files(cards[0], rows)
 
 
 def _read_record(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,25 +28,26 @@ from tunesmith.tools.export.vllm_adapter import export_peft
 def export_for_gguf(args: argparse.Namespace) -> None:
     """Write a .gguf file or a folder for Ollama, and print its difference to the tuned model."""
     with ProgressCounter() as progress:
-        export: Callable[..., ExportedFile] = export_adapter
-        if not args.adapter:
-            export = partial(
-                export_gguf,
+        options = {
+            "for_ollama": args.to == "ollama",
+            "converter": args.converter,
+            "force": args.force,
+            "threads": args.threads,
+            "check": not args.no_check,
+            "device": args.device,
+            "trust_remote_code": args.trust_remote_code,
+            "checking": partial(progress, "steps of the check in llama.cpp"),
+        }
+        if args.adapter:
+            exported = export_adapter(args.run, args.output, **options)
+        else:
+            exported = export_gguf(
+                args.run,
+                args.output,
                 quant=args.quant or DEFAULT_QUANT,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
+                **options,
             )
-        exported = export(
-            args.run,
-            args.output,
-            for_ollama=args.to == "ollama",
-            converter=args.converter,
-            force=args.force,
-            threads=args.threads,
-            check=not args.no_check,
-            device=args.device,
-            trust_remote_code=args.trust_remote_code,
-            checking=lambda done, total: progress("steps of the check in llama.cpp", done, total),
-        )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
         return

@@ -372,8 +372,9 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first_names[id(parameter)] != name:
-            tied[name] = first_names[id(parameter)]
+        first_name = first_names[id(parameter)]
+        if first_name != name:
+            tied[name] = first_name
     return tied
 
 
@@ -383,10 +384,11 @@ def _adapted_weights(
 ) -> dict[str, TunedWeight]:
     """Return the weights of `model` before and after training.
 
-    `trained` is the model with the adapter.
+    If the adapter changes one of two tied parameters, untie the two parameters in `model`.
 
-    If the adapter changes one of two tied parameters, this function unties the two parameters in
-    `model`.
+    Args:
+        trained: the model with the adapter.
+        sources: the result of `_stored_rows`.
     """
     folder = read.location.folder
     assert folder is not None  # an adapter always has a folder
@@ -416,19 +418,18 @@ def _adapted_weights(
             name = f"{module}.{key}"
             trained_dtype = trained.get_parameter(name).dtype
             replaced[name] = StoredRows(stored[name], trained_dtype, stored[name].shape)
-    names = list(sources)
+    bases = dict(sources)
     changed = {*updates, *replaced}
     for name, first_name in tied.items():
         # If the adapter changes one of two tied weights, their values differ after training, so
         # untie them.
         if name in changed or first_name in changed:
-            names.append(name)
+            bases[name] = sources[first_name]
             _untie(model, name)
-    weights = {}
-    for name in names:
-        base = sources[tied.get(name, name)]
-        weights[name] = TunedWeight(base, replaced.get(name, base), updates.get(name))
-    return weights
+    return {
+        name: TunedWeight(base, replaced.get(name, base), updates.get(name))
+        for name, base in bases.items()
+    }
 
 
 def _equal(a: RowSource, b: RowSource) -> bool:

@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunesmith.adapter.peft_files import PREFIX
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.tools.export.gguf.families import (
     ModelConfig,
-    check_tensor_names,
+    gguf_names,
     heads_to_permute,
     read_family,
 )
@@ -28,9 +27,6 @@ from tunesmith.tools.export.gguf.plan import (
 )
 from tunesmith.tools.export.tuned_weights import RowSource
 from tunesmith.units import count_of
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class AdapterTarget:
     base: GgufBase | None = None
 
 
+BASE_COPY = ".base_layer.weight"  # suffix of PEFT's copies of a frozen head or embedding
 WHOLE_MODEL_FIX = "export the entire model, without --adapter"
 
 
@@ -76,7 +73,7 @@ def plan_adapter(
     require_gguf()
     family = read_family(config)
     matrices = lora_matrices(weights, target, is_tied=bool(config.get("tie_word_embeddings")))
-    new_names = check_tensor_names({base_name for base_name, _ in matrices}, config, family)
+    new_names = gguf_names({base_name for base_name, _ in matrices}, config, family)
     tensors = []
     for (base_name, suffix), weight in matrices.items():
         new_name = new_names[base_name]
@@ -88,12 +85,11 @@ def plan_adapter(
         # llama.cpp's tensors `lora_a` [r, in] and `lora_b` [out, r] have the same shapes as PEFT's
         # matrices, so nothing is transposed.
         tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), "F16", weight, heads))
-    writer = adapter_header(family.arch, target)
-    return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
+    return adapter_plan(family.arch, target, tensors)
 
 
-def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
-    """Return a `gguf.GGUFWriter` with the header keys of an adapter file."""
+def adapter_plan(arch: str, target: AdapterTarget, tensors: list[GgufTensor]) -> GgufPlan:
+    """Return the plan of an adapter file: its header, and these tensors."""
     writer = new_writer(arch)
     writer.add_type("adapter")
     writer.add_name(target.name)
@@ -107,7 +103,7 @@ def adapter_header(arch: str, target: AdapterTarget) -> "GGUFWriter":
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, target.base.file.name)
         writer.add_string("tunesmith.base.sha256", target.base.sha256)
-    return writer
+    return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 
 def lora_matrices(
@@ -126,8 +122,8 @@ def lora_matrices(
         )
     matrices = {}
     for name, weight in weights.items():
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT's copy of a frozen head or embedding
+        if name.endswith(BASE_COPY):
+            continue
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if match is None:
             # The tensor belongs to a fully trained module or to another kind of adapter.

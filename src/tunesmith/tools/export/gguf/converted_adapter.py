@@ -18,18 +18,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from tunesmith.adapter.peft_files import ADAPTER_CONFIG, PREFIX
+from tunesmith.adapter.peft_files import ADAPTER_CONFIG
 from tunesmith.errors import ModelError
 from tunesmith.host.child_output import exit_text, last_line
 from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.tools.export.gguf.adapter import (
+    BASE_COPY,
     WHOLE_MODEL_FIX,
     AdapterTarget,
-    adapter_header,
+    adapter_plan,
     lora_matrices,
 )
 from tunesmith.tools.export.gguf.converter import Converter
-from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, header_bytes, require_gguf
+from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, require_gguf
 from tunesmith.tools.export.tuned_weights import RowSource, TensorCache, WholeRows
 
 SCRIPT = "convert_lora_to_gguf.py"
@@ -72,7 +73,8 @@ def plan_converted_adapter(
     require_gguf()
     import gguf
 
-    matrices = lora_matrices(weights, target, is_tied=bool(text_config.tie_word_embeddings))
+    # Raise an error if there are other weights than LoRA matrices.
+    lora_matrices(weights, target, is_tied=bool(text_config.tie_word_embeddings))
     text_type = text_config.model_type
     if text_type not in ADAPTED_TYPES:
         raise ModelError(
@@ -97,13 +99,14 @@ def plan_converted_adapter(
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         settings = {"r": target.adapter.rank, "lora_alpha": target.adapter.alpha}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
-        tensors = {}
-        for (base_name, suffix), weight in matrices.items():
-            layer = base_name.removesuffix(".weight")
-            key = f"{PREFIX}{layer}.lora_{suffix[-1].upper()}.weight"
-            tensors[key] = weight.rows(0, weight.shape[0]).contiguous()
-        save_file(tensors, folder / ADAPTER_WEIGHTS)
-        del tensors
+        save_file(
+            {
+                name: weight.rows(0, weight.shape[0]).contiguous()
+                for name, weight in weights.items()
+                if not name.endswith(BASE_COPY)
+            },
+            folder / ADAPTER_WEIGHTS,
+        )
         file = folder / "adapter.gguf"
         _run_script(script, folder, file, converter, text_type)
         # The reader maps the file into memory, so the file can be deleted with its folder.
@@ -115,8 +118,7 @@ def plan_converted_adapter(
         source = WholeRows(shape, partial(torch.tensor, tensor.data), cache)
         planned.append(GgufTensor(tensor.name, tuple(shape), "F16", source))
     arch = reader.fields["general.architecture"].contents()
-    writer = adapter_header(arch, target)
-    return GgufPlan(header_bytes(writer, planned), tuple(planned))
+    return adapter_plan(arch, target, planned)
 
 
 def _run_script(

@@ -101,7 +101,7 @@ def notes_on_config(config: ModelConfig) -> list[str]:
             "llama.cpp does not support the sliding window of this model: the answers differ after "
             f"{window} tokens"
         )
-    full, _ = rope_parameters(config)
+    full = full_rope(config)
     if full["rope_type"] == "longrope":
         original = _original_context(config, full)
         notes.append(
@@ -128,11 +128,11 @@ def _unsupported_defaults(config: ModelConfig) -> Iterator[Setting]:
     if _reads_window(config):
         unwritten.append("layer_types")
     for key in unwritten:
-        pair = config.get(key), defaults.get(key)
+        value, default = config.get(key), defaults.get(key)
         # The config of Gemma 1 says `gelu`, but the model uses the tanh approximation.
-        is_meant = pair[0] == pair[1] or pair == ("gelu", "gelu_pytorch_tanh")
-        if key in defaults and pair[0] and not is_meant:
-            yield key, *pair
+        is_default = value == default or (value, default) == ("gelu", "gelu_pytorch_tanh")
+        if key in defaults and value and not is_default:
+            yield key, value, default
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         # If the header has no softcap, llama.cpp uses the default of the family. Therefore it would
         # compute a model without softcap wrongly.
@@ -146,20 +146,28 @@ def _unsupported_defaults(config: ModelConfig) -> Iterator[Setting]:
 # Functions for rotary embeddings
 
 
-def rope_parameters(config: ModelConfig) -> tuple[Rope, Rope]:
-    """Return the RoPE parameters of full and of sliding attention.
+def full_rope(config: ModelConfig) -> Rope:
+    """Return the RoPE parameters of the layers with full attention.
 
-    The second dict is empty if all layers have the same parameters. Only the key `rope_parameters`
-    is read, because Transformers converts older keys to it when it reads a config.json.
+    The layers with sliding attention can have other parameters, see `sliding_rope`. Only the key
+    `rope_parameters` is read, because Transformers converts older keys to it when it reads a
+    config.json.
     """
-    parameters = config["rope_parameters"]
-    if "full_attention" in parameters:
-        return parameters["full_attention"], parameters["sliding_attention"]
-    return parameters, {}
+    by_attention: Mapping[str, Rope] = config["rope_parameters"]
+    return by_attention.get("full_attention", by_attention)
+
+
+def sliding_rope(config: ModelConfig) -> Rope:
+    """Return the RoPE parameters of the layers with sliding attention.
+
+    Return an empty dict if all layers have the same parameters.
+    """
+    by_attention: Mapping[str, Rope] = config["rope_parameters"]
+    return by_attention.get("sliding_attention", {})
 
 
 def _unsupported_rope(config: ModelConfig, family: GgufFamily) -> Iterator[Setting]:
-    full, sliding = rope_parameters(config)
+    full, sliding = full_rope(config), sliding_rope(config)
     rope_type = full["rope_type"]
     supported = ("default", *family.ropes)
     if rope_type not in supported:
@@ -193,7 +201,7 @@ def _unsupported_rope(config: ModelConfig, family: GgufFamily) -> Iterator[Setti
 
 def rotary_dims(config: ModelConfig) -> int:
     """Return the number of channels of a head that RoPE rotates."""
-    full, _ = rope_parameters(config)
+    full = full_rope(config)
     partial = full.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * partial)
 
@@ -203,13 +211,13 @@ def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
 
     Return an empty dict if the RoPE type needs no divisors.
     """
-    full, _ = rope_parameters(config)
+    full = full_rope(config)
     if full["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(full, rotary_dims(config))}
     if full["rope_type"] == "longrope":
         return {
-            "rope_factors_long.weight": torch.tensor(full["long_factor"], dtype=torch.float32),
-            "rope_factors_short.weight": torch.tensor(full["short_factor"], dtype=torch.float32),
+            f"rope_factors_{kind}.weight": torch.tensor(full[f"{kind}_factor"], dtype=torch.float32)
+            for kind in ("long", "short")
         }
     return {}
 
@@ -269,7 +277,7 @@ def config_keys(config: ModelConfig, family: GgufFamily) -> dict[str, Any]:
 def _rope_keys(config: ModelConfig, *, is_phi3: bool) -> dict[str, Any]:
     import gguf
 
-    full, sliding = rope_parameters(config)
+    full, sliding = full_rope(config), sliding_rope(config)
     rope_type = full["rope_type"]
     keys: dict[str, Any] = {}
     if rope_type in ("linear", "yarn"):
@@ -306,9 +314,7 @@ def _longrope_scale(config: ModelConfig, rope: Rope) -> float:
 # Functions for names and row order of weights
 
 
-def check_tensor_names(
-    names: Collection[str], config: ModelConfig, family: GgufFamily
-) -> dict[str, str]:
+def gguf_names(names: Collection[str], config: ModelConfig, family: GgufFamily) -> dict[str, str]:
     """Return a dict from parameter names to llama.cpp's tensor names.
 
     Raise ModelError if llama.cpp has no name for a parameter.

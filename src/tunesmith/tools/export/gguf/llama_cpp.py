@@ -11,10 +11,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.error import HTTPError
 
 import torch
@@ -41,7 +42,7 @@ def has_llama_cpp() -> bool:
     return find_spec("xllamacpp") is not None
 
 
-class LlamaCpp:
+class LlamaCpp(AbstractContextManager["LlamaCpp"]):
     """Server for a GGUF file and optionally an adapter, for use in a `with` statement.
 
     The server listens on a free local port. Raise CheckpointError if llama.cpp cannot open a file.
@@ -125,9 +126,6 @@ class LlamaCpp:
         self._process.kill()
         self._process.communicate()
         self._messages.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

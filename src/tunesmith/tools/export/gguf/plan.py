@@ -16,8 +16,8 @@ from tunesmith.host.packages import require
 from tunesmith.tools.export.gguf.families import (
     SERVE_FOLDER,
     ModelConfig,
-    check_tensor_names,
     config_keys,
+    gguf_names,
     heads_to_permute,
     notes_on_config,
     read_family,
@@ -126,7 +126,7 @@ def plan_gguf(
             fix=f"use one of {', '.join(GGUF_QUANT_TYPES)}",
         )
     family = read_family(config)
-    new_names = check_tensor_names(weights, config, family)
+    new_names = gguf_names(weights, config, family)
     rows = weights["model.embed_tokens.weight"].shape[0]
     read_tokenizer = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
     factors = rope_tensors(config)

@@ -42,7 +42,8 @@ def ggml() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_library_file()))
         library.ggml_quantize_init.argtypes = [ctypes.c_int]
         library.ggml_quantize_init.restype = None
-        library.ggml_quantize_chunk.argtypes = [
+        quantize_chunk = library.ggml_quantize_chunk
+        quantize_chunk.argtypes = [
             ctypes.c_int,
             ctypes.c_void_p,
             ctypes.c_void_p,
@@ -51,7 +52,7 @@ def ggml() -> ctypes.CDLL:
             ctypes.c_int64,
             ctypes.c_void_p,
         ]
-        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        quantize_chunk.restype = ctypes.c_size_t
     except (AttributeError, OSError) as error:
         raise MachineError(
             "ggml's library cannot be loaded",

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import chain, islice, product
 from math import prod
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -69,23 +68,18 @@ def write_tensors(
         os.fsync(file.fileno())
 
 
-class BandThreads:
+class BandThreads(ThreadPoolExecutor):
     """Pool of threads that quantize bands of rows, for use in a `with` statement."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-
-    def __enter__(self) -> Self:
+        self.threads = threads
         self._torch_threads = torch.get_num_threads()
         # Let torch use one thread in each worker, because the workers together already use all
         # cores.
-        self._pool = ThreadPoolExecutor(
-            self._threads, initializer=torch.set_num_threads, initargs=(1,)
-        )
-        return self
+        super().__init__(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.shutdown(cancel_futures=True)
         # Restore torch's number of threads. The workers set it to 1, and in MKL this setting
         # applies to all threads.
         torch.set_num_threads(self._torch_threads)
@@ -94,10 +88,10 @@ class BandThreads:
         """Run jobs concurrently, and yield their results in the order of the jobs."""
         running: deque[Future[memoryview]] = deque()
         for job in jobs:
-            running.append(self._pool.submit(job))
+            running.append(self.submit(job))
             # Keep two more jobs in the queue than there are threads, so that no thread is idle
             # while the caller writes a result.
-            if len(running) == self._threads + 2:
+            if len(running) == self.threads + 2:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
