@@ -160,11 +160,10 @@ def _compute_head_at(model: PreTrainedModel, positions: Sequence[Sequence[int]])
 
     The logits of all prompts are concatenated: [1, positions, vocabulary].
     """
-    rows = []
-    columns = []
-    for row, in_prompt in enumerate(positions):
-        rows += [row] * len(in_prompt)
-        columns += in_prompt
+    # Indices of all positions in the batch. For example, [[3, 5], [2]] has the rows [0, 0, 1] and
+    # the columns [3, 5, 2].
+    rows = [row for row, in_prompt in enumerate(positions) for _ in in_prompt]
+    columns = [column for in_prompt in positions for column in in_prompt]
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *others = args

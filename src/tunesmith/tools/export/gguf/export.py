@@ -280,6 +280,7 @@ def export_adapter(
         tuned = open_tuned_model(read)  # also checks that base and adapter match
         command = ["tunesmith", "export", path, "--to", "gguf", "--adapter", "--output", output]
         plan = _plan_adapter(tuned, folder, goal.stem, base, converter, shell_command(command))
+        unchecked = "the GGUF file of the base model is not known"
         exported = ExportedFile(
             str(output),
             str(file),
@@ -287,18 +288,13 @@ def export_adapter(
             bytes=0,
             notes=(OLLAMA_NOTE,) if for_ollama else (),
             check=None,
-            unchecked="the GGUF file of the base model is not known",
+            unchecked=_why_unchecked(check) if base else unchecked,
+            base=str(base.file) if base else None,
+            chat_template=_other_template(read, folder) if base else None,
         )
         modelfile = None
-        if base is not None:
-            exported = replace(
-                exported,
-                unchecked=_why_unchecked(check),
-                base=str(base.file),
-                chat_template=_other_template(read, folder),
-            )
-            if for_ollama:
-                modelfile = modelfile_text(str(base.file), read, file.name)
+        if for_ollama and base is not None:
+            modelfile = modelfile_text(str(base.file), read, file.name)
         return _write_checked(
             partial(_write_plan, plan, threads, _ignore),
             exported,

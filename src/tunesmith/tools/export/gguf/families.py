@@ -57,6 +57,7 @@ def read_family(config: ModelConfig) -> GgufFamily:
             why=f"the supported model types are {', '.join(supported)}",
             fix=OWN_SCRIPT,
         )
+    # Report only the first unsupported setting.
     for key, value, supported_value in _unsupported_settings(config, row.gguf):
         raise ModelError(
             f"llama.cpp does not support {key} = {value} for this model family",
