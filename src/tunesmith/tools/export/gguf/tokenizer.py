@@ -44,6 +44,14 @@ SPECIAL_IDS = (
 # special. llama.cpp's converter also treats these tokens as special.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)
 
+# Value of `prepend_scheme` in tokenizer.json -> note for the user.
+_NOTES_ON_SPACES = {
+    "always": "llama.cpp adds a space even to a text that starts with a space; the run's tokenizer "
+    "does not",
+    "first": "llama.cpp adds a space after every special token; the run's tokenizer adds it only "
+    "at the start of the text",
+}
+
 TokenizerFile = Mapping[str, Any]  # content of tokenizer.json
 # Normalizer or pre-tokenizer in tokenizer.json. Its key `type` has the name of a class of the
 # package tokenizers, and the other keys are the arguments of this class.
@@ -353,17 +361,10 @@ def _adds_space(state: TokenizerFile, notes: list[str]) -> bool:
             raise _unknown_tokenizer(f"the tokenizer normalizes text with {step['type']}")
     for step in _steps(state["pre_tokenizer"]):
         if step["type"] == "Metaspace" and not step["split"]:
-            adds = adds or step["prepend_scheme"] != "never"
-            if step["prepend_scheme"] == "always":
-                notes.append(
-                    "llama.cpp adds a space even to a text that starts with a space; the run's "
-                    "tokenizer does not"
-                )
-            if step["prepend_scheme"] == "first":
-                notes.append(
-                    "llama.cpp adds a space after every special token; the run's tokenizer adds it "
-                    "only at the start of the text"
-                )
+            scheme = step["prepend_scheme"]
+            adds = adds or scheme != "never"
+            if scheme in _NOTES_ON_SPACES:
+                notes.append(_NOTES_ON_SPACES[scheme])
         # A split at " " has no effect, because the normalizer has already replaced all spaces.
         elif step["type"] != "Split" or step["pattern"] != {"String": " "}:
             raise _unknown_tokenizer(f"the tokenizer splits text with {step['type']}")
