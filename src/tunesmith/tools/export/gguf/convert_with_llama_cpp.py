@@ -71,26 +71,15 @@ class Conversion:
     for_ollama: bool
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """Result of writing a GGUF file.
-
-    Attributes:
-        size: size of the file in bytes.
-        notes: differences between llama.cpp and Transformers, for the user.
-    """
-
-    size: int
-    notes: tuple[str, ...]
-
-
 def convert(
     conversion: Conversion,
     converter: Converter,
     progress: Callable[[int, int], None],
     file: Path,
-) -> WrittenFile:
+) -> list[str]:
     """Write a GGUF file with the converter, in a child process.
+
+    Return notes for the user: differences between llama.cpp and Transformers.
 
     Args:
         progress: function that is called with the number of written bytes and the file size.
@@ -124,7 +113,7 @@ def convert(
                 answer = pickle.load(process.stdout)
                 if isinstance(answer, Exception):
                     raise answer
-                if isinstance(answer, WrittenFile):
+                if isinstance(answer, list):  # the notes, which are the last answer
                     return answer
                 progress(*answer)
         except (EOFError, BrokenPipeError) as error:
@@ -158,11 +147,11 @@ def run_child() -> None:
 
     conversion, converter, path = pickle.load(sys.stdin.buffer)
     try:
-        written = _convert(conversion, converter, path, lambda done, total: send((done, total)))
+        notes = _convert(conversion, converter, path, lambda done, total: send((done, total)))
     except (TunesmithError, OSError) as error:
         send(error)
     else:
-        send(written)
+        send(notes)
 
 
 def _convert(
@@ -170,8 +159,11 @@ def _convert(
     converter: Converter,
     path: Path,
     progress: Callable[[int, int], None],
-) -> WrittenFile:
-    """Write the GGUF file with the converter's classes, one tensor at a time."""
+) -> list[str]:
+    """Write the GGUF file with the converter's classes, one tensor at a time.
+
+    Return notes for the user.
+    """
     import gguf  # the converter's version
 
     tuned = open_tuned_model(read_run_files(conversion.location))
@@ -207,7 +199,7 @@ def _convert(
 
         with BandThreads(conversion.threads) as workers:
             write_tensors(path, header, quantized(workers), lambda written: progress(written, size))
-    return WrittenFile(size, notes)
+    return list(notes)
 
 
 def _refusal(tuned: TunedModel, converter: Converter, error: Exception) -> ModelError:

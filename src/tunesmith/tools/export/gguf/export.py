@@ -49,7 +49,7 @@ from tunesmith.model.stored_tensors import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
-from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, WrittenFile, convert
+from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, convert
 from tunesmith.tools.export.gguf.converted_adapter import plan_converted_adapter
 from tunesmith.tools.export.gguf.converter import Converter, require_converter
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
@@ -333,14 +333,14 @@ def _require_check(unchecked: str, model_type: str) -> None:
 
 def _write_plan(
     plan: GgufPlan, threads: int, progress: Callable[[int, int], None], file: Path
-) -> WrittenFile:
+) -> list[str]:
     require_disk_space(file, plan.size, what=file.name, fix=OTHER_DISK)
     write_gguf(plan, file, threads=threads, progress=progress)
-    return WrittenFile(plan.size, plan.notes)
+    return list(plan.notes)
 
 
 def _write_checked(
-    write: Callable[[Path], WrittenFile],
+    write: Callable[[Path], list[str]],
     exported: ExportedFile,
     goal: Path,
     tuned: TunedModel,
@@ -360,7 +360,7 @@ def _write_checked(
     so that the user can examine it.
 
     Args:
-        write: function that writes the GGUF file to a path.
+        write: function that writes the GGUF file to a path, and returns notes for the user.
         exported: the result of the export, as far as it is known.
         goal: the final path of the file, or of the folder if there is a `modelfile`.
         kind: description of the weights' type, for the export record.
@@ -370,7 +370,8 @@ def _write_checked(
     with part_folder(goal) as part:
         file = part / Path(exported.file).name
         moved = file
-        written = write(file)
+        notes = write(file)
+        size = file.stat().st_size
         if modelfile is not None:
             moved = part
             (part / MODELFILE).write_text(modelfile, encoding="utf-8")
@@ -395,9 +396,7 @@ def _write_checked(
             except CheckpointError:
                 move_into_place(moved, rejected)
                 raise
-        exported = replace(
-            exported, bytes=written.size, notes=(*written.notes, *exported.notes), check=result
-        )
+        exported = replace(exported, bytes=size, notes=(*notes, *exported.notes), check=result)
         write_record(file, tuned.location, exported, kind, base, converter)
         if modelfile is None:
             # Delete the earlier file's record before the rename, so that no record describes a file
