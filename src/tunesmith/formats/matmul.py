@@ -87,9 +87,8 @@ def _rebuild_weights(
     encoding: str, tensors: list[Tensor], widths: list[int], in_features: int
 ) -> list[FrozenWeight]:
     kind = find_format(encoding)
-    per_layer = len(tensors) // len(
-        widths
-    )  # all layers have the same encoding and therefore the same number of tensors
+    # All layers have the same encoding, and therefore the same number of tensors.
+    per_layer = len(tensors) // len(widths)
     weights = []
     for i, width in enumerate(widths):
         layer_tensors = tensors[i * per_layer : (i + 1) * per_layer]

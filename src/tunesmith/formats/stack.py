@@ -103,6 +103,8 @@ class ExpertStack(FrozenTensors):
     def load(self, stored: StoredParts, name: str) -> None:
         """Load the stack `name` from a checkpoint. `load_weights` calls this method."""
         weight = stored[""]
+        # Codes and scales of a supported format are one entry, so a second entry is of another
+        # format.
         if len(stored) > 1:
             raise ModelError(
                 "the experts are already quantized in an unsupported format",

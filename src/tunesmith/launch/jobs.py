@@ -148,6 +148,8 @@ def jobs_of(run_dir: str) -> list[Job]:
 def find_job(word: str) -> Job:
     """Return the job whose name is `word`, or the newest job of the run directory `word`.
 
+    If the run was started without `launch`, return a job without a name.
+
     Raise UsageError if there is no such job and no such run.
     """
     jobs = all_jobs()

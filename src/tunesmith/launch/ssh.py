@@ -91,6 +91,7 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
         errors = f"{words[0]}: {error.strerror}"
         return subprocess.CompletedProcess(command, NO_COMMAND, "", errors)
     if host:
+        # A command that itself exits with this code is reported in the same way.
         if done.returncode == SSH_FAILED:
             raise _unreached(host, done.stderr)
         done.stdout = done.stdout.partition(f"{_OUTPUT_BEGINS}\n")[2]

@@ -235,7 +235,8 @@ def newest_records(folder: Path) -> Iterator[Values]:
 
 
 def cut_back(path: str | Path, step: int) -> int:
-    """Remove all lines after `step` and all unreadable lines from a file of JSON lines.
+    """Remove all lines after `step` and all unreadable lines from a file of JSON lines, before a
+    resumed run appends to it.
 
     Return the number of removed lines. The remaining lines are unchanged byte for byte. If the file
     does not exist, it is not created.
@@ -247,7 +248,8 @@ def cut_back(path: str | Path, step: int) -> int:
     remaining = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            line_step = checked_values(parse_json(line))["step"] or 0
+            line_step = checked_values(parse_json(line))["step"]
+            assert line_step is not None  # `checked_values` refuses a line without a step
             # A line without a line break may be incomplete.
             if line.endswith(b"\n") and line_step <= step:
                 remaining.append(line)

@@ -114,14 +114,17 @@ def shipped_form(config: Config, where: str) -> ShippedForm | None:
 def _transformers_form(stored: Config) -> ShippedForm:
     """Read fp8 and mxfp4 as written by Transformers, and fp8 as written by AutoFP8."""
     _check_value(stored, "modules_to_convert", ())
+    # Some checkpoints have another format for their experts.
     _check_value(stored, "expert_dtype", ("fp8",))
     skipped = tuple(_names(stored, ("modules_to_not_convert", "ignored_layers")))
     if stored["quant_method"] == "mxfp4":
         return ShippedForm("mxfp4", not_converted=skipped)
     # AutoFP8 uses the same method name as Transformers, but other keys. It stores one scale per
     # matrix.
-    if not {"weight_block_size", "modules_to_not_convert"} & stored.keys():
+    is_autofp8 = "weight_block_size" not in stored and "modules_to_not_convert" not in stored
+    if is_autofp8:
         return ShippedForm("fp8", not_converted=skipped, scale_suffix=WEIGHT_SCALE)
+    # A missing block size means the default, and null means one scale per matrix.
     block = stored.get("weight_block_size", DEFAULT_FP8_BLOCK)
     if block is None:
         return ShippedForm("fp8", None, skipped)
@@ -235,10 +238,10 @@ def _only_group(stored: Config, expected: Config) -> Config:
     return group
 
 
-def _check_value(stored: Config, key: str, read: Sequence[object]) -> None:
-    """Raise ModelError unless the value of the key is empty or one of the allowed values `read`."""
+def _check_value(stored: Config, key: str, supported: Sequence[object]) -> None:
+    """Raise ModelError unless the value of the key is empty or one of the `supported` values."""
     value = stored.get(key)
-    if value in (None, [], {}) or value in read:
+    if value in (None, [], {}) or value in supported:
         return
     raise ModelError(
         f"quantization_config: {key} is {value!r:.100}, which is not supported",

@@ -185,6 +185,9 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def add_features_by_place(model: nn.Module) -> None:
     """Make text models with DeepStack add the features of pictures by index instead of by mask.
 
+    DeepStack (arXiv:2406.04334) adds features of the vision encoder to the hidden states of several
+    layers.
+
     Indexing with a mask, as Transformers does, waits for the device to count the selected tokens.
     """
     for module in model.modules():
@@ -195,7 +198,7 @@ def add_features_by_place(model: nn.Module) -> None:
 
 def _add_features(hidden: Tensor, is_picture: Tensor, features: Tensor) -> Tensor:
     """Add features [m, width] to the m picture tokens in the hidden states [rows, n, width]."""
-    # A stable descending sort of the mask gives the picture positions first, in order.
+    # The stable sort puts the positions of picture tokens, where `~is_picture` is 0, first.
     places = (~is_picture).flatten().argsort(stable=True)[: len(features)]
     added = hidden.flatten(0, 1).index_add(0, places, features.to(hidden.dtype))
     return added.view_as(hidden)

@@ -223,8 +223,8 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
             "every layer",
             fix="set parallel.tensor=auto",
         )
-    # Count the width in blocks, because all weights of a block share a scale and must be on the
-    # same rank.
+    # Count the widths in blocks, because all weights of a block share a scale and must be on the
+    # same rank. A width of 2.5 blocks cannot be divided: 2.5 % tensor is not 0.
     block = scheme_of(run.model).block
     for layer in dict.fromkeys(spec.layers):
         widths = [layer.heads, layer.kv_heads, layer.heads * layer.value_dim / block]
@@ -249,8 +249,8 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     without tensor parallelism.
     """
     model_type = read_model_types().get(spec.model_type)
-    is_cut = model_type is not None and model_type.tensor is not None
-    if is_cut and all(layer.mixing == "attention" for layer in spec.layers):
+    is_verified = model_type is not None and model_type.tensor is not None
+    if is_verified and all(layer.mixing == "attention" for layer in spec.layers):
         return
     why = f"the mesh is {shape.describe()}; `tunesmith models TYPE` shows what a type supports"
     if model_type is not None and model_type.uncut:

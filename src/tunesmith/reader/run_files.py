@@ -289,8 +289,8 @@ def end_fields(run: RunFiles) -> Fields:
     Return an empty dict for a running or finished run.
     """
     fields = {}
-    # failure.json may be from an earlier start, because a later start does not delete it. Use it
-    # only if the state is FAILED.
+    # failure.json may be from an earlier start, because a later start deletes it only after the
+    # model is loaded. Use it only if the state is FAILED.
     if run.failure and run.state is RunState.FAILED:
         fields = {name: run.failure.get(name) for name in Failure.__annotations__}
     elif run.state is RunState.STOPPED and run.stopped:

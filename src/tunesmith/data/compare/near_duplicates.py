@@ -341,9 +341,10 @@ class _PairCheck:
         return is_similar
 
     def _differ_in_blank(self, one: _Words, other: _Words) -> bool:
-        """Return True if the rows differ in a blank of a template, else False.
+        """Return whether the rows differ in a blank of a template.
 
-        They differ if at most half of their words in the blank are equal.
+        In many data sets, rows repeat a template such as `Translate into French: ___. Be brief.`
+        The rows differ if at most half of their words in the blank are equal.
         """
         matcher = SequenceMatcher(None, one.row.tolist(), other.row.tolist(), autojunk=False)
         is_inside = False

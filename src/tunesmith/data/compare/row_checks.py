@@ -1,6 +1,6 @@
 """Checks for rows that are valid, but repeat or contradict each other.
 
-The checks do not change the rows. `prepare.py` shows the findings before the first step.
+The checks do not change the rows. `presentation/data.py` shows the findings before the first step.
 `splits.py` uses them to remove the rows that `data.leave_out` names, and to keep near-duplicates
 together when rows are held out.
 """

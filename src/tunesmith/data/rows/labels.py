@@ -146,22 +146,25 @@ def _is_bad_label(column: str, value: object) -> bool:
 def check_no_bad_label(row: RowReader) -> None:
     """Raise DataError if the row labels its answer as bad, because training learns every answer."""
     labels = [("", *label) for label in bad_labels(row.unread_columns())]
-    for at, name, value in [*labels, *row.bad_turns]:
-        shown = json.dumps(value, default=str, ensure_ascii=False)
-        if at:
-            fix = 'write "train": false into the turn'
-        elif name in row.row:
-            fix = _use_labels(row.source, name)
-            if read_label(value) is None:
-                fix += " (first write true or false for each of its values)"
-        else:
-            fix = f"copy {name} into a separate column"
-        raise row.error(
-            f"the answer is labeled bad: {name} is {shown}",
-            f"format {row.source.format} trains on every answer as if it were good",
-            f"{fix}, delete the row, or rename {name} if it is not a rating",
-            at,
-        )
+    bad = [*labels, *row.bad_turns]
+    if not bad:
+        return
+    at, name, value = bad[0]
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    if at:  # the label of a turn
+        fix = 'write "train": false into the turn'
+    elif name in row.row:  # a column
+        fix = _use_labels(row.source, name)
+        if read_label(value) is None:
+            fix += " (first write true or false for each of its values)"
+    else:  # a key inside of a column, such as `feedback.rating`
+        fix = f"copy {name} into a separate column"
+    raise row.error(
+        f"the answer is labeled bad: {name} is {shown}",
+        f"format {row.source.format} trains on every answer as if it were good",
+        f"{fix}, delete the row, or rename {name} if it is not a rating",
+        at,
+    )
 
 
 def _use_labels(source: Source, column: str) -> str:

@@ -65,7 +65,10 @@ def open_splits(source: Source) -> dict[str, Table]:
 
 
 def from_list(rows: list[Row], name: str = "rows") -> Rows:
-    """Convert a list of rows to `Rows`. A program can pass such a list instead of a file."""
+    """Convert a list of rows to `Rows`. A program can pass such a list instead of a file.
+
+    The list must not change later, because its digest is computed now.
+    """
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Table(len(rows), rows.__getitem__, lambda i: f"{name} row {i + 1}", lambda: digest)
     return Rows(name, [table])

@@ -475,27 +475,27 @@ def _answers_without_end(
         followers: ids of tokens that may follow a span instead of an end token.
     """
     # End each span at the end of its row, because the next row follows directly in the array.
-    is_row_end = np.zeros(len(chunk.arrays.ids), np.bool_)
-    is_row_end[chunk.offsets[1:] - 1] = True
-    spans, stops = _open_spans(chunk, is_row_end, end_ids, followers)
+    is_sequence_end = np.zeros(len(chunk.arrays.ids), np.bool_)
+    is_sequence_end[chunk.offsets[1:] - 1] = True
+    spans, stops = _open_spans(chunk, is_sequence_end, end_ids, followers)
     # At the end of a row, supervised tokens may follow the end token. Therefore also search the
     # tokens before the last token.
-    ends_row = is_row_end[stops]
+    ends_sequence = is_sequence_end[stops]
     sequences = np.searchsorted(chunk.offsets, stops, side="right") - 1
     earlier = stops - np.arange(1, _END_WINDOW_TOKENS)[:, None]
     # If an index is before the start of the row, use the row's first token, which is never a part
     # of an answer.
     earlier = np.maximum(earlier, chunk.starts[sequences])
     is_end_token = np.isin(chunk.arrays.ids[earlier], end_ids)
-    has_end_token = ends_row & is_end_token.any(axis=0)
+    has_end_token = ends_sequence & is_end_token.any(axis=0)
 
     examples = chunk.examples_of(stops)
     continued = chunk.arrays.continued
-    is_cut_off = ends_row & chunk.arrays.truncated[examples]
+    is_cut_off = ends_sequence & chunk.arrays.truncated[examples]
     is_cut_off &= ~has_end_token
     # If the document continues in another example, no end token is needed, because only the last
     # example of a document has one.
-    has_end_token |= ends_row & continued[examples]
+    has_end_token |= ends_sequence & continued[examples]
     unfinished = int(is_cut_off.sum() + continued.sum())
     ended = (spans - unfinished, stops[~has_end_token & ~is_cut_off])
     if not chunk.has_answers:
@@ -504,19 +504,26 @@ def _answers_without_end(
 
 
 def _open_spans(
-    chunk: _Chunk, is_row_end: np.ndarray, end_ids: list[int], followers: list[int]
+    chunk: _Chunk, is_sequence_end: np.ndarray, end_ids: list[int], followers: list[int]
 ) -> tuple[int, np.ndarray]:
-    """Count the supervised spans. Find the last token of each span that has no end token."""
+    """Count the supervised spans, and find the last token of each span without an end token.
+
+    Args:
+        is_sequence_end: bool [tokens], whether a token is the last of its sequence. The answers of
+            a pair are two sequences.
+        end_ids, followers: see `_answers_without_end`.
+    """
     ids = chunk.arrays.ids
     trained = chunk.arrays.trained
     next_trained = np.append(trained[1:], False)
-    is_last = is_row_end | ~next_trained
+    is_last = is_sequence_end | ~next_trained
     span_ends = np.flatnonzero(trained & is_last)
     ends_answer = np.isin(ids[span_ends], end_ids)
-    # A span within a row is also complete if the next token is an unsupervised end token.
-    in_row = ~is_row_end[span_ends]
+    # A span within a sequence is also complete if the next token is an unsupervised end token or a
+    # picture.
+    in_sequence = ~is_sequence_end[span_ends]
     next_ids = np.append(ids[1:], -1)[span_ends]
-    ends_answer |= in_row & np.isin(next_ids, followers)
+    ends_answer |= in_sequence & np.isin(next_ids, followers)
     return (len(span_ends), span_ends[~ends_answer])
 
 

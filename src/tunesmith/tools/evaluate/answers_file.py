@@ -78,7 +78,10 @@ class AnswersHeader:
     batch_size: int
 
     def differences(self, earlier: dict[str, JsonValue]) -> list[str]:
-        """Return a clause for each value that differs from `earlier`, an existing file's header."""
+        """Return a clause for each value that differs from `earlier`, an existing file's header.
+
+        `data` and `rows` are not compared, because `prompts` is a hash of all prompts.
+        """
         clauses = []
         if earlier.get("prompts") != self.prompts:
             clauses.append(

@@ -42,6 +42,7 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
             # Start a new session, so that the process gets no SIGHUP when the terminal is closed.
             start_new_session=True,
         )
+    # Another process may later get the same pid, so store when this process was created too.
     details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
     job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)

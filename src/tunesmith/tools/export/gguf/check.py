@@ -85,21 +85,22 @@ class FileCheck:
 def require_same_model(check: FileCheck, quant: str, rejected: Path, *, is_routed: bool) -> None:
     """Raise CheckpointError if the outputs of a converted file differ from the tuned model's.
 
-    The file is written by llama.cpp's converter.
+    This check is for files of llama.cpp's converter, which may implement the model differently.
 
     Args:
         rejected: path of the rejected file, for the error message.
         is_routed: whether the model is a mixture of experts.
     """
     means = ROUTED_MEAN_KL_NATS if is_routed else MEAN_KL_NATS
-    is_rounded = quant not in MEDIAN_KL_NATS
+    # Types with few bits have no limit, because their rounding alone changes the outputs.
+    has_few_bits = quant not in MEDIAN_KL_NATS
     if check.is_near and (
-        is_rounded
+        has_few_bits
         or (check.tuned.median_kl <= MEDIAN_KL_NATS[quant] and check.tuned.mean_kl <= means[quant])
     ):
         return
     fix = SERVE_FOLDER
-    if is_rounded:
+    if has_few_bits:
         fix = f"use --quant f16 to find out the cause; if that file differs too, {fix}"
     raise CheckpointError(
         "the GGUF file differs too much from the tuned model",
@@ -107,7 +108,7 @@ def require_same_model(check: FileCheck, quant: str, rejected: Path, *, is_route
         why=f"the KL divergence from the tuned model is {check.tuned.mean_kl:.2g} nats (median "
         f"{check.tuned.median_kl:.2g}), and at {check.tuned.agreement:.0%} of "
         f"{check.positions} positions both models predict the same next token; "
-        + ("the weights are rounded to too few bits, or " if is_rounded else "")
+        + ("the weights are rounded to too few bits, or " if has_few_bits else "")
         + "llama.cpp implements this type of model differently",
         fix=fix,
     )

@@ -122,6 +122,7 @@ def _unsupported_defaults(config: ModelConfig) -> Iterator[Setting]:
 
     llama.cpp would compute with the default.
     """
+    # The length of a default list, such as `layer_types`, is the number of layers.
     layers = config["num_hidden_layers"]
     plain = AutoConfig.for_model(config["model_type"], num_hidden_layers=layers)
     defaults: ModelConfig = plain.to_dict()
@@ -139,6 +140,8 @@ def _unsupported_defaults(config: ModelConfig) -> Iterator[Setting]:
         # compute a model without softcap wrongly.
         if defaults.get(key) and not config.get(key):
             yield key, config.get(key), defaults[key]
+    # In llama.cpp, attention has no softcap in families that do not have one by default, such as
+    # Gemma 3.
     softcap = config.get("attn_logit_softcapping")
     if softcap and not defaults.get("attn_logit_softcapping"):
         yield "attn_logit_softcapping", softcap, "none"
