@@ -177,6 +177,13 @@ def test_exact_match_without_any_answer_is_refused(tiny: Path, tmp_path: Path) -
     assert rows.name in refused.value.where
 
 
+def test_empty_answers_are_counted(tiny: Path, tmp_path: Path) -> None:
+    listed = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "c"}]
+    rows = write_rows(tmp_path / "held.jsonl", listed)
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    assert evaluate(tmp_path / "run", str(rows), base=False, device="cpu").empty == 1
+
+
 def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     tiny: Path, tmp_path: Path
 ) -> None:

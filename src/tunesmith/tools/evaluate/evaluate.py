@@ -479,7 +479,7 @@ def _evaluation(
         counts.dropped + counts.emptied,
         counts.cut,
         by_scorer,
-        empty=counts.flaws.get("empty", [0])[0],
+        empty=sum(part.counts.flaws.get("empty", (0, ""))[0] for part in tokens.parts),
         seen=seen,
         seen_fault=fault,
         row_hash=counts.digest,
