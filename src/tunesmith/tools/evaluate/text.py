@@ -9,7 +9,6 @@ import re
 import string
 from collections import Counter
 
-import numpy as np
 import regex
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -72,6 +71,8 @@ def common_subsequence(first: list[str], second: list[str]) -> int:
     This is the usual dynamic programming. `row[j]` is the length for the words of `first` so far
     and the first j words of `second`. numpy computes an entire row at once.
     """
+    import numpy as np  # the help page of `eval` imports this module, and numpy is slow to import
+
     ids = {word: i for i, word in enumerate({*first, *second})}
     second_ids = np.array([ids[word] for word in second], int)
     row = np.zeros(len(second) + 1, int)

@@ -92,7 +92,7 @@ def require_same_model(check: FileCheck, quant: str, rejected: Path, *, is_route
         is_routed: whether the model is a mixture of experts.
     """
     means = ROUTED_MEAN_KL_NATS if is_routed else MEAN_KL_NATS
-    # Types with few bits have no limit, because their rounding alone changes the outputs.
+    # Types with few bits have no limit, because rounding to few bits also changes the outputs.
     has_few_bits = quant not in MEDIAN_KL_NATS
     if check.is_near and (
         has_few_bits
