@@ -72,7 +72,7 @@ HARMLESS_KEYWORDS = frozenset(
 
 
 class Rule(NamedTuple):
-    """How an attention call computes the weights. `attend` describes the fields."""
+    """Rule by which an attention call computes the weights. `attend` describes the fields."""
 
     documents: Documents
     scale: float

@@ -1,4 +1,4 @@
-"""What a command asks of the stages of a start."""
+"""The request that a command makes to the stages of a start."""
 
 from dataclasses import dataclass, field
 from typing import Literal

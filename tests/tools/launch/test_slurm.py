@@ -26,7 +26,7 @@ from tunesmith.errors import UsageError
 from tunesmith.host.signals import REQUEUE
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.inputs import recipe_inputs
-from tunesmith.tools.launch.slurm import DIRECTIVES, Request
+from tunesmith.tools.launch.slurm import DIRECTIVES, JobRequest
 from tunesmith.training.run import train
 
 FLAGS = (*DIRECTIVES, "gpus_per_node", "container")
@@ -112,13 +112,13 @@ def test_no_value_adds_a_directive_or_a_command(
     variable = variable.replace("\0", "")
     try:
         with mock.patch.dict(os.environ, {"NCCL_MINE": variable}):
-            request = Request(nodes=2, **flags)  # type: ignore[arg-type]
+            request = JobRequest(nodes=2, **flags)  # type: ignore[arg-type]
             script = slurm.render_script(replace(run, output_dir=out), request)
     except UsageError:
         return
     plain = {key: "1" if key != "container" else "image" for key in flags}
     with mock.patch.dict(os.environ, {"NCCL_MINE": "x"}):
-        request = Request(nodes=2, **plain)  # type: ignore[arg-type]
+        request = JobRequest(nodes=2, **plain)  # type: ignore[arg-type]
         expected = slurm.render_script(replace(run, output_dir="/shared/plain"), request)
     given, wanted = parts(script), parts(expected)
     names = [line.partition("=")[0] for line in wanted[0] if "gpus" not in line]
@@ -153,7 +153,7 @@ def test_the_script_is_shell_and_asks_for_what_was_given(
         CANARIES | {"HF_HOME": "/shared/hf", "NCCL_DEBUG": "INFO", "MY_SECRET": "x"}
     ).items():
         monkeypatch.setenv(name, value)
-    request = Request(
+    request = JobRequest(
         nodes=2, partition="gpu", account="me", qos="high", time="12:00:00", constraint="h100", mem="500G", cpus_per_task="16",
         gpus_per_node="h100:8", exclusive=True, setup=("module load cuda",), sbatch=("--reservation=tuesday",), max_requeues=3,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def test_the_script_is_shell_and_asks_for_what_was_given(
 
 
 def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
-    script = slurm.render_script(run, Request(gpus_per_node="0", max_requeues=0))
+    script = slurm.render_script(run, JobRequest(gpus_per_node="0", max_requeues=0))
     directives, values, _ = parts(script)
     assert {"#SBATCH --no-requeue", "#SBATCH --signal=B:USR1@300"} <= {*directives}
     assert not [line for line in directives if "gpu" in line]
@@ -185,7 +185,7 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
 
 def test_a_path_has_no_repeated_entries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/b:/a:/b:/c:/a")
-    script = slurm.render_script(run, Request(gpus_per_node="1"))
+    script = slurm.render_script(run, JobRequest(gpus_per_node="1"))
     assert "export PATH=/b:/a:/c" in parts(script)[1]
 
 
@@ -193,7 +193,9 @@ def test_a_container_gets_what_the_run_reads_and_writes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/only/here")
-    script = slurm.render_script(run, Request(gpus_per_node="1", container="registry#org/image:1"))
+    script = slurm.render_script(
+        run, JobRequest(gpus_per_node="1", container="registry#org/image:1")
+    )
     values = dict(line.removeprefix("export ").partition("=")[::2] for line in parts(script)[1])
     assert values["python"] == "python3"
     assert "PYTHONPATH" not in values
@@ -215,16 +217,16 @@ def test_a_container_gets_what_the_run_reads_and_writes(
 )  # fmt: skip
 def test_refused(run: Run, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(UsageError, match=re.escape(what)):
-        slurm.render_script(run, Request(**({"gpus_per_node": "1"} | changes)))
+        slurm.render_script(run, JobRequest(**({"gpus_per_node": "1"} | changes)))
 
 
 def test_a_path_that_would_add_a_mount_or_lose_the_log_is_refused(run: Run) -> None:
     with pytest.raises(UsageError, match="backslash"):
-        slurm.render_script(replace(run, output_dir="/shared/a\\b"), Request(gpus_per_node="1"))
+        slurm.render_script(replace(run, output_dir="/shared/a\\b"), JobRequest(gpus_per_node="1"))
     with refuses(UsageError, where="--container", names=["/shared/a:/etc,b"]):
         slurm.render_script(
             replace(run, output_dir="/shared/a:/etc,b/run"),
-            Request(gpus_per_node="1", container="i"),
+            JobRequest(gpus_per_node="1", container="i"),
         )
 
 
@@ -246,7 +248,7 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> No
 
 def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
     def warning(time: str | None, wanted: int | None = None) -> int:
-        return slurm.warning_of(Request(time=time, warning=wanted))
+        return slurm.warning_of(JobRequest(time=time, warning=wanted))
 
     assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [
         300,
@@ -268,7 +270,7 @@ def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_pat
     assert saving == pytest.approx(705.5, abs=1)
 
     def warning(time: str, saving: float) -> int:
-        return slurm.warning_of(Request(time=time, saving=saving))
+        return slurm.warning_of(JobRequest(time=time, saving=saving))
 
     assert warning("12:00:00", saving) == 60 + 1411 + 1
     assert warning("1:00:00", saving) == 900  # a quarter of it
@@ -310,7 +312,7 @@ def test_rendered_it_is_a_script_with_its_recipe_and_nothing_is_submitted(
 def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(gpus_per_node="1")
+    request = JobRequest(gpus_per_node="1")
     words = ["my recipe.yaml", "train.duration=2 epochs"]
     fetch = "tunesmith fetch 'my recipe.yaml' 'train.duration=2 epochs'"
     elsewhere = replace(run, model=replace(run.model, name="owner/model"))
@@ -366,7 +368,7 @@ def test_a_finished_run_is_not_submitted(
 
 @pytest.mark.parametrize("debug", [True, False])
 def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
-    script = slurm.render_script(run, Request(nodes=2, gpus_per_node="8", debug=debug))
+    script = slurm.render_script(run, JobRequest(nodes=2, gpus_per_node="8", debug=debug))
     line = next(line for line in script.splitlines() if line.startswith("debug="))
     shell = f'{line}\necho agent "${{debug[@]}}" --'
     said = subprocess.run(
@@ -397,7 +399,7 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     for name, text in {"srun": "\n".join(srun), "scontrol": "#!/bin/sh\necho requeued"}.items():
         (tmp_path / "bin" / name).write_text(text + "\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    request = Request(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
+    request = JobRequest(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
     words = ["bash", "--norc", "-c", slurm.render_script(run, request)]
     done = subprocess.run(
@@ -415,7 +417,7 @@ def test_ranks_are_told_whether_their_job_may_be_requeued(
     run = from_mapping(recipe(tmp_path, tmp_path, held=False), where="test", base=tmp_path)
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "told=${REQUEUE}"\n')
     (tmp_path / "srun").chmod(0o755)
-    request = Request(gpus_per_node="0", setup=(f"export PATH={tmp_path}:$PATH",))
+    request = JobRequest(gpus_per_node="0", setup=(f"export PATH={tmp_path}:$PATH",))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_RESTART_COUNT": attempt}
     words = ["bash", "--norc", "-c", slurm.render_script(run, request)]
     done = subprocess.run(
@@ -427,7 +429,9 @@ def test_ranks_are_told_whether_their_job_may_be_requeued(
 def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/stop-7").touch()
-    script = slurm.render_script(replace(run, output_dir=str(tmp_path)), Request(gpus_per_node="0"))
+    script = slurm.render_script(
+        replace(run, output_dir=str(tmp_path)), JobRequest(gpus_per_node="0")
+    )
     task = {"SLURM_JOB_ID": "7"}
     words = ["bash", "--norc", "-c", script]
     done = subprocess.run(
@@ -453,7 +457,7 @@ def test_a_script_has_named_variables_and_no_secret(
 ) -> None:
     for name, value in (SENT | NOT_SENT).items():
         monkeypatch.setenv(name, value)
-    script = slurm.render_script(run, Request(gpus_per_node="1"))
+    script = slurm.render_script(run, JobRequest(gpus_per_node="1"))
     exported = dict(
         line.removeprefix("export ").split("=")
         for line in script.splitlines()

@@ -26,7 +26,7 @@ from tunesmith.launch.jobs import check_free, recipe_file
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.cli_local import add_launched, is_finished, launched_recipe
 
-# Field of `slurm.Request` -> help text of the option with the same name.
+# Field of `slurm.JobRequest` -> help text of the option with the same name.
 SETTINGS = {
     "partition": "partition that the job is submitted to",
     "account": "account that the job is charged to",
@@ -94,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    fields = [field.name for field in dataclasses.fields(slurm.Request)]
-    request = slurm.Request(**{name: vars(args)[name] for name in fields if name in args})
+    fields = [field.name for field in dataclasses.fields(slurm.JobRequest)]
+    request = slurm.JobRequest(**{name: vars(args)[name] for name in fields if name in args})
     # Pass the number of ranks, because the login node and the compute nodes have different
     # hardware.
     recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))

@@ -136,12 +136,12 @@ fi
 exit "$code"
 """
 
-# Fields of `Request` that become options of sbatch with the same name.
+# Fields of `JobRequest` that become options of sbatch with the same name.
 DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class JobRequest:
     """The options of a Slurm job, from the flags of `launch slurm`.
 
     None means the default of the cluster.
@@ -175,7 +175,7 @@ class Request:
     debug: bool = False
 
 
-def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> str:
+def render_script(run: Run, request: JobRequest, *, holds_recipe: bool = False) -> str:
     """Return the text of the batch script.
 
     Every value from a recipe or a flag is quoted, in an #SBATCH line or in an assignment.
@@ -217,7 +217,7 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
     return "\n".join(lines)
 
 
-def _directives(run: Run, request: Request) -> list[str]:
+def _directives(run: Run, request: JobRequest) -> list[str]:
     """Return the options of sbatch, one per #SBATCH line."""
     if "\\" in run.output_dir:
         raise UsageError(
@@ -254,7 +254,7 @@ def _directives(run: Run, request: Request) -> list[str]:
     return lines + [safe_value(line, "--sbatch-arg") for line in request.sbatch]
 
 
-def _job_environment(request: Request) -> dict[str, str]:
+def _job_environment(request: JobRequest) -> dict[str, str]:
     """Return the environment variables of this process that are passed to the job."""
     environment = passed_variables(PASSED_TO_JOB)
     if request.container:
@@ -269,7 +269,7 @@ def _job_environment(request: Request) -> dict[str, str]:
     return environment
 
 
-def ranks_of(request: Request) -> int:
+def ranks_of(request: JobRequest) -> int:
     """Return the number of ranks per node: one per GPU, or one without GPUs.
 
     Raise UsageError if the number of GPUs is missing or does not have the form `8` or `h100:8`.
@@ -286,7 +286,7 @@ def ranks_of(request: Request) -> int:
     return max(int(match[1]), 1)
 
 
-def warning_of(request: Request) -> int:
+def warning_of(request: JobRequest) -> int:
     """Return how many seconds before the time limit the ranks are asked to save.
 
     Raise UsageError if the user's value is more than half of the time limit.
@@ -353,7 +353,7 @@ def limit_seconds(text: str) -> int:
     return first * 60 + second
 
 
-def check_reach(run: Run, request: Request, words: Sequence[str]) -> None:
+def check_reach(run: Run, request: JobRequest, words: Sequence[str]) -> None:
     """Raise UsageError if the job lacks files or a login that it needs.
 
     Otherwise the job would fail only after it has waited in the queue. The error names the command
@@ -393,7 +393,7 @@ def check_reach(run: Run, request: Request, words: Sequence[str]) -> None:
         )
 
 
-def check_mesh_of_job(run: Run, request: Request) -> None:
+def check_mesh_of_job(run: Run, request: JobRequest) -> None:
     """Raise RecipeError if the recipe's mesh does not fit the number of ranks of the job."""
     if run.parallel != Parallel():
         possible_shapes(run.parallel, request.nodes * ranks_of(request))
@@ -406,7 +406,7 @@ def hub_home() -> str:
     return constants.HF_HOME
 
 
-def submit(run: Run, request: Request) -> SlurmJob:
+def submit(run: Run, request: JobRequest) -> SlurmJob:
     """Write the recipe and the script, submit the script, and save the job file.
 
     Raises:
@@ -454,7 +454,7 @@ def _shell_word(value: str, where: str) -> str:
     return shlex.quote(safe_value(value, where))
 
 
-def _container_words(run: Run, request: Request) -> list[str]:
+def _container_words(run: Run, request: JobRequest) -> list[str]:
     """Return the quoted flags of srun for Pyxis: the container image and the mounts.
 
     The paths that the run reads and writes are mounted at the same paths as on the host. Return []
