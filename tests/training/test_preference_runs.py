@@ -97,6 +97,20 @@ def test_a_run_learns_and_resumes_to_the_same_bits(tiny: Path, tmp_path: Path, m
         assert best["val_accuracy"] in [r.extra.get("val_reward_accuracy") for r in whole.records]
 
 
+def test_kto_with_dropout_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    """KTO computes mismatched pairs with dropout, before the micro batches of a step."""
+    adapter = {"dropout": 0.2}
+    # Only good answers are trained, so that KL is above 0.
+    method = {"name": "kto", "undesirable_weight": 0.001}
+    train(tiny, tmp_path, method, "whole", adapter=adapter)
+    train(tiny, tmp_path, method, "parts", adapter=adapter, train={"duration": "2 steps"})
+    train(tiny, tmp_path, method, "parts", adapter=adapter)
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert whole[-1].extra["kl"] > 0
+    assert [record.extra for record in whole] == [record.extra for record in parts]
+
+
 @pytest.mark.parametrize("kind", ["lora", "none"])
 def test_a_run_of_whole_sequences_goes_on_with_them(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

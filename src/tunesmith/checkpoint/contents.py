@@ -205,7 +205,7 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
 
 @contextmanager
 def read_optimizer(folder: Path) -> Iterator[Mapping[str, StoredTensor]]:
-    """Yield the optimizer's tensors of a checkpoint. They can be read only inside the block.
+    """Yield the optimizer's tensors of a checkpoint.
 
     Raise CheckpointError if the file cannot be read.
     """

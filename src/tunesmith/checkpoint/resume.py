@@ -280,8 +280,7 @@ def restore_resolved_values(model: Model, previous_run: Run | None) -> Model:
 def _copy_newest_records(output_dir: Path, ranks: Ranks) -> None:
     """Copy files such as metrics.jsonl to the node of rank 0, if another node has newer versions.
 
-    Only rank 0 writes these files.
-
+    Only rank 0 writes these files, but in an earlier start rank 0 may have been on another node.
     This is a collective call.
     """
     sizes = {}

@@ -69,7 +69,7 @@ def override_words(overrides: Overrides) -> list[str]:
 
 
 def override_layer(overrides: Overrides) -> Node:
-    """Combine all overrides into one layer. Their order does not matter.
+    """Combine all overrides into one layer. If a key is set twice, the last value is used.
 
     Args:
         overrides: a mapping `{"key.sub": value}`, one text `key.sub=value`, or a list of texts.
@@ -131,7 +131,8 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
 
     Args:
         same_layer: `upper` is one command-line override and `lower` holds the overrides before it.
-            No override of the command line may replace another one.
+            An override of a part of a key, such as `train.global_batch.x`, may then not replace an
+            override of the entire key.
     """
     are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
     _, hint = keys().get(without_indices(key), (None, Run))

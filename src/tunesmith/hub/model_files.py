@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from tunesmith.data.text.placeholders import PictureProcessor
 
-# Whether the weights are read from the folder of the model or drawn at random.
-
 
 @dataclass(frozen=True)
 class ModelFiles:

@@ -53,8 +53,9 @@ class Support:
             one document per row; "refused": the model cannot be trained.
         why: the reason for the state, as text for the user.
         recurrent: class names of the layers that run on one document per row.
-        dead_targets: names of linear layers in a decoder layer whose weight is read without calling
-            their forward, for example by a fused kernel. An adapter on them would get no gradient.
+        dead_targets: names of linear layers in a decoder layer on which an adapter would get no
+            gradient: other code reads their weight, for example a fused kernel, or they only
+            select tokens.
         packs_eager: whether packed rows are also correct with Transformers' own attention, which
             `model.attention: eager` selects.
         errors: the measured errors of this state, or of padded rows if the model is refused.

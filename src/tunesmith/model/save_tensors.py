@@ -197,10 +197,10 @@ def _file_pieces(entry: Entry) -> Iterator[memoryview]:
 def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator[Tensor]:
     """Yield the rows `span` of a DTensor in `dtype`, at most MAX_GATHERED_BYTES at a time.
 
-    Only rank 0 gets valid values. Each yielded tensor is overwritten by the next. `full_tensor` is
-    not used, because with gloo its peak memory was twice the tensor on every rank. For each row,
-    only the first rank that has it contributes its bytes, and all other ranks contribute zeros. The
-    bytes are summed, so that no value changes.
+    Only the first rank of the mesh gets valid values. Each yielded tensor is overwritten by the
+    next. `full_tensor` is not used, because with gloo its peak memory was twice the tensor on every
+    rank. For each row, only the first rank that has it contributes its bytes, and all other ranks
+    contribute zeros. The bytes are summed, so that no value changes.
     """
     local = tensor.to_local().detach()
     local_rows, *columns = local_slices(tensor)
@@ -243,14 +243,13 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Other ranks get meta tensors. This is a collective call.
     """
-    place = "cpu"
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             # Other ranks need only the shapes, because their pieces contain no valid values.
-            if dist.get_rank():
-                place = "meta"
+            place = "meta" if dist.get_rank() else "cpu"
             pieces = _gathered_rows(tensor, tensor.dtype, slice(0, len(tensor)))
+            # Copy each piece, because the next one overwrites it.
             whole[name] = torch.cat([piece.to(place, copy=True) for piece in pieces])
     return whole
 

@@ -238,8 +238,7 @@ def _read_sizes(config: Config, where: str, trust_remote_code: bool) -> ModelSpe
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
     window, slides = _windows(config, family, depth)
-    # Share one object between all sliding layers to save memory, because a broken config can claim
-    # millions of layers.
+    # All sliding layers are one object.
     sliding = replace(layer, window=window)
     layers = tuple(sliding if slides_here else layer for slides_here in slides)
     layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)

@@ -277,7 +277,8 @@ def stored_tensor(
 
 @contextmanager
 def stored_tensors(file: Path) -> Iterator[dict[str, FileTensor]]:
-    """Yield the tensors of a safetensors file by name. They can be read inside the `with` block.
+    """Yield the tensors of a safetensors file by name. The file is open inside the `with` block. A
+    tensor that is read later opens it again.
 
     Raise ModelError if the file is damaged.
     """

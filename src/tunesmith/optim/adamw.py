@@ -266,7 +266,9 @@ class AdamWUpdate:
     def _skips_nan(self) -> bool:
         """Return whether bitsandbytes leaves a weight unchanged if its gradient is NaN.
 
-        Its CUDA kernel does, but its CPU code does not.
+        Its CUDA kernel does, but its CPU code does not. If it does, `Optimizer._clip_and_update`
+        skips a step without waiting for the device: it sets all gradients to NaN. This trial update
+        also checks that the kernel exists.
         """
         weight = nn.Parameter(torch.ones(MIN_8BIT_ELEMENTS, device=self.device))
         weight.grad = torch.full_like(weight, float("nan"))

@@ -30,7 +30,9 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
         step: step number from 0.
         warmup: number of steps in which the rate increases linearly. Step `warmup - 1` is the first
             step with the maximum rate.
-        progress: completed fraction of the steps after the warm-up, from 0 to 1.
+        progress: completed fraction of the steps after the warm-up, from 0 to 1. If the duration is
+            given as time, the fraction of the entire time, so that the rate falls a little at the
+            end of the warm-up.
     """
     if step < warmup:
         # Add 1, so that the first step has a rate above 0 and step `warmup - 1` has the maximum

@@ -294,8 +294,8 @@ class _ModelSharder:
         setattr(module, name, self.sharded[param])
 
 
-# ---- collectives with a gradient. Activations are [1, tokens, width]; in shared experts they may
-# also be [tokens, width] ----
+# Collectives with a gradient. Activations are [1, tokens, width]; in shared experts they may also
+# be [tokens, width].
 
 
 def _gather(x: Tensor, group: RankGroup) -> Tensor:

@@ -265,6 +265,8 @@ class Step:
         """
         work = self.work
         rate = self._tflops * 1e12
+        # Experts are multiplied in 16 bits, so the factor of fp8 is not applied to them. It is
+        # applied to attention, because it was measured for whole steps.
         product_rate = PRODUCT_SPEED * rate
         if self.estimator.scheme.has_fp8_matmuls:
             rate *= EIGHT_BIT_SPEED

@@ -208,6 +208,7 @@ class Trainer(LoopPart):
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
         # Compute values that the losses of all micro batches need. This is a collective call.
+        self._seed_dropout(batch.step, -1)
         totals = model.method.begin_step(
             model,
             StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched),
@@ -223,10 +224,7 @@ class Trainer(LoopPart):
         for index, micro_batch in enumerate(batch.micro, batch.first_micro):
             if self.stop.drops_step():
                 return None
-            # Derive the seed for dropout from the run's seed, the step and the micro batch, so that
-            # a resumed run draws the same masks. Each factor is larger than the number that is
-            # added after it, so that different inputs give different seeds.
-            torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
+            self._seed_dropout(batch.step, index)
             # If the model is sharded, each backward reduces the gradients over the ranks. If each
             # rank has a copy of the model, only the last backward of a step reduces them.
             is_last_backward = micro_batch is batch.micro[-1]
@@ -252,6 +250,15 @@ class Trainer(LoopPart):
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
         return StepOutput(batch.step + 1, batch, lr, scalars, Mark(session.device))
+
+    def _seed_dropout(self, step: int, micro_batch: int) -> None:
+        """Derive the seed for dropout from the run's seed, the step and the micro batch, so that a
+        resumed run draws the same masks. The micro batch is -1 for what a method computes before
+        the first one.
+        """
+        # Each factor is larger than the number that is added after it, so that different inputs
+        # give different seeds.
+        torch.manual_seed((self.run.train.seed * 1_000_003 + step) * 4_099 + micro_batch)
 
     def report_phase(self) -> None:
         """Report to the heartbeat that a step begins, and the time limit of the step."""

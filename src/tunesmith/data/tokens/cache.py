@@ -269,6 +269,9 @@ def cached_tokens(
 
 
 def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
+    """Write an entry, if the disk allows it. The caller then reads its arrays from the final path,
+    because the arrays that `make` returns are mapped to temporary files.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)

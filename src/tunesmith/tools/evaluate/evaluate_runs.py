@@ -186,12 +186,18 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
     """Raise UsageError if the runs have different base models."""
+    first = vars(locations[0].base)
     for path, location in zip(paths, locations, strict=True):
-        if location.base != locations[0].base:
+        differing = [
+            f"model.{key} is {first[key]} and {value}"
+            for key, value in vars(location.base).items()
+            if value != first[key]
+        ]
+        if differing:
             raise UsageError(
                 "the runs have different base models",
                 where=f"{paths[0]} and {path}",
-                why=f"the base models are {locations[0].base.name} and {location.base.name}",
+                why=", ".join(differing),
                 fix="remove --base, or evaluate each run separately",
             )
 

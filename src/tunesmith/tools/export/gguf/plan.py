@@ -128,15 +128,15 @@ def plan_gguf(
     family = read_family(config)
     new_names = gguf_names(weights, config, family)
     rows = weights["model.embed_tokens.weight"].shape[0]
-    read_tokenizer = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
+    vocabulary = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
     factors = rope_tensors(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
-    shapes |= {new_names[name]: tuple(weight.shape) for name, weight in weights.items()}
+    shapes = {new_name: tuple(tensor.shape) for new_name, tensor in factors.items()}
+    shapes |= {new_names[old_name]: tuple(weight.shape) for old_name, weight in weights.items()}
     parameters = sum(prod(shape) for shape in shapes.values())
     kind = "ALL" if quant == "f32" else "MOSTLY"
     keys = {
         "type": "model",
-        "name": model_name(name, read_tokenizer.strips_space),
+        "name": model_name(name, vocabulary.strips_space),
         "size_label": gguf.size_label(parameters, parameters, 0, 0),
         # llama.cpp uses these values as defaults of its sampler.
         "sampling_top_k": generation.get("top_k"),
@@ -148,7 +148,7 @@ def plan_gguf(
         **config_keys({**config, "vocab_size": rows}, family),
         "file_type": gguf.LlamaFileType[f"{kind}_{quant.upper()}"],
         "quantization_version": gguf.GGML_QUANT_VERSION,
-        **read_tokenizer.keys,
+        **vocabulary.keys,
     }
     writer = new_writer(family.arch)
     add_keys(writer, keys)
@@ -168,7 +168,7 @@ def plan_gguf(
             GgufTensor(new_name, shapes[new_name], types[new_name], weight, heads, offset)
         )
     load_ggml_if_needed(types.values())
-    notes = (*notes_on_config(config), *read_tokenizer.notes)
+    notes = (*notes_on_config(config), *vocabulary.notes)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors), notes)
 
 
