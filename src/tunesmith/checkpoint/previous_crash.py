@@ -62,10 +62,9 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
         return None
     # A report that is older than the note is from an earlier process. It is deleted only after the
     # model is loaded.
-    began = (run_dir / RUNNING).stat().st_mtime_ns
-    for report in (run_dir / FAILURE, run_dir / STOPPED):
-        if report.exists() and report.stat().st_mtime_ns >= began:
-            return None
+    began = _written_at(run_dir / RUNNING)
+    if any(_written_at(run_dir / report) >= began for report in (FAILURE, STOPPED)):
+        return None
     step = newest_record(run_dir).get("step")
     moment = "before its first step"
     if step:
@@ -78,6 +77,14 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
         fix=AGAIN,
         cause=cause,
     )
+
+
+def _written_at(path: Path) -> int:
+    """Return the modification time in nanoseconds, or 0 if the file does not exist."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # the run can delete the file at any time
+        return 0
 
 
 def _likely_cause(note: RunningNote) -> tuple[str, str]:

@@ -192,5 +192,5 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
         return {key: value}
     flat: dict[str, Any] = {}
     for name, item in value.items():
-        flat |= leaves(item, f"{key}.{name}".lstrip("."))
+        flat |= leaves(item, f"{key}.{name}" if key else f"{name}")
     return flat

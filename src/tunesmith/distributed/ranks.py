@@ -28,6 +28,7 @@ from tunesmith.errors import (
     EXIT_STOPPED,
     MachineError,
     OtherRankError,
+    RunError,
     TunesmithError,
     UsageError,
     first_line,
@@ -198,6 +199,21 @@ def _exit_code_of(error: BaseException | None) -> int:
 
 
 ONE_PROCESS = Ranks()
+
+
+@contextmanager
+def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
+    """Convert a RunError of rank 0 to a UsageError. Use this before the first step, when nothing
+    has begun.
+
+    An example is the error for an unreadable checkpoint. Errors on other ranks are not converted.
+    """
+    try:
+        yield
+    except RunError as error:
+        if not ranks.is_main_process:
+            raise
+        raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
 def started_as() -> dict[str, int] | None:

@@ -80,10 +80,11 @@ class Gauges:
             "host_memory_percent": psutil.virtual_memory().percent,
             **_read_all(self.gauges),
         }
-        for name in counts.keys() & self._counts:
-            # The difference is negative if the counter was reset.
-            growth = max(0.0, counts[name] - self._counts[name])
-            self._values[f"{name}_bytes_per_second"] = growth / seconds
+        for name, count in counts.items():
+            if name in self._counts:
+                # The difference is negative if the counter was reset.
+                growth = max(0.0, count - self._counts[name])
+                self._values[f"{name}_bytes_per_second"] = growth / seconds
         self._counts = counts
         return self._values
 

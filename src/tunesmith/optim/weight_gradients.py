@@ -26,9 +26,8 @@ from tunesmith.quant.linear_layers import BypassedLinear
 def accumulate_in_fp32(model: nn.Module) -> None:
     """Let every trained 16-bit `nn.Linear` in `model` accumulate its weight's gradient in fp32.
 
-    The layers are changed in place and may be on the meta
-    device. Their parameters keep their names, but autograd no longer computes gradients of the
-    weights.
+    The layers are changed in place and may be on the meta device. Their parameters keep their
+    names, but autograd no longer computes gradients of the weights.
     """
     for layer in model.modules():
         kind = type(layer)

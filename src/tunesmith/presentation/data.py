@@ -82,7 +82,7 @@ def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
         if data.run.validate.max_examples is not None:
             count = "held-out rows"  # the validation set has fewer rows than are held out
         listed = relative_to_cwd(Path(data.run.output_dir) / HELD_OUT)
-        yield f"the {count} are listed in {listed}; data.hold_out=null trains on all rows"
+        yield f"{count} listed in {listed}; to train on all rows, set data.hold_out=null"
     yield schedule_line(data)
     if why:
         yield from contract_lines(data.contracts)

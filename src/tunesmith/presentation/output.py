@@ -1,15 +1,13 @@
-"""Text about the run directory of a start."""
+"""Text about the run directories of a start."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.stages.output import OutputFacts
 
 
-def output_lines(output: OutputFacts) -> Iterator[str]:
-    """Yield lines about a run directory: who writes it, and what an earlier process left in it."""
-    ranks = output.ranks
+def writers_lines(ranks: Ranks) -> Iterator[str]:
+    """Yield a line if several ranks write a run directory, because the nodes share no disk."""
     other_writers = sorted({*ranks.run_dir_writers} - {0})
     if other_writers:
         names = ", ".join(map(ranks.name, other_writers))
@@ -17,10 +15,6 @@ def output_lines(output: OutputFacts) -> Iterator[str]:
             f"the nodes have no shared disk: the nodes with {names} keep their own checkpoints; "
             f"metrics.jsonl and final/ are only on the node with {ranks.name(0)}"
         )
-    if output.crash is not None:
-        yield f"warning: {output.crash.text().removeprefix('error: ')}"
-    if output.adapter_note:
-        yield f"training continues from this adapter: {output.adapter_note}"
 
 
 def moved_lines(places: Sequence[Path | None], ranks: Ranks) -> Iterator[str]:

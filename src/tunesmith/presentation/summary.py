@@ -119,6 +119,8 @@ def _answers(folder: Path, weights: Manifest | None) -> list[str]:
     if not samples or not weights:
         return []
     last = weights["step"]
+    if last == 0:
+        return []
     before, after = (
         {row["prompt"]: row["answer"] for row in samples if row["step"] == step}
         for step in (0, last)

@@ -1,7 +1,7 @@
 """First stage of a command that writes a run directory: lock the directory, and decide how the run
 starts.
 
-It imports neither torch nor Transformers.
+This module imports neither torch nor Transformers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.start_adapter import adapter_of_run, folder_in_run, is_run_dir
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
-from tunesmith.distributed.ranks import Ranks
+from tunesmith.distributed.ranks import Ranks, as_usage_error
 from tunesmith.errors import RunError, UsageError
 from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.units import count_of
@@ -24,27 +24,20 @@ from tunesmith.units import count_of
 
 @dataclass(frozen=True)
 class OutputFacts:
-    """The run directory of a run, which this process has locked, and how the run starts in it.
+    """The locked run directory of a recipe.
 
     Attributes:
-        run: the recipe. If `adapter.from` is a run directory, the adapter's folder in it replaces
-            it.
         ranks: the ranks, with the rank that writes the run directory of each node.
-        start: how the run starts.
         claim: the claim of this rank's run directory. None on ranks that do not write it.
         starts_over: whether an earlier run in the directory is moved aside.
         crash: how the previous process of this run was killed. None if it was not killed.
-        adapter_note: which checkpoint's adapter the run continues. Empty if it is not chosen from
-            a run directory.
     """
 
     run: Run
     ranks: Ranks
-    start: Start
     claim: Claim | None
     starts_over: bool
     crash: RunError | None
-    adapter_note: str
 
     @property
     def folder(self) -> Path:
@@ -63,8 +56,6 @@ def open_output(run: Run, ranks: Ranks, *, fresh: bool = False) -> Iterator[Outp
     Raises:
         UsageError: the ranks do not suit the recipe, or the directory is not from a run.
         MachineError: the directory is not writable, or another run holds its lock.
-        RecipeError: the recipe of the earlier run differs in a key that must not change.
-        CheckpointError: the checkpoint cannot be read.
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
@@ -79,26 +70,27 @@ def open_output(run: Run, ranks: Ranks, *, fresh: bool = False) -> Iterator[Outp
             claims.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
 
         ranks = choose_run_dir_writers(ranks, out, lock)
-        start = Start()
-        crash = None
         starts_over = fresh or run.checkpoint.resume == "never"
-        if not starts_over:
-            crash = find_previous_crash(out)
-            start = decide_start(run, ranks)
-        adapter_note = ""
-        if start.finished is None:
-            run, adapter_note = with_start_adapter(run, start, ranks)
-        claim = claims[0] if claims else None
-        yield OutputFacts(run, ranks, start, claim, starts_over, crash, adapter_note)
+        crash = None if starts_over else find_previous_crash(out)
+        yield OutputFacts(run, ranks, claims[0] if claims else None, starts_over, crash)
 
 
-def begin_run(output: OutputFacts, stack: ExitStack) -> Sequence[Path | None]:
+def find_start(output: OutputFacts) -> Start:
+    """Decide how the run starts in its directory. This is a collective call. See `decide_start`."""
+    if output.starts_over:
+        return Start()
+    with as_usage_error():
+        return decide_start(output.run, output.ranks)
+
+
+def begin_run(run: Run, output: OutputFacts, stack: ExitStack) -> Sequence[Path | None]:
     """Mark the directory as this run's directory. If the run starts over, first move an earlier run
     to another folder. This is a collective call.
 
     Call this after the inputs are read, so that a mistake in them does not move the earlier run.
 
     Args:
+        run: the recipe, which lists the files that must not be moved.
         stack: at its end, the note that this process is training is removed.
 
     Returns:
@@ -107,7 +99,7 @@ def begin_run(output: OutputFacts, stack: ExitStack) -> Sequence[Path | None]:
     place = None
     with output.ranks.raise_on_all_ranks():
         if output.starts_over and output.ranks.is_run_dir_writer:
-            place = move_aside(output.folder, inputs_of(output.run).values())
+            place = move_aside(output.folder, inputs_of(run).values())
     places = output.ranks.all_gather_object(place)
     if output.claim is not None:
         output.claim.begin()
@@ -141,7 +133,7 @@ def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> tuple[Run, str]:
         return run, ""
     folder = None
     note = ""
-    with ranks.raise_on_all_ranks():
+    with ranks.raise_on_all_ranks(), as_usage_error(ranks):
         if start.previous_run is not None:
             folder = folder_in_run(start.previous_run.adapter.from_, name)
         elif ranks.is_main_process and is_run_dir(name):

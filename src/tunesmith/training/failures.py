@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.claim import Claim
-from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
     CheckpointError,
     NonFiniteError,
@@ -17,7 +16,6 @@ from tunesmith.errors import (
     StoppedEarlyError,
     StoppedError,
     TunesmithError,
-    UsageError,
     first_line,
 )
 from tunesmith.host.signals import Interrupted, StopRequest
@@ -29,21 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
-    """Convert a RunError of rank 0 to a UsageError. Use this before the first step, when nothing
-    has begun.
-
-    An example is the error for an unreadable checkpoint. Errors on other ranks are not converted.
-    """
-    try:
-        yield
-    except RunError as error:
-        if not ranks.is_main_process:
-            raise
-        raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import (
     Ranks,
+    as_usage_error,
     is_launched,
     join_ranks,
     require_one_process,
@@ -45,17 +46,16 @@ from tunesmith.host.streams import survive_write_errors
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
-from tunesmith.presentation.output import moved_lines, output_lines
+from tunesmith.presentation.output import moved_lines, writers_lines
 from tunesmith.run_dir import LOG
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.stages.agree import check_same_recipe
 from tunesmith.stages.draft import short_name
 from tunesmith.stages.inputs import read_inputs
-from tunesmith.stages.output import begin_run, open_output
+from tunesmith.stages.output import begin_run, find_start, open_output, with_start_adapter
 from tunesmith.stages.request import Request
 from tunesmith.training.failures import (
-    as_usage_error,
     defer_to_rank_0,
     record_early_stop,
     report_failure,
@@ -277,8 +277,10 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
         # raise it as UsageError.
         with as_usage_error(ranks):
             output = stack.enter_context(open_output(run, ranks, fresh=options.fresh))
-            log_lines(output_lines(output))
-            start = output.start
+            log_lines(writers_lines(output.ranks))
+            if output.crash is not None:
+                log.warning(output.crash.text().removeprefix("error: "))
+            start = find_start(output)
             stop.request.saved_step = start.progress.step if start.progress else 0
             if output.claim is not None:
                 stack.enter_context(record_early_stop(out, stop.request, output.claim))
@@ -286,20 +288,23 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
                 if ranks.is_main_process:
                     warn_of_changed_rows(run)
                 return Result.from_finished_run(out, start.finished)
+            run, adapter_note = with_start_adapter(run, start, output.ranks)
+            if adapter_note:
+                log.info(f"training continues from this adapter: {adapter_note}")
             if options.build_session is not None:
-                build_session = partial(options.build_session, output.run, start)
+                build_session = partial(options.build_session, run, start)
             else:
-                tokens = read_inputs(Request(output.run, start), output.ranks, options.known)
+                tokens = read_inputs(Request(run, start), output.ranks, options.known)
                 # Import this after the rows are checked: it imports huggingface_hub, which is slow.
                 with loading_libraries():
                     from tunesmith.training.build import build_from_tokens
 
                 build_session = partial(build_from_tokens, tokens, why=options.why)
-            log_lines(moved_lines(begin_run(output, stack), ranks))
+            log_lines(moved_lines(begin_run(run, output, stack), ranks))
             if output.claim is not None:
                 ranks.heartbeat.report.on_fault = partial(write_fault, out)
             session = build_session(output.ranks)
-            with ranks.raise_on_all_ranks():
+            with ranks.raise_on_all_ranks(), as_usage_error(ranks):
                 stream = None
                 if options.quiet:
                     stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

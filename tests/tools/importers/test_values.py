@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from errors import refuses
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import yaml_1_1_scalar
+from tunesmith.tools.importers.source_config import source_keys, yaml_1_1_scalar
 
 from .translations import BASES, ROWS, notes_by_key, translated, translated_text
 
@@ -51,6 +51,14 @@ def test_any_plain_scalar_is_a_value(text: str) -> None:
         return
     if isinstance(expected, int | float) and expected == expected:
         assert value == expected
+
+
+def test_keys_with_a_dot_and_json_inside_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    nested = json.dumps({"b": json.dumps({"c": 1})})
+    path.write_text(f".lora: &lora\n  lora_r: 8\na: {json.dumps(nested)}\nd: [1, 2]\n")
+    keys = [(entry.key, entry.value) for entry in source_keys(path)]
+    assert keys == [(".lora.lora_r", 8), ("a.b.c", 1), ("d", [1, 2])]
 
 
 @pytest.mark.parametrize(

@@ -369,10 +369,15 @@ def propose_fix(
         otherwise: another way to fix the error. It is mentioned first if the source's format cannot
             be used.
     """
-    # Prefer a layout whose columns are all known.
-    layouts = list(columns.proposals(source, any_format))
-    complete = [layout for layout in layouts if UNKNOWN not in layout.columns.values()]
-    layout = (complete or layouts)[0]
+    # Prefer a layout whose columns are all known. Stop at the first one, because this function is
+    # called for each bad row.
+    layout = None
+    for proposal in columns.proposals(source, any_format):
+        layout = layout or proposal
+        if UNKNOWN not in proposal.columns.values():
+            layout = proposal
+            break
+    assert layout is not None  # the format of the source is always proposed
     guessed = set(layout.columns.values())
     is_other = any_format or layout.format != source.format
     current = {name: source.columns.get(name, name) for name in layout.columns}

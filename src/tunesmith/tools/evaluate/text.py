@@ -68,18 +68,23 @@ def rouge_words(text: str) -> list[str]:
 def common_subsequence(first: list[str], second: list[str]) -> int:
     """Return the length of the longest common subsequence of two lists of words.
 
-    This is the usual dynamic programming. `row[j]` is the length for the words of `first` so far
-    and the first j words of `second`. numpy computes an entire row at once.
+    The algorithm is bit-parallel (Hyyrö 2004): one addition of integers computes an entire row of
+    the dynamic programming table. Bit i of `row` is 0 if the length grows at word i of `first`.
     """
-    import numpy as np  # the help page of `eval` imports this module, and numpy is slow to import
-
-    ids = {word: i for i, word in enumerate({*first, *second})}
-    second_ids = np.array([ids[word] for word in second], int)
-    row = np.zeros(len(second) + 1, int)
-    for word in first:
-        grown = np.where(second_ids == ids[word], row[:-1] + 1, row[1:])
-        row[1:] = np.maximum.accumulate(grown)
-    return int(row[-1])
+    # Word -> bit mask of the word's positions in `first`.
+    places: dict[str, int] = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    full = (1 << len(first)) - 1
+    row = full
+    for word in second:
+        # Positions of this word in `first` at which the length does not grow yet.
+        matching = row & places.get(word, 0)
+        # Update step of the paper: in each block of ones, the sum clears the bit of the first
+        # match, and its carry sets the zero bit after the block.
+        row = (row + matching | row - matching) & full
+    # The number of zero bits in `row` is the length of the subsequence.
+    return len(first) - row.bit_count()
 
 
 def _f_measure(common: int, answer_words: int, reference_words: int) -> float:

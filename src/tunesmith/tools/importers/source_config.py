@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from pydantic import JsonValue
 
-from tunesmith.config.dump import leaves
-from tunesmith.config.tree import NotAMappingError, Scalar, read_file, scalar
+from tunesmith.config.tree import Node, NotAMappingError, Scalar, read_file, scalar, wrap
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import find_similar_path
 from tunesmith.host.shell import shell_path
@@ -165,7 +164,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 def source_keys(path: Path) -> Iterator[SourceKey]:
     """Yield a key with its value for each scalar, list of scalars and empty mapping of a file."""
     try:
-        tree = read_file(path, yaml_1_1_scalar)
+        yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)
     except NotAMappingError as error:
         raise UsageError(
             "this file is not a mapping of keys to values",
@@ -180,17 +179,25 @@ def source_keys(path: Path) -> Iterator[SourceKey]:
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
 
-    places = {"": tree.where, **dict(tree.places())}
-    for key, value in leaves(tree.plain()).items():
-        where = f"{path.name}:{places[key].rpartition(':')[2]}"
-        nested = {key: value}
-        if isinstance(value, str) and value.startswith("{"):
-            # Transformers also accepts a mapping as JSON in a string. A chat template may start
-            # with "{" but is not JSON.
-            with suppress(ValueError):
-                nested = leaves(json.loads(value), key)
-        for name, item in nested.items():
-            yield SourceKey(name, item, where)
+
+def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
+    if isinstance(node.value, str) and node.value.startswith("{"):
+        # Transformers also accepts a mapping as JSON in a string. A chat template may start with
+        # "{" but is not JSON.
+        with suppress(ValueError):
+            node = wrap(json.loads(node.value), where=node.where, base=node.base)
+
+    children = node.children()
+    has_nested = any(child.children() for _, child in children)
+    # Yield the keys inside a list of mappings. Yield a list of scalars as a single value.
+    if has_nested or (children and isinstance(node.value, dict)):
+        for name, child in children:
+            path = f"{key}.{name}" if key else name
+            yield from _leaves_below(child, path, file_name)
+        return
+
+    line = node.where.rpartition(":")[2]
+    yield SourceKey(key, node.plain(), f"{file_name}:{line}")
 
 
 def yaml_1_1_scalar(text: str) -> Scalar:
