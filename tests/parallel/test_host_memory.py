@@ -32,7 +32,7 @@ from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import save_tensors, weights
+from tunesmith.model import save_tensors, stored_tensors
 from tunesmith.model.safetensors_files import read_into
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import possible_shapes
@@ -97,7 +97,7 @@ def write_all(
     so.
     """
     save_tensors.MAX_PIECE_BYTES = save_tensors.MAX_GATHERED_BYTES = 4000
-    weights.SLICE = stored.SLICE = 4000
+    stored_tensors.SLICE = stored.SLICE = 4000
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)
@@ -132,7 +132,7 @@ def test_final_of_any_mesh_is_that_of_one_process_byte_for_byte(world, tiny, tmp
 
 def grown(model: Path, folder: Path, mesh: dict[str, int]) -> dict[str, np.ndarray]:
     """Embedding and head of a model whose tokenizer has more tokens than the checkpoint has rows."""
-    weights.SLICE = stored.SLICE = 1000
+    stored_tensors.SLICE = stored.SLICE = 1000
     with join_ranks() as ranks:
         changes = {**FULL, "model": {"added_tokens": [f"<{i}>" for i in range(100)]}}
         _, root = built(model, folder, mesh, changes, ranks.world)
@@ -325,7 +325,7 @@ def quantized(
         read[entry.name] += len(memory)
         read_into(file, entry, memory, offset)
 
-    weights.read_into = counting
+    stored_tensors.read_into = counting
     with join_ranks() as ranks:
         for mesh in meshes:
             read.clear()

@@ -161,7 +161,7 @@ tunesmith.train({str(recipe_file)!r}, {{"train.duration": "2 steps"}})
     assert done.returncode == 0, done.stderr
     # The first line of its record
     lines = [line for line in done.stderr.splitlines() if "48 of 48" in line]
-    plain = [line for line in lines if not line.startswith("INFO:tunesmith.training.build:")]
+    plain = [line for line in lines if not line.startswith("INFO:tunesmith:")]
     assert (bool(plain), len(plain) < len(lines)) == PROGRAMS[setup]
     assert done.stdout == ""
 

@@ -13,13 +13,13 @@ import torch
 from errors import lines_with, refuses
 from logged import logged_lines
 from recipes import make_run
-from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.errors import ModelError, RunError
 from tunesmith.host.chips import Peak
 from tunesmith.model import spec
 from tunesmith.model.attention import ATTENTION_KERNELS
 from tunesmith.planning import compare_eight_bit
+from tunesmith.stages.request import Request
 from tunesmith.tools.bench.measure import (
     BenchPlan,
     BenchReport,
@@ -112,7 +112,7 @@ def test_the_mfu_is_that_of_the_formula(
     """
     monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda *_: Peak(100.0, "a sheet"))
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
-    session = session_of(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start())
+    session = session_of(Request(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path)))
     schedule = session.data.schedule
     work = sum(
         spec.flops(
@@ -148,7 +148,7 @@ def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
     """
     plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
     with logged_lines() as told:
-        schedule = session_of(plan.measured_run(tmp_path), Start()).data.schedule
+        schedule = session_of(Request(plan.measured_run(tmp_path))).data.schedule
     assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], (
         "those of train"
     )
@@ -195,7 +195,7 @@ def test_a_measured_peak_is_named_before_the_first_step(
     measured = Peak(92.0, "measured on a DGX Spark, dense bf16")
     monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda device, dtype: measured)
     with logged_lines() as told:
-        session = session_of(make_run(tiny, tmp_path, held=False), Start())
+        session = session_of(Request(make_run(tiny, tmp_path, held=False)))
     assert lines_with("\n".join(told), "MFU", "92 TFLOP/s", measured.source)
     (out := Path(session.run.output_dir)).mkdir(exist_ok=True)
     write_identity(session, [])
