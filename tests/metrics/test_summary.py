@@ -16,10 +16,19 @@ from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.run_figures import named_figures
+from tunesmith.metrics.run_figures import RunFigures, named_figures
 from tunesmith.presentation.summary import closing_summary
 from tunesmith.training.result import write_failure
 from tunesmith.units import Share
+
+
+def test_columns_keep_the_order_of_the_records() -> None:
+    figures = RunFigures()
+    names = [f"column{i}" for i in range(20)]
+    figures.add({"step": 1, "loss": 2.0})
+    figures.add({"step": 2, "loss": 1.0, **dict.fromkeys(names, 3.0)})
+    assert list(figures.columns) == ["step", "loss", *names]
+    assert figures.columns["column7"] == [None, 3.0]
 
 
 @pytest.fixture

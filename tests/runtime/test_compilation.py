@@ -43,7 +43,12 @@ from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents
 from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
 from tunesmith.runtime import compilation
-from tunesmith.runtime.compilation import compile_layers, compile_loss, select_compile
+from tunesmith.runtime.compilation import (
+    CompiledLayer,
+    compile_layers,
+    compile_loss,
+    select_compile,
+)
 from tunesmith.runtime.recompute import recompute_layers
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -192,6 +197,7 @@ def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths():
     fast = copy.deepcopy(plain)
     recompute_layers(fast.model.layers, 2)
     compile_layers(fast.model.layers, varied=True, backend=backend)
+    assert [isinstance(layer, CompiledLayer) for layer in fast.model.layers] == [True] * 5
     for n in (20, 24, 31, 47):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
     assert backend.graphs == 2

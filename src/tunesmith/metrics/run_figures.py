@@ -48,8 +48,9 @@ class RunFigures:
 
     def add(self, row: Mapping[str, float | None]) -> None:
         """Add the values of one record. Call this before any statistic is read."""
-        for name in row.keys() - self.columns.keys():
-            self.columns[name] = [None] * self.rows
+        for name in row:
+            if name not in self.columns:
+                self.columns[name] = [None] * self.rows
         for name, column in self.columns.items():
             column.append(row.get(name))
         self.rows += 1

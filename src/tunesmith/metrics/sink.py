@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
@@ -81,8 +81,8 @@ class RecordCallback(Sink):
     """
 
     function: Callable[[StepRecord], object]
-    error: BaseException | None = None
-    has_ended: bool = False
+    error: BaseException | None = field(default=None, init=False)
+    has_ended: bool = field(default=False, init=False)
 
     def step(self, record: StepRecord) -> None:
         try:
@@ -140,7 +140,7 @@ class JsonlSink(Sink):
     """
 
     path: Path
-    _file: TextIO | None = None
+    _file: TextIO | None = field(default=None, init=False)
 
     def open(self, run: Run, resumed_at: int) -> None:
         cut_back(self.path, resumed_at)
@@ -226,8 +226,8 @@ class TensorBoardSink(Sink):
 
     folder: Path
     shared: bool = False
-    _writer: Any = None
-    _has_failed: bool = False
+    _writer: Any = field(default=None, init=False)
+    _has_failed: bool = field(default=False, init=False)
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

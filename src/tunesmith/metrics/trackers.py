@@ -123,9 +123,9 @@ class TrackerSink(Sink):
     name: str
     folder: Path
     warn: Callable[[str], None]
-    _tracker: Any = None
+    _tracker: Any = field(default=None, init=False)
     # Step, loss and val_loss of the records that an earlier start has already sent to the tracker.
-    _sent: set[tuple[int, float, float | None]] = field(default_factory=set)
+    _sent: set[tuple[int, float, float | None]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)

@@ -126,7 +126,7 @@ def _this_machine() -> Cluster:
     """
     gpus = list_gpus()
     if not gpus:
-        return Cluster(Chip("cpu", (available_memory() / 2**30), bf16=multiplies_bf16()))
+        return Cluster(Chip("cpu", available_memory() / 2**30, bf16=multiplies_bf16()))
     _, name, memory = gpus[0]
     gib = 0.0
     if memory.isdecimal():

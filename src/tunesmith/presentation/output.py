@@ -17,6 +17,16 @@ def writers_lines(ranks: Ranks) -> Iterator[str]:
         )
 
 
+def adapter_lines(note: str) -> Iterator[str]:
+    """Yield a line if the run continues an adapter that was chosen from a run directory.
+
+    Args:
+        note: which checkpoint's adapter it is. Empty if none was chosen.
+    """
+    if note:
+        yield f"training continues from this adapter: {note}"
+
+
 def moved_lines(places: Sequence[Path | None], ranks: Ranks) -> Iterator[str]:
     """Yield a line for each earlier run that was moved.
 

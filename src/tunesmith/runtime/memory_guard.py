@@ -117,11 +117,11 @@ class MemoryGuard:
     make_room: Callable[[Sequence[Path]], object] = drop_page_cache
     clock: Callable[[], float] = time.monotonic
     unified: bool | None = None
-    others: deque[tuple[float, int]] = field(default_factory=deque)
-    pause: float = PAUSE_SECONDS
-    dropped_at: float = -MAX_PAUSE_SECONDS
-    still_short: bool = False
-    _closing: threading.Event = field(default_factory=threading.Event)
+    others: deque[tuple[float, int]] = field(default_factory=deque, init=False)
+    pause: float = field(default=PAUSE_SECONDS, init=False)
+    dropped_at: float = field(default=-MAX_PAUSE_SECONDS, init=False)
+    still_short: bool = field(default=False, init=False)
+    _closing: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)

@@ -46,7 +46,7 @@ from tunesmith.host.streams import survive_write_errors
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
-from tunesmith.presentation.output import moved_lines, writers_lines
+from tunesmith.presentation.output import adapter_lines, moved_lines, writers_lines
 from tunesmith.run_dir import LOG
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
@@ -289,8 +289,7 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
                     warn_of_changed_rows(run)
                 return Result.from_finished_run(out, start.finished)
             run, adapter_note = with_start_adapter(run, start, output.ranks)
-            if adapter_note:
-                log.info(f"training continues from this adapter: {adapter_note}")
+            log_lines(adapter_lines(adapter_note))
             if options.build_session is not None:
                 build_session = partial(options.build_session, run, start)
             else:

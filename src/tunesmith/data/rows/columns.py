@@ -127,7 +127,7 @@ def role_key_of(value: object) -> str:
     turns = from_lists(value)
     first = turns[0] if isinstance(turns, list) and turns else None
     keys = first if isinstance(first, Mapping) else {}
-    return "role" if "role" in keys else "from" if "from" in keys else ""
+    return next((key for key in ("role", "from") if key in keys), "")
 
 
 def looks_like_list(value: object) -> bool:
