@@ -387,10 +387,8 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_key_in_which_the_bases_of_two_runs_differ_is_named(tiny: Path, tmp_path: Path) -> None:
     runs = [tmp_path / "one", tmp_path / "other"]
-    for run in runs:
-        make_run(run, tiny, peft_model(tiny))
-    recipe = runs[1] / "config.yaml"
-    recipe.write_text(recipe.read_text().replace("model:\n", "model:\n  attention: eager\n", 1))
+    make_run(runs[0], tiny, peft_model(tiny))
+    make_run(runs[1], tiny, peft_model(tiny), model={"attention": "eager"})
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
     with refuses(UsageError, names=["model.attention is auto and eager"]):
         evaluate_runs(runs, rows, base=True, device="cpu")
