@@ -1,7 +1,8 @@
 # make demo    train a small model on two CPU cores and compare its answers before and after
 # make quick   run the tests that are not slow: about five minutes on two cores
 # make engine  run the tests of the engine, without the tests of commands and tools
-# make test    run all tests, as CI does
+# make test    run the tests of every change: about eleven minutes on two cores
+# make nightly run the tests that need longer: real clusters, images and campaigns
 # make check   check lint, format, types, import layers, house rules and generated pages
 # make families  train each model type of Transformers and compare the results with the shipped table
 # make picture  make the picture of the README from a run
@@ -30,7 +31,7 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --r
 # Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
-.PHONY: demo picture families quick engine test check cluster-tools clean versions
+.PHONY: demo picture families quick engine test nightly check cluster-tools clean versions
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -39,17 +40,20 @@ picture: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python demo/picture.py
 
 quick: $(VENV)/dev.stamp
-	$(PYTEST) auto -m 'not slow'
+	$(PYTEST) auto -m 'not slow and not nightly'
 
 engine: $(VENV)/dev.stamp
-	$(PYTEST) $(WORKERS) --ignore tests/tools --ignore tests/cli
+	$(PYTEST) $(WORKERS) -m 'not nightly' --ignore tests/tools --ignore tests/cli
 
 families: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/parity/families.py --processes $$(getconf _NPROCESSORS_ONLN)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity/tensor_cuts.py
 
 test: $(VENV)/dev.stamp
-	$(PYTEST) $(WORKERS)
+	$(PYTEST) $(WORKERS) -m 'not nightly'
+
+nightly: $(VENV)/dev.stamp
+	$(PYTEST) $(WORKERS) -m nightly
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from recipes import CHATML
 from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST
 from tunesmith.tools.export.gguf.converter import Converter, find_converter, unpack_sdist
 
-pytest_plugins = ["devices", "rows", "varlen"]
+pytest_plugins = ["devices", "rows", "trained", "varlen"]
 
 # What is imported and collected lives to the end: to look through it for garbage takes a second a
 # worker, and a third of one at each later collection of all.
