@@ -226,7 +226,9 @@ def draw(files: list[Path], count: int, seed: int) -> list[dict[str, Any]]:
 def write_copy(folder: Path, mutants: list[dict[str, Any]]) -> None:
     """Write a copy of the repository in which each mutant can be switched on."""
     shutil.rmtree(folder / "tree", ignore_errors=True)
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
