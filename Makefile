@@ -1,8 +1,9 @@
 # make demo    train a small model on two CPU cores and compare its answers before and after
-# make quick   run the tests that are not slow: about five minutes on two cores
+# make quick   run the tests that are not slow: about 90 seconds on two cores
 # make engine  run the tests of the engine, without the tests of commands and tools
 # make test    run the tests of every change: about eleven minutes on two cores
-# make nightly run the tests that need longer: real clusters, images and campaigns
+# make nightly  run the tests that need longer: real clusters, images, campaigns, and make families
+# make nightly-share  run a part of nightly that takes about four minutes; another part for each commit
 # make check   check lint, format, types, import layers, house rules and generated pages
 # make families  train each model type of Transformers and compare the results with the shipped table
 # make picture  make the picture of the README from a run
@@ -30,8 +31,10 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --r
   --dist loadfile --no-loadscope-reorder --numprocesses
 # Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
+# Minutes for nightly-share
+MINUTES ?= 4
 
-.PHONY: demo picture families quick engine test nightly check cluster-tools clean versions
+.PHONY: demo picture families quick engine test nightly nightly-share check cluster-tools clean versions
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -52,8 +55,12 @@ families: $(VENV)/dev.stamp
 test: $(VENV)/dev.stamp
 	$(PYTEST) $(WORKERS) -m 'not nightly'
 
-nightly: $(VENV)/dev.stamp
+nightly: families
 	$(PYTEST) $(WORKERS) -m nightly
+
+# As much of nightly as MINUTES allow, in an order that is drawn from the commit.
+nightly-share: $(VENV)/dev.stamp
+	$(PYTEST) $(WORKERS) -m nightly --minutes $(MINUTES) --seed "$$(git rev-parse HEAD || date +%j)"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

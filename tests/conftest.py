@@ -5,12 +5,14 @@ installed wheel.
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,17 +66,36 @@ def wide_lines() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files begin first, so that no worker is left alone with one of them at the end; then the
-    slow ones.
-    """
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes", type=float, help="after this time, leave out the tests that have not begun"
+    )
+    parser.addoption("--seed", help="draw the order of the files from this text")
 
-    def order(item: pytest.Item) -> int:
+
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Long files begin first, so that no worker is left alone with one of them at the end; then the
+    slow ones. With `--seed`, the order is random, so that each part gets its turn within `--minutes`.
+    """
+    seed = config.option.seed
+
+    def order(item: pytest.Item) -> int | str:
+        if seed is not None:
+            return hashlib.sha256(f"{seed} {item.path}".encode()).hexdigest()
         if item.get_closest_marker("long"):
             return 0
         return 1 if item.get_closest_marker("slow") else 2
 
     items.sort(key=order)
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.option.minutes
+    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
 
 
 def pytest_collection_finish() -> None:
