@@ -1,12 +1,17 @@
 """Combinations that tests cover: every pair of values once, and all combinations of tier 1.
 
-`python tests/pairwise.py` prints each combination that is tested.
+A test file keeps its combinations in constants named COVERED_...; `python tests/pairwise.py` prints
+them all.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from allpairspy import AllPairs
@@ -46,3 +51,23 @@ def pairwise(
 def name_of(combination: Mapping[str, Any]) -> str:
     """Return the name of a combination, for `ids` of pytest."""
     return "-".join(str(value) for value in combination.values())
+
+
+def main() -> None:
+    """Print the combinations of all constants COVERED_... of the tests."""
+    root = Path(__file__).parent
+    sys.path[:0] = [str(root), str(root / "tools")]
+    for file in sorted(root.rglob("test_*.py")):
+        for name in re.findall(r"^(COVERED_\w+)", file.read_text(), re.MULTILINE):
+            parts = file.relative_to(root).with_suffix("").parts
+            if not (file.parent / "__init__.py").is_file():
+                sys.path.insert(0, str(file.parent))
+                parts = parts[-1:]
+            combinations = getattr(importlib.import_module(".".join(parts)), name)
+            print(f"{file.relative_to(root.parent)}: {name}, {len(combinations)} combinations")
+            for combination in combinations:
+                print(f"  {name_of(combination)}")
+
+
+if __name__ == "__main__":
+    main()
