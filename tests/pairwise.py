@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
-
-from allpairspy import AllPairs
 
 Combination = dict[str, Any]
 
@@ -23,29 +21,29 @@ def pairwise(
     values: Mapping[str, Sequence[Any]],
     *,
     tier_1: Mapping[str, Sequence[Any]] | None = None,
-    allows: Any = None,
+    allows: Callable[[Combination], bool] | None = None,
 ) -> list[Combination]:
     """Return few combinations that have each pair of values, and all combinations of `tier_1`.
 
     Args:
         values: the values of each name.
         tier_1: for each name, the values whose combinations all count; a subset of `values`.
-        allows: a function of a combination, partial or complete, that returns whether it can exist.
+        allows: a function that returns whether a combination can exist; all can if left out. A pair
+            that is in no possible combination is left out.
     """
-    names = list(values)
+    possible = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
+    possible = [combination for combination in possible if allows is None or allows(combination)]
+    chosen = [row for row in possible if tier_1 and all(row[k] in tier_1[k] for k in row)]
+    missing = set().union(*map(_pairs, possible)).difference(*map(_pairs, chosen))
+    while missing:
+        best = max(possible, key=lambda combination: len(missing & _pairs(combination)))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
 
-    def is_allowed(row: Sequence[Any]) -> bool:
-        return allows is None or bool(allows(dict(zip(names, row, strict=False))))
 
-    whole = product(*tier_1.values()) if tier_1 else []
-    first = [dict(zip(tier_1 or (), row, strict=True)) for row in whole]
-    rows = [row for row in first if is_allowed([row[name] for name in names])]
-    rows += [
-        combination
-        for row in AllPairs(list(values.values()), filter_func=is_allowed)
-        if (combination := dict(zip(names, row, strict=True))) not in rows
-    ]
-    return rows
+def _pairs(combination: Combination) -> set[Any]:
+    return set(combinations(combination.items(), 2))
 
 
 def name_of(combination: Mapping[str, Any]) -> str:
@@ -63,9 +61,9 @@ def main() -> None:
             if not (file.parent / "__init__.py").is_file():
                 sys.path.insert(0, str(file.parent))
                 parts = parts[-1:]
-            combinations = getattr(importlib.import_module(".".join(parts)), name)
-            print(f"{file.relative_to(root.parent)}: {name}, {len(combinations)} combinations")
-            for combination in combinations:
+            covered = getattr(importlib.import_module(".".join(parts)), name)
+            print(f"{file.relative_to(root.parent)}: {name}, {len(covered)} combinations")
+            for combination in covered:
                 print(f"  {name_of(combination)}")
 
 
