@@ -254,6 +254,7 @@ def run_tests(folder: Path, arguments: list[str], **environment: str) -> int:
     env = os.environ | {
         "PYTHONPATH": search,
         "MUTANTS_FOLDER": str(folder),
+        "TUNESMITH_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **environment,
@@ -435,6 +436,8 @@ def _run_mutant(session: pytest.Session, tests: list[pytest.Item], place: str) -
     try:
         os.setsid()
         os.environ["TMPDIR"] = tempfile.tempdir = place
+        # A mutant must not leave wrong tokens in the user's cache.
+        os.environ["TUNESMITH_CACHE"] = f"{place}/cache"
         code = 0
         for item, following in zip(tests, [*tests[1:], None], strict=True):
             session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
