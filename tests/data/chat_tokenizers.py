@@ -15,14 +15,13 @@ _CORPUS = [
 
 
 @cache
-def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = False) -> Any:
+def train(kind: str, special: tuple[str, ...], adds_bos: bool) -> Any:
     """A fast tokenizer.
 
     kind: `bytes` (byte-level as Llama 3's, merging across words), `trimmed` (the same with cut
     offsets, and text normalised to NFC, as Qwen's), `pieces` (as Gemma's: blanks as "▁", bytes for
     what is unknown), `prefixed` (the same with a "▁" before a text, as Mistral's) or `llama2` (with
-    one before each text between special tokens). strips: special tokens swallow the blanks to their right, as Phi
-    3's.
+    one before each text between special tokens).
     """
     from tokenizers import (
         AddedToken,
@@ -72,7 +71,7 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
         )
     if after:
         core.post_processor = processors.Sequence(after)
-    core.add_special_tokens([AddedToken(word, rstrip=strips, normalized=False) for word in special])
+    core.add_special_tokens([AddedToken(word, normalized=False) for word in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

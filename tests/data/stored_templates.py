@@ -40,16 +40,8 @@ _SPECIAL = re.compile(
 # Tokens at which generation stops, as the families' generation configs list them. GLM stops at the
 # next turn's header; where a template has both, that is no end.
 _ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eot|>",
-    "<|return|>",
-    "<|call|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<｜end▁of▁sentence｜>",
-    "[|endofturn|]",
+    *("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>"),
+    *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "[|endofturn|]"),
 )
 _LATER_ENDS = ("<|end|>",), ("<|observation|>", "<|user|>")
 
@@ -144,14 +136,14 @@ def own_renderings(
         # Plain ChatML has no tools; the template in use does.
         jinja = template.jinja or ""
     render = partial(tokenizer_of(name).apply_chat_template, chat_template=jinja, tokenize=False)
-    for thought, arguments in itertools.product(_THOUGHTS, (_as_object, _as_json_text)):
+    for thought, arguments in itertools.product(_THOUGHTS, (_same, _as_json_text)):
         spelled = [arguments(thought(message)) for message in messages]
         with suppress(jinja2.TemplateError, TypeError, ValueError, KeyError):
             prompt = render(spelled[:-1], tools, add_generation_prompt=True)
             yield Rendering(render(spelled, tools), prompt)
 
 
-def _as_it_is(message: Message) -> Message:
+def _same(message: Message) -> Message:
     return message
 
 
@@ -172,24 +164,7 @@ def _as_field(message: Message) -> Message:
     return {**message, "reasoning_content": thought.strip(), "content": rest.lstrip()}
 
 
-def _as_field_and_thinking(message: Message) -> Message:
-    return _as_thinking(_as_field(message))
-
-
-def _as_inline(message: Message) -> Message:
-    return _inline(message, "<think>\n{}\n</think>\n\n")
-
-
-def _all_as_inline(message: Message) -> Message:
-    """Also those that stand in the content already."""
-    return _inline(_as_field(message), "<think>\n{}\n</think>\n\n")
-
-
-def _all_as_inline_without_breaks(message: Message) -> Message:
-    return _inline(_as_field(message), "<think>{}</think>")
-
-
-def _inline(message: Message, form: str) -> Message:
+def _inline(form: str, message: Message) -> Message:
     if "reasoning_content" not in message:
         return message
     message = dict(message)
@@ -198,19 +173,17 @@ def _inline(message: Message, form: str) -> Message:
     return message
 
 
+_WITH_BREAKS = "<think>\n{}\n</think>\n\n"
 _THOUGHTS = (
-    _as_it_is,
+    _same,
     _as_thinking,
     _as_field,
-    _as_field_and_thinking,
-    _as_inline,
-    _all_as_inline,
-    _all_as_inline_without_breaks,
+    lambda message: _as_thinking(_as_field(message)),
+    partial(_inline, _WITH_BREAKS),
+    # Also those that stand in the content already.
+    lambda message: _inline(_WITH_BREAKS, _as_field(message)),
+    lambda message: _inline("<think>{}</think>", _as_field(message)),
 )
-
-
-def _as_object(message: Message) -> Message:
-    return message
 
 
 def _as_json_text(message: Message) -> Message:

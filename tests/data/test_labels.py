@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_table import answer, turns
 
 from conftest import byte_tokenizer
 from errors import holds, refuses, warnings_with
@@ -16,7 +17,7 @@ from recipes import make_run
 from tunesmith.config.row_formats import FormatName
 from tunesmith.config.row_settings import record_overrides, rows_set_by
 from tunesmith.config.schema import Source
-from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.prepare import prepare_data
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.errors import DataError
 from tunesmith.presentation.data import data_warnings
@@ -39,7 +40,8 @@ def convert(row: Row, format_name: FormatName = "prompt-completion", **options: 
     return convert_row(row, source, where="rows.jsonl:1", **options)
 
 
-def prepared(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatName) -> TrainingData:
+def told(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatName = "prompt-completion") -> str:  # fmt: skip
+    """The warnings of `data` about these rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     columns = COLUMNS if "question" in rows[0] else {}
@@ -48,52 +50,33 @@ def prepared(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatNam
     train = {"global_batch": "64 examples", "duration": "0.5 epochs"}
     run = make_run(tiny, tmp_path, held=False, method=method, data={"train": source}, train=train)
     tokenizer = byte_tokenizer()
-    return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=None, strict=False)
+    ends = {tokenizer.eos_token_id}
+    return "\n".join(
+        data_warnings(
+            prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
+        )
+    )
 
 
-@pytest.mark.parametrize(
-    ("column", "good", "bad"),
-    [
-        ("is_correct", True, False),
-        ("isCorrect", "true", "False"),
-        ("correct", 1, 0),
-        ("Answer is correct", "yes", "no"),
-        ("accepted", 1, -1),
-        ("is_accepted", "accepted", "rejected"),
-        ("passed", "1", "0"),
-        ("approved", True, False),
-        ("success", True, False),
-        ("user_feedback", "👍", "👎🏽"),
-        ("feedback", "thumbs_up", "thumbs_down"),
-        ("thumbs_feedback", "up", "down"),
-        ("evaluation", "good", "bad"),
-        ("status", "accepted", "rejected"),
-        ("reaction", "👍", "👎"),
-        ("thumbs_up", True, False),
-        ("thumbs_down", False, True),
-        ("incorrect", "no", "yes"),
-        ("verdict", "correct", "incorrect"),
-        ("judgment", "pass", "fail"),
-        ("reward", True, False),
-        ("rating", "good", "bad"),
-        ("quality", "high", "low"),
-        ("answer_quality", "good", "very poor"),
-        ("score", "helpful", "unhelpful"),
-        ("is_ok", True, False),
-        ("is_valid", "Yes", "No"),
-        ("is_chosen", 1, 0),
-        ("Correct?", "TRUE", "FALSE"),
-        ("was_this_helpful", "yes", "no"),
-        ("tests_passed", True, False),
-        ("contains_hallucination", "no", "yes"),
-        ("review_status", "approved", "rejected"),
-        ("decision", "accept", "reject"),
-        ("status", "submitted", "discarded"),
-        ("verdict", "Accepted", "WRONG_ANSWER"),
-        ("stars", "5 stars", "1 star"),
-        ("feedback", "positive", "negative"),
-    ],
-)
+# A column, and a value of it that calls the answer good, and one that calls it bad.
+LABELS: list[tuple[str, Any, Any]] = [
+    ("is_correct", True, False), ("isCorrect", "true", "False"), ("correct", 1, 0),
+    ("Answer is correct", "yes", "no"), ("accepted", 1, -1), ("is_accepted", "accepted", "rejected"),
+    ("passed", "1", "0"), ("success", True, False), ("user_feedback", "👍", "👎🏽"),
+    ("feedback", "thumbs_up", "thumbs_down"), ("thumbs_feedback", "up", "down"),
+    ("evaluation", "good", "bad"), ("reaction", "👍", "👎"), ("thumbs_down", False, True),
+    ("incorrect", "no", "yes"), ("verdict", "correct", "incorrect"), ("judgment", "pass", "fail"),
+    ("reward", True, False), ("quality", "high", "low"), ("answer_quality", "good", "very poor"),
+    ("score", "helpful", "unhelpful"), ("is_valid", "Yes", "No"), ("is_chosen", 1, 0),
+    ("Correct?", "TRUE", "FALSE"), ("was_this_helpful", "yes", "no"), ("tests_passed", True, False),
+    ("contains_hallucination", "no", "yes"), ("decision", "accept", "reject"),
+    ("status", "submitted", "discarded"), ("verdict", "Accepted", "WRONG_ANSWER"),
+    ("stars", "5 stars", "1 star"), ("feedback", "positive", "negative"),
+    ("desirable", True, False), ("thumbs", True, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "good", "bad"), LABELS)
 def test_a_bad_label_under_any_name(column: str, good: Any, bad: Any) -> None:
     assert convert({**PAIR, column: good})
     columns = f"'data.train.columns={{prompt: question, completion: answer, label: {column}}}'"
@@ -107,81 +90,52 @@ def test_a_bad_label_under_any_name(column: str, good: Any, bad: Any) -> None:
     ("format_name", "row", "columns"),
     [
         ("alpaca", {"instruction": "q", "output": "a"}, "prompt: instruction, completion: output"),
-        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages: messages"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages: conversations"),
+        ("messages", {"messages": turns("q", "a")}, "messages: messages"),
     ],
-)  # fmt: skip
+)
 def test_the_way_on_names_the_columns_of_feedback(
     format_name: FormatName, row: Row, columns: str
 ) -> None:
-    fix = f"'data.train.columns={{{columns}, label: is_correct}}'"
-    with refuses(DataError, fix=[fix]):
+    with refuses(DataError, fix=[f"'data.train.columns={{{columns}, label: is_correct}}'"]):
         convert({**row, "is_correct": False}, format_name)
+    # A label that feedback does not read is to be written anew.
+    with refuses(DataError, fix=["label: stars}'", "first write true"]):
+        convert({**PAIR, "stars": "1 star"})
 
 
-@pytest.mark.parametrize(("column", "bad"), [("stars", "1 star"), ("accepted", -1)])
-def test_a_label_that_feedback_does_not_read_is_to_be_written_anew(column: str, bad: Any) -> None:
-    with refuses(DataError, fix=[f"label: {column}}}'", "first write true"]):
-        convert({**PAIR, column: bad})
+HARMLESS: list[Row] = [
+    {"is_human": False}, {"toxic": False}, {"test": False}, {"correct_answer": "no"},
+    {"correct_label": 0}, {"input_quality": "poor"}, {"difficulty_score": 0}, {"rank": 0},
+    {"result": "no"}, {"status": 0}, {"feedback": "The answer is too short."}, {"thumbs_down": False},
+    {"reward": 0}, {"reward": 0.0}, {"score": "0"}, {"quality": None}, {"problem_is_valid": "No"},
+    {"meta": {"label": "no", "rating": 1, "correct": 0, "topic": "bad"}}, {"selected": False},
+    {"passages": {"is_selected": [0, 1]}}, {"openai_moderation": {"flagged": True}},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "harmless",
-    [
-        {"is_human": False},
-        {"toxic": False},
-        {"test": False},
-        {"correct_answer": "no"},
-        {"correct_label": 0},
-        {"input_quality": "poor"},
-        {"difficulty_score": 0},
-        {"rank": 0},
-        {"result": "no"},
-        {"status": 0},
-        {"feedback": "The answer is too short."},
-        {"thumbs_down": False},
-        {"reward": 0},
-        {"reward": 0.0},
-        {"score": "0"},
-        {"quality": None},
-        {"problem_is_valid": "No"},
-        {"selected": False},
-        {"meta": {"label": "no", "rating": 1, "correct": 0, "topic": "bad"}},
-        {"passages": {"is_selected": [0, 1]}},
-        {"extra_info": {"answer": "No", "split": "test"}},
-        {"openai_moderation": {"flagged": True}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("harmless", HARMLESS, ids=str)
 def test_a_value_that_calls_no_answer_bad(harmless: Row) -> None:
     assert convert({**PAIR, **harmless})
 
 
-def test_a_bad_label_in_an_object() -> None:
+def test_a_bad_label_in_an_object_or_a_turn() -> None:
     label = {"metadata": {"id": 7, "is_correct": False}}
     fix = ["copy metadata.is_correct into a separate column", "rename metadata.is_correct"]
     with refuses(DataError, where="rows.jsonl:1", names=["metadata.is_correct"], fix=fix):
         convert({**PAIR, **label})
     with refuses(DataError, fix=["label: metadata.is_correct"]):
         convert({**PAIR, "metadata.is_correct": "false"})
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **label}]
-    with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
-        convert({"messages": turns}, "messages")
-
-
-def test_a_bad_label_of_a_turn() -> None:
     question = {"role": "user", "content": "2 + 2?", "feedback": "bad"}
-    turns = [question, {"role": "assistant", "content": "5", "feedback": "thumbs_down"}]
-    with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
-        convert({"messages": turns}, "messages")
-    turns[1]["train"] = False
-    assert convert({"messages": [*turns, question, {**turns[1], "train": True, "feedback": "good"}]}, "messages")  # fmt: skip
+    for bad in (label, {"feedback": "thumbs_down"}):
+        with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
+            convert({"messages": [question, answer("5", **bad)]}, "messages")
+    rows = [answer("5", feedback="bad", train=False), question, answer("4", feedback="good")]
+    assert convert({"messages": [question, *rows]}, "messages")
 
 
 @pytest.mark.parametrize(
     ("column", "values", "bad"),
     [
-        ("reward", [1, 0, 1], 0),
         ("reward", ["1", "0", "1"], 0),
         ("score", [1.0, -1.0, 1.0], -1),
         ("feedback", [0, -1, 1], -1),
@@ -191,36 +145,30 @@ def test_a_bad_label_of_a_turn() -> None:
 def test_numbers_that_are_labels(
     tiny: Path, tmp_path: Path, column: str, values: list[Any], bad: int
 ) -> None:
-    rows = [{**PAIR, column: value} for value in values]
-    with refuses(DataError, where="rows.jsonl:2", names=[column, bad, "1 of 3"], fix=[f"label: {column}"]):  # fmt: skip
-        prepared(tiny, tmp_path, rows, "prompt-completion")
+    names, fix = [column, bad, "1 of 3"], [f"label: {column}"]
+    with refuses(DataError, where="rows.jsonl:2", names=names, fix=fix):
+        told(tiny, tmp_path, [{**PAIR, column: value} for value in values])
 
 
 @pytest.mark.parametrize(
-    "values",
-    [[5, 1, 2, 4], [5, -5, -3, 0], [1, 1, 1, 1], [0, 0, 0], [0, 0.5, 1], [0, math.nan, 1]],
+    "values", [[5, -5, -3, 0], [1, 1, 1, 1], [0, 0, 0], [0, 0.5, 1], [0, math.nan, 1]]
 )
 def test_other_grades_are_no_labels(tiny: Path, tmp_path: Path, values: list[Any]) -> None:
     rows = [{**PAIR, "rating": value} for value in values]
-    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "prompt-completion")))
-    assert warnings_with(told, "not read rating")
-
-
-def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"text": "A long film.", "stars": stars, "verdict": "bad"} for stars in (0, 1)]
-    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "text")))
-    (unread,) = warnings_with(told, "stars")
-    assert holds(unread, "verdict")
-    assert "rows.jsonl" not in unread, "no place of columns that all rows have"
+    assert warnings_with(told(tiny, tmp_path, rows), "not read rating")
 
 
 def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> None:
     others = {"answer_id": 3, "notes": "x", "scraped_at_date": "y", "page_url": "z"}
     rows = [{**others, **PAIR, "rating": rating} for rating in (4.5, 3.5)]
-    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows, "prompt-completion")))
-    (unread,) = warnings_with(told, "rating")
+    (unread,) = warnings_with(told(tiny, tmp_path, rows), "rating")
     assert holds(unread, "rating, notes")
     assert not any(holds(unread, name) for name in others if name != "notes")
+    # A text is no answer.
+    rows = [{"text": "A long film.", "stars": stars, "verdict": "bad"} for stars in (0, 1)]
+    (unread,) = warnings_with(told(tiny, tmp_path, rows, "text"), "stars")
+    assert holds(unread, "verdict")
+    assert "rows.jsonl" not in unread, "no place of columns that all rows have"
 
 
 def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None:
@@ -233,9 +181,7 @@ def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None
         {"chosen_mood": 2, "rejected_mood": 3},
         {"chosen_score": None, "rejected_score": 3},
     ]
-    told = "\n".join(
-        data_warnings(prepared(tiny, tmp_path, [{**pair, **row} for row in scores], "preference"))
-    )
-    assert warnings_with(told, "preference", "3 of 6", f"{tmp_path}/rows.jsonl:2")
-    (unread,) = warnings_with(told, "chosen_mood")
+    lines = told(tiny, tmp_path, [{**pair, **row} for row in scores], "preference")
+    assert warnings_with(lines, "preference", "3 of 6", f"{tmp_path}/rows.jsonl:2")
+    (unread,) = warnings_with(lines, "chosen_mood")
     assert not holds(unread, "score_chosen")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_table import answer, user
 
 from conftest import byte_tokenizer
 from errors import refuses
@@ -22,19 +23,22 @@ from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
-U = {"role": "user", "content": "1 + 2?"}
-GOOD = {"role": "assistant", "content": "3"}
-BAD = {"role": "assistant", "content": "It is three."}
+Row = dict[str, Any]
+U, GOOD, BAD = user("1 + 2?"), answer("3"), answer("It is three.")
 TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
 PROMPT = "Add 1 and 2."
+TEXTS = {"prompt": PROMPT, "chosen": "3", "rejected": "three"}
+CHAT = {"prompt": [U], "chosen": [GOOD], "rejected": [BAD]}
+LABELED = {"prompt": PROMPT, "completion": "3", "label": True}
+HUMAN = {"from": "human", "value": "1 + 2?"}
 
 
-def pair(**row: Any) -> Any:
-    return convert_row(row, Source(source="x", format="preference"), where="x row 1")
+def without(row: Row, column: str) -> Row:
+    return {name: value for name, value in row.items() if name != column}
 
 
-def feedback(**row: Any) -> Any:
-    return convert_row(row, Source(source="x", format="feedback"), where="x row 1")
+def convert(row: Row, form: Any = "preference") -> Any:
+    return convert_row(row, Source(source="x", format=form), where="x row 7")
 
 
 def messages(sample: Any) -> list[tuple[str, str]]:
@@ -42,77 +46,48 @@ def messages(sample: Any) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in sample.messages]
 
 
-CHAT = [("user", "1 + 2?"), ("assistant", "3")]
-OTHER_CHAT = [("user", "1 + 2?"), ("assistant", "It is three.")]
-CHATS: dict[str, dict[str, Any]] = {
-    "messages": {"prompt": [U], "chosen": [GOOD], "rejected": [BAD]},
+CHATS: dict[str, Row] = {
+    "messages": CHAT,
     "one message": {"prompt": U, "chosen": GOOD, "rejected": BAD},
-    "a prompt of messages, answers as text": {
-        "prompt": [U],
-        "chosen": "3",
-        "rejected": "It is three.",
-    },
-    "a prompt as text, answers as messages": {
-        "prompt": "1 + 2?",
-        "chosen": [GOOD],
-        "rejected": [BAD],
-    },
+    "answers as text": {**CHAT, "chosen": "3", "rejected": "It is three."},
+    "a prompt as text": {**CHAT, "prompt": "1 + 2?"},
     "a shared beginning": {"chosen": [U, GOOD], "rejected": [U, BAD]},
-    "a shared beginning, and the prompt again": {
-        "prompt": "1 + 2?",
-        "chosen": [U, GOOD],
-        "rejected": [U, BAD],
-    },
+    "the prompt again": {"prompt": "1 + 2?", "chosen": [U, GOOD], "rejected": [U, BAD]},
     "LLaMA-Factory's": {
-        "conversations": [{"from": "human", "value": "1 + 2?"}],
+        "conversations": [HUMAN],
         "chosen": {"from": "gpt", "value": "3"},
         "rejected": {"from": "gpt", "value": "It is three."},
     },
-    "tools-as-text": {
-        "prompt": [U],
-        "chosen": [GOOD],
-        "rejected": [BAD],
-        "tools": json.dumps([TOOL]),
-    },
+    "tools as text": {**CHAT, "tools": json.dumps([TOOL])},
 }
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_pairs_of_chats_become_two_conversations_with_one_prompt(name: str) -> None:
-    sample = pair(**CHATS[name])
-    chosen, rejected = sample.samples
-    assert messages(chosen) == CHAT
-    assert messages(rejected) == OTHER_CHAT
-    for answer in (chosen, rejected):
-        assert isinstance(answer, Conversation)
-        assert answer.prompt_messages == 1
-        assert bool(answer.tools) == (name == "tools-as-text")
+    chosen, rejected = convert(CHATS[name]).samples
+    assert messages(chosen) == [("user", "1 + 2?"), ("assistant", "3")]
+    assert messages(rejected) == [("user", "1 + 2?"), ("assistant", "It is three.")]
+    for sample in (chosen, rejected):
+        assert sample.prompt_messages == 1
+        assert bool(sample.tools) == ("tools" in CHATS[name])
 
 
 def test_pairs_of_texts_stay_texts() -> None:
-    sample = pair(prompt=PROMPT, chosen="3", rejected="three", system="Be brief.")
-    assert sample.samples == (
-        Completion(PROMPT, "3", "Be brief."),
-        Completion(PROMPT, "three", "Be brief."),
-    )
-    shared = pair(chosen="Q: 1 + 2? A: 3", rejected="Q: 1 + 2? A: three")
-    assert shared.samples == (
-        Completion("Q: 1 + 2? A: ", "3"),
-        Completion("Q: 1 + 2? A: ", "three"),
-    )
-
-
-def test_a_system_column_joins_the_prompt() -> None:
-    sample = pair(prompt=[U], chosen=[GOOD], rejected=[BAD], system="Be brief.")
-    assert messages(sample.samples[0])[0] == ("system", "Be brief.")
-    assert sample.samples[0].prompt_messages == 2
+    system = {"system": "Be brief."}
+    for row, prompt, more in (
+        ({**TEXTS, **system}, PROMPT, ["Be brief."]),
+        ({"chosen": "Q: 1 + 2? A: 3", "rejected": "Q: 1 + 2? A: three"}, "Q: 1 + 2? A: ", []),
+    ):
+        expected = (Completion(prompt, "3", *more), Completion(prompt, "three", *more))
+        assert convert(row).samples == expected
+    first = convert({**CHAT, **system}).samples[0]
+    assert (messages(first)[0], first.prompt_messages) == (("system", "Be brief."), 2)
 
 
 def test_earlier_answers_belong_to_the_prompt() -> None:
-    later = {"role": "user", "content": "and 3?"}
-    sample = pair(chosen=[U, GOOD, later, GOOD], rejected=[U, GOOD, later, BAD])
-    assert sample.samples[0].prompt_messages == 3
-    assert sample.samples[0].supervised() == [GOOD]
+    before = [U, GOOD, user("and 3?")]
+    sample = convert({"chosen": [*before, GOOD], "rejected": [*before, BAD]}).samples[0]
+    assert (sample.prompt_messages, sample.supervised()) == (3, [GOOD])
 
 
 @pytest.mark.parametrize(
@@ -122,153 +97,81 @@ def test_earlier_answers_belong_to_the_prompt() -> None:
         {"prompt": [U], "completion": [GOOD]},
         {"prompt": [U], "completion": "3"},
         {"messages": [U, GOOD]},
-        {"messages": [{"from": "human", "value": "1 + 2?"}, {"from": "gpt", "value": "3"}]},
+        {"messages": [HUMAN, {"from": "gpt", "value": "3"}]},
     ],
 )
-@pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_feedback_is_an_answer_and_whether_it_is_good(row: dict[str, Any], label: Any) -> None:
-    sample = feedback(**row, label=label)
-    assert sample.is_good == bool(label)
-    if isinstance(sample.samples[0], Completion):
-        assert sample.samples[0] == Completion("1 + 2?", "3")
-    else:
-        assert messages(sample.samples[0]) == CHAT
-        assert sample.samples[0].prompt_messages == 1
+def test_feedback_is_an_answer_and_whether_it_is_good(row: Row) -> None:
+    for label in (True, False, 1, 0):
+        sample = convert({**row, "label": label}, "feedback")
+        assert sample.is_good == bool(label)
+        if isinstance(sample.samples[0], Completion):
+            assert sample.samples[0] == Completion("1 + 2?", "3")
+        else:
+            assert messages(sample.samples[0]) == [("user", "1 + 2?"), ("assistant", "3")]
+            assert sample.samples[0].prompt_messages == 1
 
 
-BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word that tells it
-    "no rejected": ("preference", {"prompt": PROMPT, "chosen": "3"}, "rejected"),
-    "no chosen": ("preference", {"prompt": PROMPT, "rejected": "3"}, "chosen"),
-    "chosen is null": ("preference", {"prompt": PROMPT, "chosen": None, "rejected": "3"}, "chosen"),
-    "an empty chosen": ("preference", {"prompt": PROMPT, "chosen": " ", "rejected": "3"}, "chosen"),
-    "an empty rejected": (
-        "preference",
-        {"prompt": PROMPT, "chosen": "3", "rejected": ""},
-        "rejected",
-    ),
-    "an empty answer in a chat": (
-        "preference",
-        {"prompt": [U], "chosen": [GOOD], "rejected": [{**BAD, "content": ""}]},
-        "rejected",
-    ),
-    "a number": (
-        "preference",
-        {"prompt": PROMPT, "chosen": 3, "rejected": "three"},
-        "chosen is a number",
-    ),
-    "two numbers": ("preference", {"prompt": PROMPT, "chosen": 3, "rejected": 4}, "chosen"),
-    "no prompt": ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "prompt"),
-    "texts that share nothing": ("preference", {"chosen": "3", "rejected": "three"}, "prompt"),
-    "chats that share nothing": (
-        "preference",
-        {"chosen": [U, GOOD], "rejected": [{**U, "content": "2 + 2?"}, BAD]},
-        "prompt",
-    ),
-    "another prompt than that of the chats": (
-        "preference",
-        {"prompt": "2 + 2?", "chosen": [U, GOOD], "rejected": [U, BAD]},
-        "prompt",
-    ),
-    "a prompt that is answered": (
-        "preference",
-        {"prompt": [U, GOOD], "chosen": [GOOD], "rejected": [BAD]},
-        "prompt ends with an answer",
-    ),
-    "a chat that is answered, as the prompt": (
-        "preference",
-        {"conversations": [U, GOOD], "chosen": GOOD, "rejected": BAD},
-        "prompt ends with an answer",
-    ),
-    "a prompt of feedback that is answered": (
-        "feedback",
-        {"prompt": [U, GOOD], "completion": "3", "label": True},
-        "prompt ends with an answer",
-    ),
-    "a prompt with its completion in it": (
-        "prompt-completion",
-        {"prompt": [U, GOOD], "completion": [GOOD]},
-        "prompt ends with an answer",
-    ),
-    "a completion with its prompt": (
-        "prompt-completion",
-        {"prompt": [U], "completion": [U, GOOD]},
-        "completion begins with a message of the user",
-    ),
-    "a completion of feedback with its prompt": (
-        "feedback",
-        {"prompt": "1 + 2?", "completion": [U, GOOD], "label": True},
-        "completion begins with a message of the user",
-    ),
-    "a rejected answer with its prompt": (
-        "preference",
-        {"prompt": [U], "chosen": [GOOD], "rejected": [U, BAD]},
-        "rejected begins with a message of the user",
-    ),
-    "an answer of the user's": (
-        "preference",
-        {"prompt": [U], "chosen": [GOOD, U], "rejected": [BAD, U]},
-        "chosen",
-    ),
-    "an empty chat": ("preference", {"prompt": [U], "chosen": [], "rejected": [BAD]}, "chosen"),
-    "an unknown role": (
-        "preference",
-        {"prompt": [{"role": "narrator", "content": "x"}], "chosen": [GOOD], "rejected": [BAD]},
-        "narrator",
-    ),
-    "a label of text": (
-        "feedback",
-        {"prompt": PROMPT, "completion": "3", "label": "positive"},
-        '"positive"',
-    ),
-    "a label of 2": ("feedback", {"prompt": PROMPT, "completion": "3", "label": 2}, "2"),
-    "a label of 0.5": ("feedback", {"prompt": PROMPT, "completion": "3", "label": 0.5}, "0.5"),
-    "a label that is null": (
-        "feedback",
-        {"prompt": PROMPT, "completion": "3", "label": None},
-        "label",
-    ),
-    "no label": ("feedback", {"prompt": PROMPT, "completion": "3"}, "label"),
-    "no completion": ("feedback", {"prompt": PROMPT, "label": True}, "completion"),
-    "no prompt of feedback": ("feedback", {"completion": "3", "label": True}, "prompt"),
-    "an empty completion": (
-        "feedback",
-        {"prompt": PROMPT, "completion": "\n", "label": True},
-        "completion",
-    ),
-    "messages that end with a question": ("feedback", {"messages": [GOOD, U], "label": True}, ""),
-    "tools that are no list": (
-        "preference",
-        {"prompt": [U], "chosen": [GOOD], "rejected": [BAD], "tools": "{}"},
-        "tools",
-    ),
-    "half a character": (
-        "preference",
-        {"prompt": PROMPT, "chosen": "\ud800", "rejected": "3"},
-        "chosen",
-    ),
-}
+ANSWERED = "prompt ends with an answer"
+BEGINS = "begins with a message of the user"
+# What is wrong with a row, the row, and a word that tells it.
+BROKEN_PAIRS: list[tuple[str, Row, str]] = [
+    ("no rejected", without(TEXTS, "rejected"), "rejected"),
+    ("no chosen", without(TEXTS, "chosen"), "chosen"),
+    ("chosen is null", {**TEXTS, "chosen": None}, "chosen"),
+    ("an empty chosen", {**TEXTS, "chosen": " "}, "chosen"),
+    ("an empty rejected", {**TEXTS, "rejected": ""}, "rejected"),
+    ("an empty answer in a chat", {**CHAT, "rejected": [answer("")]}, "rejected"),
+    ("a number", {**TEXTS, "chosen": 3}, "chosen is a number"),
+    ("half a character", {**TEXTS, "chosen": "\ud800"}, "chosen"),
+    ("no prompt", without(CHAT, "prompt"), "prompt"),
+    ("texts that share nothing", without(TEXTS, "prompt"), "prompt"),
+    ("chats without a prompt", {"chosen": [U, GOOD], "rejected": [user("?"), BAD]}, "prompt"),
+    ("another prompt", {"prompt": "?", "chosen": [U, GOOD], "rejected": [U, BAD]}, "prompt"),
+    ("a prompt that is answered", {**CHAT, "prompt": [U, GOOD]}, ANSWERED),
+    ("a chat as prompt", {**without(CHAT, "prompt"), "conversations": [U, GOOD]}, ANSWERED),
+    ("an answer with its prompt", {**CHAT, "rejected": [U, BAD]}, f"rejected {BEGINS}"),
+    ("an answer of the user's", {**CHAT, "chosen": [GOOD, U], "rejected": [BAD, U]}, "chosen"),
+    ("an empty chat", {**CHAT, "chosen": []}, "chosen"),
+    ("an unknown role", {**CHAT, "prompt": [{"role": "narrator", "content": "x"}]}, "narrator"),
+    ("tools that are no list", {**CHAT, "tools": "{}"}, "tools"),
+]
+BROKEN_FEEDBACK: list[tuple[str, Row, str]] = [
+    ("a prompt that is answered", {**LABELED, "prompt": [U, GOOD]}, ANSWERED),
+    ("a completion with its prompt", {**LABELED, "completion": [U, GOOD]}, f"completion {BEGINS}"),
+    ("a label of text", {**LABELED, "label": "positive"}, '"positive"'),
+    ("a label of 2", {**LABELED, "label": 2}, "2"),
+    ("a label of 0.5", {**LABELED, "label": 0.5}, "0.5"),
+    ("a label that is null", {**LABELED, "label": None}, "label"),
+    ("no label", without(LABELED, "label"), "label"),
+    ("no completion", without(LABELED, "completion"), "completion"),
+    ("no prompt", without(LABELED, "prompt"), "prompt"),
+    ("an empty completion", {**LABELED, "completion": "\n"}, "completion"),
+    ("messages that end with a question", {"messages": [GOOD, U], "label": True}, ""),
+]
+BROKEN_COMPLETIONS: list[tuple[str, Row, str]] = [
+    ("a prompt with its completion", {"prompt": [U, GOOD], "completion": [GOOD]}, ANSWERED),
+    ("a completion with its prompt", {"prompt": [U], "completion": [U, GOOD]}, f"completion {BEGINS}"),
+]  # fmt: skip
+BROKEN = [
+    *(("preference", *row) for row in BROKEN_PAIRS),
+    *(("feedback", *row) for row in BROKEN_FEEDBACK),
+    *(("prompt-completion", *row) for row in BROKEN_COMPLETIONS),
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_rows_are_named_with_their_place(name: str) -> None:
-    format_name, row, word = BROKEN[name]
+@pytest.mark.parametrize(("form", "name", "row", "word"), BROKEN)
+def test_a_broken_row_is_named_with_its_place(form: str, name: str, row: Row, word: str) -> None:
     with pytest.raises(DataError) as caught:
-        convert_row(row, Source(source="x", format=format_name), where="x row 7")  # type: ignore[arg-type]
+        convert(row, form)
     assert caught.value.where.startswith("x row 7")
     assert word in caught.value.what
     assert caught.value.fix
 
 
-def test_a_column_that_the_format_reads_is_not_proposed_for_another() -> None:
-    with pytest.raises(DataError) as caught:
-        pair(prompt=PROMPT, chosen="3", worse="three")
-    assert "columns: {chosen: chosen, rejected: worse}" in caught.value.fix
-    with pytest.raises(DataError) as caught:
-        pair(prompt=PROMPT, chosen="3")
-    assert "prompt" not in caught.value.fix
+# --- tokens
 
 
-def tokens_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[TokenSet, Contract]:
+def tokens_of(path: Path, rows: list[Row], **options: Any) -> tuple[TokenSet, Contract]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source(source=str(path), format=options.pop("format", "preference"))
     data = Data(train=(source,), **options)
@@ -279,7 +182,7 @@ def tokens_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[T
 
 
 def test_a_pair_is_one_example_of_two_sequences(tmp_path: Path) -> None:
-    tokens, contract = tokens_of(tmp_path / "rows.jsonl", [CHATS["messages"]] * 2)
+    tokens, contract = tokens_of(tmp_path / "rows.jsonl", [CHAT] * 2)
     assert not contract.broken
     example = tokens[0]
     chosen, rejected = example.sequences
@@ -292,7 +195,7 @@ def test_a_pair_is_one_example_of_two_sequences(tmp_path: Path) -> None:
 
 
 def test_supervised_tokens_are_counted_without_the_examples(tmp_path: Path) -> None:
-    pairs, _ = tokens_of(tmp_path / "pairs.jsonl", [CHATS["messages"]] * 2)
+    pairs, _ = tokens_of(tmp_path / "pairs.jsonl", [CHAT] * 2)
     texts, _ = tokens_of(tmp_path / "texts.jsonl", [{"text": t} for t in "ab"], format="text")
     [part] = pairs.parts
     # The first token of each sequence is marked too, and has none before it.
@@ -302,53 +205,36 @@ def test_supervised_tokens_are_counted_without_the_examples(tmp_path: Path) -> N
     assert tokens.supervised.tolist() == [example.supervised for example in tokens]
 
 
-def test_both_answers_are_cut_at_seq_len(tmp_path: Path) -> None:
+def test_a_long_pair_is_cut_or_left_out_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
     rows = [{"prompt": [U], "chosen": "3", "rejected": "3 " * 200}]
-    tokens, _ = tokens_of(tmp_path / "rows.jsonl", rows, seq_len=100, allow_cut_answers=True)
+    tokens, _ = tokens_of(path, rows, seq_len=100, allow_cut_answers=True)
     chosen, rejected = tokens[0].sequences
     assert chosen < 100 == rejected
     assert tokens.counts.cut == 1
-
-
-@pytest.mark.parametrize("too_long", ["drop", "truncate"])
-def test_a_pair_is_left_out_as_a_whole(tmp_path: Path, too_long: str) -> None:
-    """Of the second row only the rejected answer has no room, or none for a supervised token."""
-    long = {**U, "content": "1 + 2? " * 40}
-    rows = [CHATS["messages"], {"prompt": [long], "chosen": [GOOD], "rejected": [BAD]}]
-    tokens, _ = tokens_of(tmp_path / "rows.jsonl", rows, seq_len=100, too_long=too_long)
-    assert len(tokens) == 1
-    counts = tokens.counts
-    assert (counts.dropped, counts.emptied) == ((1, 0) if too_long == "drop" else (0, 1))
+    # Of the second row only the rejected answer has no room, or none for a supervised token.
+    rows = [CHAT, {**CHAT, "prompt": [user("1 + 2? " * 40)]}]
+    for too_long, dropped, emptied in (("drop", 1, 0), ("truncate", 0, 1)):
+        tokens, _ = tokens_of(path, rows, seq_len=100, too_long=too_long)
+        counts = tokens.counts
+        assert (len(tokens), counts.dropped, counts.emptied) == (1, dropped, emptied)
 
 
 def test_pairs_of_equal_answers_are_bad_rows(tmp_path: Path) -> None:
-    equal = {"prompt": [U], "chosen": [GOOD], "rejected": [GOOD]}
-    path = tmp_path / "rows.jsonl"
+    rows = [CHAT, {**CHAT, "rejected": [GOOD]}]
     with refuses(DataError, where="rows.jsonl:2", fix=["data.bad_rows=skip"]):
-        tokens_of(path, [CHATS["messages"], equal])
-    tokens, contract = tokens_of(path, [CHATS["messages"], equal], bad_rows="skip")
+        tokens_of(tmp_path / "rows.jsonl", rows)
+    tokens, contract = tokens_of(tmp_path / "rows.jsonl", rows, bad_rows="skip")
     assert (len(tokens), tokens.counts.bad) == (1, 1)
     assert not contract.broken
 
 
 def test_labels_are_kept_and_are_part_of_the_digest(tmp_path: Path) -> None:
-    row = {"prompt": [U], "completion": [GOOD]}
     digests = set()
     for label in (True, False):
-        rows = [{**row, "label": label}] * 2
+        rows = [{"prompt": [U], "completion": [GOOD], "label": label}] * 2
         tokens, contract = tokens_of(tmp_path / "rows.jsonl", rows, format="feedback")
         assert not contract.broken
         assert tokens[1].label is label
         digests.add(tokens.counts.digest)
     assert len(digests) == 2
-
-
-def test_thinking_that_a_template_strips_from_history_stays_in_both_answers(
-    tmp_path: Path,
-) -> None:
-    answers = {}
-    for name, message in (("chosen", GOOD), ("rejected", BAD)):
-        answers[name] = [{**message, "content": f"<think>hm</think>{message['content']}"}]
-    tokens, _ = tokens_of(tmp_path / "rows.jsonl", [{"prompt": [U], **answers}])
-    text = byte_tokenizer().decode(tokens[0].ids[tokens[0].trained])
-    assert text.count("<think>hm</think>") == 2

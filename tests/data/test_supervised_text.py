@@ -1,8 +1,7 @@
 """What a row's answers say is what is supervised, or the row is refused, or it is counted.
 
-Conversations are drawn, every text with a word that occurs once. They are rendered by the chat
-templates that TRL and Axolotl ship, and compared with Transformers' own rendering and with the
-row, in plain Python.
+Conversations are drawn, every text with a word of its own, and rendered by the chat templates that
+TRL and Axolotl ship. They are compared with Transformers' own rendering and with the row.
 """
 
 from __future__ import annotations
@@ -41,6 +40,13 @@ LOST = {"earlier_thought", "lost_thought", "lost_text", "lost_call"}
 TAGS_AND_BLANKS = re.compile(r"</?think>|\s+")
 # Answers whose header no generation prompt holds.
 WITHOUT_PROMPT = {"axolotl/command_a_rag", "axolotl/command_a_tool_use"}
+# One of each family; the others are nightly.
+_COMMON = {
+    "trl": "cohere2 deepseek_r1_distill deepseekv3 gemma gemma3 gemma4 glm4moe gptoss lfm2 llama3"
+    " llama3_2 nemotron_3_nano phi3 qwen2_5 qwen3 qwen3_5_think qwen3_training",
+    "axolotl": "chatml mistral_v3_tekken mistral_v7_tekken phi_4",
+}
+COMMON = {f"{package}/{name}" for package, names in _COMMON.items() for name in names.split()}
 EDGES = ("", "", "", " ", "\n", "  \n\n", "\t", "\u00a0", "\r\n")
 CORES = (
     "It is so.",
@@ -78,10 +84,7 @@ class Drawn:
     words: list[str]
 
     def row(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"messages": self.messages}
-        if self.tools:
-            row["tools"] = self.tools
-        return row
+        return {"messages": self.messages, **({"tools": self.tools} if self.tools else {})}
 
     def answers(self) -> list[Message]:
         return [message for message in self.messages if message["role"] == "assistant"]
@@ -93,11 +96,12 @@ class _Drawing:
     def __init__(self, draw: Any, special: list[str]) -> None:
         self.draw = draw
         self.count = 0
-        self.cores = st.one_of(
-            st.sampled_from(CORES),
-            st.sampled_from(special or [""]),
-            st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=6),
-        )
+        letters = st.characters(exclude_categories=("Cs", "Cc"))
+        own = st.sampled_from(special or [""])
+        self.cores = st.sampled_from(CORES) | own | st.text(letters, max_size=6)
+
+    def one_of(self, *values: Any) -> Any:
+        return self.draw(st.sampled_from(values))
 
     def word(self) -> str:
         self.count += 1
@@ -105,41 +109,36 @@ class _Drawing:
 
     def text(self) -> tuple[str, str]:
         """A text, and its word."""
-        word = self.word()
-        edge = st.sampled_from(EDGES)
-        before, after = self.draw(edge), self.draw(edge)
-        core, more = self.draw(self.cores), self.draw(st.sampled_from(CORES))
-        return f"{before}{core} {word} {more}{after}", word
+        word, core = self.word(), self.draw(self.cores)
+        return (
+            f"{self.one_of(*EDGES)}{core} {word} {self.one_of(*CORES)}{self.one_of(*EDGES)}",
+            word,
+        )
 
     def answer(self, *, calls: bool) -> Message:
         """An answer, its thought in a key, in its content, or none."""
         message: Message = {"role": "assistant", "content": ""}
-        has_content = not calls or self.draw(st.booleans())
-        if has_content:
+        if not calls or self.one_of(False, True):
             message["content"] = self.text()[0]
-        thought = self.draw(st.sampled_from(("none", "none", "key", "inline", "close inline")))
+        thought = self.one_of("", "", "key", "<think>\n{}\n</think>\n\n", "<think>{}</think>")
         if thought == "key":
             message["reasoning_content"] = self.text()[0]
-        elif thought == "inline":
-            message["content"] = f"<think>\n{self.text()[0]}\n</think>\n\n{message['content']}"
-        elif thought == "close inline":
-            message["content"] = f"<think>{self.text()[0]}</think>{message['content']}"
+        elif thought:
+            message["content"] = thought.format(self.text()[0]) + message["content"]
         if calls:
-            count = self.draw(st.sampled_from((1, 1, 2)))
-            message["tool_calls"] = [self.call(n + 1) for n in range(count)]
+            message["tool_calls"] = [self.call() for _ in range(self.one_of(1, 1, 2))]
         return message
 
-    def call(self, n: int) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        for name in self.draw(st.sets(st.sampled_from(("place", "days", "deep", "list", "flag")))):
-            values = {
-                "place": self.text()[0],
-                "days": 3000 + self.count,
-                "deep": {"inner": self.word(), "none": None},
-                "list": [self.word(), 2.5],
-                "flag": True,
-            }
-            arguments[name] = values[name]
+    def call(self) -> dict[str, Any]:
+        values = {
+            "place": self.text()[0],
+            "days": 3000 + self.count,
+            "deep": {"inner": self.word(), "none": None},
+            "list": [self.word(), 2.5],
+            "flag": True,
+        }
+        names = self.draw(st.sets(st.sampled_from([*values])))
+        arguments = {name: values[name] for name in sorted(names)}
         function = {"name": f"look_{self.word()}", "arguments": arguments}
         return {"type": "function", "id": f"call{self.count:05d}", "function": function}
 
@@ -155,24 +154,20 @@ def conversations(draw: Any, special: list[str]) -> Drawn:
         messages.append({"role": role, "content": text, **keys})
         words.append(word)
 
-    if draw(st.sampled_from((False, False, True))):
+    if drawing.one_of(False, False, True):
         say("system")
-    has_calls = draw(st.sampled_from((False, False, True)))
-    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+    has_calls = drawing.one_of(False, False, True)
+    for _ in range(drawing.one_of(1, 1, 2, 3)):
         say("user")
-        if has_calls and draw(st.booleans()):
+        if has_calls and drawing.one_of(False, True):
             messages.append(drawing.answer(calls=True))
             for call in messages[-1]["tool_calls"]:
                 say("tool", tool_call_id=call["id"], name=call["function"]["name"])
-            if draw(st.sampled_from((False, True, True))) or messages[-1]["role"] != "assistant":
-                messages.append(drawing.answer(calls=False))
-        else:
-            messages.append(drawing.answer(calls=False))
+        messages.append(drawing.answer(calls=False))
     names = []
     for message in messages:
         names += [call["function"]["name"] for call in message.get("tool_calls", ())]
-    tools = [_schema(name) for name in names] if names else None
-    return Drawn(messages, tools, words)
+    return Drawn(messages, [_schema(name) for name in names] or None, words)
 
 
 def _schema(name: str) -> dict[str, Any]:
@@ -272,7 +267,19 @@ def is_rendering(name: str, answer: Message, text: str, rendering: Rendering) ->
     return between in TAGS_AND_BLANKS.sub("", thought)
 
 
-@pytest.mark.parametrize("name", sorted(set(template_names()) - WITHOUT_PROMPT))
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial takes a process of its own for each template."""
+    monkeypatch.setattr("tunesmith.data.text.select_template.try_template", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in COMMON else pytest.mark.nightly)
+        for name in sorted(set(template_names()) - WITHOUT_PROMPT)
+    ],
+)
 def test_the_supervised_text_holds_every_answer_or_says_so(name: str) -> None:
     @PROFILE
     @given(conversations(special_words(name)), st.sampled_from(("response", "last")))

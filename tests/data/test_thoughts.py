@@ -1,19 +1,20 @@
-"""Thoughts, tool calls and prompts in the forms that rows and templates have for them: what a row
-has is supervised whole, or the row is refused or counted.
+"""What is supervised of thoughts, calls and ends of answers, by the templates of the families.
+
+The templates are those that TRL and Axolotl ship; the texts that they must give are written down.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_table import TOOLS, answer, call, result, system, user
+from chat_table import TOOLS, answer, call, calls, result, system, thinks, turns, user
 from chat_tokenizers import train
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_templates import encode, encoder_of, supervised_texts, tokenizer_of
 
 from conftest import byte_tokenizer
 from errors import refuses
@@ -26,59 +27,210 @@ from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template, TrainOn
 from tunesmith.data.text.thoughts import find_thought, missing_parts, split_thought
 from tunesmith.errors import DataError
-from tunesmith.presentation.data import data_warnings
+from tunesmith.presentation.data import data_warnings, template_line
 
 START, END = "<|im_start|>", "<|im_end|>"
-CLOSE = "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-HEADER = "{{- '<|im_start|>' ~ m.role ~ '\\n' -}}"
-PROMPT = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\nOPENS' -}}{%- endif -%}"
-ANSWERS = "{%- for m in messages -%}" + HEADER
+
+
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial takes a process of its own for each template."""
+    monkeypatch.setattr("tunesmith.data.text.select_template.try_template", lambda *_: None)
+
+
+# --- templates of the families
+
+
+def inline(thought: str, text: str) -> dict[str, Any]:
+    return answer(f"<think>\n{thought}\n</think>\n\n{text}")
+
+
+def two(form: Any) -> list[Any]:
+    return [user("2 + 2?"), form("two, two", "4"), user("3 + 3?"), form("three, three", "6")]
+
+
+OSLO, TIME = call("weather", place="Oslo"), call("time", 2)
+RESULTS = [result("wet"), result("noon", 2), answer("Wet.")]
+ROWS = {
+    "plain": turns("a", "b", "c", "d"),
+    "field": two(thinks),
+    "inline": two(inline),
+    "empty": [user("2 + 2?"), inline("", "4")],
+    "tag": turns("Which?", "One </think> two."),
+    "calls": [user("Rain?"), calls(OSLO, TIME), *RESULTS],
+    "call": [user("Rain?"), calls(OSLO), result("wet"), answer("Wet.")],
+    "text": [user("Rain?"), calls(OSLO, text="I ask."), result("wet"), answer("Wet.")],
+    "system": [*turns("Hi", "Hello."), system("Be terse."), *turns("Bye", "Bye.")],
+}
+EARLIER = ["earlier_thought"]
+PROMPT = ["earlier_prompt"]
+SENTENCE = "<｜end▁of▁sentence｜>"
+HERMES = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
+BOTH = f'{HERMES}\n<tool_call>\n{{"name": "time", "arguments": {{}}}}\n</tool_call>{END}'
+FUNCTION = "<tool_call>\n<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n</tool_call>"
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+GLM = "\n<think></think>\n"
+GLM_CALL = "<tool_call>weather\n<arg_key>place</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
+GEMMA_CALL = '<|tool_call>call:weather{place:<|"|>Oslo<|"|>}<tool_call|>'
+WRITTEN = [f"<think>\ntwo, two\n</think>\n\n4{END}", f"<think>\nthree, three\n</think>\n\n6{END}"]
+# A template, rows, their supervised texts, and the names of their warnings.
+CASES: list[tuple[str, str, list[str], list[str]]] = [
+    ("axolotl/chatml", "plain", [f"b{END}", f"d{END}"], []),
+    ("axolotl/chatml", "inline", WRITTEN, []),
+    ("axolotl/chatml", "calls", [BOTH, f"Wet.{END}"], []),
+    ("axolotl/chatml", "tag", [f"One </think> two.{END}"], []),
+    ("axolotl/chatml", "system", [f"Hello.{END}", f"Bye.{END}"], []),
+    ("axolotl/phi_4", "field inline", WRITTEN, []),
+    # Thoughts before the last question are left out.
+    ("trl/qwen3", "field inline", [f"4{END}", WRITTEN[1]], EARLIER),
+    ("trl/qwen3", "plain", [f"b{END}", f"<think>\n\n</think>\n\nd{END}"], []),
+    ("trl/qwen3", "calls", [BOTH, f"<think>\n\n</think>\n\nWet.{END}"], []),
+    # The prompt opens a thought.
+    ("trl/qwen3_5_think", "field inline", [f"4{END}", f"three, three\n</think>\n\n6{END}"], EARLIER),
+    ("trl/qwen3_5_think", "plain", [f"b{END}", f"\n</think>\n\nd{END}"], PROMPT),
+    ("trl/qwen3_5_think", "call", [f"\n</think>\n\n{FUNCTION}{END}", f"\n</think>\n\nWet.{END}"], []),
+    ("trl/qwen3_5_think", "tag", [f"One\n</think>\n\n two.{END}"], ["lost_text"]),
+    ("trl/deepseekv3", "field inline", [f"4{SENTENCE}", f"three, three\n</think>\n\n6{SENTENCE}"], EARLIER),
+    ("trl/deepseekv3", "empty", [f"\n</think>\n\n4{SENTENCE}"], []),
+    # The prompt holds an empty thought.
+    ("trl/qwen3_5_nothink", "plain", [f"b{END}", f"d{END}"], PROMPT),
+    ("trl/qwen3_5_nothink", "empty", [f"4{END}"], []),
+    # Tags without line breaks between them.
+    ("trl/nemotron_3_nano", "plain", [f"</think>b{END}", f"</think>d{END}"], PROMPT),
+    ("trl/nemotron_3_nano", "field inline", [f"</think>\n4{END}", f"three, three\n</think>\n6{END}"], EARLIER),
+    ("trl/nemotron_3_nano", "call", [f"</think>\n{FUNCTION}\n{END}", f"</think>Wet.{END}"], PROMPT),
+    # Thoughts are cut out of the text, and a text that speaks of the tag with them.
+    ("axolotl/deepseek_v3", "tag", [f" two.{SENTENCE}"], ["lost_text"]),
+    # A key of another name; several tokens end an answer, and <|end|> the earlier ones.
+    ("trl/gptoss", "plain", [f"{FINAL}b", f"{FINAL}d<|return|>"], []),
+    (
+        "trl/gptoss", "field inline",
+        [f"{FINAL}4", f"{ANALYSIS}three, three<|end|><|start|>assistant{FINAL}6<|return|>"], EARLIER,
+    ),
+    ("trl/gptoss", "empty", [f"{FINAL}4<|return|>"], []),
+    (
+        "trl/gptoss", "call",
+        [' to=functions.weather<|channel|>commentary json<|message|>{"place": "Oslo"}<|call|>', f"{FINAL}Wet.<|return|>"], [],
+    ),
+    # A call, its result and the answer are one turn; the first token of the result ends a call.
+    ("trl/gemma4", "plain", ["b<turn|>", "d<turn|>"], []),
+    ("trl/gemma4", "calls", [f"{GEMMA_CALL}<|tool_call>call:time{{}}<tool_call|><|tool_response>", "Wet.<turn|>"], []),
+    ("trl/gemma4_v5", "field inline", ["4<turn|>", "<|channel>thought\nthree, three\n<channel|>6<turn|>"], EARLIER),
+    # Nothing ends an answer but the first token of the next turn.
+    ("trl/glm4moe", "plain", [f"{GLM}b<|user|>", f"{GLM}d<|user|>"], []),
+    ("trl/glm4moe", "field inline", [f"{GLM}4<|user|>", "\n<think>three, three</think>\n6<|user|>"], EARLIER),
+    ("trl/glm4moe", "calls", [f"{GLM}{GLM_CALL}\n<tool_call>time\n</tool_call><|observation|>", f"{GLM}Wet.<|user|>"], []),
+    ("trl/lfm2", "inline", WRITTEN, []),
+    ("trl/lfm2_v2", "text", [f"I ask.<|tool_call_start|>[weather(place='Oslo')]<|tool_call_end|>{END}", f"Wet.{END}"], []),
+    ("trl/llama3_1", "call", ['{"name": "weather", "parameters": {"place": "Oslo"}}<|eot_id|>', "Wet.<|eot_id|>"], []),
+    ("axolotl/exaone4", "tag", ["two.[|endofturn|]"], ["lost_text"]),
+]  # fmt: skip
+
+
+def supervised(name: str, messages: list[Any], train_on: TrainOn) -> tuple[list[str], list[str]]:
+    encoder = encoder_of(name, train_on)
+    has_tools = any("tool_calls" in message for message in messages)
+    row = {"messages": messages, **({"tools": TOOLS} if has_tools else {})}
+    encoded = encode(encoder, row)
+    decode = encoder.template.tokenizer.decode
+    prompt = encoder.template.prompt(Conversation(messages, TOOLS if has_tools else None))
+    assert decode(encoded.example.ids).startswith(decode(prompt))
+    return supervised_texts(encoder.template, encoded), list(encoded.warnings)
+
+
+@pytest.mark.parametrize(("name", "rows", "texts", "told"), CASES)
+def test_the_supervised_texts_of_a_family(
+    name: str, rows: str, texts: list[str], told: list[str]
+) -> None:
+    for row in rows.split():
+        assert supervised(name, ROWS[row], "response") == (texts, told)
+        later = [warning for warning in told if not warning.startswith("earlier")]
+        assert supervised(name, ROWS[row], "last") == (texts[-1:], later)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "names", "fix"),
+    [
+        ("trl/deepseekv3", "plain tag", [], "<think>\\n\\n</think>\\n\\n"),
+        ("trl/deepseekv3", "system", [3, "system"], "split the row"),
+        ("trl/qwen3_5_nothink", "field inline", [], "data.template_args"),
+        ("trl/nemotron_3_nano", "tag", [2], "enable_thinking"),
+        ("axolotl/deepseek_v3", "field inline", [2], "data.template=FILE.jinja"),
+        ("axolotl/chatml", "field", [2], "<think>\\n"),
+        ("axolotl/phi_4", "system", [3, "system"], "data.template=FILE.jinja"),
+        ("trl/gptoss", "text", [2], "reasoning_content"),
+        ("trl/gptoss", "calls", [2], "tool_calls"),
+        ("trl/gemma4", "text", [2], "reasoning_content"),
+        ("trl/lfm2", "call", [2], "tool_calls"),
+        ("trl/glm4moe", "system", [2], "model.added_tokens"),
+    ],
+)
+def test_a_row_that_a_family_cannot_write_is_refused(
+    name: str, rows: str, names: list[Any], fix: str
+) -> None:
+    for row in rows.split():
+        with refuses(DataError, where="rows.jsonl:1", names=names) as caught:
+            supervised(name, ROWS[row], "response")
+        assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "stops", "ends", "earlier"),
+    [
+        *(
+            ("trl/gptoss", stops, ["<|return|>", "<|call|>"], ["<|end|>"])
+            for stops in ([], ["<|return|>"])
+        ),
+        ("trl/gemma4", ["<turn|>"], ["<turn|>", "<|tool_response>"], []),
+        ("trl/glm4moe", ["<|user|>"], ["<|user|>"], []),
+        ("trl/glm4moe", ["<|observation|>"], ["<|observation|>"], []),
+        ("trl/glm4moe", [], [], []),
+    ],
+)
+def test_ends_of_answers_by_where_generation_stops(
+    name: str, stops: list[str], ends: list[str], earlier: list[str]
+) -> None:
+    """A next turn's header at which generation does not stop ends nothing."""
+    tokenizer = tokenizer_of(name)
+    to_ids, to_tokens = tokenizer.convert_tokens_to_ids, tokenizer.convert_ids_to_tokens
+    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
+    template = select_template(data, tokenizer, {tokenizer.eos_token_id, *to_ids(stops)})
+    assert {*to_tokens([*template.end_ids])} == {tokenizer.eos_token, *ends}
+    assert to_tokens([*template.earlier_end_ids]) == earlier
+    assert all(f"'{token}'" in template_line(template) for token in [*ends, *earlier])
+    if name == "trl/glm4moe":
+        for messages, stop in (
+            (turns("a", "b"), "<|user|>"),
+            (ROWS["call"][:2], "<|observation|>"),
+        ):
+            if stop not in stops:
+                with refuses(DataError, where="row 1", names=[2], fix=["model.added_tokens"]):
+                    template.encode(Conversation(messages, TOOLS), "response", where="row 1")
+
+
+# --- templates of their own
 
 
 def jinja(body: str, opens: str = "") -> str:
     """A ChatML template that writes each message with `body`; `opens` ends its prompt."""
-    return ANSWERS + body + CLOSE + PROMPT.replace("OPENS", opens)
-
-
-# DeepSeek V3, EXAONE 4: thoughts are cut out of the text, and there is no other form.
-CUT = "{{- m.content.split('</think>')[-1] -}}"
-STRIPS = jinja(CUT)
-# DeepSeek R1: the same, and its prompt opens a thought.
-STRIPS_AND_OPENS = jinja(CUT, "<think>\\n")
-# gpt-oss: a key of another name; a text stands as it is.
-OTHER_KEY = jinja(
-    "{%- if m.thinking -%}{{- '[A]' ~ m.thinking ~ '[F]' -}}{%- endif -%}{{- m.content -}}"
-)
-# Qwen3.5: the last thought alone is written, and the prompt opens one.
-OPENS = (
-    "{%- set ns = namespace(last=-1) -%}{%- for m in messages if m.role == 'user' -%}"
-    "{%- set ns.last = ns.last + 1 -%}{%- endfor -%}{%- set ns.seen = -1 -%}"
-    + jinja(
-        "{%- if m.role == 'user' -%}{%- set ns.seen = ns.seen + 1 -%}{%- endif -%}"
-        "{%- set c = m.content -%}{%- set r = m.reasoning_content or '' -%}"
-        "{%- if m.role == 'assistant' and '</think>' in c -%}"
-        "{%- set r = c.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}"
-        "{%- set c = c.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
-        "{%- if m.role == 'assistant' and ns.seen == ns.last -%}"
-        "{{- '<think>\\n' ~ r ~ '\\n</think>\\n\\n' -}}{%- endif -%}{{- c -}}",
-        "<think>\\n",
+    header = "{{- '<|im_start|>' ~ m.role ~ '\\n' -}}"
+    return (
+        "{%- for m in messages -%}" + header + body + "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n"
+        + opens
+        + "' -}}{%- endif -%}"
     )
-)
+
+
+PLAIN = jinja("{{- m.content -}}")
+# Gemma 4 with thinking off.
+CLOSED = jinja("{{- m.content -}}", "<thought></thought>")
+# Thoughts are cut out of the text, and there is no other form.
+STRIPS = jinja("{{- m.content.split('</think>')[-1] -}}")
 # A template that knows thoughts by their tags alone, and leaves them out of earlier turns.
 TAGS = jinja(
     "{{- m.content if loop.last or '</think>' not in m.content"
     " else m.content.split('</think>')[-1].lstrip() -}}"
-)
-# Gemma 4 with thinking off.
-CLOSED = jinja("{{- m.content -}}", "<thought></thought>")
-TEXT_ARGUMENTS = jinja(
-    "{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
-    "{{- '<call>' + c.function.name + '\\n' + c.function.arguments + '</call>' -}}{%- endfor -%}"
-)
-# LFM2: tools are listed, and calls are for the row to write.
-LISTS_TOOLS = (
-    "{%- if tools -%}{{- '<|im_start|>system\\nTools: ' ~ tools | tojson ~ '<|im_end|>\\n' -}}{%- endif -%}"
-    + jinja("{{- '<result>' ~ m.content ~ '</result>' if m.role == 'tool' else m.content -}}")
 )
 
 
@@ -89,336 +241,64 @@ def template_of(text: str) -> Template:
 
 
 def trained(
-    text: str, messages: list[Any], train_on: TrainOn = "response", tools: Any = None
-) -> tuple[list[str], tuple[str, ...]]:
-    """What of a row is supervised, stretch by stretch, and its flaws.
-
-    The prompt in use is what stands before the last answer.
-    """
+    text: str, messages: list[Any], train_on: TrainOn = "response", **keys: Any
+) -> tuple[str, tuple[str, ...]]:
+    """What of a row is supervised, and its flaws."""
     template = template_of(text)
-    sample = Conversation(messages, tools)
-    example = template.encode(sample, train_on, where="row 1")
-    decode = template.tokenizer.decode
-    stretches = [""]
-    for id_, is_trained in zip(example.ids.tolist(), example.trained.tolist(), strict=True):
-        if is_trained:
-            stretches[-1] += decode([id_])
-        elif stretches[-1]:
-            stretches.append("")
-    whole = decode(example.ids)
-    assert whole.startswith(decode(template.prompt(sample)))
-    return [stretch for stretch in stretches if stretch], example.flaws
-
-
-def inline(thought: str, text: str) -> dict[str, Any]:
-    return answer(f"<think>\n{thought}\n</think>\n\n{text}")
-
-
-def field(thought: str, text: str) -> dict[str, Any]:
-    return answer(text, reasoning_content=thought)
-
-
-def turns(form: Any) -> list[Any]:
-    return [user("2 + 2?"), form("two, two", "4"), user("3 + 3?"), form("three, three", "6")]
-
-
-FORMS = pytest.mark.parametrize("form", [inline, field])
-
-
-# --- thoughts
-
-
-@FORMS
-def test_a_template_that_leaves_thoughts_out_is_refused(form: Any) -> None:
-    with refuses(DataError, where="row 1", names=[2], fix=["data.template=FILE.jinja"]):
-        trained(STRIPS, turns(form))
-    with refuses(DataError, where="row 1", names=[4]):
-        trained(STRIPS, turns(form), "last")
-
-
-@FORMS
-def test_an_earlier_thought_that_is_not_trained_is_no_fault(form: Any) -> None:
-    messages = [*turns(form)[:3], answer("6")]
-    assert trained(STRIPS, messages, "last") == ([f"6{END}"], ())
-
-
-@FORMS
-def test_a_thought_that_the_prompt_opens_is_written_behind_it(form: Any) -> None:
-    stretches, flaws = trained(STRIPS_AND_OPENS, turns(form))
-    assert stretches == [f"4{END}", f"three, three\n</think>\n\n6{END}"]
-    assert flaws == ("earlier_thought",)
-    assert trained(STRIPS_AND_OPENS, turns(form), "last") == (stretches[1:], ())
-
-
-def test_a_thought_that_the_prompt_opens_may_be_empty_but_not_missing() -> None:
-    empty = [user("2 + 2?"), answer("<think>\n\n</think>\n\n4")]
-    (stretch,), _ = trained(STRIPS_AND_OPENS, empty)
-    # The line break before the tag may be one token with that of the prompt.
-    assert stretch.lstrip("\n") == f"</think>\n\n4{END}"
-    fix = ["<think>\\n\\n</think>\\n\\n"]
-    with refuses(DataError, where="row 1", fix=fix):
-        trained(STRIPS_AND_OPENS, [user("2 + 2?"), answer("4")])
-
-
-@FORMS
-def test_inline_thoughts_are_located_as_those_of_the_field(form: Any) -> None:
-    stretches, flaws = trained(OPENS, turns(form))
-    assert stretches == [f"4{END}", f"three, three\n</think>\n\n6{END}"]
-    assert flaws == ("earlier_thought",)
-    assert trained(OPENS, turns(form), "last") == (stretches[1:], ())
-
-
-@FORMS
-def test_a_thought_is_given_under_the_key_that_the_template_shows(form: Any) -> None:
-    stretches, flaws = trained(OTHER_KEY, turns(form))
-    assert stretches == [f"[A]two, two[F]4{END}", f"[A]three, three[F]6{END}"]
-    assert flaws == ()
-    # An empty one is none.
-    empty = [user("2 + 2?"), answer("<think>\n\n</think>\n\n4")]
-    assert trained(OTHER_KEY, empty) == ([f"4{END}"], ())
-
-
-def test_a_thought_is_written_between_the_tags_that_the_template_knows() -> None:
-    stretches, flaws = trained(TAGS, turns(field))
-    assert stretches == [f"4{END}", f"<think>\nthree, three\n</think>\n\n6{END}"]
-    assert flaws == ("earlier_thought",)
-    assert trained(TAGS, turns(inline)) == (stretches, flaws)
-
-
-def test_a_template_that_knows_no_thoughts_refuses_the_field_and_names_the_text() -> None:
-    plain = jinja("{{- m.content -}}")
-    with refuses(DataError, where="row 1", names=[2], fix=["<think>\\n"]):
-        trained(plain, turns(field))
-    whole = [m["content"] + END for m in turns(inline)[1::2]]
-    assert trained(plain, turns(inline)) == (whole, ())
-
-
-def test_a_thought_without_its_opening_tag_is_none_within_a_line() -> None:
-    """A text that speaks of the tag loses what stands before it, and says so."""
-    row = [user("Which?"), answer("One </think> two.")]
-    assert trained(STRIPS, row) == ([f" two.{END}"], ("lost_text",))
-    with refuses(DataError, where="row 1", names=[2]):
-        trained(STRIPS, [user("2 + 2?"), answer("two, two\n</think>\n\n4")])
-
-
-def test_gpt_oss() -> None:
-    """The public template, where it is installed."""
-    spec = importlib.util.find_spec("trl")
-    assert spec is not None
-    assert spec.origin is not None
-    text = (Path(spec.origin).parent / "chat_templates/gptoss.jinja").read_text(encoding="utf-8")
-    special = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>")
-    tokenizer = train("bytes", special, False)
-    ends = {tokenizer.convert_tokens_to_ids(word) for word in ("<|return|>", "<|call|>")}
-    template = Template(tokenizer, ends, jinja=text, name="chat")
-    for form in (inline, field):
-        row = Conversation([user("2 + 2?"), form("two, two", "4")])
-        example = template.encode(row, "response", where="row 1")
-        supervised = tokenizer.decode(example.ids[example.trained])
-        assert "analysis<|message|>two, two<|end|>" in supervised
-        assert supervised.endswith("final<|message|>4<|return|>")
-        assert example.flaws == ()
-
-
-# --- what the generation prompt holds
+    example = template.encode(Conversation(messages, **keys), train_on, where="row 1")
+    return template.tokenizer.decode(example.ids[example.trained]), example.flaws
 
 
 def test_an_empty_thought_of_the_prompt_stands_before_the_last_answer() -> None:
-    row = [user("2 + 2?"), answer("4"), user("3 + 3?"), answer("6")]
-    stretches, flaws = trained(CLOSED, row)
-    assert (stretches, flaws) == ([f"4{END}", f"6{END}"], ("earlier_prompt",))
-    assert trained(CLOSED, row, "last") == ([f"6{END}"], ())
-    example = template_of(CLOSED).encode(Conversation(row[:2]), "response", where="row 1")
-    whole = template_of(CLOSED).tokenizer.decode(example.ids)
-    assert whole.endswith(f"{START}assistant\n<thought></thought>4{END}\n")
-
-
-def test_an_empty_thought_of_the_template_follows_the_prompt_that_opens_one() -> None:
-    """Nemotron 3: its rows without a thought have no line break between the tags."""
-    nemotron = jinja(
-        "{%- if m.role == 'assistant' and '</think>' not in m.content -%}{{- '<think>' ~"
-        " ('\\n' ~ m.reasoning_content ~ '\\n' if m.reasoning_content else '') ~ '</think>' -}}"
-        "{%- endif -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
-        "{{- '<call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}",
-        "<think>\\n",
-    )
-    question = user("2 + 2?")
-    assert trained(nemotron, [question, answer("4")]) == ([f"</think>4{END}"], ())
-    assert trained(nemotron, [question, answer("<think></think>4")]) == ([f"</think>4{END}"], ())
-    called = answer("", tool_calls=[call("add")])
-    assert trained(nemotron, [question, called]) == ([f"</think><call>add{{}}{END}"], ())
-    assert trained(nemotron, [question, field("two", "4")]) == ([f"two\n</think>4{END}"], ())
-
-
-def test_a_row_with_a_thought_is_not_put_behind_an_empty_one() -> None:
-    with refuses(DataError, where="row 1"):
-        trained(CLOSED, [user("2 + 2?"), field("two, two", "4")])
-    with refuses(DataError, where="row 1"):
-        trained(jinja("{{- m.content -}}", "<think>\\n"), [user("2 + 2?"), answer("4")])
-
-
-def test_calls_before_the_last_answer_are_history_behind_an_empty_thought() -> None:
-    """Gemma 4: the tag of a call, or of a thought, stands where the prompt has the empty thought."""
-    gemma = jinja(
-        "{%- if m.reasoning_content -%}{{- '<|c>t\\n' ~ m.reasoning_content ~ '\\n<c|>' -}}{%- endif -%}"
-        "{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
-        "{{- '<|call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}",
-        "<|c>t\\n<c|>",
-    )
-    row = [user("Rain?"), answer("", tool_calls=[call("weather")]), result("wet"), answer("Wet.")]
-    stretches = [f"<|call>weather{{}}{END}", f"Wet.{END}"]
-    assert trained(gemma, row) == (stretches, ("earlier_prompt",))
-    assert trained(gemma, row[:2]) == ([f"<|call>weather{{}}{END}"], ())
-    row[1]["reasoning_content"] = "I ask."
-    with refuses(DataError, where="row 1", fix=["data.train_on=last"]):
-        trained(gemma, row)
-    assert trained(gemma, row, "last") == ([f"Wet.{END}"], ())
-
-
-def test_a_block_that_opens_before_its_header_keeps_the_tag_of_a_call() -> None:
-    """The prompt's thought and the call begin with the same letter."""
-    tagged = (
-        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{% generation %}"
-        "{{- '<|im_start|>assistant\\n' ~ m.content -}}{%- for c in m.tool_calls or [] -%}"
-        "{{- '<|call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}"
-        "{{- '<|im_end|>' -}}{% endgeneration %}{%- else -%}"
-        "{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}"
-        "{%- endfor -%}" + PROMPT.replace("OPENS", "<think>\\n")
-    )
-    row = Conversation([user("Rain?"), answer("", tool_calls=[call("weather")])])
-    template = template_of(tagged)
-    example = template.encode(row, "response", where="row 1")
-    supervised = template.tokenizer.decode(example.ids[example.trained])
-    assert supervised == f"<|call>weather{{}}{END}"
-
-
-def test_all_with_an_empty_thought_and_an_answer_that_is_left_out() -> None:
-    template = template_of(CLOSED)
-    row = [user("2 + 2?"), answer("4"), user("3 + 3?"), answer("6")]
-    sample = Conversation(row, untrained=frozenset({1}))
-    example = template.encode(sample, "all", where="row 1")
-    supervised = template.tokenizer.decode(example.ids[example.trained])
+    row = turns("2 + 2?", "4", "3 + 3?", "6")
+    assert trained(CLOSED, row) == (f"4{END}6{END}", ("earlier_prompt",))
+    supervised, _ = trained(CLOSED, row, "all", untrained=frozenset({1}))
     assert "4" not in supervised
     assert supervised.endswith(f"<thought></thought>6{END}\n")
-
-
-@pytest.mark.parametrize(
-    ("body", "what"),
-    [
-        ("{{- m.content if not m.tool_calls -}}CALL", "drops the text before the call"),
-        ("CALL{{- m.content -}}", "moves the text before the call"),
-    ],
-)
-def test_a_text_before_a_call_that_the_template_does_not_write_there(body: str, what: str) -> None:
-    """gpt-oss drops the text, and Gemma 4 writes it behind the call."""
-    written = "{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function -}}{%- endfor -%}"
-    template = jinja(body.replace("CALL", written))
-    row = [user("Rain?"), answer("I ask.", tool_calls=[call("weather")])]
-    names = [what, "message 2"]
-    with refuses(DataError, where="row 1", names=names, fix=["reasoning_content"]):
-        trained(template, row)
-    row[1]["content"] = ""
-    assert trained(template, row)[1] == ()
-
-
-@pytest.mark.parametrize(
-    ("jinja", "what"),
-    [
-        (jinja("{{- m.content -}}"), ""),
-        (jinja("{{- m.content if m.role != 'system' -}}"), "drops message 3 (system)"),
-        (
-            "{%- for m in messages if m.role == 'system' -%}{{- m.content ~ '\n' -}}{%- endfor -%}"
-            + jinja("{{- m.content if m.role != 'system' -}}"),
-            "moves message 3 (system)",
-        ),
-    ],
-)
-def test_a_later_system_message_stands_where_the_row_has_it(jinja: str, what: str) -> None:
-    row = [user("Hi"), answer("Hello."), system("Be terse."), user("Bye"), answer("Bye.")]
-    if not what:
-        assert trained(jinja, row)[0] == [f"Hello.{END}", f"Bye.{END}"]
-        return
-    with refuses(DataError, where="row 1", names=[what]):
-        trained(jinja, row)
-
-
-# --- the last answer alone
+    with refuses(DataError, where="row 1"):
+        trained(CLOSED, [row[0], thinks("two, two", "4")])
 
 
 def test_an_earlier_answer_need_not_be_located_for_the_last_one() -> None:
     """The template reads one word, and writes another with it."""
     reads = jinja("{{- 'yea, yes' if m.content == 'yea' else m.content -}}")
-    row = [user("So?"), answer("yea"), user("Is it?"), answer("It is."), user("?"), answer("Hm.")]
+    row = turns("So?", "yea", "Is it?", "It is.", "?", "Hm.")
     with refuses(DataError, where="row 1"):
         trained(reads, row)
-    assert trained(reads, row, "last") == ([f"Hm.{END}"], ())
+    assert trained(reads, row, "last") == (f"Hm.{END}", ())
     # In its place: the conversation would be another one.
     with refuses(DataError, where="row 1", names=[2]):
         trained(reads.replace("yea, yes", "no"), row, "last")
 
 
-# --- tool calls
-
-CALLS = [
-    user("Rain?"),
-    answer("", tool_calls=[call("weather", place='O"slo\n', days=2, dry=True)]),
-    result("wet"),
-    answer("Wet."),
-]
-
-
-def test_arguments_are_given_as_text_where_the_template_wants_that() -> None:
-    stretches, flaws = trained(TEXT_ARGUMENTS, CALLS)
-    arguments = json.dumps({"place": 'O"slo\n', "days": 2, "dry": True})
-    assert stretches == [f"<call>weather\n{arguments}</call>{END}", f"Wet.{END}"]
-    assert flaws == ()
-    saved = template_of(template_of(TEXT_ARGUMENTS).jinja or "")
-    prompt = saved.tokenizer.decode(saved.prompt(Conversation(CALLS)))
-    assert arguments in prompt
-
-
-def test_tools_that_a_template_with_calls_does_not_list_are_counted() -> None:
-    assert trained(TEXT_ARGUMENTS, CALLS, tools=TOOLS)[1] == ("unlisted_tools",)
+def test_what_of_thoughts_tools_and_calls_is_not_written() -> None:
+    assert trained(TAGS, two(thinks)) == (f"4{END}{WRITTEN[1]}", ("earlier_thought",))
     with refuses(DataError, where="row 1"):
-        trained(jinja("{{- m.content -}}"), [user("a"), answer("b")], tools=TOOLS)
-
-
-def test_a_template_that_lists_tools_keeps_its_own_form() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = LISTS_TOOLS
-    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
-    template = select_template(data, tokenizer, {tokenizer.eos_token_id})
-    assert template.jinja == LISTS_TOOLS
-    with refuses(
-        DataError, where="row 1", names=[2], fix=["tool_calls", "data.template=FILE.jinja"]
-    ):
-        template.encode(Conversation(CALLS, TOOLS), "response", where="row 1")
-    written = [user("Rain?"), answer("[weather()]"), result("wet"), answer("Wet.")]
-    example = template.encode(Conversation(written, TOOLS), "response", where="row 1")
-    assert tokenizer.decode(example.ids[example.trained]) == f"[weather()]{END}Wet.{END}"
-
-
-def test_a_chatml_that_takes_no_results_gets_hermes_form() -> None:
-    tokenizer = byte_tokenizer()
-    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
-    raises = "{%- if m.role == 'tool' -%}{{- raise_exception('no') -}}{%- endif -%}"
-    for body in (raises, "", "{%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}"):
-        text = jinja("{{- m.content -}}").replace(HEADER, body + HEADER, 1)
-        tokenizer.chat_template = text
-        assert select_template(data, tokenizer, {tokenizer.eos_token_id}).jinja != text
-    for body in ("{{- '<result>' ~ m.content -}}", "{{- m.content ~ m.tool_calls -}}"):
-        tokenizer.chat_template = jinja(body)
-        template = select_template(data, tokenizer, {tokenizer.eos_token_id})
-        assert template.jinja == tokenizer.chat_template
-
-
-def test_a_call_of_which_a_value_is_left_out_is_counted() -> None:
-    names_only = jinja(
+        trained(PLAIN, turns("a", "b"), tools=TOOLS)
+    texts_only = jinja(
         "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- c.function.name ~ '(' -}}"
         "{%- for n, v in c.function.arguments.items() if v is string -%}{{- n ~ '=' ~ v -}}"
         "{%- endfor -%}{{- ')' -}}{%- endfor -%}"
     )
-    assert trained(names_only, CALLS)[1] == ("lost_call",)
+    row = [user("Rain?"), calls(call("weather", place="Oslo", days=2))]
+    assert trained(texts_only, row)[1] == ("lost_call",)
+
+
+def test_which_chatml_gets_hermes_form() -> None:
+    tokenizer = byte_tokenizer()
+    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
+    raises = "{%- if m.role == 'tool' -%}{{- raise_exception('no') -}}{%- endif -%}"
+    skips = "{%- for m in messages if m.role != 'tool' -%}"
+    for text, is_own in (
+        (PLAIN, False),
+        (PLAIN.replace("{{-", raises + "{{-", 1), False),
+        (PLAIN.replace("{%- for m in messages -%}", skips), False),
+        (jinja("{{- '<result>' ~ m.content -}}"), True),
+        (jinja("{{- m.content ~ m.tool_calls -}}"), True),
+    ):
+        tokenizer.chat_template = text
+        template = select_template(data, tokenizer, {tokenizer.eos_token_id})
+        assert (template.jinja == text) == is_own
 
 
 # --- parts of an answer
@@ -462,7 +342,7 @@ VALUES = st.recursive(
 
 @given(arguments=st.dictionaries(st.text(min_size=1), VALUES, max_size=3), ascii_only=st.booleans())
 def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) -> None:
-    message = answer("Hm.", tool_calls=[call("weather")])
+    message = calls(call("weather"), text="Hm.")
     message["tool_calls"][0]["function"]["arguments"] = arguments
     written = json.dumps(arguments, ensure_ascii=ascii_only)
     assert [*missing_parts(message, f"Hm.<call>weather{written}</call>")] == []
@@ -472,10 +352,8 @@ def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) 
 # --- counted over all rows
 
 
-def prepared(
-    tiny: Path, folder: Path, rows: list[list[Any]], text: str, *, strict: bool = True
-) -> TrainingData:
-    (folder / "own.jinja").write_text(text, encoding="utf-8")
+def prepared(tiny: Path, folder: Path, rows: list[list[Any]]) -> TrainingData:
+    (folder / "own.jinja").write_text(STRIPS, encoding="utf-8")
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = {"source": str(path), "format": "messages"}
@@ -483,26 +361,16 @@ def prepared(
     run = make_run(tiny, folder, held=False, data=data)
     tokenizer = byte_tokenizer()
     ends = {tokenizer.eos_token_id}
-    cache = folder / "cache"
-    return prepare_data(run, tokenizer, ends, 272, cache=cache, strict=strict)
+    return prepare_data(run, tokenizer, ends, 272, cache=folder / "cache", strict=True)
 
 
 def test_few_answers_that_lack_a_part_are_told_and_many_refused(tiny: Path, tmp_path: Path) -> None:
-    whole = [[user(f"{n}?"), answer(f"{n}.")] for n in range(199)]
-    cut = [user("Which?"), answer("One </think> two.")]
+    whole = [turns(f"{n}?", f"{n}.") for n in range(150)]
     for _ in range(2):  # the second time from the cache
-        data = prepared(tiny, tmp_path, [*whole, cut, *whole], STRIPS)
+        data = prepared(tiny, tmp_path, [*whole, ROWS["tag"]])
         (part,) = data.train.parts
-        assert part.counts.flaws == {"lost_text": [1, 199]}
+        assert part.counts.flaws == {"lost_text": [1, 150]}
         (line,) = [line for line in data_warnings(data) if ROW_WARNINGS["lost_text"].what in line]
-        assert f"{tmp_path}/rows.jsonl:200" in line
+        assert f"{tmp_path}/rows.jsonl:151" in line
     with refuses(DataError, where="rows.jsonl:1", names=["1 of 50"]):
-        prepared(tiny, tmp_path, [cut, *whole[:49]], STRIPS)
-
-
-def test_earlier_thoughts_that_the_family_leaves_out_are_told(tiny: Path, tmp_path: Path) -> None:
-    data = prepared(tiny, tmp_path, [turns(inline), turns(field), turns(field)[2:]], OPENS)
-    (part,) = data.train.parts
-    assert part.counts.flaws == {"earlier_thought": [2, 0]}
-    (line,) = [line for line in data_warnings(data) if "data.train_on=last" in line]
-    assert "2 of 3" in line
+        prepared(tiny, tmp_path, [ROWS["tag"], *whole[:49]])

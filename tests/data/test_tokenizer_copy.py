@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from chat_tokenizers import train
 
+from invoke import invoke
 from rows import alpaca
-from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
 from tunesmith.data.text.template import tokenizer_hash
 from tunesmith.model.architectures import ARCHITECTURES
@@ -22,6 +22,7 @@ from tunesmith.model.tokenizer_copy import CORE_FILE, find_copy
 
 MODEL = Model(name="x")
 TEXTS = ["  The answer:\n\n is 12.", "<|x|> Τι είναι; 这是 🎉 e\u0301 \u00e9", "", "a<|x|>b </s>"]
+TIER_1 = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tokenizers"
 
 
-def write_folder(folder: Path, model_type: str, kind: str) -> Path:
+def write_folder(folder: Path, model_type: str = "llama", kind: str = "trimmed") -> Path:
     """The class of the tokenizer follows from the model's type, as in the models of the families."""
     tokenizer = train(kind, ("<|x|>",), kind != "trimmed")
     tokenizer.save_pretrained(folder)
@@ -51,7 +52,13 @@ def everything(tokenizer: Any) -> list[object]:
 
 
 @pytest.mark.parametrize("kind", ["trimmed", "llama2"])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=() if name in TIER_1 else pytest.mark.nightly)
+        for name in ARCHITECTURES
+    ],
+)
 def test_a_copy_equals_the_original(tmp_path: Path, model_type: str, kind: str) -> None:
     folder = write_folder(tmp_path / "model", model_type, kind)
     original = load_original_tokenizer(folder, MODEL)
@@ -66,28 +73,23 @@ def test_a_copy_equals_the_original(tmp_path: Path, model_type: str, kind: str) 
     assert everything(pickle.loads(pickle.dumps(second))) == everything(original)
 
 
-def test_other_files_have_another_copy(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "model", "llama", "trimmed")
+def test_changed_files_and_a_damaged_copy_have_another_copy(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    first = everything(load_tokenizer(folder, MODEL))
     copy = find_copy(folder)
+    whole = (copy / CORE_FILE).read_bytes()
+    (copy / CORE_FILE).write_text("{")
+    assert everything(load_tokenizer(folder, MODEL)) == first
+    assert (copy / CORE_FILE).read_bytes() == whole
+    assert type(load_tokenizer(folder, MODEL)).__name__ == "TokenizersBackend"
     (folder / "chat_template.jinja").write_text("{{ messages[0] }}")
     assert find_copy(folder) != copy
-    load_tokenizer(folder, MODEL)
-    assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
-
-
-def test_a_damaged_copy_is_written_again(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "model", "llama", "trimmed")
-    first = everything(load_tokenizer(folder, MODEL))
-    core = find_copy(folder) / CORE_FILE
-    whole = core.read_bytes()
-    core.write_text("{")
-    assert everything(load_tokenizer(folder, MODEL)) == first
-    assert core.read_bytes() == whole
-    assert type(load_tokenizer(folder, MODEL)).__name__ == "TokenizersBackend"
+    for _ in range(2):
+        assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
 
 
 def test_code_of_a_repository_is_not_copied(tmp_path: Path, cache: Path) -> None:
-    folder = write_folder(tmp_path / "model", "llama", "trimmed")
+    folder = write_folder(tmp_path / "model")
     load_tokenizer(folder, Model(name="x", trust_remote_code=True))
     assert not cache.exists()
 
@@ -103,7 +105,7 @@ def test_a_second_start_of_data_imports_no_torch(
         source = f"data: {{train: {{source: {rows}, format: alpaca}}, seq_len: 128}}\n"
         text = f"model: {{name: {tiny}, dtype: fp32}}\n{source}output_dir: {tmp_path / 'run'}\n"
         words = [str(write("recipe.yaml", text))]
-    assert main(["data", *words]) == 0
+    assert invoke("data", *words).code == 0
     program = (
         "import sys; from tunesmith.cli.main import main; code = main(sys.argv[1:]);"
         " sys.exit(code or 'torch' in sys.modules)"
