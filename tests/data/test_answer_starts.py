@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -42,6 +43,7 @@ def smollm2_tokenizer(smollm2: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
 
 
+@cache
 def raw(tokenizer: Any) -> Template:
     return Template(tokenizer, {tokenizer.eos_token_id}, jinja=None, name="raw")
 
@@ -89,9 +91,9 @@ def test_every_cut_of_a_text(kind: str) -> None:
 def test_a_text_is_cut_only_where_a_token_would_lie_across(kind: str) -> None:
     tokenizer = train(kind, (END,), False)
     text = f"So it is. The answer: So it is.{END}"
-    cut_places = []
+    aligner, cut_places = Aligner(tokenizer), []
     for cut in range(1, len(text)):
-        (found,) = Aligner(tokenizer).encode([text], [[CharSpan(cut, len(text))]], set())
+        (found,) = aligner.encode([text], [[CharSpan(cut, len(text))]], set())
         if found.cuts:
             assert found.cuts == (cut,)
             cut_places.append(cut)
@@ -172,6 +174,7 @@ WORD = st.sampled_from((*WORDS, "0", "12", "'s")) | st.text(max_size=3)
 TEXT = st.lists(WORD, max_size=6).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(prompt=TEXT, completion=TEXT.filter(bool))
@@ -268,6 +271,7 @@ def prepared(tiny: Path, folder: Path, rows: list[tuple[str, str]], tokenizer: A
     return prepare_data(run, tokenizer, ends, len(tokenizer), cache=folder / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "count"),
     [

@@ -48,6 +48,12 @@ LISTS_ONLY = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN = "qwen2_5_vl"
+# One of each way to count: by size, fixed, with breaks between rows, and in parts.
+COMMON = (QWEN, "gemma3", "mistral3", "idefics3")
+BY_FAMILY = [
+    pytest.param(family, marks=pytest.mark.slow if family in COMMON else pytest.mark.nightly)
+    for family in FAMILIES
+]
 SIZE = (57, 43)
 
 
@@ -57,9 +63,20 @@ def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.data.text.select_template.try_template", lambda *_: None)
 
 
+class Folders(dict[str, Path]):
+    """The folder of each family's model, written when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = write_processor(self.factory.mktemp(family), family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: write_processor(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +129,7 @@ def learnt(template: Template, sample: Any, train_on: Any = "response") -> tuple
 # --- processors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_a_picture_has_as_many_placeholders_as_the_model_makes_features(
     family: str, folders: dict[str, Path]
 ) -> None:
@@ -134,8 +150,7 @@ def test_a_picture_has_as_many_placeholders_as_the_model_makes_features(
         assert all(len(values) for values in made.inputs.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_FAMILY)
 def test_the_size_alone_gives_the_text_that_the_pixels_give(
     family: str, folders: dict[str, Path]
 ) -> None:
@@ -203,16 +218,6 @@ def test_a_processor_that_does_not_work_is_refused_by_name(
         load(folder)
 
 
-def test_a_torn_or_missing_processor_is_refused(qwen: Path, tmp_path: Path) -> None:
-    folder = changed(qwen, IMAGES, tmp_path / "model")
-    (folder / IMAGES).write_text("{")
-    with refuses(ModelError, where=str(folder)):
-        load(folder)
-    (folder / IMAGES).unlink()
-    with refuses(ModelError, where=str(folder)):
-        load(folder)
-
-
 def test_an_older_transformers_is_refused_with_the_command_that_updates_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +259,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [QWEN, *BY_FAMILY[1:]])
 def test_masks_are_those_of_the_text_with_its_placeholders_typed_in(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -308,17 +313,6 @@ def test_a_template_may_read_lists_alone(folders: dict[str, Path], tmp_path: Pat
     assert text.startswith(f"<|im_start|>user\n{tokens}\nWhat is\n\nhere?<|im_end|>")
     assert supervised == "Blue.<|im_end|>"
     assert learnt(template, conversation("So?", "Yes."))[1] == "Yes.<|im_end|>"
-
-
-def test_large_pictures_are_scaled_down_first(qwen: Path, tmp_path: Path) -> None:
-    template = template_of(qwen, max_pixels=5000)
-    assert template.pictures is not None
-    sample = conversation("#?", "Blue.", pictures=(picture(tmp_path, (112, 112)),))
-    example = template.encode(sample, "response", where="row 1")
-    tokens = np.count_nonzero(example.ids == template.pictures.token_id)
-    assert example.scaled == 1
-    assert tokens == template.pictures.count_tokens(scaled_size((112, 112), 5000))
-    assert tokens < load(qwen).count_tokens((112, 112))
 
 
 def test_line_breaks_are_no_tokens_of_pictures(tmp_path: Path) -> None:
@@ -470,13 +464,8 @@ def test_the_rows_of_a_step_are_read_in_the_order_of_their_file(qwen: Path, tmp_
 
 @pytest.mark.parametrize(
     ("bound", "ranks", "gpu", "workers"),
-    [
-        pytest.param(12, 8, True, 3, id="srun binds each rank to cores of its own"),
-        pytest.param(96, 8, True, 3, id="torchrun"),
-        pytest.param(2, 1, True, 1, id="few cores with a GPU"),
-        pytest.param(2, 1, False, 0, id="few cores that compute"),
-        pytest.param(96, 1, True, 8, id="many cores"),
-    ],
+    # srun binds each rank to cores of its own, torchrun does not; few cores, with a GPU or without
+    [(12, 8, True, 3), (96, 8, True, 3), (2, 1, True, 1), (2, 1, False, 0), (96, 1, True, 8)],
 )
 def test_pictures_have_processes_by_the_cores_of_a_rank(
     bound: int, ranks: int, gpu: bool, workers: int, monkeypatch: pytest.MonkeyPatch
@@ -539,6 +528,8 @@ def test_the_limit_of_pixels_names_the_entry_and_the_cost_is_told(
     rows = [row(tmp_path, "112x112-0.png")]
     whole = prepared(qwen, tmp_path, rows)
     scaled = prepared(qwen, tmp_path, rows, image_max_pixels=5000)
+    tokens = load(qwen, 5000).count_tokens(scaled_size((112, 112), 5000))
+    assert scaled.train.parts[0].counts.placeholders == tokens
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert scaled.train.lengths[0] < whole.train.lengths[0]
     assert (whole.train.counts.scaled_pictures, scaled.train.counts.scaled_pictures) == (0, 1)
@@ -572,6 +563,7 @@ def test_rows_whose_pictures_nothing_reads(folders: dict[str, Path], tmp_path: P
         assert any("model.vision=false" in line for line in lines) == is_told
 
 
+@pytest.mark.slow
 def test_no_picture_is_cut(qwen: Path, tmp_path: Path) -> None:
     picture(tmp_path, (112, 112))
     rows = [row(tmp_path, "112x112-0.png", "Blue. " * 20), {"messages": turns("?", "A.")}]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from chat_table import TOOLS, answer, call, calls, result, system, thinks, turns, user
 from chat_tokenizers import train
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_templates import encode, encoder_of, supervised_texts, tokenizer_of
 
@@ -340,6 +340,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=25)
 @given(arguments=st.dictionaries(st.text(min_size=1), VALUES, max_size=3), ascii_only=st.booleans())
 def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) -> None:
     message = calls(call("weather"), text="Hm.")
@@ -364,6 +365,7 @@ def prepared(tiny: Path, folder: Path, rows: list[list[Any]]) -> TrainingData:
     return prepare_data(run, tokenizer, ends, 272, cache=folder / "cache", strict=True)
 
 
+@pytest.mark.slow
 def test_few_answers_that_lack_a_part_are_told_and_many_refused(tiny: Path, tmp_path: Path) -> None:
     whole = [turns(f"{n}?", f"{n}.") for n in range(150)]
     for _ in range(2):  # the second time from the cache
