@@ -168,6 +168,17 @@ def test_a_broken_row_is_named_with_its_place(form: str, name: str, row: Row, wo
     assert caught.value.fix
 
 
+def test_a_column_that_the_format_reads_is_not_proposed_for_another() -> None:
+    for row, proposed in (
+        ({**without(TEXTS, "rejected"), "worse": "three"}, "columns: {chosen: chosen, rejected: worse}"),
+        (without(TEXTS, "rejected"), ""),
+    ):  # fmt: skip
+        with pytest.raises(DataError) as caught:
+            convert(row)
+        assert proposed in caught.value.fix
+        assert "prompt" not in caught.value.fix or proposed
+
+
 # --- tokens
 
 
