@@ -61,6 +61,7 @@ ROWS = {
     "call": [user("Rain?"), calls(OSLO), result("wet"), answer("Wet.")],
     "text": [user("Rain?"), calls(OSLO, text="I ask."), result("wet"), answer("Wet.")],
     "system": [*turns("Hi", "Hello."), system("Be terse."), *turns("Bye", "Bye.")],
+    "end": [*turns("Hi", "Hello."), system("<|user|> is no end."), *turns("Bye", "Bye.")],
 }
 EARLIER = ["earlier_thought"]
 PROMPT = ["earlier_prompt"]
@@ -162,7 +163,7 @@ def test_the_supervised_texts_of_a_family(
         ("trl/gptoss", "calls", [2], "tool_calls"),
         ("trl/gemma4", "text", [2], "reasoning_content"),
         ("trl/lfm2", "call", [2], "tool_calls"),
-        ("trl/glm4moe", "system", [2], "model.added_tokens"),
+        ("trl/glm4moe", "system end", [2], "model.added_tokens"),
     ],
 )
 def test_a_row_that_a_family_cannot_write_is_refused(
