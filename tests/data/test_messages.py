@@ -198,6 +198,11 @@ def test_calls_of_a_sharegpt_turn() -> None:
             read({"conversations": turns}, "sharegpt")
     with refuses(DataError, names=["function_call"]):
         read(answered(tool_calls=[CALL], function_call=CALL))
+    # Consecutive turns are calls of one answer, which has the mark of the first.
+    mark = {"train": False}
+    sample = read({"conversations": [human, {**made, **mark}, {**made, **mark}]}, "sharegpt")
+    assert sample.messages == [U, {**CALLING, "tool_calls": CALLS * 2}]
+    assert sample.untrained == {1}
 
 
 def test_tools_have_many_forms() -> None:
