@@ -539,7 +539,7 @@ def test_the_limit_of_pixels_names_the_entry_and_the_cost_is_told(
     assert (part.counts.pictures, part.counts.placeholders) == (1, 16)
     figures = source_figures(whole, part)
     assert any(holds(figure, 1, f"{16 / part.counts.tokens:.1%}") for figure in figures)
-    assert any(holds(figure, 16, "per picture") for figure in figures)
+    assert any(holds(figure, 16, "picture") for figure in figures)
 
 
 def test_one_question_about_two_pictures_is_no_repeat(qwen: Path, tmp_path: Path) -> None:
