@@ -59,7 +59,9 @@ def decoded(tokenizer: Any, ids: Any) -> str:
 # --- spans
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:1], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+)
 def test_every_cut_of_a_text(kind: str) -> None:
     """The prompt has the tokens that it has alone, all others are supervised, and are the rest."""
     tokenizer = train(kind, (START, END), False)
@@ -290,6 +292,7 @@ def test_blanks_before_answers_are_counted_and_told(
         assert all(holds(line, "4 of 6", f"{tmp_path}/rows.jsonl:1") for line in told)
 
 
+@pytest.mark.slow
 def test_merged_tokens_are_counted_and_told(tiny: Path, tmp_path: Path) -> None:
     tokenizer = wordpiece("no", "so", "soon", "##on")
     data = prepared(tiny, tmp_path, [("no so", "on")], tokenizer)

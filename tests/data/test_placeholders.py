@@ -315,6 +315,7 @@ def test_a_template_may_read_lists_alone(folders: dict[str, Path], tmp_path: Pat
     assert learnt(template, conversation("So?", "Yes."))[1] == "Yes.<|im_end|>"
 
 
+@pytest.mark.slow
 def test_line_breaks_are_no_tokens_of_pictures(tmp_path: Path) -> None:
     """Gemma 3 has tokens of line breaks among the added ones, and writes some around a picture."""
     folder = write_processor(tmp_path / "model", "gemma3")
@@ -357,6 +358,7 @@ def test_a_row_that_spells_a_token_of_pictures_is_refused(
     check_refused(raw, Completion(f"a {token} b", "c"), names=[token])
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_become_tokens_are_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -428,6 +430,7 @@ def test_pictures_are_stored_and_read_again(qwen: Path, tmp_path: Path) -> None:
     assert asked == [(0, (digests[0],)), (2, (digests[1],))]
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_step_are_read_in_the_order_of_their_file(qwen: Path, tmp_path: Path) -> None:
     """Parquet is read on from the last row, and from its start for one before it."""
     for n in range(12):
@@ -496,6 +499,7 @@ def test_held_out_rows_and_training_rows_share_processes(
     assert len(pools) == 1
 
 
+@pytest.mark.slow
 def test_a_picture_that_was_changed_becomes_tokens_again(qwen: Path, tmp_path: Path) -> None:
     file = tmp_path / "57x43-0.png"
     picture(tmp_path)
@@ -521,6 +525,7 @@ def test_a_picture_that_was_changed_becomes_tokens_again(qwen: Path, tmp_path: P
         prepared(qwen, tmp_path, rows)
 
 
+@pytest.mark.slow
 def test_the_limit_of_pixels_names_the_entry_and_the_cost_is_told(
     qwen: Path, tmp_path: Path
 ) -> None:
@@ -551,6 +556,7 @@ def test_one_question_about_two_pictures_is_no_repeat(qwen: Path, tmp_path: Path
     assert find_repeats(data.train, chosen=True).count == 1
 
 
+@pytest.mark.slow
 def test_rows_whose_pictures_nothing_reads(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path)
     marked = json.loads(json.dumps(TALK).replace("Hi", "<image>What?"))

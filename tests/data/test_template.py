@@ -224,6 +224,7 @@ def test_many_are_as_one_by_one() -> None:
         assert example.trained.tolist() == alone.trained.tolist()
 
 
+@pytest.mark.slow
 def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_row() -> None:
     """A pattern that takes too many steps is a panic in Rust, which is no Exception."""
     from tokenizers import Regex, pre_tokenizers

@@ -171,6 +171,7 @@ def test_a_tokenizer_with_templates_by_name() -> None:
 # --- templates that render without end
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_without_end_on_some_rows_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -128,6 +128,9 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
 ]  # fmt: skip
 
 
+QUICK = ("axolotl/chatml", "trl/qwen3", "trl/gptoss", "trl/deepseekv3")
+
+
 def supervised(name: str, messages: list[Any], train_on: TrainOn) -> tuple[list[str], list[str]]:
     encoder = encoder_of(name, train_on)
     has_tools = any("tool_calls" in message for message in messages)
@@ -139,7 +142,10 @@ def supervised(name: str, messages: list[Any], train_on: TrainOn) -> tuple[list[
     return supervised_texts(encoder.template, encoded), list(encoded.warnings)
 
 
-@pytest.mark.parametrize(("name", "rows", "texts", "told"), CASES)
+@pytest.mark.parametrize(
+    ("name", "rows", "texts", "told"),
+    [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_the_supervised_texts_of_a_family(
     name: str, rows: str, texts: list[str], told: list[str]
 ) -> None:
@@ -341,6 +347,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(arguments=st.dictionaries(st.text(min_size=1), VALUES, max_size=3), ascii_only=st.booleans())
 def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) -> None:

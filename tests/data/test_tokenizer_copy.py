@@ -55,7 +55,7 @@ def everything(tokenizer: Any) -> list[object]:
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(name, marks=() if name in TIER_1 else pytest.mark.nightly)
+        pytest.param(name, marks=pytest.mark.slow if name in TIER_1 else pytest.mark.nightly)
         for name in ARCHITECTURES
     ],
 )
