@@ -28,38 +28,22 @@ positive = st.floats(1e-300, 1e300)
 @st.composite
 def runs(draw: st.DrawFn) -> Run:
     """Any recipe that passes the checks; paths stay Hub ids, which do not depend on the disk."""
+    columns = st.dictionaries(st.sampled_from(["messages", "tools"]), name)
     sources = st.builds(
-        Source,
-        source=word,
-        split=st.none() | name,
-        columns=st.dictionaries(st.sampled_from(["messages", "tools"]), name),
-        weight=positive,
+        Source, source=word, split=st.none() | name, columns=columns, weight=positive
     )
-    rate = draw(st.floats(1e-12, 10))
-    adapter = draw(
-        st.just(Adapter(kind="none"))
-        | st.builds(
-            Adapter,
-            alpha=positive,
-            rank=st.integers(1, 999),
-            rslora=st.booleans(),
-            target=st.just("all-linear")
-            | st.lists(st.sampled_from(["q_proj", "v_proj"]), min_size=1).map(tuple),
-        )
-    )
+    modules = st.lists(st.sampled_from(["q_proj", "v_proj"]), min_size=1).map(tuple)
+    lora = st.builds(Adapter, alpha=positive, rank=st.integers(1, 999), target=modules)
     return Run(
-        model=Model(
-            name=draw(word), revision=draw(st.none() | name), pad_token=draw(st.none() | name)
-        ),
-        adapter=adapter,
+        model=Model(name=draw(word), revision=draw(st.none() | name)),
+        adapter=draw(st.just(Adapter(kind="none")) | lora),
         data=Data(
             train=tuple(draw(st.lists(sources, min_size=1, max_size=3))),
             validation=tuple(draw(st.lists(sources, max_size=2))),
             system=draw(st.none() | text),
         ),
         train=Train(
-            learning_rate=rate,
-            eps=draw(positive),
+            learning_rate=draw(st.floats(1e-12, 10)),
             betas=(draw(st.floats(0, 0.9999)), 0.95),
             clip_norm=draw(st.none() | positive),
             duration=Length(draw(st.floats(0.1, 1e6)), "epochs"),
@@ -71,7 +55,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(runs())
 def test_round_trip(run: Run) -> None:
     values = read_value(dump(run), where="config.yaml", base=Path("/")).plain()
@@ -82,6 +66,7 @@ numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 
 
 @pytest.mark.slow
+@settings(max_examples=50)
 @given(st.dictionaries(text, text | numbers | st.booleans() | st.none(), min_size=1))
 def test_every_scalar_round_trips(values: dict[str, object]) -> None:
     back = read_value(to_yaml(values), where="", base=Path()).plain()
@@ -140,10 +125,7 @@ def test_differences_of_several(run: Run) -> None:
     changes = differences(run, two)
     assert {change.key.rpartition(".")[0] for change in changes} == {"data.train.1"}
     assert not any(change.allowed for change in changes)
-    assert (
-        str(next(c for c in changes if c.key == "data.train.1.source"))
-        == 'data.train.1.source: null -> "a/b"'
-    )
+    assert 'data.train.1.source: null -> "a/b"' in map(str, changes)
 
 
 def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
@@ -157,11 +139,3 @@ def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
     assert [c.allowed for c in differences(run, steps)] == [True], (
         "its steps are compared once the data is read"
     )
-
-
-def test_digest_is_stable(run: Run) -> None:
-    """The same recipe has the same digest in another process and version: config.yaml of old runs
-    must match.
-    """
-    assert digest(run) == digest(load_recipe("llama3.1-8b-lora"))
-    assert len(digest(run)) == 64

@@ -38,11 +38,10 @@ def _extending(recipe: Path, text: str) -> Run:
     return load_recipe(path)
 
 
-@pytest.mark.parametrize("order", ["le", "be"])
-def test_a_recipe_in_utf_16_names_the_command_that_converts_it(order: str, tmp_path: Path) -> None:
+def test_a_recipe_in_utf_16_names_the_command_that_converts_it(tmp_path: Path) -> None:
     text = "model: {name: a/b}\n"
     path = tmp_path / "it's $(mine).yaml"
-    path.write_bytes(f"\ufeff{text}".encode(f"utf-16-{order}"))
+    path.write_bytes(f"\ufeff{text}".encode("utf-16-be"))
     with refuses(RecipeError, where=f"{path}:1") as refused:
         load_recipe(path)
     command = refused.value.fix.partition(">")[0]
@@ -64,14 +63,10 @@ def test_typed(recipe: Path) -> None:
 
 
 def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
-    run = _extending(
-        recipe, "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n"
-    )
-    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (
-        16,
-        8.0,
-        ("v_proj", "o_proj"),
-    )
+    text = "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n"
+    run = _extending(recipe, text)
+    adapter = (run.adapter.rank, run.adapter.alpha, run.adapter.target)
+    assert adapter == (16, 8.0, ("v_proj", "o_proj"))
     assert (run.train.betas, run.train.seed) == ((0.8, 0.9), 1)
 
 
@@ -104,17 +99,10 @@ def test_only_the_users_own_files_allow_code(place: str, counts: bool, tmp_path:
     assert load_recipe(own).model.trust_remote_code
 
 
-def test_extends_a_shipped_recipe(recipe: Path) -> None:
-    top = recipe.parent / "top.yaml"
-    top.write_text("extends: llama3.1-8b-lora\noutput_dir: mine\n")
-    assert load_recipe(top).model.name == "meta-llama/Llama-3.1-8B-Instruct"
-
-
 def test_an_error_below_extends_names_the_file_below(recipe: Path) -> None:
     recipe.write_text(BASE + "train:\n  sed: 1\n")
-    with pytest.raises(RecipeError) as caught:
+    with refuses(RecipeError, where="base.yaml:5"):
         _extending(recipe, "")
-    assert caught.value.where.endswith("base.yaml:5")
 
 
 def test_full_fine_tuning_over_an_adapter(recipe: Path) -> None:
@@ -126,23 +114,15 @@ def test_full_fine_tuning_over_an_adapter(recipe: Path) -> None:
 
 
 def test_overrides_in_order(recipe: Path) -> None:
-    run = load_recipe(
-        recipe,
-        ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas=[0.9, 0.99]"],
-    )
-    assert (run.train.seed, run.train.weight_decay, run.train.betas) == (3, 0.1, (0.9, 0.99))
+    words = ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas=[0.9, 0.99]"]
+    train = load_recipe(recipe, words).train
+    assert (train.seed, train.weight_decay, train.betas) == (3, 0.1, (0.9, 0.99))
     assert load_recipe(recipe, ["data.system=a=b"]).data.system == "a=b"
-    assert load_recipe(
-        recipe, ["model.added_tokens=['<|a|>']", "adapter.modules_to_save=[embed_tokens]"]
-    ).model.added_tokens == ("<|a|>",)
 
 
 def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
-    """From Python nothing is read as YAML: `on` and `null` in quotes are text, and a Path is a
-    path.
-    """
+    """From Python nothing is read as YAML: `on` and `null` in quotes are text."""
     overrides = {
-        "train.learning_rate": 2e-4,
         "train.clip_norm": None,
         "train": {"duration": "3 epochs", "betas": (0.8, 0.9)},
         "data.system": "null",
@@ -150,45 +130,28 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
         "adapter.target": ["on"],
     }
     run = load_recipe(recipe, overrides)
-    assert (run.train.learning_rate, run.train.clip_norm, run.train.betas) == (
-        2e-4,
-        None,
-        (0.8, 0.9),
-    )
-    assert (run.train.duration, run.train.seed) == (Length(3, "epochs"), 1)
+    assert (run.train.clip_norm, run.train.betas, run.train.seed) == (None, (0.8, 0.9), 1)
+    assert run.train.duration == Length(3, "epochs")
     assert (run.data.system, run.adapter.target) == ("null", ("on",))
     assert run.data.train[0].source == str(Path.cwd() / "mine" / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "what", "where"),
+    ("overrides", "name", "key"),
     [
-        (
-            {"train.learning_rate": "2e-4"},
-            'expected a number, found "2e-4"',
-            "overrides: train.learning_rate",
-        ),
-        ({"train.sed": 3}, "unknown key train.sed", "overrides: train.sed"),
-        (
-            {"train": {"seed": {1}}},
-            "a recipe cannot have a value of type set",
-            "overrides: train.seed",
-        ),
-        (
-            {"extends": "qwen3-8b-lora"},
-            "extends is only allowed in a recipe file",
-            "overrides: extends",
-        ),
-        ({"adapter.kind": "none", "adapter.rank": 3}, "has no effect", "overrides: adapter.rank"),
+        ({"train.learning_rate": "2e-4"}, '"2e-4"', "train.learning_rate"),
+        ({"train.sed": 3}, "train.sed", "train.sed"),
+        ({"train": {"seed": {1}}}, "set", "train.seed"),
+        ({"extends": "qwen3-8b-lora"}, "extends", "extends"),
+        ({"adapter.kind": "none", "adapter.rank": 3}, "adapter.rank", "adapter.rank"),
     ],
 )
 def test_a_wrong_override_of_a_mapping_is_named(
-    recipe: Path, overrides: dict, what: str, where: str
+    recipe: Path, overrides: dict, name: str, key: str
 ) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with refuses(RecipeError, where=f"overrides: {key}") as caught:
         load_recipe(recipe, overrides)
-    assert what in caught.value.what
-    assert caught.value.where == where
+    assert name in f"{caught.value.what}{caught.value.why}"
 
 
 def test_overrides_of_sources(recipe: Path) -> None:
@@ -242,38 +205,20 @@ def test_paths(recipe: Path) -> None:
     )
 
 
-def test_from_mapping_names_the_key() -> None:
-    values = {
-        "model": {"name": "a/b"},
-        "data": {"train": {"source": "c/d"}},
-        "output_dir": "x",
-        "train": {"seed": "1"},
-    }
-    with pytest.raises(RecipeError) as caught:
-        from_mapping(values, where="config.yaml", base=Path())
-    assert caught.value.where == "config.yaml: train.seed"
-    values["train"] = {"betas": (0.9, 0.95)}
-    run = from_mapping(values, where="config.yaml", base=Path())
-    assert run.train.betas == (0.9, 0.95)
-    assert from_mapping(to_mapping(run), where="", base=Path()) == run
-
-
 def test_from_mapping_takes_plain_values_only() -> None:
-    values = {
-        "model": {"name": "a/b"},
-        "data": {"train": {"source": "c/d"}},
-        "output_dir": Path("x"),
-    }
-    assert from_mapping(values, where="config.yaml", base=Path()).output_dir == str(
-        Path.cwd() / "x"
-    )
-    values["output_dir"] = b"x"
-    with refuses(RecipeError, names=["bytes"]) as caught:
-        from_mapping(values, where="config.yaml", base=Path())
-    assert caught.value.where == "config.yaml: output_dir"
-    values["output_dir"] = "\ud800"
-    with pytest.raises(RecipeError, match="not Unicode"):
-        from_mapping(values, where="config.yaml", base=Path())
+    def made(**more: object) -> Run:
+        values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}}
+        return from_mapping({**values, "output_dir": "x", **more}, where="x.yaml", base=Path())
+
+    for key, value in {"output_dir": b"x", "train": {"seed": "1"}}.items():
+        with refuses(RecipeError) as caught:
+            made(**{key: value})
+        assert caught.value.where.startswith(f"x.yaml: {key}")
+    with refuses(RecipeError, where="x.yaml"):
+        made(output_dir="\ud800")
+    run = made(output_dir=Path("x"), train={"betas": (0.9, 0.95)})
+    assert (run.output_dir, run.train.betas) == (str(Path.cwd() / "x"), (0.9, 0.95))
+    assert from_mapping(to_mapping(run), where="", base=Path()) == run
 
 
 def test_names_of_other_tools_lead_to_real_keys() -> None:

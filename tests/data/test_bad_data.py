@@ -1,4 +1,4 @@
-"""What is wrong with data is said as what, where and how to fix it, and never as a traceback."""
+"""Broken files and rows: each is refused with what, where and a fix, never with a traceback."""
 
 from __future__ import annotations
 
@@ -65,14 +65,10 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "write the file again"),
     ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a surrogate pair", "a.jsonl:2", "write the complete character"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {DIGITS}}}\n', {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
-    ("a.json", f'[{GOOD},\n{GOOD}, {{"n": {DIGITS}}}]', {}, "not JSON", "a.json:1", "sed -n 1p"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "text": "b"}}\n', {}, "not JSON", "a.jsonl:2", "fix this line"),
-    ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {{"a": 1, "a": 2}}}}', {}, "not JSON", "a.jsonl:2", "fix this line"),
     ("a.json", f'[{GOOD},\n{{"text": "a", "text": "b"}}]', {}, "not JSON", "a.json", "fix this line"),
-    ("a.json", "[]", {}, "no rows", "a.json", "add rows"),
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "an object, not an array", "a.json", "jq '.[\"data\"]'"),
-    ("a.json", f'{{"info": {{"v": 1}}\n, "data": [{GOOD}]}}', {}, "an object, not an array", "a.json", "jq '.[\"data\"]'"),
     ("a.json", '{"text": "a", "n": [1]}', {}, "an object, not an array", "a.json", "array of objects"),
     ("a.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', {}, "an object, not an array", "a.json", "array of objects"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "not JSON", "a.json:3", "write the file again"),
@@ -80,11 +76,9 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "neither one JSON array", "a.json:4", "jq -c "),
     ("a.json", f"[{GOOD}]\n[{GOOD}]", {}, "neither one JSON array", "a.json:2", "jq -c "),
     ("a.json", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.json:1", "sed -n 1p"),
-    ("a.json", f"{GOOD}\n{{text: 1}}\n{GOOD}", {}, "not JSON", "a.json:2", "sed -n 2p"),
     ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "one JSON object per line", "a.jsonl:1", "jq -c "),
     ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "one JSON object per line", "a.jsonl:2", "jq -c "),
     ("a.jsonl", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.jsonl:1", "sed -n 1p"),
-    ("a.jsonl", f"{GOOD}\n{GOOD} x\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete the row"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
     ("a.csv", "text\n", {}, "no rows", "a.csv", "add rows"),
@@ -96,7 +90,6 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.csv", "text,n\na,1\nb\n", {}, "1 value, but the header has 2", "a.csv:3", "add the missing values"),
     ("a.parquet", b"PAR1 torn", {}, "not a valid parquet file", "a.parquet", "download or write"),
     ("a.arrow", b"ARROW1 torn", {}, "not a valid arrow file", "a.arrow", "download or write"),
-    ("a.bin", "hello", {}, "not a supported data file", "a.bin", "JSON lines"),
     ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
     ("a.txt", " \n", {}, "no rows", "a.txt", "texts"),
     ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md, line 2", "iconv"),
@@ -104,10 +97,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
     ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
     ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "larger slice"),
-    ("a.jsonl", GOOD, {"split": "train[:1%]"}, "selects no rows", "a.jsonl", "larger slice"),
     ("a.jsonl", GOOD, {"split": "train[:200%]"}, "is invalid", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "is invalid", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"split": "train[a:b]"}, "is invalid", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or use format: text"),
     ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
     (
@@ -129,15 +120,6 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),
     ("a.jsonl", line(text=""), {}, "the text is empty", "a.jsonl:1", "delete the row"),
 ]  # fmt: skip
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc")
-def test_a_refused_file_is_closed(write: Callable[[str, str | bytes], str]) -> None:
-    source = Source(source=write("a.jsonl", "\n \n"), format="text")
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        assert_refused(source, "no rows", "a.jsonl", "add rows")
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("case", FILES, ids=lambda c: f"{c[0]}: {c[3]}")
@@ -171,57 +153,40 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("messages", "what", "where", "fix"), MESSAGES)
-def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None:
-    assert_refused(
-        Source(source=write("a.jsonl", line(messages=messages)), format="messages"),
-        what,
-        where,
-        fix,
-    )
+CONVERSATIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "correct the JSON text"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "correct the JSON text"),
+    ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 has no name", "parameters"),
+    ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("row", "what", "fix"),
-    [
-        ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "correct the JSON text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "correct the JSON text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 has no name", "parameters"),
-        ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
-    ],
-)  # fmt: skip
-def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
-    assert_refused(
-        Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix
-    )
+    ("form", "row", "what", "where", "fix"),
+    [("messages", {"messages": row}, *rest) for row, *rest in MESSAGES]
+    + [("sharegpt", row, what, "a.jsonl:1", fix) for row, what, fix in CONVERSATIONS],
+)
+def test_chats(write, form: Any, row: dict[str, Any], what: str, where: str, fix: str) -> None:
+    assert_refused(Source(source=write("a.jsonl", line(**row)), format=form), what, where, fix)
 
 
 def test_a_file_that_is_missing_names_the_nearest(
     tmp_path: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write("alpaca.jsonl", GOOD)
-    assert_refused(
-        Source(source=str(tmp_path / "alpacca.jsonl")),
-        "no such file",
-        "alpacca.jsonl",
-        "alpaca.jsonl?",
-    )
-    missing = Source(source=str(tmp_path / "no" / "a.jsonl"))
-    assert_refused(missing, "no such file", "a.jsonl", f"`ls {tmp_path}`")
-    write("a.jsonl", GOOD)
-    assert_refused(missing, "no such file", "a.jsonl", f"{tmp_path / 'a.jsonl'}?")
-    monkeypatch.chdir(tmp_path)
-    write("c.jsonl", GOOD)
-    (tmp_path / "recipes").mkdir()
-    assert_refused(
-        Source(source=str(tmp_path / "recipes" / "c.jsonl")),
-        "no such file",
-        "c.jsonl",
-        f"{tmp_path / 'c.jsonl'}?",
-    )
+    for name in ("alpaca.jsonl", "c.jsonl"):
+        write(name, GOOD)
     write("notes.md", "text")
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for missing, fix in (
+        ("alpacca.jsonl", "alpaca.jsonl?"),
+        ("no/a.jsonl", f"`ls {tmp_path}`"),
+        ("recipes/c.jsonl", f"{tmp_path / 'c.jsonl'}?"),
+    ):
+        source = Source(source=str(tmp_path / missing))
+        assert_refused(source, "no such file", missing, fix)
     with refuses(DataError) as refused:
         read_rows(Source(source=str(tmp_path / "b.csv")))
     assert "notes.md" not in refused.value.text(), "rows are not meant to be there"
@@ -240,27 +205,20 @@ def test_a_folder_that_cannot_be_read_as_one_set(tmp_path: Path, write: Callable
     assert_refused(source, "different kinds", str(tmp_path), f'source: "{tmp_path}/**/*.jsonl"')
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
-    assert_refused(
-        Source(source=str(tmp_path / "pipe.jsonl")),
-        "not a regular file",
-        "pipe.jsonl",
-        "copy its rows",
-    )
-
-
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
-def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path, name: str) -> None:
+def test_what_is_no_file_is_named_and_not_opened(tmp_path: Path, name: str) -> None:
+    """Also in a folder: to open a pipe would wait for ever."""
     path = tmp_path / name
     path.with_stem("a").write_text(GOOD)
     path.symlink_to(tmp_path / "gone")
+    assert_refused(Source(source=str(path)), "no such file", name, f"ln -sf FILE {path}")
     with refuses(DataError, where=str(path), names=[f"{tmp_path}/gone"]):
         read_rows(Source(source=str(tmp_path)))
     path.unlink()
-    os.mkfifo(path)  # opening it would wait for ever
-    with refuses(DataError, where=str(path)):
-        read_rows(Source(source=str(tmp_path)))
+    os.mkfifo(path)
+    for source in (path, tmp_path):
+        with refuses(DataError, where=str(path)):
+            read_rows(Source(source=str(source)))
 
 
 def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,16 +287,6 @@ def test_answers_of_the_hub(
     assert_refused(Source(source="a/b"), what, "a/b", fix)
 
 
-def test_a_folder_of_nearly_that_name_is_proposed_beside_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "stories").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert_refused(
-        Source(source="storeis"), "not in the Hub cache", "storeis", "the local path stories?"
-    )
-
-
 class _Gate(BaseHTTPRequestHandler):
     """The Hub's answer for what may not be read: the status is the first part of the path's
     repository name.
@@ -357,63 +305,33 @@ class _Gate(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "what", "fix"),
-    [
-        ("some/gated", "no access to the dataset some/gated", "hf auth login"),
-        ("some/private", "or it is private", "hf auth login"),
-    ],
-)
-def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> None:
-    """By the Hub's own protocol, against a server on this machine; in a process of its own, as
-    HF_ENDPOINT is read once.
-    """
+@pytest.mark.nightly
+def test_a_hub_that_refuses(tmp_path: Path) -> None:
+    """By the Hub's own protocol, in a process of its own, as HF_ENDPOINT is read once."""
+    code = (
+        "from tunesmith.config.schema import Source\nfrom tunesmith.data.source.open_source import read_rows\n"
+        "from tunesmith.errors import DataError\n"
+        "for name in ('some/gated', 'some/private'):\n"
+        "  try: read_rows(Source(source=name))\n  except DataError as e: print(e.text())"
+    )
     with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = (
-            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source.open_source import read_rows\n"
-            "from tunesmith.errors import DataError\n"
-            f"try: read_rows(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
-        )
         environment = {
             **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "no_proxy": "*",
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", code],
+            check=True,
             env=environment,
             capture_output=True,
             text=True,
             timeout=TIME,
-            check=True,
         )
         server.shutdown()
-    assert what in done.stdout
-    assert fix in done.stdout
+    assert done.stdout.count("hf auth login") == 2, done.stderr
+    assert holds(done.stdout, "some/gated", "some/private")
     assert "hf_secret" not in done.stdout + done.stderr
-
-
-def test_the_index_of_pandas_is_left_out_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n7,c,d\n")
-    rows = read_rows(Source(source=str(tmp_path / "a.csv")))
-    assert [rows[0], rows[1]] == [
-        {"prompt": "a", "completion": "b"},
-        {"prompt": "c", "completion": "d"},
-    ]
-    assert holds(caplog.text, "pandas")
-
-
-def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    assert_refused(
-        Source(source=str(tmp_path / "a.jsonl")),
-        "no such file",
-        "a.jsonl",
-        f"ln -sf FILE {tmp_path / 'a.jsonl'}",
-    )
 
 
 def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
@@ -440,29 +358,27 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
     )
 
 
-# A text, and the encodings that have to be found out.
-ENCODED = {
-    "\u201cquoted\u201d costs 5 \u20ac": ["cp1252"],
-    "Où est l'hôtel ? À côté de l'église, près de la forêt.": ["cp1252", "utf-16-le", "utf-32-be"],
-    "Äpfel, Öl und Übermut größer als früher": ["latin-1"],
-    "支払い方法を変更するにはどうすればよいですか。設定を開いてください。": ["utf-16"],
-    "如何更改我的付款方式？打开设置，然后选择账单。": ["utf-32"],
-}
+# A text, an encoding that has to be found out, and a kind of file.
+ENCODED = [
+    ("\u201cquoted\u201d costs 5 \u20ac", "cp1252", ".csv"),
+    ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "cp1252", ".txt"),
+    ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "utf-16-le", ".jsonl"),
+    ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "utf-32-be", ".json"),
+    ("Äpfel, Öl und Übermut größer als früher", "latin-1", ".jsonl"),
+    ("支払い方法を変更するにはどうすればよいですか。設定を開いてください。", "utf-16", ".csv"),
+    ("如何更改我的付款方式？打开设置，然后选择账单。", "utf-32", ".txt"),
+]
 
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="there is no iconv")
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".txt"])
-@pytest.mark.parametrize(("text", "encoding"), [(t, e) for t, es in ENCODED.items() for e in es])
+@pytest.mark.parametrize(("text", "encoding", "suffix"), ENCODED)
 def test_a_file_in_another_encoding_is_converted_by_the_command_that_is_named(
     tmp_path: Path, text: str, encoding: str, suffix: str
 ) -> None:
     row = json.dumps({"text": text}, ensure_ascii=False)
-    content = {".csv": f'text\n"{text}"\n', ".json": f"[{row}]", ".txt": text}.get(
-        suffix, f"{row}\n"
-    )
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(content.encode(encoding))
+    contents = {".csv": f'text\n"{text}"\n', ".json": f"[{row}]", ".txt": text, ".jsonl": row}
+    (tmp_path / f"a{suffix}").write_bytes(contents[suffix].encode(encoding))
     with refuses(DataError, names=["UTF-8"]) as refused:
-        read_rows(Source(source=str(path), format="text"))[0]
+        read_rows(Source(source=str(tmp_path / f"a{suffix}"), format="text"))[0]
     subprocess.run(["sh", "-c", refused.value.fix], check=True, cwd=tmp_path)
     assert read_rows(Source(source=f"{tmp_path}/fixed{suffix}", format="text"))[0] == {"text": text}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from typing import Any
 
 import pytest
 
-from tunesmith.data.compare import near_duplicates
 from tunesmith.data.compare.near_duplicates import Groups, find_near_duplicates, words_of
 from tunesmith.data.compare.row_texts import RowText
 
@@ -33,12 +31,11 @@ def made(rng: random.Random) -> str:
 def unlike(count: int) -> list[RowText]:
     """Rows that say different things."""
     rng = random.Random(7)
-    rows = []
-    for _ in range(count):
-        rows.append(
-            row(" ".join(made(rng) for _ in range(10)), " ".join(made(rng) for _ in range(9)))
-        )
-    return rows
+    lengths = (10, 9)
+    return [
+        row(*[" ".join(made(rng) for _ in range(length)) for length in lengths])
+        for _ in range(count)
+    ]
 
 
 QUESTION = "Which of the two lanterns in the harbor window was lit first, and by whom?"
@@ -77,7 +74,6 @@ def test_a_row_that_is_reworded_a_little_is_a_near_duplicate(other: RowText) -> 
         [row("How do I reset my phone?", ANSWER * 3), row("Where does the tram stop?", ANSWER * 3)],
         [row("yes please", ""), row("no please", "")],
         [text("On day 3 the ship had 12 men aboard."), text("On day 4 the ship had 11 men aboard.")],
-        [row("?!", "..."), row("!", ".")],
         [row("", ""), row("", "")],
         [None, None],
     ],
@@ -127,29 +123,9 @@ def labels(count: int) -> list[RowText]:
     return [row(f"{instruction} {name}", rng.choice(["yes", "no"])) for name in names]
 
 
-@pytest.mark.parametrize("others", [0, 300])
-@pytest.mark.parametrize("count", [4, 6, 40, 200])
+@pytest.mark.parametrize(("count", "others"), [(4, 0), (6, 300), (40, 0), (200, 300)])
 def test_rows_of_a_template_are_not_near_duplicates(count: int, others: int) -> None:
     assert find_near_duplicates([*labels(count), *unlike(others)]) == []
-
-
-def test_two_long_rows_of_a_template_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(2)
-    rows = []
-    for _ in range(4):
-        words = [made(rng) for _ in range(60)]
-        for _ in range(18):
-            rows.append(row(" ".join([*words[:30], made(rng), *words[30:]]), "so it is"))
-    compared: Counter[tuple[int, ...]] = Counter()
-    matcher = near_duplicates.SequenceMatcher
-
-    def counted(junk: None, one: list[int], other: list[int], autojunk: bool) -> object:
-        compared[*one, *other] += 1
-        return matcher(junk, one, other, autojunk)
-
-    monkeypatch.setattr(near_duplicates, "SequenceMatcher", counted)
-    assert find_near_duplicates(rows) == []
-    assert set(compared.values()) == {1}
 
 
 def test_a_repeated_text_in_a_template_is_found() -> None:
@@ -193,8 +169,7 @@ def test_what_most_rows_of_a_source_have_does_not_count() -> None:
     ]
 
 
-def test_the_same_pairs_are_found_by_any_version() -> None:
-    """The draw of a hold-out depends on them: hashes come from a named scheme, not from Python."""
+def test_a_reworded_question_of_many_is_found() -> None:
     rng = random.Random(1)
     rows = unlike(150)
     for i in range(0, 150, 10):

@@ -1,11 +1,10 @@
-"""Templates and rows whose answers cannot be told for certain are refused; public templates are an
-outside judge.
-"""
+"""Templates and rows whose answers cannot be told for certain are refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,53 +168,26 @@ STOPS = {
 
 
 @pytest.mark.slow
-def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[str]) -> None:
-    """TRL ships public templates, and twins of them with {% generation %} set by hand: an
-    independent judge.
-
-    A twin may render otherwise (thinking kept, say); where it renders the same text, the masks must
-    be the same.
+def test_masks_are_those_of_trls_training_templates() -> None:
+    """TRL ships public templates, and twins of them with {% generation %} set by hand. Where a twin
+    renders the same text, the masks must be the same.
     """
     spec = importlib.util.find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "chat_templates"
+    called = answer("", tool_calls=[call("weather", place="Oslo")])
     rows: list[tuple[list[Any], Any]] = [
-        ([user("hi"), answer("yo")], None),
         ([user("hi"), answer("yo"), user("hi"), answer(" yo\n")], None),
         ([system("Be."), user("a"), answer("")], None),
         ([user("hi"), answer("yo", reasoning_content="hm")], None),
-        (
-            [
-                user("a"),
-                answer("b", reasoning_content="c"),
-                user("d"),
-                answer("e", reasoning_content="f"),
-            ],
-            None,
-        ),
-        (
-            [
-                user("hi"),
-                answer("", tool_calls=[call("weather", place="Oslo")]),
-                result("wet"),
-                answer("Yes."),
-            ],
-            TOOLS,
-        ),
+        ([user("hi"), called, result("wet"), answer("Yes.")], TOOLS),
     ]
-    compared, masked, names = 0, 0, set()
-    for twin in sorted(folder.glob("*_training.jinja")):
+    compared, names = 0, set()
+    for twin in sorted((Path(spec.origin).parent / "chat_templates").glob("*_training.jinja")):
         pair = [twin.with_name(twin.name.replace("_training", "")), twin]
         jinjas = [path.read_text(encoding="utf-8") for path in pair]
-        words = sorted(
-            set(
-                re.findall(
-                    r"<[|｜][^<>\n]*?[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>",
-                    "".join(jinjas),
-                )
-            )
-        )
+        special = r"<[|｜][^<>\n]*?[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>"
+        words = sorted(set(re.findall(special, "".join(jinjas))))
         tokenizer = train("bytes", tuple(words), False)
         stops = {tokenizer.eos_token_id}
         for family, ends in STOPS.items():
@@ -224,23 +196,13 @@ def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[s
         for messages, tools in rows:
             found = []
             for jinja in jinjas:
-                try:
+                with suppress(DataError):
                     template = Template(tokenizer, stops, jinja=jinja, name="it")
-                    found.append(
-                        template.encode(Conversation(messages, tools), "response", where="r")
-                    )
-                except DataError:
-                    continue
-            masked += len(found)
+                    sample = Conversation(messages, tools)
+                    found.append(template.encode(sample, "response", where="r"))
             if len(found) == 2 and found[0].ids.tolist() == found[1].ids.tolist():
-                assert np.array_equal(found[0].trained, found[1].trained), (
-                    f"{pair[0].name}: {messages}"
-                )
+                assert np.array_equal(found[0].trained, found[1].trained), (twin.name, messages)
                 compared += 1
-                names.add(pair[0].name)
-    with capsys.disabled():
-        print(
-            f"\nmasks of TRL's templates: {masked} made, {compared} equal to {len(names)} twins with generation blocks"
-        )
+                names.add(twin.name)
     assert compared >= 20
     assert len(names) >= 8

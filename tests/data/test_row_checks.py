@@ -1,4 +1,4 @@
-"""What is said of rows before the first step, and what `data.leave_out` leaves out."""
+"""Near-duplicates and contradictions: what is said of rows, and what `data.leave_out` leaves out."""
 
 from __future__ import annotations
 
@@ -9,24 +9,18 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
-from errors import lines_with, warnings_with
-from logged import logged_lines
+from errors import refuses, warnings_with
 from recipes import make_run
 from tunesmith.cli.run_data import findings_as_json
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.compare import row_checks, row_texts
-from tunesmith.data.compare.row_checks import (
-    RowFindings,
-    check_across,
-    check_rows,
-    find_faults,
-)
+from tunesmith.data.compare.row_checks import RowFindings, check_across, check_rows, find_faults
 from tunesmith.data.compare.row_texts import RowText, read_texts, row_text, sampled_rows
 from tunesmith.data.compare.splits import read_checked_splits, read_splits
 from tunesmith.data.prepare import prepare_data
-from tunesmith.data.source.open_source import from_list, read_rows
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.errors import DataError
 from tunesmith.presentation.data import data_warnings, left_out_lines, row_warnings_of
-from tunesmith.training.run import train
 from tunesmith.units import Share
 
 SENTENCES = [
@@ -38,10 +32,6 @@ SENTENCES = [
     "The engine was repaired twice before the race and once after it.",
     "Which of these lanterns would you hang beside the garden gate?",
     "Rain has fallen on the meadow for three days without a pause.",
-    "The museum keeps a silver button that belonged to the captain.",
-    "Thunder rolled over the hills while the children picked berries.",
-    "A letter from the islands takes about nine days to arrive here.",
-    "The tunnel was closed in spring because of water in its walls.",
 ]
 
 
@@ -53,32 +43,24 @@ def good_rows(count: int) -> list[RowText]:
     """Rows without any fault: all prompts differ, all answers end."""
     rows = []
     for i in range(count):
-        first, second = SENTENCES[i % 12], SENTENCES[(i // 12 + i + 1) % 12]
+        first, second = SENTENCES[i % 8], SENTENCES[(i // 8 + i + 1) % 8]
         rows.append(row(f"Write sentence number {i} of the story.", f"{first} {second} Part {i}."))
     return rows
 
 
-def source_of(path: Path, rows: list[dict[str, Any]], format_: Any = "prompt-completion") -> Source:
+def source_of(path: Path, rows: list[dict[str, Any]]) -> Source:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(source=str(path), format=format_)
+    return Source(source=str(path), format="prompt-completion")
 
 
 def test_good_rows_have_no_fault() -> None:
-    found = find_faults(good_rows(60))
-    assert found == RowFindings(rows=60, compared=60)
-
-
-# Contradictions
+    assert find_faults(good_rows(60)) == RowFindings(rows=60, compared=60)
 
 
 @pytest.mark.parametrize("first", ["Is tin a metal?", "  is TIN a metal", "Is tin a metal ?!"])
 def test_one_prompt_with_two_answers(first: str) -> None:
-    rows = [
-        *good_rows(3),
-        row(first, "yes"),
-        row("Is tin a metal?", "No."),
-        row("Is tin a metal?", "no"),
-    ]
+    answers = [(first, "yes"), ("Is tin a metal?", "No."), ("Is tin a metal?", "no")]
+    rows = [*good_rows(3), *[row(*pair) for pair in answers]]
     assert find_faults(rows).contradictions == [[3, 4, 5]]
 
 
@@ -99,20 +81,15 @@ def test_answers_that_do_not_contradict(rows: list[RowText]) -> None:
     assert find_faults(rows).contradictions == []
 
 
-def judged(first: str, second: str) -> list[RowText]:
-    source = Source(source="x.jsonl", format="preference")
-    pairs = [(first, second), (second, first)]
-    values = [{"prompt": "Is tin a metal?", "chosen": a, "rejected": b} for a, b in pairs]
-    return [row_text(row, source) for row in values]
-
-
 def test_swapped_pairs_contradict_each_other_and_other_pairs_do_not() -> None:
-    text, swapped = judged("yes", "no")
+    def judged(chosen: str, rejected: str) -> RowText:
+        values = {"prompt": "Is tin a metal?", "chosen": chosen, "rejected": rejected}
+        return row_text(values, Source(source="x.jsonl", format="preference"))
+
+    text, swapped, other = judged("yes", "no"), judged("no", "yes"), judged("yes", "Perhaps.")
     assert (text.answer, text.chosen, text.is_answered) == ("yes\nno", "yes", False)
-    other = judged("yes", "Perhaps.")[0]
     found = find_faults([text, other, swapped, text])
-    assert found.contradictions == [[0, 2, 3]]
-    assert found.near_duplicates == [[0, 3]]
+    assert (found.contradictions, found.near_duplicates) == ([[0, 2, 3]], [[0, 3]])
     assert find_faults([text, other]).contradictions == []
 
 
@@ -131,13 +108,9 @@ def test_tools_of_a_row_set_it_apart() -> None:
         {"role": "user", "content": "Is tin a metal, and since when is it known?"},
         {"role": "assistant", "content": "Yes, and for long."},
     ]
-    texts = [
-        row_text(
-            {"messages": turns, "tools": [{"type": "function", "function": {"name": name}}]},
-            Source(source="x.jsonl", format="messages"),
-        )
-        for name in ("weather", "search", "weather")
-    ]
+    tools = [[{"type": "function", "function": {"name": n}}] for n in ("weather", "search")]
+    source = Source(source="x.jsonl", format="messages")
+    texts = [row_text({"messages": turns, "tools": t}, source) for t in (*tools, tools[0])]
     assert find_faults(texts).near_duplicates == [[0, 2]]
 
 
@@ -157,8 +130,7 @@ def test_a_second_look_at_the_same_rows_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(tmp_path / "rows.jsonl", PLANTED)
-    sources = [(source, read_rows(source))]
-    found = check_rows(sources)
+    found = check_rows([(source, read_rows(source))])
     assert (found.near_duplicates, found.contradictions) == ([[0, 2]], [[1, 3]])
 
     def again(*args: object) -> RowFindings:
@@ -167,35 +139,13 @@ def test_a_second_look_at_the_same_rows_costs_nothing(
     monkeypatch.setattr(row_checks, "find_faults", again)
     moved = source_of(tmp_path / "moved.jsonl", PLANTED)
     assert check_rows([(moved, read_rows(moved))]) == found, "the name of the file does not matter"
-    data = Data(train=(source,), hold_out=Share(2, "examples"))
-    assert read_splits(data, 42, only_cached=True)[1][0][1].where(0)
     changed = source_of(tmp_path / "rows.jsonl", PLANTED[:4])
-    with pytest.raises(AssertionError, match="twice"):
+    with refuses(AssertionError):
         check_rows([(changed, read_rows(changed))])
-
-
-def test_a_line_says_that_many_rows_are_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"prompt": f"Is number {i} told of?", "completion": "It is."} for i in range(9)]
-    source = source_of(tmp_path / "rows.jsonl", rows)
-    sources = [(source, read_rows(source))]
-    monkeypatch.setattr(row_checks, "ANNOUNCED_ROWS", 8)
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    for expected in (1, 0):
-        with logged_lines() as lines:
-            check_rows(sources)
-        assert len(lines_with("\n".join(lines), "9 rows")) == expected
-
-
-def test_a_plan_does_not_compare_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_checks, "find_faults", None)
-    source = source_of(
-        tmp_path / "never.jsonl", [*PLANTED, {"prompt": "a plan", "completion": "b"}]
-    )
-    data = Data(train=(source,), hold_out=Share(2, "examples"), leave_out=("contradictions",))
+    # A plan compares no rows.
+    data = Data(train=(changed,), hold_out=Share(1, "examples"), leave_out=("contradictions",))
     train_rows, held_out = read_splits(data, 42, only_cached=True)
-    assert (len(train_rows[0][1]), len(held_out[0][1])) == (4, 2)
+    assert (len(train_rows[0][1]), len(held_out[0][1])) == (3, 1)
 
 
 def test_a_large_corpus_is_sampled_and_that_is_said(
@@ -214,8 +164,7 @@ def test_a_large_corpus_is_sampled_and_that_is_said(
     assert (indices.step, len(indices)) == (10, 10)
     read = [text.prompt for text in read_texts(sources, indices) if text]
     assert read == [rows[0]["prompt"], *(rows[i - 7]["prompt"] for i in range(10, 97, 10))]
-    data = Data(train=(source,))
-    splits = read_checked_splits(data, 42)
+    splits = read_checked_splits(Data(train=(source,)), 42)
     assert splits.findings is not None
     assert (splits.findings.rows, splits.findings.compared) == (90, 10)
     assert "10 of 90" in next(left_out_lines(splits))
@@ -255,101 +204,44 @@ def test_an_answer_is_what_is_said_last() -> None:
 # What the user sees
 
 
-def test_lines_have_counts_and_places(tmp_path: Path) -> None:
+def test_faults_are_told_with_their_places_and_what_is_left_out_with_its_count(
+    tmp_path: Path,
+) -> None:
     source = source_of(tmp_path / "rows.jsonl", PLANTED)
-    splits = read_checked_splits(Data(train=(source,)), 42)
-    lines = list(row_warnings_of(splits, []))
     path = source.source
-    assert len(lines) == 2
-    assert f"{path}:3 ({path}:1)" in lines[0]
-    assert lines[0].endswith("'data.leave_out=[near-duplicates]'")
-    assert f"{path}:4 ({path}:2)" in lines[1]
+    splits = read_checked_splits(Data(train=(source,)), 42)
+    first, second = row_warnings_of(splits, [])
+    assert f"{path}:3 ({path}:1)" in first
+    assert first.endswith("'data.leave_out=[near-duplicates]'")
+    assert f"{path}:4 ({path}:2)" in second
     plain = findings_as_json(splits, [])
     assert plain["counts"]["near-duplicates"] == 1
     assert plain["contradictions"] == [[f"{path}:2", f"{path}:4"]]
-
-
-def test_what_is_left_out_is_counted_and_no_warning(tmp_path: Path) -> None:
-    source = source_of(tmp_path / "rows.jsonl", PLANTED)
     faults: Any = ("near-duplicates", "contradictions")
     splits = read_checked_splits(Data(train=(source,), leave_out=faults), 42)
-    assert [row["prompt"] for _, rows in splits.train for row in rows] == [
-        PLANTED[0]["prompt"],
-        PLANTED[4]["prompt"],
-    ]
+    kept = [row["prompt"] for _, rows in splits.train for row in rows]
+    assert kept == [PLANTED[0]["prompt"], PLANTED[4]["prompt"]]
     assert list(row_warnings_of(splits, [])) == []
-    told = list(left_out_lines(splits))
-    parts = [line.partition(",")[0].split() for line in told]
-    assert [(count, *key) for count, _, _, _, _, *key in parts] == [
-        ("1", "data.leave_out", "(near-duplicates)"),
-        ("2", "data.leave_out", "(contradictions)"),
-    ]
+    assert [line.split()[0] for line in left_out_lines(splits)] == ["1", "2"]
     assert findings_as_json(splits, [])["left_out"] == {"near-duplicates": 1, "contradictions": 2}
 
 
-def test_a_split_of_the_user_is_compared_with_the_training_rows(tmp_path: Path) -> None:
-    train_rows = source_of(tmp_path / "train.jsonl", PLANTED)
-    held = [
-        {"prompt": "What is the name of the river?", "completion": "It has none."},
-        {"prompt": "Please: who built the stone bridge?", "completion": PLANTED[4]["completion"]},
-    ]
-    validation = source_of(tmp_path / "held.jsonl", held)
-    data = Data(train=(train_rows,), validation=(validation,))
-    splits = read_checked_splits(data, 42)
-    across = check_across(splits.validation, splits.train)
-    assert across == [[1, 4]]
-    pair = f"{validation.source}:2 ({train_rows.source}:5)"
-    assert sum(pair in line for line in row_warnings_of(splits, across)) == 1
-    assert findings_as_json(splits, across)["across"] == [
-        [f"{validation.source}:2", f"{train_rows.source}:5"]
-    ]
-
-
-def test_repeats_within_a_document_hide_no_repeated_rows(tiny: Path, tmp_path: Path) -> None:
-    """Of each a line: the document is split into many equal parts."""
-    texts = ["a" * 1000, SENTENCES[0], SENTENCES[0].upper(), SENTENCES[1], SENTENCES[1]]
-    source = source_of(tmp_path / "train.jsonl", [{"text": text} for text in texts], "text")
-    train_rows = {"source": source.source, "format": source.format}
-    run = make_run(tiny, tmp_path, held=False, data={"train": train_rows, "seq_len": 64})
-    tokenizer = byte_tokenizer()
-    ends = {tokenizer.eos_token_id}
-    prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
-    told = "\n".join(data_warnings(prepared))
-    parts = prepared.duplicates.count
-    assert parts > 5
-    assert warnings_with(told, "2 of 5 rows", f"{source.source}:3 ({source.source}:2)")
-    assert warnings_with(told, f"{parts} of {len(prepared.train)}")
-
-
-def test_a_hold_out_that_splits_a_group_is_not_advised_to_hold_out(tmp_path: Path) -> None:
-    """One group of all rows: it stands on both sides."""
-    source = source_of(tmp_path / "rows.jsonl", [PLANTED[4]] * 8)
-    data = Data(train=(source,), hold_out=Share(2, "examples"))
-    told = "\n".join(row_warnings_of(read_checked_splits(data, 42), []))
-    (line,) = lines_with(told, "val_loss")
-    assert "'data.leave_out=[near-duplicates]'" in line
-    assert "data.hold_out" not in line
-
-
-def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_path: Path) -> None:
+def test_a_validation_row_is_compared_with_the_rows_that_are_trained_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Not with the contradictions that are left out, and only as many as are validated on."""
     train_rows = source_of(tmp_path / "train.jsonl", PLANTED)
     held = [PLANTED[3], {**PLANTED[4], "prompt": "Please: who built the stone bridge?"}, PLANTED[0]]
     validation = source_of(tmp_path / "held.jsonl", held)
-    of_validation = {
-        "source": validation.source,
-        "format": validation.format,
-        "max_examples": 2,
+    splits = read_checked_splits(Data(train=(train_rows,), validation=(validation,)), 42)
+    assert check_across(splits.validation, splits.train) == [[0, 3], [1, 4], [2, 0]]
+    form = {"format": "prompt-completion"}
+    data = {
+        "train": {"source": train_rows.source, **form},
+        "validation": {"source": validation.source, **form, "max_examples": 2},
+        "leave_out": ["contradictions"],
     }
-    run = make_run(
-        tiny,
-        tmp_path,
-        held=False,
-        data={
-            "train": {"source": train_rows.source, "format": train_rows.format},
-            "validation": of_validation,
-            "leave_out": ["contradictions"],
-        },
-    )
+    run = make_run(tiny, tmp_path, held=False, data=data)
     tokenizer = byte_tokenizer()
     ends = {tokenizer.eos_token_id}
     prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
@@ -361,35 +253,8 @@ def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_pat
     assert prepared.validation.parts[0].counts.taken == "max_examples: 2"
 
 
-def test_rows_of_a_program() -> None:
-    rows = from_list([dict(row) for row in PLANTED])
-    source = Source(source="rows", format="prompt-completion")
-    assert check_rows([(source, rows)]).near_duplicates == [[0, 2]]
-
-
-@pytest.mark.slow
-def test_a_run_says_it_and_keeps_near_duplicates_on_one_side(tiny: Path, tmp_path: Path) -> None:
-    rows = [
-        {
-            "prompt": f"Which lantern in window {i} was lit first?",
-            "completion": f"Number {i} of them.",
-        }
-        for i in range(20)
-    ]
-    rows += [{**row, "prompt": row["prompt"].upper()} for row in rows]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = make_run(
-        tiny,
-        tmp_path,
-        held=False,
-        data={"hold_out": "5 examples"},
-        train={"duration": "1 steps", "warmup": "0 steps"},
-    )
-    with logged_lines() as lines:
-        train(run)
-    told = "\n".join(lines)
-    assert "20 of 40 rows" in told
-    held_out = (Path(run.output_dir) / "held-out.txt").read_text().splitlines()
-    numbers = [int(line.partition("  ")[0].rpartition(":")[2]) for line in held_out]
-    assert len(numbers) == 4, "pairs only: five rows cannot be held out"
-    assert {(n - 1) % 20 for n in numbers} == {(n - 1) % 20 for n in numbers if n > 20}
+def test_all_rows_may_be_left_out_by_mistake(tmp_path: Path) -> None:
+    rows = [{"prompt": "Is it raining today?", "completion": answer} for answer in ("yes", "no")]
+    source = source_of(tmp_path / "rows.jsonl", rows)
+    with refuses(DataError, where="data.leave_out", names=[2], fix=["data.leave_out=[]"]):
+        read_checked_splits(Data(train=(source,), leave_out=("contradictions",)), 42)

@@ -1,6 +1,4 @@
-"""What is valid but seldom meant is counted and told with its first place; turns that a row leaves
-untrained.
-"""
+"""Rows that are valid but seldom meant are counted and told with their first place."""
 
 from __future__ import annotations
 
@@ -10,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from conftest import byte_tokenizer
-from errors import holds, lines_with, refuses
+from errors import holds, lines_with, refuses, warnings_with
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
@@ -37,15 +34,19 @@ def prepared(
     rows: list[dict[str, Any]],
     *,
     base: bool = False,
-    method: str = "sft",
     **data: Any,
 ) -> TrainingData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    forms = {"prompt": "prompt-completion", "instruction": "alpaca"}
+    forms = {
+        "prompt": "prompt-completion",
+        "instruction": "alpaca",
+        "conversations": "sharegpt",
+        "chosen": "preference",
+    }
     first = next(iter(rows[0]))
-    form = forms.get(first, first)
-    source = {"source": str(path), "format": form, **data.pop("source", {})}
+    source = {"source": str(path), "format": forms.get(first, first), **data.pop("source", {})}
+    method = "dpo" if source["format"] == "preference" else "sft"
     changes = {"data": {"train": source, **data}, "method": {"name": method}}
     run = make_run(tiny, folder, held=False, **changes)
     tokenizer = byte_tokenizer()
@@ -78,12 +79,11 @@ def test_a_prompt_that_answers_repeat_is_told_with_the_first_row(
     for i in range(60):
         prompt = f"\n\nHuman: Who is {i}?\n\nAssistant:" if i else "Hello"
         answer = f"{prompt} He is {i}." if i % 2 == 0 else prompt
-        answers = {"completion": answer}
-        if form == "preference":
-            answers = {"chosen": answer, "rejected": f"{prompt} No."}
-        rows.append({"prompt": prompt, **answers})
-    method = "dpo" if form == "preference" else "sft"
-    data = prepared(tiny, tmp_path, rows, method=method, source={"format": form})
+        pair = {"chosen": answer, "rejected": f"{prompt} No."}
+        rows.append(
+            {"prompt": prompt, **(pair if form == "preference" else {"completion": answer})}
+        )
+    data = prepared(tiny, tmp_path, rows, source={"format": form})
     assert holds(warned(data, "whole prompt"), "29 of 60", f"{tmp_path}/rows.jsonl:3")
 
 
@@ -106,15 +106,12 @@ def test_empty_answers_and_placeholders_are_told_with_the_first_row(
 def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(
     tiny: Path, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)] + [
-        {"prompt": "Who? ", "completion": "I."}
-    ]
+    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)]
+    rows.append({"prompt": "Who? ", "completion": "I."})
     assert warned(prepared(tiny, tmp_path, rows, base=True), "5 of 6 rows")
     for asked in ("raw", "alpaca"):
         data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
         assert not any("5 of 6" in line for line in data_warnings(data))
-    data = prepared(tiny, tmp_path, rows, base=True)
-    assert "raw: " in next(start_data_lines(data))
 
 
 SPELLED = "Write <|im_end|> here."
@@ -125,10 +122,10 @@ def test_a_text_model_is_told_of_pictures_that_nothing_reads(tiny: Path, tmp_pat
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
     rows[1]["path"] = "a.png"
     rows[2]["prompt"] = "<image>\nWho?"
-    data = prepared(tiny, tmp_path, rows)
-    for about, row in (("a picture in a column", 2), ("such as <image>", 3)):
-        assert f"{tmp_path}/rows.jsonl:{row}" in warned(data, about)
-    assert warned(data, "training does not read path")
+    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows)))
+    for row in (2, 3):
+        assert warnings_with(told, f"{tmp_path}/rows.jsonl:{row}")
+    assert warnings_with(told, "path")
 
 
 def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:
@@ -160,10 +157,7 @@ def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_pat
 def test_in_which_formats_special_tokens_are_told(
     tiny: Path, tmp_path: Path, row: dict[str, Any], found: bool
 ) -> None:
-    forms = {"conversations": "sharegpt", "chosen": "preference", "instruction": "alpaca"}
-    form = forms.get(next(iter(row)), "prompt-completion" if "prompt" in row else "text")
-    method = "dpo" if form == "preference" else "sft"
-    data = prepared(tiny, tmp_path, [row], source={"format": form}, method=method)
+    data = prepared(tiny, tmp_path, [row])
     assert bool(data.train.parts[0].counts.control_tokens) == found
 
 
@@ -184,26 +178,13 @@ def test_special_tokens_that_a_recipe_or_a_raw_row_asks_for_are_not_told(
     assert not [line for line in data_warnings(added) if "<|im_start|>" in line]
 
 
-def test_what_separates_the_values_of_a_table_is_told_once(tiny: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text("prompt;completion\n" + "".join(f"Who {i}?;He {i}.\n" for i in range(60)))
-    source = {"source": str(path), "format": "prompt-completion"}
-    run = make_run(tiny, tmp_path, held=False, data={"train": source, "hold_out": "10 %"})
-    tokenizer = byte_tokenizer()
-    data = prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=tmp_path / "cache")
-    assert data.validation is not None
-    assert len(lines_with("\n".join(start_data_lines(data)), path, "semicolons")) == 1
-
-
 @pytest.mark.parametrize(
     ("text", "found"),
     [
         ("Dear {{name}}", True),
         ("{{ first_name }}", True),
         ("{{user.name}} and {{char}}", True),
-        ("{name}", False),
         ("f'{x}' and ${HOME} and \\frac{a}{{b}^2}", False),
-        ("{{}} {{ 1 }} {{ 'a' }} {% if x %}", False),
         ("a {{ two words }}", False),
     ],
 )
@@ -221,17 +202,11 @@ def test_which_placeholders_are_told(text: str, found: bool) -> None:
     ("question", "is_told"),
     [
         ("\n\nHuman: Who is it?\n\nAssistant: ", True),
-        ("Below is an instruction.\n\n### Instruction:\nGo\n\n### Response:\n", True),
-        ("A chat. USER: Who is it? ASSISTANT:", True),
-        ("[INST] Who is it? [/INST]", True),
         ("<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n", True),
         ("<start_of_turn>user\nWho is it?<end_of_turn>\n<start_of_turn>model\n", True),
-        ("<|start_header_id|>assistant<|end_header_id|>\n\n", True),
         ("\n\nHuman: Who is it?\n\nAssistant: He.\n\nWho is meant?", False),
         ("Write a short response: ", False),
         ("Who is your assistant?", False),
-        ("Question: who is it?\nAnswer:", False),
-        ("\n" * 99, False),
     ],
 )
 def test_prompts_for_no_template_are_told_where_there_is_one(question: str, is_told: bool) -> None:
@@ -280,26 +255,15 @@ def test_what_counts_as_an_empty_answer() -> None:
 def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:
     tokens = make(alpaca(9), alpaca(12), seq_len=256)
     found = find_repeats(tokens)
-    assert found.count == 9
-    assert found.where.endswith("rows1.jsonl:1")
-    assert found.earlier.endswith("rows0.jsonl:1")
+    places = (found.where.rpartition("/")[2], found.earlier.rpartition("/")[2])
+    assert (found.count, *places) == (9, "rows1.jsonl:1", "rows0.jsonl:1")
     assert find_repeats(make(alpaca(50), seq_len=256)).count == 0
     again = find_repeats(make(alpaca(3) * 4, seq_len=256))
-    assert (again.count, again.where.rpartition(":")[2], again.earlier.rpartition(":")[2]) == (
-        9,
-        "4",
-        "1",
-    )
+    places = (again.where.rpartition(":")[2], again.earlier.rpartition(":")[2])
+    assert (again.count, *places) == (9, "4", "1")
     held = make(alpaca(70)[len(alpaca(68)) :] + alpaca(5), seq_len=256)
     assert find_repeats(held, make(alpaca(60), seq_len=256)).count == 5
     assert find_repeats(held.first(0), tokens).count == find_repeats(held, held.first(0)).count == 0
-
-
-def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"text": f"row {i % 50}"} for i in range(60)]
-    data = prepared(tiny, tmp_path, rows)
-    place = f"{tmp_path}/rows.jsonl"
-    assert holds(warned(data, "10 of 60"), f"{place}:51 ({place}:1)")
 
 
 # --- "train": false
@@ -312,7 +276,6 @@ def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None
         tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
     )
     plain = [U, A, U, {**A, "content": "c"}, U, {**A, "content": "d"}]
-    turns = [{"from": m["role"], "value": m["content"]} for m in plain]
 
     def learnt(row: dict[str, Any], form: Any, train_on: Any) -> tuple[str, list[int]]:
         source = Source(source="x", format=form)
@@ -320,39 +283,38 @@ def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None
         example = template.encode(sample, train_on, where="r")
         return tokenizer.decode(example.ids[example.trained]), example.ids.tolist()
 
-    whole = learnt({"messages": plain}, "messages", "response")
-    assert whole[0] == "b<|im_end|>c<|im_end|>d<|im_end|>"
+    text, ids = learnt({"messages": plain}, "messages", "response")
+    assert text == "b<|im_end|>c<|im_end|>d<|im_end|>"
+    turns = [{"from": m["role"], "value": m["content"]} for m in plain]
     for form, column, rows in (
         ("messages", "messages", plain),
         ("sharegpt", "conversations", turns),
     ):
         row = {column: [*rows[:3], {**rows[3], **say}, *rows[4:]]}
-        assert learnt(row, form, "response") == ("b<|im_end|>d<|im_end|>", whole[1])
-        assert learnt(row, form, "last") == ("d<|im_end|>", whole[1])
+        assert learnt(row, form, "response") == ("b<|im_end|>d<|im_end|>", ids)
+        assert learnt(row, form, "last") == ("d<|im_end|>", ids)
         everything = learnt({column: rows}, form, "all")[0]
-        assert everything.count("c<|im_end|>") == 1
-        assert learnt(row, form, "all")[0] == everything.replace("c<|im_end|>", "")
+        assert learnt(row, form, "all")[0] == everything.replace("c<|im_end|>", "") != everything
         row = {column: [*rows[:5], {**rows[5], **say}]}
         assert learnt(row, form, "response")[0] == "b<|im_end|>c<|im_end|>"
     row = {"prompt": plain[:3], "completion": [{**plain[3], **say}, *plain[4:]]}
-    assert learnt(row, "prompt-completion", "response") == ("d<|im_end|>", whole[1])
+    assert learnt(row, "prompt-completion", "response") == ("d<|im_end|>", ids)
 
 
 @pytest.mark.parametrize(
-    ("message", "what"),
+    "message",
     [
-        ({**A, "train": "false"}, "train: false"),
-        ({**A, "weight": 0.5}, "weight: 0.5"),
-        ({**A, "train": []}, "train: []"),
-        ({**U, "train": True}, "the user has train: True"),
-        ({**U, "weight": 1}, "the user has weight: 1"),
+        {**A, "train": "false"},
+        {**A, "weight": 0.5},
+        {**A, "train": []},
+        {**U, "train": True},
+        {**U, "weight": 1},
     ],
 )
-def test_other_weights_are_refused(message: dict[str, Any], what: str) -> None:
-    with pytest.raises(DataError) as caught:
+def test_other_weights_are_refused(message: dict[str, Any]) -> None:
+    key = [*message][-1]
+    with refuses(DataError, where="rows.jsonl:3, message 1", names=[f"{key}: {message[key]}"]):
         convert_row({"messages": [message, U, A]}, Source(source="x"), where="rows.jsonl:3")
-    assert what in caught.value.what
-    assert caught.value.where == "rows.jsonl:3, message 1"
 
 
 def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -362,35 +324,6 @@ def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> 
 
 
 # --- how many of how many
-
-
-def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"text": "x" * (200 if i % 10 == 0 else 20 + i)} for i in range(90)]
-
-    def line(**given: Any) -> str:
-        lines = list(start_data_lines(prepared(tiny, tmp_path, rows, **given)))
-        [figures] = [line for line in lines if "rows.jsonl: " in line]
-        return figures.partition("rows.jsonl: ")[2]
-
-    assert line().startswith("90 of 90 rows, ")
-    assert holds(line(), 9, 18, "data.seq_len")
-    assert holds(line(too_long="truncate"), 9, "(data.too_long: truncate)")
-    assert line(source={"split": "train[:50%]"}).startswith("45 of 90 rows (split: train[:50%]), ")
-    dropped = line(source={"split": "train[10:80]", "max_examples": 20}, too_long="drop")
-    assert dropped.startswith(
-        "18 of 90 rows (split: train[10:80], max_examples: 20, 2 dropped (data.too_long: drop)), "
-    )
-    assert line(source={"split": "train[:100%]"}).startswith("90 of 90 rows, "), (
-        "a key that leaves nothing out"
-    )
-    counts = prepared(tiny, tmp_path, rows, source={"max_examples": 5}).train.counts
-    assert (counts.available, counts.rows, counts.kept_rows, counts.kept) == (90, 5, 5, 6)
-
-
-def test_hashes_take_eight_bytes_an_example(make: Callable[..., TokenSet]) -> None:
-    hashes = make(alpaca(300), seq_len=256).hashes
-    assert (hashes.dtype, hashes.nbytes) == (np.uint64, 8 * 300)
-    assert len(set(hashes.tolist())) == 300
 
 
 def test_the_prompt_of_a_base_without_a_template_is_told(tiny: Path, tmp_path: Path) -> None:

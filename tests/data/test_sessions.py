@@ -1,4 +1,4 @@
-"""Sessions of coding agents as rows: 30 files of four forms, and what a model learns from each."""
+"""Sessions of coding agents as rows: files of four forms, and what a model learns from each."""
 
 import json
 from dataclasses import replace
@@ -20,23 +20,24 @@ from tunesmith.errors import DataError
 Line = dict[str, Any]
 
 
-class Claude:
-    """Writes lines as Claude Code does: each follows the one before it, unless `after` names it."""
+def claude(*lines: Line) -> list[Line]:
+    """Lines of Claude Code: each follows the one before it, unless its `after` names another."""
+    made = []
+    for i, line in enumerate(lines):
+        before = line.get("after", i - 1)
+        parent = None if before is None or before < 0 else f"u{before}"
+        about = {"uuid": f"u{i}", "parentUuid": parent, "sessionId": "s", "isSidechain": False}
+        made.append(about | {key: line[key] for key in line if key != "after"})
+    return made
 
-    def __init__(self) -> None:
-        self.lines: list[Line] = []
 
-    def add(self, kind: str, content: object = None, after: int | None = -1, **keys: Any) -> int:
-        i = len(self.lines)
-        before = i - 1 if after == -1 else after
-        line: Line = {"type": kind, "uuid": f"u{i}", "sessionId": "s", "isSidechain": False}
-        line["parentUuid"] = None if before is None or before < 0 else f"u{before}"
-        if content is not None:
-            line["message"] = {"role": kind, "content": content}
-            if "answer" in keys:
-                line["message"] |= {"id": keys.pop("answer"), "stop_reason": keys.pop("stop", None)}
-        self.lines.append(line | keys)
-        return i
+def asked(content: object, **keys: Any) -> Line:
+    return {"type": "user", "message": {"role": "user", "content": content}, **keys}
+
+
+def answered(name: str, *content: Line, stop: str | None = None, **keys: Any) -> Line:
+    message = {"role": "assistant", "content": list(content), "id": name, "stop_reason": stop}
+    return {"type": "assistant", "message": message, **keys}
 
 
 def call(name: str, **arguments: object) -> Line:
@@ -67,154 +68,111 @@ def show(row: Line) -> str:
     return " | ".join(shown)
 
 
-def claude_plain() -> list[Line]:
-    c = Claude()
-    c.add("user", "Hi")
-    c.add("assistant", [text("Hello.")], answer="m1")
-    return c.lines
-
-
-def claude_parallel() -> list[Line]:
-    c = Claude()
-    c.add("user", "Read both")
-    c.add(
-        "assistant", [{"type": "thinking", "thinking": "Two files.", "signature": "x"}], answer="m"
-    )
-    c.add("assistant", [text("I read.")], answer="m")
-    a = c.add("assistant", [call("a")], answer="m")
-    b = c.add("assistant", [call("b")], answer="m")
-    c.add("user", [result("a")], after=a)
-    c.add("user", [result("b", [text("1"), text("2")])], after=b)
-    c.add("assistant", [text("Done.")], answer="m2")
-    return c.lines
-
-
-def claude_parallel_mixed() -> list[Line]:
-    """The result of the first call is written before the second call, and the session goes on from
-    the first result."""
-    c = Claude()
-    c.add("user", "Read both")
-    a = c.add("assistant", [call("a")], answer="m")
-    done = c.add("user", [result("a")], after=a)
-    b = c.add("assistant", [call("b")], after=a, answer="m")
-    c.add("user", [result("b")], after=b)
-    c.add("assistant", [text("Done.")], after=done, answer="m2")
-    return c.lines
-
-
-def claude_compacted() -> list[Line]:
-    c = Claude()
-    c.add("user", "Start")
-    last = c.add("assistant", [text("Started.")], answer="m1")
-    c.add("system", after=None, subtype="compact_boundary", logicalParentUuid=f"u{last}")
-    c.add("user", "Summary: started.", isCompactSummary=True)
-    c.add("user", "Go on")
-    c.add("assistant", [text("Went on.")], answer="m2")
-    return c.lines
-
-
 def claude_kept(**kept: object) -> list[Line]:
     """The last question and answer stay as they are behind the summary."""
-    c = Claude()
-    c.add("user", "Start")
-    c.add("assistant", [text("Started.")], answer="m1")
-    c.add("user", "Keep")
-    last = c.add("assistant", [text("Kept.")], answer="m2")
-    about = {"compactMetadata": kept, "logicalParentUuid": f"u{last}"}
-    c.add("system", after=None, subtype="compact_boundary", **about)
-    c.add("user", "Summary: started.", isCompactSummary=True)
-    c.add("user", "Go on", after=last)
-    c.add("assistant", [text("Went on.")], answer="m3")
-    return c.lines
+    return claude(
+        asked("Start"),
+        answered("m1", text("Started.")),
+        asked("Keep"),
+        answered("m2", text("Kept.")),
+        boundary(3, compactMetadata=kept),
+        asked("Summary: started.", isCompactSummary=True),
+        asked("Go on", after=3),
+        answered("m3", text("Went on.")),
+    )
 
 
-def claude_sidechain() -> list[Line]:
-    c = Claude()
-    c.add("user", "Delegate")
-    task = c.add("assistant", [call("task")], answer="m1")
-    c.add("user", "Count files", after=None, isSidechain=True)
-    c.add("assistant", [text("3 files.")], answer="m2", isSidechain=True)
-    c.add("user", [result("task", "3 files.")], after=task)
-    c.add("assistant", [text("There are 3.")], answer="m3")
-    return c.lines
+def boundary(last: int, **keys: object) -> Line:
+    about = {"subtype": "compact_boundary", "logicalParentUuid": f"u{last}"}
+    return {"type": "system", "after": None, **about, **keys}
 
 
-def claude_agent_file() -> list[Line]:
-    return [{**line, "isSidechain": True, "agentId": "a1"} for line in claude_plain()]
-
-
-def claude_branch() -> list[Line]:
-    c = Claude()
-    first = c.add("user", "Name one")
-    c.add("assistant", [text("Bad.")], answer="m1")
-    c.add("user", "No")
-    c.add("assistant", [text("Worse.")], answer="m2")
-    c.add("assistant", [text("Good.")], after=first, answer="m3")
-    return c.lines
-
-
-def claude_first_edited() -> list[Line]:
-    c = Claude()
-    c.add("user", "Typo")
-    c.add("assistant", [text("What?")], answer="m1")
-    c.add("user", "No typo", after=None)
-    c.add("assistant", [text("Yes.")], answer="m2")
-    return c.lines
-
-
-def claude_api_error() -> list[Line]:
-    c = Claude()
-    c.add("user", "Hi")
-    c.add("assistant", [text("API Error: 529")], isApiErrorMessage=True)
-    c.add("user", "Again")
-    c.add("assistant", [text("Hello.")], answer="m1")
-    return c.lines
-
-
-def claude_interrupted() -> list[Line]:
-    c = Claude()
-    c.add("user", "Hi")
-    c.add("assistant", [text("Hello."), call("a")], answer="m1")
-    c.add("user", [text("[Request interrupted by user]")])
-    return c.lines
-
-
-def claude_meta() -> list[Line]:
-    c = Claude()
-    c.lines.append({"type": "summary", "summary": "A chat", "leafUuid": "u9"})
-    c.add("user", "<local-command-stdout>ok", after=None, isMeta=True)
-    c.add("attachment", attachment={"type": "queued_command", "prompt": "Hi"})
-    c.add("progress", data={})
-    c.add("assistant", [text("Hello.")], answer="m1")
-    return c.lines
-
-
-def claude_repeated() -> list[Line]:
-    return [*claude_parallel(), *claude_parallel()[2:5]]
-
-
-def claude_cut() -> list[Line]:
-    c = Claude()
-    c.add("user", "Hi")
-    c.add("assistant", [text("Hel")], answer="m1", stop="max_tokens")
-    c.add("user", "Go on")
-    c.add("assistant", [text("Hello.")], answer="m2", stop="end_turn")
-    return c.lines
-
-
-def claude_pictures() -> list[Line]:
-    c = Claude()
-    c.add("user", [text("See"), {"type": "image", "source": {"type": "base64", "data": "AAAA"}}])
-    c.add("assistant", [{"type": "redacted_thinking", "data": "x"}, text("I see.")], answer="m1")
-    return c.lines
-
-
-def claude_stream() -> list[Line]:
-    """As `claude -p --output-format stream-json` prints it."""
-    lines: list[Line] = [{"type": "system", "subtype": "init", "tools": ["Read"], "uuid": "x"}]
-    for line in claude_plain():
-        lines.append({key: line[key] for key in ("type", "uuid", "message")} | {"session_id": "s"})
-    return [*lines, {"type": "result", "result": "Hello.", "session_id": "s"}]
+CLAUDE = claude(asked("Hi"), answered("m1", text("Hello.")))
+CLAUDE_PARALLEL = claude(
+    asked("Read both"),
+    answered("m", {"type": "thinking", "thinking": "Two files.", "signature": "x"}),
+    answered("m", text("I read.")),
+    answered("m", call("a")),
+    answered("m", call("b")),
+    asked([result("a")], after=3),
+    asked([result("b", [text("1"), text("2")])], after=4),
+    answered("m2", text("Done.")),
+)
+# The result of the first call is written before the second call, and the session goes on from it.
+CLAUDE_MIXED = claude(
+    asked("Read both"),
+    answered("m", call("a")),
+    asked([result("a")]),
+    answered("m", call("b"), after=1),
+    asked([result("b")]),
+    answered("m2", text("Done."), after=2),
+)
+CLAUDE_COMPACTED = claude(
+    asked("Start"),
+    answered("m1", text("Started.")),
+    boundary(1),
+    asked("Summary: started.", isCompactSummary=True),
+    asked("Go on"),
+    answered("m2", text("Went on.")),
+)
+CLAUDE_SIDECHAIN = claude(
+    asked("Delegate"),
+    answered("m1", call("task")),
+    asked("Count files", after=None, isSidechain=True),
+    answered("m2", text("3 files."), isSidechain=True),
+    asked([result("task", "3 files.")], after=1),
+    answered("m3", text("There are 3.")),
+)
+CLAUDE_AGENT = [{**line, "isSidechain": True, "agentId": "a1"} for line in CLAUDE]
+CLAUDE_BRANCH = claude(
+    asked("Name one"),
+    answered("m1", text("Bad.")),
+    asked("No"),
+    answered("m2", text("Worse.")),
+    answered("m3", text("Good."), after=0),
+)
+CLAUDE_EDITED = claude(
+    asked("Typo"),
+    answered("m1", text("What?")),
+    asked("No typo", after=None),
+    answered("m2", text("Yes.")),
+)
+CLAUDE_ERROR = claude(
+    asked("Hi"),
+    answered("", text("API Error: 529"), isApiErrorMessage=True),
+    asked("Again"),
+    answered("m1", text("Hello.")),
+)
+CLAUDE_INTERRUPTED = claude(
+    asked("Hi"),
+    answered("m1", text("Hello."), call("a")),
+    asked([text("[Request interrupted by user]")]),
+)
+CLAUDE_META = [
+    {"type": "summary", "summary": "A chat", "leafUuid": "u9"},
+    *claude(
+        asked("<local-command-stdout>ok", isMeta=True),
+        {"type": "attachment", "attachment": {"type": "queued_command", "prompt": "Hi"}},
+        {"type": "progress", "data": {}},
+        answered("m1", text("Hello.")),
+    ),
+]
+CLAUDE_CUT = claude(
+    asked("Hi"),
+    answered("m1", text("Hel"), stop="max_tokens"),
+    asked("Go on"),
+    answered("m2", text("Hello."), stop="end_turn"),
+)
+CLAUDE_PICTURES = claude(
+    asked([text("See"), {"type": "image", "source": {"type": "base64", "data": "AAAA"}}]),
+    answered("m1", {"type": "redacted_thinking", "data": "x"}, text("I see.")),
+)
+# As `claude -p --output-format stream-json` prints it.
+CLAUDE_STREAM = [
+    {"type": "system", "subtype": "init", "tools": ["Read"], "uuid": "x"},
+    *[{key: ln[key] for key in ("type", "uuid", "message")} | {"session_id": "s"} for ln in CLAUDE],
+    {"type": "result", "result": "Hello.", "session_id": "s"},
+]
 
 
 def codex(*items: Line, **about: object) -> list[Line]:
@@ -319,12 +277,16 @@ BRANCHES = "lines of other branches, left out"
 
 # Name -> the lines of a file, its rows, and what of it is counted.
 FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
-    "claude plain": (claude_plain(), ["u:Hi | a:Hello."], {}),
-    "claude parallel": (claude_parallel(), [PARALLEL], {}),
-    "claude repeated": (claude_repeated(), [PARALLEL], {"repeated lines, left out": 3}),
-    "claude parallel, mixed": (claude_parallel_mixed(), [READ_BOTH], {}),
+    "claude plain": (CLAUDE, ["u:Hi | a:Hello."], {}),
+    "claude parallel": (CLAUDE_PARALLEL, [PARALLEL], {}),
+    "claude repeated": (
+        [*CLAUDE_PARALLEL, *CLAUDE_PARALLEL[2:5]],
+        [PARALLEL],
+        {"repeated lines, left out": 3},
+    ),
+    "claude parallel, mixed": (CLAUDE_MIXED, [READ_BOTH], {}),
     "claude compacted": (
-        claude_compacted(),
+        CLAUDE_COMPACTED,
         ["u:Start | a:Started.", "u:Summary: started.//Go on | a:Went on."],
         {"compactions": 1, "lines of type system, left out": 1},
     ),
@@ -339,25 +301,25 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         {"compactions": 1},
     ),
     "claude sidechain": (
-        claude_sidechain(),
+        CLAUDE_SIDECHAIN,
         ["u:Delegate | a:>task | t:task=3 files. | a:There are 3.", "u:Count files | a:3 files."],
         {"subagents": 1},
     ),
-    "claude agent file": (claude_agent_file(), ["u:Hi | a:Hello."], {"subagents": 1}),
-    "claude branch": (claude_branch(), ["u:Name one | a:Good."], {BRANCHES: 3}),
-    "claude first edited": (claude_first_edited(), ["u:No typo | a:Yes."], {BRANCHES: 2}),
+    "claude agent file": (CLAUDE_AGENT, ["u:Hi | a:Hello."], {"subagents": 1}),
+    "claude branch": (CLAUDE_BRANCH, ["u:Name one | a:Good."], {BRANCHES: 3}),
+    "claude first edited": (CLAUDE_EDITED, ["u:No typo | a:Yes."], {BRANCHES: 2}),
     "claude API error": (
-        claude_api_error(),
+        CLAUDE_ERROR,
         ["u:Hi//Again | a:Hello."],
         {"API errors and other texts in place of an answer, left out": 1},
     ),
     "claude interrupted": (
-        claude_interrupted(),
+        CLAUDE_INTERRUPTED,
         ["u:Hi | a:Hello. >a"],
         {UNANSWERED: 1, "tool calls without a result": 1},
     ),
     "claude meta": (
-        claude_meta(),
+        CLAUDE_META,
         ["u:<local-command-stdout>ok//Hi | a:Hello."],
         {
             "lines of type summary, left out": 1,
@@ -366,12 +328,12 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         },
     ),
     "claude cut": (
-        claude_cut(),
+        CLAUDE_CUT,
         ["u:Hi | (a):Hel | u:Go on | a:Hello."],
         {"parts of answers that were cut off, not trained": 1},
     ),
     "claude pictures": (
-        claude_pictures(),
+        CLAUDE_PICTURES,
         ["u:See//[image] | a:I see."],
         {
             "parts without a text, written as [image]": 1,
@@ -379,14 +341,9 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         },
     ),
     "claude stream": (
-        claude_stream(),
+        CLAUDE_STREAM,
         ["u:Hi | a:Hello."],
         {"lines of type system, left out": 1, "lines of type result, left out": 1},
-    ),
-    "codex plain": (
-        codex(say("user", "Hi"), say("assistant", "Hello.")),
-        ["s:Be brief. | u:Hi | a:Hello."],
-        {"lines of type turn_context, left out": 1},
     ),
     "codex parallel": (
         codex(*PARALLEL_ITEMS),
@@ -404,7 +361,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
     "codex encrypted": (
         codex(say("user", "Hi"), thought(), say("assistant", "Hello.")),
         ["s:Be brief. | u:Hi | a:Hello."],
-        {ENCRYPTED: 1},
+        {ENCRYPTED: 1, "lines of type turn_context, left out": 1},
     ),
     "codex late thought": (
         codex(say("user", "Hi"), say("assistant", "Hello."), thought("Call."), item("a")),
@@ -514,9 +471,13 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
 }
 
 
-def write(path: Path, lines: list[Line]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def write(path: Path, lines: list[Line], more: str = "") -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + more, encoding="utf-8")
     return path
+
+
+def rows_of(path: Path) -> Rows:
+    return read_rows(Source(source=str(path), format="messages"))
 
 
 def notes_of(rows: Rows) -> dict[str, int]:
@@ -527,134 +488,106 @@ def notes_of(rows: Rows) -> dict[str, int]:
 @pytest.mark.parametrize("name", FILES)
 def test_sessions_become_rows(name: str, tmp_path: Path) -> None:
     lines, shown, counted = FILES[name]
-    rows = read_rows(Source(source=str(write(tmp_path / "s.jsonl", lines)), format="messages"))
+    rows = rows_of(write(tmp_path / "s.jsonl", lines))
     assert [show(rows[i]) for i in range(len(rows))] == shown
     assert counted.items() <= notes_of(rows).items()
 
 
 # Made up: none of them opens anything. They are joined here, so that no scanner finds them.
+GITHUB, AWS = "ghp" + "_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8", "AKIA" + "ABCDEFGHIJKLMNOP"
 SECRETS = {
-    "an OpenAI or Anthropic key": "sk-" + "proj-a1B2c3D4e5F6g7H8i9J0k1L2",
-    "a GitHub token": "ghp" + "_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8",
-    "a Hugging Face token": "hf" + "_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH",
-    "an AWS key": "AKIA" + "ABCDEFGHIJKLMNOP",
-    "a Slack token": "xoxb" + "-123456789012-abcdefghij",
-    "a private key": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
-    "a JSON web token": "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.abcdefghijkl_mn",
-    "a password in an address": "postgres://joe" + ":hunter22@db.example.com/x",
-}
-SECRETS_BETWEEN = {
+    "sk-" + "proj-a1B2c3D4e5F6g7H8i9J0k1L2": "an OpenAI or Anthropic key",
     # The arguments of a call are a JSON text.
-    "export X=1\\n" + SECRETS["a GitHub token"]: "a GitHub token",
-    "。" + SECRETS["an AWS key"]: "an AWS key",
+    "export X=1\\n" + GITHUB: "a GitHub token",
+    "hf" + "_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH": "a Hugging Face token",
+    "。" + AWS: "an AWS key",
+    "xoxb" + "-123456789012-abcdefghij": "a Slack token",
+    "-----BEGIN OPENSSH " + "PRIVATE KEY-----": "a private key",
+    "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.abcdefghijkl_mn": "a JSON web token",
+    "postgres://joe" + ":hunter22@db.example.com/x": "a password in an address",
     "redis://" + ":hunter22@cache:6379": "a password in an address",
     "postgres://joe" + ":hunt$r22@db/x": "a password in an address",
+    "a task-force-with-a-long-name-2025 and risk-1234567890123456789012": "",
+    "sk-no-digits-in-this-long-class-name": "",
+    "postgres://user:password@host/db and https://$USER:$PASSWORD@host": "",
+    "http://localhost:8080/a@b and git@github.com:a/b.git": "",
+    "hf_hub_download(repo_id, filename) and ghp_short": "",
 }
-NO_SECRETS = (
-    "a task-force-with-a-long-name-2025 and risk-1234567890123456789012",
-    "sk-no-digits-in-this-long-class-name",
-    "postgres://user:password@host/db and https://$USER:$PASSWORD@host",
-    "http://localhost:8080/a@b and git@github.com:a/b.git",
-    "hf_hub_download(repo_id, filename) and ghp_short",
-)
 
 
-@pytest.mark.parametrize("kind", SECRETS)
-def test_a_secret_is_found(kind: str) -> None:
-    assert list(secrets_in({"a": ["", f"x = '{SECRETS[kind]}'\n"]})) == [kind]
+@pytest.mark.parametrize("words", SECRETS)
+def test_secrets_are_found_in_any_value(words: str) -> None:
+    found = [SECRETS[words]] if SECRETS[words] else []
+    assert list(secrets_in(words)) == list(secrets_in({"a": ["", f"x = '{words}'\n"]})) == found
 
 
-@pytest.mark.parametrize("words", SECRETS_BETWEEN)
-def test_a_secret_is_found_between_other_texts(words: str) -> None:
-    kind = SECRETS_BETWEEN[words]
-    assert list(secrets_in(words)) == list(secrets_in([{"a": words}])) == [kind]
-
-
-@pytest.mark.parametrize("words", NO_SECRETS)
-def test_no_secret_is_found(words: str) -> None:
-    assert list(secrets_in(words)) == []
-
-
-def session_with_secrets(path: Path) -> Path:
-    c = Claude()
-    c.add("user", "Show the environment")
-    c.add("assistant", [call("a", token=SECRETS["a GitHub token"])], answer="m1")
-    c.add("user", [result("a", SECRETS["an AWS key"])])
-    c.add("assistant", [text("Done.")], answer="m2")
-    return write(path, c.lines)
-
-
-def test_secrets_of_sessions_are_refused_by_their_lines(tmp_path: Path) -> None:
-    path = session_with_secrets(tmp_path / "s.jsonl")
-    rows = read_rows(Source(source=str(path), format="messages"))
+def test_secrets_are_refused_unless_they_are_allowed(tmp_path: Path, simple: Simple) -> None:
+    lines = claude(
+        asked("Show the environment"),
+        answered("m1", call("a", token=GITHUB)),
+        asked([result("a", AWS)]),
+        answered("m2", text("Done.")),
+    )
+    path = write(tmp_path / "s.jsonl", lines)
+    rows = rows_of(path)
     assert rows.secrets == {0: [f"{path}:2: a GitHub token", f"{path}:3: an AWS key"]}
-    # Only of rows that are selected.
-    assert rows.take([]).secrets == {}
+    assert rows.take([]).secrets == {}, "only of rows that are selected"
+    source = Source(source=str(path), format="messages")
+    data = Data(train=(source,))
+    allow = "data.allow_secrets=true"
+    with refuses(DataError, where="; ".join(rows.secrets[0]), names=[2], fix=[allow]) as refused:
+        tokenize([(source, rows)], data, simple, cache=None, what="train")
+    assert GITHUB not in str(refused.value)
+    allowed = replace(data, allow_secrets=True)
+    tokens = tokenize([(source, rows)], allowed, simple, cache=None, what="train")
+    assert tokens.parts[0].counts.flaws["secret"] == [1, 0]
 
 
 def test_a_line_is_cut_off(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", claude_plain())
-    path.write_text(path.read_text() + '{"type": "user", "mess')
-    rows = read_rows(Source(source=str(path), format="messages"))
+    rows = rows_of(write(tmp_path / "s.jsonl", CLAUDE, '{"type": "user", "mess'))
     assert show(rows[0]) == "u:Hi | a:Hello."
     assert notes_of(rows)[CUT_LINE] == 1
 
 
 def test_a_huge_conversation_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "MAX_ROW_BYTES", 1 << 20)
-    c = Claude()
-    for n in range(4):
-        c.add("user", "x" * 600_000)
-        c.add("assistant", [text("Done.")], answer=f"m{n}")
-    rows = read_rows(Source(source=str(write(tmp_path / "s.jsonl", c.lines)), format="messages"))
+    lines = [(asked("x" * 600_000), answered(f"m{n}", text("Done."))) for n in range(4)]
+    rows = rows_of(write(tmp_path / "s.jsonl", claude(*[line for pair in lines for line in pair])))
     assert len(rows[0]["messages"]) == 2
     assert notes_of(rows)[CUT_CONVERSATION] == 1
 
 
-def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", claude_plain())
-    path.write_text(path.read_text() + "{\n{}\n")
-    with refuses(DataError, where=f"{path}:3"):
-        read_rows(Source(source=str(path), format="messages"))
-
-
 @pytest.mark.parametrize(
-    "line",
+    ("lines", "more", "place"),
     [
-        {"type": "user", "uuid": "u5", "message": {"role": "user", "content": [1]}},
-        {"type": "user", "uuid": "u5", "message": {"role": "user", "tool_calls": [1]}},
-        [1],
+        (CLAUDE, "{\n{}\n", ":3"),
+        (claude(asked("Hi"), asked([1]), answered("m1", text("Hello."))), "", ":2"),
+        (claude(asked("Hi"), {"type": "user", "message": {"role": "user", "tool_calls": [1]}}), "", ":2"),
+        ([CLAUDE[0], [1], CLAUDE[1]], "", ":2"),
+        (CLAUDE[:1], "", ""),
     ],
-)
-def test_a_line_of_another_form_is_an_error(line: Any, tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "s.jsonl", [claude_plain()[0], line, {**claude_plain()[1], "parentUuid": "u5"}]
-    )
-    with refuses(DataError, where=f"{path}:2"):
-        read_rows(Source(source=str(path), format="messages"))
+)  # fmt: skip
+def test_broken_sessions_are_refused(lines: Any, more: str, place: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", lines, more)
+    with refuses(DataError, where=f"{path}{place}"):
+        rows_of(path)
 
 
 def test_a_folder_of_sessions(tmp_path: Path) -> None:
     """Other files next to sessions are named, and counts of all sessions are added up."""
-    write(tmp_path / "a.jsonl", claude_branch())
+    write(tmp_path / "a.jsonl", CLAUDE_BRANCH)
     (tmp_path / "a" / "subagents").mkdir(parents=True)
-    write(tmp_path / "a" / "subagents" / "agent-1.jsonl", claude_agent_file())
-    write(tmp_path / "b.jsonl", claude_first_edited())
+    write(tmp_path / "a" / "subagents" / "agent-1.jsonl", CLAUDE_AGENT)
+    write(tmp_path / "b.jsonl", CLAUDE_EDITED)
     (tmp_path / "a" / "subagents" / "agent-1.meta.json").write_text("{}")
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
-    rows = read_rows(Source(source=str(tmp_path), format="messages"))
+    rows = rows_of(tmp_path)
     shown = ["u:Name one | a:Good.", "u:Hi | a:Hello.", "u:No typo | a:Yes."]
     assert sorted(show(rows[i]) for i in range(len(rows))) == sorted(shown)
     assert notes_of(rows)[BRANCHES] == 5
     for ending in (".json", ".md", ".jsonl"):
         assert f"1 {ending}" in rows.skipped
-
-
-def test_sessions_without_an_answer_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", claude_plain()[:1])
-    with refuses(DataError, where=str(path)):
-        read_rows(Source(source=str(path), format="messages"))
 
 
 @pytest.mark.parametrize(
@@ -669,8 +602,7 @@ def test_sessions_without_an_answer_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_other_rows_are_no_sessions(line: Line, tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", [line])
-    assert read_rows(Source(source=str(path), format="messages"))[0] == line
+    assert rows_of(write(tmp_path / "s.jsonl", [line]))[0] == line
 
 
 def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
@@ -678,9 +610,7 @@ def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
     encoder = encoder_of("trl/qwen3")
     checked = 0
     for name, (lines, _, _) in FILES.items():
-        rows = read_rows(
-            Source(source=str(write(tmp_path / f"{name}.jsonl", lines)), format="messages")
-        )
+        rows = rows_of(write(tmp_path / f"{name}.jsonl", lines))
         for row in (rows[i] for i in range(len(rows))):
             supervised = supervised_texts(encoder.template, encode(encoder, row))
             answers = [m for m in row["messages"] if m["role"] == "assistant"]
@@ -695,17 +625,3 @@ def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
                 assert learned.endswith("<|im_end|>"), name
                 checked += 1
     assert checked == sum(shown.count("| a:") for _, rows_, _ in FILES.values() for shown in rows_)
-
-
-def test_secrets_are_refused_unless_they_are_allowed(tmp_path: Path, simple: Simple) -> None:
-    path = session_with_secrets(tmp_path / "s.jsonl")
-    source = Source(source=str(path), format="messages")
-    sources = [(source, read_rows(source))]
-    data = Data(train=(source,))
-    places = f"{path}:2: a GitHub token; {path}:3: an AWS key"
-    allow = "data.allow_secrets=true"
-    with refuses(DataError, where=places, names=[2], fix=[allow]) as refused:
-        tokenize(sources, data, simple, cache=None, what="train")
-    assert not any(secret in str(refused.value) for secret in SECRETS.values())
-    allowed = tokenize(sources, replace(data, allow_secrets=True), simple, cache=None, what="train")
-    assert allowed.parts[0].counts.flaws["secret"] == [1, 0]

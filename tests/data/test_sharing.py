@@ -1,15 +1,13 @@
-"""Ranks share the micro batches of a step: each example once, equally many micro batches, alike in
-cost.
-"""
+"""Ranks share the examples of a step: each once, in equally many micro batches alike in cost."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +15,7 @@ from recipes import built_model, make_run
 from rows import schedule_of
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.loader import GlobalBatch, Loader
 from tunesmith.data.batches.pack import balanced_bins, best_fit_decreasing
 from tunesmith.data.batches.schedule import BatchSchedule
@@ -100,7 +99,7 @@ layouts = st.sampled_from(
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     lengths_of_examples,
     st.integers(1, 16),
@@ -173,88 +172,30 @@ def check_limits(micro: list[Batch], layout: dict[str, Any], pack: bool, longest
         assert len({m.input_ids.shape for m in micro}) == 1
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_equal_input_gives_equal_micro_batches(pack: bool) -> None:
-    lengths = np.random.default_rng(0).integers(4, SEQ, 100).tolist()
-    tokens, layout = (
-        Numbered(lengths),
-        {"micro_batch": Size(128, "tokens"), "attention_weight": 0.01},
-    )
-    for step in range(2):
-        first, again = (
-            all_ranks(tokens, schedule(lengths, "48 examples", pack=pack), 3, step, **layout)
-            for _ in "ab"
-        )
-        for a, b in zip(first, again, strict=True):
-            assert len(a.micro) == len(b.micro) > 1
-            for x, y in zip(a.micro, b.micro, strict=True):
-                assert all(
-                    torch.equal(tensor, y.tensors()[name]) for name, tensor in x.tensors().items()
-                )
-
-
-# Examples of each micro batch and its rows' length, as one process laid them out before ranks
-# shared them.
-ONE_RANK = [
-    (True, {"micro_batch": Size(128, "tokens")},
-     [([11, 0, 8], 127), ([9, 1, 2], 128), ([10, 4, 3, 6, 5, 7], 102)]),
-    (True, {"micro_batch": Size(100, "tokens"), "multiple": 8},
-     [([11, 1], 104), ([0, 10], 104), ([9, 2, 8], 104), ([4, 3, 6, 5, 7], 64)]),
-    (True, {"micro_batch": Size(5, "examples")},
-     [([0, 1, 4, 10, 2], 195), ([6, 8, 5, 11, 9], 138), ([7, 3], 24)]),
-    (True, {"micro_batch": Size(160, "tokens"), "row_length": 160},
-     [([11, 0, 1, 7], 160), ([9, 10, 2, 4, 6], 160), ([3, 8, 5], 160)]),
-    (False, {"micro_batch": Size(128, "tokens")},
-     [([11, 0], 58), ([9, 1], 52), ([10, 2, 4], 42), ([3, 8, 6, 5, 7], 20)]),
-    (False, {"micro_batch": Size(100, "tokens"), "multiple": 8},
-     [([11], 64), ([0], 56), ([9], 56), ([1, 10], 48), ([2, 4], 40), ([3, 8, 6, 5, 7], 24)]),
-    (False, {"micro_batch": Size(5, "examples")},
-     [([11, 0, 9, 1, 10], 58), ([2, 4, 3, 8, 6], 34), ([5, 7], 6)]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("pack", "layout", "expected"), ONE_RANK, ids=str)
-def test_one_rank_is_as_before(
-    pack: bool, layout: dict[str, Any], expected: list[tuple[list[int], int]]
-) -> None:
-    lengths = [55, 42, 34, 20, 22, 6, 8, 4, 14, 52, 42, 58]
-    [batch] = all_ranks(
-        Numbered(lengths),
-        schedule(lengths, "12 examples", pack=pack),
-        1,
-        **layout,
-        attention_weight=0.05,
-    )
-    assert [([i for i, _ in examples_of(m)], m.input_ids.shape[1]) for m in batch.micro] == expected
-    assert (batch.first_micro, batch.idle_share) == (0, 0.0)
+def ranks_of(lengths: list[int], world: int, room: int, **layout: Any) -> list[GlobalBatch]:
+    """The ranks of one packed step of all examples."""
+    course = schedule(lengths, f"{len(lengths)} examples", pack=True)
+    layout = {"micro_batch": Size(room, "tokens"), **layout}
+    return all_ranks(Numbered(lengths), course, world, **layout)
 
 
 def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
-    """Two micro steps on two ranks: by hand 60 and 50, then 40 and 35 tokens, so 15 of 200 are
-    idle.
-    """
-    lengths = [60, 50, 40, 35]
-    ranks = all_ranks(
-        Numbered(lengths),
-        schedule(lengths, "4 examples", pack=True),
-        2,
-        micro_batch=Size(60, "tokens"),
-    )
+    """Two micro steps on two ranks: 60 and 50, then 40 and 35 tokens, so 15 of 200 are idle."""
+    ranks = ranks_of([60, 50, 40, 35], 2, 60)
     assert [[m.tokens for m in batch.micro] for batch in ranks] == [[60, 35], [50, 40]]
     assert ranks[0].idle_share == pytest.approx(15 / 200)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("weight", [0.0, 0.02])
-@pytest.mark.parametrize("world", [2, 5, 16])
+@pytest.mark.parametrize(
+    ("pack", "weight", "world"), [(True, 0.02, 2), (True, 0.0, 16), (False, 0.02, 5)]
+)
 def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) -> None:
     """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition
     of cost.
     """
-    lengths = np.clip(
-        np.random.default_rng(1).lognormal(2.5, 0.8, 256).astype(int), 4, SEQ
-    ).tolist()
+    random = np.random.default_rng(1)
+    lengths = np.clip(random.lognormal(2.5, 0.8, 256).astype(int), 4, SEQ).tolist()
     tokens, course = Numbered(lengths), schedule(lengths, "64 examples", pack=pack)
     layout = {"micro_batch": Size(128, "tokens"), "attention_weight": weight}
     for step in range(4):
@@ -262,9 +203,8 @@ def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) ->
         balanced = idle([[cost(m, weight) for m in batch.micro] for batch in ranks])
         # The same sums in another order
         assert ranks[0].idle_share == pytest.approx(balanced, abs=1e-12)
-        alone = [
-            cost(m, weight) for m in Loader(tokens, course, pad_id=0, **layout).batch(step).micro
-        ]
+        batch = Loader(tokens, course, pad_id=0, **layout).batch(step)
+        alone = [cost(m, weight) for m in batch.micro]
         alone += [0.0] * (-len(alone) % world)
         assert balanced < idle([alone[r::world] for r in range(world)])
 
@@ -276,33 +216,20 @@ def idle(costs: list[list[float]]) -> float:
 
 
 def test_of_one_fixed_shape_attention_is_balanced() -> None:
-    """One long document costs as much attention as many short ones: 64 x 65 / 2 = 2080 pairs, 8 x 9
-    / 2 = 36.
-    """
-    lengths = [64, *[8] * 8]
-    ranks = all_ranks(
-        Numbered(lengths), schedule(lengths, "9 examples", pack=True), 2,
-        micro_batch=Size(72, "tokens"), row_length=72, attention_weight=1.0,
-    )  # fmt: skip
+    """One long document costs more than many short ones: 64 x 65 / 2 pairs, and 8 x 8 x 9 / 2."""
+    ranks = ranks_of([64, *[8] * 8], 2, 72, row_length=72, attention_weight=1.0)
     assert sorted(m.examples for batch in ranks for m in batch.micro) == [1, 8]
 
 
 def test_ranks_without_an_example_have_a_micro_batch_all_the_same() -> None:
-    ranks = all_ranks(
-        Numbered([8, 8]),
-        schedule([8, 8], "2 examples", pack=True),
-        5,
-        micro_batch=Size(64, "tokens"),
-        multiple=4,
-    )
+    ranks = ranks_of([8, 8], 5, 64, multiple=4)
     assert [b.micro[0].examples for b in ranks] == [1, 1, 0, 0, 0]
     assert [tuple(b.micro[0].input_ids.shape) for b in ranks] == [(1, 8)] * 2 + [(1, 4)] * 3
     assert [b.idle_share for b in ranks] == pytest.approx([3 / 5] * 5)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "none"])
-def test_a_micro_batch_without_an_example_adds_nothing(tiny, tmp_path, adapter: str) -> None:
-    model = built_model(make_run(tiny, tmp_path, adapter={"kind": adapter}), tiny)
+def test_a_micro_batch_without_an_example_adds_nothing(tiny: Path, tmp_path: Path) -> None:
+    model = built_model(make_run(tiny, tmp_path, adapter={"kind": "none"}), tiny)
     made = model(collate([[]], length=1, pad_id=0))
     made.loss.backward()
     assert float(made.loss.detach()) == made.denominator == 0
@@ -313,7 +240,7 @@ items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
 def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:
     costs, lengths = np.array(pairs, np.float64)[:, 0], np.array(pairs)[:, 1]
@@ -329,26 +256,6 @@ def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most
     assert bins == wanted
 
 
-@pytest.mark.slow
-@settings(max_examples=100)
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
-def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:
-    """List scheduling: the bin that ends last had the least cost before its last item (Graham,
-    1969).
-    """
-    bins = balanced_bins(
-        np.array(costs, np.float64),
-        np.ones(len(costs), int),
-        count,
-        capacity=10**6,
-        max_items=10**6,
-    )
-    assert bins is not None
-    largest = max(sum(costs[i] for i in b) for b in bins)
-    assert largest <= sum(costs) / count + max(costs) * (1 - 1 / count) + 1e-9
-    assert sum(map(bool, bins)) == min(count, len(costs)), "no bin is empty that need not be"
-
-
 def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
     """3 + 3 and 2 + 2 + 2 fill two bins of 6; the costliest first puts a 3 into each, and the last
     2 finds no room.
@@ -356,10 +263,52 @@ def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
     lengths = np.array([3, 3, 2, 2, 2]) * 2
     assert balanced_bins(lengths.astype(float), lengths, 2, capacity=12, max_items=5) is None
     assert len(best_fit_decreasing(lengths, 12)) == 2
-    ranks = all_ranks(
-        Numbered(lengths.tolist()),
-        schedule(lengths.tolist(), "5 examples", pack=True),
-        2,
-        micro_batch=Size(12, "tokens"),
-    )
+    ranks = ranks_of(lengths.tolist(), 2, 12)
     assert [[m.tokens for m in batch.micro] for batch in ranks] == [[12], [12]]
+
+
+# --- batches of examples that stand in no schedule
+
+ROOM = 60
+
+
+def examples(sequences: int) -> list[Example]:
+    random = np.random.default_rng(0)
+    made = []
+    for number in range(40):
+        lengths = tuple(random.integers(2, 30, sequences).tolist())
+        ids = np.full(sum(lengths), number, np.int32)
+        trained = random.random(len(ids)) < 0.5
+        made.append(Example(ids, trained, lengths if sequences > 1 else ()))
+    return made
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_each_example_is_in_one_batch_of_one_rank(
+    is_packed: bool, sequences: int, ranks: int
+) -> None:
+    rows = examples(sequences)
+    of_ranks = []
+    for rank in range(ranks):
+        layout = Layout(0, is_packed, multiple=4, share=(rank, ranks))
+        of_ranks.append(list(layout.batches(rows, ROOM)))
+    assert len({len(batches) for batches in of_ranks}) == 1
+    taken = [i for batches in of_ranks for indices, _ in batches for i in indices]
+    assert sorted(taken) == list(range(len(rows)))
+    for indices, batch in (entry for batches in of_ranks for entry in batches):
+        height, width = batch.input_ids.shape
+        assert batch.examples == len(indices)
+        assert batch.supervised == sum(rows[i].supervised for i in indices)
+        assert width % 4 == 0
+        assert len(indices) < 2 or height * (width - 3) <= ROOM
+        # Documents of a batch in the order of its examples, each in a row of its own or in one.
+        assert height == (1 if is_packed else max(1, sequences * len(indices)))
+        if indices and not is_packed:
+            assert batch.input_ids[::sequences, 0].tolist() == indices
+
+
+def test_nothing_has_no_batch() -> None:
+    assert list(Layout(0, packed=True).batches([], ROOM)) == []
+    assert list(Layout(0, packed=False).batches([], ROOM)) == []

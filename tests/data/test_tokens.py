@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from errors import holds
+from errors import holds, refuses
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.samples import Text
@@ -55,12 +55,9 @@ def test_examples_are_those_of_the_template(make, simple: Simple) -> None:
 def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(
     make, simple: Simple
 ) -> None:
-    """`eval` tokenises by a template that was loaded without the recipe: it must see what training
-    saw.
-    """
-    assert simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids).startswith(
-        "<|im_start|>system\nBe.<|im_end|>"
-    )
+    """`eval` tokenises by a template that was loaded without the recipe."""
+    text = simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids)
+    assert text.startswith("<|im_start|>system\nBe.<|im_end|>")
 
 
 def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Path) -> None:
@@ -98,28 +95,28 @@ def test_what_shapes_the_tokens_names_the_entry(make, simple: Simple, tmp_path: 
     assert entries() == 9
 
 
-FILES = ("ids.bin", "trained.bin", "offsets.bin", "rows.bin", "cut.bin", "meta.json")
-
-
 @pytest.mark.parametrize(
-    "case", [(file, damage) for file in FILES for damage in ("lost", "torn", "flipped")], ids=str
-)
+    ("file", "damage"),
+    [
+        ("ids.bin", "lost"), ("ids.bin", "flipped"), ("trained.bin", "torn"), ("trained.bin", "flipped"),
+        ("offsets.bin", "torn"), ("rows.bin", "flipped"), ("cut.bin", "lost"), ("cut.bin", "flipped"),
+        ("meta.json", "lost"), ("meta.json", "torn"), ("meta.json", "flipped"),
+    ],
+)  # fmt: skip
 def test_a_damaged_entry_is_made_again(
-    make, simple: Simple, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: tuple[str, str]
+    make, simple: Simple, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
-    file, damage = case
     whole = make(alpaca(20), seq_len=256)
     make(alpaca(20), seq_len=256, cache=tmp_path / "c")
     [entry] = (tmp_path / "c").iterdir()
-    path = entry / file
-    data = bytearray(path.read_bytes())
+    data = bytearray((entry / file).read_bytes())
     if damage == "lost":
-        path.unlink()
+        (entry / file).unlink()
     else:
         if damage == "flipped":
             at = data.index(b'"supervised": ') + 14 if file == "meta.json" else len(data) - 1
             data[at] = ord("x") if file == "meta.json" else data[at] ^ 1
-        path.write_bytes(data[: len(data) // 2] if damage == "torn" else data)
+        (entry / file).write_bytes(data[: len(data) // 2] if damage == "torn" else data)
     with caplog.at_level(logging.WARNING):
         again = make(alpaca(20), seq_len=256, cache=tmp_path / "c")
     assert "damaged" in caplog.text
@@ -169,26 +166,16 @@ def test_too_long(make) -> None:
     assert lengths == [30, 70, 110]
     cut = make(rows, seq_len=75)
     assert cut.lengths.tolist() == [30, 70, 75]
-    assert (cut.counts.cut, cut.counts.dropped, cut.counts.emptied, cut.counts.longest) == (
-        1,
-        0,
-        0,
-        110,
-    )
+    counts = cut.counts
+    assert (counts.cut, counts.dropped, counts.emptied, counts.longest) == (1, 0, 0, 110)
     assert cut.parts[0].arrays.truncated.tolist() == [False, False, True]
     dropped = make(rows, seq_len=75, too_long="drop")
     assert dropped.lengths.tolist() == [30, 70]
     assert (dropped.counts.kept, dropped.counts.cut, dropped.counts.dropped) == (2, 0, 1)
-    with pytest.raises(DataError, match="110 tokens") as caught:
+    with refuses(DataError, where="rows0.jsonl:3", names=["110 tokens"], fix=["data.seq_len=110"]):
         make(rows, seq_len=75, too_long="error")
-    assert caught.value.where.endswith("rows0.jsonl:3")
-    assert "data.seq_len=110" in caught.value.fix
-
-
-def test_a_cut_that_leaves_nothing_supervised_is_dropped_and_counted(make) -> None:
-    rows = alpaca(3, letters=lambda i: 4 + 40 * i)
-    tokens = make(rows, seq_len=24)  # the prompt alone
-    assert (len(tokens), tokens.counts.emptied, tokens.counts.dropped) == (0, 3, 0)
+    prompts = make(rows, seq_len=24)  # nothing supervised is left
+    assert (len(prompts), prompts.counts.emptied, prompts.counts.dropped) == (0, 3, 0)
 
 
 def test_rows_keep_their_place_when_others_are_left_out(make) -> None:
@@ -212,8 +199,8 @@ def test_sources_and_weights(make) -> None:
 def test_the_digest_is_of_what_is_trained_on(make) -> None:
     base = make(alpaca(4), seq_len=256).counts.digest
     assert base == make(alpaca(4), seq_len=512).counts.digest
-    assert base != make(alpaca(4), seq_len=256, train_on="all").counts.digest
-    assert base != make(alpaca(5), seq_len=256).counts.digest
+    for rows, keys in ((alpaca(4), {"train_on": "all"}), (alpaca(5), {})):
+        assert base != make(rows, seq_len=256, **keys).counts.digest
 
 
 def test_the_first_n(make) -> None:
@@ -227,26 +214,25 @@ def test_the_first_n(make) -> None:
     assert len(tokens.first(99)) == 7
 
 
-def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
-    source = Source(
-        source=write("a.jsonl", alpaca(10)), format="alpaca", split="train[:50%]", max_examples=3
-    )
-    data = Data(train=(source,), seq_len=256)
-    assert (
-        len(
-            tokenize(
-                [(source, read_rows(source))],
-                data,
-                simple,
-                cache=None,
-                what="train",
-            )
-        )
-        == 3
-    )
-    other = replace(source, split="train[50%:]")
-    tokens = tokenize([(other, read_rows(other))], data, simple, cache=None, what="train")
-    assert tokens.where(0).endswith("a.jsonl:6")
+def test_batches_for_the_tokenizer_end_at_a_size(
+    simple: Simple, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.data.tokens.tokenize._BATCH_CHARACTERS", 100)
+    sizes: list[int] = []
+    encode_many = simple.encode_many
+
+    def counted(samples: Any, *args: Any, **keys: Any) -> Any:
+        sizes.append(sum(len(sample.text) for sample in samples))
+        return encode_many(samples, *args, **keys)
+
+    monkeypatch.setattr(simple, "encode_many", counted)
+    texts = ["a" * n for n in (40, 40, 40, 300, 5, 95, 1)]
+    path = write("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source(source=path, format="text")
+    data = Data(train=(source,), seq_len=512)
+    tokens = tokenize([(source, read_rows(source))], data, simple, cache=None, what="train")
+    assert sizes == [80, 40, 300, 100, 1]
+    assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
 
 
 def test_memory_does_not_grow_with_what_was_written(simple: Simple, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`tunesmith data`: what it shows is what is trained, and a broken contract ends in exit code 2."""
+"""`tunesmith data` shows what is trained on, and ends with exit code 2 for a broken contract."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from errors import check_shown, lines_with, refuses, warnings_with
+from invoke import invoke
 from rows import alpaca
 from tunesmith.cli import run_data as verb
-from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.data.prepare import TrainingData, prepare_data
@@ -48,9 +48,10 @@ def prepared(path: str, tiny: Path, *overrides: str, vocab: int = 272, **keys: A
     return prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), vocab, **keys)
 
 
-def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", recipe(alpaca(60)), "--rows", "2"]) == 0
-    out = capsys.readouterr().out
+def test_it_shows_what_is_supervised(recipe) -> None:
+    shown = invoke("data", recipe(alpaca(60)), "--rows", 2)
+    assert shown.code == 0
+    out = shown.out
     assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
     assert "rows.jsonl:2: " in out
@@ -64,65 +65,30 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "BROKEN" not in out
 
 
-@pytest.mark.slow
-def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fix_of_few_steps_fixes(recipe) -> None:
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
-    for start in ([], ["train.global_batch=64 examples"]):
-        assert main(["data", path, *start, "train.duration=0.5 epochs"]) == 0
-        warning = re.search(r"warning: .*fix: set (.*)", capsys.readouterr().out)
-        assert warning is not None
-        assert main(["data", path, *start, warning[1].replace('"', "")]) == 0
-        assert "warning" not in capsys.readouterr().out
+    told = invoke("data", path, "train.duration=0.5 epochs").out
+    warning = re.search(r"warning: .*fix: set (.*)", told)
+    assert warning is not None
+    fixed = invoke("data", path, "train.duration=0.5 epochs", warning[1].replace('"', ""))
+    assert (fixed.code, "warning" in fixed.out) == (0, False)
 
 
-def test_one_thing_is_counted_in_the_singular(recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe('{"instruction": "say", "output": "", "grade": 1}')
-    assert main(["data", path]) == 0
-    told = capsys.readouterr().out
-    assert lines_with(told, "1 row", "1 answer")
-    assert not re.findall(r'(?<!")\b1 (?:[a-z-]+ )?(?:[a-z]+s|are|have|were)\b', told)
-
-
-def test_colours_show_supervised_tokens_on_a_terminal(
-    recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import io
-
-    from rich.console import Console
-
-    monkeypatch.delenv("NO_COLOR")
-    out = io.StringIO()
-    console = Console(
-        file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False
-    )
-    data = prepared(recipe(alpaca(1)), tiny)
-    verb._print_rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
-    text = out.getvalue()
-    assert "⟦" not in text
-    assert "\x1b[1;32mxxxxx\x1b[0m" in text  # supervised: bold green
-    assert "\x1b[1;7;32m<|im_end|>" in text  # supervised and special
-    assert "\x1b[2;7m<|im_start|>" in text  # special
-
-
-def test_no_control_of_a_row_or_of_a_file_name_reaches_the_terminal(
-    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_control_of_a_row_or_of_a_file_name_reaches_the_terminal(recipe, tmp_path: Path) -> None:
     """Nor is a name read as markup."""
     controls = "\x1b]0;title\x07\x9b2J\u202e"
     rows = [{"instruction": f"say {i} {controls}", "output": controls} for i in range(60)]
     file = tmp_path / f"[b]{controls}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = json.dumps([{"source": str(file), "format": "alpaca"}])
-    assert main(["data", recipe(alpaca(1)), f"data.train={source}", "--rows", "1"]) == 0
-    out = capsys.readouterr().out
+    out = invoke("data", recipe(alpaca(1)), f"data.train={source}", "--rows", 1).out
     assert out.count("\\x1b]0;title") >= 3  # the place, the question, the answer, the table
     assert not {*out} & {*controls} - {*"]0;title2J"}
     assert re.search(r"train:\s+\[b\]", out)
 
 
-def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", recipe(alpaca(10)), "--json", "--rows", "1"]) == 0
-    values = json.loads(capsys.readouterr().out)
+def test_json(recipe) -> None:
+    values = json.loads(invoke("data", recipe(alpaca(10)), "--json", "--rows", 1).out)
     assert values["train"][0]["kept"] == 10
     assert sum(bar["examples"] for bar in values["lengths"]) == 10
     assert values["schedule"]["steps"] == 1
@@ -147,11 +113,9 @@ def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
         assert shown == f"{first}\n… {n - limit:,} tokens …\n{last}"
 
 
-def test_a_broken_contract_is_shown_and_ends_in_2(
-    recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["data", recipe(alpaca(3)), "data.seq_len=10"]) == 2
-    told = capsys.readouterr()
+def test_a_broken_contract_is_shown_and_ends_in_2(recipe) -> None:
+    told = invoke("data", recipe(alpaca(3)), "data.seq_len=10")
+    assert told.code == 2
     last = told.out[told.out.index("steps: ") :]
     broken = last.index("BROKEN, train")
     # Before the line of those that passed.
@@ -200,49 +164,6 @@ def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write)
     assert prepared(path, tiny, "data.train.split=train[10:]").overlap.count == 0
 
 
-NAME = "a-long-name-of-questions.jsonl"
-
-
-@pytest.mark.parametrize("width", [40, 100])
-def test_figures_and_lengths_are_readable_at_any_width(
-    tiny: Path,
-    tmp_path: Path,
-    width: int,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from recipes import make_run
-
-    monkeypatch.setenv("COLUMNS", str(width))
-    (tmp_path / NAME).write_text(alpaca(60) + alpaca(9))
-    sources = [
-        {"source": str(tmp_path / NAME), "format": "alpaca", "split": s}
-        for s in ("train[:55]", "train[-14:]")
-    ]
-    more = {
-        "train": {**sources[0], "weight": 2.0},
-        "validation": sources[1],
-        "too_long": "drop",
-        "seq_len": 66,
-    }
-    run = make_run(tiny, tmp_path, data=more)
-    tokenizer = load_tokenizer(tiny, run.model)
-    data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), 272, cache=tmp_path / "cache")
-    verb.print_data(data, tokenizer, 1)
-    text = capsys.readouterr().out
-    for whole in (
-        f"train: {NAME}",
-        f"validation: {NAME}",
-        "split: train[:55]",
-        "weight 2",
-        "█" * 10,
-    ):
-        assert whole in " ".join(text.split()), whole
-    bars = [line for line in text.splitlines() if "█" in line]
-    # Lengths that no example has are left out.
-    assert all(" 0 " not in line for line in bars)
-
-
 def test_lengths_are_counted_in_equal_steps() -> None:
     lengths = np.array([30] * 3 + [57] * 2 + [1000])
     bars = histogram(SimpleNamespace(lengths=lengths))  # type: ignore[arg-type]
@@ -251,13 +172,8 @@ def test_lengths_are_counted_in_equal_steps() -> None:
     assert histogram(same) == [(12, 12, 2)]  # type: ignore[arg-type]
 
 
-def test_a_run_directory_shows_its_recipe(
-    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_directory_shows_its_recipe(recipe, tmp_path: Path) -> None:
     file = recipe(alpaca(12))
-    assert main(["data", file]) == 0
-    shown = capsys.readouterr().out
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump(load_recipe(file)))
-    assert main(["data", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out == shown
+    assert invoke("data", file).out == invoke("data", tmp_path / "run").out != ""

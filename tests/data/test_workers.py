@@ -62,11 +62,13 @@ class ForkedWorker:
         self.wait()
 
 
-def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> Made:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """The processes that were started; a worker for every 100 rows, whatever this machine has."""
     processes = Made()
 
     def started(*args: Any, **options: Any) -> Any:
+        start = ForkedWorker if FORKS else subprocess.Popen
         processes.append(start(*args, **options))
         return processes[-1]
 
@@ -75,11 +77,6 @@ def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> 
     monkeypatch.setattr(workers, "MIN_ROWS_PER_WORKER", 100)
     monkeypatch.setattr(workers, "available_cores", lambda: 3)
     return processes
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    return watch_starts(monkeypatch, ForkedWorker if FORKS else subprocess.Popen)
 
 
 def line(i: int) -> dict[str, Any]:
@@ -102,22 +99,17 @@ def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: A
 def test_tokens_and_counts_are_those_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(1500)))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(600)))
     one = tokens_of(tmp_path / "rows.jsonl", 1, monkeypatch)
     assert made == []
     three = tokens_of(tmp_path / "rows.jsonl", 3, monkeypatch)
     assert [process.poll() is not None for process in made] == [True] * 3
-    assert [p.counts for p in one.parts] == [
-        p.counts for p in three.parts
-    ]  # the digest of all tokens among them
-    assert one.parts[0].counts.flaws["empty"][0] > 100
-    assert (one.counts.prompts, one.counts.cut > 0) == (256 + (1500 - 256) // 32 + 1, True)
+    # The digest of all tokens is among the counts.
+    assert [p.counts for p in one.parts] == [p.counts for p in three.parts]
+    assert one.parts[0].counts.flaws["empty"][0] > 40
+    assert (one.counts.prompts, one.counts.cut > 0) == (256 + (600 - 256) // 32 + 1, True)
     for a, b in zip(one.parts[0].arrays, three.parts[0].arrays, strict=True):
         assert np.array_equal(a, b)
-
-
-def _no_json(lines: list[str]) -> None:
-    lines[600] = "{oops"
 
 
 def _no_role_before_no_json(lines: list[str]) -> None:
@@ -128,28 +120,21 @@ def _no_role_before_no_json(lines: list[str]) -> None:
     lines[600] = "{oops"
 
 
-def _no_answer(lines: list[str]) -> None:
-    lines[300] = json.dumps({"messages": [{"role": "user", "content": "a"}]})
-
-
 def _too_long(lines: list[str]) -> None:
     lines[300] = json.dumps(line(0)).replace("say", "say" * 500)
 
 
-@pytest.mark.parametrize("spoil", [_no_json, _no_role_before_no_json, _no_answer, _too_long])
+@pytest.mark.parametrize("spoil", [_no_role_before_no_json, _too_long])
 def test_an_error_names_the_row_that_one_process_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, spoil: Callable[[list[str]], None]
 ) -> None:
-    """This process itself finds the row that is too long.
-
-    The workers have ended when the error comes.
-    """
-    lines = [json.dumps(line(i)) for i in range(800)]
+    """This process itself finds the row that is too long. Workers have ended when the error comes."""
+    lines = [json.dumps(line(i)) for i in range(700)]
     spoil(lines)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     said = []
     for cores in (1, 2):
-        with pytest.raises(DataError) as caught:
+        with refuses(DataError) as caught:
             tokens_of(tmp_path / "rows.jsonl", cores, monkeypatch, seq_len=1000, too_long="error")
         said.append(caught.value.text())
     assert said[0] == said[1]
@@ -157,8 +142,10 @@ def test_an_error_names_the_row_that_one_process_names(
     assert [process.poll() is not None for process in made] == [True] * 2
 
 
-def encoder() -> RowEncoder:
+def encoder(of: str = "") -> RowEncoder:
     tokenizer = byte_tokenizer()
+    if of:
+        tokenizer.__class__ = type("Other", (type(tokenizer),), {"__module__": of})
     template = Template(
         tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
     )
@@ -210,34 +197,32 @@ def test_a_fault_of_ours_brings_its_traceback_along(made: Made) -> None:
     assert "encode_many" in str(caught.value)
 
 
-@pytest.mark.parametrize(("rows", "started"), [(199, 0), (200, 2), (10**9, 3)])
-def test_few_rows_stay_in_this_process(made: Made, rows: int, started: int) -> None:
-    assert len(list(encode_batches(encoder(), batches(2), rows=rows))) == 2
+@pytest.mark.parametrize(
+    ("rows", "started", "module"),
+    [
+        (199, 0, ""),
+        (200, 2, ""),
+        # With trust_remote_code a tokenizer's class lies in a module that is made here.
+        (10**9, 0, "transformers_modules.mine"),
+    ],
+)
+def test_few_rows_and_a_tokenizer_that_only_this_process_can_load_stay_in_it(
+    made: Made, rows: int, started: int, module: str
+) -> None:
+    assert len(list(encode_batches(encoder(module), batches(2), rows=rows))) == 2
     assert len(made) == started
 
 
-def test_a_tokenizer_that_only_this_process_can_load_stays_in_it(made: Made) -> None:
-    """With trust_remote_code its class lies in a module that is made here."""
-    tokenizer = byte_tokenizer()
-    tokenizer.__class__ = type(
-        "Other", (type(tokenizer),), {"__module__": "transformers_modules.mine"}
-    )
-    template = Template(
-        tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
-    )
-    encode = RowEncoder(template, Source(source="rows.jsonl"), None, "response")
-    assert len(list(encode_batches(encode, batches(2), rows=10**9))) == 2
-    assert made == []
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -9)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGTERM", 75), pytest.param("SIGKILL", -9, marks=pytest.mark.nightly)],
+)
 def test_a_signal_ends_the_workers_without_a_word(
     tiny: Path, tmp_path: Path, name: str, code: int
 ) -> None:
     """Also a script that has no `if __name__` guard is not run again by them."""
-    (tmp_path / "train.jsonl").write_text(
-        "".join(json.dumps(line(i)) + "\n" for i in range(12_000))
-    )
+    rows = "".join(json.dumps(line(i)) + "\n" for i in range(8000))
+    (tmp_path / "train.jsonl").write_text(rows)
     values = recipe(tiny, tmp_path, held=False, data={"train": {"format": "messages"}})
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     script = tmp_path / "script.py"
@@ -246,12 +231,8 @@ def test_a_signal_ends_the_workers_without_a_word(
         "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
         f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
     )
-    process = Warm(
-        [],
-        program=script,
-        env=os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")},
-        prepare=os.setsid,
-    )
+    environment = os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}
+    process = Warm([], program=script, env=environment, prepare=os.setsid)
     try:
         deadline = time.monotonic() + TIME
         while process.poll() is None and time.monotonic() < deadline:

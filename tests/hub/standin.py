@@ -1,5 +1,4 @@
-"""A stand-in for the Hub on 127.0.0.1: the part of its protocol that fetching a model uses, and its
-ways to fail.
+"""A stand-in for the Hub on 127.0.0.1: the protocol of fetching a model, and its ways to fail.
 
 Large files are answered with a redirect to another origin, as the Hub sends them to its content
 network; that origin notes whether a token reached it.
@@ -9,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -125,24 +126,13 @@ class StandIn:
             http.wfile.write(data)
 
     def describe(self, http: BaseHTTPRequestHandler, name: str, repo: Repo, *, tree: bool) -> None:
-        if tree:
-            answer: object = [
-                {"type": "file", "path": n, "size": len(data), "oid": git_hash(data)}
-                | (
-                    {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}}
-                    if n in repo.large
-                    else {}
-                )
-                for n, data in repo.files.items()
-            ]
-        else:
+        listed = [file_entry(n, data, repo) for n, data in repo.files.items()]
+        answer: object = listed
+        if not tree:
             answer = {
                 "_id": "1", "id": name, "modelId": name, "sha": COMMIT, "private": False, "disabled": False,
                 "gated": "manual" if repo.gated else False, "tags": [], "downloads": 0, "likes": 0,
-                "cardData": repo.card,
-                "siblings": [{"rfilename": n, "size": len(data), "blobId": git_hash(data)}
-                             | ({"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}}
-                                if n in repo.large else {}) for n, data in repo.files.items()],
+                "cardData": repo.card, "siblings": listed,
             }  # fmt: skip
         http.send_response(200)
         http.send_header("Content-Type", "application/json")
@@ -174,6 +164,37 @@ class StandIn:
             http.close_connection = True
         http.wfile.write(data)
         http.wfile.flush()
+
+
+def file_entry(name: str, data: bytes, repo: Repo) -> dict[str, object]:
+    """A file as the list of a folder and the description of a repository have it."""
+    size, git, lfs = len(data), git_hash(data), sha256(data)
+    entry = {
+        "type": "file",
+        "path": name,
+        "rfilename": name,
+        "size": size,
+        "oid": git,
+        "blobId": git,
+    }
+    large = {"lfs": {"oid": lfs, "sha256": lfs, "size": size, "pointerSize": 134}}
+    return entry | (large if name in repo.large else {})
+
+
+def environment(folder: Path, hub: StandIn | None) -> dict[str, str]:
+    """Without the settings of this machine, with caches in `folder`, and this Hub or none."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and not key.lower().endswith("_proxy")
+    }
+    return clean | {
+        "HF_HOME": str(folder / "home"),
+        "TUNESMITH_CACHE": str(folder / "own"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9",
+    }
 
 
 def git_hash(data: bytes) -> str:

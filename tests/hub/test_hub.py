@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from tunesmith.hub.fetch import fetch_without_weights
 from tunesmith.hub.hub_calls import hub_calls, hub_error
 from warm import read_hub_settings, run_warm
 
-from .standin import COMMIT, Repo, StandIn, sha256
+from .standin import COMMIT, Repo, StandIn, environment, sha256
 
 pytestmark = pytest.mark.slow
 
@@ -63,26 +62,10 @@ def ask(tmp_path: Path):
         *,
         token: str | None = None,
         offline: bool = False,
-        env: dict | None = None,
         **spec,
     ):
         spec.setdefault("model", {"name": NAME})
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith("HF_") and not k.lower().endswith("_proxy")
-        }
-        env = (
-            clean
-            | (env or {})
-            | {
-                "HF_HOME": str(tmp_path / "home"),
-                "HF_HUB_OFFLINE": "1" if offline else "0",
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9",
-            }
-        )
+        env = environment(tmp_path, hub) | {"HF_HUB_OFFLINE": "1" if offline else "0"}
         if token:
             env["HF_TOKEN"] = token
         done = run_warm([json.dumps(spec)], program=CLIENT, env=env, prepare=read_hub_settings)
@@ -124,25 +107,69 @@ def test_a_model_is_downloaded_and_then_used_from_the_cache(ask, files, tiny) ->
     assert offline == answer
 
 
-def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
-    with StandIn({NAME: Repo(files, cut=[0] * 20)}) as hub:
-        answer, _ = ask(hub)
-        assert_refused(answer, "cannot be reached", "finished downloads are kept")
+INDEX = {"weight_map": {f"{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
+DECODER = AutoConfig.for_model("modernbert-decoder").to_json_string().encode()
+LICENCE = {"license": "other", "license_name": "tiny-licence"}
+PICKLED = "python -c 'import sys; from transformers import"
+
+# Files beside or in place of the model's (None: without), the repository, what is asked, and the
+# words of the refusal.
+REFUSED: dict[str, tuple[dict[str, bytes | None], dict, dict, tuple[str, ...]]] = {
+    "a connection that always breaks": ({}, {"cut": [0] * 20}, {}, ("finished downloads are kept",)),
+    "a busy hub": ({}, {"failing": 99}, {}, ("HTTP status 503", "try again later")),
+    "another name": ({}, {}, {"model": {"name": "someone/else"}}, ("someone/else", "private")),
+    "another revision": ({}, {}, {"model": {"name": NAME, "revision": "v9"}}, ("'v9'", "/tree/main")),
+    "gated, without a token": ({}, {"gated": True, "card": LICENCE}, {}, ("cause: licence: ", "hf auth login")),
+    "gated, for this token": ({}, {"gated": True, "card": LICENCE}, {"token": TOKEN}, ("cause: licence: ", "your token's account")),
+    "pickled weights": ({"model.safetensors": None, "pytorch_model.bin": b"x"}, {}, {}, (PICKLED, NAME)),
+    "a missing shard": (
+        {"model.safetensors": None, "model.safetensors.index.json": json.dumps(INDEX).encode(), "model-00001-of-00002.safetensors": b"x"},
+        {}, {}, ("model-00002-of-00002.safetensors",),
+    ),
+    "GGUF": ({"model.safetensors": None, "model.Q4.gguf": b"GGUF"}, {}, {}, ("hf download",)),
+    "an adapter": ({"model.safetensors": None, "adapter_config.json": b"{}"}, {}, {}, ("adapter.from",)),
+    "no weights": ({"model.safetensors": None}, {}, {}, ("no weights",)),
+    "a kind that is not trained": ({"config.json": DECODER}, {}, {}, ("modernbert-decoder", "llama")),
+    "a full disk": ({}, {}, {"free": 1 << 20}, ("not enough disk space", " missing", "HF_HOME")),
+}  # fmt: skip
 
 
-def test_a_busy_hub_is_named(ask, files) -> None:
-    with StandIn({NAME: Repo(files, failing=99)}) as hub:
-        assert_refused(ask(hub)[0], "HTTP status 503", "try again later")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_fetched_is_refused_before_its_weights_come(ask, files, name: str) -> None:
+    changed, repo, asked, words = REFUSED[name]
+    held = {name: data for name, data in (files | changed).items() if data is not None}
+    with StandIn({NAME: Repo(held, **repo)}) as hub:
+        answer, said = ask(hub, **asked)
+        kind = "MachineError" if "free" in asked else "ModelError"
+        assert_refused(answer, *words, kind=kind)
+        assert "cut" in repo or not hub.downloads("/network/someone/tiny/model.safetensors")
+        if "card" in repo:
+            assert f"{hub.url}/{NAME}" in answer["error"], "the page to ask on"
+            assert lines_with(said, NAME, "tiny-licence"), "told before access is asked for"
+
+
+def test_a_granted_token_is_used_but_not_given_to_the_content_network(ask, files) -> None:
+    with StandIn({NAME: Repo(files, gated=True, granted=TOKEN)}) as hub:
+        answer, _ = ask(hub, token=TOKEN, model={"name": NAME, "revision": "v2"})
+        assert answer["folder"].endswith(COMMIT)
+        assert {s.token for s in hub.seen if "/resolve/" in s.path} == {TOKEN}
+        assert {s.token for s in hub.seen if s.path.startswith("/network/")} == {None}
 
 
 def test_what_is_left_of_a_killed_download_is_not_taken_for_the_model(ask, files) -> None:
+    """Nor is a snapshot that lost a file."""
     with StandIn({NAME: Repo(files)}) as hub:
         blobs = ask.home / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
         blobs.mkdir(parents=True)
         data = files["model.safetensors"]
         (blobs / f"{sha256(data)}.0123abcd.incomplete").write_bytes(data[: len(data) // 2])
-        answer, _ = ask(hub)
-        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == data
+        weights = Path(ask(hub)[0]["folder"]) / "model.safetensors"
+        assert weights.read_bytes() == data
+        weights.resolve().unlink()
+        weights.unlink()
+        assert_refused(ask(None, offline=True)[0], "not complete")
+        assert Path(ask(hub)[0]["folder"]) == weights.parent
+        assert weights.read_bytes() == data
 
 
 def test_an_error_of_the_library_for_large_files_is_ours(monkeypatch) -> None:
@@ -155,109 +182,13 @@ def test_an_error_of_the_library_for_large_files_is_ours(monkeypatch) -> None:
 
 def test_a_disabled_model_is_not_told_to_log_in() -> None:
     response = SimpleNamespace(status_code=403, headers={}, request=None)
-    text = hub_error(
-        DisabledRepoError("disabled-by-its-owner", response=response), NAME, None
-    ).text()
+    error = DisabledRepoError("disabled-by-its-owner", response=response)
+    text = hub_error(error, NAME, None).text()
     assert "disabled-by-its-owner" in text
     assert "licence" not in text
 
 
-@pytest.mark.parametrize(
-    ("token", "words"),
-    [(None, ("no token found", "hf auth login")), (TOKEN, ("your token's account",))],
-)
-def test_a_gated_model_names_the_page_to_ask_on(ask, files, token, words) -> None:
-    with StandIn(
-        {NAME: Repo(files, gated=True, card={"license": "other", "license_name": "tiny-licence"})}
-    ) as hub:
-        answer, said = ask(hub, token=token)
-        assert_refused(answer, "gated", f"{hub.url}/{NAME}", "cause: licence: ", *words)
-        assert lines_with(said, NAME, "tiny-licence"), (
-            "the licence is told before access is asked for"
-        )
-        assert not hub.downloads("model.safetensors")
-
-
-def test_a_granted_token_is_used_but_not_given_to_the_content_network(ask, files) -> None:
-    with StandIn({NAME: Repo(files, gated=True, granted=TOKEN)}) as hub:
-        answer, _ = ask(hub, token=TOKEN)
-        assert "folder" in answer
-        assert {s.token for s in hub.seen if "/resolve/" in s.path} == {TOKEN}
-        assert {s.token for s in hub.seen if s.path.startswith("/network/")} == {None}
-
-
-def test_what_is_not_there_is_named(ask, files) -> None:
-    with StandIn({NAME: Repo(files)}) as hub:
-        assert_refused(
-            ask(hub, model={"name": "someone/else"})[0], "no model someone/else", "private"
-        )
-        assert_refused(
-            ask(hub, model={"name": NAME, "revision": "v9"})[0], "no revision 'v9'", "/tree/main"
-        )
-        assert ask(hub, model={"name": NAME, "revision": "v2"})[0]["folder"].endswith(COMMIT)
-
-
-def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) -> None:
-    pickled = {n: d for n, d in files.items() if n != "model.safetensors"} | {
-        "pytorch_model.bin": b"x"
-    }
-    with StandIn({NAME: Repo(pickled)}) as hub:
-        answer, _ = ask(hub)
-        assert_refused(answer, "pickled", "python -c 'import sys; from transformers import", NAME)
-
-
-@pytest.mark.parametrize(
-    ("others", "words"),
-    [
-        ({"model.Q4.gguf": b"GGUF"}, "hf download"),
-        ({"adapter_config.json": b"{}"}, "adapter.from"),
-        ({}, "no weights"),
-    ],
-)
-def test_other_repositories_are_told_apart(ask, files, others, words) -> None:
-    with StandIn({NAME: Repo({"config.json": files["config.json"]} | others)}) as hub:
-        assert_refused(ask(hub)[0], words)
-
-
-def test_a_kind_that_is_not_trained_is_refused_before_its_weights_come(ask, files) -> None:
-    config = AutoConfig.for_model("modernbert-decoder").to_json_string().encode()
-    with StandIn({NAME: Repo(files | {"config.json": config})}) as hub:
-        assert_refused(ask(hub)[0], "modernbert-decoder is not supported", "llama")
-        assert not [s for s in hub.seen if "model.safetensors" in s.path]
-
-
-def test_a_missing_shard_is_found_before_the_download(ask, files) -> None:
-    index = {
-        "weight_map": {
-            "a": "model-00001-of-00002.safetensors",
-            "b": "model-00002-of-00002.safetensors",
-        }
-    }
-    shards = {n: d for n, d in files.items() if n != "model.safetensors"}
-    shards |= {
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        "model-00001-of-00002.safetensors": b"x",
-    }
-    with StandIn({NAME: Repo(shards)}) as hub:
-        assert_refused(ask(hub)[0], "model-00002-of-00002.safetensors")
-
-
-def test_a_full_disk_says_how_much_is_missing(ask, files) -> None:
-    with StandIn({NAME: Repo(files)}) as hub:
-        answer, _ = ask(hub, free=1 << 20)
-        assert_refused(
-            answer,
-            "not enough disk space",
-            " missing",
-            "HF_HOME",
-            str(ask.home),
-            kind="MachineError",
-        )
-        assert not hub.downloads("network/someone/tiny/model.safetensors")
-
-
 def test_a_cache_that_cannot_be_made_is_named(ask, files) -> None:
-    ask.home.parent.mkdir(exist_ok=True)
     ask.home.write_text("a file where the cache should be")
     with StandIn({NAME: Repo(files)}) as hub:
         assert_refused(ask(hub)[0], "cache cannot be written", "HF_HOME", kind="MachineError")
@@ -271,22 +202,9 @@ def test_without_a_network_or_cache(ask) -> None:
 def test_a_tokenizer_that_is_not_here_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`train --model --data` asks for it first, by a call whose error says nothing of being
-    offline.
-    """
+    """`train --model --data` asks for it first; the error of that call says nothing of it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with refuses(ModelError, names=["someone/tiny", "HF_HUB_OFFLINE"]) as caught:
         fetch_without_weights("someone/tiny")
     assert caught.value.fix == "run `HF_HUB_OFFLINE=0 tunesmith fetch someone/tiny`"
-
-
-def test_a_snapshot_that_lost_a_file_is_made_whole(ask, files) -> None:
-    with StandIn({NAME: Repo(files)}) as hub:
-        folder = Path(ask(hub)[0]["folder"])
-        weights = folder / "model.safetensors"
-        weights.resolve().unlink()
-        weights.unlink()
-        assert_refused(ask(None, offline=True)[0], "not complete")
-        assert Path(ask(hub)[0]["folder"]) == folder
-        assert weights.read_bytes() == files["model.safetensors"]
