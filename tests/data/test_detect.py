@@ -245,7 +245,6 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     ("names", "pair"),
     [
         (("prompt", "chosen", "reject"), ("chosen", "reject")),
-        (("prompt", "choosen", "rejected"), ("choosen", "rejected")),
         (("prompt", "completion", "chosen", "rejcted"), ("chosen", "rejcted")),
         (("Chose", "Reject"), ("Chose", "Reject")),
     ],
@@ -326,8 +325,6 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
         (["1;Hello there;Hi", "2;Bye now;See you"], False),
         (["\ufeffHello you\tHi\t0.5", "Bye you\tHm\t1"], False),
         (["This is the first sentence of a corpus.", "This is another."], False),
-        (["title,body", "How do I pay?,By card."], True),
-        (["Frage 1,Antwort 1", "How do I pay?,By card."], True),
         (["col_0,col_1", "How do I pay?,By card."], True),
         (["customer message text,agent reply", "How do I pay?,By card."], True),
     ],
