@@ -17,7 +17,7 @@ from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import RecipeError
-from tunesmith.units import Length, Size
+from tunesmith.units import Length
 
 from .bad_recipes import BASE
 
@@ -53,27 +53,6 @@ def test_a_recipe_in_utf_16_names_the_command_that_converts_it(tmp_path: Path) -
     assert converted.stdout == text
 
 
-def test_typed(recipe: Path) -> None:
-    run = load_recipe(
-        recipe,
-        ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"],
-    )
-    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (4, 8.0, ("q_proj",))
-    assert type(run.adapter.alpha) is float  # a whole number where a number is asked for
-    assert run.train.duration == Length(3, "epochs")
-    assert run.train.global_batch == Size(32768, "tokens")
-    assert run.train.clip_norm is None
-    assert [source.source for source in run.data.train] == ["org/rows"]
-
-
-def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
-    text = "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n"
-    run = _extending(recipe, text)
-    adapter = (run.adapter.rank, run.adapter.alpha, run.adapter.target)
-    assert adapter == (16, 8.0, ("v_proj", "o_proj"))
-    assert (run.train.betas, run.train.seed) == ((0.8, 0.9), 1)
-
-
 @pytest.mark.parametrize(
     ("place", "counts"),
     [("recipes/base.yaml", True), ("recipes/below/base.yaml", True), ("other/base.yaml", False),
@@ -101,6 +80,11 @@ def test_only_the_users_own_files_allow_code(place: str, counts: bool, tmp_path:
     assert not load_recipe(own, ["model.trust_remote_code=false"]).model.trust_remote_code
     own.write_text(f"extends: {base}\nmodel: {{trust_remote_code: true}}\n")
     assert load_recipe(own).model.trust_remote_code
+
+
+def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
+    adapter = _extending(recipe, "adapter: {rank: 16, target: [v_proj, o_proj]}\n").adapter
+    assert (adapter.rank, adapter.alpha, adapter.target) == (16, 8.0, ("v_proj", "o_proj"))
 
 
 def test_an_error_below_extends_names_the_file_below(recipe: Path) -> None:
@@ -156,22 +140,6 @@ def test_a_wrong_override_of_a_mapping_is_named(
     with refuses(RecipeError, where=f"overrides: {key}") as caught:
         load_recipe(recipe, overrides)
     assert name in f"{caught.value.what}{caught.value.why}"
-
-
-def test_overrides_of_sources(recipe: Path) -> None:
-    """A single source takes a key; of a list the whole list is given."""
-    run = load_recipe(recipe, ["data.train.split=train[:10%]"])
-    assert run.data.train[0].split == "train[:10%]"
-    two = "data.train=[{source: a/b}, {source: c/d, weight: 2}]"
-    run = load_recipe(recipe, [two])
-    assert [(s.source, s.weight) for s in run.data.train] == [("a/b", 1.0), ("c/d", 2.0)]
-    for key in ("data.train.split", "data.train.1.split"):
-        with refuses(RecipeError, names=["data.train"]):
-            load_recipe(recipe, [two, f"{key}=test"])
-    held_out = load_recipe(
-        recipe, ["data.validation.source=a/b", "data.validation.format=text"]
-    ).data.validation
-    assert [(s.source, s.format) for s in held_out] == [("a/b", "text")]
 
 
 def test_paths(recipe: Path) -> None:
@@ -243,13 +211,6 @@ def test_words_of_other_tools_lead_to_real_values() -> None:
     for word, options in words.items():
         assert nearest(word, options.split()) is not None
         assert nearest(word, [options.split()[0]]) == options.split()[0]
-
-
-def test_null_takes_away_the_validation_rows_of_a_recipe() -> None:
-    """Who brings own rows to a shipped recipe must be able to say that there are none held out."""
-    run = load_recipe("smollm2-135m-lora", ["data.validation=null"])
-    assert run.data.validation == ()
-    assert load_recipe("smollm2-135m-lora", ["data.validation=[]"]) == run
 
 
 def test_a_whole_number_of_many_digits_from_python() -> None:

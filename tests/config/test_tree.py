@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import refuses
@@ -74,6 +74,7 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     assert dict(tree.places())["b"] == f"{path}:2"
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`# \n\tax0?~<=", max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:

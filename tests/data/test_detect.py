@@ -295,6 +295,7 @@ def test_the_sample_reaches_both_ends_of_a_long_file() -> None:
     assert max(b - a for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False)) < 60
 
 
+@pytest.mark.slow
 def test_a_wide_table_is_read_in_one_pass_over_its_names(tmp_path: Path) -> None:
     """A cache of 4,096 names was of no use for more columns: each use of a name was computed."""
     columns = {f"column {i}": "a" for i in range(5000)}

@@ -25,6 +25,18 @@ WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
+AB = [user("a"), answer("b")]
+ABCD = [*AB, user("c"), answer("d")]
+
+
+def chatml(*changes: str) -> str:
+    """ChatML with texts that are replaced, each by the one behind it."""
+    jinja = CHATML
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        jinja = jinja.replace(old, new)
+    return jinja
+
+
 REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "answer first": (CHATML, [answer("a")], "at the start of a conversation"),
     "thinking dropped": (
@@ -41,23 +53,17 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "first turns dropped": (
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        [user("a"), answer("b"), user("c"), answer("d")],
+        ABCD,
         "drops message 1",
     ),
-    "no end token": (
-        CHATML.replace("<|im_end|>", ""),
-        [user("a"), answer("b")],
-        "writes no end token",
-    ),
+    "no end token": (chatml("<|im_end|>", ""), AB, "writes no end token"),
     "end after the next header only": (
-        CHATML.replace("~ '<|im_end|>", "~ '").replace(
-            "'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"
-        ),
-        [user("a"), answer("b")],
+        chatml("~ '<|im_end|>", "~ '", "'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"),
+        AB,
         "",
     ),
     "end token for questions only": (
-        CHATML.replace(
+        chatml(
             "~ '<|im_end|>\\n'",
             "~ ('<|im_end|>' if message.role == 'user' or loop.last else '') ~ '\\n'",
         ),
@@ -65,30 +71,20 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         "writes no end token after message 2",
     ),
     "cut text with an end token": (
-        CHATML.replace("message.content", "message.content.split('#')[0]"),
+        chatml("message.content", "message.content.split('#')[0]"),
         [user("a"), answer("b <|im_end|> c # d")],
         "contains an end token",
     ),
-    "upper case": (
-        CHATML.replace("message.content", "message.content | upper"),
-        [user("a"), answer("b")],
-        "renders differently",
-    ),
+    "upper case": (chatml("message.content", "message.content | upper"), AB, "renders differently"),
     "sorted by text": (
-        CHATML.replace("in messages", "in messages | sort(attribute='content')"),
+        chatml("in messages", "in messages | sort(attribute='content')"),
         [user("b"), answer("a"), user("0"), answer("1")],
         "",
     ),
-    "lengths": (
-        CHATML.replace("message.content", "(message.content | length)"),
-        [user("a"), answer("b")],
-        "renders differently",
-    ),
+    "lengths": (chatml("message.content", "(message.content | length)"), AB, "renders differently"),
     "prompt unlike rows": (
-        CHATML.replace(
-            "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
-        ),
-        [user("a"), answer("b")],
+        chatml("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"),
+        AB,
         "does not write its generation prompt",
     ),
     "roles must alternate": (
@@ -96,10 +92,10 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         [user("a"), user("b"), answer("c")],
         "cannot render",
     ),
-    "reversed": (CHATML.replace("in messages", "in messages[::-1]"), [user("a"), answer("b")], ""),
+    "reversed": (chatml("in messages", "in messages[::-1]"), AB, ""),
     "answer twice": (
-        CHATML.replace("~ message.content", "~ message.content ~ '|' ~ messages[-1].content"),
-        [user("a"), answer("b")],
+        chatml("~ message.content", "~ message.content ~ '|' ~ messages[-1].content"),
+        AB,
         "",
     ),
     "block without the end": (
@@ -111,19 +107,19 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
             1,
         )
         .replace("<|im_end|>{%- generation -%}", "<|im_end|>"),
-        [user("a"), answer("b")],
+        AB,
         "encloses 0 of 1 answers",
     ),
     "block around questions": (
         "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% endgeneration %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        [user("a"), answer("b")],
+        AB,
         "covers message 1",
     ),
     "block around the last only": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-        [user("a"), answer("b"), user("c"), answer("d")],
+        ABCD,
         "encloses 1 of 2 answers",
     ),
 }
@@ -154,7 +150,7 @@ def test_an_end_that_is_no_token_of_its_own_is_refused() -> None:
     tokenizer = train("bytes", WORDS, False)
     template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=CHATML, name="own.jinja")
     with refuses(DataError, where="rows.jsonl:7", fix=["model.added_tokens"]):
-        template.encode(Conversation([user("a"), answer("b")]), "response", where="rows.jsonl:7")
+        template.encode(Conversation(AB), "response", where="rows.jsonl:7")
 
 
 # --- public templates

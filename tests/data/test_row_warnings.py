@@ -25,7 +25,7 @@ from tunesmith.data.text.template import Template
 from tunesmith.data.tokens import workers
 from tunesmith.data.tokens.token_set import TokenSet, find_repeats
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
-from tunesmith.presentation.data import data_warnings, start_data_lines, template_line
+from tunesmith.presentation.data import data_warnings, start_data_lines
 from tunesmith.stages.inputs import check_inputs
 from tunesmith.units import Length
 
@@ -320,16 +320,6 @@ def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> 
 # --- how many of how many
 
 
-def test_the_prompt_of_a_base_without_a_template_is_told(tiny: Path, tmp_path: Path) -> None:
-    """It is a choice, other than the template that a model brings."""
-    rows = [{"instruction": f"Who {i}?", "output": f"He {i}."} for i in range(20)]
-    for base in (False, True):
-        data = prepared(tiny, tmp_path, rows, base=base, seq_len=1024)
-        line = template_line(data.template)
-        assert line.startswith("alpaca: ") == base
-        assert (line in list(start_data_lines(data))) == base
-
-
 # --- bad rows
 
 
@@ -477,17 +467,6 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
         assert data.train.parts[0].counts.unread == {"message.grade": [1, 1], "score": [2, 1]}
         (warning,) = [line for line in data_warnings(data) if "message.grade" in line]
         assert holds(warning, "1 row", "score", "2 rows", f"{source['source']}:2")
-
-
-def test_worse_answers_beside_chosen_ones_that_are_named_are_no_loss(
-    tiny: Path, tmp_path: Path
-) -> None:
-    row = {"prompt": "Who is it?", "chosen": "He.", "rejected": "No.", "score": 3}
-    source = write_lines(tmp_path / "rows.jsonl", [row] * 3)
-    named = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
-    data = prepared(tiny, tmp_path, {**source, **named})
-    (warning,) = [line for line in data_warnings(data) if holds(line, "score")]
-    assert "rejected" not in warning
 
 
 def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:

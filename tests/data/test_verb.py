@@ -65,6 +65,7 @@ def test_it_shows_what_is_supervised(recipe) -> None:
     assert "BROKEN" not in out
 
 
+@pytest.mark.slow
 def test_the_fix_of_few_steps_fixes(recipe) -> None:
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
     told = invoke("data", path, "train.duration=0.5 epochs").out
