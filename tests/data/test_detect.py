@@ -319,6 +319,26 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     assert column_names("prompt=q, completion=a") == [("prompt", "q"), ("completion", "a")]
 
 
+@pytest.mark.parametrize("form", ["prompt-completion", "alpaca"])
+def test_a_recipe_with_a_format_is_proposed_the_columns_that_it_lacks(form: str) -> None:
+    for row, columns in (
+        (
+            {"id": "T-1", "category": "x", "customer_message": "How?", "agent_reply": "So."},
+            ["customer_message", "agent_reply"],
+        ),
+        (
+            {"answer": "Because.", "rejected": "A longer text", "subject_line": "Why is it so?"},
+            ["subject_line", "answer"],
+        ),
+    ):
+        with refuses(DataError) as refused:
+            sample_of(row, form)
+        words = shlex.split(refused.value.fix.removeprefix("use "))
+        named = dict(column_names(words[1]))
+        assert [*named.values()] == [name for name in columns if name not in named]
+        assert words[2:] == []
+
+
 @pytest.mark.parametrize(
     ("lines", "has_header"),
     [
