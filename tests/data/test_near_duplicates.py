@@ -169,16 +169,6 @@ def test_what_most_rows_of_a_source_have_does_not_count() -> None:
     ]
 
 
-def test_a_reworded_question_of_many_is_found() -> None:
-    rng = random.Random(1)
-    rows = unlike(150)
-    for i in range(0, 150, 10):
-        words = rows[i].prompt.split()
-        words[rng.randrange(10)] = made(rng)
-        rows.append(row(" ".join(words), rows[i].answer))
-    assert find_near_duplicates(rows) == [[10 * k, 150 + k] for k in range(15)]
-
-
 def test_groups_join_over_others() -> None:
     groups = Groups()
     for one, other in [(5, 3), (8, 9), (3, 1), (9, 2)]:

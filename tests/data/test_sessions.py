@@ -234,6 +234,8 @@ CUSTOM = (
     {"type": "web_search_call", "action": {"query": "x"}},
     say("assistant", "Done."),
 )
+HI = (say("user", "Hi"), say("assistant", "Hello."))
+THIRD = (say("user", "C"), say("assistant", "3."))
 TWICE = (say("user", "A"), say("assistant", "1."), say("user", "B"), say("assistant", "2."))
 
 
@@ -305,7 +307,6 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ["u:Delegate | a:>task | t:task=3 files. | a:There are 3.", "u:Count files | a:3 files."],
         {"subagents": 1},
     ),
-    "claude agent file": (CLAUDE_AGENT, ["u:Hi | a:Hello."], {"subagents": 1}),
     "claude branch": (CLAUDE_BRANCH, ["u:Name one | a:Good."], {BRANCHES: 3}),
     "claude first edited": (CLAUDE_EDITED, ["u:No typo | a:Yes."], {BRANCHES: 2}),
     "claude API error": (
@@ -359,51 +360,36 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         {"lines of type web_search_call, left out": 1},
     ),
     "codex encrypted": (
-        codex(say("user", "Hi"), thought(), say("assistant", "Hello.")),
+        codex(HI[0], thought(), HI[1]),
         ["s:Be brief. | u:Hi | a:Hello."],
         {ENCRYPTED: 1, "lines of type turn_context, left out": 1},
     ),
     "codex late thought": (
-        codex(say("user", "Hi"), say("assistant", "Hello."), thought("Call."), item("a")),
+        codex(*HI, thought("Call."), item("a")),
         ["s:Be brief. | u:Hi | a:<think>/Call./</think>//Hello. >a"],
-        {
-            "parts of answers moved before a text or a call": 1,
-            "tool calls without a result": 1,
-        },
+        {"parts of answers moved before a text or a call": 1, "tool calls without a result": 1},
     ),
     "codex compacted": (
-        codex(*TWICE, compacted("Summary."), say("user", "C"), say("assistant", "3.")),
-        [
-            "s:Be brief. | u:A | a:1. | u:B | a:2.",
-            "s:Be brief. | u:A//B//Summary.//C | a:3.",
-        ],
+        codex(*TWICE, compacted("Summary."), *THIRD),
+        ["s:Be brief. | u:A | a:1. | u:B | a:2.", "s:Be brief. | u:A//B//Summary.//C | a:3."],
         {"compactions": 1},
     ),
     "codex history replaced": (
         codex(
             *TWICE,
             compacted("", [say("user", "B"), say("assistant", "2."), {"type": "compaction"}]),
-            say("user", "C"),
-            say("assistant", "3."),
+            *THIRD,
         ),
-        [
-            "s:Be brief. | u:A | a:1. | u:B | a:2.",
-            "s:Be brief. | u:B | (a):2. | u:C | a:3.",
-        ],
+        ["s:Be brief. | u:A | a:1. | u:B | a:2.", "s:Be brief. | u:B | (a):2. | u:C | a:3."],
         {"compactions": 1, "lines of type compaction, left out": 1},
     ),
     "codex rolled back": (
-        codex(
-            *TWICE,
-            event("thread_rolled_back", num_turns=1),
-            say("user", "C"),
-            say("assistant", "3"),
-        ),
-        ["s:Be brief. | u:A | a:1. | u:C | a:3"],
+        codex(*TWICE, event("thread_rolled_back", num_turns=1), *THIRD),
+        ["s:Be brief. | u:A | a:1. | u:C | a:3."],
         {BRANCHES: 2},
     ),
     "codex subagent": (
-        codex(say("user", "Hi"), say("assistant", "Hello."), source={"subagent": {}}),
+        codex(*HI, source={"subagent": {}}),
         ["s:Be brief. | u:Hi | a:Hello."],
         {"subagents": 1},
     ),
@@ -432,11 +418,6 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
             "parts of answers that were cut off, not trained": 1,
             "conversations without an answer, left out": 1,
         },
-    ),
-    "agents items": (
-        [chat("user", "Look"), *PARALLEL_ITEMS[1:]],
-        ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
-        {},
     ),
     "half of a character": (
         [chat("user", "Look"), item("a"), output("a", "cut \ud83d"), say("assistant", "Done.")],

@@ -184,16 +184,6 @@ def test_csv_rows_that_do_not_fit_the_header_leave_its_row_numbers_alone(write: 
         rows[1]
 
 
-def test_byte_order_mark_and_crlf(write: Any) -> None:
-    for name, text in (
-        ("a.jsonl", '{"a": 1}\r\n{"a": 2}\r\n'),
-        ("a.csv", "a\r\n1\r\n2\r\n"),
-        ("a.json", '[{"a": 1}]'),
-    ):
-        rows = read_rows(Source(source=write(name, b"\xef\xbb\xbf" + text.encode())))
-        assert int(rows[0]["a"]) == 1
-
-
 def test_unlike_tool_arguments_survive(write: Any) -> None:
     """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are
     taken out again.
