@@ -221,7 +221,7 @@ def test_a_signal_ends_the_workers_without_a_word(
     tiny: Path, tmp_path: Path, name: str, code: int
 ) -> None:
     """Also a script that has no `if __name__` guard is not run again by them."""
-    rows = "".join(json.dumps(line(i)) + "\n" for i in range(8000))
+    rows = "".join(json.dumps(line(i)) + "\n" for i in range(10_000))
     (tmp_path / "train.jsonl").write_text(rows)
     values = recipe(tiny, tmp_path, held=False, data={"train": {"format": "messages"}})
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
