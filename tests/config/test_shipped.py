@@ -28,6 +28,7 @@ from .bad_recipes import _KEYS, _TYPES, BASE, Bad
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_all_load() -> None:
     assert len(shipped()) >= 18
     for name, path in shipped().items():

@@ -411,6 +411,7 @@ def test_texts_that_are_no_utf8_are_listed_and_can_be_left_out(tiny: Path, tmp_p
     assert [data.train.where(i) for i in range(2)] == [f"{folder}/a.txt", f"{folder}/c.txt"]
 
 
+@pytest.mark.slow
 def test_csv_rows_that_do_not_fit_the_header_are_listed_and_can_be_left_out(
     tiny: Path, tmp_path: Path
 ) -> None:

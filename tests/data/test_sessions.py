@@ -586,6 +586,7 @@ def test_other_rows_are_no_sessions(line: Line, tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "s.jsonl", [line]))[0] == line
 
 
+@pytest.mark.slow
 def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
     """All that a trained answer says and calls is supervised, and nothing else."""
     encoder = encoder_of("trl/qwen3")
