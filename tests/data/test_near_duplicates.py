@@ -123,7 +123,9 @@ def labels(count: int) -> list[RowText]:
     return [row(f"{instruction} {name}", rng.choice(["yes", "no"])) for name in names]
 
 
-@pytest.mark.parametrize(("count", "others"), [(4, 0), (6, 300), (40, 0), (200, 300)])
+@pytest.mark.parametrize(
+    ("count", "others"), [(4, 0), (40, 0), pytest.param(200, 300, marks=pytest.mark.slow)]
+)
 def test_rows_of_a_template_are_not_near_duplicates(count: int, others: int) -> None:
     assert find_near_duplicates([*labels(count), *unlike(others)]) == []
 

@@ -137,6 +137,7 @@ def test_a_run_validates_on_them_and_resumes_with_the_same(tiny: Path, tmp_path:
     assert [record[0] for record in whole if record[2] is not None] == [4, 8]
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_twice_stay_on_one_side(tiny: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {i % 20}"} for i in range(40)], "")
     values = {

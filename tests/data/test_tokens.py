@@ -71,6 +71,7 @@ def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(
     assert text.startswith("<|im_start|>system\nBe.<|im_end|>")
 
 
+@pytest.mark.slow
 def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Path) -> None:
     plain = make(alpaca(300), seq_len=256)
     made = make(alpaca(300), seq_len=256, cache=tmp_path / "c")
@@ -488,7 +489,7 @@ class BlockRows:
         return not self.last[i]
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), max_size=4),
     seq_len=st.integers(2, 12),
