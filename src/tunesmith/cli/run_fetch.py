@@ -66,7 +66,7 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
             "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         }
     if model.tokenizer is not None and not dry:
-        fetch.fetch_without_weights(model.tokenizer)
+        fetch.fetch_tokenizer(model.tokenizer)
     row["folder"] = None if folder is None else str(folder)
     return row
 

@@ -339,7 +339,7 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
     If the recipe sets `model.tokenizer`, download this tokenizer if needed and return its folder.
     Otherwise return the model's `folder`.
     """
-    return folder if model.tokenizer is None else fetch_without_weights(model.tokenizer)
+    return folder if model.tokenizer is None else fetch_tokenizer(model.tokenizer)
 
 
 def fetch_for_tokens(model: Model) -> Path:
@@ -366,6 +366,16 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     with hub_calls(name, revision):
         cached = cached_without_weights(name, revision)
     return cached or _download_snapshot(name, revision, SUPPORT)
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """Return a folder with the tokenizer that `model.tokenizer` names. Download it if needed."""
+    try:
+        return fetch_without_weights(name)
+    except ModelError as error:
+        if error.where == "model.name":
+            error.where = "model.tokenizer"
+        raise
 
 
 def config_in_package(model: Model) -> Mapping[str, object] | None:

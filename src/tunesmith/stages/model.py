@@ -94,7 +94,7 @@ def _read_files(rows: RowFacts) -> ModelFacts:
     folder = Path(model.name)
     # Report a missing folder of the tokenizer before the Hub is asked for the model.
     if model.tokenizer is not None and Path(model.tokenizer).is_absolute():
-        fetch.fetch_without_weights(model.tokenizer)
+        fetch.fetch_tokenizer(model.tokenizer)
     if rows.request.weights == "stored":
         folder = fetch.fetch_for_tokens(model)
     # The support of these model types is known. It is measured for other types, which needs torch.
