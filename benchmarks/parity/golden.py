@@ -1,11 +1,11 @@
-"""Output of the command line that is recorded in files: the plans of all shipped recipes and the
-help pages of all commands.
+"""Output of the command line without a run: the plans of all shipped recipes and the help pages of
+all commands.
 
     python benchmarks/parity/same_bits.py plans --write     # tests/planning/golden/plans.json
-    python benchmarks/parity/same_bits.py help --write      # tests/cli/golden/help.txt
+    python benchmarks/parity/same_bits.py help
 
-Tests compare the output with both files, so each change of a plan or an option is visible in the
-diff of a commit. `same_bits.py record` also writes the output of any checkout, and `same_bits.py
+A test compares the plans with the file, so each change of a plan is visible in the diff of a
+commit. `same_bits.py record` also writes the output of any checkout, and `same_bits.py
 compare` prints the differences. The output comes only from the command line (`main` with the
 arguments of a shell), so it can be compared across a refactoring.
 
@@ -28,7 +28,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "tests" / "planning" / "golden" / "plans.json"
-HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
 COLUMNS = "100"
 
 # Each chip of chips.json as a single device, the machines of the shipped recipes, and a CPU with a
@@ -159,7 +158,7 @@ def help_text() -> str:
     )
 
 
-WRITERS = {"plans": (plans_text, PLANS), "help": (help_text, HELP)}
+WRITERS = {"plans": plans_text, "help": help_text}
 
 if __name__ == "__main__":  # a separate process imports tunesmith from PYTHONPATH
-    sys.stdout.write(WRITERS[sys.argv[1]][0]())
+    sys.stdout.write(WRITERS[sys.argv[1]]())
