@@ -1,4 +1,4 @@
-"""A folder to spoil, for the tests of bad inputs."""
+"""A folder to spoil, and a run to go on with, for the tests of faults."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from cli.bad_world import World
+from invoke import invoke
 
 
 @pytest.fixture(scope="session")
 def begun(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and a run of it that took four steps."""
-    from tunesmith.cli.main import main
-
-    world = World(tmp_path_factory.mktemp("begun"), tiny)
-    assert main(world.train("train.duration=4 steps")) == 0
-    return world.folder
+    folder = tmp_path_factory.mktemp("begun")
+    done = invoke(*World(folder, tiny, folder).train("train.duration=4 steps"))
+    assert done.code == 0, done.err
+    return folder
 
 
 @pytest.fixture
@@ -44,12 +44,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
-        check=False,
-        capture_output=True,
-    )
-    if made.returncode:
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting needs root; the limit on a file's size is tested beside")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)

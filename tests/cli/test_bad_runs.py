@@ -1,53 +1,53 @@
-"""What goes wrong with a run that has begun: torn files, changed recipes and data, full disks, NaN;
-and nothing is lost.
-
-Each start that is refused leaves every file as it was; each run that fails leaves failure.json and
-its last whole checkpoint, and the same command goes on from there once the fault is mended.
+"""What goes wrong with a run that has begun, and in a folder that holds somebody's files: nothing is
+lost, and the same command goes on once the fault is mended.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from cli.bad_table import cut, flip
-from cli.bad_world import Capture, World, records, snapshot, started
-from errors import holds, lines_with, refuses
-from logged import logged_lines
+from cli.bad_world import World, snapshot, started, steps_of
+from errors import error_in, holds, lines_with, refuses, warnings_with
+from invoke import invoke
 from recipes import write_rows
-from tunesmith.cli.main import main
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, MachineError
-from tunesmith.training.run import train
+from tunesmith.checkpoint.manifest import flush_files, write_manifest
+from tunesmith.cli.main import dispatch
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    DataError,
+    MachineError,
+    ModelError,
+    RecipeError,
+    UsageError,
+)
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
+from tunesmith.planning.resolve import probe_machine
+from tunesmith.planning.run_plan import Machine, RunPlan, Saving
+from tunesmith.stages import plan as plan_stage
+from tunesmith.training import session
+from tunesmith.training.result import failure_of
+from warm import run_warm
 
 pytestmark = pytest.mark.slow
-
-SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
 
 # --- starts that are refused
 
 
-def foreign(world: World) -> None:
-    """Checkpoints of another program in output_dir."""
-    shutil.rmtree(world.out)
-    for step in (500, 1000, 1500):
-        world.write(f"run/checkpoint-{step}/trainer_state.json", "{}")
-
-
-def other_rows(world: World) -> None:
-    write_rows(world.folder / "train.jsonl", 47)
-
-
-def edit(name: str, old: str, new: str) -> Callable[[World], None]:
+def edit(name: str, old: str, new: str) -> Callable[[World], object]:
     def spoil(world: World) -> None:
         path = world.folder / name
         text = path.read_text()
@@ -57,36 +57,12 @@ def edit(name: str, old: str, new: str) -> Callable[[World], None]:
     return spoil
 
 
-def nothing(world: World) -> None: ...
-
-
-# what is done after four steps, words of the next start, and parts of what is told
-REFUSED: dict[str, tuple[Callable[[World], object], list[str], str, str, str]] = {
-    "another learning rate": (nothing, ["train.learning_rate=5e-4"], "", "train.learning_rate: 0.001 -> 0.0005", "--fresh"),
-    "another rank": (nothing, ["adapter.rank=8"], "", "adapter.rank: 4 -> 8", "--fresh"),
-    "another data file": (lambda w: write_rows(w.folder / "b.jsonl", 8), ["data.train.source=b.jsonl"], "", "b.jsonl", ""),
-    "a shorter duration": (nothing, ["train.duration=2 steps"], "", 'train.duration: "4 steps" -> "2 steps"', "output_dir"),
-    "rows were taken away": (other_rows, [], "", "train.jsonl", "checkpoint.resume=force"),
-    "a word in a row was changed": (edit("train.jsonl", "amber", "umber"), [], "", "train.jsonl", "checkpoint.resume=force"),
-    "config.yaml is broken": (lambda w: w.write("run/config.yaml", "model: {"), [], "", "run/config.yaml:1", "--fresh"),
-    "config.yaml is empty": (lambda w: w.write("run/config.yaml", ""), [], "cannot be read", "run/config.yaml", "--fresh"),
-    "config.yaml has an unknown key": (edit("run/config.yaml", "method:", "methud:"), [], "", "run/config.yaml:1", "--fresh"),
-    "config.yaml is gone": (lambda w: (w.out / "config.yaml").unlink(), [], "", "run/config.yaml", "--fresh"),
-    "another program's checkpoints": (foreign, [], "checkpoint-1500", "run", "output_dir"),
-    "the model is gone": (nothing, ["model.name=no/such/folder"], "", "no/such/folder", "--fresh"),
-    "the data is gone": (lambda w: (w.folder / "train.jsonl").unlink(), [], "", "train.jsonl", ""),
-    "metrics.jsonl is a folder": (lambda w: ((w.out / "metrics.jsonl").unlink(), (w.out / "metrics.jsonl").mkdir()), [], "", "metrics.jsonl", ""),
-}  # fmt: skip
-
-
-def resealed(name: str, content: bytes) -> Callable[[World], None]:
+def resealed(name: str, content: bytes) -> Callable[[World], object]:
     """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot
     be read.
     """
 
     def spoil(world: World) -> None:
-        from tunesmith.checkpoint.manifest import flush_files, write_manifest
-
         world.write(f"run/checkpoint-4/{name}", content)
         folder = world.out / "checkpoint-4"
         write_manifest(folder, 4, flush_files(folder))
@@ -94,320 +70,444 @@ def resealed(name: str, content: bytes) -> Callable[[World], None]:
     return spoil
 
 
-REFUSED |= {
-    "progress of another version": (resealed("state/progress.json", b'{"step": 4}'), [], "state/progress.json", "checkpoint-4", ""),
-    "optimizer of another form": (resealed("state/optimizer.safetensors", b"x"), [], "state/optimizer", "checkpoint-4", "--fresh"),
-    "adapter of another form": (resealed("adapter_model.safetensors", b"x"), [], "", "checkpoint-4/adapter_model.safetensors", ""),
+def foreign(world: World) -> None:
+    """Checkpoints of another program in output_dir."""
+    shutil.rmtree(world.out)
+    for step in (500, 1000, 1500):
+        world.write(f"run/checkpoint-{step}/trainer_state.json", "{}")
+
+
+# What is done after four steps, words of the next start, and the error
+REFUSED: dict[str, tuple[Callable[[World], object] | None, str, type[Exception], str, list[str]]] = {
+    "another learning rate": (None, "train.learning_rate=5e-4", RecipeError, "", ["--fresh"]),
+    "another rank": (None, "adapter.rank=8", RecipeError, "", ["--fresh"]),
+    "a shorter duration": (None, "train.duration=2 steps", RecipeError, "", ["output_dir"]),
+    "rows were taken away": (lambda w: write_rows(w.folder / "train.jsonl", 47), "", DataError, "", ["checkpoint.resume=force"]),
+    "a word in a row was changed": (edit("train.jsonl", "amber", "umber"), "", DataError, "", ["checkpoint.resume=force"]),
+    "config.yaml is broken": (lambda w: w.write("run/config.yaml", "model: {"), "", RecipeError, "run/config.yaml:1", ["--fresh"]),
+    "config.yaml has an unknown key": (edit("run/config.yaml", "method:", "methud:"), "", RecipeError, "run/config.yaml:1", ["--fresh"]),
+    "config.yaml is gone": (lambda w: (w.out / "config.yaml").unlink(), "", RecipeError, "run/config.yaml", ["--fresh"]),
+    "another program's checkpoints": (foreign, "", UsageError, "run", ["output_dir"]),
+    "metrics.jsonl is a pipe": (lambda w: ((w.out / "metrics.jsonl").unlink(), os.mkfifo(w.out / "metrics.jsonl")), "", ModelError, "metrics.jsonl", []),
+    "progress of another version": (resealed("state/progress.json", b'{"step": 4}'), "", UsageError, "checkpoint-4", []),
+    "optimizer of another form": (resealed("state/optimizer.safetensors", b"x"), "", UsageError, "state/optimizer.safetensors", ["--fresh"]),
+    "adapter of another form": (resealed("adapter_model.safetensors", b"x"), "", ModelError, "checkpoint-4/adapter_model.safetensors", []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_start_that_is_refused_touches_nothing(name: str, world: World, capsys: Capture) -> None:
-    spoil, words, what, where, fix = REFUSED[name]
+def test_a_start_that_is_refused_touches_nothing(name: str, world: World) -> None:
+    spoil, word, kind, where, fix = REFUSED[name]
     world.begun()
-    spoil(world)
+    if spoil is not None:
+        spoil(world)
     before = snapshot(world.folder)
-    code, parts, err = started([*world.again(), *words], capsys)
-    assert code == EXIT_USAGE, err
-    assert what in parts["error"], err
-    assert where in err
-    assert fix in parts["fix"], err
+    with refuses(kind, where=where or None, fix=fix) as refused:
+        dispatch([*world.again(), *filter(None, [word])])
+    assert refused.value.exit_code == EXIT_USAGE
     assert snapshot(world.folder) == before
 
 
-RANKS = {
-    "half an environment": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
-    "srun": {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
-    "mpirun": {"OMPI_COMM_WORLD_SIZE": "4"},
-    "mpiexec": {"PMI_SIZE": "4", "PMI_RANK": "0"},
-}
-
-
-@pytest.mark.parametrize("words", [[], ["--fresh"]], ids=str)
-@pytest.mark.parametrize("launcher", RANKS)
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("WORLD_SIZE", {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}),
+        ("SLURM_STEP_NUM_TASKS", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}),
+        ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "4"}),
+        ("PMI_SIZE", {"PMI_SIZE": "4", "PMI_RANK": "0"}),
+    ],
+)
 def test_one_of_several_ranks_is_refused(
-    launcher: str, words: list[str], world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    name: str, environment: dict[str, str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.begun()
-    before, (name, count) = snapshot(world.folder), next(iter(RANKS[launcher].items()))
-    with monkeypatch.context() as patch:
-        for key, value in RANKS[launcher].items():
-            patch.setenv(key, value)
-        code, parts, err = started([*world.again(), *words], capsys)
-        bench, _, _ = started(["bench", *world.again()[1:]], capsys)
-        with refuses(MachineError, names=[count], fix=[f"unset {name}"]):
-            train(world.folder / "recipe.yaml", quiet=True)
-    assert code == bench == EXIT_USAGE, err
-    assert holds(parts["error"], count)
-    assert f"{name}={count}" in parts["where"]
-    assert "torchrun --nproc-per-node N -m tunesmith train" in parts["fix"]
-    assert f"unset {name}" in parts["fix"]
+    before = snapshot(world.folder)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for words in (world.again(), world.again("--fresh"), ["bench", *world.again()[1:]]):
+        with refuses(MachineError, names=[environment[name]], fix=[f"unset {name}"]):
+            dispatch(words)
     assert snapshot(world.folder) == before
 
 
 def test_one_rank_trains_in_a_batch_job_of_many_tasks(
-    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.begun()
-    for key, value in {
-        "WORLD_SIZE": "1",
-        "RANK": "0",
-        "SLURM_NTASKS": "8",
-        "SLURM_STEP_NUM_TASKS": "1",
-    }.items():
+    job = {"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    for key, value in job.items():
         monkeypatch.setenv(key, value)
-    code, _, err = started(world.again("train.duration=5 steps"), capsys)
-    assert code == EXIT_OK, err
-
-
-def test_another_run_holds_the_folder(world: World, capsys: Capture) -> None:
     world.begun()
-    before = snapshot(world.folder)
-    with (world.out / ".lock").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        code, parts, err = started(world.again(), capsys)
-    assert (code, parts["where"]) == (EXIT_USAGE, str(world.out)), err
-    assert holds(parts["fix"], "output_dir")
-    assert snapshot(world.folder) == before
+    assert dispatch(world.again()) == EXIT_OK
 
 
-def test_what_is_forced_goes_on(world: World, capsys: Capture) -> None:
+def test_what_is_forced_goes_on(world: World) -> None:
     world.begun()
-    other_rows(world)
-    code, _, err = started(world.again("checkpoint.resume=force"), capsys)
-    assert code == EXIT_OK, err
-    assert [r["step"] for r in records(world.out)] == list(range(1, 9))
-    # From here on these are its data
-    code, _, err = started(world.again("train.duration=10 steps"), capsys)
-    assert code == EXIT_OK, err
+    write_rows(world.folder / "train.jsonl", 47)
+    assert dispatch(world.again("checkpoint.resume=force")) == EXIT_OK
+    # From here on these are its data.
+    assert dispatch(world.again("train.duration=6 steps")) == EXIT_OK
+    assert steps_of(world.out) == list(range(1, 7))
 
 
 # --- torn checkpoints
 
-WHOLE = ["adapter_config.json", "adapter_model.safetensors", "state/optimizer.safetensors", "state/progress.json",
-         "tokenizer.json", "manifest.json"]  # fmt: skip
-TEARS: dict[str, Callable[[Path], object]] = {
-    "cut": lambda file: cut(file, 10),
-    "flipped": flip,
-    "emptied": lambda file: file.write_bytes(b""),
-    "gone": lambda file: file.unlink(),
-}
-
-
-@pytest.mark.parametrize("tear", TEARS)
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_torn_checkpoint_is_passed_over(
-    name: str, tear: str, world: World, begun: Path, capsys: Capture
-) -> None:
-    """The run goes on from the one before, says so, and ends with the numbers of a run that was
-    never torn.
-    """
-    from tunesmith.checkpoint import replicate
-
-    world.begun()
-    TEARS[tear](world.out / "checkpoint-4" / name)
-    with logged_lines() as said:
-        found = replicate.newest_checkpoint(world.out)
-    if (name, tear) == ("manifest.json", "flipped") and found is not None and found[0] == 4:
-        return  # a flipped bit in the whitespace of the manifest leaves it as it was
-    assert found is not None
-    assert found[0] == 2
-    assert lines_with(said[0], "checkpoint-4")
-
 
 def test_a_run_goes_on_over_a_torn_checkpoint_with_the_same_numbers(
-    world: World, begun: Path, capsys: Capture
+    world: World, begun: Path
 ) -> None:
-    world.begun()
-    flip(world.out / "checkpoint-4" / "adapter_model.safetensors")
-    code, _, err = started(world.again("train.duration=4 steps", "checkpoint.keep=1"), capsys)
+    file = world.begun() / "checkpoint-4" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+    code, _, err = started(world.again("train.duration=4 steps", "checkpoint.keep=1"))
     assert code == EXIT_OK, err
     assert lines_with(err, "checkpoint-4")
     keys = ("step", "loss", "grad_norm", "learning_rate")
-    assert [[r[k] for k in keys] for r in records(world.out)] == [
-        [r[k] for k in keys] for r in records(begun / "run")
+    records = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (world.out, begun / "run")
     ]
-
-
-def test_a_torn_later_checkpoint_never_costs_a_whole_one(world: World, capsys: Capture) -> None:
-    """With keep: 1, the torn one of step 4 must not be the one that is kept."""
-    world.begun()
-    shutil.rmtree(world.out / "final")
-    cut(world.out / "checkpoint-4" / "adapter_model.safetensors")
-    (world.out / "checkpoint-4").rename(world.out / "checkpoint-40")
-    code, _, err = started(world.again("checkpoint.keep=1"), capsys)
-    assert code == EXIT_OK, err
-    assert sorted(p.name for p in world.out.glob("checkpoint-*")) == ["checkpoint-8"]
-
-
-def test_when_none_is_whole_the_run_starts_over_and_says_so(world: World, capsys: Capture) -> None:
-    world.begun()
-    for folder in (*world.out.glob("checkpoint-*"), world.out / "final"):
-        (folder / "manifest.json").unlink()
-    code, _, err = started(world.again(), capsys)
-    assert code == EXIT_OK, err
-    assert lines_with(err, "checkpoint-2")
-    assert lines_with(err, "checkpoint-4")
-    assert [r["step"] for r in records(world.out)] == list(range(1, 9))
-
-
-def test_a_second_start_of_a_finished_run_does_nothing(world: World, capsys: Capture) -> None:
-    world.begun()
-    before = snapshot(world.folder)
-    assert main(world.again("train.duration=4 steps")) == EXIT_OK
-    told_so = capsys.readouterr().out
-    assert holds(told_so, 4, "train.duration", "--fresh")
-    assert snapshot(world.folder) == before
-
-
-def test_rests_of_a_kill_are_swept_away(world: World, capsys: Capture) -> None:
-    world.begun()
-    world.write("run/.checkpoint-6.partial/x", "half")
-    world.write("run/.best.json.partial", "{")
-    code, _, err = started(world.again(), capsys)
-    assert code == EXIT_OK, err
-    assert not list(world.out.glob(".*.partial"))
-
-
-# --- adapters to begin with
-
-
-def grown(folder: Path) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(
-        {k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in tensors.items()},
-        folder / "adapter_model.safetensors",
-    )
-
-
-def setting(**values: Any) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-    return spoil
-
-
-ADAPTERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "cut off": (lambda f: cut(f / "adapter_model.safetensors"), "", "adapter_model.safetensors"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "", "base"),
-    "broken settings": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json", "adapter_config.json:1"),
-    "settings without a rank": (setting(r=None), "", "adapter_config.json"),
-    "DoRA": (setting(use_dora=True), "use_dora", "adapter_config.json"),
-    "not LoRA": (setting(peft_type="PREFIX_TUNING"), "", "adapter_config.json"),
-    "another rank": (grown, "shape", "base"),
-    "another scale": (setting(lora_alpha=64), "16", "base"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_that_cannot_be_gone_on_from(name: str, world: World, capsys: Capture) -> None:
-    spoil, what, where = ADAPTERS[name]
-    source = world.begun() / "final"
-    # An adapter from elsewhere has no manifest: with one its checksums are compared first.
-    elsewhere = shutil.ignore_patterns("manifest.json")
-    base = Path(shutil.copytree(source, world.folder / "base", ignore=elsewhere))
-    shutil.rmtree(world.out)
-    spoil(base)
-    words = world.train(adapter={"from": str(base)})
-    before = snapshot(world.folder)
-    code, parts, err = started(words, capsys)
-    assert code == EXIT_USAGE, err
-    assert what in parts["error"], err
-    assert where in parts["where"], err
-    assert parts["fix"], err
-    assert "tunesmith fetch" not in parts["fix"], err
-    assert snapshot(world.folder) == before
-
-
-# --- verbs on torn runs
-
-
-@pytest.mark.parametrize("verb", ["chat", "generate", "eval", "merge"])
-def test_verbs_take_the_newest_whole_one_and_refuse_a_torn_one_by_name(
-    verb: str, world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, held = world.begun(), str(world.folder / "held.jsonl")
-    more = {"chat": SHORT, "generate": ["--input", held, "--output", "-", *SHORT], "eval": ["--data", held],
-            "merge": ["--output", str(world.folder / "merged")]}[verb]  # fmt: skip
-    (run / "final" / "manifest.json").unlink()
-    before = snapshot(world.folder)
-    code, parts, err = started([verb, str(run / "final"), *more], capsys)
-    assert code in (EXIT_FAILED, EXIT_USAGE), err
-    assert str(run / "final") in parts["error"]
-    assert str(run) in parts["fix"]
-    assert snapshot(world.folder) == before
-
-
-# --- caches
-
-
-@pytest.mark.parametrize("spoil", ["a file", "torn", "foreign"])
-def test_a_spoilt_token_cache_costs_time_only(
-    spoil: str, world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = world.folder / "cache"
-    monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
-    if spoil == "a file":
-        cache.write_text("mine")
-    else:
-        assert main(["data", *world.train()[1:]]) == EXIT_OK
-        for file in cache.rglob("ids.bin"):
-            flip(file) if spoil == "torn" else file.write_bytes(b"PK\3\4")
-    words = world.train("train.duration=2 steps")
-    code, _, err = started(words, capsys)
-    assert code == EXIT_OK, err
-    assert spoil != "a file" or cache.read_text() == "mine"
-
-
-# --- files of a run that are not what they should be
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", "log.txt"])
-def test_a_pipe_or_device_in_a_run_is_not_opened(name: str, world: World, capsys: Capture) -> None:
-    """Reading one may never end."""
-    for spoil, kind in (
-        (os.mkfifo, "a named pipe"),
-        (lambda path: path.symlink_to("/dev/zero"), "a device"),
-    ):
-        path = world.begun() / name
-        path.unlink()
-        spoil(path)
-        code, parts, err = started(world.again(), capsys)
-        assert (code, parts["error"]) == (EXIT_USAGE, f"{name} is {kind}, not a file"), err
-        path.unlink()
+    ours, whole = ([[row[key] for key in keys] for row in rows] for rows in records)
+    assert ours == whole
 
 
 @pytest.mark.parametrize(
-    "files", [{"adapter_model.safetensors": True}, [], "x", {"a": {"bytes": "many"}}, None]
+    "manifest", [None, '{"step": 4, "files": []}', '{"step": 4, "files": {"a": {"bytes": "many"}}}']
 )
-def test_a_manifest_of_another_form_is_a_torn_checkpoint(
-    files: object, world: World, capsys: Capture
+def test_when_none_is_whole_the_run_starts_over_and_says_so(
+    manifest: str | None, world: World
 ) -> None:
-    manifest = json.dumps({"step": 4, "files": files})
-    (world.begun() / "checkpoint-4" / "manifest.json").write_text(manifest)
-    (world.out / "final" / "manifest.json").write_text(manifest)
-    code, _, err = started(world.again(), capsys)
+    world.begun()
+    for folder in (*world.out.glob("checkpoint-*"), world.out / "final"):
+        (folder / "manifest.json").unlink()
+        if manifest is not None:
+            (folder / "manifest.json").write_text(manifest)
+    code, _, err = started(world.again())
     assert code == EXIT_OK, err
-    assert lines_with(err, "checkpoint-4", "manifest.json")
-    assert [r["step"] for r in records(world.out)] == list(range(1, 9))
+    assert lines_with(err, "checkpoint-2")
+    assert lines_with(err, "checkpoint-4")
+    assert steps_of(world.out) == list(range(1, 6))
 
 
-def test_links_that_lead_to_themselves_are_moved_aside_or_refused(
-    world: World, capsys: Capture
+def test_a_second_start_of_a_finished_run_does_nothing(world: World) -> None:
+    world.begun()
+    before = snapshot(world.folder)
+    done = invoke(*world.again("train.duration=4 steps"))
+    assert done.code == EXIT_OK
+    assert holds(done.out, 4, "train.duration", "--fresh")
+    assert snapshot(world.folder) == before
+
+
+# --- folders of somebody else
+
+STEP = b'{"step": 1, "loss": 2.5}\n'
+
+
+def linked(name: str) -> Callable[[World], object]:
+    def make(world: World) -> None:
+        world.out.mkdir(exist_ok=True)
+        world.write("elsewhere/weights.bin", "precious")
+        (world.out / name).symlink_to(world.folder / "elsewhere")
+
+    return make
+
+
+# What lies in output_dir: a file and its content, or a function
+FOREIGN: dict[str, tuple[str, str | bytes] | Callable[[World], object]] = {
+    "config.yaml of another program": ("config.yaml", "colour: red\n"),
+    "env.json that is no JSON": ("env.json", b"\xff\x00"),
+    "env.json that is a folder": ("env.json/a", "x"),
+    "metrics": ("metrics.jsonl", STEP * 3),
+    "a log": ("log.txt", "mine\n"),
+    "final": ("final/model.safetensors", b"w" * 999),
+    "final that is a file": ("final", "x"),
+    "tensorboard": ("tensorboard/events.out.tfevents.1", b"e"),
+    "a checkpoint of another program": ("checkpoint-500/trainer_state.json", "{}"),
+    "hidden folder .checkpoint-5.partial": (".checkpoint-5.partial/x", "1"),
+    "hidden folder .final.old": (".final.old/x", "1"),
+    "hidden file .env.json.7.partial": (".env.json.7.partial", "{"),
+    "a link to a folder as checkpoint-500": linked("checkpoint-500"),
+    "a link to a folder as final": linked("final"),
+    "a lock of a run, and metrics": lambda w: (
+        w.write("run/.lock", "a run of tunesmith\n"),
+        w.write("run/metrics.jsonl", STEP),
+    ),
+    "output_dir is a link to a folder with metrics": lambda w: (
+        w.write("elsewhere/metrics.jsonl", STEP),
+        w.out.symlink_to(w.folder / "elsewhere"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_a_runs_names_are_refused_and_not_touched(name: str, world: World) -> None:
+    layout = FOREIGN[name]
+    if callable(layout):
+        layout(world)
+    else:
+        world.write(f"run/{layout[0]}", layout[1])
+    for word in ([], ["--fresh"], ["checkpoint.resume=force"]):
+        command = world.train(*word)
+        before = snapshot(world.folder)
+        with refuses(UsageError, where=str(world.out), fix=["output_dir=runs/my-run"]):
+            dispatch(command)
+        assert snapshot(world.folder) == before
+
+
+UNRELATED: dict[str, str | bytes] = {
+    "notes.txt": "mine", "rows.jsonl": STEP, "data/a.csv": "a,b\n", "wandb/run-1/x": "1", "model.safetensors": b"w",
+    ".notes.old/x": "1", ".cache.partial/x": "1", ".x.partial": "1", "finale/x": "1", "checkpoint-best/x": "1",
+    "my-checkpoint-500/x": "1", "config.yml": "colour: red\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["..", "~", "~/", "work"])
+def test_the_working_and_the_home_directory_are_not_for_a_run(
+    place: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = world.begun() / "metrics.jsonl"
-    loop.unlink()
-    loop.symlink_to(loop)
-    code, parts, err = started(["merge", str(world.out), "--output", str(loop)], capsys)
-    assert (code, bool(parts["error"] and parts["fix"])) == (EXIT_USAGE, True), err
-    code, _, err = started(world.again("--fresh"), capsys)
-    assert code == EXIT_OK, err
-    assert (world.folder / "run.previous-1" / "metrics.jsonl").is_symlink()
+    work = world.folder / "work"
+    (work / "below").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(world.folder))
+    monkeypatch.chdir(work)
+    output_dir = str(work) if place == "work" else place
+    command = [*world.train(), f"output_dir={output_dir}"]
+    before = snapshot(world.folder)
+    # In YAML ~ is null.
+    where = os.path.abspath(os.path.expanduser(output_dir))
+    kind = RecipeError if place == "~" else UsageError
+    with refuses(kind, where="command line: output_dir" if place == "~" else where):
+        dispatch(command)
+    assert snapshot(world.folder) == before
 
 
-def test_an_endless_word_is_not_told_in_full(world: World, capsys: Capture) -> None:
-    code, parts, err = started(["train", str(world.folder / "recipe.yaml"), "x" * 70_000], capsys)
-    assert code == EXIT_USAGE, err
-    assert max(map(len, err.splitlines())) < 2100
-    assert parts["fix"]
+def test_unrelated_files_stay_through_train_and_fresh(world: World) -> None:
+    """Of a folder that output_dir is a link to; also the rows that are trained on may lie there."""
+    real = world.folder / "real"
+    rows = {"train.jsonl": (world.folder / "train.jsonl").read_bytes()}
+    for name, content in (UNRELATED | rows).items():
+        world.write(f"real/{name}", content)
+    world.out.symlink_to(real)
+    before = snapshot(real)
+    source = {"train": {"source": str(world.out / "train.jsonl")}}
+    command = world.train("train.duration=2 steps", data=source, train={"warmup": "0 steps"})
+    for words in ([], ["--fresh"]):
+        assert dispatch([*command, *words]) == EXIT_OK
+        after = snapshot(real)
+        assert {name: after.get(name) for name in before} == before
+        assert (real / "final" / "manifest.json").is_file()
+    aside = {path.name for path in real.with_name(f"{real.name}.previous-1").iterdir()}
+    assert {"final", "env.json", "config.yaml", "metrics.jsonl", "log.txt", "checkpoint-2"} <= aside
+    assert not aside & {Path(name).parts[0] for name in before}
+
+
+def test_what_a_link_in_a_run_leads_to_is_never_deleted(world: World) -> None:
+    """Checkpoints and final/ were moved to a larger disk, with links in their places."""
+    run, disk = world.begun(), world.folder / "disk"
+    disk.mkdir()
+    for name in ("checkpoint-2", "checkpoint-4", "final"):
+        (run / name).rename(disk / name)
+        (run / name).symlink_to(disk / name)
+    before = snapshot(disk)
+    assert dispatch(world.again("train.duration=6 steps", "checkpoint.keep=1")) == EXIT_OK
+    assert snapshot(disk) == before
+    assert json.loads((run / "final" / "manifest.json").read_text())["step"] == 6
+    assert {p.name for p in run.glob("checkpoint-*") if not p.is_symlink()} == {"checkpoint-6"}
+
+
+def test_a_folder_called_final_in_a_run_is_kept_and_rests_of_a_kill_are_swept_away(
+    world: World,
+) -> None:
+    run = world.begun()
+    shutil.rmtree(run / "final")
+    for name in (
+        "final/thesis.pdf",
+        ".notes.old/x",
+        ".checkpoint-6.partial/x",
+        ".best.json.partial",
+    ):
+        world.write(f"run/{name}", "precious")
+    assert dispatch(world.again()) == EXIT_OK
+    assert (run / "final.previous-1" / "thesis.pdf").read_text() == "precious"
+    assert (run / ".notes.old" / "x").read_text() == "precious"
+    assert not list(run.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("written", ["", "log.txt metrics.jsonl", "log.txt metrics.jsonl env.json"])
+def test_a_run_that_was_killed_at_its_beginning_starts_again(written: str, world: World) -> None:
+    run = world.begun()
+    for path in run.iterdir():
+        if path.name not in (*written.split(), ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if "metrics.jsonl" in written and "env.json" not in written:
+        (run / "metrics.jsonl").write_text("")
+    assert dispatch(world.again("train.duration=2 steps", "train.warmup=0 steps")) == EXIT_OK
+    assert (run / "final" / "manifest.json").is_file()
+
+
+def test_a_run_without_a_lock_file_of_this_version_goes_on(world: World) -> None:
+    """Of an older version the file is empty; or it was not copied with the rest."""
+    run = world.begun()
+    (run / ".lock").unlink()
+    assert dispatch(world.again()) == EXIT_OK
+    (run / ".lock").write_text("")
+    assert dispatch(world.again("train.duration=6 steps")) == EXIT_OK
+    assert json.loads((run / "final" / "manifest.json").read_text())["step"] == 6
+
+
+def test_a_run_that_cannot_be_moved_aside_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted output_dir: its neighbours are on another disk."""
+    world.begun()
+    before = snapshot(world.folder)
+
+    def across(source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", across)
+        with refuses(MachineError, names=[world.folder / "run.previous-1", "cross-device"]):
+            dispatch(world.again("--fresh"))
+    assert snapshot(world.folder) == before
+
+
+def test_what_fresh_would_lose_is_not_moved_aside(world: World) -> None:
+    """What the new run reads, and a run whose successor is refused."""
+    run = world.begun()
+    before = snapshot(world.folder)
+    with refuses(UsageError, names=[run / "final"]):
+        dispatch(world.again("--fresh", f"adapter.from={run / 'final'}"))
+    with refuses(RecipeError, where="data.seq_len"):
+        dispatch(world.again("--fresh", "data.seq_len=1000000"))
+    assert snapshot(world.folder) == before
+
+
+# --- runs that fail after they began
+
+
+def failure(run: Path) -> dict[str, Any]:
+    """failure.json, which has all that it should."""
+    found = json.loads((run / "failure.json").read_text())
+    keys = "what where why last_step next cause rank host phase collective"
+    assert set(found) == {*keys.split()}
+    assert found["rank"] == 0
+    assert found["phase"] in ("first step", "training", "validation", "saving")
+    assert found["what"]
+    assert found["next"]
+    return found
+
+
+def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(world: World) -> None:
+    rate = {"learning_rate": 1e30, "warmup": "0 steps"}
+    code, told, err = started(world.train("checkpoint.every=1 steps", train=rate))
+    assert code == EXIT_FAILED, err
+    assert told.cause == "not-finite"
+    assert holds(told.fix, "train.learning_rate")
+    found = failure(world.out)
+    kept = sorted(p.name for p in world.out.glob("checkpoint-*"))
+    assert kept
+    assert kept[-1] in found["why"]
+    assert len(steps_of(world.out)) == found["last_step"] - 1
+
+
+def test_a_full_disk(world: World, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 1, whole checkpoints stay, and with room the run ends as it should."""
+    # It would refuse to begin.
+    monkeypatch.setattr(plan_stage, "check_disk", lambda *given: None)
+    ballast, run = small_disk / "ballast", small_disk / "run"
+    words = world.train(output_dir=str(run), train={"duration": "6 steps"})
+    ballast.write_bytes(bytes((1024 - 300) << 10))
+    code, told, err = started(words)
+    assert code == EXIT_FAILED, err
+    assert told.cause == "disk"
+    assert (run / "failure.json").exists() or warnings_with(err, "failure.json")
+    assert not list(run.glob(".*partial*"))
+    ballast.unlink()
+    assert dispatch(words) == EXIT_OK
+    assert not (run / "failure.json").exists()
+    assert steps_of(run) == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("room", "keep", "fix"),
+    [(4, 2, ["checkpoint.keep=1"]), (5, 9, ["checkpoint.keep=2"]), (3, 1, [])],
+)
+def test_a_fix_for_a_full_disk_is_one_that_helps(
+    room: int, keep: int, fix: list[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many checkpoints have room; three more than are kept may be there at once."""
+    run = load_recipe(world.train()[1])
+    size = 1000 * (4 + checkpoint_bytes_per_parameter(run.train, 4))
+    usage = shutil._ntuple_diskusage(10**12, 0, int(size * room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(plan_stage, "count_trained", lambda run, model: 1000)
+    needed = f"{size * (keep + 3) / 1000:.1f} kB"
+    with refuses(MachineError, names=[needed], fix=fix) as refused:
+        dispatch(world.train(f"checkpoint.keep={keep}"))
+    assert ("checkpoint.keep" in refused.value.fix) == bool(fix)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of a megabyte."""
+
+    def small(*args: Any) -> Machine:
+        return replace(probe_machine(*args), card_bytes=1 << 20, free_bytes=1 << 20)
+
+    monkeypatch.setattr(plan_stage, "probe_machine", small)
+    monkeypatch.setattr(session, "build_model", lambda *args, **options: pytest.fail("built"))
+    with refuses(MachineError, where="cpu", names=["GiB", "weights"]):
+        dispatch(world.train("adapter.kind=none"))
+    assert not (world.out / "metrics.jsonl").exists()
+
+
+MICRO, RECOMPUTE, SHORTER = (
+    Saving("train.micro_batch='4 examples'", 3 << 30, True),
+    Saving("train.recompute=full", 2 << 30, True),
+    Saving("data.seq_len=1024", 2 << 30, False),
+)
+
+
+@pytest.mark.parametrize(
+    ("savings", "saved_step", "fix"),
+    [
+        ((MICRO, RECOMPUTE, SHORTER), None, [MICRO.keys, RECOMPUTE.keys, SHORTER.keys]),
+        ((MICRO, RECOMPUTE, SHORTER), 2, [MICRO.keys, RECOMPUTE.keys, "checkpoint-2"]),
+        ((SHORTER,), 2, [SHORTER.keys, "--fresh"]),
+        ((), None, []),
+    ],
+    ids=["at the start", "what a resumed run may change", "what it may not", "nothing helps"],
+)
+def test_a_fix_for_a_full_memory_is_one_that_helps(
+    world: World, savings: tuple[Saving, ...], saved_step: int | None, fix: list[str]
+) -> None:
+    plan = RunPlan("cuda:0", "varlen", "bf16", 2, savings=lambda: savings)
+    run = load_recipe(world.train()[1])
+    failed = failure_of(MemoryError(), run, plan, step=1, saved_step=saved_step)
+    others = {one.keys for one in (MICRO, RECOMPUTE, SHORTER)} | {"--fresh", "checkpoint-2"}
+    assert [value for value in fix if not holds(failed.fix, value)] == []
+    assert [value for value in others - {*fix} if holds(failed.fix, value)] == []
+
+
+def small_files() -> None:
+    """No file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_a_limit_on_the_size_of_files(world: World) -> None:
+    """Needs no root: what is written grows too large inside a checkpoint, of a run that has an
+    earlier one.
+    """
+    run = world.begun()
+    kept = snapshot(run / "checkpoint-4")
+    words = world.again("train.duration=6 steps")
+    done = run_warm(words, prepare=small_files)
+    assert done.returncode == EXIT_FAILED, done.stderr
+    assert "Traceback" not in done.stderr
+    assert holds(error_in(done.stderr).what, "ulimit")
+    assert failure(run)["last_step"] == 6, "it was written behind the steps"
+    assert snapshot(run / "checkpoint-4") == kept
+    assert not list(run.glob(".*partial*"))
+    assert dispatch(words) == EXIT_OK
+    assert steps_of(run) == list(range(1, 7))

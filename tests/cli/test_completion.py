@@ -74,40 +74,40 @@ def place(
 @pytest.mark.parametrize("shell", FUNCTIONS)
 def test_the_script_parses_and_names_all(shell: str, place: Path) -> None:
     text = (place / shell).read_text()
+    leaves = [f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint)]
+    assert [
+        word for word in (*" ".join(VERBS).split(), *shipped(), *leaves) if word not in text
+    ] == []
     subprocess.run([needs(shell), "-n", shell], check=True, timeout=60)
-    for word in (
-        *" ".join(VERBS).split(),
-        *shipped(),
-        *(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint)),
-    ):
-        assert word in text
 
 
-def assert_offered(shell: str, line: str, offered: list[str]) -> None:
-    assert set(OFFERED[line]) <= set(offered), f"{shell}: {line}"
-    assert NOT_OFFERED.get(line) not in offered
+# Words end with |
+BASH = """source ./bash; compopt() { :; }
+name=$(complete -p tunesmith); name=${name##*-F }; name=${name% tunesmith}
+while IFS='|' read -r -a COMP_WORDS; do
+    COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 )); COMPREPLY=(); $name; printf '%s\\n' "${COMPREPLY[@]}"; echo ----
+done"""
+FISH = 'source ./fish; while read -l line; complete -C "$line"; echo ----; end'
 
 
-@pytest.mark.parametrize("line", OFFERED)
-def test_bash_offers(line: str, place: Path) -> None:
-    """By the function that bash would call, with the words as bash parts them: `=` is one of its
-    own.
-    """
-    words = re.findall(r"=|[^\s=]+", line) + [""] * line.endswith(" ")
-    script = """source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); compopt() { :; }
-        name=$(complete -p tunesmith); name=${name##*-F }; ${name% tunesmith}; printf '%s\\n' "${COMPREPLY[@]}" """
-    command = [needs("bash"), "--norc", "-c", script, "bash", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert_offered("bash", line, done.stdout.splitlines())
-
-
-@pytest.mark.parametrize("line", OFFERED)
-def test_fish_offers(line: str, place: Path) -> None:
-    command = [needs("fish"), "--no-config", "-c", 'source ./fish; complete -C "$argv[1]"', line]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert_offered(
-        "fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()]
+@pytest.mark.parametrize(
+    ("shell", "program"), [("bash", ["--norc", "-c", BASH]), ("fish", ["--no-config", "-c", FISH])]
+)
+def test_a_shell_offers(shell: str, program: list[str], place: Path) -> None:
+    """In bash by the function that it would call, with the words as bash parts them."""
+    lines = "".join(f"{line}\n" for line in OFFERED)
+    if shell == "bash":
+        words = (re.findall(r"=|[^\s=]+", line) + [""] * line.endswith(" ") for line in OFFERED)
+        lines = "".join("".join(f"{word}|" for word in line) + "\n" for line in words)
+    command = [needs(shell), *program]
+    done = subprocess.run(
+        command, input=lines, capture_output=True, text=True, check=True, timeout=60
     )
+    *shown, _ = done.stdout.split("----\n")
+    for (line, wanted), text in zip(OFFERED.items(), shown, strict=True):
+        offered = {row.partition("\t")[0].rstrip("/") for row in text.splitlines()}
+        assert {*wanted} <= offered, line
+        assert NOT_OFFERED.get(line) not in offered, line
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -26,13 +26,7 @@ REACHES_A_TOOL = re.compile(
 # No server for the few processes that these tests start.
 ENVIRONMENT = {"PYTEST_ADDOPTS": "", "TUNESMITH_TESTS_FORK": "0"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
-
-
-def files_that_reach_a_tool(tests: Path) -> list[Path]:
-    return [
-        file for file in sorted(tests.rglob("test_*.py")) if REACHES_A_TOOL.search(file.read_text())
-    ]
+pytestmark = [pytest.mark.nightly, pytest.mark.long]
 
 
 def test_the_tests_of_the_engine_pass_without_three_tools(tmp_path: Path) -> None:
@@ -59,10 +53,11 @@ def test_the_tests_of_the_engine_pass_without_three_tools(tmp_path: Path) -> Non
     for folder in TESTS_OF_TOOLS:
         shutil.rmtree(tmp_path / "tests" / folder)
     # The house's own tests look at pages and commands of all tools.
-    files = files_that_reach_a_tool(tmp_path / "tests")
+    every = sorted((tmp_path / "tests").rglob("test_*.py"))
+    files = [file for file in every if REACHES_A_TOOL.search(file.read_text())]
     files.remove(tmp_path / "tests/test_house.py")
     assert len(files) > 30
-    words = ["-m", "not slow", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    words = ["-m", "not slow and not nightly", "-q", "-p", "no:cacheprovider", *map(str, files)]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=tmp_path,

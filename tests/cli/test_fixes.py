@@ -1,25 +1,27 @@
 """Every fix that a message proposes can be pasted: flags and keys exist, names are quoted, and
 commands do what they say.
+
+What a fix takes in at run time, such as the name of a file, stands in it as a hostile name.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import shutil
 import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import playbook
-from cli.fixes import Fix, collect
+from invoke import invoke
 from tunesmith.cli import main as command_line
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
@@ -31,6 +33,8 @@ from tunesmith.tools.doctor.system import TEXTS, finding
 from tunesmith.tools.export.gguf.export import export_gguf
 from tunesmith.tools.sweep.space import read_space
 
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (ROOT / "src" / "tunesmith", ROOT / "scripts")
 PROGRAMS = (
     "tunesmith", "pip", "sudo", "ssh", "ssh-copy-id", "ssh-keygen", "ls", "iconv", "jq", "sed", "mv", "mkdir", "df", "docker",
     "ip", "unset", "export", "cat", "rm", "hf", "python", "python3", "ping", "ps", "scancel", "sinfo", "wandb", "apt-get", "srun",
@@ -38,22 +42,16 @@ PROGRAMS = (
 COMMAND = re.compile(
     rf"(?:(?<=^)|(?<=[\s(`]))(?:[A-Z_]+=\S+ )?({'|'.join(PROGRAMS)}) (?=[\w'\"<./-])"
 )
+END_OF_COMMAND = re.compile(
+    r"[;,`]| or |  |\)|: | then | shows | says | tells | lists | compares | prints |\. "
+)
 # An expression in a command: quoted by one of the functions for it, or of a form in which nothing
 # needs quotes.
 QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|new_name)\(")
 PLAIN = (
-    "number",
-    "HEARTBEAT_VARIABLE",
-    "encoding",
-    "line",
-    "requirement",
-    "_MIN_TRANSFORMERS",
-    "SECONDS",
-    "name",
-    "near[0]",
-    "self.name",
+    "number", "HEARTBEAT_VARIABLE", "encoding", "line", "requirement", "_MIN_TRANSFORMERS", "SECONDS", "name", "near[0]", "self.name",
     "' '.join(started)",
-)
+)  # fmt: skip
 KEY = re.compile(
     r"(?<![\w./-])((?:model|adapter|data|train|parallel|validate|checkpoint|log|profile)(?:\.[a-z_]+)+)(?==|: )"
 )
@@ -64,105 +62,120 @@ THEIR_FLAGS = {
     "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
     "--availability", "--set-as-default", "--model_args", "--validate", "--repo-type",
 }  # fmt: skip
-# Read in the worker that asks: each collects these tests, and one runs them.
-fixes = cache(collect)
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    """The parser of a verb, as the command line makes it."""
+class Fix(NamedTuple):
+    """The text of a fix: `parts` are texts, and expressions, whose source is in a tuple of one."""
+
+    place: str
+    parts: tuple[str | tuple[str], ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else f"<{part[0]}>" for part in self.parts)
+
+
+def expressions(node: ast.expr) -> Iterator[ast.expr]:
+    """The alternatives of a conditional expression, or of an `or`; else the expression itself."""
+    parts = {ast.IfExp: ("body", "orelse"), ast.BoolOp: ("values",)}.get(type(node), ())
+    for name in parts:
+        inside = getattr(node, name)
+        for value in inside if isinstance(inside, list) else [inside]:
+            yield from expressions(value)
+    if not parts:
+        yield node
+
+
+def parts_of(node: ast.expr) -> tuple[str | tuple[str], ...]:
+    """The text and the expressions of a string, an f-string or a sum of them."""
+    match node:
+        case ast.Constant(value=str() as text):
+            return (text,)
+        case ast.JoinedStr(values=values):
+            return tuple(part for value in values for part in parts_of(value))
+        case ast.FormattedValue(value=value):
+            return ((ast.unparse(value),),)
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return (*parts_of(left), *parts_of(right))
+    return ((ast.unparse(node),),)
+
+
+def values_of_fix(node: ast.AST) -> Iterator[ast.expr]:
+    """What a call or an assignment gives as a fix."""
+    match node:
+        case ast.Call(keywords=keywords):
+            yield from (keyword.value for keyword in keywords if keyword.arg == "fix")
+        case ast.Assign(targets=[ast.Name(id="fix" | "fixes")], value=value):
+            yield value
+        case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
+            for name, value in zip(names, values, strict=False):
+                if isinstance(name, ast.Name) and name.id in ("fix", "fixes"):
+                    yield value
+        case ast.AugAssign(target=target, value=value):
+            if ast.unparse(target).rpartition(".")[2] == "fix":
+                yield value
+
+
+@cache
+def fixes() -> list[Fix]:
+    """All fixes of the sources that are texts, then those of the doctor's table."""
+    found = []
+    for file in sorted(path for folder in SOURCES for path in folder.rglob("*.py")):
+        text = file.read_text()
+        if "fix" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            for value in values_of_fix(node):
+                for one in expressions(value):
+                    if not isinstance(one, ast.Name | ast.Attribute):
+                        found.append(Fix(f"{file.relative_to(ROOT)}:{one.lineno}", parts_of(one)))
+    found += [Fix(f"doctor: {case}", (texts[3],)) for case, texts in TEXTS.items() if texts[3]]
+    return found
+
+
+@cache
+def flags_of(verb: str) -> set[str]:
+    """The flags of a verb and of the commands below it."""
     parser = argparse.ArgumentParser()
     import_module(command_line.VERBS[verb][0]).add_arguments(parser)
-    return parser
-
-
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inside in action.choices.values():
-                flags |= flags_of(inside)
+    parsers, flags = [parser], set()
+    for one in parsers:
+        for action in one._actions:
+            flags |= {*action.option_strings}
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
     return flags
 
 
 def commands_of(text: str) -> list[str]:
     """The commands within a fix, each up to the next separator of prose."""
-    found = []
-    for match in COMMAND.finditer(text):
-        rest = text[match.start() :]
-        found.append(
-            re.split(
-                r"[;,`]| or |  |\)|: | then | shows | says | tells | lists | compares | prints |\. ",
-                rest,
-            )[0].strip()
-        )
-    return found
-
-
-def kind_of(fix: Fix) -> str:
-    text = fix.text
-    if COMMAND.search(text):
-        return "command"
-    if KEY.search(text) or "output_dir=" in text:
-        return "key"
-    if FLAG.search(text):
-        return "flag"
-    if re.match(r"[:,;. ]*(<|\{fix\})", text):
-        return "made elsewhere"
-    if re.match(r"[a-z`.;,(:\[' ]*[A-Za-z]", text) or not text.strip():
-        return "words"
-    return ""
+    found = COMMAND.finditer(text)
+    return [END_OF_COMMAND.split(text[match.start() :])[0].strip() for match in found]
 
 
 @pytest.mark.slow
-def test_every_fix_is_of_a_known_kind() -> None:
-    """How many there are of each kind is shown with -rA; a collector that finds none would pass
-    unread.
-    """
-    counts = Counter(kind_of(fix) for fix in fixes())
-    print(
-        f"{len(fixes())} fixes: {dict(counts)}; {sum(len(commands_of(fix.text)) for fix in fixes())} commands"
-    )
-    assert not [fix for fix in fixes() if not kind_of(fix)]
-    assert len(fixes()) > 500
-    assert counts["command"] > 100
-    assert counts["key"] > 50
-
-
-@pytest.mark.slow
-def test_a_verb_and_its_flags_exist() -> None:
-    wrong, checked = list[tuple[str, str, str]](), 0
+def test_verbs_flags_and_keys_exist() -> None:
+    """A collector that finds none would pass unread."""
+    everywhere = THEIR_FLAGS.union(*map(flags_of, command_line.VERBS))
+    everywhere |= set().union(*map(playbook.flags_of, playbook.SCRIPTS))
+    wrong, verbs, named = list[tuple[str, str]](), 0, 0
     for fix in fixes():
+        found = [(key, key in keys()) for key in KEY.findall(fix.text)]
+        found += [(flag, flag in everywhere) for flag in FLAG.findall(fix.text)]
         for command in commands_of(fix.text):
             words = re.sub(r"^[A-Z_]+=\S+ ", "", command).split()
-            if words[0] != "tunesmith" or len(words) < 2 or not re.match(r"[a-z]", words[1]):
-                continue
-            checked += 1
-            verb = " ".join(words[1:3]) if words[1] == "launch" else words[1]
-            if verb not in command_line.VERBS:
-                wrong.append((fix.place, command, verb))
-                continue
-            known = flags_of(parser_of(verb))
-            wrong += [
-                (fix.place, command, flag) for flag in FLAG.findall(command) if flag not in known
-            ]
-    assert not wrong
-    assert checked > 40
+            if words[0] == "tunesmith" and len(words) > 1 and re.match(r"[a-z]", words[1]):
+                verb = " ".join(words[1:3]) if words[1] == "launch" else words[1]
+                known = flags_of(verb) if verb in command_line.VERBS else set()
+                found.append((command, known >= {*FLAG.findall(command)} and bool(known)))
+                verbs += 1
+        wrong += [(fix.place, name) for name, exists in found if not exists]
+        named += len(found)
+    assert wrong == []
+    assert (len(fixes()) > 500, verbs > 40, named > 150) == (True, True, True)
 
 
-def test_keys_of_a_recipe_exist() -> None:
-    named = [(fix.place, key) for fix in fixes() for key in KEY.findall(fix.text)]
-    assert not [(place, key) for place, key in named if key not in keys()]
-    assert len(named) > 60
-
-
-def test_flags_exist() -> None:
-    known = set(THEIR_FLAGS).union(*(flags_of(parser_of(verb)) for verb in command_line.VERBS))
-    known |= set().union(*(playbook.flags_of(name) for name in playbook.SCRIPTS))
-    named = [(fix.place, flag) for fix in fixes() for flag in FLAG.findall(fix.text)]
-    assert not [(place, flag) for place, flag in named if flag not in known]
-    assert len(named) > 50
-
-
+@pytest.mark.slow
 def test_what_a_command_takes_in_is_quoted() -> None:
     bare, checked = [], 0
     for fix in fixes():
@@ -184,42 +197,25 @@ HOSTILE = "-a b'\"$(touch ran) `touch ran`;&.x"
 
 
 def words_in_bash(text: str, folder: Path) -> list[str]:
-    shown = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {text}"], cwd=folder, capture_output=True, check=True
-    )
+    command = ["bash", "-c", f"printf '%s\\0' {text}"]
+    shown = subprocess.run(command, cwd=folder, capture_output=True, check=True)
     assert not (folder / "ran").exists()
     return [word.decode("utf-8", "surrogateescape") for word in shown.stdout.split(b"\0")[:-1]]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        HOSTILE,
-        "plain",
-        "",
-        "two\nlines",
-        "tab\t\x1b[31m",
-        "é €",
-        "\\n",
-        "bad\udcff",
-        "--force",
-        "~",
-        "*",
-    ],
-    ids=ascii,
-)
-def test_a_word_comes_back_from_a_shell(value: str, tmp_path: Path) -> None:
-    assert words_in_bash(shell_word(value), tmp_path) == [value]
-    assert words_in_bash(shell_command(["a", value]), tmp_path) == ["a", value]
-    assert "\n" not in shell_word(value)
-    assert words_in_bash(shell_path(value), tmp_path) == [
-        f"./{value}" if value.startswith("-") else value
-    ]
+def test_a_word_comes_back_from_a_shell(tmp_path: Path) -> None:
+    odd = [HOSTILE, "plain", "", "two\nlines", "tab\t\x1b[31m", "é €", "\\n", "bad\udcff", "--force", "~", "*"]  # fmt: skip
+    words = " ".join(map(shell_word, odd))
+    assert "\n" not in words
+    assert words_in_bash(words, tmp_path) == odd
+    assert words_in_bash(shell_command(odd), tmp_path) == odd
+    paths = [f"./{value}" if value.startswith("-") else value for value in odd]
+    assert words_in_bash(" ".join(map(shell_path, odd)), tmp_path) == paths
 
 
 def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
     """Each as the doctor would say it of a machine with hostile names; remarks are comments."""
-    checked = 0
+    commands = []
     memory = dict.fromkeys(("MemAvailable", "MemTotal", "MemFree", "Cached"), 1.0)
     for case, texts in TEXTS.items():
         names = {name for text in texts for name in re.findall(r"{(\w+)", text)} - {"host"}
@@ -228,14 +224,12 @@ def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
             name: 1.0 if name in numbers else memory if name == "gib" else HOSTILE for name in names
         }
         command = finding(case, host=HOSTILE, **values).fix.partition("    #")[0]
-        if command:
-            bash = subprocess.run(
-                ["bash", "-n", "-c", command], capture_output=True, text=True, check=False
-            )
-            assert bash.returncode == 0, (case, command, bash.stderr)
-            checked += 1
-    assert checked > 40
-    assert not (tmp_path / "ran").exists()
+        commands += [f"({command})"] if command else []
+    # One shell reads all of them, each in its own parentheses.
+    words = ["bash", "-n", "-c", "\n".join(commands)]
+    bash = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (bash.returncode, bash.stderr) == (0, "")
+    assert len(commands) > 40
 
 
 def fix_of(action: Callable[[], object]) -> str:
@@ -244,92 +238,70 @@ def fix_of(action: Callable[[], object]) -> str:
     return refused.value.fix
 
 
-def file_of(folder: Path, suffix: str, content: bytes) -> Path:
-    path = folder / f"{HOSTILE}{suffix}"
-    path.write_bytes(content)
-    return path
+def read_all(name: str) -> object:
+    rows = read_rows(Source(source=name, format="prompt-completion"))
+    return [rows[number] for number in range(len(rows))]
 
 
-def reading(folder: Path, suffix: str, content: bytes) -> Callable[[], object]:
-    """Read rows from a file of that content, with a hostile name without its folder: it begins with
-    a dash.
-    """
-    name = file_of(folder, suffix, content).name
-
-    def read() -> object:
-        rows = read_rows(Source(source=name, format="prompt-completion"))
-        return [rows[number] for number in range(len(rows))]
-
-    return read
+def read_json_lines(file: Path) -> list[object]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 TWO_ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Path, str], bool]]] = {
-    "jq": (
-        lambda f: reading(f, ".json", b'{"it\'s \\"$(touch ran)": [{"prompt": "a", "completion": "b"}]}'), "jq",
-        lambda f, out: "completion" in (f / "rows.json").read_text(),
-    ),
-    "jq of objects": (
-        lambda f: reading(f, ".json", b'{\n"prompt": "a", "completion": "b"\n}\n{"prompt": "c", "completion": "d"\n}\n'), "jq",
-        lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
-    ),
-    "jq of arrays": (
-        lambda f: reading(f, ".json", b'[{"prompt": "a", "completion": "b"}][{"prompt": "c", "completion": "d"}]'), "jq",
-        lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
-    ),
-    "iconv of rows": (
-        lambda f: reading(f, ".csv", "prompt,completion\ncafé,b\n".encode("latin-1")), "iconv",
-        lambda f, out: "café" in (f / "fixed.csv").read_text(encoding="utf-8"),
-    ),
-    "iconv of a recipe": (
-        lambda f: lambda: load_recipe(file_of(f, ".yaml", "model: {name: café}\n".encode("latin-1")).name), "iconv",
-        lambda f, out: "café" in (f / "fixed.yaml").read_text(encoding="utf-8"),
-    ),
-    "sed": (
-        lambda f: reading(f, ".jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n{"prompt": "a", "completion": "b"}\n'), "sed",
-        lambda f, out: out == '{"prompt": \n',
-    ),
+ONE, TWO = (json.dumps(row).encode() for row in TWO_ROWS)
+# A file with a hostile name, the program of the fix, and what holds after it
+PASTED: dict[str, tuple[str, bytes, str, Callable[[Path, str], bool]]] = {
+    "rows below a key": (".json", b'{"it\'s \\"$(touch ran)": [%s]}' % ONE, "jq", lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS[:1]),
+    "objects without a list": (".json", ONE.replace(b", ", b",\n") + b"\n" + TWO, "jq", lambda f, out: read_json_lines(f / "rows.jsonl") == TWO_ROWS),
+    "arrays": (".json", b"[%s][%s]" % (ONE, TWO), "jq", lambda f, out: read_json_lines(f / "rows.jsonl") == TWO_ROWS),
+    "rows in latin-1": (".csv", "prompt,completion\ncafé,b\n".encode("latin-1"), "iconv", lambda f, out: "café" in (f / "fixed.csv").read_text()),
+    "a recipe in latin-1": (".yaml", "model: {name: café}\n".encode("latin-1"), "iconv", lambda f, out: "café" in (f / "fixed.yaml").read_text()),
+    "a torn row": (".jsonl", ONE + b'\n{"prompt": \n' + ONE, "sed", lambda f, out: out == '{"prompt": \n'),
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PASTED)
 def test_a_pasted_command_does_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, program, holds = CASES[name]
+    suffix, content, program, holds = PASTED[name]
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     monkeypatch.chdir(tmp_path)
-    fix = fix_of(make(tmp_path))
+    file = Path(f"{HOSTILE}{suffix}")
+    file.write_bytes(content)
+    read = load_recipe if suffix == ".yaml" else read_all
+    fix = fix_of(lambda: read(file.name))
     assert fix.startswith(program), fix
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    shell = subprocess.run(
-        ["bash", "-c", fix], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    shell = subprocess.run(["bash", "-c", fix], capture_output=True, text=True, check=False)
     assert shell.returncode == 0, shell.stderr
     assert holds(tmp_path, shell.stdout)
-    assert not (tmp_path / "ran").exists()
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert not Path("ran").exists()
+    assert file.read_bytes() == content
 
 
 def test_a_command_never_empties_the_file_that_it_reads(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"data": [{"prompt": "a", "completion": "b"}]}')
-    fix = fix_of(
-        lambda: read_rows(Source(source=str(tmp_path / "rows.json"), format="prompt-completion"))
-    )
-    assert fix.endswith("> new-rows.json")
+    assert fix_of(lambda: read_all(str(tmp_path / "rows.json"))).endswith("> new-rows.json")
 
 
-def test_a_name_behind_a_printed_command_is_one_word(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_commands_of_ours_with_a_hostile_name(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A folder is made by the fix, then a recipe is copied over another by the next one."""
     monkeypatch.chdir(tmp_path)
-    Path(HOSTILE).mkdir()
-    assert command_line.main(["recipes", "copy", "smollm2-135m-lora", f"./{HOSTILE}"]) == 0
-    err = capsys.readouterr().err
-    copied = f"./{HOSTILE}/smollm2-135m-lora.yaml"
-    assert words_in_bash(err.rpartition("tunesmith train ")[2], tmp_path) == [copied]
+    there = f"./{HOSTILE}/{HOSTILE}.yaml"
+    words = ["recipes", "copy", "smollm2-135m-lora", there]
+    fix = invoke(*words).err.rpartition("fix: ")[2].rpartition("or run: ")[2]
+    subprocess.run(["bash", "-c", fix], check=True)
+    assert Path(HOSTILE).is_dir()
+    done = invoke(*words)
+    assert done.code == 0
+    assert words_in_bash(done.err.rpartition("tunesmith train ")[2], tmp_path) == [there]
+    fix = invoke(*words).err.rpartition("fix: ")[2].rpartition("tunesmith ")[2]
+    again = words_in_bash(fix, tmp_path)
+    assert (again[:2], again[3:4], "--force" in again) == (words[:2], [there], True)
+    assert invoke(*again).code == 0
     fix = fix_of(lambda: export_gguf(tiny, f"{HOSTILE}/a"))
     assert words_in_bash(fix, tmp_path) == ["use", "--output", str(tmp_path / HOSTILE / "a.gguf")]
 
@@ -337,27 +309,3 @@ def test_a_name_behind_a_printed_command_is_one_word(
 def test_keys_that_are_proposed_can_be_given() -> None:
     setting = fix_of(lambda: read_space(["train.lr=1e-4,3e-4"])).partition("write ")[2]
     assert read_space([f"{setting},3e-4"]).grid()[0] == {"train.learning_rate": "1e-4"}
-
-
-@pytest.mark.slow
-def test_commands_of_ours_that_are_pasted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`tunesmith` itself, started by the shell from the fix: a folder is made, then a recipe is
-    copied over another.
-    """
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "tunesmith").symlink_to(Path(sys.prefix, "bin", "tunesmith"))
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}", prepend=":")
-    there = f"./{HOSTILE}/{HOSTILE}.yaml"
-    for _ in range(2):
-        assert command_line.main(["recipes", "copy", "smollm2-135m-lora", there]) == 2
-        fix = re.search(r"fix: (?:.*, or run: )?(.*)", capsys.readouterr().err)
-        assert fix is not None
-        subprocess.run(["bash", "-c", fix[1]], cwd=tmp_path, check=True, capture_output=True)
-        if not Path(there).exists():
-            assert command_line.main(["recipes", "copy", "smollm2-135m-lora", there]) == 0
-            capsys.readouterr()
-    assert Path(there).is_file()
-    assert not list(tmp_path.rglob("ran"))

@@ -7,18 +7,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from cli.bad_world import Capture, World, started
+from cli.bad_world import World, started
 from errors import lines_with, warnings_with
+from invoke import invoke
 from logged import logged_lines
-from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.training.trainer import Trainer
-from warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -33,23 +33,20 @@ def logged(run: Path) -> list[str]:
     return [TIME.sub("", line, count=1) for line in lines]
 
 
-def test_two_starts_and_their_summaries(world: World, capsys: Capture) -> None:
-    shown = []
+def test_two_starts_and_their_summaries(world: World) -> None:
+    shown = ""
     for words in (["train.duration=3 steps"], ["train.duration=1 epochs"]):
-        assert main(world.train(*words, held=True)) == EXIT_OK
-        shown += [line for stream in capsys.readouterr() for line in stream.splitlines()]
-    (resumed,) = lines_with("\n".join(shown), 3, 6, world.out / "checkpoint-3")
-    assert warnings_with("\n".join(shown), 3)
+        done = invoke(*world.train(*words, held=True))
+        assert done.code == EXIT_OK
+        shown += done.err + done.out
+    (resumed,) = lines_with(shown, 3, 6, world.out / "checkpoint-3")
+    assert warnings_with(shown, 3)
     written = logged(world.out)
-    assert [line for line in shown if line not in written] == []
+    assert [line for line in shown.splitlines() if line not in written] == []
     assert written.index(resumed) > written.index("next")
 
 
-def test_a_failure_and_a_stop(
-    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
-
+def test_a_failure_and_a_stop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.train_step
 
     def fails(self: Trainer, batch: object) -> object:
@@ -65,7 +62,7 @@ def test_a_failure_and_a_stop(
     shown = []
     for act, wanted in ((fails, EXIT_FAILED), (stops, EXIT_STOPPED)):
         monkeypatch.setattr(Trainer, "train_step", act)
-        code, _, err = started(world.train(), capsys)
+        code, _, err = started(world.train())
         assert code == wanted, err
         shown += err.splitlines()
     written = logged(world.out)
@@ -74,28 +71,6 @@ def test_a_failure_and_a_stop(
     )
     assert lines_with("\n".join(written), "SIGTERM", "step 4")
     assert [line for line in shown if line not in written] == []
-
-
-def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
-    """A cache that cannot be written is told by logging, which shows it where no program has set it
-    up.
-    """
-    cache = world.write("cache", "a file")
-    done = run_warm(
-        world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)}
-    )
-    assert done.returncode == EXIT_OK, done.stderr
-    assert len(warnings_with(done.stderr, cache)) == 1
-    written = logged(world.out)
-    assert [line for line in (done.stderr + done.stdout).splitlines() if line not in written] == []
-
-
-def test_a_refused_start_writes_no_line(world: World, capsys: Capture) -> None:
-    run = world.begun()
-    before = (run / "log.txt").read_bytes()
-    code, _, err = started(world.again("train.learning_rate=1"), capsys)
-    assert code == 2, err
-    assert (run / "log.txt").read_bytes() == before
 
 
 def test_lines_of_the_command_come_before_those_of_its_run(tmp_path: Path) -> None:

@@ -19,22 +19,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from control_groups import control_group
-from errors import is_internal
+from errors import error_in
 from recipes import make_run
 from tunesmith.config.dump import dump
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from warm import run_warm
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 LIMIT = 740 << 20
-
-
-def parts_of(said: str) -> dict[str, str]:
-    """The last error of a command, line by line."""
-    assert not is_internal(said), said
-    block = said[said.rindex("error: ") :].splitlines()
-    return {name.strip(): text for name, _, text in (line.partition(": ") for line in block)}
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +69,17 @@ def in_group(group: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return run_warm(words, prepare=partial(join, group), env=environ, timeout=600)
 
 
-@pytest.mark.slow
 def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(
     recipe: Path, group: Path
 ) -> None:
     done = in_group(group, "train", str(recipe))
     assert done.returncode == EXIT_USAGE, done.stderr
-    parts = parts_of(done.stderr)
-    assert re.search(r"\b0\.\d+ GiB", parts["error"])
-    assert f"control group {group} of {LIMIT / 2**30:.2f} GiB" in parts["where"]
-    assert "docker run --memory=" in parts["fix"]
+    told = error_in(done.stderr)
+    assert re.search(r"\b0\.\d+ GiB", told.what)
+    assert f"control group {group} of {LIMIT / 2**30:.2f} GiB" in told.where
+    assert "docker run --memory=" in told.fix
     assert not (recipe.parent / "run" / "metrics.jsonl").exists()
-    fix = parts["fix"].removeprefix("set ")
-    options = [option.rpartition(" (")[0] for option in fix.split(" or ")[:-1]]
+    options = [option.rpartition(" (")[0] for option in told.fix.removeprefix("set ").split(" or ")]
     assert "adapter.kind=lora" in options
     done = in_group(group, "train", str(recipe), *shlex.split("adapter.kind=lora"))
     assert done.returncode == EXIT_OK, done.stderr

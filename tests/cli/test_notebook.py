@@ -20,7 +20,7 @@ from export.tiny_gguf import chat_tokenizer
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 DOCS = Path(__file__).parents[2] / "docs"
 

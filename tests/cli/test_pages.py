@@ -35,13 +35,8 @@ def examples() -> list[tuple[str, str, str]]:
 
 
 def test_every_format_has_an_example() -> None:
-    assert {kind for kind, _, _ in examples()} == {
-        "alpaca",
-        "messages",
-        "sharegpt",
-        "prompt-completion",
-        "text",
-    }
+    formats = {"alpaca", "messages", "sharegpt", "prompt-completion", "text"}
+    assert {kind for kind, _, _ in examples()} == formats
 
 
 @pytest.mark.parametrize(("kind", "row", "text"), examples())
@@ -50,11 +45,8 @@ def test_a_row_becomes_the_text_beside_it(
 ) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text(row)
-    values = {
-        "model": {"name": "none"},
-        "data": {"train": {"source": "rows.jsonl", "format": kind}},
-        "output_dir": "runs/none",
-    }
+    data = {"train": {"source": "rows.jsonl", "format": kind}}
+    values = {"model": {"name": "none"}, "data": data, "output_dir": "runs/none"}
     tokenizer = byte_tokenizer()
     run = from_mapping(values, where="test", base=tmp_path)
     prepared = prepare_data(run, tokenizer, {tokenizer.eos_token_id}, len(tokenizer), strict=False)

@@ -31,10 +31,10 @@ FUNCTIONS = sorted([*FIRST, "compare", "export_gguf", "inspect_data", "plan", "s
 ROOT = Path(__file__).parents[2]
 
 
-# Every module is imported first, as a long session may have done: importing `package.name` sets the
-# attribute `name`.
 def members_after_all() -> list[tuple[str, str, str]]:
-    """Of each member its name in the package, its kind and its own name."""
+    """Of each member its name in the package, its kind and its own name, after all modules were
+    imported: importing `package.name` sets the attribute `name`.
+    """
     found = pkgutil.walk_packages(tunesmith.__path__, "tunesmith.")
     names = [module.name for module in found if not module.name.endswith("__main__")]
     for name in names:
@@ -84,65 +84,43 @@ loss = result.records  # type: ignore[assignment]
 
 
 def printed(code: str) -> list[str]:
-    """The words that a fresh interpreter prints."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-
-
-def test_every_public_member_has_its_name() -> None:
-    members = {
-        name: getattr(tunesmith, name) for name in tunesmith.__all__ if name != "__version__"
-    }
-    assert {name: member.__name__ for name, member in members.items()} == {
-        name: name for name in members
-    }
-    assert [name for name, member in members.items() if inspect.isfunction(member)] == FUNCTIONS
-    assert all(inspect.isclass(member) for name, member in members.items() if name not in FUNCTIONS)
+    """The lines that a fresh interpreter prints."""
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_members_stay_what_they_are_after_every_module_was_imported() -> None:
-    """In a process of its own, since the modules stay."""
+    """In a process of its own, since the modules stay; pickle finds a function again."""
     (found,) = run_ranks(1, members_after_all)
     kinds = {name: kind for name, kind, _ in found}
     assert list(kinds) == [own for _, _, own in found] == tunesmith.__all__
     assert [name for name, kind in kinds.items() if kind == "function"] == FUNCTIONS
     assert "module" not in kinds.values()
-
-
-def test_a_function_is_one_object_that_pickle_finds_again() -> None:
-    """As worker processes of multiprocessing and joblib need it."""
-    assert tunesmith.load_run is tunesmith.load_run
     assert pickle.loads(pickle.dumps(tunesmith.load_run)) is tunesmith.load_run
 
 
-def test_exported_members_are_those_of_all() -> None:
-    code = "import tunesmith; print(*(n for n in vars(tunesmith) if not n.startswith('_')))"
+def test_exported_members_are_those_of_all_and_their_import_is_light() -> None:
+    code = "import sys, tunesmith; print(*(n for n in vars(tunesmith) if not n.startswith('_')))"
+    heavy = "{'torch', 'transformers', 'numpy', 'rich'}"
+    members, loaded = printed(f"{code}; print(*{heavy}.intersection(sys.modules))")
     helpers = {"TYPE_CHECKING", "Any", "errors", "import_module"}
-    assert set(printed(code)) - set(tunesmith.__all__) == helpers
-    assert dir(tunesmith) == tunesmith.__all__
-    assert sorted(tunesmith.__all__) == tunesmith.__all__
+    assert {*members.split()} - {*tunesmith.__all__} == helpers
+    assert loaded == ""
+    assert dir(tunesmith) == sorted(tunesmith.__all__) == tunesmith.__all__
     with refuses(AttributeError, names=["'opening'"]):
         tunesmith.opening  # noqa: B018
 
 
-def test_the_import_is_light() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'rich'}"
-    assert printed(f"import sys, tunesmith; print(*{heavy}.intersection(sys.modules))") == []
-
-
-def test_each_function_tells_its_types_and_has_a_docstring() -> None:
+def test_each_function_tells_its_types_and_has_an_example() -> None:
+    """No defaults are objects of ours, but for callbacks: a signature is read in a notebook."""
     for name in FUNCTIONS:
         function = getattr(tunesmith, name)
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty, name
-        untyped = [
-            p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty
-        ]
-        assert untyped == [], name
-        assert any(
-            ">>>" in line and f"tunesmith.{name}(" in line for line in function.__doc__.splitlines()
-        ), name
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, name
+            assert callable(parameter.default) or "<" not in str(parameter.default), name
+        assert re.search(rf">>>.*tunesmith\.{name}\(", function.__doc__), name
 
 
 def test_help_begins_with_the_five_functions_and_an_example_of_each() -> None:
@@ -171,22 +149,6 @@ def test_what_the_docs_name_is_exported_and_what_is_exported_they_name() -> None
             assert re.search(rf"\b{name}\b", page), f"docs/python.md does not name {name}"
 
 
-def test_what_another_function_takes_is_refused_with_the_call_to_make() -> None:
-    rows: Any = [{"prompt": "Hello"}]
-    run: Any = "runs/my-run"
-    with refuses(UsageError, names=["str"], fix=["tunesmith.load_run"]):
-        tunesmith.generate(run, rows)
-
-
-def test_public_functions_take_nothing_of_ours_and_have_plain_defaults() -> None:
-    """A signature is read in a notebook: no objects of ours as defaults, but for callbacks."""
-    for name in FUNCTIONS:
-        signature = inspect.signature(getattr(tunesmith, name))
-        defaults = [p.default for p in signature.parameters.values() if not callable(p.default)]
-        assert not any(hasattr(default, "world") for default in defaults), name
-        assert "<" not in str(defaults), name
-
-
 def test_plan_data_and_sweep_return_what_json_prints(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +173,9 @@ def test_plan_data_and_sweep_return_what_json_prints(
 
 
 def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    run: Any = "runs/my-run"
+    with refuses(UsageError, names=["str"], fix=["tunesmith.load_run"]):
+        tunesmith.generate(run, [{"prompt": "Hello"}])
     with refuses(UsageError, where="--dtype", names=["float32"], fix=["fp32"]):
         tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
     with refuses(UsageError, where="--score", names=["lambda"]):
@@ -224,6 +189,7 @@ def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path
             function(missing)
 
 
+@pytest.mark.nightly
 def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
     package = Path(tunesmith.__file__).parent
     assert (package / "py.typed").is_file(), "without it type checkers take the package as untyped"

@@ -1,14 +1,11 @@
-"""Every command of the README and of docs/ is typed here, page by page and in its order, on a tiny
-model; every row of docs/formats.md becomes the text beside it; and every shipped recipe takes a
-step.
+"""Every command of the README and of docs/ runs, page by page and in its order, on a tiny model; and
+every shipped recipe takes a step.
 
-`stand_ins` names what stands for another: the model, and rows in the place of a reader's own files.
 A command that is neither run nor named in NOT_OURS fails the test.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import re
@@ -17,7 +14,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from runpy import run_path
 
 import pytest
 
@@ -28,7 +24,8 @@ from tunesmith.host import demo_model
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.training.make_recipe import make_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.long
+NIGHTLY = pytest.mark.nightly
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -44,19 +41,9 @@ PAGES = {
 # Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py),
 # the image (launch/).
 NOT_OURS = (
-    "pip install",
-    "make ",
-    "vllm serve",
-    "tensorboard ",
-    "python scripts/",
-    "docker build",
-    "docker run",
-    "hf auth",
-    "source ",
-    "python3 -m venv",
-    "cd faq-model && ollama create",
-    "cd my-model && ollama create",
-)
+    "pip install", "make ", "vllm serve", "tensorboard ", "python scripts/", "docker build", "docker run", "hf auth", "source ",
+    "python3 -m venv", "cd faq-model && ollama create", "cd my-model && ollama create",
+)  # fmt: skip
 # Verbs with a stand-in server of their own: tests/tools/export/test_push.py.
 ELSEWHERE = ("tunesmith push",)
 TINY_SHAPE = {
@@ -66,20 +53,12 @@ TINY_SHAPE = {
 }  # fmt: skip
 ROWS = [
     {
-        "instruction": f"Say {n}",
-        "output": f"number {n}",
-        "tools": [],
-        "conversations": [
-            {"from": "human", "value": f"Say {n}"},
-            {"from": "gpt", "value": f"number {n}"},
-        ],
-        "messages": [
-            {"role": "user", "content": f"Say {n}"},
-            {"role": "assistant", "content": f"number {n}"},
-        ],
+        "instruction": asked, "output": answer, "tools": [],
+        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
     }
-    for n in range(24)
-]
+    for asked, answer in ((f"Say {n}", f"number {n}") for n in range(24))
+]  # fmt: skip
 
 PAIRS = [{"prompt": f"Say {n}", "chosen": f"number {n}", "rejected": "no"} for n in range(24)]
 ANSWERS = [
@@ -142,16 +121,8 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
     words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":
-        return [
-            *words,
-            "--steps",
-            "2",
-            "--warmup",
-            "1",
-            "data.seq_len=64",
-            "train.global_batch=256 tokens",
-            *TRACED,
-        ]
+        small = "--steps 2 --warmup 1 data.seq_len=64 train.global_batch=256\xa0tokens".split(" ")
+        return [*words, *(word.replace("\xa0", " ") for word in small), *TRACED]
     if verb == "export":
         # The tiny model's tokenizer joins no bytes, and llama.cpp opens none like that
         other = {"ollama": "vllm", "q8_0": "bf16"}
@@ -164,11 +135,8 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
     if verb == "train" and "--data" in words:
         named = any(word.startswith("output_dir=") for word in words)
         model = "demo" if "demo/faq.csv" in words else "smollm2-135m-instruct"
-        return [
-            *words,
-            "train.duration=2 steps",
-            *([] if named else [f"output_dir=runs/faq-{model}"]),
-        ]
+        own = [] if named else [f"output_dir=runs/faq-{model}"]
+        return [*words, "train.duration=2 steps", *own]
     return [*words, *TRACED] if "profile.enabled=true" in words else words
 
 
@@ -195,7 +163,13 @@ def recipe_of_the_readme(tiny: Path) -> str:
     return re.sub(r"name: meta-llama/[\w.-]+", f"name: {tiny}", "\n".join(recipe))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page == "README.md" else NIGHTLY)
+        for page in PAGES
+    ],
+)
 def test_every_command_runs(
     page: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +209,7 @@ def test_every_command_runs(
     )
 
 
+@pytest.mark.slow
 def test_the_example_of_the_python_page_runs(
     place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +220,16 @@ def test_the_example_of_the_python_page_runs(
     assert len(json.loads(losses)) == int(steps)
 
 
-@pytest.mark.parametrize("name", shipped())
+EVERY_CHANGE = ("smollm2-135m-full", "qwen3-8b-dpo")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in EVERY_CHANGE else NIGHTLY)
+        for name in shipped()
+    ],
+)
 def test_every_shipped_recipe_takes_a_step(
     name: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,13 +252,12 @@ def test_every_shipped_recipe_takes_a_step(
     assert json.loads(records[0])["val_loss"] > 0
 
 
+@pytest.mark.slow
 def test_the_model_that_needs_no_hub(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first commands as they stand: the package that is named is there, the rows are, and what
-    `train` would write is where `chat` looks for it.
-
-    `test_make_recipe.py` reads the package's model.
+    """The package that is named is there, the rows are, and what `train` would write is where `chat`
+    looks for it.
     """
     first = next(block for block in blocks(README) if "--model demo" in "".join(block))
     install, train, chat = map(typed, first)
@@ -288,40 +271,3 @@ def test_the_model_that_needs_no_hub(
     made = make_recipe(model, data)
     assert made.run.output_dir == str(tmp_path / shlex.split(chat)[2])
     assert made.run.data.hold_out is not None
-
-
-def skeleton(line: str) -> str:
-    """Return the words of a line that are the same for every model and machine."""
-    if line.startswith(("prompt ", "  before ", "  after ")):
-        return line.split(maxsplit=1)[0]
-    if line.startswith("val_loss "):
-        line = line.partition(",")[0]
-    line = re.sub(r"^model: .*?(?=: LoRA)", "model: NAME", line)
-    # The end of a long line is cut.
-    return re.sub(r"[\d,.]*\d", "#", line)[:55]
-
-
-def test_the_picture_shows_what_the_program_prints(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Its lines are those of a run on the same rows, but for figures; its answers are right."""
-    picture = run_path(str(ROOT / "demo/picture.py"))
-    svg = picture["PICTURE"].read_text(encoding="utf-8")
-    drawn: dict[int, str] = {}
-    for number, part in re.findall(r"-line-(\d+)\)\">(.*?)</text>", svg):
-        text = html.unescape(part).replace("\xa0", " ")
-        drawn[int(number)] = (drawn.get(int(number), "") + text).rstrip()
-    command, *lines = [drawn[number] for number in sorted(drawn)]
-    assert len(lines) < picture["MAX_LINES"]
-    assert max(map(len, lines)) <= picture["COLUMNS"]
-    picture["check_answers"](lines)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny)
-    capfd.readouterr()
-    assert main([*shlex.split(command)[2:], "train.duration=2 steps"]) == 0
-    out, err = capfd.readouterr()
-    expected = picture["shown_lines"](err + out)
-    assert [skeleton(line) for line in lines] == [skeleton(line) for line in expected]

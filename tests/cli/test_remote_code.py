@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from errors import holds
+from invoke import invoke
 from runs import make_run, peft_model
-from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 
 CODE = """
@@ -22,6 +22,9 @@ class OwnConfig(LlamaConfig):
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -43,66 +46,45 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["data", "RUN"],
-        ["data", "RUN/config.yaml"],
-        ["plan", "RUN/config.yaml"],
-        ["train", "RUN/config.yaml"],
-        ["chat", "RUN"],
-        ["chat", "RUN/final", "--base"],
-        ["chat", "RUN/config.yaml"],
-        ["eval", "RUN", "--data", "ROWS"],
-        ["generate", "RUN", "--input", "ROWS", "--output", "-"],
-        ["merge", "RUN", "--output", "OUT"],
-        ["export", "RUN", "--output", "OUT"],
-        ["export", "RUN", "--to", "gguf", "--output", "OUT.gguf"],
-        ["export", "RUN", "--to", "vllm", "--output", "OUT"],
-    ],
-    ids=" ".join,
-)
-def test_a_run_of_a_stranger_runs_no_code(
-    words: list[str], stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ["data RUN", "plan RUN/config.yaml", "train RUN/config.yaml", "chat RUN", "chat RUN/final --base", "chat RUN/config.yaml",
+     "eval RUN --data ROWS", "generate RUN --input ROWS --output -", "merge RUN --output OUT", "export RUN --output OUT",
+     "export RUN --to gguf --output OUT.gguf", "export RUN --to vllm --output OUT"],
+)  # fmt: skip
+def test_a_run_of_a_stranger_runs_no_code(words: str, stranger: Path, tmp_path: Path) -> None:
     run = stranger / "run"
     (run / "env.json").write_text("{}")
     places = {"RUN": run, "ROWS": stranger / "run-rows.jsonl", "OUT": tmp_path / "out"}
     for name, place in places.items():
-        words = [word.replace(name, str(place)) for word in words]
-    assert main(words) == EXIT_USAGE
-    told = capsys.readouterr().err
-    assert holds(told, "model.trust_remote_code", "--trust-remote-code", str(stranger / "base"))
-    assert f"{run / 'config.yaml'}" in told
+        words = words.replace(name, str(place))
+    done = invoke(*words.split())
+    assert done.code == EXIT_USAGE
+    options = ("model.trust_remote_code", "--trust-remote-code")
+    assert holds(done.err, *options, stranger / "base", run / "config.yaml")
     assert not (stranger / "ran").exists()
 
 
-@pytest.mark.parametrize("words", [["data", "config.yaml"], ["data", "mine.yaml"]], ids=" ".join)
 def test_a_run_without_its_identity_runs_no_code(
-    words: list[str],
-    stranger: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    stranger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its checkpoint is enough: the recipe may be its own, or one that extends it."""
     run = stranger / "run"
     (run / "env.json").unlink(missing_ok=True)
     (run / "mine.yaml").write_text("extends: config.yaml\n")
     monkeypatch.chdir(run)
-    assert main(words) == EXIT_USAGE
-    assert holds(capsys.readouterr().err, "model.trust_remote_code", "--trust-remote-code")
+    for name in ("config.yaml", "mine.yaml"):
+        done = invoke("data", name)
+        assert done.code == EXIT_USAGE
+        assert holds(done.err, "model.trust_remote_code", "--trust-remote-code")
     assert not (stranger / "ran").exists()
 
 
 def test_it_runs_if_the_command_says_so(stranger: Path, tmp_path: Path) -> None:
-    run, ran = stranger / "run", stranger / "ran"
-    output = str(tmp_path / "merged")
-    allowed = (
-        ["data", str(run), "model.trust_remote_code=true"],
-        ["merge", str(run), "--output", output, "--trust-remote-code"],
-    )
-    for words in allowed:
+    run, ran, out = stranger / "run", stranger / "ran", tmp_path / "merged"
+    for words in (
+        ["data", run, "model.trust_remote_code=true"],
+        ["merge", run, "--output", out, "--trust-remote-code"],
+    ):
         # Transformers imports the module again, because its text is another one.
         (stranger / "base" / "own_config.py").open("a").write(f"# {words[0]}\n")
-        ran.unlink(missing_ok=True)
-        assert main(words) == EXIT_OK
-        assert ran.exists()
+        assert invoke(*words).code == EXIT_OK
         ran.unlink()

@@ -1,6 +1,4 @@
-"""`generate`, `chat`, `eval` and `merge` by their command lines: what is written, what goes where,
-and every wrong use.
-"""
+"""`generate`, `chat`, `eval` and `merge` by their command lines: what is written and what goes where."""
 
 from __future__ import annotations
 
@@ -21,12 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from errors import check_error, check_shown, error_in, holds, lines_with
+from errors import check_shown, holds, lines_with
+from invoke import Output, invoke
 from runs import ROWS, make_run, peft_model, write_rows
-from tunesmith.cli.main import main
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.template import Template
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from tunesmith.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.inference.load_run import load_run
+from tunesmith.tools.evaluate.chat import Chat
 from warm import Warm, take_terminal
 
 pytestmark = pytest.mark.slow
@@ -50,239 +51,115 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def generate(run: Path, rows: Path, output: Path | str, *words: object) -> Output:
+    return invoke("generate", run, "--input", rows, "--output", output, *words, *SHORT)
+
+
 # --- generate
 
 
-def test_generate_adds_an_answer_to_every_row_in_order(
-    run: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_path: Path) -> None:
+    """An answer to every row in order; a last line that was cut is kept or made again."""
     out = tmp_path / "deep" / "out.jsonl"
-    assert (
-        main(
-            [
-                "generate",
-                str(run),
-                "--input",
-                str(rows),
-                "--output",
-                str(out),
-                "--batch-size",
-                "2",
-                *SHORT,
-            ]
-        )
-        == EXIT_OK
-    )
+    sampled = ["--batch-size", "4", "--temperature", "1.0", "--seed", "4"]
+    assert generate(run, rows, out, *sampled).code == EXIT_OK
     found = lines(out)
     assert [row["instruction"] for row in found] == [row["instruction"] for row in ROWS]
     assert [row["reference"] for row in found] == [row["output"] for row in ROWS]
     assert all(isinstance(row["output"], str) for row in found)
-
-
-def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    command = [
-        "generate",
-        str(run),
-        "--input",
-        str(rows),
-        "--output",
-        str(out),
-        "--batch-size",
-        "1",
-        *SHORT,
-    ]
-    sampled = [*command, "--temperature", "1.0", "--seed", "4"]
-    assert main(sampled) == EXIT_OK
     whole = out.read_bytes()
     kept = whole.splitlines(keepends=True)
-    out.write_bytes(b"".join(kept[:5]) + kept[5][:20])  # killed inside a line
-    assert main([*sampled, "--resume"]) == EXIT_OK
-    assert out.read_bytes() == whole
-    assert main([*sampled, "--resume"]) == EXIT_OK  # nothing left to do
-    assert out.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        lambda r: r[:-1],
-        lambda r: r[:-2],
-        lambda r: r[:1],
-        lambda r: r[: r.index(b'"output"') + 3],
-        lambda r: b"",
-    ],
-    ids=[
-        "only its line break is missing",
-        "in its end",
-        "one character",
-        "in a name",
-        "between two",
-    ],
-)
-def test_resume_keeps_or_cuts_a_last_line_of_its_own(
-    run: Path, rows: Path, tmp_path: Path, last: Callable[[bytes], bytes]
-) -> None:
-    out = tmp_path / "out.jsonl"
-    command = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
-    assert main(command) == EXIT_OK
-    whole = out.read_bytes()
-    first, second, *_ = whole.splitlines(keepends=True)
-    for torn in (last(first), first + last(second)):
-        out.write_bytes(torn)
-        assert main([*command, "--resume"]) == EXIT_OK
+    last = kept[5]
+    for torn in (b"", last[:1], last[: last.index(b'"output"') + 3], last[:-2], last[:-1]):
+        out.write_bytes(b"".join(kept[:5]) + torn)
+        assert generate(run, rows, out, *sampled, "--resume").code == EXIT_OK
         assert out.read_bytes() == whole
+    # Nothing is left to do.
+    assert generate(run, rows, out, *sampled, "--resume").code == EXIT_OK
+    assert out.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"my only copy of a long text",
-        b'{"instruction": "Count to 1", "note": "mine"}',
-        b"  ",
-        b'{"instruction": "Count to 2"',
-    ],
-)
 def test_resume_touches_no_file_that_answers_nothing_here(
-    run: Path, rows: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+    run: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """Also behind a first answer of this input."""
+    """Also behind the answers of this input."""
     out = tmp_path / "out.jsonl"
-    command = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
-    assert main(command) == EXIT_OK
-    for line, before in ((1, b""), (13, out.read_bytes())):
-        out.write_bytes(before + content)
-        assert main([*command, "--resume"]) == EXIT_USAGE
-        assert out.read_bytes() == before + content
-        assert f"{out}:{line}" in capsys.readouterr().err
-
-
-def test_a_full_disk_names_the_file_and_how_to_go_on(
-    run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        main(["generate", str(run), "--input", str(rows), "--output", "/dev/full", *SHORT])
-        == EXIT_FAILED
-    )
-    shown = error_in(capsys.readouterr().err)
-    assert shown.where == "/dev/full"
-    assert holds(shown.text(), 0, 12)
+    assert generate(run, rows, out).code == EXIT_OK
+    whole = out.read_bytes()
+    for content in (b"my only copy", b'{"instruction": "Count to 1", "note": "mine"}', b"  "):
+        for line, before in ((1, b""), (13, whole)):
+            out.write_bytes(before + content)
+            done = generate(run, rows, out, "--resume")
+            assert (done.code, out.read_bytes()) == (EXIT_USAGE, before + content)
+            check_shown(done.err, where=f"{out}:{line}")
 
 
 @pytest.mark.parametrize(
-    ("output", "more", "go_on"),
-    [
-        ("out.jsonl", [], "; to continue, run the same command again with --resume\n"),
-        (
-            "out.jsonl",
-            ["--force"],
-            "; to continue, run the same command again with --resume instead of --force\n",
-        ),
-        ("-", [], "standard output has the answers for 0 of 12 rows\n"),
-        ("/dev/null", [], "/dev/null has the answers for 0 of 12 rows\n"),
-    ],
-)
+    ("output", "more", "has_resume"),
+    [("out.jsonl", [], True), ("out.jsonl", ["--force"], True), ("-", [], False), ("/dev/null", [], False)],
+)  # fmt: skip
 def test_a_stopped_job_names_a_command_that_works(
-    run: Path, rows: Path, tmp_path: Path, output: str, more: list[str], go_on: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    run: Path, rows: Path, output: str, more: list[str], has_resume: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """--resume needs a file, and excludes --force."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tunesmith.host.signals.StopRequest.requested", lambda _: True)
-    assert (
-        main(["generate", str(run), "--input", str(rows), "--output", output, *more, *SHORT])
-        == EXIT_STOPPED
-    )
-    assert capsys.readouterr().err.endswith(go_on)
+    done = generate(run, rows, output, *more)
+    assert done.code == EXIT_STOPPED
+    assert [holds(done.err, "--resume"), holds(done.err, "--force")] == [has_resume, bool(more)]
+    assert holds(done.err, "0 of 12")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
-    run: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "tunesmith.inference.load_run.load_run", lambda *a, **k: pytest.fail("loaded")
     )
-    (tmp_path / "file").write_text("")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for output, more in (
-        (tmp_path / "file" / "out", []),
-        (pipe, ["--resume"]),
-        (tmp_path, ["--force"]),
-    ):
-        command = [
-            "generate",
-            str(run),
-            "--input",
-            str(rows),
-            "--output",
-            str(output),
-            *more,
-            *SHORT,
-        ]
-        assert main(command) == EXIT_USAGE
-        assert str(output) in capsys.readouterr().err
+    for output, more in ((rows / "out", []), (pipe, ["--resume"]), (tmp_path, ["--force"])):
+        done = generate(run, rows, output, *more)
+        assert done.code == EXIT_USAGE
+        assert str(output) in done.err
 
 
-def test_generate_reads_stdin_and_writes_stdout(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_reads_stdin_and_writes_stdout(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without an answer; stdout holds rows and nothing else."""
     asked = [
         {"prompt": "a", "id": 7},
         {"prompt": [{"role": "user", "content": "e"}]},
         {"prompt": "f é"},
         # Half a character, which UTF-8 cannot hold: written as its escape
-        {
-            "prompt": "g",
-            "half": "\ud83d",
-        },
+        {"prompt": "g", "half": "\ud83d"},
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
-    monkeypatch.setattr(sys, "__stdout__", sys.stdout)  # as in a process of its own
-    assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == EXIT_OK
-    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    done = invoke("generate", run, "--input", "-", "--output", "-", *SHORT)
+    found = [json.loads(line) for line in done.out.splitlines()]
     assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
 
 
 def test_base_answers_as_without_the_adapter(
     run: Path, rows: Path, tmp_path: Path, tiny: Path
 ) -> None:
-    for name, words in (
-        ("tuned", [str(run)]),
-        ("base", [str(run), "--base"]),
-        ("plain", [str(tiny)]),
-    ):
-        out = tmp_path / f"{name}.jsonl"
-        assert (
-            main(["generate", *words, "--input", str(rows), "--output", str(out), *SHORT])
-            == EXIT_OK
-        )
-    assert (
-        lines(tmp_path / "base.jsonl")
-        == lines(tmp_path / "plain.jsonl")
-        != lines(tmp_path / "tuned.jsonl")
-    )
+    found = {}
+    for name, (model, *words) in {"tuned": [run], "base": [run, "--base"], "plain": [tiny]}.items():
+        assert generate(model, rows, tmp_path / name, *words).code == EXIT_OK
+        found[name] = lines(tmp_path / name)
+    assert found["base"] == found["plain"] != found["tuned"]
 
 
 def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
-    many = write_rows(
-        tmp_path / "many.jsonl", [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)]
-    )
-    out = tmp_path / "out.jsonl"
-    command = ["generate", str(run), "--input", str(many), "--output", str(out)]
-    process = Warm([*command, "--batch-size", "1", *SHORT])
+    many = [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)]
+    rows, out = write_rows(tmp_path / "many.jsonl", many), tmp_path / "out.jsonl"
+    words = ["generate", str(run), "--input", str(rows), "--output", str(out)]
+    process = Warm([*words, "--batch-size", "1", *SHORT])
     try:
         deadline = time.monotonic() + 120
-        while (
-            not (out.exists() and out.stat().st_size)
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
+        while process.poll() is None and time.monotonic() < deadline:
+            if out.exists() and out.stat().st_size:
+                break
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
@@ -299,98 +176,82 @@ def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
 # --- chat
 
 
-def chat(monkeypatch: pytest.MonkeyPatch, text: str, *words: str) -> int:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    return main(["chat", *words, *SHORT])
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Output]:
+    """Run `chat` with lines on stdin that is no terminal."""
+
+    def talk(text: str, *words: object) -> Output:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return invoke("chat", *words, *SHORT)
+
+    return talk
 
 
-def test_chat_without_a_terminal_answers_line_by_line(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+Talk = Callable[..., Output]
+
+
+def test_chat_without_a_terminal_answers_line_by_line(run: Path, chat: Talk) -> None:
     """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
-    from tunesmith.inference.decoding import Decoding, answer_batch
-    from tunesmith.inference.load_run import load_run
-
-    assert chat(monkeypatch, "hello\n", str(run)) == EXIT_OK
     opened = load_run(run, device="cpu")
-    from tunesmith.data.rows.samples import Conversation
-
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
     expected = answer_batch(
         opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.end_ids
     )[0]
-    assert capsys.readouterr().out == expected.text + "\n"
+    assert chat("hello\n", run).out == expected.text + "\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["/base", "/adapter", "/both", "/system Be brief.", "/save talk.jsonl", "/help"]
-)
-def test_a_removed_command_gets_one_line(
-    command: str,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_commands_of_a_chat(
+    run: Path, tmp_path: Path, chat: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A removed one gets one line."""
     monkeypatch.chdir(tmp_path)
-    assert chat(monkeypatch, f"{command}\n/quit\nnot asked\n", str(run)) == EXIT_OK
-    out, err = capsys.readouterr()
-    assert out == ""
-    (_,) = lines_with(err, command.partition(" ")[0], "/reset", "/quit")
+    for command in ("/base", "/system Be brief.", "/save talk.jsonl", "/help"):
+        done = chat(f"{command}\n/quit\nnot asked\n", run)
+        assert (done.code, done.out) == (EXIT_OK, "")
+        (_,) = lines_with(done.err, command.partition(" ")[0], "/reset", "/quit")
     assert [*tmp_path.iterdir()] == []
-
-
-@pytest.mark.parametrize("command", ["/exit", "/bye"])
-def test_other_words_that_leave_a_chat(
-    command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert chat(monkeypatch, f"{command}\nnot asked\n", str(run)) == EXIT_OK
-    assert capsys.readouterr() == ("", "")
+    for command in ("/exit", "/bye"):
+        assert chat(f"{command}\nnot asked\n", run) == Output(EXIT_OK, "", "")
 
 
 def test_a_chat_sees_its_earlier_answers_until_a_reset(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, chat: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.tools.evaluate.chat import Chat
-
     chats: list[Chat] = []
     talk = Chat.talk
     monkeypatch.setattr(Chat, "talk", lambda self: (chats.append(self), talk(self)))
 
     def turns(text: str, *words: str) -> list[tuple[str, str]]:
-        assert chat(monkeypatch, text, str(run), *words) == EXIT_OK
+        assert chat(text, run, *words).code == EXIT_OK
         return chats[-1].turns
 
     tuned = turns("first\nsecond\n")
     assert turns("first\nsecond\n", "--base") != tuned
     alone = turns("second\n")
-    # What was said before counts, until it is forgotten
+    # What was said before counts, until it is forgotten.
     assert alone != tuned[1:]
     assert turns("first\n/reset\nsecond\n") == alone
 
 
 def test_a_question_that_does_not_fit_costs_no_turn(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, chat: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal the chat goes on after it."""
-    from tunesmith.tools.evaluate.chat import Chat
-
     chats: list[Chat] = []
 
     def typed_lines(opened: Chat) -> Iterator[str]:
         chats.append(opened)
         yield from ("hello", "d" * 2100)
 
-    monkeypatch.setattr(
-        Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False
-    )
+    on_terminal = property(lambda _: True, lambda *_: None)
+    monkeypatch.setattr(Chat, "on_terminal", on_terminal, raising=False)
     monkeypatch.setattr(Chat, "_typed_lines", typed_lines)
-    assert chat(monkeypatch, "", str(run)) == EXIT_OK
+    assert chat("", run).code == EXIT_OK
     assert [question for question, _ in chats[0].turns] == ["hello"]
 
 
 def test_a_chat_shows_the_model_its_tools(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, chat: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[Conversation] = []
     make_prompt = Template.prompt
@@ -399,57 +260,37 @@ def test_a_chat_shows_the_model_its_tools(
     )
     file = tmp_path / "tools.json"
     file.write_text('[{"name": "add", "parameters": {"type": "object"}}]')
-    assert chat(monkeypatch, "1 + 1?\n", str(run), "--tools", str(file)) == EXIT_OK
+    assert chat("1 + 1?\n", run, "--tools", file).code == EXIT_OK
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     assert prompts[0].tools == [tool]
-    capsys.readouterr()
-    for text, name in (
-        ('[{"parameters": {}}]', file),
-        ("[", file),
-        ("", tmp_path / "missing.json"),
-    ):
+    for text, name in (('[{"parameters": {}}]', file), ("[", file), ("", tmp_path / "missing")):
         file.write_text(text)
-        assert chat(monkeypatch, "1 + 1?\n", str(run), "--tools", str(name)) == EXIT_USAGE
-        check_shown(capsys.readouterr().err, where=str(name))
+        done = chat("1 + 1?\n", run, "--tools", name)
+        assert done.code == EXIT_USAGE
+        check_shown(done.err, where=str(name))
 
 
-def test_a_conversation_that_is_full_is_refused(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conversation_that_is_full_is_refused(run: Path, chat: Talk) -> None:
     """A context of 2048 byte tokens holds two of these questions, not three."""
     questions = [letter * 900 for letter in "abc"]
-    assert chat(monkeypatch, "\n".join(questions), str(run)) == EXIT_USAGE
-    assert holds(capsys.readouterr().err, 2042, "/reset")
-    assert chat(monkeypatch, "\n".join([*questions[:2], "/reset", questions[2]]), str(run)) == 0
-
-
-def test_chat_with_the_base_of_a_full_run(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = peft_model(tiny).merge_and_unload()
-    make_run(tmp_path / "full", tiny, whole)
-    assert chat(monkeypatch, "hello there\n", str(tmp_path / "full"), "--base") == EXIT_OK
-    base = capsys.readouterr().out
-    assert chat(monkeypatch, "hello there\n", str(tiny)) == EXIT_OK
-    assert base == capsys.readouterr().out
+    done = chat("\n".join(questions), run)
+    assert done.code == EXIT_USAGE
+    assert holds(done.err, 2042, "/reset")
+    assert chat("\n".join([*questions[:2], "/reset", questions[2]]), run).code == 0
 
 
 ECHO = "hello\r\n"  # a question is on its way
 
 
-def on_a_terminal(
-    command: list[str], steps: list[tuple[str, bytes]], *, columns: int
-) -> tuple[str, int]:
+def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]]) -> tuple[str, int]:
     """Run a command on a pseudo-terminal; for each step wait for a text, then type.
 
     All that was shown, and the exit code.
     """
     terminal, own = pty.openpty()
-    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {
-        "TERM": "xterm"
-    }
-    process = Warm(command, env=kept, streams=[own] * 3, prepare=take_terminal)
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
+    process = Warm(command, env=kept | {"TERM": "xterm"}, streams=[own] * 3, prepare=take_terminal)
     os.close(own)
     shown, seen = "", 0
     for wanted, typed in [*steps, ("", b"")]:
@@ -462,9 +303,7 @@ def on_a_terminal(
             except OSError:  # the command has ended
                 code = process.wait()
                 os.close(terminal)
-                assert not wanted, (
-                    f"{wanted!r} was not shown before the end, exit code {code}: {shown}"
-                )
+                assert not wanted, f"{wanted!r} was not shown, exit code {code}: {shown}"
                 return shown, code
         seen = len(shown)
         # A signal between the prompt and Python's wait for a key is only seen at the next key; no
@@ -477,22 +316,18 @@ def on_a_terminal(
 def test_chat_on_a_terminal(run: Path) -> None:
     """An answer; then ctrl-C twice leaves without a fault."""
     steps = [
-        ("you> ", b"hello\n"),
-        ("you> ", b"/reset\n"),
-        ("you> ", b"\x03"),
-        ("again exits", b"\x03"),
-    ]
-    shown, code = on_a_terminal(["chat", str(run), *SHORT], steps, columns=100)
+        ("you> ", b"hello\n"), ("you> ", b"/reset\n"), ("you> ", b"\x03"), ("again exits", b"\x03"),
+    ]  # fmt: skip
+    shown, code = on_a_terminal(["chat", str(run), *SHORT], steps)
     assert code == EXIT_OK, shown
     assert "tuned> " in shown
-    assert "a new conversation has started" in shown
     assert "Traceback" not in shown
 
 
 def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
     words = ["chat", str(run), "--max-new-tokens", "900", "--device", "cpu"]
     steps = [("you> ", b"hello\n"), (ECHO, b"\x03"), ("you> ", b"/quit\n")]
-    shown, code = on_a_terminal(words, steps, columns=100)
+    shown, code = on_a_terminal(words, steps)
     assert code == EXIT_OK, shown
     assert "(stopped)" in shown
 
@@ -500,198 +335,73 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
 # --- eval
 
 
-def test_eval_compares_base_and_tuned(
-    run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [
-        "eval",
-        str(run),
-        "--data",
-        str(rows),
-        "--max-examples",
-        "5",
-        "--score",
-        "exact",
-        "--output",
-        str(rows.with_name("answers.jsonl")),
-        *SHORT,
-    ]
-    assert main([*command, "--json"]) == EXIT_OK
-    found = json.loads(capsys.readouterr().out)
+def evaluate(*words: object) -> dict:
+    done = invoke("eval", *words, "--json", *SHORT)
+    assert done.code == EXIT_OK, done.err
+    return json.loads(done.out)
+
+
+def test_eval_compares_base_and_tuned(run: Path, rows: Path) -> None:
+    words = [run, "--data", rows, "--max-examples", "5", "--score", "exact"]
+    words += ["--output", rows.with_name("answers.jsonl")]
+    found = evaluate(*words)
     assert found["base"]["rows"] == found["tuned"]["rows"] == 5
     assert found["base"]["loss"] != found["tuned"]["loss"]
     assert found["scores"]["exact"]["rows"] == 5
-    assert main(command) == EXIT_OK
-    table = capsys.readouterr().out
-    assert f"{found['base']['loss']:.4f}" in table
-    assert f"{found['tuned']['loss']:.4f}" in table
+    table = invoke("eval", *words, *SHORT).out
+    assert holds(table, f"{found['base']['loss']:.4f}", f"{found['tuned']['loss']:.4f}")
 
 
-def test_eval_compares_two_runs(
-    tiny: Path, run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other"
-    make_run(other, tiny, peft_model(tiny, std=0.01))
-    command = ["eval", str(run), str(other), str(run), "--data", str(rows), "--score", "f1", *SHORT]
-    assert main([*command, "--json"]) == EXIT_OK
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["runs"]) == ["run", "other"]
-    assert found["runs"]["other"].keys() >= {"tuned", "scores", "seen", "answers"}
-    by_loss, by_f1 = found["comparisons"]
-    losses = {name: values["tuned"]["loss"] for name, values in found["runs"].items()}
-    assert (by_loss["best"], by_loss["is_better"]) == ("other", True)
-    assert by_loss["mean"] == pytest.approx(losses["other"] - losses["run"])
-    assert by_loss["low"] < by_loss["mean"] < by_loss["high"] < 0
-    assert by_f1["name"] == "f1"
-    assert found["not_compared"] == []
-    assert main(command) == EXIT_OK
-    shown = capsys.readouterr()
-    assert shown.out.split("\n")[0].split() == ["run", "other"]
-    assert holds(" ".join(shown.out.split()), by_loss["verdict"], by_f1["verdict"])
-
-
-def test_benchmarks_are_run_by_their_own_command(capsys):
-    assert main(["eval", "run", "--tasks", "gsm8k"]) == EXIT_USAGE
-    error = error_in(capsys.readouterr().err)
-    fix = ["lm-eval run", "peft=RUN/final", "docs/evaluate.md"]
-    check_error(error, where="command line: tunesmith eval", fix=fix)
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
+def test_columns_on_the_command_line(run: Path, tmp_path: Path) -> None:
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
+    expected = evaluate(run, "--data", plain, "--score", "exact")
+    file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
+    for columns in (
         ["--columns", "prompt=q", "--columns", "completion=a"],
         ["--columns", "{prompt: q, completion: a}"],
-    ],
-)
-def test_columns_on_the_command_line(
-    run: Path, tmp_path: Path, columns: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
-    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
-    assert (
-        main(["eval", str(run), "--data", str(plain), "--score", "exact", "--json", *SHORT])
-        == EXIT_OK
-    )
-    expected = json.loads(capsys.readouterr().out)
-    assert (
-        main(
-            ["eval", str(run), "--data", str(file), *columns, "--score", "exact", "--json", *SHORT]
-        )
-        == EXIT_OK
-    )
-    found = json.loads(capsys.readouterr().out)
-    found["answers"] = expected["answers"]
-    assert found == {**expected, "data": file.name}
-    out = ["--input", str(file), "--output", "-", *columns, *SHORT]
-    assert main(["generate", str(run), *out]) == EXIT_OK
-    assert json.loads(capsys.readouterr().out)["reference"] == "two"
+    ):
+        found = evaluate(run, "--data", file, *columns, "--score", "exact")
+        found["answers"] = expected["answers"]
+        assert found == {**expected, "data": file.name}
+        assert json.loads(generate(run, file, "-", *columns).out)["reference"] == "two"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "names"),
     [
-        (["--columns", "prompt"], "prompt does not have the form name=column"),
-        (["--columns", "{prompt: [a]}"], "does not have the form name=column"),
-        (
-            ["--columns", "promt=q", "--format", "prompt-completion"],
-            "format prompt-completion has no column promt",
-        ),
-        (
-            ["--columns", "promt=q,complete=a", "--format", "prompt-completion"],
-            "format prompt-completion has no column promt, complete",
-        ),
+        ("--columns prompt", ["prompt"]),
+        ("--columns {prompt:[a]}", []),
+        ("--columns promt=q,complete=a --format prompt-completion", ["promt", "complete"]),
     ],
 )
 def test_wrong_columns_are_told_in_options(
-    run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, words: str, names: list[str]
 ) -> None:
     file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
-    for command in (
-        ["eval", str(run), "--data"],
-        ["generate", str(run), "--output", "-", "--input"],
-    ):
-        assert main([*command, str(file), *words, *SHORT]) == EXIT_USAGE
-        assert said in capsys.readouterr().err
+    for command in (["eval", run, "--data"], ["generate", run, "--output", "-", "--input"]):
+        done = invoke(*command, file, *words.split(), *SHORT)
+        assert done.code == EXIT_USAGE
+        check_shown(done.err, names=names)
+        assert "data." not in done.err
 
 
-def test_options_of_a_file_need_the_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--split", "train"], ["--columns", "prompt=q"], ["--format", "text"]):
-        assert main(["eval", str(run), *words]) == EXIT_USAGE
-        assert holds(capsys.readouterr().err, words[0], "--data")
-
-
-def test_eval_scores_an_answer_that_is_right(
-    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_scores_an_answer_that_is_right(run: Path, rows: Path, tmp_path: Path) -> None:
     """The tuned model's own answers as references: it matches all of them, and its base does not."""
     answers = tmp_path / "answers.jsonl"
-    assert (
-        main(["generate", str(run), "--input", str(rows), "--output", str(answers), *SHORT])
-        == EXIT_OK
-    )
-    own = [
-        {"instruction": row["instruction"], "input": row["input"], "output": row["output"]}
-        for row in lines(answers)
-    ]
+    assert generate(run, rows, answers).code == EXIT_OK
+    names = ("instruction", "input", "output")
+    own = [{name: row[name] for name in names} for row in lines(answers)]
     own = [row for row in own if str(row["output"]).strip() and "\ufffd" not in str(row["output"])]
     assert len(own) >= 3
     mine = write_rows(tmp_path / "own.jsonl", own)
-    capsys.readouterr()
-    assert (
-        main(["eval", str(run), "--data", str(mine), "--score", "exact", "--json", *SHORT])
-        == EXIT_OK
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["scores"]["exact"]["tuned"]["mean"] == 1.0
-    assert found["scores"]["exact"]["base"]["mean"] < 1.0
+    scores = evaluate(run, "--data", mine, "--score", "exact")["scores"]["exact"]
+    assert scores["tuned"]["mean"] == 1.0
+    assert scores["base"]["mean"] < 1.0
 
 
-def test_eval_of_a_full_run_loads_its_base_after_it(
-    tiny: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run(tmp_path / "full", tiny, peft_model(tiny).merge_and_unload())
-    make_run(tmp_path / "lora", tiny, peft_model(tiny))
-    scores = []
-    for name in ("full", "lora"):
-        assert (
-            main(["eval", str(tmp_path / name), "--data", str(rows), "--json", "--device", "cpu"])
-            == EXIT_OK
-        )
-        scores.append(json.loads(capsys.readouterr().out))
-    for who in ("base", "tuned"):  # fp32: folding moves the last digits
-        assert scores[0][who]["loss"] == pytest.approx(scores[1][who]["loss"], rel=1e-5)
-    assert (
-        main(
-            [
-                "eval",
-                str(tmp_path / "full"),
-                "--data",
-                str(rows),
-                "--json",
-                "--no-base",
-                "--device",
-                "cpu",
-            ]
-        )
-        == EXIT_OK
-    )
-    assert "base" not in json.loads(capsys.readouterr().out)
-
-
-# --- merge
-
-
-def test_merge_prints_its_check_and_the_next_command(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["merge", str(run), "--output", str(tmp_path / "m"), "--device", "cpu"]) == EXIT_OK
-    text = capsys.readouterr().out
+def test_merge_prints_its_check_and_the_next_command(run: Path, tmp_path: Path) -> None:
+    text = invoke("merge", run, "--output", tmp_path / "m", "--device", "cpu").out
     assert re.search(r"\de-\d\d", text), "the difference that was measured"
     assert f"tunesmith chat {tmp_path / 'm'}" in text
-    assert (
-        main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"])
-        == EXIT_OK
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["merge_check"]["merged"]["max_logit"] <= 1e-4
+    done = invoke("merge", run, "--output", tmp_path / "j", "--json", "--device", "cpu")
+    assert json.loads(done.out)["merge_check"]["merged"]["max_logit"] <= 1e-4

@@ -1,0 +1,140 @@
+"""A folder in which many things are wrong, and the commands that must refuse them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recipes import recipe, write_rows
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import (
+    DataError,
+    MachineError,
+    ModelError,
+    RecipeError,
+    TunesmithError,
+    UsageError,
+)
+
+TORN = '{"prompt": \n'
+ROW = '{"prompt": "a", "completion": "b"}\n'
+FILES = {
+    "empty.jsonl": "", "torn.jsonl": TORN + ROW, "row-40.jsonl": ROW * 39 + TORN, "page.json": "<html>", "rows.xlsx": "x",
+    "held.jsonl": ROW, "taken": "mine",
+    "theirs.jsonl": '{"a": 1, "output": ""}\n',
+    "full/notes": "mine", "theirs/metrics.jsonl": "mine", "x.gguf": "GGUF",
+    "runs/sft/config.yaml": "", "runs/sft/final/a": "", "runs/dpo/config.yaml": "", "runs/dpo/final/a": "", "latin.yaml": "",
+    "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"}),
+}  # fmt: skip
+
+# Words of a command -> the class of the error, the place, and values of the fix
+REFUSED: dict[str, tuple[type[TunesmithError], str, list[str]]] = {
+    # recipes and overrides
+    "train none.yaml": (RecipeError, "none.yaml", ["tunesmith train --model demo --data faq.csv"]),
+    "train full": (RecipeError, "full", []),
+    "train ~no-such-user/r.yaml": (RecipeError, "~no-such-user/r.yaml", ["tunesmith recipes"]),
+    "train smollm2-135m-lore": (RecipeError, "smollm2-135m-lore", ["smollm2-135m-lora?"]),
+    "train latin.yaml": (RecipeError, "latin.yaml:1", ["iconv"]),
+    "train recipe.yaml train.learnin_rate=1": (RecipeError, "command line: train.learnin_rate", ["train.learning_rate?"]),
+    "train recipe.yaml train.weight_decay=much": (RecipeError, "command line: train.weight_decay", []),
+    "plan nowhere/": (RecipeError, "nowhere/", []),
+    "plan full": (RecipeError, "full", []),
+    "sweep none.yaml train.seed=1,2": (RecipeError, "none.yaml", []),
+    # rows
+    "train rows.jsonl": (UsageError, "command line", ["tunesmith train --model demo --data rows.jsonl"]),
+    "train rows=a.jsonl": (RecipeError, "rows=a.jsonl", ["rows.jsonl?"]),
+    "train recipe.yaml data.train.source=none.jsonl": (DataError, "none.jsonl", []),
+    "train recipe.yaml data.train.source=empty.jsonl": (DataError, "empty.jsonl", []),
+    "train recipe.yaml data.train.source=torn.jsonl": (DataError, "torn.jsonl:1", []),
+    "train recipe.yaml data.train.source=page.json": (DataError, "page.json:1", ["sed -n 1p"]),
+    "train recipe.yaml data.train.columns.prompt=question": (DataError, "rows.jsonl:1", []),
+    "train recipe.yaml data.validation.source=none.csv": (DataError, "none.csv", []),
+    "data recipe.yaml data.train.source=row-40.jsonl data.train.format=prompt-completion": (DataError, "row-40.jsonl:40", ["sed -n 40p"]),
+    "train --model model --data none.csv": (DataError, "none.csv", []),
+    "train --model model --data torn.jsonl": (DataError, "torn.jsonl:1", []),
+    "plan --model model --data none.csv --on h100": (DataError, "none.csv", []),
+    "train recipe.yaml data.template=./none.jinja": (RecipeError, "command line: data.template", ["alpaca"]),
+    # the model, and a run to continue
+    "train recipe.yaml model.name=./none": (ModelError, "model.name", []),
+    "train --model ./none --data rows.jsonl": (ModelError, "model.name", []),
+    "train recipe.yaml model.name=org/none": (ModelError, "hub", ["tunesmith fetch"]),
+    "train recipe.yaml adapter.from=./none": (ModelError, "adapter.from", []),
+    "train recipe.yaml adapter.from=runs/dp": (ModelError, "adapter.from", ["runs/dpo"]),
+    "train recipe.yaml adapter.from=runs/other": (ModelError, "adapter.from", ["output_dir"]),
+    "train recipe.yaml model.tokenizer=./none": (ModelError, "model.tokenizer", []),
+    "fetch none": (ModelError, "model.name", []),
+    # folders
+    "train recipe.yaml output_dir=theirs": (UsageError, "theirs", ["output_dir=runs/my-run"]),
+    "train recipe.yaml output_dir=held": (MachineError, "held", ["output_dir"]),
+    "train recipe.yaml output_dir=/": (UsageError, "/", []),
+    "train recipe.yaml output_dir=.": (UsageError, "FOLDER", []),
+    "train recipe.yaml output_dir=model": (UsageError, "model", []),
+    "train recipe.yaml output_dir=taken": (MachineError, "taken", []),
+    "train recipe.yaml output_dir=taken/run": (MachineError, "taken/run", []),
+    "train recipe.yaml output_dir=/proc/tunesmith": (MachineError, "/proc/tunesmith", []),
+    # commands for runs
+    "chat none": (UsageError, "none", ["output_dir"]),
+    "chat held.jsonl": (UsageError, "held.jsonl", []),
+    "eval none": (UsageError, "none", []),
+    "eval adapter": (UsageError, "--data", ["--data FILE"]),
+    "eval adapter --data none.csv": (DataError, "none.csv", []),
+    "eval adapter --data held.jsonl --max-examples 0": (UsageError, "command line: tunesmith eval", []),
+    "eval adapter --data held.jsonl --score exactly": (UsageError, "--score", ["exact?"]),
+    "eval adapter --data held.jsonl --score none.py:f": (UsageError, "--score none.py:f", []),
+    "eval adapter --data held.jsonl --output o.jsonl": (UsageError, "command line: --output", ["--score"]),
+    "eval adapter --data held.jsonl --temperature 1": (UsageError, "command line: --temperature", ["--score"]),
+    "eval adapter --data held.jsonl --score exact --top-p 0.9": (UsageError, "--temperature", []),
+    "eval adapter --split train": (UsageError, "command line: --split", ["--data"]),
+    "eval adapter --tasks gsm8k": (UsageError, "command line: tunesmith eval", ["lm-eval run", "docs/evaluate.md"]),
+    "generate none --input - --output -": (UsageError, "none", []),
+    "generate adapter --input none.csv --output -": (DataError, "none.csv", []),
+    "generate adapter --input held.jsonl --output theirs.jsonl": (UsageError, "--output", ["--resume", "--force"]),
+    "generate adapter --input held.jsonl --output held.jsonl --force": (UsageError, "--output", []),
+    "generate adapter --input held.jsonl --output taken/o.jsonl": (MachineError, "--output taken/o.jsonl", []),
+    "generate adapter --input held.jsonl --output full": (MachineError, "--output full", []),
+    "generate adapter --input held.jsonl --output - --resume": (UsageError, "--output -", []),
+    "generate adapter --input held.jsonl --output - --top-p 0.5": (UsageError, "--temperature", []),
+    "generate adapter --input held.jsonl --output - --temperature -1": (UsageError, "--temperature", []),
+    "generate adapter --input held.jsonl --output - --batch-size 0": (UsageError, "command line: tunesmith generate", []),
+    "generate adapter --input held.jsonl --output - --columns prompt": (UsageError, "command line: tunesmith generate", []),
+    "merge none --output out": (UsageError, "none", []),
+    "merge adapter --output full": (UsageError, "--output", ["--output"]),
+    "merge adapter --output taken": (UsageError, "--output", []),
+    "merge adapter": (UsageError, "command line: tunesmith merge", []),
+    "merge model --output out": (UsageError, "model", []),
+    "export none --to gguf --output out.gguf": (UsageError, "none", []),
+    "export adapter --to vllm --output full": (UsageError, "full", []),
+    "export adapter --to ollama --output full": (UsageError, "--output", []),
+    "export adapter --to gguf --output x": (UsageError, "--output", ["x.gguf"]),
+    "export adapter --to gguf --output x.gguf": (UsageError, "--output", ["--force"]),
+    "report none": (UsageError, "none", []),
+    "recipes copy smollm2-135m-lora taken": (UsageError, "taken", ["--force"]),
+    "recipes copy smollm2-135m-lora none/r.yaml": (UsageError, "DEST", ["mkdir -p none"]),
+    "recipes show smollm3": (RecipeError, "smollm3", []),
+}  # fmt: skip
+
+
+@contextmanager
+def bad_folder(folder: Path, tiny: Path) -> Iterator[Path]:
+    """A folder with `FILES`, a good recipe, its rows and model, and a run that another process
+    holds.
+    """
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "latin.yaml").write_bytes(b"model: caf\xe9\n")
+    write_rows(folder / "rows.jsonl", 20)
+    shutil.copytree(tiny, folder / "model")
+    source = {"source": "rows.jsonl", "format": "prompt-completion"}
+    values = recipe(
+        Path("model"), folder, held=False, data={"train": source}, output_dir="runs/new"
+    )
+    (folder / "recipe.yaml").write_text(to_yaml(values))
+    (folder / "held").mkdir()
+    with (folder / "held" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
