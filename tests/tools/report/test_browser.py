@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,10 +20,64 @@ from watching import write_run as write_watched
 
 FAILURE = {"what": "out of memory", "why": "a batch did not fit", "next": "start again"}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 EVIL = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 )
+
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+class Visit:
+    """A page that is open: `page` is playwright's; `asked` the addresses it requested, `said` its
+    console's messages.
+    """
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.asked, self.said = page, list[str](), list[str]()
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there: make cluster-tools")
+    with playwright.sync_playwright() as started:
+        # In a container root may not make Chromium's sandbox.
+        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Any:
+    """Opens an address, and at the end holds that nothing was asked of another host and that no
+    error was said.
+    """
+
+    @contextmanager
+    def opening(
+        address: str, *, width: int = 1280, scheme: str = "light", offline: bool = False
+    ) -> Iterator[Visit]:
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=offline
+        )
+        context.set_default_timeout(120_000)
+        seen = Visit(context.new_page())
+        try:
+            seen.page.goto(address)
+            seen.page.wait_for_selector(".chart canvas")
+            yield seen
+        finally:
+            context.close()
+        assert {urlsplit(url).netloc for url in seen.asked} == {urlsplit(address).netloc}
+        assert seen.said == []
+
+    return opening
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +93,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def loss(step: int) -> float:
         return 1 + 2 / step + 0.1 * (step % 3)
 
-    good = write_run(
-        folder / "good", falling(8.0, steps=300), steps=300, samples=samples, loss=loss
-    )
-    bad = write_run(
-        folder / "bad",
-        falling(9.0, steps=200),
-        steps=300,
-        samples=samples,
-        loss=loss,
-        recipe={"train": {"learning_rate": 1e-3}},
-        finished=False,
-    )
+    changes = {"steps": 300, "samples": samples, "loss": loss}
+    good = write_run(folder / "good", falling(8.0, steps=300), **changes)
+    rate = {"train": {"learning_rate": 1e-3}}
+    bad = write_run(folder / "bad", falling(9.0, steps=200), recipe=rate, finished=False, **changes)
     (bad.folder / "failure.json").write_text(json.dumps(FAILURE))
     bad.refresh()
     write_report([good, bad], folder / "report.html")
@@ -115,8 +164,7 @@ def test_a_zoom_is_that_of_all_charts(report: Path, visit: Any) -> None:
         assert pointed_steps(seen.page)[0] < 10
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_every_screen_and_reader(report: Path, visit: Any, width: int, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     with visit(report.as_uri(), width=width, scheme=scheme, offline=True) as seen:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from errors import holds, lines_with
+from invoke import invoke
 from recipes import merge
 from report.written import falling, pairs_eval, row_eval, write_eval, write_run
-from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK
-from tunesmith.reader.compare import HASHES_OF_INPUTS, Verdict, differing_keys, judge
+from tunesmith.reader.compare import Verdict, differing_keys, judge
 from tunesmith.reader.figures import eval_figures, figure_rows
 from tunesmith.reader.run_files import RunFiles, label_apart
 
@@ -176,15 +176,6 @@ def test_preferences_are_compared_by_the_pairs_of_eval(tmp_path: Path) -> None:
     assert rows["highest accuracy on held-out pairs"] == [text, text]
 
 
-def test_one_recipe_on_edited_rows_is_two(tmp_path: Path) -> None:
-    """The file of rows was edited in between, and the recipe was not."""
-    good = evaluated(tmp_path / "good", 2.0, 1e-4, env={"data_hash": "1" * 64})
-    bad = evaluated(tmp_path / "bad", 2.5, 1e-4, env={"data_hash": "2" * 64})
-    judged = verdict(good, bad)
-    assert (judged.kind, judged.best) == ("better", (0,))
-    assert sentence(judged, HASHES_OF_INPUTS["data_hash"])
-
-
 def test_the_same_rows_in_files_of_two_names_are_no_difference(tmp_path: Path) -> None:
     """As those of a Python program, which are kept in each run directory."""
 
@@ -254,16 +245,19 @@ def test_one_run(tmp_path: Path) -> None:
 
 
 def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
-    recipe = {
-        "train": {"learning_rate": 3e-4, "micro_batch": "1 examples"},
-        "adapter": {"target": ["q_proj", "v_proj"]},
+    """A section that one run leaves empty differs in the keys of the other."""
+    rate, micro = {"learning_rate": 3e-4}, {"micro_batch": "1 examples"}
+    recipe = {"train": rate | micro, "method": {"name": "dpo", "beta": 0.1}}
+    runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", recipe=recipe)]
+    found = {one.key: (one.values, one.learns) for one in differing_keys(runs)}
+    assert found == {
+        "method.name": (["sft", "dpo"], True),
+        "method.beta": ([None, 0.1], True),
+        "train.learning_rate": ([1e-4, 3e-4], True),
+        "train.micro_batch": (["auto", "1 examples"], False),
     }
-    found = differing_keys([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)])
-    assert [(one.key, one.values, one.learns) for one in found] == [
-        ("adapter.target", ["all-linear", ["q_proj", "v_proj"]], True),
-        ("train.learning_rate", [1e-4, 3e-4], True),
-        ("train.micro_batch", ["auto", "1 examples"], False),
-    ]
+    label_apart(runs)
+    assert [run.label for run in runs] == [str(run.folder) for run in runs]
 
 
 def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path: Path) -> None:
@@ -279,29 +273,6 @@ def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path
         found = differing_keys(runs)
         assert {one.key for one in found if one.learns} == chosen | more
         assert {"log.every", "checkpoint.keep"} <= {one.key for one in found if not one.learns}
-
-
-def test_a_section_that_one_run_leaves_empty_is_one_difference(tmp_path: Path) -> None:
-    filled = {
-        "method": {"name": "dpo", "beta": 0.1},
-        "data": {"train": {"columns": {"chosen": "c"}}},
-    }
-    runs = [write_run(tmp_path / "sft"), write_run(tmp_path / "dpo", recipe=filled)]
-    found = {one.key: one.values for one in differing_keys(runs)}
-    assert found == {
-        "method.name": ["sft", "dpo"],
-        "method.beta": [None, 0.1],
-        "data.train.columns.chosen": [None, "c"],
-    }
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / place / "run") for place in ("a", "b")]
-    label_apart(runs)
-    assert [run.label for run in runs] == [
-        str(tmp_path / "a" / "run"),
-        str(tmp_path / "b" / "run"),
-    ]
 
 
 def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
@@ -331,13 +302,12 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
 
 
 def test_the_report_as_json_and_of_a_folder_of_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as of a sweep, also while its own process holds the lock of the folder."""
+    monkeypatch.chdir(tmp_path)
     evaluated(tmp_path / "sweep" / "01-good", 2.0, 1e-3)
     evaluated(tmp_path / "sweep" / "02-bad", 2.1, 1e-4)
-    assert main(["report", str(tmp_path / "sweep"), "--json"]) == EXIT_OK
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(invoke("report", "sweep", "--json").out)
     assert [run["run"] for run in found["runs"]] == ["01-good", "02-bad"]
     assert found["verdict"]["kind"] == "better"
     assert found["verdict"]["best"] == ["01-good"]
@@ -346,13 +316,12 @@ def test_the_report_as_json_and_of_a_folder_of_runs(
     assert found["runs"][1]["val_losses"] == [{"step": 40, "value": 2.1}]
     assert found["differing_keys"] == {"train.learning_rate": [1e-3, 1e-4]}
     assert not Path("report.html").exists()
-    page = tmp_path / "page.html"
-    words = ["report", str(tmp_path / "sweep"), "--json", "--output", str(page)]
-    assert main(words) == EXIT_OK
-    assert page.exists()
-    capsys.readouterr()
-    assert main(["status", str(tmp_path / "sweep"), "--json"]) == EXIT_OK
-    states = [
-        (Path(job["run_dir"]).name, job["state"]) for job in json.loads(capsys.readouterr().out)
-    ]
+    assert not Path("report.html").exists()
+    evaluated(tmp_path / "again" / "01-good", 2.0, 1e-3)
+    twice = json.loads(invoke("report", "sweep/01-good", "again/01-good", "--json").out)
+    assert [run["run"] for run in twice["runs"]] == ["sweep/01-good", "again/01-good"]
+    assert invoke("report", "sweep", "--json", "--output", "page.html").code == EXIT_OK
+    assert Path("page.html").exists()
+    jobs = json.loads(invoke("status", "sweep", "--json").out)
+    states = [(Path(job["run_dir"]).name, job["state"]) for job in jobs]
     assert states == [("01-good", "finished"), ("02-bad", "finished")]

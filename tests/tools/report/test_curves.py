@@ -25,12 +25,6 @@ def series(*runs: RunFiles) -> dict[str, list[dict]]:
     return {chart["title"]: chart["series"] for chart in charts}
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
-    run = RunFiles(write_run(tmp_path / "run", 100))
-    assert (run.state, run.steps, run.total_steps) == ("finished", 100, 100)
-    assert run.seconds_left is None
-
-
 def test_warnings_of_the_start_are_kept(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 20)
     with (folder / "log.txt").open("a") as log:
@@ -76,18 +70,18 @@ def test_the_steps_of_the_entire_run(tmp_path: Path, duration: str, total: int |
 
 
 @pytest.mark.slow
-def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
+def test_a_spike_of_one_step_in_20_000_is_seen(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10)
     line = (folder / "metrics.jsonl").read_text().splitlines()[0]
     high = line.replace('"loss": ', '"loss": 9')
     steps = [
-        (high if step == 54_321 else line).replace('"step": 1,', f'"step": {step},')
-        for step in range(1, 100_001)
+        (high if step == 5_321 else line).replace('"step": 1,', f'"step": {step},')
+        for step in range(1, 20_001)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
     raw = series(RunFiles(folder))["loss"][0]
     assert len(raw["x"]) <= POINTS + 2
-    assert raw["x"][raw["y"].index(max(raw["y"]))] == 54_321
+    assert raw["x"][raw["y"].index(max(raw["y"]))] == 5_321
 
 
 def test_every_panel_of_the_fields_of_a_run(tmp_path: Path) -> None:
@@ -191,9 +185,3 @@ def test_a_run_by_the_name_of_its_job(tmp_path: Path, monkeypatch: pytest.Monkey
         assert caught.value.why == "PENDING: Resources"
     add_steps(folder, 1, 3)
     assert open_run("slurm-7").figures.columns["step"] == [1, 2, 3]
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    for word in (str(tmp_path), str(tmp_path / "missing")):
-        with pytest.raises(UsageError):
-            open_run(word)

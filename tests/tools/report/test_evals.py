@@ -85,42 +85,31 @@ def test_an_eval_is_read_again_when_it_changes_and_gone_when_it_is(tmp_path: Pat
     assert run.evals == []
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        "",
-        "{",
-        "[]",
-        "{}",
-        eval_scores(data=3),
-        eval_scores(rows=-1),
-        eval_scores(rows="many"),
-        eval_scores(row_hash=None),
-        eval_scores(step="last"),
-        eval_scores(seen=-1),
-        eval_scores(losses=[]),
-        eval_scores(scores=[]),
-        eval_scores(scores={"exact": 3}),
-        eval_scores(scores={"exact": {"tuned": [1, 2], "verdict": ""}}),
-        eval_scores(scores={"exact": {"tuned": [1, 2, None], "verdict": ""}}),
-        eval_scores(scores={"exact": {"tuned": [0.1, 0.2, 0.3]}}),
-        json.dumps(eval_scores()).replace("0.62", "NaN"),
-    ],
-)
+DAMAGED = [
+    "", "{", "[]", "{}", {"data": 3}, {"rows": -1}, {"rows": "many"}, {"row_hash": None}, {"step": "last"}, {"seen": -1}, {"losses": []},
+    {"scores": []}, {"scores": {"exact": 3}}, {"scores": {"exact": {"tuned": [1, 2], "verdict": ""}}},
+    {"scores": {"exact": {"tuned": [1, 2, None], "verdict": ""}}}, {"scores": {"exact": {"tuned": [0.1, 0.2, 0.3]}}},
+    json.dumps(eval_scores()).replace("0.62", "NaN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", DAMAGED, ids=str)
 def test_a_damaged_eval_is_named_and_left_out(tmp_path: Path, values: Any) -> None:
-    run = write_run(tmp_path / "run", falling(3.0))
-    write_eval(run.folder, values)
+    run = write_run(tmp_path / "run", falling(3.0), steps=1)
+    write_eval(run.folder, values if isinstance(values, str) else eval_scores(**values))
     read = RunFiles(run.folder)
     assert read.evals == []
     assert [file.file for file in read.damaged] == ["evals/held.scores.json"]
-    assert "evals/held.scores.json" in render_page([read])
 
 
 def test_texts_of_an_eval_are_no_markup(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", falling(3.0))
     write_eval(run.folder, eval_scores(data="<script>alert(1)</script>|x"))
+    write_eval(run.folder, "{", "torn")
     run.refresh()
-    assert "<script>alert" not in render_page([run])
+    page = render_page([run])
+    assert "<script>alert" not in page
+    assert "evals/torn.scores.json" in page
 
 
 def test_a_benchmark_has_scores_and_no_line_of_losses(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from errors import check_shown, holds, lines_with
+from invoke import invoke
 from report.written import falling, write_run
-from tunesmith.cli.main import main
 from tunesmith.reader.page import PAGE_MARK, render_page
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import NO_FINAL_ANSWERS
@@ -47,14 +47,6 @@ def data_of(page: str) -> Any:
     return json.loads(data[1])
 
 
-def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
-    two[0].samples[0]["row"] = "faq.csv:12"
-    assert "faq.csv:12" in visible(render_page(two))
-    # An earlier version did not write it.
-    del two[0].samples[0]["row"]
-    assert "Prompt 1" in visible(render_page(two))
-
-
 def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
     samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
     best = write_run(tmp_path / "best", falling(2.0), samples=samples)
@@ -70,9 +62,10 @@ def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None
 
 
 def test_equal_answers_before_training_are_shown_once(two: list[RunFiles]) -> None:
+    two[0].samples[0]["row"] = "faq.csv:12"
     text = visible(render_page(two))
     assert text.count("I am a model.") == 1
-    assert holds(text, "good, bad, before", "training I am a model")
+    assert holds(text, "good, bad, before", "training I am a model", "faq.csv:12")
     two[1].samples[0]["answer"] = "Another base."
     text = visible(render_page(two))
     assert holds(text, "good, before", "bad, before", "training I am", "training Another")
@@ -83,35 +76,17 @@ def test_the_verdict_comes_first_and_the_commands_to_reproduce(two: list[RunFile
     places = [text.index(word) for word in ("No verdict", "Drag over", "learning_rate")]
     assert places == sorted(places)
     assert holds(text[places[2] :], "0.001", "0.0001")
-    for words in (
-        "tunesmith train 'my recipe.yaml'",
-        "0123abcd+",
-        "d" * 64,
-        "seed 42",
-    ):
-        assert words in text
+    assert holds(text, "tunesmith train 'my recipe.yaml'", "0123abcd+", "d" * 64, "seed 42")
 
 
 def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
     page = render_page(two)
     assert "default-src 'none'" in page
-    without_data = re.sub(
-        r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL
-    )
-    for pattern in (
-        r"\bsrc\s*=",
-        r"<link\b",
-        r"@import",
-        r"url\(",
-        r"\bfetch\(",
-        r"XMLHttpRequest",
-        r"href=\"(?!#)",
-        r"https?://",
-    ):
-        # The licence line of uPlot names its home.
-        assert not re.search(
-            pattern, without_data.replace("https://github.com/leeoniya/uPlot", "")
-        ), pattern
+    page = re.sub(r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL)
+    # The licence line of uPlot names its home.
+    page = page.replace("https://github.com/leeoniya/uPlot", "")
+    loads = r"\bsrc\s*=|<link\b|@import|url\(|\bfetch\(|XMLHttpRequest|href=\"(?!#)|https?://"
+    assert not re.search(loads, page)
 
 
 def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
@@ -133,7 +108,6 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page, "no template runs in what a run says"
 
 
-@pytest.mark.slow
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
     assert holds(visible(render_page([run])), "killed", "tunesmith train")
@@ -145,20 +119,9 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         "began": "2026-01-31 10:00:00",
     }
     (run.folder / "running.json").write_text(json.dumps(note))
-    text = visible(render_page([run]))
-    assert holds(text, "process 7", "spark-b", "killed")
-    failure = {
-        "what": "a link broke",
-        "where": "step 8",
-        "why": "",
-        "cause": "link",
-        "rank": 1,
-        "host": "spark-b",
-        "phase": "training",
-        "collective": None,
-        "last_step": 7,
-        "next": "tunesmith doctor   # looks at it",
-    }
+    assert holds(visible(render_page([run])), "process 7", "spark-b", "killed")
+    failure = {"what": "a link broke", "where": "step 8", "why": "", "cause": "link", "rank": 1, "host": "spark-b",
+               "phase": "training", "collective": None, "last_step": 7, "next": "tunesmith doctor   # looks at it"}  # fmt: skip
     (run.folder / "failure.json").write_text(json.dumps(failure))
     run.refresh()
     text = visible(render_page([run]))
@@ -184,42 +147,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
 
 
-@pytest.mark.slow
-def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
-    runs = [
-        write_run(
-            tmp_path / f"run-{i}",
-            falling(2.0 - i / 10),
-            steps=3000,
-            recipe={"train": {"learning_rate": 10.0**-i}},
-        )
-        for i in range(1, 6)
-    ]
-    page = render_page(runs)
-    assert len(page) < 1_500_000
-    text = visible(page)
-    assert "5 runs" in text
-
-
-@pytest.mark.slow
-def test_the_command(
-    two: list[RunFiles],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command(two: list[RunFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # a report is written over
-        assert main(["report", "good", "bad"]) == 0
-        assert lines_with(capsys.readouterr().out, "tunesmith eval good bad")
-    assert main(["report", "good"]) == 0
-    assert lines_with(capsys.readouterr().out, "report.html")
+        assert lines_with(invoke("report", "good", "bad").out, "tunesmith eval good bad")
+    assert lines_with(invoke("report", "good").out, "report.html")
     assert PAGE_MARK in Path("report.html").read_text()[:100]
-    assert main(["report", "good", "--markdown"]) == 2
-    check_shown(capsys.readouterr().err, fix=["--json"])
+    check_shown(invoke("report", "good", "--markdown").err, fix=["--json"])
     Path("notes.html").write_text("mine")
-    assert main(["report", "good", "--output", "notes.html"]) == 2
+    for output in ("notes.html", "no/such/folder.html"):
+        done = invoke("report", "good", "--output", output)
+        assert done.code == 2
+        check_shown(done.err, fix=["--output"])
     assert Path("notes.html").read_text() == "mine"
-    assert main(["report", "nothing"]) == 2
-    assert main(["report", "good", "--output", "no/such/folder.html"]) == 2
-    check_shown(capsys.readouterr().err, where="no/such/folder.html", fix=["--output"])

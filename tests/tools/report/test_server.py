@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -16,13 +15,15 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from errors import check_shown
+from errors import check_shown, holds
 from tunesmith.cli.main import main
 from waiting import wait_for
 from warm import MAX_WAIT_S
 from watching import add_steps, ask, port_of, watching, write_run
 
 pytestmark = pytest.mark.slow
+
+Served = tuple[str, subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(folder: Path) -> Iterator[Served]:
     with watching(folder) as made:
         yield made
 
 
-def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Popen[str]]) -> None:
+def test_a_wrong_or_missing_token_gets_nothing(served: Served) -> None:
+    """Nor does any file."""
     address, _ = served
     token = urlsplit(address).path.strip("/")
     base = address.removesuffix(f"{token}/")
@@ -47,20 +49,14 @@ def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Pop
         status, body, headers = ask(base, path)
         assert (status, body) == (404, b""), path
         assert headers.keys() <= {"transfer-encoding", "content-length", "connection"}, path
+    for path in ("../server.py", "..%2fserver.py", "%2fetc/passwd", "metrics.jsonl"):
+        assert ask(address, path)[0] == 404, path
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1]", "0.0.0.0", ""]
-)
-def test_another_host_name_gets_nothing(
-    served: tuple[str, subprocess.Popen[str]], host: str
-) -> None:
-    assert ask(served[0], host=host)[:2] == (404, b"")
-
-
-def test_this_machine_gets_the_page_through_any_port(
-    served: tuple[str, subprocess.Popen[str]],
-) -> None:
+def test_only_this_machine_gets_the_page_through_any_port(served: Served) -> None:
+    others = ("evil.example:80", "127.0.0.1.evil.example", "[::1]", "0.0.0.0", "")
+    for host in others:
+        assert ask(served[0], host=host)[:2] == (404, b""), host
     for host in ("localhost:9000", "127.0.0.1:1234", "127.0.0.1"):  # as through ssh -L
         assert b"tunesmith" in ask(served[0], host=host)[1]
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
@@ -68,18 +64,16 @@ def test_this_machine_gets_the_page_through_any_port(
     status, body, headers = ask(served[0], method="HEAD")
     assert (status, body) == (200, b"")
     assert int(headers["content-length"]) > 10_000
-    base = served[0].rpartition("/")[0].rpartition("/")[0]
-    upgrade = {
-        "upgrade": "websocket",
-        "connection": "Upgrade",
-        "sec-websocket-key": "x" * 22 + "==",
-        "sec-websocket-version": "13",
-    }
-    assert ask(f"{base}/wrong/", **upgrade)[:2] == (404, b"")
+    listening = [
+        (place.laddr.ip, place.laddr.port)
+        for place in psutil.Process(served[1].pid).net_connections("all")
+        if place.status == psutil.CONN_LISTEN
+    ]
+    assert listening == [("127.0.0.1", port_of(served[0]))]
 
 
 def test_the_page_loads_nothing_and_asks_only_here(
-    served: tuple[str, subprocess.Popen[str]],
+    served: Served,
 ) -> None:
     for path, expected in (("", 200), ("missing", 404)):
         status, body, headers = ask(served[0], path)
@@ -96,32 +90,7 @@ def test_the_page_loads_nothing_and_asks_only_here(
         assert (b"script-src 'sha256-" in body) == (expected == 200)
 
 
-def test_no_file_is_served(served: tuple[str, subprocess.Popen[str]]) -> None:
-    for path in (
-        "../server.py",
-        "%2e%2e/server.py",
-        "..%2fserver.py",
-        "%2fetc/passwd",
-        "page.css",
-        "metrics.jsonl",
-        "static/curves.js",
-    ):
-        assert ask(served[0], path)[0] == 404, path
-
-
-def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
-    address, process = served
-    listening = [
-        c.laddr
-        for c in psutil.Process(process.pid).net_connections("all")
-        if c.status == psutil.CONN_LISTEN
-    ]
-    assert [(place.ip, place.port) for place in listening] == [("127.0.0.1", port_of(address))]
-
-
-def test_the_page_is_rendered_again_when_files_change(
-    folder: Path, served: tuple[str, subprocess.Popen[str]]
-) -> None:
+def test_the_page_is_rendered_again_when_files_change(folder: Path, served: Served) -> None:
     _, body, headers = ask(served[0])
     assert b"step 40 of 100" in body
     tag = headers["etag"]
@@ -134,31 +103,22 @@ def test_the_page_is_rendered_again_when_files_change(
     assert headers["etag"] != tag
 
 
-def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
+def test_a_damaged_run_does_not_freeze_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10, of=100)
     other = write_run(tmp_path / "other", 10, of=100)
-    with watching(folder, other) as (address, _):
+    with watching(folder, other, tmp_path / "missing") as (address, _):
         assert ask(address)[1].count(b"step 10 of 100") == 2
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": "x", "loss": 1.0}\n{"step": 11, "loss": {"a": []}}\n')
         add_steps(folder, 12, 15)
-        page = ask(address)[1]
-        assert b"step 15 of 100" in page
-        assert b"metrics.jsonl: 2 lines skipped" in page
         (other / "metrics.jsonl").unlink()
         os.mkfifo(other / "metrics.jsonl")
-        add_steps(folder, 16, 20)
-        page = ask(address)[1]
-        assert b"step 20 of 100" in page
-        assert b"metrics.jsonl: the path is not a regular file" in page
+        page = ask(address)[1].decode()
+        assert holds(page, "step 15 of 100", "metrics.jsonl: 2 lines")
+        assert holds(page, "metrics.jsonl: the path is not a regular file")
 
 
-def test_one_bad_run_does_not_end_the_others(folder: Path) -> None:
-    with watching(folder.parent / "missing", folder) as (address, _):
-        assert b"step 4" in ask(address)[1]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_it_ends_at_once_and_leaves_nothing(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -178,15 +138,6 @@ def test_it_ends_at_once_and_leaves_nothing(
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_removed_option_names_its_replacement(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["watch", str(folder), "--json"]) == 2
-    check_shown(capsys.readouterr().err, fix=["tunesmith report --json"])
-    assert main(["watch", str(folder / "missing")]) == 2
-    assert "error: " in capsys.readouterr().err
-
-
 def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
     with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (
         address,
@@ -196,12 +147,6 @@ def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(2)]
         assert any(f"ssh -N -L {port}:127.0.0.1:{port} ada@10.0.0.2" in line for line in said)
-
-
-def test_nothing_heavy_is_loaded() -> None:
-    code = "import sys; import tunesmith.tools.report.run_watch; " \
-           "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=MAX_WAIT_S)
 
 
 def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
