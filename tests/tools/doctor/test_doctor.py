@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from errors import holds
+from invoke import invoke
 from launch.spark_pair import TORCH
 from tunesmith.host.chips import peak_of
 from tunesmith.tools.doctor import checks as checks_module
@@ -82,25 +83,6 @@ def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Pat
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
     versions = json.loads(done.stdout)
     assert versions == {"python": platform.python_version(), "torch": "2.11.0"}
-
-
-def doctor(*words: str, **env: str) -> dict:
-    """The report of a process of its own.
-
-    Without docker and GPUs: they are other machines' business here.
-    """
-    path = os.pathsep.join(
-        p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "docker").exists()
-    )
-    full = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PATH": path} | env
-    command = [sys.executable, "-m", "tunesmith", "doctor", *words, "--json"]
-    done = subprocess.run(
-        command, env=full, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    report = json.loads(done.stdout)
-    assert report["passed"] == (done.returncode == 0)
-    return report
 
 
 def put_command(folder: Path, name: str, output: str) -> None:
@@ -187,22 +169,27 @@ def test_the_daemon_is_asked_for_the_gpus_that_it_offers(
 ) -> None:
     """`GenericResources` as in the Engine API's SystemInfo: null without any."""
     offered = [{"NamedResourceSpec": {"Kind": "NVIDIA_GPU", "Value": uuid}} for uuid in uuids]
+    swarm = {"LocalNodeState": "active", "NodeAddr": "192.168.177.1"}
     info = {
         "ServerVersion": "29.2.1",
         "DefaultRuntime": runtime,
         "GenericResources": offered or None,
-        "Swarm": {"LocalNodeState": "active", "NodeAddr": "192.168.177.1"},
+        "Swarm": swarm,
     }
     put_command(spark, "docker", json.dumps(info))
     put_torch(spark, fails="not needed here")
     assert results(pair=True)["daemon.json"].case == case
 
 
-@pytest.mark.slow
-def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
-    report = doctor(HF_HOME=str(tmp_path))
+def test_a_machine_without_gpu_and_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = os.environ["PATH"].split(os.pathsep)
+    without = [folder for folder in folders if not (Path(folder) / "docker").exists()]
+    monkeypatch.setenv("PATH", os.pathsep.join(without))
+    done = invoke("doctor", "--json")
+    report = json.loads(done.out)
+    assert (done.code, report["passed"]) == (0, True)
     assert {f["check"] for f in report["findings"]} == {"driver", "torch", "memory"}
-    assert report["passed"]
+    assert peak_of("NVIDIA GB10").tflops == checks_module.GB10_TFLOPS, "it stands in two places"
 
 
 def test_the_command_for_the_resource_of_swarm_keeps_what_else_is_set(tmp_path: Path) -> None:
@@ -215,11 +202,6 @@ def test_the_command_for_the_resource_of_swarm_keeps_what_else_is_set(tmp_path: 
         "log-driver": "local",
         "node-generic-resources": ["NVIDIA_GPU=GPU-1", "NVIDIA_GPU=GPU-2"],
     }
-
-
-def test_the_speed_of_a_spark_is_that_of_the_table() -> None:
-    """checks.py has it a second time, as it runs where the rest of tunesmith may be missing."""
-    assert peak_of("NVIDIA GB10").tflops == checks_module.GB10_TFLOPS
 
 
 def put_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,14 +290,8 @@ def test_the_cable(
 
 def test_the_port_with_the_cable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Spark's two ports have two functions each; the cable is in the second port."""
-    states = {
-        "lo": "UNKNOWN",
-        "enp1s0f0np0": "DOWN",
-        "enp1s0f1np1": "UP",
-        "enP2p1s0f0np0": "DOWN",
-        "enP2p1s0f1np1": "DOWN",
-        "enP7s7": "UP",
-    }
+    names = "lo enp1s0f0np0 enp1s0f1np1 enP2p1s0f0np0 enP2p1s0f1np1 enP7s7".split()
+    states = dict(zip(names, "UNKNOWN DOWN UP DOWN DOWN UP".split(), strict=True))
     rows = [
         {"ifname": name, "operstate": state, "mtu": 1500, "addr_info": []}
         for name, state in states.items()

@@ -35,7 +35,7 @@ def wrong_of_the_pair(report: dict) -> list[str]:
     return [line for line in wrong(report) if line.split(": ")[1] != "memory"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.swarm
 @pytest.mark.skipif(missing_tools() != "", reason=missing_tools())
 def test_a_real_swarm() -> None:
@@ -46,17 +46,8 @@ def test_a_real_swarm() -> None:
         a, b = pair.nodes
 
         def doctor(*words: str) -> dict:
-            command = (
-                sys.executable,
-                "-m",
-                "tunesmith",
-                "doctor",
-                "--pair",
-                "spark-b",
-                "--json",
-                *words,
-            )
-            return json.loads(a.run(*command, ok=True).stdout)
+            command = (sys.executable, "-m", "tunesmith", "doctor", "--pair", "spark-b", "--json")
+            return json.loads(a.run(*command, *words, ok=True).stdout)
 
         cable = ["spark-a: cable: warning", "spark-b: cable: warning"]  # there is no RDMA port
         report = doctor()
@@ -114,7 +105,7 @@ def test_a_cluster_without_gpus_is_a_warning(
     assert (partitions.check, partitions.level) == ("partitions", "warning")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.slurm
 @pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(tool, path=PATH) is None for tool in SLURM_TOOLS),
@@ -126,14 +117,8 @@ def test_a_real_cluster(slurm: dict[str, str], tmp_path: Path) -> None:
     assert {f["check"] for f in report["findings"]} == {"partitions", "srun"}
     assert holds(report["findings"][0]["what"], "main: 2", "gpu:2")
 
-    hidden = (
-        "unshare",
-        "--mount",
-        "bash",
-        "-c",
-        f'mount -t tmpfs tmpfs {tmp_path}; cd {tmp_path}; exec "$@"',
-        "-",
-    )
+    mount = f'mount -t tmpfs tmpfs {tmp_path}; cd {tmp_path}; exec "$@"'
+    hidden = ("unshare", "--mount", "bash", "-c", mount, "-")
     found = on_slurm(slurm, *hidden)["findings"][1:]
     assert [f["check"] for f in found] == ["folder", "folder"]
     assert str(tmp_path) in found[0]["what"]
