@@ -1,13 +1,16 @@
-"""Units for bf16, as /proc/cpuinfo lists them and oneDNN's variable hides them."""
+"""Cores of a machine: how many control groups leave, and units for bf16, as /proc/cpuinfo lists them
+and oneDNN's variable hides them.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from tunesmith.host.cores import multiplies_bf16
+from tunesmith.host.cores import available_cores, multiplies_bf16
 
 # Lines of /proc/cpuinfo of real machines; flags that all x86 servers share are left out.
 X86 = """processor\t: 0
@@ -68,34 +71,53 @@ def machine(root: Path, text: str) -> Path:
 def test_units_are_those_that_the_processor_lists(
     text: str, has_units: bool, tmp_path: Path
 ) -> None:
+    assert not multiplies_bf16(tmp_path), "a machine without a list"
     assert multiplies_bf16(machine(tmp_path, text)) == has_units
 
 
-def test_a_machine_without_a_list_has_none(tmp_path: Path) -> None:
-    assert not multiplies_bf16(tmp_path)
+# As they were measured on a Sapphire Rapids: with these a product of 512^3 took 4 to 80 times as long
+# in bf16 as in fp32, and a word that oneDNN does not know changed nothing.
+WITHOUT_UNITS = ("AVX2", "avx2", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+WITH_UNITS = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", "AVX10_1_512", "DEFAULT", "NONSENSE", "")
 
 
-# As they were measured on a Sapphire Rapids: with the first five a product of 512^3 took 4 to 80
-# times as long in bf16 as in fp32, and a word that oneDNN does not know changed nothing.
-@pytest.mark.parametrize(
-    ("isa", "has_units"),
-    [
-        ("AVX2", False),
-        ("avx2", False),
-        ("AVX2_VNNI_2", False),
-        ("AVX512_CORE", False),
-        ("AVX512_CORE_VNNI", False),
-        ("AVX512_CORE_BF16", True),
-        ("AVX512_CORE_AMX", True),
-        ("AVX10_1_512", True),
-        ("DEFAULT", True),
-        ("NONSENSE", True),
-        ("", True),
-    ],
-)
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_onednn_may_be_told_not_to_use_them(
-    name: str, isa: str, has_units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, isa)
-    assert multiplies_bf16(machine(tmp_path, SAPPHIRE_RAPIDS)) == has_units
+    root = machine(tmp_path, SAPPHIRE_RAPIDS)
+    for isa in (*WITHOUT_UNITS, *WITH_UNITS):
+        monkeypatch.setenv(name, isa)
+        assert multiplies_bf16(root) == (isa in WITH_UNITS), isa
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000\n"}, 2),
+        # A parent's limit counts
+        (
+            "0::/a/b",
+            {"a/cpu.max": "350000 100000\n", "a/b/cpu.max": "max 100000\n"},
+            3,
+        ),
+        ("0::/", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/", {"cpu.max": "50000 100000\n"}, 1),
+        ("4:memory:/x\n3:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "400000\n"}, 4),
+        ("3:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1\n"}, 8),
+        ("3:memory:/", {"memory/cpu.cfs_quota_us": "100000\n"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_cores_follow_the_control_groups_of_both_versions(
+    groups: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    written = {"proc/self/cgroup": groups}
+    for name, text in files.items():
+        written[f"sys/fs/cgroup/{name}"] = text
+        written.setdefault(f"sys/fs/cgroup/{Path(name).parent}/cpu.cfs_period_us", "100000\n")
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert available_cores(tmp_path) == cores

@@ -1,7 +1,15 @@
-"""The end of a command's process, which leaves modules in place once torch is loaded."""
+"""The end of a process: modules stay in place once torch is loaded, and a parent names the reason."""
 
+from __future__ import annotations
+
+import signal
 import subprocess
 import sys
+
+import pytest
+
+from tunesmith.errors import RunError
+from tunesmith.host.child_output import exit_text, last_line, reason_in
 
 PROGRAM = """
 import atexit, sys, threading, time, types
@@ -27,25 +35,32 @@ run_and_exit(command)
 """
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("change", "code", "shown", "error"),
+    [
+        (("", ""), 75, "command thread handler", ""),
+        (('sys.modules["torch"] =', "unused ="), 75, "command thread handler module", ""),
+        (("return 75", "raise ValueError('why')"), 1, "command thread handler module", "ValueError: why"),
+    ],
+    ids=["modules stay", "without torch", "a command that raises"],
+)  # fmt: skip
+def test_threads_and_handlers_end_first(
+    change: tuple[str, str], code: int, shown: str, error: str
+) -> None:
+    words = [sys.executable, "-c", PROGRAM.replace(*change, 1)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (code, shown.split())
+    assert "".join(done.stderr.splitlines()[-1:]) == error
 
 
-def test_threads_and_handlers_end_first_and_modules_stay():
-    done = run(PROGRAM)
-    assert done.stdout.split() == ["command", "thread", "handler"]
-    assert (done.returncode, done.stderr) == (75, "")
-
-
-def test_without_torch_python_ends_as_ever():
-    done = run(PROGRAM.replace('sys.modules["torch"] =', "unused ="))
-    assert done.stdout.split() == ["command", "thread", "handler", "module"]
-    assert done.returncode == 75
-
-
-def test_a_command_that_raises_ends_as_ever():
-    done = run(PROGRAM.replace("return 75", "raise ValueError('why')"))
-    assert done.stdout.endswith("module\n")
-    assert done.returncode == 1
-    assert done.stderr.endswith("ValueError: why\n")
+def test_the_reason_is_found_in_the_output_of_a_process() -> None:
+    assert last_line("first\n  full \n\n") == "full"
+    assert last_line(" \n") == ""
+    assert "hf_" not in last_line("token hf_" + "a" * 34)
+    block = RunError("no rows", where="rows.jsonl:1", fix="add rows").text()
+    output = f"torchrun starts\n{block}\nW1128 torchrun: closing signal SIGTERM\n"
+    assert reason_in(output) == block.removeprefix("error: ")
+    assert reason_in("a\nKeyError: 'x'\n") == "KeyError: 'x'"
+    assert exit_text(3).endswith("code 3")
+    assert exit_text(-signal.SIGABRT).endswith("SIGABRT")
+    assert "memory" in exit_text(-signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 import signal
@@ -17,8 +16,6 @@ import pytest
 from errors import refuses
 from tunesmith.errors import MachineError
 from tunesmith.host import files
-from tunesmith.host.cores import available_cores
-from tunesmith.host.streams import is_terminal
 
 
 def test_the_cache_folder_follows_the_environment(
@@ -135,39 +132,3 @@ def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path)
             place, free * 2, what="the model", why="it is large", fix="take a larger disk"
         )
     assert (caught.value.where, caught.value.fix) == (str(place), "take a larger disk")
-
-
-def test_a_text_buffer_is_no_terminal() -> None:
-    assert not is_terminal(io.StringIO())
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        ("0::/", {"cpu.max": "200000 100000\n"}, 2),
-        # A parent's limit counts
-        (
-            "0::/a/b",
-            {"a/cpu.max": "350000 100000\n", "a/b/cpu.max": "max 100000\n"},
-            3,
-        ),
-        ("0::/", {"cpu.max": "max 100000\n"}, 8),
-        ("0::/", {"cpu.max": "50000 100000\n"}, 1),
-        ("4:memory:/x\n3:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "400000\n"}, 4),
-        ("3:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1\n"}, 8),
-        ("3:memory:/", {"memory/cpu.cfs_quota_us": "100000\n"}, 8),
-        ("", {}, 8),
-    ],
-)
-def test_cores_follow_the_control_groups_of_both_versions(
-    groups: str, files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    written = {"proc/self/cgroup": groups}
-    for name, text in files.items():
-        written[f"sys/fs/cgroup/{name}"] = text
-        written.setdefault(f"sys/fs/cgroup/{Path(name).parent}/cpu.cfs_period_us", "100000\n")
-    for name, text in written.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="ascii")
-    assert available_cores(tmp_path) == cores

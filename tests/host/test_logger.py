@@ -13,7 +13,6 @@ import pytest
 from tunesmith.cli.options import leave_lines_to_rank_0
 from tunesmith.host.logger import (
     PACKAGE,
-    LineFormatter,
     default_level,
     lines_by_default,
     lines_on_stderr,
@@ -58,18 +57,6 @@ def test_stderr_is_the_one_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (first.getvalue(), second.getvalue()) == ("one\n", "two\n")
 
 
-def test_an_error_of_the_stream_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As print raises it: logging would print a traceback to the same stream, and go on."""
-
-    class Broken(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError(text)
-
-    monkeypatch.setattr(sys, "stderr", Broken())
-    with lines_on_stderr(), pytest.raises(BrokenPipeError):
-        log.info("one")
-
-
 def test_some_loggers_alone(capsys: Capture) -> None:
     with lines_on_stderr():
         with stderr_only_from("tunesmith.data"):
@@ -81,18 +68,6 @@ def test_some_loggers_alone(capsys: Capture) -> None:
                 data_log.info("hidden by the inner block")
         log.info("shown again")
     assert capsys.readouterr().err == "warning: shown\nshown again\n"
-
-
-def test_the_form_of_an_inner_block(capsys: Capture) -> None:
-    class Capitals(LineFormatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return super().format(record).upper()
-
-    with lines_on_stderr():
-        with lines_on_stderr(Capitals()):
-            log.warning("one")
-        log.warning("two")
-    assert capsys.readouterr().err == "WARNING: ONE\nwarning: two\n"
 
 
 def test_another_rank_leaves_lines_to_rank_0(

@@ -58,56 +58,47 @@ def stat(prefix: str, active: int, inactive: int) -> str:
     return f"anon 7\n{prefix}active_file {active * MIB}\n{prefix}inactive_file {inactive * MIB}\n"
 
 
-FIRST = "sys/fs/cgroup/memory"
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+# groups, folder, limit, throttled at, used, active and inactive files, room; in MiB
 CASES = {
     "version 2, its own limit": (
         "0::/job\n",
-        {"memory.max": "2147483648", "memory.high": "max", "memory.current": f"{1500 * MIB}", "memory.stat": stat("", 100, 200)},
-        "sys/fs/cgroup/job",
+        f"{V2}/job",
+        2048,
+        "max",
+        1500,
+        (100, 200),
         2048 - 1200,
     ),
     "version 2, throttled before its limit": (
         "0::/job\n",
-        {"memory.max": "2147483648", "memory.high": f"{1800 * MIB}", "memory.current": f"{1500 * MIB}", "memory.stat": stat("", 0, 0)},
-        "sys/fs/cgroup/job",
+        f"{V2}/job",
+        2048,
+        1800,
+        1500,
+        (0, 0),
         300,
     ),
-    "version 2, a parent's limit": (
-        "0::/job/step\n",
-        {"memory.max": f"{1000 * MIB}", "memory.high": "max", "memory.current": f"{400 * MIB}", "memory.stat": stat("", 0, 0)},
-        "sys/fs/cgroup/job",
-        600,
-    ),
-    "version 1": (
-        "4:memory:/job\n1:cpu:/\n",
-        {"memory.limit_in_bytes": f"{1000 * MIB}", "memory.usage_in_bytes": f"{900 * MIB}", "memory.stat": stat("total_", 50, 250)},
-        f"{FIRST}/job",
-        400,
-    ),
-    "version 1 in a container": (
-        "4:memory:/docker/1f3a\n",
-        {"memory.limit_in_bytes": f"{1000 * MIB}", "memory.usage_in_bytes": f"{900 * MIB}", "memory.stat": stat("total_", 0, 0)},
-        FIRST,
-        100,
-    ),
-    "version 1 without a limit": (
-        "4:memory:/\n",
-        {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "7", "memory.stat": stat("total_", 0, 0)},
-        FIRST,
-        4096,
-    ),
-}  # fmt: skip
+    "version 2, a parent's limit": ("0::/job/step\n", f"{V2}/job", 1000, "max", 400, (0, 0), 600),
+    "version 1": ("4:memory:/job\n1:cpu:/\n", f"{V1}/job", 1000, None, 900, (50, 250), 400),
+    "version 1 in a container": ("4:memory:/docker/1f3a\n", V1, 1000, None, 900, (0, 0), 100),
+    "version 1 without a limit": ("4:memory:/\n", V1, 2**43 - 1, None, 0, (0, 0), 4096),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(
     case: str, root: Path
 ) -> None:
-    groups, files, folder, room = CASES[case]
-    write(
-        root,
-        {"proc/self/cgroup": groups} | {f"{folder}/{name}": text for name, text in files.items()},
-    )
+    groups, folder, limit, high, used, cached, room = CASES[case]
+    if high is None:
+        files = {"memory.limit_in_bytes": limit * MIB, "memory.usage_in_bytes": used * MIB}
+    else:
+        files = {"memory.max": limit * MIB, "memory.current": used * MIB}
+        files["memory.high"] = high if high == "max" else high * MIB
+    files["memory.stat"] = stat("total_" if high is None else "", *cached)
+    written = {f"{folder}/{name}": str(text) for name, text in files.items()}
+    write(root, {"proc/self/cgroup": groups} | written)
     assert available_memory() == room * MIB
 
 
@@ -131,6 +122,16 @@ def test_ranks_share_the_machine_and_the_groups(
     assert a.name.endswith(f"{root}/sys/fs/cgroup/job/a")
     assert "1500 MiB" in a.fix(200 * MIB)
     assert machine.fix(200 * MIB) == ""
+
+
+def test_the_memory_that_a_run_leaves_free() -> None:
+    """A GB10 with 122 GiB froze when 7.7 GiB were available."""
+    gib = 1 << 30
+    floors = [memory.memory_floor(size * gib, unified=True) // gib for size in (24, 122, 512)]
+    assert floors == [2, 8, 8]
+    assert memory.memory_floor(122 * gib, unified=False) < 8 * gib
+    figures = memory.MemoryFigures(122 * gib, 100 * gib, 9 * gib, 0, 0)
+    assert memory.unified_budget(figures) == 90 * gib
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="this system has no /proc")

@@ -15,7 +15,14 @@ import pytest
 
 from tunesmith.cli.main import run_command
 from tunesmith.errors import UsageError
-from tunesmith.host.streams import DEFAULT_COLUMNS, LastingOutput, folded, visible, width_of
+from tunesmith.host.streams import (
+    DEFAULT_COLUMNS,
+    LastingOutput,
+    folded,
+    is_terminal,
+    visible,
+    width_of,
+)
 from tunesmith.metrics.log_file import LogFile
 
 
@@ -56,30 +63,22 @@ def test_nothing_is_lost_where_a_non_blocking_reader_is_behind() -> None:
     assert b"".join(got) == data
 
 
-def test_long_lines_are_folded_between_words() -> None:
-    text = "rows: " + "a word " * 20
-    lines = folded(f"short\n  {text}", 60).splitlines()
-    assert lines[0] == "short"
-    assert all(len(line) <= 60 for line in lines)
-    assert {line[:4] for line in lines[2:]} == {"    "}
-    assert " ".join(" ".join(lines[1:]).split()) == text.strip()
-
-
-def test_what_is_copied_is_not_folded() -> None:
+def test_lines_are_folded_between_words_and_what_is_copied_is_not() -> None:
     path = "/data/" + "a-folder/" * 12
     command = "tunesmith train runs/a/config.yaml train.seed=43 output_dir=runs/a-seed-43"
     settings = "train.duration=\"4 epochs\" train.global_batch='1 examples'"
-    text = f"written to {path}; to see more of it: {command}; or with {settings} on this machine"
-    lines = folded(text, 60).splitlines()
-    assert len(lines) > 2
+    text = (
+        f"written to {path}; to see more of it: {command}; or with {settings} on {'a word ' * 20}"
+    )
+    first, *lines = folded(f"short\n  {text}", 60).splitlines()
+    assert first == "short"
+    assert {line[:4] for line in lines[1:]} == {"    "}
+    assert " ".join(" ".join(lines).split()) == text.strip()
     for piece in (path, command, settings):
         assert sum(piece in line for line in lines) == 1
-
-
-def test_a_comment_behind_a_command_is_not_cut() -> None:
-    command = "  tunesmith export runs/faq-demo --to ollama --output runs/faq-demo-exported"
+    assert max(len(line) for line in lines if not (path in line or command in line)) <= 64
     comment = "# or --to vllm, gguf"
-    assert folded(f"{command}   {comment}", 80).splitlines() == [command, f"    {comment}"]
+    assert folded(f"  {command}   {comment}", 80).splitlines() == [f"  {command}", f"    {comment}"]
 
 
 def test_a_fix_is_folded_only_between_its_clauses() -> None:
@@ -94,6 +93,7 @@ def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.Monk
     assert width_of(io.StringIO()) == DEFAULT_COLUMNS
     monkeypatch.setenv("COLUMNS", "80")
     assert width_of(io.StringIO()) == 80
+    assert not is_terminal(io.StringIO())
 
 
 # A title of the window, a cleared screen, C1's form of the same, a line overwritten, text turned.
