@@ -27,41 +27,29 @@ PLAIN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SECRET)
-def test_names_of_secrets(name: str) -> None:
-    assert is_secret_name(name)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_names_of_other_values(name: str) -> None:
-    assert not is_secret_name(name)
+def test_names_of_secrets() -> None:
+    assert [name for name in SECRET if not is_secret_name(name)] == []
+    assert [name for name in PLAIN if is_secret_name(name)] == []
 
 
 @pytest.mark.parametrize(
-    ("argv", "shown"),
+    ("words", "shown"),
     [
-        (
-            ["env", "HF_TOKEN=abc", "trl", "--seed", "7"],
-            ["env", "HF_TOKEN=***", "trl", "--seed", "7"],
-        ),
-        (["--hub_token", "abc", "--api-key=abc"], ["--hub_token", "***", "--api-key=***"]),
-        (["--use_auth_token", "--bf16"], ["--use_auth_token", "--bf16"]),
-        (["--token", "abc", "x"], ["--token", "***", "x"]),
-        (["--hf-token=abc"], ["--hf-token=***"]),
-        (["WANDB_API_KEY=abc"], ["WANDB_API_KEY=***"]),
-        (["hf_abcdefghijklmnop"], ["***"]),
-        (["https://user:pw@host/x"], ["https://***@host/x"]),
-        (
-            ["model.tokenizer=org/tok", "model.pad_token=<pad>"],
-            ["model.tokenizer=org/tok", "model.pad_token=<pad>"],
-        ),
-        (["train.global_batch=32768 tokens"], ["train.global_batch=32768 tokens"]),
-        (["model.revision=0123456789abcdef0123456789abcdef01234567"],) * 2,
-        (["--token", "--json"], ["--token", "--json"]),
+        ("env HF_TOKEN=abc trl --seed 7", "env HF_TOKEN=*** trl --seed 7"),
+        ("--hub_token abc --api-key=abc", "--hub_token *** --api-key=***"),
+        ("--use_auth_token --bf16", "--use_auth_token --bf16"),
+        ("--token abc x", "--token *** x"),
+        ("--hf-token=abc", "--hf-token=***"),
+        ("WANDB_API_KEY=abc", "WANDB_API_KEY=***"),
+        ("hf_abcdefghijklmnop", "***"),
+        ("https://user:pw@host/x", "https://***@host/x"),
+        ("--token --json", "--token --json"),
+        *[("model.tokenizer=org/tok model.pad_token=<pad> train.global_batch=32768",) * 2],
+        *[("model.revision=0123456789abcdef0123456789abcdef01234567",) * 2],
     ],
 )
-def test_secrets_of_a_command_are_masked(argv: list[str], shown: list[str]) -> None:
-    assert mask_words(argv) == shown
+def test_secrets_of_a_command_are_masked(words: str, shown: str) -> None:
+    assert mask_words(words.split()) == shown.split()
 
 
 ERROR = RunError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 TESTS = Path(__file__).parent
 OPTIONAL = (  # some in Transformers' reach, some only in that of our tests

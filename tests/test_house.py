@@ -9,6 +9,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 VERB = {"add_arguments", "run"}
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    """All nodes of a file, the module first; its statements are `nodes_of(file)[0].body`."""
+    return [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+
+
+def statements(file: Path) -> list[ast.stmt]:
+    return nodes_of(file)[0].body  # type: ignore[attr-defined]
+
+
 def definitions(kinds: tuple[type, ...]) -> Iterator[tuple[str, Path, ast.AST]]:
     """Top-level definitions: name, file, node."""
     for file in FILES:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in statements(file):
             if isinstance(node, kinds):
                 yield node.name, file.relative_to(SOURCE), node
 
@@ -70,7 +81,7 @@ OPENERS = {"Of", "As", "What", "Whether", "Where", "How", "That"}
 def constants() -> Iterator[tuple[str, str, Path]]:
     """Names of constants without their underscore, their values as written, and their files."""
     for file in FILES:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in statements(file):
             targets = node.targets if isinstance(node, ast.Assign) else []
             if isinstance(node, ast.AnnAssign):
                 targets = [node.target]
@@ -93,8 +104,7 @@ def test_a_docstring_begins_with_a_verb_or_a_name():
     """Those that users read are left out: help pages, and what the schema says of its sections."""
     places, count = [], 0
     for file in FILES:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in nodes_of(file):
             if not isinstance(
                 node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
             ):
@@ -113,12 +123,10 @@ def test_a_docstring_begins_with_a_verb_or_a_name():
 
 def test_a_command_that_a_text_offers_exists():
     """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
-    nodes = [
-        node for file in FILES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    ]
     texts = [
         node.value
-        for node in nodes
+        for file in FILES
+        for node in nodes_of(file)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     offered = [
@@ -189,7 +197,7 @@ def test_a_script_finds_what_it_imports_from_other_folders():
     for file in [*scripts, *root.glob("tests/*.py"), *root.glob("tests/parity/*.py")]:
         places[file.stem].add(file.parent)
     for script in scripts:
-        nodes = [*ast.walk(ast.parse(script.read_text(encoding="utf-8")))]
+        nodes = nodes_of(script)
         added = [
             ast.unparse(node)
             for node in nodes

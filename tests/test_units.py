@@ -29,41 +29,36 @@ def test_the_share_of_a_length_that_has_passed(text: str, share: float) -> None:
     assert Length.parse("3 %").share(steps=5, epochs=1, seconds=45) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "steps",
-        "200",
-        "-3 steps",
-        "2 weeks",
-        "1.5 steps",
-        "1e999 steps",
-        "1e300 epochs",
-        "3 % %",
-        "nan h",
-    ],
+NO_LENGTHS = (
+    "",
+    "steps",
+    "200",
+    "-3 steps",
+    "2 weeks",
+    "1.5 steps",
+    "1e999 steps",
+    "1e300 epochs",
+    "3 % %",
+    "nan h",
 )
-def test_what_is_no_length(text: str) -> None:
-    with refuses(ValueError, names=[repr(text)]):
-        Length.parse(text)
+NO_SIZES = (
+    "0 examples",
+    "1.5 tokens",
+    "64",
+    "64 rowz",
+    "-1 tokens",
+    "1e300 examples",
+    "1_000_000_001 tokens",
+)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "0 examples",
-        "1.5 tokens",
-        "64",
-        "64 rowz",
-        "-1 tokens",
-        "1e300 examples",
-        "1_000_000_001 tokens",
-    ],
+    ("kind", "text"),
+    [*((Length, text) for text in NO_LENGTHS), *((Size, text) for text in NO_SIZES)],
 )
-def test_what_is_no_size(text: str) -> None:
+def test_what_is_no_length_or_size(kind: type[Length] | type[Size], text: str) -> None:
     with refuses(ValueError, names=[repr(text)]):
-        Size.parse(text)
+        kind.parse(text)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,6 @@ print("on stderr", file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
 WAITING = "import time; print('begun', flush=True); time.sleep(100)"
-COMPARE = """
-import sys
-sys.path[:0] = {paths!r}
-from warm import run_warm
-if __name__ == "__main__":
-    done = run_warm({words!r}, env={env!r}, cwd={cwd!r}, program={program!r})
-    print(repr((done.returncode, done.stdout, done.stderr)))
-"""
 
 
 def test_words_environment_folder_streams_and_exit_code(tmp_path: Path) -> None:
@@ -53,19 +45,3 @@ def test_a_signal_ends_it_as_it_ends_any_process() -> None:
     process = Warm([], program=WAITING)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-
-
-def test_the_switch_starts_an_interpreter_for_each(tmp_path: Path) -> None:
-    """Only there is torch not loaded before the program asks for it."""
-    program = "import sys; print('torch' in sys.modules)"
-    paths = [str(Path(__file__).parent), *sys.path]
-    code = COMPARE.format(
-        paths=paths, words=[], env=dict(os.environ), cwd=tmp_path.as_posix(), program=program
-    )
-    script = tmp_path / "compare.py"
-    script.write_text(code)
-    shown = {}
-    for switch in ("0", "1"):
-        env = os.environ | {"TUNESMITH_TESTS_FORK": switch}
-        shown[switch] = subprocess.check_output([sys.executable, script], env=env, text=True)
-    assert shown == {"0": "(0, 'False\\n', '')\n", "1": "(0, 'True\\n', '')\n"}
