@@ -133,7 +133,9 @@ def test_the_help_of_a_verb_describes_each_option(
 def test_overviews_fit_a_terminal() -> None:
     """The page of all commands has each once; `launch` alone has its kinds, and its own usage."""
     for words in ([], ["launch"], ["launch", "--help"]):
-        page = invoke(*words).out
+        shown = invoke(*words)
+        page = shown.out
+        assert shown.code == 0
         listed = [name for name in VERBS if words == [] or name.startswith("launch ")]
         assert [name for name in VERBS if f"\n  {name}  " in page] == listed
         assert page.startswith(" ".join(["usage: tunesmith", *words[:1]]))

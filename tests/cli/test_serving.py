@@ -111,20 +111,6 @@ def test_a_stopped_job_names_a_command_that_works(
     assert holds(done.err, "0 of 12")
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
-    run: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "tunesmith.inference.load_run.load_run", lambda *a, **k: pytest.fail("loaded")
-    )
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for output, more in ((rows / "out", []), (pipe, ["--resume"]), (tmp_path, ["--force"])):
-        done = generate(run, rows, output, *more)
-        assert done.code == EXIT_USAGE
-        assert str(output) in done.err
-
-
 def test_generate_reads_stdin_and_writes_stdout(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without an answer; stdout holds rows and nothing else."""
     asked = [
@@ -364,39 +350,6 @@ def test_columns_on_the_command_line(run: Path, tmp_path: Path) -> None:
         found["answers"] = expected["answers"]
         assert found == {**expected, "data": file.name}
         assert json.loads(generate(run, file, "-", *columns).out)["reference"] == "two"
-
-
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        ("--columns prompt", ["prompt"]),
-        ("--columns {prompt:[a]}", []),
-        ("--columns promt=q,complete=a --format prompt-completion", ["promt", "complete"]),
-    ],
-)
-def test_wrong_columns_are_told_in_options(
-    run: Path, tmp_path: Path, words: str, names: list[str]
-) -> None:
-    file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
-    for command in (["eval", run, "--data"], ["generate", run, "--output", "-", "--input"]):
-        done = invoke(*command, file, *words.split(), *SHORT)
-        assert done.code == EXIT_USAGE
-        check_shown(done.err, names=names)
-        assert "data." not in done.err
-
-
-def test_eval_scores_an_answer_that_is_right(run: Path, rows: Path, tmp_path: Path) -> None:
-    """The tuned model's own answers as references: it matches all of them, and its base does not."""
-    answers = tmp_path / "answers.jsonl"
-    assert generate(run, rows, answers).code == EXIT_OK
-    names = ("instruction", "input", "output")
-    own = [{name: row[name] for name in names} for row in lines(answers)]
-    own = [row for row in own if str(row["output"]).strip() and "\ufffd" not in str(row["output"])]
-    assert len(own) >= 3
-    mine = write_rows(tmp_path / "own.jsonl", own)
-    scores = evaluate(run, "--data", mine, "--score", "exact")["scores"]["exact"]
-    assert scores["tuned"]["mean"] == 1.0
-    assert scores["base"]["mean"] < 1.0
 
 
 def test_merge_prints_its_check_and_the_next_command(run: Path, tmp_path: Path) -> None:

@@ -130,18 +130,6 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         assert not value or f"{field.replace('_', ' ')} {words}" in text
 
 
-def test_ranks(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", steps=2)
-    (run.folder / "metrics-rank1.jsonl").write_text(
-        '{"step": 1, "gpu_clock_mhz": 1000.0}\n{"step": 2, "gpu_clock_mhz": 2000.0}\n'
-    )
-    run.refresh()
-    clocks = next(
-        chart for chart in data_of(render_page([run])) if chart["title"] == "gpu_clock_mhz"
-    )
-    assert [row["y"] for row in clocks["series"]] == [[1000.0, 2000.0]]
-
-
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  loading\n")
     assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
