@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.cli.main import main
+from invoke import invoke
 from tunesmith.config.load import load_recipe
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.tools.importers.source_config import read_config, table
@@ -28,18 +28,15 @@ def parsed(words: list[str]) -> Any:
 
 
 def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
-    script, training, model = parsed(["--output_dir", str(tmp_path)])
     installed = {
-        f.name: vars(one)[f.name]
-        for one in (script, training, model)
-        for f in dataclasses.fields(one)
+        field.name: vars(one)[field.name]
+        for one in parsed(["--output_dir", str(tmp_path)])
+        for field in dataclasses.fields(one)
     }
-    checked = 0
-    for key, value in table("trl")["defaults"].items():
-        real = installed[key]
-        assert value == getattr(real, "value", real), key
-        checked += 1
-    assert checked > 25
+    defaults = table("trl")["defaults"]
+    assert len(defaults) > 25
+    for key, value in defaults.items():
+        assert value == getattr(installed[key], "value", installed[key]), key
 
 
 def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
@@ -58,19 +55,25 @@ def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
     assert {note.key for note in draft.notes.values() if note.differs} == {"dataset_name", "dtype"}
 
 
-def test_every_flag_of_trl_is_known() -> None:
-    """Each field of TRL's three classes is carried or in the table: `import` names no flag of TRL
-    as unknown.
-    """
-    fields = [
-        f.name
-        for one in (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig)
-        for f in dataclasses.fields(one)
-    ]
+def test_every_flag_and_default_of_a_trainer_is_known() -> None:
+    """`import` names no flag of TRL as unknown, and takes the numbers of the trainer in question."""
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
     read_by_code = {"dataset_name", "dataset_config", "dataset_text_field"}
-    missing = [name for name in fields if not knows("trl", name) and name not in read_by_code]
-    assert not missing
-    assert len(fields) > 100
+    trainers = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig}
+    classes = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, *trainers.values())
+    names = {field.name for one in classes for field in dataclasses.fields(one)}
+    assert len(names) > 100
+    assert not [name for name in names - read_by_code if not knows("trl", name)]
+    for method, config in trainers.items():
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        of_method = [s for s in table("trl")["when"] if s.get("if") == {"method.name": method}]
+        for name, value in next(s["implied"] for s in of_method if "implied" in s).items():
+            real = fields[name].default
+            if real is dataclasses.MISSING:
+                real = fields[name].default_factory()
+            assert value == real, (method, name)
 
 
 @pytest.mark.slow
@@ -78,63 +81,44 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     import torch
     from transformers import get_scheduler
 
-    recipe = tmp_path / "recipe.yaml"
-    assert main(["import", str(FILE), "--world", "4", "--output", str(recipe)]) == 0
+    recipe, processes, total = tmp_path / "recipe.yaml", 4, 60
+    assert invoke("import", FILE, "--world", processes, "--output", recipe).code == 0
     run = load_recipe(recipe)
     script, training, model = parsed(["--config", str(FILE)])
-
-    processes = 4
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    config = trl.get_peft_config(model)
     assert training.packing
-    assert str(run.train.global_batch) == f"{rows * training.max_length} tokens"
-    assert (run.data.seq_len, run.data.pack) == (training.max_length, True)
-    assert run.train.learning_rate == training.learning_rate
-    assert (run.train.betas, run.train.eps) == (
-        (training.adam_beta1, training.adam_beta2),
-        training.adam_epsilon,
-    )
-    assert (run.train.weight_decay, run.train.clip_norm, run.train.seed) == (
-        training.weight_decay, training.max_grad_norm, training.seed,
-    )  # fmt: skip
-    assert (run.train.duration.amount, run.train.duration.unit) == (
-        training.num_train_epochs,
-        "epochs",
-    )
-    assert (str(run.validate.every), str(run.checkpoint.every)) == (
-        f"{training.eval_steps:g} steps",
-        f"{training.save_steps:g} steps",
-    )
-    assert (run.data.train[0].source, run.data.train[0].split) == (
-        script.dataset_name,
-        script.dataset_train_split,
-    )
-    assert run.data.validation[0].split == script.dataset_test_split
-    # Neither of TRL's two losses on the answer alone is asked for
+    expected = {
+        str(run.train.global_batch): f"{rows * training.max_length} tokens",
+        (run.data.seq_len, run.data.pack): (training.max_length, True),
+        run.train.betas: (training.adam_beta1, training.adam_beta2),
+        (run.train.learning_rate, run.train.eps): (training.learning_rate, training.adam_epsilon),
+        (run.train.weight_decay, run.train.clip_norm): (
+            training.weight_decay,
+            training.max_grad_norm,
+        ),
+        (run.train.seed, run.train.duration.amount): (training.seed, training.num_train_epochs),
+        str(run.validate.every): f"{training.eval_steps:g} steps",
+        str(run.checkpoint.every): f"{training.save_steps:g} steps",
+        run.data.train[0].source: script.dataset_name,
+        run.data.train[0].split: script.dataset_train_split,
+        run.data.validation[0].split: script.dataset_test_split,
+        (run.adapter.rank, run.adapter.alpha): (config.r, config.lora_alpha),
+        (run.adapter.dropout, run.adapter.rslora): (config.lora_dropout, config.use_rslora),
+        frozenset(run.adapter.target): frozenset(config.target_modules),
+    }
+    assert [*expected] == [*expected.values()]
+    # Neither of TRL's two losses on the answer alone is asked for.
     assert run.data.train_on == "all"
 
-    config = trl.get_peft_config(model)
-    assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (
-        config.r,
-        config.lora_alpha,
-        config.lora_dropout,
-    )
-    assert {*run.adapter.target} == {*config.target_modules}
-    assert run.adapter.rslora == config.use_rslora
-
-    total = 60
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
-    theirs = get_scheduler(
-        training.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=int(training.warmup_steps),
-        num_training_steps=total,
-    )
+    steps = {"num_warmup_steps": int(training.warmup_steps), "num_training_steps": total}
+    theirs = get_scheduler(training.lr_scheduler_type, optimizer, **steps)
     for step in range(total):
         ours = scheduled_rate(run.train, step, total=total, steps_per_epoch=total, seconds=0.0)
         # Their warmup begins at 0 and ours at one step's rise, 1/12 of the rate; then both are the
         # same cosine.
-        assert ours - theirs.get_last_lr()[0] == pytest.approx(
-            training.learning_rate / 12 if step < 12 else 0, abs=1e-12
-        )
+        rise = training.learning_rate / 12 if step < 12 else 0
+        assert ours - theirs.get_last_lr()[0] == pytest.approx(rise, abs=1e-12)
         optimizer.step()
         theirs.step()

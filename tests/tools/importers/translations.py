@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from tunesmith.tools.importers.source_config import read_config, table
 from tunesmith.tools.importers.translate import translate
-from tunesmith.tools.importers.translation import Note, Translation
+from tunesmith.tools.importers.translation import Translation
 
+# The first word of a name is the tool.
 BASES: dict[str, dict[str, Any]] = {
     "torchtune": {
         "model": {"_component_": "torchtune.models.llama3.lora_llama3_8b"},
@@ -24,27 +26,34 @@ BASES: dict[str, dict[str, Any]] = {
         "datasets": [{"path": "d/d", "type": "alpaca"}],
         "learning_rate": 1e-4,
     },
-    "llamafactory": {"model_name_or_path": "m/m", "dataset": "d", "template": "qwen"},
+    "llamafactory": {"model_name_or_path": "m/m", "template": "qwen", "cutoff_len": 512},
     "trl": {"model_name_or_path": "m/m", "dataset_name": "d/d"},
 }
-ROWS = {"data.train.source": "rows.jsonl"}
+BASES["axolotl documents"] = {"base_model": "m/m", "learning_rate": 1e-4}
+BASES["axolotl pairs"] = BASES["axolotl"] | {
+    "datasets": [{"path": "d/d", "type": "chat_template.argilla_chat"}],
+    "adapter": "lora",
+    "lora_dropout": 0.1,
+}
+BASES["llamafactory pairs"] = BASES["llamafactory"] | {"stage": "dpo", "lora_dropout": 0.1}
+BASES["trl pairs"] = BASES["trl"] | {"use_peft": True}
 
 
-def translated(tool: str, values: dict[str, Any], folder: Path) -> Translation:
-    """What is made of these keys, with the rows given on the command line."""
-    return translated_text(tool, json.dumps(values), folder, **ROWS)
+def translated(
+    base: str, values: dict[str, Any], folder: Path, given: Mapping[str, str] = {}
+) -> Translation:
+    """What is made of a file with these keys beside those of the base."""
+    text = json.dumps(BASES[base] | values)
+    return translated_text(base.partition(" ")[0], text, folder, given)
 
 
-def translated_text(tool: str, text: str, folder: Path, **overrides: Any) -> Translation:
+def translated_text(
+    tool: str, text: str, folder: Path, given: Mapping[str, str] = {}
+) -> Translation:
     """What is made of a file with this text, and these recipe keys beside it."""
     path = folder / "file.yaml"
     path.write_text(text)
-    overrides = {"train.global_batch": "1 examples", **overrides}
-    return translate(read_config(path, tool), overrides, None)
-
-
-def notes_by_key(recipe: Translation) -> dict[str, Note]:
-    return recipe.notes
+    return translate(read_config(path, tool), {"train.global_batch": "1 examples", **given}, None)
 
 
 def knows(tool: str, name: str) -> bool:
