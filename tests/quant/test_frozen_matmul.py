@@ -1,6 +1,4 @@
-"""Grouped matmuls with frozen weights: equal to the plain formula, for every kind of weight, eager
-and compiled.
-"""
+"""Grouped matmuls with frozen weights are the plain formula, for every kind of weight."""
 
 from __future__ import annotations
 
@@ -54,15 +52,10 @@ def plain(x: Tensor, layers: list[lora.LoraLinear], weights: list[Tensor]) -> li
 
 def gradients(outputs: list[Tensor], x: Tensor, layers: list[lora.LoraLinear]) -> dict[str, Tensor]:
     torch.manual_seed(9)
-    leaves = {
-        "x": x,
-        **{
-            f"{i}.{n}": p
-            for i, m in enumerate(layers)
-            for n, p in m.named_parameters()
-            if p.requires_grad
-        },
-    }
+    leaves = {"x": x}
+    for i, layer in enumerate(layers):
+        parameters = layer.named_parameters()
+        leaves |= {f"{i}.{name}": p for name, p in parameters if p.requires_grad}
     loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
     found = torch.autograd.grad(loss, list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
@@ -73,8 +66,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "bias"), [(torch.float64, 1e-12, True), (torch.float32, 1e-5, False)]
+)
 def test_gradients_are_those_of_plain_lora(dtype, tolerance, bias):
     """fp32: both add the same products in another order, 64 terms of one size."""
     layers = adapted(dense_layers(dtype, bias=bias))
@@ -96,30 +90,29 @@ def coded(layer: FrozenLinear | nn.Linear, kind: Nf4 | Fp8) -> FrozenLinear:
     return frozen
 
 
-def kinds() -> dict[str, list[lora.LoraLinear]]:
-    """The same three layers with adapters, for each kind of weight."""
-    made: dict[str, list[lora.LoraLinear]] = {"dense": adapted(dense_layers(torch.bfloat16))}
-    packed = []
-    for layer in adapted(dense_layers(torch.bfloat16)):
-        packed.append(lora.LoraLinear(coded(layer, Nf4(torch.bfloat16)), ADAPTER))
-        packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
-    made["nf4"] = packed
-    for kind in FP8:
-        rounded = []
-        for layer in adapted(dense_layers(torch.bfloat16)):
-            rounded.append(lora.LoraLinear(coded(layer, Fp8(kind)), ADAPTER))
-            rounded[-1].lora_A, rounded[-1].lora_B = layer.lora_A, layer.lora_B
-        made[kind] = rounded
+KINDS = ["dense", "nf4", *FP8]
+
+
+def layers_in(kind: str) -> list[lora.LoraLinear]:
+    """The same three layers with adapters, in a kind of weight."""
+    layers = adapted(dense_layers(torch.bfloat16))
+    if kind == "dense":
+        return layers
+    storage = Nf4(torch.bfloat16) if kind == "nf4" else Fp8(kind)
+    made = []
+    for layer in layers:
+        made.append(lora.LoraLinear(coded(layer, storage), ADAPTER))
+        made[-1].lora_A, made[-1].lora_B = layer.lora_A, layer.lora_B
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_answers_as_the_weight_it_stands_for(kind):
     """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3
     bits of mantissa: up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor
     somewhat more.
     """
-    layers = kinds()[kind]
+    layers = layers_in(kind)
     tolerance = 0.01 if kind in ("dense", "nf4") else 0.05
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     ours, theirs = lora.project(x, layers), plain(x, layers, [m.dense() for m in layers])
@@ -133,9 +126,9 @@ def test_every_kind_answers_as_the_weight_it_stands_for(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_compiled_operator_gives_the_same_numbers(kind):
-    layers = kinds()[kind]
+    layers = layers_in(kind)
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     torch.compiler.reset()
 
@@ -152,13 +145,13 @@ def test_the_compiled_operator_gives_the_same_numbers(kind):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     """Shapes, types and strides of the outputs, no output that shares memory with an input, and
     gradients in a graph: a compiler lays out memory by these promises, and a broken one shows on a
     GPU only.
     """
-    layers = kinds()[kind]
+    layers = layers_in(kind)
     weights = [m.frozen_weight() for m in layers]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
     lora_AB = [
@@ -231,7 +224,7 @@ def test_layers_of_one_input_share_a_product_in_fp8(kind, of_dk, of_wk, monkeypa
         assert distance(dx[:, half], alone[:, half]) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", FP8)
 def test_inductor_gives_an_8_bit_product_its_factors_row_by_row(kind, count, monkeypatch):
@@ -239,7 +232,7 @@ def test_inductor_gives_an_8_bit_product_its_factors_row_by_row(kind, count, mon
 
     Inductor may fuse a product and a sum, and so round a few gradients to their other neighbor.
     """
-    layers = kinds()[kind][:count]
+    layers = layers_in(kind)[:count]
 
     def product(a: Tensor, b: Tensor, **rest: object) -> Tensor:
         assert a.is_contiguous()
@@ -261,7 +254,7 @@ def test_inductor_gives_an_8_bit_product_its_factors_row_by_row(kind, count, mon
 
 @pytest.mark.parametrize("kind", ["nf4", *FP8])
 def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
-    adapter = kinds()[kind][0]
+    adapter = layers_in(kind)[0]
     layer = coded(dense_layers(torch.bfloat16)[0], Fp8(kind)) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x) if kind in FP8 else matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
@@ -282,7 +275,7 @@ def test_an_output_that_nobody_uses_has_no_part_in_the_gradient():
 
 @pytest.mark.parametrize(("kind", "storage"), [("dense", Dense), *((kind, Fp8) for kind in FP8)])
 def test_an_input_without_gradient_costs_no_matmul(kind, storage, monkeypatch):
-    layers = kinds()[kind]
+    layers = layers_in(kind)
     called: list[str] = []
     for name in ("quantize_gradients", "backward_matmul"):
         monkeypatch.setattr(storage, name, lambda *_, name=name: called.append(name))
@@ -293,10 +286,8 @@ def test_an_input_without_gradient_costs_no_matmul(kind, storage, monkeypatch):
 
 
 def test_layers_of_unlike_kinds_are_computed_one_by_one():
-    made = kinds()
-    layers = [made["dense"][0], made[TENSOR_WISE][1]]
+    layers = [layers_in("dense")[0], layers_in(TENSOR_WISE)[1]]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
-    for a, b in zip(
-        lora.project(x, layers), plain(x, layers, [m.dense() for m in layers]), strict=True
-    ):
+    expected = plain(x, layers, [m.dense() for m in layers])
+    for a, b in zip(lora.project(x, layers), expected, strict=True):
         assert distance(a, b) < 0.05

@@ -67,12 +67,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "hub": {"mtp_num_hidden_layers": 1},
         "aside": {"mtp.fc.weight": (64, 128), "mtp.norm.weight": (64,)},
     },
-    "qwen3_5_moe": {
-        "config": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 24},
-        "whole": {"vision_config": QWEN_VISION},
-        "hub": {"mtp_num_hidden_layers": 1},
-        "aside": {"mtp.fc.weight": (64, 128)},
-    },
     "gpt_oss": {
         "config": {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2,
                    "rope_parameters": {**YARN, "rope_theta": 150000.0, "truncate": False}},
@@ -90,35 +84,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "hub": {"per_layer_config": None, "global_head_dim": 32, "num_global_key_value_heads": 2,
                 "attention_k_eq_v": True},
     },
-    "gemma4_text": {  # the small form: embeddings by layer
-        "config": {**WINDOWS, "vocab_size": TOKENS, "vocab_size_per_layer_input": TOKENS,
-                   "global_head_dim": 32, "rope_parameters": GEMMA_ROPE,
-                   "final_logit_softcapping": 30.0,
-                   "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
-                   "tie_word_embeddings": True},
-    },
-    "gemma4_unified": {
-        "config": {**WINDOWS, "model_type": "gemma4_unified_text", "vocab_size": TOKENS,
-                   "global_head_dim": 32, "num_global_key_value_heads": 2,
-                   "attention_k_eq_v": True, "rope_parameters": GEMMA_ROPE,
-                   "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
-        "whole": {"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64,
-                                    "mm_posemb_size": 32, "patch_size": 4},
-                  "audio_config": {"audio_embed_dim": 32}},
-    },
-    "muse_glimmer": {
-        "config": {"model_type": "muse_glimmer_text", "sliding_window": 16},
-        "whole": {"vision_config": {**VISION, "pos_emb_height": 4, "pos_emb_width": 4},
-                  "out_hidden_size": 128, "projector_hidden_size": 32},
-    },
-    "mistral4": {
-        "type": "mistral3",
-        "config": {"model_type": "mistral4", "head_dim": None, "num_key_value_heads": 8,
-                   "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                   "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8,
-                   "qk_nope_head_dim": 8, "v_head_dim": 16},
-        "whole": {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}},
-    },
     "mistral3": {
         "config": {"model_type": "ministral3", "rope_parameters": {
             **YARN, "type": "yarn", "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -133,10 +98,6 @@ MODELS: dict[str, dict[str, Any]] = {
                    "moe_shared_expert_intermediate_size": 48},
         "hub": {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4,
                 "layers_block_type": None},
-    },
-    "olmo3": {
-        "config": {**WINDOWS, "head_dim": 8},
-        "hub": {"rope_theta": 500000.0, "rope_scaling": None, "rope_parameters": None},
     },
     "glm4": {
         "config": {"attention_bias": True, "rope_parameters": {

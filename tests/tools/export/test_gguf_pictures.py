@@ -20,7 +20,7 @@ from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.tuned_weights import open_tuned_model
 from tunesmith.training.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def small_bpe(**special: str) -> Any:
@@ -46,9 +46,7 @@ def write_model(folder: Path, family: str) -> Path:
         ("mistral3", False, False, "the mmproj file of the base"),
     ],
 )
-def test_the_text_model_answers_as_the_tuned_one(
-    family: str, vision: bool, projector: bool, note: str, tmp_path: Path
-) -> None:
+def test_the_text_model_answers_as_the_tuned_one(family, vision, projector, note, tmp_path):
     model = write_model(tmp_path / "model", family)
     rows = write_mixed(tmp_path, 6, "P" if vision else "T")
     run = picture_run(

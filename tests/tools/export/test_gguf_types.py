@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.tools.export.gguf.types import (
-    PlainTensor,
-    plain_tensors,
-    tensor_bytes,
-    tensor_types,
-)
+from tunesmith.tools.export.gguf.types import PlainTensor, plain_tensors, tensor_bytes, tensor_types
 
 PARTS = {
     "attn_q": 4096, "attn_k": 4096, "attn_v": 4096, "attn_output": 4096, "ffn_gate": 4096,
@@ -37,7 +32,7 @@ def types_of(shapes: dict, quant: str, header: dict) -> dict[str, str]:
     return tensor_types(plain_tensors(shapes, quant), quant, header)
 
 
-def counts(layers: int, quant: str, arch: str = "llama", heads: int = 64, kv: int = 8) -> Counter:
+def counts(layers: int, quant: str, arch: str = "llama", kv: int = 8) -> Counter:
     shapes = {"token_embd.weight": (32000, 4096), "output.weight": (32000, 4096)}
     shapes |= {"output_norm.weight": (4096,)}
     # In the wrong order: llama.cpp sorts them.
@@ -46,27 +41,30 @@ def counts(layers: int, quant: str, arch: str = "llama", heads: int = 64, kv: in
             shapes[f"blk.{layer}.{part}.weight"] = (64, columns)
         shapes[f"blk.{layer}.attn_norm.weight"] = (4096,)
         shapes[f"blk.{layer}.ffn_norm.weight"] = (4096,)
-    header = header_of(arch, layers, attention__head_count=heads, attention__head_count_kv=kv)
+    header = header_of(arch, layers, attention__head_count=64, attention__head_count_kv=kv)
     return Counter(types_of(shapes, quant, header).values())
 
 
-def test_a_7b_file_has_the_published_counts() -> None:
-    """`llama_model_loader: - type q4_K: 193 tensors`, as every log of a 7B Q4_K_M says."""
-    assert counts(32, "q4_k_m") == {"F32": 65, "Q4_K": 193, "Q6_K": 33}
-    assert counts(32, "q5_k_m") == {"F32": 65, "Q5_K": 193, "Q6_K": 33}
+# As the logs of published files of 7B and 70B say. 65B has values as large as queries, and Qwen 1.5
+# 72B counts as 70B.
+COUNTS: list[tuple[tuple, dict[str, int]]] = [
+    ((32, "q4_k_m"), {"F32": 65, "Q4_K": 193, "Q6_K": 33}),
+    ((32, "q5_k_m"), {"F32": 65, "Q5_K": 193, "Q6_K": 33}),
+    ((80, "q4_k_m"), {"F32": 161, "Q4_K": 441, "Q5_K": 40, "Q6_K": 81}),
+    ((80, "q4_k_m", "llama", 64), {"F32": 161, "Q4_K": 481, "Q6_K": 81}),
+    ((80, "q4_k_m", "qwen2", 64), {"F32": 161, "Q4_K": 441, "Q5_K": 40, "Q6_K": 81}),
+    ((80, "q4_k_m", "qwen3"), {"F32": 161, "Q4_K": 481, "Q6_K": 81}),
+]
 
 
-def test_a_70b_file_has_the_published_counts() -> None:
-    assert counts(80, "q4_k_m") == {"F32": 161, "Q4_K": 441, "Q5_K": 40, "Q6_K": 81}
-    assert counts(80, "q4_k_m", kv=64)["Q5_K"] == 0, "65B has values as large as queries"
-    assert counts(80, "q4_k_m", "qwen2", kv=64)["Q5_K"] == 40, "Qwen 1.5 72B counts as 70B"
-    assert counts(80, "q4_k_m", "qwen3")["Q5_K"] == 0
+@pytest.mark.parametrize(("model", "expected"), COUNTS)
+def test_a_file_has_the_published_counts(model: tuple, expected: dict[str, int]) -> None:
+    assert counts(*model) == expected
 
 
-@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0", "q6_k"])
-def test_others_have_one_type(quant: str) -> None:
-    kinds = counts(32, quant)
-    assert kinds.keys() == {"F32", quant.upper()}
+def test_others_have_one_type() -> None:
+    for quant in ("f32", "f16", "bf16", "q8_0", "q6_k"):
+        assert counts(2, quant).keys() == {"F32", quant.upper()}
 
 
 @pytest.mark.parametrize(
@@ -102,15 +100,15 @@ def recorded(groups: list, quant: str) -> Iterator[tuple[str, PlainTensor, str]]
             yield pattern.format(layer), PlainTensor(shape, plain), ggml_type
 
 
-@pytest.mark.parametrize("quant", ["q4_k_m", "q5_k_m", "q6_k", "q8_0"])
 @pytest.mark.parametrize("model", QUANTIZED)
-def test_types_are_those_of_llama_model_quantize(model: str, quant: str) -> None:
-    tensors: dict[str, PlainTensor] = {}
-    expected: dict[str, Any] = {}
-    for name, tensor, ggml_type in recorded(QUANTIZED[model]["groups"], quant):
-        tensors[name] = tensor
-        expected[name] = ggml_type
-    assert tensor_types(tensors, quant, QUANTIZED[model]["header"]) == expected
+def test_types_are_those_of_llama_model_quantize(model: str) -> None:
+    for quant in ("q4_k_m", "q5_k_m", "q6_k", "q8_0"):
+        tensors: dict[str, PlainTensor] = {}
+        expected: dict[str, Any] = {}
+        for name, tensor, ggml_type in recorded(QUANTIZED[model]["groups"], quant):
+            tensors[name] = tensor
+            expected[name] = ggml_type
+        assert tensor_types(tensors, quant, QUANTIZED[model]["header"]) == expected
 
 
 def test_what_stays_as_it_is() -> None:

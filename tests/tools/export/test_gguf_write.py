@@ -46,36 +46,26 @@ def hard_rows() -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("kind", [*BLOCKED, "MXFP4"])
-def test_rows_in_bands_are_the_rows_of_the_whole(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *BLOCKED, "MXFP4"])
+def test_bytes_are_those_of_gguf_in_bands_and_whole(kind: str) -> None:
+    """gguf has its own numpy code, which llama.cpp's converter uses, and reads what it cannot write.
+
+    The bound of what is read is half a step of a normal block, with room for its scale.
+    """
+    import gguf
+
     rows = hard_rows()
     whole = bytes(quantize_rows(rows, kind, "x"))
     bands = b"".join(bytes(quantize_rows(rows[i : i + 3], kind, "x")) for i in range(0, 40, 3))
     assert bands == whole
-
-
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "MXFP4"])
-def test_bytes_are_those_of_gguf(kind: str) -> None:
-    """The package's own numpy code, which llama.cpp's converter uses."""
-    import gguf
-
-    rows = hard_rows()
-    expected = gguf.quants.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
-    assert bytes(quantize_rows(rows, kind, "x")) == expected.tobytes()
-
-
-@pytest.mark.parametrize("kind", BLOCKED)
-def test_values_come_back_within_the_step_of_their_type(kind: str) -> None:
-    """gguf's numpy reader; the bound is half a step of a normal block, with room for its scale."""
-    import gguf
-
-    torch.manual_seed(1)
-    rows = torch.randn(16, 512)
-    data = np.frombuffer(quantize_rows(rows, kind, "x"), np.uint8).reshape(16, -1)
-    read = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
-    error = ((read - rows).norm() / rows.norm()).item()
-    bits = int(kind[1])
-    assert error < 1.5 / 2**bits
+    ggml_type = gguf.GGMLQuantizationType[kind]
+    if not kind.endswith("_K"):
+        assert gguf.quants.quantize(rows.numpy(), ggml_type).tobytes() == whole
+        return
+    rows = rows[5:]
+    data = np.frombuffer(quantize_rows(rows, kind, "x"), np.uint8).reshape(len(rows), -1)
+    read = torch.from_numpy(gguf.quants.dequantize(data, ggml_type))
+    assert (read - rows).norm() / rows.norm() < 1.5 / 2 ** int(kind[1])
 
 
 @pytest.mark.parametrize(
@@ -88,26 +78,13 @@ def test_a_value_that_is_not_finite_is_refused(kind: str, value: float) -> None:
         quantize_rows(rows, kind, "blk.0")
 
 
-def test_values_of_mxfp4_stay_exact() -> None:
-    """Decoded experts of gpt-oss get back into the file without a loss."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    codes = np.random.default_rng(0).integers(0, 256, (64, 9, 17), dtype=np.uint8)
-    codes[..., 0] = codes[..., 0] % 40 + 100  # exponents of scales
-    values = dequantize(codes.reshape(64, -1), GGMLQuantizationType.MXFP4)
-    data = quantize_rows(torch.from_numpy(values.copy()), "MXFP4", "x")
-    again = dequantize(np.frombuffer(data, np.uint8).reshape(64, -1), GGMLQuantizationType.MXFP4)
-    assert np.array_equal(again, values)
-
-
 def test_a_missing_library_is_told_before_a_file(monkeypatch, tokenizer) -> None:
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     quantize.ggml.cache_clear()
     model = random_model("llama", hidden_size=256)
     try:
-        with pytest.raises(MachineError, match="ggml") as error:
+        with refuses(MachineError, names=["ggml"], fix=["libggml-python"]):
             plan_of(model, tokenizer, "q4_k_m")
-        assert "libggml-python" in error.value.fix
         plan_of(model, tokenizer, "bf16")  # needs none
     finally:
         quantize.ggml.cache_clear()
@@ -162,24 +139,11 @@ def test_bands_are_written_in_order(tmp_path: Path, monkeypatch, threads: int) -
     assert {last - first for first, last in heads.reads} == {12}, "whole heads"
     assert threading.get_ident() not in plain.threads
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
-
-
-def test_bands_in_memory_are_few(tmp_path: Path, monkeypatch) -> None:
-    """What waits to be written is bounded by the threads, two bands more than they are."""
-    monkeypatch.setattr(write, "BAND_VALUES", 256)
-    written: list[int] = []
-    ahead = []
-
-    class Slow(Watched):
-        def rows(self, first: int, last: int) -> torch.Tensor:
-            ahead.append(last - (written[-1] - 64) // 512 if written else 0)
-            return super().rows(first, last)
-
-    source = Slow(torch.zeros(500, 256))
-    plan = GgufPlan(b"H" * 64, (GgufTensor("x", (500, 256), "F16", source),))
-    write_gguf(plan, tmp_path / "x.gguf", threads=4, progress=lambda size, _: written.append(size))
-    assert len(ahead) == 500
-    assert max(ahead) <= 4 + 2 + 1  # threads, two more, and one whose progress is not noted yet
+    plain.tensor[99, 0] = float("nan")
+    before = torch.get_num_threads()
+    with pytest.raises(ModelError, match=r"token_embd\.weight"):
+        write_gguf(plan, tmp_path / "y.gguf", threads=threads)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "BF16"])
@@ -196,28 +160,12 @@ def test_a_stack_of_experts_in_bands(monkeypatch, kind: str) -> None:
         assert b"".join(workers.run(tensor_jobs(vector, "F32", "x"))) == vector.numpy().tobytes()
 
 
-def test_an_error_is_raised_and_threads_are_as_before(tmp_path: Path) -> None:
-    plan, plain, _ = watched_plan()
-    plain.tensor[99, 0] = float("nan")
-    before = torch.get_num_threads()
-    with pytest.raises(ModelError, match=r"token_embd\.weight"):
-        write_gguf(plan, tmp_path / "x.gguf", threads=2)
-    assert torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize("quant", ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
-def test_the_size_is_known_before(tokenizer, tmp_path: Path, quant: str) -> None:
-    model = random_model("llama", hidden_size=256)
-    plan = plan_of(model, tokenizer, quant)
-    file = write_model(tmp_path / "x.gguf", model, tokenizer, quant)
-    assert file.stat().st_size == plan.size
-
-
 def test_gguf_reads_the_tensors_where_they_are(tokenizer, tmp_path: Path) -> None:
     import gguf
 
     model = random_model("qwen2", hidden_size=256)
     file = write_model(tmp_path / "x.gguf", model, tokenizer, "q4_k_m")
+    assert file.stat().st_size == plan_of(model, tokenizer, "q4_k_m").size
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert tensors["blk.0.attn_q.bias"].tensor_type.name == "F32"
     down = model.model.layers[1].mlp.down_proj.weight.detach()

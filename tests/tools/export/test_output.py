@@ -1,4 +1,4 @@
-"""Where exports are written, and what each of them refuses before and while it writes."""
+"""Where exports are written: each refuses a bad place before it writes, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CHATML, write_tiny_llama
 from export.tiny_gguf import byte_level, structure_of
+from invoke import invoke
 from runs import make_run, peft_model
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.tools.export.cli import check_options
@@ -32,7 +34,8 @@ Export = Callable[[Path, Any], Any]
 
 
 def _gguf(run: Path, output: Any, **options: Any) -> Any:
-    return export_gguf(run, output, quant="q8_0", device="cpu", check=False, **options)
+    given = {"quant": "q8_0", "device": "cpu", "check": False, **options}
+    return export_gguf(run, output, **given)
 
 
 def _ollama(run: Path, output: Any, **options: Any) -> Any:
@@ -52,7 +55,7 @@ EXPORTS: dict[str, tuple[Export, str]] = {
     "merge": (_merged, "out"),
 }
 FOLDERS = ["ollama", "vllm --adapter", "merge"]
-ADAPTERS = ["gguf --adapter", "vllm --adapter"]
+ADAPTERS = ["gguf --adapter", "vllm --adapter", "merge"]
 
 
 @pytest.fixture(scope="module")
@@ -75,51 +78,72 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refused(export: Export, run: Path, output: Any, words: str) -> None:
-    """Whether an export names what, where and a fix, and changes nothing below this folder."""
+def refused(export: Export, run: Path, output: Any, value: str) -> None:
+    """An export names a value, a place and a fix, and changes nothing below this folder."""
     before = sorted(os.walk("."))
     with pytest.raises(TunesmithError) as caught:
         export(run, output)
-    assert words in caught.value.text()
+    assert value in caught.value.text()
     assert caught.value.where
     assert caught.value.fix
     assert sorted(os.walk(".")) == before
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_recipe_is_not_taken_for_its_run(name: str, run: Path) -> None:
-    """It stands for the base."""
-    text = (run / "config.yaml").read_text()
-    Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
-    refused(
-        EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], "give the run directory instead: "
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTS)
-def test_places_that_cannot_be_written(name: str, run: Path) -> None:
+def test_places_and_runs_that_are_refused(name: str, run: Path) -> None:
     export, output = EXPORTS[name]
     Path("file").write_text("mine")
-    refused(export, run, f"file/{output}", "is a file")
+    refused(export, run, f"file/{output}", "file")
     refused(export, run, f"/proc/{output}", "/proc")  # no room, or not to be written
+    refused(export, Path("nowhere"), output, "nowhere")
+    # A recipe stands for the base, not for its run.
+    text = (run / "config.yaml").read_text()
+    Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
+    refused(export, Path("mine.yaml"), output, str(run))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders_that_are_not_to_be_replaced(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_that_are_not_to_be_replaced(name, run, tmp_path, monkeypatch):
     export, _ = EXPORTS[name]
     Path("empty").mkdir()
     monkeypatch.chdir("empty")
-    refused(export, run, ".", "the current folder")
-    refused(export, run, "..", "the current folder")
-    refused(export, run, "", "--output is empty")
-    refused(export, run, run / "final", "contains the adapter or its base model")
-    refused(export, run, run.parent, "contains the adapter or its base model")
+    for place in (".", "..", "", run / "final", run.parent):
+        refused(export, run, place, "--output")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.txt").write_text("mine")
-    refused(export, run, tmp_path / "mine", "mine.txt" if name in ("ollama", "merge") else "mine")
+    refused(export, run, tmp_path / "mine", "mine")
+    (tmp_path / "text").write_text("mine")
+    refused(export, run, tmp_path / "text", "text")
+
+
+def test_files_that_are_not_to_be_replaced(run: Path) -> None:
+    for output in ("model", "old.gguf"):
+        Path("old.gguf").write_bytes(b"GGUF")
+        refused(_gguf, run, output, "--force" if output != "model" else ".gguf")
+    Path("link.gguf").symlink_to("elsewhere.gguf")
+    Path("notes.gguf").write_text("mine")
+    forced: Export = lambda *words: _gguf(*words, force=True)  # noqa: E731
+    refused(forced, run, "link.gguf", "link.gguf")
+    refused(forced, run, "notes.gguf", "GGUF")
+    refused(lambda *words: _gguf(*words, quant="q3_k_s"), run, "model.gguf", "q4_k_m")
+    _gguf(run, "model.gguf")
+    before = Path("model.gguf").stat().st_ino
+    forced(run, "model.gguf")
+    assert Path("model.gguf").stat().st_ino != before
+    # A model may be a GGUF file itself.
+    refused(forced, Path("model.gguf"), "model.gguf", "--output")
+
+
+def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
+    forced: Export = lambda *words: _ollama(*words, force=True)  # noqa: E731
+    _ollama(run, "out")
+    Path("out/mine.txt").write_text("mine")
+    refused(forced, run, "out", "mine.txt")
+    Path("out/mine.txt").unlink()
+    forced(run, "out")
+    assert sorted(os.listdir("out")) == ["Modelfile", "out-q8_0.gguf", "out-q8_0.gguf.json"]
+    Path("out/Modelfile").unlink()
+    refused(forced, run, "out", "out-q8_0.gguf")
 
 
 @pytest.mark.parametrize("name", ["gguf", "gguf --adapter", "ollama", "vllm --adapter"])
@@ -130,44 +154,32 @@ def test_a_folder_that_does_not_exist_yet_is_made(name: str, run: Path) -> None:
     assert [name for name in os.listdir("new/folder") if name != f"{output}.json"] == [output]
 
 
-@pytest.fixture
+def test_a_file_of_the_command_needs_no_converter(run, tmp_path, monkeypatch):
+    """$LLAMA_CPP_DIR may be a folder of programs, for another tool."""
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    words = ["export", run, "--to", "gguf", "--quant", "f16", "--no-check", "--output", "a.gguf"]
+    assert invoke(*words).code == 0
+    assert Path("a.gguf").is_file()
+
+
+@contextmanager
 def small_files() -> Iterator[None]:
     """No file of more than 6,000 bytes can be written, as on a disk that fills up."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_disk_that_fills_up(name: str, run: Path, small_files: None) -> None:
+def test_a_disk_that_fills_up(name: str, run: Path) -> None:
     export, output = EXPORTS[name]
-    refused(export, run, f"new/{output}", "grew larger")
-
-
-def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
-    _ollama(run, "out")
-    Path("out/mine.txt").write_text("mine")
-    refused(lambda *words: _ollama(*words, force=True), run, "out", "mine.txt")
-    Path("out/mine.txt").unlink()
-    _ollama(run, "out", force=True)
-    assert sorted(os.listdir("out")) == ["Modelfile", "out-q8_0.gguf", "out-q8_0.gguf.json"]
-    Path("out/Modelfile").unlink()
-    refused(lambda *words: _ollama(*words, force=True), run, "out", "out-q8_0.gguf")
-
-
-def test_force_replaces_no_file_but_an_export(run: Path) -> None:
-    forced: Export = lambda *words: _gguf(*words, force=True)  # noqa: E731
-    Path("notes.gguf").write_text("mine")
-    refused(forced, run, "notes.gguf", "is not a GGUF file")
-    _gguf(run, "model.gguf")
-    before = Path("model.gguf").stat().st_ino
-    forced(run, "model.gguf")
-    assert Path("model.gguf").stat().st_ino != before
-    # A model may be a GGUF file itself.
-    refused(forced, Path("model.gguf"), "model.gguf", "contains the adapter or its base model")
+    with small_files():
+        refused(export, run, f"new/{output}", output)
 
 
 @pytest.fixture
@@ -182,15 +194,11 @@ def _other_rank(adapter: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
 
 
-def _change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    file = adapter / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
 def _lost_tensor(adapter: Path) -> None:
-    _change_tensors(adapter, lambda tensors: tensors.pop(min(tensors)))
+    file = adapter / "adapter_model.safetensors"
+    tensors: dict[str, torch.Tensor] = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
 
 
 def _torn(adapter: Path) -> None:
@@ -199,29 +207,26 @@ def _torn(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(_other_rank, "of another shape"), (_lost_tensor, "missing"), (_torn, "cannot be read")],
-)
-def test_an_adapter_that_does_not_fit_its_base(
-    name: str, change: Callable[[Path], None], words: str, adapter: Path
-) -> None:
+@pytest.mark.parametrize("change", [_other_rank, _lost_tensor, _torn])
+def test_an_adapter_that_does_not_fit_its_base(name, change, adapter):
     """llama.cpp would take the scale of another rank, and vLLM find out when it starts."""
     change(adapter)
     export, output = EXPORTS[name]
-    refused(export, adapter, output, words)
+    refused(export, adapter, output, "adapter")
 
 
-def test_a_part_of_a_process_of_the_same_number_is_removed(tmp_path: Path) -> None:
+def test_a_part_of_an_ended_process_is_removed(tmp_path: Path) -> None:
     """In a container the first process is number 1 each time."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     for number in (os.getpid(), ended.pid, os.getppid()):
         (tmp_path / f".out.{number}.part").mkdir()
+    (tmp_path / ".out.mine.part").mkdir()
     with part_folder(tmp_path / "out") as part:
         (part / "file").write_text("new")
         move_into_place(part, tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [f".out.{os.getppid()}.part", "out"]
+    kept = [f".out.{os.getppid()}.part", ".out.mine.part", "out"]
+    assert sorted(os.listdir(tmp_path)) == kept
 
 
 def test_an_error_removes_the_folders_that_were_made_for_it(tmp_path: Path) -> None:
@@ -232,10 +237,9 @@ def test_an_error_removes_the_folders_that_were_made_for_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", ["--quant bf16", "--adapter", "--threads 2", "--force"])
 def test_an_option_names_the_formats_that_take_it(value: str) -> None:
-    """The error of a format names all formats without an error, and no other."""
     option = value.split(maxsplit=1)[0]
     dest, setting = option.strip("-"), value.rsplit(maxsplit=1)[-1]
-    refused, taken = {}, []
+    refused_by, taken = {}, []
     for name in ("transformers", "gguf", "ollama", "vllm"):
         args = Namespace(to=name, quant=None, adapter=False, typed={dest: option})
         setattr(args, dest, setting)
@@ -243,7 +247,7 @@ def test_an_option_names_the_formats_that_take_it(value: str) -> None:
             check_options(args)
             taken.append(name)
         except UsageError as error:
-            refused[name] = error
-    assert set(refused) >= {"transformers"}
-    for error in refused.values():
+            refused_by[name] = error
+    assert "transformers" in refused_by
+    for error in refused_by.values():
         assert re.findall("gguf|ollama|vllm|transformers", error.what) == taken

@@ -1,4 +1,4 @@
-"""`tunesmith push` as a user types it, against a stand-in that speaks the Hub's upload protocol."""
+"""`tunesmith push`: what arrives at the Hub, a stand-in that speaks its upload protocol, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from conftest import write_tiny_llama
-from errors import check_shown, holds, lines_with
+from errors import check_error, check_shown, lines_with, refuses
 from export.tiny_gguf import chat_tokenizer
 from recipes import make_run as write_run
 from runs import make_run, peft_model
-from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
+from tunesmith.checkpoint.manifest import flush_files, write_manifest
 from tunesmith.config.load import load_recipe
+from tunesmith.errors import UsageError
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.push import _push_error
-from tunesmith.tools.export.vllm_adapter import export_peft
+from tunesmith.tools.export.record import gguf_to_push
 from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
 
 from .upload_standin import TOKEN, UploadHub
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 MINE = "ada/my-run"
 
@@ -36,18 +38,9 @@ MINE = "ada/my-run"
 @pytest.fixture(scope="module")
 def full(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of full fine-tuning."""
-    return finished(tiny, tmp_path_factory.mktemp("full"), adapter={"kind": "none"})
-
-
-@pytest.fixture(scope="module")
-def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of an adapter; its base is a folder."""
-    return finished(tiny, tmp_path_factory.mktemp("lora"))
-
-
-def finished(tiny: Path, folder: Path, **changes) -> Path:
-    run = write_run(tiny, folder, held=False, train={"duration": "4 steps"}, **changes)
-    train(run, quiet=True)
+    folder = tmp_path_factory.mktemp("full")
+    changes: dict[str, Any] = {"train": {"duration": "4 steps"}, "adapter": {"kind": "none"}}
+    train(write_run(tiny, folder, held=False, **changes), quiet=True)
     return (folder / "run").rename(folder / "my-run")
 
 
@@ -58,7 +51,7 @@ def on_the_hub(run: Path, place: Path) -> Path:
         base = load_recipe(run / "config.yaml").model.name
         file.write_text(file.read_text().replace(base, "someone/tiny"))
     final = copy / "final"
-    write_manifest(final, 4, flush_files(final))
+    write_manifest(final, 8, flush_files(final))
     (copy / "final" / "README.md").unlink()
     return copy
 
@@ -79,11 +72,29 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(412, ("someone else changed", MINE)), (429, ("few minutes",))]
+    ("status", "names", "fix"),
+    [
+        (401, ["token"], ["hf auth login"]),
+        (403, [MINE], ["settings/tokens"]),
+        (409, [MINE], []),
+        (412, [MINE], []),
+        (418, [418], []),
+        (429, [], []),
+    ],
 )
-def test_what_the_hub_refuses_is_told(status: int, words: tuple[str, ...]) -> None:
-    response = SimpleNamespace(status_code=status, headers={}, request=None)
-    assert holds(_push_error(HfHubHTTPError("refused", response=response), MINE).text(), *words)
+def test_what_the_hub_refuses_is_told(status: int, names: list[Any], fix: list[str]) -> None:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    error = _push_error(HfHubHTTPError("refused", response=response), MINE)
+    check_error(error, names=[*names, "refused"], fix=fix)
+    assert error.fix
+
+
+@pytest.mark.parametrize("refuse", [("repos/create", 403), ("preupload", 403), ("commit", 409)])
+def test_what_is_refused_at_any_point_ends_the_push(refuse: tuple[str, int], full: Path) -> None:
+    with UploadHub(refuse) as hub:
+        code, out, err = push(full, hub=hub)
+    assert (code, out, hub.commits) == (2, "", [])
+    check_shown(err, names=[MINE if refuse[1] == 409 else "token"])
 
 
 def test_what_arrives_is_what_lies_there(full: Path) -> None:
@@ -134,16 +145,8 @@ def test_a_checkpoint_is_pushed_without_its_state_and_with_a_card(full: Path) ->
         assert hub.stored["team/bot"]["main"] == {}
 
 
-def test_a_checkpoint_that_its_run_deletes_meanwhile(full: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(full, tmp_path / "my-run"))
-    with UploadHub(meanwhile=lambda: prune(run, 1, latest=0, keep_step=None)) as hub:
-        code, out, err = push(run / "checkpoint-4", hub=hub)
-        assert (code, out, hub.commits) == (1, "", []), err
-    check_shown(err, where="checkpoint-4", names=["checkpoint-4", "checkpoint.keep"], fix=[run])
-
-
-def test_an_adapter(lora: Path, tmp_path: Path) -> None:
-    run = on_the_hub(lora, tmp_path)
+def test_an_adapter(trained: Path, tmp_path: Path) -> None:
+    run = on_the_hub(trained, tmp_path)
     with UploadHub() as hub:
         code, _, err = push(run, hub=hub)
         assert code == 0, err
@@ -155,18 +158,22 @@ def test_an_adapter(lora: Path, tmp_path: Path) -> None:
         assert ModelCard(files["README.md"].decode()).data.base_model == "someone/tiny"
 
 
-def test_an_adapter_on_a_folder_is_refused_and_its_merge_is_not(lora: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_a_folder_is_refused_and_its_merge_is_not(trained, tmp_path):
     with UploadHub() as hub:
-        code, _, err = push(lora, hub=hub)
+        code, _, err = push(trained, hub=hub)
         assert code == 2
-        check_shown(err, fix=[f"tunesmith merge {lora}"])
+        check_shown(err, fix=[f"tunesmith merge {trained}"])
         assert hub.seen == []
-        merge(lora, tmp_path / "merged", device="cpu")
+        merge(trained, tmp_path / "merged", device="cpu")
         assert push(tmp_path / "merged", hub=hub)[0] == 0
         assert hub.commits[-1][2] == "Push merged"
         sent = hub.stored["ada/merged"]["main"]
-        assert sent["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
-        assert not [name for name, data in sent.items() if str(lora.parent).encode() in data]
+        weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
+        assert sent["model.safetensors"] == weights
+        (row,) = card_rows(sent["README.md"])
+        size = f"{len(weights) / 1e6:,.1f}"
+        assert row.startswith(f"| `model.safetensors` | Transformers, fp32 | {size} | ")
+        assert not [name for name, data in sent.items() if str(trained.parent).encode() in data]
 
 
 @pytest.fixture(scope="module")
@@ -211,25 +218,22 @@ def test_an_exported_folder_for_ollama(exported: Path, tmp_path: Path) -> None:
 
 
 def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path) -> None:
-    for quant in ("f16", "q4_k_m"):
-        export_gguf(exported, tmp_path / f"orders-{quant}.gguf", quant=quant, check=False)
+    export_gguf(exported, tmp_path / "orders-f16.gguf", quant="f16", check=False)
     export_adapter(exported, tmp_path / "orders-lora.gguf")
     with UploadHub() as hub:
         assert push(tmp_path, "--to", "ada/all", hub=hub)[0] == 0
         card = hub.stored["ada/all"]["main"]["README.md"]
         kinds = [row.split("|")[2].strip() for row in card_rows(card)]
-        assert kinds == ["GGUF, f16", "GGUF, LoRA only, f16", "GGUF, q4_k_m"]
-        assert card.count(b"not measured") == 3
+        assert kinds == ["GGUF, f16", "GGUF, LoRA only, f16"]
         code, out, _ = push(tmp_path / "orders-lora.gguf", hub=hub)
         assert (code, out) == (0, f"{hub.url}/ada/orders-lora\n")
         assert sorted(hub.stored["ada/orders-lora"]["main"]) == ["README.md", "orders-lora.gguf"]
 
         stored = json.loads((tmp_path / "orders-f16.gguf.json").read_text())["bytes"]
-        another = b"GGUF of another tool"
-        (tmp_path / "orders-f16.gguf").write_bytes(another)
+        (tmp_path / "orders-f16.gguf").write_bytes(b"GGUF")
         code, _, err = push(tmp_path, hub=hub)
         assert code == 2
-        check_shown(err, where="orders-f16.gguf", names=[stored, len(another)])
+        check_shown(err, where="orders-f16.gguf", names=[stored, 4])
         (tmp_path / "orders-f16.gguf.json").unlink()
         code, _, err = push(tmp_path, hub=hub)
         assert code == 2
@@ -238,28 +242,6 @@ def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path
         (tmp_path / "README.md").write_text("My own card.")
         assert push(tmp_path, "--to", "ada/own", hub=hub)[0] == 0
         assert hub.stored["ada/own"]["main"]["README.md"] == b"My own card."
-
-
-def test_folders_for_vllm_and_transformers(exported: Path, tmp_path: Path) -> None:
-    merged = merge(exported, tmp_path / "merged", device="cpu")
-    run = on_the_hub(exported, tmp_path)
-    export_peft(exported, tmp_path / "lora")
-    check = merged.merge_check.merged
-    with UploadHub() as hub:
-        assert push(tmp_path / "merged", hub=hub)[0] == 0
-        card = hub.stored["ada/merged"]["main"]["README.md"]
-        size = (tmp_path / "merged" / "model.safetensors").stat().st_size / 1e6
-        measured = f"{check.mean_kl:.2g} | {check.agreement:.0%}"
-        row = f"| `model.safetensors` | Transformers, fp32 | {size:,.1f} | {measured} |"
-        assert card_rows(card) == [row]
-        assert "LICENSE" in hub.stored["ada/merged"]["main"]
-        config = tmp_path / "lora" / "adapter_config.json"
-        config.write_text((run / "final" / "adapter_config.json").read_text())
-        assert push(tmp_path / "lora", hub=hub)[0] == 0
-        rows = card_rows(hub.stored["ada/lora"]["main"]["README.md"])
-        size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 1e6
-        name = "adapter_model.safetensors"
-        assert rows == [f"| `{name}` | PEFT, LoRA only | {size:,.1f} | not measured |  |"]
 
 
 def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None:
@@ -272,59 +254,39 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
         assert push(full, "--public", hub=hub)[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("refuse", "words"),
-    [
-        (("whoami", 401), "the Hub rejected the token"),
-        (("repos/create", 403), "the token may not write to"),
-        (("preupload", 403), "the token may not write to"),
-        (("commit", 409), "during the push"),
-        (("commit", 418), "the Hub answered with status 418"),
-        (("commit", 400), "fix the reported problem"),
-    ],
-)
-def test_what_the_hub_refuses(refuse: tuple[str, int], words: str, full: Path) -> None:
-    with UploadHub(refuse) as hub:
-        code, out, err = push(full, hub=hub)
-    assert (code, out) == (2, "")
-    assert any(
-        line.startswith(("error: ", "  fix: ")) and words in line for line in err.splitlines()
-    ), err
-    assert "  fix: " in err
-
-
-def test_too_many_requests(full: Path) -> None:
-    with UploadHub(("whoami", 429)) as hub:
-        code, _, err = push(full, hub=hub)
-    assert code == 2
-    check_shown(err, names=["Hub"])
-    assert hub.commits == []
-
-
 def test_before_anything_is_sent(full: Path, tmp_path: Path) -> None:
     with UploadHub() as hub:
-        code, _, err = push(full, hub=hub, token=None)
-        assert code == 2
-        check_shown(err, names=["token"], fix=["hf auth login"])
-        code, _, err = push(full, hub=hub, token="hf_somebodyelses")
-        assert code == 2
-        check_shown(err, names=["Hub", "token"], fix=["hf auth login"])
-        code, _, err = push(full, "--to", "a b/c", hub=hub)
-        assert code == 2
-        check_shown(err, names=["'a b/c'"], fix=["--to owner/name"])
-        code, _, err = push("someone/model", hub=hub)
-        assert code == 2
-        check_shown(err, where="someone/model")
-        code, _, err = push(tmp_path, hub=hub)
-        assert code == 2
-        check_shown(err, names=[tmp_path, "config.yaml"])
+        for words, options, shown in (
+            ([full], {"token": None}, {"names": ["token"], "fix": ["hf auth login"]}),
+            ([full], {"token": "hf_others"}, {"names": ["token"], "fix": ["hf auth login"]}),
+            ([full, "--to", "a b/c"], {}, {"names": ["'a b/c'"], "fix": ["--to owner/name"]}),
+            (["someone/model"], {}, {"where": "someone/model"}),
+            ([tmp_path], {}, {"names": [tmp_path, "config.yaml"]}),
+            ([full], {"HF_HUB_OFFLINE": "1"}, {"fix": ["HF_HUB_OFFLINE=0 tunesmith push"]}),
+        ):
+            code, _, err = push(*words, hub=hub, **options)
+            assert code == 2
+            check_shown(err, **shown)
         assert hub.commits == []
-    code, _, err = push(full, HF_HUB_OFFLINE="1")
-    assert code == 2
-    check_shown(err, fix=["HF_HUB_OFFLINE=0 tunesmith push"])
     code, _, err = push(full, hub=hub)
     assert code == 2, "the stand-in has gone"
     check_shown(err, fix=["HTTPS_PROXY", "HF_ENDPOINT"])
+
+
+RECORD = {"kind": "GGUF, f16", "bytes": 4, "check": None, "card": "# m\n\nText.\n\nThe license."}
+
+
+@pytest.mark.parametrize("record", [{key: RECORD[key] for key in ("kind", "bytes")}, [], 3])
+def test_a_record_that_lacks_a_key_is_refused(record: Any, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    (tmp_path / "m.gguf.json").write_text(json.dumps(RECORD))
+    sent: Any = gguf_to_push(file)
+    assert b"| `m.gguf` | GGUF, f16 |" in sent["README.md"]
+    (tmp_path / "m.gguf.json").write_text(json.dumps(record))
+    with refuses(UsageError, where="m.gguf", names=["m.gguf"]) as error:
+        gguf_to_push(file)
+    assert not isinstance(record, dict) or "card" in error.value.text()
 
 
 def run_job(*words: object, hub: UploadHub, token: str, folder: Path):

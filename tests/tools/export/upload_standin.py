@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
@@ -25,18 +24,15 @@ class UploadHub(StandIn):
         private: repository -> whether it is.
         commits: (repository, branch, message, paths of the files in it).
         refuse: (part of a path, status): such requests are answered so.
-        meanwhile: called before a repository is made.
     """
 
-    def __init__(
-        self, refuse: tuple[str, int] | None = None, meanwhile: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, refuse: tuple[str, int] | None = None) -> None:
         super().__init__({})
         self.stored: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.commits: list[tuple[str, str, str, list[str]]] = []
         self.large: dict[str, bytes] = {}  # sha256 -> contents, of LFS
-        self.refuse, self.meanwhile = refuse, meanwhile
+        self.refuse = refuse
         for method in ("POST", "PUT"):
             setattr(
                 self.server.RequestHandlerClass,
@@ -58,7 +54,6 @@ class UploadHub(StandIn):
         if path == "/api/whoami-v2":
             return self.reply(http, {"type": "user", "name": USER, "orgs": []})
         if path == "/api/repos/create":
-            self.meanwhile()
             return self.create(http, json.loads(sent))
         if path == "/api/validate-yaml":
             return self.reply(http, {"errors": [], "warnings": []})

@@ -155,9 +155,7 @@ TIER_1 = ("axolotl-mixed.yml", "axolotl-kto.yml", "torchtune-70b-lora.yaml", "tr
     "name",
     [pytest.param(name, marks=() if name in TIER_1 else pytest.mark.nightly) for name in FILES],
 )
-def test_the_recipe_trains(
-    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_trains(name, tiny, tmp_path, monkeypatch):
     """Without what this machine lacks: other ranks, rows of the Hub, and nf4."""
     from tunesmith.training.run import train
 
@@ -248,9 +246,7 @@ def test_the_world_is_asked_for_and_no_file_is_overwritten(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("words", [["sft.py"], ["sft.py", "--from", "trl"]])
-def test_a_script_is_refused(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_is_refused(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sft.py").write_text("trainer = SFTTrainer(args=SFTConfig())\ntrainer.train()\n")
     refused = invoke("import", "--world", 1, "--output", "r.yaml", *words)

@@ -38,6 +38,7 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # Data sets and their rows.
     ("axolotl", chat(train_on_split="validation"), {"data.train": {"source": "d/d", "split": "validation", "format": "messages"}}),
     ("axolotl", chat(), {"data.too_long": "drop", "model.vision": ABSENT}),
+    ("axolotl", chat() | {"excess_length_strategy": None}, {"data.too_long": "drop"}),
     ("axolotl", chat() | {"excess_length_strategy": "truncate"}, {"data.too_long": "truncate"}),
     ("axolotl", chat() | {"excess_length_strategy": "raise"}, {"data.too_long": "error"}),
     ("axolotl", {"datasets": DOCUMENTS}, {"data.too_long": ABSENT}),
@@ -86,9 +87,7 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("base", "theirs", "ours"), CARRIED)
-def test_a_key_is_in_the_recipe(
-    base: str, theirs: dict[str, Any], ours: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_key_is_in_the_recipe(base, theirs, ours, tmp_path):
     recipe = translated(base, theirs, tmp_path)
     assert {key: recipe.values.get(key, ABSENT) for key in ours} == ours
     assert not [key for key in recipe.values if not recipe.comments[key]]
@@ -117,9 +116,7 @@ TEXTS: list[tuple[str, str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("tool", "text", "key", "value"), TEXTS)
-def test_numbers_and_switches_are_read_in_any_form(
-    tool: str, text: str, key: str, value: Any, tmp_path: Path
-) -> None:
+def test_numbers_and_switches_are_read_in_any_form(tool, text, key, value, tmp_path):
     base = "".join(f"{name}: {json.dumps(v)}\n" for name, v in BASES[tool].items())
     found = translated_text(tool, f"{text}\n{base}", tmp_path).values.get(key, ABSENT)
     assert (found, type(found)) == (value, type(value))
@@ -144,9 +141,7 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("base", "theirs", "method"), METHODS)
-def test_a_method_has_its_numbers(
-    base: str, theirs: dict[str, Any], method: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_method_has_its_numbers(base, theirs, method, tmp_path):
     """The loss of TRL tells its trainer. TRL takes dropout out of a model with a reference."""
     values = translated(base, theirs, tmp_path).values
     prefix = "method."
@@ -224,9 +219,7 @@ NOTES: list[tuple[str, dict[str, Any], str, bool]] = [
 
 
 @pytest.mark.parametrize(("base", "theirs", "key", "differs"), NOTES)
-def test_a_key_that_is_not_in_the_recipe_is_noted(
-    base: str, theirs: dict[str, Any], key: str, differs: bool, tmp_path: Path
-) -> None:
+def test_a_key_that_is_not_in_the_recipe_is_noted(base, theirs, key, differs, tmp_path):
     assert translated(base, theirs, tmp_path).notes[key].differs is differs
 
 
@@ -274,9 +267,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("base", "theirs", "key", "fix"), REFUSED)
-def test_what_has_no_counterpart_is_refused_by_its_key(
-    base: str, theirs: dict[str, Any], key: str, fix: list[str], tmp_path: Path
-) -> None:
+def test_what_has_no_counterpart_is_refused_by_its_key(base, theirs, key, fix, tmp_path):
     with refuses(UsageError, names=[key], fix=fix):
         translated(base, theirs, tmp_path)
 
@@ -301,9 +292,7 @@ REPLACED: list[tuple[str, dict[str, Any], dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("base", "theirs", "given_keys"), REPLACED)
-def test_the_command_line_replaces_what_is_refused(
-    base: str, theirs: dict[str, Any], given_keys: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_command_line_replaces_what_is_refused(base, theirs, given_keys, tmp_path):
     recipe = translated(base, theirs, tmp_path, given_keys)
     assert {*recipe.source.keys} <= recipe.mentioned
 
@@ -413,9 +402,7 @@ VALUES = st.one_of(
 @pytest.mark.parametrize("tool", ["torchtune", "axolotl", "llamafactory", "trl"])
 @settings(max_examples=15)
 @given(data=st.data())
-def test_no_key_is_dropped(
-    tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_no_key_is_dropped(tool, data, tmp_path_factory):
     """Any keys with any values are refused with a place and a fix, or each one is named."""
     own = [
         name
