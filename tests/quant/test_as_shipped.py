@@ -219,6 +219,7 @@ def test_a_weight_in_pieces_is_the_whole_one(most, monkeypatch) -> None:
         assert torch.equal(weight.dense(torch.float32), codes.float() * by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
 def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
@@ -341,6 +342,7 @@ def test_parts_in_one_piece_are_those_one_by_one(rows: int) -> None:
     assert torch.equal(stack.dense(0, 3, torch.float32).mT, codes.float() * spread)
 
 
+@pytest.mark.slow
 def test_peft_files_do_not_know_how_the_base_is_stored(bases, tmp_path: Path) -> None:
     folder = bases(CASES["mxfp4"])
     models = [built(folder, tmp_path, quantize).model for quantize in ("as-shipped", "none", "nf4")]
@@ -350,6 +352,7 @@ def test_peft_files_do_not_know_how_the_base_is_stored(bases, tmp_path: Path) ->
         assert all(torch.equal(tensors[name], first[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", "nvfp4", "nf4", "mxfp4", "fp8, a scale a row"])
 def test_a_base_is_drawn_in_its_codes(form: str, bases, tiny: Path, tmp_path: Path) -> None:
     """Experts and linear layers of a random base have the deviation of a new model."""

@@ -121,6 +121,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_converter_and_a_check_are_required(mixture, tmp_path, monkeypatch):
     output = tmp_path / "out.gguf"
     command = f"tunesmith export {mixture} --to gguf --quant q8_0 --output {output}"
@@ -134,6 +135,7 @@ def test_a_converter_and_a_check_are_required(mixture, tmp_path, monkeypatch):
         export_gguf(mixture, tmp_path / "out.gguf", converter=checkout)
 
 
+@pytest.mark.slow
 def test_child_process_that_ends_is_an_error(mixture, tmp_path, monkeypatch):
     checkout = write_converter(tmp_path / "checkout")
     python = tmp_path / "python"

@@ -250,6 +250,7 @@ def test_a_request_that_is_refused_and_a_killed_server_say_why(whole_file: Path)
             server.post("/completion", {"prompt": [10**6], "n_predict": 1})
         assert "invalid" in caught.value.why.lower()
         assert server.ids("a")  # it serves on
+    with LlamaCpp(whole_file) as server:
         os.kill(server._process.pid, signal.SIGKILL)
         with refuses(CheckpointError, names=["SIGKILL", "memory"]):
             server.ids("a")

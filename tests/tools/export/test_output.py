@@ -116,6 +116,7 @@ def test_folders_that_are_not_to_be_replaced(name, run, tmp_path, monkeypatch):
     refused(export, run, tmp_path / "text", "text")
 
 
+@pytest.mark.slow
 def test_files_that_are_not_to_be_replaced(run: Path) -> None:
     for output in ("model", "old.gguf"):
         Path("old.gguf").write_bytes(b"GGUF")
@@ -134,6 +135,7 @@ def test_files_that_are_not_to_be_replaced(run: Path) -> None:
     refused(forced, Path("model.gguf"), "model.gguf", "--output")
 
 
+@pytest.mark.slow
 def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
     forced: Export = lambda *words: _ollama(*words, force=True)  # noqa: E731
     _ollama(run, "out")
@@ -146,6 +148,7 @@ def test_force_for_ollama_deletes_nothing_of_others(run: Path) -> None:
     refused(forced, run, "out", "out-q8_0.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gguf", "gguf --adapter", "ollama", "vllm --adapter"])
 def test_a_folder_that_does_not_exist_yet_is_made(name: str, run: Path) -> None:
     export, output = EXPORTS[name]

@@ -25,6 +25,8 @@ from .translations import BASES
 
 FOLDER = Path(__file__).parent / "files"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.is_file())
+# One of each tool, method and kind of rows.
+TIER_1 = ("axolotl-mixed.yml", "llamafactory-kto.yaml", "torchtune-70b-lora.yaml", "trl-dpo.yaml")
 WRITERS = {"prompt-completion": write_rows, "preference": write_pairs, "feedback": write_feedback}
 
 
@@ -45,7 +47,9 @@ def their_keys(path: Path) -> Iterator[str]:
     return leaves(yaml.safe_load(path.read_text()), "")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in TIER_1 else pytest.mark.slow) for n in FILES]
+)
 def test_each_key_is_carried_or_named_with_its_line(name: str, tmp_path: Path) -> None:
     path, recipe = FOLDER / name, tmp_path / "recipe.yaml"
     done = invoke("import", path, "--world", 2, "--output", recipe)
@@ -143,10 +147,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
 def test_values_of_a_file(name: str) -> None:
     values = translate(read_config(FOLDER / name, None), {}, 2).values
     assert {key: values[key] for key in EXPECTED[name]} == EXPECTED[name]
-
-
-# A run of each tool, method and kind of rows is in the lane of each change.
-TIER_1 = ("axolotl-mixed.yml", "axolotl-kto.yml", "torchtune-70b-lora.yaml", "trl-dpo.yaml")
 
 
 @pytest.mark.slow
