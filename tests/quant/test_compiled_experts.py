@@ -90,7 +90,7 @@ def compile_whole(modules: Iterable[Any], backend: str) -> None:
     ("model_type", "is_grouped"),
     [
         ("qwen3_moe", True),
-        ("gpt_oss", False),
+        pytest.param("gpt_oss", False, marks=pytest.mark.nightly),
         pytest.param("qwen3_moe", False, marks=pytest.mark.nightly),
         pytest.param("gpt_oss", True, marks=pytest.mark.nightly),
     ],

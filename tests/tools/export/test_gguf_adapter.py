@@ -109,7 +109,7 @@ def matrices(layer: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_alpha_is_that_of_rslora_and_values_are_those_of_the_run(converter, tmp_path):
     """llama.cpp divides alpha by the rank, and rsLoRA by its root: 6 * sqrt(4) = 12."""
     tensors = matrices(QUERY, 128, 64)

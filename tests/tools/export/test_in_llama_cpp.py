@@ -228,6 +228,7 @@ def test_no_end_of_a_server_waits_for_ever(whole_file: Path) -> None:
     assert monotonic() - began < 240
 
 
+@pytest.mark.nightly
 def test_a_server_ends_with_its_parent(whole_file: Path) -> None:
     source = f"""
 import time

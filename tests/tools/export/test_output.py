@@ -89,6 +89,7 @@ def refused(export: Export, run: Path, output: Any, value: str) -> None:
     assert sorted(os.walk(".")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_places_and_runs_that_are_refused(name: str, run: Path) -> None:
     export, output = EXPORTS[name]
