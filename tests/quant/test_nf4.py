@@ -196,6 +196,7 @@ def quantized(
 
 
 # The last one has blocks that are not whole, and both more than one group of scales.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("matrix", "is_transposed"), [((48, 64), True), ((33, 41), False), ((130, 129), True)]
 )

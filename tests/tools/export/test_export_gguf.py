@@ -251,6 +251,7 @@ def test_a_file_that_reads_prompts_otherwise_is_rejected(run, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf.rejected"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_the_cause(run, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -55,6 +55,7 @@ def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
     assert {note.key for note in draft.notes.values() if note.differs} == {"dataset_name", "dtype"}
 
 
+@pytest.mark.slow
 def test_every_flag_and_default_of_a_trainer_is_known() -> None:
     """`import` names no flag of TRL as unknown, and takes the numbers of the trainer in question."""
     from trl.experimental.cpo import CPOConfig
