@@ -1,6 +1,4 @@
-"""`tunesmith bench` as typed: a shape and a recipe end to end, what is written, and what is
-refused.
-"""
+"""`tunesmith bench` as typed: a shape and a recipe end to end, what is written, what is refused."""
 
 from __future__ import annotations
 
@@ -13,15 +11,14 @@ from typing import Any
 
 import pytest
 
+from errors import check_shown
+from invoke import invoke
 from recipes import recipe
-from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.tools.bench.measure import BenchReport
 from warm import run_python
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
-Capture = pytest.CaptureFixture[str]
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 2048,
@@ -29,38 +26,17 @@ SMALL = {
 BATCH = ["data.seq_len=256", "train.global_batch=512 tokens", "train.micro_batch=512 tokens"]
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.json"
-    lines = [
-        {"instruction": f"Count to {n}", "input": "", "output": " ".join(map(str, range(1, n + 1)))}
-        for n in range(1, 31)
-    ]
-    path.write_text(json.dumps(lines))
-    return path
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A shape of the table that a CPU can train."""
+@pytest.mark.slow
+def test_a_shape_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", Shape("a test", SMALL))
-    return "small"
-
-
-def typed(*words: object) -> list[str]:
-    return ["bench", *map(str, words)]
-
-
-def test_a_shape_end_to_end(
-    small: str, tiny: Path, rows: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    out, traces = tmp_path / "out.json", tmp_path / "traces"
-    words = typed(
-        "--shape", small, "--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 3, "--warmup", 1, "--json", out,
-        "--profile", traces, "profile.wait=0", "profile.warmup=1", "profile.active=1", "model.dtype=fp32",
-    )  # fmt: skip
-    assert main(words) == 0
-    shown = capsys.readouterr()
+    lines = [{"instruction": f"Count to {n}", "input": "", "output": "1 2 " * n} for n in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(lines))
+    out, traces, rows = tmp_path / "out.json", tmp_path / "traces", tmp_path / "rows.json"
+    words = ("bench", "--shape", "small", "--data", rows, *BATCH, "model.dtype=fp32", "--tokenizer")
+    assert invoke(*words, tmp_path / "none").code == 2
+    profile = ("--profile", traces, "profile.wait=0", "profile.warmup=1", "profile.active=1")
+    shown = invoke(*words, tiny, "--steps", 3, "--warmup", 1, "--json", out, *profile)
+    assert shown.code == 0, shown.err
     report = json.loads(out.read_text())
     assert set(report) == {"figures", "recipe", "machine", "date", "profile"}
     figures = BenchReport(**report["figures"])  # every name, and no other
@@ -74,19 +50,15 @@ def test_a_shape_end_to_end(
     assert {"torch", "cpu", "command"} <= set(report["machine"])
     assert report["profile"]["traces"] == [str(path) for path in traces.glob("*.pt.trace.json.gz")]
     assert "step 6/6" in shown.err, "progress goes to stderr"
-    assert str(tmp_path) not in json.dumps(report["recipe"]["model"]["name"])
 
 
-def test_a_recipe_with_real_weights_and_every_weight_trained(
-    tiny: Path, tmp_path: Path, capsys: Capture
-) -> None:
+@pytest.mark.slow
+def test_a_recipe_with_real_weights_and_every_weight_trained(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, adapter={"kind": "none"})))
     before = set(tmp_path.iterdir())
-    assert main(typed(file, "train.learning_rate=1e-4", "--steps", 2, "--warmup", 0)) == 0
-    shown = capsys.readouterr().out
-    assert "tokens" in shown
-    assert "checkpoint" not in shown
+    shown = invoke("bench", file, "train.learning_rate=1e-4", "--steps", 2, "--warmup", 0)
+    assert (shown.code, "tokens" in shown.out, "checkpoint" in shown.out) == (0, True, False)
     assert set(tmp_path.iterdir()) == before, "nothing is kept"
 
 
@@ -94,42 +66,35 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "fix"),
+    ("words", "names", "fix"),
     [
-        ([], "bench requires one recipe or one shape", "--shape llama3-8b --tokenizer"),
-        (["train.seed=1"], "bench requires one recipe or one shape", "tunesmith bench my-recipe.yaml"),
-        (["a.yaml", "b.yaml"], "one recipe or one shape", "tunesmith bench my-recipe.yaml"),
-        (["a.yaml", *GOOD], "one recipe or one shape", "tunesmith bench my-recipe.yaml"),
-        (["--shape", "lama3-8b", *GOOD[2:]], "there is no model shape 'lama3-8b'", "did you mean --shape llama3-8b?"),
-        (["--shape", "zzz", *GOOD[2:]], "there is no model shape 'zzz'", "qwen3-8b"),
-        (GOOD[:4], "--shape needs --data", "--data rows.json"),
-        ([*GOOD[:2], *GOOD[4:]], "--shape needs --tokenizer", "--tokenizer HuggingFaceTB/"),
-        (["a.yaml", "--data", "x"], "--data requires --shape", "data.train.source=x"),
-        (["a.yaml", "--format", "text"], "--format requires --shape", "data.train.format=text"),
-        ([*GOOD, "--warmup", "-1"], "--warmup -1 is negative", "0 or more"),
-        ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
-        ([*GOOD, "--profile", __file__], "is a file", "give a folder"),
-        ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
-        ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean train.seed?"),
+        ([], [], "--shape llama3-8b --tokenizer"),
+        (["train.seed=1"], [], "tunesmith bench my-recipe.yaml"),
+        (["a.yaml", "b.yaml"], [], "tunesmith bench my-recipe.yaml"),
+        (["a.yaml", *GOOD], [], "tunesmith bench my-recipe.yaml"),
+        (["--shape", "lama3-8b", *GOOD[2:]], ["lama3-8b"], "--shape llama3-8b?"),
+        (["--shape", "zzz", *GOOD[2:]], ["zzz"], "qwen3-8b"),
+        (GOOD[:4], ["--shape", "--data"], "--data rows.json"),
+        ([*GOOD[:2], *GOOD[4:]], ["--shape", "--tokenizer"], "--tokenizer HuggingFaceTB/"),
+        (["a.yaml", "--data", "x"], ["--data", "--shape"], "data.train.source=x"),
+        (["a.yaml", "--format", "text"], ["--format", "--shape"], "data.train.format=text"),
+        ([*GOOD, "--warmup", "-1"], ["--warmup -1"], "0 or more"),
+        ([*GOOD, "--json", "no/such/x.json"], ["no/such"], "mkdir -p no/such"),
+        ([*GOOD, "--profile", __file__], [__file__], "folder"),
+        ([*GOOD, "model.name=gpt2"], [], "--shape NAME --tokenizer"),
+        ([*GOOD, "train.sed=1"], ["train.sed"], "train.seed?"),
     ],
-)  # fmt: skip
-def test_what_is_refused(words: list[str], what: str, fix: str, capsys: Capture) -> None:
-    assert main(typed(*words)) == 2
-    shown = capsys.readouterr()
-    first, *rest = shown.err.splitlines()
-    assert what in first
-    assert any(line.startswith("  fix: ") and fix in line for line in rest), shown.err
-    assert (shown.out, "Traceback" in shown.err) == ("", False)
-
-
-def test_what_is_refused_once_the_tokenizer_is_known(
-    small: str, tiny: Path, rows: Path, capsys: Capture
+)
+def test_words_that_name_no_benchmark_are_refused(
+    words: list[str], names: list[str], fix: str
 ) -> None:
-    good = ["--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 1, "--warmup", 0]
-    assert main(typed("--shape", small, "--tokenizer", rows.parent / "none", *good[2:])) == 2
-    assert "none" in capsys.readouterr().err
+    shown = invoke("bench", *words)
+    assert (shown.code, shown.out) == (2, "")
+    check_shown(shown.err, names=names)
+    assert fix in shown.err
 
 
+@pytest.mark.nightly
 def test_an_ablation_measures_other_code_and_other_keys_in_turns(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,18 +21,8 @@ LAUNCHES = [
     ("nvjet_tst_8x64_64x16_h_bz_splitK_NNT", "aten::mm", [[8, 16384], [16384, 4096]], SKINNY),
     ("splitKreduce_kernel", "aten::mm", [[8, 16384], [16384, 4096]], SKINNY),
     # The summand comes first, the output of `out=` last.
-    (
-        "nvjet_tst_128x256_64x4_h_bz_TNN",
-        "aten::addmm_",
-        [[16384, 4096], [16384, 8], [8, 4096], [], []],
-        SKINNY,
-    ),
-    (
-        "sm90_xmma_gemm_bf16bf16_bf16f32",
-        "aten::addmm",
-        [[4096], [512, 4096], [4096, 4096], [], [], [512, 4096]],
-        PRODUCTS,
-    ),
+    ("nvjet_tst_128x256_64x4_h_bz_TNN", "aten::addmm_", [[16384, 4096], [16384, 8], [8, 4096], [], []], SKINNY),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32", "aten::addmm", [[4096], [512, 4096], [4096, 4096], [], [], [512, 4096]], PRODUCTS),
     ("nvjet_qqtst_128x256_128x5_NNT", "aten::_scaled_mm", [[16384, 4096], [4096, 1024]], PRODUCTS),
     ("cutlass::device_kernel<rowwise>", "aten::_scaled_mm", [[64, 4096], [4096, 1024]], SKINNY),
     ("ampere_bf16_s16816gemm", "aten::bmm", [[1, 64, 1], [1, 1, 2048]], SKINNY),
@@ -44,7 +34,7 @@ LAUNCHES = [
     ("kDequantizeBlockwise", "bitsandbytes::dequantize_4bit", [[1024, 1]], OTHER),
     ("nvjet_tst_256x128_64x4_1x2_h_bz_TNT", None, [], PRODUCTS),
     ("Memcpy DtoD (Device -> Device)", "aten::copy_", [[4096], [4096], []], OTHER),
-]
+]  # fmt: skip
 
 
 def trace_events(launches: list[tuple[str, str | None, list[list[int]], str]]) -> Iterator[dict]:

@@ -1,6 +1,4 @@
-"""`same_bits.py` records what ranks and a sweep write, finds a copy equal, and names the smallest
-change in it.
-"""
+"""`same_bits.py` finds a copy of what ranks and a sweep write equal, and names the smallest change."""
 
 from __future__ import annotations
 
@@ -18,8 +16,6 @@ import same_bits
 
 import tunesmith
 from warm import fork_ranks, run_python
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(tunesmith.__file__).parents[2]
 
@@ -59,15 +55,13 @@ def flip_last_bit(file: Path) -> None:
 def change_loss(file: Path) -> None:
     lines = file.read_text().splitlines()
     step = json.loads(lines[1])
-    step["loss"] *= 1 + 1e-12
-    lines[1] = json.dumps(step)
+    lines[1] = json.dumps(step | {"loss": step["loss"] * (1 + 1e-12)})
     file.write_text("\n".join(lines) + "\n")
 
 
 def change_best(file: Path) -> None:
     sweep = json.loads(file.read_text())
-    sweep["best"] += "0"
-    file.write_text(json.dumps(sweep))
+    file.write_text(json.dumps(sweep | {"best": sweep["best"] + "0"}))
 
 
 def change_part(file: Path) -> None:
@@ -76,9 +70,7 @@ def change_part(file: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     _, tensors = same_bits.read_parts(file.parent)
-    name = next(
-        name for name in tensors if name.startswith("model.") and name.endswith("norm.weight")
-    )
+    name = next(n for n in tensors if n.startswith("model.") and n.endswith("norm.weight"))
     tensors[name].view(torch.uint8)[0] ^= 1
     for part in [file, *file.parent.glob("*.distcp")]:
         part.unlink()
@@ -87,21 +79,18 @@ def change_part(file: Path) -> None:
         dcp.save(tensors, checkpoint_id=file.parent, no_dist=True)
 
 
+STATE = "checkpoint-4/state/.metadata"
 CHANGES: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "loss": ("shards", "metrics.jsonl", change_loss, "step 2, loss: "),
     "weight": ("shards", "final/model.safetensors", flip_last_bit, "numbers differ, by "),
-    "state": (
-        "shards",
-        "checkpoint-4/state/.metadata",
-        change_part,
-        "norm.weight: 1 of 64 numbers differ",
-    ),
+    "state": ("shards", STATE, change_part, "norm.weight: 1 of 64 numbers differ"),
     "candidate": ("sweep", "*/metrics.jsonl", change_loss, "step 2, loss: "),
     "best": ("sweep", "sweep.json", change_best, "sweep.json: best: "),
     "lost": ("sweep", "sweep.json", Path.unlink, "sweep.json: in one of the two alone"),
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_smallest_change_is_named(change, recorded, tmp_path, monkeypatch, capsys):
     recipe, pattern, apply, difference = CHANGES[change]
@@ -115,17 +104,16 @@ def test_the_smallest_change_is_named(change, recorded, tmp_path, monkeypatch, c
     assert difference in capsys.readouterr().out
 
 
-def test_plans_and_help_pages_are_compared_by_key_and_line(tmp_path):
-    texts = {"plans.json": '{"a on h100": {"room": 1}}', "help.txt": "usage: a\n  -b\n"}
-    others = {"plans.json": '{"a on h100": {"room": 2}}', "help.txt": "usage: a\n  -c\n"}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / f"other-{name}").write_text(others[name])
-    assert same_bits.text_apart(tmp_path / "plans.json", tmp_path / "other-plans.json") == [
-        "a on h100.room: 1 | 2"
-    ]
-    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "other-help.txt") == [
-        "-  -b",
-        "+  -c",
-    ]
-    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "help.txt") == []
+@pytest.mark.parametrize(
+    ("name", "texts", "apart"),
+    [
+        ("plans.json", [f'{{"a on h100": {{"room": {n}}}}}' for n in (1, 2)], ["a on h100.room: 1 | 2"]),
+        ("help.txt", ["usage: a\n  -b\n", "usage: a\n  -c\n"], ["-  -b", "+  -c"]),
+        ("help.txt", ["usage: a\n"] * 2, []),
+    ],
+)  # fmt: skip
+def test_plans_and_help_pages_are_compared_by_key_and_line(name, texts, apart, tmp_path):
+    files = [tmp_path / name, tmp_path / f"other-{name}"]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    assert same_bits.text_apart(*files) == apart

@@ -1,12 +1,10 @@
-"""Scores against plain Transformers, row by row; nothing about them depends on how rows are
-batched.
-"""
+"""Loss, accuracy and comparison of runs on held-out rows, against plain Transformers, row by row."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from errors import holds, lines_with, refuses
+from errors import holds, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batches.batch import collate
-from tunesmith.data.batches.layout import Layout
 from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
@@ -39,9 +36,9 @@ from tunesmith.tools.evaluate.generate import generate
 from tunesmith.training.run import train
 from tunesmith.training.validation_loss import validation_loss
 
-pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
+LOAD_RUN = "tunesmith.tools.evaluate.evaluate.load_run"
+SHORT: dict[str, Any] = {"scorers": "exact", "max_new_tokens": 2, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +56,16 @@ def tokens(opened: LoadedModel) -> TokenSet:
 
 
 def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:
-    """Sum of the losses, number of hits and of tokens, by Transformers' own forward on each row
-    alone.
-    """
+    """Sum of the losses, number of hits and of tokens, by Transformers' own forward on each row."""
     total, hits, count = 0.0, 0, 0
     for example in examples:
         ids = torch.tensor(np.asarray(example.ids, dtype=np.int64))
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
         supervised = torch.tensor(np.asarray(example.trained[1:]))
-        total += F.cross_entropy(
-            logits[supervised].double(), ids[1:][supervised], reduction="sum"
-        ).item()
-        hits += int((logits[supervised].argmax(-1) == ids[1:][supervised]).sum())
+        kept, labels = logits[supervised], ids[1:][supervised]
+        total += F.cross_entropy(kept.double(), labels, reduction="sum").item()
+        hits += int((kept.argmax(-1) == labels).sum())
         count += int(supervised.sum())
     return total, hits, count
 
@@ -84,6 +78,11 @@ def test_score_is_that_of_transformers_and_peft(
     total, hits, count = reference(peft, list(tokens))
     with opened.training_attention() as train_model:
         found = score(train_model, tokens, pad_id=opened.pad_id)
+        for micro_tokens in (1, 300, 100_000):
+            options = {"micro_tokens": micro_tokens, "pad_id": opened.pad_id, "device": CPU}
+            loss = validation_loss(train_model, tokens, **options)
+            assert loss is not None
+            assert loss[:2] == (pytest.approx(found.loss, rel=1e-6), found.tokens)
     assert (found.rows, found.tokens) == (len(ROWS), count)
     assert found.loss == pytest.approx(total / count, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
@@ -95,28 +94,21 @@ def test_score_is_that_of_transformers_and_peft(
         assert found.row_tokens[i] == row_count
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
-def test_loss_does_not_depend_on_the_rows_of_a_batch(
-    opened: LoadedModel, tokens: TokenSet, micro_tokens: int
+def test_dropout_is_off_and_training_mode_and_attention_come_back(
+    opened: LoadedModel, tokens: TokenSet
 ) -> None:
-    with opened.training_attention() as train_model:
-        whole = score(train_model, tokens, pad_id=opened.pad_id)
-        found = validation_loss(
-            train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU
-        )
-    assert found is not None
-    assert found[0] == pytest.approx(whole.loss, rel=1e-6)
-    assert found[1] == whole.tokens
-
-
-def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens: TokenSet) -> None:
     options = {"micro_tokens": 512, "pad_id": opened.pad_id, "device": CPU}
-    with opened.training_attention() as train_model:
-        train_model.train()
-        first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))
-        assert train_model.training
-        train_model.eval()
-    assert first == again
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        before = opened.model(input_ids=ids).logits
+        with opened.training_attention() as train_model:
+            train_model.train()
+            first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))
+            assert train_model.training
+            train_model.eval()
+            assert validation_loss(train_model, tokens, **options, cancelled=lambda: True) is None
+        assert first == again
+        assert torch.equal(opened.model(input_ids=ids).logits, before)
 
 
 def test_an_answer_that_is_not_scored_adds_nothing_however_unlikely_it_is() -> None:
@@ -133,212 +125,110 @@ def test_an_answer_that_is_not_scored_adds_nothing_however_unlikely_it_is() -> N
     assert (sums.tolist(), pairs) == ([[2], [2], [0]], [1])
 
 
-def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:
-    with opened.training_attention() as train_model:
-        found = validation_loss(
-            train_model,
-            tokens,
-            micro_tokens=64,
-            pad_id=opened.pad_id,
-            device=CPU,
-            cancelled=lambda: True,
-        )
-    assert found is None
-
-
-def test_every_example_is_packed_once_without_padding(
-    opened: LoadedModel, tokens: TokenSet
-) -> None:
-    layout = Layout(opened.pad_id, packed=True)
-    batches = [batch for _, batch in layout.batches(tokens, 300)]
-    assert sum(b.examples for b in batches) == len(tokens)
-    assert (
-        sum(b.tokens for b in batches)
-        == int(tokens.lengths.sum())
-        == sum(b.input_ids.numel() for b in batches)
-    )
-    assert len(batches) < len(tokens)
-
-
-def test_attention_of_generation_comes_back_after_a_loss(opened: LoadedModel) -> None:
-    ids = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        before = opened.model(input_ids=ids).logits
-        with opened.training_attention():
-            pass
-        assert torch.equal(opened.model(input_ids=ids).logits, before)
-
-
-def test_exact_match_without_any_answer_is_refused(tiny: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "held.jsonl", [{"prompt": "a", "completion": ""}])
-    make_run(tmp_path / "run", tiny, peft_model(tiny))
-    with pytest.raises(UsageError) as refused:
-        evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=4, device="cpu")
-    assert rows.name in refused.value.where
-
-
-def test_empty_answers_are_counted(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_few_rows_show_nothing_and_empty_answers_are_counted(tiny: Path, tmp_path: Path) -> None:
     listed = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "c"}]
     rows = write_rows(tmp_path / "held.jsonl", listed)
     make_run(tmp_path / "run", tiny, peft_model(tiny))
-    assert evaluate(tmp_path / "run", str(rows), base=False, device="cpu").empty == 1
+    found = evaluate(tmp_path / "run", rows, device="cpu")
+    assert found.empty == 1
+    assert found.loss_difference is not None
+    assert (found.loss_difference.rows, found.loss_difference.interval) == (2, None)
+    (sentence,) = found.verdicts()
+    assert holds(sentence, "2 rows", "6")
 
 
-def test_exact_match_reads_rows_by_the_columns_that_were_trained(
-    tiny: Path, tmp_path: Path
-) -> None:
-    rows = write_rows(
-        tmp_path / "held.jsonl",
-        [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}],
-    )
+@pytest.mark.slow
+def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path) -> None:
+    """The same score with the format's own names, the run's mapping, a mapping given, or the one
+    that `train` finds; of a file and of rows of a program.
+    """
+    asked = [{"question": q, "answer": a, "extra": 1} for q, a in ("ab", "cd")]
+    plain = [{"prompt": row["question"], "completion": row["answer"]} for row in asked]
+    rows = write_rows(tmp_path / "plain.jsonl", plain)
     columns = {"prompt": "question", "completion": "answer"}
-    source = {"source": str(rows), "format": "prompt-completion", "columns": columns}
-    make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
-    found = evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=4, device="cpu")
-    assert [score.rows for score in (*found.scores.values(), *found.by_scorer)] == [2, 2, 2]
-    # So are rows of a program.
-    listed = [json.loads(line) for line in rows.read_text().splitlines()]
-    again = evaluate(tmp_path / "run", datasets.Dataset.from_list(listed), device="cpu")
-    assert again.scores["tuned"].loss == found.scores["tuned"].loss
+    shape = {"source": str(rows), "format": "prompt-completion"}
+    mapped, unmapped = tmp_path / "mapped", tmp_path / "unmapped"
+    make_run(mapped, tiny, peft_model(tiny), data={"train": {**shape, "columns": columns}})
+    make_run(unmapped, tiny, peft_model(tiny), data={"train": shape})
+    file = tmp_path / "held.csv"
+    file.write_text("question,answer,extra\na,b,1\nc,d,1\n")
+    expected = evaluate(unmapped, rows, **SHORT)
+    assert [score.rows for score in (*expected.scores.values(), *expected.by_scorer)] == [2, 2, 2]
+    named: dict[str, Any] = {"format_name": "prompt-completion"}
+    for run, more in ((mapped, {}), (mapped, named), (unmapped, {"columns": columns})):
+        assert evaluate(run, file, **SHORT, **more).scores == expected.scores
+    assert evaluate(unmapped, file, **SHORT).scores == expected.scores
+    again = evaluate(mapped, datasets.Dataset.from_list(asked), device="cpu")
+    assert again.scores == expected.scores
     for data, options, name in (
         (3, {}, "int"),
         (["Hello"], {}, "rows[0] is str"),
         ([], {}, "no rows"),
-        (listed, {"split": "train[:50%]"}, "split"),
+        (asked, {"split": "train[:50%]"}, "split"),
     ):
         with refuses(DataError, where="evaluate(data=...)", names=[name]):
-            evaluate(tmp_path / "run", data, device="cpu", **options)
+            evaluate(mapped, data, device="cpu", **options)
 
 
-def test_what_separates_the_values_of_a_table_is_logged_once(
-    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = tmp_path / "held.csv"
-    rows.write_text("prompt;completion\na;b\nc;d\n")
-    make_run(tmp_path / "run", tiny, peft_model(tiny))
-    with caplog.at_level(logging.INFO, logger="tunesmith"):
-        evaluate(tmp_path / "run", str(rows), base=False, device="cpu")
-    assert len(lines_with(caplog.text, rows, "semicolons")) == 1
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"data": {"validation": None, "hold_out": "30 %"}}], ids=["slice", "hold_out"]
-)
+@pytest.mark.slow
 def test_without_data_the_score_is_the_run_s_own_validation_loss(
-    tiny: Path, tmp_path: Path, changes: Any
+    trained_copy: Callable[[], Path],
 ) -> None:
     """To the last bits that packing moves."""
-    shape = {"train": {"duration": "2 steps"}, "validate": {"every": None, "max_examples": 3}}
-    train(recipe_run(tiny, tmp_path, **{**shape, **changes}))
-    measured = read_records(tmp_path / "run" / "metrics.jsonl")[-1].val_loss
-    found = evaluate(tmp_path / "run", scorers="exact", max_new_tokens=2, device="cpu")
+    run = trained_copy()
+    measured = read_records(run / "metrics.jsonl")[-1].val_loss
+    found = evaluate(run, scorers="exact", max_new_tokens=2, device="cpu")
     assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
-    assert (found.scores["tuned"].rows, found.by_scorer[0].rows) == (3, 3)
-    assert ("30 %" in found.data) == bool(changes)
+    assert (found.scores["tuned"].rows, found.by_scorer[0].rows) == (8, 8)
     # A file is shown by its name, in tables and in what is saved.
-    assert holds(found.data, "train.jsonl" if changes else "held.jsonl")
+    assert holds(found.data, "held.jsonl")
     assert "/" not in found.data
-    drawn = tmp_path / "run" / "held-out.txt"
-    if changes:
-        places, texts = zip(
-            *(line.split("  ") for line in drawn.read_text().splitlines()), strict=True
-        )
-        assert all(texts)
-        files, numbers = zip(*(place.rsplit(":", 1) for place in places), strict=True)
-        assert set(files) == {str(tmp_path / "train.jsonl")}
-        assert [int(number) for number in numbers] == sorted(set(map(int, numbers)))
-        assert read_env(tmp_path / "run").value["validation_examples"] == len(places)
-    else:
-        assert not drawn.exists()
-    assert (
-        evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows
-        == 2
-    )
+    assert not (run / "held-out.txt").exists()
+    few = evaluate(run, max_examples=2, base=False, device="cpu")
+    assert few.scores["tuned"].rows == 2
+    with (run.parent / "held.jsonl").open("a") as file:
+        file.write('{"prompt": "one more", "completion": "row"}\n')
+    with refuses(UsageError, where="--data", names=["data.hold_out"]):
+        evaluate(run, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["held.jsonl", "train.jsonl"])
-def test_held_out_rows_that_changed_are_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.slow
+def test_rows_that_were_held_out_are_drawn_again_while_the_file_is_the_same(
+    tiny: Path, tmp_path: Path
+) -> None:
     """With more rows others are drawn, and some of those were trained on."""
-    changes = {} if name == "held.jsonl" else {"data": {"validation": None, "hold_out": "30 %"}}
-    train(recipe_run(tiny, tmp_path, train={"duration": "2 steps"}, **changes))
-    with (tmp_path / name).open("a") as file:
+    drawn = {"validation": None, "hold_out": "30 %"}
+    shape = {"train": {"duration": "2 steps"}, "validate": {"every": None, "max_examples": 3}}
+    train(recipe_run(tiny, tmp_path, data=drawn, **shape))
+    run, rows = tmp_path / "run", tmp_path / "train.jsonl"
+    found = evaluate(run, device="cpu")
+    measured = read_records(run / "metrics.jsonl")[-1].val_loss
+    assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
+    assert found.scores["tuned"].rows == 3
+    assert holds(found.data, "train.jsonl", "30 %")
+    lines = [line.split("  ") for line in (run / "held-out.txt").read_text().splitlines()]
+    numbers = [int(place.removeprefix(f"{rows}:")) for place, text in lines if text]
+    assert numbers == sorted(set(numbers))
+    assert read_env(run).value["validation_examples"] == len(numbers) == len(lines)
+    with rows.open("a") as file:
         file.write('{"prompt": "one more", "completion": "row"}\n' * 9)
     with refuses(UsageError, where="--data", names=["data.hold_out"]):
-        evaluate(tmp_path / "run", device="cpu")
+        evaluate(run, device="cpu")
 
 
 def test_without_data_a_run_without_held_out_rows_is_refused_before_loading(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path / "run", tiny, peft_model(tiny))
-    monkeypatch.setattr(
-        "tunesmith.tools.evaluate.evaluate.load_run", lambda *a, **k: pytest.fail("loaded")
-    )
-    for path, why in (
-        (tmp_path / "run", "neither data.validation nor data.hold_out"),
-        (tiny, "not a run"),
-    ):
-        with refuses(UsageError, where="--data", names=[path]) as refused:
+    monkeypatch.setattr(LOAD_RUN, lambda *a, **k: pytest.fail("loaded"))
+    for path in (tmp_path / "run", tiny):
+        with refuses(UsageError, where="--data", names=[path]):
             evaluate(path)
-        assert why in refused.value.why
 
 
-QUESTIONS = [
-    {"question": "a", "answer": "b", "extra": 1},
-    {"question": "c", "answer": "d", "extra": 2},
-]
-
-
-def as_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text(
-        "\n".join(",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows)))
-    )
-
-
-def as_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-
-
-@pytest.mark.parametrize(
-    ("ending", "write"),
-    [
-        ("jsonl", lambda rows, path: write_rows(path, rows)),
-        ("json", lambda rows, path: path.write_text(json.dumps(rows))),
-        ("csv", as_csv),
-        ("parquet", as_parquet),
-    ],
-)
-def test_columns_are_those_of_the_run_or_as_told(
-    tiny: Path, tmp_path: Path, ending: str, write: Any
-) -> None:
-    """The same score of the same rows in any file, with the format's own names, the run's mapping,
-    a mapping given, or the one that `train` finds.
-    """
-    plain = [{"prompt": row["question"], "completion": row["answer"]} for row in QUESTIONS]
-    rows = write_rows(tmp_path / "plain.jsonl", plain)
-    columns = {"prompt": "question", "completion": "answer"}
-    shape = {"source": str(rows), "format": "prompt-completion"}
-    make_run(
-        tmp_path / "mapped", tiny, peft_model(tiny), data={"train": {**shape, "columns": columns}}
-    )
-    make_run(tmp_path / "unmapped", tiny, peft_model(tiny), data={"train": shape})
-    file = tmp_path / f"held.{ending}"
-    write(QUESTIONS, file)
-    options: dict[str, Any] = {"scorers": "exact", "max_new_tokens": 2, "device": "cpu"}
-    expected = evaluate(tmp_path / "unmapped", rows, **options).scores
-    assert evaluate(tmp_path / "mapped", file, **options).scores == expected
-    assert (
-        evaluate(tmp_path / "mapped", file, format_name="prompt-completion", **options).scores
-        == expected
-    )
-    assert evaluate(tmp_path / "unmapped", file, columns=columns, **options).scores == expected
-    assert evaluate(tmp_path / "unmapped", file, **options).scores == expected
-
-
+@pytest.mark.slow
 def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,10 +244,10 @@ def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
     loaded = load_run(tmp_path / "run", device="cpu")
     assert len(list(generate(loaded, ROWS[:1], Decoding(2)))) == 1
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
-    found = evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=2, device="cpu")
-    assert found.by_scorer[0].rows == 2
+    assert evaluate(tmp_path / "run", str(rows), **SHORT).by_scorer[0].rows == 2
 
 
+@pytest.mark.slow
 def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
     """By sums of each row alone; `report` then says the same from what is kept."""
     near, far = tmp_path / "near", tmp_path / "far"
@@ -375,50 +265,33 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
     # Rows that were trained on are named before the verdict.
     notes = list(found.table().notes)
     assert notes.index(comparison.verdict) == 2
-    for note in notes[:2]:
-        assert note.startswith("warning: ")
-        assert holds(note, "11 of 12 rows")
+    assert all(note.startswith("warning: ") and holds(note, "11 of 12 rows") for note in notes[:2])
     for run in (near, far):
         (kept,) = RunFiles(run).evals
-        assert kept["row_losses"]["tuned"] == list(
-            found.evaluations[run.name].scores["tuned"].row_losses
-        )
+        row_losses = found.evaluations[run.name].scores["tuned"].row_losses
+        assert kept["row_losses"]["tuned"] == list(row_losses)
 
 
-def test_the_key_in_which_the_bases_of_two_runs_differ_is_named(tiny: Path, tmp_path: Path) -> None:
-    runs = [tmp_path / "one", tmp_path / "other"]
-    make_run(runs[0], tiny, peft_model(tiny))
-    make_run(runs[1], tiny, peft_model(tiny), model={"attention": "eager"})
+@pytest.mark.slow
+def test_runs_that_cannot_be_compared_are_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bases differ in a key, or their held-out rows differ: that is known before loading."""
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, attention in zip(runs, ("auto", "eager"), strict=True):
+        more = {"model": {"attention": attention}, "data": {"hold_out": "5 %"}}
+        make_run(run, tiny, peft_model(tiny), **more)
+        (run / "env.json").write_text(json.dumps({"validation_hash": run.name * 64}))
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
     with refuses(UsageError, names=["model.attention is auto and eager"]):
         evaluate_runs(runs, rows, base=True, device="cpu")
-
-
-def test_runs_with_other_held_out_rows_are_refused_before_loading(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "tunesmith.tools.evaluate.evaluate.load_run", lambda *a, **k: pytest.fail("loaded")
-    )
-    runs = [tmp_path / "a", tmp_path / "b"]
-    for run in runs:
-        make_run(run, tiny, peft_model(tiny), data={"hold_out": "5 %"})
-        (run / "env.json").write_text(json.dumps({"validation_hash": run.name * 64}))
+    monkeypatch.setattr(LOAD_RUN, lambda *a, **k: pytest.fail("loaded"))
     where = f"{runs[0]} and {runs[1]}"
     with refuses(UsageError, where=where, names=["validation_hash"], fix=["--data FILE"]):
         evaluate_runs(runs)
 
 
-def test_two_rows_show_nothing(tiny: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", tiny, peft_model(tiny))
-    rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
-    found = evaluate(tmp_path / "run", rows, device="cpu")
-    assert found.loss_difference is not None
-    assert (found.loss_difference.rows, found.loss_difference.interval) == (2, None)
-    (sentence,) = found.verdicts()
-    assert holds(sentence, "2 rows", "6")
-
-
+@pytest.mark.slow
 def test_answers_of_runs_that_cannot_be_written_to_go_to_a_folder(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -427,10 +300,9 @@ def test_answers_of_runs_that_cannot_be_written_to_go_to_a_folder(
         make_run(run, tiny, peft_model(tiny))
         (run / "evals").touch()
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:1])
-    short: dict[str, Any] = {"scorers": "exact", "max_new_tokens": 2, "device": "cpu"}
     with refuses(MachineError, fix=["--output"]):
-        evaluate_runs(runs, rows, **short)
-    found = evaluate_runs(runs, rows, output=tmp_path / "answers", **short)
+        evaluate_runs(runs, rows, **SHORT)
+    found = evaluate_runs(runs, rows, output=tmp_path / "answers", **SHORT)
     files = [tmp_path / "answers" / f"{run.name}.jsonl" for run in runs]
     assert [evaluation.answers for evaluation in found.evaluations.values()] == files
     assert all(file.is_file() for file in files)

@@ -1,6 +1,4 @@
-"""Each scorer against a table made by hand, [scorer, answer, reference, score, schema]: the scores
-were written down, not computed by this code.
-"""
+"""Each scorer against a table made by hand (cases.jsonl): scorer, answer, reference, score, schema."""
 
 from __future__ import annotations
 
@@ -182,21 +180,13 @@ def test_a_row_that_cannot_be_scored_is_named(
 def test_what_an_answer_does_is_a_score_and_no_error() -> None:
     """Answers come from a model: they may be anything."""
     odd = [
-        "",
-        "\0",
-        "{" * 100_000,
-        "[" * 100_000,
-        '{"a":' * 20_000,
-        "9" * 5000,
-        "\ud800",
-        "<tool_call>" * 1000,
-    ]
-    odd += ["[TOOL_CALLS]", "f(" * 10_000, "-" * 10_000 + "1", "1" + "+1" * 30_000, "<|tool_call_start|>[" + "(" * 5000]  # fmt: skip
-    for family in RENDERINGS:
-        for scorer in (find_scorer(name, reader(family)) for name in SCORERS):
-            for answer in odd:
-                if scorer.name != "regex":
-                    assert 0 <= score_answer(scorer, answer, row("1")) <= 1
+        "", "\0", "{" * 100_000, "[" * 100_000, '{"a":' * 20_000, "9" * 5000, "\ud800", "<tool_call>" * 1000,
+        "[TOOL_CALLS]", "f(" * 10_000, "-" * 10_000 + "1", "1" + "+1" * 30_000, "<|tool_call_start|>[" + "(" * 5000,
+    ]  # fmt: skip
+    scored = [find_scorer(name) for name in SCORERS if name not in ("regex", "tool-call")]
+    for scorer in (*scored, *(find_scorer("tool-call", reader(family)) for family in RENDERINGS)):
+        for answer in odd:
+            assert 0 <= score_answer(scorer, answer, row("1")) <= 1
 
 
 SLOW = r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$"
@@ -212,7 +202,6 @@ def sleeps(answer, row): time.sleep(1000)
     ("name", "answer", "endless"),
     [
         ("regex", "a" * 60 + "b", row(SLOW)),
-        ("json", '"' + "a" * 60 + 'b"', row('"a"', row={"schema": {"pattern": "^(a+)+$"}})),
         ("json", '{"' + "a" * 60 + 'b": 1}', row("{}", row={"schema": {"patternProperties": {"^(a+)+$": {}}}})),
         ("json", None, row('"' + "a" * 60 + 'b"', row={"schema": {"pattern": "^(a+)+$"}})),
         ("endless.py:spins", "a", row("a")),
@@ -229,12 +218,12 @@ def test_a_scorer_without_end_is_killed(
     monkeypatch.chdir(tmp_path)
     Path("endless.py").write_text(ENDLESS)
     for limit in ("SCORER_SECONDS", "OWN_SCORER_SECONDS"):
-        monkeypatch.setattr(scorers, limit, 0.4)
+        monkeypatch.setattr(scorers, limit, 0.2)
     kind = DataError if answer is None else RunError
     with (
         time_limit(30),
         scorers.scorer_process([name], None) as run_scorer,
-        refuses(kind, where="held.jsonl:3", names=[name, "0.4 seconds"]),
+        refuses(kind, where="held.jsonl:3", names=[name, "0.2 seconds"]),
     ):
         run_scorer(name, answer, endless)
 
@@ -246,9 +235,7 @@ def test_a_scorer_in_its_process_scores_as_here(
     Path(tmp_path / "mine.py").write_text(
         "def loud(answer, row):\n    print('loud')\n    return answer == row['reference']\n"
     )
-    called = row(
-        "<tool_call>\n" + json.dumps({"name": "f", "arguments": {}}) + "\n</tool_call>", calls=1
-    )
+    called = row('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', calls=1)
     names = ["exact", own, "tool-call"]
     with scorers.scorer_process(names, reader("hermes")) as run_scorer:
         for name in names:
@@ -300,12 +287,10 @@ number = 3
 def test_a_scorer_of_ones_own_gets_answer_and_row(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    scorer = find_scorer(f"{file}:length")
     scored = row("abcd")
-    assert score_answer(scorer, "ab", scored) == 0.5
-    assert scored.row == {}
-    scorer = find_scorer(f"{file}:modelled")
-    assert score_answer(scorer, "ab", scored) == 1
+    for function, score in (("length", 0.5), ("modelled", 1)):
+        assert score_answer(find_scorer(f"{file}:{function}"), "ab", scored) == score
+        assert scored.row == {}
 
 
 @pytest.mark.parametrize(
@@ -324,9 +309,8 @@ def test_what_a_scorer_of_ones_own_does_wrong_names_the_row(
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     scorer = find_scorer(f"{file}:{function}")
-    with pytest.raises(RunError) as failed:
+    with refuses(RunError, where="held.jsonl:3") as failed:
         score_answer(scorer, "ab", row("abcd"))
-    assert failed.value.where == "held.jsonl:3"
     assert why in failed.value.why
     assert failed.value.fix
 
@@ -335,7 +319,6 @@ def test_what_a_scorer_of_ones_own_does_wrong_names_the_row(
     ("name", "content", "what"),
     [
         ("accuracy", None, "there is no scorer accuracy"),
-        ("mine.py", "", "there is no scorer"),
         ("mine.py:", "", "there is no scorer"),
         ("mine.py:a b", "", "there is no scorer"),
         ("other.py:length", None, "there is no file"),

@@ -1,6 +1,4 @@
-"""Fixtures for tests of launching: a Docker daemon, the CPU image, and a user who starts
-containers.
-"""
+"""Fixtures for tests of launching: a Docker daemon, the CPU image, and a user who starts containers."""
 
 from __future__ import annotations
 
@@ -31,16 +29,7 @@ PYTHON, CPU = "tunesmith-test/python", "tunesmith-test/cpu"
 USER = 54321  # no line of /etc/passwd has it
 CANARY = "hf_canary0123456789"
 TIME = 300  # seconds: two starts of torch on a busy machine
-CONTEXT = (
-    "docker",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "recipes",
-    "scripts",
-    "src",
-    ".dockerignore",
-)
+CONTEXT = "docker pyproject.toml README.md LICENSE recipes scripts src .dockerignore".split()
 # A constant learning rate: a run of any duration takes the same steps.
 UNENDING: dict[str, Any] = {
     "train": {"duration": "200000 steps", "compile": "off", "schedule": "constant"},
@@ -48,7 +37,7 @@ UNENDING: dict[str, Any] = {
 }
 
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: {kib} kB\nCached: 4194304 kB\n"
-# Let a process and what it becomes read the memory of another place than this machine.
+# Lets a process and what it becomes read the memory of another place.
 FED = """
 import os, pathlib
 import psutil
@@ -63,8 +52,7 @@ def virtual_memory():
 psutil.virtual_memory = virtual_memory
 memory.group_limits = lambda *_: []
 """
-# Steps of a tenth of a second: while a cluster takes its time, a run makes hundreds of them in
-# place of thousands.
+# Steps of a tenth of a second: hundreds in place of thousands while a cluster takes its time.
 SLOW = """
 import time
 from tunesmith.distributed.heartbeat import Heartbeat
@@ -74,8 +62,7 @@ def slowly(self, step=None):
     progress(self, step)
 Heartbeat.progress = slowly
 """
-# Ranks are forked from their launcher, which has loaded what they load; one rank alone takes its
-# launcher over.
+# Ranks are forked from their launcher, which has loaded what they load.
 FORKING = """
 import sys
 words = " ".join(sys.orig_argv)
@@ -96,9 +83,7 @@ def available(root: Path, mib: int) -> None:
 def uninterrupted(
     model: Path, folder: Path, steps: int, ranks: int, changes: dict[str, Any] | None = None
 ) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step that UNENDING makes of a recipe in one go, on ranks of
-    this machine.
-    """
+    """Loss and gradient norm of each step of UNENDING in one go, on ranks of this machine."""
     whole = merge(UNENDING, merge(changes or {}, {"train": {"duration": f"{steps} steps"}}))
     return run_ranks(ranks, _in_one_go, model, folder, whole)[0]
 
@@ -123,9 +108,7 @@ def requirements() -> list[str]:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[dict[str, str]]:
-    """The environment of a daemon that has the image PYTHON; one process of the tests at a time has
-    it.
-    """
+    """The environment of a daemon with the image PYTHON, for one process of the tests at a time."""
     if fault := missing_tools():
         pytest.skip(fault)
     if not (KEPT / "python.tar").is_file():
@@ -134,17 +117,9 @@ def daemon() -> Iterator[dict[str, str]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with docker_daemon(KEPT / "data") as env:
             if call(env, "docker", "image", "inspect", PYTHON, check=False).returncode:
-                # Bytecode of all packages would take longer than all else of a build; a run
-                # compiles what it imports.
-                call(
-                    env,
-                    "docker",
-                    "import",
-                    "--change",
-                    "ENV PIP_COMPILE=0",
-                    str(KEPT / "python.tar"),
-                    PYTHON,
-                )
+                # Bytecode of all packages would take longer than all else of a build.
+                made = ("--change", "ENV PIP_COMPILE=0", str(KEPT / "python.tar"), PYTHON)
+                call(env, "docker", "import", *made)
             remove_containers(env)  # of a test run that was killed
             yield env
 
@@ -167,17 +142,14 @@ def call(
 
 
 def make_context(wheels: list[Path]) -> Path:
-    """What `docker build` is given: the files of the clone, and wheels, as links where they lie
-    beside it.
-    """
+    """What `docker build` is given: the files of the clone, and links to wheels."""
     folder = KEPT / "context"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "wheels")
     for name in CONTEXT:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "wheels")
-            )
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, folder / name)
     (folder / "docker/wheels").mkdir()
@@ -189,24 +161,14 @@ def make_context(wheels: list[Path]) -> Path:
 @functools.cache
 def builder() -> tuple[str, str]:
     """A docker client, and DOCKER_BUILDKIT for it: 1 where it has BuildKit, which writes each layer
-    once; else the classic builder, which writes it four times and looks at all files of the base
-    after each step.
+    once; the classic builder writes it four times.
     """
-    clients = dict.fromkeys(
-        filter(None, (shutil.which("docker", path=folder) for folder in os.get_exec_path()))
-    )
-    for client in clients:
-        version = subprocess.run(
-            [client, "--version"], capture_output=True, text=True, check=True
-        ).stdout
+    found = (shutil.which("docker", path=folder) for folder in os.get_exec_path())
+    for client in dict.fromkeys(filter(None, found)):
+        version = subprocess.check_output([client, "--version"], text=True)
         own = int(version.split()[2].partition(".")[0]) < 23  # later ones have it as a plugin
-        if (
-            own
-            or subprocess.run(
-                [client, "buildx", "version"], capture_output=True, check=False
-            ).returncode
-            == 0
-        ):
+        plugin = [client, "buildx", "version"]
+        if own or not subprocess.run(plugin, capture_output=True, check=False).returncode:
             return client, "1"
     return "docker", "0"
 
@@ -215,19 +177,12 @@ def build(
     env: dict[str, str], context: Path, file: str, image: str, base: str
 ) -> subprocess.CompletedProcess[str]:
     client, kit = builder()
-    offline = [
-        "--force-rm",
-        "--network",
-        "none",
-        "--build-arg",
-        "PIP_ARGS=--no-index",
-        "--build-arg",
-        f"BASE={base}",
-    ]
-    words = [*offline, "-f", str(context / "docker" / file), "-t", image, str(context)]
-    done = call({**env, "DOCKER_BUILDKIT": kit}, client, "build", *words, check=False)
-    # Which tells on stderr: the step, the seconds since its start, the line; at the end what failed
-    # once more
+    offline = "--force-rm --network none --build-arg PIP_ARGS=--no-index --build-arg".split()
+    words = [f"BASE={base}", "-f", str(context / "docker" / file), "-t", image, str(context)]
+    kit_env = {**env, "DOCKER_BUILDKIT": kit}
+    done = call(kit_env, client, "build", *offline, *words, check=False)
+    # BuildKit tells on stderr: the step, the seconds since its start, the line; at the end what
+    # failed once more.
     if kit == "1":
         done.stdout = re.sub(r"(?m)^#\d+ [\d.]+ ", "", done.stderr.partition("\n------\n")[0])
     return done
@@ -235,32 +190,15 @@ def build(
 
 @pytest.fixture(scope="module")
 def wheels(daemon: dict[str, str]) -> list[Path]:
-    """The wheels of an offline build, for the image's Python; fetched again when the requirements
-    change.
-    """
+    """The wheels of an offline build for the image's Python; fetched when the requirements change."""
     import torch
 
     if "+cpu" not in torch.__version__:
-        pytest.skip(
-            f"the CPU image is built of the CPU build of torch; {torch.__version__} is installed"
-        )
-    version = call(
-        daemon,
-        "docker",
-        "run",
-        "--rm",
-        PYTHON,
-        "python3",
-        "-c",
-        "import sys; print(*sys.version_info[:2])",
-    ).stdout
-    wanted = [
-        *requirements(),
-        "--only-binary",
-        ":all:",
-        "--python-version",
-        ".".join(version.split()),
-    ]
+        pytest.skip(f"the CPU image needs the CPU build of torch, not {torch.__version__}")
+    code = "import sys; print(*sys.version_info[:2])"
+    version = call(daemon, "docker", "run", "--rm", PYTHON, "python3", "-c", code).stdout
+    wanted = [*requirements(), "--only-binary", ":all:"]
+    wanted += ["--python-version", ".".join(version.split())]
     constraints = ROOT / "constraints.txt"
     key = hashlib.sha256(json.dumps(wanted).encode() + constraints.read_bytes()).hexdigest()[:12]
     folder = KEPT / f"wheels-{key}"
@@ -268,19 +206,8 @@ def wheels(daemon: dict[str, str]) -> list[Path]:
         for old in KEPT.glob("wheels-*"):
             shutil.rmtree(old)
         part = KEPT / "wheels-part"
-        call(
-            {**os.environ},
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "-d",
-            str(part),
-            "-c",
-            str(constraints),
-            *wanted,
-        )
+        into = ["download", "-q", "-d", str(part), "-c", str(constraints)]
+        call({**os.environ}, sys.executable, "-m", "pip", *into, *wanted)
         part.rename(folder)
     return sorted(folder.glob("*.whl"))
 
@@ -288,26 +215,21 @@ def wheels(daemon: dict[str, str]) -> list[Path]:
 @pytest.fixture(scope="module")
 def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
     """The CPU image of this clone, made again when something that it is made of has changed."""
-    context, total = (
-        make_context([]),
-        hashlib.sha256(json.dumps([file.name for file in wheels]).encode()),
-    )
+    context = make_context([])
+    total = hashlib.sha256(json.dumps([file.name for file in wheels]).encode())
     for file in sorted(path for path in context.rglob("*") if path.is_file()):
-        total.update(
-            f"{file.relative_to(context)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode()
-        )
-    image = f"{CPU}:{total.hexdigest()[:12]}"
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        total.update(f"{file.relative_to(context)} {digest}".encode())
+    image, base = f"{CPU}:{total.hexdigest()[:12]}", f"{CPU}-base"
     if call(daemon, "docker", "image", "inspect", image, check=False).returncode:
-        # Each build is sent what it may need: the large wheels once, the small ones that torch
-        # needs among them twice.
+        # Each build is sent what it may need: the large wheels once, the small ones twice.
         torch = [file for file in wheels if file.name.startswith("torch-")]
         small = [file for file in wheels if file.stat().st_size < 10 << 20]
-        given = {"cpu.Dockerfile": {*torch, *small}, "Dockerfile": {*wheels} - {*torch}}
-        for file, made, base in (
-            ("cpu.Dockerfile", f"{CPU}-base", PYTHON),
-            ("Dockerfile", image, f"{CPU}-base"),
+        for name, given, made, under in (
+            ("cpu.Dockerfile", {*torch, *small}, base, PYTHON),
+            ("Dockerfile", {*wheels} - {*torch}, image, base),
         ):
-            done = build(daemon, make_context(sorted(given[file])), file, made, base)
+            done = build(daemon, make_context(sorted(given)), name, made, under)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return image
 
@@ -317,12 +239,8 @@ class Place:
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.folder = folder
-        self.env = env | {
-            "HOME": str(folder),
-            "HF_TOKEN": CANARY,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        more = {"HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.env = env | more | {"HOME": str(folder)}
         for name in ("HF_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
             self.env.pop(name, None)
 

@@ -1,6 +1,4 @@
-"""A Docker daemon of the tests' own: in private namespaces, without a network, gone with the test
-that started it.
-"""
+"""A Docker daemon of the tests' own: in private namespaces, without a network, gone with its test."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,32 +88,18 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
             "for f in /etc/docker /run/docker /run/containerd; do mkdir -p $f; mount -t tmpfs tmpfs $f; done;"
             f" exec tini -s -- dockerd --config-file {place}/daemon.json"
         )
-        namespaces = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "unshare",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]
-        env = {
-            **os.environ,
-            "DOCKER_HOST": f"unix://{socket}",
-            "DOCKER_CONFIG": str(place),
-            "DOCKER_BUILDKIT": "0",
-        }
+        namespaces = (
+            "setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc"
+        )
+        talk = {"DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(place)}
+        env = {**os.environ, **talk, "DOCKER_BUILDKIT": "0"}
         with (place / "log").open("wb") as log:
-            daemon = subprocess.Popen(
-                [*namespaces, "sh", "-c", inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            words = [*namespaces.split(), "sh", "-c", inside]
+            daemon = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 120
-            while subprocess.run(
-                ["docker", "version"], env=env, capture_output=True, check=False
-            ).returncode:
+            look: dict[str, Any] = {"env": env, "capture_output": True}
+            while subprocess.run(["docker", "version"], check=False, **look).returncode:
                 said = (place / "log").read_text(errors="replace")[-2000:]
                 assert daemon.poll() is None, said
                 assert time.monotonic() < deadline, said

@@ -65,15 +65,8 @@ class Spark:
                     "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
 
     def command(self, *words: str) -> list[str]:
-        return [
-            "nsenter",
-            f"--net=/run/netns/{self.netns}",
-            f"--target={self.holder.pid}",
-            "--mount",
-            "--uts",
-            "--",
-            *words,
-        ]
+        into = f"nsenter --net=/run/netns/{self.netns} --target={self.holder.pid} --mount --uts --"
+        return [*into.split(), *words]
 
     def run(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         full = {**os.environ, **self.env, "PATH": f"{os.environ['PATH']}:{SBIN}", **env}
@@ -111,29 +104,16 @@ touch {b}/ready; exec sleep infinity"""
         (self.state / "meminfo").write_text(
             MEMINFO.format(free=90_000_000, available=110_000_000, cached=8_000_000)
         )
-        words = [
-            "nsenter",
-            f"--net=/run/netns/{self.netns}",
-            "unshare",
-            "--mount",
-            "--uts",
-            "bash",
-            "-euc",
-            script,
-        ]
+        into = f"nsenter --net=/run/netns/{self.netns} unshare --mount --uts bash -euc"
         self.holder = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stderr=(b / "log").open("w")
+            [*into.split(), script], stdin=subprocess.DEVNULL, stderr=(b / "log").open("w")
         )
         wait_until(lambda: (b / "ready").exists() or self.holder.poll() is not None)
         assert self.holder.poll() is None, (b / "log").read_text()
 
     def furnish(self) -> None:
         """All that a healthy node has."""
-        stands = {
-            "nvidia-smi": SMI,
-            "docker": DOCKER,
-            "nvidia-ctk": CTK,
-        }
+        stands = {"nvidia-smi": SMI, "docker": DOCKER, "nvidia-ctk": CTK}
         for name, text in stands.items():
             self.tell(name, text.replace("{state}", str(self.state)))
             # inside: an overlay's upper folder is its own
@@ -141,19 +121,10 @@ touch {b}/ready; exec sleep infinity"""
         managers = [{"NodeID": "m", "Addr": "192.168.177.1:2377"}]
         swarm = {"LocalNodeState": "active", "NodeAddr": self.address, "Error": "", "RemoteManagers": managers,
                  "ControlAvailable": self.letter == "a"}  # fmt: skip
-        self.tell(
-            "docker-info",
-            json.dumps(
-                {
-                    "ServerVersion": "29.2.1",
-                    "DefaultRuntime": "nvidia",
-                    "GenericResources": [
-                        {"NamedResourceSpec": {"Kind": "NVIDIA_GPU", "Value": UUIDS[self.letter]}}
-                    ],
-                    "Swarm": swarm,
-                }
-            ),
-        )
+        gpu = {"Kind": "NVIDIA_GPU", "Value": UUIDS[self.letter]}
+        info = {"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm,
+                "GenericResources": [{"NamedResourceSpec": gpu}]}  # fmt: skip
+        self.tell("docker-info", json.dumps(info))
         self.tell("toolkit", "NVIDIA Container Toolkit CLI version 1.19.0\ncommit: 1.19.0\n")
         self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05\n")
         torch = {"cuda": "13.0", "tflops": 91, "fails": ""}
@@ -163,9 +134,8 @@ touch {b}/ready; exec sleep infinity"""
         (packages / "torch" / "__init__.py").write_text(TORCH)
         for name, version in (("torch", "2.13.0"), ("tunesmith", "0.1.0")):
             (packages / f"{name}-{version}.dist-info").mkdir()
-            (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-            )
+            metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
         self.sh(f"""
 mkdir -p /etc/nvidia-container-runtime /root/.ssh; chmod 700 /root/.ssh
 cat >/etc/nvidia-container-runtime/config.toml <<'X'
@@ -195,17 +165,13 @@ done""")
                  "StrictModes no", f"SetEnv {env}"]  # fmt: skip
         (self.base / "sshd_config").write_text("\n".join(lines) + "\n")
         key = other.sh("cat /root/.ssh/id_ed25519.pub")
-        self.sh(
-            f"cat >/root/.ssh/authorized_keys <<<{key.strip()!r}; chmod 600 /root/.ssh/authorized_keys"
-        )
+        keys = "/root/.ssh/authorized_keys"
+        self.sh(f"cat >{keys} <<<{key.strip()!r}; chmod 600 {keys}")
         self.start_sshd()
         host = (self.base / "host_key.pub").read_text().rsplit(" ", 1)[0]
         other.sh(f"cat >>/root/.ssh/known_hosts <<<'{self.name},{self.address} {host}'")
-        wait_until(
-            lambda: (
-                other.run("ssh", "-oBatchMode=yes", self.name, "true", check=False).returncode == 0
-            )
-        )
+        words = ("ssh", "-oBatchMode=yes", self.name, "true")
+        wait_until(lambda: other.run(*words, check=False).returncode == 0)
 
     def start_sshd(self) -> None:
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:{SBIN}") or "sshd"
@@ -249,24 +215,9 @@ class SparkPair:
             self.a.start()
             self.b.start()
             for name in FUNCTIONS:
-                subprocess.run(
-                    [
-                        "ip",
-                        "link",
-                        "add",
-                        name,
-                        "netns",
-                        self.a.netns,
-                        "type",
-                        "veth",
-                        "peer",
-                        "name",
-                        name,
-                        "netns",
-                        self.b.netns,
-                    ],
-                    check=True,
-                )
+                ends = [f"{name} netns {node.netns}" for node in (self.a, self.b)]
+                words = f"ip link add {ends[0]} type veth peer name {ends[1]}"
+                subprocess.run(words.split(), check=True)
             self.a.furnish()
             self.b.furnish()
             self.b.serve(self.a)
@@ -282,16 +233,8 @@ class SparkPair:
 
     def doctor(self, *words: str, **env: str) -> dict:
         # Runs and the cache lie on a disk of the node's own: the machine's may be nearly full
-        command = [
-            "env",
-            f"--chdir={self.a.base}/disk/runs",
-            sys.executable,
-            "-m",
-            "tunesmith",
-            "doctor",
-            *(words or ("--pair", "spark-b")),
-            "--json",
-        ]
+        command = ["env", f"--chdir={self.a.base}/disk/runs", sys.executable, "-m", "tunesmith"]
+        command += ["doctor", *(words or ("--pair", "spark-b")), "--json"]
         done = self.a.run(*command, check=False, HF_HOME=str(self.a.base / "disk" / "cache"), **env)
         assert done.returncode in (0, 1), done.stdout + done.stderr
         return {**json.loads(done.stdout), "exit": done.returncode}

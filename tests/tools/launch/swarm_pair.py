@@ -26,19 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 
 TUNER, UID = "tuner", 4711
-TOOLS = (
-    "docker",
-    "dockerd",
-    "runc",
-    "containerd",
-    "tini",
-    "sshd",
-    "ip",
-    "nsenter",
-    "setpriv",
-    "ssh-keygen",
-    "rsync",
-)
+TOOLS = "docker dockerd runc containerd tini sshd ip nsenter setpriv ssh-keygen rsync".split()
 SSH = """Port 22
 HostKey {d}/host_key
 PidFile none
@@ -72,16 +60,12 @@ def missing_tools() -> str:
     """What keeps this machine from having such a pair; empty if nothing does."""
     if os.getuid() != 0:
         return "needs root"
-    lacking = [
-        tool
-        for tool in TOOLS
-        if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
-    ]
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    lacking = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if lacking:
         return f"lacks {', '.join(lacking)}: make cluster-tools"
-    made = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False
-    )
+    words = "unshare --net --mount --pid --fork true".split()
+    made = subprocess.run(words, capture_output=True, check=False)
     return "" if made.returncode == 0 else "may not make namespaces"
 
 
@@ -108,24 +92,16 @@ class Node:
         for name in ("data", "home", "exec"):
             (d / name).mkdir(parents=True)
         (self.home / ".ssh").mkdir(parents=True)
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", d / "host_key"], check=True)
-        subprocess.run(
-            ["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", self.home / ".ssh/id_ed25519"],
-            check=True,
-        )
+        for key in (d / "host_key", self.home / ".ssh/id_ed25519"):
+            subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", key], check=True)
         hosts = "127.0.0.1 localhost\n10.77.0.1 spark-a\n10.77.0.2 spark-b\n"
         (d / "hosts").write_text(hosts)
-        (d / "passwd").write_text(
-            Path("/etc/passwd").read_text() + f"{TUNER}:*:{UID}:{UID}::/home/{TUNER}:/bin/bash\n"
-        )
-        lines = [
-            line
-            for line in Path("/etc/group").read_text().splitlines()
-            if not line.startswith("docker:")
-        ]
-        (d / "group").write_text(
-            "\n".join([*lines, f"docker:x:4710:{TUNER}", f"{TUNER}:x:{UID}:\n"])
-        )
+        user = f"{TUNER}:*:{UID}:{UID}::/home/{TUNER}:/bin/bash\n"
+        (d / "passwd").write_text(Path("/etc/passwd").read_text() + user)
+        groups = Path("/etc/group").read_text().splitlines()
+        lines = [line for line in groups if not line.startswith("docker:")]
+        lines += [f"docker:x:4710:{TUNER}", f"{TUNER}:x:{UID}:\n"]
+        (d / "group").write_text("\n".join(lines))
         (d / "sshd").write_text(SSH.format(d=d))
         (d / "runc").write_text(RUNC)
         (d / "runc").chmod(0o755)
@@ -167,16 +143,9 @@ class Node:
         # which mounts /sys anew and hides the control groups of version 1.
         shutil.rmtree(self.folder / "exec", ignore_errors=True)
         (self.folder / "docker.pid").unlink(missing_ok=True)
-        command = [
-            "nsenter",
-            f"--net=/run/netns/{self.netns}",
-            "unshare",
-            "--uts",
-            "--mount",
-            "--pid",
-            "--fork",
-        ]
-        command += ["--kill-child", "--mount-proc", "bash", str(self.folder / "boot")]
+        command = ["nsenter", f"--net=/run/netns/{self.netns}"]
+        command += "unshare --uts --mount --pid --fork --kill-child --mount-proc bash".split()
+        command += [str(self.folder / "boot")]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -194,12 +163,9 @@ class Node:
     def inside(self) -> str | None:
         """The process id, out here, of the node's first process."""
         assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         try:
-            return (
-                Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-                .read_text()
-                .split()[0]
-            )
+            return children.read_text().split()[0]
         except (OSError, IndexError):
             return None
 
@@ -209,26 +175,15 @@ class Node:
         """The words that run a command here, as TUNER or as root."""
         who = [] if root else ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--init-groups"]
         home = "/root" if root else f"/home/{TUNER}"
-        given = {
-            "HOME": home,
-            "USER": "root" if root else TUNER,
-            "PATH": f"{os.environ['PATH']}:/usr/sbin",
-            **(env or {}),
-        }
+        given = {"HOME": home, "USER": "root" if root else TUNER, **(env or {})}
+        given.setdefault("PATH", f"{os.environ['PATH']}:/usr/sbin")
         if "PYTHONPATH" in os.environ:
             given.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
         pid = self.inside()
         assert pid is not None, f"{self.name} is off"
         into = ["nsenter", "-t", pid, "--net", "--uts", "--mount", "--pid"]
-        return [
-            *into,
-            *who,
-            "env",
-            "-i",
-            f"--chdir={home}",
-            *(f"{k}={v}" for k, v in given.items()),
-            *words,
-        ]
+        variables = (f"{k}={v}" for k, v in given.items())
+        return [*into, *who, "env", "-i", f"--chdir={home}", *variables, *words]
 
     def run(
         self,
@@ -239,13 +194,8 @@ class Node:
         seconds: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here; `ok`: whatever its exit code."""
-        done = subprocess.run(
-            self.command(*words, root=root, env=env),
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        command = self.command(*words, root=root, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         assert ok or done.returncode == 0, (
             f"{self.name}: {words} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
         )
@@ -256,13 +206,8 @@ class Node:
 
     def processes(self) -> list[str]:
         """The command lines of what runs here."""
-        shown = self.run(
-            "sh",
-            "-c",
-            "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; ps -eo args=",
-            root=True,
-        ).stdout
-        return shown.splitlines()
+        script = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; ps -eo args="
+        return self.run("sh", "-c", script, root=True).stdout.splitlines()
 
     def kill(self) -> None:
         """Pull its plug."""
@@ -294,52 +239,30 @@ class Pair:
         for node in self.nodes:
             node.prepare()
             subprocess.run(["ip", "netns", "add", node.netns], check=True)
-        link = [
-            "ip",
-            "link",
-            "add",
-            "cable0",
-            "netns",
-            a.netns,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "cable0",
-            "netns",
-            b.netns,
-        ]
-        subprocess.run(link, check=True)
+        link = f"ip link add cable0 netns {a.netns} type veth peer name cable0 netns {b.netns}"
+        subprocess.run(link.split(), check=True)
         keys = "".join((node.home / ".ssh/id_ed25519.pub").read_text() for node in self.nodes)
         known = ""
         for node in self.nodes:
             known += f"{node.address},{node.name} {(node.folder / 'host_key.pub').read_text()}"
-            for words in (
-                ["addr", "add", f"{node.address}/24", "dev", "cable0"],
-                ["link", "set", "cable0", "up"],
-                ["link", "set", "lo", "up"],
-            ):
-                subprocess.run(["ip", "-n", node.netns, *words], check=True)
+            address = f"addr add {node.address}/24 dev cable0"
+            for words in (address, "link set cable0 up", "link set lo up"):
+                subprocess.run(["ip", "-n", node.netns, *words.split()], check=True)
         for node in self.nodes:
             (node.home / ".ssh/authorized_keys").write_text(keys)
             (node.home / ".ssh/known_hosts").write_text(known)
             subprocess.run(["chown", "-R", f"{UID}:{UID}", str(node.home)], check=True)
             (node.home / ".ssh").chmod(0o700)
             node.start()
-        a.docker(
-            "swarm", "init", "--advertise-addr", a.address, "--listen-addr", f"{a.address}:2377"
-        )
+        at, manager = "--advertise-addr", f"{a.address}:2377"
+        a.docker("swarm", "init", at, a.address, "--listen-addr", manager)
         token = a.docker("swarm", "join-token", "-q", "worker").stdout.strip()
-        b.docker(
-            "swarm", "join", "--token", token, "--advertise-addr", b.address, f"{a.address}:2377"
-        )
+        b.docker("swarm", "join", "--token", token, at, b.address, manager)
         wait_until("two nodes are ready", self.is_ready)
 
     def is_ready(self) -> bool:
-        return (
-            self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout.split()
-            == ["Ready"] * 2
-        )
+        shown = self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout
+        return shown.split() == ["Ready"] * 2
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
@@ -371,16 +294,7 @@ def write_bare_image(tar: Path) -> None:
     """
     with tarfile.open(tar, "w") as archive:
         # /sbin/docker-init is docker's own
-        for folder in (
-            "usr",
-            "etc",
-            "proc",
-            "sys",
-            "dev",
-            "tmp",
-            "run",
-            "sbin",
-        ):
+        for folder in ("usr", "etc", "proc", "sys", "dev", "tmp", "run", "sbin"):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
             archive.addfile(entry)
@@ -400,18 +314,14 @@ def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
     """What a user's own file adds to the stack, so that the image above runs this very checkout in
     this environment, with these variables, and the modules of the folder `site` of each node.
     """
-    places = ["/usr", sys.prefix, sys.base_prefix, str(Path(__file__).parents[3]), site]
-    mounts = [
-        {"type": "bind", "source": place, "target": place, "read_only": True}
-        for place in dict.fromkeys(places)
-    ]
     root = Path(__file__).parents[3]
+    places = dict.fromkeys(["/usr", sys.prefix, sys.base_prefix, str(root), site])
+    bind = {"type": "bind", "read_only": True}
+    mounts = [{**bind, "source": place, "target": place} for place in places]
     environment = {
-        "PATH": f"{sys.prefix}/bin:/usr/bin",
-        "PYTHONPATH": f"{site}:{root}/src:{root}/tests",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    environment |= {"OMP_NUM_THREADS": "1", **variables}
+        "PATH": f"{sys.prefix}/bin:/usr/bin", "PYTHONPATH": f"{site}:{root}/src:{root}/tests",
+        "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables,
+    }  # fmt: skip
     return {"services": {"ranks": {"environment": environment, "volumes": mounts}}}
 
 

@@ -1,4 +1,4 @@
-"""`launch docker`: what the container is given, and runs in a real one."""
+"""`launch docker`: what the container is given, what is refused, and runs in a real one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.tools.launch import docker
 from waiting import wait_for
 
-pytestmark = pytest.mark.long
-
-IMAGE = "tunesmith-test/host"
+IMAGE, ROOT = "tunesmith-test/host", Path(__file__).parents[3]
 
 # Every flag that `docker create` may be given, and the values that are not paths or names.
 FLAGS = {
@@ -48,18 +46,8 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     return found | {"HF_HUB_CACHE": tmp_path / "hub"}
 
 
-def words_of(run: Run, image: str = "tunesmith") -> list[str]:
-    return docker.create_words(docker.docker_job(run), image, docker.find_mounts(run))
-
-
-@pytest.mark.parametrize("debug", [True, False])
-def test_debug_reaches_the_agent(debug: bool, tiny: Path, tmp_path: Path) -> None:
-    run = make_run(tiny, tmp_path, held=False)
-    words = docker.create_words(
-        docker.docker_job(run), "tunesmith", docker.find_mounts(run), debug=debug
-    )
-    agent = words[words.index("tunesmith.launch.node") :]
-    assert ("--debug" in agent[: agent.index("--")]) is debug
+def words_of(run: Run, image: str = "tunesmith", debug: bool = False) -> list[str]:
+    return docker.create_words(docker.docker_job(run), image, docker.find_mounts(run), debug=debug)
 
 
 def mounts_in(words: list[str]) -> list[dict[str, str]]:
@@ -72,18 +60,21 @@ def mounts_in(words: list[str]) -> list[dict[str, str]]:
 
 
 def test_the_container_sees_what_the_recipe_names_and_no_more(
-    tiny: Path, tmp_path: Path, caches: dict[str, Path]
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tiny, tmp_path)
-    found = {mount["source"]: "readonly" in mount for mount in mounts_in(words_of(run))}
-    written = {run.output_dir: False, **{str(path): False for path in caches.values()}}
-    assert found == written | {
-        str(path): True for path in (tiny, tmp_path / "train.jsonl", tmp_path / "held.jsonl")
-    }
-    assert all(
-        mount["source"] == mount["target"] and mount["type"] == "bind"
-        for mount in mounts_in(words_of(run))
-    )
+    mounts = mounts_in(words_of(run))
+    found = {mount["source"]: "readonly" in mount for mount in mounts}
+    written = [run.output_dir, *map(str, caches.values())]
+    read = [str(path) for path in (tiny, tmp_path / "train.jsonl", tmp_path / "held.jsonl")]
+    assert found == dict.fromkeys(written, False) | dict.fromkeys(read, True)
+    assert all(mount["source"] == mount["target"] and mount["type"] == "bind" for mount in mounts)
+    for debug in (True, False):
+        monkeypatch.setattr(docker, "NVIDIA_DEVICE", tmp_path / ("" if debug else "none"))
+        words = words_of(run, debug=debug)
+        assert ("--gpus=all" in words) is debug
+        agent = words[words.index("tunesmith.launch.node") :]
+        assert ("--debug" in agent[: agent.index("--")]) is debug
 
 
 def test_links_out_of_a_model_folder_can_be_followed(
@@ -100,13 +91,11 @@ def test_links_out_of_a_model_folder_can_be_followed(
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
-
-
 NASTY = [",source=/etc", '","', "--privileged", "a b", "$(id)", "x,readonly", "'", "\n--privileged"]
 
 
 @pytest.mark.slow
-@settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=40, suppress_health_check=list(HealthCheck), deadline=None)
 @given(names=st.lists(TEXT | st.sampled_from(NASTY), min_size=3, max_size=3))
 def test_no_value_adds_a_mount_or_a_flag(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], names: list[str]
@@ -121,35 +110,26 @@ def test_no_value_adds_a_mount_or_a_flag(
             model.mkdir(parents=True)
         except (OSError, UnicodeError):
             return  # no file can have this name
-        sources = (replace(plain.data.train[0], source=str(rows)),)
-        changes = {
-            "model": replace(plain.model, name=str(model)),
-            "data": replace(plain.data, train=sources),
-        }
-        run = replace(plain, output_dir=str(out), **changes)
+        data = replace(plain.data, train=(replace(plain.data.train[0], source=str(rows)),))
+        named = replace(plain.model, name=str(model))
+        run = replace(plain, output_dir=str(out), model=named, data=data)
         if not all(name.isprintable() for name in names):
             with refuses(UsageError) as refused:
                 words_of(run)
             assert "\\" in refused.value.what, "the name, with its escapes"
             return
         words = words_of(run)
-        image = words.index("tunesmith")
+        image, mounts = words.index("tunesmith"), mounts_in(words)
         assert {word.partition("=")[0] for word in words[:image]} <= FLAGS
-        assert (
-            words[image + 1 : -1] == "python -m tunesmith.launch.node --ranks auto -- train".split()
-        )
-        assert {mount["source"] for mount in mounts_in(words)} == {
-            str(p) for p in (rows, model, out, *caches.values())
-        }
-        assert all(
-            {*mount} <= {"type", "source", "target", "readonly"} for mount in mounts_in(words)
-        )
+        agent = "python -m tunesmith.launch.node --ranks auto -- train".split()
+        assert words[image + 1 : -1] == agent
+        expected = {str(path) for path in (rows, model, out, *caches.values())}
+        assert {mount["source"] for mount in mounts} == expected
+        assert all({*mount} <= {"type", "source", "target", "readonly"} for mount in mounts)
         assert sum(word.startswith(("--name=", "--user=")) for word in words) == 2
 
 
-@pytest.mark.parametrize(
-    "image", ["--privileged", "", "a b", "-v=/:/host", "a\n--privileged", "$(id)"]
-)
+@pytest.mark.parametrize("image", ["--privileged", "", "a b", "a\n--privileged", "$(id)"])
 def test_an_image_is_a_name(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], image: str
 ) -> None:
@@ -157,36 +137,16 @@ def test_an_image_is_a_name(
         words_of(make_run(tiny, tmp_path), image)
 
 
-@pytest.mark.parametrize("hidden", ["~/.ssh", "~", "/", "/var/run/docker.sock", "/var/run"])
-def test_keys_and_docker_itself_are_not_shown(
-    tiny: Path,
-    tmp_path: Path,
-    caches: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    hidden: str,
-) -> None:
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    folder = str(Path(hidden).expanduser())
-    with refuses(UsageError, where=folder):
-        words_of(make_run(tiny, tmp_path, output_dir=folder))
-
-
-def test_a_home_behind_a_link_is_not_shown_and_folders_of_the_system_may_be(
+def test_keys_tokens_and_docker_itself_are_not_shown(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "disk" / "home").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    monkeypatch.setenv("HOME", str(tmp_path / "link" / "home"))
-    with refuses(UsageError, where=str(tmp_path / "disk")):
-        words_of(make_run(tiny, tmp_path, output_dir=str(tmp_path / "disk")))
+    """`test_swarm_stack.py` has the table of folders."""
+    (tmp_path / "home" / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in (str(tmp_path / "home" / ".ssh"), "/var/run/docker.sock"):
+        with refuses(UsageError, where=folder):
+            words_of(make_run(tiny, tmp_path, output_dir=folder))
     assert words_of(make_run(tiny, tmp_path, output_dir="/run/media/me/disk"))
-
-
-def test_the_hubs_token_beside_a_cache_is_not_shown(
-    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "hub").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hub" / "token"))
     with refuses(UsageError, names=[tmp_path / "hub" / "token"]):
@@ -196,13 +156,8 @@ def test_the_hubs_token_beside_a_cache_is_not_shown(
 def test_no_secret_is_among_the_words(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secrets = {
-        "HF_TOKEN": CANARY,
-        "WANDB_API_KEY": "canary-1",
-        "NCCL_SECRET": "canary-2",
-        "WANDB_PROXY": CANARY,
-    }
-    secrets["HTTPS_PROXY"] = "http://user:canary-3@proxy:8080"
+    names = ("HF_TOKEN", "WANDB_API_KEY", "NCCL_SECRET", "WANDB_PROXY")
+    secrets = dict.fromkeys(names, CANARY) | {"HTTPS_PROXY": f"http://user:{CANARY}@proxy:8080"}
     for name, value in {**secrets, "HTTP_PROXY": "http://proxy:8080", "NCCL_DEBUG": "INFO"}.items():
         monkeypatch.setenv(name, value)
     words = words_of(make_run(tiny, tmp_path))
@@ -212,52 +167,28 @@ def test_no_secret_is_among_the_words(
     assert not passed & {f"--env={name}" for name in secrets}
 
 
-@pytest.mark.parametrize(
-    ("said", "what", "fix"),
-    [
-        (
-            "Cannot connect to the Docker daemon at unix:///x. Is it running?",
-            "Docker is not running",
-            "systemctl start docker",
-        ),
-        (
-            "permission denied while trying to connect to the Docker daemon socket",
-            "no permission to use Docker",
-            "usermod -aG",
-        ),
-        (
-            'could not select device driver "" with capabilities: [[gpu]]',
-            "Docker finds no GPU",
-            "nvidia-ctk runtime",
-        ),
-        ("Error: no such image", "no Docker image tunesmith", "docker build -f docker/Dockerfile"),
-    ],
-)
+NO_GPU = 'could not select device driver "" with capabilities: [[gpu]]'
+LACKING = {
+    "": "docker.io",  # there is no docker
+    "Cannot connect to the Docker daemon at unix:///x. Is it running?": "systemctl start docker",
+    "permission denied while trying to connect to the Docker daemon socket": "usermod -aG",
+    NO_GPU: "nvidia-ctk runtime",
+    "Error: no such image": "docker build -f docker/Dockerfile",
+}
+
+
+@pytest.mark.parametrize("said", LACKING)
 def test_what_docker_lacks_is_named_with_its_fix(
-    tiny: Path,
-    tmp_path: Path,
-    caches: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    said: str,
-    what: str,
-    fix: str,
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
-    (tmp_path / "docker").chmod(0o755)
+    if said:
+        (tmp_path / "docker").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MachineError, match=what) as caught:
+    with refuses(MachineError) as caught:
         docker.start_container(make_run(tiny, tmp_path), "tunesmith")
-    assert fix in caught.value.fix
+    assert LACKING[said] in caught.value.fix
     assert not (tmp_path / "run").exists()
-
-
-def test_without_docker(
-    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with refuses(MachineError, where="PATH", names=["docker"]) as caught:
-        docker.start_container(make_run(tiny, tmp_path), "tunesmith")
-    assert "docker.io" in caught.value.fix
 
 
 @pytest.fixture(scope="module")
@@ -265,35 +196,26 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     """A daemon whose image IMAGE has no files: its containers get this machine's, with this
     checkout in this environment.
     """
-    root = Path(__file__).parents[3]
-    places = ["/usr", sys.prefix, sys.base_prefix, str(root)]
     tar = tmp_path_factory.mktemp("image") / "host.tar"
-    with docker_daemon(places=places) as env:
+    path = f'PATH="{sys.prefix}/bin:/usr/bin" PYTHONPATH="{ROOT}/src"'
+    entry = json.dumps(["/bin/sh", f"{ROOT}/docker/entrypoint.sh"])
+    changes = [f"--change=ENV {path} TORCH_CPP_LOG_LEVEL=ERROR", f"--change=ENTRYPOINT {entry}"]
+    with docker_daemon(places=["/usr", sys.prefix, sys.base_prefix, str(ROOT)]) as env:
         write_bare_image(tar)
-        changes = [
-            f'ENV PATH="{sys.prefix}/bin:/usr/bin" PYTHONPATH="{root}/src" TORCH_CPP_LOG_LEVEL=ERROR'
-        ]
-        changes += [f"ENTRYPOINT {json.dumps(['/bin/sh', f'{root}/docker/entrypoint.sh'])}"]
-        call(
-            env, "docker", "import", *(f"--change={change}" for change in changes), str(tar), IMAGE
-        )
+        call(env, "docker", "import", *changes, str(tar), IMAGE)
         yield env
 
 
 def metrics(out: Path) -> list[tuple[float, float]]:
-    lines = (
-        (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        if (out / "metrics.jsonl").exists()
-        else []
-    )
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(record["loss"], record["grad_norm"]) for record in records]
 
 
 def names(daemon: dict[str, str]) -> list[str]:
-    return call(
-        daemon, "docker", "ps", "--all", "--filter=label=tunesmith.run_dir", "--format={{.Names}}"
-    ).stdout.split()
+    label = ("--filter=label=tunesmith.run_dir", "--format={{.Names}}")
+    return call(daemon, "docker", "ps", "--all", *label).stdout.split()
 
 
 def command_lines() -> str:
@@ -306,7 +228,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
     place: Place, daemon: dict[str, str]
 ) -> None:
@@ -322,35 +244,31 @@ def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
     read = ("docker", "exec", "--user", f"{USER}:{USER}", name, "cat", "/run/secrets/HF_TOKEN")
     assert call(daemon, *read).stdout == CANARY
     assert not list(Path(tempfile.gettempdir()).glob("tunesmith-*/HF_TOKEN"))
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=TIME)[0]
-    assert process.returncode == 75, said
-    assert lines_with(said, "SIGINT")
-    stopped = len(metrics(out))
-    assert names(daemon) == []
-
-    process = place.start(*launch)
-    wait_for(lambda: len(metrics(out)) > stopped + 5, process)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=TIME)[0]
-    assert process.returncode == 75, said
-    assert names(daemon) == []
-    assert metrics(out) == uninterrupted(
-        place.folder / "model", place.folder, len(metrics(out)), ranks=1
-    )
-    owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in (out, *out.rglob("*"))}
-    assert owners == {(USER, USER)}
-    assert CANARY not in "".join(
-        path.read_text(errors="replace") for path in out.rglob("*") if path.is_file()
-    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        said = process.communicate(timeout=TIME)[0]
+        assert process.returncode == 75, said
+        assert lines_with(said, number.name)
+        assert names(daemon) == []
+        if number == signal.SIGINT:
+            stopped = len(metrics(out))
+            process = place.start(*launch)
+            wait_for(lambda n=stopped: len(metrics(out)) > n + 5, process)
+    steps = len(metrics(out))
+    assert metrics(out) == uninterrupted(place.folder / "model", place.folder, steps, ranks=1)
+    files = [out, *out.rglob("*")]
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in files} == {(USER, USER)}
+    assert CANARY not in "".join(p.read_text(errors="replace") for p in files if p.is_file())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[str, str]) -> None:
+    def state() -> dict[str, object]:
+        return json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]
+
     out = place.folder / "run"
     launch = ("launch", "docker", "recipe.yaml", f"--image={IMAGE}", "--detach")
-    said = place.finish(*launch)
-    name = said.split()[0]
+    name = place.finish(*launch).split()[0]
     assert names(daemon) == [name]
     wait_for(lambda: len(metrics(out)) >= 3)
     assert "running" in place.finish("status", name)
@@ -360,8 +278,7 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     follower = place.start("logs", "--follow", str(out))
     place.finish("stop", str(out), "--wait")
     assert lines_with(follower.communicate(timeout=TIME)[0], "SIGTERM")
-    state = json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]
-    assert (state["Status"], state["ExitCode"]) == ("exited", 75)
+    assert (state()["Status"], state()["ExitCode"]) == ("exited", 75)
     status = place.finish("status", name)
     assert "stopped" in status or holds(status, 75)
     stopped_at = len(metrics(out))
@@ -370,7 +287,7 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     wait_for(lambda: len(metrics(out)) > stopped_at)
     assert "resum" in place.finish("logs", name)
     call(daemon, "docker", "stop", name)
-    assert json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]["ExitCode"] == 75
+    assert state()["ExitCode"] == 75
     call(daemon, "docker", "rm", name)
 
 
@@ -378,7 +295,6 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     ("version", "fault"),
     [
         ("2.9.0a0+50eac811a6.nv25.09", "before 26.02"),
-        ("2.10.0a0+b4e4ee81d3.nv25.12", "before 26.02"),
         ("2.16.0", "take an older base"),
         ("2.11.0a0+eb65b36914.nv26.02", ""),
         ("2.15.0", ""),
@@ -390,27 +306,16 @@ def test_a_base_whose_torch_does_not_fit_is_said_in_a_line_before_pip_runs(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").touch()
     (tmp_path / "torch-1.dist-info").mkdir()
-    (tmp_path / "torch-1.dist-info" / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
-    )
-    root = Path(__file__).parents[3]
-    words = [
-        sys.executable,
-        "-S",
-        str(root / "docker" / "check_torch.py"),
-        "before",
-        str(tmp_path / "base"),
-    ]
+    metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    (tmp_path / "torch-1.dist-info" / "METADATA").write_text(metadata)
+    check = (str(ROOT / "docker" / "check_torch.py"), "before", str(tmp_path / "base"))
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        words, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False
-    )
+    words = [sys.executable, "-S", *check]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == bool(fault)
-    if not fault:
-        assert (tmp_path / "base" / "torch.json").is_file()
-        return
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert holds(line, f"torch {version}")
-    assert fault in line
-    assert "--build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3" in line
+    assert (tmp_path / "base" / "torch.json").is_file() or fault
+    if fault:
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert holds(line, f"torch {version}")
+        assert fault in line

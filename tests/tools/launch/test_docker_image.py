@@ -26,10 +26,12 @@ from launch.conftest import (
     requirements,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.nightly, pytest.mark.long]
 
 
-def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
+def test_a_run_trains_in_the_cpu_image_as_any_user(
+    daemon: dict[str, str], place: Place, cpu_image: str
+) -> None:
     """The command is the first process, so that signals reach it, in a home that can be written;
     nothing of pip is left.
     """
@@ -43,22 +45,9 @@ def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) 
     history = call(daemon, "docker", "history", "--no-trunc", cpu_image).stdout
     config = call(daemon, "docker", "image", "inspect", cpu_image).stdout
     assert "index-url" not in history + config
-    look = (
-        "docker",
-        "run",
-        "--rm",
-        cpu_image,
-        "ls",
-        "/build",
-        "/tmp/wheels",
-        "/etc/pip.conf",
-        "/root/.cache",
-    )
-    missing = os.strerror(errno.ENOENT)
-    assert call(daemon, *look, check=False).stderr.count(missing) == 4
-
-
-def test_a_run_trains_in_the_cpu_image(place: Place, cpu_image: str) -> None:
+    folders = ("/build", "/tmp/wheels", "/etc/pip.conf", "/root/.cache")
+    look = call(daemon, "docker", "run", "--rm", cpu_image, "ls", *folders, check=False)
+    assert look.stderr.count(os.strerror(errno.ENOENT)) == 4
     changes = ("train.duration=3 steps", "train.compile=off")
     place.finish("launch", "docker", "recipe.yaml", f"--image={cpu_image}", *changes)
     out = place.folder / "run"
@@ -78,12 +67,8 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
         lines = []
         for file, text in files.items():
             archive.writestr(file, text)
-            digest = (
-                base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
-                .rstrip(b"=")
-                .decode()
-            )
-            lines.append(f"{file},sha256={digest},{len(text)}\n")
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+            lines.append(f"{file},sha256={digest.rstrip(b'=').decode()},{len(text)}\n")
         archive.writestr(f"{info}/RECORD", "".join([*lines, f"{info}/RECORD,,\n"]))
     return path
 
@@ -101,47 +86,31 @@ ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
 
 @pytest.fixture(scope="module")
 def standin(daemon: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base whose torch is as NVIDIA's alphas are: older than the torch of the index, and new
-    enough.
+    """What docker/Dockerfile meets in NVIDIA's image: its own torch, an alpha that is older than that
+    of the index and new enough, its entry point, and constraints of all its packages.
     """
-    return make_standin(daemon, tmp_path_factory.mktemp("standin"), "2.11.0a0+standin.nv26.2")
-
-
-def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
-    """What docker/Dockerfile meets in NVIDIA's image: its own torch, its entry point, constraints
-    of all its packages.
-    """
+    folder, torch = tmp_path_factory.mktemp("standin"), "2.11.0a0+standin.nv26.2"
     wheel(folder, "torch", torch, {"torch/__init__.py": f"__version__ = {torch!r}\n"})
     (folder / "Dockerfile").write_text(STANDIN.format(python=PYTHON))
     (folder / "nvidia_entrypoint.sh").write_text('#!/bin/sh\necho "a banner" >&2\nexec "$@"\n')
     (folder / "nvidia_entrypoint.sh").chmod(0o755)
     (folder / "constraint.txt").write_text("peft==0.0.1\n")
     image, (client, kit) = f"tunesmith-test/standin:{torch.replace('+', '-')}", builder()
-    call(
-        {**env, "DOCKER_BUILDKIT": kit},
-        client,
-        "build",
-        "-q",
-        "--network",
-        "none",
-        "-t",
-        image,
-        str(folder),
-    )
+    words = ("build", "-q", "--network", "none", "-t", image, str(folder))
+    call({**daemon, "DOCKER_BUILDKIT": kit}, client, *words)
     return image
 
 
 def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
-    """Empty packages in place of each requirement, a newer torch among them; `carried`: one has a
-    file of that text more.
+    """Empty packages in place of each requirement, a newer torch among them.
+
+    Args:
+        carried: text of a file torch/__init__.py that a package has too.
     """
     shutil.rmtree(STANDINS, ignore_errors=True)
     STANDINS.mkdir()
-    pinned = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    )
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
     versions = {
         name.lower().replace("-", "_"): version
         for name, version in pinned.items()
@@ -150,12 +119,10 @@ def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
     names = {Requirement(text).name.lower().replace("-", "_") for text in requirements()}
     made = []
     for name in sorted(names - {"hatchling", "packaging"}):
-        files = {f"standin_{name}.py": ""} | (
-            {"torch/__init__.py": carried[name]} if name in carried else {}
-        )
-        made.append(wheel(STANDINS, name, versions[name], files))
+        more = {"torch/__init__.py": carried[name]} if name in carried else {}
+        made.append(wheel(STANDINS, name, versions[name], {f"standin_{name}.py": ""} | more))
     taken = {file.name.partition("-")[0] for file in made}
-    # Those of the build backend are
+    # Those of the build backend are small.
     small = (file for file in wheels if file.stat().st_size < 2 << 20)
     return [*made, *(file for file in small if file.name.partition("-")[0].lower() not in taken)]
 
@@ -163,65 +130,31 @@ def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
 def test_the_torch_of_the_base_is_kept(
     daemon: dict[str, str], wheels: list[Path], standin: str
 ) -> None:
-    done = build(
-        daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-kept", standin
-    )
+    context, image = make_context(standin_wheels(wheels)), f"{PYTHON}-kept"
+    done = build(daemon, context, "Dockerfile", image, standin)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("dist-packages/torch/__init__.py: kept") == 2
     code = "import os, torch, standin_peft; print(os.getpid(), torch.__version__)"
-    said = call(
-        daemon,
-        "docker",
-        "run",
-        "--rm",
-        "--user",
-        "54321:54321",
-        f"{PYTHON}-kept",
-        "python",
-        "-c",
-        code,
-    )
+    user = ("docker", "run", "--rm", "--user", "54321:54321")
+    said = call(daemon, *user, image, "python", "-c", code)
     assert said.stdout.split() == ["1", "2.11.0a0+standin.nv26.2"]
     assert "a banner" in said.stderr  # NVIDIA's entry point was not lost
 
 
-def test_a_torch_that_pip_replaced_fails_the_build(
-    daemon: dict[str, str], wheels: list[Path], standin: str
+@pytest.mark.parametrize("base", ["of NVIDIA", "without torch"])
+def test_a_build_that_ends_with_another_torch_or_none_fails_with_a_line(
+    daemon: dict[str, str], wheels: list[Path], standin: str, base: str
 ) -> None:
-    context = make_context(standin_wheels(wheels, accelerate="__version__ = 'another'"))
-    done = build(daemon, context, "Dockerfile", f"{PYTHON}-replaced", standin)
-    faults = [
-        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")
-    ]
+    carried = {"accelerate": "__version__ = 'another'"} if base == "of NVIDIA" else {}
+    context = make_context(standin_wheels(wheels, **carried))
+    under = standin if carried else PYTHON
+    done = build(daemon, context, "Dockerfile", f"{PYTHON}-refused", under)
+    lines = (done.stdout + done.stderr).splitlines()
+    faults = [line for line in lines if line.startswith("error: ")]
     assert len(faults) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "pip replaced the base's torch, 2.11.0a0+standin.nv26.2 in /usr/local/lib" in faults[0]
-    assert "by 2.11.0a0+standin.nv26.2 in /opt/tunesmith/lib" in faults[0]
-    assert done.returncode == 1
-
-
-@pytest.mark.parametrize(
-    ("torch", "fault"),
-    [
-        (
-            "2.10.0",
-            "the base has torch 2.10.0, as NVIDIA's images before 26.02 do, and tunesmith needs torch>=2.11",
-        ),
-        (
-            "",
-            "the base has no torch; use a base with torch: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3",
-        ),
-    ],
-)
-def test_a_base_that_does_not_fit_fails_with_a_line(
-    daemon: dict[str, str], wheels: list[Path], tmp_path: Path, torch: str, fault: str
-) -> None:
-    base = make_standin(daemon, tmp_path, torch) if torch else PYTHON
-    done = build(
-        daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-refused", base
-    )
-    faults = [
-        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")
-    ]
-    assert len(faults) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert fault in faults[0]
+    if carried:
+        assert "2.11.0a0+standin.nv26.2 in /usr/local/lib" in faults[0]
+        assert "2.11.0a0+standin.nv26.2 in /opt/tunesmith/lib" in faults[0]
+    else:
+        assert "--build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3" in faults[0]
     assert done.returncode == 1

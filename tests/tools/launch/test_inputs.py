@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from errors import refuses
 from recipes import merge, write_rows
 from tunesmith.config import paths
 from tunesmith.config.load import from_mapping
@@ -25,13 +26,10 @@ def inputs(folder: Path, **changes: Any) -> list[Path]:
     return recipe_inputs(from_mapping(merge(ON_THE_HUB, changes), where="test", base=folder))
 
 
-def test_a_recipe_on_the_hub_needs_no_file(tmp_path: Path) -> None:
-    assert inputs(tmp_path) == []
-
-
 @pytest.mark.parametrize("key", paths._INPUTS)
 def test_each_key_that_may_hold_a_path_is_brought_along(tmp_path: Path, key: str) -> None:
     """The table of `config/paths.py` is the reference: a key that it gains must be gained here."""
+    assert inputs(tmp_path) == []
     ending = paths._INPUTS[key][0] if paths._INPUTS[key] else ".jinja"
     file = tmp_path / f"given{ending}"
     file.write_text("x")
@@ -41,17 +39,12 @@ def test_each_key_that_may_hold_a_path_is_brought_along(tmp_path: Path, key: str
     assert inputs(tmp_path, **value) == [file]
 
 
-def test_a_file_that_several_keys_name_comes_once(tmp_path: Path) -> None:
+def test_a_file_that_several_keys_name_comes_once_and_a_missing_one_is_named(
+    tmp_path: Path,
+) -> None:
     rows, other = write_rows(tmp_path / "rows.jsonl", 2), write_rows(tmp_path / "other.jsonl", 2)
-    sources = [{"source": str(rows)}, {"source": str(other)}]
-    assert inputs(tmp_path, data={"train": sources, "validation": {"source": str(rows)}}) == [
-        rows,
-        other,
-    ]
-
-
-def test_one_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
+    data = {"train": [{"source": str(rows)}, {"source": str(other)}]}
+    found = inputs(tmp_path, data=data | {"validation": {"source": str(rows)}})
+    assert found == [rows, other]
+    with refuses(UsageError, where="data.validation.source", names=[tmp_path / "gone.jsonl"]):
         inputs(tmp_path, data={"validation": {"source": "./gone.jsonl"}})
-    assert str(tmp_path / "gone.jsonl") in caught.value.what
-    assert caught.value.where == "data.validation.source"

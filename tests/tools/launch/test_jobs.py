@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +18,8 @@ import psutil
 import pytest
 
 from errors import check_shown, holds, lines_with
+from invoke import invoke
 from recipes import recipe
-from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from tunesmith.launch.job import FOLDER, Job, save_job, state_folder
@@ -25,9 +27,9 @@ from tunesmith.launch.jobs import all_jobs, find_job
 from tunesmith.launch.local_job import LocalJob
 from tunesmith.launch.slurm_job import SlurmJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
-from tunesmith.training.run import train
 
 GONE = {"pid": "0", "created": "never"}
+RUN_SLURM = "tunesmith.launch.slurm_job.run_slurm"
 
 
 @pytest.fixture
@@ -36,23 +38,42 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "failure.json").write_text(json.dumps({"what": "rank 1 was killed"}))
-    a_minute_ago = time.time() - 60
-    os.utime(folder / "failure.json", (a_minute_ago, a_minute_ago))
+    fail(folder, "rank 1 was killed")
+    age(folder / "failure.json")
     return folder
+
+
+def fail(out: Path, what: str) -> None:
+    (out / "failure.json").write_text(json.dumps({"what": what}))
+
+
+def age(file: Path) -> None:
+    """Let a file be a minute old."""
+    a_minute_ago = time.time() - 60
+    os.utime(file, (a_minute_ago, a_minute_ago))
+
+
+@contextmanager
+def at_work(out: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, as a run that trains does."""
+    import fcntl
+
+    with (out / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def created_at(process: psutil.Process) -> dict[str, str]:
     return {"pid": str(process.pid), "created": str(process.create_time())}
 
 
-def launched(name: str, out: Path) -> LocalJob:
-    job = LocalJob(name, str(out), details=GONE)
+def launched(name: str, out: Path, details: dict[str, str] = GONE) -> LocalJob:
+    job = LocalJob(name, str(out), details=details)
     save_job(job)
     return job
 
 
-def test_an_earlier_job_of_a_directory_does_not_tell_of_the_later_one(out: Path):
+def test_an_earlier_job_of_a_directory_neither_tells_of_the_later_one_nor_stops_it(out: Path):
     earlier = launched("local-1", out)
     (out / STOPPED).write_text("{}")
     assert earlier.state().state is RunState.STOPPED
@@ -61,24 +82,14 @@ def test_an_earlier_job_of_a_directory_does_not_tell_of_the_later_one(out: Path)
     assert later.state().state is RunState.STOPPED
     assert earlier.state().state is RunState.UNKNOWN
     assert holds(earlier.state().text, "local-2")
-
-
-def test_stopping_an_earlier_job_leaves_the_later_one_at_work(out: Path):
-    import fcntl
-
-    earlier = launched("local-1", out)
-    later = launched("local-2", out)
-    with (out / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with at_work(out):
         assert holds(earlier.stop(), "local-2")
         assert not (out / STOP_FILE).exists()
         later.stop()
     assert (out / STOP_FILE).exists()
 
 
-def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
-    out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(out: Path) -> None:
     """As after `launch local --detach`, while the ranks still import torch."""
     (out / "failure.json").unlink()
     launched("local-1", out)
@@ -87,17 +98,12 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
     (out / FOLDER).mkdir()
 
     def states() -> list[str]:
-        found = []
-        for command in ("status", "report"):
-            assert main([command, str(out), "--json"]) == EXIT_OK
-            told = json.loads(capsys.readouterr().out)
-            found.append((told[0] if command == "status" else told["runs"][0])["state"])
-        return found
+        status = json.loads(invoke("status", out, "--json").out)
+        return [status[0]["state"], json.loads(invoke("report", out, "--json").out)["runs"][0]["state"]]  # fmt: skip
 
     assert states() == ["stopped"] * 2
-    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as agent:
-        details = {"pid": str(agent.pid), "created": str(agent.create_time())}
-        save_job(LocalJob("local-2", str(out), details=details))
+    with psutil.Popen([sys.executable, "-ISc", "input()"], stdin=subprocess.PIPE) as agent:
+        launched("local-2", out, created_at(agent))
         assert states() == ["running"] * 2
         agent.communicate()
     assert states()[1:] == ["stopped"]
@@ -105,38 +111,35 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
 
 @pytest.mark.parametrize("launcher", [["local", "--detach"], ["swarm", "--render"]])
 def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
-    launcher: list[str], tiny: Path, out: Path, capfd: pytest.CaptureFixture[str]
+    launcher: list[str], tiny: Path, out: Path
 ) -> None:
     """Its log, and the recipe that its nodes read again, stay; its process need not have the lock
     yet, and need not have been launched.
     """
-    import fcntl
-
     (out / "failure.json").unlink()  # the folder is no run's
     file = out.parent / "recipe.yaml"
     file.write_text(json.dumps(recipe(tiny, out.parent, held=False)))
-    command = ["launch", launcher[0], str(file), *launcher[1:]]
+    command = ("launch", launcher[0], file, *launcher[1:])
     log = out / "launch" / "output.log"
     log.parent.mkdir()
     log.write_text("first")
-    save_job(LocalJob("local-1", str(out), details=created_at(psutil.Process())))
+    launched("local-1", out, created_at(psutil.Process()))
     launched("local-2", out)
-    assert main(command) == EXIT_USAGE
-    stop = "tunesmith stop local-1"
-    check_shown(capfd.readouterr().err, where=str(out), names=["local-1"], fix=[stop])
+    done = invoke(*command)
+    assert done.code == EXIT_USAGE
+    check_shown(done.err, where=str(out), names=["local-1"], fix=["tunesmith stop local-1"])
     shutil.rmtree(out.parent / "state")
     (out.parent / "state").touch()  # no job can be noted
-    with (out / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(command) == EXIT_USAGE
-    check_shown(capfd.readouterr().err, where=str(out), fix=[f"tunesmith stop {out}"])
+    with at_work(out):
+        done = invoke(*command)
+    assert done.code == EXIT_USAGE
+    check_shown(done.err, where=str(out), fix=[f"tunesmith stop {out}"])
     assert log.read_text() == "first"
     assert [path.name for path in log.parent.iterdir()] == [log.name]
 
 
 def test_a_note_of_an_unknown_kind_leaves_the_run_readable(out: Path) -> None:
-    job = LocalJob("local-1", str(out), details=created_at(psutil.Process()))
-    save_job(job)
+    job = launched("local-1", out, created_at(psutil.Process()))
     assert [type(job) for job in all_jobs()] == [LocalJob]
     (state_folder() / "local-1.json").unlink()
     save_job(replace(job, name="cloud-1"))
@@ -149,15 +152,13 @@ def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
     assert holds(Job("", str(out)).state().text, "rank 1")
     job = launched("local-1", out)
     assert job.state().state is RunState.UNKNOWN
-    (out / "failure.json").write_text(json.dumps({"what": "rank 0 was killed"}))
+    fail(out, "rank 0 was killed")
     assert holds(job.state().text, "rank 0")
 
 
 def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fcntl
-
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/mine"
@@ -169,14 +170,11 @@ def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
     ]
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "env.json").write_text('{"recipe_hash": ""}')
-    with (run / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(["status", "runs/mine"]) == EXIT_OK
-    (line,) = capsys.readouterr().out.splitlines()
+    with at_work(run):
+        (line,) = invoke("status", "runs/mine").out.splitlines()
     assert line.split()[:2] == ["runs/mine", "running"], "it has no other name"
     assert holds(line, "step 87 of 190", 1.5, "3:26 min")
-    assert main(["status", "runs/mine"]) == EXIT_OK
-    assert "left" not in capsys.readouterr().out, "it was killed"
+    assert "left" not in invoke("status", "runs/mine").out, "it was killed"
     (run / "config.yaml").write_text("train: {duration: 2 h}\n")
     assert Job("", str(run)).state().text.startswith("step 87, ")
 
@@ -194,8 +192,6 @@ def test_a_stop_in_a_validation_changes_no_total(out: Path) -> None:
 
 def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run at work, and of one that has ended."""
-    import fcntl
-
     files: list[Path] = []
 
     def counted(file: Path) -> BinaryIO:
@@ -204,8 +200,7 @@ def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPat
 
     (out / METRICS).write_text('{"step": 1, "loss": 1.5, "step_seconds": 2.0}\n')
     monkeypatch.setattr("tunesmith.metrics.record.open_regular", counted)
-    with (out / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with at_work(out):
         assert Job("", str(out)).state() == (RunState.RUNNING, "step 1, loss 1.5")
         assert len(files) == 1
     assert Job("", str(out)).state().state is RunState.FAILED
@@ -213,72 +208,83 @@ def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_queue_that_does_not_answer_hides_no_other_job(
-    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
-    def silent(*command: str) -> tuple[int, str, str]:
-        return 1, "", "no-controller"
-
-    monkeypatch.setattr("tunesmith.launch.slurm_job.run_slurm", silent)
+    monkeypatch.setattr(RUN_SLURM, lambda *_: (1, "", "no-controller"))
     launched("local-1", out)
-    (out / "failure.json").write_text(json.dumps({"what": "rank 1 was killed"}))
+    fail(out, "rank 1 was killed")
     for number in ("4", "5"):
         folder = out.parent / f"run-{number}"
         save_job(SlurmJob(f"slurm-{number}", str(folder), details={"id": number}))
-    assert main(["status", "--json"]) == EXIT_OK
-    rows = json.loads(capsys.readouterr().out)
+    done = invoke("status", "--json")
+    rows = json.loads(done.out)
     states = {row["job"]: row["state"] for row in rows}
     assert states == {"local-1": "failed", "slurm-4": "unknown", "slurm-5": "unknown"}
     unknown = [row["text"] for row in rows if row["state"] == "unknown"]
     assert all(holds(text, "no-controller", "tunesmith doctor --slurm") for text in unknown)
+    assert done.code == EXIT_OK
 
 
-@pytest.mark.parametrize("launcher", [["local", "--detach"], ["slurm", "--gpus-per-node", "0"]])
+LAUNCHERS = (["local", "--detach"], ["slurm", "--gpus-per-node", "0"])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_files_tell_of_a_start_is_told_before_it_is_out_of_sight(
-    launcher: list[str],
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    launcher: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that is not there, a row that is not the first, and a run that has finished."""
+    """A model that is not there, and a row that is not the first."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, train={"duration": "2 steps"})))
-    command = ["launch", launcher[0], str(file), *launcher[1:]]
-    assert main([*command, "model.name=/nowhere/model"]) == EXIT_USAGE
-    check_shown(capfd.readouterr().err, where="model.name", names=["/nowhere/model"])
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    command = ("launch", launcher[0], file, *launcher[1:])
+    done = invoke(*command, "model.name=/nowhere/model")
+    assert done.code == EXIT_USAGE
+    check_shown(done.err, where="model.name", names=["/nowhere/model"])
     rows = Path(load_recipe(file).data.train[0].source)
-    good = rows.read_text()
-    count = good.count("\n")
-    rows.write_text(good + '{"prompt": 1}\n{"prompt": 1}\n')
-    assert main(command) == EXIT_USAGE
-    place = f"{rows.name}:{count + 1}"
-    check_shown(capfd.readouterr().err, where=place, names=[2, count + 2])
+    count = rows.read_text().count("\n")
+    rows.write_text(rows.read_text() + '{"prompt": 1}\n{"prompt": 1}\n')
+    done = invoke(*command)
+    assert done.code == EXIT_USAGE
+    check_shown(done.err, where=f"{rows.name}:{count + 1}", names=[2, count + 2])
     assert not (tmp_path / "run").exists()
-    rows.write_text(good)
-    train(file, quiet=True)
-    capfd.readouterr()
-    assert main(command) == EXIT_OK
-    assert lines_with(capfd.readouterr().out, "2 steps", "train.duration")
-    assert not (tmp_path / "run/launch").exists()
 
 
-@pytest.mark.parametrize("log", ["of a rank", "of Slurm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_that_has_finished_is_not_launched_again(
+    launcher: list[str], trained_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained_copy()
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    monkeypatch.setenv("XDG_STATE_HOME", str(run.parent / "state"))
+    command = ("launch", launcher[0], run.parent / "recipe.yaml", *launcher[1:])
+    done = invoke(*command)
+    assert done.code == EXIT_OK, done.err
+    assert lines_with(done.out, "8 steps", "train.duration")
+    assert not (run / "launch").exists()
+    if launcher[0] == "slurm":
+        done = invoke(*command, "train.duration=9 steps")
+        assert done.code == EXIT_USAGE
+        check_shown(done.err, where="PATH", names=["sbatch"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "start 0\nerror: rows.jsonl:8\n    2/19\n  why: x\nsrun: error: n1: task 0",
+        "start 0\nslurmstepd: error: rows.jsonl:8 2/19\nerror: later\n",
+    ],
+    ids=["of a rank", "of Slurm"],
+)
 def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
-    log: str, out: Path
+    text: str, out: Path
 ) -> None:
     """Beside an earlier run too; what that one says is not of this start."""
-    lines = {
-        "of a rank": "start 0\nerror: rows.jsonl:8\n    2/19\n  why: x\nsrun: error: n1: task 0",
-        "of Slurm": "start 0\nslurmstepd: error: rows.jsonl:8 2/19\nerror: later\n",
-    }
     file = out / FOLDER / "output.log"
     file.parent.mkdir()
-    file.write_text(lines[log])
+    file.write_text(text)
     (out / METRICS).write_text('{"step": 1, "loss": 1.5}\n')
-    a_minute_ago = time.time() - 60
-    os.utime(out / METRICS, (a_minute_ago, a_minute_ago))
+    age(out / METRICS)
     job = LocalJob("local-1", str(out), log=str(file), details=GONE)
     save_job(job)
     assert job.state() == (RunState.FAILED, "rows.jsonl:8 2/19")
@@ -290,7 +296,7 @@ def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending = "PENDING|BeginTime|0:00|10:00|\n"
-    monkeypatch.setattr("tunesmith.launch.slurm_job.run_slurm", lambda *_: (0, pending, ""))
+    monkeypatch.setattr(RUN_SLURM, lambda *_: (0, pending, ""))
     job = SlurmJob("slurm-4", str(out), details={"id": "4"})
     save_job(job)
     assert job.state() == (RunState.QUEUED, "PENDING: BeginTime")
@@ -303,14 +309,13 @@ def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
     assert "process" not in job.state().text
 
 
-def test_a_mistyped_run_is_named(
-    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistyped_run_or_job_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(out.parent)
     (out.parent / "runs/small").mkdir(parents=True)
-    assert main(["status", "runs/smal"]) == EXIT_USAGE
-    assert "runs/small" not in capsys.readouterr().err, "it is no run"
+    assert "runs/small" not in invoke("status", "runs/smal").err, "it is no run"
     (out.parent / "runs/small" / METRICS).touch()
     for command in ("status", "logs", "stop"):
-        assert main([command, "runs/smal"]) == EXIT_USAGE
-        check_shown(capsys.readouterr().err, names=["runs/smal"], fix=["runs/small?"])
+        done = invoke(command, "runs/smal")
+        assert done.code == EXIT_USAGE
+        check_shown(done.err, names=["runs/smal"], fix=["runs/small?"])
+    assert invoke("status", "slurm-4").code == EXIT_USAGE

@@ -1,17 +1,13 @@
-"""The playbook's old ways in: its scripts under `accelerate launch`, with its configs and run
-scripts, and on all GPUs.
-"""
+"""The playbook's old ways in: its scripts under `accelerate launch`, with its configs and run scripts."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,9 +25,8 @@ from playbook import SCRIPTS
 from ranks import free_port, run_ranks
 from tunesmith.config.schema import Parallel
 from tunesmith.tools.launch import deploy
+from waiting import wait_for
 from warm import Warm, fork_in_place, fork_ranks
-
-pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FOLDER = Path(__file__).parents[3] / "scripts"
 FULL, LORA, BIG, QLORA = SCRIPTS
@@ -72,10 +67,10 @@ OLD: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def old_config(folder: Path, name: str, **changes: Any) -> Path:
+def old_config(folder: Path, name: str) -> Path:
     """An old config's file; JSON is YAML."""
-    path = folder / f"{name}-{len(list(folder.glob(f'{name}-*')))}.yaml"
-    path.write_text(json.dumps(OLD[name] | {"main_process_port": free_port()} | changes))
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(OLD[name] | {"main_process_port": free_port()}))
     return path
 
 
@@ -89,42 +84,6 @@ def variables(config: Path, *flags: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name.startswith(PREFIXES)}
 
 
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def words(tiny: Path, tmp_path: Path) -> list[str]:
-    """Flags of a short run in fp32, without its batch and its folder."""
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    found = ["--model_name", str(tiny), "--data", str(tmp_path / "rows.json"), "--dtype", "float32"]
-    return [*found, "--seq_length", "512", "--log_dir", str(tmp_path / "logs")]
-
-
-def alone(script: str, words: list[str], out: Path, batch: int) -> list[float]:
-    """The losses of one process with this batch."""
-    assert (
-        playbook.main(
-            script, [*words, "--batch_size", str(batch), "--output_dir", str(out), "--ranks", "1"]
-        )
-        == 0
-    )
-    return losses(out)
-
-
-def opens(script: str, model: Path, out: Path) -> None:
-    """The files in the run directory itself open in PEFT or Transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    assert "### Instruction:" in AutoTokenizer.from_pretrained(out).chat_template
-    if script == FULL:
-        AutoModelForCausalLM.from_pretrained(out)
-    else:
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(out))
-
-
 # --- what accelerate's variables ask for
 
 
@@ -134,46 +93,36 @@ def test_each_variable_of_an_old_config_is_honoured_or_named_as_ignored(tmp_path
     found = read_launcher(env, set(), world=2, local_world=1)
     assert found.parallel == Parallel(replicate=1, shard=2)
     assert found.flags == {"dtype": "bfloat16"}
-    assert len(found.lines) == len({line.partition("=")[0] for line in found.lines}), (
-        "each in one line"
-    )
-    silent = {n for n in env if not any(line.startswith(f"{n}=") for line in found.lines)}
-    # The others say what they switch on
-    switches = {
-        "ACCELERATE_USE_FSDP",
-        "ACCELERATE_USE_PARALLELISM_CONFIG",
-    }
-    neutral = {
-        n for n in silent if env[n].lower() in NOTHING or DEFAULTS.get(n) == env[n] or env[n] == "1"
-    }
-    assert silent - switches - neutral <= {"FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY"}
+    named = [line.partition("=")[0] for line in found.lines]
+    assert len(named) == len({*named}), "each in one line"
+    # The others say what they switch on, or nothing.
+    silent = {*env} - {*named}
+    silent -= {n for n in silent if env[n].lower() in NOTHING or env[n] in (DEFAULTS.get(n), "1")}
+    switches = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"}
+    assert silent - switches <= {"FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY"}
     assert any("FSDP_STATE_DICT_TYPE" in line and "ignored" in line for line in found.lines)
     if name == "full":
         assert any(line.startswith("FSDP_RESHARD_AFTER_FORWARD=false ") for line in found.lines)
         assert "PARALLELISM_CONFIG_DP_SHARD_SIZE=2: parallel.shard 2" in found.lines
+        # Sizes that do not make the ranks are ignored by name.
+        other = read_launcher(env, set(), world=8, local_world=8)
+        assert other.parallel == Parallel(replicate=1, shard=8)
+        assert lines_with("\n".join(other.lines), 2, 8)
 
 
 @pytest.mark.parametrize(
-    ("flags", "world", "local", "parallel"),
+    ("strategy", "parallel"),
     [
-        ([], 4, 2, Parallel(replicate=1, shard=4)),
-        (["--fsdp_sharding_strategy", "SHARD_GRAD_OP"], 4, 2, Parallel(replicate=1, shard=4)),
-        (["--fsdp_sharding_strategy", "NO_SHARD"], 4, 2, Parallel(replicate=4, shard=1)),
-        (["--fsdp_sharding_strategy", "3"], 4, 2, Parallel(replicate=4, shard=1)),
-        (["--fsdp_sharding_strategy", "HYBRID_SHARD"], 4, 2, Parallel(replicate=2, shard=2)),
+        ("FULL_SHARD", Parallel(replicate=1, shard=4)),
+        ("SHARD_GRAD_OP", Parallel(replicate=1, shard=4)),
+        ("NO_SHARD", Parallel(replicate=4, shard=1)),
+        ("3", Parallel(replicate=4, shard=1)),
+        ("HYBRID_SHARD", Parallel(replicate=2, shard=2)),
     ],
 )
-def test_a_sharding_strategy_is_a_mesh(
-    tmp_path: Path, flags: list[str], world: int, local: int, parallel: Parallel
-) -> None:
-    env = variables(old_config(tmp_path, "lora"), *flags)
-    assert read_launcher(env, set(), world=world, local_world=local).parallel == parallel
-
-
-def test_sizes_that_do_not_make_the_ranks_are_ignored_by_name(tmp_path: Path) -> None:
-    found = read_launcher(variables(old_config(tmp_path, "full")), set(), world=8, local_world=8)
-    assert found.parallel == Parallel(replicate=1, shard=8)
-    assert lines_with("\n".join(found.lines), 2, 8)
+def test_a_sharding_strategy_is_a_mesh(tmp_path: Path, strategy: str, parallel: Parallel) -> None:
+    env = variables(old_config(tmp_path, "lora"), "--fsdp_sharding_strategy", strategy)
+    assert read_launcher(env, set(), world=4, local_world=2).parallel == parallel
 
 
 @pytest.mark.parametrize(
@@ -197,50 +146,75 @@ def test_a_variable_sets_a_flag_unless_it_was_typed(
     assert read_launcher(env, set(), world=2, local_world=2).flags == flags
     typed = read_launcher(env, set(flags), world=2, local_world=2)
     assert typed.flags == {}
-    for flag in flags:
-        assert lines_with("\n".join(typed.lines), f"--{flag}")
+    assert all(lines_with("\n".join(typed.lines), f"--{flag}") for flag in flags)
 
 
 def test_what_is_kept_on_the_host_and_what_is_unknown(tmp_path: Path) -> None:
-    env = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_OFFLOAD_PARAMS": "true",
-        "ACCELERATE_SOMETHING": "new",
-    }
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_THING": "new"}
     found = read_launcher(env, set(), world=2, local_world=2)
     assert found.offload == ("parameters",)
     args = playbook.parser(LORA).parse_args([])
     run = playbook.make_recipe(LORA, args, folder=tmp_path, batches=2, asked=found)
     assert (run.train.cpu_offload, run.parallel.shard) == (("parameters",), 2)
-    assert lines_with("\n".join(found.lines), "ACCELERATE_SOMETHING=new")
+    assert lines_with("\n".join(found.lines), "ACCELERATE_THING=new")
 
 
-def test_variables_of_the_launch_reach_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("typed", "dtype"),
+    [([], "float16"), (["--dtype", "bfloat16"], "bfloat16"), (["--dty=float32"], "float32")],
+)
+def test_variables_of_the_launch_reach_the_flags(
+    typed: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    for typed, dtype in (
-        ([], "float16"),
-        (["--dtype", "bfloat16"], "bfloat16"),
-        (["--dty=float32"], "float32"),
-    ):
-        args = playbook.parser(LORA).parse_args(typed)
-        playbook.read_settings(LORA, args, typed)
-        assert args.dtype == dtype
+    args = playbook.parser(LORA).parse_args(typed)
+    playbook.read_settings(LORA, args, typed)
+    assert args.dtype == dtype
 
 
 @pytest.mark.parametrize("name", ["config_finetuning", "config_fsdp_lora"])
 def test_nothing_is_typed_into_the_configs(name: str) -> None:
-    text = (FOLDER / "configs" / f"{name}.yaml").read_text()
-    keys = {
-        line.partition(":")[0].strip() for line in text.splitlines() if not line.startswith("#")
-    }
+    file = FOLDER / "configs" / f"{name}.yaml"
+    keys = {line.partition(":")[0].strip() for line in file.read_text().splitlines()}
     assert not keys & {"machine_rank", "main_process_ip"}
-    found = read_launcher(
-        variables(FOLDER / "configs" / f"{name}.yaml"), set(), world=2, local_world=2
-    )
+    found = read_launcher(variables(file), set(), world=2, local_world=2)
     assert found.parallel == Parallel(replicate=1, shard=2)
 
 
 # --- training
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path) -> list[str]:
+    """Flags of a short run in fp32, without its batch and its folder."""
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    found = ["--model_name", str(tiny), "--data", str(tmp_path / "rows.json"), "--dtype", "float32"]
+    return [*found, "--seq_length", "512", "--log_dir", str(tmp_path / "logs")]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def alone(script: str, words: list[str], out: Path) -> list[float]:
+    """The losses of one process with a batch of 4."""
+    flags = ["--batch_size", "4", "--output_dir", str(out), "--ranks", "1"]
+    assert playbook.main(script, [*words, *flags]) == 0
+    return losses(out)
+
+
+def check_run(script: str, words: list[str], model: Path, out: Path) -> None:
+    """A run trained as one process does, and opens in PEFT or Transformers as it is."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # fp32: sums in another order
+    assert losses(out) == pytest.approx(alone(script, words, out.parent / "alone"), rel=1e-4)
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(out).chat_template
+    if script == FULL:
+        AutoModelForCausalLM.from_pretrained(out)
+    else:
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(out))
 
 
 def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
@@ -248,95 +222,84 @@ def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
     return playbook.main(script, words)
 
 
-# The fourth script is that of the two nodes below.
-@pytest.mark.parametrize(("script", "config"), [(BIG, "lora"), (QLORA, "lora"), (FULL, "full")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        (LORA, "lora"),
+        (FULL, "full"),
+        pytest.param(BIG, "lora", marks=pytest.mark.nightly),
+        pytest.param(QLORA, "lora", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_script_under_an_old_config_is_one_process_with_their_batches(
     script: str, config: str, words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     """Two ranks with the variables that accelerate sets; each takes --batch_size examples a step."""
-    out = tmp_path / "run"
-    env = variables(old_config(tmp_path, config))
-    assert run_ranks(
-        2, run_rank, env, script, [*words, "--batch_size", "2", "--output_dir", str(out)]
-    ) == [0, 0]
-    # fp32: sums in another order
-    assert losses(out) == pytest.approx(alone(script, words, tmp_path / "alone", 4), rel=1e-4)
-    opens(script, tiny, out)
+    out, env = tmp_path / "run", variables(old_config(tmp_path, config))
+    flags = [*words, "--batch_size", "2", "--output_dir", str(out)]
+    assert run_ranks(2, run_rank, env, script, flags) == [0, 0]
+    check_run(script, words, tiny, out)
 
 
 def start(*command: str | Path, **env: str) -> subprocess.Popen[str]:
-    around = {
-        name: value for name, value in os.environ.items() if not name.startswith("FINETUNING")
-    }
+    around = {k: v for k, v in os.environ.items() if not k.startswith("FINETUNING")}
     return subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=around | {"OMP_NUM_THREADS": "1"} | env, start_new_session=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
     try:
         said = process.communicate(timeout=TIME)[0]
     finally:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == code, said
+    assert process.returncode == 0, said
     return said
 
 
+@pytest.mark.nightly
 def test_a_run_script_starts_the_processes_of_one_machine(
     words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(FORKING)
-    search = os.pathsep.join([str(tmp_path), *sys.path])
-    out = tmp_path / "run"
+    out, search = tmp_path / "run", os.pathsep.join([str(tmp_path), *sys.path])
     command = [FOLDER / "run-multi-llama_3b", *words, "--batch_size", "2", "--output_dir", str(out)]
     said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2", PYTHONPATH=search))
-    assert (
-        said.count("accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n") == 1
-    ), said
+    told = "accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n"
+    assert said.count(told) == 1, said
     assert said.count("TRAINING COMPLETED") == 1, "one rank speaks"
-    assert losses(out) == pytest.approx(alone(FULL, words, tmp_path / "alone", 4), rel=1e-4)
-    opens(FULL, tiny, out)
+    check_run(FULL, words, tiny, out)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
     words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
+    def steps() -> int:
+        file = out / "metrics.jsonl"
+        return len(file.read_bytes().splitlines()) if file.exists() else 0
+
     out = tmp_path / "run"
     words = [*words, "--num_epochs", "4"]
     flags = ["--batch_size", "4", "--output_dir", out, "--ranks", "2"]
-    with (tmp_path / "said").open("wb") as said:
-        streams = (None, said.fileno(), said.fileno())
-        ranks = Warm(
-            [*words, *flags],
-            program=FOLDER / f"{LORA}.py",
-            prepare=fork_ranks,
-            streams=streams,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = Warm([*words, *flags], program=FOLDER / f"{LORA}.py", prepare=fork_ranks, env=env)
     try:
-        deadline = time.monotonic() + TIME
-        while (
-            not (out / "metrics.jsonl").exists()
-            or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3
-        ):
-            assert ranks.poll() is None, (tmp_path / "said").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: steps() >= 3, ranks)
         ranks.send_signal(signal.SIGTERM)
-        code = ranks.wait(TIME)
+        said = "".join(ranks.communicate(TIME))
     finally:
         ranks.kill()
-    said = (tmp_path / "said").read_text()
-    assert code == 75, said
+    assert ranks.returncode == 75, said
     assert "Effective batch size: 4\n" in said
     assert holds(said, "2 ranks")
-    assert len(re.findall(r"SIGTERM.*step \d", said)) == 1
-    done = len(losses(out))
-    both = alone(LORA, words, out, 4)
+    assert len(lines_with(said, "SIGTERM")) == 1
+    done = steps()
+    both = alone(LORA, words, out)
     assert 3 <= done < len(both) == 24
-    assert both == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
-    opens(LORA, tiny, out)
+    check_run(LORA, words, tiny, out)
 
 
 def test_another_launcher_says_how_many(
@@ -354,30 +317,12 @@ STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NO
         "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0"}  # fmt: skip
 
 
-def test_a_slurm_step_says_where_a_node_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "scontrol").write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && echo gpu3 && echo gpu4\n'
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name, value in STEP.items():
-        monkeypatch.setenv(name, value)
-    assert run_multi.find_place() == run_multi.Place(2, 1, "gpu3", 24567)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
-    with pytest.raises(run_multi.Refused, match="--ntasks-per-node 1"):
-        run_multi.find_place()
-    for name in STEP:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    with pytest.raises(run_multi.Refused, match="srun"):
-        run_multi.find_place()
-
-
 @pytest.mark.parametrize(
     ("env", "place"),
     [
+        (STEP, (2, 1, "gpu3", 24567)),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "--ntasks-per-node 1"),
+        ({"SLURM_JOB_NUM_NODES": "2"}, "srun"),
         ({"MASTER_ADDR": "127.0.0.1"}, (2, 0, "127.0.0.1", 29500)),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711"}, (2, 0, "127.0.0.1", 4711)),
         ({"MASTER_ADDR": "127.0.0.9"}, (2, 1, "127.0.0.9", 29500)),
@@ -391,12 +336,19 @@ def test_a_slurm_step_says_where_a_node_stands(
         ({}, (1, 0, "127.0.0.1", 0)),
     ],
 )
-def test_an_address_of_the_first_node_says_where_a_node_stands(
-    env: dict[str, str], place: tuple[object, ...] | str, monkeypatch: pytest.MonkeyPatch
+def test_a_slurm_step_or_the_first_node_s_address_says_where_a_node_stands(
+    env: dict[str, str],
+    place: tuple[object, ...] | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    script = '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && echo gpu3 && echo gpu4\n'
+    (tmp_path / "scontrol").write_text(script)
+    (tmp_path / "scontrol").chmod(0o755)
     look = deploy.NodeFacts("a", (0, 0), False, [])
     monkeypatch.setattr(deploy, "read_facts", lambda host: look)
-    monkeypatch.setattr(os, "environ", dict(env))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    monkeypatch.setattr(os, "environ", env | {"PATH": path})
     if isinstance(place, tuple):
         assert run_multi.find_place() == place
         return
@@ -424,71 +376,42 @@ def test_on_the_host_a_run_script_enters_the_container_and_shows_no_token(
 ) -> None:
     (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; echo "token $HF_TOKEN"\n')
     (tmp_path / "docker").chmod(0o755)
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FINETUNING_CONTAINER": "4711",
-        "HF_TOKEN": "hf_canary00",
-    }
-    said = finish(
-        start(FOLDER / f"run-multi-llama_{name}", "--num_epochs", "2; reboot", **env)
-    ).splitlines()
-    assert said[-1] == "token hf_canary00", "by the environment"
-    assert not any("canary" in word for word in said[: said.index("token hf_canary00")])
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FINETUNING_CONTAINER": "4711"}
+    given = ("--num_epochs", "2; reboot")
+    process = start(FOLDER / f"run-multi-llama_{name}", *given, HF_TOKEN="hf_canary00", **env)
+    *said, token = finish(process).splitlines()
+    assert token == "token hf_canary00", "by the environment"
+    assert not any("canary" in word for word in said)
     assert "4711" in said
     script = {"3b": FULL, "8b": LORA, "70b": BIG}[name]
     config = "config_finetuning.yaml" if name == "3b" else "config_fsdp_lora.yaml"
-    assert said[-5:-1] == [config, f"{script}.py", "--num_epochs", "2; reboot"], "words stay words"
+    assert said[-4:] == [config, f"{script}.py", *given], "words stay words"
 
 
-def network(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def network(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
 
 
 @pytest.fixture
 def cable() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a cable between their interfaces `port0`, 10.77.0.1 and
-    10.77.0.2.
-    """
+    """Two network namespaces, a cable between their `port0`: 10.77.0.1 and 10.77.0.2."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2 (make cluster-tools)")
-    names = [f"cable-{os.getpid()}-{side}" for side in "ab"]
+    a, b = (f"cable-{os.getpid()}-{side}" for side in "ab")
     try:
-        for name in names:
-            network("netns", "add", name)
+        for name in (a, b):
+            network(f"netns add {name}")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
     try:
-        network(
-            "link",
-            "add",
-            "port0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "port0",
-            "netns",
-            names[1],
-        )
-        for i, name in enumerate(names):
-            network(
-                "-n",
-                name,
-                "address",
-                "add",
-                f"10.77.0.{i + 1}/24",
-                "broadcast",
-                "+",
-                "dev",
-                "port0",
-            )
+        network(f"link add port0 netns {a} type veth peer name port0 netns {b}")
+        for i, name in enumerate((a, b)):
+            network(f"-n {name} address add 10.77.0.{i + 1}/24 broadcast + dev port0")
             for link in ("lo", "port0"):
-                network("-n", name, "link", "set", link, "up")
-        yield names[0], names[1]
+                network(f"-n {name} link set {link} up")
+        yield a, b
     finally:
-        for name in names:
+        for name in (a, b):
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
@@ -498,31 +421,23 @@ def start_on(node: str) -> None:
     fork_in_place()
 
 
+@pytest.mark.nightly
 def test_a_run_script_on_two_nodes_meets_the_other_over_the_cable(
     words: list[str], tiny: Path, tmp_path: Path, cable: tuple[str, str]
 ) -> None:
     """What run-multi-llama_8b starts, as a test above says, in a process that is forked."""
     out = tmp_path / "run"
-    flags = [*words, "--batch_size", "2", "--output_dir", str(out)]
+    flags = ["config_fsdp_lora.yaml", f"{LORA}.py", *words, "--batch_size", "2", "--output_dir"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "10.77.0.1"}
-    nodes = [
-        Warm(
-            ["config_fsdp_lora.yaml", f"{LORA}.py", *flags],
-            program=FOLDER / "run_multi.py",
-            prepare=partial(start_on, node),
-            env=env,
-        )
-        for node in cable
-    ]
+    options: dict[str, Any] = {"program": FOLDER / "run_multi.py", "env": env}
+    nodes = [Warm([*flags, out], prepare=partial(start_on, node), **options) for node in cable]
     try:
         said = ["".join(node.communicate(TIME)) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert ["--machine_rank 0" in text for text in said] == [True, False]
-    assert ["--machine_rank 1" in text for text in said] == [False, True]
-    assert all("--main_process_ip 10.77.0.1" in text for text in said)
-    assert ["TRAINING COMPLETED" in text for text in said] == [True, False]
-    assert losses(out) == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
-    opens(LORA, tiny, out)
+    for rank, text in enumerate(said):
+        assert holds(text, f"--machine_rank {rank}", "--main_process_ip 10.77.0.1")
+        assert ("TRAINING COMPLETED" in text) == (rank == 0)
+    check_run(LORA, words, tiny, out)

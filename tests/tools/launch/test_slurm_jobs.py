@@ -1,6 +1,4 @@
-"""Jobs of a real Slurm of two nodes: submitted, watched, stopped by a time limit and by scancel,
-resumed, a node lost.
-"""
+"""Jobs of a real Slurm of two nodes: stopped by a time limit and scancel, a node lost, resumed."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb
 LIMIT = 300  # seconds, for two nodes that load torch on a busy machine
 missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.long,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}: make cluster-tools"),
@@ -50,14 +48,8 @@ class Cluster(NamedTuple):
     env: dict[str, str]
 
     def run(self, *command: str | Path) -> str:
-        done = subprocess.run(
-            [*map(str, command)],
-            capture_output=True,
-            text=True,
-            env=self.env,
-            timeout=LIMIT,
-            check=False,
-        )
+        options: dict[str, Any] = {"env": self.env, "timeout": LIMIT, "text": True}
+        done = subprocess.run([*map(str, command)], capture_output=True, check=False, **options)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -71,18 +63,16 @@ class Cluster(NamedTuple):
         """Submit a small run; the job's id."""
         out.parent.mkdir(exist_ok=True)
         file = out.parent / "recipe.yaml"
-        file.write_text(
-            json.dumps(recipe(tiny, out.parent, held=False, output_dir=str(out), **changes))
-        )
-        asked = ("--partition", "main", "--gpus-per-node", "1", "--time", "30", "--nodes", "2")
-        setup = (f"export PYTHONPATH={self.home / 'site'}:$PYTHONPATH", "export OMP_NUM_THREADS=1")
-        words = ("launch", "slurm", file, *asked, "--setup", setup[0], "--setup", setup[1], *flags)
-        return self.tunesmith(*words).split()[1].rstrip(";")
+        values = recipe(tiny, out.parent, held=False, output_dir=str(out), **changes)
+        file.write_text(json.dumps(values))
+        asked = "--partition main --gpus-per-node 1 --time 30 --nodes 2".split()
+        for line in (f"PYTHONPATH={self.home / 'site'}:$PYTHONPATH", "OMP_NUM_THREADS=1"):
+            asked += ["--setup", f"export {line}"]
+        return self.tunesmith("launch", "slurm", file, *asked, *flags).split()[1].rstrip(";")
 
     def queue(self, job: str) -> str:
-        return self.run(
-            "squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"
-        ).strip()
+        shown = self.run("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T")
+        return shown.strip()
 
     def show(self, job: str) -> str:
         return self.run("scontrol", "--details", "show", "job", job)
@@ -100,11 +90,13 @@ class Cluster(NamedTuple):
         The signal that ended the old step waits for a node that was down, up to a minute: it would
         end the new one, which has the same id.
         """
+
+        def is_quiet() -> bool:
+            return "REQUEST_SIGNAL_TASKS" not in self.run("sdiag").partition("Pending RPC")[2]
+
         self.wait_for(lambda: self.queue(job) == "PENDING", out)
         time.sleep(6)
-        self.wait_for(
-            lambda: "REQUEST_SIGNAL_TASKS" not in self.run("sdiag").partition("Pending RPC")[2], out
-        )
+        self.wait_for(is_quiet, out)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=30")
 
 
@@ -128,9 +120,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def log_of(out: Path) -> str:
-    return "\n".join(
-        file.read_text(errors="replace") for file in (out / "launch").glob("slurm-*.log")
-    )
+    files = (out / "launch").glob("slurm-*.log")
+    return "\n".join(file.read_text(errors="replace") for file in files)
 
 
 def records(out: Path) -> list[tuple[float, float]]:
@@ -143,10 +134,8 @@ def records(out: Path) -> list[tuple[float, float]]:
 def holders_of(canary: str, *folders: Path) -> list[str]:
     """Where a canary is: command lines of all processes, and files in these folders."""
     found = []
-    places = [
-        *Path("/proc").glob("[0-9]*/cmdline"),
-        *(path for folder in folders for path in folder.rglob("*")),
-    ]
+    files = [path for folder in folders for path in folder.rglob("*")]
+    places = [*Path("/proc").glob("[0-9]*/cmdline"), *files]
     for path in places:
         try:
             if path.is_file() and canary.encode() in path.read_bytes():
@@ -179,28 +168,17 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     forgotten = SlurmJob("slurm-99", str(out), details={"id": "99"})
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     assert forgotten.state() == ("finished", last_step(out))
-    closed = cluster.folder / "closed.conf"
-    closed.write_text(
-        re.sub(
-            "SlurmctldPort=.*",
-            "SlurmctldPort=1\nMessageTimeout=2",
-            Path(cluster.env["SLURM_CONF"]).read_text(),
-        )
-    )
+    closed, text = cluster.folder / "closed.conf", Path(cluster.env["SLURM_CONF"]).read_text()
+    closed.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1\nMessageTimeout=2", text))
     monkeypatch.setenv("SLURM_CONF", str(closed))
     with refuses(MachineError, where="squeue"):
         forgotten.state()
     assert [path for path in cluster.home.rglob("made") if path.name == "made"] == []
-    reference = train(
-        make_run(
-            tiny, out.parent, held=False, output_dir=str(out.parent / "one"), train=train_keys
-        ),
-        quiet=True,
-    )
+    one = {"output_dir": str(out.parent / "one"), "train": train_keys}
+    reference = train(make_run(tiny, out.parent, held=False, **one), quiet=True)
     # fp32 on two copies and on one: another order of sums (docs/ranks.md)
-    assert [loss for loss, _ in records(out)] == pytest.approx(
-        [record.loss for record in reference.records], rel=1e-4
-    )
+    losses = [record.loss for record in reference.records]
+    assert [loss for loss, _ in records(out)] == pytest.approx(losses, rel=1e-4)
 
 
 def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tiny: Path) -> None:
@@ -237,9 +215,8 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     assert log_of(out).count("resuming ") == 2
     cluster.run("scancel", job)
     ended = f"job {job}: exit code 75"  # srun says its own of each task
-    cluster.wait_for(
-        lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out
-    )
+    cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED", out)
+    cluster.wait_for(lambda: log_of(out).count(ended) == 2, out)
     assert "  cause: preempted: " in log_of(out)
     last = json.loads((out / "stopped.json").read_text())
     assert last["step"] == len(records(out)) > saved + 20
@@ -253,11 +230,8 @@ def trainer_of(out: Path) -> int:
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = file.read_bytes().split(b"\0")
-            if b"python" in words[0] and words[2:5] == [
-                b"tunesmith",
-                b"train",
-                os.fsencode(out / "launch/recipe.yaml"),
-            ]:
+            trains = [b"tunesmith", b"train", os.fsencode(out / "launch/recipe.yaml")]
+            if b"python" in words[0] and words[2:5] == trains:
                 return int(file.parent.name)
     return 0
 

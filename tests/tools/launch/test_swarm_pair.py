@@ -1,6 +1,4 @@
-"""`launch swarm` on two real dockerd in two network namespaces that share no disk: started,
-followed, stopped, one of them lost.
-"""
+"""`launch swarm` on two real dockerd that share no disk: followed, stopped, one of them lost."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from launch.swarm_pair import (
 from recipes import merge, recipe
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.long,
     pytest.mark.swarm,
     pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-"),
@@ -73,14 +71,8 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
 
 def launch(node: Node, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     flags = ["--image", "bare:1", "--stack-extra", "extra.yaml", f"output_dir=runs/{name}", *words]
-    return node.run(
-        *TUNESMITH,
-        "launch",
-        "swarm",
-        "recipe.yaml",
-        *flags,
-        env={**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1"},
-    )
+    env = {**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1"}
+    return node.run(*TUNESMITH, "launch", "swarm", "recipe.yaml", *flags, env=env)
 
 
 def records(node: Node, name: str) -> list[dict[str, Any]]:
@@ -144,43 +136,28 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
 ):
     a, b = pair.nodes
-    command = [
-        *TUNESMITH,
-        "launch",
-        "swarm",
-        "recipe.yaml",
-        "--image",
-        "none:1",
-        "output_dir=runs/whole",
-    ]
-    refused = a.run(*command, ok=True)
+    command = [*TUNESMITH, "launch", "swarm", "recipe.yaml", "output_dir=runs/whole", "--image"]
+    refused = a.run(*command, "none:1", ok=True)
     assert refused.returncode == 2
     check_shown(refused.stderr, names=["none:1"])
     assert "docker build -f docker/Dockerfile -t none:1 ." in refused.stderr
     assert "spark-b" not in refused.stderr
     assert not (b.home / ".cache/tunesmith").exists(), "nothing was brought"
     launch(a, "whole", "--nodes", "2")
-    seen = [
-        a.docker("service", "inspect", a.docker("service", "ls", "--quiet").stdout.strip()).stdout
-    ]
+    service = a.docker("service", "ls", "--quiet").stdout.strip()
+    seen = [a.docker("service", "inspect", service).stdout]
+    look = "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm"
+    tell = "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY"
     wait_until("the first step", lambda: records(a, "whole"), 180)
     for node in pair.nodes:
         container = node.docker("ps", "--quiet").stdout.split()
         assert len(container) == 1, "one task a node"
         seen += [node.docker("inspect", *container).stdout, *node.processes()]
-        inside = node.docker(
-            "exec",
-            container[0],
-            "sh",
-            "-c",
-            "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm",
-        ).stdout
+        inside = node.docker("exec", container[0], "sh", "-c", look).stdout
         assert inside.startswith(f"{UID}\n")
         assert ".ssh" not in inside
         assert "16777216" in inside  # KiB of /dev/shm
-        token = node.docker(
-            "exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY"
-        ).stdout
+        token = node.docker("exec", container[0], "sh", "-c", tell).stdout
         assert all(canary in token for canary in CANARY.values())
     assert status(b, "whole")["state"] == "running"
 
@@ -188,28 +165,15 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     b.kill()
     assert len(records(a, "whole")) < STEPS
     failure = a.home / "runs/whole/failure.json"
-    wait_until(
-        "it is said",
-        lambda: failure.exists() and "spark-b sent no heartbeat" in failure.read_text(),
-        120,
-    )
+    lost = "spark-b sent no heartbeat"
+    wait_until("it is said", lambda: failure.exists() and lost in failure.read_text(), 120)
     b.start()
     wait_until("it is back", pair.is_ready)
-    again = a.run(
-        *TUNESMITH,
-        "launch",
-        "swarm",
-        "recipe.yaml",
-        "--image",
-        "bare:1",
-        "output_dir=runs/whole",
-        ok=True,
-    )
+    again = a.run(*command, "bare:1", ok=True)
     assert again.returncode == 2
     assert is_at(error_in(again.stderr).where, "runs/whole")
-    log = b.run(
-        *TUNESMITH, "logs", "-f", "runs/whole", seconds=300
-    ).stdout  # it ends when the run does
+    # It ends when the run does.
+    log = b.run(*TUNESMITH, "logs", "-f", "runs/whole", seconds=300).stdout
     assert holds(log, "2 ranks", "spark-a, spark-b")
     assert "resum" in log
     assert "/home/tuner/runs/whole" in log
@@ -219,17 +183,11 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
     assert (a.home / "runs/whole/final/manifest.json").is_file()
     assert (b.home / f"runs/whole/checkpoint-{STEPS}/manifest.json").is_file()
-    assert {
-        (a.home / "runs/whole/metrics.jsonl").stat().st_uid,
-        (b.home / "runs/whole").stat().st_uid,
-    } == {UID}
-    files = [
-        p.read_text(errors="replace")
-        for n in pair.nodes
-        for p in (n.home / "runs").rglob("*")
-        if p.is_file()
-    ]
-    files += [p.read_text() for n in pair.nodes for p in (n.home / ".local").rglob("*.json")]
+    owned = (a.home / "runs/whole/metrics.jsonl", b.home / "runs/whole")
+    assert {path.stat().st_uid for path in owned} == {UID}
+    written = [path for node in pair.nodes for path in (node.home / "runs").rglob("*")]
+    written += [path for node in pair.nodes for path in (node.home / ".local").rglob("*.json")]
+    files = [path.read_text(errors="replace") for path in written if path.is_file()]
     assert len(files) > 20
     for text in (*seen, *files, log):
         assert not [canary for canary in CANARY.values() if canary in text]
@@ -256,18 +214,11 @@ def test_stop_saves_and_the_other_node_goes_on(
         (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
     subprocess.run(["chown", "-R", f"{UID}:{UID}", b.home / ".cache"], check=True)
     add_host_image(b, "other:1")
-    flags = (
-        "--image",
-        "other:1",
-        "--hosts",
-        "spark-a",
-        "model.name=lab/tiny",
-        "train.duration=200000 steps",
-    )
+    flags = ("--image", "other:1", "--hosts", "spark-a", "model.name=lab/tiny")
+    flags += ("train.duration=200000 steps",)
     launch(b, "stopped", *flags)
-    assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len(
-        [*snapshot.iterdir()]
-    )
+    brought = a.home / ".cache/huggingface/hub/models--lab--tiny/blobs"
+    assert len([*brought.iterdir()]) == len([*snapshot.iterdir()])
     wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
     stop = b.run(*TUNESMITH, "stop", "runs/stopped")
     assert holds(stop.stderr, "60 minutes")
@@ -283,16 +234,10 @@ def test_stop_saves_and_the_other_node_goes_on(
     wait_until("its end", lambda: status(b, "stopped")["state"] == "stopped")
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
     assert (stopped["step"], stopped["reason"]) == (len(records(b, "stopped")), "memory")
-    tasks = a.docker(
-        "service",
-        "ps",
-        "--format",
-        "{{.CurrentState}}",
-        a.docker("service", "ls", "--quiet").stdout.strip(),
-    )
-    assert [line.split()[0] for line in tasks.stdout.splitlines()] == ["Complete"] * 2, (
-        "Swarm starts no task again"
-    )
+    service = a.docker("service", "ls", "--quiet").stdout.strip()
+    tasks = a.docker("service", "ps", "--format", "{{.CurrentState}}", service).stdout
+    states = [line.split()[0] for line in tasks.splitlines()]
+    assert states == ["Complete"] * 2, "Swarm starts no task again"
     assert "spark-a complete" in status(b, "stopped")["text"]
     b.run(*TUNESMITH, "stop", "runs/stopped")
     available(a.home / "site/root", 8192)
@@ -301,12 +246,7 @@ def test_stop_saves_and_the_other_node_goes_on(
 
 @pytest.mark.parametrize(
     ("how", "marker"),
-    [
-        (signal.SIGKILL, "files to"),
-        (signal.SIGKILL, "image to"),
-        (signal.SIGHUP, "files to"),
-        (signal.SIGTERM, "image to"),
-    ],
+    [(signal.SIGKILL, "files to"), (signal.SIGKILL, "image to"), (signal.SIGTERM, "image to")],
 )
 def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(
     pair: Pair, how: signal.Signals, marker: str
