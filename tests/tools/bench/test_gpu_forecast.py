@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from gpu_goals import GOALS, MIXTURES, device_key
 from gpu_rates import H200_OF_TORCH as RATES_OF_TORCH
-from gpu_rates import MACHINES, RATES, SKINNY_OF_MICRO, read_results, with_measured
+from gpu_rates import MACHINES, RATES, read_results, with_measured
 
 from errors import refuses
 from tunesmith.host.chips import CHIPS
@@ -70,15 +69,6 @@ def test_measured_figures_take_the_place_of_assumed_ones() -> None:
     replaced = {name for name, source in rates.sources.items() if source.startswith("measured ")}
     assert "memory_share" not in replaced
     assert rates.sources["skinny_share"] == "measured by micro.py"
-
-
-def test_the_names_are_those_of_micro() -> None:
-    source = (ROOT / "benchmarks/speed/micro.py").read_text(encoding="utf-8")
-    source = re.sub(r"timed\(\s+", "timed(", source)
-    for product in SKINNY_OF_MICRO:
-        assert f'timed(f"{product}, {{shape}}"' in source
-    for name in ("fp8 product of {rows} rows", "{backend}, bound {bound}, both ways"):
-        assert f'timed(f"{name}"' in source
 
 
 def test_without_a_measurement_attention_follows_the_product_and_the_rest_stays() -> None:

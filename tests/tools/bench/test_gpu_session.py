@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,25 +127,6 @@ def test_a_failure_ends_nothing_and_results_are_written_after_each_step(
     assert [name for name, step in steps.items() if step["exit"]] == ["gemma3"]
     assert results["device"]["name"] == "NVIDIA H200"
     assert steps["30b-experts"]["report"]["figures"] == {"tokens_per_second": 20000.0}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("call", "step", "reported"),
-    [("1", "qwen2_5_vl", "64 sizes"), ("2", "decoding-70b-nf4", "seconds")],
-)
-def test_steps_of_a_dry_run_run_on_a_cpu(
-    call: str, step: str, reported: str, tmp_path: Path
-) -> None:
-    """The other steps of a dry run take minutes: `gpu_session.py 1 --dry-run` shows them."""
-    if step == "decoding-70b-nf4":
-        pytest.importorskip("bitsandbytes")
-    words = [call, "--output", str(tmp_path / "out"), "--dry-run", "--only", step]
-    command = [sys.executable, str(BENCHMARKS / "gpu_session.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / f"out/results-{call}.json").read_text())
-    assert results["steps"][step]["report"][reported]
 
 
 def test_missing_packages_are_named_as_pip_does(

@@ -149,8 +149,6 @@ def test_a_detected_column_is_named_and_columns_that_nothing_tells_are_refused(
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
 UNLIMITED: dict[str, dict[str, int]] = {
     "mamba": SMALL,
-    "mamba2": {**SMALL, "num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "falcon_mamba": SMALL,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     # The third layer of three is one of attention.
     "recurrent_gemma": {

@@ -165,22 +165,6 @@ def test_a_stop_says_how_far_it_came(
     assert answers.read_bytes() == answered.read_bytes()
 
 
-def test_progress_counts_each_batch_and_not_only_whole_windows(
-    run: Path, held: Path, answers: Path
-) -> None:
-    """A window's answers are written at once: counted by them alone, the time left would be that of
-    a model that takes a whole window for its first row.
-    """
-    calls: list[tuple[Any, ...]] = []
-    scored(run, held, answers, base=False, progress=lambda *call: calls.append(call))
-    counts = [(done, tokens) for what, done, _, *tokens in calls if what == "answers of tuned"]
-    rows = [done for done, _ in counts]
-    assert rows[:5] == [0, 2, 4, 6, 8]
-    assert counts == sorted(counts)
-    whole = answers.read_text().splitlines()[1:]
-    assert counts[-1] == (13, [sum(json.loads(line)["tokens"] for line in whole)])
-
-
 def eval_of_a_rank(run: Path, held: Path, output: Path, more: dict[str, Any]) -> Evaluation:
     with join_ranks() as ranks:
         return scored(run, held, output, "f1", "exact", ranks=ranks, **more)

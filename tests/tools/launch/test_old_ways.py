@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import playbook
 import run_multi
 from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
 from errors import holds, lines_with
-from launch.conftest import FORKING
 from namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
@@ -257,20 +255,6 @@ def finish(process: subprocess.Popen[str]) -> str:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
     return said
-
-
-@pytest.mark.nightly
-def test_a_run_script_starts_the_processes_of_one_machine(
-    words: list[str], tiny: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FORKING)
-    out, search = tmp_path / "run", os.pathsep.join([str(tmp_path), *sys.path])
-    command = [FOLDER / "run-multi-llama_3b", *words, "--batch_size", "2", "--output_dir", str(out)]
-    said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2", PYTHONPATH=search))
-    told = "accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n"
-    assert said.count(told) == 1, said
-    assert said.count("TRAINING COMPLETED") == 1, "one rank speaks"
-    check_run(FULL, words, tiny, out)
 
 
 @pytest.mark.slow
