@@ -86,11 +86,13 @@ def test_a_flipped_bit_of_a_whole_model(name: str, copied: Path) -> None:
         load_run(copied / "full", device="cpu")
 
 
-def test_a_base_that_an_earlier_run_wrote(copied: Path) -> None:
-    base = copied / "full" / "final"
+def test_a_base_that_an_earlier_run_wrote(copied: Path, tiny: Path) -> None:
+    base, recipe = copied / "full" / "final", copied / "lora" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny), str(base)))
     flip(base / "model.safetensors")
-    changes = (f"model.name={base}", f"output_dir={copied / 'next'}")
-    done = invoke("train", copied / "lora" / "config.yaml", *changes)
+    with refuses(ModelError, names=["model.safetensors"]):
+        load_run(copied / "lora", device="cpu")
+    done = invoke("train", recipe, f"output_dir={copied / 'next'}")
     assert done.code == EXIT_USAGE, done.err
     check_shown(done.err, names=["model.safetensors"])
     assert not (copied / "next").exists()

@@ -233,6 +233,8 @@ def test_special_tokens_are_not_text_and_a_token_without_a_row_is_refused(
     assert decode(opened.tokenizer, [*ids, end]) == "two  words ."
     opened.tokenizer.add_tokens([f"<image-{i}>" for i in range(20)])
     prompt = opened.tokenizer("look: <image-19>")["input_ids"]
+    with refuses(UsageError, names=[272]):  # of 272 rows the last is 271
+        answer_batch(opened.model, opened.tokenizer, [[1, 272]], Decoding(2), stops=set())
     with refuses(UsageError, names=["<image-19>", 278, 272]):
         answer_batch(opened.model, opened.tokenizer, [[1, 2], prompt], Decoding(2), stops=set())
 

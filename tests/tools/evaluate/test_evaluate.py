@@ -31,7 +31,7 @@ from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_env
 from tunesmith.runtime import compilation
 from tunesmith.tools.evaluate.evaluate import _batch_sums, evaluate, score
-from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
+from tunesmith.tools.evaluate.evaluate_runs import _names, evaluate_runs
 from tunesmith.tools.evaluate.generate import generate
 from tunesmith.training.run import train
 from tunesmith.training.validation_loss import validation_loss
@@ -289,6 +289,20 @@ def test_runs_that_cannot_be_compared_are_refused(
     where = f"{runs[0]} and {runs[1]}"
     with refuses(UsageError, where=where, names=["validation_hash"], fix=["--data FILE"]):
         evaluate_runs(runs)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/near", "b/far"], ["near", "far"]),
+        (["a/run", "b/run"], ["a/run", "b/run"]),
+        (["a/base", "b/far"], ["a/base", "b/far"]),
+    ],
+)
+def test_runs_have_the_names_of_their_folders_where_these_differ(
+    paths: list[str], names: list[str]
+) -> None:
+    assert _names(paths) == names
 
 
 @pytest.mark.slow

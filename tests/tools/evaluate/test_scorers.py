@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_table(name: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_templates_of_the_field_are_read_back() -> None:
     """TRL ships the templates of many families: what they write is read, several calls and nested
     arguments too.

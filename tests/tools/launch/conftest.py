@@ -95,6 +95,18 @@ def _in_one_go(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple
     return [(record.loss, record.grad_norm) for record in train(run, quiet=True).records]
 
 
+def records_of(out: Path) -> list[dict[str, Any]]:
+    """The records of a run, without a line that is being written."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curve_of(out: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    return [(record["loss"], record["grad_norm"]) for record in records_of(out)]
+
+
 def requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errors import check_shown, holds, lines_with, refuses
-from launch.conftest import CANARY, TIME, USER, Place, call, uninterrupted
+from launch.conftest import CANARY, TIME, USER, Place, call, curve_of, uninterrupted
 from launch.dockerd import docker_daemon
 from launch.swarm_pair import write_bare_image
 from recipes import make_run
@@ -206,13 +206,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         yield env
 
 
-def metrics(out: Path) -> list[tuple[float, float]]:
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(record["loss"], record["grad_norm"]) for record in records]
-
-
 def names(daemon: dict[str, str]) -> list[str]:
     label = ("--filter=label=tunesmith.run_dir", "--format={{.Names}}")
     return call(daemon, "docker", "ps", "--all", *label).stdout.split()
@@ -235,7 +228,7 @@ def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
     out = place.folder / "run"
     launch = ("launch", "docker", "recipe.yaml", f"--image={IMAGE}")
     process = place.start(*launch)
-    wait_for(lambda: len(metrics(out)) > 5, process)
+    wait_for(lambda: len(curve_of(out)) > 5, process)
     (name,) = names(daemon)
     inspected = call(daemon, "docker", "inspect", name).stdout
     assert json.loads(inspected)[0]["State"]["Running"]
@@ -251,11 +244,11 @@ def test_a_run_in_a_container_stops_resumes_and_leaves_nothing(
         assert lines_with(said, number.name)
         assert names(daemon) == []
         if number == signal.SIGINT:
-            stopped = len(metrics(out))
+            stopped = len(curve_of(out))
             process = place.start(*launch)
-            wait_for(lambda n=stopped: len(metrics(out)) > n + 5, process)
-    steps = len(metrics(out))
-    assert metrics(out) == uninterrupted(place.folder / "model", place.folder, steps, ranks=1)
+            wait_for(lambda n=stopped: len(curve_of(out)) > n + 5, process)
+    steps = len(curve_of(out))
+    assert curve_of(out) == uninterrupted(place.folder / "model", place.folder, steps, ranks=1)
     files = [out, *out.rglob("*")]
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in files} == {(USER, USER)}
     assert CANARY not in "".join(p.read_text(errors="replace") for p in files if p.is_file())
@@ -270,7 +263,7 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     launch = ("launch", "docker", "recipe.yaml", f"--image={IMAGE}", "--detach")
     name = place.finish(*launch).split()[0]
     assert names(daemon) == [name]
-    wait_for(lambda: len(metrics(out)) >= 3)
+    wait_for(lambda: len(curve_of(out)) >= 3)
     assert "running" in place.finish("status", name)
     assert "running" in place.finish("status", str(out))
     check_shown(place.finish(*launch, code=2), where=name)
@@ -281,10 +274,10 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     assert (state()["Status"], state()["ExitCode"]) == ("exited", 75)
     status = place.finish("status", name)
     assert "stopped" in status or holds(status, 75)
-    stopped_at = len(metrics(out))
+    stopped_at = len(curve_of(out))
     # the same command goes on: the ended container makes room
     assert name in place.finish(*launch)
-    wait_for(lambda: len(metrics(out)) > stopped_at)
+    wait_for(lambda: len(curve_of(out)) > stopped_at)
     assert "resum" in place.finish("logs", name)
     call(daemon, "docker", "stop", name)
     assert state()["ExitCode"] == 75

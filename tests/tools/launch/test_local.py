@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from errors import check_shown, holds, lines_with
+from launch.conftest import records_of
 from ranks import forkserver
 from recipes import recipe
 from tunesmith.training.run import train
@@ -43,12 +44,6 @@ def finish(*words: str | Path, code: int = 0) -> str:
     said = said_by(process)
     assert process.returncode == code, said
     return said
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @pytest.fixture
@@ -84,7 +79,7 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     file, out = place(**LONG), tmp_path / "run"
     launch = ("launch", "local", file, "--ranks", "2")
     agent = start(*launch)
-    wait_for(lambda: len(records(out)) >= 3, agent)
+    wait_for(lambda: len(records_of(out)) >= 3, agent)
     family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
     connections = [c for process in family for c in process.net_connections()]
     listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
@@ -92,26 +87,26 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     agent.send_signal(signal.SIGINT)
     said = said_by(agent)
     assert agent.returncode == 75, said
-    saved = len(records(out))
+    saved = len(records_of(out))
     assert holds(said, "2 ranks", f"step {saved}")
     assert "Traceback" not in said
     assert not any(process.is_running() for process in family)
     assert not [*tmp_path.glob("torchelastic_*"), *tmp_path.glob("tunesmith-ranks-*")]
     agent = start(*launch)
-    wait_for(lambda: len(records(out)) > saved, agent)
+    wait_for(lambda: len(records_of(out)) > saved, agent)
     ranks = psutil.Process(agent.pid).children()
     assert len(ranks) == 2
     agent.kill()
     agent.wait()
     _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
-    assert [row["step"] for row in records(out)] == [*range(1, len(records(out)) + 1)]
+    assert [row["step"] for row in records_of(out)] == [*range(1, len(records_of(out)) + 1)]
     short = {"train.duration": f"{saved + 3} steps"}
     changes = {**short, "checkpoint.resume": "force"}  # the run gets shorter
     finish(*launch, *map("=".join, changes.items()))
     assert (out / "final" / "manifest.json").exists()
     train(file, {**short, "output_dir": str(tmp_path / "alone")}, quiet=True)
-    losses, alone = ([row["loss"] for row in records(f)] for f in (out, tmp_path / "alone"))
+    losses, alone = ([row["loss"] for row in records_of(f)] for f in (out, tmp_path / "alone"))
     assert len(losses) == saved + 3
     assert losses == pytest.approx(alone, rel=1e-5)  # fp32: sums in another order
 
@@ -131,13 +126,13 @@ def test_a_detached_run_is_found_followed_and_stopped(place: Callable[..., Path]
     name = said.split()[0]
     (note,) = (tmp_path / "state" / "tunesmith" / "jobs").iterdir()
     assert note.stem == name
-    wait_for(lambda: len(records(out)) >= 2)
+    wait_for(lambda: len(records_of(out)) >= 2)
     (row,) = json.loads(finish("status", "--json", name))
     assert (row["state"], row["text"].partition(" ")[0]) == ("running", "step")
     follower = start("logs", "-f", out)
     finish("stop", "--wait", out)
-    assert lines_with(said_by(follower), f"step {len(records(out))}")
-    assert f"stopped  saved, step {len(records(out))}" in finish("status", name)
+    assert lines_with(said_by(follower), f"step {len(records_of(out))}")
+    assert f"stopped  saved, step {len(records_of(out))}" in finish("status", name)
     finish("stop", name)
     assert not (out / "stop").exists()
 

@@ -18,6 +18,7 @@ import playbook
 import run_multi
 from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
 from errors import holds, lines_with
+from launch.conftest import curve_of
 from namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
@@ -190,15 +191,11 @@ def words(tiny: Path, tmp_path: Path) -> list[str]:
     return [*found, "--seq_length", "512", "--log_dir", str(tmp_path / "logs")]
 
 
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def alone(script: str, words: list[str], out: Path) -> list[float]:
     """The losses of one process with a batch of 4."""
     flags = ["--batch_size", "4", "--output_dir", str(out), "--ranks", "1"]
     assert playbook.main(script, [*words, *flags]) == 0
-    return losses(out)
+    return [loss for loss, _ in curve_of(out)]
 
 
 def check_run(script: str, words: list[str], model: Path, out: Path) -> None:
@@ -207,7 +204,9 @@ def check_run(script: str, words: list[str], model: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # fp32: sums in another order
-    assert losses(out) == pytest.approx(alone(script, words, out.parent / "alone"), rel=1e-4)
+    assert [loss for loss, _ in curve_of(out)] == pytest.approx(
+        alone(script, words, out.parent / "alone"), rel=1e-4
+    )
     assert "### Instruction:" in AutoTokenizer.from_pretrained(out).chat_template
     if script == FULL:
         AutoModelForCausalLM.from_pretrained(out)
@@ -261,17 +260,13 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
     words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
-    def steps() -> int:
-        file = out / "metrics.jsonl"
-        return len(file.read_bytes().splitlines()) if file.exists() else 0
-
     out = tmp_path / "run"
     words = [*words, "--num_epochs", "4"]
     flags = ["--batch_size", "4", "--output_dir", out, "--ranks", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = Warm([*words, *flags], program=FOLDER / f"{LORA}.py", prepare=fork_ranks, env=env)
     try:
-        wait_for(lambda: steps() >= 3, ranks)
+        wait_for(lambda: len(curve_of(out)) >= 3, ranks)
         ranks.send_signal(signal.SIGTERM)
         said = "".join(ranks.communicate(TIME))
     finally:
@@ -280,7 +275,7 @@ def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
     assert "Effective batch size: 4\n" in said
     assert holds(said, "2 ranks")
     assert len(lines_with(said, "SIGTERM")) == 1
-    done = steps()
+    done = len(curve_of(out))
     both = alone(LORA, words, out)
     assert 3 <= done < len(both) == 24
     check_run(LORA, words, tiny, out)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from errors import holds, lines_with, refuses
-from launch.conftest import FORKING, SLOW, UNENDING, uninterrupted
+from launch.conftest import FORKING, SLOW, UNENDING, curve_of, uninterrupted
 from recipes import make_run, recipe
 from tunesmith.errors import MachineError
 from tunesmith.launch.job import last_step
@@ -124,13 +124,6 @@ def log_of(out: Path) -> str:
     return "\n".join(file.read_text(errors="replace") for file in files)
 
 
-def records(out: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step, without a line that is being written."""
-    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
-    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [(record["loss"], record["grad_norm"]) for record in found]
-
-
 def holders_of(canary: str, *folders: Path) -> list[str]:
     """Where a canary is: command lines of all processes, and files in these folders."""
     found = []
@@ -153,7 +146,7 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     out = cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'
     train_keys = {"duration": "12 steps", "compile": "off"}
     job = cluster.launch(tiny, out, "--gpus-per-node", "2", "--mem", "1G", train=train_keys)
-    cluster.wait_for(lambda: records(out) or "exit code" in log_of(out), out)
+    cluster.wait_for(lambda: curve_of(out) or "exit code" in log_of(out), out)
     shown = cluster.show(job)
     for canary in CANARIES.values():
         assert canary not in shown
@@ -178,7 +171,7 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     reference = train(make_run(tiny, out.parent, held=False, **one), quiet=True)
     # fp32 on two copies and on one: another order of sums (docs/ranks.md)
     losses = [record.loss for record in reference.records]
-    assert [loss for loss, _ in records(out)] == pytest.approx(losses, rel=1e-4)
+    assert [loss for loss, _ in curve_of(out)] == pytest.approx(losses, rel=1e-4)
 
 
 def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tiny: Path) -> None:
@@ -187,18 +180,18 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     """
     out = cluster.home / "long" / "run"
     job = cluster.launch(tiny, out, "--warn-before", "100", **UNENDING)
-    cluster.wait_for(lambda: len(records(out)) > 20, out)
+    cluster.wait_for(lambda: len(curve_of(out)) > 20, out)
     # Slurm gives the warning up to a minute early
     cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")
     cluster.wait_for(lambda: "; requeued," in log_of(out), out)
     assert lines_with(log_of(out), "code 75", 1, 5)
     first = json.loads((out / "stopped.json").read_text())
     assert first["signal"] == "SIGUSR1"
-    assert first["step"] == len(records(out)) > 20
+    assert first["step"] == len(curve_of(out)) > 20
     cluster.start_again(job, out)
 
     # There is a newer checkpoint
-    cluster.wait_for(lambda: len(records(out)) > first["step"] + 30, out)
+    cluster.wait_for(lambda: len(curve_of(out)) > first["step"] + 30, out)
     # The rest of a line that was folded is indented.
     unfolded = re.sub(r"\n +", " ", log_of(out))
     assert lines_with(unfolded, f"step {first['step']:,}", out / f"checkpoint-{first['step']}")
@@ -206,12 +199,12 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     cluster.wait_for((out / "failure.json").exists, out)
     failure = json.loads((out / "failure.json").read_text())
     assert holds(failure["what"], "rank 1", "node2")
-    saved = len(records(out))
+    saved = len(curve_of(out))
     cluster.wait_for(lambda: cluster.queue(job) == "PENDING", out)
     cluster.pair("boot", "2")
     cluster.start_again(job, out)
 
-    cluster.wait_for(lambda: len(records(out)) > saved + 20, out)
+    cluster.wait_for(lambda: len(curve_of(out)) > saved + 20, out)
     assert log_of(out).count("resuming ") == 2
     cluster.run("scancel", job)
     ended = f"job {job}: exit code 75"  # srun says its own of each task
@@ -219,10 +212,10 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     cluster.wait_for(lambda: log_of(out).count(ended) == 2, out)
     assert "  cause: preempted: " in log_of(out)
     last = json.loads((out / "stopped.json").read_text())
-    assert last["step"] == len(records(out)) > saved + 20
+    assert last["step"] == len(curve_of(out)) > saved + 20
     assert "ExitCode=75:0" in cluster.show(job)
     assert "stopped  CANCELLED; saved" in cluster.tunesmith("status", out)
-    assert records(out) == uninterrupted(tiny, out.parent, last["step"], ranks=2)  # bit for bit
+    assert curve_of(out) == uninterrupted(tiny, out.parent, last["step"], ranks=2)  # bit for bit
 
 
 def trainer_of(out: Path) -> int:
@@ -242,9 +235,9 @@ def test_one_of_two_runs_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Pa
     for seed, folder in runs.items():
         ids[seed] = cluster.launch(tiny, folder, f"train.seed={seed}", "--nodes", "1", **UNENDING)
     for seed, folder in runs.items():
-        cluster.wait_for(lambda folder=folder: len(records(folder)) > 2, folder)
+        cluster.wait_for(lambda folder=folder: len(curve_of(folder)) > 2, folder)
         assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
-    assert records(runs[3])[0] != records(runs[42])[0]
+    assert curve_of(runs[3])[0] != curve_of(runs[42])[0]
     assert f"slurm-{ids[42]}: " in cluster.tunesmith("stop", runs[42], "--wait")
     assert lines_with(log_of(runs[42]), "code 75")
     assert f"job {ids[3]}: exit " not in log_of(runs[3])

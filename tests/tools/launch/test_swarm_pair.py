@@ -11,12 +11,20 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from errors import check_shown, error_in, holds, is_at
-from launch.conftest import FED, FORKING, SLOW, UNENDING, available, uninterrupted
+from launch.conftest import (
+    FED,
+    FORKING,
+    SLOW,
+    UNENDING,
+    available,
+    curve_of,
+    records_of,
+    uninterrupted,
+)
 from launch.swarm_pair import (
     TUNER,
     UID,
@@ -73,16 +81,6 @@ def launch(node: Node, name: str, *words: str) -> subprocess.CompletedProcess[st
     flags = ["--image", "bare:1", "--stack-extra", "extra.yaml", f"output_dir=runs/{name}", *words]
     env = {**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1"}
     return node.run(*TUNESMITH, "launch", "swarm", "recipe.yaml", *flags, env=env)
-
-
-def records(node: Node, name: str) -> list[dict[str, Any]]:
-    file = node.home / "runs" / name / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def curve(node: Node, name: str) -> list[tuple[float, float]]:
-    return [(record["loss"], record["grad_norm"]) for record in records(node, name)]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +146,7 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     seen = [a.docker("service", "inspect", service).stdout]
     look = "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm"
     tell = "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY"
-    wait_until("the first step", lambda: records(a, "whole"), 180)
+    wait_until("the first step", lambda: records_of(a.home / "runs" / "whole"), 180)
     for node in pair.nodes:
         container = node.docker("ps", "--quiet").stdout.split()
         assert len(container) == 1, "one task a node"
@@ -161,9 +159,9 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
         assert all(canary in token for canary in CANARY.values())
     assert status(b, "whole")["state"] == "running"
 
-    wait_until("a checkpoint", lambda: len(records(a, "whole")) >= 35, 180)
+    wait_until("a checkpoint", lambda: len(records_of(a.home / "runs" / "whole")) >= 35, 180)
     b.kill()
-    assert len(records(a, "whole")) < STEPS
+    assert len(records_of(a.home / "runs" / "whole")) < STEPS
     failure = a.home / "runs/whole/failure.json"
     lost = "spark-b sent no heartbeat"
     wait_until("it is said", lambda: failure.exists() and lost in failure.read_text(), 120)
@@ -177,10 +175,12 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert holds(log, "2 ranks", "spark-a, spark-b")
     assert "resum" in log
     assert "/home/tuner/runs/whole" in log
-    assert curve(a, "whole") == in_one_go(STEPS)
+    assert curve_of(a.home / "runs" / "whole") == in_one_go(STEPS)
     assert status(a, "whole")["state"] == "finished"
     assert "spark-b complete" in status(b, "whole")["text"]
-    assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
+    assert [record["step"] for record in records_of(a.home / "runs" / "whole")] == [
+        *range(1, STEPS + 1)
+    ]
     assert (a.home / "runs/whole/final/manifest.json").is_file()
     assert (b.home / f"runs/whole/checkpoint-{STEPS}/manifest.json").is_file()
     owned = (a.home / "runs/whole/metrics.jsonl", b.home / "runs/whole")
@@ -219,21 +219,31 @@ def test_stop_saves_and_the_other_node_goes_on(
     launch(b, "stopped", *flags)
     brought = a.home / ".cache/huggingface/hub/models--lab--tiny/blobs"
     assert len([*brought.iterdir()]) == len([*snapshot.iterdir()])
-    wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
+    wait_until("steps", lambda: len(records_of(b.home / "runs" / "stopped")) >= 5, 180)
     stop = b.run(*TUNESMITH, "stop", "runs/stopped")
     assert holds(stop.stderr, "60 minutes")
     assert "stopped: saved" in stop.stdout
     assert what_is_left(pair) == ""
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
-    assert (stopped["step"], stopped["signal"]) == (len(records(b, "stopped")), "SIGTERM")
+    assert (stopped["step"], stopped["signal"]) == (
+        len(records_of(b.home / "runs" / "stopped")),
+        "SIGTERM",
+    )
     launch(b, "stopped", *flags)
     assert status(b, "stopped")["state"] in ("queued", "running")
-    wait_until("more steps", lambda: len(records(b, "stopped")) >= stopped["step"] + 5, 180)
+    wait_until(
+        "more steps",
+        lambda: len(records_of(b.home / "runs" / "stopped")) >= stopped["step"] + 5,
+        180,
+    )
     available(a.home / "site/root", 100)
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
     wait_until("its end", lambda: status(b, "stopped")["state"] == "stopped")
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
-    assert (stopped["step"], stopped["reason"]) == (len(records(b, "stopped")), "memory")
+    assert (stopped["step"], stopped["reason"]) == (
+        len(records_of(b.home / "runs" / "stopped")),
+        "memory",
+    )
     service = a.docker("service", "ls", "--quiet").stdout.strip()
     tasks = a.docker("service", "ps", "--format", "{{.CurrentState}}", service).stdout
     states = [line.split()[0] for line in tasks.splitlines()]
@@ -241,7 +251,7 @@ def test_stop_saves_and_the_other_node_goes_on(
     assert "spark-a complete" in status(b, "stopped")["text"]
     b.run(*TUNESMITH, "stop", "runs/stopped")
     available(a.home / "site/root", 8192)
-    assert curve(b, "stopped") == in_one_go(stopped["step"])
+    assert curve_of(b.home / "runs" / "stopped") == in_one_go(stopped["step"])
 
 
 @pytest.mark.parametrize(
