@@ -20,12 +20,20 @@ from tunesmith.checkpoint import manifest
 from tunesmith.cli.options import notify_weights
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text import builtin_templates
-from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    CheckpointError,
+    MachineError,
+    TunesmithError,
+    UsageError,
+)
 from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
 from tunesmith.inference.load_run import load_run, locate_run, require_held_out
 from tunesmith.planning import resolve
+from tunesmith.runtime.device import host_budget
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +277,15 @@ def test_opened_model_is_that_of_peft(run: Path, tiny: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(base, plain, atol=1e-5, rtol=0)
     assert (found - base).abs().max() > 0.01
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = host_budget()._replace(ceiling=100_000)
+    monkeypatch.setattr("tunesmith.runtime.device.host_budget", lambda: budget)
+    with refuses(MachineError):
+        load_run(run, device="cpu")
 
 
 def test_the_saved_template_is_the_one_in_use(run: Path) -> None:

@@ -90,4 +90,5 @@ def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(
     config = json.loads((tmp_path / "config.json").read_text())
     size = len(AutoTokenizer.from_pretrained(tiny))
     assert config["vocab_size"] == size > 100
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == size
     assert holds(changed, size, 100)

@@ -111,18 +111,24 @@ def test_dropout_is_off_and_training_mode_and_attention_come_back(
         assert torch.equal(opened.model(input_ids=ids).logits, before)
 
 
-def test_an_answer_that_is_not_scored_adds_nothing_however_unlikely_it_is() -> None:
-    trained = np.array([0, 0, 1, 1, 0, 1, 1], bool)
-    pair = Example(np.arange(7, dtype=np.int32), trained, (4, 3))
+@pytest.mark.parametrize(
+    ("trained", "rejected", "tokens"),
+    [([0, 0, 1, 1, 0, 1, 1], torch.inf, 2), ([0, 1, 1, 1, 0, 0, 1], 2.0, 3)],
+    ids=["unlikely", "shorter"],
+)
+def test_an_answer_that_is_not_scored_adds_nothing_and_pairs_are_compared_by_means(
+    trained: list[int], rejected: float, tokens: int
+) -> None:
+    pair = Example(np.arange(7, dtype=np.int32), np.array(trained, bool), (4, 3))
     batch = collate([[pair]], length=7, pad_id=0)
     losses = torch.ones(1, 7)
-    losses[0, 4:] = torch.inf  # of the rejected one
+    losses[0, 4:] = rejected
     correct = torch.zeros(1, 7, dtype=torch.bool)
     stand_in: Any = SimpleNamespace(
         model=SimpleNamespace(device=CPU), token_scores=lambda _: (losses, correct)
     )
     sums, pairs = _batch_sums(stand_in, batch, [4])
-    assert (sums.tolist(), pairs) == ([[2], [2], [0]], [1])
+    assert (sums.tolist(), pairs) == ([[tokens], [tokens], [0]], [1])
 
 
 @pytest.mark.slow
