@@ -160,8 +160,11 @@ UNLIMITED: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("model_type", UNLIMITED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "bloom")) for name in UNLIMITED],
+)
 def test_models_without_a_limit_of_positions_answer_chat_and_are_scored(
     tiny: Path, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
