@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ from tunesmith.tools.sweep.table import sweep_lines
 from tunesmith.training.run import StartOptions, joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
-from waiting import wait_for
 from warm import Warm, run_warm
 
 SAME = "step epoch loss grad_norm learning_rate tokens supervised_tokens examples val_loss".split()
@@ -281,9 +281,11 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(
     def steps() -> int:
         return sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl"))
 
-    for wanted, number in ((3, signal.SIGKILL), (7, signal.SIGTERM), (13, signal.SIGKILL)):
+    for wanted, number in ((1, signal.SIGKILL), (5, signal.SIGTERM), (10, signal.SIGKILL)):
         process = Warm(command)
-        wait_for(lambda wanted=wanted: steps() >= wanted, process)
+        while steps() < wanted:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
         process.send_signal(number)
         _, said = process.communicate()
         assert process.wait() == (EXIT_STOPPED if number == signal.SIGTERM else -signal.SIGKILL)
