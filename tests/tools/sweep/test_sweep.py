@@ -183,7 +183,7 @@ def test_the_same_command_trains_only_what_is_missing_and_another_one_is_refused
     assert sweep(file, words) == outcome
     with refuses(UsageError, where=SWEEP, fix=["output_dir"]):
         sweep(file, [RANKS])
-    with refuses(UsageError, names=[first["run_dir"]]):
+    with refuses(UsageError, where=first["run_dir"]):
         sweep(file, [*words, f"output_dir={first['run_dir']}"])
     metrics = Path(first["run_dir"], "metrics.jsonl")
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))
@@ -218,9 +218,10 @@ def test_training_losses_are_compared_without_held_out_rows(tiny: Path, tmp_path
     places = [(line.split(":")[0], line.split(" of ")[0].split()[-1]) for line in begun]
     assert places == [("01-rank-2", "1"), ("02-rank-4", "2")]
     assert outcome["compared_by"] == "loss"
-    losses = {each["loss"]: each["name"] for each in outcome["candidates"]}
-    assert [numbers(each["run_dir"])[-1][2] for each in outcome["candidates"]] == [*losses]
-    assert outcome["best"] == losses[min(losses)]
+    runs = {each["name"]: RunFiles(Path(each["run_dir"])) for each in outcome["candidates"]}
+    losses = {name: run.figures.loss for name, run in runs.items()}
+    assert {each["name"]: each["loss"] for each in outcome["candidates"]} == losses
+    assert outcome["best"] == min(losses, key=losses.__getitem__)
 
 
 @pytest.mark.parametrize(
