@@ -223,7 +223,7 @@ def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
 @pytest.mark.parametrize(
     ("script", "config"),
     [
-        (LORA, "lora"),
+        pytest.param(LORA, "lora", marks=pytest.mark.nightly),
         (FULL, "full"),
         pytest.param(BIG, "lora", marks=pytest.mark.nightly),
         pytest.param(QLORA, "lora", marks=pytest.mark.nightly),

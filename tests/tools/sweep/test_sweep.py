@@ -272,7 +272,7 @@ def test_a_value_is_refused_before_anything_is_loaded(
     assert key in caught.value.what
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kill_9_anywhere_and_the_same_command_goes_on(
     tiny: Path, tmp_path: Path, swept: Outcome
 ) -> None:
@@ -321,7 +321,8 @@ def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(
         torch, "compile", lambda function, **given: compiled(function, **{**given, "backend": note})
     )
     train = {"compile": "on", "duration": "2 steps"}
-    outcome = sweep(write_recipe(tiny, tmp_path, data={"validation": None}, train=train))
+    file = write_recipe(tiny, tmp_path, data={"validation": None}, train=train)
+    outcome = sweep(file, [RATES, "adapter.rank=8"])
     count = of_rank(8)
     torch._dynamo.reset()
     graphs.clear()
