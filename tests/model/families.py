@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SMALL = {
     "vocab_size": 128,
@@ -44,6 +47,18 @@ VARIANTS: dict[str, dict] = {
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
                 "attention_multiplier": 0.2},
 }  # fmt: skip
+
+# Tied head, biases, windows, caps, joined projections, a mixture, sinks and a recurrent layer.
+TIER_1 = (
+    "llama", "llama-3", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe", "gpt_oss",
+    "qwen3_5_text",
+)  # fmt: skip
+
+
+def marked(rows: list[dict[str, Any]]) -> list[Any]:
+    """The rows of tier 1 run in `make test`, the others in `make nightly`."""
+    lanes = {True: pytest.mark.slow, False: pytest.mark.nightly}
+    return [pytest.param(row, marks=lanes[row["family"] in TIER_1]) for row in rows]
 
 
 def tiny_config(name: str):

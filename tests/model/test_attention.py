@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from errors import refuses
+from pairwise import name_of, pairwise
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
@@ -22,21 +23,50 @@ def documents(lengths: list[int]) -> Documents:
     return Documents(edges, max(lengths))
 
 
-def formula(q, k, v, lengths, *, scale, window=None, softcap=None, pictures=()):
-    """softmax(cap(scale q k^T) + mask) v with a [n, n] mask; keys repeated for grouped heads."""
-    n, repeat = len(q), q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+def dense_scores(q, k, lengths, scale, window=None, softcap=None, pictures=()):
+    """[heads, n, n], minus infinity where a query does not see a key."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    place = torch.arange(n)
+    place = torch.arange(len(q))
     seen = (owner[:, None] == owner) & (place[:, None] >= place)
     for first, stop in pictures:
         seen[first:stop, first:stop] = True
     if window is not None:
         seen &= place[:, None] - place < window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def formula(q, k, v, lengths, *, sinks=None, **rule):
+    """softmax(cap(scale q k^T) + mask) v with a [n, n] mask; keys repeated for grouped heads.
+
+    A sink is one more key, whose score it is and whose value is zero.
+    """
+    n, repeat = len(q), q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = dense_scores(q, k, lengths, **rule)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :n], v)
+
+
+def draw(lengths, heads=(6, 2), widths=(8, 8)):
+    """q, k and v, and a sink for each head, in float64."""
+    torch.manual_seed(6)
+    n, (width, v_width) = sum(lengths), widths
+    shapes = (n, heads[0], width), (n, heads[1], width), (n, heads[1], v_width), (heads[0],)
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def assert_same_gradients(ours, expected, inputs, tolerance=1e-12):
+    weight = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad((ours * weight).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 LENGTHS = {
@@ -50,51 +80,36 @@ RULES = {
     "window": {"scale": 0.3, "window": 8},
     "softcap": {"scale": 1.5, "softcap": 2.0},
     "window and softcap": {"scale": 1.5, "window": 5, "softcap": 2.0},
+    "sinks": {"scale": 0.3},
+    "window and sinks": {"scale": 0.3, "window": 8},
 }
+COVERED_RULES = pairwise(
+    {
+        "rule": [*RULES], "lengths": [*LENGTHS], "heads": [(6, 2), (4, 4), (4, 1)],
+        "backend": ["products", "sdpa"],
+    },
+    # Its own kernels take neither.
+    allows=lambda row: row.get("backend") != "sdpa" or row["rule"] in ("plain", "window"),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (4, 1)], ids=lambda h: f"{h[0]}-on-{h[1]}")
-def test_products_and_their_gradients_equal_the_formula(lengths, rule, heads, monkeypatch):
+@pytest.mark.parametrize("case", COVERED_RULES, ids=name_of)
+def test_attention_and_its_gradients_equal_the_formula(case, monkeypatch):
     # Small blocks, so that documents of 37 and 70 tokens go through several; the first length keeps
     # its probabilities.
     monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
     monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
     attention._future.cache_clear()
-    torch.manual_seed(0)
-    n = sum(lengths)
-    shapes = (n, heads[0], 8), (n, heads[1], 8), (n, heads[1], 12)
-    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-    weight = torch.randn(n, heads[0], 12, dtype=torch.float64)
-    ours = attend(q, k, v, documents(lengths), **rule)
-    got = torch.autograd.grad((ours * weight).sum(), (q, k, v))
-    expected = formula(q, k, v, lengths, **rule)
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-    for a, b in zip(got, wanted, strict=True):
-        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    lengths, rule = LENGTHS[case["lengths"]], dict(RULES[case["rule"]])
+    *inputs, sinks = draw(lengths, case["heads"], (8, 12))
+    if "sinks" in case["rule"]:
+        rule["sinks"] = sinks
+        inputs.append(sinks)
+    packed = replace(documents(lengths), backend=case["backend"])
+    ours = attend(*inputs[:3], packed, **rule)
+    tolerance = 1e-11 if "sinks" in rule or case["backend"] == "sdpa" else 1e-12
+    assert_same_gradients(ours, formula(*inputs[:3], lengths, **rule), inputs, tolerance)
     attention._future.cache_clear()
-
-
-@pytest.mark.parametrize("window", [None, 8])
-def test_sdpa_by_document_equals_the_products(window):
-    torch.manual_seed(1)
-    lengths = [5, 20, 1, 13]
-    q, k, v = (torch.randn(39, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    rule = attention.Rule(documents(lengths), 0.2, window)
-    one, other = (
-        attention._sdpa(q, k, v, rule),
-        attend(q, k, v, rule.documents, scale=0.2, window=window),
-    )
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(one.square().sum(), (q, k, v)),
-        torch.autograd.grad(other.square().sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @pytest.mark.slow
@@ -173,83 +188,10 @@ def test_what_would_have_to_be_ignored_is_refused(options):
         attention.documents_attention(torch.nn.Identity(), q, q, q, None, **given)
 
 
-def test_attention_dropout_keeps_the_mean():
-    """Dropout goes through SDPA: over many draws the mean is that of no dropout, to the mean's own
-    error.
-    """
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(12, h, 4) for h in (2, 2, 2))
-    plain = attend(q, k, v, documents([5, 7]))
-    draws = torch.stack([attend(q, k, v, documents([5, 7]), dropout=0.3) for _ in range(800)])
-    error = draws.std(0) / 800**0.5
-    assert ((draws.mean(0) - plain).abs() < 6 * error + 1e-6).all()
-    assert draws.std(0).max() > 0.1
-
-
-def formula_with_sinks(q, k, v, sinks, lengths, *, scale, window=None):
-    """`formula`, by one more key whose score is the sink and whose value is zero."""
-    groups = q.shape[1] // k.shape[1]
-    outputs = []
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    for length, end in zip(lengths, ends, strict=True):
-        keys = k[end - length : end].repeat_interleave(groups, 1)
-        values = v[end - length : end].repeat_interleave(groups, 1)
-        scores = torch.einsum("qhd,khd->hqk", q[end - length : end], keys) * scale
-        place = torch.arange(length)
-        distance = place[:, None] - place
-        seen = (distance >= 0) & (distance < (window or length))
-        scores = scores.masked_fill(~seen, float("-inf"))
-        column = sinks[:, None, None].expand(-1, length, 1)
-        probabilities = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-        outputs.append(torch.einsum("hqk,khd->qhd", probabilities, values))
-    return torch.cat(outputs)
-
-
-def draw_with_sinks(lengths):
-    torch.manual_seed(6)
-    n = sum(lengths)
-    shapes = (n, 6, 8), (n, 2, 8), (n, 2, 8), (6,)
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-
-
-def assert_same_gradients(ours, expected, inputs):
-    weight = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-    got = torch.autograd.grad((ours * weight).sum(), inputs)
-    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
-    for a, b in zip(got, wanted, strict=True):
-        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_products_with_sinks_equal_the_formula(lengths, window, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
-    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
-    attention._future.cache_clear()
-    q, k, v, sinks = draw_with_sinks(lengths)
-    ours = attend(q, k, v, documents(lengths), scale=0.3, window=window, sinks=sinks)
-    expected = formula_with_sinks(q, k, v, sinks, lengths, scale=0.3, window=window)
-    assert_same_gradients(ours, expected, (q, k, v, sinks))
-    attention._future.cache_clear()
-
-
-def dense_scores(q, k, edges, scale, window):
-    """[heads, n, n], minus infinity where a query does not see a key."""
-    lengths = edges.diff().tolist()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    place = torch.arange(len(q))
-    distance = place[:, None] - place
-    seen = (owner[:, None] == owner) & (distance >= 0) & (distance < (window or len(q)))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return scores.masked_fill(~seen, float("-inf"))
-
-
 def flash_forward(q, k, v, edges, *, longest, scale, window):
     """What FlashAttention computes, written out: output and logsumexp [heads, n]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = dense_scores(q, k, edges, scale, window)
+    scores = dense_scores(q, k, edges.diff().tolist(), scale, window)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1), edges
 
 
@@ -257,7 +199,9 @@ def flash_backward(d_out, q, k, v, out, lse, edges, state, *, longest, scale, wi
     """FlashAttention 2's algorithm 2 (arXiv:2307.08691), from the output and the logsumexp alone."""
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
-    probabilities = (dense_scores(q, keys, edges, scale, window) - lse.unsqueeze(2)).exp()
+    probabilities = (
+        dense_scores(q, keys, edges.diff().tolist(), scale, window) - lse.unsqueeze(2)
+    ).exp()
     delta = (d_out * out).sum(-1).T.unsqueeze(2)
     d_scores = probabilities * (torch.einsum("qhd,khd->hqk", d_out, values) - delta) * scale
     dq = torch.einsum("hqk,khd->qhd", d_scores, keys)
@@ -275,6 +219,8 @@ def kernel(monkeypatch):
     def varlen_attn(q, k, v, edges, _, longest, *__, scale, window_size, **others):
         if q.shape[-1] != v.shape[-1] or q.shape[-1] > 32:
             raise RuntimeError("the kernel takes heads of one width up to 32")
+        assert others["is_causal"]
+        assert others["enable_gqa"] == (q.shape[1] != k.shape[1])
         window = None if window_size[0] < 0 else window_size[0] + 1
         return flash_forward(q, k, v, edges, longest=longest, scale=scale, window=window)[0]
 
@@ -285,18 +231,17 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("window", [None, 8])
 def test_sinks_around_the_varlen_kernel_equal_the_formula(window, kernel):
     lengths = LENGTHS["mixed"]
-    q, k, v, sinks = draw_with_sinks(lengths)
+    q, k, v, sinks = inputs = draw(lengths)
     packed = Documents(documents(lengths).cu_seqlens, max(lengths), "varlen")
     ours = attend(q, k, v, packed, scale=0.3, window=window, sinks=sinks)
-    expected = formula_with_sinks(q, k, v, sinks, lengths, scale=0.3, window=window)
+    expected = formula(q, k, v, lengths, scale=0.3, window=window, sinks=sinks)
     assert type(ours.grad_fn).__name__ != "_ProductsBackward"
-    assert {
-        attention.VarlenShape(q.device, q.dtype, 8, 8, has_sinks=True): True
-    } == attention._FITS_VARLEN
+    shape = attention.VarlenShape(q.device, q.dtype, 8, 8, has_sinks=True)
+    assert {shape: True} == attention._FITS_VARLEN
     # The sink's sums are in fp32.
     weight = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
-    got = torch.autograd.grad((ours * weight).sum(), (q, k, v, sinks))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v, sinks))
+    got = torch.autograd.grad((ours * weight).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
     for a, b in zip((ours, *got), (expected, *wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -305,17 +250,13 @@ def test_sinks_around_the_varlen_kernel_equal_the_formula(window, kernel):
 def test_a_layer_whose_heads_the_kernel_does_not_take_goes_another_way(
     head_dim, v_dim, fits, kernel
 ):
-    torch.manual_seed(7)
     lengths = [5, 20, 1, 13]
-    q, k, v = (
-        torch.randn(39, heads, width, dtype=torch.float64, requires_grad=True)
-        for heads, width in ((4, head_dim), (2, head_dim), (2, v_dim))
-    )
+    q, k, v, _ = draw(lengths, (4, 2), (head_dim, v_dim))
     packed = Documents(documents(lengths).cu_seqlens, max(lengths), "varlen")
     ours = attend(q, k, v, packed, scale=0.2, window=8)
     assert [*attention._FITS_VARLEN.values()] == [fits]
     assert ours.shape == (39, 4, v_dim)
-    assert_same_gradients(ours, formula(q, k, v, lengths, scale=0.2, window=8), (q, k, v))
+    assert_same_gradients(ours, formula(q, k, v, lengths, scale=0.2, window=8), (q, k, v), 1e-11)
 
 
 def test_chunks_start_with_their_document():
@@ -324,11 +265,19 @@ def test_chunks_start_with_their_document():
     assert cut.max_seqlen == 8
 
 
-OPTIONS = {**RULES, "sinks": {"sinks": torch.linspace(0, 2, 4, dtype=torch.float64)}}
+SINKS = {"sinks": torch.linspace(0, 2, 4, dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("backend", ["products", "sdpa"])
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("products", {}),
+        ("products", RULES["window and softcap"]),
+        ("products", SINKS),
+        ("sdpa", {}),
+        ("sdpa", RULES["window"]),
+    ],
+)
 def test_tokens_that_two_documents_share_are_attended_to_in_both(backend, options):
     """Beside a block that holds them twice: 1e-12 is the order of sums."""
     torch.manual_seed(0)
@@ -376,32 +325,37 @@ def fused_only(monkeypatch):
 @pytest.mark.parametrize("width", [8, 512])
 @pytest.mark.parametrize("window", [None, 8])
 def test_fused_kernels_compute_each_document(width, window, fused_only):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(30, h, width, dtype=torch.float64) for h in (4, 2, 2))
-    rule = attention.Rule(documents([7, 16, 7]), 0.1, window)
-    expected = formula(q, k, v, [7, 16, 7], scale=0.1, window=window)
+    q, k, v, _ = draw(PICTURE_LENGTHS, (4, 2), (width, width))
+    rule = attention.Rule(documents(PICTURE_LENGTHS), 0.1, window)
+    expected = formula(q, k, v, PICTURE_LENGTHS, scale=0.1, window=window)
     torch.testing.assert_close(attention._sdpa(q, k, v, rule), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("fused_only")
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("bidirectional_pictures", ["", "all", "sliding"])
+@pytest.mark.parametrize(
+    ("window", "bidirectional_pictures"),
+    [(None, "all"), (4, "all"), (None, "sliding"), (4, "sliding"), (4, "")],
+)
 def test_pictures_are_seen_both_ways_as_the_formula_says(window, bidirectional_pictures):
-    torch.manual_seed(0)
-    leaves = [torch.randn(30, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2)]
-    d_out = torch.randn(30, 4, 8, dtype=torch.float64)
-    out = attend(
-        *leaves, with_pictures(PICTURE_LENGTHS, bidirectional_pictures), scale=0.3, window=window
-    )
+    *leaves, _ = draw(PICTURE_LENGTHS, (4, 2))
+    packed = with_pictures(PICTURE_LENGTHS, bidirectional_pictures)
+    out = attend(*leaves, packed, scale=0.3, window=window)
     sees = bidirectional_pictures == "all" or (
         bidirectional_pictures == "sliding" and window is not None
     )
     seen = PICTURES if sees else ()
     expected = formula(*leaves, PICTURE_LENGTHS, scale=0.3, window=window, pictures=seen)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    got = torch.autograd.grad(out, leaves, d_out)
-    for ours, plain in zip(got, torch.autograd.grad(expected, leaves, d_out), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    assert_same_gradients(out, expected, leaves)
+
+
+@pytest.mark.parametrize("pictures", ["", "all"])
+def test_attention_dropout_keeps_the_mean(pictures):
+    """The error of the mean of equal values is that of the draws."""
+    torch.manual_seed(4)
+    q, k, v = (torch.ones(30, h, 8) for h in (40, 20, 20))
+    draws = attend(q, k, v, with_pictures(PICTURE_LENGTHS, pictures), dropout=0.3)[1:]
+    assert ((draws != 1).flatten(1).any(1)).all()
+    assert abs(draws.mean() - 1) < 6 * draws[..., 0].std() / draws[..., 0].numel() ** 0.5
 
 
 @pytest.mark.gpu
@@ -438,15 +392,6 @@ def test_attention_over_pictures_holds_no_scores(window):
     expected = [out.detach(), *torch.autograd.grad(out, exact, d_out.float())]
     for one, other in zip(ours, expected, strict=True):
         assert (one.float() - other).norm() < 0.03 * other.norm()
-
-
-def test_weights_of_pictures_are_dropped_too():
-    q, k, v = (torch.ones(30, h, 8) for h in (4, 2, 2))
-    torch.manual_seed(0)
-    out = attend(q, k, v, with_pictures(PICTURE_LENGTHS, "all"), dropout=0.5)
-    # Without dropout the mean of equal values is that value.
-    for first, stop in PICTURES:
-        assert (out[first:stop] != 1).any()
 
 
 @pytest.mark.parametrize(

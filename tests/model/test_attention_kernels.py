@@ -1,21 +1,25 @@
-"""Which kernel of torch's attention over packed documents is taken: the first that is right,
-whatever torch and the machine have.
+"""Kernels are called where they are right: torch's attention, and those of other packages.
 
-Only a GPU has the kernels. Here an operator with right or wrong arithmetic stands for them; it
+Only a GPU has torch's kernels. Here an operator with right or wrong arithmetic stands for them; it
 obeys torch's own switches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from tunesmith.model import attention
 from tunesmith.model.attention_kernels import TORCH_KERNEL, choose_kernel
+from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from varlen import varlen
 
 NO_KERNEL = "no kernel image is available"  # as CUDA says
@@ -34,32 +38,14 @@ class Torch:
 
     def taken(self) -> str:
         cuda = torch.backends.cuda
-        if (
-            self.obeys
-            and cuda.cudnn_sdp_enabled()
-            and self.kernels.get("cudnn", REFUSES) != REFUSES
-        ):
+        has_cudnn = self.kernels.get("cudnn", REFUSES) != REFUSES
+        if self.obeys and cuda.cudnn_sdp_enabled() and has_cudnn:
             return "cudnn"
         if self.obeys and not cuda.flash_sdp_enabled():
-            refused = cuda.cudnn_sdp_enabled()
-            raise RuntimeError(
-                "its constraints are not satisfied"
-                if refused
-                else "No viable backend for varlen_attn."
-            )
+            raise RuntimeError("No viable backend for varlen_attn.")
         return nn.attention.current_flash_attention_impl() or "own"
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        edges: Tensor,
-        _: Tensor,
-        longest: int,
-        *__: Any,
-        **others: Any,
-    ):
+    def __call__(self, q, k, v, edges, _, longest, *__, **others) -> Tensor:
         how = self.kernels[self.taken()]
         if how == REFUSES:
             raise RuntimeError(NO_KERNEL)
@@ -91,74 +77,90 @@ def torch_as_before() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def choose(machine: Torch, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+# Whether torch obeys its switches, its kernels, the one that is taken, and values of each fault.
+CASES: list[tuple[bool, dict[str, str], str, list[str]]] = [
+    (True, {"cudnn": RIGHT, "FA3": RIGHT, "own": RIGHT}, "cuDNN", []),
+    (True, {"FA3": RIGHT, "own": RIGHT}, "FlashAttention 3", ["cuDNN"]),
+    (True, {"cudnn": WRONG, "own": RIGHT}, TORCH_KERNEL, ["%"]),
+    (False, {"own": RIGHT}, TORCH_KERNEL, []),
+    (False, {"FA4": RIGHT, "FA3": RIGHT, "own": RIGHT}, "FlashAttention 4", []),
+    (False, {"FA4": REFUSES, "FA3": WRONG, "own": RIGHT}, TORCH_KERNEL, ["FlashAttention 4", "%"]),
+    (False, {"own": REFUSES}, "", [NO_KERNEL]),
+    (False, {"own": NAN}, "", ["nan"]),
+    (True, {"cudnn": WRONG, "FA3": REFUSES, "own": WRONG}, "", ["%", NO_KERNEL, "%"]),
+]
+SHORT = {"cuDNN": "cudnn", "FlashAttention 3": "FA3", "FlashAttention 4": "FA4"}
+
+
+@pytest.mark.parametrize(("obeys", "kernels", "name", "faults"), CASES)
+def test_the_first_right_kernel_is_taken_and_stays(
+    obeys: bool,
+    kernels: dict[str, str],
+    name: str,
+    faults: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Torch(obeys=obeys, **kernels)
     monkeypatch.setattr(attention, "varlen_attn", machine)
     for version in ("FA3", "FA4"):
         nn.attention.register_flash_attention_impl(
             version, register_fn=lambda version=version: machine.register(version)
         )
     shape = attention.VarlenShape(torch.device("cpu"), torch.bfloat16, 32, 32)
-    return choose_kernel(lambda: attention.find_varlen_fault(shape))
-
-
-@pytest.mark.parametrize(
-    ("obeys", "kernels", "name", "taken", "at_fault"),
-    [
-        (True, {"cudnn": RIGHT, "FA3": RIGHT, "own": RIGHT}, "cuDNN", "cudnn", []),
-        (True, {"FA3": RIGHT, "own": RIGHT}, "FlashAttention 3", "FA3", ["cuDNN"]),
-        (True, {"cudnn": WRONG, "own": RIGHT}, TORCH_KERNEL, "own", ["cuDNN"]),
-        (False, {"own": RIGHT}, TORCH_KERNEL, "own", []),
-        (False, {"FA4": RIGHT, "FA3": RIGHT, "own": RIGHT}, "FlashAttention 4", "FA4", []),
-        (False, {"FA4": REFUSES, "FA3": WRONG, "own": RIGHT}, TORCH_KERNEL, "own",
-         ["FlashAttention 4", "FlashAttention 3"]),
-    ],
-)  # fmt: skip
-def test_the_first_right_kernel_is_taken_and_stays(
-    obeys: bool,
-    kernels: dict[str, str],
-    name: str,
-    taken: str,
-    at_fault: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    machine = Torch(obeys=obeys, **kernels)
-    chosen, faults = choose(machine, monkeypatch)
+    chosen, found = choose_kernel(lambda: attention.find_varlen_fault(shape))
     assert chosen == name
-    assert machine.taken() == taken
-    assert [fault.partition(":")[0] for fault in faults] == at_fault
+    assert not name or machine.taken() == SHORT.get(name, "own")
+    for fault, value in zip(found, faults, strict=True):
+        assert value in fault
+    assert obeys or torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_torch_without_a_choice_has_no_cudnn_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, faults = choose(Torch(obeys=False, own=REFUSES), monkeypatch)
-    assert chosen == ""
-    assert faults == [f"{TORCH_KERNEL}: {NO_KERNEL}"]
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+def refuse_cpu(x: Tensor) -> Tensor:
+    raise RuntimeError("Expected x.is_cuda()")
 
 
-def test_where_none_is_right_each_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, faults = choose(Torch(obeys=True, cudnn=WRONG, FA3=REFUSES, own=WRONG), monkeypatch)
-    assert chosen == ""
-    assert "%" in faults[0]
-    assert NO_KERNEL in faults[1]
-    assert faults[2].startswith(f"{TORCH_KERNEL}: ")
-    assert "%" in faults[2]
-    assert len(faults) == 3
+def double(x: Tensor) -> Tensor:
+    return 2 * x
 
 
-def test_a_gradient_that_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen, faults = choose(Torch(obeys=False, own=NAN), monkeypatch)
-    assert chosen == ""
-    assert "nan" in faults[0]
+def as_plain(function: Callable[..., Any]) -> Any:
+    return function
 
 
-def test_the_kernel_has_its_name_beside_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "ATTENTION_KERNELS", {})
-    monkeypatch.setattr(attention, "_FITS_VARLEN", {})
-    monkeypatch.setattr(attention, "choose_kernel", lambda _: ("FlashAttention 3", []))
-    select = attention.select_attention_backend.__wrapped__
-    backend, _ = select(torch.device("cuda"), torch.bfloat16, 64)
-    assert (
-        attention.ATTENTION_KERNELS
-        == {backend: "FlashAttention 3"}
-        == {"varlen": "FlashAttention 3"}
-    )
+def as_module(function: Callable[..., Any]) -> Any:
+    """As the package `kernels` does, where it is installed (0.18)."""
+
+    class Func(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    return Func()
+
+
+@pytest.mark.parametrize("form", [as_plain, as_module])
+def test_a_kernel_is_not_called_on_the_cpu(
+    form: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("some_kernels")
+    package.__spec__ = ModuleSpec("some_kernels", None)
+    package.scale = refuse_cpu
+    monkeypatch.setitem(sys.modules, "some_kernels", package)
+    code = ModuleType("modeling_scaled")
+    monkeypatch.setitem(sys.modules, "modeling_scaled", code)
+    code.scale = form(use_kernel_func_from_hub_with_fallback("scale", "some_kernels")(double))
+
+    class Scaled(nn.Module):
+        __module__ = "modeling_scaled"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return code.scale(x)
+
+    layer = Scaled()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2))
+    keep_kernels_to_gpus(layer)
+    assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0))
+    # A second time changes nothing.
+    chosen = code.scale
+    keep_kernels_to_gpus(layer)
+    assert code.scale is chosen

@@ -1,40 +1,52 @@
-"""Our way of loading against Transformers' from_pretrained, for every family."""
+"""Models as we load and store them, beside those of Transformers, experts that are stored one by one too."""
 
 from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pairwise import name_of, pairwise
+from tunesmith.checkpoint.contents import weights_of
 from tunesmith.config.schema import Model
+from tunesmith.errors import ModelError
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.save_tensors import save_sharded
+from tunesmith.model.stored_form import in_stored_form
 from tunesmith.model.weights import load_weights
 
 from . import families
+from .families import SMALL, marked
+
+pytestmark = pytest.mark.slow
 
 
-def ours(folder: Path, dtype: str = "fp32", **more):
+def read(folder: Path, dtype: str = "fp32") -> PreTrainedModel:
     spec = Model(name=str(folder), dtype=dtype)
-    built = load.build_on_meta(load.load_configs(folder, spec)[0], spec, **more)
-    assert all(p.is_meta for p in built.parameters())
-    load.materialize(built, torch.device("cpu"))
-    load_weights(built, folder)
-    return built.eval()
+    model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
+    assert all(p.is_meta for p in model.parameters())
+    load.materialize(model, torch.device("cpu"))
+    load_weights(model, folder)
+    return model.eval()
 
 
-@pytest.fixture(scope="module", params=sorted(families.VARIANTS))
-def family(request, tmp_path_factory) -> Path:
-    return families.build(request.param, tmp_path_factory.mktemp("families"))
+COVERED_LOADS = pairwise(
+    {"family": [*families.VARIANTS], "dtype": ["fp32", "bf16"]},
+    tier_1={"family": ["llama", "llama-3", "gemma3_text"], "dtype": ["fp32", "bf16"]},
+)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_tensor_is_from_pretraineds(family: Path, dtype: str) -> None:
+@pytest.mark.parametrize("case", marked(COVERED_LOADS), ids=name_of)
+def test_every_tensor_is_from_pretraineds(case: dict[str, str], tmp_path: Path) -> None:
+    family, dtype = families.build(case["family"], tmp_path), case["dtype"]
     theirs = AutoModelForCausalLM.from_pretrained(family, dtype=DTYPES[dtype]).eval()
-    mine = ours(family, dtype)
+    mine = read(family, dtype)
     for kind in ("named_parameters", "named_buffers"):
         left, right = dict(getattr(mine, kind)()), dict(getattr(theirs, kind)())
         assert left.keys() == right.keys()
@@ -45,14 +57,6 @@ def test_every_tensor_is_from_pretraineds(family: Path, dtype: str) -> None:
     assert sum(1 for _ in mine.named_buffers()) > 0
     tied = mine.get_input_embeddings().weight is mine.get_output_embeddings().weight
     assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
-
-
-def test_logits_are_from_pretraineds(family: Path) -> None:
-    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
-    theirs = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
-    mine = ours(family)
-    with torch.no_grad():
-        assert torch.equal(mine(ids).logits, theirs(ids).logits)
 
 
 def test_stacks_of_zeros_take_no_memory() -> None:
@@ -66,3 +70,102 @@ def test_stacks_of_zeros_take_no_memory() -> None:
     assert model.get_parameter("model.layers.1.feed_forward.experts.gate_up_proj").is_meta
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 1 << 20, "KiB"
+
+
+SIZES: dict[str, Any] = {**SMALL, "num_hidden_layers": 2, "moe_intermediate_size": 24}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": EXPERTS,
+    "mixtral": {"num_local_experts": 4},
+    "glm4_moe": {**ROUTED, "n_group": 1, "topk_group": 1},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # renamed alone
+    "jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
+}
+NAME = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+def build(model_type: str, folder: Path) -> Path:
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type]})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, *, without: str = "", **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rewrite the weights of a folder, and return them."""
+    tensors = load_file(folder / "model.safetensors") | more
+    tensors.pop(without, None)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+LANES = [
+    pytest.param(name, marks=[] if name in ("qwen3_moe", "granitemoe") else [pytest.mark.nightly])
+    for name in FAMILIES
+]
+
+
+@pytest.mark.parametrize("model_type", LANES)
+def test_experts_are_read_as_by_transformers_and_written_as_they_were(
+    model_type: str, tmp_path: Path
+) -> None:
+    base = build(model_type, tmp_path / "base")
+    model = read(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    state = model.state_dict()
+    assert state.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in state.items())
+
+    before = load_file(base / "model.safetensors")
+    assert before.keys() - state.keys(), "the base has other names than the model"
+    written = tmp_path / "written"
+    written.mkdir()
+    save_sharded(written, in_stored_form(model, weights_of(model)))
+    after = load_file(written / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_experts_are_converted_to_the_dtype_of_the_model(tmp_path: Path) -> None:
+    base = build("qwen3_moe", tmp_path)
+    converted = read(base, "bf16").state_dict()
+    for name, tensor in read(base).state_dict().items():
+        assert torch.equal(converted[name], tensor.bfloat16()), name
+
+
+def test_draft_heads_are_copied(tmp_path: Path) -> None:
+    base = build("glm4_moe", tmp_path / "base")
+    draft = torch.arange(6, dtype=torch.float64)
+    change(base, **{"model.layers.46.eh_proj.weight": draft})
+    model = read(base)
+    save_sharded(tmp_path, in_stored_form(model, weights_of(model)))
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["model.layers.46.eh_proj.weight"], draft)
+
+
+def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> None:
+    base = build("qwen3_moe", tmp_path)
+    model = read(base)
+    (base / "model.safetensors").unlink()
+    tensors = weights_of(model)
+    assert in_stored_form(model, tensors).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("without", "more", "fact"),
+    [
+        (NAME, {}, "combined"),  # half of an expert is left
+        (NAME.replace("2.up", "3.down"), {}, "shape"),
+        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "combined"),
+        ("", {"model.layers.1.mlp.extra.weight": torch.zeros(1)}, "mlp.extra.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    without: str, more: dict[str, torch.Tensor], fact: str, tmp_path: Path
+) -> None:
+    base = build("qwen3_moe", tmp_path)
+    change(base, without=without, **more)
+    with pytest.raises(ModelError, match=fact):
+        read(base)

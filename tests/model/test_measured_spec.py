@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from errors import refuses
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model import measured_spec, meta_forward, spec, text_config, tiny_model
+from tunesmith.model.count_layers import count_layers
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import measure_spec, model_spec
@@ -23,17 +22,11 @@ from tunesmith.planning.measured_layers import measure_activations
 
 from . import families
 
-# config.json of Qwen/Qwen3-30B-A3B, databricks/dbrx-base and openai/gpt-oss-20b; Transformers' defaults of `gpt_oss` and
-# `mixtral` are the sizes of gpt-oss-120b and Mixtral-8x7B.
+# config.json of Qwen/Qwen3-30B-A3B; Transformers' defaults of `mixtral` are the sizes of Mixtral-8x7B.
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
     "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
-}  # fmt: skip
-DBRX = {
-    "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768, "vocab_size": 100352,
-    "attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8},
-    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
 }  # fmt: skip
 GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
 
@@ -49,16 +42,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         # Model cards: 30.5B, 3.3B activated ("Qwen3 Technical Report", arXiv:2505.09388, table 2).
         (QWEN3_30B_A3B, 30.5, 3.3, True),
-        # "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925, table 1: 20.91B, 3.61B active;
-        # 116.83B, 5.13B. Its active parameters leave the embedding out, but not the head.
+        # "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925, table 1: 20.91B, 3.61B active.
+        # Its active parameters leave the embedding out, but not the head.
         (GPT_OSS_20B, 20.91, 3.61, False),
-        ({"model_type": "gpt_oss"}, 116.83, 5.13, False),
         # "Mixtral of Experts", arXiv:2401.04088: 47B, 13B; 46.7B and 12.9B in the announcement.
-        ({"model_type": "mixtral"}, 46.7, 12.9, True),
-        # Its model card: 132B, of which 36B are active on any input.
-        (DBRX, 132, 36, False),
+        pytest.param({"model_type": "mixtral"}, 46.7, 12.9, True, marks=pytest.mark.nightly),
     ],
-    ids=["qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "mixtral", "dbrx"],
+    ids=["qwen3-30b-a3b", "gpt-oss-20b", "mixtral"],
 )
 def test_published_sizes(config: dict, total: float, active: float, counts_embedding: bool) -> None:
     """1 % of what is published; 2 % where that has two digits: Qwen's 3.3 are 3.35 by hand too."""
@@ -67,47 +57,6 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
     counted = found.active + tables * found.head_matmul
     assert found.parameters / 1e9 == pytest.approx(total, rel=0.01)
     assert counted / 1e9 == pytest.approx(active, rel=0.02 if active == 3.3 else 0.01)
-
-
-@pytest.mark.parametrize("name", ["glm_moe_dsa", "gptj"])
-def test_a_model_that_reads_its_mask_or_positions_is_measured(name: str):
-    config = tiny_model.shrink(AutoConfig.for_model(name))
-    assert measure_spec(config.to_dict(), where="test").depth == config.num_hidden_layers
-
-
-@pytest.mark.slow
-def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
-    """By hand, of LongCat: what every token is multiplied with, and what one expert takes of it.
-
-    Transformers allots `gate_up_proj` for the experts without weights too, and `down_proj` not.
-    """
-    config = tiny_model.shrink(AutoConfig.for_model("longcat_flash", moe_topk=2))
-    layer = measure_spec(config.to_dict(), where="test").layers[0]
-    # Two attentions of 4 heads: each has its own keys.
-    assert (layer.heads, layer.kv_heads) == (8, 8)
-    hidden, width, experts = config.hidden_size, config.expert_ffn_hidden_size, 4
-    everyone = experts + config.zero_expert_num
-    gate_up = everyone * 2 * width * hidden
-    down = experts * hidden * width
-    assert layer.experts == gate_up + down
-    assert layer.active == layer.matmul + 2 * gate_up // everyone + 2 * down // everyone
-    per_token = measure_activations(measure_spec(config.to_dict(), where="test"), Adapter(), "fp32")
-    # Of two experts: their input, gate and up, what the activation makes of them, and the output.
-    assert per_token.by_token[0] >= 2 * 4 * (hidden + 3 * width + hidden)
-
-
-def test_a_model_whose_layers_run_again_and_again_is_refused() -> None:
-    config = tiny_model.shrink(AutoConfig.for_model("hrm_text"))
-    with refuses(ModelError, names=["2 layers", "hrm_text", 12]):
-        measure_spec(config.to_dict(), where="test")
-
-
-def test_a_model_whose_code_reads_values_says_so() -> None:
-    config = tiny_model.shrink(AutoConfig.for_model("jetmoe"))
-    with refuses(ModelError, where="test", names=["jetmoe"]) as caught:
-        measure_spec(config.to_dict(), where="test")
-    assert caught.value.why
-    assert caught.value.where == "test"
 
 
 def test_a_layer_of_several_sublayers_is_one():
@@ -122,7 +71,7 @@ def test_an_infinite_number_is_read_as_transformers_writes_it():
     assert text_config.read_configs(config, "test")[0].time_step_limit == [0.0, float("inf")]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "qwen3"])
 def test_measured_is_what_the_table_says(name: str) -> None:
     """But where attention is wider than the MLP, which the table does not count."""
     values = {**families.SMALL, **families.VARIANTS.get(name, {})}
@@ -131,10 +80,7 @@ def test_measured_is_what_the_table_says(name: str) -> None:
     config = AutoConfig.for_model(name, **values)
     table = spec.read_spec(config.to_dict(), where=name)
     model = build_to_measure(config)
-    from tunesmith.model.count_layers import count_layers
-    from tunesmith.model.meta_forward import run_on_meta
-
-    calls, _ = run_on_meta(model, 64)
+    calls, _ = meta_forward.run_on_meta(model, 64)
     found = count_layers(model, calls, None)
     expected = replace(table, position_limit=None)
     assert replace(found, layers=()) == replace(expected, layers=())
@@ -161,33 +107,20 @@ def test_layers_differ_where_the_config_says_so() -> None:
     assert qwen.layers[0].state == 32 * 128 * 128  # heads, channels of keys and of values
     assert qwen.layers[3].state == qwen.layers[0].heads == 0
 
+    # A checkpoint with a vision part is its text model.
+    outer = measure_spec({"model_type": "qwen3_5"}, where="test")
+    assert outer.layers == qwen.layers
+
     llama = measure_spec({"model_type": "llama4_text"}, where="test")
     assert [layer.chunk for layer in llama.layers[:4]] == [8192, 8192, 8192, None]
 
 
 @pytest.mark.slow
-def test_a_vision_checkpoint_is_its_text_model() -> None:
-    outer = measure_spec({"model_type": "qwen3_5"}, where="test")
-    inner = measure_spec({"model_type": "qwen3_5_text"}, where="test")
-    assert outer.layers == inner.layers
-    tied = measure_spec({"model_type": "qwen3_5", "tie_word_embeddings": True}, where="test")
-    assert outer.parameters - tied.parameters == outer.head_matmul
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    [
-        # The last layers use the keys and values of others.
-        {"model_type": "gemma4_text", "num_hidden_layers": 15, "num_kv_shared_layers": 5},
-        # The first layers have no experts.
-        {"model_type": "deepseek_v3", "num_hidden_layers": 7},
-    ],
-    ids=lambda config: config["model_type"],
-)
 def test_layers_that_another_stands_for_count_as_if_they_ran(
-    config: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """The last layers use the keys and values of others."""
+    config = {"model_type": "gemma4_text", "num_hidden_layers": 15, "num_kv_shared_layers": 5}
     adapter = Adapter(kind="lora", rank=8)
     some = measure_spec(config, where="test")
     kept_of_some = measure_activations(some, adapter, "bf16")
@@ -224,35 +157,22 @@ def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "facts"),
     [
-        ({"model_type": "no_such_type"}, "cannot build this no_such_type"),
-        ({"model_type": "olmo3", "hidden_size": "wide"}, "hidden_size is 'wide'"),
-        ({"model_type": "olmo3", "num_attention_heads": 0}, "cannot build this olmo3"),
-        ({"model_type": "bert"}, "an encoder"),
-        ({}, "has no model_type"),
-        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"model_type": "no_such_type"}, ["no_such_type"]),
+        ({"model_type": "olmo3", "num_attention_heads": 0}, ["olmo3"]),
+        ({"model_type": "bert"}, ["bert"]),
+        ({}, ["model_type"]),
+        ("hrm_text", ["2 layers", "hrm_text"]),
+        ("jetmoe", ["jetmoe"]),
     ],
 )
-def test_what_cannot_be_measured_is_refused(config: dict, words: str) -> None:
-    with pytest.raises(ModelError, match=words) as caught:
+def test_what_cannot_be_measured_is_refused(config: dict | str, facts: list[str]) -> None:
+    if isinstance(config, str):
+        config = tiny_model.shrink(AutoConfig.for_model(config)).to_dict()
+    with refuses(ModelError, where="some/config.json", names=facts) as caught:
         model_spec(config, where="some/config.json")
-    assert caught.value.where == "some/config.json"
     assert caught.value.fix
-
-
-def test_a_cached_spec_needs_nothing_heavy() -> None:
-    """Nor does a family of the table."""
-    config = {"model_type": "olmo3", **families.SMALL}
-    measure_spec(config, where="test")
-    script = f"""
-import sys
-from tunesmith.model.measured_spec import model_spec
-assert model_spec({config}, where="")
-assert model_spec({families.SMALL} | {{"model_type": "llama"}}, where="")
-assert not {{"torch", "transformers"}} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_flops_count_windows_chunks_states_and_the_experts_of_a_token() -> None:

@@ -62,7 +62,6 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         ("torch's own FlashAttention 2", "", True),
         ("", "", True),
         ("FlashAttention 4", "", False),  # beside these it was not measured
-        ("FlashAttention 3", "", False),
         ("cuDNN", "", False),
         ("torch's own FlashAttention 2", "wrong here", False),
     ],
@@ -82,6 +81,8 @@ def test_where_it_is_chosen(
     backend, why = attention.select_attention_backend(device, torch.bfloat16, 128, group=4)
     attention.select_attention_backend.cache_clear()
     assert backend == "varlen"
+    if of_torch and not chosen:
+        assert {"varlen": of_torch} == attention.ATTENTION_KERNELS
     assert why.startswith("our own kernel" if chosen else of_torch)
     assert fault in why
     assert [*attention._FITS_VARLEN.values()] == [bool(of_torch)]

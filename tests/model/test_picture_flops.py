@@ -17,12 +17,13 @@ from errors import holds
 from tunesmith.config.schema import Model
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.hub import picture_support
-from tunesmith.hub.picture_support import TYPICAL_SIZE, add_vision
+from tunesmith.hub.picture_support import TYPICAL_SIZE, add_vision, make_picture_row
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.picture_flops import count_picture_flops
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.vision import picture_features
+from tunesmith.model.vision_support import measure_pictures
 
 pytestmark = pytest.mark.slow
 SIZE = (120, 90)
@@ -37,7 +38,13 @@ def inputs_of(processor: PictureProcessor) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in pixels.inputs.items()}
 
 
-@pytest.mark.parametrize("family", sorted(vision.FAMILIES | vision.MORE_FAMILIES))
+LANES = [
+    pytest.param(family, marks=[] if family in ("gemma3", "qwen3_vl") else [pytest.mark.nightly])
+    for family in sorted(vision.FAMILIES | vision.MORE_FAMILIES)
+]
+
+
+@pytest.mark.parametrize("family", LANES)
 def test_they_are_those_of_a_real_forward(family: str, tmp_path: Path) -> None:
     """As torch counts them with eager attention, whose products it sees."""
     vision.write_processor(tmp_path, family)
@@ -74,6 +81,8 @@ def test_a_shape_of_the_package_has_what_is_measured(tmp_path: Path) -> None:
         image_token_id=token_id,
     )
     processor = load(tmp_path, config)
+    row = make_picture_row(processor, AutoTokenizer.from_pretrained(tmp_path))
+    assert measure_pictures(config, row).state == "packed"
     spec = add_vision(model_spec(shape.config, where="test"), config, processor)
     assert {name: vars(spec)[name] for name in shape.vision} == shape.vision
 

@@ -23,33 +23,24 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from tunesmith.model.same_code import forward_code
 
+# Two classes, and whether one is a copy of the other.
+PAIRS: list[tuple[type, type, bool]] = [
+    (Qwen3MoeAttention, Qwen3Attention, True),
+    (Qwen3MoeMLP, LlamaMLP, True),
+    (Qwen3MoeRMSNorm, LlamaRMSNorm, True),
+    # The same text: GLM's `apply_rotary_pos_emb` turns pairs.
+    (Glm4Attention, LlamaAttention, False),
+    (Qwen3Attention, LlamaAttention, False),
+    (Olmo2RMSNorm, LlamaRMSNorm, False),
+]
 
-@pytest.mark.parametrize(
-    ("copy", "original"),
-    [
-        (Qwen3MoeAttention, Qwen3Attention),
-        (Qwen3MoeMLP, LlamaMLP),
-        (Qwen3MoeRMSNorm, LlamaRMSNorm),
-    ],
-)
-def test_copies_of_transformers(copy: type, original: type) -> None:
-    code = forward_code(copy)
+
+@pytest.mark.parametrize(("one", "other", "same"), PAIRS)
+def test_classes_of_transformers(one: type, other: type, same: bool) -> None:
+    code = forward_code(one)
     assert code is not None
-    assert code == forward_code(original)
-    assert hash(code) == hash(forward_code(original))
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        # The same text: GLM's `apply_rotary_pos_emb` turns pairs.
-        (Glm4Attention, LlamaAttention),
-        (Qwen3Attention, LlamaAttention),
-        (Olmo2RMSNorm, LlamaRMSNorm),
-    ],
-)
-def test_neighbors_that_differ(one: type, other: type) -> None:
-    assert forward_code(one) != forward_code(other)
+    assert (code == forward_code(other)) == same
+    assert not same or hash(code) == hash(forward_code(other))
 
 
 def shift(x: Tensor, by: float = 1.0) -> Tensor:
@@ -69,101 +60,69 @@ def repeat(x: Tensor) -> Tensor:
     return repeat(x) if x.sum() > 9 else x
 
 
-class Original(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        moved = shift(repeat(x))
-        return self._scale(moved) * 2
+ORIGINAL = """
+def forward(self, x: Tensor) -> Tensor:
+    moved = shift(repeat(x))
+    return self._scale(moved) * 2
 
-    def _scale(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class Renamed(nn.Module):
-    """Other names of function and local variable, a docstring and an annotation."""
-
-    def forward(self, x):
-        """Text."""
-        result = move(repeat(x))
-        return self._scale(result) * 2
-
-    def _scale(self, x: Tensor) -> Tensor:
-        return x * self.factor
+def _scale(self, x: Tensor) -> Tensor:
+    return x * self.factor
+"""
 
 
-class OtherFunction(Original):
-    def forward(self, x: Tensor) -> Tensor:
-        moved = move_far(repeat(x))
-        return self._scale(moved) * 2
-
-
-class OtherConstant(Original):
-    def forward(self, x: Tensor) -> Tensor:
-        moved = shift(repeat(x))
-        return self._scale(moved) * 2.0
-
-
-class OtherArgument(Original):
-    def forward(self, y: Tensor) -> Tensor:
-        moved = shift(repeat(y))
-        return self._scale(moved) * 2
-
-
-class OtherMethod(Original):
-    def _scale(self, x: Tensor) -> Tensor:
-        return x + self.factor
-
-
-class OtherAttribute(Original):
-    def _scale(self, x: Tensor) -> Tensor:
-        return x * self.other
-
-
-def test_names_do_not_count() -> None:
-    assert forward_code(Renamed) == forward_code(Original)
+def written(*changes: tuple[str, str]) -> Any:
+    """The code of a module whose text is that of `ORIGINAL` with these changes."""
+    text = ORIGINAL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    members: dict[str, Any] = {}
+    exec(text, globals(), members)
+    code = forward_code(type("Module", (nn.Module,), members))
+    assert code is not None
+    return code
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [OtherFunction, OtherConstant, OtherArgument, OtherMethod, OtherAttribute],
-)
-def test_each_change_counts(changed: type) -> None:
-    assert forward_code(changed) is not None
-    assert forward_code(changed) != forward_code(Original)
+    "changes",
+    [
+        [("shift", "move_far")],
+        [("* 2", "* 2.0")],
+        [("self, x: Tensor) -> Tensor:\n    moved", "self, y: Tensor) -> Tensor:\n    moved"),
+         ("repeat(x)", "repeat(y)")],
+        [("x * self", "x + self")],
+        [("self.factor", "self.other")],
+    ],
+    ids=["function", "constant", "argument", "method", "attribute"],
+)  # fmt: skip
+def test_each_change_counts(changes: list[tuple[str, str]]) -> None:
+    assert written() == written()
+    assert written(*changes) != written()
+
+
+def test_names_texts_and_annotations_do_not_count() -> None:
+    renamed = [("shift", "move"), ("moved", "result"), ("-> Tensor:", ":\n    'Text.'\n")]
+    assert written(*renamed) == written()
+
+
+def renamed(old: str) -> Callable[[Any], Any]:
+    """As `deprecate_kwarg` of Transformers 5.24, around the forward of attentions."""
+
+    def decorate(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **{"y" if k == old else k: v for k, v in kwargs.items()})
+
+        return wrapper
+
+    return decorate
 
 
 def test_a_decorator_that_names_what_it_wraps_counts_by_what_it_was_given() -> None:
-    """As `deprecate_kwarg` of Transformers 5.24, around the forward of attentions."""
-
-    def renamed(old: str) -> Callable[[Any], Any]:
-        def decorate(forward: Any) -> Any:
-            @functools.wraps(forward)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return forward(*args, **{"y" if k == old else k: v for k, v in kwargs.items()})
-
-            return wrapper
-
-        return decorate
-
-    def of(old: str, sign: int) -> Any:
-        class Module(nn.Module):
-            if sign > 0:
-
-                @renamed(old)
-                def forward(self, y: Any) -> Any:
-                    return y + 1
-
-            else:
-
-                @renamed(old)
-                def forward(self, y: Any) -> Any:
-                    return y - 1
-
-        return forward_code(Module)
-
-    assert of("x", 1) is not None
-    assert of("x", 1) == of("x", 1)
-    assert of("x", 1) != of("x", -1)
-    assert of("x", 1) != of("z", 1)
+    by_x, by_z = (("def forward", f"@renamed('{name}')\ndef forward") for name in "xz")
+    assert written(by_x) == written(by_x)
+    assert written(by_x) != written(by_z)
+    assert written(by_x) != written(by_x, ("* 2", "* 3"))
 
 
 def test_a_decorated_forward_is_not_read() -> None:
@@ -172,8 +131,8 @@ def test_a_decorated_forward_is_not_read() -> None:
     def wrapped(forward: Callable) -> Callable:
         return lambda self, x: forward(self, x) + 1
 
-    class Wrapped(Original):
-        forward = wrapped(Original.forward)
+    class Wrapped(nn.Linear):
+        forward = wrapped(nn.Linear.forward)
 
     assert forward_code(Wrapped) is None
     assert forward_code(nn.Linear) != forward_code(nn.Bilinear)

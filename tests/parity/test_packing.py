@@ -1,4 +1,4 @@
-"""Packed rows against one document a row, and against each document alone in plain Transformers.
+"""Packed rows and micro batches beside one document a row, and each alone in plain Transformers.
 
 fp32. B is drawn at random: with B = 0 the gradient of A is exactly zero, and any two zeros agree.
 """
@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipes import built_model, make_run
+from recipes import built_model, make_run, write_rows
 from tunesmith.adapter import lora
 from tunesmith.data.batches.batch import IGNORE, Batch, collate
+from tunesmith.data.batches.loader import Loader
+from tunesmith.data.prepare import prepare_data
 from tunesmith.data.text.example import Example
 from tunesmith.methods.base import TrainModel, supervised_positions
-from tunesmith.presentation.start import trained_text
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.units import Size
 
 TOLERANCE = 1e-5
 LENGTHS = (30, 5, 31, 2, 57, 30)
@@ -52,7 +55,10 @@ def model_of(tiny: Path, tmp_path: Path, **changes) -> TrainModel:
         adapter=dataclasses.replace(run.adapter, **changes.get("adapter", {})),
         train=dataclasses.replace(run.train, recompute="none", **changes.get("train", {})),
     )
-    model = built_model(run, tiny).train()
+    return with_drawn_b(built_model(run, tiny).train())
+
+
+def with_drawn_b(model: TrainModel) -> TrainModel:
     torch.manual_seed(1)
     for _, layer in lora.loras(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)
@@ -112,9 +118,14 @@ def gradients(model: TrainModel, batch: Batch) -> dict[str, torch.Tensor]:
     "changes",
     [
         {},
-        {"train": {"compile": "off"}, "model": {"attention": "eager"}},
-        {"adapter": {"kind": "none"}},
-        {"adapter": {"target": ("v_proj", "lm_head"), "modules_to_save": ("embed_tokens",)}},
+        pytest.param(
+            {"train": {"compile": "off"}, "model": {"attention": "eager"}}, marks=pytest.mark.slow
+        ),
+        pytest.param({"adapter": {"kind": "none"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"adapter": {"target": ("v_proj", "lm_head"), "modules_to_save": ("embed_tokens",)}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["lora", "eager attention", "full", "head adapter and trained embedding"],
 )
@@ -129,28 +140,20 @@ def test_gradients_are_the_same_in_every_layout(changes, tiny, tmp_path):
             assert (grads[key] - reference).norm() / reference.norm() <= TOLERANCE, f"{key}, {name}"
 
 
-def test_document_two_cannot_see_document_one(tiny, tmp_path):
-    """Another document 1 of the same length leaves the losses of document 2 as they were, bit by
-    bit.
+def test_document_two_sees_neither_document_one_nor_padding(tiny, tmp_path):
+    """Another document 1 of the same length, and other padding, leave the losses of document 2 as
+    they were, bit by bit.
     """
     model, of, other = model_of(tiny, tmp_path), examples(), examples(seed=9)
     before = model.token_scores(collate([of], length=200, pad_id=0))[0]
-    changed = [other[0], *of[1:]]
-    after = model.token_scores(collate([changed], length=200, pad_id=0))[0]
+    after = model.token_scores(collate([[other[0], *of[1:]]], length=200, pad_id=77))[0]
     edge = LENGTHS[0]
     assert torch.equal(before[0, edge:], after[0, edge:])
     assert not torch.equal(before[0, :edge], after[0, :edge])
     assert (before[0, edge:] > 0).sum() > 60
 
 
-def test_padding_is_neither_seen_nor_learnt(tiny, tmp_path):
-    model, of = model_of(tiny, tmp_path), examples()
-    one, other = (collate([of], length=200, pad_id=pad) for pad in (0, 77))
-    assert torch.equal(model.token_scores(one)[0], model.token_scores(other)[0])
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_recomputing_layers_changes_nothing(tiny, tmp_path, count):
+def test_recomputing_layers_changes_nothing(tiny, tmp_path):
     plain, again = model_of(tiny, tmp_path), model_of(tiny, tmp_path)
     calls = [0, 0]
 
@@ -161,14 +164,12 @@ def test_recomputing_layers_changes_nothing(tiny, tmp_path, count):
         return forward
 
     recompute_layers(again.layers, 2)
-    recompute_layers(again.layers, count)
+    recompute_layers(again.layers, 1)
     for number, layer in enumerate(again.layers):
         layer.input_layernorm.register_forward_hook(counter(number))
     batch = layouts(examples())["two rows"]
     a, b = gradients(plain, batch), gradients(again, batch)
-    assert calls == [1 + (count > 0), 1 + (count > 1)], (
-        "a layer that is run again runs twice, the others once"
-    )
+    assert calls == [2, 1], "a layer that is run again runs twice, the others once"
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -180,18 +181,45 @@ def test_token_scores_agree_with_the_loss(tiny, tmp_path):
     assert (losses[batch.targets == IGNORE] == 0).all()
     assert (losses != 0).sum() == count == batch.supervised
     torch.testing.assert_close(losses.sum(), total.detach(), rtol=1e-6, atol=0)
-
-
-def test_supervised_positions_are_those_with_a_label():
-    batch = layouts(examples())["one row and padding"]
     index, targets = supervised_positions(batch)
     assert torch.equal(index, (batch.targets.flatten() != IGNORE).nonzero().squeeze(1))
     assert torch.equal(targets, batch.targets.flatten()[index])
 
 
-def test_what_is_trained_and_how_it_is_described(tiny, tmp_path):
-    model = model_of(tiny, tmp_path)
-    names = [name for name, _ in model.trained_parameters()]
-    assert len(names) == 28
-    assert names[0] == "model.layers.0.self_attn.q_proj.lora_A"
-    assert "LlamaForCausalLM" in trained_text(model.model, 1)
+def whole_batch(
+    tiny: Path, folder: Path, pack: bool, examples: int
+) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Loss, gradients and number of micro batches of the first global batch."""
+    run = make_run(
+        tiny, folder, held=False, data={"pack": pack}, train={"global_batch": "16 examples"}
+    )
+    tokenizer = load_tokenizer(tiny, run.model)
+    data = prepare_data(
+        run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache"
+    )
+    micro_batch = Size(examples, "examples")
+    batch = Loader(data.train, data.schedule, micro_batch=micro_batch, pad_id=0).batch(0)
+    model = with_drawn_b(built_model(run, tiny).train())
+    total = 0.0
+    for micro in batch.micro:
+        loss_sum = model(micro).loss
+        (loss_sum / batch.supervised).backward()
+        total += float(loss_sum.detach().double())
+    grads = {name: p.grad for name, p in model.trained_parameters() if p.grad is not None}
+    return total / batch.supervised, grads, len(batch.micro)
+
+
+@pytest.mark.slow
+def test_micro_batches_change_neither_loss_nor_gradient(tiny: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", 16)
+    write_rows(tmp_path / "held.jsonl", 8)
+    reference, wanted, _ = whole_batch(tiny, tmp_path, False, 1)
+    assert len(wanted) == 28  # A and B of 7 layers in 2 blocks
+    assert all(float(g.norm()) > 1e-6 for g in wanted.values()), "a zero reference proves nothing"
+    for pack, examples in ((True, 16), (True, 4), (True, 1), (False, 16)):
+        loss, grads, micros = whole_batch(tiny, tmp_path, pack, examples)
+        assert micros == 16 // examples
+        assert loss == pytest.approx(reference, rel=1e-6)
+        for name, grad in grads.items():
+            apart = float((grad - wanted[name]).norm() / wanted[name].norm())
+            assert apart <= 1e-5, f"{name}, packed {pack}, {examples} a micro batch"

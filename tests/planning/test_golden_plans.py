@@ -57,7 +57,7 @@ def leave_network() -> None:
     socket.getaddrinfo = refuse
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_plans_of_shipped_recipes_change_only_in_a_diff(tmp_path: Path) -> None:
     # A minute on a quiet core; the models that are in no table are measured.
     done = run_warm(
