@@ -146,6 +146,9 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
     assert after.keys() == before.keys()
     untouched = [name for name, tensor in before.items() if torch.equal(after[name], tensor)]
     assert bool(untouched) == (model_type != "mistral4"), "towers are copied"
+    if model_type in ("gemma3", "qwen3_5_moe"):
+        others = [n for n in before if "language_model." not in n and not n.startswith("lm_head")]
+        assert {*others} == {*untouched}
     configs = [json.loads((folder / "config.json").read_text()) for folder in (base, written)]
     assert configs[0].get("vision_config") == configs[1].get("vision_config")
 

@@ -60,8 +60,6 @@ WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_atten
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-SHARED_EXPERT = {"shared_expert_intermediate_size": 24}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 DELTA = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
@@ -96,9 +94,6 @@ OTHERS: dict[str, Other] = {
             "intermediate_size_mlp": 48, "attention_chunk_size": 8, "floor_scale": 4,
         }
     ),
-    "flint": Other({**WINDOWS, **EXPERTS, **SHARED_EXPERT}),
-    "granite_swa": Other(WINDOWS),
-    "granitemoe_swa": Other({**WINDOWS, **LOCAL_EXPERTS}),
     "mimo_v2_flash": Other(
         {**WINDOWS, **ROUTED_EXPERTS, "v_head_dim": 12, "mlp_layer_types": ["dense", "sparse"]}
     ),
@@ -116,7 +111,6 @@ OTHERS: dict[str, Other] = {
             "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
         }
     ),
-    "qwen3_next": Other({**DELTA, **EXPERTS, **SHARED_EXPERT}, ("Qwen3NextGatedDeltaNet",)),
     # Its layer returns its last state beside the tokens.
     "minimax": Other(
         {**LOCAL_EXPERTS, "block_size": 8, "layer_types": DELTA["layer_types"]},
@@ -131,14 +125,13 @@ OTHERS: dict[str, Other] = {
         },
         ("NemotronHMamba2Mixer",),
     ),
-    "granitemoehybrid": Other(
-        {**LOCAL_EXPERTS, **MAMBA, "layer_types": ["mamba", "attention"], "logits_scaling": 4.0},
-        ("GraniteMoeHybridMambaLayer",),
-    ),
     "falcon_h1": Other(
-        {**MAMBA, "mamba_d_ssm": 128, "lm_head_multiplier": 0.5}, ("FalconH1Mixer",)
+        {
+            "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8,
+            "mamba_d_ssm": 128, "lm_head_multiplier": 0.5,
+        },
+        ("FalconH1Mixer",),
     ),
-    "bamba": Other({**MAMBA, "attn_layer_indices": [1]}, ("BambaMixer",)),
     "mamba2": Other(
         {"num_heads": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}, ("Mamba2Mixer",)
     ),
@@ -152,13 +145,6 @@ OTHERS: dict[str, Other] = {
     "recurrent_gemma": Other(
         {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
         ("RecurrentGemmaRecurrentBlock",),
-    ),
-    "zamba2": Other(
-        {
-            "layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_d_state": 8,
-            "chunk_size": 8, "num_key_value_heads": 4,
-        },
-        ("Zamba2MambaMixer",),
     ),
 }  # fmt: skip
 LAYOUTS = ("packed", "recomputed", "shared prompt")

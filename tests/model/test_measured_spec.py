@@ -115,7 +115,7 @@ def test_layers_differ_where_the_config_says_so() -> None:
     assert [layer.chunk for layer in llama.layers[:4]] == [8192, 8192, 8192, None]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_layers_that_another_stands_for_count_as_if_they_ran(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,10 +12,7 @@ import torch
 from recipes import built_model, make_run
 from tunesmith.config.schema import Run
 from tunesmith.formats.linear import has_codes
-from tunesmith.model import text_config
-from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.random_init import init_weight
-from tunesmith.model.shapes import SHAPES
 
 
 def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
@@ -77,23 +74,3 @@ def test_biases_are_zero() -> None:
     bias = torch.ones(8)
     init_weight(bias, "q.bias", 0)
     assert (bias == 0).all()
-
-
-# As the models' pages and files say: of checkpoints with images, the text model.
-SIZES = {
-    "qwen3.5-9b": 8.95, "qwen3.5-4b": 4.2, "qwen3.8-27b": 26.9, "gemma-4-31b": 30.7,
-    "ministral-3-8b": 8.49, "glm-4-9b": 9.4, "olmo-3-7b": 7.3, "nemotron-3-nano": 31.6,
-    "qwen3-30b-a3b": 30.5, "qwen3.6-35b-a3b": 34.7, "gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8,
-    "gemma-4-26b-a4b": 25.2, "llama-4-scout": 107.8, "gemma-4-12b": 11.91,
-    "muse-glimmer-30b": 27.9, "mistral-small-4": 119.0,
-}  # fmt: skip
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", SIZES)
-def test_a_measured_shape_has_the_size_of_its_model(name: str) -> None:
-    config, whole = text_config.read_configs(SHAPES[name].config, where=name)
-    model = build_to_measure(config, full_config=whole)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    digits = len(str(SIZES[name]).partition(".")[2])
-    assert round(parameters / 1e9, digits) == SIZES[name]

@@ -141,8 +141,6 @@ def test_flops_agree_with_a_counter_that_watches_the_products() -> None:
     """torch's own counter sees 2 operations a product and all pairs of attention; we count the
     causal half.
     """
-    import torch
-
     shape = {**families.SMALL, "num_key_value_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager"))
     found = spec.read_spec({"model_type": "llama", **shape}, where="")
@@ -160,23 +158,16 @@ def test_flops_agree_with_a_counter_that_watches_the_products() -> None:
 
 def test_flops_of_parts() -> None:
     found = spec.read_spec({"model_type": "llama", **families.SMALL}, where="")
-    matmul = found.layer_matrices
-    one = spec.flops(found, [1], 0, trained="full")
-    assert one == 6 * matmul + 12 * 1 * 3 * 64
-    assert spec.flops(found, [1], 1, trained="full") - one == 6 * found.head_matmul
-    assert spec.flops(found, [1], 0, trained="lora") == 4 * matmul + 12 * 3 * 64
-    assert (
-        spec.flops(found, [1], 0, trained="lora", adapter_parameters=10)
-        == 4 * matmul + 12 * 3 * 64 + 60
-    )
-    assert spec.flops(found, [10, 10], 0, trained="full") < spec.flops(
-        found, [20], 0, trained="full"
-    )
-    windowed = spec.read_spec(
-        {"model_type": "mistral", "sliding_window": 4, **families.SMALL}, where=""
-    )
-    pairs = sum(min(i, 4) for i in range(1, 11))
-    assert spec.flops(windowed, [10], 0, trained="full") == 6 * matmul * 10 + 12 * pairs * 3 * 64
+    matmul, pairs = found.layer_matrices, 12 * 3 * 64
+
+    def flops(length: int, labels: int, trained: str = "full", **more: int) -> float:
+        return spec.flops(found, [length], labels, trained=trained, **more)
+
+    assert flops(1, 0) == 6 * matmul + pairs
+    assert flops(1, 1) - flops(1, 0) == 6 * found.head_matmul
+    assert flops(1, 0, "lora") == 4 * matmul + pairs
+    assert flops(1, 0, "lora", adapter_parameters=10) == 4 * matmul + pairs + 60
+    assert flops(20, 0) - 2 * flops(10, 0) == pairs * (210 - 2 * 55)
 
 
 @pytest.mark.slow
