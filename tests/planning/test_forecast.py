@@ -301,6 +301,16 @@ def test_sums_over_each_link_take_the_time_of_their_rings() -> None:
     assert both["gradients"] == pytest.approx(2 * here / 2 / 40e9)
 
 
+def test_replicas_on_two_nodes_sum_their_shards_over_the_network() -> None:
+    """70B in full, 2 replicas of 4 shards x 2: beside a short backward, most of it shows."""
+    train = FULL["train"] | {"global_batch": "8 examples", "micro_batch": "1 examples"}
+    data = {"train": {"source": "r.jsonl"}, "seq_len": 128}
+    found = forecast("llama3-70b", "2x8xh100", (2, 4, 2), FULL | {"train": train, "data": data})
+    share = 4 * ((P - NORMS) // 2 + NORMS) / 4
+    ring = 2 * share / 2 / 40e9
+    assert 0.5 * ring < found.seconds["gradients"] <= ring
+
+
 def test_a_group_is_as_fast_as_its_slowest_link() -> None:
     cluster = read_cluster("2x8xh100")
     link, network = 360e9, 40e9
