@@ -42,12 +42,7 @@ class Torch:
         if self.obeys and cuda.cudnn_sdp_enabled() and has_cudnn:
             return "cudnn"
         if self.obeys and not cuda.flash_sdp_enabled():
-            refused = cuda.cudnn_sdp_enabled()  # else there is none
-            raise RuntimeError(
-                "its constraints are not satisfied"
-                if refused
-                else "No viable backend for varlen_attn."
-            )
+            raise RuntimeError("constraints" if cuda.cudnn_sdp_enabled() else "no viable backend")
         return nn.attention.current_flash_attention_impl() or "own"
 
     def __call__(self, q, k, v, edges, _, longest, *__, **others) -> Tensor:

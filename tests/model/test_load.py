@@ -1,4 +1,4 @@
-"""Models as we load and store them, beside those of Transformers, experts that are stored one by one too."""
+"""Models and experts as we load and store them, beside those of Transformers."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tunesmith.planning.measured_layers import measure_activations
 
 from . import families
 
-# config.json of Qwen/Qwen3-30B-A3B; Transformers' defaults of `mixtral` are the sizes of Mixtral-8x7B.
+# config.json of Qwen/Qwen3-30B-A3B; Transformers' defaults of `mixtral` are those of Mixtral-8x7B.
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
