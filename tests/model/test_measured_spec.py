@@ -59,6 +59,27 @@ def test_published_sizes(config: dict, total: float, active: float, counts_embed
     assert counted / 1e9 == pytest.approx(active, rel=0.02 if active == 3.3 else 0.01)
 
 
+@pytest.mark.slow
+def test_experts_that_loop_over_those_that_are_chosen_are_measured() -> None:
+    """By hand, of LongCat: what every token is multiplied with, and what one expert takes of it.
+
+    Transformers allots `gate_up_proj` for the experts without weights too, and `down_proj` not.
+    """
+    config = tiny_model.shrink(AutoConfig.for_model("longcat_flash", moe_topk=2))
+    found = measure_spec(config.to_dict(), where="test")
+    layer = found.layers[0]
+    # Two attentions of 4 heads: each has its own keys.
+    assert (layer.heads, layer.kv_heads) == (8, 8)
+    hidden, width, experts = config.hidden_size, config.expert_ffn_hidden_size, 4
+    everyone = experts + config.zero_expert_num
+    gate_up, down = everyone * 2 * width * hidden, experts * hidden * width
+    assert layer.experts == gate_up + down
+    assert layer.active == layer.matmul + 2 * gate_up // everyone + 2 * down // everyone
+    per_token = measure_activations(found, Adapter(), "fp32")
+    # Of two experts: their input, gate and up, what the activation makes of them, and the output.
+    assert per_token.by_token[0] >= 2 * 4 * (hidden + 3 * width + hidden)
+
+
 def test_a_layer_of_several_sublayers_is_one():
     """LongCat's `num_hidden_layers` counts the two attentions of each layer."""
     model = tiny_model.build_tiny_model(AutoConfig.for_model("longcat_flash"))
