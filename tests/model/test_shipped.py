@@ -199,6 +199,16 @@ def test_experts_that_are_not_converted_are_dense(plain: Path, tmp_path: Path) -
         built(base, tmp_path)
 
 
+def test_experts_in_fp8_are_read_dense_into_their_places(plain: Path, tmp_path: Path) -> None:
+    base = write_fp8(plain, tmp_path / "fp8", (16, 24), keep=("mlp.gate",))
+    stored = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    up, scale = stored[name].float(), stored[f"{name}_scale_inv"]
+    spread = scale.repeat_interleave(16, 0).repeat_interleave(24, 1)[: up.shape[0], : up.shape[1]]
+    stack = built(base, tmp_path, "none").get_parameter(DOWN.replace("down", "gate_up"))
+    assert torch.equal(stack[3, len(up) :], up * spread)
+
+
 STACKS = [f"model.layers.0.mlp.experts.{key}" for key in ("gate_up_proj", "down_proj")]
 
 

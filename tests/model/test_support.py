@@ -39,9 +39,9 @@ CLASSES = {
     "mamba": True,  # a state alone
     "mamba2": False,  # a fused kernel that multiplies with a weight itself
     "falcon": False,  # attention of its own
-    "axk2": False,  # an indexer that pads differently
+    "axk2": True,  # an indexer that pads differently
     "muse_glimmer": False,  # trained in the class of the entire model
-    "voxtral": False,  # a tower that hears
+    "voxtral": True,  # a tower that hears
     "fun_asr_nano": False,  # an adaptor whose widths are the text model's
     "mistral4": True,  # one part of a head is rotated
     "trocr": False,  # attention to an encoder
@@ -49,6 +49,7 @@ CLASSES = {
     "xlm": True,  # tokens that see those after them, as its default config has them
     "xlm-roberta-xl": False,  # both directions
     **dict.fromkeys(ARCHITECTURES, False),
+    "llama": True,
 }
 COMPLETE = {
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}},
