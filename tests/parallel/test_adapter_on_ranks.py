@@ -1,6 +1,4 @@
-"""An adapter's files where ranks hold parts of it: written as one process writes them, and read
-again.
-"""
+"""An adapter of which ranks hold parts is written as by one process, and read again."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ranks import gathered, run_ranks
+from ranks import gathered, run_ranks, world_of
 from recipes import make_run
 from tunesmith.adapter import lora, peft_files
 from tunesmith.build_model import build_model
@@ -35,7 +33,20 @@ pytestmark = pytest.mark.slow
 # Embedding and head are tied: the trained embedding is a tensor of its own, cut by the vocabulary.
 ADAPTER = {"adapter": {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]}}
 EXPERTS = {"adapter": {"rank": 4, "target": ["experts", "q_proj"]}}
-MESHES = [{"tensor": 4}, {"shard": 2, "tensor": 2}, {"replicate": 2, "tensor": 2}, {"shard": 4}]
+# name: model, its adapter, meshes of as many ranks
+CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, int]]]] = {
+    "two ranks": ("tiny", ADAPTER, [{"shard": 2}, {"tensor": 2}]),
+    "four ranks": (
+        "tiny",
+        ADAPTER,
+        [{"tensor": 4}, {"shard": 2, "tensor": 2}, {"replicate": 2, "tensor": 2}, {"shard": 4}],
+    ),
+    "experts": ("mixture", EXPERTS, [{"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}]),
+}
+NAMES = [
+    pytest.param(name, marks=() if name == "two ranks" else pytest.mark.nightly, id=name)
+    for name in CASES
+]
 
 
 def built(
@@ -107,37 +118,29 @@ def saved_files(place: Path) -> list[bytes]:
     return [(place / file).read_bytes() for file in files]
 
 
-def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny, tmp_path):
-    places = [tmp_path / str(index) for index in range(len(MESHES) + 1)]
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(name, request, tmp_path):
+    fixture, adapter, meshes = CASES[name]
+    model = request.getfixturevalue(fixture)
+    places = [tmp_path / str(index) for index in range(len(meshes) + 1)]
     for place in places:
         (place / "final").mkdir(parents=True)
-    run_ranks(1, write_all, tiny, tmp_path, [{}], places[-1:])
-    first, *others = run_ranks(4, write_all, tiny, tmp_path, MESHES, places[:-1])
+    run_ranks(1, write_all, model, tmp_path, [{}], places[-1:], adapter)
+    world = world_of(meshes[0])
+    first, *others = run_ranks(world, write_all, model, tmp_path, meshes, places[:-1], adapter)
     alone = saved_files(places[-1])
-    for mesh, place in zip(MESHES, places, strict=False):
+    for mesh, place in zip(meshes, places, strict=False):
         assert saved_files(place) == alone, mesh
     values = load_file(places[-1] / ADAPTER_WEIGHTS)
-    assert len(values) == 2 * 14 + 1 + 5  # A and B, the embedding, the norms
     assert all(value.abs().max() > 0 for value in values.values())
-    assert all(size > 0 for size in first[:3])
-    assert others == [[0] * len(MESHES)] * 3
-
-
-EXPERT_MESHES = [{"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
-
-
-def test_experts_over_ranks_are_written_as_by_one_process(mixture, tmp_path):
-    places = [tmp_path / str(index) for index in range(len(EXPERT_MESHES) + 1)]
-    for place in places:
-        (place / "final").mkdir(parents=True)
-    run_ranks(1, write_all, mixture, tmp_path, [{}], places[-1:], EXPERTS)
-    run_ranks(4, write_all, mixture, tmp_path, EXPERT_MESHES, places[:-1], EXPERTS)
-    alone = saved_files(places[-1])
-    for mesh, place in zip(EXPERT_MESHES, places, strict=False):
-        assert saved_files(place) == alone, mesh
-    values = load_file(places[-1] / ADAPTER_WEIGHTS)
-    shapes = {tuple(value.shape) for value in values.values()}
-    assert (64, 4 * 8) in shapes  # [out, rank * experts]
+    if fixture == "tiny":
+        assert len(values) == 2 * 14 + 1 + 5  # A and B, the embedding, the norms
+    else:
+        # [out, rank * experts]
+        assert (64, 4 * 8) in {tuple(value.shape) for value in values.values()}
+    for size, mesh in zip(first, meshes, strict=True):
+        assert size > 0 or "tensor" not in mesh
+    assert others == [[0] * len(meshes)] * (world - 1)
 
 
 def loaded(model: Path, folder: Path, adapter: Path) -> dict[str, Any]:

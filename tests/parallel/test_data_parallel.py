@@ -1,10 +1,11 @@
-"""Copies and shards of a model on several ranks train as one process does."""
+"""Copies, shards and parts of a model on several ranks train as one process does."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import vision_models
+from errors import lines_with
+from pairwise import Combination, name_of, pairwise
 from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
@@ -30,8 +34,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 # Elements of a gradient that is summed beside the backward, or in pieces: matrices of these small models.
 LARGE = 1000
 ANSWER = 4  # tokens of a sample answer: a random model ends none by itself, and none is late
-STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
+STEPS = 2  # the second shows the first update
 Numbers = list[tuple[float, ...]]
+Case = tuple[dict[str, Any], dict[str, int]]  # what is trained, how it is shared among the ranks
 
 
 def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
@@ -63,6 +68,7 @@ def numbers_of_all(
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {"log": {"samples": 1}}
 BITES = {"train": {"clip_norm": 0.05}}  # a tenth of the norm
+RECOMPUTED = {"train": {"recompute": "full"}}
 IN_BACKWARD = {
     "train": {
         "optimizer_in_backward": True,
@@ -72,34 +78,51 @@ IN_BACKWARD = {
     }
 }
 SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
-# name: what is trained, how it is shared among how many ranks
-CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "lora, copies": (LORA, COPY),
-    "lora, shards, recomputed": (merge(LORA, {"train": {"recompute": "full"}}), SHARD),
-    "lora on nf4, shards": ({"model": {"quantize": "nf4"}}, SHARD),
-    "lora, padded rows": ({"data": {"pack": False}, "train": {"micro_batch": "2 examples"}}, COPY),
-    "lora, a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
-    "full, copies": (merge(FULL, BITES), COPY),
-    "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
-    "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
-    "lora, tensor": (LORA, TENSOR),
-    "full, tensor": (merge(FULL, BITES), TENSOR),
-    "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
-    "lora, 8 examples on 3": (LORA, {"replicate": 3}),
-    "full, 8 examples on 3": (merge(FULL, BITES), {"shard": 3}),
-    "full, copies of shards": (merge(FULL, BITES), {"replicate": 2, "shard": 2}),
-    "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
-    "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
+HYBRID, CUT_SHARDS = {"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}
+NF4 = {"model": {"quantize": "nf4"}}
+FP8 = {"model": {"dtype": "bf16", "quantize": "fp8"}}
+SHIPPED = {"model": {"quantize": "as-shipped"}}
+EIGHT_BIT_MOMENTS = merge(FULL, {"train": {"optimizer": "adamw-8bit"}})
+TRAINED: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "full": FULL,
+    "nf4": NF4,
+    "8-bit moments": EIGHT_BIT_MOMENTS,
+    "bf16 with masters": merge(FULL, {"model": {"dtype": "bf16"}}),
+    "fp8": FP8,
 }
-# The recipe of a case that has `auto`
-AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}
-# First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded
-# before they are summed.
-TOLERANCES = dict.fromkeys(
-    ("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2)
+STEP: dict[str, dict[str, Any]] = {
+    "clipped": BITES,
+    "recomputed": RECOMPUTED,
+    "padded": {"data": {"pack": False}, "train": {"micro_batch": "2 examples"}},
+}
+SHARED = {"replicate": COPY, "shard": SHARD, "tensor": TENSOR}
+
+
+def differs(combination: Combination) -> bool:
+    """Copies of codes and of 8-bit moments are the same code as other copies."""
+    in_blocks = combination.get("trained") in ("nf4", "8-bit moments")
+    return not (in_blocks and combination.get("mesh") == "replicate")
+
+
+COVERED_MESHES = pairwise(
+    {"trained": list(TRAINED), "mesh": list(SHARED), "step": list(STEP)}, allows=differs
 )
-# A tensor-parallel rank scales its part of a row in 8 bits by itself.
-TOLERANCES |= dict.fromkeys(("fp8, tensor", "fp8, shards of a tensor group"), (1e-2, 2e-2))
+TIER_1 = {(trained, mesh) for trained in ("lora", "full") for mesh in SHARED}
+assert {(row["trained"], row["mesh"]) for row in COVERED_MESHES} > TIER_1
+
+
+def cases_of(*trained: str) -> dict[str, Case]:
+    """The combinations of two ranks in which these are trained."""
+    return {
+        name_of(row): (merge(TRAINED[row["trained"]], STEP[row["step"]]), SHARED[row["mesh"]])
+        for row in COVERED_MESHES
+        if row["trained"] in trained
+    }
+
+
+# The recipe of a case that has `auto`
+AUTO = {"full, auto tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}
 
 
 def tensors_in(folder: Path) -> dict[str, list[int]]:
@@ -134,150 +157,187 @@ def train_alone(model: Path, recipe: str) -> tuple[Numbers, dict[str, list[int]]
 
 
 def assert_those_of_one_process(
-    world: int,
-    every: dict[str, Any],
+    every: dict[str, Case],
     model: Path,
     folder: Path,
     tolerance: tuple[float, float] = (1e-6, 1e-4),
-) -> list[str]:
-    """Returns the names of the cases for so many ranks."""
-    chosen = {name: case for name, case in every.items() if world == world_of(case[1])}
-    assert chosen
+) -> None:
+    """Tolerance: of the first step and of others; fp32 sums are taken in another order."""
+    (world,) = {world_of(mesh) for _, mesh in every.values()}
     cases = [
         {**what, "parallel": AUTO.get(name, mesh), "output_dir": str(folder / f"{name}, ranks")}
-        for name, (what, mesh) in chosen.items()
+        for name, (what, mesh) in every.items()
     ]
     recipe(model, folder)  # writes the rows, which each rank would write otherwise
     found = run_ranks(world, numbers_of_all, model, folder, cases, [free_port() for _ in cases])[0]
     wrong = {}
-    for name, many in zip(chosen, found, strict=True):
-        first, others = TOLERANCES.get(name, tolerance)
+    for (name, (what, _)), many in zip(every.items(), found, strict=True):
         assert len(many) == STEPS
-        alone, _ = run_alone(model, json.dumps(chosen[name][0]))
+        alone, _ = run_alone(model, json.dumps(what))
         for step, (expected, got) in enumerate(zip(alone, many, strict=True)):
-            if got != pytest.approx(expected, rel=others if step else first):
+            if got != pytest.approx(expected, rel=tolerance[min(step, 1)]):
                 wrong[name, step] = expected, got
     assert not wrong
-    return list(chosen)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
-    chosen = assert_those_of_one_process(world, CASES, tiny, tmp_path)
-    for name in AUTO.keys() & set(chosen):
-        taken = "replicate 1 x shard 1 x tensor 2, the first that fits, because the speed is unknown, of 1 "
-        assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
-    silent = [
-        name
-        for name in chosen
-        if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()
-    ]
-    assert silent == [name for name in chosen if name == "lora, tensor"]
+def test_an_adapter_and_a_full_model_give_the_numbers_of_one_process(tiny, tmp_path):
+    cases = cases_of("lora", "full")
+    cases |= {
+        "full, samples": (merge(FULL, LORA), SHARD),
+        "full, auto tensor": (FULL, TENSOR),
+        "a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
+    }
+    assert_those_of_one_process(cases, tiny, tmp_path)
+    for name in AUTO:
+        log = (tmp_path / f"{name}, ranks/log.txt").read_text()
+        assert lines_with(log, "replicate 1 x shard 1 x tensor 2")
+    for name, (what, shared) in cases.items():
+        answered = (tmp_path / f"{name}, ranks/samples.jsonl").exists()
+        assert answered == ("log" in what and shared is not TENSOR), name
 
 
-# As above: embedding and head do not share a weight, so that FSDP2 gathers each by itself.
-APART: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "lora on the head, shards": ({"adapter": {"target": ["q_proj", "lm_head"]}}, SHARD),
-    "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
-    "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
-    "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
-    "full, copies of a tensor group": (merge(FULL, BITES), {"replicate": 2, "tensor": 2}),
-}
-
-
-@pytest.fixture(scope="module")
-def untied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_untied(tiny, tmp_path_factory.mktemp("untied") / "model")
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_an_embedding_and_a_head_of_their_own_give_the_numbers_of_one_process(
-    world, untied, tmp_path
-):
-    assert_those_of_one_process(world, APART, untied, tmp_path)
-
-
-EIGHT_BIT_MOMENTS = merge(FULL, {"train": {"optimizer": "adamw-8bit"}})
-FP8 = {"model": {"dtype": "bf16", "quantize": "fp8"}}
-NF4 = {"model": {"quantize": "nf4"}}
-# As above.
-IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "8-bit moments, shards": (EIGHT_BIT_MOMENTS, SHARD),
-    "8-bit moments, in the backward": (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD),
-    "8-bit moments, tensor": (EIGHT_BIT_MOMENTS, TENSOR),
-    "8-bit moments, uneven shards": (EIGHT_BIT_MOMENTS, {"shard": 3}),
-    "8-bit moments, shards of a tensor group": (EIGHT_BIT_MOMENTS, {"shard": 2, "tensor": 2}),
-    "nf4, tensor": (NF4, TENSOR),
-    "nf4, shards of a tensor group": (NF4, {"shard": 2, "tensor": 2}),
-}
-# Of two ranks, shards have the bits of copies: `test_eight_bit_ranks.py`.
-IN_8_BITS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "fp8, copies": (FP8, COPY),
-    "fp8, tensor": (FP8, TENSOR),
-    "fp8, shards of a tensor group": (FP8, {"shard": 2, "tensor": 2}),
-    "fp8, shards, recomputed": (merge(FP8, {"train": {"recompute": "full"}}), SHARD),
-    "fp8, uneven shards": (FP8, {"shard": 3}),
-}
-
-
-ONE_SCALE_A_ROW = IN_8_BITS.keys() - TOLERANCES.keys()
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(world, wide, tmp_path):
+def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(wide, tmp_path):
     """Norms are of 30 times as many gradients as above: sums in another order moved them by 4e-6."""
     pytest.importorskip("bitsandbytes")
-    assert_those_of_one_process(world, IN_BLOCKS, wide, tmp_path, (1e-5, 1e-4))
+    cases = cases_of("nf4", "8-bit moments")
+    cases["8-bit moments, in the backward"] = (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD)
+    assert_those_of_one_process(cases, wide, tmp_path, (1e-5, 1e-4))
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_a_base_in_8_bits_gives_the_numbers_of_one_process(world, tiny, tmp_path):
-    """In bf16: 9e-4 was seen.
+def test_bf16_gives_the_numbers_of_one_process(tiny, tmp_path):
+    """Gradients of micro batches are rounded before they are summed."""
+    assert_those_of_one_process(cases_of("bf16 with masters"), tiny, tmp_path, (2e-3, 2e-2))
+
+
+def assert_fp8(cases: dict[str, Case], model: Path, folder: Path) -> None:
+    """In bf16: 9e-4 was seen. A tensor-parallel rank scales its part of a row by itself.
 
     With one scale a tensor, torch 2.11's on a CPU, fp8 rounds by the rows of a micro batch.
     """
     coarse = select_scaling(torch.device("cpu")).recipe == TENSOR_WISE
-    wide = {name: (5e-3, 1e-2) for name in ONE_SCALE_A_ROW if coarse}
-    with mock.patch.dict(TOLERANCES, wide):
-        assert_those_of_one_process(world, IN_8_BITS, tiny, tmp_path, (2e-4, 3e-3))
+    cut = {name: case for name, case in cases.items() if "tensor" in case[1]}
+    whole = {name: case for name, case in cases.items() if name not in cut}
+    for chosen, tolerance in (
+        (cut, (1e-2, 2e-2)),
+        (whole, (5e-3, 1e-2) if coarse else (2e-4, 3e-3)),
+    ):
+        if chosen:
+            assert_those_of_one_process(chosen, model, folder, tolerance)
 
 
-# Shards have whole experts: of 4 experts 3 ranks have 2, 1 and 1, or none.
-STACKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "nf4": (NF4, SHARD),
-    "mxfp4": ({"model": {"quantize": "as-shipped"}}, SHARD),
-    "fp8": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
-    "nvfp4": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
-    "mxfp4, shards of a tensor group": (
-        {"model": {"quantize": "as-shipped"}},
-        {"shard": 2, "tensor": 2},
+def test_a_base_in_8_bits_gives_the_numbers_of_one_process(tiny, tmp_path):
+    assert_fp8(cases_of("fp8"), tiny, tmp_path)
+
+
+# Of 8 examples a step on 3 and on 10 ranks, some have more than others, or none.
+MORE_RANKS: dict[str, tuple[str, dict[str, Case]]] = {
+    "3": ("tiny", {"full, uneven shards": (merge(FULL, BITES), {"shard": 3})}),
+    "4": (
+        "tiny",
+        {
+            "full, copies of shards": (merge(FULL, BITES), HYBRID),
+            "full, shards of a tensor group": (merge(FULL, BITES), CUT_SHARDS),
+            "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
+        },
+    ),
+    "10": ("tiny", {"lora on the head": ({"adapter": {"target": ["q_proj", "lm_head"]}}, {"replicate": 10})}),
+    "3, blocks": ("wide", {"8-bit moments, uneven shards": (EIGHT_BIT_MOMENTS, {"shard": 3})}),
+    "4, blocks": (
+        "wide",
+        {
+            "8-bit moments, shards of a tensor group": (EIGHT_BIT_MOMENTS, CUT_SHARDS),
+            "nf4, shards of a tensor group": (NF4, CUT_SHARDS),
+        },
+    ),
+    "3, fp8": ("tiny", {"fp8, uneven shards": (FP8, {"shard": 3})}),
+    "4, fp8": ("tiny", {"fp8, shards of a tensor group": (FP8, CUT_SHARDS)}),
+}  # fmt: skip
+
+
+def nightly_but(names: Any, *first: str) -> list[Any]:
+    """Parameters of a test, of which all but the first ones are nightly."""
+    return [
+        pytest.param(name, id=name, marks=() if name in first else pytest.mark.nightly)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", nightly_but(MORE_RANKS, "3", "4"))
+def test_more_ranks_give_the_numbers_of_one_process(name, request, tmp_path):
+    model, cases = MORE_RANKS[name]
+    if model == "wide":
+        pytest.importorskip("bitsandbytes")
+    if "fp8" in name:
+        assert_fp8(cases, request.getfixturevalue(model), tmp_path)
+        return
+    tolerance = (1e-5, 1e-4) if model == "wide" else (1e-6, 1e-4)
+    assert_those_of_one_process(cases, request.getfixturevalue(model), tmp_path, tolerance)
+
+
+def write_fp8_experts(tiny: Path, folder: Path) -> Path:
+    base = write_qwen3_moe(folder / "base", tiny, moe_intermediate_size=40)
+    return write_fp8(base, folder / "fp8", (16, 24), keep=("mlp.gate",))
+
+
+def write_nvfp4_experts(tiny: Path, folder: Path) -> Path:
+    base = write_qwen3_moe(folder / "base", tiny, moe_intermediate_size=48)
+    return write_nvfp4(base, folder / "nvfp4", keep=("mlp.gate",))
+
+
+# Embedding and head do not share a weight, so that FSDP2 gathers each by itself.
+UNTIED: dict[str, Case] = {
+    "lora on the head": ({"adapter": {"target": ["q_proj", "lm_head"]}}, SHARD),
+    "full, clipped": (merge(merge(FULL, BITES), LORA), SHARD),
+    "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
+    "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
+}
+MIXTURE: dict[str, Case] = {
+    "shards": (LORA, SHARD),
+    "tensor, recomputed": (RECOMPUTED, TENSOR),
+    "full, tensor": (merge(FULL, BITES), TENSOR),
+}
+MIXTURE_OF_4: dict[str, Case] = {
+    "copies of shards": (merge(BITES, RECOMPUTED), HYBRID),
+    "shards of a tensor group": (
+        {"adapter": {"modules_to_save": ["experts"], "target": ["q_proj"]}},
+        CUT_SHARDS,
     ),
 }
+# Shards of codes, whose rows are no whole blocks; a tensor group reads its parts of dense weights.
+OF_CODES: dict[str, Case] = {
+    "as shipped, shards": (LORA, SHARD),
+    "dense, tensor": ({"model": {"quantize": "none"}}, TENSOR),
+}
+# Recurrent layers that run by document, and attention in chunks.
+OF_FAMILY: dict[str, Case] = {"lora, copies": (LORA, COPY), "full, shards": (FULL, SHARD)}
+# With 4 layers the last one of Llama 4 attends to the whole document.
+LLAMA_4 = {"num_hidden_layers": 4, "floor_scale": 4}
+Writer = Callable[[Path, Path], Path]
+# Shards have whole experts: of 4 experts 3 ranks have 2, 1 and 1, or none.
+BASES: dict[str, tuple[Writer, dict[str, Case]]] = {
+    "untied": (lambda tiny, to: write_untied(tiny, to / "m"), UNTIED),
+    "untied, 4": (lambda tiny, to: write_untied(tiny, to / "m"), {"full": (merge(FULL, BITES), {"replicate": 2, "tensor": 2})}),
+    "fp8": (lambda tiny, to: write_fp8(tiny, to / "m", (48, 40)), OF_CODES),
+    "nvfp4": (lambda tiny, to: write_nvfp4(tiny, to / "m"), OF_CODES),
+    "experts, nf4": (lambda tiny, to: write_qwen3_moe(to / "m", tiny, moe_intermediate_size=40), {"nf4": (NF4, SHARD)}),
+    "experts, fp8": (write_fp8_experts, {"fp8": (SHIPPED, {"shard": 3})}),
+    "experts, nvfp4": (write_nvfp4_experts, {"nvfp4": (SHIPPED, {"shard": 3})}),
+    "experts, mxfp4": (lambda tiny, to: write_mxfp4_gpt_oss(to / "m", tiny), {"mxfp4": (SHIPPED, SHARD)}),
+    "experts, mxfp4, 4": (lambda tiny, to: write_mxfp4_gpt_oss(to / "m", tiny), {"mxfp4": (SHIPPED, CUT_SHARDS)}),
+    "qwen3_5": (lambda tiny, to: vision_models.build("qwen3_5", to / "m", tiny), OF_FAMILY),
+    "llama4": (lambda tiny, to: vision_models.build("llama4", to / "m", tiny, **LLAMA_4), OF_FAMILY),
+}  # fmt: skip
 
 
-def base_of(name: str) -> str:
-    return name.partition(",")[0]
-
-
-@pytest.fixture(scope="module")
-def mxfp4(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mxfp4_gpt_oss(tmp_path_factory.mktemp("mxfp4"), tiny)
+@pytest.mark.parametrize("base", nightly_but(BASES, "untied", "fp8"))
+def test_other_bases_give_the_numbers_of_one_process(base, tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    write, cases = BASES[base]
+    assert_those_of_one_process(cases, write(tiny, tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("base", "world"), sorted({(base_of(name), world_of(case[1])) for name, case in STACKS.items()})
+    "cases", [MIXTURE, pytest.param(MIXTURE_OF_4, marks=pytest.mark.nightly)], ids=["2", "4"]
 )
-def test_experts_in_codes_on_shards_give_the_numbers_of_one_process(
-    base, world, mxfp4, tiny, tmp_path
-):
-    pytest.importorskip("bitsandbytes")
-    model = mxfp4
-    if base != "mxfp4":
-        width = 48 if base == "nvfp4" else 40
-        model = write_qwen3_moe(tmp_path / "base", tiny, moe_intermediate_size=width)
-    if base == "fp8":
-        model = write_fp8(model, tmp_path / "fp8", (16, 24), keep=("mlp.gate",))
-    if base == "nvfp4":
-        model = write_nvfp4(model, tmp_path / "nvfp4", keep=("mlp.gate",))
-    cases = {name: case for name, case in STACKS.items() if base_of(name) == base}
-    assert_those_of_one_process(world, cases, model, tmp_path)
+def test_a_mixture_gives_the_numbers_of_one_process(cases, mixture, tmp_path):
+    assert_those_of_one_process(cases, mixture, tmp_path)

@@ -1,6 +1,4 @@
-"""Nodes that share no disk: what each keeps, and that a run goes on whichever rank is on which of
-them.
-"""
+"""Nodes without a shared disk: what each keeps; a run goes on whichever rank is on which node."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,14 +121,14 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Whole]:
-    made = {}
-    for name, (what, mesh) in RUNS.items():
-        folder = tmp_path_factory.mktemp("whole")
-        made[name] = Whole(
-            go("ww", tiny, folder, 6, mesh, what)[0][1], folder / "w" / "run" / "final"
-        )
-    return made
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    @cache
+    def of(kind: str) -> Whole:
+        (what, mesh), folder = RUNS[kind], tmp_path_factory.mktemp("whole")
+        found = go("ww", tiny, folder, 6, mesh, what)[0][1]
+        return Whole(found, folder / "w" / "run" / "final")
+
+    return of
 
 
 def run_once(
@@ -149,9 +148,10 @@ def run_once(
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Path]]:
-    """Each run on two nodes, of which four steps were taken."""
-    return {kind: run_once(tmp_path_factory, tiny, "ab", 4, kind) for kind in RUNS}
+def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run on two nodes, of which four steps were taken: its folder, as it then was."""
+    restore = cache(partial(run_once, tmp_path_factory, tiny, "ab", 4))
+    return lambda kind: restore(kind)()
 
 
 @pytest.fixture(scope="module")
@@ -162,55 +162,56 @@ def of_four_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whole, stopped, tiny):
-    layout, (what, mesh), folder = "ab", RUNS[kind], stopped[kind]()
+    (what, mesh), folder = RUNS[kind], stopped(kind)
     a, b = (folder / node / "run" for node in "ab")
-    assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (
-        b / "checkpoint-4" / "manifest.json"
-    ).read_bytes()
-    both = files_of(a / "checkpoint-4") | files_of(b / "checkpoint-4")
-    assert both == {
-        *json.loads((a / "checkpoint-4" / "manifest.json").read_text())["files"],
-        "manifest.json",
-    }
-    split = parts_of(a / "checkpoint-4"), parts_of(b / "checkpoint-4")
+    first, second = (run / "checkpoint-4" for run in (a, b))
+    entries = (first / "manifest.json").read_bytes()
+    assert entries == (second / "manifest.json").read_bytes()
+    both = files_of(first) | files_of(second)
+    assert both == {*json.loads(entries)["files"], "manifest.json"}
+    split = parts_of(first), parts_of(second)
     if what is FULL:  # each node keeps what its own ranks wrote
-        assert [len(parts) for parts in split] == [len(layout) // 2] * 2
+        assert [len(parts) for parts in split] == [1, 1]
         assert not split[0] & split[1]
-    assert files_of(a / "checkpoint-4") - split[0] == files_of(b / "checkpoint-4") - split[1]
+    assert files_of(first) - split[0] == files_of(second) - split[1]
     assert manifest.find_damage(a / "final") is None
     own = {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()}
-    assert own == {f"metrics-rank{rank}.jsonl" for rank, node in enumerate(layout) if node == "b"}
+    assert own == {"metrics-rank1.jsonl"}
     assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
 
-    swapped = layout.translate(str.maketrans("ab", "ba"))
-    resumed = go(swapped, tiny, folder, 6, mesh, what)
-    assert resumed[0] == (4, whole[kind].numbers[4:])
+    resumed = go("ba", tiny, folder, 6, mesh, what)
+    assert resumed[0] == (4, whole(kind).numbers[4:])
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
-    assert (b / "final" / name).read_bytes() == (whole[kind].final / name).read_bytes()
+    assert (b / "final" / name).read_bytes() == (whole(kind).final / name).read_bytes()
     assert manifest.last_step_of(a / "final") == 4  # of the first start
-    assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
+    assert parts_of(first) == parts_of(second) == split[0] | split[1]
     assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
 
-    assert go(layout, tiny, folder, 6, mesh, what) == ["finished"] * len(layout)
+    assert go("ab", tiny, folder, 6, mesh, what) == ["finished"] * 2
     assert manifest.last_step_of(a / "final") == 6
     assert files_of(a / "final") == files_of(b / "final")
     assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 
 
-def test_an_adapter_outlives_a_machine(whole, stopped, tiny):
+@pytest.mark.parametrize(
+    ("lost", "steps"),
+    [("a", [5, 6]), pytest.param("b", [1, 2, 3, 4, 5, 6], marks=pytest.mark.nightly)],
+)
+def test_an_adapter_outlives_a_machine(lost, steps, whole, stopped, tiny):
     """The new machine gets all that it needs from the other."""
-    numbers = whole["LoRA"].numbers
-    for lost, steps in (("a", [5, 6]), ("b", [1, 2, 3, 4, 5, 6])):
-        folder = stopped["LoRA"]()
-        shutil.rmtree(folder / lost)
-        assert go("ab", tiny, folder, 6, {"replicate": 2}, LORA)[0] == (4, numbers[4:]), lost
-        assert steps_in(folder / "a" / "run") == steps
-        assert manifest.find_damage(folder / "a" / "run" / "final") is None
+    folder = stopped("LoRA")
+    shutil.rmtree(folder / lost)
+    found = go("ab", tiny, folder, 6, {"replicate": 2}, LORA)[0]
+    assert found == (4, whole("LoRA").numbers[4:])
+    assert steps_in(folder / "a" / "run") == steps
+    assert manifest.find_damage(folder / "a" / "run" / "final") is None
 
 
+@pytest.mark.nightly
 def test_other_ranks_and_meshes_go_on_from_two_nodes(whole, of_four_ranks, tiny):
-    flat, folder = [value for pair in whole["full"].numbers for value in pair], of_four_ranks()
+    folder = of_four_ranks()
+    flat = [value for pair in whole("full").numbers for value in pair]
 
     def near(found: tuple[int, list[tuple[float, float]]], first: int) -> None:
         assert found[0] == first
@@ -227,6 +228,7 @@ def test_other_ranks_and_meshes_go_on_from_two_nodes(whole, of_four_ranks, tiny)
     near(go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0], 4)
 
 
+@pytest.mark.nightly
 def test_a_node_gets_only_the_parts_that_its_ranks_read(of_four_ranks, tiny):
     folder = of_four_ranks()
 
@@ -246,19 +248,23 @@ def test_a_node_gets_only_the_parts_that_its_ranks_read(of_four_ranks, tiny):
 
 
 def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(whole, stopped, tiny):
-    folder = stopped["full"]()
+    folder = stopped("full")
     (part,) = parts_of(folder / "b" / "run" / "checkpoint-4")
-    file = folder / "b" / "run" / "checkpoint-4" / part
-    content = bytearray(file.read_bytes())
-    content[1000] ^= 1
-    file.write_bytes(content)
-    assert go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0] == (2, whole["full"].numbers[2:])
+    damage(folder / "b" / "run" / "checkpoint-4" / part)
+    assert go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0] == (2, whole("full").numbers[2:])
     said = (folder / "a" / "run" / "log.txt").read_text()
     assert lines_with(said, "checkpoint-4", part)
 
 
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0x7F
+    file.write_bytes(content)
+
+
+@pytest.mark.nightly
 def test_starting_over_puts_the_run_of_every_node_aside(stopped, tiny):
-    folder = stopped["LoRA"]()
+    folder = stopped("LoRA")
     fresh = run_ranks(2, start_fresh, tiny, folder)
     assert [found[0] for found in fresh] == [0, 0]
     for node in "ab":
@@ -284,7 +290,9 @@ def start_until_full(model: Path, folder: Path, what: dict[str, Any]) -> Any:
     return start(model, folder, "ab", 39, mesh, changes)
 
 
-@pytest.mark.parametrize("what", [FULL, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "what", [pytest.param(FULL, marks=pytest.mark.nightly), LORA], ids=["full", "LoRA"]
+)
 def test_a_full_disk_of_one_node_ends_all_in_a_few_steps(what, tiny, tmp_path):
     first, second = run_ranks(2, start_until_full, tiny, tmp_path, what)
     assert first.startswith("CheckpointError")
@@ -298,7 +306,6 @@ def test_a_full_disk_of_one_node_ends_all_in_a_few_steps(what, tiny, tmp_path):
 
 
 # ---- without a model: what lies in the directories, whenever the writers die
-# ------------------------------------------
 
 
 def write_until_killed(folder: Path, seconds: float) -> None:
@@ -345,8 +352,11 @@ def look(folder: Path) -> tuple[int, set[bytes]]:
     return step, {path.read_bytes()[:2] for path in files if path.is_file()}
 
 
-def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(tmp_path):
-    for number in range(5):
+@pytest.mark.parametrize(
+    "numbers", [[2], pytest.param([0, 1, 3, 4], marks=pytest.mark.nightly)], ids=["one", "more"]
+)
+def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(numbers, tmp_path):
+    for number in numbers:
         folder = tmp_path / str(number)
         folder.mkdir()
         with pytest.raises(AssertionError):
@@ -408,21 +418,18 @@ def train_with_damage(model: Path, folder: Path, layout: str, damages: bool) -> 
     """
     on_node(folder, layout)
     results = iter([3.0, 2.0, 2.5, 2.6])
-
     load_best = CheckpointSaver.load_best
 
     def load_damaged(self: CheckpointSaver) -> int:
         for file in Path("run/checkpoint-2/state").glob("*.distcp"):
-            content = bytearray(file.read_bytes())
-            content[len(content) // 3] ^= 0x7F
-            file.write_bytes(content)
+            damage(file)
         return load_best(self)
 
     if damages:
         CheckpointSaver.load_best = load_damaged
     validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
     changes: dict[str, Any] = {
-        "adapter": {"kind": "none"},
+        **FULL,
         "train": {"duration": "4 steps"},
         "validate": {"every": "1 steps"},
         "checkpoint": {"every": "2 steps", "keep": 9},
@@ -432,7 +439,9 @@ def train_with_damage(model: Path, folder: Path, layout: str, damages: bool) -> 
     return train(make_run(model, folder, **changes), quiet=True).final_step
 
 
-@pytest.mark.parametrize(("damages", "final_step"), [(False, 2), (True, 4)])
+@pytest.mark.parametrize(
+    ("damages", "final_step"), [pytest.param(False, 2, marks=pytest.mark.nightly), (True, 4)]
+)
 def test_the_best_shards_on_nodes_without_a_shared_disk(
     damages: bool, final_step: int, tiny: Path, tmp_path: Path
 ) -> None:

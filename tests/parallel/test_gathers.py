@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from recipes import make_run, merge
 from tunesmith.checkpoint.resume import Start
 from tunesmith.distributed.ranks import join_ranks
@@ -46,10 +47,13 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def collectives_of_a_step(
+    model: Path, folder: Path, changes: dict[str, Any], port: int
+) -> dict[str, Any]:
     """The collectives of one step, the elements of each part of the model, and which parameters are
     sharded.
     """
+    os.environ["MASTER_PORT"] = str(port)
     run = make_run(model, folder, held=False, **merge(ONE_MICRO_BATCH, changes))
     Path(run.output_dir).mkdir(exist_ok=True)
     with join_ranks() as ranks:
@@ -72,37 +76,46 @@ def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) ->
     return {"events": recorder.events, "parts": parts, "sharded": sharded}
 
 
+def collectives_of_all(
+    cases: list[tuple[Path, dict[str, Any], int]], folder: Path
+) -> list[dict[str, Any]]:
+    return [collectives_of_a_step(model, folder, changes, port) for model, changes, port in cases]
+
+
 @pytest.fixture(scope="module")
-def untied(tiny, tmp_path_factory):
-    return write_untied(tiny, tmp_path_factory.mktemp("gathers") / "untied")
+def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gathers")
+    untied = write_untied(tiny, folder / "untied")
+    cases = {"lora": (untied, LORA), "full": (untied, FULL), "tied": (tiny, FULL)}
+    make_run(tiny, folder)  # writes the rows
+    with_ports = [(*case, free_port()) for case in cases.values()]
+    return dict(zip(cases, run_ranks(2, collectives_of_all, with_ports, folder)[0], strict=True))
 
 
-def test_with_an_adapter_only_layers_are_gathered(untied, tmp_path):
-    found = run_ranks(2, collectives_of_a_step, untied, tmp_path, LORA)[0]
-    layer = found["parts"]["layers.0"]
+def test_with_an_adapter_only_layers_are_gathered(found):
+    layer = found["lora"]["parts"]["layers.0"]
     # The forward's of both layers, and the backward's of the first: the last one stays gathered.
-    assert found["events"] == [("gather", layer)] * 3
-    assert {name.split(".")[1] for name in found["sharded"]} == {"layers"}
+    assert found["lora"]["events"] == [("gather", layer)] * 3
+    assert {name.split(".")[1] for name in found["lora"]["sharded"]} == {"layers"}
 
 
-def test_a_head_is_gathered_beside_the_last_layer_and_reduced_first(untied, tmp_path):
-    found = run_ranks(2, collectives_of_a_step, untied, tmp_path, FULL)[0]
-    parts = found["parts"]
-    gathered = [elements for name, elements in found["events"] if name == "gather"]
-    reduced = [elements for name, elements in found["events"] if name == "reduce"]
+def elements(found: dict[str, Any], kind: str) -> list[int]:
+    return [elements for name, elements in found["events"] if name == kind]
+
+
+def test_a_head_is_gathered_beside_the_last_layer_and_reduced_first(found):
+    parts, reduced = found["full"]["parts"], elements(found["full"], "reduce")
     norm, table, layer = parts["norm"], parts["embed_tokens"], parts["layers.0"]
     assert table == parts["lm_head"]
     # Forward: the root, the embedding, layers, the head. Backward: only the first layer.
-    assert gathered == [norm, table, layer, layer, table, layer]
+    assert elements(found["full"], "gather") == [norm, table, layer, layer, table, layer]
     # The backward begins at the head. The root and the embedding, whose input has no gradient, come
     # at its end.
     assert reduced[:3] == [table, layer, layer]
     assert sorted(reduced[3:]) == sorted([norm, table])
 
 
-def test_a_weight_that_both_share_is_gathered_once(tiny, tmp_path):
-    found = run_ranks(2, collectives_of_a_step, tiny, tmp_path, FULL)[0]
-    gathered = [elements for name, elements in found["events"] if name == "gather"]
-    ends = found["parts"]["norm"] + found["parts"]["embed_tokens"]
-    layer = found["parts"]["layers.0"]
-    assert gathered == [ends, layer, layer, layer]
+def test_a_weight_that_both_share_is_gathered_once(found):
+    parts = found["tied"]["parts"]
+    ends, layer = parts["norm"] + parts["embed_tokens"], parts["layers.0"]
+    assert elements(found["tied"], "gather") == [ends, layer, layer, layer]

@@ -85,12 +85,21 @@ def stick(
         sys.exit(error.exit_code)
 
 
+NIGHTLY = pytest.mark.nightly
+
+
+# While training: test_nccl.py.
 @pytest.mark.parametrize(
     ("phase", "changes"),
-    [("first step", LORA), ("validation", LORA), ("sample answers", FULL), ("saving", FULL), ("saving", LORA),
-     ("saving final/", FULL)],
-    ids=["first step", "validation", "sample answers", "saving", "saving beside the steps", "final"],
-)  # fmt: skip
+    [
+        pytest.param("first step", LORA, marks=NIGHTLY),
+        pytest.param("validation", LORA, marks=NIGHTLY),
+        pytest.param("sample answers", FULL, marks=NIGHTLY),
+        pytest.param("saving", FULL),
+        pytest.param("saving", LORA, id="saving beside the steps", marks=NIGHTLY),
+        pytest.param("saving final/", FULL, marks=NIGHTLY),
+    ],
+)
 def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, tmp_path):
     assert_a_hang_is_named(phase, changes, tiny, tmp_path, [{}, {}])
 

@@ -1,28 +1,31 @@
-"""Ranks that would train on with another recipe, base or rows: found before the first step, on all
-of them.
-"""
+"""Ranks with another recipe, base or rows: all of them end before the first step."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import byte_tokenizer, write_tiny_llama
-from errors import holds, lines_with
+from errors import holds
 from ranks import run_ranks
 from recipes import make_run, write_rows
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import EXIT_USAGE, TunesmithError
 from tunesmith.host.packages import installed_versions
+from tunesmith.stages.agree import find_differences
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 
 STEPS = {"duration": "3 steps", "schedule": "constant", "micro_batch": "128 tokens"}
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+SHARDS = {"parallel": {"shard": 2}}
+NIGHTLY = pytest.mark.nightly
 
 
 def be_on_node(layout: str) -> str:
@@ -75,12 +78,11 @@ def end_together(found: list[Any], layout: str, kind: str) -> str:
     return found[0][3]
 
 
-@pytest.mark.parametrize("layout", ["ab", "aabb"])
+@pytest.mark.parametrize("layout", ["ab", pytest.param("aabb", marks=NIGHTLY)])
 def test_another_key_of_the_recipe(layout, tiny, tmp_path):
     on_b = {"train": {"learning_rate": 2e-3, "seed": 7, "micro_batch": "2 examples"}}
-    where = end_together(
-        run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {}), layout, "RecipeError"
-    )
+    found = run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {})
+    where = end_together(found, layout, "RecipeError")
     for key, here, there in (
         ("learning_rate", "0.001", "0.002"),
         ("seed", "42", "7"),
@@ -91,9 +93,6 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
 
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
-    from tunesmith.distributed.ranks import Ranks
-    from tunesmith.stages.agree import find_differences
-
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), run_dir_writers=(0,) * 4)
     parts = [{"seed": "1"}] * 3 + [{"seed": "2"}]
     differences = find_differences(ranks, parts)["seed"]
@@ -102,88 +101,91 @@ def test_one_rank_of_a_node_is_named_where_the_others_agree():
     assert holds(second, "rank 3", "node-b")
 
 
-@pytest.mark.parametrize("what", [FULL, {}], ids=["full", "LoRA"])
-def test_another_number_of_rows(what, tiny, tmp_path):
-    """The ranks would wait for each other in different collectives."""
-    on_b = {
-        "data": {
-            "train": {
-                "source": str(write_rows(tmp_path / "fewer.jsonl", 11)),
-                "format": "prompt-completion",
-            }
-        }
-    }
-    found = run_ranks(
-        2, start, "ab", tiny, tmp_path, {"data": {}, "parallel": {"shard": 2}, **what}, on_b, {}
-    )
-    where = end_together(found, "ab", "DataError")
-    assert "data.train: 48 rows, " in where
-    assert "on node-a; 11 rows, " in where
+def source_of(file: Path) -> dict[str, str]:
+    return {"source": str(file), "format": "prompt-completion"}
 
 
-def test_other_rows_of_the_same_number(tiny, tmp_path):
-    rows = write_rows(tmp_path / "other.jsonl", 49).read_text().splitlines(keepends=True)[1:]
-    (tmp_path / "other.jsonl").write_text("".join(rows))
-    source = {"source": str(tmp_path / "other.jsonl"), "format": "prompt-completion"}
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"train": source}}, {})
-    where = end_together(found, "ab", "DataError")
-    assert where.count("48 rows, ") == 2
-    assert "data.validation" not in where
+def fewer_rows(folder: Path, _: Path) -> dict[str, Any]:
+    return {"data": {"train": source_of(write_rows(folder / "fewer.jsonl", 11))}}
 
 
-def test_other_held_out_rows(tiny, tmp_path):
-    source = {"source": str(write_rows(tmp_path / "few.jsonl", 5)), "format": "prompt-completion"}
-    found = run_ranks(
-        2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"validation": source}}, {}
-    )
-    where = end_together(found, "ab", "DataError")
-    assert where.startswith("data.validation: 8 rows, ")
+def other_rows(folder: Path, _: Path) -> dict[str, Any]:
+    file = write_rows(folder / "other.jsonl", 49)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    return {"data": {"train": source_of(file)}}
 
 
-def test_another_base_of_the_same_shape(tiny, tmp_path):
+def other_held_rows(folder: Path, _: Path) -> dict[str, Any]:
+    return {"data": {"validation": source_of(write_rows(folder / "few.jsonl", 5))}}
+
+
+def other_weights(folder: Path, tiny: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    other = write_tiny_llama(tmp_path / "other")
+    other = write_tiny_llama(folder / "other")
     weights = {
         name: tensor + 0.01 * torch.randn_like(tensor)
         for name, tensor in load_file(tiny / "model.safetensors").items()
     }
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    changes = {"parallel": {"shard": 2}}
-    where = end_together(
-        run_ranks(2, start, "ab", tiny, tmp_path, changes, {"model": {"name": str(other)}}, {}),
-        "ab",
-        "ModelError",
-    )
-    assert where.startswith("model.name: weights: ")
-    assert "on node-a; " in where
+    return {"model": {"name": str(other)}}
 
 
-def test_another_configuration_and_tokenizer(tiny, tmp_path):
-    other = write_tiny_llama(tmp_path / "other", rms_norm_eps=1e-4)
+def other_configuration(folder: Path, tiny: Path) -> dict[str, Any]:
+    other = write_tiny_llama(folder / "other", rms_norm_eps=1e-4)
     (other / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
     byte_tokenizer(bos_token="<|bos|>").save_pretrained(other)
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {"model": {"name": str(other)}}, {})
-    where = end_together(found, "ab", "ModelError")
-    assert lines_with(where, "rms_norm_eps", "1e-06", 0, "0.0001", 1)
-    assert "model.tokenizer: " in where
-    assert "model.name: weights" not in where
+    return {"model": {"name": str(other)}}
 
 
-def test_another_template_at_the_same_place(tiny, tmp_path):
-    for name, end in (("one", "<|im_end|>"), ("two", "\n<|im_end|>")):
-        turn = (
-            "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '" + end + "\n' }}"
-        )
-        start_of_answer = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-        text = "{% for message in messages %}" + turn + "{% endfor %}" + start_of_answer
-        (tmp_path / f"{name}.jinja").write_text(text)
-    one, two = ({"template": str(tmp_path / f"{name}.jinja")} for name in ("one", "two"))
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": one}, {"data": two}, {})
-    where = end_together(found, "ab", "DataError")
-    assert where.startswith("data.template: ")
-    assert "on node-a; " in where
+def other_template(folder: Path, _: Path) -> dict[str, Any]:
+    turn = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    start_of_answer = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    file = folder / "other.jinja"
+    file.write_text("{% for message in messages %}" + turn + "{% endfor %}" + start_of_answer)
+    return {"data": {"template": str(file)}}
+
+
+def other_adapter(folder: Path, tiny: Path) -> dict[str, Any]:
+    for seed in (1, 2):
+        out = str(folder / f"adapter-{seed}")
+        settings = STEPS | {"duration": "1 steps", "seed": seed}
+        train(make_run(tiny, folder, held=False, train=settings, output_dir=out), quiet=True)
+    return {"adapter": {"from": str(folder / "adapter-2" / "final")}}
+
+
+WITH_ROWS = {"data": {}}
+Maker = Callable[[Path, Path], dict[str, Any]]
+# name: what node b has otherwise, the recipe's keys, the error, where it says so
+DIFFERENCES: dict[str, tuple[Maker, dict[str, Any], str, tuple[str, ...]]] = {
+    # The ranks would wait for each other in different collectives.
+    "fewer rows": (
+        fewer_rows, {**WITH_ROWS, **SHARDS, **FULL}, "DataError",
+        ("data.train: 48 rows, ", "on node-a; 11 rows, "),
+    ),
+    "other rows": (other_rows, WITH_ROWS, "DataError", ("data.train: ",)),
+    "other held-out rows": (other_held_rows, WITH_ROWS, "DataError", ("data.validation: 8 rows, ",)),
+    "another base": (other_weights, SHARDS, "ModelError", ("model.name: weights: ", "on node-a; ")),
+    "another configuration": (
+        other_configuration, {}, "ModelError", ("rms_norm_eps", "0.0001", "model.tokenizer: "),
+    ),
+    "another template": (other_template, WITH_ROWS, "DataError", ("data.template: ", "on node-a; ")),
+    "another adapter": (other_adapter, {}, "ModelError", ("adapter.from: ",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_another_base_or_other_rows(name, tiny, tmp_path):
+    make, changes, error, places = DIFFERENCES[name]
+    on_b = make(tmp_path, tiny)
+    if "adapter" in on_b:
+        changes = {"adapter": {"from": str(tmp_path / "adapter-1" / "final")}}
+    found = run_ranks(2, start, "ab", tiny, tmp_path, changes, on_b, {})
+    where = end_together(found, "ab", error)
+    assert all(place in where for place in places), where
+    assert ("model.name: weights" in where) == (name == "another base")
+    assert ("data.validation" in where) == (name == "other held-out rows")
 
 
 def test_another_version(tiny, tmp_path):
@@ -192,31 +194,11 @@ def test_another_version(tiny, tmp_path):
     assert holds(where, "tokenizers", "0.1", "1 on node-b")
 
 
-def test_another_adapter_to_begin_with(tiny, tmp_path):
-    for name in ("first", "second"):
-        seed = {"seed": len(name)}
-        train(
-            make_run(
-                tiny, tmp_path, held=False, train=STEPS | seed, output_dir=str(tmp_path / name)
-            ),
-            quiet=True,
-        )
-    first, second = (
-        {"adapter": {"from": str(tmp_path / name / "final")}} for name in ("first", "second")
-    )
-    found = run_ranks(2, start, "ab", tiny, tmp_path, first, second, {})
-    assert end_together(found, "ab", "ModelError").startswith("adapter.from: ")
-
-
+@NIGHTLY
 def test_places_may_differ(tiny, tmp_path):
     rows = write_rows(tmp_path / "moved.jsonl", 48)
-    on_b = {
-        "output_dir": str(tmp_path / "elsewhere"),
-        "data": {"train": {"source": str(rows), "format": "prompt-completion"}},
-    }
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, on_b, {})
-    same = run_ranks(
-        2, start, "ab", tiny, tmp_path, {"data": {}, "output_dir": str(tmp_path / "same")}, {}, {}
-    )
-    assert found == same
+    on_b = {"output_dir": str(tmp_path / "elsewhere"), "data": {"train": source_of(rows)}}
+    found = run_ranks(2, start, "ab", tiny, tmp_path, WITH_ROWS, on_b, {})
+    same = {**WITH_ROWS, "output_dir": str(tmp_path / "same")}
+    assert found == run_ranks(2, start, "ab", tiny, tmp_path, same, {}, {})
     assert len(found[0]) == 3

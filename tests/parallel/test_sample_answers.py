@@ -42,37 +42,29 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
     return [sample.answer for sample in found]
 
 
-def steps_with_answers(model: Path, folder: Path) -> list[int]:
-    run = make_run(
-        model, folder, parallel={"shard": 2}, train={"duration": "4 steps"}, log={"samples": 1}
-    )
-    train(run, quiet=True)
-    lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
-def test_shards_answer_at_validations_alone(tiny, tmp_path):
-    assert run_ranks(2, steps_with_answers, tiny, tmp_path)[0] == [4]
-
-
 def answers_by_the_clock_of(
     allowed: dict[str, float], model: Path, folder: Path
-) -> tuple[bool, str]:
-    """Whether there are answers where each rank has so many seconds for them, and the log."""
+) -> tuple[list[int], str]:
+    """The steps with answers where each rank has so many seconds for them, and the log."""
     seconds = allowed[os.environ["RANK"]]
     AnswerSampler.allowed_seconds = lambda sampler, is_final=False: seconds
-    steps = {"duration": "2 steps"}
+    steps = {"duration": "4 steps"}
     train(
         make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), quiet=True
     )
-    return (folder / "run" / "samples.jsonl").exists(), (folder / "run" / "log.txt").read_text()
+    out = folder / "run"
+    samples = out / "samples.jsonl"
+    lines = samples.read_text().splitlines() if samples.exists() else []
+    return [json.loads(line)["step"] for line in lines], (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("leader", [0.0, 60.0])
-def test_all_ranks_go_by_the_clock_of_rank_0(leader, tiny, tmp_path):
+@pytest.mark.parametrize(("leader", "steps"), [(0.0, []), (60.0, [4])])
+def test_shards_answer_at_validations_alone_and_by_the_clock_of_rank_0(
+    leader, steps, tiny, tmp_path
+):
     allowed = {"0": leader, "1": 60.0 - leader}
     (answered, log), _ = run_ranks(2, answers_by_the_clock_of, allowed, tiny, tmp_path)
-    assert answered is (leader > 0)
+    assert answered == steps
     assert log.count("log.samples=0") == (not answered)
 
 

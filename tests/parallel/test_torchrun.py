@@ -21,7 +21,7 @@ from tunesmith.checkpoint import replicate
 from tunesmith.training.run import train
 from warm import Warm, fork_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 CHANGES = {
     "adapter": {"kind": "none"}, "parallel": {"shard": 2},
@@ -65,16 +65,7 @@ def start(
 def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Path, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False, **CHANGES)))
     out = tmp_path / "run"
-    words = [
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-        "-m",
-        "tunesmith",
-        "train",
-    ]
+    words = "--standalone --nproc-per-node 2 --max-restarts 1 -m tunesmith train".split()
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [*words, str(tmp_path / "recipe.yaml")]
     torchrun = Warm(command, env=env, prepare=fork_ranks, program="torch.distributed.run")
