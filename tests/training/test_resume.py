@@ -1,4 +1,4 @@
-"""Kill it anywhere: the next start goes on, and the numbers are those of a run that never stopped."""
+"""Kill a run anywhere: the next start goes on, and the numbers are those of a run without a stop."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vision_models
 from errors import refuses
 from logged import logged_lines
-from recipes import make_run, recipe
+from recipes import make_run, merge, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
+from tunesmith.config.schema import Run
 from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.reader.run_files import RunFiles
@@ -34,113 +34,7 @@ from warm import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-SAME = (
-    "step",
-    "epoch",
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "tokens",
-    "supervised_tokens",
-    "examples",
-    "val_loss",
-)
-
-# One warm process forks a child for each start: the kills hit real, whole
-# processes. Signals that come before the run can take them wait until it does, and those after its
-# end are not delivered.
-DRIVER = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tunesmith.config.load import from_mapping
-from tunesmith.errors import TunesmithError
-from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
-from tunesmith.stages import output
-from tunesmith.training import run
-import peft
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-STOPS = [signal.Signals[name] for name in SIGNAL_NAMES]
-class Blocking(StopRequest):
-    def __exit__(self, *error):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        super().__exit__(*error)
-def claim(*words, then=output.claim_run_dir):
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    return then(*words)
-run.StopRequest, output.claim_run_dir = Blocking, claim
-signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-for line in sys.stdin:
-    recipe, ignored, unread = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        if ignored:
-            signal.signal(signal.Signals[ignored], signal.SIG_IGN)
-        if unread:
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, 2)
-        try:
-            run.train(from_mapping(recipe, where="test", base=Path.cwd()), quiet=not unread)
-            os._exit(0)
-        except TunesmithError as error:
-            print(error, file=sys.stderr, flush=True) if not unread else None
-            os._exit(error.exit_code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Starter:
-    """Starts runs in child processes of one warm process."""
-
-    def __init__(self, folder: Path) -> None:
-        env = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "TUNESMITH_CACHE": str(folder / "cache"),
-        }
-        self.log = (folder / "driver.log").open("w")
-        stdin, orders = os.pipe()
-        answers, stdout = os.pipe()
-        streams = (stdin, stdout, self.log.fileno())
-        self.process = Warm([], program=DRIVER, env=env, streams=streams)
-        os.close(stdin)
-        os.close(stdout)
-        self.orders = os.fdopen(orders, "w")
-        self.answers = os.fdopen(answers)
-
-    def start(
-        self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False
-    ) -> int:
-        """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its
-        process id.
-        """
-        self.orders.write(json.dumps([values, ignored, unread]) + "\n")
-        self.orders.flush()
-        return int(self.read())
-
-    def read(self) -> str:
-        line = self.answers.readline()
-        assert line, "the driver died: see driver.log"
-        return line
-
-    def wait(self) -> int:
-        """Exit code of the run that was started last; minus the signal's number if one killed it."""
-        return int(self.read())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for file in (self.orders, self.answers, self.log):
-            file.close()
-
-
-@pytest.fixture(scope="module")
-def starter(tmp_path_factory: pytest.TempPathFactory):
-    starter = Starter(tmp_path_factory.mktemp("starter"))
-    yield starter
-    starter.close()
+SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")  # fmt: skip
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -150,151 +44,157 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same records and the same bytes of weights."""
+    assert steps_of(one) == steps_of(other)
+    files = list((other / "final").glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (one / "final" / file.name).read_bytes() == file.read_bytes()
+
+
+# ---- stopped in a step, and resumed, in this process ----
+
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model, and a recipe
+    "lora": ("tiny", {"adapter": {"dropout": 0.1}}),
+    "full": ("tiny", {**FULL, "model": {"dtype": "bf16"}, "data": {"pack": False}}),
+    "nf4": ("tiny", {"model": {"quantize": "nf4"}}),
+    "8-bit moments": ("wide", {**FULL, "train": {"optimizer": "adamw-8bit"}}),
+    "mixture": ("mixture", {}),
+    # A delta rule that runs by document, attention in chunks, the text part of a whole.
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5 in full": ("qwen3_5", FULL),
+    "llama4": ("llama4", {}),
+    "llama4 in full": ("llama4", FULL),
+    "gemma3": ("gemma3", {}),
+    "gemma3 in full": ("gemma3", FULL),
+}
+NAMES = [
+    pytest.param(n, id=n, marks=() if n in ("lora", "full", "nf4") else pytest.mark.nightly)
+    for n in CASES
+]
+# With 4 layers the last one of Llama 4 attends to the whole document.
+SIZES: dict[str, dict[str, Any]] = {"llama4": {"num_hidden_layers": 4, "floor_scale": 4}}
+
+
+def train_until_stopped(run: Run, stop_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that gets SIGTERM in a step."""
+    step = Trainer.train_step
+
+    def signalled(self: Trainer, batch: Any) -> Any:
+        if batch.step + 1 == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        with pytest.raises(StoppedError):
+            train(run, quiet=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_is_never_stopped(
+    name: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    base, changes = CASES[name]
+    if base in vision_models.FAMILIES:
+        model = vision_models.build(base, tmp_path / "model", tiny, **SIZES.get(base, {}))
+    else:
+        model = request.getfixturevalue(base)
+    settings = {
+        "train": {"duration": "6 steps", "micro_batch": "128 tokens"},
+        "validate": {"every": "4 steps"},
+        "checkpoint": {"every": None},
+    }
+    whole, cut = (
+        make_run(model, tmp_path, **merge(merge(settings, changes), {"output_dir": str(out)}))
+        for out in (tmp_path / "whole", tmp_path / "cut")
+    )
+    train(whole, quiet=True)
+    train_until_stopped(cut, 3, monkeypatch)
+    assert 3 <= train(cut, quiet=True).first_step < 6
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+# ---- a process that is killed ----
+
+
 def lines(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-CASES: dict[str, tuple[dict[str, Any], int]] = {  # a recipe, and its steps
-    "LoRA, dropout, packed": (
-        {"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}},
-        50,
-    ),
-    "full, bf16, masters": (
-        {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}},
-        14,
-    ),
-}
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIME
+    while not condition():
+        assert time.monotonic() < deadline, "no step"
+        time.sleep(0.002)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(
-    tiny: Path, tmp_path_factory: pytest.TempPathFactory, starter: Starter
-) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """The recipe of a case of CASES, and the directory of a run of it that nothing stopped."""
+def interrupt(file: Path, out: Path, how: str) -> None:
+    """Start a process that trains, and kill or stop it after a new step."""
+    before = lines(out)
+    process = Warm(["train", file], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        wait_until(lambda: lines(out) > before or process.poll() is not None)
+        if how == "SIGKILL in a checkpoint":
+            wait_until(lambda: list(out.glob(".checkpoint-*.partial")))
+        recorded = lines(out)
+        number = signal.Signals[how.split(maxsplit=1)[0]]
+        process.send_signal(number)
+        code = process.wait()
+    finally:
+        process.kill()
+    assert not (out / "failure.json").exists()
+    if number == signal.SIGKILL:
+        assert code == -number, "the run ended before it could be killed: make it longer"
+        return
+    assert code == 75
+    with logged_lines() as said:
+        found = replicate.newest_checkpoint(out)
+    assert said == []
+    assert found is not None
+    # It begins to save within one step; a step may end while the signal is on its way.
+    assert recorded <= found[0] <= recorded + 3
 
-    @cache
-    def made(case: str) -> tuple[dict[str, Any], Path]:
-        (changes, steps), folder = CASES[case], tmp_path_factory.mktemp("whole")
-        values = recipe(tiny, folder, **changes)
-        values["train"]["duration"] = f"{steps} steps"
-        values["validate"] = {"every": f"{steps * 2 // 5} steps"}
-        starter.start(values | {"checkpoint": {"every": None}})
-        assert starter.wait() == 0
-        return values, folder / "run"
 
-    return made
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "kills"), zip(CASES, (3, 1), strict=True))
-def test_kill_9_at_random_moments_changes_no_number(
-    case: str, kills: int, uninterrupted: Any, tmp_path: Path, starter: Starter
+@pytest.mark.parametrize(
+    ("name", "hows"),
+    [
+        ("lora", ["SIGKILL", "SIGKILL in a checkpoint", "SIGTERM"]),
+        pytest.param("full", ["SIGKILL in a checkpoint", "SIGKILL"], marks=pytest.mark.nightly),
+        pytest.param("lora", ["SIGINT", "SIGHUP", "SIGUSR1"], marks=pytest.mark.nightly),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_kills_and_signals_change_no_number(
+    name: str, hows: list[str], tiny: Path, tmp_path: Path
 ) -> None:
-    values, whole = uninterrupted(case)
-    cut = values | {"output_dir": str(tmp_path / "cut")}
-    chance, inside = random.Random(0), 0
-    for number in range(kills):
-        before, pid = lines(tmp_path / "cut"), starter.start(cut)
-        deadline = time.monotonic() + TIME
-        # At least one new step each time, so that the kills come to an end; then any moment of the
-        # next steps.
-        while lines(tmp_path / "cut") <= before:
-            assert time.monotonic() < deadline, "no step"
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.08))
-        while number % 2 == 0 and not list((tmp_path / "cut").glob(".checkpoint-*.partial")):
-            assert time.monotonic() < deadline, "no checkpoint is written"
-        os.kill(pid, signal.SIGKILL)
-        assert starter.wait() == -signal.SIGKILL, (
-            "the run ended before it could be killed: make it longer"
-        )
-        inside += bool(list((tmp_path / "cut").glob(".checkpoint-*")))
-    starter.start(cut)
-    assert starter.wait() == 0
-    assert steps_of(tmp_path / "cut") == steps_of(whole)
-    assert len(steps_of(whole)) == CASES[case][1]
-    if kills > 2:
-        assert inside >= 1, "no kill fell into the writing of a checkpoint"
+    """`benchmarks/faults/kills.py` does it many times, at random moments."""
+    settings = {
+        "train": {"duration": "40 steps", "micro_batch": "128 tokens"},
+        "validate": {"every": "16 steps"},
+        "output_dir": str(tmp_path / "cut"),
+    }
+    values = recipe(tiny, tmp_path, **merge(settings, CASES[name][1]))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(values))
+    whole = merge(settings, CASES[name][1]) | {"output_dir": str(tmp_path / "whole")}
+    train(make_run(tiny, tmp_path, **merge(whole, {"checkpoint": {"every": None}})), quiet=True)
+    for how in hows:
+        interrupt(file, tmp_path / "cut", how)
+    process = Warm(["train", file], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.wait() == 0, process.communicate()
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert len(steps_of(tmp_path / "cut")) == 40
 
 
-def test_a_signal_saves_exits_75_and_resume_goes_on(
-    tiny: Path, tmp_path: Path, starter: Starter
-) -> None:
-    """One signal after another cuts one run; in the end it is the uninterrupted one."""
-    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "28 steps"})
-    cut = whole | {"output_dir": str(tmp_path / "cut")}
-    starter.start(whole)
-    assert starter.wait() == 0
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-        before, pid = lines(tmp_path / "cut"), starter.start(cut)
-        while lines(tmp_path / "cut") < before + 2:
-            time.sleep(0.002)
-        recorded = lines(tmp_path / "cut")
-        os.kill(pid, signal.Signals[name])
-        assert starter.wait() == 75, name
-        with logged_lines() as said:
-            found = replicate.newest_checkpoint(tmp_path / "cut")
-        assert said == []
-        assert found is not None
-        # It begins to save within one step; a step may end while the signal is on its way.
-        assert recorded <= found[0] <= recorded + 3
-        assert not (tmp_path / "cut" / "failure.json").exists()
-    starter.start(cut)
-    assert starter.wait() == 0
-    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
-
-
-def test_any_signal_at_any_moment_changes_no_number(
-    uninterrupted: Any, tmp_path: Path, starter: Starter
-) -> None:
-    """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
-    values, whole = uninterrupted("LoRA, dropout, packed")
-    cut = values | {"output_dir": str(tmp_path / "cut")}
-    chance, codes = random.Random(1), []
-    for _ in range(6):
-        names = chance.choice(
-            [
-                ["SIGKILL"],
-                ["SIGINT", "SIGINT"],
-                ["SIGTERM", "SIGTERM"],
-                *([name] for name in SIGNAL_NAMES),
-            ]
-        )
-        ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
-        pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
-        deadline = time.monotonic() + TIME
-        # So that the kills come to an end
-        while names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before:
-            assert time.monotonic() < deadline, "no step"
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1 if names[0] == "SIGKILL" else 0.6))
-        if names[0] == ignored:
-            os.kill(pid, signal.Signals[ignored])
-            time.sleep(0.1)
-            names = ["SIGKILL"]
-        for name in names:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.Signals[name])
-                time.sleep(0.35 * (len(names) > 1))
-        codes.append(starter.wait())
-        assert codes[-1] in ((-signal.SIGKILL, 0) if names[0] == "SIGKILL" else (75, 0)), (
-            names,
-            ignored,
-        )
-        assert not (tmp_path / "cut" / "failure.json").exists()
-    assert {75, -signal.SIGKILL} <= set(codes)
-    starter.start(cut)
-    assert starter.wait() == 0
-    assert steps_of(tmp_path / "cut") == steps_of(whole)
-    files = [
-        json.loads((folder / "final" / "manifest.json").read_text())["files"]
-        for folder in (tmp_path / "cut", whole)
-    ]
-    # They tell the time that it took, and the run's folder
-    cards = [found.pop("README.md") for found in files]
-    assert files[0] == files[1]
-    assert all(card["bytes"] for card in cards)
+# ---- stops at other moments ----
 
 
 def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM") -> None:
@@ -307,16 +207,16 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     monkeypatch.setattr(place, stopped)
 
 
-@pytest.mark.parametrize("name", SIGNAL_NAMES)
 @pytest.mark.parametrize(
-    "place",
+    ("place", "name"),
     [
-        "transformers.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
-        "transformers.AutoConfig.from_pretrained",
-        "tunesmith.stages.output.decide_start",
-        "tunesmith.data.tokens.encode.convert_row",
-        "tunesmith.training.session.build_model",
-        "tunesmith.metrics.sink.JsonlSink.open",
+        # Its errors are caught, whatever they are.
+        ("transformers.AutoTokenizer.from_pretrained", "SIGTERM"),
+        ("transformers.AutoConfig.from_pretrained", "SIGINT"),
+        ("tunesmith.stages.output.decide_start", "SIGHUP"),
+        ("tunesmith.data.tokens.encode.convert_row", "SIGUSR1"),
+        ("tunesmith.training.session.build_model", "SIGINT"),
+        ("tunesmith.metrics.sink.JsonlSink.open", "SIGTERM"),
     ],
 )
 def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
@@ -356,17 +256,13 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
         with refuses(StoppedError, names=["step 2"]):
             train(run, quiet=True)
     assert told_steps() == [2, 2]
-    with monkeypatch.context() as patch:
-        stop_while(patch, "tunesmith.training.session.build_model")
-        with refuses(StoppedEarlyError, names=["step 2"]):
-            train(run, quiet=True)
-    assert told_steps() == [2, 2]
-    with monkeypatch.context() as patch:
-        stop_while(patch, "tunesmith.training.session.build_model")
-        patch.setattr("tunesmith.training.run.is_launched", lambda: True)
-        with refuses(StoppedEarlyError, names=["step 2"]):
-            train(run, quiet=True)
-    assert told_steps() == [2, 2]
+    for is_launched in (False, True):
+        with monkeypatch.context() as patch:
+            stop_while(patch, "tunesmith.training.session.build_model")
+            patch.setattr("tunesmith.training.run.is_launched", lambda told=is_launched: told)
+            with refuses(StoppedEarlyError, names=["step 2"]):
+                train(run, quiet=True)
+        assert told_steps() == [2, 2]
     (folder / "stopped.json").write_text(json.dumps({"step": None}))
     assert told_steps() == [1, None], "the recorded step"
     assert train(run, quiet=True).steps == 4
