@@ -49,7 +49,6 @@ SMALL_CPU = Chip("cpu", 32.0, bf16=False)
         (T4, {}, "fp16"),  # as above; it has units for fp16
         (LARGE_T4, {}, "fp32"),
         (SLOW_CPU, {"quantize": "nf4"}, "bf16"),
-        (SLOW_CPU, {"quantize": "fp8"}, "bf16"),
         (SLOW_CPU, {"quantize": "as-shipped"}, "bf16"),
         (T4, {"quantize": "nf4"}, "fp16"),
         (SLOW_CPU, {"master_weights": "stochastic"}, "bf16"),  # what it rounds are bf16 weights

@@ -1,6 +1,4 @@
-"""`tunesmith.train` as a program calls it: overrides with types, records while it trains, what is
-shown, how it ends.
-"""
+"""`tunesmith.train` as a program calls it: overrides, records, what is shown, how it ends."""
 
 from __future__ import annotations
 
@@ -117,7 +115,7 @@ def test_all_ranks_end_after_the_same_step(recipe_file: Path) -> None:
     assert (folder / "final" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("setting", ["by default", "quiet", "own handler", "own handler, quiet"])
+@pytest.mark.parametrize("setting", ["by default", "quiet", "own handler"])
 def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], setting: str) -> None:
     """Lines go to stderr, or to the program's handler in its place; `quiet` prints nothing."""
     quiet = setting.endswith("quiet")
@@ -140,22 +138,26 @@ def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], set
 # What a program does before it trains -> whether its stderr has the line as it is, and as logging
 # has it.
 PROGRAMS = {
-    "pass": (True, False),
     "logging.basicConfig()": (True, False),  # as Colab: a root logger at WARNING
     "logging.basicConfig(level=logging.INFO)": (False, True),
-    "logging.basicConfig(); logging.getLogger('tunesmith').setLevel(logging.INFO)": (False, True),
     "logging.getLogger('tunesmith').setLevel(logging.WARNING)": (False, False),
+    "pass": (True, False),
+    "logging.basicConfig(); logging.getLogger('tunesmith').setLevel(logging.INFO)": (False, True),
     "logging.getLogger('tunesmith').addHandler(logging.NullHandler())": (False, False),
 }
+SETUPS = [
+    pytest.param(name, marks=() if number < 2 else pytest.mark.nightly)
+    for number, name in enumerate(PROGRAMS)
+]
 
 
-@pytest.mark.parametrize("setup", PROGRAMS)
+@pytest.mark.parametrize("setup", SETUPS)
 def test_a_program_that_has_set_up_logging_keeps_it(recipe_file: Path, setup: str) -> None:
     program = f"""
 import logging
 import tunesmith
 {setup}
-tunesmith.train({str(recipe_file)!r}, {{"train.duration": "2 steps"}})
+tunesmith.train({str(recipe_file)!r}, {{"train.duration": "1 steps", "train.warmup": "0 steps"}})
 """
     done = run_python([sys.executable, program])
     assert done.returncode == 0, done.stderr

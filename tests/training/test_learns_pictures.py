@@ -16,7 +16,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.model.decoder import vision_parameters
 from vision import write_processor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 PATCH = 7  # pixels: a figure covers several
 

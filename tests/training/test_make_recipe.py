@@ -1,4 +1,4 @@
-"""`tunesmith train --model X --data FILE`: rows of a user's own become a run and a recipe to edit."""
+"""Rows of a user's own become a run and a recipe: `tunesmith train --model X --data FILE`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,67 +58,31 @@ from tunesmith.training.run import StartOptions, train, train_run
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]
 MORE = [(f"And what is number {i}?", f"It is {WORDS[i % 10]}.") for i in range(10)]
-TOOLS = json.dumps(
-    [{"name": "price", "description": "the price", "parameters": {"type": "object"}}]
-)
 
 
-def write_csv(path: Path) -> None:
+def write_csv(path: Path, rows: list[tuple[str, ...]]) -> None:
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [("Question", "Answer", "Topic"), *((*pair, "numbers") for pair in PAIRS)]
-        )
+        csv.writer(file).writerows(rows)
 
 
-def write_messages(path: Path) -> None:
-    turns = (
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS
-    )
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
-
-
-def write_sharegpt(path: Path) -> None:
-    call = json.dumps({"name": "price", "arguments": {"of": "tea"}})
-    rows = [
-        {
-            "conversations": [
-                {"from": "human", "value": q}, {"from": "function_call", "value": call},
-                {"from": "observation", "value": "4"}, {"from": "gpt", "value": a},
-            ],
-            "tools": TOOLS,
-        }
-        for q, a in PAIRS
-    ]  # fmt: skip
-    path.write_text(json.dumps(rows))
-
-
-def write_parquet(path: Path) -> None:
-    pq.write_table(
-        pa.table({"prompt": [q for q, _ in PAIRS], "response": [a for _, a in PAIRS]}), path
-    )
-
-
-FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "faq.csv": (
-        write_csv,
-        "40 rows, columns Question, Answer -> prompt-completion (prompt = Question, completion = Answer); ignored: Topic",
-    ),
-    "chat.jsonl": (write_messages, "40 rows, column messages -> messages"),
-    "tools.json": (write_sharegpt, "40 rows, columns conversations, tools -> sharegpt"),
-    "pairs.parquet": (
-        write_parquet, "40 rows, columns prompt, response -> prompt-completion (completion = response)",
-    ),
-}  # fmt: skip
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of a user, with the files in it and a model beside."""
+    """The working directory of a user, with a table and a chat in it and a model beside."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "small").symlink_to(tiny)
-    for name, (write, _) in FILES.items():
-        write(tmp_path / name)
+    write_csv(
+        tmp_path / "faq.csv",
+        [("Question", "Answer", "Topic"), *((*pair, "numbers") for pair in PAIRS)],
+    )
+    chats = (
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS
+    )
+    write_json_lines(tmp_path / "chat.jsonl", ({"messages": chat} for chat in chats))
     return tmp_path
 
 
@@ -132,39 +94,31 @@ def start(data: str, *words: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", FILES)
-def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture) -> None:
-    name = f"runs/{Path(data).stem}-small"
-    assert main(start(data)) == EXIT_OK
+def test_rows_of_ones_own_are_trained_on(home: Path, capsys: Capture) -> None:
+    name = "runs/faq-small"
+    assert main(start("faq.csv")) == EXIT_OK
     shown, told = capsys.readouterr()
-    assert f"train: {data}: 34 of 40 rows (data.hold_out: 6 examples)" in told
+    assert lines_with(told, "train: faq.csv", 34, 40, "6 examples")
     assert lines_with(told, 6, f"{name}/held-out.txt", "data.hold_out=null")
     assert lines_with(told, "steps: 3", "34 examples")
-    assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
-    assert f"{data}: {FILES[data][1]}" in told.splitlines()
+    assert lines_with(shown, f"tunesmith chat {name}"), "as a user there writes it"
+    assert lines_with(told, "faq.csv", "40 rows", "prompt = Question", "Topic")
     assert lines_with(told, "recipe:", f"{name}.yaml", f"tunesmith train {name}.yaml")
     assert (home / name / "final/adapter_model.safetensors").is_file()
-    made = make_recipe("small", data, SMALL)
+    made = make_recipe("small", "faq.csv", SMALL)
     assert differences(load_recipe(home / f"{name}.yaml"), made.run) == []
     [resolved] = differences(load_recipe(home / name / "config.yaml"), made.run)
     assert str(resolved) == 'model.quantize: "none" -> "auto"'
-    assert made.run.data.hold_out is not None
     assert "val_loss" in (home / name / "metrics.jsonl").read_text().splitlines()[-1]
     assert main(["train", f"{name}.yaml"]) == EXIT_OK
     assert holds(capsys.readouterr().out, "train.duration", "--fresh")
-
-
-def write_more(path: Path) -> None:
-    """The rows of faq.csv, and ten more."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("Question", "Answer"), *PAIRS, *MORE])
 
 
 @pytest.mark.slow
 def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture) -> None:
     first = [*SMALL, "adapter.rank=4", "adapter.alpha=4", "output_dir=runs/mine"]
     assert main(["train", "--model", "small", "--data", "faq.csv", *first]) == EXIT_OK
-    write_more(home / "more.csv")
+    write_csv(home / "more.csv", [("Question", "Answer"), *PAIRS, *MORE])
     (home / "runs/mine/final").rename(home / "runs/mine/checkpoint-900")
     capsys.readouterr()
     words = ["adapter.from=runs/mine", "output_dir=runs/more"]
@@ -188,6 +142,7 @@ def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture)
     assert refused.value.where.startswith("adapter.from")
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_base_is_told_of(home: Path, tiny: Path, capsys: Capture) -> None:
     """Weights of the same shapes fit, and would be of no use."""
     make_run(home / "mine", tiny, peft_model(tiny))
@@ -213,8 +168,8 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     (home / "mine/config.yaml").write_text("adapter: {target: [q_proj]}\n")
     named = make_recipe("small", "faq.csv", ["adapter.from=mine"]).run.adapter.target
     assert any(name.endswith("down_proj") for name in named), "as the adapter's file has it"
-    pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]
-    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    pairs = ({"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS)
+    write_json_lines(home / "pairs.jsonl", pairs)
     dpo = make_recipe("small", "pairs.jsonl").run.train
     continued_dpo = make_recipe("small", "pairs.jsonl", ["adapter.from=mine"]).run.train
     assert continued_dpo.learning_rate == dpo.learning_rate, "a tenth already"
@@ -241,47 +196,28 @@ def test_the_written_recipe_says_why(home: Path) -> None:
     (home / "faq.csv").rename(home / "mine/My FAQ.csv")
     made = make_recipe("small", "mine/My FAQ.csv", ["adapter.rank=4"])
     assert made.path == home / "runs/my-faq-small.yaml"
+    first, second, *_ = made.text.splitlines()
+    assert first == schema_line()
+    assert second == "# tunesmith train --model small --data 'mine/My FAQ.csv' adapter.rank=4"
+    made.path.parent.mkdir()
+    made.path.write_text(made.text)
+    assert differences(load_recipe(made.path), made.run) == []
+    reasons = {}  # each key with the comment above it
+    for comment, key in re.findall(r"((?: *# .*\n)+) *(\w+):", made.text):
+        reasons[key] = comment
     longest = made.text.partition("examined has ")[2].partition(" ")[0]
-    assert (
-        made.text
-        == f"""\
-{schema_line()}
-# tunesmith train --model small --data 'mine/My FAQ.csv' adapter.rank=4
-model:
-  name: "../small"
-adapter:
-  rank: 4
-  alpha: 32
-data:
-  # My FAQ.csv: 40 rows, columns Question, Answer -> prompt-completion (prompt
-  # = Question, completion = Answer); ignored: Topic
-  train:
-    source: "../mine/My FAQ.csv"
-    format: prompt-completion
-    columns:
-      prompt: Question
-      completion: Answer
-  # the longest of the 40 rows examined has {longest} tokens
-  seq_len: 256
-  # 6 of 40 rows, chosen by the seed, to compute val_loss
-  hold_out: 6 examples
-train:
-  # 34 examples; small data sets get more epochs, large ones fewer
-  duration: 10 epochs
-  # 170 optimizer steps; small data sets get small batches, for 100 steps or
-  # more
-  global_batch: 2 examples
-  # from the model's family, llama, and hidden size, 64; LoRA takes about ten
-  # times the rate of full fine-tuning
-  learning_rate: 0.001
-validate:
-  every: 10 steps
-checkpoint:
-  every: 10 steps
-output_dir: runs/my-faq-small
-"""
-    )
     assert 30 < int(longest) < 120
+    for key, values in {
+        "train": [40, "Question", "Answer", "Topic"],
+        "seq_len": [40],
+        "hold_out": [6, 40, "val_loss"],
+        "duration": [34],
+        "global_batch": [170, 100],
+        "learning_rate": ["llama", 64],
+    }.items():
+        assert holds(reasons[key], *values), reasons[key]
+    assert lines_with(made.text, "duration: 10 epochs")
+    assert lines_with(made.text, "learning_rate: 0.001")
 
 
 @pytest.mark.slow
@@ -317,71 +253,20 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
     assert decide_start(made.run).finished == 3
 
 
-@pytest.mark.slow
-def test_an_edited_recipe_is_not_overwritten(home: Path, capsys: Capture) -> None:
-    assert main(start("faq.csv")) == EXIT_OK
-    recipe = home / "runs/faq-small.yaml"
-    edited = recipe.read_text().replace("rank: 16", "rank: 8   # mine")
-    recipe.write_text(edited)
-    capsys.readouterr()
-    assert main(start("faq.csv")) == EXIT_USAGE
-    told = capsys.readouterr().err
-    assert "adapter.rank: 8 -> 16" in told
-    check_shown(told, names=["runs/faq-small.yaml"], fix=["tunesmith train runs/faq-small.yaml"])
-    assert recipe.read_text() == edited
-    recipe.write_text(recipe.read_text().replace("rank: 8   # mine", "rank: 16   # mine"))
-    assert main(start("faq.csv")) == EXIT_OK, "a comment changes nothing"
-    assert "# mine" in recipe.read_text()
-
-
 @pytest.mark.parametrize(
-    ("words", "code"),
+    "words",
     [
-        (["--data", "none.csv"], EXIT_USAGE),
-        (["--data", "two.csv"], EXIT_USAGE),
-        (["--data", "faq.csv", "data.seq_len=4"], EXIT_USAGE),
-        (["--data", "faq.csv", "data.hold_out=40 examples"], EXIT_USAGE),
-        (["--data", "faq.csv", "data.hold_out=50 examples"], EXIT_USAGE),
+        ["--data", "none.csv"],
+        ["--data", "two.csv"],
+        ["--data", "faq.csv", "data.seq_len=4"],
+        ["--data", "faq.csv", "data.hold_out=40 examples"],
     ],
 )
-def test_a_refused_start_leaves_no_trace(
-    words: list[str], code: int, home: Path, capsys: Capture
-) -> None:
+def test_a_refused_start_leaves_no_trace(words: list[str], home: Path, capsys: Capture) -> None:
     (home / "two.csv").write_text("question,answer,response\na,b,c\n")
-    assert main(["train", "--model", "small", *words, *SMALL]) == code
+    assert main(["train", "--model", "small", *words, *SMALL]) == EXIT_USAGE
     assert "fix:" in capsys.readouterr().err
     assert not (home / "runs").exists()
-
-
-@pytest.mark.slow
-def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Capture) -> None:
-    rows = ["question,answer,response", *(f"question {i},short {i},long {i}" for i in range(24))]
-    (home / "two.csv").write_text("\n".join(rows) + "\n")
-    assert main(start("two.csv")) == EXIT_USAGE
-    told = capsys.readouterr().err
-    check_shown(told, where="two.csv", names=[2])
-    flags = told.partition("choose one: ")[2].partition(" or ")[0].split()
-    assert flags == ["--columns", "prompt=question,completion=answer"]
-    assert main(start("two.csv", *flags)) == EXIT_OK
-    run = load_recipe(home / "runs/two-small.yaml")
-    assert run.data.train[0].columns == {"prompt": "question", "completion": "answer"}
-    assert (
-        main(
-            [
-                "data",
-                "--model",
-                "small",
-                "--data",
-                "two.csv",
-                "--format",
-                "alpaca",
-                *flags[:1],
-                "output=response",
-            ]
-        )
-        == 0
-    )
-    assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
 
 
 def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture) -> None:
@@ -449,74 +334,49 @@ def test_a_recipe_of_another_command_is_not_overwritten(home: Path) -> None:
     other = make_recipe("small", "faq.csv", ["train.duration=20 epochs"])
     with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml", "output_dir=runs/NAME"]):
         other.check_file()
+    made.path.write_text(made.text.replace("rank: 16", "rank: 16   # mine"))
+    made.check_file()  # a comment changes nothing
     made.path.write_text(made.text.replace("rank: 16", "rank: 4"))
-    with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml"]):
-        make_recipe("small", "faq.csv").check_file()
+    with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml"]) as refused:
+        made.check_file()
+    assert "adapter.rank: 4 -> 16" in str(refused.value)
 
 
-BOTH, NEEDED = "cannot be combined", "a recipe is required, or --model and one --data"
 OWN = ["--model", "small", "--data", "faq.csv"]
+VERBS = ("train", "data", "plan")
 EXAMPLE = "--model demo --data faq.csv"
+UNCLEAR: list[tuple[list[str], str]] = [  # words, and what the fix has
+    ([], EXAMPLE),
+    (["--data", "chat.jsonl", "train.seed=1"], "--model demo --data chat.jsonl"),
+    (["--model", "small"], "--model small --data faq.csv"),
+    ([*OWN, "--data", "chat.jsonl"], "--model small --data faq.csv"),
+    (["faq.csv", "train.seed=1"], EXAMPLE),
+    (["faq.csv", "--model", "small"], "--model small --data faq.csv"),
+    # The shell has replaced a pattern.
+    ([*OWN, "chat.csv"], "--model small --data './*.csv'"),
+    (["smollm2-135m-lora", "--data", "faq.csv"], "remove --data"),
+    (["smollm2-135m-lora", "--model", "small", "train.seed=1"], "remove --model"),
+    (["smollm2-135m-lora", "--format", "text"], "remove --format"),
+    (["smollm2-135m-lora", "--split", "train"], "remove --split"),
+    ([*OWN, "model.name=other"], "--model and --data"),
+    ([*OWN, "data.train.source=chat.jsonl"], "--model and --data"),
+    ([*OWN, "data.train=null"], "a recipe"),
+    ([*OWN, "--columns", "prompt=Question,completion=Question"], "--columns"),
+    ([*OWN, "--split", "test"], "--split train"),
+    ([*OWN, "--columns", "question"], "--help"),
+]
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "fix"),
-    [
-        ([], NEEDED, EXAMPLE),
-        (["--data", "faq.csv"], NEEDED, EXAMPLE),
-        (["--data", "faq.csv", "train.seed=1"], NEEDED, EXAMPLE),
-        (["--data", "chat.jsonl"], NEEDED, "--model demo --data chat.jsonl"),
-        (["--model", "small"], NEEDED, "--model small --data faq.csv"),
-        (["--model", "small", "train.seed=1"], NEEDED, "--model small --data faq.csv"),
-        (
-            ["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"],
-            NEEDED,
-            "--model small --data faq.csv",
-        ),
-        (["faq.csv"], "faq.csv is a file of rows", EXAMPLE),
-        (["faq.csv", "train.seed=1"], "faq.csv is a file of rows", EXAMPLE),
-        (["faq.csv", "--model", "small"], "a file of rows", "--model small --data faq.csv"),
-        # The shell has replaced a pattern.
-        ([*OWN, "chat.csv"], "chat.csv is a file of rows", "--model small --data './*.csv'"),
-        (
-            ["smollm2-135m-lora", "--data", "faq.csv"],
-            BOTH,
-            "remove smollm2-135m-lora, or remove --data",
-        ),
-        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "remove --model"),
-        (["smollm2-135m-lora", "--format", "text"], BOTH, "remove --format"),
-        (["smollm2-135m-lora", "--split", "train"], BOTH, "remove --split"),
-        (
-            [*OWN, "model.name=other"],
-            "model.name cannot be combined with --model and --data",
-            "use only --model and --data",
-        ),
-        (
-            [*OWN, "data.train.source=chat.jsonl"],
-            "data.train.source cannot be combined",
-            "use only --model and --data",
-        ),
-        ([*OWN, "data.train=[]"], "data.train cannot be combined", "write a recipe"),
-        ([*OWN, "data.train=null"], "data.train cannot be combined", "write a recipe"),
-        (
-            [*OWN, "--columns", "prompt=Question,completion=Question"],
-            "no row format can read the columns prompt=Question, c",
-            "--columns",
-        ),
-        ([*OWN, "--split", "test"], "there is no split test", "--split train"),
-        ([*OWN, "--columns", "question"], "does not have the form name=column", "--help"),
-    ],
+    ("verb", "words", "fix"),
+    [(VERBS[number % 3], *row) for number, row in enumerate(UNCLEAR)],
 )
-@pytest.mark.parametrize("verb", ["train", "data", "plan"])
 def test_what_is_asked_for_must_be_clear(
-    verb: str, words: list[str], what: str, fix: str, home: Path, capsys: Capture
+    verb: str, words: list[str], fix: str, home: Path, capsys: Capture
 ) -> None:
     assert main([verb, *words]) == EXIT_USAGE
     told = capsys.readouterr().err
-    assert what in told
-    assert fix in told
-    if fix.startswith("--model"):
-        assert f"tunesmith {verb} {fix}" in told, "the same verb"
+    check_shown(told, fix=[f"tunesmith {verb} {fix}" if fix.startswith("--model ") else fix])
 
 
 def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
@@ -537,7 +397,6 @@ def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
     check_shown(capsys.readouterr().err, fix=["tunesmith recipes"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "held", "epochs", "batch", "every", "patience"),
     [
@@ -548,8 +407,8 @@ def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
         (50, "10 examples", 10, 4, 10, 3),
         (80, "10 examples", 8, 4, 10, 3),
         (300, "5 %", 3, 8, 10, 3),
-        (3000, "5 %", 3, 64, 25, 3),
-        (12_000, "500 examples", 2, 64, 50, 3),
+        pytest.param(3000, "5 %", 3, 64, 25, 3, marks=pytest.mark.slow),
+        pytest.param(12_000, "500 examples", 2, 64, 50, 3, marks=pytest.mark.slow),
     ],
 )
 def test_sizes_and_steps_follow_the_number_of_rows(
@@ -561,9 +420,7 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     patience: int | None,
     home: Path,
 ) -> None:
-    (home / "many.jsonl").write_text(
-        "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(rows))
-    )
+    write_json_lines(home / "many.jsonl", ({"text": f"row {i}"} for i in range(rows)))
     made = make_recipe("small", "many.jsonl")
     run = made.run
     assert (str(run.data.hold_out) if run.data.hold_out else None) == held
@@ -576,9 +433,7 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     assert ("hold_out: " not in made.text) == (held is None)
 
 
-@pytest.mark.parametrize(
-    ("steps", "every"), [(3, 1), (20, 4), (27, 5), (49, 5), (50, 5), (100, 10)]
-)
+@pytest.mark.parametrize(("steps", "every"), [(3, 1), (20, 4), (27, 5), (50, 5), (100, 10)])
 def test_a_run_of_few_steps_has_five_validations(steps: int, every: int, home: Path) -> None:
     run = make_recipe("small", "faq.csv", [f"train.duration={steps} steps"]).run
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
@@ -588,7 +443,7 @@ def test_a_run_of_few_steps_has_five_validations(steps: int, every: int, home: P
 @pytest.mark.slow
 def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
     pair = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
-    (home / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 600)
+    write_json_lines(home / "pairs.jsonl", [pair] * 600)
     made = make_recipe("small", "pairs.jsonl")
     assert str(made.run.train.duration) == "1 epochs"
 
@@ -604,18 +459,16 @@ def test_no_rank_is_idle_for_want_of_examples(
     assert str(run.train.global_batch) == f"{batch} examples"
 
 
-@pytest.mark.parametrize("machines", ["h100", "2xdgx-spark"])
-def test_a_plan_has_an_example_for_each_gpu(machines: str, home: Path, capsys: Capture) -> None:
+def test_a_plan_has_an_example_for_each_gpu(home: Path, capsys: Capture) -> None:
     words = ["--model", "small", "--data", "faq.csv", "train.duration=1 epochs"]
-    assert main(["plan", *words, "--on", machines]) == EXIT_OK
-    batch = "1 examples" if machines == "h100" else "2 examples"
-    assert lines_with(capsys.readouterr().err, f"train.global_batch='{batch}'")
+    assert main(["plan", *words, "--on", "2xdgx-spark"]) == EXIT_OK
+    assert lines_with(capsys.readouterr().err, "train.global_batch='2 examples'")
 
 
 @pytest.mark.parametrize("words", [["method.beta=0.2"], ["method={beta: 0.2}"]])
 def test_the_method_is_detected_beside_its_numbers(words: list[str], home: Path) -> None:
-    rows = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = ({"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS)
+    write_json_lines(home / "rows.jsonl", rows)
     made = make_recipe("small", "rows.jsonl", words)
     assert (made.run.method.name, made.run.method.beta) == ("dpo", 0.2)
     made.path.parent.mkdir()
@@ -625,11 +478,11 @@ def test_the_method_is_detected_beside_its_numbers(words: list[str], home: Path)
 
 @pytest.mark.parametrize("count", [2, 8, 24])
 def test_few_labeled_answers_get_a_batch_that_kto_can_compare(home: Path, count: int) -> None:
-    rows = [
+    rows = (
         {"prompt": question, "completion": answer, "label": i % 2 == 0}
         for i, (question, answer) in enumerate(PAIRS[:count])
-    ]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
+    write_json_lines(home / "rows.jsonl", rows)
     run = make_recipe("small", "rows.jsonl").run
     assert run.method.name == "kto"
     assert run.train.global_batch.amount >= 2
@@ -638,7 +491,7 @@ def test_few_labeled_answers_get_a_batch_that_kto_can_compare(home: Path, count:
 def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
     rows = [{"prompt": question, "completion": answer} for question, answer in PAIRS]
     rows[7]["completion"] = None  # type: ignore[assignment]
-    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(home / "rows.jsonl", rows)
     with refuses(DataError, where="rows.jsonl:8", fix=["data.bad_rows=skip"]):
         make_recipe("small", "rows.jsonl")
     new = make_recipe("small", "rows.jsonl", ["data.bad_rows=skip"])
@@ -648,9 +501,7 @@ def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
 
 def test_long_rows_get_room_within_the_context(home: Path) -> None:
     def seq_len(*lengths: int) -> int:
-        (home / "long.jsonl").write_text(
-            "".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths)
-        )
+        write_json_lines(home / "long.jsonl", ({"text": "x" * n} for n in lengths))
         return make_recipe("small", "long.jsonl").run.data.seq_len
 
     assert seq_len(*[10] * 30, 255) == 256  # and an end token
@@ -675,7 +526,6 @@ def test_the_learning_rates_of_the_docs_are_those_of_the_code() -> None:
         # get_lr of Thinking Machines' cookbook: 5e-4 * (2000 / hidden) ** 0.781 or 0.0775
         ("llama", 4096, 2.856e-4),
         ("qwen3", 4096, 4.730e-4),
-        ("qwen3", 5120, 4.649e-4),
         ("qwen2", 3584, 4.779e-4),
         ("qwen3_5_moe_text", 2048, 4.991e-4),
     ],
@@ -684,15 +534,6 @@ def test_the_rate_of_a_family_is_that_of_its_fit(model_type: str, hidden: int, r
     # Two significant digits.
     assert default_learning_rate("lora", model_type, hidden) == pytest.approx(rate, rel=0.02)
     assert default_learning_rate("none", model_type, hidden) == pytest.approx(rate / 10, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    ["gpt_oss", "glm4", "glm4_moe", "nemotron_h", "deepseek_v3", "llama4_text", "gemma3"],
-)
-def test_a_family_without_a_fit_gets_no_rate_of_another_one(model_type: str) -> None:
-    rates = {default_learning_rate("lora", model_type, width) for width in (1024, 4096, 7168)}
-    assert rates == {2e-4}
 
 
 def test_what_is_given_stands_and_is_written(home: Path) -> None:
@@ -767,6 +608,7 @@ def test_a_hub_data_set_is_read_from_its_train_split(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("model_type", "packs"), [("lfm2", True), ("falcon", False)])
 def test_a_family_without_a_row_gets_a_recipe_that_trains(
     model_type: str, packs: bool, home: Path, capsys: Capture
@@ -847,9 +689,10 @@ def test_the_train_split_of_a_folder_is_taken_and_the_others_are_named(
     home: Path,
 ) -> None:
     for name, count in (("sales", 30), ("dev-team", 3), ("test", 1)):
-        rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count))
         (home / "set").mkdir(exist_ok=True)
-        (home / f"set/{name}.jsonl").write_text(rows)
+        write_json_lines(
+            home / f"set/{name}.jsonl", ({"text": f"{name} {i}"} for i in range(count))
+        )
     made = make_recipe("small", "set")
     assert made.run.data.train[0].split == "train"
     (line,) = [line for line in draft_lines(draft_recipe("small", "set")) if "validation" in line]

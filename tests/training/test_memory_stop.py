@@ -103,6 +103,7 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     assert not (out / "stopped.json").exists()
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_while_the_model_loads_ends_the_start(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +124,6 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
 @pytest.mark.parametrize(
     ("train", "kept", "can_shrink"),
     [
-        ({}, "1024 tokens", True),
         ({}, "5 examples", True),
         ({}, None, False),
         ({"optimizer_in_backward": True, "clip_norm": None}, "5 examples", False),
@@ -141,6 +141,7 @@ def test_a_smaller_micro_batch_is_named_where_the_run_takes_one(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/faults/memory_guard.py does it 20 times, and goes on with each run."""
     script = Path(__file__).parents[2] / "benchmarks" / "faults" / "memory_guard.py"

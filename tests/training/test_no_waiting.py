@@ -8,7 +8,6 @@ same. On a GPU torch itself refuses whatever waits.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from devices import cpu_and_gpu
+from devices import cpu_and_gpu, gpu
 from picture_runs import picture_run, write_mixed, write_vision_model
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
@@ -31,20 +30,11 @@ from tunesmith.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-ASKING = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::unique",
-    "aten::item",
-}
+ASKING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::item"}  # fmt: skip
 # Those that wait if an index is a mask: the host asks how many elements it chooses.
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 # What stands for the GPU's own kernel
-INSIDE = {
-    "tunesmith_test::varlen",
-    "tunesmith_test::varlen_backward",
-}
+INSIDE = {"tunesmith_test::varlen", "tunesmith_test::varlen_backward"}
 
 
 class Asked(TorchDispatchMode):
@@ -174,14 +164,13 @@ BF16 = {"dtype": "bf16"}  # FlashAttention takes no fp32
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": BF16},
         {"model": BF16, "train": {"recompute": "full"}},
         {"model": BF16, "train": {"clip_norm": None}},
         {"model": {**BF16, "quantize": "fp8"}},
         {"model": {**BF16, "quantize": "nf4"}},
         {"model": BF16, "adapter": {"kind": "none"}},
     ],
-    ids=["lora", "recompute", "no clipping", "fp8", "nf4", "full"],
+    ids=["lora, recomputed", "no clipping", "fp8", "nf4", "full"],
 )
 def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
     if changes["model"].get("quantize") == "nf4":
@@ -189,21 +178,19 @@ def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
     assert_no_step_waits(trainer_of(tiny, tmp_path, **changes), device)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch sees no CUDA GPU: waiting for one cannot be seen"
-)
-def test_no_compiled_step_waits_for_the_device(tiny, tmp_path):
+# On a CPU waiting for it cannot be seen.
+ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)], indirect=True)
+
+
+@ON_GPU
+def test_no_compiled_step_waits_for_the_device(device, tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, model=BF16, train={"compile": "on"})
-    assert_no_step_waits(trainer, torch.device("cuda"))
+    assert_no_step_waits(trainer, device)
 
 
-@cpu_and_gpu
+@ON_GPU
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
-def test_no_step_on_pictures_waits(device, family, tmp_path, monkeypatch):
-    if device.type == "cpu":
-        # Sizes of pictures are asked for on the host, which `test_vision.py` tells apart.
-        monkeypatch.setattr(sys.modules[__name__], "nothing_waits", contextlib.nullcontext)
+def test_no_step_on_pictures_waits(device, family, tmp_path):
     model = write_vision_model(tmp_path / "model", family)
     batches = {"global_batch": "8 examples", "micro_batch": "4 examples", "compile": "off"}
     changes = {"model": BF16, "train": batches, "checkpoint": {"every": None}}

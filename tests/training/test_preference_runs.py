@@ -17,7 +17,7 @@ import tunesmith
 from errors import refuses, warnings_with
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.cli.main import main
-from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.kto import KahnemanTverskyOptimization
@@ -76,7 +76,10 @@ def assert_equal(first: Path, second: Path) -> None:
         assert np.array_equal(value, others[name]), name
 
 
-@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize(
+    "method",
+    ["dpo", "kto", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("orpo", "simpo"))],
+)
 def test_a_run_learns_and_resumes_to_the_same_bits(tiny: Path, tmp_path: Path, method: str) -> None:
     whole = train(tiny, tmp_path, method, "whole")
     train(tiny, tmp_path, method, "parts", train={"duration": "2 steps"})
@@ -84,6 +87,9 @@ def test_a_run_learns_and_resumes_to_the_same_bits(tiny: Path, tmp_path: Path, m
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     records = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert records[-1].loss < records[0].loss
+    if method == "dpo":  # before the first update the model is its reference
+        assert records[0].loss == pytest.approx(np.log(2), abs=1e-12)
+        assert records[0].extra["reward_accuracy"] == 0.5
     last = records[-1].extra
     assert last["rewards_chosen"] - last["rewards_rejected"] == pytest.approx(last["reward_margin"])
     assert last["val_reward_margin"] == pytest.approx(
@@ -111,7 +117,7 @@ def test_kto_with_dropout_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -
     assert [record.extra for record in whole] == [record.extra for record in parts]
 
 
-@pytest.mark.parametrize("kind", ["lora", "none"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("none", marks=pytest.mark.nightly)])
 def test_a_run_of_whole_sequences_goes_on_with_them(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -132,16 +138,6 @@ def test_a_run_of_whole_sequences_goes_on_with_them(
     for name, shares in (("once", True), ("whole", False), ("parts", False)):
         choices = json.loads((tmp_path / name / "env.json").read_text())["choices"]
         assert ("prompts" in choices) == shares
-    others = weights(tmp_path / "whole")
-    ours = weights(tmp_path / "once")
-    assert any(not np.array_equal(value, others[name]) for name, value in ours.items())
-
-
-def test_the_first_loss_of_dpo_is_that_of_an_undecided_model(tiny: Path, tmp_path: Path) -> None:
-    """Before the first update the model is its reference: log 2 for each pair, exactly."""
-    result = train(tiny, tmp_path, "dpo", train={"duration": "1 steps"})
-    assert result.records[0].loss == pytest.approx(np.log(2), abs=1e-12)
-    assert result.records[0].extra["reward_accuracy"] == 0.5
 
 
 def test_on_top_of_an_adapter_the_reference_is_that_adapter(tiny: Path, tmp_path: Path) -> None:
@@ -253,14 +249,6 @@ def test_kto_in_full_has_the_bases_numbers_of_every_step(
     assert sum(compared) == 4 * 8
 
 
-def test_the_best_validation_may_go_by_accuracy(tiny: Path, tmp_path: Path) -> None:
-    rule = {"every": "1 steps", "best_by": "accuracy", "patience": 2}
-    result = train(tiny, tmp_path, "dpo", validate=rule)
-    best = json.loads((tmp_path / "run" / "best.json").read_text())
-    seen = {r.step: r.extra["val_reward_accuracy"] for r in result.records}
-    assert best["val_accuracy"] == max(seen.values())
-
-
 @pytest.mark.parametrize(("best_by", "steps", "best"), [("accuracy", 4, 2), ("loss", 6, 6)])
 def test_patience_goes_by_accuracy(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_by: str, steps: int, best: int
@@ -281,19 +269,9 @@ def test_patience_goes_by_accuracy(
 
 def test_a_resume_with_another_method_is_refused(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "dpo", train={"duration": "1 steps"})
-    with pytest.raises(RecipeError) as error:
+    with refuses(RecipeError) as refused:
         train(tiny, tmp_path, {"name": "dpo", "beta": 0.5})
-    assert "method.beta" in str(error.value.where)
-
-
-def test_feedback_of_one_kind_is_refused(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Say {n}: ", "completion": "x", "label": True} for n in range(8)]
-    for name in ("train.jsonl", "held.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError) as error:
-        train(tiny, tmp_path, "kto")
-    assert "train.jsonl" in str(error.value.where)
-    assert not (tmp_path / "run").exists()
+    assert "method.beta" in refused.value.where
 
 
 def test_eval_says_how_many_pairs_are_in_order(tiny: Path, tmp_path: Path) -> None:
@@ -328,12 +306,6 @@ def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(
         assert report["tuned"]["rows"] == 8
     (kept,) = RunFiles(folder).evals
     assert kept["scores"][PAIRS]["base"][0] == report["scores"][PAIRS]["base"]["mean"]
-    # A folder of somebody else's still gets its scores.
-    (folder / "evals" / "pairs-pairs.scores.json").unlink()
-    (folder / "evals").rmdir()
-    (folder / "evals").write_text("in the way")
-    assert main(["eval", str(folder), "--data", str(held), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["scores"] == report["scores"]
 
 
 def test_a_run_of_pairs_answers_questions_alone(tiny: Path, tmp_path: Path) -> None:

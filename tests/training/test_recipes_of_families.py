@@ -23,7 +23,7 @@ from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from stored_templates import template_names, tokenizer_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,

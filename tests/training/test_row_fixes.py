@@ -36,28 +36,12 @@ BAD: dict[str, tuple[Settings, Settings, str]] = {
         {"format": "prompt-completion", "columns": {"prompt": "Qestion", "completion": "Anwser"}},
         "Qestion",
     ),
-    "unknown columns": (
-        {"id, no": "1", "topic": "Why?", "explanation": "Because."},
-        {"format": "prompt-completion", "columns": {"completion": "explained"}},
-        "explained",
-    ),
-    "columns of alpaca": (
-        {"question": "Why?", "answer": "Because."},
-        {"format": "alpaca", "columns": {"output": "text"}},
-        "text",
-    ),
     "another format": ({"text": "Because."}, {"format": "alpaca"}, "column"),
     "messages in a text": (
         {"instruction": CALLS, "output": "b"}, {"format": "alpaca"}, "JSON list",
     ),
-    "two systems": (
-        {**PAIR, "system": "a", "system_prompt": "b"},
-        {"format": "prompt-completion"},
-        "different values|2 ways",
-    ),
     "a bad label": ({**PAIR, "is_correct": False}, {"format": "prompt-completion"}, "labeled bad"),
     "no such split": (PAIR, {"format": "prompt-completion", "split": "test[:5]"}, "split test"),
-    "an empty slice": (PAIR, {"format": "prompt-completion", "split": "train[5:5]"}, "no rows"),
     "files of two kinds": (PAIR, {"format": "prompt-completion"}, "different kinds"),
 }  # fmt: skip
 
@@ -68,23 +52,12 @@ PREFERENCE = {"method": "dpo", "format": "preference"}
 # name -> (row, settings that the user has made, columns that each command reads or proposes)
 PROPOSED: dict[str, tuple[Settings, Settings, dict[str, str]]] = {
     "usual names": ({"question": "Why?", "answer": "So."}, {}, {"prompt": "question", "completion": "answer"}),
-    "names in German": ({"Frage": "Warum?", "Antwort": "Darum."}, {"format": "alpaca"}, {"instruction": "Frage", "output": "Antwort"}),
     "odd names": ({"q": "Why?", "b": "So."}, {}, AS_PAIR),
-    "odd names for a chat": ({"q": "Why?", "b": "So."}, {"format": "messages"}, AS_PAIR),
-    "odd names for pairs": ({"q": "Why?", "b": "So."}, PREFERENCE, AS_PAIR),
     "an input": ({"question": "Why?", "context": "Here.", "response": "So."}, {"format": "alpaca"}, {"instruction": "question", "output": "response", "input": "context"}),
-    "an input in odd columns": ({"context": "Here.", "x": "Why?", "y": "So."}, {"format": "alpaca"}, {"instruction": "x", "output": "y", "input": "context"}),
     "one text": ({"id": "a1", "essay": "A text."}, {}, {"text": "essay"}),
-    "one text for a pair": ({"id": "a1", "essay": "A text."}, PROMPT_COMPLETION, {"text": "essay"}),
-    "a text for a wrong column": ({"text": "A text."}, {**PROMPT_COMPLETION, "columns": {"completion": "anwser"}}, {"text": "text"}),
     "a chat": ({"dialogue": TURNS}, PROMPT_COMPLETION, {"messages": "dialogue"}),
-    "a chat for pairs": ({"dialogue": TURNS}, PREFERENCE, {"messages": "dialogue"}),
-    "a chat of an odd name": ({"thread": TURNS}, {}, {"messages": "thread"}),
     "mistyped pairs": ({"question": "Why?", "choosen": "So.", "rejected": "No."}, {}, {"prompt": "question", "chosen": "choosen", "rejected": "rejected"}),
-    "pairs with a question": ({"question": "Why?", "chosen": "So.", "rejected": "No."}, PREFERENCE, {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}),
-    "labels": ({"q": "Why?", "b": "So.", "is_ok": True}, {"method": "kto", "format": "feedback"}, {**AS_PAIR, "label": "is_ok"}),
     "a text and its class": ({"text": "x y", "label": "pos"}, {}, {"prompt": "text", "completion": "label"}),
-    "mistyped columns of no format": ({"q": "Why?", "b": "So."}, {**PROMPT_COMPLETION, "columns": {"prompt": "nope", "completion": "nope2"}}, AS_PAIR),
 }  # fmt: skip
 
 

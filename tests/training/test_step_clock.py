@@ -1,4 +1,4 @@
-"""A step's seconds are the device's, from the end of the step before to its own end.
+"""A step's seconds are those of the device, from the end of the step before to its own end.
 
 The stand-in for a GPU returns from launches early: so many wait in its queue, and a thread does one
 after the other. A host that took its own time there would be off by most of a step.
@@ -28,6 +28,8 @@ from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
 
 KERNELS = 40  # of a step
 KERNEL_SECONDS = 0.005
@@ -126,7 +128,6 @@ def loop_seconds(trainer: Trainer) -> float:
     return seconds - aside
 
 
-@pytest.mark.slow
 def test_steps_of_a_device_that_the_host_runs_ahead_of(
     tiny: Path, tmp_path: Path, queued: QueuedDevice
 ) -> None:
@@ -153,31 +154,30 @@ def test_steps_of_a_device_that_the_host_runs_ahead_of(
         assert steps[number - 1] == pytest.approx(of_device, rel=0.25)
 
 
-@pytest.mark.slow
 @cpu_and_gpu
 def test_steps_add_up_to_the_loop(device: torch.device, tiny: Path, tmp_path: Path) -> None:
     """With validations and checkpoints, whose time is no step's."""
     trainer = trainer_of(
         tiny,
         tmp_path,
-        train={"duration": "60 steps"},
-        validate={"every": "20 steps"},
-        checkpoint={"every": "15 steps"},
+        train={"duration": "30 steps"},
+        validate={"every": "10 steps"},
+        checkpoint={"every": "8 steps"},
     )
     seconds = loop_seconds(trainer)
     steps = [record.step_seconds for record in trainer.metrics.records]
-    assert len(steps) == 60
+    assert len(steps) == 30
     assert sum(steps) == pytest.approx(seconds, rel=0.01)
 
 
 def by_the_clock(tiny: Path, folder: Path) -> tuple[int, float]:
-    parallel = {"replicate": 2}
-    run = make_run(tiny, folder, held=False, train={"duration": "1 s"}, parallel=parallel)
+    run = make_run(
+        tiny, folder, held=False, train={"duration": "1 s"}, parallel={"replicate": 2}
+    )  # fmt: skip
     result = train(run, quiet=True)
     return result.steps, result.seconds
 
 
-@pytest.mark.slow
 def test_ranks_end_a_run_by_the_clock_after_the_same_step(tiny: Path, tmp_path: Path) -> None:
     """By rank 0's seconds, as no two ranks measure the same."""
     write_rows(tmp_path / "train.jsonl", 48)

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import playbook
-from recipes import recipe
+from recipes import make_run
 from records import record
-from tunesmith.cli.main import main
-from tunesmith.config.dump import to_yaml
 from tunesmith.metrics import hardware
 from tunesmith.metrics.run_figures import run_figures
+from tunesmith.training.run import train
 from tunesmith.units import ratio
 
 
@@ -33,24 +32,10 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("still")
-@pytest.mark.parametrize(
-    "words", [["train"], ["bench", "--steps", "2", "--warmup", "1"]], ids=lambda words: words[0]
-)
-def test_a_run_and_a_bench(
-    words: list[str],
-    tiny: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, output_dir=str(tmp_path / "run"))))
-    verb, *flags = words
-    assert main([verb, str(file), *flags, "train.duration=3 steps"]) == 0, capsys.readouterr().err
-    if verb == "train":
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["tokens_per_second"] for line in lines] == [0.0] * 3
+def test_a_run(tiny: Path, tmp_path: Path) -> None:
+    train(make_run(tiny, tmp_path, held=False, train={"duration": "3 steps"}), quiet=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens_per_second"] for line in lines] == [0.0] * 3
 
 
 @pytest.mark.usefixtures("still")

@@ -80,6 +80,7 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
     assert (out / "final" / "manifest.json").exists()
 
 
+@pytest.mark.nightly
 def test_a_signal_while_a_run_is_resumed_leaves_it_stopped(file: Path, tmp_path: Path):
     """One process writes stopped.json too, which `status` reads."""
     out = tmp_path / "run"
@@ -95,7 +96,14 @@ def test_a_signal_while_a_run_is_resumed_leaves_it_stopped(file: Path, tmp_path:
     assert Job("", str(out)).state().state is RunState.STOPPED
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "SIGTERM to a rank", "the file stop"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM to the launcher",
+        pytest.param("SIGTERM to a rank", marks=pytest.mark.nightly),
+        pytest.param("the file stop", marks=pytest.mark.nightly),
+    ],
+)
 def test_ranks_that_a_launcher_would_start_again_stay_stopped(file: Path, tmp_path: Path, how: str):
     out = tmp_path / "run"
     words = ["launch", "local", file, "--ranks", "2", "--restarts", "3"]

@@ -108,7 +108,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+def nightly_but(names: Any, *first: str) -> list[Any]:
+    """Parameters of a test, of which all but the first ones are nightly."""
+    return [
+        pytest.param(name, id=name, marks=() if name in first else pytest.mark.nightly)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "case", nightly_but(CASES, "half recomputed", "several micro batches", "three stay", "nf4")
+)
 def test_a_streamed_run_has_the_bits_of_a_resident_one(case, deep, tmp_path, stream):
     count, changes = CASES[case]
     if "nf4" in case:
@@ -132,7 +142,7 @@ BASES: dict[str, tuple[Callable[[Path, Path], Path], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BASES)
+@pytest.mark.parametrize("case", nightly_but(BASES, "fp8 as shipped"))
 def test_bases_of_other_makes_stream_alike(case, deep, tmp_path, stream, monkeypatch):
     """In codes as they ship, and with experts, of which all of a layer come; the plan knows what
     the host takes.
@@ -158,7 +168,7 @@ def test_bases_of_other_makes_stream_alike(case, deep, tmp_path, stream, monkeyp
     assert 2 * held.slot_bytes == pytest.approx(estimator.slot_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", nightly_but(["aot_eager", "inductor"], "aot_eager"))
 def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypatch):
     """As on a GPU: compiled layers, packed rows, one graph for all."""
     compile_layers = partial(compilation.compile_layers, backend=backend)
@@ -186,13 +196,14 @@ def test_staged_layers_stream_alike(deep, tmp_path, stream, monkeypatch):
     assert len(lines_with(log, "warning:", f"5 of {LAYERS}")) == 1
 
 
+@pytest.mark.nightly
 def test_offloaded_inputs_and_streamed_layers_go_together(deep, tmp_path, stream):
     resident = numbers_of(deep, tmp_path / "resident", **RECOMPUTED)
     stream(LAYERS, cpu_offload=("parameters", "activations"))
     assert numbers_of(deep, tmp_path / "streamed", **RECOMPUTED) == resident
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", nightly_but(["dpo", "kto"], "dpo"))
 def test_preferences_stream_alike(method, deep, tmp_path, stream):
     """The reference is the base without its adapter: another forward over the same slots."""
     write = write_feedback if method == "kto" else write_pairs
@@ -204,14 +215,6 @@ def test_preferences_stream_alike(method, deep, tmp_path, stream):
     resident = numbers_of(deep, tmp_path / "resident", **changes)
     stream(LAYERS)
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
-
-
-def test_a_run_from_an_adapter_streams_alike(deep, tmp_path, stream):
-    run_of(deep, tmp_path / "first")
-    begin = {"adapter": {"from": str(tmp_path / "first/run"), "kind": "lora"}}
-    resident = numbers_of(deep, tmp_path / "resident", **begin)
-    stream(LAYERS)
-    assert numbers_of(deep, tmp_path / "streamed", **begin) == resident
 
 
 def test_a_backward_without_its_copies_differs(deep, tmp_path, stream, monkeypatch):
@@ -293,7 +296,7 @@ class CountedMemory(TorchDispatchMode):
         self.live -= self.held.pop(key)
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", nightly_but(["none", "nf4"], "none"))
 def test_loading_takes_no_more_of_the_card_than_training(quantize, tmp_path):
     """Two slots and what stays: no layer passes through the card on its way to the host."""
     model = write_tiny_llama(tmp_path / "model", num_hidden_layers=12, hidden_size=256)
