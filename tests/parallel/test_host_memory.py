@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from ranks import gathered, run_ranks, world_of
 from recipes import make_run, merge
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import contents
-from tunesmith.checkpoint.resume import Progress, Start
-from tunesmith.distributed.ranks import ONE_PROCESS, join_ranks
-from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.ranks import join_ranks
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats import nf4, stored
@@ -36,7 +33,6 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.presentation.start import trained_text
-from tunesmith.training.session import make_optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -245,56 +241,6 @@ def test_a_rank_holds_its_shard_and_one_tensor_at_most(mesh, changes, tiny, larg
     assert len(written) > 10
 
 
-def write_state(model: Path, place: Path) -> None:
-    """checkpoint-1 of one process: the optimizer's file, each value its own."""
-    run, root = built(model, place.parent, {}, merge(FULL, {"model": {"dtype": "bf16"}}), 1)
-    optimizer = make_optimizer(run, root, Start(), ONE_PROCESS)
-    for part in optimizer.parts.values():
-        part.state = {name: value + 1 for name, value in part.initial_state().items()}
-        part.state["exp_avg"].view(-1).copy_(torch.arange(part.weight.numel()))
-    contents.write_optimizer(place, optimizer.state_dict())
-
-
-def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, bool]:
-    """Growth of this rank's resident memory at its peak, and what is left of it, while it reads the
-    optimizer's file; and whether it then has its slices of it.
-    """
-    with join_ranks() as ranks:
-        for name in ("small", "large"):
-            changes = merge(FULL, {"model": {"dtype": "bf16"}})
-            run, root = built(model.with_name(name), folder, mesh, changes, ranks.world)
-            ranks.all_gather_object(None)
-            before = resident()
-            start = Start(folder / f"of {name}", Progress())
-            optimizer = make_optimizer(run, root, start, ranks)
-            peak, held = status("VmHWM") - before, status("VmRSS") - before
-        right = all(
-            torch.equal(
-                part.state["exp_avg"],
-                torch.arange(part.param.numel())
-                .float()
-                .view(part.param.shape)[local_slices(part.param)],
-            )
-            for part in optimizer.parts.values()
-        )
-    return peak, held, right
-
-
-@RESIDENT
-@pytest.mark.nightly
-def test_a_rank_reads_its_slices_of_one_process_s_optimizer(tiny, tmp_path):
-    """A mapped file would be resident beside the moments: 12 bytes a parameter more, and 8 are
-    held.
-    """
-    write_models(tiny, tmp_path, ROWS // 4)
-    for name in ("small", "large"):
-        run_ranks(1, write_state, tmp_path / name, tmp_path / f"of {name}")
-    for peak, held, right in run_ranks(4, resumed, tmp_path / "large", tmp_path, {"shard": 4}):
-        assert held > 50 * MIB, "nothing was measured"
-        assert peak < held + WIDTH * ROWS // 4 * 4  # the largest tensor of the file
-        assert right
-
-
 # ---- nf4: a rank quantizes the blocks that it holds ----
 
 BLOCK_MESHES = {
@@ -363,32 +309,6 @@ def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(
             own = np.split(expected, cut[2], cut[0])[cut[1]] if cut else expected
             assert np.array_equal(values, own), f"{mesh} {name}"
             assert 0 < read <= size / parts + 2 * 4 * max(64, row), f"{mesh} {name}"
-
-
-def scales(models: list[Path], folder: Path) -> dict[str, np.ndarray]:
-    """Of each layer, where each rank has the model in a folder of its own."""
-    with join_ranks() as ranks:
-        _, root = built(
-            models[ranks.rank], folder, {"shard": 2}, {"model": {"quantize": "nf4"}}, ranks.world
-        )
-    return {name: m.absmax.numpy() for name, m in root.model.named_modules() if has_codes(m)}
-
-
-@pytest.mark.nightly
-def test_nodes_may_have_the_tensors_in_other_files(tiny, tmp_path):
-    """Ranks reduce the scales of a layer together: in the order of the model, not of their files."""
-    pytest.importorskip("bitsandbytes")
-    tensors, other = load_file(tiny / "model.safetensors"), tmp_path / "other"
-    other.mkdir()
-    for file in tiny.glob("*.json"):
-        (other / file.name).write_bytes(file.read_bytes())
-    files = {name: f"model-{len(name) % 2}.safetensors" for name in tensors}
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name in tensors if files[name] == file}, other / file)
-    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    first, second = run_ranks(2, scales, [tiny, other], tmp_path)
-    assert len(first) == 14
-    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_a_tied_head_that_is_stored_twice_is_compared_piece_by_piece(tiny, tmp_path, monkeypatch):

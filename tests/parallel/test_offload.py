@@ -180,17 +180,6 @@ def waits_on_host(root: TrainModel, kind: str) -> set[nn.Parameter]:
     }
 
 
-@pytest.mark.parametrize(("kind", "count"), [("none", 3 + 9 * LAYERS), ("lora", 9 * LAYERS)])
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)
-def test_which_parameters_wait_on_the_host(kind, count, device, mesh, tiny, tmp_path):
-    """As on a GPU: the CPU stands for it, and meta for the host."""
-    run = make_run(tiny, tmp_path, held=False, adapter={"kind": kind})
-    root = built(run, mesh, device, offload=True, host=torch.device("meta"))
-    moved = waits_on_host(root, kind)
-    assert {parameter for parameter in root.parameters() if parameter.is_meta} == moved
-    assert len(moved) == count
-
-
 @cpu_and_gpu
 @pytest.mark.parametrize("kind", ["none", "lora"])
 def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh, tiny, tmp_path):

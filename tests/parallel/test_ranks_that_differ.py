@@ -5,27 +5,26 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import byte_tokenizer, write_tiny_llama
-from errors import holds
+from errors import holds, refuses
 from ranks import run_ranks
 from recipes import make_run, write_rows
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.errors import EXIT_USAGE, TunesmithError
+from tunesmith.errors import EXIT_USAGE, DataError, ModelError, TunesmithError
 from tunesmith.host.packages import installed_versions
-from tunesmith.stages.agree import find_differences
+from tunesmith.stages.agree import check_same_inputs, find_differences
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 
 STEPS = {"duration": "3 steps", "schedule": "constant", "micro_batch": "128 tokens"}
-FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
-SHARDS = {"parallel": {"shard": 2}}
-NIGHTLY = pytest.mark.nightly
+WITH_ROWS: dict[str, Any] = {"data": {}}
 
 
 def be_on_node(layout: str) -> str:
@@ -78,7 +77,7 @@ def end_together(found: list[Any], layout: str, kind: str) -> str:
     return found[0][3]
 
 
-@pytest.mark.parametrize("layout", ["ab", pytest.param("aabb", marks=NIGHTLY)])
+@pytest.mark.parametrize("layout", ["ab", pytest.param("aabb", marks=pytest.mark.nightly)])
 def test_another_key_of_the_recipe(layout, tiny, tmp_path):
     on_b = {"train": {"learning_rate": 2e-3, "seed": 7, "micro_batch": "2 examples"}}
     found = run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {})
@@ -105,8 +104,33 @@ def source_of(file: Path) -> dict[str, str]:
     return {"source": str(file), "format": "prompt-completion"}
 
 
-def fewer_rows(folder: Path, _: Path) -> dict[str, Any]:
-    return {"data": {"train": source_of(write_rows(folder / "fewer.jsonl", 11))}}
+def test_another_number_of_rows(tiny, tmp_path):
+    """The ranks would wait for each other in different collectives."""
+    on_b = {"data": {"train": source_of(write_rows(tmp_path / "fewer.jsonl", 11))}}
+    changes = {**WITH_ROWS, "parallel": {"shard": 2}, "adapter": {"kind": "none"}}
+    found = run_ranks(2, start, "ab", tiny, tmp_path, changes, on_b, {})
+    where = end_together(found, "ab", "DataError")
+    assert "data.train: 48 rows, " in where
+    assert "on node-a; 11 rows, " in where
+
+
+def test_another_version(tiny, tmp_path):
+    found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {}, {"tokenizers": "0.1"})
+    where = end_together(found, "ab", "MachineError")
+    assert holds(where, "tokenizers", "0.1", "1 on node-b")
+
+
+@pytest.mark.nightly
+def test_places_may_differ(tiny, tmp_path):
+    rows = write_rows(tmp_path / "moved.jsonl", 48)
+    on_b = {"output_dir": str(tmp_path / "elsewhere"), "data": {"train": source_of(rows)}}
+    found = run_ranks(2, start, "ab", tiny, tmp_path, WITH_ROWS, on_b, {})
+    same = {**WITH_ROWS, "output_dir": str(tmp_path / "same")}
+    assert found == run_ranks(2, start, "ab", tiny, tmp_path, same, {}, {})
+    assert len(found[0]) == 3
+
+
+# ---- which inputs are compared: two starts in this process ----
 
 
 def other_rows(folder: Path, _: Path) -> dict[str, Any]:
@@ -155,50 +179,61 @@ def other_adapter(folder: Path, tiny: Path) -> dict[str, Any]:
     return {"adapter": {"from": str(folder / "adapter-2" / "final")}}
 
 
-WITH_ROWS = {"data": {}}
 Maker = Callable[[Path, Path], dict[str, Any]]
-# name: what node b has otherwise, the recipe's keys, the error, where it says so
-DIFFERENCES: dict[str, tuple[Maker, dict[str, Any], str, tuple[str, ...]]] = {
-    # The ranks would wait for each other in different collectives.
-    "fewer rows": (
-        fewer_rows, {**WITH_ROWS, **SHARDS, **FULL}, "DataError",
-        ("data.train: 48 rows, ", "on node-a; 11 rows, "),
-    ),
-    "other rows": (other_rows, WITH_ROWS, "DataError", ("data.train: ",)),
-    "other held-out rows": (other_held_rows, WITH_ROWS, "DataError", ("data.validation: 8 rows, ",)),
-    "another base": (other_weights, SHARDS, "ModelError", ("model.name: weights: ", "on node-a; ")),
+# name: what the other rank has, the error, where it says so
+DIFFERENCES: dict[str, tuple[Maker, type[TunesmithError], tuple[str, ...]]] = {
+    "other rows": (other_rows, DataError, ("data.train: 48 rows, ",)),
+    "other held-out rows": (other_held_rows, DataError, ("data.validation: 8 rows, ",)),
+    "another base": (other_weights, ModelError, ("model.name: weights: ",)),
     "another configuration": (
-        other_configuration, {}, "ModelError", ("rms_norm_eps", "0.0001", "model.tokenizer: "),
+        other_configuration,
+        ModelError,
+        ("rms_norm_eps", "0.0001", "model.tokenizer: "),
     ),
-    "another template": (other_template, WITH_ROWS, "DataError", ("data.template: ", "on node-a; ")),
-    "another adapter": (other_adapter, {}, "ModelError", ("adapter.from: ",)),
-}  # fmt: skip
+    "another template": (other_template, DataError, ("data.template: ",)),
+    "another adapter": (other_adapter, ModelError, ("adapter.from: ",)),
+}
+
+
+class InputsRead(Exception):
+    """Ends a start whose inputs have been read."""
+
+
+class OneOfTwo(Ranks):
+    """Rank 0 of two, and what the other one has read."""
+
+    def __init__(self, other: dict[str, str] | None) -> None:
+        super().__init__(0, 2, hosts=("node-a", "node-b"), run_dir_writers=(0, 0))
+        object.__setattr__(self, "other", other)
+
+    def all_gather_object(self, value: Any) -> Any:
+        if self.other is None:
+            raise InputsRead(value)
+        return [value, self.other]
+
+    def raise_on_all_ranks(self) -> Any:
+        return nullcontext()
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_another_base_or_other_rows(name, tiny, tmp_path):
-    make, changes, error, places = DIFFERENCES[name]
-    on_b = make(tmp_path, tiny)
-    if "adapter" in on_b:
-        changes = {"adapter": {"from": str(tmp_path / "adapter-1" / "final")}}
-    found = run_ranks(2, start, "ab", tiny, tmp_path, changes, on_b, {})
-    where = end_together(found, "ab", error)
+def test_another_base_or_other_rows(name, tiny, tmp_path, monkeypatch):
+    make, error, places = DIFFERENCES[name]
+    changes = make(tmp_path, tiny)
+    own = (
+        {"adapter": {"from": str(tmp_path / "adapter-1" / "final")}} if "adapter" in changes else {}
+    )
+
+    def read(other: dict[str, str] | None, changes: dict[str, Any]) -> None:
+        check = lambda tokens, files, ranks: check_same_inputs(tokens, files, OneOfTwo(other))  # noqa: E731
+        monkeypatch.setattr("tunesmith.stages.plan.check_same_inputs", check)
+        model = changes.get("model", {}).get("name", tiny)
+        train(make_run(model, tmp_path, train=STEPS, **changes), quiet=True)
+
+    with pytest.raises(InputsRead) as seen:
+        read(None, changes)
+    with refuses(error) as refused:
+        read(seen.value.args[0], own)
+    where = refused.value.where
     assert all(place in where for place in places), where
     assert ("model.name: weights" in where) == (name == "another base")
     assert ("data.validation" in where) == (name == "other held-out rows")
-
-
-def test_another_version(tiny, tmp_path):
-    found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {}, {"tokenizers": "0.1"})
-    where = end_together(found, "ab", "MachineError")
-    assert holds(where, "tokenizers", "0.1", "1 on node-b")
-
-
-@NIGHTLY
-def test_places_may_differ(tiny, tmp_path):
-    rows = write_rows(tmp_path / "moved.jsonl", 48)
-    on_b = {"output_dir": str(tmp_path / "elsewhere"), "data": {"train": source_of(rows)}}
-    found = run_ranks(2, start, "ab", tiny, tmp_path, WITH_ROWS, on_b, {})
-    same = {**WITH_ROWS, "output_dir": str(tmp_path / "same")}
-    assert found == run_ranks(2, start, "ab", tiny, tmp_path, same, {}, {})
-    assert len(found[0]) == 3

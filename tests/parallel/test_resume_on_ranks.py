@@ -206,14 +206,6 @@ def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
     assert plain(alone) == pytest.approx(uninterrupted(mixture, what), rel=ROUNDING)
 
 
-@pytest.mark.nightly
-def test_ranks_go_on_with_the_experts_of_a_run_of_one_process(mixture, tmp_path, uninterrupted):
-    many(mixture, tmp_path, ONE, LORA, stop=(0, STOP))
-    resumed = many(mixture, tmp_path, TENSOR, LORA)[0]
-    assert resumed["first"] == STOP
-    assert plain(resumed) == pytest.approx(uninterrupted(mixture, LORA), rel=ROUNDING)
-
-
 def resumed_state(
     model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -263,15 +255,6 @@ def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_pat
         for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
             assert differing(expected, rank) == [], mesh
     assert differing(expected, resumed_state(tiny, tmp_path, ONE, BF16)) == []
-
-
-@pytest.mark.nightly
-def test_bf16_copies_and_tensor_groups_read_the_masters_of_one_process(tiny, tmp_path):
-    many(tiny, tmp_path, ONE, BF16, stop=(0, STOP))
-    expected = resumed_state(tiny, tmp_path, ONE, BF16)
-    for mesh in (COPIES, TENSOR):
-        for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
-            assert differing(expected, rank) == [], mesh
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,11 @@ gradients, updates, scores.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -19,30 +16,21 @@ from devices import graphs_compiled
 from errors import error_in, holds, refuses
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
-from tunesmith.config.schema import Adapter, MethodConfig, Model, Train
+from tunesmith.config.schema import Adapter, MethodConfig
 from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.dense import DENSE_FORMAT
-from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.formats.nf4 import Nf4
-from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions
-from tunesmith.model import load
 from tunesmith.model.decoder import Head
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.weights import copy_full_tensor, load_weights
-from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
-from tunesmith.planning import compare_eight_bit
-from tunesmith.planning.compare_eight_bit import compare_with_bf16, read_dense_weight
-from tunesmith.quant.linear_layers import load_hooks
-from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
+from tunesmith.quant.replace import replace_by_codes
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -176,6 +164,7 @@ def test_two_ranks_have_the_loss_and_gradients_of_one():
     assert_small(run_ranks(2, compare, 2, CASES), len(CASES))
 
 
+@pytest.mark.nightly
 def test_four_ranks_have_the_loss_and_gradients_of_one():
     cases = [
         ("llama-odd", None, 1),
@@ -184,72 +173,6 @@ def test_four_ranks_have_the_loss_and_gradients_of_one():
         ("mistral", DROPPED, 0),
     ]
     assert_small(run_ranks(4, compare, 4, cases), len(cases))
-
-
-@pytest.mark.slow
-def test_eight_ranks_have_the_loss_and_gradients_of_one():
-    cases = [("llama-heads", ADAPTER, 1)]
-    assert_small(run_ranks(8, compare, 8, cases), len(cases))
-
-
-def sharded() -> dict[str, float]:
-    """Shard 2 x tensor 2: `fully_shard` of the parameters that are DTensors already."""
-    with join_ranks():
-        mesh, found = Mesh.of(MeshShape(1, 2, 2), "cpu"), {}
-        for name, adapter in (("llama-odd", None), ("qwen3", ADAPTER)):
-            root = build(name, adapter)
-            partial = apply_tensor_parallel(root, mesh)
-            ignored = {p for _, p in root.trained_parameters()} if adapter else set()
-            for module in (*root.layers, root):
-                fully_shard(module, mesh=mesh.sharding, ignored_params=ignored)
-            for module in root.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(1.0)
-                    module.set_force_sum_reduction_for_comms(True)
-            whole = causal_lm(name).state_dict()
-            for key, weight in root.model.named_parameters():
-                if not adapter:
-                    found[f"{name} {key}"] = difference(weight.detach(), whole[key])
-            alone = build(name, adapter)
-            # The two data ranks take the same batch; only gradients that FSDP reduces are their
-            # sum.
-            found[name] = max(differences(root, partial, mesh, alone, copies=1 if adapter else 2))
-        return found
-
-
-def test_cut_parameters_are_sharded_further():
-    found = run_ranks(4, sharded)
-    assert_small(found, len(found[0]))
-    assert len(found[0]) > 20
-
-
-def updated(adapter: Adapter | None) -> dict[str, float]:
-    """The norm and the weights after two clipped updates."""
-    train = Train(learning_rate=1e-2, clip_norm=0.5, weight_decay=0.1, compile="off")
-    with join_ranks():
-        mesh, roots, norms = Mesh.of(MeshShape(tensor=2), "cpu"), [], []
-        for cut in (True, False):
-            root = build("qwen3", adapter)
-            partial = apply_tensor_parallel(root, mesh) if cut else frozenset()
-            optimizer = Optimizer(root.trained_parameters(), train)
-            for step in range(2):
-                optimizer.start_step(1e-2, step)
-                gradients(root)
-                grads = optimizer.gradients()
-                reduce_gradients(grads, partial, mesh)
-                norms.append(optimizer.step())
-            roots.append(dict(root.trained_parameters()))
-        cut_root, alone = roots
-        found = {name: difference(cut_root[name].detach(), alone[name].detach()) for name in alone}
-        return {**found, "norms": difference(torch.stack(norms[:2]), torch.stack(norms[2:]))}
-
-
-@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
-def test_the_optimizer_clips_and_updates_as_on_one_rank(adapter):
-    found = run_ranks(2, updated, adapter)
-    # Its scalars are fp32, the same ones on both sides.
-    assert_small(found, len(found[0]))
-    assert len(found[0]) > 12
 
 
 def scored() -> dict[str, float]:
@@ -271,102 +194,6 @@ def scored() -> dict[str, float]:
 
 def test_validation_and_logprobs_are_those_of_one_rank():
     assert_small(run_ranks(2, scored), 4)
-
-
-def loaded() -> dict[str, float]:
-    """As a run builds a model: cut on meta, its memory, its weights, an adapter that is drawn."""
-    with join_ranks():
-        alone = build("qwen3", SAVED)
-        lora.init_lora(alone.model, SAVED, seed=5)
-        model = load.build_on_meta(alone.model.config, Model(name="x", dtype="fp32"))
-        lora.attach_lora(model, SAVED, seed=5)
-        root = rooted(model)
-        mesh = Mesh.of(MeshShape(tensor=2), "cpu")
-        partial = apply_tensor_parallel(root, mesh)
-        assert all(p.is_meta for p in model.parameters())
-        load.materialize(root.double(), torch.device("cpu"))
-        whole = dict(alone.model.named_parameters())
-        for name, parameter in model.named_parameters():
-            if not lora.is_adapter_weight(name):
-                copy_full_tensor(parameter.detach(), whole[name].detach())
-        lora.init_lora(model, SAVED, seed=5)
-        found = {
-            name: difference(p, whole[name])
-            for name, p in model.named_parameters()
-            if "lora_A" in name
-        }
-        for each in (alone, root):
-            for name, parameter in each.trained_parameters():
-                if "lora_B" in name:
-                    copy_full_tensor(
-                        parameter.detach(), torch.full(parameter.shape, 0.1, dtype=torch.float64)
-                    )
-        return {**found, "gradients": max(differences(root, partial, mesh, alone))}
-
-
-def test_a_model_is_cut_on_meta_and_its_adapter_drawn_whole():
-    assert_small(run_ranks(2, loaded), 2 * 7 + 1)
-
-
-def quantized(folder: Path) -> tuple[int, float]:
-    """The 4-bit and the 8-bit weights of each part, against those of the whole layers."""
-    with join_ranks() as ranks:
-        mesh, rank = Mesh.of(MeshShape(tensor=2), "cpu"), dist.get_rank()
-        dense = causal_lm("llama", torch.bfloat16, **OF_BLOCKS)
-        model, whole = (
-            load.build_on_meta(dense.config, Model(name="x", dtype="bf16")) for _ in range(2)
-        )
-        replace_by_codes(model, Nf4(torch.bfloat16), torch.bfloat16)
-        lora.attach_lora(model, ADAPTER, seed=1)
-        replace_by_codes(whole, Nf4(torch.bfloat16), torch.bfloat16)
-        apply_tensor_parallel(rooted(model), mesh)
-        for each in (model, whole):
-            load.materialize(each, torch.device("cpu"))
-        count, nested = 0, []
-        for name, layer in whole.named_modules():
-            if isinstance(layer, FrozenLinear):
-                weight, part = dense.get_submodule(name).weight.detach(), model.get_submodule(name)
-                layer.load({"": weight}, name)
-                part.load({"": weight}, name)
-                own = layer.dense().chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
-                    rank
-                ]
-                assert torch.equal(part.dense(), own), name
-                nested.append(part.format.nested_block > 0)
-                count += 1
-        assert any(nested), "no part has scales in one piece"
-        assert not all(nested)
-        expected = rooted(dense.requires_grad_(False))(batch()).loss
-        eight = load.build_on_meta(dense.config, Model(name="x", dtype="bf16"))
-        lora.attach_lora(eight, ADAPTER, seed=1)
-        count += convert_to_eight_bit(eight, ROW_WISE)
-        root = rooted(eight)
-        apply_tensor_parallel(root, mesh)
-        load.materialize(eight, torch.device("cpu"))
-        load_weights(eight, folder, skip=lora.is_adapter_weight, convert=load_hooks(eight))
-        lora.init_lora(eight, ADAPTER, seed=1)
-        for name, layer in eight.named_modules():
-            if isinstance(layer, FrozenLinear) and has_codes(layer):
-                whole_weight = dense.get_submodule(name).weight
-                part = whole_weight.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
-                    rank
-                ]
-                assert torch.equal(layer.dense(), Fp8(ROW_WISE).round(part).dense(torch.bfloat16))
-                assert torch.equal(read_dense_weight(layer, mesh, ranks), part), name
-        change = compare_with_bf16(root, [batch()], mesh, ranks)
-        after, denominator = root(batch())[:2]
-        # Sums in bf16
-        assert change.exact * denominator == pytest.approx(float(expected), rel=2**-8)
-        assert change.rounded * denominator == pytest.approx(float(after), rel=1e-6)
-        return count, change.relative
-
-
-def test_weights_are_cut_and_then_quantized(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    causal_lm("llama", torch.bfloat16, **OF_BLOCKS).save_pretrained(tmp_path)
-    for count, change in run_ranks(2, quantized, tmp_path):
-        assert count == 4 * 7
-        assert abs(change) < compare_eight_bit.MAX_LOSS_CHANGE
 
 
 def refused() -> list[str]:
@@ -439,7 +266,7 @@ def compiled() -> tuple[float, list[int]]:
         return largest, graphs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_layers_are_equal_and_take_any_length():
     for largest, (_, *later) in run_ranks(2, compiled):
         assert largest < TOLERANCE

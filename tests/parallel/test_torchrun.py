@@ -15,10 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ranks import run_ranks
-from recipes import make_run, merge, recipe
+from recipes import recipe
 from tunesmith.checkpoint import replicate
-from tunesmith.training.run import train
 from warm import Warm, fork_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
@@ -49,19 +47,6 @@ def wait_for(torchrun: Warm, out: Path, condition: Any) -> list[dict[str, Any]]:
     return found
 
 
-def start(
-    model: Path, folder: Path, name: str, steps: int
-) -> tuple[int, list[tuple[float, float]]]:
-    """A start on this rank: its first step, and loss and gradient norm of each."""
-    changes = merge(
-        CHANGES, {"train": {"duration": f"{steps} steps"}, "checkpoint": {"resume": "force"}}
-    )
-    result = train(
-        make_run(model, folder, held=False, output_dir=str(folder / name), **changes), quiet=True
-    )
-    return result.first_step, [(record.loss, record.grad_norm) for record in result.records]
-
-
 def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Path, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False, **CHANGES)))
     out = tmp_path / "run"
@@ -90,8 +75,3 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
     assert stopped["signal"] == "SIGTERM"
     assert stopped["step"] == found[0] == records(out)[-1]["step"]
     assert torchrun.returncode == 1  # torchrun's own: it was signalled; the ranks' are 0
-    _, whole = run_ranks(2, start, tiny, tmp_path, "whole", found[0] + 3)[0]
-    first, resumed = run_ranks(2, start, tiny, tmp_path, "run", found[0] + 3)[0]
-    assert first == found[0]
-    assert resumed == whole[first:]
-    assert [(record["loss"], record["grad_norm"]) for record in records(out)] == whole

@@ -26,9 +26,8 @@ from tunesmith.launch.job import Job
 from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.presentation.summary import closing_summary
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import read_manifest, read_samples
+from tunesmith.run_dir import read_manifest
 from tunesmith.training import validation
-from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 from tunesmith.training.validation_loss import ValidationResult
@@ -240,48 +239,6 @@ def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
     losses([2.0, 2.5, 2.6])
     assert go(tiny, tmp_path, 3).final_step == 1
     assert same_weights(tmp_path, 1)
-
-
-@pytest.fixture
-def slow_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answers take nearly all the time that a run has for them."""
-    sample = AnswerSampler._sample
-
-    def spend(self: AnswerSampler, step: int, allowed: float) -> None:
-        sample(self, step, allowed)
-        self.seconds += 1e6
-
-    monkeypatch.setattr(AnswerSampler, "_sample", spend)
-
-
-@pytest.mark.parametrize("patience", [2, pytest.param(None, marks=pytest.mark.nightly)])
-def test_answers_come_after_training_where_they_came_before(
-    tiny: Path, tmp_path: Path, losses: Losses, slow_answers: None, patience: int | None
-) -> None:
-    """They are of the weights in final/, by patience or by duration."""
-    losses([3.0, 2.0, 2.5, 2.6])
-    log = {"samples": 1, "sample_seconds": 600.0}
-    result = go(tiny, tmp_path, 9 if patience else 4, validate={"patience": patience}, log=log)
-    assert result.steps == 4
-    run = tmp_path / "run"
-    samples = read_samples(run).value
-    assert [row["step"] for row in samples] == [0, 2]
-    summary = closing_summary(load_recipe(run / "config.yaml"), steps=4)
-    assert lines_with(summary, "before")
-    assert lines_with(summary, "after", 2, 4)
-
-
-def test_a_run_that_patience_ended_ends_again_where_final_was_not_written(
-    tiny: Path, tmp_path: Path, losses: Losses
-) -> None:
-    changes = merge(RULES, {"validate": {"patience": 2}, "train": {"duration": "9 steps"}})
-    losses([3.0, 2.0, 2.5, 2.6])
-    ended = train(make_run(tiny, tmp_path, **changes), quiet=True)
-    assert (ended.steps, ended.final_step) == (4, 2)
-    shutil.rmtree(tmp_path / "run" / "final")
-    losses([])
-    again = train(make_run(tiny, tmp_path, **changes), quiet=True)
-    assert (again.steps, again.final_step) == (4, 2)
 
 
 def test_scores_of_another_measure_are_not_compared(

@@ -10,14 +10,14 @@ import re
 import shutil
 import signal
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from conftest import byte_tokenizer
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
 from runs import make_run, peft_model
@@ -41,9 +41,8 @@ from tunesmith.errors import (
     RecipeError,
     StoppedError,
 )
-from tunesmith.model import tiny_model
+from tunesmith.metrics.record import read_records
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.presentation.data import draft_lines
 from tunesmith.run_dir import SWEEP
 from tunesmith.stages.draft import draft_recipe
 from tunesmith.stages.inputs import read_inputs
@@ -144,15 +143,9 @@ def test_training_of_a_run_continues_with_more_rows(home: Path, capsys: Capture)
 
 @pytest.mark.slow
 def test_an_adapter_on_another_base_is_told_of(home: Path, tiny: Path, capsys: Capture) -> None:
-    """Weights of the same shapes fit, and would be of no use."""
+    """Weights of the same shapes fit, and would be of no use. On the same base: the test above."""
     make_run(home / "mine", tiny, peft_model(tiny))
-    recipe = (home / "mine/config.yaml").read_text()
-    (home / "mine/config.yaml").write_text(recipe.replace(str(tiny), str(home / "small")))
-    words = ["adapter.from=mine", "data.hold_out=null"]
-    assert main(start("faq.csv", *words, "output_dir=runs/same")) == EXIT_OK
-    assert not warnings_with(capsys.readouterr().err, "model.name")
-    (home / "mine/config.yaml").write_text(recipe)
-    assert main(start("faq.csv", *words, "output_dir=runs/other")) == EXIT_OK
+    assert main(start("faq.csv", "adapter.from=mine", "data.hold_out=null")) == EXIT_OK
     assert warnings_with(capsys.readouterr().err, f"model.name={tiny}", "small")
 
 
@@ -232,7 +225,7 @@ def test_a_recipe_that_cannot_be_written_ends_the_start(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
+def test_the_same_command_resumes(home: Path) -> None:
     made = make_recipe("small", "faq.csv", [*SMALL, "checkpoint.every=1 steps"])
 
     def stop(record: Any) -> None:
@@ -240,16 +233,13 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(StoppedError):
-        train(made.run, on_record=stop)
+        train(made.run, on_record=stop, quiet=True)
     made.write_file()
-    began = (home / "runs/faq-small.yaml").read_bytes()
+    began = made.path.read_bytes()
     assert main(start("faq.csv", "checkpoint.every=1 steps")) == EXIT_OK
-    steps = [
-        json.loads(line)["step"]
-        for line in (home / "runs/faq-small/metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == [1, 2, 3]
-    assert (home / "runs/faq-small.yaml").read_bytes() == began
+    records = read_records(home / "runs/faq-small/metrics.jsonl")
+    assert [record.step for record in records] == [1, 2, 3]
+    assert made.path.read_bytes() == began
     assert decide_start(made.run).finished == 3
 
 
@@ -302,13 +292,6 @@ def test_a_sweep_varies_the_recipe_that_train_makes(
     rates = [{"train.learning_rate": "1e-4"}, {"train.learning_rate": "1e-3"}]
     assert swept == [(made.run, rates)]
     assert made.path.read_text() == made.text
-
-
-def test_a_sweep_that_is_refused_leaves_no_recipe(home: Path, capsys: Capture) -> None:
-    pytest.importorskip("tunesmith.tools.sweep")
-    assert main(["sweep", "--model", "small", "--data", "faq.csv", "train.seed=1,2"]) == EXIT_USAGE
-    check_shown(capsys.readouterr().err, where="train.seed", fix=["data.hold_out_seed=42"])
-    assert not list(home.glob("runs/*"))
 
 
 def test_a_slurm_job_trains_the_recipe_that_train_makes(
@@ -433,59 +416,52 @@ def test_sizes_and_steps_follow_the_number_of_rows(
     assert ("hold_out: " not in made.text) == (held is None)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(3, 1), (20, 4), (27, 5), (50, 5), (100, 10)])
-def test_a_run_of_few_steps_has_five_validations(steps: int, every: int, home: Path) -> None:
-    run = make_recipe("small", "faq.csv", [f"train.duration={steps} steps"]).run
-    assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
-    assert steps // every >= min(steps, 5)
+PAIR = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+GOOD, BAD = ({"prompt": "Which?", "completion": "this", "label": label} for label in (True, False))
+SHORT = [{"text": "x" * 10}] * 30
+# rows, or None for faq.csv; words; ranks; values of the recipe
+DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
+    # Of few steps there are five validations.
+    *(
+        (None, [f"train.duration={steps} steps"], 1, {"validate.every": f"{every} steps"})
+        for steps, every in ((3, 1), (20, 4), (27, 5), (50, 5), (100, 10))
+    ),
+    ([PAIR] * 600, [], 1, {"train.duration": "1 epochs", "method.name": "dpo"}),
+    ([PAIR] * 40, ["method.beta=0.2"], 1, {"method.name": "dpo", "method.beta": "0.2"}),
+    ([PAIR] * 40, ["method={beta: 0.2}"], 1, {"method.name": "dpo", "method.beta": "0.2"}),
+    # KTO compares the answers of a batch.
+    ([GOOD, BAD], [], 1, {"method.name": "kto", "train.global_batch": "2 examples"}),
+    # No rank is idle.
+    *(
+        (
+            None,
+            ["train.duration=1 epochs", f"parallel.tensor={tensor}"],
+            ranks,
+            {"train.global_batch": f"{batch} examples"},
+        )
+        for ranks, tensor, batch in ((1, 1, 1), (4, 1, 4), (4, 2, 2), (99, 1, 34))
+    ),
+    # Room for the longest row and an end token, within the model's context.
+    ([*SHORT, {"text": "x" * 255}], [], 1, {"data.seq_len": "256"}),
+    ([*SHORT, {"text": "x" * 256}], [], 1, {"data.seq_len": "512"}),
+    ([*SHORT, {"text": "x" * 5000}], [], 1, {"data.seq_len": "2048"}),
+]
 
 
-@pytest.mark.slow
-def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
-    pair = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
-    write_json_lines(home / "pairs.jsonl", [pair] * 600)
-    made = make_recipe("small", "pairs.jsonl")
-    assert str(made.run.train.duration) == "1 epochs"
-
-
-@pytest.mark.parametrize(
-    ("ranks", "tensor", "batch"), [(1, 1, 1), (4, 1, 4), (4, 2, 2), (99, 1, 34)]
-)
-def test_no_rank_is_idle_for_want_of_examples(
-    ranks: int, tensor: int, batch: int, home: Path
+@pytest.mark.parametrize(("rows", "words", "ranks", "expected"), DECIDED)
+def test_what_rows_and_ranks_decide(
+    rows: Any, words: list[str], ranks: int, expected: dict[str, str], home: Path
 ) -> None:
-    words = ["train.duration=1 epochs", f"parallel.tensor={tensor}"]
-    run = make_recipe("small", "faq.csv", words, ranks=ranks).run
-    assert str(run.train.global_batch) == f"{batch} examples"
+    if rows:
+        write_json_lines(home / "rows.jsonl", rows)
+    run = make_recipe("small", "rows.jsonl" if rows else "faq.csv", words, ranks=ranks).run
+    assert {key: str(attrgetter(key)(run)) for key in expected} == expected
 
 
 def test_a_plan_has_an_example_for_each_gpu(home: Path, capsys: Capture) -> None:
     words = ["--model", "small", "--data", "faq.csv", "train.duration=1 epochs"]
     assert main(["plan", *words, "--on", "2xdgx-spark"]) == EXIT_OK
     assert lines_with(capsys.readouterr().err, "train.global_batch='2 examples'")
-
-
-@pytest.mark.parametrize("words", [["method.beta=0.2"], ["method={beta: 0.2}"]])
-def test_the_method_is_detected_beside_its_numbers(words: list[str], home: Path) -> None:
-    rows = ({"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS)
-    write_json_lines(home / "rows.jsonl", rows)
-    made = make_recipe("small", "rows.jsonl", words)
-    assert (made.run.method.name, made.run.method.beta) == ("dpo", 0.2)
-    made.path.parent.mkdir()
-    made.path.write_text(made.text)
-    assert differences(load_recipe(made.path), made.run) == []
-
-
-@pytest.mark.parametrize("count", [2, 8, 24])
-def test_few_labeled_answers_get_a_batch_that_kto_can_compare(home: Path, count: int) -> None:
-    rows = (
-        {"prompt": question, "completion": answer, "label": i % 2 == 0}
-        for i, (question, answer) in enumerate(PAIRS[:count])
-    )
-    write_json_lines(home / "rows.jsonl", rows)
-    run = make_recipe("small", "rows.jsonl").run
-    assert run.method.name == "kto"
-    assert run.train.global_batch.amount >= 2
 
 
 def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
@@ -497,16 +473,6 @@ def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
     new = make_recipe("small", "rows.jsonl", ["data.bad_rows=skip"])
     assert new.run.data.bad_rows == "skip"
     assert new.run.data.train[0].format == "prompt-completion"
-
-
-def test_long_rows_get_room_within_the_context(home: Path) -> None:
-    def seq_len(*lengths: int) -> int:
-        write_json_lines(home / "long.jsonl", ({"text": "x" * n} for n in lengths))
-        return make_recipe("small", "long.jsonl").run.data.seq_len
-
-    assert seq_len(*[10] * 30, 255) == 256  # and an end token
-    assert seq_len(*[10] * 30, 256) == 512
-    assert seq_len(*[10] * 30, 5000) == 2048, "the tiny model's context"
 
 
 def test_the_learning_rates_of_the_docs_are_those_of_the_code() -> None:
@@ -553,17 +519,10 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
     none_held = make_recipe("small", "faq.csv", ["data.hold_out=null"])
     assert none_held.run.data.hold_out is None
     assert "# 40 examples;" in none_held.text, "all rows are trained on"
-    values = {
-        "train.learning_rate": 3e-4,
-        "data.hold_out": "10 %",
-        "data.system": "Be brief.\nBe: kind.",
-    }
+    values = {"data.hold_out": "10 %", "data.system": "Be brief.\nBe: kind."}
     by_python = make_recipe(str(home / "small"), str(home / "faq.csv"), values)
-    made.path.write_text(by_python.text)
-    assert load_recipe(made.path).data.system == "Be brief.\nBe: kind.", (
-        "the command in the comment has two lines"
-    )
-    assert by_python.run.train.learning_rate == 3e-4
+    made.path.write_text(by_python.text)  # the command in its comment has two lines
+    assert load_recipe(made.path).data.system == "Be brief.\nBe: kind."
     assert str(by_python.run.data.hold_out) == "10 %"
     assert f"source: {home / 'faq.csv'}\n" in by_python.text, "an absolute path stays one"
 
@@ -605,37 +564,6 @@ def test_a_hub_data_set_is_read_from_its_train_split(
     )
     with refuses(RecipeError, names=["model.name"]):
         make_recipe("", "me/rows")
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-@pytest.mark.parametrize(("model_type", "packs"), [("lfm2", True), ("falcon", False)])
-def test_a_family_without_a_row_gets_a_recipe_that_trains(
-    model_type: str, packs: bool, home: Path, capsys: Capture
-) -> None:
-    """A hybrid, whose recurrent layers are told where a document begins, and one on padded rows."""
-    config = tiny_model.shrink(AutoConfig.for_model(model_type))
-    tokenizer = byte_tokenizer()
-    config.vocab_size = 272
-    config.max_position_embeddings = 2048
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    AutoModelForCausalLM.from_config(config).save_pretrained(home / model_type)
-    tokenizer.save_pretrained(home / model_type)
-    assert main(["train", "--model", model_type, "--data", "faq.csv", *SMALL]) == EXIT_OK
-    assert f"recipe: runs/faq-{model_type}.yaml" in capsys.readouterr().err
-    recipe = load_recipe(home / f"runs/faq-{model_type}.yaml")
-    assert recipe.data.pack is packs
-    assert (recipe.train.learning_rate, recipe.adapter.rank) == (2e-4, 16)
-    assert recipe.train.global_batch.unit == "examples"
-    text = (home / f"runs/faq-{model_type}.yaml").read_text()
-    # The comment names the family that has no rule.
-    above_rate = re.search(r"((?: *#.*\n)+) *learning_rate: ", text)
-    assert above_rate
-    assert model_type in above_rate[1]
-    reason = f"  # {model_type} cannot separate packed examples\n  pack: false"
-    assert (reason in text) is not packs
-    assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -683,20 +611,6 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     assert prepared.validation is not None
     supervised = counts.supervised + prepared.validation.counts.supervised
     assert supervised == sum(map(len, texts))
-
-
-def test_the_train_split_of_a_folder_is_taken_and_the_others_are_named(
-    home: Path,
-) -> None:
-    for name, count in (("sales", 30), ("dev-team", 3), ("test", 1)):
-        (home / "set").mkdir(exist_ok=True)
-        write_json_lines(
-            home / f"set/{name}.jsonl", ({"text": f"{name} {i}"} for i in range(count))
-        )
-    made = make_recipe("small", "set")
-    assert made.run.data.train[0].split == "train"
-    (line,) = [line for line in draft_lines(draft_recipe("small", "set")) if "validation" in line]
-    assert holds(line, "set", "train", "validation (3)", "test (1)")
 
 
 def test_the_rows_of_a_new_recipe_include_its_validation_rows(home: Path) -> None:

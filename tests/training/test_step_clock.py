@@ -6,9 +6,11 @@ after the other. A host that took its own time there would be off by most of a s
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 
+import playbook
 from devices import cpu_and_gpu
 from ranks import run_ranks
 from recipes import make_run, write_rows
+from records import record
 from tunesmith.checkpoint.resume import Start
 from tunesmith.host.signals import StopRequest
+from tunesmith.metrics import hardware
+from tunesmith.metrics.run_figures import run_figures
 from tunesmith.metrics.sink import Sinks
 from tunesmith.runtime.transfer import Mark
 from tunesmith.stages.request import Request
@@ -28,6 +34,7 @@ from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+from tunesmith.units import ratio
 
 pytestmark = pytest.mark.slow
 
@@ -184,3 +191,36 @@ def test_ranks_end_a_run_by_the_clock_after_the_same_step(tiny: Path, tmp_path: 
     first, second = run_ranks(2, by_the_clock, tiny, tmp_path)
     assert first == second
     assert first[1] >= 1.0
+
+
+# ---- a clock that stands still between two looks, as one of a paused virtual machine may ----
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`time.perf_counter`, and what `timeit` measures by, do not move; the clocks that waits go by
+    do.
+    """
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
+    monkeypatch.setattr(timeit, "default_timer", lambda: 1000.0)
+
+
+@pytest.mark.usefixtures("still")
+def test_a_run_whose_clock_stands_still(tiny: Path, tmp_path: Path) -> None:
+    train(make_run(tiny, tmp_path, held=False, train={"duration": "3 steps"}), quiet=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens_per_second"] for line in lines] == [0.0] * 3
+
+
+@pytest.mark.usefixtures("still")
+def test_measured_rates_are_zero() -> None:
+    assert ratio(5, 0) == 0.0
+    assert ratio(6, 4) == 1.5
+    assert hardware.matmul_tflops(torch.device("cpu"), torch.float32, size=8) == 0.0
+
+
+def test_the_closing_figures_of_a_run() -> None:
+    records = [record(step, step_seconds=0.0, mfu=0.5, mfu_peak_tflops=10.0) for step in (1, 2, 3)]
+    [speed] = [line for line in run_figures(records, 0.0) if line.startswith("speed")]
+    assert speed.endswith(" 0 tokens/s"), "no MFU is known of a time of none"
+    assert "Steps per second: 0.00" in playbook.closing(records, 0.0)
