@@ -109,20 +109,29 @@ COVERED_MESHES = pairwise(
     {"trained": list(TRAINED), "mesh": list(SHARED), "step": list(STEP)}, allows=differs
 )
 TIER_1 = {(trained, mesh) for trained in ("lora", "full") for mesh in SHARED}
+# In the test lane, one combination of each kind; the others are nightly.
+ONE_OF_EACH = {
+    "nf4-tensor-clipped",
+    "8-bit moments-shard-clipped",
+    "bf16 with masters-shard-recomputed",
+    "fp8-shard-padded",
+}
 assert {(row["trained"], row["mesh"]) for row in COVERED_MESHES} > TIER_1
+assert set(map(name_of, COVERED_MESHES)) > ONE_OF_EACH
+LANES = pytest.mark.parametrize(
+    "is_first", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["one", "others"]
+)
+# The recipe of a case that has `auto`
+AUTO = {"full-tensor-recomputed": {"replicate": 1, "shard": 1, "tensor": "auto"}}
 
 
-def cases_of(*trained: str) -> dict[str, Case]:
-    """The combinations of two ranks in which these are trained."""
+def cases_of(*trained: str, is_first: bool) -> dict[str, Case]:
+    """The combinations of two ranks in which these are trained: one of each kind, or the others."""
     return {
         name_of(row): (merge(TRAINED[row["trained"]], STEP[row["step"]]), SHARED[row["mesh"]])
         for row in COVERED_MESHES
-        if row["trained"] in trained
+        if row["trained"] in trained and (name_of(row) in ONE_OF_EACH) == is_first
     }
-
-
-# The recipe of a case that has `auto`
-AUTO = {"full, auto tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}
 
 
 def tensors_in(folder: Path) -> dict[str, list[int]]:
@@ -181,12 +190,7 @@ def assert_those_of_one_process(
 
 
 def test_an_adapter_and_a_full_model_give_the_numbers_of_one_process(tiny, tmp_path):
-    cases = cases_of("lora", "full")
-    cases |= {
-        "full, samples": (merge(FULL, LORA), SHARD),
-        "full, auto tensor": (FULL, TENSOR),
-        "a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
-    }
+    cases = cases_of("lora", "full", is_first=False)
     assert_those_of_one_process(cases, tiny, tmp_path)
     for name in AUTO:
         log = (tmp_path / f"{name}, ranks/log.txt").read_text()
@@ -196,17 +200,19 @@ def test_an_adapter_and_a_full_model_give_the_numbers_of_one_process(tiny, tmp_p
         assert answered == ("log" in what and shared is not TENSOR), name
 
 
-def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(wide, tmp_path):
+@LANES
+def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(is_first, wide, tmp_path):
     """Norms are of 30 times as many gradients as above: sums in another order moved them by 4e-6."""
     pytest.importorskip("bitsandbytes")
-    cases = cases_of("nf4", "8-bit moments")
-    cases["8-bit moments, in the backward"] = (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD)
+    cases = cases_of("nf4", "8-bit moments", is_first=is_first)
     assert_those_of_one_process(cases, wide, tmp_path, (1e-5, 1e-4))
 
 
-def test_bf16_gives_the_numbers_of_one_process(tiny, tmp_path):
+@LANES
+def test_bf16_gives_the_numbers_of_one_process(is_first, tiny, tmp_path):
     """Gradients of micro batches are rounded before they are summed."""
-    assert_those_of_one_process(cases_of("bf16 with masters"), tiny, tmp_path, (2e-3, 2e-2))
+    cases = cases_of("bf16 with masters", is_first=is_first)
+    assert_those_of_one_process(cases, tiny, tmp_path, (2e-3, 2e-2))
 
 
 def assert_fp8(cases: dict[str, Case], model: Path, folder: Path) -> None:
@@ -225,18 +231,19 @@ def assert_fp8(cases: dict[str, Case], model: Path, folder: Path) -> None:
             assert_those_of_one_process(chosen, model, folder, tolerance)
 
 
-def test_a_base_in_8_bits_gives_the_numbers_of_one_process(tiny, tmp_path):
-    assert_fp8(cases_of("fp8"), tiny, tmp_path)
+@LANES
+def test_a_base_in_8_bits_gives_the_numbers_of_one_process(is_first, tiny, tmp_path):
+    assert_fp8(cases_of("fp8", is_first=is_first), tiny, tmp_path)
 
 
 # Of 8 examples a step on 3 and on 10 ranks, some have more than others, or none.
 MORE_RANKS: dict[str, tuple[str, dict[str, Case]]] = {
     "3": ("tiny", {"full, uneven shards": (merge(FULL, BITES), {"shard": 3})}),
-    "4": (
+    "4": ("tiny", {"full, shards of a tensor group": (merge(FULL, BITES), CUT_SHARDS)}),
+    "4, others": (
         "tiny",
         {
             "full, copies of shards": (merge(FULL, BITES), HYBRID),
-            "full, shards of a tensor group": (merge(FULL, BITES), CUT_SHARDS),
             "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
         },
     ),
@@ -262,7 +269,7 @@ def nightly_but(names: Any, *first: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", nightly_but(MORE_RANKS, "3", "4"))
+@pytest.mark.parametrize("name", nightly_but(MORE_RANKS, "4"))
 def test_more_ranks_give_the_numbers_of_one_process(name, request, tmp_path):
     model, cases = MORE_RANKS[name]
     if model == "wide":
@@ -287,12 +294,15 @@ def write_nvfp4_experts(tiny: Path, folder: Path) -> Path:
 # Embedding and head do not share a weight, so that FSDP2 gathers each by itself.
 UNTIED: dict[str, Case] = {
     "lora on the head": ({"adapter": {"target": ["q_proj", "lm_head"]}}, SHARD),
-    "full, clipped": (merge(merge(FULL, BITES), LORA), SHARD),
-    "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
     "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
 }
-MIXTURE: dict[str, Case] = {
-    "shards": (LORA, SHARD),
+MORE_OF_UNTIED: dict[str, Case] = {
+    "full, clipped": (merge(merge(FULL, BITES), LORA), SHARD),
+    "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
+    "a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
+}
+MIXTURE: dict[str, Case] = {"shards": (LORA, SHARD)}
+MORE_OF_MIXTURE: dict[str, Case] = {
     "tensor, recomputed": (RECOMPUTED, TENSOR),
     "full, tensor": (merge(FULL, BITES), TENSOR),
 }
@@ -316,6 +326,7 @@ Writer = Callable[[Path, Path], Path]
 # Shards have whole experts: of 4 experts 3 ranks have 2, 1 and 1, or none.
 BASES: dict[str, tuple[Writer, dict[str, Case]]] = {
     "untied": (lambda tiny, to: write_untied(tiny, to / "m"), UNTIED),
+    "untied, others": (lambda tiny, to: write_untied(tiny, to / "m"), MORE_OF_UNTIED),
     "untied, 4": (lambda tiny, to: write_untied(tiny, to / "m"), {"full": (merge(FULL, BITES), {"replicate": 2, "tensor": 2})}),
     "fp8": (lambda tiny, to: write_fp8(tiny, to / "m", (48, 40)), OF_CODES),
     "nvfp4": (lambda tiny, to: write_nvfp4(tiny, to / "m"), OF_CODES),
@@ -329,15 +340,16 @@ BASES: dict[str, tuple[Writer, dict[str, Case]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("base", nightly_but(BASES, "untied", "fp8"))
+@pytest.mark.parametrize("base", nightly_but(BASES, "untied"))
 def test_other_bases_give_the_numbers_of_one_process(base, tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     write, cases = BASES[base]
     assert_those_of_one_process(cases, write(tiny, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "cases", [MIXTURE, pytest.param(MIXTURE_OF_4, marks=pytest.mark.nightly)], ids=["2", "4"]
-)
-def test_a_mixture_gives_the_numbers_of_one_process(cases, mixture, tmp_path):
-    assert_those_of_one_process(cases, mixture, tmp_path)
+MIXTURES = {"shards": MIXTURE, "others": MORE_OF_MIXTURE, "four": MIXTURE_OF_4}
+
+
+@pytest.mark.parametrize("name", nightly_but(MIXTURES, "shards"))
+def test_a_mixture_gives_the_numbers_of_one_process(name, mixture, tmp_path):
+    assert_those_of_one_process(MIXTURES[name], mixture, tmp_path)

@@ -27,16 +27,12 @@ SHARD, TENSOR, HYBRID = {"shard": 2}, {"tensor": 2}, {"replicate": 2, "shard": 2
 Case = tuple[dict[str, Any], dict[str, int]]  # what is trained, how it is shared
 CASES: dict[str, dict[str, Case]] = {
     "two ranks": {
-        "dpo, copies": ({"method": "dpo"}, {"replicate": 2}),
         "dpo in full, shards": ({**FULL, "method": "dpo"}, SHARD),
         "kto, tensor": ({"method": "kto"}, TENSOR),
-        "kto in full, 3 answers": (
-            {**FULL, "method": "kto", "train": {"global_batch": "3 examples"}},
-            SHARD,
-        ),
-        "orpo, shards": ({"method": "orpo"}, SHARD),
+        "orpo, copies": ({"method": "orpo"}, {"replicate": 2}),
     },
     "more of two": {
+        "dpo, copies": ({"method": "dpo"}, {"replicate": 2}),
         "dpo on nf4, shards": ({"method": "dpo", "model": {"quantize": "nf4"}}, SHARD),
         "dpo, tensor": ({"method": "dpo"}, TENSOR),
         "dpo in the backward": ({**FULL, "method": "dpo", "train": IN_BACKWARD}, SHARD),

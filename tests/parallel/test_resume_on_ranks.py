@@ -20,15 +20,14 @@ from torch.distributed.tensor import DTensor
 import vision_models
 from errors import holds
 from logged import logged_lines
-from ranks import environment_of, forkserver, free_port, run_ranks, world_of
+from ranks import run_ranks, world_of
 from recipes import make_run
 from tunesmith.checkpoint import replicate, sharded
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.distributed import heartbeat
 from tunesmith.distributed.ranks import join_ranks
-from tunesmith.errors import OtherRankError, StoppedError, TunesmithError
+from tunesmith.errors import OtherRankError, StoppedError
 from tunesmith.host.signals import LowMemory
-from tunesmith.metrics.record import read_records
 from tunesmith.stages.request import Request
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.build import build
@@ -47,8 +46,10 @@ STEPS, STOP = 4, 2  # of a whole run; after which it is stopped
 # Sums over ranks are taken in another order on another mesh: steps in fp32 move a loss by about
 # 1e-6 of itself.
 ROUNDING = 1e-5
+NIGHTLY = pytest.mark.nightly
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
 SHORT = 100  # added to a rank: its host's memory is short
+KILLED = 200  # added to a rank: it is killed
 
 
 def start(
@@ -87,8 +88,11 @@ def start(
             self.stop.request.ask(
                 LowMemory("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"})
             )
+        elif stop == (KILLED + self.session.ranks.rank, batch.step + 1):
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
+    heartbeat.HUNG_RANK_SECONDS = 0.5  # seconds that a rank has to end
     Trainer.train_step = signalled  # type: ignore[method-assign]
     try:
         result = train(run, quiet=True)
@@ -130,11 +134,11 @@ def plain(found: dict[str, Any]) -> list[float]:
 @pytest.mark.parametrize(
     ("what", "mesh", "by"),
     [
-        (LORA, SHARDS, BY_FILE),
         (FULL, SHARDS, 1),
-        pytest.param(BF16, COPIES, 1, marks=pytest.mark.nightly),
+        pytest.param(LORA, SHARDS, BY_FILE, marks=NIGHTLY),
+        pytest.param(BF16, COPIES, 1, marks=NIGHTLY),
     ],
-    ids=["LoRA, file", "full, signal", "full copies in bf16, signal"],
+    ids=["full, signal", "LoRA, file", "full copies in bf16, signal"],
 )
 def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(
     what, mesh, by, tiny, tmp_path, uninterrupted
@@ -169,16 +173,13 @@ def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
     assert said["figures"] == {"host": "spark-b"}
 
 
-NIGHTLY = pytest.mark.nightly
-
-
 @pytest.mark.parametrize(
     ("what", "before", "after"),
     [
         pytest.param(FULL, ONE, SHARDS, id="full, 1 to shards"),
         pytest.param(FULL, COPIES, SHARDS, id="full, copies to shards", marks=NIGHTLY),
         pytest.param(FULL, HYBRID, SHARDS, id="full, 4 to shards", marks=NIGHTLY),
-        pytest.param(LORA, SHARDS, ONE, id="lora, shards to 1"),
+        pytest.param(LORA, SHARDS, ONE, id="lora, shards to 1", marks=NIGHTLY),
         pytest.param(LORA, HYBRID, ONE, id="lora, 4 to 1", marks=NIGHTLY),
     ],
 )
@@ -251,16 +252,15 @@ def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_pat
     sharded._read(checkpoint, tensors)
     assert any((weight != weight.bfloat16().float()).any() for weight in tensors.values())
     expected = {name: tensor.numpy() for name, tensor in tensors.items()}
-    for mesh in (SHARDS, TENSOR):
-        for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
-            assert differing(expected, rank) == [], mesh
+    for rank in run_ranks(2, resumed_state, tiny, tmp_path, TENSOR, BF16):
+        assert differing(expected, rank) == []
     assert differing(expected, resumed_state(tiny, tmp_path, ONE, BF16)) == []
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(SHARDS, SHARDS, id="2 to 2"),
+        pytest.param(SHARDS, SHARDS, id="2 to 2", marks=NIGHTLY),
         pytest.param(ONE, TENSOR, id="1 to tensor", marks=NIGHTLY),
         pytest.param(TENSOR, ONE, id="tensor to 1", marks=NIGHTLY),
     ],
@@ -279,71 +279,19 @@ def test_moments_in_8_bits_go_on_on_another_mesh(before, after, wide, tmp_path, 
     assert plain(resumed) == pytest.approx(expected, rel=0.0 if is_same else 1e-4, abs=0.0)
 
 
-# ---- a rank that is killed ----
-
-SECONDS = 120  # for two ranks
-
-
-def run_rank(env: dict[str, str], model: Path, folder: Path, name: str, killed_in: int) -> None:
-    """One rank of a run; rank 1 is killed in the step `killed_in`, between forward and update."""
-    os.environ.update(env)
-    heartbeat.HUNG_RANK_SECONDS = 0.5  # seconds that a rank has to end
-    step = Trainer.train_step
-
-    def killed(self: Trainer, batch: Any) -> Any:
-        if batch.step + 1 == killed_in:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batch)
-
-    if env["RANK"] == "1":
-        Trainer.train_step = killed  # type: ignore[method-assign]
-    run = make_run(
-        model, folder, held=False, adapter={"kind": "none"}, parallel=SHARDS,
-        train={"duration": f"{STEPS} steps", "micro_batch": "128 tokens"},
-        checkpoint={"every": "2 steps"}, output_dir=str(folder / name),
-    )  # fmt: skip
-    try:
-        train(run, quiet=True)
-    except TunesmithError as error:
-        raise SystemExit(error.exit_code) from None
-
-
-def exit_codes(model: Path, folder: Path, name: str, killed_in: int = 0) -> list[int | None]:
-    """Of two ranks that share a run, in their order."""
-    context, port = forkserver(), free_port()
-    arguments = [(environment_of(rank, 2, port), model, folder, name, killed_in) for rank in (0, 1)]
-    processes = [context.Process(target=run_rank, args=given) for given in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
-def figures(run_dir: Path) -> list[tuple[float, ...]]:
-    records = read_records(run_dir / "metrics.jsonl")
-    return [(r.step, r.loss, r.grad_norm, r.learning_rate, r.tokens, r.examples) for r in records]
-
-
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("qwen3_5", marks=NIGHTLY, id="recurrent layers")]
 )
 def test_a_killed_rank_ends_the_other_and_a_second_start_goes_on_bit_for_bit(
-    family: str, tiny: Path, tmp_path: Path
-) -> None:
+    family, tiny, tmp_path, uninterrupted
+):
     model = tiny if family == "llama" else vision_models.build(family, tmp_path / "model", tiny)
-    assert exit_codes(model, tmp_path, "whole") == [0, 0]
-    # The second checkpoint is not there yet.
-    assert exit_codes(model, tmp_path, "killed", STEPS) == [1, -signal.SIGKILL]
-    assert not (tmp_path / "killed/final").exists()
-    assert exit_codes(model, tmp_path, "killed") == [0, 0]
-    expected = figures(tmp_path / "whole")
-    assert len(expected) == STEPS
-    assert figures(tmp_path / "killed") == expected
-    files = sorted((tmp_path / "whole/final").glob("*.safetensors"))
-    assert files
-    for file in files:
-        assert (tmp_path / "killed/final" / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(AssertionError, match="was ended by SIGKILL"):
+        many(model, tmp_path, SHARDS, FULL, stop=(KILLED + 1, STEPS))
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert (failure["cause"], failure["rank"]) == ("killed", 1)
+    assert not (tmp_path / "run" / "final").exists()
+    resumed = many(model, tmp_path, SHARDS, FULL)[0]
+    assert resumed["first"] == STEPS - 1  # of the checkpoint
+    whole = uninterrupted(model, FULL, SHARDS)
+    assert plain(resumed) == whole[-len(plain(resumed)) :]

@@ -158,23 +158,24 @@ def assert_no_step_waits(trainer: Trainer, device: torch.device) -> None:
 
 
 BF16 = {"dtype": "bf16"}  # FlashAttention takes no fp32
+NIGHTLY = pytest.mark.nightly
 
 
 @cpu_and_gpu
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": BF16, "train": {"recompute": "full"}},
-        {"model": BF16, "train": {"clip_norm": None}},
-        {"model": {**BF16, "quantize": "fp8"}},
-        {"model": {**BF16, "quantize": "nf4"}},
-        {"model": BF16, "adapter": {"kind": "none"}},
+        pytest.param({"train": {"recompute": "full"}}, id="lora, recomputed"),
+        pytest.param({"train": {"clip_norm": None}}, id="no clipping", marks=NIGHTLY),
+        pytest.param({"model": {**BF16, "quantize": "fp8"}}, id="fp8", marks=NIGHTLY),
+        pytest.param({"model": {"quantize": "nf4"}}, id="nf4"),
+        pytest.param({"adapter": {"kind": "none"}}, id="full"),
     ],
-    ids=["lora, recomputed", "no clipping", "fp8", "nf4", "full"],
 )
 def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
-    if changes["model"].get("quantize") == "nf4":
+    if changes.get("model", {}).get("quantize") == "nf4":
         pytest.importorskip("bitsandbytes")
+    changes = merge({"model": BF16 if device.type == "cuda" else {"dtype": "fp32"}}, changes)
     assert_no_step_waits(trainer_of(tiny, tmp_path, **changes), device)
 
 
