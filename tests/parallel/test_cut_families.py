@@ -154,9 +154,7 @@ def gemma3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("cases", [OF_TWO, OF_FOUR], ids=["2", "4"])
-def test_a_vision_language_model_trains_and_is_saved_as_by_one_process(
-    cases: dict[str, Any], gemma3: Path, tmp_path: Path
-) -> None:
+def test_a_vision_language_model_trains_and_is_saved_as_by_one_process(cases, gemma3, tmp_path):
     assert_saved_alike(cases, gemma3, tmp_path, (1e-6, 1e-4))
 
 
@@ -183,9 +181,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_of_other_layers_are_those_of_one_process(
-    name: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_runs_of_other_layers_are_those_of_one_process(name, tiny, tmp_path):
     """Latent attention has more products one after another: its norm moves by 1.1e-6 in fp32."""
     pytest.importorskip("bitsandbytes")
     model_type, sizes, cases = RUNS[name]
@@ -224,9 +220,7 @@ def test_compiled_layers_of_transformers_are_equal() -> None:
         assert second == 0
 
 
-def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(tiny, tmp_path):
     model = write_model("flint", tmp_path / "model", tiny)
     config = AutoConfig.from_pretrained(model)
     spec = model_spec(config.to_dict(), where="config.json")

@@ -352,8 +352,6 @@ def train_with_damage(model: Path, folder: Path, layout: str, damages: bool) -> 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("damages", "final_step"), [(False, 2), (True, 4)])
-def test_the_best_shards_on_nodes_without_a_shared_disk(
-    damages: bool, final_step: int, tiny: Path, tmp_path: Path
-) -> None:
+def test_the_best_shards_on_nodes_without_a_shared_disk(damages, final_step, tiny, tmp_path):
     found = run_ranks(2, train_with_damage, tiny, tmp_path, "ab", damages)
     assert found == [final_step, final_step]

@@ -185,7 +185,7 @@ BROKEN_LINK = "a connection between the ranks broke, but all ranks are alive"
     ],
 )
 def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
-    tmp_path: Path, fault: str, code: int, what: str, waits_in: str, cause: str
+    tmp_path, fault, code, what, waits_in, cause
 ):
     codes, printed = strike(fault, tmp_path)
     assert codes == [1, code, 1]
@@ -211,9 +211,7 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
         ("signal", 75, 0),  # a launcher would start the others again at any other code
     ],
 )
-def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(
-    tmp_path: Path, fault: str, code: int, others: int
-):
+def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path, fault, code, others):
     codes, printed = strike(fault, tmp_path)
     assert codes == [others, code, others]
     assert "error" not in printed  # the command line prints what rank 1 has raised

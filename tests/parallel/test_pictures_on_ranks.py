@@ -89,9 +89,7 @@ CASES: dict[str, list[tuple[str, dict[str, int]]]] = {
 
 
 @pytest.mark.parametrize("group", ["first", pytest.param("others", marks=pytest.mark.nightly)])
-def test_a_rank_without_pictures_gives_the_numbers_of_one_process(
-    group: str, tmp_path: Path
-) -> None:
+def test_a_rank_without_pictures_gives_the_numbers_of_one_process(group, tmp_path):
     rows = write_mixed(tmp_path, len(ORDER), ORDER)
     alone, cases = [], []
     for family, mesh in CASES[group]:

@@ -80,9 +80,7 @@ def shortened(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("added", [[], NEW], ids=["none added", "some added"])
-def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(
-    added: list[str], tiny: Path, tmp_path: Path
-) -> None:
+def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(added, tiny, tmp_path):
     adapter = {"modules_to_save": ["embed_tokens", "lm_head"]} if added else {}
     run = make_run(
         shortened(tiny, tmp_path),
@@ -96,9 +94,7 @@ def test_an_embedding_of_fewer_rows_than_the_config_says_is_refused(
         train(run, quiet=True)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_told_and_gets_no_rows(tiny, tmp_path):
     """Gemma 3's has one token more than its text model has rows, which no text needs."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -76,9 +76,7 @@ def same_weights(folder: Path, step: int, name: str = ADAPTER) -> bool:
     return (run / "final" / name).read_bytes() == (run / f"checkpoint-{step}" / name).read_bytes()
 
 
-def test_final_is_the_best_step_and_everything_says_so(
-    tiny: Path, tmp_path: Path, losses: Losses
-) -> None:
+def test_final_is_the_best_step_and_everything_says_so(tiny, tmp_path, losses):
     losses([3.0, 2.0, 2.5, 2.6])
     result = go(tiny, tmp_path, 4)
     run = tmp_path / "run"
@@ -101,9 +99,7 @@ def test_final_is_the_best_step_and_everything_says_so(
     assert (again.finished_before, again.steps, again.final_step) == (True, 4, 2)
 
 
-def test_a_longer_run_goes_on_from_the_last_step(
-    tiny: Path, tmp_path: Path, losses: Losses
-) -> None:
+def test_a_longer_run_goes_on_from_the_last_step(tiny, tmp_path, losses):
     """Its numbers are those of a run that never stopped, and final/ is written anew."""
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -132,14 +128,7 @@ def test_a_longer_run_goes_on_from_the_last_step(
         ([2.5], {"validate": {"every": None}}, 3),  # measured once, at the end
     ],
 )
-def test_which_step_final_is_of(
-    tiny: Path,
-    tmp_path: Path,
-    losses: Losses,
-    measured: list[float],
-    changes: dict[str, Any],
-    final: int,
-) -> None:
+def test_which_step_final_is_of(tiny, tmp_path, losses, measured, changes, final):
     losses(measured)
     result = go(tiny, tmp_path, 3, **changes)
     assert result.final_step == final
@@ -148,9 +137,7 @@ def test_which_step_final_is_of(
 
 
 @pytest.mark.parametrize("masters", ["fp32", pytest.param("stochastic", marks=pytest.mark.nightly)])
-def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(
-    tiny: Path, tmp_path: Path, losses: Losses, masters: str
-) -> None:
+def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(tiny, tmp_path, losses, masters):
     """Its checkpoints are large, so the best validation alone saves none."""
     losses([1.0, 2.0, 2.5, 2.6, 2.7])
     changes: dict[str, Any] = {
@@ -196,9 +183,7 @@ def test_shards_gather_the_best_step(tiny: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(final[name], exported[4][name]) for name in final)
 
 
-def test_a_damaged_best_checkpoint_is_said_and_the_last_step_taken(
-    tiny: Path, tmp_path: Path, losses: Losses
-) -> None:
+def test_a_damaged_best_checkpoint_is_said_and_the_last_step_taken(tiny, tmp_path, losses):
     losses([3.0, 2.0, 2.5])
     go(tiny, tmp_path, 3)
     run = tmp_path / "run"
@@ -212,9 +197,7 @@ def test_a_damaged_best_checkpoint_is_said_and_the_last_step_taken(
     assert lines_with((run / "log.txt").read_text(), "warning:", "checkpoint-2", ADAPTER)
 
 
-def test_a_kill_before_final_is_written_loses_nothing(
-    tiny: Path, tmp_path: Path, losses: Losses
-) -> None:
+def test_a_kill_before_final_is_written_loses_nothing(tiny, tmp_path, losses):
     losses([3.0, 2.0, 2.5])
     go(tiny, tmp_path, 3)
     run = tmp_path / "run"
@@ -227,8 +210,8 @@ def test_a_kill_before_final_is_written_loses_nothing(
 
 
 def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
-    tiny: Path, tmp_path: Path, losses: Losses, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, tmp_path, losses, monkeypatch
+):
     def interrupted(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
@@ -241,9 +224,7 @@ def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
     assert same_weights(tmp_path, 1)
 
 
-def test_scores_of_another_measure_are_not_compared(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_of_another_measure_are_not_compared(tiny, tmp_path, monkeypatch):
     """An accuracy of the first steps, and a loss of those behind them."""
     for name in ("train.jsonl", "held.jsonl"):
         write_pairs(tmp_path / name, 16)

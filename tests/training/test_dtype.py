@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,9 +54,7 @@ SMALL_CPU = Chip("cpu", 32.0, bf16=False)
         (T4, {"optimizer_in_backward": True}, "fp32"),  # fp16 is excluded with it
     ],
 )
-def test_bf16_where_there_are_units_for_it_else_fp32_where_it_fits(
-    chip: Chip, keys: dict[str, Any], dtype: str
-) -> None:
+def test_bf16_where_there_are_units_for_it_else_fp32_where_it_fits(chip, keys, dtype):
     model = Model(name="m", quantize=keys.pop("quantize", "auto"))
     chosen, reason = resolve_dtype(model, Train(**keys), chip, SPEC)
     assert chosen == dtype
@@ -67,9 +64,7 @@ def test_bf16_where_there_are_units_for_it_else_fp32_where_it_fits(
 @pytest.mark.parametrize(
     ("model", "rest"), [({"quantize": "fp8"}, {}), ({}, {"master_weights": "stochastic"})]
 )
-def test_what_needs_bf16_is_refused_on_a_gpu_without_it(
-    model: dict[str, Any], rest: dict[str, Any]
-) -> None:
+def test_what_needs_bf16_is_refused_on_a_gpu_without_it(model, rest):
     with refuses(MachineError, where="model.dtype", names=["T4"]):
         resolve_dtype(Model(name="m", **model), Train(**rest), T4, SPEC)
 
@@ -94,9 +89,7 @@ def test_ranks_on_unlike_machines_choose_alike() -> None:
     ("chip", "dtype", "is_warned"),
     [(SLOW_CPU, "bf16", True), (SLOW_CPU, "fp32", False), (FAST_CPU, "bf16", False)],
 )
-def test_only_emulated_products_are_warned_of(
-    chip: Chip, dtype: str, is_warned: bool, tiny: Path, tmp_path: Path
-) -> None:
+def test_only_emulated_products_are_warned_of(chip, dtype, is_warned, tiny, tmp_path):
     run = make_run(tiny, tmp_path, model={"dtype": dtype})
     check_machine(run, torch.device("cpu"), chip)
     facts = SimpleNamespace(
@@ -109,9 +102,7 @@ def test_only_emulated_products_are_warned_of(
 
 
 @pytest.mark.slow
-def test_a_run_keeps_the_dtype_that_it_began_with(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_the_dtype_that_it_began_with(tiny, tmp_path, monkeypatch):
     """It begins on a machine without units for bf16, and goes on where there are some."""
 
     def start(steps: int, dtype: str = "auto", **checkpoint: Any) -> Run:
@@ -137,9 +128,7 @@ def test_a_run_keeps_the_dtype_that_it_began_with(
 
 
 @pytest.mark.slow
-def test_a_dtype_that_was_chosen_elsewhere_is_checked_here(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dtype_that_was_chosen_elsewhere_is_checked_here(tiny, tmp_path, monkeypatch):
     """A run that began in bf16 by `auto` goes on without units for it: slow on a CPU, refused on an
     old GPU."""
 

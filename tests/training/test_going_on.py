@@ -77,9 +77,7 @@ def stopping(step: int) -> Callable[[StepRecord], object]:
     return stop
 
 
-def test_other_free_memory_does_not_change_the_numbers(
-    tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_free_memory_does_not_change_the_numbers(tiny, tmp_path, shown, monkeypatch):
     """With dropout they depend on the micro batch.
 
     Here the memory alone would choose another one after the stop.
@@ -156,9 +154,7 @@ CHANGED: dict[str, tuple[Callable[[Path], None], type[TunesmithError], str]] = {
 @pytest.mark.parametrize(
     ("part", "kind"), [("base", "none"), ("training rows", "lora"), ("validation rows", "none")]
 )
-def test_a_base_or_rows_changed_under_their_name_are_refused(
-    part: str, kind: str, own: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_a_base_or_rows_changed_under_their_name_are_refused(part, kind, own, tmp_path, shown):
     change, error, where = CHANGED[part]
     again: dict[str, Any] = {
         "adapter": {"kind": kind},
@@ -182,9 +178,7 @@ def test_a_base_or_rows_changed_under_their_name_are_refused(
 
 
 @pytest.mark.nightly
-def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
-    own: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(own, tmp_path, shown):
     go(own, tmp_path, [])
     go(own, tmp_path, [], train={"duration": "5 steps"}, validate={"max_examples": 3})
     identity = json.loads((tmp_path / "run" / "env.json").read_text())
@@ -237,9 +231,7 @@ LONGER = [
 
 
 @pytest.mark.parametrize(("old", "new", "line", "steps"), LONGER)
-def test_a_longer_duration_is_taken_in_any_unit(
-    old: str, new: str, line: str, steps: int, tiny: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_a_longer_duration_is_taken_in_any_unit(old, new, line, steps, tiny, tmp_path, shown):
     first = go(tiny, tmp_path, [], train={"duration": old}).steps
     assert go(tiny, tmp_path, shown, train={"duration": new}).steps == steps
     checkpoint = tmp_path / "run" / f"checkpoint-{first}"
@@ -249,9 +241,7 @@ def test_a_longer_duration_is_taken_in_any_unit(
     assert [record.step for record in records] == list(range(1, steps + 1))
 
 
-def test_a_shorter_duration_is_refused_in_any_unit(
-    tiny: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_a_shorter_duration_is_refused_in_any_unit(tiny, tmp_path, shown):
     changes: dict[str, Any] = {"train": {"duration": "7 steps", "warmup": "0 steps"}}
     go(tiny, tmp_path, [], **changes)
     for new, told in (
@@ -266,9 +256,7 @@ def test_a_shorter_duration_is_refused_in_any_unit(
     go(tiny, tmp_path, shown, **changes, checkpoint={"resume": "force"})
 
 
-def test_a_time_is_compared_by_the_speed_so_far(
-    tiny: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_a_time_is_compared_by_the_speed_so_far(tiny, tmp_path, shown):
     changes: dict[str, Any] = {"train": {"duration": "4 steps", "warmup": "0 steps"}}
     go(tiny, tmp_path, [], **changes)
     seconds = progress(tmp_path, 4)["seconds"]
@@ -279,9 +267,7 @@ def test_a_time_is_compared_by_the_speed_so_far(
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_a_jump_of_the_learning_rate_is_told(
-    schedule: str, tiny: Path, tmp_path: Path, shown: list[str]
-) -> None:
+def test_a_jump_of_the_learning_rate_is_told(schedule, tiny, tmp_path, shown):
     """Cosine to 0 in 4 steps, after 2 of warm-up; stretched to 12 it stands near its peak of 1e-3
     again.
     """

@@ -168,9 +168,7 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     assert continued_dpo.learning_rate == dpo.learning_rate, "a tenth already"
 
 
-def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(
-    home: Path, tiny: Path, capsys: Capture
-) -> None:
+def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(home, tiny, capsys):
     make_run(home / "mine", tiny, peft_model(tiny))
     (home / "mine/final").rename(home / "mine/checkpoint-3")
     assert find_adapter("mine") == home / "mine/checkpoint-3"
@@ -272,9 +270,7 @@ def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture)
     assert sorted(path for path in home.iterdir() if path.name != "cache") == files
 
 
-def test_a_sweep_varies_the_recipe_that_train_makes(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_varies_the_recipe_that_train_makes(home, monkeypatch):
     Space = pytest.importorskip("tunesmith.tools.sweep.space").Space
     sweep_module = pytest.importorskip("tunesmith.tools.sweep.run")
     swept: list[tuple[Run, list[dict[str, str]]]] = []
@@ -294,9 +290,7 @@ def test_a_sweep_varies_the_recipe_that_train_makes(
     assert made.path.read_text() == made.text
 
 
-def test_a_slurm_job_trains_the_recipe_that_train_makes(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_slurm_job_trains_the_recipe_that_train_makes(home, monkeypatch, capsys):
     words = ["--model", "small", "--data", "faq.csv", "train.seed=7", "--gpus-per-node", "8"]
     assert main(["launch", "slurm", *words, "--render"]) == EXIT_OK
     made = make_recipe("small", "faq.csv", ["train.seed=7"], ranks=8)
@@ -354,17 +348,13 @@ UNCLEAR: list[tuple[list[str], str]] = [  # words, and what the fix has
     ("verb", "words", "fix"),
     [(VERBS[number % 3], *row) for number, row in enumerate(UNCLEAR)],
 )
-def test_what_is_asked_for_must_be_clear(
-    verb: str, words: list[str], fix: str, home: Path, capsys: Capture
-) -> None:
+def test_what_is_asked_for_must_be_clear(verb, words, fix, home, capsys):
     assert main([verb, *words]) == EXIT_USAGE
     told = capsys.readouterr().err
     check_shown(told, fix=[f"tunesmith {verb} {fix}" if fix.startswith("--model ") else fix])
 
 
-def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
-    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(home, capsys, monkeypatch):
     (home / "folder" / "below").mkdir(parents=True)
     (home / "folder" / "a.jsonl").write_text('{"text": "a"}\n')
 
@@ -395,14 +385,8 @@ def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
     ],
 )
 def test_sizes_and_steps_follow_the_number_of_rows(
-    rows: int,
-    held: str | None,
-    epochs: int,
-    batch: int,
-    every: int,
-    patience: int | None,
-    home: Path,
-) -> None:
+    rows, held, epochs, batch, every, patience, home
+):
     write_json_lines(home / "many.jsonl", ({"text": f"row {i}"} for i in range(rows)))
     made = make_recipe("small", "many.jsonl")
     run = made.run
@@ -449,9 +433,7 @@ DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("rows", "words", "ranks", "expected"), DECIDED)
-def test_what_rows_and_ranks_decide(
-    rows: Any, words: list[str], ranks: int, expected: dict[str, str], home: Path
-) -> None:
+def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
     if rows:
         write_json_lines(home / "rows.jsonl", rows)
     run = make_recipe("small", "rows.jsonl" if rows else "faq.csv", words, ranks=ranks).run
@@ -541,9 +523,7 @@ def test_a_recipe_in_a_linked_folder_names_the_same_files_without_the_link(home:
         )
 
 
-def test_a_hub_data_set_is_read_from_its_train_split(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_data_set_is_read_from_its_train_split(home, monkeypatch):
     rows = [{"question": q, "answer": a} for q, a in PAIRS]
     splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))

@@ -58,9 +58,7 @@ class Feed:
 
 
 @pytest.mark.slow
-def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(tiny, tmp_path, monkeypatch):
     feed, forward, passes = Feed(monkeypatch), TrainModel.forward, list[int]()
 
     def counted(self: TrainModel, *given: Any) -> Any:
@@ -104,9 +102,7 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
 
 
 @pytest.mark.slow
-def test_memory_that_is_short_while_the_model_loads_ends_the_start(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_is_short_while_the_model_loads_ends_the_start(tiny, tmp_path, monkeypatch):
     feed, build_model = Feed(monkeypatch), session.build_model
 
     def built(*args: Any, **options: Any) -> Any:
@@ -130,8 +126,8 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
     ],
 )
 def test_a_smaller_micro_batch_is_named_where_the_run_takes_one(
-    train: dict[str, Any], kept: str | None, can_shrink: bool, tiny: Path, tmp_path: Path
-) -> None:
+    train, kept, can_shrink, tiny, tmp_path
+):
     run = make_run(tiny, tmp_path, adapter={"kind": "none"})
     run = replace(run, train=replace(run.train, **train))
     Path(run.output_dir).mkdir()
@@ -160,9 +156,7 @@ def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path)
     )
 
 
-def test_the_guard_knows_the_files_of_a_run(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_guard_knows_the_files_of_a_run(tiny, tmp_path, monkeypatch):
     """Local ones by their path, those of the Hub by their folder in its cache."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     run = make_run(tiny, tmp_path, held=False)

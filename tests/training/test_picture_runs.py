@@ -117,9 +117,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_fall_and_do_not_depend_on_the_layout(
-    family: str, trained: Callable[[str], Trained]
-) -> None:
+def test_losses_fall_and_do_not_depend_on_the_layout(family, trained):
     run = trained(family)
     assert run.losses[-1] < run.losses[0] - 0.3
     changes = {
@@ -196,12 +194,7 @@ def bad_recipes(run: Trained, tiny: Path, folder: Path) -> dict[str, tuple[list[
     }
 
 
-def test_what_is_refused(
-    trained: Callable[[str], Trained],
-    tiny: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_refused(trained, tiny, tmp_path, capsys):
     run = trained("qwen2_5_vl")
     written_recipe(tmp_path, picture_recipe(run.model, run.rows))
     for name, (words, named) in bad_recipes(run, tiny, tmp_path).items():
@@ -318,9 +311,7 @@ def test_no_process_outlives_its_run(trained: Callable[[str], Trained], tmp_path
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-def test_a_picture_that_changes_is_refused(
-    trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_that_changes_is_refused(trained, tmp_path, monkeypatch):
     run = trained("qwen2_5_vl")
     shutil.copytree(run.folder / "pictures", tmp_path / "pictures")
     rows = Path(shutil.copy(run.rows, tmp_path))
@@ -385,13 +376,8 @@ def prompt_ids(example: Example) -> list[int]:
 
 @QWEN_FIRST
 def test_a_run_is_scored_and_asked_by_the_command_line(
-    family: str,
-    trained: Callable[[str], Trained],
-    prompts: list[list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    family, trained, prompts, tmp_path, monkeypatch, capsys
+):
     run = trained(family)
     expected = list(map(prompt_ids, held_tokens(run)))
     folder = run.folder / "run"
@@ -441,9 +427,7 @@ def loss_in_transformers(model: Any, run: Trained) -> float:
 
 
 @GEMMA_FIRST
-def test_transformers_and_peft_open_what_a_run_leaves(
-    family: str, trained: Callable[[str], Trained], tmp_path: Path
-) -> None:
+def test_transformers_and_peft_open_what_a_run_leaves(family, trained, tmp_path):
     from peft import PeftModel
 
     run = trained(family)
@@ -487,9 +471,7 @@ def test_transformers_and_peft_open_what_a_run_leaves(
 
 
 @GEMMA_FIRST
-def test_full_fine_tuning_leaves_the_tower_as_it_was(
-    family: str, trained: Callable[[str], Trained]
-) -> None:
+def test_full_fine_tuning_leaves_the_tower_as_it_was(family, trained):
     run = trained(family)
     trains_projector = family == FULL_AND_PROJECTOR
     full = run.changed(
@@ -522,8 +504,8 @@ def test_a_run_without_a_recipe_finds_the_pictures(trained: Callable[[str], Trai
 
 
 def test_rows_without_pictures_compile_no_further_graph(
-    tmp_path: Path, eager_compiler: None, varlen_on_cpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, eager_compiler, varlen_on_cpu, monkeypatch
+):
     """A graph that only such rows need would be compiled in mid-run, when the first comes."""
     graphs = torch._dynamo.utils.counters["stats"]
     model = write_vision_model(tmp_path / "gemma3", "gemma3")

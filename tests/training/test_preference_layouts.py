@@ -108,13 +108,7 @@ def write_model(model_type: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_layout_changes_nothing(
-    name: str,
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_a_layout_changes_nothing(name, tiny, tmp_path, monkeypatch, request):
     """1e-4: fp32 sums in another order."""
     model, layouts = tiny, dict(LAYOUTS)
     if name in PADDED:

@@ -118,9 +118,7 @@ def test_kto_with_dropout_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("none", marks=pytest.mark.nightly)])
-def test_a_run_of_whole_sequences_goes_on_with_them(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_run_of_whole_sequences_goes_on_with_them(tiny, tmp_path, monkeypatch, kind):
     """As one that an earlier version began: sums over other rows have other bits."""
     adapter = {"kind": kind}
     once = train(tiny, tmp_path, "dpo", "once", adapter=adapter)
@@ -159,11 +157,8 @@ def test_on_top_of_an_adapter_the_reference_is_that_adapter(tiny: Path, tmp_path
 
 
 def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny, tmp_path, monkeypatch, capsys
+):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
     full = {"kind": "none"}
@@ -200,8 +195,8 @@ def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
 
 
 def test_kto_in_full_scores_the_answers_of_each_step_under_other_prompts(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, tmp_path, monkeypatch
+):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
     full = {"kind": "none"}
@@ -226,9 +221,7 @@ def test_kto_in_full_scores_the_answers_of_each_step_under_other_prompts(
         assert np.array_equal(np.load(file), value)
 
 
-def test_kto_in_full_has_the_bases_numbers_of_every_step(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kto_in_full_has_the_bases_numbers_of_every_step(tiny, tmp_path, monkeypatch):
     """Beside a copy of the base, which scores the rows of each step again in the same layout."""
     begin_step = KahnemanTverskyOptimization.begin_step
     bases: list[TrainModel] = []
@@ -250,9 +243,7 @@ def test_kto_in_full_has_the_bases_numbers_of_every_step(
 
 
 @pytest.mark.parametrize(("best_by", "steps", "best"), [("accuracy", 4, 2), ("loss", 6, 6)])
-def test_patience_goes_by_accuracy(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_by: str, steps: int, best: int
-) -> None:
+def test_patience_goes_by_accuracy(tiny, tmp_path, monkeypatch, best_by, steps, best):
     """The loss falls at each validation, and after the second one fewer pairs are in order."""
     accuracies = iter([0.5, 0.75, 0.625, 0.5, 0.5, 0.5])
     losses = iter([0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
@@ -291,9 +282,7 @@ def test_eval_says_how_many_pairs_are_in_order(tiny: Path, tmp_path: Path) -> No
     assert (kept["rows"], kept["step"]) == (8, 8)
 
 
-def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(tiny, tmp_path, capsys):
     """The rows that it was trained on have a prompt too, and are no pairs."""
     run = make_run(tiny, tmp_path, train={"duration": "2 steps"})
     tunesmith.train(run)

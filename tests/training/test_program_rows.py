@@ -52,9 +52,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
-def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(
-    table: str, home: Path, tiny: Path
-) -> None:
+def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(table, home, tiny):
     """Also where a table fills what a row lacks with null, as a name in a message."""
     rows = TABLES[table]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -94,13 +94,7 @@ def train_until_stopped(run: Run, stop_in: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resumed_is_never_stopped(
-    name: str,
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_resumed_is_never_stopped(name, tiny, tmp_path, monkeypatch, request):
     base, changes = CASES[name]
     if base in vision_models.FAMILIES:
         model = vision_models.build(base, tmp_path / "model", tiny, **SIZES.get(base, {}))
@@ -172,9 +166,7 @@ def interrupt(file: Path, out: Path, how: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_kills_and_signals_change_no_number(
-    name: str, hows: list[str], tiny: Path, tmp_path: Path
-) -> None:
+def test_kills_and_signals_change_no_number(name, hows, tiny, tmp_path):
     """`benchmarks/faults/kills.py` does it many times, at random moments."""
     settings = {
         "train": {"duration": "40 steps", "micro_batch": "128 tokens"},
@@ -220,8 +212,8 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     ],
 )
 def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
-    place: str, name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place, name, tiny, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     stop_while(monkeypatch, place, name)
     with refuses(StoppedEarlyError, names=[name]):
@@ -231,9 +223,7 @@ def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
     assert not (tmp_path / "run" / "failure.json").exists()
 
 
-def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(tiny, tmp_path, monkeypatch):
     """The record of a step whose validation was cut off is not written yet, and a resume that is
     stopped while it loads has still that step saved.
     """
@@ -344,8 +334,8 @@ def busy(seconds: float) -> None:
 
 
 def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, tmp_path, monkeypatch
+):
     """Inside a step; what was saved before stays, and the next start goes on to the same numbers."""
     step, said = Trainer.train_step, []
     again = True
@@ -380,9 +370,7 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_while_final_is_written(
-    presses: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_final_is_written(presses, tiny, tmp_path, monkeypatch):
     """One lets it be written; the second stops, and the next start writes it."""
     write = contents.write_model_files
 

@@ -162,9 +162,7 @@ def first_fix(error: DataError, read_fix: Callable[[str], Settings]) -> Settings
 
 @pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("name", BAD)
-def test_a_fix_can_be_copied_where_the_rows_are_given(
-    name: str, origin: str, tmp_path: Path
-) -> None:
+def test_a_fix_can_be_copied_where_the_rows_are_given(name, origin, tmp_path):
     row, settings, what = BAD[name]
     read, read_fix = ORIGINS[origin]
     rows = tmp_path / "rows.jsonl"
@@ -188,9 +186,7 @@ def test_a_fix_can_be_copied_where_the_rows_are_given(
 
 @pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("name", PROPOSED)
-def test_each_command_proposes_columns_that_it_reads(
-    name: str, origin: str, tmp_path: Path
-) -> None:
+def test_each_command_proposes_columns_that_it_reads(name, origin, tmp_path):
     row, settings, columns = PROPOSED[name]
     read, read_fix = ORIGINS[origin]
     rows = tmp_path / "rows.jsonl"

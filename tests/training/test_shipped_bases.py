@@ -74,9 +74,7 @@ def test_config_yaml_holds_what_was_resolved(form: str, trained: Path) -> None:
     assert "base: as-shipped" in text
 
 
-def test_a_run_without_its_last_checkpoint_goes_on_to_the_same_bits(
-    base: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_a_run_without_its_last_checkpoint_goes_on_to_the_same_bits(base, trained, tmp_path):
     """By the same recipe, in which `model.quantize` is left out."""
     shutil.copytree(trained / "run", tmp_path / "run")
     for name in ("final", "checkpoint-4"):
@@ -130,9 +128,7 @@ def test_training_it_in_full_is_refused_with_a_fix_that_trains(base: Path, tmp_p
     assert load_run(tmp_path / "run").model.dtype == torch.float32
 
 
-def test_what_is_merged_is_dense_and_says_why(
-    form: str, base: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_what_is_merged_is_dense_and_says_why(form, base, trained, tmp_path):
     merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     merged = merge(trained / "run", tmp_path / "merged", dtype="bf16")
     assert holds(merged.note, FORMS[form][0], "bf16")

@@ -135,9 +135,7 @@ def loop_seconds(trainer: Trainer) -> float:
     return seconds - aside
 
 
-def test_steps_of_a_device_that_the_host_runs_ahead_of(
-    tiny: Path, tmp_path: Path, queued: QueuedDevice
-) -> None:
+def test_steps_of_a_device_that_the_host_runs_ahead_of(tiny, tmp_path, queued):
     duration = {"duration": "20 steps"}
     trainer = trainer_of(tiny, tmp_path, train=duration, checkpoint={"every": "7 steps"})
     trainer.metrics.reads_late = True

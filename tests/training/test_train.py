@@ -79,9 +79,7 @@ def test_run_directory_and_record(trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_metrics_read_one_step_later_are_the_same(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_read_one_step_later_are_the_same(tiny, tmp_path, monkeypatch):
     """On CUDA a step's metrics are read while the next step runs; here the same is done on the CPU."""
     at_once, later = tmp_path / "a", tmp_path / "b"
     at_once.mkdir()
@@ -128,9 +126,7 @@ def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_run_that_patience_ended_continues_with_a_longer_duration(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_patience_ended_continues_with_a_longer_duration(tiny, tmp_path, monkeypatch):
     """The count of validations without improvement begins anew, also if validations are rarer."""
     monkeypatch.setattr(
         validation, "validation_loss", lambda *args, **options: ValidationResult(1.0, 1, {})
@@ -142,9 +138,7 @@ def test_a_run_that_patience_ended_continues_with_a_longer_duration(
 
 
 @pytest.mark.slow
-def test_a_run_whose_held_out_loss_is_nan_ends_by_patience(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_held_out_loss_is_nan_ends_by_patience(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         validation, "validation_loss", lambda *_, **__: ValidationResult(math.nan, 1, {})
     )
@@ -169,9 +163,7 @@ def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "steps"), [(600.0, [0, 2, 4, 6, 8]), (1e-9, [])])
-def test_slow_sample_answers_are_left_out_and_that_is_said_once(
-    seconds: float, steps: list[int], tiny: Path, tmp_path: Path
-) -> None:
+def test_slow_sample_answers_are_left_out_and_that_is_said_once(seconds, steps, tiny, tmp_path):
     log = {"samples": 1, "sample_seconds": seconds}
     go(tiny, tmp_path, validate={"every": "2 steps"}, log=log)
     samples = tmp_path / "run" / "samples.jsonl"
@@ -187,9 +179,7 @@ def test_slow_sample_answers_are_left_out_and_that_is_said_once(
 
 
 @pytest.mark.slow
-def test_the_last_answers_need_not_wait_for_what_others_took(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_answers_need_not_wait_for_what_others_took(tiny, tmp_path, monkeypatch):
     took: list[float] = []
 
     def note(self: AnswerSampler, *, is_final: bool = False) -> float:
@@ -208,9 +198,7 @@ def test_the_last_answers_need_not_wait_for_what_others_took(
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
-def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
-    masters: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(masters, tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     result = go(
@@ -228,9 +216,7 @@ def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
 
 
 @pytest.mark.slow
-def test_a_slow_first_step_is_told_of(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_first_step_is_told_of(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "SLOW_STEP_SECONDS", 0.0)
     with logged_lines() as lines:
         train(make_run(tiny, tmp_path, held=False, train={"duration": "2 steps"}))
