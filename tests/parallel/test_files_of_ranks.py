@@ -144,10 +144,9 @@ def grown(model: Path, folder: Path, mesh: dict[str, int]) -> dict[str, np.ndarr
         return {name: gathered(tensor.detach()).numpy() for name, tensor in ends.items()}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "mesh",
-    [{"shard": 3}, pytest.param({"shard": 2, "tensor": 2}, marks=pytest.mark.nightly)],
-    ids=["uneven", "tensor"],
+    "mesh", [{"shard": 3}, {"shard": 2, "tensor": 2}], ids=["uneven", "tensor"]
 )
 def test_rows_of_added_tokens_are_those_of_one_process(mesh, tiny, tmp_path):
     alone = grown(tiny, tmp_path, {})
