@@ -63,6 +63,7 @@ def test_all_ranks_recompute_what_the_least_room_needs():
     assert run_ranks(2, trial_of_rank, [10**9] * 2, held, True) == [alone[1]] * 2
 
 
+@pytest.mark.nightly
 def test_copies_try_again_where_one_ran_out_of_memory():
     """The second rank's device has less than the plan believes: every layer recomputes on both."""
     small = 5 * LAYER
@@ -70,7 +71,7 @@ def test_copies_try_again_where_one_ran_out_of_memory():
     assert run_ranks(2, trial_of_rank, [10**9, small], [0, 0], False) == [8, 8]
 
 
-@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("shares", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_where_nothing_fits_all_ranks_end(shares):
     """Of ranks that share a model none can try again: others may wait for a part of the one that
     has no room.

@@ -223,6 +223,7 @@ def children() -> set[int]:
     return {process.pid for process in psutil.Process().children()}
 
 
+@NIGHTLY
 def test_other_processes_make_the_same_pixels(trained: Callable[[str], Trained]) -> None:
     """Errors are those of the thread too; one that is killed is said; none is left behind."""
     processor, tasks = makers_of(trained("qwen2_5_vl"))
@@ -503,6 +504,7 @@ def test_a_run_without_a_recipe_finds_the_pictures(trained: Callable[[str], Trai
     assert holds((out / "log.txt").read_text(), "12 pictures")
 
 
+@NIGHTLY
 def test_rows_without_pictures_compile_no_further_graph(
     tmp_path, eager_compiler, varlen_on_cpu, monkeypatch
 ):
