@@ -116,7 +116,7 @@ def nightly_but(names: Any, *first: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("case", nightly_but(CASES, "half recomputed", "three stay", "nf4"))
+@pytest.mark.parametrize("case", nightly_but(CASES, "half recomputed", "nf4"))
 def test_a_streamed_run_has_the_bits_of_a_resident_one(case, deep, tmp_path, stream):
     count, changes = CASES[case]
     if "nf4" in case:
@@ -140,7 +140,8 @@ BASES: dict[str, tuple[Callable[[Path, Path], Path], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", nightly_but(BASES, "fp8 as shipped"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", BASES)
 def test_bases_of_other_makes_stream_alike(case, deep, tmp_path, stream, monkeypatch):
     """In codes as they ship, and with experts, of which all of a layer come; the plan knows what
     the host takes.
@@ -166,7 +167,8 @@ def test_bases_of_other_makes_stream_alike(case, deep, tmp_path, stream, monkeyp
     assert 2 * held.slot_bytes == pytest.approx(estimator.slot_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("backend", nightly_but(["aot_eager", "inductor"], "aot_eager"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypatch):
     """As on a GPU: compiled layers, packed rows, one graph for all."""
     compile_layers = partial(compilation.compile_layers, backend=backend)
@@ -178,6 +180,7 @@ def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypat
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
 
 
+@pytest.mark.nightly
 def test_staged_layers_stream_alike(deep, tmp_path, stream, monkeypatch):
     """The driver page-locks three layers: two are for staging, and a line says so."""
     resident = numbers_of(deep, tmp_path / "resident")
@@ -201,7 +204,8 @@ def test_offloaded_inputs_and_streamed_layers_go_together(deep, tmp_path, stream
     assert numbers_of(deep, tmp_path / "streamed", **RECOMPUTED) == resident
 
 
-@pytest.mark.parametrize("method", nightly_but(["dpo", "kto"], "dpo"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_preferences_stream_alike(method, deep, tmp_path, stream):
     """The reference is the base without its adapter: another forward over the same slots."""
     write = write_feedback if method == "kto" else write_pairs
@@ -215,6 +219,7 @@ def test_preferences_stream_alike(method, deep, tmp_path, stream):
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
 
 
+@pytest.mark.nightly
 def test_a_backward_without_its_copies_differs(deep, tmp_path, stream, monkeypatch):
     """The tests above have teeth: a slot then holds a later layer."""
     resident = numbers_of(deep, tmp_path / "resident")
@@ -248,6 +253,7 @@ def test_on_a_gpu_compiled_layers_stream_alike(deep, tmp_path, stream):
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
 
 
+@pytest.mark.nightly
 def test_a_model_that_does_not_fit_streams_as_it_answers(deep, tmp_path, monkeypatch):
     """As on a GPU without room: each forward brings the layers of which the run had said so."""
     run_of(deep, tmp_path / "run", **OFFLOADED)
