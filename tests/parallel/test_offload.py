@@ -44,11 +44,9 @@ pytestmark = pytest.mark.slow
 FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
 OFFLOADED = {"train": {"cpu_offload": ["parameters", "activations"], "recompute": "full"}}
 CASES: dict[str, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
-    "shards": {
-        "full": (FULL, {"shard": 2}),
-        "lora on nf4": (merge(LORA, {"model": {"quantize": "nf4"}}), {"shard": 2}),
-    },
+    "shards": {"full": (FULL, {"shard": 2})},
     "others": {
+        "lora on nf4": (merge(LORA, {"model": {"quantize": "nf4"}}), {"shard": 2}),
         "lora on copies": (LORA, {"replicate": 2}),
         "lora, tensor": (LORA, {"tensor": 2}),
     },
@@ -181,7 +179,7 @@ def waits_on_host(root: TrainModel, kind: str) -> set[nn.Parameter]:
 
 
 @cpu_and_gpu
-@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("lora", marks=pytest.mark.nightly)])
 def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh, tiny, tmp_path):
     run = make_run(tiny, tmp_path, held=False, adapter={"kind": kind})
     run = replace(run, train=replace(run.train, compile="off"))

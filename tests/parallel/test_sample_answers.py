@@ -58,7 +58,9 @@ def answers_by_the_clock_of(
     return [json.loads(line)["step"] for line in lines], (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("leader", "steps"), [(0.0, []), (60.0, [4])])
+@pytest.mark.parametrize(
+    ("leader", "steps"), [(0.0, []), pytest.param(60.0, [4], marks=pytest.mark.nightly)]
+)
 def test_shards_answer_at_validations_alone_and_by_the_clock_of_rank_0(
     leader, steps, tiny, tmp_path
 ):
