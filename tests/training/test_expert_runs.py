@@ -15,7 +15,7 @@ from recipes import make_run
 from tunesmith.errors import TunesmithError
 from tunesmith.training.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
@@ -46,7 +46,6 @@ def test_merge_and_answers(mixture: Path, tmp_path: Path) -> None:
     tunesmith.evaluate(run, tmp_path / "held.jsonl")
 
 
-@pytest.mark.nightly
 def test_added_tokens_and_rslora_beside_experts(mixture: Path, tmp_path: Path) -> None:
     export_peft = pytest.importorskip("tunesmith.tools.export.vllm_adapter").export_peft
     changes = {
