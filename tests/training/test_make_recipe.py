@@ -547,6 +547,7 @@ def test_a_hub_data_set_is_read_from_its_train_split(home, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the file of an installed package; where that is missing, the fix is one line of pip."""
     made = make_recipe("demo", "faq.csv")
