@@ -88,7 +88,7 @@ def stick(
 NIGHTLY = pytest.mark.nightly
 
 
-# While training: test_nccl.py.
+# While training: test_nccl.py, and test_heartbeat.py without a model.
 @pytest.mark.parametrize(
     ("phase", "changes"),
     [
@@ -169,6 +169,7 @@ def be_slow(model: Path, folder: Path) -> list[float]:
     return [record.loss for record in result.records]
 
 
+@pytest.mark.nightly
 def test_slow_answers_and_saves_are_no_hang(tiny, tmp_path):
     """The other rank waits for rank 0 in its next step, longer than a step may take."""
     first, second = run_ranks(2, be_slow, tiny, tmp_path)

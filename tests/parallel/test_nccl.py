@@ -20,6 +20,7 @@ from recipes import merge, recipe
 
 pytestmark = pytest.mark.slow
 
+GLOO = pytest.param("gloo", marks=pytest.mark.nightly)
 NCCL = pytest.param("nccl", marks=gpu)
 EAGER = {"train": {"compile": "off"}}
 # FSDP2; sums of gradients beside the backward; the sum of an adapter's gradients after it
@@ -61,7 +62,7 @@ def numbers_on(
     return backends[0], found
 
 
-@pytest.mark.parametrize("backend", [pytest.param("gloo", marks=pytest.mark.nightly), NCCL])
+@pytest.mark.parametrize("backend", [GLOO, NCCL])
 def test_two_ranks_train_as_one_process(backend: str, tiny: Path, tmp_path: Path) -> None:
     cases = [
         {**merge(case, EAGER), "output_dir": str(tmp_path / f"run {number}")}
@@ -83,7 +84,7 @@ def test_two_ranks_train_as_one_process(backend: str, tiny: Path, tmp_path: Path
                 assert got == pytest.approx(wanted, rel=1e-4), case
 
 
-@pytest.mark.parametrize("backend", ["gloo", NCCL])
+@pytest.mark.parametrize("backend", [GLOO, NCCL])
 def test_a_rank_that_stands_still_is_named(backend: str, tiny: Path, tmp_path: Path) -> None:
     """The other rank waits in a collective of NCCL, which its host does not see."""
     environments = [share_one_gpu(rank) if backend == "nccl" else {} for rank in range(2)]

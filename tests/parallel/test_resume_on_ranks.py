@@ -237,6 +237,7 @@ def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return [name for name, array in expected.items() if not np.array_equal(array, found[name])]
 
 
+@pytest.mark.nightly
 def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_path):
     many(tiny, tmp_path, COPIES, BF16, stop=(0, STOP))
     checkpoint = tmp_path / "run" / f"checkpoint-{STOP}"

@@ -107,6 +107,7 @@ def ended_on_ranks(file: str) -> tuple[int, Path]:
     return result.steps, result.output_dir
 
 
+@pytest.mark.nightly
 def test_all_ranks_end_after_the_same_step(recipe_file: Path) -> None:
     (steps, folder), second = run_ranks(2, ended_on_ranks, str(recipe_file))
     assert (steps, folder) == second

@@ -149,6 +149,7 @@ def test_an_adapter_on_another_base_is_told_of(home: Path, tiny: Path, capsys: C
     assert warnings_with(capsys.readouterr().err, f"model.name={tiny}", "small")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> None:
     make_run(home / "mine", tiny, peft_model(tiny))
     fresh = make_recipe("small", "faq.csv")
@@ -303,6 +304,7 @@ def test_a_slurm_job_trains_the_recipe_that_train_makes(home, monkeypatch, capsy
     assert f"\n{dump(made.run)}END-OF-RECIPE\n" in script
 
 
+@pytest.mark.slow
 def test_a_recipe_of_another_command_is_not_overwritten(home: Path) -> None:
     made = make_recipe("small", "faq.csv")
     made.write_file()
@@ -568,6 +570,7 @@ def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch
         make_recipe("demo", "faq.csv")
 
 
+@pytest.mark.slow
 def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     (home / "corpus").mkdir()
     for i in range(40):
@@ -594,6 +597,7 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     assert supervised == sum(map(len, texts))
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_new_recipe_include_its_validation_rows(home: Path) -> None:
     """They are opened later than the rows of `--data`, which decide on the format."""
     rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS[:7])

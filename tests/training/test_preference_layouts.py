@@ -35,7 +35,7 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "kto in full on padded rows": ("falcon", {"method": "kto", **FULL}),
     "dpo on padded rows": ("falcon", {"method": "dpo"}),
 }
-TIER_1 = ("dpo and cross-entropy", "kto in full", "orpo")
+TIER_1 = ("dpo and cross-entropy", "kto in full")
 NAMES = [
     pytest.param(name, id=name, marks=() if name in TIER_1 else pytest.mark.nightly)
     for name in (*METHODS, *PADDED)

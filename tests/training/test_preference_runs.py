@@ -103,6 +103,7 @@ def test_a_run_learns_and_resumes_to_the_same_bits(tiny: Path, tmp_path: Path, m
         assert best["val_accuracy"] in [r.extra.get("val_reward_accuracy") for r in whole.records]
 
 
+@pytest.mark.nightly
 def test_kto_with_dropout_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
     """KTO computes mismatched pairs with dropout, before the micro batches of a step."""
     adapter = {"dropout": 0.2}
@@ -117,7 +118,8 @@ def test_kto_with_dropout_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -
     assert [record.extra for record in whole] == [record.extra for record in parts]
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("none", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["lora", "none"])
 def test_a_run_of_whole_sequences_goes_on_with_them(tiny, tmp_path, monkeypatch, kind):
     """As one that an earlier version began: sums over other rows have other bits."""
     adapter = {"kind": kind}
@@ -297,6 +299,7 @@ def test_an_sft_run_is_evaluated_on_pairs_by_their_columns(tiny, tmp_path, capsy
     assert kept["scores"][PAIRS]["base"][0] == report["scores"][PAIRS]["base"]["mean"]
 
 
+@pytest.mark.nightly
 def test_a_run_of_pairs_answers_questions_alone(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "dpo", train={"duration": "1 steps"}, log={"samples": 1})
     rows = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]

@@ -183,6 +183,7 @@ def by_the_clock(tiny: Path, folder: Path) -> tuple[int, float]:
     return result.steps, result.seconds
 
 
+@pytest.mark.nightly
 def test_ranks_end_a_run_by_the_clock_after_the_same_step(tiny: Path, tmp_path: Path) -> None:
     """By rank 0's seconds, as no two ranks measure the same."""
     write_rows(tmp_path / "train.jsonl", 48)
