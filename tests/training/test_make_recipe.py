@@ -337,8 +337,8 @@ UNCLEAR: list[tuple[list[str], str]] = [  # words, and what the fix has
     (["smollm2-135m-lora", "--model", "small", "train.seed=1"], "remove --model"),
     (["smollm2-135m-lora", "--format", "text"], "remove --format"),
     (["smollm2-135m-lora", "--split", "train"], "remove --split"),
-    ([*OWN, "model.name=other"], "--model and --data"),
-    ([*OWN, "data.train.source=chat.jsonl"], "--model and --data"),
+    ([*OWN, "model.name=other"], "--data"),
+    ([*OWN, "data.train.source=chat.jsonl"], "--data"),
     ([*OWN, "data.train=null"], "a recipe"),
     ([*OWN, "--columns", "prompt=Question,completion=Question"], "--columns"),
     ([*OWN, "--split", "test"], "--split train"),
@@ -416,7 +416,7 @@ DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
     ([PAIR] * 40, ["method.beta=0.2"], 1, {"method.name": "dpo", "method.beta": "0.2"}),
     ([PAIR] * 40, ["method={beta: 0.2}"], 1, {"method.name": "dpo", "method.beta": "0.2"}),
     # KTO compares the answers of a batch.
-    ([GOOD, BAD], [], 1, {"method.name": "kto", "train.global_batch": "2 examples"}),
+    ([GOOD, BAD], [], 1, {"method.name": "kto", "train.global_batch": "4 examples"}),
     # No rank is idle.
     *(
         (
