@@ -5,16 +5,14 @@ one rank, and files of the same tensors. What the plan does not know is refused 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import default_config
-from tensor_cuts import ADAPTER, STEPS, TOLERANCE, backward, build, on_ranks
+from tensor_cuts import ADAPTER, STEPS, TOLERANCE, build, on_ranks
 from test_data_parallel import (
     BITES,
     CUT_SHARDS,
@@ -29,21 +27,17 @@ from test_data_parallel import (
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import vision_models
-from devices import graphs_compiled
 from errors import holds, refuses
 from ranks import run_ranks
 from recipes import make_run, merge
 from tunesmith.config.schema import Adapter
-from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.parallel.cuts import EXPERTS_STYLE, find_blocks
-from tunesmith.parallel.mesh import Mesh, check_mesh
+from tunesmith.parallel.mesh import check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
-from tunesmith.runtime.compilation import compile_layers
 
 pytestmark = pytest.mark.slow
 
@@ -187,37 +181,6 @@ def test_runs_of_other_layers_are_those_of_one_process(name, tiny, tmp_path):
     model_type, sizes, cases = RUNS[name]
     model = write_model(model_type, tmp_path / "model", tiny, **sizes)
     assert_saved_alike(cases, model, tmp_path, (5e-6, 1e-4))
-
-
-def compiled(model_type: str) -> tuple[float, list[int]]:
-    """The largest difference of the losses, and the graphs that each batch adds."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    with join_ranks():
-        mesh = Mesh.of(MeshShape(tensor=2), "cpu")
-        torch.compiler.reset()
-        alone = backward(build(TABLE[model_type], ADAPTER))
-        root = build(TABLE[model_type], ADAPTER)
-        partial = apply_tensor_parallel(root, mesh)
-        compile_layers(root.layers[:1], varied=True, backend="aot_eager")  # the other is like it
-        graphs = []
-        differences = []
-        for _ in range(2):
-            before = graphs_compiled()
-            differences.append(abs(backward(root) - alone))
-            graphs.append(graphs_compiled() - before)
-        grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
-        reduce_gradients(grads, partial, mesh)
-        return max(differences), graphs
-
-
-@pytest.mark.nightly
-def test_compiled_layers_of_transformers_are_equal() -> None:
-    """GPT-OSS: biases behind sums, sinks, windows, and experts."""
-    for difference, (first, second) in run_ranks(2, compiled, "gpt_oss"):
-        assert difference < 1e-5
-        assert first > 0
-        assert second == 0
 
 
 def test_a_mesh_that_cuts_an_unknown_layer_is_refused_with_one_that_works(tiny, tmp_path):

@@ -21,7 +21,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import write_tiny_llama
-from errors import lines_with
 from recipes import make_run, merge, write_feedback, write_pairs
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.build_model import build_model
@@ -33,7 +32,6 @@ from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine
 from tunesmith.runtime import compilation
-from tunesmith.runtime import stream as stream_module
 from tunesmith.runtime.stream import SLOTS, LayerStream, StreamedLayer
 from tunesmith.stages import plan as plan_stage
 from tunesmith.training.result import Result
@@ -178,23 +176,6 @@ def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypat
     resident = numbers_of(deep, tmp_path / "resident", **changes)
     stream(4)
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
-
-
-@pytest.mark.nightly
-def test_staged_layers_stream_alike(deep, tmp_path, stream, monkeypatch):
-    """The driver page-locks three layers: two are for staging, and a line says so."""
-    resident = numbers_of(deep, tmp_path / "resident")
-    taken: list[torch.Tensor] = []
-
-    def lock(block: torch.Tensor, device: torch.device) -> int:
-        taken.append(block)
-        return 2 if len(taken) == 4 else 0
-
-    monkeypatch.setattr(stream_module, "page_lock", lock)
-    stream(LAYERS)
-    assert numbers_of(deep, tmp_path / "streamed") == resident
-    log = (tmp_path / "streamed/run/log.txt").read_text()
-    assert len(lines_with(log, "warning:", f"5 of {LAYERS}")) == 1
 
 
 @pytest.mark.nightly
