@@ -68,13 +68,14 @@ def start(
         "micro_batch": "128 tokens",
         "optimizer": changes.pop("optimizer", "adamw"),
     }
+    every = changes.pop("every", "3 steps")
     # `auto` takes shards only where a copy does not fit, so a mesh is named here.
     run = make_run(
         model,
         folder,
         train=settings,
         parallel=parallel,
-        checkpoint={"every": "3 steps", "keep": 9},
+        checkpoint={"every": every, "keep": 9},
         **changes,
     )
     step = Trainer.train_step
@@ -287,12 +288,12 @@ def test_a_killed_rank_ends_the_other_and_a_second_start_goes_on_bit_for_bit(
     family, tiny, tmp_path, uninterrupted
 ):
     model = tiny if family == "llama" else vision_models.build(family, tmp_path / "model", tiny)
+    what = {**FULL, "every": f"{STOP} steps"}
     with pytest.raises(AssertionError, match="was ended by SIGKILL"):
-        many(model, tmp_path, SHARDS, FULL, stop=(KILLED + 1, STEPS))
+        many(model, tmp_path, SHARDS, what, stop=(KILLED + 1, STEPS))
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert (failure["cause"], failure["rank"]) == ("killed", 1)
     assert not (tmp_path / "run" / "final").exists()
-    resumed = many(model, tmp_path, SHARDS, FULL)[0]
-    assert resumed["first"] == STEPS - 1  # of the checkpoint
-    whole = uninterrupted(model, FULL, SHARDS)
-    assert plain(resumed) == whole[-len(plain(resumed)) :]
+    resumed = many(model, tmp_path, SHARDS, what)[0]
+    assert resumed["first"] == STOP
+    assert plain(resumed) == uninterrupted(model, FULL, SHARDS)
