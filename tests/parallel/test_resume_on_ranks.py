@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,9 @@ def start(
                 LowMemory("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"})
             )
         elif stop == (KILLED + self.session.ranks.rank, batch.step + 1):
+            deadline = time.monotonic() + 5  # for the checkpoint that is written beside the steps
+            while time.monotonic() < deadline and not [*self.out.glob("checkpoint-*")]:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch)
 
@@ -295,6 +299,6 @@ def test_a_killed_rank_ends_the_other_and_a_second_start_goes_on_bit_for_bit(
     assert (failure["cause"], failure["rank"]) == ("killed", 1)
     assert not (tmp_path / "run" / "final").exists()
     resumed = many(model, tmp_path, SHARDS, what)[0]
-    assert resumed["first"] in (0, STOP)  # on a slow disk its checkpoint is not whole yet
+    assert resumed["first"] in (0, STOP)  # on a slow disk the checkpoint is not whole yet
     last = {"records": resumed["records"][STOP - STEPS :]}
     assert plain(last) == uninterrupted(model, FULL, SHARDS)
