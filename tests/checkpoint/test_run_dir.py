@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,46 +13,25 @@ from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, m
 from tunesmith.errors import ModelError, UsageError
 
 
-def write(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        if name.endswith("/"):
-            path.mkdir(parents=True)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("x")
-
-
-def a_run(folder: Path) -> None:
-    write(folder, "first/final/x")
-    (folder / "first" / IDENTITY).write_text(json.dumps({"recipe_hash": "x"}))
-
-
 @pytest.mark.parametrize(
-    "make",
+    "names",
     [
-        lambda folder: None,
-        lambda folder: folder.mkdir(),
-        lambda folder: write(folder, "launch/recipe.yaml"),
-        lambda folder: write(folder, "lost+found/"),
-        lambda folder: write(folder, ".snapshots/x"),
-        lambda folder: write(folder, "rows.jsonl", "data/more.jsonl"),
-        a_run,
-        lambda folder: write(folder, "thesis/a.txt"),
-    ],
-    ids=[
-        "none",
-        "empty",
-        "launch",
-        "lost+found",
-        "hidden",
-        "beside a file",
-        "runs of a sweep",
-        "folders",
+        [],
+        ["./"],
+        ["launch/recipe.yaml"],
+        ["lost+found/"],
+        [".snapshots/x"],
+        ["rows.jsonl", "data/more.jsonl"],
+        ["first/final/x", f"first/{IDENTITY}"],
+        ["thesis/a.txt"],
     ],
 )
-def test_what_a_run_may_lie_beside(make: Callable[[Path], object], tmp_path: Path) -> None:
-    make(tmp_path / "out")
+def test_what_a_run_may_lie_beside(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        path = tmp_path / "out" / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text(json.dumps({"recipe_hash": "x"}))
     with claim_run_dir(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
 

@@ -72,7 +72,7 @@ def whole(run_dir: Path) -> list[int]:
     return [step for step in found if manifest.find_damage(found[step]) is None]
 
 
-@pytest.mark.parametrize("copy", [True, False], ids=["in a thread", "in the loop"])
+@pytest.mark.parametrize("copy", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_full_disk_of_one_rank_ends_all_and_leaves_what_was_written(copy, tiny, tmp_path):
     out = tmp_path / "run"
     found = run_ranks(2, start, tiny, tmp_path, "disk", copy)
@@ -112,9 +112,8 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(finished, tmp_path, 
     exported = load_file(output / "model.safetensors")
     assert exported.keys() == final.keys()
     assert all(torch.equal(exported[name], final[name]) for name in final)
-    assert {p.name for p in output.iterdir()} == {
-        p.name for p in (tmp_path / "run" / "final").iterdir()
-    }
+    names = {path.name for path in (tmp_path / "run" / "final").iterdir()}
+    assert {path.name for path in output.iterdir()} == names
     opened, trained = load_run(saved), load_run(tmp_path / "run" / "final")
     state_of = trained.model.state_dict()
     assert all(
@@ -147,13 +146,10 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     """Names of the files that this rank reads for their checksums in one start, checkpoint by
     checkpoint.
     """
-    names = []
-    digest = manifest.digest_of_file
+    names, digest = [], manifest.digest_of_file
 
     def noted(path: Path) -> str:
-        if path.parent.parent.name.strip(".").startswith(
-            "checkpoint-"
-        ) or path.parent.name.startswith("checkpoint-"):
+        if any(above.name.strip(".").startswith("checkpoint-") for above in path.parents[:2]):
             names.append(path.name)
         return digest(path)
 
@@ -165,9 +161,7 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     return names
 
 
-def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(
-    finished: tuple[Path, list[list[str]]], tiny: Path
-) -> None:
+def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(finished, tiny):
     """No part is read by another rank for its checksum, nor any file by two at a resume."""
     folder, saved = finished
     parts = [path.name for path in (folder / "run/checkpoint-3/state").glob("*.distcp")]

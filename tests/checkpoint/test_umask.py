@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from tunesmith.host.files import follow_umask
 from tunesmith.training.run import train
 
 
-@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
-def mode(request: pytest.FixtureRequest) -> Iterator[int]:
+@contextmanager
+def umask(mask: int) -> Iterator[int]:
     """The mode of a new file."""
-    before = os.umask(request.param)
-    yield 0o666 & ~request.param
-    os.umask(before)
+    before = os.umask(mask)
+    try:
+        yield 0o666 & ~mask
+    finally:
+        os.umask(before)
 
 
 def modes(folder: Path) -> set[int]:
@@ -30,31 +33,32 @@ def modes(folder: Path) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "none"])
-def test_a_run_and_a_merge(
-    kind: str, mode: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("kind", "mask"), [("lora", 0o002), ("none", 0o077)])
+def test_a_run_and_a_merge(kind, mask, tiny, tmp_path, monkeypatch):
     merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     log = {"tensorboard": True, "samples": 1}
-    run = make_run(tiny, tmp_path, adapter={"kind": kind}, log=log, train={"duration": "3 steps"})
-    train(run, quiet=True)
-    assert modes(tmp_path / "run") == {mode}
-    assert modes(tmp_path / "cache") == {mode}
-    if kind == "lora":
-        merge(tmp_path / "run", tmp_path / "merged")
-        assert modes(tmp_path / "merged") == {mode}
+    run = make_run(tiny, tmp_path, adapter={"kind": kind}, log=log, train={"duration": "2 steps"})
+    folders = ["run", "cache"]
+    with umask(mask) as mode:
+        train(run, quiet=True)
+        if kind == "lora":
+            merge(tmp_path / "run", tmp_path / "merged")
+            folders.append("merged")
+    for folder in folders:
+        assert modes(tmp_path / folder) == {mode}
 
 
-def test_files_in_folders_and_what_a_link_leads_to(mode: int, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077], ids=oct)
+def test_files_in_folders_and_what_a_link_leads_to(mask: int, tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "a" / "b"
     outside.touch(0o640)
     before = outside.stat().st_mode
-    folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     (folder / "weights").touch(0o600)
     (folder / "link").symlink_to(outside)
-    follow_umask(tmp_path / "a")
+    with umask(mask) as mode:
+        follow_umask(tmp_path / "a")
     assert (folder / "weights").stat().st_mode & 0o777 == mode
     assert outside.stat().st_mode == before
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == ["b", "link", "weights"]

@@ -55,9 +55,7 @@ def whole(run_dir: Path) -> list[int]:
     return sorted(step for step in found if manifest.find_damage(found[step]) is None)
 
 
-def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
-    writer: Writer, tmp_path: Path, synced: list[str]
-) -> None:
+def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(writer, tmp_path, synced):
     for step in (1, 2):
         writer.write(quick, step, keep_step=None)
     assert writer.saved_step == 2
@@ -65,15 +63,13 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
     writer.write_async(save, 3, keep_step=None)
     assert save.begun.wait(30)
     assert not writer.failed
-    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), (
-        "the older ones are needed until it is whole"
-    )
+    # The older ones are needed until it is whole.
+    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2])
     save.go.set()
     writer.wait()
     assert (writer.saved_step, whole(tmp_path)) == (3, [2, 3])
-    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"], (
-        "the records are on the disk first"
-    )
+    # The records are on the disk first.
+    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"]
 
 
 def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:

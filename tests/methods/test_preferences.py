@@ -258,9 +258,7 @@ class WidestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("is_head_trained", [False, True])
-def test_the_logits_of_all_tokens_never_exist(
-    model: TrainModel, is_head_trained: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_logits_of_all_tokens_never_exist(model, is_head_trained, monkeypatch):
     monkeypatch.setattr("tunesmith.loss.CPU_CHUNK_BYTES", 0)  # the smallest chunks, of 16 positions
     use(model, PAIR_METHODS["dpo"])
     [batch] = packed(pairs(8))
@@ -275,9 +273,7 @@ def test_the_logits_of_all_tokens_never_exist(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("parts", "is_packed"), [(1, True), (2, False), (6, True)])
-def test_kto_has_the_loss_and_gradients_of_the_formula(
-    model: TrainModel, parts: int, is_packed: bool
-) -> None:
+def test_kto_has_the_loss_and_gradients_of_the_formula(model, parts, is_packed):
     config = MethodConfig(name="kto", beta=0.2, desirable_weight=0.7, undesirable_weight=1.3)
     use(model, config)
     examples = feedback(6)
@@ -358,9 +354,7 @@ def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
 
 
 @pytest.mark.parametrize("layout", [packed, prompts_once])
-def test_a_pass_of_the_reference_has_the_operations_that_are_counted(
-    model: TrainModel, tiny: Path, layout: Callable[[list[Example]], list[Batch]]
-) -> None:
+def test_a_pass_of_the_reference_has_the_operations_that_are_counted(model, tiny, layout):
     """4 %: of attention `flops` counts what a token sees, torch's counter whole blocks, and a prompt
     that is held once in both documents.
     """
@@ -387,9 +381,7 @@ def test_a_pass_of_the_reference_has_the_operations_that_are_counted(
 @pytest.mark.parametrize(
     ("method", "adapter"), [("dpo", "lora"), ("dpo", "none"), ("kto", "lora"), ("kto", "none")]
 )
-def test_a_step_takes_the_passes_that_are_counted(
-    method: str, adapter: str, model: TrainModel, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_step_takes_the_passes_that_are_counted(method, adapter, model, tiny, tmp_path):
     form = "feedback" if method == "kto" else "preference"
     rows = {"train": {"source": str(tmp_path / "rows.jsonl"), "format": form}}
     settings = {"method": method, "adapter": {"kind": adapter}, "data": rows}

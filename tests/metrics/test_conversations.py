@@ -12,13 +12,8 @@ from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, wh
     [
         # ChatML and Gemma
         (
-            "system\nBe kind.\nuser\nHi 🚲\n\nthere\nassistant\nHello\nuser\nMore\nassistant\n",
-            [
-                ("system", "Be kind."),
-                ("user", "Hi 🚲\n\nthere"),
-                ("assistant", "Hello"),
-                ("user", "More"),
-            ],
+            "system\nBe kind.\nuser\nHi 🚲\n\nthere\nassistant\nHello\n",
+            [("system", "Be kind."), ("user", "Hi 🚲\n\nthere"), ("assistant", "Hello")],
         ),
         ("user\nSay 0\nmodel\n", [("user", "Say 0")]),
         # Qwen 3 without thinking

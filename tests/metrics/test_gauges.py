@@ -23,50 +23,32 @@ def test_without_a_gpu_the_hosts_memory_is_the_only_gauge() -> None:
     assert 0 < found["host_memory_percent"] < 100
 
 
-def gpu_gauges(monkeypatch: pytest.MonkeyPatch, **gauges: object) -> None:
-    for name in ("utilization", "power_draw", "clock_rate", "temperature"):
-        monkeypatch.setattr(torch.cuda, name, gauges[name])
-
-
-def test_a_gauge_that_fails_is_not_asked_again_and_the_others_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gauges_are_read_once_in_their_interval_and_one_that_fails_never_again(monkeypatch):
     asked = []
 
     def missing(device: torch.device) -> int:
-        asked.append(device)
+        asked.append("temperature")
         raise RuntimeError("not supported")
 
-    known = {"utilization": lambda d: 97, "clock_rate": lambda d: 1980, "temperature": lambda d: 66}
-    gpu_gauges(monkeypatch, power_draw=missing, **known)
-    gauges = Gauges(torch.device("cuda"), every=0.0)
-    for _ in range(2):
-        found = dict(gauges.read())
-        assert 0 < found.pop("host_memory_percent") < 100
-        assert found == {
-            "gpu_utilization": 97.0,
-            "gpu_clock_mhz": 1980.0,
-            "gpu_temperature_celsius": 66.0,
-        }
-    assert len(asked) == 1
+    monkeypatch.setattr(torch.cuda, "utilization", lambda d: asked.append("utilization") or 97)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda d: 612_345)
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda d: 1980)
+    monkeypatch.setattr(torch.cuda, "temperature", missing)
+    for every, utilizations in ((60.0, 1), (0.0, 3)):
+        asked.clear()
+        gauges = Gauges(torch.device("cuda"), every=every)
+        for _ in range(3):
+            found = dict(gauges.read())
+            assert 0 < found.pop("host_memory_percent") < 100
+            assert found == {
+                "gpu_utilization": 97.0,
+                "gpu_power_watts": 612.345,
+                "gpu_clock_mhz": 1980.0,
+            }
+        assert sorted(asked) == ["temperature", *["utilization"] * utilizations]
 
 
-def test_gauges_are_read_once_in_their_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    known = {
-        "utilization": lambda d: asked.append(d) or 97,
-        "clock_rate": lambda d: 1,
-        "temperature": lambda d: 2,
-    }
-    gpu_gauges(monkeypatch, power_draw=lambda d: 612_345, **known)
-    gauges = Gauges(torch.device("cuda"), every=60.0)
-    assert [gauges.read()["gpu_power_watts"] for _ in range(3)] == [612.345] * 3
-    assert len(asked) == 1
-
-
-def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=cable0,cable1")
     statistics = tmp_path / "sys/class/net/cable0/statistics"
     statistics.mkdir(parents=True)
@@ -87,22 +69,13 @@ def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(
     for port in (1, 2):
         counters = tmp_path / f"sys/class/infiniband/roce0/ports/{port}/counters"
         counters.mkdir(parents=True)
-        (counters / "port_xmit_data").write_text("10\n")
-        (counters / "port_rcv_data").write_text("100\n")
-        (counters / "port_xmit_wait").write_text("7\n")
+        for name, value in (("xmit_data", 10), ("rcv_data", 100), ("xmit_wait", 7)):
+            (counters / f"port_{name}").write_text(f"{value}\n")
     assert network_bytes(tmp_path) == 880
 
 
 def train_for(steps: int, model: Path, folder: Path) -> None:
-    train(
-        make_run(
-            model,
-            folder,
-            held=False,
-            output_dir=str(folder / "run"),
-            train={"duration": f"{steps} steps"},
-        )
-    )
+    train(make_run(model, folder, held=False, train={"duration": f"{steps} steps"}), quiet=True)
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from errors import check_error, warnings_with
+from errors import refuses, warnings_with
+from ranks import environment_of, free_port
 from recipes import recipe
 from records import RUN, record
 from tunesmith.config.dump import to_yaml
@@ -47,21 +48,18 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return sorted((e.step, e.value) for e in events.Scalars(tag))
 
 
-def report(
-    name: str, folder: Path, steps: range, *, resumed_at: int = 0, loss: float | None = None
-) -> list[str]:
+def report(name: str, folder: Path, steps: range, resumed_at: int = 0, **changed: Any) -> list[str]:
     """The warnings of one start, which ends after `steps`."""
     warnings: list[str] = []
-    sink, jsonl = TrackerSink(name, folder, warnings.append), JsonlSink(folder / "metrics.jsonl")
-    sink.open(RUN, resumed_at)
-    jsonl.open(RUN, resumed_at)
+    sinks = [JsonlSink(folder / "metrics.jsonl"), TrackerSink(name, folder, warnings.append)]
+    for sink in reversed(sinks):
+        sink.open(RUN, resumed_at)
     for step in steps:
-        made = record(step, val_loss=1.0 / step, **({} if loss is None else {"loss": loss}))
-        for each in (jsonl, sink):
-            each.step(made)
-    sink.close()
-    sink.close()
-    jsonl.close()
+        for sink in sinks:
+            sink.step(record(step, val_loss=1.0 / step, **changed))
+    for sink in reversed(sinks):
+        sink.close()
+        sink.close()
     return warnings
 
 
@@ -76,9 +74,7 @@ def test_each_tracker_of_the_recipe_is_one_of_accelerate() -> None:
     ]
 
 
-def test_each_step_is_reported_under_the_names_of_tensorboard(
-    tmp_path: Path, tensorboard: str
-) -> None:
+def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path, tensorboard):
     assert report(tensorboard, tmp_path, range(1, 4)) == []
     assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
     assert scalars(tmp_path, "validation/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
@@ -90,13 +86,8 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(
     [("chats", "other", "chats"), (None, "other", "other"), (None, None, "tunesmith")],
 )
 def test_the_project_is_that_of_the_recipe_else_of_the_environment(
-    in_recipe: str | None,
-    in_environment: str | None,
-    project: str,
-    tmp_path: Path,
-    tensorboard: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    in_recipe, in_environment, project, tmp_path, tensorboard, monkeypatch
+):
     monkeypatch.setitem(TRACKERS, tensorboard, TRACKERS[tensorboard]._replace(project="A_PROJECT"))
     if in_environment:
         monkeypatch.setenv("A_PROJECT", in_environment)
@@ -107,33 +98,19 @@ def test_the_project_is_that_of_the_recipe_else_of_the_environment(
     assert [folder.name for folder in (tmp_path / "events").iterdir()] == [project]
 
 
-def test_a_step_that_is_repeated_is_reported_once(tmp_path: Path, tensorboard: str) -> None:
-    """Killed after step 5, resumed from checkpoint-3: steps 4 and 5 come out the same, and are
-    known.
-    """
+def test_a_step_that_is_repeated_is_reported_once_and_again_if_it_comes_out_otherwise(
+    tmp_path, tensorboard
+):
+    """Killed after step 5 and resumed from checkpoint-3; then forced on with another rate."""
     report(tensorboard, tmp_path, range(1, 6))
     report(tensorboard, tmp_path, range(4, 8), resumed_at=3)
-    assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6, 7]
-    assert [step for step, _ in scalars(tmp_path, "validation/loss")] == [1, 2, 3, 4, 5, 6, 7]
+    for tag in ("train/loss", "validation/loss"):
+        assert [step for step, _ in scalars(tmp_path, tag)] == [1, 2, 3, 4, 5, 6, 7]
+    report(tensorboard, tmp_path, range(7, 8), resumed_at=6, loss=9.0)
+    assert scalars(tmp_path, "train/loss")[6:] == [(7, pytest.approx(2 / 7)), (7, 9.0)]
 
 
-def test_a_step_that_comes_out_otherwise_is_reported_again(
-    tmp_path: Path, tensorboard: str
-) -> None:
-    """As with checkpoint.resume: force and another learning rate."""
-    report(tensorboard, tmp_path, range(1, 6))
-    report(tensorboard, tmp_path, range(4, 6), resumed_at=3, loss=9.0)
-    assert [value for step, value in scalars(tmp_path, "train/loss") if step > 3] == [
-        0.5,
-        9.0,
-        pytest.approx(0.4),
-        9.0,
-    ]
-
-
-def test_a_tracker_that_fails_is_told_once_and_left_alone(
-    tmp_path: Path, tensorboard: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_fails_is_told_once_and_left_alone(tmp_path, tensorboard, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 
     calls: list[int] = []
@@ -149,9 +126,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
     assert calls == [1]
 
 
-def test_samples_that_wandb_cannot_take_do_not_stop_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_that_wandb_cannot_take_do_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # its table cannot be made
     warnings: list[str] = []
     sink = TrackerSink("wandb", tmp_path, warnings.append)
@@ -163,9 +138,8 @@ def test_samples_that_wandb_cannot_take_do_not_stop_the_run(
 
 def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: str) -> None:
     (tmp_path / "events").write_text("a file")
-    with pytest.raises(MachineError) as raised:
+    with refuses(MachineError, names=["tensorboard"]) as raised:
         report(tensorboard, tmp_path, range(1, 2))
-    check_error(raised.value, names=["tensorboard"])
     assert raised.value.why
     assert raised.value.fix
 
@@ -179,15 +153,13 @@ def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: s
     ],
 )
 def test_a_missing_package_is_told_before_the_model_is_looked_for(
-    name: str, log: dict, where: str, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name, log, where, way_out, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe(tmp_path / "no-such-model", tmp_path, log=log)))
-    with pytest.raises(MachineError) as raised:
+    with refuses(MachineError, where=where, names=[name], fix=["pip install"]) as raised:
         train(path, quiet=True)
-    check_error(raised.value, where=where, names=[name], fix=["pip install"])
-    assert raised.value.fix.startswith("run `pip install ")
     assert raised.value.fix.endswith(f", or {way_out}")
 
 
@@ -225,16 +197,11 @@ def trackio_run(folder: Path) -> tuple[dict[str, str], list[list[tuple[int, floa
 
     def asked(*words: str) -> dict:
         command = [sys.executable, "-m", "trackio.cli", *words, "--project", "tunesmith", "--json"]
-        environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio")}
-        return json.loads(
-            subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            ).stdout
-        )
+        environment = os.environ | {"TRACKIO_DIR": str(folder / "trackio")}
+        return json.loads(subprocess.check_output(command, env=environment, text=True))
 
-    (name,) = (
-        run if isinstance(run, str) else run["name"] for run in asked("list", "runs")["runs"]
-    )
+    [run] = asked("list", "runs")["runs"]
+    name = run if isinstance(run, str) else run["name"]
     curves = []
     for tag in ("train/loss", "validation/loss"):
         values = asked("get", "metric", "--run", name, "--metric", tag)["values"]
@@ -242,34 +209,36 @@ def trackio_run(folder: Path) -> tuple[dict[str, str], list[list[tuple[int, floa
     return asked("get", "run", "--run", name)["config"], curves
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "read"), [("mlflow", mlflow_run), ("trackio", trackio_run)])
-def test_a_run_that_was_killed_reads_back_whole(
-    name: str, read, tiny: Path, tmp_path: Path
-) -> None:
-    """Written by a real run, started as torchrun starts one, and read by the tracker's own client."""
+def killed_and_resumed(name: str, package: str, tiny: Path, folder: Path) -> None:
+    """A real run that is killed after step 5 and goes on, each time as torchrun starts one."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(
-            f"{name} is not installed: pip install {'mlflow-skinny' if name == 'mlflow' else name}"
-        )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(recipe(tiny, tmp_path, log={"trackers": [name]})))
-    store = {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
-    ranks = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29517",
+        pytest.skip(f"{name} is not installed: pip install {package}")
+    path = folder / "recipe.yaml"
+    path.write_text(to_yaml(recipe(tiny, folder, log={"trackers": [name]})))
+    store = {
+        "MLFLOW_TRACKING_URI": f"file://{folder}/mlruns",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "TRACKIO_DIR": str(folder / "trackio"),
+        "WANDB_MODE": "offline",
     }
-    environment = {**os.environ, **store, **ranks, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment = os.environ | store | environment_of(0, 1, free_port())
     for how, code in (("kill", -signal.SIGKILL), ("go on", 0)):
         command = [sys.executable, "-c", START, str(path), how]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
+            command, env=environment, capture_output=True, text=True, cwd=folder, check=False
         )
         assert done.returncode == code, done.stderr
         assert done.stdout == "", "stdout is for answers"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("name", "package", "read"),
+    [("mlflow", "mlflow-skinny", mlflow_run), ("trackio", "trackio", trackio_run)],
+)
+def test_a_run_that_was_killed_reads_back_whole(name, package, read, tiny, tmp_path):
+    """Read by the tracker's own client."""
+    killed_and_resumed(name, package, tiny, tmp_path)
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     config, (losses, validation) = read(tmp_path)
     written = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -277,3 +246,12 @@ def test_a_run_that_was_killed_reads_back_whole(
     assert losses == [(r.step, r.loss) for r in written]
     assert validation == [(r.step, r.val_loss) for r in written if r.val_loss is not None]
     assert float(config["train.learning_rate"]) == 1e-3
+
+
+@pytest.mark.nightly
+def test_wandb_offline_keeps_its_id_over_a_resume(tiny: Path, tmp_path: Path) -> None:
+    killed_and_resumed("wandb", "wandb", tiny, tmp_path)
+    (name,) = (tmp_path / "run" / "wandb-id.txt").read_text().split()
+    found = list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert len(found) == 2
+    assert all(folder.name.endswith(f"-{name}") for folder in found)

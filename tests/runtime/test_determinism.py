@@ -14,17 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from devices import cpu_and_gpu
-from errors import holds
+from errors import refuses
 from recipes import make_run
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, StoppedError
+from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.determinism import WORKSPACE, deterministic_algorithms
 from tunesmith.training.run import train
-
-pytestmark = pytest.mark.slow
-
-ON = {"deterministic": True}
 
 
 def state() -> tuple[bool, ...]:
@@ -68,99 +65,71 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
     with deterministic_algorithms(True):
         assert state()[0]
     monkeypatch.delenv(WORKSPACE)
-    with pytest.raises(MachineError, match="cuBLAS") as caught, deterministic_algorithms(True):
+    with (
+        refuses(MachineError, names=["cuBLAS"], fix=[f"{WORKSPACE}=:4096:8"]),
+        deterministic_algorithms(True),
+    ):
         pytest.fail("a product would raise in the middle of a step")
-    assert f"{WORKSPACE}=:4096:8" in caught.value.fix
 
 
 def losses(run: Run, then: Callable[[StepRecord], object] = lambda record: None) -> list[float]:
     return [record.loss for record in train(run, on_record=then, quiet=True).records]
 
 
-def trained(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(Path(run.output_dir) / "final" / "adapter_model.safetensors")
-
-
-def stopped_and_resumed(run: Run, step: int) -> list[float]:
-    """Losses of the second start, after a stop that `step` asks for."""
-
-    def stop(record: StepRecord) -> None:
-        if record.step == step:
-            os.kill(os.getpid(), 15)
-
-    with pytest.raises(StoppedError):
-        losses(run, stop)
-    return losses(run)
-
-
-def test_a_run_with_it_is_one_without_and_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
-    seen: list[bool] = []
-    runs = {name: tmp_path / name for name in ("plain", "whole", "resumed")}
-    for folder in runs.values():
-        folder.mkdir()
-    plain = losses(make_run(tiny, runs["plain"]), lambda record: seen.append(state()[0]))
-    whole = make_run(tiny, runs["whole"], train=ON)
-    assert losses(whole, lambda record: seen.append(state()[0])) == plain, (
-        "no operator of a CPU step has a second form"
-    )
-    assert seen == [False] * 8 + [True] * 8
-    assert not state()[0]
-    resumed = make_run(tiny, runs["resumed"], train=ON)
-    assert stopped_and_resumed(resumed, 3) == plain[3:]
-    for name, tensor in trained(whole).items():
-        assert torch.equal(trained(resumed)[name], tensor), name
-    env = json.loads((runs["whole"] / "run" / "env.json").read_text())
-    assert env["choices"]["kernels"]["taken"] == "deterministic"
-    assert "kernels" not in json.loads((runs["plain"] / "run" / "env.json").read_text())["choices"]
-
-
-def test_an_operator_that_cannot_is_named_with_the_key(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_an_operator_that_cannot_is_named_with_the_key(tiny, tmp_path, monkeypatch):
     """`Tensor.put_` is on torch's list for every device."""
-    from tunesmith.methods.sft import SupervisedFineTuning
 
-    call = SupervisedFineTuning.__call__
-
-    def scattered(self: SupervisedFineTuning, *args: object, **options: object) -> object:
+    def scattered(*args: object, **options: object) -> None:
         torch.zeros(3).put_(torch.tensor([1]), torch.tensor([2.0]))
-        return call(self, *args, **options)
+        raise ZeroDivisionError("not reached with train.deterministic")
 
     monkeypatch.setattr(SupervisedFineTuning, "__call__", scattered)
-    assert losses(make_run(tiny, tmp_path, held=False, output_dir=str(tmp_path / "without")))
-    with pytest.raises(RunError) as caught:
-        losses(make_run(tiny, tmp_path, held=False, train=ON))
-    text = caught.value.text()
-    assert holds(text, "put_", "train.deterministic")
-    assert "train.deterministic=false" in text
+    run = make_run(tiny, tmp_path, held=False, train={"deterministic": True})
+    with refuses(
+        RunError, names=["put_", "train.deterministic"], fix=["train.deterministic=false"]
+    ):
+        losses(run)
 
 
+@pytest.mark.slow
 @cpu_and_gpu
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_steps_resumed(
-    deterministic: bool, device: torch.device, tiny: Path, tmp_path: Path
-) -> None:
+def test_steps_resumed(deterministic, device, tiny, tmp_path):
     """Bitwise with the key. Without it, on a GPU, FlashAttention's backward sums in any order:
     gradients differ by bf16's rounding, 2**-8 of the largest, which 10 steps of rate 1e-3 turn into
     a thousandth of the loss.
     """
-    steps = 20 if device.type == "cuda" else 4  # a CPU's are equal, or differ in the first one
+    on_gpu = device.type == "cuda"
+    steps = 20 if on_gpu else 4  # a CPU's are equal, or differ in the first one
     changes = {"duration": f"{steps} steps", "deterministic": deterministic}
+    runs, modes = {}, []
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
-    whole, resumed = (
-        make_run(tiny, tmp_path / name, model={"dtype": "bf16"}, train=changes)
-        for name in ("whole", "resumed")
-    )
-    found = stopped_and_resumed(resumed, steps // 2)
+        model = {"dtype": "bf16" if on_gpu else "fp32"}
+        runs[name] = make_run(tiny, tmp_path / name, held=False, model=model, train=changes)
+
+    def stop(record: StepRecord) -> None:
+        if record.step == steps // 2:
+            os.kill(os.getpid(), 15)
+
+    with pytest.raises(StoppedError):
+        losses(runs["resumed"], stop)
+    found = losses(runs["resumed"], lambda record: modes.append(state()[0]))
     assert len(found) in (steps // 2 - 1, steps // 2), (
         "a GPU's record comes one step late, and so does the stop that it asks for"
     )
-    expected = losses(whole)[-len(found) :]
-    if deterministic:
-        assert found == expected
-        assert all(
-            torch.equal(trained(resumed)[name], tensor) for name, tensor in trained(whole).items()
-        )
-    else:
+    assert {*modes} == {deterministic}
+    assert not state()[0]
+    expected = losses(runs["whole"])[-len(found) :]
+    choices = json.loads((tmp_path / "whole/run/env.json").read_text())["choices"]
+    assert choices.get("kernels", {}).get("taken") == ("deterministic" if deterministic else None)
+    if not deterministic:
         assert found == pytest.approx(expected, rel=1e-3)
+        return
+    assert found == expected
+    whole, resumed = (
+        load_file(Path(run.output_dir) / "final" / "adapter_model.safetensors")
+        for run in runs.values()
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())

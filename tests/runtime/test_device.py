@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -92,11 +91,6 @@ def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
     return cuda.told
 
 
-def free_on(cuda: Pretended) -> int:
-    with patch.object(device, "cuda", cuda):
-        return free_memory(GPU)
-
-
 def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the limit with the least for each rank, less the floor."""
     machine = MemoryLimit("", 119 * GIB, used=19 * GIB, used_by_run=3 * GIB)
@@ -109,53 +103,43 @@ def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("reserved", "gib"), [(0, 90), (20 * GIB, 110), (60 * GIB, 119)])
-def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(
-    reserved: int, gib: float
-) -> None:
+def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(reserved, gib):
     """MemAvailable has lost what this process took before, such as in an earlier run; and no share
     is above 1.
     """
     for place in (GPU, torch.device("cuda")):
-        assert prepared(Pretended(integrated=True, reserved=reserved), place) == [
-            pytest.approx(gib / 119)
-        ]
+        told = prepared(Pretended(integrated=True, reserved=reserved), place)
+        assert told == [pytest.approx(gib / 119)]
 
 
-def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert prepared(Pretended(integrated=False)) == ["expandable_segments:True"]
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(name, monkeypatch):
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    expected = [] if name else ["expandable_segments:True"]
+    assert prepared(Pretended(integrated=False)) == expected
     assert prepared(Pretended(integrated=True), CPU) == []
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        with monkeypatch.context() as context:
-            context.setenv(name, "backend:native")
-            assert prepared(Pretended(integrated=False)) == []
-
-
-def test_a_device_is_chosen_with_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[torch.device] = []
     monkeypatch.setattr(device, "prepare_allocator", told.append)
     assert choose_device() == told[0]
 
 
-def test_free_memory_is_the_card_s_or_the_host_s() -> None:
-    assert free_on(Pretended(integrated=False, free=7)) == 7
-    assert free_on(Pretended(integrated=True, free=7)) == 90 * GIB
+@pytest.mark.parametrize(("reserved", "idle"), [(0, 0), (30, 20)])
+def test_free_memory_is_the_card_s_or_the_host_s_and_what_the_allocator_holds_unused(
+    reserved, idle
+):
+    for integrated, free in ((False, 7), (True, 90 * GIB)):
+        cuda = Pretended(
+            integrated=integrated, free=7, reserved=reserved, allocated=reserved - idle
+        )
+        with patch.object(device, "cuda", cuda):
+            assert free_memory(GPU) == free + idle
+            assert [is_integrated(place) for place in (GPU, CPU)] == [integrated, False]
     assert free_memory(CPU) == 99 * GIB
 
 
-def test_memory_that_the_allocator_holds_unused_since_an_earlier_run_is_free() -> None:
-    for integrated, before in ((False, 7), (True, 90 * GIB)):
-        assert (
-            free_on(Pretended(integrated=integrated, free=7, reserved=30, allocated=10))
-            == before + 20
-        )
-
-
 @pytest.mark.slow
-def test_what_an_earlier_run_left_is_freed_before_the_next(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_earlier_run_left_is_freed_before_the_next(tiny, tmp_path, monkeypatch):
     gc.disable()  # until the function asks for it
     layer, cuda = nn.Linear(2, 2), Pretended(integrated=False)
     layer.owner = [layer]
@@ -173,11 +157,6 @@ def test_what_an_earlier_run_left_is_freed_before_the_next(
     monkeypatch.setattr(plan_stage, "choose_device", lambda: order.append("chosen") or CPU)
     build(Request(make_run(tiny, tmp_path)))
     assert order == ["freed", "chosen"]
-
-
-def test_an_integrated_gpu_is_told_from_others() -> None:
-    with patch.object(device, "cuda", Pretended(integrated=True)):
-        assert [is_integrated(place) for place in (GPU, CPU)] == [True, False]
 
 
 def test_this_torch_takes_the_setting() -> None:
@@ -201,9 +180,9 @@ def test_more_than_the_limit_raises_and_the_segments_expand() -> None:
         torch.cuda.set_per_process_memory_fraction(share, place)
     torch.cuda.empty_cache()
     block = torch.empty(64 * 2**20, dtype=torch.uint8, device=place)
-    segments = [
-        s
-        for s in torch.cuda.memory_snapshot()
-        if s["address"] <= block.data_ptr() < s["address"] + s["total_size"]
+    expandable = [
+        segment["is_expandable"]
+        for segment in torch.cuda.memory_snapshot()
+        if 0 <= block.data_ptr() - segment["address"] < segment["total_size"]
     ]
-    assert [s["is_expandable"] for s in segments] == [not is_integrated(place)]
+    assert expandable == [not is_integrated(place)]

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: seen in the resident memory of a process of its own."""
+"""Freed memory stays with the process, caches are bounded, and threads take the free cores."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +22,6 @@ from tunesmith.runtime.host import (
     prepare_threads,
 )
 
-pytestmark = pytest.mark.slow
-
 PROBE = """
 import torch
 from tunesmith.runtime.host import keep_freed_pages
@@ -41,29 +37,63 @@ print(left(), keep_freed_pages(), left())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_two_hundred_mib_that_were_freed_are_kept():
-    done = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True)
-    given, works, kept = done.stdout.split()
+def test_two_hundred_mib_that_were_freed_are_kept() -> None:
+    given, works, kept = subprocess.check_output([sys.executable, "-c", PROBE], text=True).split()
     assert works == "True"
     assert int(given) < 50 < 150 < int(kept)
 
 
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
-
-
-def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What it brings is told in the docstring: a process's resident memory is too unsteady to be
-    asserted.
-    """
-    for name in CACHES:
+def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(monkeypatch):
+    names = (
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "LRU_CACHE_CAPACITY",
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    )
+    for name in names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(CACHES[1], "7")
+    monkeypatch.setenv(names[1], "7")
     bound_shape_caches()
-    assert [os.environ[name] for name in CACHES] == [CACHED_SHAPES, "7", "1"]
+    assert [os.environ[name] for name in names] == [CACHED_SHAPES, "7", "1"]
     assert int(CACHED_SHAPES) < 1024, "what oneDNN keeps by itself"
+
+
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not imported torch, without variables of threads."""
+    if sys.platform != "linux":
+        pytest.skip("libgomp is torch's on Linux")
+    for name in WAIT_VARIABLES | {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        monkeypatch.setenv(name, "")  # so that it is restored, whatever the test leaves
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch")
+    prepare_threads.cache_clear()
+    yield
+    prepare_threads.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "policy", "threads"),
+    [
+        (Cores(total=8, busy=3, allowed=8), {}, "PASSIVE", "5"),
+        (Cores(total=8, busy=0, allowed=8), {}, None, "8"),
+        (Cores(total=8, busy=0, allowed=2), {}, "PASSIVE", "2"),
+        (Cores(total=2, busy=1, allowed=2), {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", "2"),
+        (Cores(total=2, busy=1, allowed=2), {"GOMP_SPINCOUNT": "7"}, None, "2"),
+        (Cores(total=2, busy=1, allowed=2), {"OMP_NUM_THREADS": "1"}, "PASSIVE", "1"),
+    ],
+)
+def test_threads_sleep_at_once_beside_a_busy_neighbour_unless_the_user_says_otherwise(
+    cores, given, policy, threads, no_torch, monkeypatch
+):
+    monkeypatch.setattr(host, "measure_cores", lambda *_: cores)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    why = prepare_threads()
+    assert (why == host.BY_ENVIRONMENT) == ("OMP_NUM_THREADS" in given)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 STARTED = """
@@ -72,57 +102,33 @@ import os, sys
 import tunesmith
 {then}
 import torch
-print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), torch.get_num_threads())
+print(os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads())
 """
-PUBLIC_NAME = "tunesmith.StepRecord"
 COMMAND_LINE = "from tunesmith.cli.main import main; main(['bench', 'no-such-recipe.yaml'])"
 
 
-def started(*, first: str = "", then: str = PUBLIC_NAME, **variables: str) -> list[str]:
-    """How threads wait, and how many there are, in a process of its own: [policy, spins, threads].
-
-    Each public name prepares them before it is imported; a record's class needs nothing else.
-    """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
-    code = STARTED.format(first=first, then=then)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env | variables, check=True, capture_output=True, text=True)
-    return done.stdout.split()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's on Linux")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")]
+    ("first", "then", "prepared"),
+    [
+        ("", "tunesmith.StepRecord", True),
+        ("", COMMAND_LINE, True),
+        ("import torch; torch.set_num_threads(5)", "tunesmith.StepRecord", False),
+    ],
+    ids=["a public name", "the command line", "a torch of the user"],
 )
-def test_variables_of_the_user_stay_as_they_are_beside_a_busy_neighbour(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for each in WAIT_VARIABLES:
-        monkeypatch.setenv(each, "")  # so that it is restored, whatever the test leaves
-        monkeypatch.delenv(each)
-    monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(host, "measure_cores", lambda *_: Cores(total=2, busy=1, allowed=2))
-    monkeypatch.delitem(sys.modules, "torch")
-    prepare_threads.cache_clear()
-    try:
-        assert prepare_threads() == host.BY_ENVIRONMENT
-    finally:
-        prepare_threads.cache_clear()
-    assert {each: os.environ[each] for each in WAIT_VARIABLES & os.environ.keys()} == {name: value}
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-
-
-def test_a_torch_of_the_user_stays_as_it_is() -> None:
-    assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
+def test_threads_are_prepared_before_torch_is_imported(first, then, prepared):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
+    command = [sys.executable, "-c", STARTED.format(first=first, then=then)]
+    variable, threads = subprocess.check_output(command, env=env, text=True).split()
+    assert variable == (threads if prepared else "None")
+    assert prepared or threads == "5"
 
 
 @pytest.mark.parametrize(
     ("named", "kept"), [({}, [4, 3, 7, 4, 4]), ({"OMP_NUM_THREADS": "4"}, [4, 4, 4, 4, 4])]
 )
-def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(
-    named: dict[str, str], kept: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(named, kept, monkeypatch):
     """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped
     step is too.
     """
@@ -142,30 +148,6 @@ def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(
     assert found == kept
 
 
-# Of low priority, so that the test itself does not wait for them.
-BUSY_LOOP = ["nice", "-n", "19", sys.executable, "-c", "print('on', flush=True)\nwhile True: pass"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's on Linux")
-def test_threads_sleep_at_once_beside_a_busy_neighbour() -> None:
-    """As soon as Python asks for a public name, and in the command line."""
-    cores = os.sched_getaffinity(0)
-    neighbours = [subprocess.Popen(BUSY_LOOP, stdout=subprocess.PIPE) for _ in cores]
-    try:
-        for neighbour in neighbours:
-            assert neighbour.stdout is not None
-            neighbour.stdout.readline()
-        with ThreadPoolExecutor() as pool:
-            for found in pool.map(lambda then: started(then=then), (PUBLIC_NAME, COMMAND_LINE)):
-                policy, spins, threads = found
-                assert (policy, spins) == ("PASSIVE", "None")
-                assert 1 <= int(threads) <= len(cores)
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.communicate()
-
-
 def stat(cpus: int, busy: int, at: int) -> str:
     """/proc/stat at tick `at` of a machine whose first `busy` processors compute all the time."""
     rows = [
@@ -175,36 +157,22 @@ def stat(cpus: int, busy: int, at: int) -> str:
     return "\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *rows, "intr 5 0"])
 
 
-@pytest.mark.parametrize(
-    ("busy", "threads", "why"),
-    [
-        (0, 8, "one per core"),
-        (3, 5, "busy cores: 3 of 8"),
-        (4, 8, "one per core"),
-        (8, 8, "one per core"),
-    ],
-)
+@pytest.mark.parametrize(("busy", "threads"), [(0, 8), (3, 5), (4, 8), (8, 8)])
 def test_busy_cores_are_left_out_while_more_than_half_are_free(
-    busy: int, threads: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    busy, threads, tmp_path, monkeypatch
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cores = measure_cores(stat(8, busy, 100), stat(8, busy, 106), tmp_path)
     assert cores == Cores(8, busy, 8)
-    assert (cores.threads()[0], cores.threads()[1].split(";")[0]) == (threads, why)
+    count, why = cores.threads()
+    assert count == threads
+    assert holds(why, busy, 8) == (threads < 8)
 
 
-def test_two_processors_of_one_core_take_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processors_of_one_core_take_one_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     for cpu in range(4):
         file = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
         file.parent.mkdir(parents=True)
         file.write_text(f"{cpu % 2},{cpu % 2 + 2}\n", encoding="ascii")
     assert measure_cores(stat(4, 2, 100), stat(4, 2, 106), tmp_path) == Cores(2, 1, 2)
-
-
-def test_a_share_of_the_cores_time_bounds_the_threads() -> None:
-    count, why = Cores(total=16, busy=2, allowed=4).threads()
-    assert count == 4
-    assert holds(why, 16)

@@ -66,19 +66,20 @@ def plan_of(
     return plan
 
 
+STOCHASTIC = FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}
+NONE = {"train.recompute": "none"}
+CUT = NONE | {"data.allow_cut_answers": True}
+WIDE = NONE | {"train.micro_batch": "16384 tokens"}
+IN_BACKWARD = "train.optimizer_in_backward=true train.clip_norm=null"
 REFUSED = [
-    ("llama3-8b", 138, FULL, "train.optimizer=adamw-8bit"),
-    ("llama3-8b", 138, FULL, "train.master_weights=stochastic"),
-    ("llama3-8b", 138, FULL, "train.optimizer_in_backward=true train.clip_norm=null"),
-    ("llama3-8b", 138, FULL, "adapter.kind=lora"),
-    ("llama3-8b", 79, FULL, "train.optimizer=adamw-8bit train.master_weights=stochastic"),
-    ("llama3-8b", 100, FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}, "train.master_weights=stochastic"),
-    ("llama3-8b", 24, {"train.recompute": "none"}, "train.recompute=full"),
-    ("llama3-8b", 24, {"train.recompute": "none"}, "data.seq_len=1024 data.too_long=drop"),
-    ("llama3-8b", 24, {"train.recompute": "none", "data.allow_cut_answers": True}, "data.seq_len=1024"),
-    ("llama3-8b", 40, {"train.recompute": "none", "train.micro_batch": "16384 tokens"}, "train.micro_batch='4096 tokens'"),
-    ("llama3-70b", 138, {}, "model.quantize=nf4"),
-    ("llama3-70b", 138, FULL, "model.quantize=nf4 adapter.kind=lora"),
+    ("llama3-8b", 138, FULL, ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", IN_BACKWARD, "adapter.kind=lora"]),
+    ("llama3-8b", 79, FULL, ["train.optimizer=adamw-8bit train.master_weights=stochastic"]),
+    ("llama3-8b", 100, STOCHASTIC, ["train.master_weights=stochastic"]),
+    ("llama3-8b", 24, NONE, ["train.recompute=full", "data.seq_len=1024 data.too_long=drop"]),
+    ("llama3-8b", 24, CUT, ["data.seq_len=1024"]),
+    ("llama3-8b", 40, WIDE, ["train.micro_batch='4096 tokens'"]),
+    ("llama3-70b", 138, {}, ["model.quantize=nf4"]),
+    ("llama3-70b", 138, FULL, ["model.quantize=nf4 adapter.kind=lora"]),
 ]  # fmt: skip
 
 
@@ -89,14 +90,14 @@ NEEDS = ("GiB", "weights", "recompute")
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gib", "keys", "offered"), REFUSED)
 def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
-    recipe: Path, shape: str, gib: float, keys: dict[str, object], offered: str
-) -> None:
+    recipe, shape, gib, keys, offered
+):
     with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), shape, gib)
     assert refused.value.exit_code == EXIT_USAGE
     fix = refused.value.fix.removeprefix("set ")
     changes = dict(change.rpartition(" (")[::2] for change in fix.split("; or "))
-    assert offered in changes
+    assert {*offered} <= {*changes}
     for words, claimed in changes.items():
         # As the user would: the same recipe, with the words on the command line.
         again = plan_of(load_recipe(recipe, [*words_of(keys), *shlex.split(words)]), shape, gib)
@@ -114,10 +115,9 @@ def words_of(keys: dict[str, object]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "gib"), [("llama3-8b", 5), ("llama3-70b", 10)])
-def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: float) -> None:
-    with pytest.raises(MachineError) as refused:
-        plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), shape, gib / 2)
+def test_nothing_is_offered_where_nothing_helps(recipe: Path) -> None:
+    with refuses(MachineError) as refused:
+        plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), "llama3-8b", 2.5)
     assert "=" not in refused.value.fix
 
 
@@ -148,27 +148,21 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
 @pytest.mark.parametrize(
     ("keys", "fix"),
     [
-        (
-            {"train.recompute": "none"},
-            "set train.recompute=full (16.3 GiB); or "
-            "train.cpu_offload='[parameters]' (21.1 GiB; 4.4 GB of the host's memory)",
-        ),
-        (FULL, "set adapter.kind=lora (21.3 GiB) with --fresh"),
+        (NONE, ["train.recompute=full", "16.3 GiB", "train.cpu_offload='[parameters]'", "4.4 GB"]),
+        (FULL, ["adapter.kind=lora", "21.3 GiB", "--fresh"]),
     ],
 )
-def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
-    recipe: Path, keys: dict[str, object], fix: str
-) -> None:
-    with pytest.raises(MachineError) as refused:
+def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(recipe, keys, fix):
+    with refuses(MachineError, fix=fix) as refused:
         plan_of(load_recipe(recipe, keys), "llama3-8b", 24, before=Size(2048, "tokens"))
-    assert refused.value.fix == fix
+    assert refused.value.fix.count("; or ") == fix.count("4.4 GB")
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
     """The planner aims below USABLE_SHARE; a plan between that and ALLOCATABLE_SHARE is tried, and has advice
     in case it fails.
     """
-    keys = {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
+    keys = NONE | {"train.micro_batch": "2048 tokens"}
     plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
     assert USABLE_SHARE < plan.memory.total / plan.memory.free < ALLOCATABLE_SHARE
     assert plan.savings()[0].keys == "train.recompute=full"
@@ -186,15 +180,15 @@ def test_a_checkpoint_s_copies_refuse_nothing(recipe: Path) -> None:
         plan_of(run, "llama3-8b", 0.999 * needed / ALLOCATABLE_SHARE / GIB)
 
 
+BUSY = {"device": "cpu", "compiles": (False, "")}
+
+
 def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> None:
+    """57 GiB stay, and activations come on top."""
     run = load_recipe(recipe, FULL)
-    busy = {"device": "cpu", "compiles": (False, "")}
-    assert plan_of(run, "llama3-3b", 60, **busy).memory.free == 60 * GIB, (
-        "57 GiB stay, and activations come on top"
-    )
-    with refuses(MachineError, where="cpu", names=NEEDS) as refused:
-        plan_of(run, "llama3-3b", 50, **busy)
-    assert "train.optimizer=adamw-8bit" in refused.value.fix
+    assert plan_of(run, "llama3-3b", 60, **BUSY).memory.free == 60 * GIB
+    with refuses(MachineError, where="cpu", names=NEEDS, fix=["train.optimizer=adamw-8bit"]):
+        plan_of(run, "llama3-3b", 50, **BUSY)
     unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     plan = plan_on(unknown, run, spec, spec.parameters)
@@ -207,23 +201,18 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
     is not certain.
     """
     run = load_recipe(recipe, {"model.dtype": "bf16"})
-    busy = {"device": "cpu", "compiles": (False, "")}
-    memory = plan_of(run, "llama3-3b", 60, **busy).memory
+    memory = plan_of(run, "llama3-3b", 60, **BUSY).memory
     assert memory.static < memory.least < memory.total
     with refuses(MachineError, where="cpu", names=NEEDS):
-        plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **busy)
+        plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **BUSY)
 
 
-@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
-def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
-    recipe: Path, free: float, warned: bool
-) -> None:
+@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True)])
+def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     """A run took up to a quarter more than the estimate; what other programs hold now they may give
     back.
     """
-    run = load_recipe(
-        recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
-    )
+    run = load_recipe(recipe, FULL | NONE | {"train.micro_batch": "2048 tokens"})
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     group = MemoryLimit("control group /job", 200 * GIB, used=0, used_by_run=0)
     machine = Machine(

@@ -91,7 +91,7 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
 
 
 @cpu_and_gpu
-@pytest.mark.parametrize("streamed", [7, 4, 3, 1])
+@pytest.mark.parametrize("streamed", [7, 3, 1])
 def test_streamed_layers_compute_what_resident_ones_do(name, streamed):
     device = torch.device(name)
     expected = results(built(device, 0)[0], device)
@@ -141,7 +141,7 @@ class Driver:
 
 
 @cpu_and_gpu
-@pytest.mark.parametrize("blocks", [2, 3, 5])
+@pytest.mark.parametrize("blocks", [2, 5])
 def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, monkeypatch):
     device = torch.device(name)
     expected = results(built(device, 0)[0], device)
@@ -162,7 +162,7 @@ def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, monkeypat
 
 
 @cpu_and_gpu
-@pytest.mark.parametrize("blocks", [2, 3, 4])
+@pytest.mark.parametrize("blocks", [2, 3])
 def test_layers_whose_backward_never_comes_are_brought_in_order(name, blocks, monkeypatch):
     """The lowest trained layer's backward brings the one below it, which takes no turn then."""
     device = torch.device(name)
@@ -217,16 +217,12 @@ def test_two_blocks_must_be_locked(monkeypatch):
         built(torch.device("cpu"), LAYERS)
 
 
-def test_nothing_is_said_where_all_is_locked():
-    _, stream = built(torch.device("cpu"), LAYERS)
-    assert stream.measure_staging() == (0, 0)
-
-
 def test_vectors_and_what_trains_do_not_move():
     layers, stream = built(torch.device("cpu"), 3)
     width = WIDTH["cpu"]
     size = -(-4 * width * width // ALIGNED_BYTES) * ALIGNED_BYTES
     assert stream.host_bytes == 3 * size
+    assert stream.measure_staging() == (0, 0), "all of it is locked"
     assert [list(host.offsets) for host in stream.streamed] == [["frozen.weight"]] * 3
     assert all(not p.is_meta for layer in layers for p in layer.parameters())
 
@@ -258,9 +254,7 @@ def test_layers_are_spread_evenly():
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_a_refused_page_lock_leaves_no_error_to_the_next_kernel(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_page_lock_leaves_no_error_to_the_next_kernel(name, monkeypatch):
     """CUDA's runtime keeps the driver's error, and raises it at the next kernel of the process."""
     block = torch.empty(4096, dtype=torch.uint8, pin_memory=name == "cuda")
     if name == "cuda":
