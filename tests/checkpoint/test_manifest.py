@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 from errors import holds, refuses
 from logged import logged_lines
 from page_cache import resident
+from records import record
 from tunesmith.checkpoint import claim, manifest, replicate
+from tunesmith.checkpoint.resume import PROGRESS, Progress
 from tunesmith.errors import CheckpointError
 
 
@@ -170,3 +173,34 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(kills: range, tmp_path: 
         assert found is not None
         assert found[0] >= seen
         assert not list(run.glob(".*"))
+
+
+KEYS = (
+    "step seconds record validated best_step best_loss best_accuracy kept_step kept_score worse "
+    "loss_scale good_steps ended data_hash validation_hash model_hash reference_hash micro_batch "
+    "threads shares_prompts"
+).split()
+
+
+def test_what_is_written_comes_back(tmp_path: Path) -> None:
+    last = record(3, val_loss=math.inf, extra={"kl": 0.1})
+    before = Progress(3, 1.5, last, best_step=2, kept_step=1, kept_score=[2.5], worse=1)
+    before.write(tmp_path)
+    values = json.loads((tmp_path / PROGRESS).read_text())
+    assert list(values) == KEYS
+    assert values["record"] == json.loads(last.to_json())
+    assert Progress.read(tmp_path) == before
+
+
+OLD = {"step": 3, "seconds": 1.5, "record": json.loads(record(3).to_json()), "validated": True}
+
+
+def test_an_older_file_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / PROGRESS
+    path.parent.mkdir()
+    path.write_text(json.dumps(OLD | {"rounding": "counter"}))  # a key of an earlier version
+    assert Progress.read(tmp_path) == Progress(step=3, seconds=1.5, record=record(3))
+    for broken, named in (({"step": 3}, ["'record'"]), ([], []), ("{", [])):
+        path.write_text(json.dumps(broken))
+        with refuses(CheckpointError, names=[PROGRESS, *named]):
+            Progress.read(tmp_path)

@@ -1,5 +1,5 @@
-"""A periodic checkpoint of an adapter holds the state of its step, though it is written while later
-steps run.
+"""Checkpoints written in the background hold the state of their step, and what is reported of them
+holds, whatever the thread is doing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import errno
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,123 @@ import pytest
 import torch
 from torch import Tensor
 
-from errors import holds, lines_with
+from errors import lines_with, refuses
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.checkpoint.writer import Writer
-from tunesmith.errors import NonFiniteError, RunError, StoppedError
+from tunesmith.errors import CheckpointError, NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 
-pytestmark = pytest.mark.slow
+
+class Held:
+    """Fills a checkpoint's folder once it is let go."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.begun, self.go, self.error = threading.Event(), threading.Event(), error
+
+    def __call__(self, folder: Path) -> None:
+        (folder / "weights").write_bytes(b"x" * 1000)
+        self.begun.set()
+        assert self.go.wait(30), "never let go"
+        if self.error is not None:
+            raise self.error
+
+
+def quick(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"x")
+
+
+@pytest.fixture
+def synced() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
+    def sync() -> None:
+        synced.append(",".join(sorted(p.name for p in tmp_path.iterdir())))
+
+    writer = Writer(tmp_path, 2, None, sync=sync)
+    yield writer
+    writer.close()
+
+
+def whole(run_dir: Path) -> list[int]:
+    found = manifest.list_checkpoints(run_dir)
+    return sorted(step for step in found if manifest.find_damage(found[step]) is None)
+
+
+def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(writer, tmp_path, synced):
+    for step in (1, 2):
+        writer.write(quick, step, keep_step=None)
+    assert writer.saved_step == 2
+    save = Held()
+    writer.write_async(save, 3, keep_step=None)
+    assert save.begun.wait(30)
+    assert not writer.failed
+    # The older ones are needed until it is whole.
+    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2])
+    save.go.set()
+    writer.wait()
+    assert (writer.saved_step, whole(tmp_path)) == (3, [2, 3])
+    # The records are on the disk first.
+    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"]
+
+
+def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:
+    first, order = Held(), []
+    writer.write_async(first, 1, keep_step=1)
+    threading.Timer(0.1, lambda: (order.append("released"), first.go.set())).start()
+    writer.write_async(quick, 2, keep_step=1)
+    order.append("second")
+    assert order == ["released", "second"]
+    for step in (3, 4):
+        writer.write_async(quick, step, keep_step=1)
+    writer.wait()
+    assert whole(tmp_path) == [1, 3, 4]
+
+
+def test_a_full_disk_in_the_thread_is_raised_in_the_loop(writer: Writer, tmp_path: Path) -> None:
+    """The error is the very one that a write in the loop raises, once; what was whole stays."""
+
+    def save(folder: Path) -> None:
+        quick(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.write(quick, 1, keep_step=None)
+    with pytest.raises(CheckpointError) as at_once:
+        writer.write(save, 2, keep_step=None)
+    writer.write_async(save, 2, keep_step=None)
+    wait_for(lambda: writer.failed)
+    with pytest.raises(CheckpointError) as behind:
+        writer.wait()
+    assert not writer.failed
+    assert behind.value.text() == at_once.value.text()
+    assert (writer.saved_step, whole(tmp_path)) == (1, [1])
+    assert not list(tmp_path.glob(".*"))
+    writer.wait()
+
+
+def test_close_lets_it_end_and_keeps_its_fault_to_itself(writer: Writer, tmp_path: Path) -> None:
+    save = Held()
+    writer.write_async(save, 5, keep_step=None)
+    threading.Timer(0.1, save.go.set).start()
+    writer.close()
+    assert (writer.saved_step, whole(tmp_path)) == (5, [5])
+    other = Writer(tmp_path, 2, 5, sync=lambda: None)
+    broken = Held(OSError(errno.ENOSPC, "No space left on device"))
+    broken.go.set()
+    other.write_async(broken, 6, keep_step=None)
+    other.close()
+    other.close()
+    assert (other.saved_step, whole(tmp_path)) == (5, [5])
+    assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-checkpoint")]
+
 
 CLOCKS = "step_seconds data_seconds tokens_per_second memory_gib host_memory_percent".split()
 
@@ -90,25 +194,20 @@ def saved_files(folder: Path) -> dict[str, Any]:
 
 
 # LoRA's weights are in fp32 over any base, modules beside it in its dtype.
+BESIDE = {"modules_to_save": ["embed_tokens", "norm"]}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "dtype"),
-    [
-        ({}, "fp32"),
-        pytest.param(
-            {"modules_to_save": ["embed_tokens", "norm"]}, "bf16", marks=pytest.mark.nightly
-        ),
-    ],
+    [({}, "fp32"), pytest.param(BESIDE, "bf16", marks=pytest.mark.nightly)],
     ids=["LoRA", "modules in bf16 too"],
 )
 def test_it_holds_what_a_run_that_waits_writes(
     adapter, dtype, tiny, tmp_path, watched, monkeypatch
 ):
-    changes = {
-        "adapter": adapter,
-        "model": {"dtype": dtype},
-        # Without one more at a new best validation.
-        "checkpoint": {"every": "3 steps", "keep": 9, "final": "last"},
-    }
+    changes = {"adapter": adapter, "model": {"dtype": dtype}, "held": False}
+    changes["checkpoint"] = {"every": "3 steps", "keep": 9}
     for name in ("waits", "runs on"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
@@ -132,6 +231,7 @@ def test_it_holds_what_a_run_that_waits_writes(
         assert saved_files(here) == saved_files(there)
 
 
+@pytest.mark.slow
 def test_a_model_trained_in_full_is_written_while_the_loop_waits(tiny, tmp_path, monkeypatch):
     """A second copy would not fit."""
     monkeypatch.setattr(Writer, "write_async", lambda *args, **how: pytest.fail("a second copy"))
@@ -152,6 +252,7 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(tiny, tmp_path,
     assert lines == []
 
 
+@pytest.mark.slow
 def test_without_room_for_a_copy_the_loop_waits(tiny, tmp_path, watched, monkeypatch):
     init = Snapshot.__init__
 
@@ -168,14 +269,11 @@ def test_without_room_for_a_copy_the_loop_waits(tiny, tmp_path, watched, monkeyp
     assert lines_with((tmp_path / "run" / "log.txt").read_text(), "memory", "copy")
 
 
-def spoil(
-    monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None] = lambda: None
-) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None]) -> None:
     """Writing the checkpoint of `step` runs into a full disk."""
-    write, calls = contents.write_optimizer, []
+    write = contents.write_optimizer
 
     def full(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        calls.append(folder.name)
         if folder.name == f".checkpoint-{step}.partial":
             then()
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -184,52 +282,34 @@ def spoil(
     monkeypatch.setattr(contents, "write_optimizer", full)
 
 
-def failed(run_dir: Path) -> dict[str, Any]:
-    found = json.loads((run_dir / "failure.json").read_text())
-    assert found.pop("last_step") in (4, 5, 6, 7, 8)
-    return {k: str(v).replace(str(run_dir), "RUN") for k, v in found.items()}
-
-
-def test_a_save_that_fails_while_steps_go_on_is_told_as_saving(tiny, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_full_disk_behind_the_steps_ends_the_run_and_it_resumes(tiny, tmp_path, monkeypatch):
     """The loop learns of it between two saves: the disk is full only once the step after the save
     is recorded.
     """
-    records = tmp_path / "run" / "metrics.jsonl"
-    spoil(monkeypatch, 10, then=lambda: wait_for(lambda: records.read_bytes().count(b"\n") >= 11))
-    changes = {"train": {"duration": "30 steps"}, "checkpoint": {"every": "10 steps"}}
-    with pytest.raises(RunError):
-        train(make_run(tiny, tmp_path, held=False, **changes), quiet=True)
-    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
-    assert 10 < failure["last_step"] < 20, "before the next save would have waited for it"
-    assert failure["phase"] == "saving"
+    out, every = tmp_path / "run", 20
+    changes = {"train": {"duration": "60 steps"}, "checkpoint": {"every": f"{every} steps"}}
+
+    def recorded() -> bool:
+        return (out / "metrics.jsonl").read_bytes().count(b"\n") > 2 * every
+
+    with monkeypatch.context() as patch:
+        spoil(patch, 2 * every, then=lambda: wait_for(recorded))
+        with refuses(RunError, cause="disk", names=[f"checkpoint-{every}"]):
+            train(make_run(tiny, tmp_path, held=False, **changes), quiet=True)
+    failure = json.loads((out / "failure.json").read_text())
+    # The next save would have waited for it.
+    assert 2 * every < failure["last_step"] < 3 * every
+    assert (failure["phase"], failure["cause"]) == ("saving", "disk")
+    with logged_lines() as lines:
+        assert replicate.newest_checkpoint(out) == (every, 0)
+    assert lines == []
+    assert not list(out.glob(".*.partial"))
+    result = train(make_run(tiny, tmp_path, held=False, **changes), quiet=True)
+    assert (result.first_step, result.steps) == (every, 60)
 
 
-def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
-    tiny, tmp_path, monkeypatch
-):
-    told = []
-    for name in ("waits", "runs on"):
-        (tmp_path / name).mkdir()
-        with monkeypatch.context() as patch:
-            spoil(patch, 4)
-            if name == "waits":
-                patch.setattr(Writer, "write_async", Writer.write)
-            with pytest.raises(RunError) as caught:
-                train(make_run(tiny, tmp_path / name), quiet=True)
-        out = tmp_path / name / "run"
-        with logged_lines() as lines:
-            assert replicate.newest_checkpoint(out) == (2, 0)
-        assert lines == []
-        assert not list(out.glob(".*.partial"))
-        told.append(
-            (caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out))
-        )
-    assert told[0] == told[1]
-    assert holds(told[0][0], "checkpoint-2")
-    result = train(make_run(tiny, tmp_path / "runs on"), quiet=True)
-    assert (result.first_step, result.steps) == (2, 8)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["numbers", pytest.param("code", marks=pytest.mark.nightly)])
 def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     fault, tiny, tmp_path, monkeypatch
@@ -263,6 +343,7 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     assert manifest.find_damage(tmp_path / "run" / "checkpoint-4") is None
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_the_write_and_saves_its_own_step(tiny, tmp_path, watched, monkeypatch):
     slow_down(monkeypatch, watched, steps=1)
     step = Trainer.train_step
@@ -279,6 +360,5 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(tiny, tmp_path, watch
         ("tunesmith-checkpoint", 4),
         ("MainThread", 5),
     ]
-    found = manifest.list_checkpoints(tmp_path / "run")
-    assert [step for step in found if manifest.find_damage(found[step]) is None] == [5, 4]
+    assert whole(tmp_path / "run") == [4, 5]
     assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-")]

@@ -7,7 +7,6 @@ is written as its paper has it. 1e-9 of the largest value is rounding of float64
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,7 @@ def prompts_once(examples: list[Example]) -> list[Batch]:
     return [batch]
 
 
-LAYOUTS: list[Callable[[list[Example]], list[Batch]]] = [
-    packed,
-    one_a_row,
-    micro_batches,
-    prompts_once,
-]
+LAYOUTS = [packed, one_a_row, micro_batches, prompts_once]
 
 
 def pairs(count: int) -> list[Example]:
@@ -92,9 +86,8 @@ def pairs(count: int) -> list[Example]:
         ids = [part for answer in answers for part in (prompt, answer)]
         masks = [np.repeat([False, True], [len(prompt), len(answer)]) for answer in answers]
         lengths = tuple(len(prompt) + len(answer) for answer in answers)
-        examples.append(
-            Example(np.concatenate(ids).astype(np.int32), np.concatenate(masks), lengths)
-        )
+        ids, trained = np.concatenate(ids).astype(np.int32), np.concatenate(masks)
+        examples.append(Example(ids, trained, lengths))
     return examples
 
 
@@ -243,12 +236,9 @@ class WidestLogits(TorchDispatchMode):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
-        self.rows = 0
+        self.vocabulary, self.rows = vocabulary, 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.t.default:
             return out  # the head's weight as a product takes it
@@ -287,12 +277,12 @@ def test_kto_has_the_loss_and_gradients_of_the_formula(model, parts, is_packed):
 
     with torch.no_grad():
         kl = torch.stack([ratio(example) for example in swapped]).mean().clamp(min=0)
-    terms = []
-    for example in examples:
-        if example.label:
-            terms.append(0.7 * (1 - torch.sigmoid(0.2 * (ratio(example) - kl))))
-        else:
-            terms.append(1.3 * (1 - torch.sigmoid(0.2 * (kl - ratio(example)))))
+    terms = [
+        0.7 * (1 - torch.sigmoid(0.2 * (ratio(example) - kl)))
+        if example.label
+        else 1.3 * (1 - torch.sigmoid(0.2 * (kl - ratio(example))))
+        for example in examples
+    ]
     plain = torch.stack(terms).mean()
     plain.backward()
     plain_gradients = take_gradients(model)
@@ -327,10 +317,7 @@ def test_mismatched_examples_have_each_answer_once_under_another_prompt() -> Non
         assert example.ids.tolist() == [*own_prompt, *other_answer]
         assert example.ids[example.trained].tolist() == other_answer.tolist()
     assert [len(example.ids) for example in mismatched_examples(examples, 4)] == [4] * 4
-
-
-def test_mismatched_examples_supervise_what_their_answers_rows_do() -> None:
-    """Not the line break that a template writes behind the end token."""
+    # They supervise what their answers' rows do, and not the line break behind the end token.
     examples = []
     for answer in (3, 5):
         trained = np.repeat([False, True, False], [2, answer, 1])
@@ -364,15 +351,12 @@ def test_a_pass_of_the_reference_has_the_operations_that_are_counted(model, tiny
     with FlopCounterMode(display=False) as counter:
         reference_logprobs(model, batch)
     spec = model_spec(json.loads((tiny / "config.json").read_text()), where="test")
-    documents = [n for example in examples for n in example.sequences]
-    documents.append(7)  # of padding
+    documents = [n for example in examples for n in example.sequences] + [7]  # of padding
     supervised = sum(example.supervised for example in examples)
-    shared = []
-    if batch.whole is not None:
-        shared = [example.count_shared() for example in examples]
+    once = [example.count_shared() for example in examples] if batch.whole is not None else []
     with_pass, without = (
         flops(spec, documents, supervised, trained="lora", forwards=n)
-        - flops(spec, shared, 0, trained="lora", forwards=n)
+        - flops(spec, once, 0, trained="lora", forwards=n)
         for n in (1, 0)
     )
     assert counter.get_total_flops() == pytest.approx(with_pass - without, rel=0.04)

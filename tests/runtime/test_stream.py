@@ -4,10 +4,9 @@ layers that stay. On a GPU also that the host waits for nothing and what memory 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -79,25 +78,19 @@ def results(layers: Sequence[nn.Module], device: torch.device) -> list[Tensor]:
     return [*losses, *gradients]
 
 
-@contextlib.contextmanager
-def nothing_waits(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @cpu_and_gpu
 @pytest.mark.parametrize("streamed", [7, 3, 1])
 def test_streamed_layers_compute_what_resident_ones_do(name, streamed):
     device = torch.device(name)
     expected = results(built(device, 0)[0], device)
     layers, _ = built(device, streamed)
-    with nothing_waits(device):
+    if name == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
         found = results(layers, device)
+    finally:
+        if name == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -121,23 +114,27 @@ def test_a_micro_batch_copies_each_layer_twice_but_for_two_at_each_turn(name):
 
 
 class Driver:
-    """A driver that page-locks so many blocks, and no more."""
+    """A driver that page-locks so many blocks, or bytes, and no more."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-        self.blocks = blocks
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, blocks: int, room: int = 1 << 40
+    ) -> None:
+        self.blocks, self.room = blocks, room
         self.locked: list[int] = []
         monkeypatch.setattr(stream_module, "page_lock", self.lock)
         monkeypatch.setattr(stream_module, "page_unlock", self.unlock)
 
     def lock(self, block: Tensor, device: torch.device) -> int:
-        if len(self.locked) == self.blocks:
+        if len(self.locked) == self.blocks or block.nbytes > self.room:
             return 2  # cudaErrorMemoryAllocation
         self.locked.append(block.data_ptr())
+        self.room -= block.nbytes
         return 0
 
     def unlock(self, blocks: Sequence[Tensor], device: torch.device) -> None:
         for block in blocks:
             self.locked.remove(block.data_ptr())
+            self.room += block.nbytes
 
 
 @cpu_and_gpu
@@ -145,7 +142,7 @@ class Driver:
 def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, monkeypatch):
     device = torch.device(name)
     expected = results(built(device, 0)[0], device)
-    driver = Driver(monkeypatch, blocks)
+    driver = Driver(monkeypatch, blocks=blocks)
     layers, stream = built(device, LAYERS)
     # Two of them stage the others.
     assert [host.locked for host in stream.streamed].count(True) == blocks - SLOTS
@@ -174,14 +171,9 @@ def test_layers_whose_backward_never_comes_are_brought_in_order(name, blocks, mo
         return [step(layers, device) for _ in range(4)]
 
     expected = losses(0)
-    Driver(monkeypatch, blocks)
-    slow = stream_module.LayerStream._stage
-
-    def late(self: LayerStream, *args: Any) -> None:
-        time.sleep(0.02)
-        slow(self, *args)
-
-    monkeypatch.setattr(stream_module.LayerStream, "_stage", late)
+    Driver(monkeypatch, blocks=blocks)
+    stage = LayerStream._stage
+    monkeypatch.setattr(LayerStream, "_stage", lambda *args: (time.sleep(0.02), stage(*args)))
     found = losses(LAYERS)
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
@@ -189,30 +181,16 @@ def test_layers_whose_backward_never_comes_are_brought_in_order(name, blocks, mo
 def test_as_much_is_released_as_the_largest_layer_needs(monkeypatch):
     """A driver with room for 12 units, and layers of 1 and 4: two of 4 stage the others."""
     unit = 4 * 16 * 16
-    room = 12 * unit
-
-    def lock(block: Tensor, device: torch.device) -> int:
-        nonlocal room
-        if block.nbytes > room:
-            return 2
-        room -= block.nbytes
-        return 0
-
-    def unlock(blocks: Sequence[Tensor], device: torch.device) -> None:
-        nonlocal room
-        room += sum(block.nbytes for block in blocks)
-
-    monkeypatch.setattr(stream_module, "page_lock", lock)
-    monkeypatch.setattr(stream_module, "page_unlock", unlock)
+    driver = Driver(monkeypatch, blocks=100, room=12 * unit)
     layers: list[nn.Module] = [Layer(width) for width in (16, 32) * 4]
     stream = LayerStream(layers, len(layers), torch.device("cpu"))
     assert stream.slot_bytes == 4 * unit
     assert [host.locked for host in stream.streamed].count(True) >= 1
-    assert room >= 0
+    assert driver.room >= 0
 
 
 def test_two_blocks_must_be_locked(monkeypatch):
-    Driver(monkeypatch, 1)
+    Driver(monkeypatch, blocks=1)
     with refuses(MachineError, where="train.cpu_offload", names=["error 2", "12.8 kB"]):
         built(torch.device("cpu"), LAYERS)
 
