@@ -123,9 +123,7 @@ def test_what_is_written_stops_at_each_end_of_an_answer(kind, tiny, tmp_path):
 
 
 def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
-    """Byte for byte, so whatever reads the library's files reads these; a small piece cuts tensors
-    in several.
-    """
+    """Byte for byte; a small piece cuts tensors in several."""
     torch.manual_seed(0)
     tensors = {
         "wide": torch.randn(33, 7, dtype=torch.float64),
@@ -147,9 +145,7 @@ def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_a_large_model_is_written_in_several_files(tiny, tmp_path, monkeypatch):
-    """Reference: the names and contents that `from_pretrained` reads back, and huggingface_hub's
-    own index.
-    """
+    """The files and the index of huggingface_hub; `from_pretrained` reads them back."""
     from huggingface_hub import save_torch_state_dict
 
     monkeypatch.setattr("tunesmith.model.save_tensors.MAX_FILE_SIZE", "50KB")
@@ -179,9 +175,7 @@ def status(key: str) -> int:
 
 
 def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
-    """A full checkpoint: bytes of memory that it took, of the model, of its largest tensor, and
-    written.
-    """
+    """Bytes that a full checkpoint took of memory, of the model, its largest tensor, and written."""
 
     def elsewhere(meta: torch.Tensor) -> torch.Tensor:
         # On a CPU: nothing is in memory until somebody makes the tensor contiguous, as a GPU's is

@@ -1,6 +1,4 @@
-"""The model card: what the Hub reads of it, what a reader learns from it, and what it keeps to
-itself.
-"""
+"""The model card: what the Hub and a reader learn from it, and what it keeps to itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Checkpoints written in the background hold the state of their step, and what is reported of them
-holds, whatever the thread is doing.
-"""
+"""Checkpoints written in the background hold the state of their step and count once whole."""
 
 from __future__ import annotations
 
@@ -140,9 +138,7 @@ CLOCKS = "step_seconds data_seconds tokens_per_second memory_gib host_memory_per
 
 @dataclass
 class Watched:
-    """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer
-    state began: thread, step written, last step recorded by then.
-    """
+    """A run seen from outside; of each write: thread, step written, last step recorded by then."""
 
     trainer: Trainer | None = None
     wrote: list[tuple[str, int, int]] = field(default_factory=list)
@@ -165,9 +161,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) -> None:
-    """A write in the thread begins only after `steps` more steps were taken, where as many are to
-    come.
-    """
+    """A write in the thread begins only after `steps` more steps were taken."""
     write = Writer._write
 
     def late(self: Writer, save: Callable[[Path], None], step: int, keep_step: int | None) -> None:
@@ -284,9 +278,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None]) 
 
 @pytest.mark.slow
 def test_a_full_disk_behind_the_steps_ends_the_run_and_it_resumes(tiny, tmp_path, monkeypatch):
-    """The loop learns of it between two saves: the disk is full only once the step after the save
-    is recorded.
-    """
+    """The disk is full only once the step after the save is recorded."""
     out, every = tmp_path / "run", 20
     changes = {"train": {"duration": "60 steps"}, "checkpoint": {"every": f"{every} steps"}}
 
@@ -314,9 +306,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_and_it_resumes(tiny, tmp_path
 def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     fault, tiny, tmp_path, monkeypatch
 ):
-    """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one
-    named.
-    """
+    """Step 6 fails while checkpoint-4 is still written."""
     begun, write, step = threading.Event(), Writer._write, Trainer.train_step
 
     def late(self: Writer, *args: Any) -> None:

@@ -31,10 +31,7 @@ SMALL = 20_000  # bytes: less than a rank's part of the checkpoint
 
 
 def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict[str, Any]:
-    """One start on this rank.
-
-    At the second checkpoint rank 1 runs into a limit of its files, or is killed.
-    """
+    """At the second checkpoint rank 1 runs into a limit of its files, or is killed."""
     run = make_run(
         model, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
         train={"duration": "3 steps"}, checkpoint={"every": "1 step", "keep": 9},
@@ -143,9 +140,7 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(finished, tmp_path, 
 
 
 def files_read_to_hash(model: Path, folder: Path) -> list[str]:
-    """Names of the files that this rank reads for their checksums in one start, checkpoint by
-    checkpoint.
-    """
+    """Names of the files that this rank reads for checksums in one start."""
     names, digest = [], manifest.digest_of_file
 
     def noted(path: Path) -> str:

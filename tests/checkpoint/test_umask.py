@@ -1,6 +1,4 @@
-"""Every file that a run, a merge or a conversion leaves can be read by whom the umask says;
-safetensors' own have 600.
-"""
+"""Every file of a run or a merge has the mode that the umask says; safetensors' own have 600."""
 
 from __future__ import annotations
 

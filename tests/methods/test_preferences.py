@@ -6,7 +6,6 @@ is written as its paper has it. 1e-9 of the largest value is rounding of float64
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
@@ -26,10 +24,7 @@ from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.mismatched import mismatched_examples
 from tunesmith.data.text.example import Example
 from tunesmith.methods import make_method
-from tunesmith.methods.answers import reference_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.spec import flops
 
 TOLERANCE = 1e-9
 
@@ -75,9 +70,7 @@ LAYOUTS = [packed, one_a_row, micro_batches, prompts_once]
 
 
 def pairs(count: int) -> list[Example]:
-    """Pairs of random tokens: a shared prompt without loss, and two answers of their own
-    lengths.
-    """
+    """Random tokens: a shared prompt without loss, and two answers of their own lengths."""
     random = np.random.default_rng(0)
     examples = []
     for _ in range(count):
@@ -338,28 +331,6 @@ def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
     assert batch.sequences.sequence_indices.tolist() == [0, 0, 1, 1]
     assert batch.sequences.labels.tolist() == [True, False]
     assert batch.chosen_tokens == 2
-
-
-@pytest.mark.parametrize("layout", [packed, prompts_once])
-def test_a_pass_of_the_reference_has_the_operations_that_are_counted(model, tiny, layout):
-    """4 %: of attention `flops` counts what a token sees, torch's counter whole blocks, and a prompt
-    that is held once in both documents.
-    """
-    use(model, MethodConfig(name="dpo"))
-    examples = pairs(6)
-    [batch] = layout(examples)
-    with FlopCounterMode(display=False) as counter:
-        reference_logprobs(model, batch)
-    spec = model_spec(json.loads((tiny / "config.json").read_text()), where="test")
-    documents = [n for example in examples for n in example.sequences] + [7]  # of padding
-    supervised = sum(example.supervised for example in examples)
-    once = [example.count_shared() for example in examples] if batch.whole is not None else []
-    with_pass, without = (
-        flops(spec, documents, supervised, trained="lora", forwards=n)
-        - flops(spec, once, 0, trained="lora", forwards=n)
-        for n in (1, 0)
-    )
-    assert counter.get_total_flops() == pytest.approx(with_pass - without, rel=0.04)
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,7 @@ def test_cut_back_keeps_the_bytes_up_to_the_step(tmp_path: Path) -> None:
 
 
 def test_cut_back_drops_every_torn_last_line(tmp_path: Path) -> None:
-    """A kill can tear the line at any byte; even a line that lacks only its end would run into the
-    next one.
-    """
+    """A kill can tear the line at any byte; a line without its end would run into the next one."""
     path = tmp_path / "metrics.jsonl"
     whole, last = lines(1, 2), lines(3)
     for end in range(1, len(last)):

@@ -1,6 +1,4 @@
-"""The closing summary tells what the records say, prompts are shown as turns, and failure.json comes
-and goes.
-"""
+"""The closing summary tells what the records and samples say; failure.json comes and goes."""
 
 from __future__ import annotations
 
@@ -111,9 +109,7 @@ def test_the_next_commands_are_whole_and_quoted(is_inside, folder, monkeypatch):
 
 
 def test_two_answers_before_and_after_in_lines_of_a_terminal(folder: Path) -> None:
-    """Of prompts that were answered at both ends, the first two; a long text shows its near end, and
-    a question comes without its template.
-    """
+    """Of prompts that were answered at both ends, the first two, without their template."""
     question, answer = "a long story " * 20 + "Why?", "I am\n\nnot sure. " * 20
     templated = "system\nYou are helpful\nuser\nWho?\nassistant\n"
     write_samples(

@@ -111,9 +111,7 @@ def noise_like(value: torch.Tensor) -> torch.Tensor:
 
 
 def test_noise_is_uniform_and_unlike_its_neighbours() -> None:
-    """2**20 numbers: the counts of 256 bins by chi-squared, and the correlation with what lies
-    beside, below, in the next step, and in another parameter, each within 4.5 standard errors.
-    """
+    """2**20 numbers: chi-squared of 256 bins, and correlations, within 4.5 standard errors."""
     shape = (1024, 1024)
     value = torch.empty(shape, device="meta")
     noise = noise_like(value)
@@ -240,9 +238,7 @@ def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(clip):
-    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so
-    here it is not run.
-    """
+    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN."""
     named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
     optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
     assert optimizer.checks_on_host

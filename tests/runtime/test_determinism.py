@@ -1,6 +1,4 @@
-"""`train.deterministic`: on while a run lasts, off after it; equal numbers; what cannot be
-deterministic is named.
-"""
+"""`train.deterministic`: on while a run lasts, equal numbers, and what cannot be is named."""
 
 from __future__ import annotations
 
@@ -52,10 +50,7 @@ def test_it_is_on_inside_and_as_before_afterwards(before: tuple[bool, bool]) -> 
 
 
 def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA: only :4096:8 and :16:8 are deterministic.
-
-    The environment is read once, so it stays for the next run.
-    """
+    """NVIDIA: only :4096:8 and :16:8 are deterministic. The environment is read once."""
     monkeypatch.setenv(WORKSPACE, ":0:0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     with deterministic_algorithms(True):

@@ -1,6 +1,4 @@
-"""The allocator's limit on a GPU that shares the host's memory, and its segments on one that does
-not.
-"""
+"""The allocator's limit on a GPU that shares the host's memory, and its segments on another."""
 
 from __future__ import annotations
 
@@ -104,9 +102,7 @@ def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("reserved", "gib"), [(0, 90), (20 * GIB, 110), (60 * GIB, 119)])
 def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(reserved, gib):
-    """MemAvailable has lost what this process took before, such as in an earlier run; and no share
-    is above 1.
-    """
+    """MemAvailable has lost what this process took before; no share is above 1."""
     for place in (GPU, torch.device("cuda")):
         told = prepared(Pretended(integrated=True, reserved=reserved), place)
         assert told == [pytest.approx(gib / 119)]

@@ -129,9 +129,7 @@ def test_threads_are_prepared_before_torch_is_imported(first, then, prepared):
     ("named", "kept"), [({}, [4, 3, 7, 4, 4]), ({"OMP_NUM_THREADS": "4"}, [4, 4, 4, 4, 4])]
 )
 def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(named, kept, monkeypatch):
-    """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped
-    step is too.
-    """
+    """Another number of threads rounds a sum otherwise."""
     own, found = torch.get_num_threads(), []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in named.items():

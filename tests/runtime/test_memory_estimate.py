@@ -80,9 +80,7 @@ class Measured(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A step, how far what it keeps may be from the estimate, and between which shares of the
-    estimate its peak is.
-    """
+    """A step, and how far its kept bytes and its peak may be from the estimate."""
 
     keys: dict[str, Any] = LORA
     vocabulary: int = FEW
@@ -139,9 +137,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def allocated(function: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of tensors that a call allocates: at most at one time, and those that are there after
-    it.
-    """
+    """Bytes of tensors that a call allocates: at most at one time, and those there after it."""
     # What an earlier measurement left in circles would be freed in between, and counted here.
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -152,9 +148,7 @@ def allocated(function: Callable[[], object]) -> tuple[int, int]:
 
 
 def measure(folder: Path, case: Case) -> Measured:
-    """A step of an adapter; of a model trained in full the second micro batch, when the gradients of
-    the first are there.
-    """
+    """A step; of a model trained in full its second micro batch, when gradients are there."""
     values = {
         "data": {"train": {"source": "rows.jsonl"}},
         "output_dir": "out",

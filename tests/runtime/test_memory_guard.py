@@ -19,8 +19,6 @@ from tunesmith.host.memory import MemoryFigures, memory_floor
 from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
 from tunesmith.runtime.memory_guard import (
-    MAX_LOOK_SECONDS,
-    MIN_LOOK_SECONDS,
     MemoryGuard,
     drop_page_cache,
 )
@@ -34,9 +32,7 @@ Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
 
 
 def falling(base: MemoryFigures, first: float, last: float, seconds: float) -> Course:
-    """MemAvailable falls from `first` to `last` GiB, steadily, and stays; so does MemFree, 1 GiB
-    below.
-    """
+    """MemAvailable falls from `first` to `last` GiB and stays; MemFree is 1 GiB below."""
 
     def at(now: float) -> MemoryFigures:
         available = int((first + (last - first) * min(1.0, now / seconds)) * GIB)
@@ -139,9 +135,7 @@ def test_a_full_gb10_trains_on_and_page_cache_is_dropped_rarely(sizes, monkeypat
 
 @pytest.mark.parametrize("rate", [0.002, 0.05, 0.4])
 def test_a_laptop_stops_while_there_is_room_to_save(rate, monkeypatch):
-    """`rate` GiB a second are taken by others, so that a stop which takes a second or two leaves
-    some.
-    """
+    """Others take `rate` GiB a second; a stop takes a second or two."""
     there = Pretended(falling(LAPTOP, 9, 0, 9 / rate), monkeypatch, unified=False)
     asked = there.until(20 / rate)
     assert asked is not None
@@ -158,9 +152,7 @@ def test_a_control_group_has_a_floor_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes gigabytes in a moment and gives them back; so may a build of something else, if
-    enough stays.
-    """
+    """A step takes gigabytes in a moment and gives them back."""
 
     def swinging(now: float) -> MemoryFigures:
         return replace(LAPTOP, available=9 * GIB if int(now) % 2 else 2 * GIB)
@@ -175,9 +167,7 @@ def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.Monk
 
 
 def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot stop before the end of one. 600 seconds, of a first step that compiles, are not
-    taken for one.
-    """
+    """It stops at the end of one; a first step of 600 seconds, which compiles, is none."""
     found = []
     for takes in (0.0, 10.0, 600.0):
         there = Pretended(falling(LAPTOP, 9, 0, 90), monkeypatch, unified=False)
@@ -187,14 +177,6 @@ def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPat
         found.append((90 - asked) / 10)  # GiB that are left
     assert found[0] < 0.4 + 0.4 < found[1] < found[2] < 0.4 + 3.5
     assert found[1] > 0.3 + 1.2
-
-
-def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = Pretended(lambda now: LAPTOP, monkeypatch, unified=False)
-    there.until(60)
-    assert there.looks == 60 / MAX_LOOK_SECONDS
-    near = replace(LAPTOP, available=memory_floor(LAPTOP.total, unified=False) + 30 * MIB)
-    assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == MIN_LOOK_SECONDS
 
 
 def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +209,7 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four ranks one is on another host, and one in a container, where the same number is
-    another process.
-    """
+    """Of four ranks one is on another host, and one in a container with the same number."""
     heartbeat = Heartbeat(1, ("a", "a", "a", "b"), range(3))
     space, parent = os.readlink("/proc/self/ns/pid"), os.getppid()
     for rank, process in enumerate(

@@ -1,6 +1,4 @@
-"""A run that does not fit is refused with the keys that make it fit, each tried by the estimate
-that plans a run.
-"""
+"""A run that does not fit is refused with the keys that make it fit, each of them planned."""
 
 from __future__ import annotations
 
@@ -9,23 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from errors import refuses, warnings_with
-from recipes import make_run
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
 from tunesmith.host.chips import Chip
 from tunesmith.host.memory import MemoryLimit
-from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import USABLE_SHARE
-from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.planning.savings import ALLOCATABLE_SHARE, check_memory_fits, find_overrun
 from tunesmith.planning.workload import measure_work
@@ -159,9 +153,7 @@ def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(recip
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
-    """The planner aims below USABLE_SHARE; a plan between that and ALLOCATABLE_SHARE is tried, and has advice
-    in case it fails.
-    """
+    """Between USABLE_SHARE and ALLOCATABLE_SHARE a plan is tried, with advice in case it fails."""
     keys = NONE | {"train.micro_batch": "2048 tokens"}
     plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
     assert USABLE_SHARE < plan.memory.total / plan.memory.free < ALLOCATABLE_SHARE
@@ -197,9 +189,7 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
 
 
 def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
-    """The frozen weights fit, and with them nothing of a step: what the largest micro batch takes
-    is not certain.
-    """
+    """The frozen weights fit, and with them nothing of a step."""
     run = load_recipe(recipe, {"model.dtype": "bf16"})
     memory = plan_of(run, "llama3-3b", 60, **BUSY).memory
     assert memory.static < memory.least < memory.total
@@ -209,9 +199,7 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
 
 @pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True)])
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
-    """A run took up to a quarter more than the estimate; what other programs hold now they may give
-    back.
-    """
+    """What other programs hold now they may give back."""
     run = load_recipe(recipe, FULL | NONE | {"train.micro_batch": "2048 tokens"})
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     group = MemoryLimit("control group /job", 200 * GIB, used=0, used_by_run=0)
@@ -228,10 +216,3 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
         assert warnings_with(warning, "/job", "200.00 GiB")
         assert "fix: set train.optimizer=adamw-8bit" in warning
         assert "docker run --memory=" in warning
-
-
-def test_the_memory_of_a_cpu_is_that_of_the_machine(tiny: Path, tmp_path: Path) -> None:
-    run = make_run(tiny, tmp_path)
-    machine = probe_machine(run, read_model_files(tiny, run.model), torch.device("cpu"))
-    assert machine.card_bytes > machine.free_bytes > 0
-    assert not machine.integrated

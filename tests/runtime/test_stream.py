@@ -1,6 +1,4 @@
-"""The stream of frozen layers by itself: what is copied when, and that a step's numbers are those of
-layers that stay. On a GPU also that the host waits for nothing and what memory is taken.
-"""
+"""The stream of frozen layers: what is copied when, and that no number changes."""
 
 from __future__ import annotations
 

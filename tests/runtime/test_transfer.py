@@ -42,9 +42,7 @@ def test_numbers_are_those_of_their_step(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_copies_are_as_the_tensors_were(device: torch.device) -> None:
-    """Whole blocks, views, 0-d and host tensors among those of a GPU; `state` of AdamW has all of
-    these.
-    """
+    """Blocks, views, 0-d and host tensors: `state` of AdamW has all of these."""
     torch.manual_seed(0)
     block = torch.randn(300, 200, device=device)
     tensors = {
