@@ -83,6 +83,7 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_what_was_written(copy, tiny
     assert whole(out) == [3, 2, 1]
 
 
+@pytest.mark.nightly
 def test_a_rank_killed_while_it_writes_leaves_no_half_checkpoint(tiny, tmp_path):
     with pytest.raises(AssertionError):  # the other rank's error, or the silence of the killed one
         run_ranks(2, start, tiny, tmp_path, "kill")
