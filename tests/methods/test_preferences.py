@@ -205,23 +205,28 @@ def train_on(
     return loss, metrics
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAIR_METHODS)
-def test_pairs_have_the_loss_and_gradients_of_the_formula(model: TrainModel, name: str) -> None:
+# Each formula in one layout, and all layouts with DPO.
+COVERED_LAYOUTS = [
+    *((name, LAYOUTS[number % len(LAYOUTS)]) for number, name in enumerate(PAIR_METHODS)),
+    *(("dpo", layout) for layout in LAYOUTS[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), COVERED_LAYOUTS)
+def test_pairs_have_the_loss_and_gradients_of_the_formula(model, name, layout):
     config = PAIR_METHODS[name]
     use(model, config)
-    examples = pairs(5)
+    examples = pairs(4)
     plain = plain_pairs(model, config, examples)
     plain.backward()
     plain_gradients = take_gradients(model)
     totals = StepTotals(len(examples), sum(example.chosen_tokens for example in examples))
-    for layout in LAYOUTS:
-        loss, metrics = train_on(model, layout(examples), totals)
-        assert loss == pytest.approx(float(plain.detach()), rel=TOLERANCE)
-        assert_close(take_gradients(model), plain_gradients)
-        margin = metrics["rewards_chosen"] - metrics["rewards_rejected"]
-        assert metrics["reward_margin"] == pytest.approx(margin)
-        assert 0 <= metrics["reward_accuracy"] * 5 <= 5.001
+    loss, metrics = train_on(model, layout(examples), totals)
+    assert loss == pytest.approx(float(plain.detach()), rel=TOLERANCE)
+    assert_close(take_gradients(model), plain_gradients)
+    margin = metrics["rewards_chosen"] - metrics["rewards_rejected"]
+    assert metrics["reward_margin"] == pytest.approx(margin)
+    assert 0 <= metrics["reward_accuracy"] <= 1.001
 
 
 class WidestLogits(TorchDispatchMode):
@@ -254,8 +259,7 @@ def test_the_logits_of_all_tokens_never_exist(model, is_head_trained, monkeypatc
     weight.grad = None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("parts", "is_packed"), [(1, True), (2, False), (6, True)])
+@pytest.mark.parametrize(("parts", "is_packed"), [(2, False), (3, True)])
 def test_kto_has_the_loss_and_gradients_of_the_formula(model, parts, is_packed):
     config = MethodConfig(name="kto", beta=0.2, desirable_weight=0.7, undesirable_weight=1.3)
     use(model, config)

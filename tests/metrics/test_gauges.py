@@ -74,18 +74,17 @@ def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(tmp_p
     assert network_bytes(tmp_path) == 880
 
 
-def train_for(steps: int, model: Path, folder: Path) -> None:
-    train(make_run(model, folder, held=False, train={"duration": f"{steps} steps"}), quiet=True)
+def train_briefly(model: Path, folder: Path) -> None:
+    train(make_run(model, folder, held=False, train={"duration": "2 steps"}), quiet=True)
 
 
 @pytest.mark.slow
 def test_other_ranks_write_records_of_their_own(tiny: Path, tmp_path: Path) -> None:
-    for steps in (2, 3):
-        run_ranks(2, train_for, steps, tiny, tmp_path)
+    run_ranks(2, train_briefly, tiny, tmp_path)
     first, other = (
         read_records(tmp_path / "run" / f"metrics{rank}.jsonl") for rank in ("", "-rank1")
     )
     assert [(r.step, r.loss) for r in first] == [(r.step, r.loss) for r in other]
-    assert len(first) == 3
+    assert len(first) == 2
     assert {r.data_seconds for r in first} != {r.data_seconds for r in other}
     assert all(r.network_bytes_per_second is not None and r.host_memory_percent for r in first[1:])

@@ -27,6 +27,7 @@ from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.sink import (
     JsonlSink,
+    RankSink,
     SampleAnswer,
     Sink,
     Sinks,
@@ -64,16 +65,19 @@ def fill(sink: Sink, steps: Iterable[int], resumed_at: int = 0, **changed: Any) 
     sink.close()
 
 
-def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path)
-    sink.open(RUN, 0)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_records_are_cut_back_and_go_on(rank: int, tmp_path: Path) -> None:
+    def sink() -> JsonlSink | RankSink:
+        return RankSink(tmp_path, 1) if rank else JsonlSink(tmp_path / "metrics.jsonl")
+
+    first = sink()
+    first.open(RUN, 0)
     for step in range(1, 6):
-        sink.step(record(step))
-    assert len(path.read_text().splitlines()) == 5, "a line must be on its way before close"
-    sink.close()
-    fill(JsonlSink(path), [4], resumed_at=3, loss=9.0)
-    found = [(r.step, r.loss) for r in read_records(path)]
+        first.step(record(step))
+    assert len(first.path.read_text().splitlines()) == 5, "a line must be on its way before close"
+    first.close()
+    fill(sink(), [4], resumed_at=3, loss=9.0)
+    found = [(r.step, r.loss) for r in read_records(first.path)]
     assert found == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
 
 
