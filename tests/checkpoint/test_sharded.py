@@ -157,17 +157,9 @@ def files_read_to_hash(model: Path, folder: Path) -> list[str]:
     return names
 
 
-def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(finished, tiny):
-    """No part is read by another rank for its checksum, nor any file by two at a resume."""
-    folder, saved = finished
-    parts = [path.name for path in (folder / "run/checkpoint-3/state").glob("*.distcp")]
-    assert len(parts) == 2
-    for rank, names in enumerate(saved):
-        assert set(parts) & {*names} == {f"__{rank}_0.distcp"}
+def test_each_rank_hashes_what_it_writes(finished: tuple[Path, list[list[str]]]) -> None:
+    """No part is read by another rank for its checksum."""
+    folder, names = finished
+    for rank in (0, 1):
+        assert {name for name in names[rank] if name.endswith(".distcp")} == {f"__{rank}_0.distcp"}
     assert whole(folder / "run") == [3, 2, 1]  # the sums are those of the files
-
-    shutil.rmtree(folder / "run" / "final")
-    first, second = run_ranks(2, files_read_to_hash, tiny, folder)
-    # Before the end is saved over the same step.
-    shares = [next(name for name in names if name in parts) for names in (first, second)]
-    assert sorted(shares) == sorted(parts)
