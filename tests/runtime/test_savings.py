@@ -60,7 +60,7 @@ def plan_of(
     return plan
 
 
-STOCHASTIC = FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}
+INSIDE = FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}
 NONE = {"train.recompute": "none"}
 CUT = NONE | {"data.allow_cut_answers": True}
 WIDE = NONE | {"train.micro_batch": "16384 tokens"}
@@ -68,7 +68,7 @@ IN_BACKWARD = "train.optimizer_in_backward=true train.clip_norm=null"
 REFUSED = [
     ("llama3-8b", 138, FULL, ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", IN_BACKWARD, "adapter.kind=lora"]),
     ("llama3-8b", 79, FULL, ["train.optimizer=adamw-8bit train.master_weights=stochastic"]),
-    ("llama3-8b", 100, STOCHASTIC, ["train.master_weights=stochastic"]),
+    ("llama3-8b", 100, INSIDE, ["train.master_weights=stochastic"]),
     ("llama3-8b", 24, NONE, ["train.recompute=full", "data.seq_len=1024 data.too_long=drop"]),
     ("llama3-8b", 24, CUT, ["data.seq_len=1024"]),
     ("llama3-8b", 40, WIDE, ["train.micro_batch='4096 tokens'"]),
