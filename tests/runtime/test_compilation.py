@@ -179,30 +179,13 @@ def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths():
         ("qwen2, two windows", "dense", 0, 1e-10, 2),
         ("llama", "fp8", 3, 0.05, 1),
         pytest.param("smollm3", "dense", 3, 1e-10, 2, marks=pytest.mark.nightly),
-        pytest.param("qwen2", "nf4", 0, 1e-4, 1, marks=pytest.mark.nightly),
+        pytest.param("qwen2", "nf4", 3, 1e-4, 1, marks=pytest.mark.nightly),
     ],
 )
 def test_each_kind_of_layer_has_one_graph(family, base, recomputed, tolerance, kinds):
     backend = Counting()
     compare(build(3, family, base=base), backend, recomputed=recomputed, tolerance=tolerance)
     assert backend.graphs == kinds
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base", [pytest.param("fp8", marks=pytest.mark.nightly), "nf4"])
-def test_a_recomputed_layer_leaves_out_the_product_that_nobody_reads(base):
-    """down_proj's output goes into a sum, whose gradient needs no value."""
-    model, b = build(2, base=base), batch(40, length=40)
-    recompute_layers(model.model.layers, 2)
-    compile_layers(model.model.layers, varied=True, backend="aot_eager")
-    run(model, b)
-    with torch.profiler.profile() as profile:
-        run(model, b)
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["tunesmith::frozen_matmul"] == 2 * (4 + 3)
-    assert calls["tunesmith::frozen_matmul_backward"] == 2 * 4
-    if base == "nf4":  # forward, forward again without down_proj, and backward
-        assert calls["bitsandbytes::dequantize_4bit"] == 2 * (7 + 6 + 7)
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
-"""Freed memory stays with the process, caches are bounded, and threads take the free cores."""
+"""Threads take the free cores, and a resumed run keeps their number."""
 
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -13,50 +12,12 @@ import torch
 from errors import holds
 from tunesmith.runtime import host
 from tunesmith.runtime.host import (
-    CACHED_SHAPES,
     WAIT_VARIABLES,
     Cores,
-    bound_shape_caches,
     keep_threads,
     measure_cores,
     prepare_threads,
 )
-
-PROBE = """
-import torch
-from tunesmith.runtime.host import keep_freed_pages
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
-def left():
-    before = resident()
-    blocks = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(20)]
-    assert resident() - before > 150
-    del blocks
-    return resident() - before
-print(left(), keep_freed_pages(), left())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_two_hundred_mib_that_were_freed_are_kept() -> None:
-    given, works, kept = subprocess.check_output([sys.executable, "-c", PROBE], text=True).split()
-    assert works == "True"
-    assert int(given) < 50 < 150 < int(kept)
-
-
-def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(monkeypatch):
-    names = (
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-        "LRU_CACHE_CAPACITY",
-        "TORCH_CUDNN_SDPA_DEPRIORITIZED",
-    )
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(names[1], "7")
-    bound_shape_caches()
-    assert [os.environ[name] for name in names] == [CACHED_SHAPES, "7", "1"]
-    assert int(CACHED_SHAPES) < 1024, "what oneDNN keeps by itself"
 
 
 @pytest.fixture
