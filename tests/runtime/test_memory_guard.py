@@ -179,6 +179,14 @@ def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPat
     assert found[1] > 0.3 + 1.2
 
 
+def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Pretended(lambda now: LAPTOP, monkeypatch, unified=False)
+    there.until(60)
+    assert there.looks == 60 / MAX_LOOK_SECONDS
+    near = replace(LAPTOP, available=memory_floor(LAPTOP.total, unified=False) + 30 * MIB)
+    assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == MIN_LOOK_SECONDS
+
+
 def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:
     there = Pretended(
         lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False

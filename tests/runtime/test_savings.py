@@ -197,7 +197,7 @@ def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
         plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **BUSY)
 
 
-@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True)])
+@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     """What other programs hold now they may give back."""
     run = load_recipe(recipe, FULL | NONE | {"train.micro_batch": "2048 tokens"})
