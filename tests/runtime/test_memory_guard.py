@@ -19,6 +19,8 @@ from tunesmith.host.memory import MemoryFigures, memory_floor
 from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
 from tunesmith.runtime.memory_guard import (
+    MAX_LOOK_SECONDS,
+    MIN_LOOK_SECONDS,
     MemoryGuard,
     drop_page_cache,
 )
