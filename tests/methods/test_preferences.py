@@ -222,7 +222,7 @@ COVERED_LAYOUTS = [
 def test_pairs_have_the_loss_and_gradients_of_the_formula(model, name, layout):
     config = PAIR_METHODS[name]
     use(model, config)
-    examples = pairs(4)
+    examples = pairs(3)
     plain = plain_pairs(model, config, examples)
     plain.backward()
     plain_gradients = take_gradients(model)
@@ -266,7 +266,8 @@ def test_the_logits_of_all_tokens_never_exist(model, is_head_trained, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("parts", "is_packed", "is_kl_positive"), [(2, False, False), (3, True, True)]
+    ("parts", "is_packed", "is_kl_positive"),
+    [pytest.param(2, False, False, marks=pytest.mark.slow), (3, True, True)],
 )
 def test_kto_has_the_loss_and_gradients_of_the_formula(
     model, parts, is_packed, is_kl_positive, request
