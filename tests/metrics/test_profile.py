@@ -47,7 +47,9 @@ def test_each_cycle_of_a_named_rank_leaves_its_active_steps(
     traces = traced(tmp_path, steps, **settings)
     products = [sum(e.get("name") == "aten::mm" and e.get("ph") == "X" for e in t) for t in traces]
     assert products == active
-    assert [str(warning.message) for warning in recwarn] == []
+    # Files of other tests that nobody closed may be collected meanwhile.
+    warned = [w.message for w in recwarn if not issubclass(w.category, ResourceWarning)]
+    assert warned == []
     assert active or not list(tmp_path.iterdir())
 
 
