@@ -287,7 +287,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_and_it_resumes(tiny, tmp_path
 
     with monkeypatch.context() as patch:
         spoil(patch, 2 * every, then=lambda: wait_for(recorded))
-        with refuses(RunError, cause="disk", names=[f"checkpoint-{every}"]):
+        with refuses(CheckpointError, cause="disk", names=[f"checkpoint-{every}"]):
             train(make_run(tiny, tmp_path, held=False, **changes), quiet=True)
     failure = json.loads((out / "failure.json").read_text())
     # The next save would have waited for it.
