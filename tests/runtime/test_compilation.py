@@ -210,6 +210,7 @@ def test_the_real_compiler_answers_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_cpu_compiled_layers_with_packed_attention_answer_alike():
     """Attention by document stays outside the graphs there."""
     compare(build(1), "eager", (40,), attends="products")
