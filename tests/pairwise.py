@@ -33,22 +33,26 @@ def pairwise(
     """
     possible = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
     possible = [combination for combination in possible if allows is None or allows(combination)]
+
+    def pairs(combination: Combination) -> set[Any]:
+        places = [(name, values[name].index(value)) for name, value in combination.items()]
+        return set(combinations(places, 2))
+
     chosen = [row for row in possible if tier_1 and all(row[k] in tier_1[k] for k in row)]
-    missing = set().union(*map(_pairs, possible)).difference(*map(_pairs, chosen))
+    missing = set().union(*map(pairs, possible)).difference(*map(pairs, chosen))
     while missing:
-        best = max(possible, key=lambda combination: len(missing & _pairs(combination)))
-        missing -= _pairs(best)
+        best = max(possible, key=lambda combination: len(missing & pairs(combination)))
+        missing -= pairs(best)
         chosen.append(best)
     return chosen
 
 
-def _pairs(combination: Combination) -> set[Any]:
-    return set(combinations(combination.items(), 2))
-
-
-def name_of(combination: Mapping[str, Any]) -> str:
+def name_of(combination: Mapping[str, Any] | Sequence[Any]) -> str:
     """Return the name of a combination, for `ids` of pytest."""
-    return "-".join(str(value) for value in combination.values())
+    if isinstance(combination, str):
+        return combination
+    values = combination.values() if isinstance(combination, Mapping) else combination
+    return "-".join(str(value) for value in values)
 
 
 def main() -> None:
