@@ -34,6 +34,7 @@ def command_of_the_page(*start: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_that_it_starts_pass():
     words = command_of_the_page("tunesmith", "selfcheck")
     done = run_warm([*words[1:], "--json"], prepare=fork_ranks)
