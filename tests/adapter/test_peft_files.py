@@ -54,6 +54,7 @@ def build(tiny):
 
 
 @pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_ours_opens_in_peft_and_here(adapter, build, tmp_path, monkeypatch):
     model, again = build(), build()
     plain = logits(model)
@@ -149,6 +150,7 @@ def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
         "regular expression", "all of one layer", "one layer", "excluded",
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_pefts_opens_here(changes, build, tmp_path):
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **changes)
     theirs = get_peft_model(build(), config)
@@ -161,6 +163,7 @@ def test_pefts_opens_here(changes, build, tmp_path):
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
+@pytest.mark.slow
 def test_an_adapter_with_added_tokens(saved, tiny, tmp_path):
     """PEFT stores a resized embedding, and three times if it is trained."""
     base = AutoModelForCausalLM.from_pretrained(tiny)

@@ -84,6 +84,7 @@ TOKEN_FAULTS = {
 
 
 @pytest.mark.parametrize("overrides", TOKEN_FAULTS)
+@pytest.mark.slow
 def test_a_fault_of_tokens_is_told_before_the_model_is_built(
     overrides: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

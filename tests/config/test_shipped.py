@@ -56,6 +56,7 @@ def test_what_a_recipe_says_of_a_spark_is_its_plan() -> None:
     assert said >= 7
 
 
+@pytest.mark.slow
 def test_learning_rates_are_those_of_choosing_or_the_recipe_says_why_not() -> None:
     for name, path in shipped().items():
         run = load_recipe(name)

@@ -318,6 +318,7 @@ def test_each_format_of_texts_gives_the_same_raw_tokens(prompt: str, answer: str
     agree([first, Written("preference", pair), Written("feedback", {**row, "label": True})], "raw")
 
 
+@pytest.mark.slow
 def test_each_format_with_tool_calls_gives_the_same_tokens() -> None:
     tools = [{"type": "function", "function": TOOL}]
     calling = {**CALLING, "tool_calls": [{**OPENAI[0], "id": "call00001"}]}

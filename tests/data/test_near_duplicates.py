@@ -55,6 +55,7 @@ ANSWER = "The copper one, by the keeper's daughter."
         row("Which of the two lanterns in the window was lit first?", ANSWER),
     ],
 )
+@pytest.mark.slow
 def test_a_row_that_is_reworded_a_little_is_a_near_duplicate(other: RowText) -> None:
     rows = [*unlike(5), row(QUESTION, ANSWER), other]
     assert find_near_duplicates(rows) == [[5, 6]]

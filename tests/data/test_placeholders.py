@@ -167,6 +167,7 @@ def test_the_size_alone_gives_the_text_that_the_pixels_give(
         assert ids.count(processor.token_id) == sum(t.count(processor.token) for t in replaced)
 
 
+@pytest.mark.slow
 def test_a_processor_is_the_same_in_another_process(folders: dict[str, Path]) -> None:
     processor = load(folders[QWEN], 5000)
     again = pickle.loads(pickle.dumps(processor))

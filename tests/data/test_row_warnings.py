@@ -367,6 +367,7 @@ def test_all_bad_rows_are_listed_at_once(
     assert listed(refused.value) == PLACES
 
 
+@pytest.mark.slow
 def test_bad_rows_that_are_held_out_and_those_of_other_files_are_listed_with_them(
     tiny: Path, tmp_path: Path, source: Any
 ) -> None:

@@ -342,6 +342,7 @@ def test_one_file_of_a_folder_is_open_and_in_memory(name: str, tmp_path: Path) -
     assert groups() == 0
 
 
+@pytest.mark.slow
 def test_threads_read_more_files_than_are_open(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.txt" for n in range(40)]
     for n, path in enumerate(paths):

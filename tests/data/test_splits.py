@@ -287,6 +287,7 @@ def source_of(path: Path, rows: list[dict[str, Any]]) -> Source:
     return write_rows(path, rows, "prompt-completion")
 
 
+@pytest.mark.slow
 def test_good_rows_have_no_fault() -> None:
     assert find_faults(good_rows(60)) == RowFindings(rows=60, compared=60)
 

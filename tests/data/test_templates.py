@@ -422,6 +422,7 @@ def test_arguments_reach_rows_prompts_and_what_is_saved() -> None:
 
 
 @pytest.mark.parametrize("opening", ["", "\n\n"])
+@pytest.mark.slow
 def test_arguments_leave_the_rest_of_a_template_alone(opening: str) -> None:
     """Also where it opens with a line break, and where a trained one is assigned anew."""
     jinja = opening + "{{ greeting }}" + CHATML

@@ -247,6 +247,7 @@ def test_batches_for_the_tokenizer_end_at_a_size(
     assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_was_written(simple: Simple, tmp_path: Path) -> None:
     writer = disk.TokenWriter(tmp_path)
     text = simple.encode(Text("text"), "all")

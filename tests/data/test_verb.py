@@ -75,6 +75,7 @@ def test_the_fix_of_few_steps_fixes(recipe) -> None:
     assert (fixed.code, "warning" in fixed.out) == (0, False)
 
 
+@pytest.mark.slow
 def test_no_control_of_a_row_or_of_a_file_name_reaches_the_terminal(recipe, tmp_path: Path) -> None:
     """Nor is a name read as markup."""
     controls = "\x1b]0;title\x07\x9b2J\u202e"
@@ -150,6 +151,7 @@ def test_prepare_stops_on_a_broken_contract(recipe, tiny: Path) -> None:
         prepared(path, tiny, "data.train.weight=0.001")
 
 
+@pytest.mark.slow
 def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write) -> None:
     held = "  validation: {source: held.jsonl, format: alpaca}\n"
     # 9 and 2 known rows, 2 new ones
@@ -173,6 +175,7 @@ def test_lengths_are_counted_in_equal_steps() -> None:
     assert histogram(same) == [(12, 12, 2)]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_directory_shows_its_recipe(recipe, tmp_path: Path) -> None:
     file = recipe(alpaca(12))
     (tmp_path / "run").mkdir()

@@ -86,6 +86,7 @@ def test_a_flipped_bit_of_a_whole_model(name: str, copied: Path) -> None:
         load_run(copied / "full", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_base_that_an_earlier_run_wrote(copied: Path, tiny: Path) -> None:
     base, recipe = copied / "full" / "final", copied / "lora" / "config.yaml"
     recipe.write_text(recipe.read_text().replace(str(tiny), str(base)))
@@ -98,6 +99,7 @@ def test_a_base_that_an_earlier_run_wrote(copied: Path, tiny: Path) -> None:
     assert not (copied / "next").exists()
 
 
+@pytest.mark.slow
 def test_the_base_alone_needs_no_whole_adapter(copied: Path) -> None:
     """What is not read is not compared; an edited folder is opened without its manifest."""
     final = copied / "lora" / "final"

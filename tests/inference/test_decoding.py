@@ -101,6 +101,7 @@ def test_restart_gives_the_answers_of_an_unbroken_job(
         assert answers(start) == whole[start:]
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
     opened: LoadedModel, prompts: list[list[int]]
 ) -> None:
@@ -138,6 +139,7 @@ def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(
         opened.model.eval()
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_gives_up_its_window_and_an_answer_ends_after_its_present_token(
     opened: LoadedModel, prompts: list[list[int]]
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_run_gives_its_final(run: Path, tiny: Path) -> None:
         assert place.run.adapter.rank == 4
 
 
+@pytest.mark.slow
 def test_without_final_the_newest_whole_checkpoint_is_taken(
     run: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +289,7 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(
         load_run(run, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
     """Whatever the recipe says by now: a run's prompt is what lies beside its weights."""
     template = b"{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -301,6 +303,7 @@ def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
     assert opened.tokenizer.decode(prompt) == "[hi<|im_end|>"
 
 
+@pytest.mark.slow
 def test_alpaca_rows_meet_the_saved_alpaca_text_as_in_training(
     run: Path, tiny: Path, tmp_path: Path
 ) -> None:

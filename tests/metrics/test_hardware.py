@@ -59,6 +59,7 @@ def test_an_integrated_chip_without_a_published_peak_is_measured_and_says_so(
     assert find_peak(torch.device("cpu"), torch.bfloat16) == Peak(None, "")
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_of_this_process() -> None:
     before = memory_gib()
     block = torch.ones(2**26)  # 256 MiB

@@ -103,6 +103,7 @@ def test_cut_back_keeps_the_bytes_up_to_the_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_cut_back_drops_every_torn_last_line(tmp_path: Path) -> None:
     """A kill can tear the line at any byte; a line without its end would run into the next one."""
     path = tmp_path / "metrics.jsonl"

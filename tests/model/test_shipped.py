@@ -123,6 +123,7 @@ def test_nvfp4_has_the_bits_of_modelopt(tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(dense[f"{name}.weight"], wanted), name
 
 
+@pytest.mark.slow
 def test_a_weight_in_pieces_is_the_whole_one(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_modules_that_the_file_ignores_stay_dense(name: str, tiny: Path, tmp_pat
 
 
 @pytest.mark.parametrize("modelopt", [False, True])
+@pytest.mark.slow
 def test_experts_in_nvfp4_are_kept(modelopt: bool, plain: Path, tmp_path: Path) -> None:
     base = write_nvfp4(plain, tmp_path / "base", modelopt=modelopt, keep=("mlp.gate",))
     dense = built(base, tmp_path, "none")
@@ -186,6 +188,7 @@ def test_experts_in_nvfp4_are_kept(modelopt: bool, plain: Path, tmp_path: Path) 
 DOWN = "model.layers.0.mlp.experts.down_proj"
 
 
+@pytest.mark.slow
 def test_experts_that_are_not_converted_are_dense(plain: Path, tmp_path: Path) -> None:
     base = write_nvfp4(plain, tmp_path / "nvfp4", keep=("mlp.gate", "mlp.experts"))
     assert built(base, tmp_path).get_parameter(DOWN).dtype == torch.float32
@@ -212,6 +215,7 @@ def test_experts_in_fp8_are_read_dense_into_their_places(plain: Path, tmp_path: 
 STACKS = [f"model.layers.0.mlp.experts.{key}" for key in ("gate_up_proj", "down_proj")]
 
 
+@pytest.mark.slow
 def test_stacks_in_fp8_are_kept_and_read_dense(plain: Path, tmp_path: Path) -> None:
     """Mistral Small 4 has one scale an expert, for gate and up together."""
     base = write_fp8_stacks(plain, tmp_path / "fp8", None)

@@ -163,6 +163,7 @@ def test_a_fault_of_the_entire_class_keeps_no_text_model_from_training(
     assert support.measure_own_class(config_of("llama4")).state == "packed"
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_read_from_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     config = config_of("mamba")

@@ -98,6 +98,7 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
     assert holds(taken.why["mesh"], len(planner.meshes()))
 
 
+@pytest.mark.slow
 def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where
     shards do not do.

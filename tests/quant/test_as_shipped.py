@@ -84,6 +84,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow
 def test_dense_bits_are_those_of_compressed_tensors(strategy, tiny, tmp_path) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import FloatQuantizationCompressor

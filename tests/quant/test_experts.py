@@ -347,6 +347,7 @@ def test_experts_in_turns_are_dense_one_group_at_a_time(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 1])
+@pytest.mark.slow
 def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(limit, monkeypatch):
     """With stacks in codes, which are dense all at once, or one by one."""
     results = []

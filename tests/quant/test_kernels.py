@@ -193,6 +193,7 @@ def test_the_kernels_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_the_products_of_experts_by_one_kernel_are_those_of_one_after_the_other(device):
     differences = grouped_products.compare(torch.device(device))
     assert len(differences) == 10

@@ -83,6 +83,7 @@ def generating(model):
 
 
 @pytest.mark.parametrize("stored", ["dense", "double", "single"])
+@pytest.mark.slow
 def test_logits_are_those_of_transformers_with_bitsandbytes(tiny, tmp_path, stored):
     """Quantized while it is loaded, and from a checkpoint that is quantized already."""
     model = theirs(tiny, double=stored != "single")
@@ -324,6 +325,7 @@ def test_a_stack_that_does_not_fit_is_refused() -> None:
         layer.load({"": torch.zeros(1), "absmax": torch.zeros(1)}, name)
 
 
+@pytest.mark.slow
 def test_stacks_of_llama4_are_quantized_and_have_their_adapter(tmp_path: Path) -> None:
     base = tmp_path / "base"
     build_tiny_model(AutoConfig.for_model("llama4_text")).save_pretrained(base)

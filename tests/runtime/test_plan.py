@@ -335,6 +335,7 @@ def trial_of(model: Any, batch: Batch, budget: int, weights: int = 0) -> tuple[i
     return plan.recomputed_layers, meter
 
 
+@pytest.mark.slow
 def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny: Path) -> None:
     """The saved tensors of a tiny model; by the estimate nothing has to recompute."""
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)

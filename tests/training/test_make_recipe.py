@@ -169,6 +169,7 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     assert continued_dpo.learning_rate == dpo.learning_rate, "a tenth already"
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(home, tiny, capsys):
     make_run(home / "mine", tiny, peft_model(tiny))
     (home / "mine/final").rename(home / "mine/checkpoint-3")
@@ -258,6 +259,7 @@ def test_a_refused_start_leaves_no_trace(words: list[str], home: Path, capsys: C
     assert not (home / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture) -> None:
     files = sorted(home.iterdir())
     words = ["--model", "small", "--data", "faq.csv"]
@@ -271,6 +273,7 @@ def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture)
     assert sorted(path for path in home.iterdir() if path.name != "cache") == files
 
 
+@pytest.mark.slow
 def test_a_sweep_varies_the_recipe_that_train_makes(home, monkeypatch):
     Space = pytest.importorskip("tunesmith.tools.sweep.space").Space
     sweep_module = pytest.importorskip("tunesmith.tools.sweep.run")
@@ -291,6 +294,7 @@ def test_a_sweep_varies_the_recipe_that_train_makes(home, monkeypatch):
     assert made.path.read_text() == made.text
 
 
+@pytest.mark.slow
 def test_a_slurm_job_trains_the_recipe_that_train_makes(home, monkeypatch, capsys):
     words = ["--model", "small", "--data", "faq.csv", "train.seed=7", "--gpus-per-node", "8"]
     assert main(["launch", "slurm", *words, "--render"]) == EXIT_OK
@@ -435,6 +439,7 @@ DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("rows", "words", "ranks", "expected"), DECIDED)
+@pytest.mark.slow
 def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
     if rows:
         write_json_lines(home / "rows.jsonl", rows)
@@ -442,12 +447,14 @@ def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
     assert {key: str(attrgetter(key)(run)) for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_a_plan_has_an_example_for_each_gpu(home: Path, capsys: Capture) -> None:
     words = ["--model", "small", "--data", "faq.csv", "train.duration=1 epochs"]
     assert main(["plan", *words, "--on", "2xdgx-spark"]) == EXIT_OK
     assert lines_with(capsys.readouterr().err, "train.global_batch='2 examples'")
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
     rows = [{"prompt": question, "completion": answer} for question, answer in PAIRS]
     rows[7]["completion"] = None  # type: ignore[assignment]
@@ -486,6 +493,7 @@ def test_the_rate_of_a_family_is_that_of_its_fit(model_type: str, hidden: int, r
     assert default_learning_rate("none", model_type, hidden) == pytest.approx(rate / 10, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_given_stands_and_is_written(home: Path) -> None:
     given = [
         "adapter.kind=none",
@@ -525,6 +533,7 @@ def test_a_recipe_in_a_linked_folder_names_the_same_files_without_the_link(home:
         )
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_is_read_from_its_train_split(home, monkeypatch):
     rows = [{"question": q, "answer": a} for q, a in PAIRS]
     splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}

@@ -86,6 +86,7 @@ def test_a_run_of_given_rows_resumes_with_them_alone(home: Path, tiny: Path) -> 
     assert (fresh.first_step, fresh.steps) == (0, 6)
 
 
+@pytest.mark.slow
 def test_frames_and_numbers_of_numpy_become_plain_rows(home: Path) -> None:
     pandas = pytest.importorskip("pandas")
     rows = [{"text": "a", "n": 1, "x": 0.5}, {"text": None, "n": 2, "x": None}]

@@ -111,6 +111,7 @@ def test_a_step_is_killed_at_its_limit_and_what_does_not_fit_is_skipped(
     assert {step["exit"] for step in others} == {None}
 
 
+@pytest.mark.slow
 def test_a_failure_ends_nothing_and_results_are_written_after_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def results(*, pair: bool = False) -> dict[str, Finding]:
 
 
 @pytest.mark.parametrize("missing", ["[N/A]", "[Insufficient Permissions]"])
+@pytest.mark.slow
 def test_a_driver_version_that_nvidia_smi_does_not_print(missing: str, spark: Path) -> None:
     put_command(spark, "nvidia-smi", f"NVIDIA GB10, GPU-a, {missing}\n")
     found = results()
@@ -138,6 +139,7 @@ def test_a_driver_version_that_nvidia_smi_does_not_print(missing: str, spark: Pa
         ("13.0", "CUDA error 100: no device\nadvice on debugging", "gpu", "RuntimeError: CUDA error 100: no device"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_why_torch_does_not_run(
     cuda: str | None, fails: str, case: str, shown: str, spark: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_why_torch_does_not_run(
 
 
 @pytest.mark.parametrize(("tflops", "level"), [(50, FAULT), (62, OK)])
+@pytest.mark.slow
 def test_a_low_power_state_shows_in_the_speed(tflops: float, level: str, spark: Path) -> None:
     """55 TFLOP/s is the limit; the stand-in is at most 10 % off."""
     put_torch(spark, tflops=tflops)
@@ -211,6 +214,7 @@ def put_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
+@pytest.mark.slow
 def test_the_other_node_examines_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other node is this machine: every check runs twice, and nothing differs."""
     put_ssh(tmp_path, 'echo a banner; exec sh -c "$last"', monkeypatch)

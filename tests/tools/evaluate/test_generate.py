@@ -38,6 +38,7 @@ def answer_to_a(loaded: LoadedModel) -> str:
     return row["output"]
 
 
+@pytest.mark.slow
 def test_rows_come_back_in_order_with_answer_and_reference(loaded: LoadedModel) -> None:
     """And the model does not see the answer of a row."""
     answered = list(generate(loaded, ROWS, Decoding(4), batch_size=5))
@@ -82,6 +83,7 @@ def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: Loa
     generate(loaded, [{"text": "a" * 2024}], Decoding(24))  # the context is 2,048 tokens
 
 
+@pytest.mark.slow
 def test_questions_alone_are_read_by_the_columns_that_were_trained(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def sleeps(answer, row): time.sleep(1000)
         ("endless.py:sleeps", "a", row("a")),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_scorer_without_end_is_killed(
     name: str,
     answer: str | None,

@@ -160,6 +160,7 @@ def test_a_stack_of_experts_in_bands(monkeypatch, kind: str) -> None:
         assert b"".join(workers.run(tensor_jobs(vector, "F32", "x"))) == vector.numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_gguf_reads_the_tensors_where_they_are(tokenizer, tmp_path: Path) -> None:
     import gguf
 

@@ -54,6 +54,7 @@ def make_adapter(
     return model, folder / "adapter"
 
 
+@pytest.mark.slow
 def test_gpt_oss_is_read_as_peft_writes_it(tmp_path: Path) -> None:
     _, folder = make_adapter("gpt_oss", tmp_path)
     export_peft(folder, tmp_path / "out")
@@ -95,6 +96,7 @@ REFUSED: dict[str, tuple[str, Adapter, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.slow
 def test_what_vllm_would_compute_otherwise_is_refused(case: str, tmp_path: Path) -> None:
     model_type, adapter, names = REFUSED[case]
     _, folder = make_adapter(model_type, tmp_path, adapter)

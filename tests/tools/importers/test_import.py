@@ -228,6 +228,7 @@ def test_what_cannot_be_imported_is_refused(name: str, tmp_path: Path) -> None:
     assert "  fix: " in done.err
 
 
+@pytest.mark.slow
 def test_the_world_is_asked_for_and_no_file_is_overwritten(tmp_path: Path) -> None:
     file, recipe = FOLDER / "axolotl-chat-8b.yml", tmp_path / "r.yaml"
     words = ["import", file, "--output", recipe]

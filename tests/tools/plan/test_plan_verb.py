@@ -319,6 +319,7 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(llama: Path) 
     assert lines_with(plan(*words).out, "1,000 rows (--rows)", "100 tokens")
 
 
+@pytest.mark.slow
 def test_a_model_and_rows_are_planned_without_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +426,7 @@ def test_a_4_bit_repository_is_planned_as_one() -> None:
     assert config_of_model("someone/model") is None
 
 
+@pytest.mark.slow
 def test_lengths_come_from_the_token_cache_if_it_has_them(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_without_eval_there_are_figures_and_no_verdict(tmp_path: Path) -> None:
     assert sentence(verdict(good, other_rows), f"{other_rows.folder} --data held-out.jsonl`")
 
 
+@pytest.mark.slow
 def test_what_eval_measured_row_by_row_decides(tmp_path: Path) -> None:
     """Rows that are hard for both runs do not blur their difference."""
     good = evaluated(tmp_path / "good", 2.0, 1e-3)
@@ -119,6 +120,7 @@ def test_the_eval_of_the_final_weights_counts(tmp_path: Path) -> None:
     assert verdict(good, bad).best == (1,)
 
 
+@pytest.mark.slow
 def test_rows_that_were_trained_on_or_other_rows_do_not_decide(tmp_path: Path) -> None:
     good = evaluated(tmp_path / "good", 2.0, 1e-3)
     for name, changes in (("seen", {"seen": 3}), ("other", {"row_hash": "o" * 64})):
@@ -157,6 +159,7 @@ def preferring(folder: Path, method: str, by_row: list[int] | None = None) -> Ru
     return RunFiles(run.folder)
 
 
+@pytest.mark.slow
 def test_preferences_are_compared_by_the_pairs_of_eval(tmp_path: Path) -> None:
     """Whatever the methods. 30 of 100 pairs are in order for one run only: the 95 % interval of the
     difference leaves out 0. Four pairs that one run wins and two that the other wins do not.
@@ -301,6 +304,7 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_report_as_json_and_of_a_folder_of_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

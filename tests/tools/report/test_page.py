@@ -47,6 +47,7 @@ def data_of(page: str) -> Any:
     return json.loads(data[1])
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
     samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
     best = write_run(tmp_path / "best", falling(2.0), samples=samples)
@@ -108,6 +109,7 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in page, "no template runs in what a run says"
 
 
+@pytest.mark.slow
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
     assert holds(visible(render_page([run])), "killed", "tunesmith train")
@@ -135,6 +137,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
 
 
+@pytest.mark.slow
 def test_the_command(two: list[RunFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # a report is written over

@@ -47,6 +47,7 @@ def test_a_finished_run(trained: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_each_state(trained_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As `watch`, `report` and `status` say it; also of a run that trained on past its final/."""
     copied = trained_copy()
