@@ -25,7 +25,12 @@ from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template, TrainOn
-from tunesmith.data.text.thoughts import find_thought, missing_parts, split_thought
+from tunesmith.data.text.thoughts import (
+    MessageForm,
+    find_thought,
+    missing_parts,
+    split_thought,
+)
 from tunesmith.errors import DataError
 from tunesmith.presentation.data import data_warnings, template_line
 
@@ -384,3 +389,13 @@ def test_few_answers_that_lack_a_part_are_told_and_many_refused(tiny: Path, tmp_
         assert f"{tmp_path}/rows.jsonl:151" in line
     with refuses(DataError, where="rows.jsonl:1", names=["1 of 50"]):
         prepared(tiny, tmp_path, [ROWS["tag"], *whole[:49]])
+
+
+def test_a_template_that_reads_arguments_as_text_gets_json_text() -> None:
+    arguments = {"city": "Köln", "days": 2}
+    given_call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": "", "tool_calls": [given_call]}
+    (found,) = MessageForm(text_arguments=True).apply([message])
+    (as_text,) = found["tool_calls"]
+    assert json.loads(as_text["function"]["arguments"]) == arguments
+    assert given_call["function"]["arguments"] is arguments  # the row stays as it is
