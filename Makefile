@@ -1,7 +1,7 @@
 # make demo    train a small model on two CPU cores and compare its answers before and after
-# make quick   run the tests that are not slow: about 90 seconds on two cores
+# make quick   run the tests that are not slow: about two minutes on two cores
 # make engine  run the tests of the engine, without the tests of commands and tools
-# make test    run the tests of every change, as CI does: about eleven minutes on two cores
+# make test    run the tests of every change, as CI does: about ten minutes on two cores
 # make nightly  run the tests that need longer: real clusters, images, campaigns, and make families
 # make nightly-share  run a part of nightly that takes about four minutes; another part for each commit
 # make check   check lint, format, types, import layers, house rules and generated pages
