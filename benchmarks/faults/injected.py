@@ -15,14 +15,14 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from mutants import ROOT, copy_repository
+
 LANES = {"quick": "not slow and not nightly", "test": "slow and not nightly", "nightly": "nightly"}
 
 
@@ -173,16 +173,7 @@ def main() -> int:
     print("| fault | what a user saw | lane | test |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="injected-") as place:
         tree = Path(place, "tree")
-        listed = subprocess.run(
-            ["git", "ls-files", "-zco", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        for name in filter(None, listed.stdout.decode().split("\0")):
-            if (ROOT / name).is_file():
-                (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, tree / name)
+        copy_repository(tree)
         for fault in faults:
             file = tree / "src" / "tunesmith" / fault.file
             text = file.read_text()

@@ -156,6 +156,9 @@ class Sites(ast.NodeTransformer):
             elif isinstance(node, ast.AnnAssign) and node.value and self.inside:
                 node.value = self.visit(node.value)
             return node
+        if isinstance(node, ast.match_case):  # a pattern cannot hold a switch
+            node.body = [self.visit(part) for part in node.body]
+            return node
         if isinstance(node, FUNCTIONS):
             was, self.inside = self.inside, True
             node.body = [self.visit(part) for part in node.body]
@@ -170,7 +173,6 @@ class Sites(ast.NodeTransformer):
     def expression(self, node: ast.expr, operand: str) -> ast.expr:
         changed = changed_expression(node, operand) if self.inside else None
         number = None if changed is None else self.place(node, ast.unparse(changed))
-        # Calls of types in patterns and targets of assignments stay as they are.
         super().generic_visit(node)
         if number is None or changed is None:
             return node
@@ -187,16 +189,11 @@ class Sites(ast.NodeTransformer):
                 return node if number is None else ast.If(switch(number), [other], [node])
         for name, value in ast.iter_fields(node):
             if isinstance(value, ast.expr) and name not in ("target", "annotation"):
-                self.operand = {"test": "test"}.get(name, "")
-                if isinstance(node, ast.Return):
-                    self.operand = "returned"
+                self.operand = "returned" if isinstance(node, ast.Return) else name
                 setattr(node, name, self.visit(value))
             elif isinstance(value, list) and name not in ("targets", "names", "decorator_list"):
                 setattr(node, name, [self.visit(part) for part in value])
         return node if number is None else ast.If(switch(number), [ast.Pass()], [node])
-
-    def visit_match_case(self, node: ast.match_case) -> ast.match_case:
-        return node
 
     def place(self, node: ast.stmt | ast.expr, form: str) -> int | None:
         """Note a place; return the number of its mutant if it was chosen."""
@@ -223,16 +220,21 @@ def draw(files: list[Path], count: int, seed: int) -> list[dict[str, Any]]:
     return [{"number": number, **place} for number, place in enumerate(chosen)]
 
 
-def write_copy(folder: Path, mutants: list[dict[str, Any]]) -> None:
-    """Write a copy of the repository in which each mutant can be switched on."""
-    shutil.rmtree(folder / "tree", ignore_errors=True)
+def copy_repository(tree: Path) -> None:
+    """Copy the files of the repository, also new ones that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / "tree" / name)
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+
+
+def write_copy(folder: Path, mutants: list[dict[str, Any]]) -> None:
+    """Write a copy of the repository in which each mutant can be switched on."""
+    shutil.rmtree(folder / "tree", ignore_errors=True)
+    copy_repository(folder / "tree")
     (folder / "tree" / "src" / "tunesmith_mutants.py").write_text(SWITCH)
     by_file = collections.defaultdict(dict)
     for mutant in mutants:
