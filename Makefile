@@ -1,5 +1,5 @@
 # make demo    train a small model on two CPU cores and compare its answers before and after
-# make quick   run the tests that are not slow: about two minutes on two cores
+# make quick   run the tests that are not slow: about 75 seconds on two cores
 # make engine  run the tests of the engine, without the tests of commands and tools
 # make test    run the tests of every change, as CI does: about ten minutes on two cores
 # make nightly  run the tests that need longer: real clusters, images, campaigns, and make families
@@ -26,8 +26,7 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CO
 # Each process uses one thread, because two processes with two threads each slow each other down on two cores.
 # Bytecode is kept, because the tests start hundreds of processes. All tests of a file run in one worker, so that a module
 # fixture, such as a cluster, is set up once. tests/conftest.py orders the files.
-# In about one of ten thousand runs, a thread of gloo crashes. A test whose rank crashes is run once more.
-PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --reruns 1 --only-rerun 'ended by SIGSEGV' \
+PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   --dist loadfile --no-loadscope-reorder --numprocesses
 # Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from recipes import CHATML
 from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST
@@ -96,6 +97,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.option.minutes
     if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
         pytest.skip(f"{minutes:g} minutes are over")
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Run a test once more if one of its ranks crashes. In about one of ten thousand runs, a
+    thread of gloo crashes.
+    """
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    if any(report.failed and "ended by SIGSEGV" in report.longreprtext for report in reports):
+        item.warn(pytest.PytestWarning(f"{item.nodeid} runs once more: one of its ranks crashed"))
+        item._initrequest()  # new fixtures of the test, as in pytest-rerunfailures
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 def pytest_collection_finish() -> None:
