@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
@@ -58,7 +57,6 @@ def micro_batches(examples: list[Example]) -> list[Batch]:
 
 
 def prompts_once(examples: list[Example]) -> list[Batch]:
-    """Packed, with the prompt of each pair laid once."""
     examples = [example._replace(shared=example.count_shared()) for example in examples]
     length = sum(len(example.ids) - example.shared for example in examples) + 7
     batch = collate([examples], length=length, pad_id=0)
@@ -70,7 +68,6 @@ LAYOUTS = [packed, one_a_row, micro_batches, prompts_once]
 
 
 def pairs(count: int) -> list[Example]:
-    """Random tokens: a shared prompt without loss, and two answers of their own lengths."""
     random = np.random.default_rng(0)
     examples = []
     for _ in range(count):
@@ -85,7 +82,6 @@ def pairs(count: int) -> list[Example]:
 
 
 def feedback(count: int) -> list[Example]:
-    """An answer of each pair, labeled; two of three are good."""
     examples = []
     for number, pair in enumerate(pairs(count)):
         first = pair.sequences[0]
@@ -112,7 +108,6 @@ def use(model: TrainModel, config: MethodConfig) -> None:
 
 
 def plain_logprobs(model: TrainModel, example: Example) -> list[tuple[Tensor, int]]:
-    """Log-probability and length of each answer of an example, alone."""
     model.use_inference_attention()  # sdpa: eager attention rounds its softmax to fp32
     answers = []
     start = 0
@@ -157,7 +152,6 @@ def plain_pair_loss(
 
 
 def plain_pairs(model: TrainModel, config: MethodConfig, examples: list[Example]) -> Tensor:
-    """The mean loss over pairs, with its graph."""
     losses = []
     cross_entropy: Any = 0.0
     tokens = 0
@@ -193,7 +187,6 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 def train_on(
     model: TrainModel, batches: list[Batch], totals: StepTotals
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss and metrics of some micro batches, whose gradients are added up."""
     loss = 0.0
     metrics = dict.fromkeys(model.method.metrics, 0.0)
     for batch in batches:
@@ -233,36 +226,6 @@ def test_pairs_have_the_loss_and_gradients_of_the_formula(model, name, layout):
     margin = metrics["rewards_chosen"] - metrics["rewards_rejected"]
     assert metrics["reward_margin"] == pytest.approx(margin)
     assert 0 <= metrics["reward_accuracy"] <= 1.001
-
-
-class WidestLogits(TorchDispatchMode):
-    """The most rows of any tensor that has a column a token of the vocabulary."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary, self.rows = vocabulary, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.t.default:
-            return out  # the head's weight as a product takes it
-        if isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == self.vocabulary:
-            self.rows = max(self.rows, out.numel() // self.vocabulary)
-        return out
-
-
-@pytest.mark.parametrize("is_head_trained", [False, True])
-def test_the_logits_of_all_tokens_never_exist(model, is_head_trained, monkeypatch):
-    monkeypatch.setattr("tunesmith.loss.CPU_CHUNK_BYTES", 0)  # the smallest chunks, of 16 positions
-    use(model, PAIR_METHODS["dpo"])
-    [batch] = packed(pairs(8))
-    assert batch.supervised > 4 * 16
-    weight = model.head.weight
-    monkeypatch.setattr(weight, "requires_grad", is_head_trained)
-    with WidestLogits(model.head.out_features) as widest:
-        model(batch).loss.backward()
-    assert 0 < widest.rows <= 16
-    weight.grad = None
 
 
 @pytest.mark.parametrize(
@@ -341,44 +304,3 @@ def test_mismatched_examples_have_each_answer_once_under_another_prompt() -> Non
         examples.append(Example(np.arange(answer + 3, dtype=np.int32), trained, label=True))
     for mixed, other in zip(mismatched_examples(examples, 100), examples[::-1], strict=True):
         assert mixed.trained[2:].tolist() == other.trained[2:].tolist()
-
-
-def test_a_sequence_of_a_pair_does_not_see_the_other() -> None:
-    """Positions start anew, and no label crosses the edge."""
-    example = Example(np.arange(7, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1, 1], bool), (4, 3))
-    batch = collate([[example]], length=9, pad_id=0)
-    assert batch.cu_seqlens.tolist() == [0, 4, 7, 9]
-    assert batch.position_ids[0, :7].tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.targets[0].tolist() == [-100, 2, 3, -100, 5, 6, -100, -100, -100]
-    assert (batch.examples, batch.tokens, batch.supervised, batch.max_seqlen) == (1, 7, 4, 4)
-    assert batch.sequences is not None
-    assert batch.sequences.sequence_indices.tolist() == [0, 0, 1, 1]
-    assert batch.sequences.labels.tolist() == [True, False]
-    assert batch.chosen_tokens == 2
-
-
-@pytest.mark.parametrize(
-    ("method", "adapter"), [("dpo", "lora"), ("dpo", "none"), ("kto", "lora"), ("kto", "none")]
-)
-def test_a_step_takes_the_passes_that_are_counted(method, adapter, model, tiny, tmp_path):
-    form = "feedback" if method == "kto" else "preference"
-    rows = {"train": {"source": str(tmp_path / "rows.jsonl"), "format": form}}
-    settings = {"method": method, "adapter": {"kind": adapter}, "data": rows}
-    run = make_run(tiny, tmp_path, held=False, **settings)
-    use(model, run.method)
-    examples = feedback(4) if method == "kto" else pairs(4)
-    swapped = mismatched_examples(examples, 100) if method == "kto" else []
-    if adapter == "none":
-        # Numbers of before training.
-        examples = [x._replace(reference=(0.0,) * x.sequence_count) for x in examples]
-        swapped = [x._replace(reference=(0.0,)) for x in swapped]
-    hidden = model.hidden
-    tokens = []
-    model.hidden = lambda batch: tokens.append(batch.tokens) or hidden(batch)  # type: ignore[method-assign, func-returns-value]
-    try:
-        totals = StepTotals(4, mismatched=packed(swapped) if swapped else [])
-        train_on(model, packed(examples), model.method.begin_step(model, totals, lambda _: None))
-    finally:
-        del model.hidden
-    of_step = sum(len(example.ids) for example in examples)
-    assert sum(tokens) == of_step * (1 + run.extra_forwards)
