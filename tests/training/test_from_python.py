@@ -1,25 +1,27 @@
-"""`tunesmith.train` as a program calls it: overrides, records, what is shown, how it ends."""
+"""`tunesmith.train` as a program calls it: overrides, records, its own rows, and how it ends."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import signal
-import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 
 import tunesmith
 from errors import holds, refuses
-from logged import logged_lines
 from ranks import run_ranks
 from recipes import recipe
+from runs import write_rows
 from tunesmith.config.dump import to_yaml
+from tunesmith.errors import DataError, RecipeError, UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.metrics.record import StepRecord, read_records
-from warm import run_python
+from tunesmith.training.make_recipe import make_recipe
+from tunesmith.training.program_rows import keep_rows
 
 pytestmark = pytest.mark.slow
 
@@ -71,19 +73,6 @@ def test_what_on_record_raises_ends_the_run_unchanged(recipe_file: Path) -> None
     assert not (out / "failure.json").exists()
 
 
-def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None:
-    """What a notebook's stop button sends to the kernel."""
-
-    def stop(record: StepRecord) -> None:
-        if record.step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with refuses(tunesmith.StoppedError, names=["SIGINT", "step 3"]) as raised:
-        tunesmith.train(recipe_file, on_record=stop, quiet=True)
-    assert raised.value._render_traceback_()[0] == raised.value.what
-    assert tunesmith.train(recipe_file, quiet=True).first_step == 3
-
-
 def end_after_3(record: StepRecord) -> None:
     if record.step == 3:
         raise StopIteration
@@ -116,66 +105,124 @@ def test_all_ranks_end_after_the_same_step(recipe_file: Path) -> None:
     assert (folder / "final" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("setting", ["by default", "quiet", "own handler"])
-def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], setting: str) -> None:
-    """Lines go to stderr, or to the program's handler in its place; `quiet` prints nothing."""
-    quiet = setting.endswith("quiet")
-    own_handler = logged_lines() if setting.startswith("own") else contextlib.nullcontext([])
-    with own_handler as taken:
-        tunesmith.train(recipe_file, {"train.duration": "2 steps"}, quiet=quiet)
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_shown_goes_to_stderr_and_the_log(recipe_file, capfd, quiet):
+    tunesmith.train(recipe_file, {"train.duration": "2 steps"}, quiet=quiet)
     shown = capfd.readouterr()
     assert shown.out == ""
-    schedule = "steps: 2"
-    assert any(holds(text, schedule) for text in taken) == setting.startswith("own")
-    assert holds(shown.err, schedule) == (setting == "by default")
     assert ("step 2/2" in shown.err) != quiet
     assert not quiet or shown.err == ""
-    log = (recipe_file.parent / "run" / "log.txt").read_text()
-    assert holds(log, schedule)
-    assert "step 2/2" in log
+    assert "step 2/2" in (recipe_file.parent / "run" / "log.txt").read_text()
     assert (PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate) == ([], logging.NOTSET, True)
-
-
-# What a program does before it trains -> whether its stderr has the line as it is, and as logging
-# has it.
-PROGRAMS = {
-    "logging.basicConfig()": (True, False),  # as Colab: a root logger at WARNING
-    "logging.basicConfig(level=logging.INFO)": (False, True),
-    "logging.getLogger('tunesmith').setLevel(logging.WARNING)": (False, False),
-    "pass": (True, False),
-    "logging.basicConfig(); logging.getLogger('tunesmith').setLevel(logging.INFO)": (False, True),
-    "logging.getLogger('tunesmith').addHandler(logging.NullHandler())": (False, False),
-}
-SETUPS = [
-    pytest.param(name, marks=() if number < 2 else pytest.mark.nightly)
-    for number, name in enumerate(PROGRAMS)
-]
-
-
-@pytest.mark.parametrize("setup", SETUPS)
-def test_a_program_that_has_set_up_logging_keeps_it(recipe_file: Path, setup: str) -> None:
-    program = f"""
-import logging
-import tunesmith
-{setup}
-tunesmith.train({str(recipe_file)!r}, {{"train.duration": "1 steps", "train.warmup": "0 steps"}})
-"""
-    done = run_python([sys.executable, program])
-    assert done.returncode == 0, done.stderr
-    # The first line of its record
-    lines = [line for line in done.stderr.splitlines() if "48 of 48" in line]
-    plain = [line for line in lines if not line.startswith("INFO:tunesmith:")]
-    assert (bool(plain), len(plain) < len(lines)) == PROGRAMS[setup]
-    assert done.stdout == ""
 
 
 def test_an_error_reads_well_in_python_and_in_a_notebook(recipe_file: Path) -> None:
     with pytest.raises(tunesmith.TunesmithError) as raised:
         tunesmith.train(recipe_file, {"train.learning_rate": "fast"})
     lines = str(raised.value).splitlines()
-    assert lines[0] == raised.value.what
-    assert lines[1] == "  where: overrides: train.learning_rate"
     assert holds(lines[0], "train.learning_rate:", "fast")
+    assert lines[1] == "  where: overrides: train.learning_rate"
     assert lines[2].startswith("  fix: ")
     # A notebook shows it without the name of its class.
     assert raised.value._render_traceback_() == [f"error: {lines[0]}", *lines[1:]]
+
+
+# ---- rows of the program ----
+
+ROWS = [{"prompt": f"Say {n}", "completion": f"number {n}"} for n in range(24)]
+CHATS: list[dict[str, Any]] = []
+for n in range(24):
+    # A key that half of the messages lack
+    name = {"name": "clerk"} if n % 2 else {}
+    answer = {"role": "assistant", "content": f"It is number {n}.", **name}
+    CHATS.append({"messages": [{"role": "user", "content": f"What is {n}?"}, answer]})
+KEYS = {
+    "model.dtype": "fp32",
+    "train.duration": "3 steps",
+    "train.global_batch": "4 examples",
+    "log.tensorboard": False,
+    "log.samples": 0,
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_rows_of_a_program_train_to_the_same_bits_as_of_a_file(home, tiny):
+    """Also where a table fills what a row lacks with null, as a name in a message."""
+    write_rows(home / "rows.jsonl", CHATS)
+    keys = {**KEYS, "output_dir": "runs/file"}
+    of_file = tunesmith.train(make_recipe(str(tiny), "rows.jsonl", keys).run, quiet=True)
+    dataset = datasets.Dataset.from_list(CHATS)
+    keys["output_dir"] = "runs/rows"
+    of_rows = tunesmith.train(model=str(tiny), rows=dataset, overrides=keys, quiet=True)
+    losses = [[(r.loss, r.grad_norm) for r in run.records] for run in (of_file, of_rows)]
+    assert losses[0] == losses[1]
+    final = [Path(f"runs/{name}/final/adapter_model.safetensors") for name in ("file", "rows")]
+    assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def test_a_run_of_given_rows_resumes_with_them_alone(home: Path, tiny: Path) -> None:
+    model = str(tiny)
+    keys = {**KEYS, "output_dir": "runs/rows"}
+    tunesmith.train(model=model, rows=ROWS, overrides=keys, quiet=True)
+    again = tunesmith.train(model=model, rows=ROWS, overrides=keys, quiet=True)
+    assert again.finished_before
+    keys["train.duration"] = "5 steps"
+    longer = tunesmith.train(model=model, rows=datasets.Dataset.from_list(ROWS), overrides=keys)
+    assert (longer.first_step, longer.steps) == (3, 5)
+    others = [*ROWS[1:], {"prompt": "Say", "completion": "more"}]
+    keys["train.duration"] = "6 steps"
+    with pytest.raises((DataError, RecipeError)):
+        tunesmith.train(model=model, rows=others, overrides=keys, quiet=True)
+    words = [f"{key}={value}" for key, value in keys.items()]
+    fresh = tunesmith.train(model=model, rows=others, overrides=words, fresh=True, quiet=True)
+    assert (fresh.first_step, fresh.steps) == (0, 6)
+
+
+def test_frames_and_numbers_of_numpy_become_plain_rows(home: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    rows = [{"text": "a", "n": 1, "x": 0.5}, {"text": None, "n": 2, "x": None}]
+    written = keep_rows(rows, home / "list").read_text()
+    assert [json.loads(line) for line in written.splitlines()] == rows
+    frame = pandas.DataFrame(rows)
+    with refuses(DataError, fix=["frame.to_dict('records')", "frame.to_dicts()"]):
+        keep_rows(frame, home / "frame")
+    assert keep_rows(frame.to_dict("records"), home / "frame").read_text() == written
+    arrays = [{"text": "a", "n": np.int64(1), "x": np.float32(0.5)}, rows[1] | {"x": np.nan}]
+    assert keep_rows(arrays, home / "arrays").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        ("rows.jsonl", ["str"]),
+        ([], []),
+        (["a"], ["rows[0]", "str"]),
+        ([ROWS[0], {"prompt": object()}], ["rows[1]"]),
+        ([{"prompt": "a", "x": float("inf")}], ["rows[0]"]),
+    ],
+)
+def test_rows_that_cannot_be_kept_leave_nothing(rows: Any, names: list[str], home: Path) -> None:
+    with refuses(DataError, where="train(rows=...)", names=names):
+        keep_rows(rows, home / "run")
+    assert not (home / "run").exists()
+
+
+def test_a_bad_row_is_named_by_its_line_in_the_file_of_the_rows(home: Path, tiny: Path) -> None:
+    rows = [*ROWS, {"prompt": "a", "completion": None}]
+    keys = {**KEYS, "output_dir": "runs/rows"}
+    with refuses(DataError, names=[25], fix=["data.bad_rows=skip"]):
+        tunesmith.train(model=str(tiny), rows=rows, overrides=keys, quiet=True)
+
+
+def test_a_call_without_a_recipe_needs_model_and_rows(home: Path) -> None:
+    for options in ({}, {"model": "demo"}, {"rows": ROWS}):
+        with refuses(UsageError, fix=["rows="]):
+            tunesmith.train(**options)
+    with refuses(UsageError, names=["rows"]):
+        tunesmith.train(recipe="smollm2-135m-lora", rows=ROWS)

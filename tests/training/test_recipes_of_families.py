@@ -6,7 +6,6 @@ Templates are read where TRL and Axolotl are installed; a case without its templ
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from runs import write_rows
 from shipped_bases import change_config, change_tensors, write_fp8_stacks
 from tunesmith.cli.main import main
 from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
@@ -42,22 +42,11 @@ MAMBA = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32,
 }  # fmt: skip
-GEMMA = {
-    "model_type": "gemma4_unified_text", "global_head_dim": 32, "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True, "sliding_window": 32, "final_logit_softcapping": 30.0,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}  # fmt: skip
 LATENT = {
     "model_type": "mistral4", "num_key_value_heads": 4, "moe_intermediate_size": 32,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 32,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
-TOWER = {
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-}
 # Recipe -> its chat template, the model type, and the config: of the text model, and the rest.
 MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3.8-27b-lora": (
@@ -66,21 +55,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
                            "out_hidden_size": 64, "num_position_embeddings": 16}},
     ),
     "nemotron-3.5-30b-lora": ("trl/nemotron_3_5_lightning", "nemotron_h", MAMBA, {}),
-    "gemma-4-12b-lora": (
-        "axolotl/gemma4_unified", "gemma4_unified", GEMMA,
-        {"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 32,
-                           "patch_size": 4},
-         "audio_config": {"audio_embed_dim": 32}},
-    ),
-    "muse-glimmer-30b-lora": (
-        "trl/muse_glimmer", "muse_glimmer", {"model_type": "muse_glimmer_text", "sliding_window": 32},
-        {"vision_config": {**TOWER, "pos_emb_height": 4, "pos_emb_width": 4},
-         "out_hidden_size": 128, "projector_hidden_size": 32},
-    ),
     # The template of an earlier Mistral: its own is in neither package.
     "mistral-small-4-qlora": (
         "axolotl/mistral_v7_tekken", "mistral3", LATENT,
-        {"vision_config": {**TOWER, "image_size": 32, "patch_size": 8}, "tie_word_embeddings": False},
+        {"vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32,
+                           "num_attention_heads": 2, "image_size": 32, "patch_size": 8}, "tie_word_embeddings": False},
     ),
 }  # fmt: skip
 CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -112,17 +91,16 @@ def write_base(recipe: str, folder: Path) -> Path:
 
 
 def write_chats(file: Path, *, calls: bool) -> Path:
-    rows = []
-    for i in range(12):
-        question = {"role": "user", "content": f"Say {i}."}
-        answer = {"role": "assistant", "content": f"It is {i}."}
-        rows.append({"messages": [question, answer]})
+    def chat(*messages: dict[str, Any]) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "Say it."}, *messages]}
+
+    answers = [{"role": "assistant", "content": f"It is {i}."} for i in range(12)]
+    rows = [chat(answer) for answer in answers]
     result = {"role": "tool", "name": "weather", "content": "sun"}
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     if calls:
-        rows.append({"messages": [question, called, result, answer], "tools": TOOLS})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+        rows.append(chat(called, result, answers[0]) | {"tools": TOOLS})
+    return write_rows(file, rows)
 
 
 @pytest.mark.parametrize("recipe", MODELS)

@@ -69,7 +69,7 @@ def numbers_of(model: Path, folder: Path, /, **changes: Any) -> tuple[Any, bytes
     return records, (folder / ADAPTER).read_bytes()
 
 
-AS_SHIPPED = {"model": {"quantize": "as-shipped"}}
+AS_SHIPPED = {"model": {"quantize": "as-shipped"}, **RECOMPUTED}
 # what writes a base from the tiny one, or None; how many layers stream; changes of the recipe
 CASES: dict[str, tuple[Callable[[Path, Path], Path] | None, int, dict[str, Any]]] = {
     "half recomputed": (None, LAYERS, {"train": {"recompute": 3}}),
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[Path, Path], Path] | None, int, dict[str, Any]]
     "fp8": (None, LAYERS, {"model": {"quantize": "fp8", "dtype": "bf16"}}),
     "fp8 as shipped": (lambda plain, folder: write_fp8(plain, folder, (32, 32)), LAYERS, AS_SHIPPED),
     "nvfp4 as shipped": (write_nvfp4, LAYERS, AS_SHIPPED),
-    "mixture in nf4": (lambda plain, folder: write_qwen3_moe(folder, plain, num_hidden_layers=LAYERS), LAYERS, {"model": {"quantize": "nf4"}}),
+    "mixture in nf4": (lambda plain, folder: write_qwen3_moe(folder, plain, num_hidden_layers=LAYERS), LAYERS, {"model": {"quantize": "nf4"}, **RECOMPUTED}),
 }  # fmt: skip
 NAMES = [
     pytest.param(name, id=name, marks=() if number < 2 else pytest.mark.nightly)
@@ -102,10 +102,10 @@ def test_a_streamed_run_has_the_bits_of_a_resident_one(name, deep, tmp_path, str
 @pytest.mark.nightly
 def test_preferences_stream_alike(deep, tmp_path, stream):
     """The reference is the base without its adapter: another forward over the same slots."""
-    data = {
-        split: {"source": str(write_pairs(tmp_path / f"{split}.jsonl", 24)), "format": "preference"}
-        for split in ("train", "validation")
-    }
+    data = {}
+    for split, first in (("train", 0), ("validation", 24)):
+        file = write_pairs(tmp_path / f"{split}.jsonl", 24, first)
+        data[split] = {"source": str(file), "format": "preference"}
     changes: dict[str, Any] = {"method": "dpo", "data": data}
     resident = numbers_of(deep, tmp_path / "resident", **changes)
     stream(LAYERS)
