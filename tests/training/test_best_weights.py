@@ -15,17 +15,12 @@ from safetensors.torch import load_file
 
 from errors import holds, lines_with, refuses
 from ranks import run_ranks
-from recipes import make_run, merge, write_pairs
-from tunesmith.checkpoint import manifest
+from recipes import make_run, merge
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import export_sharded
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
 from tunesmith.inference.load_run import locate_run
-from tunesmith.launch.job import Job
-from tunesmith.methods.answers import REWARD_ACCURACY
-from tunesmith.presentation.summary import closing_summary
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_manifest
 from tunesmith.training import validation
 from tunesmith.training.result import Result
@@ -64,14 +59,12 @@ def go(tiny: Path, folder: Path, steps: int, **changes: Any) -> Result:
 
 
 def steps_of(folder: Path) -> tuple[int, int]:
-    """The step of the weights in final/, and the last one, by its manifest."""
     values = read_manifest(folder / "run" / "final")
     assert values is not None
     return values["step"], values["last_step"]
 
 
 def same_weights(folder: Path, step: int, name: str = ADAPTER) -> bool:
-    """Whether final/ has the bytes of the checkpoint of a step."""
     run = folder / "run"
     return (run / "final" / name).read_bytes() == (run / f"checkpoint-{step}" / name).read_bytes()
 
@@ -82,38 +75,28 @@ def test_final_is_the_best_step_and_everything_says_so(tiny, tmp_path, losses):
     run = tmp_path / "run"
     assert (result.steps, result.final_step, result.values()["final_step"]) == (4, 2, 2)
     assert steps_of(tmp_path) == (2, 4)
-    assert manifest.find_damage(run / "final") is None
     assert same_weights(tmp_path, 2)
     assert not same_weights(tmp_path, 4)
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    # The card, the note of chat, eval, merge and export, the summary, the table in Python.
     assert lines_with((run / "final" / "README.md").read_text(), "weights", 2, 4)
     assert holds(locate_run(run).note, "final", 2, 4)
-    summary = closing_summary(load_recipe(run / "config.yaml"), steps=4)
-    assert lines_with(summary, "final", 2, 4)
-    assert lines_with(summary, "tunesmith chat", run)
     assert holds(str(result), "final/", 2, 4)
-    assert holds(RunFiles(run).described_state, "finished", 2, 4)
-    assert holds(Job("", str(run)).state().text, 2, 4)
     again = go(tiny, tmp_path, 4)
     assert (again.finished_before, again.steps, again.final_step) == (True, 4, 2)
 
 
 def test_a_longer_run_goes_on_from_the_last_step(tiny, tmp_path, losses):
-    """Its numbers are those of a run that never stopped, and final/ is written anew."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
     schedule = {"schedule": "constant"}
     losses([3.0, 2.0, 2.5, 2.6, 2.4, 2.3])
-    uninterrupted = go(tiny, whole, 6, train=schedule)
+    whole = go(tiny, tmp_path, 6, train=schedule, output_dir=str(tmp_path / "whole"))
     losses([3.0, 2.0, 2.5, 2.6])
     go(tiny, tmp_path, 4, train=schedule)
     losses([2.4, 2.3])
     longer = go(tiny, tmp_path, 6, train=schedule)
     assert (longer.first_step, longer.steps, longer.final_step) == (4, 6, 2)
-    assert [r.loss for r in longer.records] == [r.loss for r in uninterrupted.records[4:]]
-    assert steps_of(tmp_path) == steps_of(whole) == (2, 6)
-    final = [folder / "run" / "final" / ADAPTER for folder in (tmp_path, whole)]
+    assert [r.loss for r in longer.records] == [r.loss for r in whole.records[4:]]
+    assert steps_of(tmp_path) == (2, 6)
+    final = [tmp_path / name / "final" / ADAPTER for name in ("run", "whole")]
     assert final[0].read_bytes() == final[1].read_bytes()
 
 
@@ -136,51 +119,35 @@ def test_which_step_final_is_of(tiny, tmp_path, losses, measured, changes, final
     assert same_weights(tmp_path, final)
 
 
-@pytest.mark.parametrize("masters", ["fp32", pytest.param("stochastic", marks=pytest.mark.nightly)])
-def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(tiny, tmp_path, losses, masters):
+def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(tiny, tmp_path, losses):
     """Its checkpoints are large, so the best validation alone saves none."""
     losses([1.0, 2.0, 2.5, 2.6, 2.7])
-    changes: dict[str, Any] = {
-        "adapter": {"kind": "none"},
-        "model": {"dtype": "bf16"},
-        "train": {"master_weights": masters},
-        "checkpoint": {"every": "2 steps"},
-    }
-    go(tiny, tmp_path, 5, **changes)
+    full = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}}
+    go(tiny, tmp_path, 5, checkpoint={"every": "2 steps"}, **full)
     run = tmp_path / "run"
     assert steps_of(tmp_path) == (2, 5)
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
     assert same_weights(tmp_path, 2, "model.safetensors")
-    assert lines_with((run / "log.txt").read_text(), "checkpoint", "final/", 1, 2)
 
 
-def train_on_ranks(model: Path, folder: Path, changes: dict[str, Any]) -> int | None:
+def train_on_ranks(model: Path, folder: Path) -> int | None:
     results = iter([3.0, 2.0, 2.5, 2.6])
     validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
-    changes = merge(merge(RULES, {"train": {"duration": "4 steps"}}), changes)
-    return train(make_run(model, folder, **changes), quiet=True).final_step
+    shards = {"parallel": {"shard": 2}, "adapter": {"kind": "none"}}
+    return go(model, folder, 4, checkpoint={"every": "2 steps"}, **shards).final_step
 
 
 def test_shards_gather_the_best_step(tiny: Path, tmp_path: Path) -> None:
-    """A model trained in full has training state alone on the way."""
-    changes = {
-        "parallel": {"shard": 2},
-        "adapter": {"kind": "none"},
-        "checkpoint": {"every": "2 steps"},
-    }
-    assert run_ranks(2, train_on_ranks, tiny, tmp_path, changes) == [2, 2]
+    assert run_ranks(2, train_on_ranks, tiny, tmp_path) == [2, 2]
     run = tmp_path / "run"
     assert steps_of(tmp_path) == (2, 4)
-    exported = {}
-    for step in (2, 4):
-        export_sharded(
-            run / f"checkpoint-{step}", tmp_path / str(step), load_recipe(run / "config.yaml")
-        )
-        exported[step] = load_file(tmp_path / str(step) / "model.safetensors")
-    final = load_file(run / "final" / "model.safetensors")
-    assert final.keys() == exported[2].keys()
-    assert all(torch.equal(final[name], exported[2][name]) for name in final)
-    assert not all(torch.equal(final[name], exported[4][name]) for name in final)
+    recipe = load_recipe(run / "config.yaml")
+    export_sharded(run / "checkpoint-2", tmp_path / "exported", recipe)
+    final, exported = (
+        load_file(folder / "model.safetensors") for folder in (run / "final", tmp_path / "exported")
+    )
+    assert final.keys() == exported.keys()
+    assert all(torch.equal(final[name], exported[name]) for name in final)
 
 
 def test_a_damaged_best_checkpoint_is_said_and_the_last_step_taken(tiny, tmp_path, losses):
@@ -222,28 +189,3 @@ def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
     losses([2.0, 2.5, 2.6])
     assert go(tiny, tmp_path, 3).final_step == 1
     assert same_weights(tmp_path, 1)
-
-
-def test_scores_of_another_measure_are_not_compared(tiny, tmp_path, monkeypatch):
-    """An accuracy of the first steps, and a loss of those behind them."""
-    for name in ("train.jsonl", "held.jsonl"):
-        write_pairs(tmp_path / name, 16)
-
-    def final_step(steps: int, best_by: str, values: Sequence[tuple[float, float]]) -> int | None:
-        results = iter(values)
-
-        def measured(*_: Any, **__: Any) -> ValidationResult:
-            loss, accuracy = next(results)
-            return ValidationResult(loss, 1, {REWARD_ACCURACY: accuracy})
-
-        monkeypatch.setattr(validation, "validation_loss", measured)
-        changes = {
-            "method": "dpo",
-            "data": {"train": {"format": "preference"}, "validation": {"format": "preference"}},
-            "train": {"duration": f"{steps} steps", "warmup": "1 steps"},
-            "validate": {"best_by": best_by},
-        }
-        return train(make_run(tiny, tmp_path, **merge(RULES, changes)), quiet=True).final_step
-
-    assert final_step(2, "accuracy", [(0.6, 0.9), (0.7, 0.8)]) == 1
-    assert final_step(4, "loss", [(0.3, 0.5), (0.4, 0.5)]) == 3

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vision_models
-from errors import refuses
-from logged import logged_lines
+from errors import lines_with, refuses
 from recipes import make_run, merge, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.config.schema import Run
-from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
+from tunesmith.errors import StoppedEarlyError, StoppedError
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
+from tunesmith.launch.job import Job
 from tunesmith.reader.run_files import RunFiles
+from tunesmith.run_dir import RUNNING, STOP_FILE, RunState
+from tunesmith.stages.tokens import TokenFacts
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
-from waiting import TIME
-from warm import Warm
+from waiting import TIME, wait_for
+from warm import Warm, fork_ranks, run_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -45,15 +42,12 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same records and the same bytes of weights."""
     assert steps_of(one) == steps_of(other)
     files = list((other / "final").glob("*.safetensors"))
     assert files
     for file in files:
         assert (one / "final" / file.name).read_bytes() == file.read_bytes()
 
-
-# ---- stopped in a step, and resumed, in this process ----
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # a model, and a recipe
@@ -79,7 +73,6 @@ SIZES: dict[str, dict[str, Any]] = {"llama4": {"num_hidden_layers": 4, "floor_sc
 
 
 def train_until_stopped(run: Run, stop_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that gets SIGTERM in a step."""
     step = Trainer.train_step
 
     def signalled(self: Trainer, batch: Any) -> Any:
@@ -115,31 +108,25 @@ def test_resumed_is_never_stopped(name, tiny, tmp_path, monkeypatch, request):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-# ---- a process that is killed ----
-
-
 def lines(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + TIME
-    while not condition():
-        assert time.monotonic() < deadline, "no step"
-        time.sleep(0.002)
-
-
 def interrupt(file: Path, out: Path, how: str) -> None:
-    """Start a process that trains, and kill or stop it after a new step."""
-    before = lines(out)
+    before, deadline = lines(out), time.monotonic() + TIME
+    name, *moment = how.split(maxsplit=1)
+    number = signal.Signals[name]
+
+    def has_come() -> bool:
+        is_written = not moment or any(out.glob(".checkpoint-*.partial"))
+        return lines(out) > before and is_written
+
     process = Warm(["train", file], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        wait_until(lambda: lines(out) > before or process.poll() is not None)
-        if how == "SIGKILL in a checkpoint":
-            wait_until(lambda: list(out.glob(".checkpoint-*.partial")))
+        while not has_come() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
         recorded = lines(out)
-        number = signal.Signals[how.split(maxsplit=1)[0]]
         process.send_signal(number)
         code = process.wait()
     finally:
@@ -149,9 +136,7 @@ def interrupt(file: Path, out: Path, how: str) -> None:
         assert code == -number, "the run ended before it could be killed: make it longer"
         return
     assert code == 75
-    with logged_lines() as said:
-        found = replicate.newest_checkpoint(out)
-    assert said == []
+    found = replicate.newest_checkpoint(out)
     assert found is not None
     # It begins to save within one step; a step may end while the signal is on its way.
     assert recorded <= found[0] <= recorded + 3
@@ -173,20 +158,17 @@ def test_kills_and_signals_change_no_number(name, hows, tiny, tmp_path):
         "validate": {"every": "12 steps"},
         "output_dir": str(tmp_path / "cut"),
     }
-    values = recipe(tiny, tmp_path, **merge(settings, CASES[name][1]))
+    settings = merge(settings, CASES[name][1])
     file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(values))
-    whole = merge(settings, CASES[name][1]) | {"output_dir": str(tmp_path / "whole")}
-    train(make_run(tiny, tmp_path, **merge(whole, {"checkpoint": {"every": None}})), quiet=True)
+    file.write_text(json.dumps(recipe(tiny, tmp_path, **settings)))
+    whole = settings | {"output_dir": str(tmp_path / "whole"), "checkpoint": {"every": None}}
+    train(make_run(tiny, tmp_path, **whole), quiet=True)
     for how in hows:
         interrupt(file, tmp_path / "cut", how)
     process = Warm(["train", file], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.wait() == 0, process.communicate()
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert len(steps_of(tmp_path / "cut")) == 30
-
-
-# ---- stops at other moments ----
 
 
 def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM") -> None:
@@ -204,11 +186,9 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     [
         # Its errors are caught, whatever they are.
         ("transformers.AutoTokenizer.from_pretrained", "SIGTERM"),
-        ("transformers.AutoConfig.from_pretrained", "SIGINT"),
-        ("tunesmith.stages.output.decide_start", "SIGHUP"),
         ("tunesmith.data.tokens.encode.convert_row", "SIGUSR1"),
         ("tunesmith.training.session.build_model", "SIGINT"),
-        ("tunesmith.metrics.sink.JsonlSink.open", "SIGTERM"),
+        ("tunesmith.metrics.sink.JsonlSink.open", "SIGHUP"),
     ],
 )
 def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
@@ -229,85 +209,29 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(tiny, tmp_path,
     """
     run = make_run(tiny, tmp_path, train={"duration": "4 steps"}, validate={"every": "2 steps"})
     folder = tmp_path / "run"
-
-    def told_steps() -> list[int | None]:
-        summary = RunFiles(folder)
-        stopped = json.loads((folder / "stopped.json").read_text())
-        return [summary.steps, stopped["step"]]
-
     measure = Validation.measure
 
     def stopped_while_measuring(self: Validation) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         return measure(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Validation, "measure", stopped_while_measuring)
-        with refuses(StoppedError, names=["step 2"]):
-            train(run, quiet=True)
-    assert told_steps() == [2, 2]
-    for is_launched in (False, True):
+    for kind in (StoppedError, StoppedEarlyError):
         with monkeypatch.context() as patch:
-            stop_while(patch, "tunesmith.training.session.build_model")
-            patch.setattr("tunesmith.training.run.is_launched", lambda told=is_launched: told)
-            with refuses(StoppedEarlyError, names=["step 2"]):
+            if kind is StoppedError:
+                patch.setattr(Validation, "measure", stopped_while_measuring)
+            else:
+                stop_while(patch, "tunesmith.training.session.build_model")
+            with refuses(kind, names=["step 2"]):
                 train(run, quiet=True)
-        assert told_steps() == [2, 2]
-    (folder / "stopped.json").write_text(json.dumps({"step": None}))
-    assert told_steps() == [1, None], "the recorded step"
+        assert RunFiles(folder).steps == 2
+        assert json.loads((folder / "stopped.json").read_text())["step"] == 2
     assert train(run, quiet=True).steps == 4
     assert RunFiles(folder).steps == 4
 
 
-def test_a_stop_that_a_library_swallows_is_not_lost() -> None:
-    def swallowed() -> None:
-        with StopRequest() as stop:
-            with contextlib.suppress(BaseException):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(5)
-            stop.defer_signals()
-            pytest.fail("it went on")
-
-    def made_another_error() -> None:
-        with StopRequest():
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(5)
-            except BaseException as error:
-                raise ModelError("the tokenizer cannot be read") from error
-
-    for library in (swallowed, made_another_error):
-        with pytest.raises(StoppedError):
-            library()
-
-
-def test_a_stop_inside_code_that_c_runs_keeps_the_exit_code(tmp_path: Path) -> None:
-    """`python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String, as while
-    torch is imported.
-    """
-    (tmp_path / "stopped.py").write_text("""
-import ctypes, sys
-from tunesmith.errors import StoppedError
-from tunesmith.host.signals import StopRequest
-run = ctypes.pythonapi.PyRun_String
-run.restype, run.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)
-try:
-    with StopRequest():
-        run(b"import os, time; os.kill(os.getpid(), 15); time.sleep(5)", 257, {}, {})
-except StoppedError as error:
-    sys.exit(error.exit_code)
-""")
-    assert (
-        subprocess.run([sys.executable, "-m", "stopped"], check=False, cwd=tmp_path).returncode
-        == 75
-    )
-
-
 @pytest.mark.parametrize("name", SIGNAL_NAMES)
 def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
-    """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the
-    background.
-    """
+    """As nohup leaves SIGHUP."""
     number = signal.Signals[name]
     before = signal.signal(number, signal.SIG_IGN)
     try:
@@ -320,50 +244,24 @@ def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
         signal.signal(number, before)
 
 
-def busy(seconds: float) -> None:
-    """Hold the main thread in C, as a backward does: Python's own handlers wait until it returns."""
-
-    def clock() -> float:
-        began = time.monotonic()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
-        return max(time.monotonic() - began, 1e-4)
-
-    # The quickest of five: one that had to wait for its core would ask for too few rounds.
-    one = min(clock() for _ in range(5))
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(10_000 * seconds / one))
-
-
-def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
-    tiny, tmp_path, monkeypatch
-):
-    """Inside a step; what was saved before stays, and the next start goes on to the same numbers."""
-    step, said = Trainer.train_step, []
-    again = True
+def test_the_second_ctrl_c_stops_at_once(tiny, tmp_path, monkeypatch):
+    step = Trainer.train_step
 
     def interrupted(self: Trainer, batch: Any) -> Any:
-        if batch.step == 5 and again:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-            began = time.monotonic()
-            busy(1.5)
-            took = time.monotonic() - began
-            announced = [
-                at - began for at, text in said if "press ctrl-C again to stop now" in text
-            ]
-            assert [at < 0.7 * took for at in announced] == [True]
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+        if batch.step == 5:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.4)
             pytest.fail("it went on")
         return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
     run = make_run(tiny, tmp_path)
-    stopped = refuses(StoppedError, where="checkpoint-4", names=["step 5", "step 4"])
-    with stopped as caught, logged_lines(lambda text: said.append((time.monotonic(), text))):
-        train(run)
-    assert caught.value.where.endswith("checkpoint-4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with refuses(StoppedError, where="checkpoint-4", names=["step 5", "step 4"]):
+            train(run, quiet=True)
     assert manifest.find_damage(tmp_path / "run" / "checkpoint-4") is None
     assert not (tmp_path / "run" / "failure.json").exists()
-    again = False
     train(run, quiet=True)
     train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole")), quiet=True)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
@@ -380,64 +278,94 @@ def test_ctrl_c_while_final_is_written(presses, tiny, tmp_path, monkeypatch):
             time.sleep(0.4)
         write(folder, *args)
 
-    monkeypatch.setattr(contents, "write_model_files", pressed)
     run = make_run(tiny, tmp_path)
-    stopped = (
-        contextlib.nullcontext()
-        if presses == 1
-        else refuses(StoppedError, where="checkpoint-8", names=["step 8"])
-    )
-    with stopped, logged_lines() as said:
-        train(run)
-    assert [line for line in said if line.startswith("SIGINT: ") and "final/" in line]
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "write_model_files", pressed)
+        with contextlib.suppress(StoppedError):
+            train(run, quiet=True)
     assert (tmp_path / "run" / "final").exists() == (presses == 1)
-    monkeypatch.setattr(contents, "write_model_files", write)
     train(run, quiet=True)
     assert manifest.find_damage(tmp_path / "run" / "final") is None
 
 
 def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:
-    with logged_lines() as said, StopRequest() as stop:
+    with StopRequest() as stop:
         stop.defer_signals()
         for name in ("SIGINT", "SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"):
             os.kill(os.getpid(), signal.Signals[name])
             time.sleep(0.01)
     assert stop.signal == "SIGINT"
     assert not stop.now
-    assert [text.partition(":")[0] for text in said] == ["SIGINT", "SIGTERM", "SIGHUP"]
 
 
-def test_a_signal_of_the_callers_own_is_left_to_it() -> None:
-    came = []
-    number = signal.SIGRTMIN + 1  # without a name
-    before = signal.signal(number, lambda *_: came.append(1))
+# ---- stops while a run loads, by one process or by ranks that a launcher would restart ----
+
+LOADED = "loaded"  # a file of the run directory that lets the load end
+
+
+def load_slowly() -> None:
+    from tunesmith.training import build as build_module
+
+    build = build_module.build_from_tokens
+
+    def slow_build(tokens: TokenFacts, *words: Any, **options: Any) -> Any:
+        out = Path(tokens.run.output_dir)
+        deadline = time.monotonic() + TIME
+        while not (out / LOADED).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return build(tokens, *words, **options)
+
+    build_module.build_from_tokens = slow_build
+
+
+def slow_ranks() -> None:
+    load_slowly()
+    fork_ranks()
+
+
+@pytest.fixture
+def file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    values = recipe(tiny, tmp_path, held=False, train={"duration": "4 steps"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / STOP_FILE).touch()  # of nobody's start
+    process = Warm(["train", file], prepare=load_slowly)
     try:
-        with logged_lines() as said, StopRequest() as stop:
-            stop.defer_signals()
-            for each in (number, signal.SIGINT):
-                os.kill(os.getpid(), each)
-                time.sleep(0.05)
+        wait_for((out / RUNNING).exists, process)
+        (out / STOP_FILE).touch()
+        (out / LOADED).touch()
+        printed = "".join(process.communicate(timeout=TIME))
     finally:
-        signal.signal(number, before)
-    assert came == [1]
-    (line,) = said
-    assert line.startswith("SIGINT: ")
+        process.kill()
+    assert process.returncode == 75, printed
+    assert lines_with(printed, "stop file")
+    assert not (out / STOP_FILE).exists()
+    assert not (out / "final").exists()
+    assert Job("", str(out)).state().state is RunState.STOPPED
+    done = run_warm(["train", file])
+    assert done.returncode == 0, done.stderr
+    assert (out / "final" / "manifest.json").exists()
 
 
-def test_a_forked_worker_is_not_the_run() -> None:
-    """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
-    with logged_lines() as said, StopRequest() as stop:
-        stop.defer_signals()
-        reader, writer = os.pipe()
-        if (pid := os.fork()) == 0:
-            os.write(writer, b"1")
-            time.sleep(60)
-            os._exit(0)
-        # On a busy machine a child may take longer to begin than any pause.
-        os.read(reader, 1)
-        os.kill(pid, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
-        os.close(reader)
-        os.close(writer)
-    assert not said
-    assert not stop.requested()
+def test_ranks_that_a_launcher_would_start_again_stay_stopped(file: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    words = ["launch", "local", file, "--ranks", "2", "--restarts", "3"]
+    launcher = Warm(words, prepare=slow_ranks)
+    try:
+        wait_for((out / RUNNING).exists, launcher)
+        os.kill(launcher.pid, signal.SIGTERM)
+        printed = "".join(launcher.communicate(timeout=TIME))
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75, printed
+    assert not (out / "final").exists()
+    assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
+    assert "Traceback" not in printed
