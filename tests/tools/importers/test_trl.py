@@ -15,8 +15,6 @@ from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.tools.importers.source_config import read_config, table
 from tunesmith.tools.importers.translate import translate
 
-from .translations import knows
-
 trl = pytest.importorskip("trl")
 FILE = Path(__file__).parent / "files" / "trl-sft.yaml"
 
@@ -28,45 +26,19 @@ def parsed(words: list[str]) -> Any:
 
 
 def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
-    installed = {
-        field.name: vars(one)[field.name]
-        for one in parsed(["--output_dir", str(tmp_path)])
-        for field in dataclasses.fields(one)
-    }
-    defaults = table("trl")["defaults"]
-    assert len(defaults) > 25
-    for key, value in defaults.items():
+    installed = {}
+    for one in parsed(["--output_dir", str(tmp_path)]):
+        installed |= {field.name: vars(one)[field.name] for field in dataclasses.fields(one)}
+    for key, value in table("trl")["defaults"].items():
         assert value == getattr(installed[key], "value", installed[key]), key
 
 
-def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
-    """The lines that `import` and docs/coming-from.md give for a script."""
-    args = trl.SFTConfig(output_dir=str(tmp_path), learning_rate=2e-4, packing=True, use_cpu=True)
-    names = {"model_name_or_path": "m/m", "dataset_name": "d/d"}
-    lora = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_target_modules": "all-linear"}
-    path = tmp_path / "trl.yaml"
-    path.write_text(json.dumps({**args.to_dict(), **names, **lora}))
-    draft = translate(read_config(path, None), {}, 1)
-    assert (draft.values["adapter.rank"], draft.values["adapter.alpha"]) == (32, 64)
-    assert draft.values["adapter.target"] == "all-linear"
-    assert (draft.values["train.learning_rate"], draft.values["data.pack"]) == (2e-4, True)
-    # Tokens are written down as <EOS_TOKEN> and so on.
-    assert "model.pad_token" not in draft.values
-    assert {note.key for note in draft.notes.values() if note.differs} == {"dataset_name", "dtype"}
-
-
 @pytest.mark.slow
-def test_every_flag_and_default_of_a_trainer_is_known() -> None:
-    """`import` names no flag of TRL as unknown, and takes the numbers of the trainer in question."""
+def test_the_numbers_of_each_trainer_are_those_that_are_installed() -> None:
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
 
-    read_by_code = {"dataset_name", "dataset_config", "dataset_text_field"}
     trainers = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig}
-    classes = (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, *trainers.values())
-    names = {field.name for one in classes for field in dataclasses.fields(one)}
-    assert len(names) > 100
-    assert not [name for name in names - read_by_code if not knows("trl", name)]
     for method, config in trainers.items():
         fields = {field.name: field for field in dataclasses.fields(config)}
         of_method = [s for s in table("trl")["when"] if s.get("if") == {"method.name": method}]
@@ -77,6 +49,20 @@ def test_every_flag_and_default_of_a_trainer_is_known() -> None:
             assert value == real, (method, name)
 
 
+def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
+    """The lines that `import` and docs/coming-from.md give for a script."""
+    args = trl.SFTConfig(output_dir=str(tmp_path), learning_rate=2e-4, packing=True, use_cpu=True)
+    names = {"model_name_or_path": "m/m", "dataset_name": "d/d", "use_peft": True, "lora_r": 32}
+    path = tmp_path / "trl.yaml"
+    path.write_text(json.dumps({**args.to_dict(), **names}))
+    draft = translate(read_config(path, None), {}, 1)
+    assert (draft.values["adapter.rank"], draft.values["data.pack"]) == (32, True)
+    assert draft.values["train.learning_rate"] == 2e-4
+    # Tokens are written down as <EOS_TOKEN> and so on.
+    assert "model.pad_token" not in draft.values
+    assert {note.key for note in draft.notes.values() if note.differs} == {"dataset_name", "dtype"}
+
+
 @pytest.mark.slow
 def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     import torch
@@ -85,32 +71,13 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     recipe, processes, total = tmp_path / "recipe.yaml", 4, 60
     assert invoke("import", FILE, "--world", processes, "--output", recipe).code == 0
     run = load_recipe(recipe)
-    script, training, model = parsed(["--config", str(FILE)])
+    _, training, model = parsed(["--config", str(FILE)])
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
     config = trl.get_peft_config(model)
-    assert training.packing
-    expected = {
-        str(run.train.global_batch): f"{rows * training.max_length} tokens",
-        (run.data.seq_len, run.data.pack): (training.max_length, True),
-        run.train.betas: (training.adam_beta1, training.adam_beta2),
-        (run.train.learning_rate, run.train.eps): (training.learning_rate, training.adam_epsilon),
-        (run.train.weight_decay, run.train.clip_norm): (
-            training.weight_decay,
-            training.max_grad_norm,
-        ),
-        (run.train.seed, run.train.duration.amount): (training.seed, training.num_train_epochs),
-        str(run.validate.every): f"{training.eval_steps:g} steps",
-        str(run.checkpoint.every): f"{training.save_steps:g} steps",
-        run.data.train[0].source: script.dataset_name,
-        run.data.train[0].split: script.dataset_train_split,
-        run.data.validation[0].split: script.dataset_test_split,
-        (run.adapter.rank, run.adapter.alpha): (config.r, config.lora_alpha),
-        (run.adapter.dropout, run.adapter.rslora): (config.lora_dropout, config.use_rslora),
-        frozenset(run.adapter.target): frozenset(config.target_modules),
-    }
-    assert [*expected] == [*expected.values()]
-    # Neither of TRL's two losses on the answer alone is asked for.
-    assert run.data.train_on == "all"
+    assert str(run.train.global_batch) == f"{rows * training.max_length} tokens"
+    assert (run.data.seq_len, run.data.pack) == (training.max_length, training.packing)
+    assert (run.adapter.rank, run.adapter.alpha) == (config.r, config.lora_alpha)
+    assert set(run.adapter.target) == set(config.target_modules)
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     steps = {"num_warmup_steps": int(training.warmup_steps), "num_training_steps": total}
