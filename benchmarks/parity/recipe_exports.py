@@ -81,7 +81,6 @@ def write_base(run: Any, folder: Path) -> Path:
     from transformers import AutoConfig
 
     from export import converter_models
-    from export.test_gguf_pictures import write_model
     from model import families
     from quant import test_nf4
     from shipped_bases import change_config, draw_mxfp4_experts, write_fp8_stacks
@@ -91,7 +90,7 @@ def write_base(run: Any, folder: Path) -> Path:
     text_type = stated.get("text_config", stated)["model_type"]
     name = CONVERTED.get(text_type, text_type)
     if run.model.vision:
-        return write_model(folder, PICTURES.get(name, name))
+        return write_picture_model(folder, PICTURES.get(name, name))
     if name in converter_models.MODELS:
         is_dense_gemma = name == "gemma4" and not stated["enable_moe_block"]
         converter_models.write_base(name, folder, **(DENSE_GEMMA if is_dense_gemma else {}))
@@ -112,6 +111,25 @@ def write_base(run: Any, folder: Path) -> Path:
         model.save_pretrained(folder)
     converter_models.chat_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_picture_model(folder: Path, family: str) -> Path:
+    """Write a random vision-language model with a tokenizer that llama.cpp knows."""
+    import pytest
+    from transformers import PreTrainedTokenizerFast
+
+    import conftest
+    from export.tiny_gguf import chat_tokenizer
+    from picture_runs import write_vision_model
+
+    def small_bpe(**special: str) -> Any:
+        ends = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+        core = chat_tokenizer()._tokenizer
+        return PreTrainedTokenizerFast(tokenizer_object=core, **ends, **special)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "byte_tokenizer", small_bpe)
+        return write_vision_model(folder, family)
 
 
 def write_rows(run: Any, folder: Path) -> Path:

@@ -16,10 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from export.tiny_gguf import chat_tokenizer
 from model import families
-from recipes import make_run
 from shipped_bases import fp8_config, rounded
-from tunesmith.config.schema import Run
-from tunesmith.training.run import train
 
 SMALL: dict[str, Any] = {
     "vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -53,8 +50,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
         "original_max_position_embeddings": 128}  # fmt: skip
 
 # Settings of the text model; and what of config.json is otherwise on the Hub, None for a key that
-# is not there. A text model inside another has the rest of the other's config under "whole", and
-# under "type" the other's type, unless it is the name.
+# is not there. A text model inside another has the rest of the other's config under "whole".
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "config": {**EXPERTS, "norm_topk_prob": True},
@@ -125,26 +121,22 @@ def write_base(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     if whole is None:
         model = families.random_model(AutoConfig.for_model(name, **settings))
     else:
-        model_type = spec.get("type", name)
-        config = AutoConfig.for_model(model_type, text_config=settings, **whole)
+        config = AutoConfig.for_model(name, text_config=settings, **whole)
         config.tie_word_embeddings = settings["tie_word_embeddings"]
         torch.manual_seed(7)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    with torch.no_grad():
-        for buffer_name, buffer in model.named_buffers():
-            # It changes which experts are chosen, and it is zero in a new model.
-            if buffer_name.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer) * 0.1)
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+    for buffer_name, buffer in model.named_buffers():
+        # It changes which experts are chosen, and it is zero in a new model.
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.data += torch.randn_like(buffer) * 0.1
     scales = {}
-    if spec.get("fp8"):
-        for layer, weight in model.named_parameters():
-            if "language_model" in layer and "_proj.weight" in layer:
-                codes, scale = rounded(weight.data, None)
-                weight.data = codes.float() * scale
-                scales[layer.removeprefix("model.language_model.")] = scale
+    for layer, weight in model.named_parameters() if spec.get("fp8") else ():
+        if "language_model" in layer and "_proj.weight" in layer:
+            codes, scale = rounded(weight.data, None)
+            weight.data = codes.float() * scale
+            scales[layer.removeprefix("model.language_model.")] = scale
     model.save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     file = folder / "config.json"
@@ -155,8 +147,7 @@ def write_base(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
         if value is None and key != "rope_scaling":
             del text[key]
     tensors = load_file(folder / "model.safetensors")
-    for aside, shape in spec.get("aside", {}).items():
-        tensors[aside] = torch.randn(shape)
+    tensors |= {aside: torch.randn(shape) for aside, shape in spec.get("aside", {}).items()}
     for name_in_text, scale in scales.items():
         (layer,) = [key for key in tensors if key.endswith(f".{name_in_text}")]
         stem = layer.removesuffix("weight")
@@ -168,15 +159,3 @@ def write_base(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     file.write_text(json.dumps(config))
     return model
-
-
-def trained_run(base: Path, folder: Path, **changes: Any) -> Run:
-    """Train a LoRA on a base for a few steps, so that the run's values differ from the base's."""
-    folder.mkdir(exist_ok=True)
-    settings: dict[str, Any] = {
-        "data": {"seq_len": 128},
-        "train": {"duration": "3 steps", "learning_rate": 0.02, "warmup": "0 steps"},
-    }
-    run = make_run(base, folder, held=False, **{**settings, **changes})
-    train(run, quiet=True)
-    return run

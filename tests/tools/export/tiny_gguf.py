@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,8 @@ SIZES = {
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 64}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16,
             "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}  # fmt: skip
@@ -149,13 +145,9 @@ def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     return fast
 
 
-def model_type_of(variant: str) -> str:
-    return variant.split("-", maxsplit=1)[0]
-
-
 def random_model(variant: str, **more: Any) -> PreTrainedModel:
     settings = {**families.SMALL, **SIZES, **VARIANTS[variant], **more}
-    return families.random_model(AutoConfig.for_model(model_type_of(variant), **settings))
+    return families.random_model(AutoConfig.for_model(variant.partition("-")[0], **settings))
 
 
 def tensor_rows(tensor: torch.Tensor) -> WholeRows:
@@ -164,11 +156,9 @@ def tensor_rows(tensor: torch.Tensor) -> WholeRows:
 
 def rows_of(model: PreTrainedModel) -> dict[str, WholeRows]:
     """Its weights by name, a tied head left out."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            weights[name] = tensor_rows(tensor)
-    return weights
+    tied = "lm_head.weight" if model.config.tie_word_embeddings else ""
+    state = model.state_dict()
+    return {name: tensor_rows(tensor) for name, tensor in state.items() if name != tied}
 
 
 def plan_of(
@@ -183,9 +173,8 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     quant: str = "f32",
-    progress: Callable[[int, int], None] = lambda written, size: None,
 ) -> Path:
-    write_gguf(plan_of(model, tokenizer, quant), path, threads=2, progress=progress)
+    write_gguf(plan_of(model, tokenizer, quant), path, threads=2)
     return path
 
 
@@ -196,3 +185,9 @@ def header_of(plan: GgufPlan, folder: Path) -> dict[str, Any]:
     file = folder / "header.gguf"
     file.write_bytes(plan.header + bytes(plan.size - len(plan.header)))
     return {key: field.contents() for key, field in GGUFReader(file).fields.items()}
+
+
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """Of sixty words."""
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(60)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t2")

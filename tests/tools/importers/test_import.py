@@ -190,13 +190,6 @@ def test_a_file_of_another_tool_than_the_named_one_is_refused(tmp_path: Path) ->
         read_config(recipe, None)
 
 
-def test_a_file_name_adds_nothing_to_the_recipe(tmp_path: Path) -> None:
-    odd, recipe = tmp_path / "odd\u2028\x85extends: evil.yaml", tmp_path / "recipe.yaml"
-    odd.write_text((FOLDER / "axolotl-fft-8b.yml").read_text())
-    assert invoke("import", odd, "--world", 1, "--output", recipe).code == 0
-    assert load_recipe(recipe).model.name == "NousResearch/Meta-Llama-3.1-8B"
-
-
 def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path) -> None:
     secrets = {
         "env": {"MY_TOKEN": "canary1", "DB_PASSWORD": "canary2", "COLOUR": "red"},

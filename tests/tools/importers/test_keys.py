@@ -94,7 +94,6 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("trl", MIN_RATE | {"lr_scheduler_kwargs": {"min_lr": 1e-6}}, LEAST),
     ("axolotl", {"deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}}, {"train.cpu_offload": ["parameters"]}),
     ("llamafactory", {"deepspeed": BY_OFFLOADING}, {"train.cpu_offload": ["parameters"]}),
-    # Trackers and their project.
     ("axolotl", {"wandb_project": "chats", "wandb_name": "first"}, {"log.wandb": True, "log.project": "chats"}),
     ("axolotl", {"use_mlflow": True, "mlflow_experiment_name": "chats"}, {"log.trackers": ["mlflow"], "log.project": "chats"}),
     ("trl", {"report_to": "tensorboard"}, {"log.tensorboard": True}),
@@ -184,7 +183,6 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     ("trl", {"bnb_4bit_quant_type": "fp4", "packing_strategy": "wrapped", "run_name": 7}, "bnb_4bit_quant_type packing_strategy", "run_name"),
     ("torchtune", {"loss": {"_component_": "my.loss.FocalLoss"}}, "loss._component_", ""),
     ("torchtune", {"loss": {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss"}}, "", "loss._component_"),
-    # Of methods
     ("axolotl pairs", {"rl": "orpo"}, "rl", ""),
     ("axolotl pairs", {"rl": "dpo", "lora_model_dir": "sft", "dpo_use_weighting": True}, "lora_model_dir dpo_use_weighting", ""),
     ("llamafactory pairs", {"dpo_label_smoothing": 0.1, "ref_model": "m/other"}, "dpo_label_smoothing ref_model", ""),
@@ -254,14 +252,6 @@ def test_the_loss_of_trl_on_completions(tmp_path: Path) -> None:
     for value, train_on in ((None, "response"), (True, "response"), (False, "all")):
         recipe = translated("trl", {"completion_only_loss": value}, tmp_path, rows)
         assert recipe.values["data.train_on"] == train_on
-
-
-def test_data_sets_of_torchtune_that_train_on_other_parts_differ(tmp_path: Path) -> None:
-    of_chats = {"_component_": "torchtune.datasets.chat_dataset", "source": "d/d"}
-    parts = [{**of_chats, "train_on_input": value} for value in (False, True, False)]
-    notes = translated("torchtune", {"dataset": parts}, tmp_path).notes
-    assert notes["dataset.1.train_on_input"].differs
-    assert not notes["dataset.2.train_on_input"].differs
 
 
 def of_llamafactory(folder: Path, entries: dict[str, Any], **values: Any) -> Translation:
