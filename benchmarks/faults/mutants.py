@@ -283,6 +283,8 @@ def map_tests(folder: Path, arguments: argparse.Namespace) -> None:
         for line in file.read_text().splitlines():
             seconds, test = line.split("\t", 1)
             times[test] = max(float(seconds), times.get(test, 0))
+    if not times:
+        sys.exit("no test passed without a mutant: see the output of pytest above")
     reached: dict[int, set[str]] = collections.defaultdict(set)
     for file in folder.glob("hits-*"):
         for line in file.read_text().splitlines():
