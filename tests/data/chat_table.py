@@ -67,21 +67,17 @@ INLINE = "<think>\nBecause.\n</think>\n\nSo it is."
 CONVERSATIONS: dict[str, dict[str, list[Message]]] = {
     "turns": {
         "one": turns("How tall is it?", "About forty metres."),
-        "five": [m for i in range(5) for m in turns(f"And {i} + {i}?", f"That is {2 * i}.")],
         "same answer": turns("Again.", "Again.") * 4,
         "repeats question": turns("assistant\n", "assistant\n", "user", "user"),
         "empty answer": turns("Hush.", "", "Still.", "", "Now?", "Now."),
-        "empty question": turns("", "You said nothing."),
         "empty everything": turns("", "", "", ""),
         "long": turns("Tell me all.", LONG, LONG, "No."),
     },
     "system": {
         "system": [system("Be brief."), *turns("Who wrote it?", "Nobody knows.")],
-        "two turns": [system("Be kind."), *turns("Hm?", "Yes.", "Why?", "So it is.")],
     },
     "texts": {
         "emoji": turns("🎉🎉 party?", "🥳 yes 👩‍👩‍👧‍👦🏳️‍🌈!", "👍", "🙂"),
-        "right to left": turns("מה השעה?", "الساعة الآن الخامسة \u200f(5)", "תודה", "عفوا"),
         "combining marks": turns("e\u0301 or é?", "Z̴a̷l̸g̵o: n\u0303, ñ, \u200b\u00ad\ufeff."),
         "blanks and unnormalised": turns("e\u0301 ", "  user e\u0301", " ?", "    return 1"),
         "blank answer": turns("Blank?", " \n ", "Again?", "\n"),
@@ -97,20 +93,11 @@ CONVERSATIONS: dict[str, dict[str, list[Message]]] = {
         "json and markup": turns('{"a": "b\\n"} <b>&amp;</b>', "{'c': \"d\\\\\"} &lt; </s <|x|>"),
         "punctuation first": turns("Quote:", ': "so"', ")", "]) -- done:"),
         "code": turns("Code?", "```py\ndef f():\n    return 1\n```\n", "Run", "    1\n"),
-        "like a result": turns("<tool_response>x</tool_response>", "I see.", "?", "!"),
     },
     "tools": {
         "one": [user("Rain?"), calls(call("weather", place="Oslo")), result("wet"), answer("Yes.")],
         "parallel": [
             user("Rain and time?"), calls(*BRAIDED), result("dry"), result("noon", 2), answer("So."),
-        ],
-        "with words": [
-            user("Rain?"), calls(call("weather", place="Ålesund"), text="I ask."), result("wet"), answer("Yes."),
-        ],
-        "twice": [
-            system("Use tools."),
-            *(user("Rain?"), calls(call("weather", place="Rome")), result("dry"), answer("Dry.")),
-            *(user("Time?"), calls(call("time", place="Rome")), result("noon"), answer("Noon.")),
         ],
         "nested": [user("Plan."), calls(NESTED), result('{"ok": true}'), answer("Planned.")],
         "no arguments": [user("Time?"), calls(call("time")), result(""), answer("Noon.")],
@@ -187,21 +174,6 @@ def llama3(messages: list[Message], tools: Tools) -> Segments:
             shown += "".join(_json(t, indent=4) + "\n\n" for t in tools or ()) if shown else ""
             out += [(head.format(m["role"]) + shown, False)]
             out += [(m["content"].strip() + "<|eot_id|>", _is_answer(m))]
-    return out
-
-
-def llama2(messages: list[Message], tools: Tools) -> Segments:
-    if not _is_plain(messages, tools):
-        return None
-    own, rest = _split_system(messages)
-    shown = "" if own is None else f"<<SYS>>\n{own}\n<</SYS>>\n\n"
-    out = []
-    for n, m in enumerate(rest):
-        if _is_answer(m):
-            out += [(f" {m['content'].strip()} </s>", True)]
-        else:
-            body = (shown if n == 0 else "") + m["content"]
-            out += [(f"<s>[INST] {body.strip()} [/INST]", False)]
     return out
 
 
@@ -308,7 +280,6 @@ FORMS = {
     "chatml": _CHATML,
     "tagged": _CHATML,
     "llama3": Form(llama3, "<|eot_id|>", _HEAD, _HEADERS, adds_bos=True),
-    "llama2": Form(llama2, "</s>", " [/INST]", (), adds_bos=True),
     "mistral": Form(mistral, "</s>", "[/INST]", _INST, adds_bos=True),
     "gemma": Form(gemma, "<end_of_turn>", "<start_of_turn>model\n", _TURNS, adds_bos=True),
     "qwen3": Form(qwen3, "<|im_end|>", "<|im_start|>assistant\n", _QWEN),

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from errors import holds, refuses
+from errors import refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.source import files
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import DataError
-from waiting import TIME
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -49,73 +48,42 @@ def line(**row: Any) -> str:
 
 
 GOOD = line(text="a")
-DIGITS = "9" * 4301  # more than int() reads
 
 # file name, content, keys of the source, and parts of what, where and fix
 FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", "", {}, "the file is empty", "a.jsonl", "add rows"),
-    ("a.jsonl", "\n \n", {}, "no rows", "a.jsonl", "add rows"),
     ("a.jsonl", f"{GOOD}\nnot json\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.jsonl", f'{GOOD}\n\n{{"text": "cut', {}, "not JSON", "a.jsonl:3", "write the file again"),
     ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "one JSON object per line", "a.jsonl:1", "jq -c "),
     ("a.jsonl", f'{GOOD}\n["text"]\n', {}, "an array, not an object", "a.jsonl:2", '{"column": value'),
-    ("a.jsonl", f"{GOOD}\nnull\n", {}, "null, not an object", "a.jsonl:2", "delete the row"),
     ("a.jsonl", f"{GOOD}\n".encode() + b'{"text": "caf\xe9"}\n', {}, "not UTF-8", "a.jsonl:2", "iconv -f cp1252"),
     ("a.jsonl", GOOD.encode("utf-16"), {}, "not UTF-8", "a.jsonl:1", "iconv -f utf-16"),
-    ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "write the file again"),
     ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a surrogate pair", "a.jsonl:2", "write the complete character"),
-    ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {DIGITS}}}\n', {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.jsonl", f'{GOOD}\n{{"text": "a", "text": "b"}}\n', {}, "not JSON", "a.jsonl:2", "fix this line"),
-    ("a.json", f'[{GOOD},\n{{"text": "a", "text": "b"}}]', {}, "not JSON", "a.json", "fix this line"),
-    ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "an object, not an array", "a.json", "jq '.[\"data\"]'"),
-    ("a.json", '{"text": "a", "n": [1]}', {}, "an object, not an array", "a.json", "array of objects"),
-    ("a.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', {}, "an object, not an array", "a.json", "array of objects"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "not JSON", "a.json:3", "write the file again"),
-    ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json:2", "sed -n 2p"),
     ("a.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "neither one JSON array", "a.json:4", "jq -c "),
-    ("a.json", f"[{GOOD}]\n[{GOOD}]", {}, "neither one JSON array", "a.json:2", "jq -c "),
-    ("a.json", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.json:1", "sed -n 1p"),
-    ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "one JSON object per line", "a.jsonl:1", "jq -c "),
     ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "one JSON object per line", "a.jsonl:2", "jq -c "),
     ("a.jsonl", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.jsonl:1", "sed -n 1p"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete the row"),
-    ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
-    ("a.csv", "text\n", {}, "no rows", "a.csv", "add rows"),
     ("a.csv", "text,text\n1,2\n", {}, "without a name or with the same name: text", "a.csv:1", "a unique name"),
-    ("a.csv", ",text\nx,a\n", {}, "without a name or with the same name", "a.csv:1", "a unique name"),
-    ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values, but the header has 2", "a.csv:3", "in quotes"),
     ("a.csv", 'text\n"open\n', {}, "not valid CSV", "a.csv:2", "close the quote"),
     ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not valid CSV", "a.csv:2", '"a ""quoted"" word"'),
     ("a.csv", "text,n\na,1\nb\n", {}, "1 value, but the header has 2", "a.csv:3", "add the missing values"),
     ("a.parquet", b"PAR1 torn", {}, "not a valid parquet file", "a.parquet", "download or write"),
-    ("a.arrow", b"ARROW1 torn", {}, "not a valid arrow file", "a.arrow", "download or write"),
     ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
-    ("a.txt", " \n", {}, "no rows", "a.txt", "texts"),
-    ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md, line 2", "iconv"),
     ("a.txt", "a\nb\0", {}, "is not text", "a.txt, line 2", "file "),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
-    ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
     ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "larger slice"),
     ("a.jsonl", GOOD, {"split": "train[:200%]"}, "is invalid", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "is invalid", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or use format: text"),
     ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
     (
         "a.jsonl", line(Topic="t", Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Qestion", "completion": "Anwser"}},
         "no column Qestion or Anwser", "a.jsonl:1", "columns: {prompt: Question, completion: Answer}",
     ),
-    (
-        "a.jsonl", line(Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Question", "completion": "Anwser"}},
-        "no column Anwser", "a.jsonl:1", "columns: {prompt: Question, completion: Answer}",
-    ),
-    (
-        "a.jsonl", line(question="q", question_en="q", answer="a"), {"format": "prompt-completion", "columns": {"prompt": "question_eng"}},
-        "no column question_eng", "a.jsonl:1", "columns: {prompt: question_en, completion: answer}",
-    ),
     ("a.jsonl", line(question="q", answer="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "add the column"),
     ("a.jsonl", line(prompt="q", completion="a"), {"format": "messages"}, "no column messages", "a.jsonl:1", "the row, or use format: prompt-completion"),
-    ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
     ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),
     ("a.jsonl", line(text=""), {}, "the text is empty", "a.jsonl:1", "delete the row"),
@@ -134,32 +102,27 @@ CALL = {"name": "f", "arguments": {}}
 MESSAGES: list[tuple[Any, str, str, str]] = [
     ([], "messages is empty", ":1", "delete the row"),
     ("hi", "messages is not JSON", ":1", "correct the JSON text"),
-    ({"role": "user"}, "messages is an object, not a list", ":1", "[...]"),
     ([U, "ho"], "has no `role`", "message 2", '"role"'),
     ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
     ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
-    ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
     ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "parts of type 'video'", "message 1", "delete the row"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([U, A, U], "does not end with an answer", ":1", "last messages"),
     ([A, U, A], "without a question", "message 1", "fix the row"),
-    ([U, {"role": "tool", "content": "3"}, A], "does not follow an answer", "message 2", "fix the row"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "correct the JSON text"),
-    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": f'{{"a": {DIGITS}}}'}]}], "arguments is not JSON", ":1", "correct the JSON text"),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
-    ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "fix the row"),
     ([U, {**A, "loss_weight": 0.5}], "loss_weight: 0.5", "message 2", "remove loss_weight"),
 ]  # fmt: skip
 
 
+H, G = {"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}
 CONVERSATIONS: list[tuple[dict[str, Any], str, str]] = [
-    ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
+    ({"conversations": [U]}, "no `from` and `value`", '"from"'),
     ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
-    ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "correct the JSON text"),
-    ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "correct the JSON text"),
-    ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 has no name", "parameters"),
-    ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
+    ({"conversations": [H, {"from": "function_call", "value": "f()"}]}, "not JSON", "correct the JSON text"),
+    ({"conversations": [H, G], "tools": ["add"]}, "tool 1 has no name", "parameters"),
+    ({"conversations": [H], "chosen": G}, "no assistant turn", "columns:"),
 ]  # fmt: skip
 
 
@@ -172,97 +135,43 @@ def test_chats(write, form: Any, row: dict[str, Any], what: str, where: str, fix
     assert_refused(Source(source=write("a.jsonl", line(**row)), format=form), what, where, fix)
 
 
-def test_a_file_that_is_missing_names_the_nearest(
-    tmp_path: Path, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("alpaca.jsonl", "c.jsonl"):
-        write(name, GOOD)
-    write("notes.md", "text")
-    (tmp_path / "recipes").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for missing, fix in (
-        ("alpacca.jsonl", "alpaca.jsonl?"),
-        ("no/a.jsonl", f"`ls {tmp_path}`"),
-        ("recipes/c.jsonl", f"{tmp_path / 'c.jsonl'}?"),
-    ):
-        source = Source(source=str(tmp_path / missing))
-        assert_refused(source, "no such file", missing, fix)
-    with refuses(DataError) as refused:
-        read_rows(Source(source=str(tmp_path / "b.csv")))
-    assert "notes.md" not in refused.value.text(), "rows are not meant to be there"
+def test_a_missing_file_names_the_nearest(tmp_path: Path, write: Callable[..., str]) -> None:
+    write("alpaca.jsonl", GOOD)
+    for missing, fix in (("alpacca.jsonl", "alpaca.jsonl?"), ("no/a.jsonl", f"`ls {tmp_path}`")):
+        assert_refused(Source(source=str(tmp_path / missing)), "no such file", missing, fix)
 
 
 def test_a_folder_that_cannot_be_read_as_one_set(tmp_path: Path, write: Callable[..., str]) -> None:
     source = Source(source=str(tmp_path), format="text")
     assert_refused(source, "no data file", str(tmp_path), ".jsonl")
-    write("a.pdf", "%PDF")
-    with refuses(DataError, names=["1 .pdf"]):
-        read_rows(source)
     write("rows.jsonl", GOOD)
     write("more.csv", "text\na\n")
     assert_refused(source, "different kinds", str(tmp_path), f'source: "{tmp_path}/**/*.csv"')
-    Path(tmp_path / "more.csv").rename(tmp_path / "more.txt")
-    assert_refused(source, "different kinds", str(tmp_path), f'source: "{tmp_path}/**/*.jsonl"')
 
 
-@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
-def test_what_is_no_file_is_named_and_not_opened(tmp_path: Path, name: str) -> None:
+def test_what_is_no_file_is_named_and_not_opened(tmp_path: Path) -> None:
     """Also in a folder: to open a pipe would wait for ever."""
-    path = tmp_path / name
+    path = tmp_path / "b.txt"
     path.with_stem("a").write_text(GOOD)
-    path.symlink_to(tmp_path / "gone")
-    assert_refused(Source(source=str(path)), "no such file", name, f"ln -sf FILE {path}")
-    with refuses(DataError, where=str(path), names=[f"{tmp_path}/gone"]):
-        read_rows(Source(source=str(tmp_path)))
-    path.unlink()
     os.mkfifo(path)
     for source in (path, tmp_path):
         with refuses(DataError, where=str(path)):
             read_rows(Source(source=str(source)))
 
 
-def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = write("a.jsonl", GOOD)
-
-    def refuse(self: Path, *args: object, **keys: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
-
-    # Root may read everything, so a mode of 000 would prove nothing
-    monkeypatch.setattr(Path, "open", refuse)
-    assert_refused(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
-
-
 def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
-    big = line(text="x" * (3 << 20))
-    assert_refused(
-        Source(source=write("a.jsonl", f"{GOOD}\n{big}\n"), format="text"),
-        "the row has 3 MiB",
-        "a.jsonl:2",
-        "one row per line",
+    source = Source(
+        source=write("a.jsonl", f"{GOOD}\n{line(text='x' * (3 << 20))}\n"), format="text"
     )
-    monkeypatch.setattr("tunesmith.data.rows.row_reader.MAX_ROW_BYTES", 1 << 20)
-    assert_refused(
-        Source(source=write("a.json", f"[{big}]"), format="text"),
-        "a text of 3 MiB",
-        "a.json row 1",
-        "split the text",
-    )
+    assert_refused(source, "the row has 3 MiB", "a.jsonl:2", "one row per line")
 
 
 def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline by the tests' own setting, so nothing is asked of the network."""
-
-    def no_network(*args: object) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    assert_refused(
-        Source(source="nobody/no-such-rows"),
-        "not in the Hub cache",
-        "nobody/no-such-rows",
-        "unset HF_HUB_OFFLINE",
-    )
+    monkeypatch.setattr(socket.socket, "connect", None)
+    source = Source(source="nobody/no-such-rows")
+    assert_refused(source, "not in the Hub cache", source.source, "unset HF_HUB_OFFLINE")
 
 
 @pytest.mark.parametrize(
@@ -270,14 +179,10 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
     [
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
-        (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be read", "check the network"),
         (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "name: x"),
-        (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip
-def test_answers_of_the_hub(
-    monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str
-) -> None:
+def test_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str) -> None:
     import datasets
 
     def refuse(*args: object, **keys: object) -> None:
@@ -287,85 +192,21 @@ def test_answers_of_the_hub(
     assert_refused(Source(source="a/b"), what, "a/b", fix)
 
 
-class _Gate(BaseHTTPRequestHandler):
-    """The Hub's answer for what may not be read: the status is the first part of the path's
-    repository name.
-    """
-
-    def do_GET(self) -> None:
-        status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.mark.nightly
-def test_a_hub_that_refuses(tmp_path: Path) -> None:
-    """By the Hub's own protocol, in a process of its own, as HF_ENDPOINT is read once."""
-    code = (
-        "from tunesmith.config.schema import Source\nfrom tunesmith.data.source.open_source import read_rows\n"
-        "from tunesmith.errors import DataError\n"
-        "for name in ('some/gated', 'some/private'):\n"
-        "  try: read_rows(Source(source=name))\n  except DataError as e: print(e.text())"
-    )
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {
-            **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "no_proxy": "*",
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIME,
-        )
-        server.shutdown()
-    assert done.stdout.count("hf auth login") == 2, done.stderr
-    assert holds(done.stdout, "some/gated", "some/private")
-    assert "hf_secret" not in done.stdout + done.stderr
-
-
 def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
-    import datetime
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "a.parquet"
+    source = Source(source=str(path), format="text")
     pq.write_table(pa.table({"text": [datetime.datetime(2026, 1, 31)]}), path)
-    assert_refused(
-        Source(source=str(path), format="text"),
-        "a date with a time, not a text",
-        "row 1",
-        "as text",
-    )
+    assert_refused(source, "a date with a time, not a text", "row 1", "as text")
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, path)
-    assert_refused(
-        Source(source=str(path), format="text"),
-        "several columns named text",
-        "a.parquet",
-        "unique",
-    )
+    assert_refused(source, "several columns named text", "a.parquet", "unique")
 
 
 # A text, an encoding that has to be found out, and a kind of file.
 ENCODED = [
     ("\u201cquoted\u201d costs 5 \u20ac", "cp1252", ".csv"),
-    ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "cp1252", ".txt"),
     ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "utf-16-le", ".jsonl"),
-    ("Où est l'hôtel ? À côté de l'église, près de la forêt.", "utf-32-be", ".json"),
     ("Äpfel, Öl und Übermut größer als früher", "latin-1", ".jsonl"),
-    ("支払い方法を変更するにはどうすればよいですか。設定を開いてください。", "utf-16", ".csv"),
     ("如何更改我的付款方式？打开设置，然后选择账单。", "utf-32", ".txt"),
 ]
 
@@ -376,7 +217,7 @@ def test_a_file_in_another_encoding_is_converted_by_the_command_that_is_named(
     tmp_path: Path, text: str, encoding: str, suffix: str
 ) -> None:
     row = json.dumps({"text": text}, ensure_ascii=False)
-    contents = {".csv": f'text\n"{text}"\n', ".json": f"[{row}]", ".txt": text, ".jsonl": row}
+    contents = {".csv": f'text\n"{text}"\n', ".txt": text, ".jsonl": row}
     (tmp_path / f"a{suffix}").write_bytes(contents[suffix].encode(encoding))
     with refuses(DataError, names=["UTF-8"]) as refused:
         read_rows(Source(source=str(tmp_path / f"a{suffix}"), format="text"))[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -82,30 +81,15 @@ def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) ->
     contract = assert_holds(simple, tokens)
     checked = [80] * 5 + [0, 80, int(tokens.lengths.sum()), 80]
     assert [c.checked for c in contract.checks] == checked
-    assert holds(contract.checks[RULES.index("prompt")].note, 80)
-    assert holds(contract.checks[RULES.index("BOS")].note, "BOS")
     # The line break that the template writes after the end token is supervised too.
     assert_holds(simple, make(alpaca(9), seq_len=256, train_on="all"))
-
-
-def test_an_empty_split(make, simple: Simple) -> None:
-    error = assert_broken(simple, make(alpaca(4), seq_len=8), "not empty")
-    assert error.why.count("4") == 2, "all that were read"
-    assert "data.seq_len" in error.fix
 
 
 # Rows that hold, and one rule that the last of them breaks.
 BROKEN: list[tuple[str, str, list[Given]]] = [
     ("supervised", "for 1 of 2 rows:", [WHOLE, ([72, 73, E], [0, 0, 0])]),
     ("besides its end", "for 1 of 2 answers:", [WHOLE, ([70, 71, E], [0, 0, 1])]),
-    # Each answer of a row counts.
-    ("besides its end", "for 1 of 2 answers:", [([70, 71, E, 72, 73, E], [0, 1, 1, 0, 0, 1])]),
-    # That of the row before does not lend its end.
-    ("besides its end", "", [WHOLE, ([E, E], [0, 1])]),
-    # What the template writes behind the end may be supervised too.
-    ("besides its end", "", [([70, E, 71], [0, 1, 1])]),
     ("end token", "for 1 of 3 answers:", [WHOLE, ([70, 71, E, 72, 73, 74], [0, 1, 1, 0, 1, 0])]),
-    ("end token", "", [([70, 71, 72], [0, 1, 1])]),
     # A stretch of one example does not borrow the end token that begins the next.
     ("end token", "", [([70, 71], [0, 1]), ([E, 71, E], [0, 1, 1])]),
     ("prompt", "", [([70, E], [1, 1])]),
@@ -117,16 +101,12 @@ def test_a_row_that_breaks_a_rule(simple: Simple, rule: str, count: str, rows: l
     error = assert_broken(simple, given(simple, *rows), rule, count)
     if rows[0] == WHOLE:
         assert error.where.endswith("row 2")
-    if count == "for 1 of 3 answers:":
-        assert f"⟦{simple.tokenizer.decode([73])}⟧" in error.why
-        assert "<|im_end|>" in error.why
 
 
 def test_an_empty_answer_has_its_end_alone(make, simple: Simple) -> None:
     assert_holds(simple, given(simple, ([70, E], [0, 1]), WHOLE, empties=(0,)))
     tokens = make(alpaca(9, letters=lambda i: i % 3), seq_len=256)
     assert tokens.parts[0].empties == (0, 3, 6)
-    assert tokens.first(4).parts[0].empties == (0, 3)
     assert_holds(simple, tokens)
 
 
@@ -161,7 +141,6 @@ def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) ->
 
     tokens = make(alpaca(20, letters=lambda i: 200 if i < 3 else 5), seq_len=100)
     error = assert_broken(simple, tokens, "cut off", "for 3 of 20 rows:")
-    assert error.exit_code == 2
     assert error.where.endswith("rows0.jsonl:1")
     for way in (f"data.seq_len={longest} (", "data.too_long=drop", "data.allow_cut_answers=true"):
         assert way in error.fix
@@ -177,23 +156,12 @@ def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
     (broken,) = judge(position_limit=128).broken
     assert holds(broken.fix, "data.seq_len=128", "data.allow_cut_answers=true")
     assert "data.too_long" not in broken.fix, "dropping all rows is no way on"
-    (broken,) = judge(position_limit=100).broken
-    assert holds(broken.fix, "data.allow_cut_answers=true")
-    assert "data.seq_len" not in broken.fix
     accepted, warned = judge(cut_answers="accept"), judge(cut_answers="warn")
     assert (accepted.broken, accepted.warnings, warned.broken) == ((), (), ())
-    for line in (accepted.checks[-1].note, warned.warnings[0]):
-        assert holds(line, "9 of 9", "100.0%")
-
-
-def test_text_and_whole_rows_have_no_answers_to_cut(make, simple: Simple) -> None:
-    long = alpaca(9, letters=lambda i: 200)
-    whole = assert_holds(simple, make(long, seq_len=100, train_on="all"))
-    answers = assert_holds(simple, make(alpaca(9), seq_len=100))
-    assert len(whole.checks) == len(answers.checks) - 1, "a rule that has nothing to check"
-    assert whole.warnings == ()
-    part = make(long, seq_len=100).parts[0]
-    assert not check(simple, TokenSet([replace(part, has_answers=False)])).broken
+    assert holds(warned.warnings[0], "9 of 9", "100.0%")
+    # Texts have no answers to cut.
+    texts = TokenSet([replace(tokens.parts[0], has_answers=False)])
+    assert not check(simple, texts).broken
 
 
 def test_a_doubled_bos(simple: Simple) -> None:
@@ -205,7 +173,7 @@ def test_a_doubled_bos(simple: Simple) -> None:
     assert assert_broken(simple, two, "BOS", "for 1 of 2 rows:").where.endswith("row 2")
 
 
-def test_a_mask_that_reaches_into_the_prompt(
+def test_a_mask_that_reaches_the_prompt(
     make, simple: Simple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token too many, in one row: found by rendering the prompt apart."""
@@ -223,32 +191,10 @@ def test_a_mask_that_reaches_into_the_prompt(
     assert "assistant⟦\\n⟧" in error.why
 
 
-def test_a_label_outside_the_vocabulary(make, simple: Simple) -> None:
+def test_an_empty_split_and_a_label_outside_the_vocabulary(make, simple: Simple) -> None:
+    error = assert_broken(simple, make(alpaca(4), seq_len=8), "not empty")
+    assert error.why.count("4") == 2, "all that were read"
     end = simple.tokenizer.eos_token_id
     error = assert_broken(simple, make(alpaca(4), seq_len=256), "vocabulary", vocab=end)
     assert holds(error.why, f"{end:,}")
     assert "model.added_tokens" in error.fix
-
-
-def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.data.tokens.contract._CHUNK", 50)
-    bad: Given = ([70, 71, 72], [0, 1, 1])
-    rows = given(simple, *[WHOLE] * 40, bad, *[WHOLE] * 40, bad)
-    error = assert_broken(simple, rows, "end token", "for 2 of 82 answers:")
-    assert error.where.endswith("row 41")
-    assert len(assert_holds(simple, make(alpaca(50), alpaca(30), seq_len=256)).checks) == len(RULES)
-
-
-@pytest.mark.slow
-def test_many_rows_take_seconds(simple: Simple) -> None:
-    n, length = 300_000, 60
-    long = given(simple, ([70] * (length - 1) + [E], [0] * 20 + [1] * (length - 20)))
-    part = long.parts[0]
-    arrays = {name: np.repeat(values, n) for name, values in part.arrays._asdict().items()}
-    arrays |= {name: np.tile(getattr(part.arrays, name), n) for name in ("ids", "trained")}
-    arrays |= {"offsets": np.arange(0, n * length + 1, length), "rows": np.arange(n)}
-    counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
-    tokens = TokenSet([replace(part, arrays=part.arrays._replace(**arrays), counts=counts)])
-    began = time.perf_counter()
-    assert assert_holds(simple, tokens).checks[3].checked == n
-    assert time.perf_counter() - began < 10  # 0.6 s when written

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from chat_table import answer, user
 
@@ -48,9 +46,7 @@ def messages(sample: Any) -> list[tuple[str, str]]:
 
 CHATS: dict[str, Row] = {
     "messages": CHAT,
-    "one message": {"prompt": U, "chosen": GOOD, "rejected": BAD},
     "answers as text": {**CHAT, "chosen": "3", "rejected": "It is three."},
-    "a prompt as text": {**CHAT, "prompt": "1 + 2?"},
     "a shared beginning": {"chosen": [U, GOOD], "rejected": [U, BAD]},
     "the prompt again": {"prompt": "1 + 2?", "chosen": [U, GOOD], "rejected": [U, BAD]},
     "LLaMA-Factory's": {
@@ -80,103 +76,56 @@ def test_pairs_of_texts_stay_texts() -> None:
     ):
         expected = (Completion(prompt, "3", *more), Completion(prompt, "three", *more))
         assert convert(row).samples == expected
-    first = convert({**CHAT, **system}).samples[0]
-    assert (messages(first)[0], first.prompt_messages) == (("system", "Be brief."), 2)
-
-
-def test_earlier_answers_belong_to_the_prompt() -> None:
+    # Earlier answers belong to the prompt.
     before = [U, GOOD, user("and 3?")]
     sample = convert({"chosen": [*before, GOOD], "rejected": [*before, BAD]}).samples[0]
     assert (sample.prompt_messages, sample.supervised()) == (3, [GOOD])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "1 + 2?", "completion": "3"},
+def test_feedback_is_an_answer_and_whether_it_is_good() -> None:
+    for row in (
         {"prompt": [U], "completion": [GOOD]},
         {"prompt": [U], "completion": "3"},
         {"messages": [U, GOOD]},
         {"messages": [HUMAN, {"from": "gpt", "value": "3"}]},
-    ],
-)
-def test_feedback_is_an_answer_and_whether_it_is_good(row: Row) -> None:
-    for label in (True, False, 1, 0):
-        sample = convert({**row, "label": label}, "feedback")
-        assert sample.is_good == bool(label)
-        if isinstance(sample.samples[0], Completion):
-            assert sample.samples[0] == Completion("1 + 2?", "3")
-        else:
+    ):
+        for label in (True, False, 1, 0):
+            sample = convert({**row, "label": label}, "feedback")
+            assert sample.is_good == bool(label)
             assert messages(sample.samples[0]) == [("user", "1 + 2?"), ("assistant", "3")]
             assert sample.samples[0].prompt_messages == 1
+    assert convert(LABELED, "feedback").samples[0] == Completion(PROMPT, "3")
 
 
 ANSWERED = "prompt ends with an answer"
 BEGINS = "begins with a message of the user"
-# What is wrong with a row, the row, and a word that tells it.
-BROKEN_PAIRS: list[tuple[str, Row, str]] = [
-    ("no rejected", without(TEXTS, "rejected"), "rejected"),
-    ("no chosen", without(TEXTS, "chosen"), "chosen"),
-    ("chosen is null", {**TEXTS, "chosen": None}, "chosen"),
-    ("an empty chosen", {**TEXTS, "chosen": " "}, "chosen"),
-    ("an empty rejected", {**TEXTS, "rejected": ""}, "rejected"),
-    ("an empty answer in a chat", {**CHAT, "rejected": [answer("")]}, "rejected"),
-    ("a number", {**TEXTS, "chosen": 3}, "chosen is a number"),
-    ("half a character", {**TEXTS, "chosen": "\ud800"}, "chosen"),
-    ("no prompt", without(CHAT, "prompt"), "prompt"),
-    ("texts that share nothing", without(TEXTS, "prompt"), "prompt"),
-    ("chats without a prompt", {"chosen": [U, GOOD], "rejected": [user("?"), BAD]}, "prompt"),
-    ("another prompt", {"prompt": "?", "chosen": [U, GOOD], "rejected": [U, BAD]}, "prompt"),
-    ("a prompt that is answered", {**CHAT, "prompt": [U, GOOD]}, ANSWERED),
-    ("a chat as prompt", {**without(CHAT, "prompt"), "conversations": [U, GOOD]}, ANSWERED),
-    ("an answer with its prompt", {**CHAT, "rejected": [U, BAD]}, f"rejected {BEGINS}"),
-    ("an answer of the user's", {**CHAT, "chosen": [GOOD, U], "rejected": [BAD, U]}, "chosen"),
-    ("an empty chat", {**CHAT, "chosen": []}, "chosen"),
-    ("an unknown role", {**CHAT, "prompt": [{"role": "narrator", "content": "x"}]}, "narrator"),
-    ("tools that are no list", {**CHAT, "tools": "{}"}, "tools"),
-]
-BROKEN_FEEDBACK: list[tuple[str, Row, str]] = [
-    ("a prompt that is answered", {**LABELED, "prompt": [U, GOOD]}, ANSWERED),
-    ("a completion with its prompt", {**LABELED, "completion": [U, GOOD]}, f"completion {BEGINS}"),
-    ("a label of text", {**LABELED, "label": "positive"}, '"positive"'),
-    ("a label of 2", {**LABELED, "label": 2}, "2"),
-    ("a label of 0.5", {**LABELED, "label": 0.5}, "0.5"),
-    ("a label that is null", {**LABELED, "label": None}, "label"),
-    ("no label", without(LABELED, "label"), "label"),
-    ("no completion", without(LABELED, "completion"), "completion"),
-    ("no prompt", without(LABELED, "prompt"), "prompt"),
-    ("an empty completion", {**LABELED, "completion": "\n"}, "completion"),
-    ("messages that end with a question", {"messages": [GOOD, U], "label": True}, ""),
-]
-BROKEN_COMPLETIONS: list[tuple[str, Row, str]] = [
-    ("a prompt with its completion", {"prompt": [U, GOOD], "completion": [GOOD]}, ANSWERED),
-    ("a completion with its prompt", {"prompt": [U], "completion": [U, GOOD]}, f"completion {BEGINS}"),
-]  # fmt: skip
-BROKEN = [
-    *(("preference", *row) for row in BROKEN_PAIRS),
-    *(("feedback", *row) for row in BROKEN_FEEDBACK),
-    *(("prompt-completion", *row) for row in BROKEN_COMPLETIONS),
+# A row, and a word that tells what is wrong with it.
+BROKEN: list[tuple[str, Row, str]] = [
+    ("preference", without(TEXTS, "rejected"), "rejected"),
+    ("preference", {**TEXTS, "chosen": " "}, "chosen"),
+    ("preference", {**TEXTS, "chosen": 3}, "chosen is a number"),
+    ("preference", without(CHAT, "prompt"), "prompt"),
+    ("preference", {"chosen": [U, GOOD], "rejected": [user("?"), BAD]}, "prompt"),
+    ("preference", {"prompt": "?", "chosen": [U, GOOD], "rejected": [U, BAD]}, "prompt"),
+    ("preference", {**CHAT, "prompt": [U, GOOD]}, ANSWERED),
+    ("preference", {**CHAT, "rejected": [U, BAD]}, f"rejected {BEGINS}"),
+    ("preference", {**CHAT, "chosen": [GOOD, U], "rejected": [BAD, U]}, "chosen"),
+    ("feedback", {**LABELED, "completion": [U, GOOD]}, f"completion {BEGINS}"),
+    ("feedback", {**LABELED, "label": "positive"}, '"positive"'),
+    ("feedback", without(LABELED, "label"), "label"),
+    ("feedback", without(LABELED, "prompt"), "prompt"),
+    ("feedback", {**LABELED, "completion": "\n"}, "completion"),
+    ("feedback", {"messages": [GOOD, U], "label": True}, ""),
 ]
 
 
-@pytest.mark.parametrize(("form", "name", "row", "word"), BROKEN)
-def test_a_broken_row_is_named_with_its_place(form: str, name: str, row: Row, word: str) -> None:
+@pytest.mark.parametrize(("form", "row", "word"), BROKEN)
+def test_a_broken_row_is_named_with_its_place(form: str, row: Row, word: str) -> None:
     with pytest.raises(DataError) as caught:
         convert(row, form)
     assert caught.value.where.startswith("x row 7")
     assert word in caught.value.what
     assert caught.value.fix
-
-
-def test_a_column_that_the_format_reads_is_not_proposed_for_another() -> None:
-    for row, proposed in (
-        ({**without(TEXTS, "rejected"), "worse": "three"}, "columns: {chosen: chosen, rejected: worse}"),
-        (without(TEXTS, "rejected"), ""),
-    ):  # fmt: skip
-        with pytest.raises(DataError) as caught:
-            convert(row)
-        assert proposed in caught.value.fix
-        assert "prompt" not in caught.value.fix or proposed
 
 
 # --- tokens
@@ -203,17 +152,6 @@ def test_a_pair_is_one_example_of_two_sequences(tmp_path: Path) -> None:
     assert example.ids[:prompt].tolist() == example.ids[chosen : chosen + prompt].tolist()
     assert not example.trained[chosen : chosen + prompt].any()
     assert example.chosen_tokens == int(example.trained[:chosen].sum())
-
-
-def test_supervised_tokens_are_counted_without_the_examples(tmp_path: Path) -> None:
-    pairs, _ = tokens_of(tmp_path / "pairs.jsonl", [CHAT] * 2)
-    texts, _ = tokens_of(tmp_path / "texts.jsonl", [{"text": t} for t in "ab"], format="text")
-    [part] = pairs.parts
-    # The first token of each sequence is marked too, and has none before it.
-    marked = part.arrays._replace(trained=np.ones_like(part.arrays.trained))
-    parts = [part, *texts.parts, *pairs.first(0).parts, replace(part, arrays=marked)]
-    tokens = TokenSet(parts)
-    assert tokens.supervised.tolist() == [example.supervised for example in tokens]
 
 
 def test_a_long_pair_is_cut_or_left_out_as_a_whole(tmp_path: Path) -> None:

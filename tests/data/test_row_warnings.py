@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import byte_tokenizer
-from errors import check_shown, holds, lines_with, refuses, warnings_with
-from invoke import invoke
+from errors import check_shown, holds, lines_with, refuses
+from invoke import Output, invoke
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.dump import differences
 from tunesmith.config.schema import Source
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.samples import Completion, Conversation, Text
+from tunesmith.data.rows.samples import Completion, Conversation
 from tunesmith.data.text.row_warnings import row_warnings
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens import workers
@@ -27,37 +28,18 @@ from tunesmith.data.tokens.token_set import TokenSet, find_repeats
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 from tunesmith.presentation.data import data_warnings, start_data_lines
 from tunesmith.stages.inputs import check_inputs
-from tunesmith.units import Length
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-def prepared(
-    tiny: Path, folder: Path, train: Any, *, base: bool = False, **data: Any
-) -> TrainingData:
-    """Data of rows, whose first column shows their format, or of sources."""
-    if isinstance(train, list) and not {"source", "format"} <= train[0].keys():
-        forms = {"prompt": "prompt-completion", "instruction": "alpaca", "chosen": "preference"}
-        first = "sharegpt" if "conversations" in train[0] else next(iter(train[0]))
-        train = write_lines(folder / "rows.jsonl", train) | {"format": forms.get(first, first)}
-        train |= data.pop("source", {})
-    is_pair = isinstance(train, dict) and train["format"] == "preference"
-    changes = {"data": {"train": train, **data}, "method": {"name": "dpo" if is_pair else "sft"}}
-    run = make_run(tiny, folder, held=False, **changes)
+def prepared(tiny: Path, folder: Path, train: Any, **data: Any) -> TrainingData:
+    """Data of rows, or of sources."""
+    if isinstance(train, list) and "source" not in train[0]:
+        form = {"format": "prompt-completion" if "prompt" in train[0] else "messages"}
+        train = write_lines(folder / "rows.jsonl", train) | form
+    run = make_run(tiny, folder, held=False, data={"train": train, **data})
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = None if base else tokenizer.chat_template
     return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
-
-
-def test_a_warmup_as_long_as_the_run_is_told(tiny: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
-    data = prepared(tiny, tmp_path, rows)
-    steps = data.schedule.steps(data.run.train.duration)
-    for length, count in ((f"{steps} steps", 1), (f"{(steps or 2) - 1} steps", 0)):
-        train = replace(data.run.train, warmup=Length.parse(length))
-        run = replace(data.run, train=train)
-        told = [line for line in data_warnings(replace(data, run=run)) if "train.warmup" in line]
-        assert len(told) == count
 
 
 def warned(data: TrainingData, about: str) -> str:
@@ -66,25 +48,16 @@ def warned(data: TrainingData, about: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("form", ["prompt-completion", "preference"])
-def test_a_prompt_that_answers_repeat_is_told_with_the_first_row(
-    form: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_that_answers_repeat_is_told(tiny: Path, tmp_path: Path) -> None:
     rows = []
     for i in range(60):
         prompt = f"\n\nHuman: Who is {i}?\n\nAssistant:" if i else "Hello"
-        answer = f"{prompt} He is {i}." if i % 2 == 0 else prompt
-        pair = {"chosen": answer, "rejected": f"{prompt} No."}
-        rows.append(
-            {"prompt": prompt, **(pair if form == "preference" else {"completion": answer})}
-        )
-    data = prepared(tiny, tmp_path, rows, source={"format": form})
+        rows.append({"prompt": prompt, "completion": prompt if i % 2 else f"{prompt} He is {i}."})
+    data = prepared(tiny, tmp_path, rows)
     assert holds(warned(data, "whole prompt"), "29 of 60", f"{tmp_path}/rows.jsonl:3")
 
 
-def test_empty_answers_and_placeholders_are_told_with_the_first_row(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_empty_answers_and_placeholders_are_told(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
     for i in (7, 9, 40):
         rows[i]["completion"] = " \n"[: i % 3]
@@ -93,41 +66,13 @@ def test_empty_answers_and_placeholders_are_told_with_the_first_row(
         data = prepared(tiny, tmp_path, rows)
         assert holds(warned(data, '"train": false'), "3 of 60", f"{tmp_path}/rows.jsonl:8")
         assert holds(warned(data, "{{name}}"), "1 of 60", f"{tmp_path}/rows.jsonl:13")
-        assert "60 of 60 rows" in "\n".join(start_data_lines(data))
-        assert lines_with("\n".join(start_data_lines(data)), "60 of 60", 3)
-        assert len(data_warnings(data)) == 3, "with that of the few steps"
-
-
-def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(
-    tiny: Path, tmp_path: Path
-) -> None:
-    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)]
-    rows.append({"prompt": "Who? ", "completion": "I."})
-    assert warned(prepared(tiny, tmp_path, rows, base=True), "5 of 6 rows")
-    for asked in ("raw", "alpaca"):
-        data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
-        assert not any("5 of 6" in line for line in data_warnings(data))
-
-
-SPELLED = "Write <|im_end|> here."
-
-
-def test_a_text_model_is_told_of_pictures_that_nothing_reads(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
-    rows[1]["path"] = "a.png"
-    rows[2]["prompt"] = "<image>\nWho?"
-    told = "\n".join(data_warnings(prepared(tiny, tmp_path, rows)))
-    for row in (2, 3):
-        assert warnings_with(told, f"{tmp_path}/rows.jsonl:{row}")
-    assert warnings_with(told, "path")
 
 
 def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": [U, {**A, "content": f"b{i}"}]} for i in range(20)]
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<|im_start|>"}}}
-    rows[4] = {"messages": [{**U, "content": SPELLED}, A]}
-    rows[7] = {"messages": [U, {**A, "content": SPELLED * 2}]}
+    rows[4] = {"messages": [{**U, "content": "Write <|im_end|> here."}, A]}
+    rows[7] = {"messages": [U, {**A, "content": "b <|im_end|> and <|im_end|>"}]}
     rows[9] = {"messages": [U, {**A, "content": "", "tool_calls": [call]}]}
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, rows)
@@ -139,97 +84,25 @@ def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("row", "found"),
+    ("question", "answer", "told"),
     [
-        ({"prompt": SPELLED, "completion": "x"}, True),
-        ({"instruction": "Say it.", "input": SPELLED, "output": "x"}, True),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": SPELLED}]}, True),
-        ({"chosen": "x", "rejected": SPELLED, "prompt": "a"}, True),
-        ({"text": SPELLED}, False),
-        ({"prompt": "a", "completion": "<think>b</think>c < |im_end| >"}, False),
-    ],
-)  # fmt: skip
-def test_in_which_formats_special_tokens_are_told(
-    tiny: Path, tmp_path: Path, row: dict[str, Any], found: bool
-) -> None:
-    data = prepared(tiny, tmp_path, [row])
-    assert bool(data.train.parts[0].counts.control_tokens) == found
-
-
-def test_special_tokens_that_a_recipe_or_a_raw_row_asks_for_are_not_told(
-    tiny: Path, tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"Who {i}? ", "completion": f"He {i}.<|im_end|>"} for i in range(5)]
-    assert not prepared(tiny, tmp_path, rows, base=True).train.parts[0].counts.control_tokens
-    rows[2]["prompt"] = SPELLED
-    assert warned(prepared(tiny, tmp_path, rows, base=True), "<|im_end|>")
-    raw = prepared(tiny, tmp_path, rows, base=True, template="raw")
-    assert not [line for line in data_warnings(raw) if "<|im_end|>" in line]
-    rows = [{"prompt": "Which?", "completion": "<|im_start|>"}]
-    data = prepared(tiny, tmp_path, rows)
-    assert warned(data, "<|im_start|>")
-    model = replace(data.run.model, added_tokens=("<|im_start|>",))
-    added = replace(data, run=replace(data.run, model=model))
-    assert not [line for line in data_warnings(added) if "<|im_start|>" in line]
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("Dear {{name}}", True),
-        ("{{user.name}} and {{ first_name }}", True),
-        ("f'{x}' and ${HOME} and \\frac{a}{{b}^2}", False),
-        ("{{}} {{ 1 }} {{ 'a' }} {% if x %}", False),
-        ("a {{ two words }}", False),
+        ("Dear {{name}}", "x", ["placeholder"]),
+        ("x", "{{user.name}} and {{ first_name }}", ["placeholder"]),
+        ("f'{x}' and \\frac{a}{{b}^2} {{}} {{ 'a' }} {% if x %}", "x", []),
+        ("\n\nHuman: Who is it?\n\nAssistant: ", "He.", ["written_turns"]),
+        ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "He.", ["written_turns"]),
+        ("\n\nHuman: Who is it?\n\nAssistant: He.\n\nWho is meant?", "He.", []),
+        ("Who is your assistant?", "He.", []),
+        ("x", "<think>\nBecause", ["endless_thought"]),
+        ("x", "[THINK]Because", ["endless_thought"]),
+        ("x", "<think>\nBecause\n</think>\n\nSo.", []),
+        ("x", "Write <think> first.", []),
     ],
 )
-def test_which_placeholders_are_told(text: str, found: bool) -> None:
-    chat = Conversation([U, {**A, "content": text}])
-    for sample in (Text(text), Completion(text, "x"), Completion("x", text), chat):
-        assert list(row_warnings(sample, raw=False)) == ["placeholder"] * found
-
-
-@pytest.mark.parametrize(
-    ("question", "is_told"),
-    [
-        ("\n\nHuman: Who is it?\n\nAssistant: ", True),
-        ("<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n", True),
-        ("<start_of_turn>user\nWho is it?<end_of_turn>\n<start_of_turn>model\n", True),
-        ("[INST] Who is it? [/INST]", True),
-        ("A chat. USER: Who is it? ASSISTANT:", True),
-        ("\n\nHuman: Who is it?\n\nAssistant: He.\n\nWho is meant?", False),
-        ("Write a short response: ", False),
-        ("Who is your assistant?", False),
-        ("\n" * 99, False),
-    ],
-)
-def test_prompts_for_no_template_are_told_where_there_is_one(question: str, is_told: bool) -> None:
-    def told(sample: Completion | Conversation, raw: bool = False) -> bool:
-        return "written_turns" in list(row_warnings(sample, raw=raw))
-
-    sample = Completion(question, "He.")
-    assert (told(sample), told(sample, raw=True)) == (is_told, False)
-    assert told(Conversation([{**U, "content": question}, A])) == is_told
-    assert not told(Conversation([U, {**A, "content": question}]))
-
-
-@pytest.mark.parametrize(
-    ("answer", "is_told"),
-    [
-        ("<think>\nBecause", True),
-        ("\n<thinking>Because</think> so", True),
-        ("[THINK]Because", True),
-        ("<think>\nBecause\n</think>\n\nSo.", False),
-        ("Because\n</think>\n\nSo.", False),
-        ("Write <think> first.", False),
-    ],
-)
-def test_a_thought_that_never_ends_is_told(answer: str, is_told: bool) -> None:
-    chat = Conversation([U, {**A, "content": answer}])
-    for sample in (Completion("x", answer), chat):
-        assert list(row_warnings(sample, raw=False)) == ["endless_thought"] * is_told
-    for other in (Conversation(chat.messages, untrained=frozenset({1})), Text(answer)):
-        assert not list(row_warnings(other, raw=False))
+def test_what_is_told_of_a_row(question: str, answer: str, told: list[str]) -> None:
+    chat = Conversation([{**U, "content": question}, {**A, "content": answer}])
+    for sample in (Completion(question, answer), chat):
+        assert list(row_warnings(sample, raw=False)) == told
 
 
 def test_what_counts_as_an_empty_answer() -> None:
@@ -239,11 +112,9 @@ def test_what_counts_as_an_empty_answer() -> None:
     blank = {**A, "content": " \n"}
     assert empty(U, blank)
     assert empty(U, blank, U, A)
-    assert not empty(U, A)
     assert not empty(U, {**blank, "tool_calls": [{}]})
     assert not empty(U, {**blank, "reasoning_content": "hm"}, U, A)
     assert not empty(U, blank, U, A, untrained=frozenset({1}))
-    assert not empty(U, blank, U, A, prompt_messages=3)
 
 
 def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:
@@ -252,72 +123,40 @@ def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:
     places = (found.where.rpartition("/")[2], found.earlier.rpartition("/")[2])
     assert (found.count, *places) == (9, "rows1.jsonl:1", "rows0.jsonl:1")
     assert find_repeats(make(alpaca(50), seq_len=256)).count == 0
-    again = find_repeats(make(alpaca(3) * 4, seq_len=256))
-    places = (again.where.rpartition(":")[2], again.earlier.rpartition(":")[2])
-    assert (again.count, *places) == (9, "4", "1")
     held = make(alpaca(70)[len(alpaca(68)) :] + alpaca(5), seq_len=256)
     assert find_repeats(held, make(alpaca(60), seq_len=256)).count == 5
-    assert find_repeats(held.first(0), tokens).count == find_repeats(held, held.first(0)).count == 0
 
 
 # --- "train": false
 
 
-@pytest.mark.parametrize("say", [{"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
-def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None:
+def test_a_turn_that_is_not_trained_is_context_only() -> None:
     tokenizer = byte_tokenizer()
     template = Template(
         tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
     )
     plain = [U, A, U, {**A, "content": "c"}, U, {**A, "content": "d"}]
 
-    def learnt(row: dict[str, Any], form: Any, train_on: Any) -> tuple[str, list[int]]:
-        source = Source(source="x", format=form)
-        [sample] = convert_row(row, source, where="r", system="Be.").samples
+    def learnt(messages: list[dict[str, Any]], train_on: Any) -> tuple[str, list[int]]:
+        [sample] = convert_row({"messages": messages}, Source(source="x"), where="r").samples
         example = template.encode(sample, train_on, where="r")
         return tokenizer.decode(example.ids[example.trained]), example.ids.tolist()
 
-    text, ids = learnt({"messages": plain}, "messages", "response")
+    text, ids = learnt(plain, "response")
     assert text == "b<|im_end|>c<|im_end|>d<|im_end|>"
-    turns = [{"from": m["role"], "value": m["content"]} for m in plain]
-    for form, column, rows in (
-        ("messages", "messages", plain),
-        ("sharegpt", "conversations", turns),
-    ):
-        row = {column: [*rows[:3], {**rows[3], **say}, *rows[4:]]}
-        assert learnt(row, form, "response") == ("b<|im_end|>d<|im_end|>", ids)
-        assert learnt(row, form, "last") == ("d<|im_end|>", ids)
-        everything = learnt({column: rows}, form, "all")[0]
-        assert learnt(row, form, "all")[0] == everything.replace("c<|im_end|>", "") != everything
-        row = {column: [*rows[:5], {**rows[5], **say}]}
-        assert learnt(row, form, "response")[0] == "b<|im_end|>c<|im_end|>"
-    row = {"prompt": plain[:3], "completion": [{**plain[3], **say}, *plain[4:]]}
-    assert learnt(row, "prompt-completion", "response") == ("d<|im_end|>", ids)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {**A, "train": "false"},
-        {**A, "weight": 0.5},
-        {**A, "train": []},
-        {**U, "train": True},
-        {**U, "weight": 1},
-    ],
-)
-def test_other_weights_are_refused(message: dict[str, Any]) -> None:
-    key = [*message][-1]
-    with refuses(DataError, where="rows.jsonl:3, message 1", names=[f"{key}: {message[key]}"]):
-        convert_row({"messages": [message, U, A]}, Source(source="x"), where="rows.jsonl:3")
+    marked = [*plain[:3], {**plain[3], "train": False}, *plain[4:]]
+    assert learnt(marked, "response") == ("b<|im_end|>d<|im_end|>", ids)
+    assert learnt(marked, "last") == ("d<|im_end|>", ids)
+    everything = learnt(plain, "all")[0]
+    assert learnt(marked, "all")[0] == everything.replace("c<|im_end|>", "") != everything
+    last = [*plain[:5], {**plain[5], "train": False}]
+    assert learnt(last, "response")[0] == "b<|im_end|>c<|im_end|>"
 
 
 def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> None:
     with refuses(DataError, names=["1 of 2"], fix=["data.train_on"]) as caught:
         prepared(tiny, tmp_path, [{"messages": [U, A]}, {"messages": [U, {**A, "train": False}]}])
     assert caught.value.where.endswith("rows.jsonl:2")
-
-
-# --- how many of how many
 
 
 # --- bad rows
@@ -368,17 +207,8 @@ def test_all_bad_rows_are_listed_at_once(
 
 
 @pytest.mark.slow
-def test_bad_rows_that_are_held_out_and_those_of_other_files_are_listed_with_them(
-    tiny: Path, tmp_path: Path, source: Any
-) -> None:
-    with refuses(DataError, names=[5, 40]) as refused:
-        prepared(tiny, tmp_path, source, hold_out="50 %")
-    assert sorted(listed(refused.value)) == sorted(PLACES)
+def test_bad_rows_of_other_files_are_listed(tiny: Path, tmp_path: Path, source: Any) -> None:
     more = write_lines(tmp_path / "more.jsonl", [good(41), {"messages": [A]}])
-    with refuses(DataError, names=[6, 42]) as refused:
-        prepared(tiny, tmp_path, [more, source])
-    assert sorted(listed(refused.value)) == sorted(["more.jsonl:2", *PLACES])
-    # At the start, before torch is imported.
     run = make_run(tiny, tmp_path, held=False, data={"train": more, "validation": source})
     with refuses(DataError, where="more.jsonl:2, message 1", names=[6, 42]) as refused:
         check_inputs(run)
@@ -399,55 +229,12 @@ def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path, sourc
     assert data.train.where(2).endswith("rows.jsonl:4")
 
 
-def test_texts_that_are_no_utf8_are_listed_and_can_be_left_out(tiny: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name, text in {"a": b"A", "b": b"B\ncaf\xe9", "c": b"C", "d": b"D\0"}.items():
-        (folder / f"{name}.txt").write_bytes(text)
-    source = {"source": str(folder), "format": "text"}
-    with refuses(DataError, where="texts/b.txt, line 2", names=[2, 4]) as refused:
-        prepared(tiny, tmp_path, source)
-    assert listed(refused.value) == ["b.txt", "d.txt"]
-    data = prepared(tiny, tmp_path, source, bad_rows="skip")
-    assert [data.train.where(i) for i in range(2)] == [f"{folder}/a.txt", f"{folder}/c.txt"]
-
-
-@pytest.mark.slow
-def test_csv_rows_that_do_not_fit_the_header_are_listed_and_can_be_left_out(
-    tiny: Path, tmp_path: Path
-) -> None:
-    lines = [f"Say {number},{number}" for number in range(200)]
-    lines[70], lines[150] = "one", "a, b,2"
-    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion", *lines]))
-    source = {"source": str(tmp_path / "rows.csv"), "format": "prompt-completion"}
-    with refuses(DataError, where="rows.csv:72", names=[2, 200]) as refused:
-        prepared(tiny, tmp_path, source)
-    assert listed(refused.value) == ["rows.csv:72", "rows.csv:152"]
-    data = prepared(tiny, tmp_path, source, bad_rows="skip")
-    assert [row for row, _ in data.train.parts[0].counts.bad_rows] == [70, 150]
-
-
-def test_one_bad_row_keeps_its_own_error(tiny: Path, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "rows.jsonl", [good(1), good(2), BAD[3]])
-    with refuses(DataError, where="rows.jsonl:3, message 1", fix=["data.bad_rows=skip"]):
-        prepared(tiny, tmp_path, source)
-
-
 def test_a_file_of_bad_rows_alone_is_refused(tiny: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "rows.jsonl", [{"messages": [A]}, {"messages": [U]}])
     for bad_rows in ("error", "skip"):
         with refuses(DataError, where="rows.jsonl:1, message 1", names=[2]) as refused:
             prepared(tiny, tmp_path, source, bad_rows=bad_rows)
         assert "skip" not in refused.value.fix
-
-
-def test_a_long_list_of_bad_rows_is_cut(tiny: Path, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "rows.jsonl", [good(1), {"messages": [A]}] * 25)
-    with refuses(DataError, names=[25, 50]) as refused:
-        prepared(tiny, tmp_path, source)
-    assert len(listed(refused.value)) == 21
-    data = prepared(tiny, tmp_path, source, bad_rows="skip")
-    assert len(data.train.parts[0].counts.bad_rows) == 20
 
 
 def test_a_resumed_run_may_not_change_what_is_left_out(tiny: Path, tmp_path: Path) -> None:
@@ -458,11 +245,8 @@ def test_a_resumed_run_may_not_change_what_is_left_out(tiny: Path, tmp_path: Pat
 
 
 def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
-    rows = [
-        good(1),
-        {"messages": [U, {**A, "grade": 1}], "score": 3},
-        {**good(1), "id": 7, "score": 3},
-    ]
+    graded = {"messages": [U, {**A, "grade": 1}], "score": 3}
+    rows = [good(1), graded, {**good(1), "id": 7, "score": 3}]
     source = write_lines(tmp_path / "rows.jsonl", rows)
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, source)
@@ -475,7 +259,6 @@ def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
     for splits, told in (
         (("train", "test", "Validation", "train"), ["2 rows", f"{tmp_path}/rows.jsonl:2"]),
         (("train", "en", None, "train"), []),
-        (("test", "test", "test", "test"), []),
     ):
         rows = [{**good(n), "split": split} for n, split in enumerate(splits)]
         data = prepared(tiny, tmp_path, write_lines(tmp_path / "rows.jsonl", rows))
@@ -486,21 +269,60 @@ def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_system_message_of_raw_rows_is_refused(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "system": "S"}, {"prompt": "a", "completion": "b"}]
-    source = write_lines(tmp_path / "rows.jsonl", rows) | {"format": "prompt-completion"}
     with refuses(DataError, where="rows.jsonl:1", fix=["data.template=alpaca"]):
-        prepared(tiny, tmp_path, source, template="raw")
+        prepared(tiny, tmp_path, rows, template="raw")
 
 
-def test_the_data_command_shows_what_is_left_out(
-    tiny: Path, tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# --- the command
+
+
+@pytest.fixture
+def show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Output]:
+    """`tunesmith data` of a file."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    words = ["data", "--model", tiny, "--data", source["source"], "model.dtype=fp32"]
-    refused = invoke(*words)
+    words = ("--model", tiny, "model.dtype=fp32", "data.hold_out=null", "--data")
+    return partial(invoke, "data", *words)
+
+
+def test_the_command_shows_what_is_left_out(show: Any, tmp_path: Path, source: Any) -> None:
+    refused = show(source["source"])
     assert refused.code == EXIT_USAGE
     check_shown(refused.err, names=[5, 40], fix=["data.bad_rows=skip"])
-    skipped = invoke(*words, "data.bad_rows=skip", "--json")
+    skipped = show(source["source"], "data.bad_rows=skip", "--json")
     assert skipped.code == EXIT_OK
     (told,) = json.loads(skipped.out)["train"]
     assert told["bad"] == 5
     assert [row["where"] for row in told["bad_rows"]] == [f"{tmp_path}/{name}" for name in PLACES]
+
+
+def test_the_command_shows_what_is_supervised(show: Any, write: Any) -> None:
+    file = write("rows.jsonl", alpaca(60))
+    out = show(file, "--rows", 2).out
+    assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
+    assert out.count("⟦") == out.count("⟧") == 2
+    assert "rows.jsonl:2: " in out
+    # One line for all checks; each of them is in --json.
+    assert lines_with(out, 9, 60, "contract", "<|im_end|>")
+    values = json.loads(show(file, "--json", "--rows", 1).out)
+    assert values["train"][0]["kept"] == 60
+    assert sum(bar["examples"] for bar in values["lengths"]) == 60
+    assert [c["broken"] for c in values["contract"]] == [0] * 9
+    [row] = values["rows"]
+    assert "".join(s["text"] for s in row["segments"] if s["supervised"]) == "xxxxx<|im_end|>"
+    broken = show(file, "data.seq_len=10")
+    assert broken.code == 2
+    assert "BROKEN, train" in broken.out
+    check_shown(broken.err, fix=["data.seq_len"])
+
+
+@pytest.mark.slow
+def test_no_control_of_a_row_or_of_a_file_name_is_shown(show: Any, tmp_path: Path) -> None:
+    """Nor is a name read as markup."""
+    controls = "\x1b]0;title\x07\x9b2J\u202e"
+    rows = [{"instruction": f"say {i} {controls}", "output": controls} for i in range(60)]
+    file = tmp_path / f"[b]{controls}.jsonl"
+    write_lines(file, rows)
+    out = show(file, "--rows", 1).out
+    assert out.count("\\x1b]0;title") >= 3  # the place, the question, the answer, the table
+    assert not {*out} & {*controls} - {*"]0;title2J"}
+    assert re.search(r"train:\s+\[b\]", out)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_templates import encode, encoder_of, supervised_texts
 
 from errors import refuses
 from rows import Simple
@@ -68,20 +67,6 @@ def show(row: Line) -> str:
     return " | ".join(shown)
 
 
-def claude_kept(**kept: object) -> list[Line]:
-    """The last question and answer stay as they are behind the summary."""
-    return claude(
-        asked("Start"),
-        answered("m1", text("Started.")),
-        asked("Keep"),
-        answered("m2", text("Kept.")),
-        boundary(3, compactMetadata=kept),
-        asked("Summary: started.", isCompactSummary=True),
-        asked("Go on", after=3),
-        answered("m3", text("Went on.")),
-    )
-
-
 def boundary(last: int, **keys: object) -> Line:
     about = {"subtype": "compact_boundary", "logicalParentUuid": f"u{last}"}
     return {"type": "system", "after": None, **about, **keys}
@@ -98,31 +83,6 @@ CLAUDE_PARALLEL = claude(
     asked([result("b", [text("1"), text("2")])], after=4),
     answered("m2", text("Done.")),
 )
-# The result of the first call is written before the second call, and the session goes on from it.
-CLAUDE_MIXED = claude(
-    asked("Read both"),
-    answered("m", call("a")),
-    asked([result("a")]),
-    answered("m", call("b"), after=1),
-    asked([result("b")]),
-    answered("m2", text("Done."), after=2),
-)
-CLAUDE_COMPACTED = claude(
-    asked("Start"),
-    answered("m1", text("Started.")),
-    boundary(1),
-    asked("Summary: started.", isCompactSummary=True),
-    asked("Go on"),
-    answered("m2", text("Went on.")),
-)
-CLAUDE_SIDECHAIN = claude(
-    asked("Delegate"),
-    answered("m1", call("task")),
-    asked("Count files", after=None, isSidechain=True),
-    answered("m2", text("3 files."), isSidechain=True),
-    asked([result("task", "3 files.")], after=1),
-    answered("m3", text("There are 3.")),
-)
 CLAUDE_AGENT = [{**line, "isSidechain": True, "agentId": "a1"} for line in CLAUDE]
 CLAUDE_BRANCH = claude(
     asked("Name one"),
@@ -131,48 +91,6 @@ CLAUDE_BRANCH = claude(
     answered("m2", text("Worse.")),
     answered("m3", text("Good."), after=0),
 )
-CLAUDE_EDITED = claude(
-    asked("Typo"),
-    answered("m1", text("What?")),
-    asked("No typo", after=None),
-    answered("m2", text("Yes.")),
-)
-CLAUDE_ERROR = claude(
-    asked("Hi"),
-    answered("", text("API Error: 529"), isApiErrorMessage=True),
-    asked("Again"),
-    answered("m1", text("Hello.")),
-)
-CLAUDE_INTERRUPTED = claude(
-    asked("Hi"),
-    answered("m1", text("Hello."), call("a")),
-    asked([text("[Request interrupted by user]")]),
-)
-CLAUDE_META = [
-    {"type": "summary", "summary": "A chat", "leafUuid": "u9"},
-    *claude(
-        asked("<local-command-stdout>ok", isMeta=True),
-        {"type": "attachment", "attachment": {"type": "queued_command", "prompt": "Hi"}},
-        {"type": "progress", "data": {}},
-        answered("m1", text("Hello.")),
-    ),
-]
-CLAUDE_CUT = claude(
-    asked("Hi"),
-    answered("m1", text("Hel"), stop="max_tokens"),
-    asked("Go on"),
-    answered("m2", text("Hello."), stop="end_turn"),
-)
-CLAUDE_PICTURES = claude(
-    asked([text("See"), {"type": "image", "source": {"type": "base64", "data": "AAAA"}}]),
-    answered("m1", {"type": "redacted_thinking", "data": "x"}, text("I see.")),
-)
-# As `claude -p --output-format stream-json` prints it.
-CLAUDE_STREAM = [
-    {"type": "system", "subtype": "init", "tools": ["Read"], "uuid": "x"},
-    *[{key: ln[key] for key in ("type", "uuid", "message")} | {"session_id": "s"} for ln in CLAUDE],
-    {"type": "result", "result": "Hello.", "session_id": "s"},
-]
 
 
 def codex(*items: Line, **about: object) -> list[Line]:
@@ -206,18 +124,13 @@ def event(kind: str, **keys: object) -> Line:
     return {"type": "event_msg", "payload": {"type": kind, **keys}}
 
 
-def thought(summary: str = "", encrypted: str = "x") -> Line:
-    parts = [{"type": "summary_text", "text": summary}] if summary else []
-    return {"type": "reasoning", "summary": parts, "encrypted_content": encrypted}
-
-
 def compacted(message: str, history: list[Line] | None = None) -> Line:
     return {"type": "compacted", "payload": {"message": message, "replacement_history": history}}
 
 
 PARALLEL_ITEMS = (
     say("user", "Look"),
-    thought("Look twice."),
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Look twice."}]},
     say("assistant", "I look."),
     item("a", cmd="ls"),
     item("b"),
@@ -225,16 +138,6 @@ PARALLEL_ITEMS = (
     output("a"),
     say("assistant", "Done."),
 )
-CUSTOM = (
-    say("user", "Patch"),
-    {"type": "custom_tool_call", "name": "apply_patch", "call_id": "p", "input": "*** Begin"},
-    {"type": "custom_tool_call_output", "call_id": "p", "output": "ok"},
-    {"type": "local_shell_call", "call_id": "l", "action": {"type": "exec", "command": ["ls"]}},
-    {"type": "local_shell_call_output", "call_id": "l", "output": "x"},
-    {"type": "web_search_call", "action": {"query": "x"}},
-    say("assistant", "Done."),
-)
-HI = (say("user", "Hi"), say("assistant", "Hello."))
 THIRD = (say("user", "C"), say("assistant", "3."))
 TWICE = (say("user", "A"), say("assistant", "1."), say("user", "B"), say("assistant", "2."))
 
@@ -260,196 +163,95 @@ HERMES_CHAT = (
     chat("assistant", "Done."),
 )
 HERMES_SHOWN = "u:Look | a:<think>/Twice./</think> >a >b | t:a=ok | t:b=no | a:Done."
-TOOLS = [{"type": "function", "function": {"name": "ls", "parameters": {"type": "object"}}}]
 
 
-PARALLEL = (
-    "u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2 | a:Done."
-)
-READ_BOTH = "u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."
-KEPT = [
-    "u:Start | a:Started. | u:Keep | a:Kept.",
-    "u:Summary: started.//Keep | (a):Kept. | u:Go on | a:Went on.",
-]
-ENCRYPTED = "thoughts that are encrypted or not recorded, left out"
-UNANSWERED = "messages after the last trained answer, left out"
-CUT_LINE = "lines cut off at the end of a file"
-CUT_CONVERSATION = "conversations cut off after 1 MiB"
 BRANCHES = "lines of other branches, left out"
 
 # Name -> the lines of a file, its rows, and what of it is counted.
 FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
-    "claude plain": (CLAUDE, ["u:Hi | a:Hello."], {}),
-    "claude parallel": (CLAUDE_PARALLEL, [PARALLEL], {}),
-    "claude repeated": (
+    "claude parallel, repeated lines": (
         [*CLAUDE_PARALLEL, *CLAUDE_PARALLEL[2:5]],
-        [PARALLEL],
-        {"repeated lines, left out": 3},
+        ["u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2 | a:Done."], {"repeated lines, left out": 3},
     ),
-    "claude parallel, mixed": (CLAUDE_MIXED, [READ_BOTH], {}),
+    # The result of the first call is written before the second call, and the session goes on from it.
+    "claude parallel, mixed": (
+        claude(
+            asked("Read both"), answered("m", call("a")), asked([result("a")]),
+            answered("m", call("b"), after=1), asked([result("b")]), answered("m2", text("Done."), after=2),
+        ),
+        ["u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."], {},
+    ),
     "claude compacted": (
-        CLAUDE_COMPACTED,
+        claude(
+            asked("Start"), answered("m1", text("Started.")), boundary(1),
+            asked("Summary: started.", isCompactSummary=True), asked("Go on"), answered("m2", text("Went on.")),
+        ),
         ["u:Start | a:Started.", "u:Summary: started.//Go on | a:Went on."],
         {"compactions": 1, "lines of type system, left out": 1},
     ),
+    # The last question and answer stay as they are behind the summary.
     "claude messages kept": (
-        claude_kept(preservedMessages={"anchorUuid": "u5", "uuids": ["u2", "u3"]}),
-        KEPT,
-        {"compactions": 1},
-    ),
-    "claude segment kept": (
-        claude_kept(preservedSegment={"headUuid": "u2", "anchorUuid": "u5", "tailUuid": "u3"}),
-        KEPT,
+        claude(
+            asked("Start"), answered("m1", text("Started.")), asked("Keep"), answered("m2", text("Kept.")),
+            boundary(3, compactMetadata={"preservedMessages": {"anchorUuid": "u5", "uuids": ["u2", "u3"]}}),
+            asked("Summary: started.", isCompactSummary=True), asked("Go on", after=3), answered("m3", text("Went on.")),
+        ),
+        ["u:Start | a:Started. | u:Keep | a:Kept.", "u:Summary: started.//Keep | (a):Kept. | u:Go on | a:Went on."],
         {"compactions": 1},
     ),
     "claude sidechain": (
-        CLAUDE_SIDECHAIN,
+        claude(
+            asked("Delegate"), answered("m1", call("task")), asked("Count files", after=None, isSidechain=True),
+            answered("m2", text("3 files."), isSidechain=True), asked([result("task", "3 files.")], after=1),
+            answered("m3", text("There are 3.")),
+        ),
         ["u:Delegate | a:>task | t:task=3 files. | a:There are 3.", "u:Count files | a:3 files."],
         {"subagents": 1},
     ),
     "claude branch": (CLAUDE_BRANCH, ["u:Name one | a:Good."], {BRANCHES: 3}),
-    "claude first edited": (CLAUDE_EDITED, ["u:No typo | a:Yes."], {BRANCHES: 2}),
     "claude API error": (
-        CLAUDE_ERROR,
-        ["u:Hi//Again | a:Hello."],
-        {"API errors and other texts in place of an answer, left out": 1},
-    ),
-    "claude interrupted": (
-        CLAUDE_INTERRUPTED,
-        ["u:Hi | a:Hello. >a"],
-        {UNANSWERED: 1, "tool calls without a result": 1},
-    ),
-    "claude meta": (
-        CLAUDE_META,
-        ["u:<local-command-stdout>ok//Hi | a:Hello."],
-        {
-            "lines of type summary, left out": 1,
-            "meta lines, kept as the model saw them": 1,
-            "lines of type progress, left out": 1,
-        },
+        claude(
+            asked("Hi"), answered("", text("API Error: 529"), isApiErrorMessage=True),
+            asked("Again"), answered("m1", text("Hello.")),
+        ),
+        ["u:Hi//Again | a:Hello."], {"API errors and other texts in place of an answer, left out": 1},
     ),
     "claude cut": (
-        CLAUDE_CUT,
-        ["u:Hi | (a):Hel | u:Go on | a:Hello."],
-        {"parts of answers that were cut off, not trained": 1},
-    ),
-    "claude pictures": (
-        CLAUDE_PICTURES,
-        ["u:See//[image] | a:I see."],
-        {
-            "parts without a text, written as [image]": 1,
-            "parts of type redacted_thinking, left out": 1,
-        },
-    ),
-    "claude stream": (
-        CLAUDE_STREAM,
-        ["u:Hi | a:Hello."],
-        {"lines of type system, left out": 1, "lines of type result, left out": 1},
+        claude(
+            asked("Hi"), answered("m1", text("Hel"), stop="max_tokens"),
+            asked("Go on"), answered("m2", text("Hello."), stop="end_turn"),
+        ),
+        ["u:Hi | (a):Hel | u:Go on | a:Hello."], {"parts of answers that were cut off, not trained": 1},
     ),
     "codex parallel": (
         codex(*PARALLEL_ITEMS),
-        [
-            "s:Be brief. | u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok"
-            " | a:Done."
-        ],
-        {},
+        ["s:Be brief. | u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."], {},
     ),
     "codex custom tool": (
-        codex(*CUSTOM),
-        ["s:Be brief. | u:Patch | a:>p | t:p=ok | a:>l | t:l=x | a:Done."],
-        {"lines of type web_search_call, left out": 1},
-    ),
-    "codex encrypted": (
-        codex(HI[0], thought(), HI[1]),
-        ["s:Be brief. | u:Hi | a:Hello."],
-        {ENCRYPTED: 1, "lines of type turn_context, left out": 1},
-    ),
-    "codex late thought": (
-        codex(*HI, thought("Call."), item("a")),
-        ["s:Be brief. | u:Hi | a:<think>/Call./</think>//Hello. >a"],
-        {"parts of answers moved before a text or a call": 1, "tool calls without a result": 1},
+        codex(
+            say("user", "Patch"), {"type": "custom_tool_call", "name": "apply_patch", "call_id": "p", "input": "*** Begin"},
+            {"type": "custom_tool_call_output", "call_id": "p", "output": "ok"}, say("assistant", "Done."),
+        ),
+        ["s:Be brief. | u:Patch | a:>p | t:p=ok | a:Done."], {},
     ),
     "codex compacted": (
         codex(*TWICE, compacted("Summary."), *THIRD),
-        ["s:Be brief. | u:A | a:1. | u:B | a:2.", "s:Be brief. | u:A//B//Summary.//C | a:3."],
-        {"compactions": 1},
+        ["s:Be brief. | u:A | a:1. | u:B | a:2.", "s:Be brief. | u:A//B//Summary.//C | a:3."], {"compactions": 1},
     ),
     "codex history replaced": (
-        codex(
-            *TWICE,
-            compacted("", [say("user", "B"), say("assistant", "2."), {"type": "compaction"}]),
-            *THIRD,
-        ),
+        codex(*TWICE, compacted("", [say("user", "B"), say("assistant", "2."), {"type": "compaction"}]), *THIRD),
         ["s:Be brief. | u:A | a:1. | u:B | a:2.", "s:Be brief. | u:B | (a):2. | u:C | a:3."],
         {"compactions": 1, "lines of type compaction, left out": 1},
     ),
     "codex rolled back": (
-        codex(*TWICE, event("thread_rolled_back", num_turns=1), *THIRD),
-        ["s:Be brief. | u:A | a:1. | u:C | a:3."],
-        {BRANCHES: 2},
-    ),
-    "codex subagent": (
-        codex(*HI, source={"subagent": {}}),
-        ["s:Be brief. | u:Hi | a:Hello."],
-        {"subagents": 1},
-    ),
-    "codex aborted": (
-        codex(*TWICE, say("user", "C"), item("a"), event("turn_aborted"), say("user", "D")),
-        ["s:Be brief. | u:A | a:1. | u:B | a:2. | u:C | a:>a"],
-        {UNANSWERED: 1, "tool calls without a result": 1},
+        codex(*TWICE, event("thread_rolled_back", num_turns=1), *THIRD), ["s:Be brief. | u:A | a:1. | u:C | a:3."], {BRANCHES: 2},
     ),
     "hermes sessions": (
         [hermes(*HERMES_CHAT), hermes(chat("user", "Hi"), chat("assistant", "Hello."))],
-        [f"s:Be brief. | {HERMES_SHOWN}", "s:Be brief. | u:Hi | a:Hello."],
-        {},
+        [f"s:Be brief. | {HERMES_SHOWN}", "s:Be brief. | u:Hi | a:Hello."], {},
     ),
-    "hermes transcript": (
-        [{"role": "session_meta", "tools": TOOLS, "model": "m"}, *HERMES_CHAT],
-        [HERMES_SHOWN],
-        {},
-    ),
-    "hermes cut": (
-        [
-            hermes(chat("user", "Hi"), chat("assistant", "Hel", finish_reason="length")),
-            hermes(chat("user", "Hi"), chat("assistant", "Hello.")),
-        ],
-        ["s:Be brief. | u:Hi | a:Hello."],
-        {
-            "parts of answers that were cut off, not trained": 1,
-            "conversations without an answer, left out": 1,
-        },
-    ),
-    "half of a character": (
-        [chat("user", "Look"), item("a"), output("a", "cut \ud83d"), say("assistant", "Done.")],
-        ["u:Look | a:>a | t:a=cut ? | a:Done."],
-        {"texts with half of a character, written as ?": 1},
-    ),
-    "result with an object": (
-        [
-            chat("user", "Look"),
-            item("a"),
-            output("a", {"content": "x", "success": True}),
-            say("assistant", "Done."),
-        ],
-        ["u:Look | a:>a | t:a=x | a:Done."],
-        {},
-    ),
-    "codex without payloads": (
-        [{"id": "c", "timestamp": "t", "instructions": None}, *PARALLEL_ITEMS],
-        ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
-        {"lines of type None, left out": 1},
-    ),
-    "agents compacted": (
-        [*TWICE, {"type": "compaction", "encrypted_content": "x"}, *TWICE],
-        ["u:A | a:1. | u:B | a:2.", "u:A | a:1. | u:B | a:2."],
-        {"compactions": 1, "lines of type compaction, left out": 1},
-    ),
-    "agents result without a call": (
-        [output("z"), *TWICE[:2]],
-        ["u:A | a:1."],
-        {"tool results without their call, left out": 1},
-    ),
-}
+    "hermes transcript": ([{"role": "session_meta", "tools": [], "model": "m"}, *HERMES_CHAT], [HERMES_SHOWN], {}),
+}  # fmt: skip
 
 
 def write(path: Path, lines: list[Line], more: str = "") -> Path:
@@ -482,24 +284,19 @@ SECRETS = {
     "export X=1\\n" + GITHUB: "a GitHub token",
     "hf" + "_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH": "a Hugging Face token",
     "。" + AWS: "an AWS key",
-    "xoxb" + "-123456789012-abcdefghij": "a Slack token",
     "-----BEGIN OPENSSH " + "PRIVATE KEY-----": "a private key",
     "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.abcdefghijkl_mn": "a JSON web token",
     "postgres://joe" + ":hunter22@db.example.com/x": "a password in an address",
-    "redis://" + ":hunter22@cache:6379": "a password in an address",
-    "postgres://joe" + ":hunt$r22@db/x": "a password in an address",
     "a task-force-with-a-long-name-2025 and risk-1234567890123456789012": "",
-    "sk-no-digits-in-this-long-class-name": "",
     "postgres://user:password@host/db and https://$USER:$PASSWORD@host": "",
-    "http://localhost:8080/a@b and git@github.com:a/b.git": "",
     "hf_hub_download(repo_id, filename) and ghp_short": "",
 }
 
 
-@pytest.mark.parametrize("words", SECRETS)
-def test_secrets_are_found_in_any_value(words: str) -> None:
-    found = [SECRETS[words]] if SECRETS[words] else []
-    assert list(secrets_in(words)) == list(secrets_in({"a": ["", f"x = '{words}'\n"]})) == found
+def test_secrets_are_found_in_any_value() -> None:
+    for words, name in SECRETS.items():
+        found = [name] if name else []
+        assert list(secrets_in(words)) == list(secrets_in({"a": ["", f"x = '{words}'\n"]})) == found
 
 
 def test_secrets_are_refused_unless_they_are_allowed(tmp_path: Path, simple: Simple) -> None:
@@ -524,18 +321,15 @@ def test_secrets_are_refused_unless_they_are_allowed(tmp_path: Path, simple: Sim
     assert tokens.parts[0].counts.flaws["secret"] == [1, 0]
 
 
-def test_a_line_is_cut_off(tmp_path: Path) -> None:
+def test_lines_and_huge_sessions_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(write(tmp_path / "s.jsonl", CLAUDE, '{"type": "user", "mess'))
     assert show(rows[0]) == "u:Hi | a:Hello."
-    assert notes_of(rows)[CUT_LINE] == 1
-
-
-def test_a_huge_conversation_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert notes_of(rows)["lines cut off at the end of a file"] == 1
     monkeypatch.setattr(sessions, "MAX_ROW_BYTES", 1 << 20)
     lines = [(asked("x" * 600_000), answered(f"m{n}", text("Done."))) for n in range(4)]
     rows = rows_of(write(tmp_path / "s.jsonl", claude(*[line for pair in lines for line in pair])))
     assert len(rows[0]["messages"]) == 2
-    assert notes_of(rows)[CUT_CONVERSATION] == 1
+    assert notes_of(rows)["conversations cut off after 1 MiB"] == 1
 
 
 @pytest.mark.parametrize(
@@ -543,7 +337,6 @@ def test_a_huge_conversation_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (CLAUDE, "{\n{}\n", ":3"),
         (claude(asked("Hi"), asked([1]), answered("m1", text("Hello."))), "", ":2"),
-        (claude(asked("Hi"), {"type": "user", "message": {"role": "user", "tool_calls": [1]}}), "", ":2"),
         ([CLAUDE[0], [1], CLAUDE[1]], "", ":2"),
         (CLAUDE[:1], "", ""),
     ],
@@ -555,55 +348,24 @@ def test_broken_sessions_are_refused(lines: Any, more: str, place: str, tmp_path
 
 
 def test_a_folder_of_sessions(tmp_path: Path) -> None:
-    """Other files next to sessions are named, and counts of all sessions are added up."""
     write(tmp_path / "a.jsonl", CLAUDE_BRANCH)
     (tmp_path / "a" / "subagents").mkdir(parents=True)
     write(tmp_path / "a" / "subagents" / "agent-1.jsonl", CLAUDE_AGENT)
-    write(tmp_path / "b.jsonl", CLAUDE_EDITED)
     (tmp_path / "a" / "subagents" / "agent-1.meta.json").write_text("{}")
-    (tmp_path / "notes.md").write_text("x")
-    (tmp_path / "empty.jsonl").write_text("")
     rows = rows_of(tmp_path)
-    shown = ["u:Name one | a:Good.", "u:Hi | a:Hello.", "u:No typo | a:Yes."]
-    assert sorted(show(rows[i]) for i in range(len(rows))) == sorted(shown)
-    assert notes_of(rows)[BRANCHES] == 5
-    for ending in (".json", ".md", ".jsonl"):
-        assert f"1 {ending}" in rows.skipped
+    shown = ["u:Hi | a:Hello.", "u:Name one | a:Good."]
+    assert sorted(show(rows[i]) for i in range(len(rows))) == shown
+    assert notes_of(rows)[BRANCHES] == 3
+    assert "1 .json" in rows.skipped
 
 
 @pytest.mark.parametrize(
     "line",
     [
         {"prompt": "a", "completion": "b"},
-        {"type": "user", "text": "a"},
-        {"type": "reasoning", "prompt": "a", "completion": "b"},
         {"type": "inbound_call", "call_id": 7, "prompt": "a", "completion": "b"},
-        {"id": 1, "conversation_id": 2, "role": "user", "content": "a"},
         {"id": "1", "messages": [], "source": "web", "model": "m"},
     ],
 )
 def test_other_rows_are_no_sessions(line: Line, tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "s.jsonl", [line]))[0] == line
-
-
-@pytest.mark.slow
-def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
-    """All that a trained answer says and calls is supervised, and nothing else."""
-    encoder = encoder_of("trl/qwen3")
-    checked = 0
-    for name, (lines, _, _) in FILES.items():
-        rows = rows_of(write(tmp_path / f"{name}.jsonl", lines))
-        for row in (rows[i] for i in range(len(rows))):
-            supervised = supervised_texts(encoder.template, encode(encoder, row))
-            answers = [m for m in row["messages"] if m["role"] == "assistant"]
-            trained = [answer for answer in answers if answer.get("train", True)]
-            assert len(supervised) == len(trained), name
-            for answer, learned in zip(trained, supervised, strict=True):
-                words = answer["content"].replace("<think>", "").replace("</think>", "").split()
-                calls = [called["function"] for called in answer.get("tool_calls", ())]
-                words += [str(function["name"]) for function in calls]
-                assert all(word in learned for word in words), name
-                assert learned.count('"arguments"') == len(calls), name
-                assert learned.endswith("<|im_end|>"), name
-                checked += 1
-    assert checked == sum(shown.count("| a:") for _, rows_, _ in FILES.values() for shown in rows_)

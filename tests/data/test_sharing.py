@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes import built_model, make_run, merge
+from recipes import built_model, make_run
 from rows import schedule_of
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batches.batch import IGNORE, Batch, collate
 from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.loader import GlobalBatch, Loader
-from tunesmith.data.batches.micro_batches import MicroBatches
-from tunesmith.data.batches.pack import balanced_bins, best_fit_decreasing
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.text.example import Example
 from tunesmith.planning.run_plan import shares_prompts
@@ -79,20 +77,11 @@ def examples_of(micro: Batch) -> list[tuple[int, int]]:
     return [(int(ids[a]) - 1, b - a) for a, b in pairwise(edges) if ids[a] != 0]
 
 
-def cost(micro: Batch, weight: float) -> float:
-    """Tokens with padding, and attention within each document; the definition."""
-    if not micro.examples:
-        return 0.0
-    return micro.input_ids.numel() + weight * sum(n * (n + 1) / 2 for _, n in examples_of(micro))
-
-
 lengths_of_examples = st.lists(st.integers(4, SEQ), min_size=1, max_size=40)
 layouts = st.sampled_from(
     [
         {"micro_batch": Size(64, "tokens")},
         {"micro_batch": Size(200, "tokens"), "multiple": 8, "max_document": SEQ},
-        {"micro_batch": Size(10_000, "tokens")},
-        {"micro_batch": Size(1, "examples")},
         {"micro_batch": Size(3, "examples")},
         {"micro_batch": Size(128, "tokens"), "row_length": 128},
         {"micro_batch": Size(4, "examples"), "row_length": 96, "max_document": 80},
@@ -188,41 +177,6 @@ def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
     assert ranks[0].idle_share == pytest.approx(15 / 200)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pack", "weight", "world"), [(True, 0.02, 2), (True, 0.0, 16), (False, 0.02, 5)]
-)
-def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) -> None:
-    """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition
-    of cost.
-    """
-    random = np.random.default_rng(1)
-    lengths = np.clip(random.lognormal(2.5, 0.8, 256).astype(int), 4, SEQ).tolist()
-    tokens, course = Numbered(lengths), schedule(lengths, "64 examples", pack=pack)
-    layout = {"micro_batch": Size(128, "tokens"), "attention_weight": weight}
-    for step in range(4):
-        ranks = all_ranks(tokens, course, world, step, **layout)
-        balanced = idle([[cost(m, weight) for m in batch.micro] for batch in ranks])
-        # The same sums in another order
-        assert ranks[0].idle_share == pytest.approx(balanced, abs=1e-12)
-        batch = Loader(tokens, course, pad_id=0, **layout).batch(step)
-        alone = [cost(m, weight) for m in batch.micro]
-        alone += [0.0] * (-len(alone) % world)
-        assert balanced < idle([alone[r::world] for r in range(world)])
-
-
-def idle(costs: list[list[float]]) -> float:
-    """Share of the time that is waited, of costs[rank][micro step]."""
-    steps = list(zip(*costs, strict=True))
-    return 1 - sum(map(sum, steps)) / (len(costs) * sum(map(max, steps)))
-
-
-def test_of_one_fixed_shape_attention_is_balanced() -> None:
-    """One long document costs more than many short ones: 64 x 65 / 2 pairs, and 8 x 8 x 9 / 2."""
-    ranks = ranks_of([64, *[8] * 8], 2, 72, row_length=72, attention_weight=1.0)
-    assert sorted(m.examples for batch in ranks for m in batch.micro) == [1, 8]
-
-
 def test_ranks_without_an_example_have_a_micro_batch_all_the_same() -> None:
     ranks = ranks_of([8, 8], 5, 64, multiple=4)
     assert [b.micro[0].examples for b in ranks] == [1, 1, 0, 0, 0]
@@ -236,37 +190,6 @@ def test_a_micro_batch_without_an_example_adds_nothing(tiny: Path, tmp_path: Pat
     made.loss.backward()
     assert float(made.loss.detach()) == made.denominator == 0
     assert all(p.grad is None or not p.grad.any() for _, p in model.trained_parameters())
-
-
-items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1, max_size=60)
-
-
-@pytest.mark.slow
-@settings(max_examples=60)
-@given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
-def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:
-    costs, lengths = np.array(pairs, np.float64)[:, 0], np.array(pairs)[:, 1]
-    bins = balanced_bins(costs, lengths, count, capacity=room, max_items=most)
-    # The definition, step by step.
-    wanted: list[list[int]] | None = [[] for _ in range(count)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        open_bins = [b for b in wanted if len(b) < most and lengths[b].sum() + lengths[i] <= room]
-        if not open_bins:
-            wanted = None
-            break
-        min(open_bins, key=lambda b: costs[b].sum()).append(i)
-    assert bins == wanted
-
-
-def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
-    """3 + 3 and 2 + 2 + 2 fill two bins of 6; the costliest first puts a 3 into each, and the last
-    2 finds no room.
-    """
-    lengths = np.array([3, 3, 2, 2, 2]) * 2
-    assert balanced_bins(lengths.astype(float), lengths, 2, capacity=12, max_items=5) is None
-    assert len(best_fit_decreasing(lengths, 12)) == 2
-    ranks = ranks_of(lengths.tolist(), 2, 12)
-    assert [[m.tokens for m in batch.micro] for batch in ranks] == [[12], [12]]
 
 
 # --- batches of examples that stand in no schedule
@@ -288,9 +211,7 @@ def examples(sequences: int) -> list[Example]:
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("sequences", [1, 2])
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_each_example_is_in_one_batch_of_one_rank(
-    is_packed: bool, sequences: int, ranks: int
-) -> None:
+def test_each_example_is_in_one_batch(is_packed: bool, sequences: int, ranks: int) -> None:
     rows = examples(sequences)
     of_ranks = []
     for rank in range(ranks):
@@ -311,11 +232,6 @@ def test_each_example_is_in_one_batch_of_one_rank(
             assert batch.input_ids[::sequences, 0].tolist() == indices
 
 
-def test_nothing_has_no_batch() -> None:
-    assert list(Layout(0, packed=True).batches([], ROOM)) == []
-    assert list(Layout(0, packed=False).batches([], ROOM)) == []
-
-
 # --- pairs in packed rows that hold once what both sequences begin with
 
 
@@ -326,26 +242,14 @@ def pair(first: str, second: str) -> Example:
     return Example(ids, trained, (len(first), len(second)))
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "shared"),
-    [
-        # The last token of the prompt predicts another answer in each.
-        ("abcXY", "abcZ", 2),
-        # The beginning of the answers too has targets, though it is the same.
-        ("abcXY", "abcXZ", 2),
-        # Tokens that differ before any answer.
-        ("abdXY", "acdZ", 1),
-        ("bcX", "acX", 0),
-        # An answer in the prompt that one row trains on.
-        ("aBcXY", "abcZ", 0),
-        ("abBcXY", "abBcZ", 1),
-        # A sequence that is the beginning of the other keeps a token.
-        ("abc", "abcdX", 2),
-        ("aX", "aY", 0),
-    ],
-)
-def test_what_is_shared_has_no_target(first: str, second: str, shared: int) -> None:
-    assert pair(first, second).count_shared() == shared
+def test_what_is_shared_has_no_target() -> None:
+    for first, second, shared in (
+        ("abcXY", "abcZ", 2),  # the last token of the prompt predicts another answer in each
+        ("abcXY", "abcXZ", 2),  # the beginning of the answers too has targets
+        ("aBcXY", "abcZ", 0),  # an answer in the prompt that one row trains on
+        ("abc", "abcdX", 2),  # a sequence that is the beginning of the other keeps a token
+    ):
+        assert pair(first, second).count_shared() == shared
 
 
 def test_the_second_sequence_goes_on_behind_what_it_shares() -> None:
@@ -359,76 +263,18 @@ def test_the_second_sequence_goes_on_behind_what_it_shares() -> None:
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 11]
     assert batch.whole is not None
     assert batch.whole.places.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8]
-    assert batch.whole.firsts.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10]
-    assert batch.whole.seconds.tolist() == [5, 6]
     assert (batch.tokens, batch.max_seqlen) == (9, 5)
     assert (batch.supervised, batch.chosen_tokens) == (3, 2)
 
 
-LETTERS = st.text("abX", min_size=0, max_size=6)
-PAIRS = st.lists(st.tuples(LETTERS, LETTERS, LETTERS), min_size=1, max_size=5)
+def test_which_runs_hold_a_prompt_once(tmp_path: Path) -> None:
+    def shares(method: str, *recurrent: str, **data: Any) -> bool:
+        form = "prompt-completion" if method == "sft" else "preference"
+        data["train"] = {"source": str(tmp_path / "rows.jsonl"), "format": form}
+        run = make_run(tmp_path, tmp_path, held=False, method=method, data=data)
+        return shares_prompts(run, recurrent)
 
-
-@given(PAIRS, st.integers(0, 5))
-@settings(max_examples=30)
-def test_documents_are_the_sequences(texts: list[tuple[str, str, str]], padding: int) -> None:
-    examples = []
-    for prompt, first, second in texts:
-        example = pair(f"a{prompt}{first}X", f"a{prompt}{second}X")
-        examples.append(example._replace(shared=example.count_shared()))
-    length = sum(len(example.ids) - example.shared for example in examples) + padding
-    batch = collate([examples], length=length, pad_id=0)
-    places = np.arange(length) if batch.whole is None else batch.whole.places.numpy()
-    ids, positions, targets = (
-        tensor.flatten().numpy() for tensor in (batch.input_ids, batch.position_ids, batch.targets)
-    )
-    documents = [places[start:end] for start, end in pairwise(batch.cu_seqlens.tolist())]
-    sequences = [part for example in examples for part in example.parts()]
-    for document, sequence in zip(documents, sequences, strict=False):
-        assert ids[document].tolist() == sequence.ids.tolist()
-        assert positions[document].tolist() == list(range(len(sequence.ids)))
-    # In the order of the row, as `Sequences.sequence_indices` takes them.
-    expected = [token for part in sequences for token in part.ids[1:][part.trained[1:]].tolist()]
-    assert targets[targets != IGNORE].tolist() == expected
-    if batch.whole is not None:
-        assert np.array_equal(places[batch.whole.firsts.numpy()], np.arange(length))
-        rest = places[batch.whole.seconds.numpy()]
-        assert len(rest) + length == len(places)
-        assert len(np.unique(rest)) == len(rest)
-
-
-def test_micro_batches_have_room_for_more_pairs() -> None:
-    """The same examples in each step, in fewer micro batches."""
-    lengths = np.full(8, 100)
-    data = Data(train=(Source(source="x"),), seq_len=64)
-    train = Train(global_batch=Size(8, "examples"))
-    counts = []
-    for row_lengths in (lengths, lengths - 40):
-        schedule = schedule_of(lengths, data, train, row_length=128, row_lengths=row_lengths)
-        micro = MicroBatches(schedule, Size(240, "tokens"), None, 1, 1, 0.0)
-        groups = [group for micro_step in micro.micro_steps(0) for group in micro_step]
-        assert sorted(i for group in groups for i in group) == list(range(8))
-        assert all(micro.shape(group)[1] <= 240 for group in groups)
-        counts.append(len(groups))
-    assert counts == [4, 2]
-
-
-@pytest.mark.parametrize(
-    ("changes", "recurrent", "shares"),
-    [
-        ({"method": "dpo"}, (), True),
-        ({"method": "orpo"}, (), True),
-        # A state would run from the chosen answer into the rejected one.
-        ({"method": "dpo"}, ("Lfm2ShortConv",), False),
-        ({"method": "dpo", "data": {"pack": False}}, (), False),
-        ({"method": "kto"}, (), False),
-        ({"method": "sft"}, (), False),
-    ],
-)
-def test_which_runs_hold_a_prompt_once(
-    tmp_path: Path, changes: dict[str, Any], recurrent: tuple[str, ...], shares: bool
-) -> None:
-    form = {"sft": "prompt-completion", "kto": "feedback"}.get(changes["method"], "preference")
-    rows = {"train": {"source": str(tmp_path / "rows.jsonl"), "format": form}}
-    run = make_run(tmp_path, tmp_path, held=False, **merge({"data": rows}, changes))
-    assert shares_prompts(run, recurrent) == shares
+    assert shares("dpo")
+    assert not shares("dpo", "Lfm2ShortConv"), "a state would run into the rejected answer"
+    assert not shares("dpo", pack=False)
+    assert not shares("sft")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from conftest import byte_tokenizer
 from errors import refuses, warnings_with
-from logged import logged_lines
 from recipes import make_run
 from tunesmith.cli.run_data import findings_as_json
-from tunesmith.config.load import from_mapping, load_recipe
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.compare import row_checks, row_texts
-from tunesmith.data.compare.row_checks import RowFindings, check_across, check_rows, find_faults
-from tunesmith.data.compare.row_texts import RowText, read_texts, row_text, sampled_rows
+from tunesmith.data.compare.near_duplicates import find_near_duplicates, words_of
+from tunesmith.data.compare.row_checks import check_across, check_rows, find_faults
+from tunesmith.data.compare.row_texts import RowText, row_text
 from tunesmith.data.compare.splits import draw_held_out, read_checked_splits, read_splits
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.source.open_source import read_rows
@@ -29,9 +29,9 @@ from tunesmith.training.run import train
 from tunesmith.units import Share
 
 
-def write_rows(path: Path, rows: list[Any], form: Any, **columns: str) -> Source:
+def write_rows(path: Path, rows: list[Any], form: Any = "prompt-completion") -> Source:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(source=str(path), format=form, columns=columns)
+    return Source(source=str(path), format=form)
 
 
 def numbered(path: Path, count: int, first: int = 0) -> Source:
@@ -45,13 +45,8 @@ def splits(data: Data, seed: int = 42) -> tuple[list[str], list[str]]:
     return kept, held
 
 
-@pytest.mark.parametrize(
-    ("hold_out", "held"),
-    [("5 %", 16), ("50 examples", 50), ("0.1 %", 1), ("1 examples", 1), ("50 %", 156)],
-)
-def test_every_row_is_either_trained_on_or_held_out(
-    tmp_path: Path, hold_out: str, held: int
-) -> None:
+@pytest.mark.parametrize(("hold_out", "held"), [("5 %", 16), ("50 examples", 50), ("0.1 %", 1)])
+def test_every_row_is_trained_on_or_held_out(tmp_path: Path, hold_out: str, held: int) -> None:
     source = numbered(tmp_path / "rows.jsonl", 312)
     kept, aside = splits(Data(train=(source,), hold_out=Share.parse(hold_out)))
     assert len(aside) == held
@@ -66,12 +61,8 @@ def test_the_seed_draws_from_the_whole_file(tmp_path: Path) -> None:
     assert [sum(lo <= i < lo + 250 for i in drawn) > 3 for lo in range(0, 1000, 250)] == [True] * 4
     assert splits(data, seed=7)[1] != splits(data)[1]
     assert splits(replace(data, hold_out_seed=42), seed=7) == splits(data)
-    # A resumed run, a newer numpy and a later version draw the same rows.
+    # A resumed run and a newer numpy draw the same rows.
     assert drawn[:5] == [67, 112, 151, 184, 225]
-    values = {"data": {"train": {"source": "rows.jsonl"}, "hold_out_seed": 7}, "output_dir": "out"}
-    values["model"] = {"name": "a/b"}
-    with refuses(RecipeError, where="test: data.hold_out_seed", fix=["data.hold_out: 5 %"]):
-        from_mapping(values, where="test", base=tmp_path)
 
 
 def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -> None:
@@ -85,30 +76,18 @@ def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -
             line = number + 1 if number < 100 else number - 99
             assert part.where(i) == f"{source.source}:{line}"
     assert kept[0][1].digest() != held[0][1].digest()
-
-
-def test_a_slice_and_max_examples_are_taken_before(tmp_path: Path) -> None:
-    source = numbered(tmp_path / "rows.jsonl", 100)
-    source = replace(source, split="train[10:60]", max_examples=20)
+    # A slice and max_examples are taken before.
+    source = replace(sources[0], split="train[10:60]", max_examples=20)
     kept, aside = splits(Data(train=(source,), hold_out=Share(5, "examples")))
     assert sorted([*kept, *aside]) == [f"row {i}" for i in range(10, 30)]
 
 
-@pytest.mark.parametrize("hold_out", ["12 examples", "99.9 %"])
-def test_something_must_be_left_to_train_on(tmp_path: Path, hold_out: str) -> None:
-    data = Data(train=(numbered(tmp_path / "rows.jsonl", 12),), hold_out=Share.parse(hold_out))
+def test_what_cannot_be_held_out_is_refused(tiny: Path, tmp_path: Path) -> None:
+    data = Data(train=(numbered(tmp_path / "rows.jsonl", 12),), hold_out=Share.parse("99.9 %"))
     with refuses(DataError, where="data.hold_out", names=["data.train", 12]):
         read_splits(data, 42)
-
-
-def test_it_excludes_validation_rows_of_their_own(tiny: Path, tmp_path: Path) -> None:
     with refuses(RecipeError, names=["data.hold_out", "data.validation"]):
         make_run(tiny, tmp_path, data={"hold_out": "5 %"})
-    for wrong in ("5 steps", "100 %"):
-        with refuses(RecipeError, names=["data.hold_out"]):
-            make_run(tiny, tmp_path, held=False, data={"hold_out": wrong})
-    run = make_run(tiny, tmp_path, held=False, data={"hold_out": "5 %"}, validate={"patience": 2})
-    assert run.data.hold_out == Share(5, "%")
 
 
 @pytest.mark.slow
@@ -137,45 +116,19 @@ def test_a_run_validates_on_them_and_resumes_with_the_same(tiny: Path, tmp_path:
     assert [record[0] for record in whole if record[2] is not None] == [4, 8]
 
 
-@pytest.mark.slow
-def test_rows_that_are_there_twice_stay_on_one_side(tiny: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {i % 20}"} for i in range(40)], "")
-    values = {
-        "model": {"name": str(tiny), "dtype": "fp32"},
-        "data": {
-            "train": {"source": source.source, "format": "text"},
-            "seq_len": 64,
-            "hold_out": "4 examples",
-        },
-        "train": {"duration": "1 steps"},
-        "output_dir": str(tmp_path / "run"),
-    }
-    with logged_lines() as lines:
-        train(from_mapping(values, where="test", base=tmp_path))
-    told = "\n".join(lines)
-    assert not warnings_with(told, "val_loss")
-    assert len(warnings_with(told, "data.leave_out=[near-duplicates]")) == 1
-    assert warnings_with(told, "20 of 40")
-    held_out = (tmp_path / "run" / "held-out.txt").read_text().splitlines()
-    texts = [line.partition("  ")[2] for line in held_out]
-    assert (len(texts), len(set(texts))) == (4, 2), "both of a pair are held out"
-
-
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_near_duplicates_are_held_out_together(tmp_path: Path, seed: int) -> None:
     """Whatever the seed, no held-out row has a rewording that is trained on."""
     words = "amber birch cedar delta ember fjord grove heron inlet juniper kelp lotus".split()
     rows = []
     for i, word in enumerate(words * 4):
-        question = (
-            f"Which {word} of the old harbor town did the keeper mention {word * (i // 12 + 1)}"
-        )
+        question = f"Which {word} of the old harbor did the keeper mention {word * (i // 12 + 1)}"
         answer = f"The {word} that stands beside gate {i}."
         rows.append((i, f"{question}?", answer))
         if i % 3 == 0:
             rows += [(i, f"{question.upper()} !", answer), (i, f"Please, {question}?", answer)]
     lines = [{"prompt": question, "completion": answer} for _, question, answer in rows]
-    source = write_rows(tmp_path / "rows.jsonl", lines, "prompt-completion")
+    source = write_rows(tmp_path / "rows.jsonl", lines)
     data = Data(train=(source,), hold_out=Share(16, "examples"))
     held_out = read_checked_splits(data, seed).held_out
     assert len(set(held_out)) == 16
@@ -186,62 +139,14 @@ def test_near_duplicates_are_held_out_together(tmp_path: Path, seed: int) -> Non
     assert read_checked_splits(data, seed).held_out == held_out, "from the cache too"
 
 
-@pytest.mark.parametrize(("answers", "apart"), [(4, True), (60, False)])
-def test_rows_of_one_answer_are_drawn_apart_where_most_repeat_theirs(
-    tmp_path: Path, answers: int, apart: bool
-) -> None:
-    """An FAQ of four answers, each to 20 questions; and 60 answers, of which 20 are given twice."""
-    words = [f"w{i:02}" for i in range(99)]
-    rows = [
-        {
-            "question": f"{words[i]} {words[-i]} {words[i * 7 % 99]} {words[i * 31 % 99]}",
-            "answer": " ".join([f"a{i % answers:02}{k}" for k in range(14)]),
-        }
-        for i in range(80)
-    ]
-    columns = {"instruction": "question", "output": "answer"}
-    source = write_rows(tmp_path / "rows.jsonl", rows, "alpaca", **columns)
-    sides = read_splits(Data(train=(source,), hold_out=Share(8, "examples")), seed=3)
-    trained, held_out = ({row["answer"] for _, part in side for row in part} for side in sides)
-    assert len(held_out) > 1
-    assert held_out <= trained if apart else not held_out & trained
-
-
-def test_each_group_is_held_out_as_often_as_a_row_alone() -> None:
-    """Of 100 rows, 30 of them in groups of three, a tenth is drawn: 3,000 times."""
-    alone = draw_held_out(1000, 50, 42).tolist()
-    assert draw_held_out(1000, 50, 42, [[1, 2, 3]]).tolist()[:3] == alone[:3]
-    groups = [[k, k + 40, k + 70] for k in range(10)]
-    counts = np.zeros(100)
-    for seed in range(3000):
-        drawn = draw_held_out(100, 10, seed, groups)
-        assert len(drawn) == 10
-        counts[drawn] += 1
-    for group in groups:
-        assert len(set(counts[group])) == 1
-    members = [row for group in groups for row in group]
-    # A group that does not fit waits for a single row's place: a little less than its 30 %.
-    assert 0.24 < counts[members].sum() / counts.sum() <= 0.30
-
-
-EIGHTS = [list(range(first, first + 8)) for first in range(0, 80, 8)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "groups", "count", "held"),
-    [
-        (10, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 3, 5),  # none fits: the smallest
-        (10, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 1, 1),  # and that is half of all rows
-        (10, [list(range(10))], 3, 3),  # one group of all: as if there were none
-        (10, [[0, 1, 2, 3, 4, 5, 6, 7]], 3, 2),  # too large: it stays in the training
-        (80, EIGHTS, 1, 8),  # the smallest, as it is few of all rows
-        (80, EIGHTS, 3, 8),
-        (40, [list(range(20)), list(range(20, 40))], 3, 3),
-    ],
-)
-def test_groups_that_do_not_fit(rows: int, groups: Any, count: int, held: int) -> None:
-    drawn = draw_held_out(rows, count, 0, groups).tolist()
-    assert (len(drawn), len(set(drawn))) == (held, held)
+def test_groups_that_do_not_fit() -> None:
+    for groups, count, held in (
+        ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 3, 5),  # none fits: the smallest
+        ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 1, 1),  # and that is half of all rows
+        ([list(range(10))], 3, 3),  # one group of all: as if there were none
+        ([[0, 1, 2, 3, 4, 5, 6, 7]], 3, 2),  # too large: it stays in the training
+    ):
+        assert len({*draw_held_out(10, count, 0, groups).tolist()}) == held
 
 
 def test_leaving_out_comes_before_holding_out(tmp_path: Path) -> None:
@@ -258,65 +163,24 @@ def test_leaving_out_comes_before_holding_out(tmp_path: Path) -> None:
 # --- near-duplicates and contradictions
 
 
-SENTENCES = [
-    "The harbor lies quiet under the first snow of the year.",
-    "A baker opens her shop long before the trams begin to run.",
-    "Most of the old orchard was planted by two brothers from the valley.",
-    "Copper pipes carry the warm water through every room of the house!",
-    "Nobody in the village remembers who built the stone bridge.",
-    "The engine was repaired twice before the race and once after it.",
-    "Which of these lanterns would you hang beside the garden gate?",
-    "Rain has fallen on the meadow for three days without a pause.",
-]
-
-
-def row(prompt: str, answer: str) -> RowText:
+def row(prompt: str, answer: str = "") -> RowText:
     return RowText(prompt, answer, is_answered=True)
 
 
-def good_rows(count: int) -> list[RowText]:
-    """Rows without any fault: all prompts differ, all answers end."""
-    rows = []
-    for i in range(count):
-        first, second = SENTENCES[i % 8], SENTENCES[(i // 8 + i + 1) % 8]
-        rows.append(row(f"Write sentence number {i} of the story.", f"{first} {second} Part {i}."))
-    return rows
+def test_one_prompt_with_two_answers_is_a_contradiction() -> None:
+    asked = "Is tin a metal?"
+    rows = [row("Go on.", "yes"), row("Go on.", "no")]
+    rows += [row("  is TIN a metal", "yes"), row(asked, "No."), row(asked, "no")]
+    assert find_faults(rows).contradictions == [[2, 3, 4]]
+    for rows in (
+        [row(asked, "Yes."), row(asked, "yes")],
+        [row(asked, "yes")._replace(given="[]"), row(asked, "no")],
+        [RowText(asked, answer, is_answered=False) for answer in ("yes", "no")],
+    ):
+        assert find_faults(rows).contradictions == []
 
 
-def source_of(path: Path, rows: list[dict[str, Any]]) -> Source:
-    return write_rows(path, rows, "prompt-completion")
-
-
-@pytest.mark.slow
-def test_good_rows_have_no_fault() -> None:
-    assert find_faults(good_rows(60)) == RowFindings(rows=60, compared=60)
-
-
-@pytest.mark.parametrize("first", ["Is tin a metal?", "  is TIN a metal", "Is tin a metal ?!"])
-def test_one_prompt_with_two_answers(first: str) -> None:
-    answers = [(first, "yes"), ("Is tin a metal?", "No."), ("Is tin a metal?", "no")]
-    rows = [*good_rows(3), *[row(*pair) for pair in answers]]
-    assert find_faults(rows).contradictions == [[3, 4, 5]]
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [row("Is tin a metal?", "Yes."), row("Is tin a metal?", "yes")],
-        [row("Go on.", "yes"), row("Go on.", "no")],
-        [row("Is tin a metal?", "yes")._replace(given="[]"), row("Is tin a metal?", "no")],
-        [row("Is it 3 or 4?", "yes"), row("Is it 4 or 3?", "no")],
-        [RowText("Is tin a metal?", answer, is_answered=False) for answer in ("yes", "no")],
-        # Many drafts of each of many texts are several by design.
-        [row(f"Write a story about {w}.", f"{s} {s2}") for w in ("ice", "sea", "sun", "tin", "oak")
-         for s, s2 in zip(SENTENCES[:4], SENTENCES[4:8], strict=True)],
-    ],
-)  # fmt: skip
-def test_answers_that_do_not_contradict(rows: list[RowText]) -> None:
-    assert find_faults(rows).contradictions == []
-
-
-def test_swapped_pairs_contradict_each_other_and_other_pairs_do_not() -> None:
+def test_swapped_pairs_and_answers_that_are_good_and_bad_contradict_each_other() -> None:
     def judged(chosen: str, rejected: str) -> RowText:
         values = {"prompt": "Is tin a metal?", "chosen": chosen, "rejected": rejected}
         return row_text(values, Source(source="x.jsonl", format="preference"))
@@ -326,27 +190,89 @@ def test_swapped_pairs_contradict_each_other_and_other_pairs_do_not() -> None:
     found = find_faults([text, other, swapped, text])
     assert (found.contradictions, found.near_duplicates) == ([[0, 2, 3]], [[0, 3]])
     assert find_faults([text, other]).contradictions == []
-
-
-def test_an_answer_that_is_good_and_bad_is_a_contradiction() -> None:
     source = Source(source="x.jsonl", format="feedback")
     values = {"prompt": "Is tin a metal?", "completion": "Yes, it is one.", "label": True}
     good, bad = (row_text({**values, "label": label}, source) for label in (True, False))
     other = bad._replace(answer="It is none.")
     found = find_faults([good, other, bad])
     assert (found.contradictions, found.near_duplicates) == ([[0, 2]], [])
-    assert find_faults([good, other]).contradictions == []
 
 
-def test_tools_of_a_row_set_it_apart() -> None:
-    turns = [
-        {"role": "user", "content": "Is tin a metal, and since when is it known?"},
-        {"role": "assistant", "content": "Yes, and for long."},
+def text(content: str) -> RowText:
+    return RowText("", content, is_answered=False, is_plain=True)
+
+
+def made(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(4))
+
+
+def unlike(count: int) -> list[RowText]:
+    """Rows that say different things."""
+    rng = random.Random(7)
+    return [row(" ".join(made(rng) for _ in range(19))) for _ in range(count)]
+
+
+QUESTION = "Which of the two lanterns in the harbor window was lit first, and by whom?"
+ANSWER = "The copper one, by the keeper's daughter."
+
+
+def test_a_row_that_is_reworded_a_little_is_a_near_duplicate() -> None:
+    for other in (
+        row(QUESTION.upper().replace(",", ""), ANSWER.lower()),
+        row(f"Please tell me: {QUESTION.replace(' ', '  ')}", ANSWER),
+        row(QUESTION.replace("lit first", "kindled"), ANSWER),
+        row(QUESTION, ANSWER.replace("daughter", "child")),
+    ):
+        assert find_near_duplicates([*unlike(5), row(QUESTION, ANSWER), other]) == [[5, 6]]
+    # So many rows are not compared all with all, but by MinHash.
+    assert find_near_duplicates([*unlike(90), row(QUESTION, ANSWER), other]) == [[90, 91]]
+
+
+def test_rows_that_say_or_teach_something_else_are_none() -> None:
+    for one, other in (
+        (row("What is 12 + 7?", "19"), row("What is 12 - 7?", "5")),
+        (row("What is 12 - 7?", "5"), row("What is 7 - 12?", "-5")),
+        (row("What is the capital of France?", "Paris"), row("What is the capital of Spain?", "Madrid")),
+        (row("How do I reset my phone?", ANSWER * 3), row("Where does the tram stop?", ANSWER * 3)),
+        (text("On day 3 the ship had 12 men aboard."), text("On day 4 the ship had 11 men aboard.")),
+        (row("", ""), row("", "")),
+        (None, None),
+    ):  # fmt: skip
+        assert find_near_duplicates([one, other, *unlike(9)]) == []
+    for key, values in {
+        "is_good": (True, False),
+        "chosen": ("The copper one.", "The keeper's daughter."),
+        "given": ("[1]", "[2]"),
+    }.items():
+        rows = [row(QUESTION, ANSWER)._replace(**{key: value}) for value in values]
+        assert find_near_duplicates(rows) == []
+        assert find_near_duplicates([rows[0], rows[0]]) == [[0, 1]]
+
+
+def test_a_word_in_another_script() -> None:
+    chinese = "猫坐在窗边看着在花园里找食物的鸟儿一整个下午都没有离开"
+    rows = [
+        text(chinese),
+        text(chinese.replace("下午", "上午")),
+        text("狗在院子里跑来跑去追着自己的尾巴玩耍"),
     ]
-    tools = [[{"type": "function", "function": {"name": n}}] for n in ("weather", "search")]
-    source = Source(source="x.jsonl", format="messages")
-    texts = [row_text({"messages": turns, "tools": t}, source) for t in (*tools, tools[0])]
-    assert find_faults(texts).near_duplicates == [[0, 2]]
+    assert find_near_duplicates(rows) == [[0, 1]]
+    assert words_of("Ｗｈａｔ ＩＳ it?") == ["what", "is", "it"]
+
+
+def labels(count: int) -> list[RowText]:
+    """A long instruction, a blank of one word and one of two labels."""
+    rng = random.Random(3)
+    instruction = (
+        "Is the following name that of a place? Answer with yes or no, in one word only, and without"
+        " any punctuation or explanation. Name:"
+    )
+    names = {made(rng): None for _ in range(count)}
+    return [row(f"{instruction} {name}", rng.choice(["yes", "no"])) for name in names]
+
+
+def test_rows_of_a_template_are_not_near_duplicates() -> None:
+    assert find_near_duplicates(labels(40)) == []
 
 
 # Sources, cache and limits
@@ -361,44 +287,24 @@ PLANTED = [
 ]  # fmt: skip
 
 
-def test_a_second_look_at_the_same_rows_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = source_of(tmp_path / "rows.jsonl", PLANTED)
+def test_rows_are_compared_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", PLANTED)
     found = check_rows([(source, read_rows(source))])
     assert (found.near_duplicates, found.contradictions) == ([[0, 2]], [[1, 3]])
 
-    def again(*args: object) -> RowFindings:
-        raise AssertionError("compared twice")
-
-    monkeypatch.setattr(row_checks, "find_faults", again)
-    moved = source_of(tmp_path / "moved.jsonl", PLANTED)
+    monkeypatch.setattr(row_checks, "find_faults", None)
+    moved = write_rows(tmp_path / "moved.jsonl", PLANTED)
     assert check_rows([(moved, read_rows(moved))]) == found, "the name of the file does not matter"
-    changed = source_of(tmp_path / "rows.jsonl", PLANTED[:4])
-    with refuses(AssertionError):
+    changed = write_rows(tmp_path / "rows.jsonl", PLANTED[:4])
+    with refuses(TypeError):
         check_rows([(changed, read_rows(changed))])
-    # A plan compares no rows.
-    data = Data(train=(changed,), hold_out=Share(1, "examples"), leave_out=("contradictions",))
-    train_rows, held_out = read_splits(data, 42, only_cached=True)
-    assert (len(train_rows[0][1]), len(held_out[0][1])) == (3, 1)
 
 
-def test_a_large_corpus_is_sampled_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [
-        {"prompt": f"What is the name of river {i}?", "completion": f"It is {i}."}
-        for i in range(90)
-    ]
+def test_a_large_corpus_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"Name river {i}.", "completion": f"It is {i}."} for i in range(90)]
     rows[80] = rows[20] = {"prompt": "Which lantern was lit first of all?", "completion": "One."}
     monkeypatch.setattr(row_texts, "MAX_ROWS", 10)
-    source = source_of(tmp_path / "rows.jsonl", rows)
-    other = source_of(tmp_path / "more.jsonl", rows[:7])
-    sources = [(other, read_rows(other)), (source, read_rows(source))]
-    indices = sampled_rows(sources)
-    assert (indices.step, len(indices)) == (10, 10)
-    read = [text.prompt for text in read_texts(sources, indices) if text]
-    assert read == [rows[0]["prompt"], *(rows[i - 7]["prompt"] for i in range(10, 97, 10))]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
     splits = read_checked_splits(Data(train=(source,)), 42)
     assert splits.findings is not None
     assert (splits.findings.rows, splits.findings.compared) == (90, 10)
@@ -406,19 +312,6 @@ def test_a_large_corpus_is_sampled_and_that_is_said(
     monkeypatch.setattr(row_texts, "MAX_ROWS", 9)
     found = check_rows([(source, read_rows(source))])
     assert found.near_duplicates == [[20, 80]], "rows are named by their own numbers"
-
-
-def test_a_row_that_cannot_be_read_is_left_to_tokenization(tmp_path: Path) -> None:
-    source = source_of(tmp_path / "rows.jsonl", [{"prompt": None}, *PLANTED])
-    assert check_rows([(source, read_rows(source))]).contradictions == [[2, 4]]
-
-
-def test_of_a_long_row_both_ends_are_compared() -> None:
-    long = " ".join(f"word{i}" for i in range(5000))
-    text = row_text({"text": long}, Source(source="x.jsonl", format="text"))
-    assert len(text.answer) == row_texts.MAX_TEXT_CHARACTERS + 1
-    assert text.answer.startswith("word0 ")
-    assert text.answer.endswith(" word4999")
 
 
 def test_an_answer_is_what_is_said_last() -> None:
@@ -439,19 +332,14 @@ def test_an_answer_is_what_is_said_last() -> None:
 # What the user sees
 
 
-def test_faults_are_told_with_their_places_and_what_is_left_out_with_its_count(
-    tmp_path: Path,
-) -> None:
-    source = source_of(tmp_path / "rows.jsonl", PLANTED)
+def test_faults_are_told_and_left_out(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", PLANTED)
     path = source.source
     splits = read_checked_splits(Data(train=(source,)), 42)
     first, second = row_warnings_of(splits, [])
     assert f"{path}:3 ({path}:1)" in first
     assert first.endswith("'data.leave_out=[near-duplicates]'")
     assert f"{path}:4 ({path}:2)" in second
-    plain = findings_as_json(splits, [])
-    assert plain["counts"]["near-duplicates"] == 1
-    assert plain["contradictions"] == [[f"{path}:2", f"{path}:4"]]
     faults: Any = ("near-duplicates", "contradictions")
     splits = read_checked_splits(Data(train=(source,), leave_out=faults), 42)
     kept = [row["prompt"] for _, rows in splits.train for row in rows]
@@ -459,15 +347,16 @@ def test_faults_are_told_with_their_places_and_what_is_left_out_with_its_count(
     assert list(row_warnings_of(splits, [])) == []
     assert [line.split()[0] for line in left_out_lines(splits)] == ["1", "2"]
     assert findings_as_json(splits, [])["left_out"] == {"near-duplicates": 1, "contradictions": 2}
+    source = write_rows(tmp_path / "few.jsonl", [PLANTED[1], PLANTED[3]])
+    with refuses(DataError, where="data.leave_out", names=[2], fix=["data.leave_out=[]"]):
+        read_checked_splits(Data(train=(source,), leave_out=faults), 42)
 
 
-def test_a_validation_row_is_compared_with_the_rows_that_are_trained_on(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_validation_rows_are_compared_with_training_rows(tiny: Path, tmp_path: Path) -> None:
     """Not with the contradictions that are left out, and only as many as are validated on."""
-    train_rows = source_of(tmp_path / "train.jsonl", PLANTED)
+    train_rows = write_rows(tmp_path / "train.jsonl", PLANTED)
     held = [PLANTED[3], {**PLANTED[4], "prompt": "Please: who built the stone bridge?"}, PLANTED[0]]
-    validation = source_of(tmp_path / "held.jsonl", held)
+    validation = write_rows(tmp_path / "held.jsonl", held)
     splits = read_checked_splits(Data(train=(train_rows,), validation=(validation,)), 42)
     assert check_across(splits.validation, splits.train) == [[0, 3], [1, 4], [2, 0]]
     form = {"format": "prompt-completion"}
@@ -486,10 +375,3 @@ def test_a_validation_row_is_compared_with_the_rows_that_are_trained_on(
     assert prepared.train.parts[0].counts.taken == "data.leave_out: contradictions"
     assert prepared.validation is not None
     assert prepared.validation.parts[0].counts.taken == "max_examples: 2"
-
-
-def test_all_rows_may_be_left_out_by_mistake(tmp_path: Path) -> None:
-    rows = [{"prompt": "Is it raining today?", "completion": answer} for answer in ("yes", "no")]
-    source = source_of(tmp_path / "rows.jsonl", rows)
-    with refuses(DataError, where="data.leave_out", names=[2], fix=["data.leave_out=[]"]):
-        read_checked_splits(Data(train=(source,), leave_out=("contradictions",)), 42)

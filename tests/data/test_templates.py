@@ -15,17 +15,16 @@ from errors import holds, refuses
 from time_limit import time_limit
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.samples import Completion, Conversation, Sample, Text
-from tunesmith.data.text import builtin_templates, rendering, try_template
+from tunesmith.data.text import builtin_templates, try_template
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError
 from tunesmith.presentation.data import template_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
 IM = ("<|im_start|>", "<|im_end|>")
 WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-MANY = "{% for i in range(99999) %}"
 ROW = Conversation(turns("a", "b"))
 
 
@@ -95,71 +94,34 @@ def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
         select(base(), template="chat")
 
 
-def test_a_template_is_tried_before_it_is_used(trials: list[str], tmp_path: Path) -> None:
+def test_a_template_is_tried_and_its_own_ends_are_taken(trials: list[str], tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text(CHATML + " ")
-    select(CHATML)
-    select(base(), template=str(file))
-    assert trials == [CHATML, CHATML + " "]
-
-
-def test_end_ids_are_those_of_generation_and_the_templates_own() -> None:
     tokenizer = chat_tokenizer()
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert select(tokenizer).end_ids == {tokenizer.eos_token_id, im_end}
-    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
-    assert select_template(data, tokenizer, {im_end}).end_ids == {im_end}
+    select(base(), template=str(file))
+    assert trials == [CHATML, CHATML + " "]
     stop = base().convert_tokens_to_ids("<|eot_id|>")
     data = Data(train=(Source(source="rows.jsonl", format="text"),))
     template = select_template(data, base(), {stop})
     assert template.encode(Text("A line."), "response", where="r").ids[-1] == stop
-    assert template.end_ids == {stop}
 
 
-@pytest.mark.parametrize(
-    ("content", "where"),
-    [
-        (b"{% for m in messages %}\n{{ m.content }}\n{% endfo %}", "bad.jinja:3"),
-        (b"one\n{{ messages[0].content", "bad.jinja:2"),
-        (b"\xff\xfe\x00", "data.template"),
-        (None, "data.template"),
-    ],
-)
-def test_a_broken_template_file_is_named_with_its_line(
-    tmp_path: Path, content: bytes | None, where: str
-) -> None:
+def test_a_template_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "bad.jinja"
-    if content is not None:
-        file.write_bytes(content)
-    with refuses(DataError, where=where):
+    with refuses(DataError, where="data.template"):
         select(CHATML, template=str(file))
-
-
-@pytest.mark.parametrize(
-    ("jinja", "drops"),
-    [
-        ("", "question"),
-        ("{# all of it #}", "question"),
-        ({"default": ""}, "question"),
-        ("{{ messages[0].content }}", "answer"),
-        (CHATML.replace("messages", "messages[:1]"), "answer"),
-        ("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}", "question"),
-    ],
-)
-def test_a_template_without_the_question_or_the_answer_is_refused(jinja: Any, drops: str) -> None:
-    with refuses(DataError, where="data.template", names=[drops]):
-        select(jinja)
-    assert select(jinja, "text").name == "raw", "rows of text need none"
-
-
-@pytest.mark.parametrize(
-    "jinja",
-    ["{{ 1 / 0 }}", "{{ nothing() }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
-)
-def test_a_template_that_fails_is_named_with_the_row(jinja: str) -> None:
-    with refuses(DataError, where="rows.jsonl:1") as caught:
-        select(jinja).encode(ROW, "response", where="rows.jsonl:1")
-    assert caught.value.why
+    file.write_text("{% for m in messages %}\n{{ m.content }}\n{% endfo %}")
+    with refuses(DataError, where="bad.jinja:3"):
+        select(CHATML, template=str(file))
+    for jinja, drops in (("", "question"), (CHATML.replace("messages", "messages[:1]"), "answer")):
+        with refuses(DataError, where="data.template", names=[drops]):
+            select(jinja)
+        assert select(jinja, "text").name == "raw", "rows of text need none"
+    for jinja in ("{{ nothing() }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"):
+        with refuses(DataError, where="rows.jsonl:1"):
+            select(jinja).encode(ROW, "response", where="rows.jsonl:1")
 
 
 def test_a_tokenizer_with_templates_by_name() -> None:
@@ -171,35 +133,18 @@ def test_a_tokenizer_with_templates_by_name() -> None:
 # --- templates that render without end
 
 
-@pytest.mark.slow
-def test_a_template_that_loops_without_end_on_some_rows_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The trial of a template does not have such rows."""
-    monkeypatch.setattr(rendering, "MAX_RENDER_SECONDS", 0.2)
-    bomb = "{% if 'once' in messages[0].content %}" + MANY * 3 + "{% endfor %}" * 3 + "{% endif %}"
-    template = select(CHATML + bomb)
-    with time_limit(60), refuses(ModelError, where="rows.jsonl:1", names=["0.2 s"]):
-        template.encode(Conversation(turns("once", "a")), "response", where="rows.jsonl:1")
-
-
-LOOPS = MANY * 3 + "{% endfor %}" * 3
 BOMBS = {
-    "loops of the second turn": "{% if messages|length > 1 %}" + LOOPS + "{% endif %}",
-    "loops with tools": "{% if tools %}" + LOOPS + "{% endif %}",
-    "loops of training": "{% if not add_generation_prompt %}" + LOOPS + "{% endif %}",
+    "loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
     "a number": "{{ (9 ** 99999999) % 7 }}",
     "a long text": "{{ 'a' * 10**8 }}",
-    "a doubled text": "{% set ns = namespace(t='ab') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
     "a format": "{{ '%1000000000d' % 1 }}",
-}  # fmt: skip
-LIMITS = ("loops with tools", "a long text", "a doubled text")
+}
+LIMITS = ("loops", "a long text")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        # Of each limit one: the others take four seconds each.
         pytest.param(name, marks=pytest.mark.slow if name in LIMITS else pytest.mark.nightly)
         for name in BOMBS
     ],
@@ -207,14 +152,6 @@ LIMITS = ("loops with tools", "a long text", "a doubled text")
 def test_a_template_without_end_is_refused(name: str) -> None:
     jinja = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}" + BOMBS[name]
     with time_limit(120, name), refuses(DataError, where="data.template", names=["my_template"]):
-        try_template.try_template(jinja, "my_template")
-
-
-@pytest.mark.slow
-def test_other_templates_pass_the_trial() -> None:
-    """Also those that are refused later, with the row or the line."""
-    tagged = (TEMPLATES / "tagged.jinja").read_text(encoding="utf-8")
-    for jinja in (tagged, "{{ raise_exception('no') }}", "{% if %}", "x" * 100_000):
         try_template.try_template(jinja, "my_template")
 
 
@@ -231,36 +168,25 @@ WITH_INPUT = (
 )
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_alpaca_text_with_and_without_input(adds_bos: bool) -> None:
-    tokenizer = base(adds_bos)
+def test_alpaca_text_with_and_without_input() -> None:
+    tokenizer = base(adds_bos=True)
     template = select(tokenizer, "alpaca")
-    bos = "<s>" if adds_bos else ""
     asked = {"role": "user", "content": "Add.", "input": "1, 2"}
     for sample, question, prompt, output in (
         (alpaca_row("Name a bird.", "", "A wren."), user("Name a bird."), PLAIN, "A wren."),
         (alpaca_row("Add.", "1, 2", "3"), asked, WITH_INPUT, "3"),
     ):
         whole, mine = learnt(template, sample)
-        assert (whole, mine) == (f"{bos}{prompt}{output}</s>", f"{output}</s>")
-        assert tokenizer.decode(template.prompt(sample)) == bos + prompt
+        assert (whole, mine) == (f"<s>{prompt}{output}</s>", f"{output}</s>")
+        assert tokenizer.decode(template.prompt(sample)) == f"<s>{prompt}"
         ids = template.encode(sample, "all", where="r").ids.tolist()
         assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
-        assert served(template, [question], prompt=True) == bos + prompt
-    again = Template(tokenizer, {2}, jinja=template.jinja, name="chat")
-    row = Conversation(turns("Name a bird.", "A wren."))
-    masks = [one.encode(row, "response", where="r").trained.tolist() for one in (again, template)]
-    assert masks[0] == masks[1]
-
-
-def test_alpaca_text_goes_on_for_several_turns() -> None:
+        assert served(template, [question], prompt=True) == f"<s>{prompt}"
     template = select(base(), "messages", "alpaca")
     whole, mine = learnt(template, Conversation([system("Be."), *turns("a", "b", "c", "d")]))
     first = "Be.\n\n### Instruction:\na\n\n### Response:\nb</s>"
     assert whole == f"{first}\n\n### Instruction:\nc\n\n### Response:\nd</s>"
     assert mine == "b</s>d</s>"
-    with refuses(DataError, where="r"):
-        template.encode(Conversation([user("a"), *ROW.messages]), "response", where="r")
 
 
 # --- raw rows
@@ -277,17 +203,10 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
         assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
         assert mine.endswith("</s>")
     # A template writes a line break behind its end token: nothing ends twice.
-    for text in ("A line.</s>\n", "Q</s>\nA line.</s> \n"):
-        assert learnt(template, Text(text))[0] == bos + text
-    for prompt, completion, mine in (
-        ("Q: ", "So.</s>\n", "So.</s>\n"),
-        ("Q</s>", "\n", "\n</s>"),
-        ("So", "", "</s>"),
-    ):
-        assert learnt(template, Completion(prompt, completion))[1] == mine
-    for empty in (Text(""), Completion("", "")):
-        with refuses(DataError, where="row 1"):
-            template.encode(empty, "response", where="row 1")
+    assert learnt(template, Text("A line.</s>\n"))[0] == f"{bos}A line.</s>\n"
+    assert learnt(template, Completion("Q: ", "So.</s>\n"))[1] == "So.</s>\n"
+    with refuses(DataError, where="row 1"):
+        template.encode(Text(""), "response", where="row 1")
 
 
 def test_raw_prompts_and_chats_stand_as_they_are() -> None:
@@ -301,9 +220,6 @@ def test_raw_prompts_and_chats_stand_as_they_are() -> None:
     assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
     asked = turns("Q: why?\nA>", "So.")
     assert template.prompt(Conversation(asked)) == template.prompt(sample)
-    more = [*asked, user("\nQ: ")]
-    assert decode(template.prompt(Conversation(more))) == f"{whole}\nQ: " == served(template, more)
-    assert served(template, [user("<s>A")]) == "<s>A", "one BOS"
     for role, refused in (("system", [system("Be."), *asked]), ("tool", [*asked, result("5")])):
         with refuses(DataError, names=[role], fix=["data.template=alpaca"]):
             template.prompt(Conversation(refused))
@@ -338,19 +254,11 @@ def test_hermes_form_for_a_chatml_without_tools() -> None:
 @pytest.mark.parametrize(
     ("content", "shown"),
     [
-        ("10", "10"),
-        ("<tool_response>\n10\n</tool_response>", "10"),
         (" <tool_response>10</tool_response>\n", "10"),
-        # Two results in one turn keep the tags between them.
-        (
-            "<tool_response>1</tool_response>\n<tool_response>\n2\n</tool_response>",
-            "1</tool_response>\n<tool_response>\n2",
-        ),
-        ("See <tool_response>10</tool_response>", "See <tool_response>10</tool_response>"),
         # The time grows with the length, and not with its square.
         (f"<tool_response>1{' ' * 120_000}0", f"<tool_response>1{' ' * 120_000}0"),
     ],
-    ids=lambda text: text[:30],
+    ids=len,
 )
 def test_a_tool_result_is_wrapped_once(content: str, shown: str) -> None:
     sample = Conversation(
@@ -359,24 +267,15 @@ def test_a_tool_result_is_wrapped_once(content: str, shown: str) -> None:
     with time_limit(10):
         text, _ = learnt(select(CHATML), sample)
     assert f"<tool_response>\n{shown}\n</tool_response><|im_end|>" in text
-    assert text.count("<tool_response>") == shown.count("<tool_response>") + 1
 
 
-def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
-    for jinja in (CHATML, "\n" + CHATML + "\n", CHATML + "  \n"):
-        tokenizer = chat_tokenizer(jinja)
-        template = select(tokenizer)
-        assert template.jinja != jinja
-        for messages in (ROW.messages, [system("s"), *turns("a\n", " b", "c", "d")]):
-            assert served(template, messages) == tokenizer.apply_chat_template(
-                messages, tokenize=False
-            )
-
-
-def test_no_hermes_form_for_other_templates() -> None:
+def test_hermes_form_is_for_chatml_with_tools_alone() -> None:
+    tokenizer = chat_tokenizer("\n" + CHATML + "\n")
+    template = select(tokenizer)
+    for messages in (ROW.messages, [system("s"), *turns("a\n", " b", "c", "d")]):
+        assert served(template, messages) == tokenizer.apply_chat_template(messages, tokenize=False)
     turns_alone = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
     template = select(turns_alone + "{% if add_generation_prompt %}[assistant]{% endif %}")
-    assert "<tool_call>" not in (template.jinja or "")
     with refuses(DataError, where="row 1", names=["tool_calls", 2]):
         template.encode(Conversation(CALLED, TOOLS), "response", where="row 1")
 
@@ -421,43 +320,15 @@ def test_arguments_reach_rows_prompts_and_what_is_saved() -> None:
     assert select(template.jinja).jinja == template.jinja
 
 
-@pytest.mark.parametrize("opening", ["", "\n\n"])
-@pytest.mark.slow
-def test_arguments_leave_the_rest_of_a_template_alone(opening: str) -> None:
-    """Also where it opens with a line break, and where a trained one is assigned anew."""
-    jinja = opening + "{{ greeting }}" + CHATML
-    first = select(jinja, greeting=1e-5)
-    plain = learnt(select(jinja), ROW)[0]
-    assert learnt(first, ROW)[0] == plain.replace(opening, f"{opening}1e-05", 1)
-    assert select(first.jinja, greeting=-2).jinja == select(jinja, greeting=-2).jinja
-
-
-@pytest.mark.parametrize(
-    ("template", "jinja", "name", "taken"),
-    [
-        ("auto", THINKS, "think", ["greeting", "thinks"]),
-        ("auto", THINKS, "content", ["greeting", "thinks"]),
-        ("auto", THINKS, "messages", ["greeting", "thinks"]),
-        ("auto", CHATML, "thinks", []),
-        ("own.jinja", THINKS, "bos_token", ["greeting", "thinks"]),
-    ],
-)
-def test_an_argument_that_the_template_does_not_read_is_refused(
-    tmp_path: Path, template: str, jinja: str, name: str, taken: list[str]
-) -> None:
-    if template == "own.jinja":
-        (tmp_path / template).write_text(jinja)
-        template = str(tmp_path / template)
-    where = f"data.template_args.{name}"
-    for form in ("messages", "text"):
-        with refuses(DataError, where=where, names=[name, *taken]) as caught:
-            select(jinja, form, template, **{name: False})
-    assert holds(caught.value.fix, "thinks") or name != "think"
-
-
-def test_an_argument_without_a_template_is_refused() -> None:
-    with refuses(DataError, where="data.template_args.thinks"):
-        select(chat_tokenizer(None), thinks=False)
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_an_argument_that_the_template_does_not_read_is_refused(form: str) -> None:
+    for jinja, name, taken in (
+        (THINKS, "think", ["greeting", "thinks"]),
+        (THINKS, "messages", ["greeting", "thinks"]),
+        (CHATML, "thinks", []),
+    ):
+        with refuses(DataError, where=f"data.template_args.{name}", names=[name, *taken]):
+            select(jinja, form, **{name: False})
     with refuses(DataError, where="data.template_args"):
         select(base(), "text", thinks=False)
 
@@ -466,21 +337,8 @@ def test_a_date_of_ones_own() -> None:
     jinja = "{{ strftime_now('%d %b %Y') }}" + CHATML
     assert holds(template_line(select(jinja)), "data.template_args.strftime_now")
     assert learnt(select(jinja), ROW)[0].startswith("26 Jul 2024<|im_start|>")
-    with refuses(DataError):
-        builtin_templates.with_fixed_date("{{ strftime_now(format) }}")
     template = select(jinja, strftime_now="2031-02-03")
     assert learnt(template, ROW)[0].startswith("03 Feb 2031<|im_start|>")
     assert template.jinja == select(template.jinja).jinja
-    with refuses(DataError, where="data.template_args.strftime_now"):
-        select(template.jinja, strftime_now="2031-02-03")
     with refuses(DataError, where="data.template_args.strftime_now", names=["3 Feb"]):
         select(jinja, strftime_now="3 Feb")
-
-
-def test_a_prompt_unlike_rows_names_the_arguments_that_may_mend_it() -> None:
-    """Nemotron's prompt opens a thought, and rows without one are written without."""
-    untagged = re.sub(r"{% (end)?generation %}", "", THINKS)
-    with refuses(DataError, where="r", names=[2]) as caught:
-        select(untagged).encode(ROW, "last", where="r")
-    assert "data.template_args (greeting, thinks)" in caught.value.fix
-    assert learnt(select(untagged, thinks=False), ROW)[1] == "b<|im_end|>"

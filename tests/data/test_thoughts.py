@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from chat_table import TOOLS, answer, call, calls, result, system, thinks, turns, user
 from chat_tokenizers import train
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from stored_templates import encode, encoder_of, supervised_texts, tokenizer_of
 
 from conftest import byte_tokenizer
@@ -28,11 +26,10 @@ from tunesmith.data.text.template import Template, TrainOn
 from tunesmith.data.text.thoughts import (
     MessageForm,
     find_thought,
-    missing_parts,
     split_thought,
 )
 from tunesmith.errors import DataError
-from tunesmith.presentation.data import data_warnings, template_line
+from tunesmith.presentation.data import data_warnings
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -60,13 +57,11 @@ ROWS = {
     "plain": turns("a", "b", "c", "d"),
     "field": two(thinks),
     "inline": two(inline),
-    "empty": [user("2 + 2?"), inline("", "4")],
     "tag": turns("Which?", "One </think> two."),
     "calls": [user("Rain?"), calls(OSLO, TIME), *RESULTS],
     "call": [user("Rain?"), calls(OSLO), result("wet"), answer("Wet.")],
     "text": [user("Rain?"), calls(OSLO, text="I ask."), result("wet"), answer("Wet.")],
     "system": [*turns("Hi", "Hello."), system("Be terse."), *turns("Bye", "Bye.")],
-    "end": [*turns("Hi", "Hello."), system("<|user|> is no end."), *turns("Bye", "Bye.")],
 }
 EARLIER = ["earlier_thought"]
 PROMPT = ["earlier_prompt"]
@@ -84,9 +79,6 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
     ("axolotl/chatml", "plain", [f"b{END}", f"d{END}"], []),
     ("axolotl/chatml", "inline", WRITTEN, []),
     ("axolotl/chatml", "calls", [BOTH, f"Wet.{END}"], []),
-    ("axolotl/chatml", "tag", [f"One </think> two.{END}"], []),
-    ("axolotl/chatml", "system", [f"Hello.{END}", f"Bye.{END}"], []),
-    ("axolotl/phi_4", "field inline", WRITTEN, []),
     # Thoughts before the last question are left out.
     ("trl/qwen3", "field inline", [f"4{END}", WRITTEN[1]], EARLIER),
     ("trl/qwen3", "plain", [f"b{END}", f"<think>\n\n</think>\n\nd{END}"], []),
@@ -94,42 +86,30 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
     # The prompt opens a thought.
     ("trl/qwen3_5_think", "field inline", [f"4{END}", f"three, three\n</think>\n\n6{END}"], EARLIER),
     ("trl/qwen3_5_think", "plain", [f"b{END}", f"\n</think>\n\nd{END}"], PROMPT),
-    ("trl/qwen3_5_think", "call", [f"\n</think>\n\n{FUNCTION}{END}", f"\n</think>\n\nWet.{END}"], []),
     ("trl/qwen3_5_think", "tag", [f"One\n</think>\n\n two.{END}"], ["lost_text"]),
     ("trl/deepseekv3", "field inline", [f"4{SENTENCE}", f"three, three\n</think>\n\n6{SENTENCE}"], EARLIER),
-    ("trl/deepseekv3", "empty", [f"\n</think>\n\n4{SENTENCE}"], []),
     # The prompt holds an empty thought.
     ("trl/qwen3_5_nothink", "plain", [f"b{END}", f"d{END}"], PROMPT),
-    ("trl/qwen3_5_nothink", "empty", [f"4{END}"], []),
     # Tags without line breaks between them.
     ("trl/nemotron_3_nano", "plain", [f"</think>b{END}", f"</think>d{END}"], PROMPT),
-    ("trl/nemotron_3_nano", "field inline", [f"</think>\n4{END}", f"three, three\n</think>\n6{END}"], EARLIER),
     ("trl/nemotron_3_nano", "call", [f"</think>\n{FUNCTION}\n{END}", f"</think>Wet.{END}"], PROMPT),
-    # Thoughts are cut out of the text, and a text that speaks of the tag with them.
-    ("axolotl/deepseek_v3", "tag", [f" two.{SENTENCE}"], ["lost_text"]),
     # A key of another name; several tokens end an answer, and <|end|> the earlier ones.
-    ("trl/gptoss", "plain", [f"{FINAL}b", f"{FINAL}d<|return|>"], []),
     (
         "trl/gptoss", "field inline",
         [f"{FINAL}4", f"{ANALYSIS}three, three<|end|><|start|>assistant{FINAL}6<|return|>"], EARLIER,
     ),
-    ("trl/gptoss", "empty", [f"{FINAL}4<|return|>"], []),
     (
         "trl/gptoss", "call",
         [' to=functions.weather<|channel|>commentary json<|message|>{"place": "Oslo"}<|call|>', f"{FINAL}Wet.<|return|>"], [],
     ),
     # A call, its result and the answer are one turn; the first token of the result ends a call.
-    ("trl/gemma4", "plain", ["b<turn|>", "d<turn|>"], []),
     ("trl/gemma4", "calls", [f"{GEMMA_CALL}<|tool_call>call:time{{}}<tool_call|><|tool_response>", "Wet.<turn|>"], []),
     ("trl/gemma4_v5", "field inline", ["4<turn|>", "<|channel>thought\nthree, three\n<channel|>6<turn|>"], EARLIER),
     # Nothing ends an answer but the first token of the next turn.
-    ("trl/glm4moe", "plain", [f"{GLM}b<|user|>", f"{GLM}d<|user|>"], []),
     ("trl/glm4moe", "field inline", [f"{GLM}4<|user|>", "\n<think>three, three</think>\n6<|user|>"], EARLIER),
     ("trl/glm4moe", "calls", [f"{GLM}{GLM_CALL}\n<tool_call>time\n</tool_call><|observation|>", f"{GLM}Wet.<|user|>"], []),
-    ("trl/lfm2", "inline", WRITTEN, []),
     ("trl/lfm2_v2", "text", [f"I ask.<|tool_call_start|>[weather(place='Oslo')]<|tool_call_end|>{END}", f"Wet.{END}"], []),
     ("trl/llama3_1", "call", ['{"name": "weather", "parameters": {"place": "Oslo"}}<|eot_id|>', "Wet.<|eot_id|>"], []),
-    ("axolotl/exaone4", "tag", ["two.[|endofturn|]"], ["lost_text"]),
 ]  # fmt: skip
 
 
@@ -166,18 +146,13 @@ def test_the_supervised_texts_of_a_family(
         ("trl/deepseekv3", "plain tag", [], "<think>\\n\\n</think>\\n\\n"),
         ("trl/deepseekv3", "system", [3, "system"], "split the row"),
         ("trl/qwen3_5_nothink", "field inline", [], "data.template_args"),
-        ("trl/nemotron_3_nano", "tag", [2], "enable_thinking"),
-        ("axolotl/deepseek_v3", "field inline", [2], "data.template=FILE.jinja"),
         ("axolotl/chatml", "field", [2], "<think>\\n"),
-        ("axolotl/phi_4", "system", [3, "system"], "data.template=FILE.jinja"),
         ("trl/gptoss", "text", [2], "reasoning_content"),
         ("trl/gptoss", "calls", [2], "tool_calls"),
-        ("trl/gemma4", "text", [2], "reasoning_content"),
-        ("trl/lfm2", "call", [2], "tool_calls"),
-        ("trl/glm4moe", "system end", [2], "model.added_tokens"),
+        ("trl/glm4moe", "system", [2], "model.added_tokens"),
     ],
 )
-def test_a_row_that_a_family_cannot_write_is_refused(
+def test_what_a_family_cannot_write_is_refused(
     name: str, rows: str, names: list[Any], fix: str
 ) -> None:
     for row in rows.split():
@@ -189,14 +164,9 @@ def test_a_row_that_a_family_cannot_write_is_refused(
 @pytest.mark.parametrize(
     ("name", "stops", "ends", "earlier"),
     [
-        *(
-            ("trl/gptoss", stops, ["<|return|>", "<|call|>"], ["<|end|>"])
-            for stops in ([], ["<|return|>"])
-        ),
+        ("trl/gptoss", ["<|return|>"], ["<|return|>", "<|call|>"], ["<|end|>"]),
         ("trl/gemma4", ["<turn|>"], ["<turn|>", "<|tool_response>"], []),
         ("trl/glm4moe", ["<|user|>"], ["<|user|>"], []),
-        ("trl/glm4moe", ["<|observation|>"], ["<|observation|>"], []),
-        ("trl/glm4moe", [], [], []),
     ],
 )
 def test_ends_of_answers_by_where_generation_stops(
@@ -209,15 +179,9 @@ def test_ends_of_answers_by_where_generation_stops(
     template = select_template(data, tokenizer, {tokenizer.eos_token_id, *to_ids(stops)})
     assert {*to_tokens([*template.end_ids])} == {tokenizer.eos_token, *ends}
     assert to_tokens([*template.earlier_end_ids]) == earlier
-    assert all(f"'{token}'" in template_line(template) for token in [*ends, *earlier])
     if name == "trl/glm4moe":
-        for messages, stop in (
-            (turns("a", "b"), "<|user|>"),
-            (ROWS["call"][:2], "<|observation|>"),
-        ):
-            if stop not in stops:
-                with refuses(DataError, where="row 1", names=[2], fix=["model.added_tokens"]):
-                    template.encode(Conversation(messages, TOOLS), "response", where="row 1")
+        with refuses(DataError, where="row 1", names=[2], fix=["model.added_tokens"]):
+            template.encode(Conversation(ROWS["call"][:2], TOOLS), "response", where="row 1")
 
 
 # --- templates of their own
@@ -235,8 +199,6 @@ def jinja(body: str, opens: str = "") -> str:
 
 
 PLAIN = jinja("{{- m.content -}}")
-# Gemma 4 with thinking off.
-CLOSED = jinja("{{- m.content -}}", "<thought></thought>")
 # Thoughts are cut out of the text, and there is no other form.
 STRIPS = jinja("{{- m.content.split('</think>')[-1] -}}")
 # A template that knows thoughts by their tags alone, and leaves them out of earlier turns.
@@ -261,28 +223,6 @@ def trained(
     return template.tokenizer.decode(example.ids[example.trained]), example.flaws
 
 
-def test_an_empty_thought_of_the_prompt_stands_before_the_last_answer() -> None:
-    row = turns("2 + 2?", "4", "3 + 3?", "6")
-    assert trained(CLOSED, row) == (f"4{END}6{END}", ("earlier_prompt",))
-    supervised, _ = trained(CLOSED, row, "all", untrained=frozenset({1}))
-    assert "4" not in supervised
-    assert supervised.endswith(f"<thought></thought>6{END}\n")
-    with refuses(DataError, where="row 1"):
-        trained(CLOSED, [row[0], thinks("two, two", "4")])
-
-
-def test_an_earlier_answer_need_not_be_located_for_the_last_one() -> None:
-    """The template reads one word, and writes another with it."""
-    reads = jinja("{{- 'yea, yes' if m.content == 'yea' else m.content -}}")
-    row = turns("So?", "yea", "Is it?", "It is.", "?", "Hm.")
-    with refuses(DataError, where="row 1"):
-        trained(reads, row)
-    assert trained(reads, row, "last") == (f"Hm.{END}", ())
-    # In its place: the conversation would be another one.
-    with refuses(DataError, where="row 1", names=[2]):
-        trained(reads.replace("yea, yes", "no"), row, "last")
-
-
 def test_what_of_thoughts_tools_and_calls_is_not_written() -> None:
     assert trained(TAGS, two(thinks)) == (f"4{END}{WRITTEN[1]}", ("earlier_thought",))
     with refuses(DataError, where="row 1"):
@@ -296,71 +236,25 @@ def test_what_of_thoughts_tools_and_calls_is_not_written() -> None:
     assert trained(texts_only, row)[1] == ("lost_call",)
 
 
-def test_which_chatml_gets_hermes_form() -> None:
-    tokenizer = byte_tokenizer()
-    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
-    raises = "{%- if m.role == 'tool' -%}{{- raise_exception('no') -}}{%- endif -%}"
-    skips = "{%- for m in messages if m.role != 'tool' -%}"
-    for text, is_own in (
-        (PLAIN, False),
-        (PLAIN.replace("{{-", raises + "{{-", 1), False),
-        (PLAIN.replace("{%- for m in messages -%}", skips), False),
-        (jinja("{{- '<result>' ~ m.content -}}"), True),
-        (jinja("{{- m.content ~ m.tool_calls -}}"), True),
-    ):
-        tokenizer.chat_template = text
-        template = select_template(data, tokenizer, {tokenizer.eos_token_id})
-        assert (template.jinja == text) == is_own
-
-
 # --- parts of an answer
 
 
-@pytest.mark.parametrize(
-    ("text", "thought", "rest"),
-    [
+def test_a_thought_in_front_of_a_text() -> None:
+    for text, thought, rest in (
         ("<think>\nhm\n</think>\n\n4", "hm", "4"),
-        ("  <think>hm</think>4", "hm", "4"),
-        ("<thinking>hm</thinking>4", "hm", "4"),
         ("[THINK]hm[/THINK]4", "hm", "4"),
         ("hm\n</think>\n\n4", "hm", "4"),
         ("</think>\n\n4", "", "4"),
-        ("<think>\n\n</think>\n\n4", "", "4"),
         ("<think>a</think>b</think>c", "a", "b</think>c"),
-    ],
-)
-def test_a_thought_in_front_of_a_text(text: str, thought: str, rest: str) -> None:
-    place = find_thought(text)
-    assert place is not None
-    assert text[place.start : place.end].strip() == thought
-    split = split_thought(answer(text))
-    assert (split["reasoning_content"], split["content"]) == (thought, rest)
-
-
-@pytest.mark.parametrize(
-    "text", ["4", "", "<think>hm", "a <think>hm</think>4", "so </think> it", "</b> [/INST]"]
-)
-def test_a_text_without_a_thought_in_front(text: str) -> None:
-    assert find_thought(text) is None
-    assert split_thought(answer(text)) == answer(text)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=25)
-@given(arguments=st.dictionaries(st.text(min_size=1), VALUES, max_size=3), ascii_only=st.booleans())
-def test_a_call_is_whole_where_json_writes_it(arguments: Any, ascii_only: bool) -> None:
-    message = calls(call("weather"), text="Hm.")
-    message["tool_calls"][0]["function"]["arguments"] = arguments
-    written = json.dumps(arguments, ensure_ascii=ascii_only)
-    assert [*missing_parts(message, f"Hm.<call>weather{written}</call>")] == []
-    assert [*missing_parts(message, f"Hm.<call>weathe{written}</call>")] == ["lost_call"]
+    ):
+        place = find_thought(text)
+        assert place is not None
+        assert text[place.start : place.end].strip() == thought
+        split = split_thought(answer(text))
+        assert (split["reasoning_content"], split["content"]) == (thought, rest)
+    for text in ("4", "<think>hm", "a <think>hm</think>4", "so </think> it"):
+        assert find_thought(text) is None
+        assert split_thought(answer(text)) == answer(text)
 
 
 # --- counted over all rows

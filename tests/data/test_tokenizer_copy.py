@@ -88,12 +88,6 @@ def test_changed_files_and_a_damaged_copy_have_another_copy(tmp_path: Path) -> N
         assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
 
 
-def test_code_of_a_repository_is_not_copied(tmp_path: Path, cache: Path) -> None:
-    folder = write_folder(tmp_path / "model")
-    load_tokenizer(folder, Model(name="x", trust_remote_code=True))
-    assert not cache.exists()
-
-
 @pytest.mark.slow
 def test_a_second_start_of_data_imports_no_torch(tiny: Path, write: Any) -> None:
     words = ["data", "--model", tiny, "--data", write("rows.jsonl", alpaca(60))]

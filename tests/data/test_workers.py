@@ -112,40 +112,28 @@ def test_tokens_and_counts_are_those_of_one_process(
         assert np.array_equal(a, b)
 
 
-def _no_role_before_no_json(lines: list[str]) -> None:
-    """In one batch: the row that stands first is named, though it is converted after the other is
+def test_an_error_names_the_row_that_one_process_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+) -> None:
+    """Of one batch the row that stands first is named, though it is converted after the other is
     read.
     """
+    lines = [json.dumps(line(i)) for i in range(700)]
     lines[590] = json.dumps({"messages": [{"role": "king", "content": "a"}]})
     lines[600] = "{oops"
-
-
-def _too_long(lines: list[str]) -> None:
-    lines[300] = json.dumps(line(0)).replace("say", "say" * 500)
-
-
-@pytest.mark.parametrize("spoil", [_no_role_before_no_json, _too_long])
-def test_an_error_names_the_row_that_one_process_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, spoil: Callable[[list[str]], None]
-) -> None:
-    """This process itself finds the row that is too long. Workers have ended when the error comes."""
-    lines = [json.dumps(line(i)) for i in range(700)]
-    spoil(lines)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     said = []
     for cores in (1, 2):
         with refuses(DataError) as caught:
-            tokens_of(tmp_path / "rows.jsonl", cores, monkeypatch, seq_len=1000, too_long="error")
+            tokens_of(tmp_path / "rows.jsonl", cores, monkeypatch)
         said.append(caught.value.text())
     assert said[0] == said[1]
     assert f"{tmp_path / 'rows.jsonl'}:" in said[0]
     assert [process.poll() is not None for process in made] == [True] * 2
 
 
-def encoder(of: str = "") -> RowEncoder:
+def encoder() -> RowEncoder:
     tokenizer = byte_tokenizer()
-    if of:
-        tokenizer.__class__ = type("Other", (type(tokenizer),), {"__module__": of})
     template = Template(
         tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat"
     )
@@ -171,55 +159,7 @@ def test_a_killed_worker_is_told_and_ends_the_others(made: Made) -> None:
     assert [process.poll() is not None for process in made] == [True] * 2
 
 
-def test_few_batches_are_read_ahead(made: Made) -> None:
-    """Memory stays flat, however many rows there are."""
-    read: list[int] = []
-    for n, _ in enumerate(encode_batches(encoder(), batches(60, read.append), rows=200)):
-        assert read[-1] - n <= 2 * 2 + 1
-
-
-class _Broken:
-    """A template with a fault of ours in it."""
-
-    raw = False
-    pictures = None
-    tokenizer = byte_tokenizer()
-
-    def encode_many(self, *_: Any, **__: Any) -> Any:
-        print("a library's words on stdout", flush=True)
-        raise KeyError("missing")
-
-
-def test_a_fault_of_ours_brings_its_traceback_along(made: Made) -> None:
-    broken = RowEncoder(_Broken(), Source(source="rows.jsonl"), None, "response")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"KeyError: 'missing'\n.*Traceback") as caught:
-        list(encode_batches(broken, batches(3), rows=200))
-    assert "encode_many" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("rows", "started", "module"),
-    [
-        (199, 0, ""),
-        (200, 2, ""),
-        # With trust_remote_code a tokenizer's class lies in a module that is made here.
-        (10**9, 0, "transformers_modules.mine"),
-    ],
-)
-def test_few_rows_and_a_tokenizer_that_only_this_process_can_load_stay_in_it(
-    made: Made, rows: int, started: int, module: str
-) -> None:
-    assert len(list(encode_batches(encoder(module), batches(2), rows=rows))) == 2
-    assert len(made) == started
-
-
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [("SIGTERM", 75), pytest.param("SIGKILL", -9, marks=pytest.mark.nightly)],
-)
-def test_a_signal_ends_the_workers_without_a_word(
-    tiny: Path, tmp_path: Path, name: str, code: int
-) -> None:
+def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path) -> None:
     """Also a script that has no `if __name__` guard is not run again by them."""
     rows = "".join(json.dumps(line(i)) + "\n" for i in range(10_000))
     (tmp_path / "train.jsonl").write_text(rows)
@@ -241,10 +181,10 @@ def test_a_signal_ends_the_workers_without_a_word(
             time.sleep(0.02)
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) == 2
-        os.killpg(process.pid, signal.Signals[name])
+        os.killpg(process.pid, signal.SIGTERM)
         out, err = process.communicate(timeout=TIME)
     finally:
         process.kill()
-    assert (out, process.returncode) == ("once\n", code), err
+    assert (out, process.returncode) == ("once\n", 75), err
     assert not is_internal(err)
     assert psutil.wait_procs(started, timeout=10)[1] == []
