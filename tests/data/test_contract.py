@@ -111,7 +111,6 @@ def test_an_empty_answer_has_its_end_alone(make, simple: Simple) -> None:
 
 
 def test_an_end_of_earlier_answers_stands_behind_them(simple: Simple) -> None:
-    """It is not supervised, belongs to the same row, and ends no last answer."""
     simple.earlier_end_ids = frozenset({75})
     assert_holds(simple, given(simple, ([70, 71, 75, 72, E], [0, 1, 0, 1, 1])))
     for rows in (

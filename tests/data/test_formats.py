@@ -1,4 +1,4 @@
-"""Rows of every format come into one form, and one conversation in any format gives one mask."""
+"""Rows of every format, and turns as other tools write them, come into one form with one mask."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from chat_table import turns as said
 from chat_tokenizers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,12 +46,6 @@ def read(row: Row, form: Any = "messages", system: str | None = None, **columns:
 
 def turns(*pairs: tuple[str, Any], **columns: Any) -> Row:
     return {"conversations": [{"from": who, "value": value} for who, value in pairs], **columns}
-
-
-def said(*contents: str) -> list[Row]:
-    """Questions and answers in turn."""
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def test_alpaca() -> None:

@@ -142,15 +142,12 @@ def test_a_picture_has_a_placeholder_for_each_feature(
         assert list(processor.expand(tuple(sizes))) == replaced, sizes
 
 
-PROCESSOR = "processor_config.json"
-
-
 def test_a_processor_that_does_not_work_is_refused_by_name(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     for n, (family, file, changes, name) in enumerate([
-        (QWEN, PROCESSOR, {"processor_class": "NoSuchOne"}, "NoSuchOne"),
-        ("idefics3", PROCESSOR, {"processor_class": "SmolVLMProcessor"}, "num2words"),
+        (QWEN, "processor_config.json", {"processor_class": "NoSuchOne"}, "NoSuchOne"),
+        ("idefics3", "processor_config.json", {"processor_class": "SmolVLMProcessor"}, "num2words"),
         ("gemma3", "preprocessor_config.json", {"do_pan_and_scan": True}, "do_pan_and_scan"),
         (QWEN, "config.json", {"image_token_id": 65}, "Qwen2_5_VLProcessor"),
     ]):  # fmt: skip

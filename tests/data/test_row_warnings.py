@@ -1,4 +1,4 @@
-"""Rows that are valid but seldom meant are told; bad rows are listed at once, or left out."""
+"""What `data` shows: rows that are valid but seldom meant, bad rows, and what is supervised."""
 
 from __future__ import annotations
 

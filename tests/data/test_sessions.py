@@ -1,4 +1,4 @@
-"""Sessions of coding agents as rows: files of four forms, and what a model learns from each."""
+"""Sessions of coding agents as rows, from files of four forms."""
 
 import json
 from dataclasses import replace

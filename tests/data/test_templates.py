@@ -130,9 +130,6 @@ def test_a_tokenizer_with_templates_by_name() -> None:
     assert "<tools>" not in learnt(template, ROW)[0]
 
 
-# --- templates that render without end
-
-
 BOMBS = {
     "loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
     "a number": "{{ (9 ** 99999999) % 7 }}",
