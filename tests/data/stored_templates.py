@@ -8,18 +8,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from chat_tokenizers import train
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.text.builtin_templates import with_fixed_date
+from tunesmith.data.text.builtin_templates import HERMES, with_fixed_date
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template, TrainOn
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
@@ -114,12 +115,82 @@ def supervised_texts(template: Template, encoded: EncodedRow) -> list[str]:
     return texts
 
 
-def renderings_of(name: str, messages: Sequence[Message]) -> tuple[str, ...]:
-    """A conversation of texts as Transformers' apply_chat_template writes it, and the prompt of its
-    last answer; nothing where the template refuses it.
+class Rendering(NamedTuple):
+    """A conversation as a template writes it, and all before its last message, to be answered."""
+
+    text: str
+    prompt: str
+
+
+def own_renderings(
+    name: str, template: Template, messages: Sequence[Message], tools: Tools
+) -> Iterator[Rendering]:
+    """What Transformers' apply_chat_template writes for a conversation in each of its spellings.
+
+    A thought may be a key of its own under two names, or stand in the content; arguments may be an
+    object or its JSON text. Spellings that the template refuses are left out.
     """
     jinja = with_fixed_date(_templates()[name])
+    has_tools = tools or any(message.get("tool_calls") for message in messages)
+    if has_tools and HERMES in (template.jinja or ""):
+        # Plain ChatML has no tools; the template in use does.
+        jinja = template.jinja or ""
     render = partial(tokenizer_of(name).apply_chat_template, chat_template=jinja, tokenize=False)
-    with suppress(jinja2.TemplateError, TypeError, ValueError, KeyError):
-        return render(messages), render(messages[:-1], add_generation_prompt=True)
-    return ()
+    for thought, arguments in itertools.product(_THOUGHTS, (_same, _as_json_text)):
+        spelled = [arguments(thought(message)) for message in messages]
+        with suppress(jinja2.TemplateError, TypeError, ValueError, KeyError):
+            prompt = render(spelled[:-1], tools, add_generation_prompt=True)
+            yield Rendering(render(spelled, tools), prompt)
+
+
+def _same(message: Message) -> Message:
+    return message
+
+
+def _as_thinking(message: Message) -> Message:
+    """gpt-oss's key."""
+    if "reasoning_content" not in message:
+        return message
+    return {**message, "thinking": message["reasoning_content"]}
+
+
+def _as_field(message: Message) -> Message:
+    """A thought that opens the content, as a key."""
+    if message["role"] != "assistant" or not message["content"].lstrip().startswith("<think>"):
+        return message
+    thought, closed, rest = message["content"].lstrip()[len("<think>") :].partition("</think>")
+    if not closed:
+        return message
+    return {**message, "reasoning_content": thought.strip(), "content": rest.lstrip()}
+
+
+def _inline(form: str, message: Message) -> Message:
+    if "reasoning_content" not in message:
+        return message
+    message = dict(message)
+    thought = message.pop("reasoning_content")
+    message["content"] = form.format(thought.strip()) + message["content"]
+    return message
+
+
+_WITH_BREAKS = "<think>\n{}\n</think>\n\n"
+_THOUGHTS = (
+    _same,
+    _as_thinking,
+    _as_field,
+    lambda message: _as_thinking(_as_field(message)),
+    partial(_inline, _WITH_BREAKS),
+    # Also those that stand in the content already.
+    lambda message: _inline(_WITH_BREAKS, _as_field(message)),
+    lambda message: _inline("<think>{}</think>", _as_field(message)),
+)
+
+
+def _as_json_text(message: Message) -> Message:
+    """The arguments of calls as JSON text, as OpenAI's API has them."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls} if calls else message
