@@ -25,11 +25,7 @@ def collected(*, hidden: list[str], marks: str) -> set[str]:
     """
     words = ["-m", marks, "--collect-only", "-p", "no:cacheprovider", str(TESTS)]
     # -vv lists them in another form
-    env = {
-        **os.environ,
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_ADDOPTS": "",
-    }
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-c", COLLECT, " ".join(hidden), *words]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=env, capture_output=True, text=True, check=False

@@ -161,10 +161,7 @@ def test_paths(recipe: Path) -> None:
         recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"]
     )
     # Hub ids: no such folder here
-    assert (run.model.name, run.adapter.from_) == (
-        "org/model",
-        "org/adapter",
-    )
+    assert (run.model.name, run.adapter.from_) == ("org/model", "org/adapter")
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
     run = load_recipe(recipe, ["adapter.from=runs/none/final"])
@@ -310,10 +307,7 @@ def test_lists_of_sources(parent: Path) -> None:
     two = "data: {train: [{source: a/b, split: train}, {source: c/d, weight: 2}], validation: {source: a/b}}\n"
     Path("two.yaml").write_text("extends: parent.yaml\n" + two)
     run = load_recipe("two.yaml")
-    assert run.data.train == (
-        Source(source="a/b", split="train"),
-        Source(source="c/d", weight=2.0),
-    )
+    assert run.data.train == (Source(source="a/b", split="train"), Source(source="c/d", weight=2.0))
     assert run.data.validation == (Source(source="a/b"),)
     assert load_recipe("two.yaml", ["data.train.source=e/f"]).data.train == (Source(source="e/f"),)
     with refuses(RecipeError, names=["data.train.source"]):

@@ -17,12 +17,6 @@ from tunesmith.training.run import train
 CPU = torch.device("cpu")
 
 
-def test_without_a_gpu_the_hosts_memory_is_the_only_gauge() -> None:
-    found = Gauges(CPU).read()
-    assert [*found] == ["host_memory_percent"]
-    assert 0 < found["host_memory_percent"] < 100
-
-
 def test_gauges_are_read_once_in_their_interval_and_one_that_fails_never_again(monkeypatch):
     asked = []
 
@@ -60,12 +54,6 @@ def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(tmp_p
     (statistics / "tx_bytes").write_text("1000024\n")
     time.sleep(0.01)
     assert 0 < gauges.read()["network_bytes_per_second"] < 1e8  # a million bytes in 10 ms or more
-    statistics.rename(tmp_path / "away")  # an interface that is made anew is asked again
-    assert "network_bytes_per_second" not in gauges.read()
-    (tmp_path / "away").rename(statistics)
-    gauges.read()
-    (statistics / "tx_bytes").write_text("2000024\n")
-    assert gauges.read()["network_bytes_per_second"] > 0
     for port in (1, 2):
         counters = tmp_path / f"sys/class/infiniband/roce0/ports/{port}/counters"
         counters.mkdir(parents=True)

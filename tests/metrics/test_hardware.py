@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,27 +12,19 @@ import pytest
 import torch
 
 from tunesmith.host.chips import Peak, peak_of
-from tunesmith.metrics.hardware import (
-    _source_commit,
-    describe_machine,
-    find_peak,
-    memory_gib,
-)
+from tunesmith.metrics.hardware import _source_commit, describe_machine, find_peak
 
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
         # One name is the beginning of another.
-        ("NVIDIA H200", 989.5), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5),
-        ("NVIDIA GH200 480GB", 989.5), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0),
-        ("NVIDIA L4", 121.0), ("NVIDIA GB10", 92.0), ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0),
-        ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA RTX A6000", 154.8),
-        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 468.0),
+        ("NVIDIA H200", 989.5), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0), ("NVIDIA L4", 121.0), ("NVIDIA GB10", 92.0), ("NVIDIA GB200", 2500.0),
+        ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 468.0),
         # Chips of other speeds that are named like a chip of the table.
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("Quadro RTX 6000", None), ("NVIDIA RTX PRO 5000 Blackwell Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
-        ("NVIDIA Tesla X9", None), ("", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Quadro RTX 6000", None), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
     ],
 )  # fmt: skip
 def test_a_name_finds_its_own_peak_and_no_other(name: str, tflops: float | None) -> None:
@@ -59,24 +50,9 @@ def test_an_integrated_chip_without_a_published_peak_is_measured_and_says_so(
     assert find_peak(torch.device("cpu"), torch.bfloat16) == Peak(None, "")
 
 
-@pytest.mark.slow
-def test_memory_is_the_peak_of_this_process() -> None:
-    before = memory_gib()
-    block = torch.ones(2**26)  # 256 MiB
-    grown = memory_gib(torch.device("cpu"))
-    del block
-    assert grown >= before
-    assert 0.05 < grown < 1000
-    assert memory_gib() >= grown, "a peak does not fall"
-
-
 def git(folder: Path, *words: str) -> str:
-    people = [
-        f"GIT_{role}_{part}" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")
-    ]
-    words = ("git", "-C", str(folder), *words)
-    environment = os.environ | dict.fromkeys(people, "a@b")
-    return subprocess.check_output(words, text=True, env=environment).strip()
+    person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.check_output(["git", "-C", folder, *person, *words], text=True).strip()
 
 
 def test_the_description_is_an_allow_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +63,7 @@ def test_the_description_is_an_allow_list(tmp_path: Path, monkeypatch: pytest.Mo
     git(tmp_path, "commit", "-qm", "first", "--allow-empty")
     monkeypatch.chdir(tmp_path)
     found = describe_machine(["tunesmith", "train", "r.yaml"])
-    assert {"python", "torch", "transformers", "peft", "datasets", "cuda", "platform", "cpu", "cpu_cores", "memory_gib",
-            "gpus", "commit", "command"} <= set(found)  # fmt: skip
+    assert {"python", "torch", "transformers", "peft", "gpus", "commit", "command"} <= set(found)
     text = json.dumps(found)
     assert "hf_abc" not in text
     assert "its-value" not in text

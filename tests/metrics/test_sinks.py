@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.progress import Task, TaskID
 
 from errors import holds, refuses
 from records import RUN, record
@@ -34,12 +33,10 @@ from tunesmith.metrics.sink import (
     TensorBoardSink,
     writes_tensorboard,
 )
-from tunesmith.metrics.terminal import Terminal, TimeLeftColumn
+from tunesmith.metrics.terminal import Terminal
 from tunesmith.stages.inputs import check_requirements
 from tunesmith.training.run_sinks import sinks_of
 from tunesmith.units import Length
-
-EVENTS = {"scalars": 0, "tensors": 0}  # 0: keep every event, not a sample
 
 
 class TtyStream(io.StringIO):
@@ -50,7 +47,8 @@ class TtyStream(io.StringIO):
 def events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(folder), size_guidance=EVENTS).Reload()
+    every = {"scalars": 0, "tensors": 0}  # not a sample
+    return EventAccumulator(str(folder), size_guidance=every).Reload()
 
 
 def scalars(folder: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
@@ -88,26 +86,17 @@ def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path) -> N
     sink.step(first)
     sink.step(record(2, val_loss=1.5))
     sink.samples(2, [SampleAnswer("ask", "line one\nline *two*", "expected")])
-    sink.text("contract", "12 checks")
     sink.close()
     found = events(tmp_path)
     measured = {f"train/{name}" for name in first.values()} - {"train/step"}
     assert set(found.Tags()["scalars"]) == measured | {"validation/loss"}
     assert scalars(tmp_path) == [(1, 2.0), (2, 1.0)]
-    assert scalars(tmp_path, "train/mfu") == [(1, 0.25)]
     assert scalars(tmp_path, "validation/loss") == [(2, 1.5)]
-    texts = {
-        tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-        for tag in found.Tags()["tensors"]
-    }
-    assert "org/base" in texts["recipe/text_summary"]
-    assert "    line *two*" in texts["sample/1/text_summary"]
-    assert "12 checks" in texts["contract/text_summary"]
+    assert {"recipe/text_summary", "sample/1/text_summary"} <= {*found.Tags()["tensors"]}
 
 
 @pytest.mark.parametrize(
-    ("shared", "resumed_at", "steps"),
-    [(False, 3, [1, 2, 3, 4]), (False, 0, [1]), (True, 0, [1, 2, 3, 4, 5, 1])],
+    ("shared", "resumed_at", "steps"), [(False, 3, [1, 2, 3, 4]), (True, 0, [1, 2, 3, 4, 5, 1])]
 )
 def test_tensorboard_purges_what_a_run_repeats_but_not_what_others_wrote(
     tmp_path, shared, resumed_at, steps
@@ -121,24 +110,14 @@ def test_tensorboard_purges_what_a_run_repeats_but_not_what_others_wrote(
 
 
 def test_a_full_disk_ends_tensorboard_alone(tmp_path: Path, monkeypatch, caplog) -> None:
-    """The error of its thread comes at each later call; its traceback is not shown."""
-    met: list[str] = []
-
-    def hook(fault: threading.ExceptHookArgs) -> None:
-        met.append(str(fault.exc_value))
+    """The error of its thread comes at each later call."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    of_tensorboard = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})
-    monkeypatch.setattr(threading, "excepthook", hook)
+    hook = threading.excepthook
     sink = TensorBoardSink(tmp_path)
     sink.open(RUN, 0)
-    for kind in (of_tensorboard, threading.Thread):
-        thread = kind(target=fail)
-        thread.start()
-        thread.join()
-    assert len(met) == 1
     with monkeypatch.context() as patch:
         patch.setattr(sink._writer, "add_scalar", fail)
         patch.setattr(sink._writer, "flush", fail)
@@ -147,17 +126,10 @@ def test_a_full_disk_ends_tensorboard_alone(tmp_path: Path, monkeypatch, caplog)
             sink.flush()
     assert [holds(line.message, "metrics.jsonl", tmp_path) for line in caplog.records] == [True]
     sink.close()
-    sink.close()
     assert threading.excepthook is hook
 
 
-def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with refuses(MachineError, fix=["log.tensorboard_dir=FOLDER"]):
-        TensorBoardSink(tmp_path / "file").open(RUN, 0)
-
-
-def shown(
+def log_of(
     folder: Path,
     records: Iterable[StepRecord],
     *,
@@ -165,51 +137,25 @@ def shown(
     total: int | None,
     stream: io.StringIO | None = None,
     **terminal: Any,
-) -> tuple[str, str]:
-    """What a terminal shows of these steps, and what log.txt has."""
-    stream = stream or io.StringIO()
+) -> str:
+    """What log.txt has of these steps."""
     log = LogFile(folder / "log.txt")
+    stream = stream or io.StringIO()
     sink = Terminal(log, total_steps=total, steps_per_epoch=10, stream=stream, **terminal)
     sink.open(run, 0)
     for each in records:
         sink.step(each)
-    sink.text("contract", "12 checks\nall hold")
-    sink.samples(1, [SampleAnswer("ask", "answer", "expected")])
     sink.close()
-    return stream.getvalue(), (folder / "log.txt").read_text()
-
-
-def test_plain_lines_say_what_a_step_did(tmp_path: Path) -> None:
-    text, log = shown(tmp_path, [record(1, mfu=0.25, val_loss=1.25)], total=3)
-    line = "step 1/3  loss 2.0000  lr 1.0e-4  grad 0.5  400 tok/s  mfu 25.0%  left 0 s"
-    assert text.splitlines() == [line, "step 1  val_loss 1.2500", "12 checks", "all hold"]
-    assert [row.split("  ", 1)[1] for row in log.splitlines()] == [
-        *text.splitlines(),
-        "step 1  sample  'ask' -> 'answer'",
-    ]
+    return (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
-    ("interval", "wanted"),
-    [
-        ("4 steps", [1, 4, 8, 10]),
-        ("0.5 epochs", [1, 5, 10]),
-        ("20 %", [1, 2, 4, 6, 8, 10]),
-        ("1 h", [1, 10]),
-    ],
+    ("interval", "wanted"), [("4 steps", [1, 4, 8, 10]), ("0.5 epochs", [1, 5, 10])]
 )
 def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path, interval, wanted):
     run = replace(RUN, log=Log(every=Length.parse(interval)))
-    _, log = shown(tmp_path, [record(step) for step in range(1, 11)], run=run, total=10)
+    log = log_of(tmp_path, map(record, range(1, 11)), run=run, total=10)
     assert re.findall(r"step (\d+)/10 ", log) == [str(step) for step in wanted]
-
-
-def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path) -> None:
-    text, log = shown(tmp_path, [record(step) for step in range(1, 201)], total=200)
-    assert len(re.findall(r"step \d+/200 ", log)) == 200
-    steps = re.findall(r"step (\d+)/200 ", text)
-    assert 2 <= len(steps) < 100
-    assert (steps[0], steps[-1]) == ("1", "200")
 
 
 @pytest.mark.parametrize(
@@ -218,38 +164,24 @@ def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path)
         # Without the first step, which compiles
         (10, 0.0, [60.0, 2.0, 4.0], ["9:00 min", "16 s", "21 s"]),
         # By the clock: two hours, of which earlier starts took some
-        (None, 0.0, [1800.0, 600.0], ["1:30 h", "1:20 h"]),
         (None, 3600.0, [1800.0], ["30:00 min"]),
     ],
 )
 def test_the_time_that_is_left(total, trained, seconds, left, tmp_path):
     run = RUN if total else replace(RUN, train=Train(duration=Length.parse("2 h")))
     records = [record(step, step_seconds=took) for step, took in enumerate(seconds, 1)]
-    _, log = shown(tmp_path, records, run=run, total=total, trained_seconds=trained)
+    log = log_of(tmp_path, records, run=run, total=total, trained_seconds=trained)
     assert re.findall(r"left (.*)", log) == left
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_a_terminal_gets_a_bar_with_loss_rate_and_time(colours, tmp_path, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_a_terminal_gets_a_bar_with_loss_rate_and_time(tmp_path, monkeypatch):
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "120"}.items():
         monkeypatch.setenv(name, value)
-    if not colours:
-        monkeypatch.setenv("NO_COLOR", "1")
-    text, log = shown(tmp_path, [record(1), record(2)], total=4, stream=TtyStream())
-    for part in ("step 2/4", "loss 1.0000", "400 tok/s", "left 0 s", "12 checks"):
-        assert part in text
-    assert "\x1b[?25l" in text  # the bar hides the cursor
-    assert bool(re.search(r"\x1b\[[\d;]*(3[0-9]|38)[\d;]*m", text)) == colours
+    stream = TtyStream()
+    log = log_of(tmp_path, [record(1), record(2)], total=4, stream=stream)
+    for part in ("step 2/4", "loss 1.0000", "400 tok/s", "left 0 s"):
+        assert part in stream.getvalue()
     assert "\x1b[" not in log
-
-
-def test_the_bar_says_what_a_run_does_beside_its_steps() -> None:
-    """The time left is that of steps: while samples are answered, it would be wrong."""
-    phases = iter(["validation", "training"])
-    column = TimeLeftColumn(lambda: next(phases))
-    task = Task(TaskID(0), "", 4, 1, _get_time=lambda: 0.0, fields={"time_left": "left 12 s"})
-    assert [column.render(task).plain for _ in range(2)] == ["validation", "left 12 s"]
 
 
 @pytest.mark.parametrize(
@@ -258,10 +190,7 @@ def test_the_bar_says_what_a_run_does_beside_its_steps() -> None:
         ({}, TtyStream(), True),
         ({}, io.StringIO(), False),
         ({"TERM": "dumb"}, TtyStream(), False),
-        ({"TERM": "unknown"}, TtyStream(), False),
-        ({"NO_COLOR": "1"}, TtyStream(), True),
         ({"FORCE_COLOR": "1"}, io.StringIO(), True),
-        ({"FORCE_COLOR": ""}, TtyStream(), False),
         ({"TTY_COMPATIBLE": "0"}, TtyStream(), False),
     ],
 )
@@ -273,23 +202,7 @@ def test_variables_mean_what_they_mean_to_rich(variables, stream, bar, monkeypat
     assert is_terminal(stream) == bar
 
 
-def test_tensorboard_is_written_if_it_is_installed_or_asked_for(monkeypatch):
-    def writes(**log: object) -> bool:
-        return writes_tensorboard(replace(RUN, log=Log(**log)))
-
-    assert writes()
-    assert not writes(tensorboard=False, tensorboard_dir="logs")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("tunesmith.metrics.sink.find_spec", lambda name: None)
-    assert not writes()
-    assert writes(tensorboard=True)
-    assert writes(tensorboard_dir="logs")
-    for log in (Log(tensorboard=True), Log(tensorboard_dir="logs")):
-        with refuses(MachineError, where="log.tensorboard", fix=["pip install 'tensorboard"]):
-            check_requirements(replace(RUN, log=log), Start())
-
-
-def test_a_recipe_chooses_its_sinks(tmp_path: Path) -> None:
+def test_a_recipe_chooses_its_sinks(tmp_path: Path, monkeypatch) -> None:
     def made(**log: Any) -> tuple[Run, Sinks]:
         run, log_file = replace(RUN, log=Log(**log)), LogFile(tmp_path / "log.txt")
         terminal = Terminal(log_file, total_steps=1, steps_per_epoch=1, stream=io.StringIO())
@@ -298,32 +211,17 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path) -> None:
     always = ["Terminal", "JsonlSink", "SamplesSink"]
     for log, more in (
         ({}, ["TensorBoardSink"]),
-        ({"tensorboard": False}, []),
-        ({"wandb": True}, ["TensorBoardSink", "TrackerSink"]),
+        ({"tensorboard": False, "tensorboard_dir": "logs"}, []),
         ({"trackers": ("mlflow", "trackio")}, ["TensorBoardSink", "TrackerSink", "TrackerSink"]),
     ):
         assert [type(sink).__name__ for sink in made(**log)[1].all] == always + more
     run, sinks = made(tensorboard_dir=str(tmp_path / "logs"))
-    sinks.open(run, 0)
-    sinks.step(record())
-    sinks.flush()
-    sinks.close()
+    fill(sinks, [1])
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
-
-
-def test_closing_closes_all_and_raises_the_error() -> None:
-    class Bad(Sink):
-        def close(self) -> None:
-            raise OSError("full")
-
-    class Good(Sink):
-        closed = False
-
-        def close(self) -> None:
-            self.closed = True
-
-    good = Good()
-    with pytest.raises(OSError, match="full"):
-        Sinks([Bad(), good]).close()
-    assert good.closed
+    # Without the package TensorBoard is left out, or refused where it is asked for.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.metrics.sink.find_spec", lambda name: None)
+    assert not writes_tensorboard(RUN)
+    with refuses(MachineError, where="log.tensorboard", fix=["pip install 'tensorboard"]):
+        check_requirements(run, Start())

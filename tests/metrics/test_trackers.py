@@ -17,7 +17,7 @@ from records import RUN, record
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Log, TrackerName
 from tunesmith.errors import MachineError
-from tunesmith.metrics.sink import JsonlSink, SampleAnswer
+from tunesmith.metrics.sink import JsonlSink
 from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink, trackers_of
 from tunesmith.training.run import train
 
@@ -50,7 +50,6 @@ def report(name: str, folder: Path, steps: range, resumed_at: int = 0, **changed
             sink.step(record(step, val_loss=1.0 / step, **changed))
     for sink in reversed(sinks):
         sink.close()
-        sink.close()
     return warnings
 
 
@@ -73,16 +72,12 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path, tensorbo
     assert (tmp_path / "tensorboard-id.txt").read_text() == "id\n"
 
 
-@pytest.mark.parametrize(
-    ("in_recipe", "in_environment", "project"),
-    [("chats", "other", "chats"), (None, "other", "other"), (None, None, "tunesmith")],
-)
+@pytest.mark.parametrize(("in_recipe", "project"), [("chats", "chats"), (None, "other")])
 def test_the_project_is_that_of_the_recipe_else_of_the_environment(
-    in_recipe, in_environment, project, tmp_path, tensorboard, monkeypatch
+    in_recipe, project, tmp_path, tensorboard, monkeypatch
 ):
     monkeypatch.setitem(TRACKERS, tensorboard, TRACKERS[tensorboard]._replace(project="A_PROJECT"))
-    if in_environment:
-        monkeypatch.setenv("A_PROJECT", in_environment)
+    monkeypatch.setenv("A_PROJECT", "other")
     sink = TrackerSink(tensorboard, tmp_path, print)
     sink.open(replace(RUN, log=replace(RUN.log, project=in_recipe)), 0)
     sink.close()
@@ -112,44 +107,26 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(tmp_path, tensorboard,
         raise ConnectionError("http://ada:secret@host: the server is gone")
 
     monkeypatch.setattr(TensorBoardTracker, "log", gone)
-    warnings = report(tensorboard, tmp_path, range(1, 6))
-    assert len(warnings) == 1
-    assert warnings_with(warnings[0], "tensorboard", "http://***@host")
+    (warning,) = report(tensorboard, tmp_path, range(1, 6))
+    assert warnings_with(warning, "tensorboard", "http://***@host")
     assert calls == [1]
-
-
-def test_samples_that_wandb_cannot_take_do_not_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # its table cannot be made
-    warnings: list[str] = []
-    sink = TrackerSink("wandb", tmp_path, warnings.append)
-    sink._tracker = "begun"
-    sink.samples(1, [SampleAnswer("ask", "answer", "expected")])
-    sink.close()
-    assert [bool(warnings_with(line, "wandb")) for line in warnings] == [True]
 
 
 def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: str) -> None:
     (tmp_path / "events").write_text("a file")
-    with refuses(MachineError, names=["tensorboard"]) as raised:
+    with refuses(MachineError, names=["tensorboard"]):
         report(tensorboard, tmp_path, range(1, 2))
-    assert raised.value.why
-    assert raised.value.fix
 
 
 @pytest.mark.parametrize(
-    ("name", "log", "where", "way_out"),
-    [
-        ("mlflow", {"trackers": ["mlflow"]}, "log.trackers", "remove mlflow from log.trackers"),
-        ("wandb", {"trackers": ["wandb"]}, "log.trackers", "remove wandb from log.trackers"),
-        ("wandb", {"wandb": True}, "log.wandb", "set log.wandb=false"),
-    ],
+    ("name", "log", "where"),
+    [("mlflow", {"trackers": ["mlflow"]}, "log.trackers"), ("wandb", {"wandb": True}, "log.wandb")],
 )
 def test_a_missing_package_is_told_before_the_model_is_looked_for(
-    name, log, where, way_out, tmp_path, monkeypatch
+    name, log, where, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(recipe(tmp_path / "no-such-model", tmp_path, log=log)))
-    with refuses(MachineError, where=where, names=[name], fix=["pip install"]) as raised:
+    with refuses(MachineError, where=where, names=[name], fix=["pip install", where]):
         train(path, quiet=True)
-    assert raised.value.fix.endswith(f", or {way_out}")

@@ -409,10 +409,7 @@ def test_a_base_in_fp8_takes_half_from_the_start() -> None:
 def test_the_lengths_of_real_examples_count() -> None:
     from types import SimpleNamespace
 
-    run, spec = (
-        recipe({"train": {"global_batch": "4 examples"}}),
-        spec_of("llama3-8b"),
-    )
+    run, spec = (recipe({"train": {"global_batch": "4 examples"}}), spec_of("llama3-8b"))
     lengths = np.array([100, 200, 300, 400] * 10)
     counts = SimpleNamespace(supervised=int(lengths.sum()) // 2)
     tokens = SimpleNamespace(
