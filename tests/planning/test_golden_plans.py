@@ -25,25 +25,21 @@ FORECASTS = {
 }
 
 
-def two_digits(number: float) -> float:
-    return float(f"{number:.2g}")
-
-
 def test_the_forecasts_in_the_comments_of_recipes_are_those_of_their_plans() -> None:
     plans = json.loads(golden.PLANS.read_text(encoding="utf-8"))
     compared = 0
     for file in sorted(RECIPES.glob("*.yaml")):
-        (comment,) = re.findall("^# Forecast at .*", file.read_text(), re.MULTILINE) or [""]
+        comment = " ".join(re.findall("^# Forecast .*", file.read_text(), re.MULTILINE))
         for machine, words in FORECASTS.items():
-            stated = re.search(rf"{words} (\d+) GiB, ([\d,]+)", comment)
+            stated = re.search(rf"{words}:? (\d+) GiB, ([\d,]+)", comment)
             if stated is None:
                 continue
             plan = plans[f"{file.stem} on {machine}"]
-            figures = plan["phases.step"] / 2**30, two_digits(plan["tokens_per_second"])
-            gib, speed = int(stated[1]), float(stated[2].replace(",", ""))
-            assert (gib, speed) == (round(figures[0]), figures[1]), f"{file.name}, {words}"
+            speed = float(f"{plan['tokens_per_second']:.2g}")
+            found = int(stated[1]), float(stated[2].replace(",", ""))
+            assert found == (round(plan["phases.step"] / 2**30), speed), f"{file.name}, {words}"
             compared += 1
-    assert compared == 12 * 3 + 3  # with three machines, and those of layers that stream
+    assert compared >= 12 * 3 + 3 + 7  # with three machines, those of layers that stream, and one
 
 
 def leave_network() -> None:

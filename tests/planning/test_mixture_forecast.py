@@ -14,7 +14,6 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.planning import micro_batch
 from tunesmith.planning.forecast import Forecast, plan_on_paper
 from tunesmith.planning.machines import read_cluster
 from tunesmith.planning.memory import MemoryEstimator
@@ -74,12 +73,6 @@ def test_a_step_of_a_mixture_by_hand() -> None:
     once = 2 * (16 * active + mixture().linear_matrices) / 226e9
     assert kept.seconds["fixed cost of passes"] == pytest.approx(2 * once)
     assert again.seconds["fixed cost of passes"] == pytest.approx(3 * once)
-
-
-def test_a_mixture_may_have_larger_micro_batches() -> None:
-    dense = read_spec(SHAPES["llama3-8b"].config, where="test")
-    assert micro_batch.max_tokens(mixture(), "cuda:0") > micro_batch.max_tokens(dense, "cuda:0")
-    assert micro_batch.max_tokens(mixture(), "cpu") == micro_batch.max_tokens(dense, "cpu")
 
 
 def test_codes_are_made_dense_in_both_passes() -> None:
