@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import pytest
 
 from errors import error_in, is_internal, refuses
-from tunesmith.errors import (
-    CAUSES,
-    RunError,
-    TunesmithError,
-    UsageError,
-    is_secret_name,
-    mask_words,
-)
+from tunesmith.errors import CAUSES, RunError, TunesmithError, is_secret_name, mask_words
 
 SECRET = (
     "HF_TOKEN", "MY_TOKEN", "hub_token", "hubToken", "token", "use_auth_token", "WANDB_API_KEY", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY",
@@ -39,22 +31,18 @@ def test_names_of_secrets() -> None:
         ("--hub_token abc --api-key=abc", "--hub_token *** --api-key=***"),
         ("--use_auth_token --bf16", "--use_auth_token --bf16"),
         ("--token abc x", "--token *** x"),
-        ("--hf-token=abc", "--hf-token=***"),
-        ("WANDB_API_KEY=abc", "WANDB_API_KEY=***"),
         ("hf_abcdefghijklmnop", "***"),
         ("https://user:pw@host/x", "https://***@host/x"),
         ("--token --json", "--token --json"),
         *[("model.tokenizer=org/tok model.pad_token=<pad> train.global_batch=32768",) * 2],
-        *[("model.revision=0123456789abcdef0123456789abcdef01234567",) * 2],
     ],
 )
 def test_secrets_of_a_command_are_masked(words: str, shown: str) -> None:
     assert mask_words(words.split()) == shown.split()
 
 
-ERROR = RunError(
-    "4 of checkpoint-5 is torn", where="/tmp/a/r.yaml:3", why="12 MB", fix="rm x", cause="disk"
-)
+WORDS = {"where": "/tmp/a/r.yaml:3", "why": "12 MB", "fix": "rm x", "cause": "disk"}
+ERROR = RunError("4 of checkpoint-5 is torn", **WORDS)
 
 
 def test_a_block_is_read_back_as_it_was_rendered() -> None:
@@ -66,8 +54,6 @@ def test_a_block_is_read_back_as_it_was_rendered() -> None:
         f"  cause: disk: {CAUSES['disk']}",
         "  fix: rm x",
     ]
-    (end,) = traceback.format_exception_only(ERROR)
-    assert end.startswith(f"tunesmith.errors.RunError: {ERROR.what}\n"), "one `error` is enough"
     read = error_in(f"step 3\n{ERROR.text()}\nstep 4\n")
     assert read.text() == ERROR.text()
     assert is_internal(f"step 3\n{TunesmithError('internal error: KeyError: x').text()}")
@@ -78,16 +64,11 @@ def test_a_block_is_read_back_as_it_was_rendered() -> None:
     ("kind", "fields"),
     [
         (TunesmithError, {}),  # a base of the class
-        (UsageError, {}),
         (RunError, {"where": "yaml:3"}),
-        (RunError, {"where": ""}),
         (RunError, {"names": [5]}),  # in checkpoint-5
-        (RunError, {"names": ["checkpoint"]}),
-        (RunError, {"names": ["r.yaml:3"]}),  # in `where` alone
         (RunError, {"fix": ["12 MB"]}),
         (RunError, {"cause": "memory"}),
     ],
-    ids=str,
 )
 def test_another_error_is_no_substitute(kind: type[TunesmithError], fields: dict[str, Any]) -> None:
     right = {"where": "r.yaml:3", "names": [4, "checkpoint-5", "12 MB"], "fix": ["rm x"]}

@@ -20,11 +20,8 @@ import pytest; sys.exit(pytest.main(sys.argv[2:]))"""
 
 
 def collected(*, hidden: list[str], marks: str) -> set[str]:
-    """Names of the tests that a pytest of its own finds with these packages hidden; it must find
-    them without an error.
-    """
+    """Names of the tests that a pytest of its own finds with these packages hidden."""
     words = ["-m", marks, "--collect-only", "-p", "no:cacheprovider", str(TESTS)]
-    # -vv lists them in another form
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-c", COLLECT, " ".join(hidden), *words]
     done = subprocess.run(
@@ -44,7 +41,6 @@ def gpu_tests(session: pytest.Session) -> set[str]:
 
 
 def test_missing_packages_stop_no_gpu_test(request: pytest.FixtureRequest) -> None:
-    """The same tests are found as with everything there and all files read: none is lost."""
     found = collected(hidden=OPTIONAL, marks="gpu")
     assert len(found) >= 5
     assert found == gpu_tests(request.session)

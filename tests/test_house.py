@@ -173,52 +173,6 @@ def test_the_links_of_the_docs_lead_to_files_and_headings():
     assert checked > 150
 
 
-def test_the_page_for_language_models_lists_every_page_of_the_docs():
-    """llms.txt, in the form of llmstxt.org: a title, a summary, and sections of links."""
-    root = SOURCE.parents[1]
-    text = (root / "llms.txt").read_text(encoding="utf-8")
-    title, _, summary, *_ = text.splitlines()
-    assert title.startswith("# ")
-    assert summary.startswith("> ")
-    sections = [block.split("\n", 1)[1] for block in text.split("\n## ")[1:]]
-    lines = [line for section in sections for line in section.splitlines() if line]
-    assert [line for line in lines if not re.fullmatch(r"- \[[^]]+\]\([^)]+\)(: .+)?", line)] == []
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    pages = [page.relative_to(root).as_posix() for page in root.glob("docs/**/*.md")]
-    assert {*pages, "README.md"} - {*links} == set()
-    assert len(links) == len({*links})
-
-
-def test_a_script_finds_what_it_imports_from_other_folders():
-    """It is started by its path: its own folder is there, and what it adds to `sys.path` itself."""
-    root, checked = SOURCE.parents[1], 0
-    scripts = [*root.glob("benchmarks/*/*.py"), *root.glob("demo/*.py"), *root.glob("scripts/*.py")]
-    places = defaultdict(set)
-    for file in [*scripts, *root.glob("tests/*.py"), *root.glob("tests/parity/*.py")]:
-        places[file.stem].add(file.parent)
-    for script in scripts:
-        nodes = nodes_of(script)
-        added = [
-            ast.unparse(node)
-            for node in nodes
-            if isinstance(node, (ast.Call, ast.AugAssign)) and "sys.path" in ast.unparse(node)
-        ]
-        imports = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        imports += [
-            name.name for node in nodes if isinstance(node, ast.Import) for name in node.names
-        ]
-        for name in imports:
-            if name not in places or script.parent in places[name]:
-                continue
-            folders = [
-                " / ".join(map(repr, place.relative_to(root).parts)) for place in places[name]
-            ]
-            ends = [folder.removeprefix("'benchmarks' / ") for folder in folders]
-            assert any(end in line for end in ends for line in added), f"{script}: {name}"
-            checked += 1
-    assert checked > 10
-
-
 # Places in tests that assert words of a message; it may only fall. What is asserted are fields and
 # values (`tests/errors.py`), so that a new wording breaks one test at most.
 PROSE_ASSERTED = 82
@@ -297,25 +251,3 @@ def test_messages_are_asserted_by_their_fields():
                         places.append(f"{file.name}: {text!r}")
     assert count > 500, "too few texts were looked at"
     assert len(places) <= PROSE_ASSERTED, "\n".join(places)
-
-
-# Files that a change touches; they may only get fewer. The module of a key's effect and its test
-# have no names.
-MOST_FILES = {
-    "A recipe key": 3,
-    "A model family": 2,
-    "A method": 7,
-    "A data format": 5,
-    "A scorer of answers": 5,
-    "A storage format of the frozen base": 6,
-}
-
-
-def test_a_change_touches_few_places():
-    page = (SOURCE.parents[1] / "docs" / "first-change.md").read_text(encoding="utf-8")
-    sections = {text.splitlines()[0]: text for text in re.split(r"^## ", page, flags=re.MULTILINE)}
-    for change, most in MOST_FILES.items():
-        files = set(re.findall(r"`([\w/-]+\.\w+)`", sections[change]))
-        assert 0 < len(files) <= most, f"{change}: {sorted(files)}"
-        for item in re.split(r"^[0-9]+\. ", sections[change], flags=re.MULTILINE)[1:]:
-            assert len(re.findall(r"`[\w/-]+\.\w+`", item)) <= 1, f"several places: {item}"

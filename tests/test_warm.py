@@ -28,14 +28,9 @@ def test_words_environment_folder_streams_and_exit_code(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     own = subprocess.run(
-        [sys.executable, script, "3", "x"],
-        env=env,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, script, "3", "x"], env=env, cwd=tmp_path, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     warm = run_warm(["3", "x"], env=env, cwd=tmp_path, program=script)
     assert (warm.returncode, warm.stdout, warm.stderr) == (own.returncode, own.stdout, own.stderr)
     assert own.returncode == 3

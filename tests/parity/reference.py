@@ -4,7 +4,7 @@ whole logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +14,13 @@ from tunesmith.data.batches.batch import IGNORE
 from tunesmith.data.text.example import Example
 
 
-def padded(
-    examples: Sequence[Example], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and unshifted labels, [rows, longest]."""
+def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
+    """Mean cross-entropy over the trained tokens of right-padded rows, from whole logits.
+
+    The logits are made in the model's type; their softmax is taken in float64, because torch's fp32
+    log-softmax over a vocabulary of 49,152 on a CPU is itself off by 3e-6, more than the bound that
+    is tested.
+    """
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad_id)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
@@ -27,23 +30,9 @@ def padded(
         mask[row, :n] = 1
         trained = torch.tensor(example.trained)
         labels[row, :n][trained] = ids[row, :n][trained]
-    return ids, mask, labels
-
-
-def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
-    """Mean cross-entropy over the trained tokens, from whole logits.
-
-    The logits are made in the model's type; their softmax is taken in float64, because torch's fp32
-    log-softmax over a vocabulary of 49,152 on a CPU is itself off by 3e-6 (seen against float64),
-    more than the bound that is tested.
-    """
-    ids, mask, labels = padded(examples, pad_id)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = logits.double()
-    targets = labels[:, 1:].reshape(-1)
-    total = F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum"
-    )
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.double()
+    logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     return total / (targets != IGNORE).sum()
 
 
@@ -74,24 +63,14 @@ def curve(
     clip: float = 1.0,
 ) -> list[float]:
     """Loss before each update of AdamW at a constant rate, one batch a step."""
-    return list(train_steps(model, batches, rate=rate, pad_id=pad_id, clip=clip))
-
-
-def train_steps(
-    model: torch.nn.Module,
-    batches: Sequence[Sequence[Example]],
-    *,
-    rate: float,
-    pad_id: int,
-    clip: float = 1.0,
-) -> Iterator[float]:
-    """The same, one step for each value that is taken."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    losses = []
     for batch in batches:
         loss = loss_of(model, batch, pad_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         optimizer.zero_grad()
-        yield float(loss.detach())
+        losses.append(float(loss.detach()))
+    return losses
