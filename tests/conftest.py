@@ -1,6 +1,4 @@
-"""Models that tests train and read: a tiny random Llama, and SmolLM2-135M-Instruct from an
-installed wheel.
-"""
+"""Fixtures and hooks of all tests, and the models that they train and read."""
 
 from __future__ import annotations
 
@@ -100,9 +98,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-    """Run a test once more if one of its ranks crashes. In about one of ten thousand runs, a
-    thread of gloo crashes.
-    """
+    """Run a test once more if a rank crashes: in one of ten thousand runs a thread of gloo does."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
     if any(report.failed and "ended by SIGSEGV" in report.longreprtext for report in reports):
@@ -121,9 +117,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is frozen at the end is never freed, and Triton's bindings print it as leaked; pytest
-    looks for garbage before.
-    """
+    """Free at the end what is frozen: Triton's bindings print it as leaked."""
     config.add_cleanup(gc.unfreeze)
 
 
@@ -142,9 +136,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` only files that have such tests are imported: a machine with a GPU may lack
-    what others need.
-    """
+    """Import only files with GPU tests for `-m gpu`: such a machine may lack other packages."""
     if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
         return None
     text = collection_path.read_text()
@@ -153,9 +145,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def byte_tokenizer(**special: str):
-    """A real fast tokenizer whose tokens are single bytes: nothing to download, every text
-    round-trips.
-    """
+    """A real fast tokenizer whose tokens are single bytes: every text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -171,30 +161,20 @@ def byte_tokenizer(**special: str):
 
 
 def write_tiny_llama(folder: Path, **sizes: int) -> Path:
-    """Write a random fp32 Llama (2 layers, width 64, 8 heads, 4 KV heads, tied head) with a byte
-    tokenizer.
-    """
+    """Write a random fp32 Llama with a tied head and a byte tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     tiny = {
-        "vocab_size": 272,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-    }
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+    }  # fmt: skip
     config = LlamaConfig(
-        **(tiny | sizes),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        **tiny | sizes, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -208,9 +188,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one layer of width 512, so that rows cut in two are whole blocks of 8-bit
-    moments and of nf4.
-    """
+    """The same with one layer of width 512: rows cut in two are whole blocks of nf4."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

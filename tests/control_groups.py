@@ -14,9 +14,7 @@ import pytest
 def control_group(
     controller: str, version_1: dict[str, str], version_2: dict[str, str]
 ) -> Iterator[Path]:
-    """The folder of a new group with these files written; the test is skipped where none can be
-    made.
-    """
+    """The folder of a new group with these files; skip the test where none can be made."""
     root = Path("/sys/fs/cgroup")
     new = (root / "cgroup.controllers").exists()
     group = (root if new else root / controller) / f"tunesmith-test-{os.getpid()}"

@@ -1,6 +1,4 @@
-"""Tests whose body runs on the CPU and, under `pytest -m gpu`, on a GPU: what only a GPU can fail
-is known to run. And what takes a CPU long for a reason of its own, made short.
-"""
+"""Tests that run on the CPU and, under `pytest -m gpu`, on a GPU."""
 
 from __future__ import annotations
 
@@ -37,10 +35,7 @@ def run_interpreted(file: str) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device that a run takes.
-
-    On the CPU attention goes the way of CUDA, by an operator of varlen's signature.
-    """
+    """The device that a run takes. On the CPU attention goes the way of CUDA (`varlen.py`)."""
     found = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
     monkeypatch.setattr("tunesmith.stages.plan.choose_device", lambda: found)
     if found.type == "cpu":
@@ -63,9 +58,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is compiled is traced and then runs as it is, without the seconds that a C++ compiler
-    takes.
-    """
+    """Run what is compiled as it is traced, without the seconds of a C++ compiler."""
     compiler = torch.compile
 
     def traced(*args: Any, **options: Any) -> Any:

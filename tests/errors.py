@@ -93,10 +93,7 @@ def refuses(
 
 
 def error_in(output: str) -> TunesmithError:
-    """The last error that the output of a command shows, with its fields; its class is not shown.
-
-    The block is that of `TunesmithError.text`, where a row with nothing to say is left out.
-    """
+    """The last error (`TunesmithError.text`) in the output of a command; its class is not shown."""
     lines = output.splitlines()
     starts = [k for k, line in enumerate(lines) if line.startswith("error: ")]
     assert starts, f"no error: {output}"

@@ -10,11 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (220, 30, 30),
-    "green": (20, 150, 40),
-    "blue": (40, 60, 220),
-    "yellow": (235, 205, 20),
-}
+    "red": (220, 30, 30), "green": (20, 150, 40), "blue": (40, 60, 220), "yellow": (235, 205, 20),
+}  # fmt: skip
 SHAPES = ("square", "circle", "triangle")
 COUNTS = ("one", "two", "three")
 SIDE = 56  # pixels of a picture

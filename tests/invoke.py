@@ -19,11 +19,7 @@ class Output:
 
 
 def invoke(*words: object) -> Output:
-    """Run `tunesmith WORDS` here.
-
-    Use `warm.run_warm` for what needs a process of its own: signals, limits, imports, an
-    environment that is read at the start.
-    """
+    """Run `tunesmith WORDS` here; `warm.run_warm` is for what needs a process of its own."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:

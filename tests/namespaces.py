@@ -15,9 +15,7 @@ MS_REC, MS_SLAVE, MNT_DETACH = 0x4000, 0x80000, 2
 
 
 def start_in(name: str) -> None:
-    """`prepare` of an agent: it is inside the namespace with the ranks that it starts, whose
-    devices /sys shows.
-    """
+    """`prepare` of an agent: it and its ranks are in the namespace, whose devices /sys shows."""
     with Path(f"/run/netns/{name}").open() as namespace:
         _call("setns", namespace.fileno(), CLONE_NEWNET)
     _call("unshare", CLONE_NEWNS)

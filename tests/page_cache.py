@@ -8,9 +8,7 @@ from pathlib import Path
 
 
 def resident(file: Path) -> int:
-    """Pages of a file in the page cache, as mincore(2) tells; reading to find out would bring them
-    in.
-    """
+    """Pages of a file in the page cache, as mincore(2) tells, without reading the file."""
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         view = ctypes.c_char.from_buffer(mapped)

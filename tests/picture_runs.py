@@ -60,16 +60,12 @@ def picture_recipe(model: Path, rows: Path, /, **changes: Any) -> dict[str, Any]
         "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
         "data": {"train": {"source": str(rows), "format": "messages"}, "seq_len": 128},
         "train": {
-            "duration": "6 steps",
-            "global_batch": "4 examples",
-            "learning_rate": 1e-2,
-            "schedule": "constant",
-            "warmup": "0 steps",
+            "duration": "6 steps", "global_batch": "4 examples", "learning_rate": 1e-2,
+            "schedule": "constant", "warmup": "0 steps",
         },
-        "checkpoint": {"every": "2 steps"},
-        "log": {"tensorboard": False, "samples": 0},
+        "checkpoint": {"every": "2 steps"}, "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(rows.parent / "run"),
-    }
+    }  # fmt: skip
     if changes.get("adapter", {}).get("kind") == "none":
         del base["adapter"]
     return recipes.merge(base, changes)

@@ -1,8 +1,4 @@
-"""Functions run by several ranks on this machine, with gloo: `run_ranks(4, function, argument)`.
-
-The ranks are forked from a process that has imported torch and transformers once, and rendezvous by
-a file.
-"""
+"""Functions run by several ranks on this machine, with gloo, forked from a warm process."""
 
 from __future__ import annotations
 
@@ -47,9 +43,7 @@ LIMIT = 300  # seconds that all ranks together may take
 
 
 def free_port() -> int:
-    """One that nothing listens on, below those that the kernel gives to connections: none takes it
-    before its use.
-    """
+    """A port below those that the kernel gives to connections: none takes it before its use."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

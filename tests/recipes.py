@@ -77,9 +77,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> dict[str, Any]:
-    """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid
-    over it by section.
-    """
+    """A small recipe on the rows of `folder`; `changes` are laid over it by section."""
     train, held_out = folder / "train.jsonl", folder / "held.jsonl"
     if not train.exists():
         write_rows(train, 48)
@@ -89,20 +87,15 @@ def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -
         "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
         "data": {
             "train": {"source": str(train), "format": "prompt-completion"},
-            "validation": {"source": str(held_out), "format": "prompt-completion"},
-            "seq_len": 128,
+            "validation": {"source": str(held_out), "format": "prompt-completion"}, "seq_len": 128,
         },
         "train": {
-            "duration": "8 steps",
-            "global_batch": "8 examples",
-            "learning_rate": 1e-3,
+            "duration": "8 steps", "global_batch": "8 examples", "learning_rate": 1e-3,
             "warmup": "2 steps",
         },
-        "validate": {"every": "4 steps"},
-        "checkpoint": {"every": "2 steps", "keep": 2},
-        "log": {"tensorboard": False, "samples": 0},
-        "output_dir": str(folder / "run"),
-    }
+        "validate": {"every": "4 steps"}, "checkpoint": {"every": "2 steps", "keep": 2},
+        "log": {"tensorboard": False, "samples": 0}, "output_dir": str(folder / "run"),
+    }  # fmt: skip
     if not held:
         del base["data"]["validation"], base["validate"]
     if changes.get("adapter", {}).get("kind") == "none":

@@ -1,6 +1,4 @@
-"""Fixtures for rows and tokens: a template small enough to see through: ChatML, byte tokens, the
-mask written down by hand.
-"""
+"""Fixtures for rows and tokens: ChatML, byte tokens, the mask written down by hand."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ from tunesmith.data.tokens.tokenize import tokenize
 
 
 class Simple:
-    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token
-    supervised.
-    """
+    """ChatML, with the assistant's content and end token supervised."""
 
     name = "simple"
     raw = False

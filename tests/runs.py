@@ -1,6 +1,4 @@
-"""Run directories as `train` writes them, made in a moment: a tiny model, an adapter by PEFT itself
-with a drawn B.
-"""
+"""Run directories as `train` writes them, made in a moment, with an adapter by PEFT itself."""
 
 from __future__ import annotations
 
@@ -38,12 +36,9 @@ def peft_model(base: Path, *, seed: int = 0, std: float = 0.1, **options: Any) -
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     given = {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": "all-linear",
-        "task_type": "CAUSAL_LM",
+        "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
         **options,
-    }
+    }  # fmt: skip
     tuned = get_peft_model(model, LoraConfig(**given)).eval()
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
@@ -54,9 +49,7 @@ def peft_model(base: Path, *, seed: int = 0, std: float = 0.1, **options: Any) -
 
 
 def make_run(folder: Path, base: Path, tuned: Any, *, step: int = 3, **changes: Any) -> Run:
-    """config.yaml and a complete final/ for an adapter (a PEFT model) or a whole model (a
-    Transformers one).
-    """
+    """config.yaml and a complete final/ for an adapter (a PEFT model) or a whole model."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 

@@ -62,10 +62,7 @@ def write_fp8(
     keep: tuple[str, ...] = (),
     tool: str = "transformers",
 ) -> Path:
-    """A copy of a checkpoint with its layers' matrices in FP8, but those named in `keep`.
-
-    tool: that wrote it; also compressed-tensors, and modelopt and autofp8 with one scale of all.
-    """
+    """A copy of a checkpoint with its layers' matrices in FP8, as `tool` writes it, but `keep`."""
     shutil.copytree(plain, folder, dirs_exist_ok=True)
     tensors: Tensors = {}
     kept = []
@@ -98,9 +95,7 @@ def write_fp8(
 
 
 def write_fp8_stacks(plain: Path, folder: Path, block: tuple[int, int] | None) -> Path:
-    """A copy of a checkpoint in FP8 whose experts are stacks, with Mistral Small 4's names: the
-    scales of a stack, and those of its inputs, follow its own name.
-    """
+    """A copy of a checkpoint in FP8 whose experts are stacks, with Mistral Small 4's names."""
     write_fp8(plain, folder, block, keep=("mlp.gate.", ".experts."))
     tensors: Tensors = {}
     experts: dict[str, list[torch.Tensor]] = {}
@@ -139,39 +134,29 @@ def compressed_config(*ignore: str, **more: Any) -> dict[str, Any]:
         "output_activations": None,
     }
     return {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", *ignore],
-        "sparsity_config": {},
-        "transform_config": {},
-        "kv_cache_scheme": None,
-        **more,
-    }
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *ignore], "sparsity_config": {}, "transform_config": {},
+        "kv_cache_scheme": None, **more,
+    }  # fmt: skip
 
 
 def compressed_fp8_config(
     block: tuple[int, int] | None, *ignore: str, **more: Any
 ) -> dict[str, Any]:
-    """As llm-compressor writes it. Activations are rounded too: token by token, or with one scale
-    of all, and then keys and values as well.
-    """
+    """As llm-compressor writes it; activations are rounded too."""
     strategy = {None: "tensor", ROW: "channel"}.get(block, "block")
     of_all = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
     one_scale = {**of_all, "strategy": "tensor", "dynamic": False}
     group = {
-        "targets": ["Linear"],
-        "format": "float-quantized",
+        "targets": ["Linear"], "format": "float-quantized",
         "weights": {
-            **of_all,
-            "strategy": strategy,
-            "block_structure": block if strategy == "block" else None,
-            "dynamic": False,
+            **of_all, "strategy": strategy,
+            "block_structure": block if strategy == "block" else None, "dynamic": False,
         },
         "input_activations": {**of_all, "strategy": "token", "dynamic": True},
         "output_activations": None,
-    }
+    }  # fmt: skip
     if block is None:
         group["input_activations"] = one_scale
     return compressed_config(
@@ -198,14 +183,11 @@ def modelopt_config(*ignore: str, **more: Any) -> dict[str, Any]:
     of_all = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     group = {"input_activations": of_all, "weights": of_all, "targets": ["Linear"]}
     return {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4",
-        "config_groups": {"group_0": group},
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": group},
         "ignore": ["lm_head", *ignore],
         "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-        "producer": {"name": "modelopt", "version": "0.33.0"},
-        **more,
-    }
+        "producer": {"name": "modelopt", "version": "0.33.0"}, **more,
+    }  # fmt: skip
 
 
 def write_nvfp4(
@@ -287,22 +269,12 @@ def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path, layers: int = 2) -> Path:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-        sliding_window=16,
-        max_position_embeddings=256,
-        rope_scaling=None,
-        eos_token_id=2,
+        vocab_size=272, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
+        num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        sliding_window=16, max_position_embeddings=256, rope_scaling=None, eos_token_id=2,
         pad_token_id=0,
-    )
+    )  # fmt: skip
     torch.manual_seed(5)
     model = GptOssForCausalLM(config).to(torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)

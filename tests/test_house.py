@@ -1,7 +1,4 @@
-"""The house rules that a tool can hold: one name for one thing, and that what texts name exists.
-
-`make check` runs this file.
-"""
+"""The house rules that a tool can hold; `make check` runs this file."""
 
 from __future__ import annotations
 
@@ -139,9 +136,7 @@ def test_a_command_that_a_text_offers_exists():
 
 
 def test_the_files_that_the_docs_name_exist():
-    """`room/file.py` is below src/tunesmith, `tests/...`, `benchmarks/...` and `src/...` below the
-    repository.
-    """
+    """`room/file.py` is below src/tunesmith, other paths below the repository."""
     root, checked = SOURCE.parents[1], 0
     for page in [root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")]:
         for name in re.findall(

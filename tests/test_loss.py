@@ -1,6 +1,4 @@
-"""The chunked head and loss against plain logits and `F.cross_entropy`, values and gradients, in
-float64.
-"""
+"""The chunked head and loss against plain logits and `F.cross_entropy`, in float64."""
 
 from __future__ import annotations
 

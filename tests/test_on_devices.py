@@ -48,9 +48,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def session_of(tiny: Path, folder: Path, **changes: Any) -> Session:
-    """A built run in bf16 whose adapter does something: lora_B is drawn, as gradients of lora_A are
-    zero where it is.
-    """
+    """A built run in bf16 whose lora_B is drawn: with zeros, gradients of lora_A are zero."""
     changes["model"] = {"dtype": "bf16", **changes.get("model", {})}
     session = build(Request(make_run(tiny, folder, held=False, **changes)))
     source = torch.Generator().manual_seed(3)
@@ -153,10 +151,7 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
 
 
 def fits(model: Any, batch: Any, recomputed: int) -> int:
-    """Bytes that torch reserves for a forward and backward, 0 where it ran out of them.
-
-    It catches the error itself: a traceback would keep the graph alive.
-    """
+    """Bytes that torch reserves for a forward and backward, 0 where it ran out of them."""
     recompute_layers(model.layers, recomputed)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -174,9 +169,7 @@ def fits(model: Any, batch: Any, recomputed: int) -> int:
     not torch.cuda.is_available(), reason="torch sees no CUDA GPU: a CPU's allocator has no limit"
 )
 def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
-    """A limit halfway between what no and what every layer recomputed needs: the estimate says that
-    all of it fits.
-    """
+    """The limit is halfway between what no and what every layer recomputed needs."""
     layers, tokens, device = 8, 8192, torch.device("cuda", 0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,

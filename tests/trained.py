@@ -15,9 +15,7 @@ from tunesmith.config.dump import to_yaml
 
 @pytest.fixture(scope="session")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a complete run: 8 steps of LoRA on the tiny Llama, with validation, sample
-    answers and two checkpoints. Tests must not change it: `trained_copy` makes copies.
-    """
+    """The folder of a complete LoRA run of 8 steps. Tests change a `trained_copy` alone."""
     folder = tmp_path_factory.mktemp("trained")
     file = folder / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, folder, log={"samples": 2})))

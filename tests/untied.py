@@ -10,9 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def write_untied(model: Path, folder: Path) -> Path:
-    """A random model of the shape in `model` and with its tokenizer, but with a head of its own, in
-    a new folder.
-    """
+    """Write a random model of the shape in `model`, with its tokenizer and a head of its own."""
     shutil.copytree(model, folder)
     torch.manual_seed(1)
     config = LlamaConfig.from_pretrained(model, tie_word_embeddings=False)

@@ -1,8 +1,4 @@
-"""torch's varlen attention has no CPU kernel.
-
-An operator of its signature takes its place here, with the arithmetic of our own products inside:
-what a compiler and a dispatcher see is what they see on a GPU.
-"""
+"""An operator of varlen attention's signature for the CPU, with our own products inside."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
-"""Tiny folders of vision-language models: config, picture processor and tokenizer of a family.
-
-Of each the model can be built with random weights; `tests/vision_models.py` has those whose text
-part alone is trained.
-"""
+"""Tiny folders of vision-language models: config, picture processor and tokenizer of a family."""
 
 from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,13 @@ import transformers
 from packaging.version import Version
 
 _TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-}
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
+}  # fmt: skip
 _TOWER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 56, "patch_size": 14,
+}  # fmt: skip
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
                "out_hidden_size": 64, "patch_size": 14}  # fmt: skip
 _QWEN3_TOWER = {**_QWEN_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
@@ -39,60 +27,33 @@ _MROPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 }
 _DELTA = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 # Pictures of 1 to 16 placeholders, each of 28 x 28 pixels.
 _QWEN_PIXELS = {"size": {"shortest_edge": 784, "longest_edge": 12544}, "patch_size": 14}
 _QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
+@dataclass(frozen=True)
 class _Family:
-    """What a family's files say.
+    """What a family's files say."""
 
-    Attributes:
-        text, tower, whole: settings of the config's parts, and of all of it.
-        processor: class of its processor -> what processor_config.json has beside that.
-        pixels: preprocessor_config.json.
-        named: attribute of the tokenizer -> its special token.
-        tokens: other special tokens.
-        image: what its template writes for a picture.
-        ids: name in the config -> the token whose id it has.
-        model_type: where it is not the family's name.
-    """
-
-    def __init__(
-        self,
-        text: dict[str, Any],
-        tower: dict[str, Any],
-        processor: tuple[str, dict[str, Any]],
-        pixels: dict[str, Any],
-        *,
-        image: str,
-        ids: dict[str, str],
-        whole: dict[str, Any] | None = None,
-        named: dict[str, str] | None = None,
-        tokens: list[str] | None = None,
-        model_type: str = "",
-    ) -> None:
-        self.text = text
-        self.tower = tower
-        self.whole = whole or {}
-        self.processor = processor
-        self.pixels = pixels
-        self.named = named or {}
-        self.tokens = tokens or []
-        self.image = image
-        self.ids = ids
-        self.model_type = model_type
+    text: dict[str, Any]  # settings of the config's parts, and of all of it
+    tower: dict[str, Any]
+    processor: tuple[str, dict[str, Any]]  # class -> what processor_config.json has beside that
+    pixels: dict[str, Any]  # preprocessor_config.json
+    image: str = field(kw_only=True)  # what its template writes for a picture
+    ids: dict[str, str] = field(kw_only=True)  # name in the config -> the token whose id it has
+    whole: dict[str, Any] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)  # attribute of the tokenizer -> its token
+    tokens: list[str] = field(default_factory=list)  # other special tokens
+    model_type: str = ""  # where it is not the family's name
 
     def but(self, **changes: Any) -> _Family:
         """A family that differs in some of it."""
-        return _Family(**{**vars(self), **changes})
+        return replace(self, **changes)
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -104,125 +65,87 @@ _QWEN_IDS = {
 }
 FAMILIES: dict[str, _Family] = {
     "qwen2_5_vl": _Family(
-        _MROPE,
-        {**_QWEN_TOWER, "window_size": 56, "fullatt_block_indexes": [1]},
+        _MROPE, {**_QWEN_TOWER, "window_size": 56, "fullatt_block_indexes": [1]},
         ("Qwen2_5_VLProcessor", {}),
-        {"image_processor_type": "Qwen2VLImageProcessor", **_QWEN_PIXELS},
-        image=_QWEN_IMAGE,
-        ids=_QWEN_IDS,
-        tokens=_QWEN_TOKENS,
+        {"image_processor_type": "Qwen2VLImageProcessor", **_QWEN_PIXELS}, image=_QWEN_IMAGE,
+        ids=_QWEN_IDS, tokens=_QWEN_TOKENS,
     ),
     "qwen3_vl": _Family(
-        _MROPE,
-        _QWEN3_TOWER,
-        ("Qwen3VLProcessor", {}),
-        {"image_processor_type": "Qwen2VLImageProcessorFast", **_QWEN_PIXELS},
-        image=_QWEN_IMAGE,
-        ids=_QWEN_IDS,
-        tokens=_QWEN_TOKENS,
+        _MROPE, _QWEN3_TOWER, ("Qwen3VLProcessor", {}),
+        {"image_processor_type": "Qwen2VLImageProcessorFast", **_QWEN_PIXELS}, image=_QWEN_IMAGE,
+        ids=_QWEN_IDS, tokens=_QWEN_TOKENS,
     ),
     "qwen3_5": _Family(
-        {**_DELTA, **_MROPE},
-        {**_QWEN_TOWER, "num_position_embeddings": 16},
+        {**_DELTA, **_MROPE}, {**_QWEN_TOWER, "num_position_embeddings": 16},
         ("Qwen3VLProcessor", {}),
-        {"image_processor_type": "Qwen2VLImageProcessorFast", **_QWEN_PIXELS},
-        image=_QWEN_IMAGE,
-        ids=_QWEN_IDS,
-        tokens=_QWEN_TOKENS,
+        {"image_processor_type": "Qwen2VLImageProcessorFast", **_QWEN_PIXELS}, image=_QWEN_IMAGE,
+        ids=_QWEN_IDS, tokens=_QWEN_TOKENS,
     ),
     "glm4v": _Family(
-        _MROPE,
-        {**_QWEN_TOWER, "out_hidden_size": 64, "image_size": 56},
-        ("Glm4vProcessor", {}),
+        _MROPE, {**_QWEN_TOWER, "out_hidden_size": 64, "image_size": 56}, ("Glm4vProcessor", {}),
         {"image_processor_type": "Glm4vImageProcessor", **_QWEN_PIXELS},
         image="<|begin_of_image|><|image|><|end_of_image|>",
         ids={
-            "image_token_id": "<|image|>",
-            "video_token_id": "<|video|>",
-            "image_start_token_id": "<|begin_of_image|>",
-            "image_end_token_id": "<|end_of_image|>",
-            "video_start_token_id": "<|begin_of_video|>",
-            "video_end_token_id": "<|end_of_video|>",
+            "image_token_id": "<|image|>", "video_token_id": "<|video|>",
+            "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>",
+            "video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>",
         },
         tokens=[
-            "<|image|>",
-            "<|video|>",
-            "<|begin_of_image|>",
-            "<|end_of_image|>",
-            "<|begin_of_video|>",
-            "<|end_of_video|>",
+            "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>",
+            "<|begin_of_video|>", "<|end_of_video|>",
         ],
     ),
     "gemma3": _Family(
-        {**_WINDOWS, "query_pre_attn_scalar": 16},
-        _TOWER,
+        {**_WINDOWS, "query_pre_attn_scalar": 16}, _TOWER,
         ("Gemma3Processor", {"image_seq_length": 4}),
         {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}},
         image="<start_of_image>",
         ids={
-            "image_token_id": "<image_soft_token>",
-            "boi_token_id": "<start_of_image>",
+            "image_token_id": "<image_soft_token>", "boi_token_id": "<start_of_image>",
             "eoi_token_id": "<end_of_image>",
         },
         whole={"mm_tokens_per_image": 4},
         named={
-            "image_token": "<image_soft_token>",
-            "boi_token": "<start_of_image>",
+            "image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
         },
     ),
     "gemma4": _Family(
         {
-            **_WINDOWS,
-            "num_kv_shared_layers": 0,
-            "global_head_dim": 32,
-            "vocab_size_per_layer_input": 320,
-            "hidden_size_per_layer_input": 8,
+            **_WINDOWS, "num_kv_shared_layers": 0, "global_head_dim": 32,
+            "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8,
             "final_logit_softcapping": 30.0,
         },
         {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 3},
         ("Gemma4Processor", {"image_seq_length": 70}),
         {
-            "image_processor_type": "Gemma4ImageProcessor",
-            "patch_size": 14,
-            "max_soft_tokens": 70,
+            "image_processor_type": "Gemma4ImageProcessor", "patch_size": 14, "max_soft_tokens": 70,
             "pooling_kernel_size": 3,
         },
         image="\n\n<|image|>\n\n",
         ids={
-            "image_token_id": "<|image|>",
-            "boi_token_id": "<|image>",
-            "eoi_token_id": "<image|>",
+            "image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>",
             "video_token_id": "<|video|>",
         },
         whole={"audio_config": None},
         named={
-            "image_token": "<|image|>",
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>",
-            "eoa_token": "<audio|>",
+            "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+            "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
         },
         tokens=["<|video|>"],
     ),
     "internvl": _Family(
-        {"model_type": "qwen2"},
-        {**_TOWER, "image_size": [56, 56], "patch_size": [14, 14]},
+        {"model_type": "qwen2"}, {**_TOWER, "image_size": [56, 56], "patch_size": [14, 14]},
         ("InternVLProcessor", {"image_seq_length": 4}),
         {
-            "image_processor_type": "GotOcr2ImageProcessor",
-            "size": {"height": 56, "width": 56},
+            "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 56, "width": 56},
             "max_patches": 4,
         },
-        image="<IMG_CONTEXT>\n",
-        ids={"image_token_id": "<IMG_CONTEXT>"},
+        image="<IMG_CONTEXT>\n", ids={"image_token_id": "<IMG_CONTEXT>"},
         whole={"downsample_ratio": 0.5},
         named={
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
+            "start_image_token": "<img>", "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
         },
     ),
     "llava_onevision": _Family(
@@ -237,50 +160,37 @@ FAMILIES: dict[str, _Family] = {
             "size": {"height": 56, "width": 56},
             "image_grid_pinpoints": [[56, 56], [56, 112], [112, 56], [112, 112]],
         },
-        image="<image>\n",
-        ids={"image_token_id": "<image>", "video_token_id": "<video>"},
+        image="<image>\n", ids={"image_token_id": "<image>", "video_token_id": "<video>"},
         whole={
             "image_grid_pinpoints": [[56, 56], [56, 112], [112, 56], [112, 112]],
-            "vision_feature_select_strategy": "full",
-            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
         },
         tokens=["<image>", "<video>"],
     ),
     "idefics3": _Family(
-        {"model_type": "llama"},
-        _TOWER,
-        ("Idefics3Processor", {"image_seq_len": 4}),
+        {"model_type": "llama"}, _TOWER, ("Idefics3Processor", {"image_seq_len": 4}),
         {
-            "image_processor_type": "Idefics3ImageProcessor",
-            "size": {"longest_edge": 112},
+            "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 112},
             "max_image_size": {"longest_edge": 56},
         },
-        image="<image>",
-        ids={"image_token_id": "<image>"},
-        whole={"scale_factor": 2},
+        image="<image>", ids={"image_token_id": "<image>"}, whole={"scale_factor": 2},
         tokens=[
-            "<image>",
-            "<fake_token_around_image>",
-            "<end_of_utterance>",
-            "<global-img>",
+            "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>",
             *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
         ],
     ),
     "mistral3": _Family(
-        {"model_type": "mistral"},
-        {**_TOWER, "model_type": "pixtral", "head_dim": 16},
+        {"model_type": "mistral"}, {**_TOWER, "model_type": "pixtral", "head_dim": 16},
         ("PixtralProcessor", {"patch_size": 14, "spatial_merge_size": 2}),
         {
-            "image_processor_type": "PixtralImageProcessor",
-            "size": {"longest_edge": 112},
+            "image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 112},
             "patch_size": {"height": 14, "width": 14},
         },
-        image="[IMG]",
-        ids={"image_token_id": "[IMG]"},
+        image="[IMG]", ids={"image_token_id": "[IMG]"},
         whole={"spatial_merge_size": 2, "vision_feature_layer": -1},
         tokens=["[IMG]", "[IMG_BREAK]", "[IMG_END]"],
     ),
-}
+}  # fmt: skip
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _QWEN2 = FAMILIES["qwen2_5_vl"]
@@ -325,9 +235,7 @@ def takes_pictures() -> bool:
 
 
 def write_processor(folder: Path, family: str, **config: Any) -> Path:
-    """Write all files of a tiny model of a family but its weights: `config` are further settings of
-    the whole. Skip the test if Transformers is too old for pictures.
-    """
+    """Write all files of a tiny model but its weights; skip the test if Transformers is too old."""
     if not takes_pictures():
         pytest.skip("pictures need Transformers 5.18")
     from transformers import AutoConfig

@@ -19,20 +19,13 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 0,
 }
 VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
 DELTA = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
                "out_hidden_size": 64, "num_position_embeddings": 16}  # fmt: skip
@@ -86,11 +79,7 @@ def build(
     whole: dict[str, Any] | None = None,
     **text: Any,
 ) -> Path:
-    """Save a random model with the tokenizer of another; norms and biases are drawn too, so that a
-    lost one shows in the logits.
-
-    `whole`, `text`: further settings of the whole and of the text part.
-    """
+    """Save a random model; norms and biases are drawn too, so that a lost one shows."""
     import shutil
 
     import torch
@@ -116,9 +105,7 @@ def build(
 
 
 def as_fp8(plain: Path, folder: Path) -> Path:
-    """A copy of a model of `build` whose text layers ship in FP8, a scale a matrix, as those of
-    Ministral 3 do.
-    """
+    """A copy of a model of `build` whose text layers ship in FP8, as those of Ministral 3 do."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -14,9 +14,7 @@ TIME = 240  # seconds, for ranks that load torch on a busy machine
 def wait_for(
     condition: Callable[[], object], process: subprocess.Popen[str] | Warm | None = None
 ) -> None:
-    """Return when the condition holds; fail after TIME seconds, or where the process has ended,
-    with what it said.
-    """
+    """Return when the condition holds; fail after TIME seconds, or where the process has ended."""
     deadline = time.monotonic() + TIME
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[0]

@@ -75,13 +75,9 @@ class Warm:
         environment = dict(os.environ if env is None else env)
         descriptors = [fd if fd == CLOSED else _Descriptor(fd) for fd in fds]
         arguments = (
-            str(program),
-            [*map(str, words)],
-            environment,
-            str(cwd or Path.cwd()),
-            descriptors,
+            str(program), [*map(str, words)], environment, str(cwd or Path.cwd()), descriptors,
             prepare,
-        )
+        )  # fmt: skip
         self._process = forkserver().Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
@@ -125,18 +121,14 @@ def run_warm(
 
 
 def read_hub_settings() -> None:
-    """Before a command: huggingface_hub takes HF_HOME, HF_ENDPOINT and others of its environment as
-    it is imported.
-    """
+    """Before a command: read the environment anew, which huggingface_hub does as it is imported."""
     from huggingface_hub import constants
 
     importlib.reload(constants)
 
 
 def run_python(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    """In the place of `subprocess.run`: a program of Python to its end, forked; of its options
-    `env`, `cwd` and `prepare` count, and the open files `stdout` and `stderr`.
-    """
+    """`subprocess.run` of a Python program, forked; of its options a few count."""
     assert command[0] == sys.executable, command
     count = 3 if command[1] == "-m" else 2
     given = {name: options[name] for name in ("env", "cwd", "prepare") if name in options}
@@ -169,17 +161,13 @@ def _text(file: Any) -> str:
 
 
 def take_terminal() -> None:
-    """Before a command: its standard input is the terminal that it runs on, whose ctrl-C and end
-    reach it.
-    """
+    """Before a command: its standard input is the terminal that it runs on."""
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Forked(subprocess.Popen[Any]):
-    """A Popen that forks `python -m MODULE`, where it is one of ENTRIES, and `python FILE.py` from
-    its own process; any other command as usual.
-    """
+    """A Popen that forks `python -m MODULE` of ENTRIES and `python FILE.py` itself."""
 
     def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
         words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)
@@ -206,9 +194,7 @@ def _program_words(words: list[str]) -> int:
 
 
 def fork_ranks() -> None:
-    """`prepare` of a launcher: the agent and the ranks that it starts are forked from it, in
-    sessions of their own.
-    """
+    """`prepare` of a launcher: the agent and the ranks that it starts are forked from it."""
     if not FORKS:
         return
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -217,9 +203,7 @@ def fork_ranks() -> None:
 
 
 def fork_in_place() -> None:
-    """`prepare` of a process that gives its place to another program, and that no signal is sent
-    to: the program is forked from it, and their ends are one.
-    """
+    """`prepare` of a process that gives its place to another program: that is forked from it."""
     if FORKS:
         os.execv = _fork_and_wait  # type: ignore[assignment]
 
@@ -238,9 +222,7 @@ def _fork_and_wait(path: str, words: Sequence[str]) -> NoReturn:
 def become(
     module: str, words: list[str], env: dict[str, str] | None, streams: list[int]
 ) -> NoReturn:
-    """What exec leaves to a process that was forked: its streams, its environment, and no handler
-    of a signal.
-    """
+    """What exec leaves to a process that was forked: streams, environment, no signal handlers."""
     code: Any = 1
     try:
         for number in signal.valid_signals():

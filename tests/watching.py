@@ -69,12 +69,9 @@ def write_run(
 
 def add_steps(folder: Path, first: int, last: int, *, spike: int = 0) -> None:
     gpu = {
-        "gpu_utilization": 97.0,
-        "gpu_power_watts": 310.0,
-        "mfu": 0.4,
-        "mfu_peak_tflops": 989.0,
+        "gpu_utilization": 97.0, "gpu_power_watts": 310.0, "mfu": 0.4, "mfu_peak_tflops": 989.0,
         "idle_share": 0.01,
-    }
+    }  # fmt: skip
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(first, last + 1):
             loss = 9.0 if step == spike else 1.0 + math.exp(-step / 100)
@@ -87,12 +84,9 @@ def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.P
     """`tunesmith watch WORDS` and its address; ctrl-C ends it."""
     command = [sys.executable, "-m", "tunesmith", "watch", *map(str, words)]
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, **env},
-    )
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         said, found = "", None

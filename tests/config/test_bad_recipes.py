@@ -29,9 +29,7 @@ def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base of all rows is a good recipe, so that each row is refused for its own fault; names
-    are unique.
-    """
+    """The base of all rows is a good recipe, so each row is refused for its own fault."""
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(BASE)
     assert load_recipe("r.yaml").model.name == "org/model"

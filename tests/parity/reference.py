@@ -1,6 +1,4 @@
-"""The other side of a parity test: a plain Transformers + PEFT + torch.optim loop, padded rows,
-whole logits.
-"""
+"""The other side of a parity test: a plain Transformers + PEFT + torch.optim loop."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) ->
 def load(
     folder: Path, adapter: Path | None, dtype: torch.dtype, attention: str = "sdpa"
 ) -> torch.nn.Module:
-    """A plain Transformers model, under PEFT if an adapter's folder is given; dropout off, ready to
-    train.
-    """
+    """A plain Transformers model to train, under PEFT if an adapter's folder is given."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,4 @@
-"""The other optimizers through the real `train`: 8-bit moments beside AdamW, and updates inside the
-backward.
-"""
+"""8-bit moments beside AdamW, and updates inside the backward, through the real `train`."""
 
 from __future__ import annotations
 

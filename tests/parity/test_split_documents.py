@@ -1,9 +1,4 @@
-"""Split documents: the loss is that of plain Transformers on the same parts, however they are laid
-out and wherever their tokens lie.
-
-fp32; the references are a forward pass of Transformers for each part, written here from the text,
-and for documents that fit the one forward pass of the whole document.
-"""
+"""Split documents: the loss is that of a forward pass of plain Transformers for each part."""
 
 from __future__ import annotations
 

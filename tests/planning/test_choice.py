@@ -1,6 +1,4 @@
-"""`plan` and `train` choose the mesh and the micro batch by one function: on paper, and where the
-ranks are.
-"""
+"""`plan` and `train` choose the mesh and the micro batch by one function."""
 
 from __future__ import annotations
 

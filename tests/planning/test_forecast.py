@@ -1,6 +1,4 @@
-"""The forecast of a run for machines that are not here: memory by hand for every layout, time, and
-what hides behind what.
-"""
+"""The forecast of a run for machines that are not here: memory by hand, and time."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def forecast(shape: str, on: str, mesh: tuple[int, int, int], changes: dict) -> 
 
 
 def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> None:
-    """70B over 2 shards x 8: a weight is 4 bytes, its gradient 4, its moments 8; layers are
-    gathered in bf16.
-    """
+    """70B over 2 shards x 8: a weight and its gradient are 4 bytes each, its moments 8."""
     memory = forecast("llama3-70b", "2x8xh100", (1, 2, 8), FULL).plan.memory
     cut = (P - NORMS) // 8 + NORMS
     # Norms are on every rank; the shares of weights and of trained parameters are rounded up.
