@@ -94,20 +94,6 @@ def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
     assert run.data.train[0].source == str(Path.cwd() / "mine" / "rows.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "name", "key"),
-    [
-        ({"train.learning_rate": "2e-4"}, '"2e-4"', "train.learning_rate"),
-        ({"train": {"seed": {1}}}, "set", "train.seed"),
-        ({"adapter.kind": "none", "adapter.rank": 3}, "adapter.rank", "adapter.rank"),
-    ],
-)
-def test_a_wrong_override_of_a_mapping_is_named(recipe: Path, overrides, name, key) -> None:
-    with refuses(RecipeError, where=f"overrides: {key}") as caught:
-        load_recipe(recipe, overrides)
-    assert name in f"{caught.value.what}{caught.value.why}"
-
-
 def test_paths(recipe: Path) -> None:
     """Those of a recipe start beside it, those of the command line at the working directory."""
     here, there = Path.cwd(), recipe.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from tunesmith.config.names import keys
 from tunesmith.config.shipped import MODELINE, purpose, shipped
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError
-from tunesmith.model.shapes import config_of_model
-from tunesmith.training.make_recipe import PREFERENCE_RATE, default_learning_rate
 from tunesmith.units import Length, Size
 
 from .bad_recipes import _KEYS, _TYPES
@@ -36,28 +33,6 @@ def test_all_load() -> None:
         assert run.output_dir == str(Path.cwd() / "runs" / name)
         assert len(purpose(path)) > 20
         assert run.data.validation, f"{name} has no held-out rows"
-
-
-@pytest.mark.slow
-def test_learning_rates_are_those_of_choosing_or_the_recipe_says_why_not() -> None:
-    for name, path in shipped().items():
-        run = load_recipe(name)
-        config = config_of_model(run.model.name)
-        assert config is not None, name
-        text = config.get("text_config", config)
-        assert isinstance(text, dict)
-        rate = default_learning_rate(run.adapter.kind, text["model_type"], text["hidden_size"])
-        if run.method.name != "sft":
-            rate = float(f"{rate * PREFERENCE_RATE:.1e}")
-        text = path.read_text(encoding="utf-8")
-        stated = re.findall(r"docs/choosing.md: (\S+)$", text, re.MULTILINE)
-        if run.train.learning_rate == rate:
-            assert stated == [], name
-        else:
-            assert [float(number) for number in stated] == [rate], name
-        if run.adapter.kind == "lora":
-            assert 8 <= run.adapter.rank <= 16, name
-            assert run.adapter.alpha == 2 * run.adapter.rank, name
 
 
 def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

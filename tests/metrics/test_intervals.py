@@ -10,7 +10,6 @@ import pytest
 from intervals import shares
 
 from errors import holds
-from tunesmith.metrics import intervals as module
 from tunesmith.metrics.intervals import (
     PairedIntervals,
     difference_sentence,
@@ -48,15 +47,6 @@ def test_the_tail_is_students_for_few_rows_and_two_and_a_half_percent_for_many()
         expected = 0.5 * math.erfc(t * math.sqrt(count / (count - 1)) / math.sqrt(2))
         assert expanded_tail(count) == pytest.approx(expected, rel=0.01)
     assert expanded_tail(100_000) == pytest.approx(0.025, rel=1e-3)
-
-
-def test_an_end_is_never_nearer_than_students() -> None:
-    """Of 25 rows two differ: nearly all resamples have them above 0, and their percentiles with them."""
-    tuned = [0.5] * 23 + [0.9, 0.8]
-    difference = paired_intervals([0.5] * 25, tuned).difference
-    deviation = float(np.std(np.array(tuned), ddof=1))
-    assert difference.low == pytest.approx(difference.mean - 2.0639 * deviation / 5, abs=1e-4)
-    assert difference.low < 0 < difference.mean < difference.high
 
 
 def test_an_example_of_fagerland_lydersen_and_laake() -> None:
@@ -101,14 +91,6 @@ def test_equal_scores_have_the_exact_interval_of_a_share(count: int, low: float)
     """Clopper-Pearson's for all of n right, by its printed table."""
     assert mean_interval([1.0] * count) == pytest.approx((1, low, 1), abs=1e-4)
     assert mean_interval([0.0] * count) == pytest.approx((0, 0, 1 - low), abs=1e-4)
-
-
-def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part has whole resamples: the draws are the same ones, however many fit."""
-    base, tuned = shares(np.random.default_rng(2), 300)
-    whole = paired_intervals(base, tuned, resamples=250)
-    monkeypatch.setattr(module, "DRAWS_AT_ONCE", 2000)
-    assert paired_intervals(base, tuned, resamples=250) == whole
 
 
 def pairs(won: int, lost: int, same: int) -> PairedIntervals:

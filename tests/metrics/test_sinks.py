@@ -21,7 +21,6 @@ from records import RUN, record
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
-from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.sink import (
@@ -182,24 +181,6 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_time(tmp_path, monkeypatch):
     for part in ("step 2/4", "loss 1.0000", "400 tok/s", "left 0 s"):
         assert part in stream.getvalue()
     assert "\x1b[" not in log
-
-
-@pytest.mark.parametrize(
-    ("variables", "stream", "bar"),
-    [
-        ({}, TtyStream(), True),
-        ({}, io.StringIO(), False),
-        ({"TERM": "dumb"}, TtyStream(), False),
-        ({"FORCE_COLOR": "1"}, io.StringIO(), True),
-        ({"TTY_COMPATIBLE": "0"}, TtyStream(), False),
-    ],
-)
-def test_variables_mean_what_they_mean_to_rich(variables, stream, bar, monkeypatch):
-    for other in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(other, raising=False)
-    for name, value in ({"TERM": "xterm"} | variables).items():
-        monkeypatch.setenv(name, value)
-    assert is_terminal(stream) == bar
 
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, monkeypatch) -> None:

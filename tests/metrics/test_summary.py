@@ -69,27 +69,6 @@ def test_the_next_commands_are_whole_and_quoted(folder: Path) -> None:
     ]
 
 
-def test_two_answers_before_and_after_in_lines_of_a_terminal(folder: Path) -> None:
-    """Of prompts that were answered at first and with the best weights, the first two, without their template."""
-    question, answer = "a long story " * 20 + "Why?", "I am\n\nnot sure. " * 20
-    first, second = f"system\nBe kind.\nuser\n{question}", "user\nWho?\nassistant\n"
-    samples = [(0, first, answer), (0, second, "Nobody."), (0, "When?", "Never."), (10, first, "Because."),
-               (10, "Where?", "Here."), (10, second, "Ada."), (10, "When?", "Now."), (20, second, "Later.")]  # fmt: skip
-    names = ("step", "prompt", "answer")
-    rows = [json.dumps(dict(zip(names, sample, strict=True))) + "\n" for sample in samples]
-    (folder / "samples.jsonl").write_text("".join(rows))
-    text = closing(folder)
-    shown = text[text.index("prompt  ") :].split("\n\n")[0].splitlines()
-    assert shown == [
-        "prompt  …" + question[-68:],
-        "  before  " + answer.replace("\n\n", " ")[:68] + "…",
-        "  after   Because.",
-        "prompt  Who?",
-        "  before  Nobody.",
-        "  after   Ada.",
-    ]
-
-
 def test_a_finished_run_names_the_two_ways_on(folder: Path) -> None:
     (folder / "config.yaml").write_text(dump(RUN))
     text = closing(folder, finished_before=True)

@@ -72,19 +72,6 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path, tensorbo
     assert (tmp_path / "tensorboard-id.txt").read_text() == "id\n"
 
 
-@pytest.mark.parametrize(("in_recipe", "project"), [("chats", "chats"), (None, "other")])
-def test_the_project_is_that_of_the_recipe_else_of_the_environment(
-    in_recipe, project, tmp_path, tensorboard, monkeypatch
-):
-    monkeypatch.setitem(TRACKERS, tensorboard, TRACKERS[tensorboard]._replace(project="A_PROJECT"))
-    monkeypatch.setenv("A_PROJECT", "other")
-    sink = TrackerSink(tensorboard, tmp_path, print)
-    sink.open(replace(RUN, log=replace(RUN.log, project=in_recipe)), 0)
-    sink.close()
-    # accelerate's TensorBoard tracker writes to a folder of this name.
-    assert [folder.name for folder in (tmp_path / "events").iterdir()] == [project]
-
-
 def test_a_step_that_is_repeated_is_reported_once_and_again_if_it_comes_out_otherwise(
     tmp_path, tensorboard
 ):

@@ -132,28 +132,6 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
         planned_in_training(monkeypatch, planner, tokens)
 
 
-@pytest.mark.parametrize(
-    ("recompute", "quantize", "fixes"),
-    [
-        (79, "none", ["train.recompute=full", "model.quantize=nf4"]),
-        ("full", "nf4", []),
-    ],
-)
-def test_a_host_that_cannot_hold_streamed_layers_names_what_is_not_in_force_yet(
-    recompute: object, quantize: str, fixes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = {
-        "train": {"cpu_offload": ["parameters"], "recompute": recompute},
-        "model": {"name": "m", "quantize": quantize},
-    }
-    planner, tokens = make("llama3-70b", MANY | keys, read_cluster("rtx-4090"))
-    monkeypatch.setattr(plan_stage, "available_memory", lambda: 1 << 30)
-    with refuses(MachineError, where="train.cpu_offload", fix=fixes or ["GPUs"]) as refused:
-        planned_in_training(monkeypatch, planner, tokens)
-    named = ("train.recompute=full", "model.quantize=nf4")
-    assert [key for key in named if key in refused.value.fix] == fixes
-
-
 def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3MoeConfig
 
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.parallel.mesh_shape import ONE, MeshShape
+from tunesmith.parallel.mesh_shape import ONE
 from tunesmith.planning.forecast import Forecast, plan_on_paper
 from tunesmith.planning.machines import read_cluster
 from tunesmith.planning.memory import MemoryEstimator
@@ -92,30 +90,3 @@ def test_codes_are_made_dense_in_both_passes() -> None:
     matrices = experts + mixture().linear_matrices
     saved = figures["none"][1] - figures["nf4"][1]
     assert saved == pytest.approx(matrices * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-6)
-
-
-def test_a_tensor_group_divides_attention_and_keeps_experts_whole() -> None:
-    """Two layers as those of Qwen3-30B-A3B."""
-    layers, experts, hidden, width = 2, 128, 2048, 768
-    config = Qwen3MoeConfig(
-        vocab_size=32_000, hidden_size=hidden, moe_intermediate_size=width, head_dim=128,
-        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
-        num_experts=experts, num_experts_per_tok=8,
-    )  # fmt: skip
-    run, spec = recipe(), model_spec(config.to_dict(), where="test")
-    cluster = read_cluster("2xh100")
-    cluster = replace(cluster, chip=replace(cluster.chip, gib=100.0))
-    plans = plan_on_paper(run, spec, cluster, measure_work(run, spec, None))
-    copies, cut = plans.forecast(MeshShape(2)), plans.forecast(MeshShape(1, 1, 2))
-    attention, router = 2 * hidden * (32 + 4) * 128, experts * hidden
-    halves = (layers * (attention + router) + 2 * 32_000 * hidden) // 2
-    assert copies.plan.memory.weights - cut.plan.memory.weights == 2 * halves
-    assert copies.plan.memory.optimizer == cut.plan.memory.optimizer
-    # Half of the hidden states and sums of attention alone, in bf16, of the embedding and the head,
-    # and of the gradients of the experts' adapter, A and B of rank 8, in fp32.
-    sums = 2 * layers + cut.plan.recomputed_layers + 2
-    rows = 2 * sums * plans.work.step.mean / 2 * hidden * 2
-    factors = experts * 8 * ((hidden + 2 * width) + (width + hidden))
-    link = 360e9
-    assert cut.seconds["tensor parallel"] == pytest.approx(rows / link)
-    assert cut.seconds["gradients"] == pytest.approx(4 * 2 * layers * factors / 2 / link)
