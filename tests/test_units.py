@@ -52,13 +52,10 @@ def test_a_length_reads_back_what_it_prints(amount: float, unit: str) -> None:
 @pytest.mark.parametrize(
     ("every", "total", "due"),
     [
-        (Length(3, "steps"), 10, [3, 6, 9]),
-        (Length(0.5, "epochs"), 10, [2, 4, 6, 8, 10]),
-        (Length(50, "%"), 10, [5, 10]),
-        (Length(1, "%"), 10, list(range(1, 11))),
-        (None, 10, []),
+        (Length(3, "steps"), 10, [3, 6, 9]), (Length(0.5, "epochs"), 10, [2, 4, 6, 8, 10]),
+        (Length(50, "%"), 10, [5, 10]), (Length(1, "%"), 10, list(range(1, 11))), (None, 10, []),
     ],
-)
+)  # fmt: skip
 def test_cadence_in_steps(every: Length | None, total: int | None, due: list[int]) -> None:
     cadence = Cadence(every, total=total, steps_per_epoch=4, seconds=0.0)
     assert [step for step in range(1, 11) if cadence.due(step, 0.0)] == due

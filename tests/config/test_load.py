@@ -1,7 +1,8 @@
-"""Layers, overrides and paths: what wins, what can be cleared, where a relative path starts."""
+"""Layers, overrides and paths of a recipe, and recipes that are refused."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tunesmith.config.layers import override_layer, override_words
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run, Source
-from tunesmith.errors import RecipeError
+from tunesmith.config.tree import MAX_NODES
+from tunesmith.errors import RecipeError, UsageError
 from tunesmith.units import Length
 
-from .bad_recipes import BASE
+from .bad_recipes import BAD_RECIPES, BASE, Bad
 
 
 @pytest.fixture
@@ -257,9 +259,7 @@ def test_no_value_is_not_the_default(parent: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "expected"), [("dpo", "preference"), ("kto", "feedback")])
-def test_other_rows_have_the_format_that_the_method_learns_from(
-    method: str, expected: str, parent: Path
-) -> None:
+def test_other_rows_have_the_format_that_the_method_learns_from(method, expected, parent) -> None:
     rows = f"{{source: org/rows, format: {expected}}}"
     child = f"method: {method}\nmodel: {{name: org/model}}\noutput_dir: runs/x\n"
     parent.write_text(f"{child}data: {{train: {rows}, validation: {rows}}}\n")
@@ -282,3 +282,53 @@ def test_other_rows_have_the_format_that_the_method_learns_from(
 )
 def test_overrides_as_words_say_the_same(overrides: Any) -> None:
     assert override_layer(override_words(overrides)).plain() == override_layer(overrides).plain()
+
+
+@pytest.mark.parametrize("bad", BAD_RECIPES, ids=[bad.name for bad in BAD_RECIPES])
+def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_recipe("r.yaml", bad.overrides)
+    error = caught.value
+    assert bad.what in error.what
+    assert error.where == bad.where
+    assert bad.fix in error.fix
+    assert error.exit_code == 2
+
+
+def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of all rows is a good recipe, so each row is refused for its own fault."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(BASE)
+    assert load_recipe("r.yaml").model.name == "org/model"
+    assert len({bad.name for bad in BAD_RECIPES}) == len(BAD_RECIPES) >= 60
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    latin, huge, run, pipe = (tmp_path / name for name in ("l.yaml", "h.yaml", "run", "p.yaml"))
+    latin.write_bytes(b"model:\n  name: caf\xe9\n")
+    huge.write_bytes(b"#" * (256 << 10) + b"\n")
+    run.mkdir()
+    os.mkfifo(pipe)
+    for path, place, fix in (
+        (latin, f"{latin}:2", "iconv"),
+        (huge, huge, "page of YAML"),
+        (run, run, "name a recipe file"),
+        (pipe, pipe, "tunesmith recipes"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load_recipe(path)
+        assert (caught.value.where, fix in caught.value.fix) == (str(place), True)
+
+
+def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
+    """The billion laughs: nine lines that stand for 10^9 values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert holds(caught.value.what, MAX_NODES)
+    assert caught.value.where == f"{path}:4"

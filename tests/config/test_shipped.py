@@ -98,9 +98,7 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
         assert not schema.is_valid({**child, **wrong})
 
 
-def test_it_refuses_the_table_of_bad_recipes(
-    schema: Draft7Validator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_refuses_the_table_of_bad_recipes(schema, tmp_path, monkeypatch) -> None:
     """All wrong keys and types but the few of UNSAID."""
     monkeypatch.chdir(tmp_path)
     held: dict[str, Any] = {}

@@ -102,14 +102,11 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
 @pytest.mark.parametrize(
     ("won", "lost", "same", "verdict", "said"),
     [
-        (30, 5, 65, "better", ["100 rows", "+25.0"]),
-        (5, 30, 65, "worse", ["100 rows", "-25.0"]),
-        (10, 9, 81, "no", ["100 rows", "+1.0"]),
-        (5, 0, 0, "no", ["5 rows"]),
-        (6, 0, 0, "better", ["6 rows"]),
-        (15, 6, 79, "no", ["+0.0", "+18.4", "5.2%"]),
+        (30, 5, 65, "better", ["100 rows", "+25.0"]), (5, 30, 65, "worse", ["100 rows", "-25.0"]),
+        (10, 9, 81, "no", ["100 rows", "+1.0"]), (5, 0, 0, "no", ["5 rows"]),
+        (6, 0, 0, "better", ["6 rows"]), (15, 6, 79, "no", ["+0.0", "+18.4", "5.2%"]),
     ],
-)
+)  # fmt: skip
 def test_one_sentence_says_better_worse_or_not_told_apart(won, lost, same, verdict, said):
     found = pairs(won, lost, same)
     sentence = difference_sentence("exact", found, won + lost + same)

@@ -54,13 +54,8 @@ def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None
 
 @pytest.mark.parametrize(
     ("line", "named"),
-    [
-        ("{", "EOF"),
-        ('{"step": 1}', "loss"),
-        ({"step": 1.5}, "step"),
-        ({"loss": "high"}, "loss"),
-    ],
-)
+    [("{", "EOF"), ('{"step": 1}', "loss"), ({"step": 1.5}, "step"), ({"loss": "high"}, "loss")],
+)  # fmt: skip
 def test_what_is_no_record_is_refused(line: str | dict[str, Any], named: str) -> None:
     if isinstance(line, dict):
         line = json.dumps(json.loads(record().to_json()) | line)

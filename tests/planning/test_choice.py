@@ -115,9 +115,7 @@ def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert "checkpoint" in kept.why["micro batch"]
 
 
-def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch) -> None:
     """8 ranks of a node offload a 16th each of 16 bytes a parameter."""
     train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
     planner, tokens = make(
@@ -132,9 +130,7 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
         planned_in_training(monkeypatch, planner, tokens)
 
 
-def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(monkeypatch) -> None:
     planner, tokens = make("llama3-70b", FULL | MANY, read_cluster("2x8xh100"))
     assert not planner.best().fits
     with refuses(MachineError, names=["GiB", "weights", "recompute"]) as refused:

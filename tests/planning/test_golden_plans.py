@@ -18,11 +18,8 @@ from warm import read_hub_settings, run_warm
 RECIPES = Path(__file__).parents[2] / "recipes"
 # `# Forecast at ...: a DGX Spark 91 GiB, 1,400 tokens/s; two 91 GiB, 2,800; an H100 67 GiB, 13,000`
 FORECASTS = {
-    "dgx-spark": "a DGX Spark",
-    "2x-dgx-spark": "two",
-    "h100": "an H100",
-    "rtx-4090": "an RTX 4090",
-}
+    "dgx-spark": "a DGX Spark", "2x-dgx-spark": "two", "h100": "an H100", "rtx-4090": "an RTX 4090",
+}  # fmt: skip
 
 
 def test_the_forecasts_in_the_comments_of_recipes_are_those_of_their_plans() -> None:
@@ -57,12 +54,9 @@ def leave_network() -> None:
 def test_plans_of_shipped_recipes_change_only_in_a_diff(tmp_path: Path) -> None:
     # A minute on a quiet core; the models that are in no table are measured.
     done = run_warm(
-        ["plans"],
-        timeout=600,
-        program=golden.__file__,
-        prepare=leave_network,
+        ["plans"], timeout=600, program=golden.__file__, prepare=leave_network,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "no cache")},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     plans = json.loads(done.stdout)
     recipes = {name.partition(" on ")[0] for name in plans}
