@@ -77,19 +77,12 @@ def check_error(
 
 
 @contextmanager
-def refuses(
-    kind: type[BaseException],
-    *,
-    where: str | None = None,
-    names: Sequence[object] = (),
-    fix: Sequence[object] = (),
-    cause: str | None = None,
-) -> Iterator[Any]:
+def refuses(kind: type[BaseException], **fields: Any) -> Iterator[Any]:
     """`pytest.raises` for this very class of error, with the fields of `check_error`."""
     with pytest.raises(kind) as raised:
         yield raised
     assert type(raised.value) is kind, repr(raised.value)
-    check_error(raised.value, where=where, names=names, fix=fix, cause=cause)
+    check_error(raised.value, **fields)
 
 
 def error_in(output: str) -> TunesmithError:
@@ -103,11 +96,9 @@ def error_in(output: str) -> TunesmithError:
         if not line.startswith("  ") or not colon or name not in FIELDS:
             break
         rows[name] = value
-    error = TunesmithError(
-        lines[starts[-1]].removeprefix("error: "), where=rows["where"], why=rows["why"]
-    )
-    error.fix = rows["fix"]
-    error.cause = rows["cause"].partition(":")[0]
+    rows["cause"] = rows["cause"].partition(":")[0]
+    error = TunesmithError(lines[starts[-1]].removeprefix("error: "))
+    vars(error).update(rows)
     return error
 
 

@@ -17,6 +17,8 @@ from multiprocessing.forkserver import ensure_running as start_server
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tunesmith.model.architectures import ARCHITECTURES
 
 FORKS = os.environ.get("TUNESMITH_TESTS_FORK") != "0"
@@ -59,27 +61,17 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def forkserver(*, spawns: bool = False) -> Any:
-    """The context of processes that are forked with torch and Transformers loaded.
-
-    With TUNESMITH_TESTS_FORK=0, or `spawns`, each starts as an interpreter of its own: slower by
-    the seconds of these imports, and as a user's process does.
+    """The context of processes that are forked with torch and Transformers loaded, or start as
+    interpreters of their own.
     """
     if spawns or not FORKS:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # The server of Python 3.11 searches PYTHONPATH alone for what it loads
-    search = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [search])]
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         start_server()
-    finally:
-        if search is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = search
     return context
 
 
@@ -88,31 +80,24 @@ def run_ranks(
 ) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks, in their order.
 
-    `function` is a module's own, so that a rank can import it. `spawns` is for ranks that use a
-    GPU: torch refuses CUDA in a process that is forked from one that has counted the GPUs, as the
-    import of `devices` does. AssertionError with the traceback of the first rank that failed, or
-    where the ranks take longer than LIMIT.
+    A rank imports `function` from its module. `spawns` is for ranks that use a GPU: torch refuses
+    CUDA in a process that is forked from one that has counted the GPUs, as `devices` does.
     """
     context = forkserver(spawns=spawns)
     port, results = free_port(), context.SimpleQueue()
-    ranks = [
-        context.Process(
-            target=_rank, args=(environment_of(r, world, port), r, results, function, arguments)
-        )
-        for r in range(world)
-    ]
-    for process in ranks:
-        process.start()
+    ranks = []
+    for rank in range(world):
+        env = environment_of(rank, world, port)
+        ranks.append(context.Process(target=_rank, args=(env, rank, results, function, arguments)))
+        ranks[-1].start()
     found: dict[int, Any] = {}
     deadline = time.monotonic() + LIMIT
     try:
         while len(found) < world:
             alive = any(process.is_alive() for process in ranks)
             if results.empty():
-                assert alive, (
-                    f"ranks {sorted(set(range(world)) - set(found))} ended without a result"
-                    f"{_killed(ranks)}"
-                )
+                missing = sorted(set(range(world)) - set(found))
+                assert alive, f"ranks {missing} ended without a result{_killed(ranks)}"
                 assert time.monotonic() < deadline, f"the ranks took longer than {LIMIT} s"
                 time.sleep(0.02)
                 continue

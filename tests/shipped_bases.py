@@ -14,6 +14,7 @@ from tunesmith.formats.e2m1 import E2M1_VALUES
 from tunesmith.formats.form import ROW
 
 Tensors = dict[str, torch.Tensor]
+UNROUNDED = ("embed", "lm_head", "vision", "projector")
 
 
 def rounded(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, ...]:
@@ -67,8 +68,7 @@ def write_fp8(
     tensors: Tensors = {}
     kept = []
     for name, weight in load_file(plain / "model.safetensors").items():
-        skipped = any(word in name for word in ("embed", "lm_head", "vision", "projector", *keep))
-        if weight.ndim != 2 or skipped:
+        if weight.ndim != 2 or any(word in name for word in (*UNROUNDED, *keep)):
             tensors[name] = weight
             kept.append(name.removesuffix(".weight"))
             continue
@@ -159,16 +159,12 @@ def compressed_fp8_config(
     }  # fmt: skip
     if block is None:
         group["input_activations"] = one_scale
-    return compressed_config(
-        *ignore,
-        **{
-            "format": "float-quantized",
-            "config_groups": {"group_0": group},
-            "sparsity_config": {"format": "dense", "global_sparsity": 0.1},
-            "kv_cache_scheme": one_scale if block is None else None,
-            **more,
-        },
-    )
+    stated = {
+        "format": "float-quantized", "config_groups": {"group_0": group},
+        "sparsity_config": {"format": "dense", "global_sparsity": 0.1},
+        "kv_cache_scheme": one_scale if block is None else None,
+    }  # fmt: skip
+    return compressed_config(*ignore, **(stated | more))
 
 
 def modelopt_fp8_config(*ignore: str, **more: Any) -> dict[str, Any]:
@@ -198,12 +194,11 @@ def write_nvfp4(
     tensors: Tensors = {}
     kept = []
     for name, weight in load_file(plain / "model.safetensors").items():
-        skipped = any(word in name for word in ("embed", "lm_head", "vision", "projector"))
         is_kept = any(word in name for word in keep)
-        if weight.ndim != 2 or skipped or is_kept:
+        if is_kept:
+            kept.append(name.removesuffix(".weight"))
+        if is_kept or weight.ndim != 2 or any(word in name for word in UNROUNDED):
             tensors[name] = weight
-            if is_kept:
-                kept.append(name.removesuffix(".weight"))
             continue
         codes, scales, scale = encode_nvfp4(weight)
         stem = name.removesuffix(".weight")

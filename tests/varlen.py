@@ -65,23 +65,13 @@ varlen.register_autograd(_back, setup_context=_keep)
 def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention takes the way of CUDA."""
 
-    def varlen_attn(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        edges: Tensor,
-        _: Tensor,
-        longest: int,
-        __: int,
-        **others: Any,
-    ):
+    def varlen_attn(q, k, v, edges, _, longest, __, **others: Any) -> Tensor:
         left, right = others["window_size"]
         assert right == 0
         return varlen(q, k, v, edges, longest, others["scale"], None if left < 0 else left + 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(
-        attention, "select_attention_backend", lambda *_, **__: ("varlen", "for this test")
-    )
+    chosen = ("varlen", "for this test")
+    monkeypatch.setattr(attention, "select_attention_backend", lambda *_, **__: chosen)
     # Which is what choosing it on a GPU has tried.
     monkeypatch.setattr(attention, "fits_varlen", lambda *_: True)

@@ -6,18 +6,10 @@ from pathlib import Path
 from typing import Any
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 272,  # of the tests' tokenizer
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
@@ -31,44 +23,25 @@ QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_head
                "out_hidden_size": 64, "num_position_embeddings": 16}  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
-# model_type -> settings of the text part, of the vision part, and of the whole
+# model_type -> settings of the text part, of the vision part, and of the whole. The outer config of
+# mistral3 ties by default, the inner one does not.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": (DELTA, QWEN_VISION, {"tie_word_embeddings": False}),
-    "qwen3_5_moe": (
-        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 24},
-        QWEN_VISION,
-        {"tie_word_embeddings": False},
-    ),
+    "qwen3_5_moe": ({**DELTA, **EXPERTS, "shared_expert_intermediate_size": 24}, QWEN_VISION, {"tie_word_embeddings": False}),
     "gemma3": ({**WINDOWS, "query_pre_attn_scalar": 16}, VISION, {"mm_tokens_per_image": 1}),
     "gemma4": (
-        {
-            **WINDOWS,
-            "num_kv_shared_layers": 0,
-            "global_head_dim": 32,
-            "vocab_size_per_layer_input": 272,
-            "hidden_size_per_layer_input": 8,
-        },
-        {**VISION, "num_key_value_heads": 2, "head_dim": 16},
-        {"audio_config": None},
+        {**WINDOWS, "num_kv_shared_layers": 0, "global_head_dim": 32, "vocab_size_per_layer_input": 272,
+         "hidden_size_per_layer_input": 8},
+        {**VISION, "num_key_value_heads": 2, "head_dim": 16}, {"audio_config": None},
     ),
-    # The outer config ties by default, the inner one does not.
-    "mistral3": (
-        {"model_type": "ministral3"},
-        {**VISION, "model_type": "pixtral", "head_dim": 16},
-        {},
-    ),
+    "mistral3": ({"model_type": "ministral3"}, {**VISION, "model_type": "pixtral", "head_dim": 16}, {}),
     "llama4": (
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "intermediate_size_mlp": 48,
-            "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 8,
-        },
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48,
+         "interleave_moe_layer_step": 2, "attention_chunk_size": 8},
         {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
         {"tie_word_embeddings": False},
     ),
-}
+}  # fmt: skip
 
 
 def build(

@@ -29,38 +29,27 @@ def write_run(
 ) -> Path:
     """A run that took `steps` of `of` steps, on a GPU; step `spike` has a loss of 9."""
     folder.mkdir(parents=True)
-    recipe = {
-        "train": {"duration": f"{of or steps} steps", "learning_rate": rate},
-        "model": {"name": "org/base"},
-    }
-    (folder / "config.yaml").write_text(json.dumps(recipe))
+    train = {"duration": f"{of or steps} steps", "learning_rate": rate}
+    (folder / "config.yaml").write_text(json.dumps({"train": train, "model": {"name": "org/base"}}))
     (folder / "env.json").write_text(json.dumps({"recipe_hash": "0", "python": "3.11"}))
     add_steps(folder, 1, steps, spike=spike)
     for rank in range(1, ranks):
-        rows = [
-            {
-                "step": step,
-                "memory_gib": 1.0 + rank + step % 2 / 100,
-                "gpu_power_watts": 300.0,
-                "loss": 9.0,
-            }
-            for step in range(1, steps + 1)
-        ]
-        (folder / f"metrics-rank{rank}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    answers = [
-        (0, "no idea"),
-        (steps // 2, "the order names a lamp"),
-        (steps, "the order names two lamps"),
-    ]
-    rows = [
-        {"step": step, "prompt": "What is ordered?", "answer": answer} for step, answer in answers
-    ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "log.txt").write_text(
-        "2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n"
-    )
+        with (folder / f"metrics-rank{rank}.jsonl").open("w") as file:
+            for step in range(1, steps + 1):
+                gib = 1.0 + rank + step % 2 / 100
+                row = {"step": step, "memory_gib": gib, "gpu_power_watts": 300.0, "loss": 9.0}
+                file.write(json.dumps(row) + "\n")
+    answers = {
+        0: "no idea",
+        steps // 2: "the order names a lamp",
+        steps: "the order names two lamps",
+    }
+    with (folder / "samples.jsonl").open("w") as file:
+        for step, answer in answers.items():
+            row = {"step": step, "prompt": "What is ordered?", "answer": answer}
+            file.write(json.dumps(row) + "\n")
+    lines = "2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n"
+    (folder / "log.txt").write_text(lines)
     if steps == (of or steps):
         (folder / "final").mkdir()
         (folder / "final/manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
@@ -120,10 +109,7 @@ def ask(
     connection.endheaders()
     answer = connection.getresponse()
     try:
-        return (
-            answer.status,
-            answer.read(),
-            {name.lower(): value for name, value in answer.getheaders()},
-        )
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, answer.read(), found
     finally:
         connection.close()
