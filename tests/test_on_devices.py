@@ -138,13 +138,8 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
         x, dy = (torch.randn(rows, n).to(device, torch.bfloat16) for n in (inputs, outputs))
         weight = Fp8(kind).round(w)
         # Two factors of 4 bits, each off by 3 % at most, and the errors of a sum cancel in part.
-        assert (
-            error(
-                weight.format.forward_matmul(weight, x, weight.format.quantize_input(x), None),
-                x.float() @ w.float().T,
-            )
-            < 0.06
-        )
+        y = weight.format.forward_matmul(weight, x, weight.format.quantize_input(x), None)
+        assert error(y, x.float() @ w.float().T) < 0.06
         quantized = weight.format.quantize_gradients([weight], [dy])
         dx = weight.format.backward_matmul([weight], [dy], quantized, None)
         assert error(dx, dy.float() @ w.float()) < 0.06
@@ -182,27 +177,22 @@ def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     model, _ = build_model(run, files, inference_plan(run, files, device), weights="random")
     model.train()
     example = Example(np.arange(1024, dtype=np.int32) % 250, np.arange(1024) > 1000)
-    batch = collate([[example] * (tokens // 1024)], length=tokens, pad_id=0, max_document=1024).to(
-        device
-    )
+    batch = collate([[example] * (tokens // 1024)], length=tokens, pad_id=0, max_document=1024)
+    batch = batch.to(device)
     kept, recomputed = (fits(model, batch, count) for count in (0, layers))
     assert 0 < recomputed < kept
     limit = (kept + recomputed) // 2
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(
-        limit / torch.cuda.get_device_properties(device).total_memory
-    )
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         assert not fits(model, batch, 0), "the limit must be reached"
         estimate = MemoryEstimate(tokens, weights=limit, recomputed_layer=tokens * 1024 * 2)
-        plan, meter = (
-            RunPlan(str(device), "varlen", "bf16", layers, memory=estimate),
-            MemoryMeter(device),
-        )
+        plan = RunPlan(str(device), "varlen", "bf16", layers, memory=estimate)
         failed = torch.cuda.memory_stats()["num_ooms"]
-        count = calibrate_recompute(
-            model, plan, batch, meter, budget=int(0.9 * limit)
-        ).recomputed_layers
+        budget, meter = int(0.9 * limit), MemoryMeter(device)
+        plan = calibrate_recompute(model, plan, batch, meter, budget=budget)
+        count = plan.recomputed_layers
         assert torch.cuda.memory_stats()["num_ooms"] == failed
         assert 0 < count <= layers
         assert fits(model, batch, count)

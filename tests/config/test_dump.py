@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import refuses
 from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
@@ -35,13 +33,6 @@ def test_every_scalar_round_trips(values: dict[str, object]) -> None:
     back = read_value(to_yaml(values), where="", base=Path()).plain()
     assert back == values
     assert [type(v) for v in back.values()] == [type(v) for v in values.values()]
-
-
-@pytest.mark.parametrize("key", ["<<", "null", "a: b"])
-def test_a_mapping_with_a_key_that_yaml_knows(key: str) -> None:
-    """A column may have any name."""
-    values = {key: "x", "columns": {"prompt": "a", key: "b"}}
-    assert read_value(to_yaml(values), where="", base=Path()).plain() == values
 
 
 @pytest.fixture
@@ -119,25 +110,6 @@ def test_every_key_has_its_line(tmp_path: Path) -> None:
     found = {key: place.removeprefix(f"{path}:") for key, place in read_file(path).places()}
     lines = "a 2 a.b 3 a.c 4 a.c.0 5 a.c.1 6 a.c.1.y 6 d 7 d.e 7 d.f 8 g 9 h 12".split()
     assert found == dict(zip(lines[::2], lines[1::2], strict=True))
-
-
-def test_anchors(tmp_path: Path) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text("a: &a {x: 1, y: 2}\nb: *a\nd: &d [1, 2]\ne: [*d, *d]\n")
-    tree = read_file(path)
-    both = {"x": 1, "y": 2}
-    assert tree.plain() == {"a": both, "b": both, "d": [1, 2], "e": [[1, 2], [1, 2]]}
-    assert dict(tree.places())["b"] == f"{path}:2"  # where it is used, not where it was marked
-
-
-def test_a_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
-    """JSON, which is YAML too, writes an emoji so; half of a pair is no character."""
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps({"a": "\N{GRINNING FACE}"}))
-    assert read_file(path).plain() == {"a": "\N{GRINNING FACE}"}
-    path.write_text('{"a": 1,\n "b": "\\ud83d"}')
-    with refuses(RecipeError, where="r.json:2"):
-        read_file(path)
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:

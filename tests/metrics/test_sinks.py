@@ -19,7 +19,7 @@ import pytest
 from errors import holds, refuses
 from records import RUN, record
 from tunesmith.checkpoint.resume import Start
-from tunesmith.config.schema import Log, Run, Train
+from tunesmith.config.schema import Log, Run
 from tunesmith.errors import MachineError
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord, read_records
@@ -129,18 +129,11 @@ def test_a_full_disk_ends_tensorboard_alone(tmp_path: Path, monkeypatch, caplog)
 
 
 def log_of(
-    folder: Path,
-    records: Iterable[StepRecord],
-    *,
-    run: Run = RUN,
-    total: int | None,
-    stream: io.StringIO | None = None,
-    **terminal: Any,
+    folder: Path, records: Iterable[StepRecord], *, total: int, run: Run = RUN, stream: Any = None
 ) -> str:
     """What log.txt has of these steps."""
-    log = LogFile(folder / "log.txt")
-    stream = stream or io.StringIO()
-    sink = Terminal(log, total_steps=total, steps_per_epoch=10, stream=stream, **terminal)
+    log, stream = LogFile(folder / "log.txt"), stream or io.StringIO()
+    sink = Terminal(log, total_steps=total, steps_per_epoch=10, stream=stream)
     sink.open(run, 0)
     for each in records:
         sink.step(each)
@@ -155,22 +148,6 @@ def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path, interval, want
     run = replace(RUN, log=Log(every=Length.parse(interval)))
     log = log_of(tmp_path, map(record, range(1, 11)), run=run, total=10)
     assert re.findall(r"step (\d+)/10 ", log) == [str(step) for step in wanted]
-
-
-@pytest.mark.parametrize(
-    ("total", "trained", "seconds", "left"),
-    [
-        # Without the first step, which compiles
-        (10, 0.0, [60.0, 2.0, 4.0], ["9:00 min", "16 s", "21 s"]),
-        # By the clock: two hours, of which earlier starts took some
-        (None, 3600.0, [1800.0], ["30:00 min"]),
-    ],
-)
-def test_the_time_that_is_left(total, trained, seconds, left, tmp_path):
-    run = RUN if total else replace(RUN, train=Train(duration=Length.parse("2 h")))
-    records = [record(step, step_seconds=took) for step, took in enumerate(seconds, 1)]
-    log = log_of(tmp_path, records, run=run, total=total, trained_seconds=trained)
-    assert re.findall(r"left (.*)", log) == left
 
 
 def test_a_terminal_gets_a_bar_with_loss_rate_and_time(tmp_path, monkeypatch):

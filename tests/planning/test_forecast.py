@@ -21,8 +21,8 @@ from tunesmith.model.spec import ModelSpec, adapter_parameters, flops, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Forecast, Planner, plan_on_paper
 from tunesmith.planning.machines import read_cluster
-from tunesmith.planning.memory import GATHERED_LAYERS, MemoryEstimator
-from tunesmith.planning.step_time import EIGHT_BIT_SPEED, Step
+from tunesmith.planning.memory import GATHERED_LAYERS
+from tunesmith.planning.step_time import EIGHT_BIT_SPEED
 from tunesmith.planning.workload import measure_work
 
 P, LAYERS, MATRICES, TABLE = 70_553_706_496, 80, 855_638_016, 128256 * 8192  # Llama 3.1 70B
@@ -308,22 +308,3 @@ def test_a_step_of_a_mixture_by_hand() -> None:
     once = 2 * (16 * active + mixture().linear_matrices) / 226e9
     assert kept.seconds["fixed cost of passes"] == pytest.approx(2 * once)
     assert again.seconds["fixed cost of passes"] == pytest.approx(3 * once)
-
-
-def test_codes_are_made_dense_in_both_passes() -> None:
-    """nf4: half a byte and a scale of 64 weights in fp32 are read, 16 bits written and read."""
-    figures = {}
-    for quantize in ("none", "nf4"):
-        run = recipe({"model": {"dtype": "bf16", "quantize": quantize}})
-        work = measure_work(run, mixture(), None)
-        planner = plan_on_paper(run, mixture(), read_cluster("dgx-spark"), work)
-        estimator = MemoryEstimator(run, mixture(), planner.machine, 0)
-        step = Step(estimator, planner.cluster, work, estimator.estimate(2048), one_shape=False)
-        figures[quantize] = step.pass_bytes, estimator.base_bytes(2)
-    experts = 32 * 64 * 3 * 4096 * 1024
-    linears = mixture().linear_matrices
-    assert figures["none"][0] == 2 * (experts + linears) * 2
-    assert figures["nf4"][0] == 2 * experts * (0.5 + 4 / 64 + 2 + 2) + linears * 9.03
-    matrices = experts + mixture().linear_matrices
-    saved = figures["none"][1] - figures["nf4"][1]
-    assert saved == pytest.approx(matrices * (2 - 0.5 - 1 / 64 - 4 / 64 / 256), rel=1e-6)
