@@ -14,7 +14,6 @@ from tunesmith.config.layers import override_layer, override_words
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run, Source
-from tunesmith.config.tree import MAX_NODES
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.units import Length
 
@@ -320,15 +319,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             load_recipe(path)
         assert (caught.value.where, fix in caught.value.fix) == (str(place), True)
-
-
-def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
-    """The billion laughs: nine lines that stand for 10^9 values."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    path = tmp_path / "laughs.yaml"
-    path.write_text("\n".join(lines))
-    with pytest.raises(UsageError) as caught:
-        load_recipe(path)
-    assert holds(caught.value.what, MAX_NODES)
-    assert caught.value.where == f"{path}:4"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from ranks import environment_of, free_port
 from recipes import recipe
 from records import RUN, record
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.schema import Log, TrackerName
 from tunesmith.errors import MachineError
 from tunesmith.metrics.sink import JsonlSink
-from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink, trackers_of
+from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink
 from tunesmith.training.run import train
 
 
@@ -51,15 +49,6 @@ def report(name: str, folder: Path, steps: range, resumed_at: int = 0, **changed
     for sink in reversed(sinks):
         sink.close()
     return warnings
-
-
-def test_each_tracker_of_the_recipe_is_one_of_accelerate() -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    assert set(get_args(TrackerName)) == set(TRACKERS)
-    assert set(TRACKERS) <= set(LOGGER_TYPE_TO_CLASS)
-    run = replace(RUN, log=Log(wandb=True, trackers=("mlflow", "wandb")))
-    assert trackers_of(run) == ["wandb", "mlflow"]
 
 
 def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path, tensorboard, monkeypatch):

@@ -214,24 +214,6 @@ def test_steps_with_layers_from_the_host_take_what_an_h200_took(case: str) -> No
     assert found.step_seconds == pytest.approx(min(measured["step_seconds"][1:]), rel=tolerance)
 
 
-def test_sums_over_each_link_take_the_time_of_their_rings() -> None:
-    """70B, LoRA, 32 examples of 2,048 tokens."""
-    train = {"global_batch": "32 examples", "micro_batch": "4096 tokens", "recompute": "full"}
-    keys = {"train": train}
-    spec = spec_of("llama3-70b")
-    # Over two Sparks A and B's gradients, there and back.
-    adapter = 4 * adapter_parameters(spec, recipe({}).adapter)
-    pair = forecast("llama3-70b", "2x-dgx-spark", (1, 2, 1), keys).seconds
-    assert pair["gradients"] == pytest.approx(2 * adapter / 2 / 20e9)
-    # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2
-    # bytes a channel; what is left for the network is the adapter's gradients.
-    both = forecast("llama3-70b", "2x8xh100", (2, 1, 8), keys).seconds
-    here = 4 * adapter_parameters(spec, recipe({}).adapter, 8)
-    sums = 2 * (6 * LAYERS + 2) * 16 * 2048 * 8192 * 2 * 7 / 8
-    assert both["tensor parallel"] == pytest.approx(sums / 360e9)
-    assert both["gradients"] == pytest.approx(2 * here / 2 / 40e9)
-
-
 def test_without_tokens_examples_are_as_long_as_said() -> None:
     short = planner("llama3-8b", "h200", {"train": {"duration": "10 steps"}}, length=100)
     assert (short.work.step.mean, short.work.longest, short.work.steps) == (6400, 100, 10)
