@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -42,27 +41,19 @@ def draw_figures(rng: random.Random) -> tuple[Image.Image, str]:
     return image, f"{COUNTS[count - 1]} {colour} {shape}"
 
 
-def write_figures(folder: Path, count: int, *, seed: int = 0, per_row: int = 1) -> Path:
+def write_figures(folder: Path, count: int, *, seed: int = 0) -> Path:
     """Write pictures, and rows of messages that ask for them; the file of the rows."""
     rng = random.Random(seed)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-
-    def rows() -> Iterator[str]:
-        for n in range(count):
-            images, texts = [], []
-            for i in range(per_row):
-                image, text = draw_figures(rng)
-                name = f"pictures/{seed}-{n}-{i}.png"
-                image.save(folder / name)
-                images.append(name)
-                texts.append(text)
-            question = "<image>" * per_row + QUESTION
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": ", ".join(texts)},
-            ]
-            yield json.dumps({"messages": messages, "images": images}) + "\n"
-
     file = folder / f"figures-{seed}.jsonl"
-    file.write_text("".join(rows()), encoding="utf-8")
+    with file.open("w", encoding="utf-8") as rows:
+        for n in range(count):
+            image, text = draw_figures(rng)
+            name = f"pictures/{seed}-{n}-0.png"
+            image.save(folder / name)
+            messages = [
+                {"role": "user", "content": f"<image>{QUESTION}"},
+                {"role": "assistant", "content": text},
+            ]
+            rows.write(json.dumps({"messages": messages, "images": [name]}) + "\n")
     return file

@@ -23,13 +23,12 @@ CHATML = (
 
 def rows(count: int) -> list[dict[str, str]]:
     """Short prompt-completion rows, all different, of varied length."""
-    return [
-        {
-            "prompt": f"Say {WORDS[i % 10]} {i % 7 + 1} times: ",
-            "completion": " ".join([WORDS[i % 10]] * (i % 7 + 1)),
-        }
-        for i in range(count)
-    ]
+    found = []
+    for i in range(count):
+        word, times = WORDS[i % 10], i % 7 + 1
+        row = {"prompt": f"Say {word} {times} times: ", "completion": " ".join([word] * times)}
+        found.append(row)
+    return found
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -43,21 +42,16 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
     rows = []
     for i in range(first, first + count):
         word = WORDS[i % 10]
-        rows.append(
-            {
-                "prompt": f"Say {word} {i}: ",
-                "chosen": word,
-                "rejected": " ".join([word] * (i % 5 + 2)),
-            }
-        )
+        longer = " ".join([word] * (i % 5 + 2))
+        rows.append({"prompt": f"Say {word} {i}: ", "chosen": word, "rejected": longer})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def write_feedback(path: Path, count: int, first: int = 0) -> Path:
+def write_feedback(path: Path, count: int) -> Path:
     """Both answers of each of `write_pairs`, labeled good and bad."""
     rows = []
-    for row in map(json.loads, write_pairs(path, count, first).read_text().splitlines()):
+    for row in map(json.loads, write_pairs(path, count).read_text().splitlines()):
         for answer in ("chosen", "rejected"):
             is_good = answer == "chosen"
             rows.append({"prompt": row["prompt"], "completion": row[answer], "label": is_good})
