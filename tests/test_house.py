@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -59,14 +60,12 @@ def is_command(file: Path) -> bool:
 def test_no_two_modules_export_one_function_name():
     """A reader of `check(...)` must not have to look up whose it is."""
     functions = definitions((ast.FunctionDef, ast.AsyncFunctionDef))
-    assert (
-        twice(
-            (name, file, node)
-            for name, file, node in functions
-            if not name.startswith("_") and not (is_command(file) and name in VERB)
-        )
-        == {}
+    exported = (
+        (name, file, node)
+        for name, file, node in functions
+        if not name.startswith("_") and not (is_command(file) and name in VERB)
     )
+    assert twice(exported) == {}
 
 
 # What the command line finds in the module of a command or a tool.
@@ -97,17 +96,10 @@ def test_a_constant_has_one_meaning():
 
 def test_a_command_that_a_text_offers_exists():
     """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
-    texts = [
-        node.value
-        for file in FILES
-        for node in nodes_of(file)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    offered = [
-        verb
-        for text in texts
-        for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)
-    ]
+    offer, offered = re.compile(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)"), []
+    for node in itertools.chain(*map(nodes_of, FILES)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            offered += offer.findall(node.value)
     assert len(offered) > 30
     assert {*offered} - {verb.split()[0] for verb in VERBS} == set()
 
@@ -116,9 +108,8 @@ def test_the_files_that_the_docs_name_exist():
     """`room/file.py` is below src/tunesmith, other paths below the repository."""
     root, checked = SOURCE.parents[1], 0
     for page in [root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")]:
-        for name in re.findall(
-            r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8")
-        ):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", text):
             assert (SOURCE / name).is_file() or (root / name).is_file(), f"{page.name}: {name}"
             checked += 1
     assert checked > 40

@@ -24,7 +24,6 @@ from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
 from tunesmith.data.batches.batch import collate
 from tunesmith.data.text.example import Example
-from tunesmith.formats.fp8 import Fp8, select_scaling
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
@@ -122,27 +121,6 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_an_eager_one(
     assert len(got) == 2 * 7 * 2  # A and B of seven layers in two blocks
     for name in expected:
         assert error(got[name], expected[name]) < tolerance, name
-
-
-@cpu_and_gpu
-@pytest.mark.parametrize("rows", [1, 3, 100])
-def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows):
-    """down_proj and k_proj of Llama 3.1 8B, forward and backward; an eighth of them on a CPU."""
-    kind = select_scaling(device).recipe
-    if kind is None:
-        pytest.skip("this device has no fp8 products")
-    part = 8 if device.type == "cpu" else 1
-    torch.manual_seed(0)
-    for inputs, outputs in ((14336 // part, 4096 // part), (4096 // part, 1024 // part)):
-        w = torch.randn(outputs, inputs).to(device, torch.bfloat16)
-        x, dy = (torch.randn(rows, n).to(device, torch.bfloat16) for n in (inputs, outputs))
-        weight = Fp8(kind).round(w)
-        # Two factors of 4 bits, each off by 3 % at most, and the errors of a sum cancel in part.
-        y = weight.format.forward_matmul(weight, x, weight.format.quantize_input(x), None)
-        assert error(y, x.float() @ w.float().T) < 0.06
-        quantized = weight.format.quantize_gradients([weight], [dy])
-        dx = weight.format.backward_matmul([weight], [dy], quantized, None)
-        assert error(dx, dy.float() @ w.float()) < 0.06
 
 
 def fits(model: Any, batch: Any, recomputed: int) -> int:

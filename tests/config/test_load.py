@@ -27,10 +27,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     path = tmp_path / "recipes" / "base.yaml"
-    path.write_text(
-        BASE
-        + "adapter: {rank: 4, alpha: 8, target: [q_proj]}\ntrain: {seed: 1, betas: [0.9, 0.95]}\n"
-    )
+    adapter = "adapter: {rank: 4, alpha: 8, target: [q_proj]}\n"
+    path.write_text(f"{BASE}{adapter}train: {{seed: 1, betas: [0.9, 0.95]}}\n")
     return path
 
 
@@ -159,10 +157,8 @@ def child(text: str) -> Run:
 
 def test_a_new_source_keeps_only_the_keys_beside_it(parent: Path) -> None:
     """Validation rows are not taken from other rows."""
-    rows, both = (
-        Source(source="org/mine", format="text"),
-        ["data.train.source=org/mine", "data.train.format=text"],
-    )
+    rows = Source(source="org/mine", format="text")
+    both = ["data.train.source=org/mine", "data.train.format=text"]
     for run in (
         child("data: {train: {source: org/mine, format: text}}\n"),
         load_recipe(parent, both),
@@ -180,11 +176,9 @@ def test_the_same_source_is_changed_key_by_key(parent: Path) -> None:
         load_recipe(parent, ["data.train.split=train[:10]"]),
         load_recipe(parent, ["data.train.split=train[:10]", "data.train.source=org/rows"]),
     ):
-        assert run.data.train[0].split == "train[:10]"
-        assert (run.data.train[0].format, run.data.train[0].columns) == (
-            "alpaca",
-            {"instruction": "q"},
-        )
+        source = run.data.train[0]
+        assert (source.split, source.format) == ("train[:10]", "alpaca")
+        assert source.columns == {"instruction": "q"}
         assert run.data.validation == whole.data.validation
 
 
@@ -223,9 +217,8 @@ def test_lists_of_sources(parent: Path) -> None:
 
 def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
     with logged_lines() as told:
-        load_recipe(
-            parent, ["data.train.source=org/mine", "data.train.format=alpaca"], announce=True
-        )
+        others = ["data.train.source=org/mine", "data.train.format=alpaca"]
+        load_recipe(parent, others, announce=True)
         load_recipe(parent, ["data.train.split=train", "train.seed=1"], announce=True)
     (line,) = told
     beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
@@ -262,9 +255,8 @@ def test_other_rows_have_the_format_that_the_method_learns_from(method, expected
     rows = f"{{source: org/rows, format: {expected}}}"
     child = f"method: {method}\nmodel: {{name: org/model}}\noutput_dir: runs/x\n"
     parent.write_text(f"{child}data: {{train: {rows}, validation: {rows}}}\n")
-    run = load_recipe(
-        parent, ["data.train.source=rows.jsonl", "data.validation.source=other.jsonl"]
-    )
+    files = ["data.train.source=rows.jsonl", "data.validation.source=other.jsonl"]
+    run = load_recipe(parent, files)
     formats = {source.format for source in (*run.data.train, *run.data.validation)}
     assert formats == {expected}
     with refuses(RecipeError, fix=[f"data.train.format={expected}"]):

@@ -55,10 +55,8 @@ def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_path: Path) -> None:
     settings = {"enabled": True, "wait": 0, "warmup": 1, "active": 2}
-    train(
-        make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings),
-        quiet=True,
-    )
+    run = make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings)
+    train(run, quiet=True)
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert {"aten::mm", "[memory]"} <= {event.get("name") for event in events}
