@@ -64,9 +64,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for name, value in changes.items():
         old = both.get(name)
-        both[name] = (
-            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        both[name] = merge(old, value) if nested else value
     return both
 
 

@@ -260,12 +260,9 @@ def _run(
         else:
             os.dup2(streams[fd], fd)
             os.close(streams[fd])
-            mode, errors = (
-                ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
-            )
-            stream = os.fdopen(
-                fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1
-            )
+            errors = "backslashreplace" if fd == 2 else "strict"
+            options = {"encoding": "utf-8", "errors": errors, "closefd": False, "buffering": 1}
+            stream = os.fdopen(fd, "w" if fd else "r", **options)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import torch
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.host.chips import Peak, peak_of
-from tunesmith.metrics.gauges import Gauges, network_bytes
+from tunesmith.metrics.gauges import Gauges
 from tunesmith.metrics.hardware import describe_machine, find_peak
 from tunesmith.metrics.record import read_records
 from tunesmith.training.run import train
@@ -93,26 +92,6 @@ def test_gauges_are_read_once_in_their_interval_and_one_that_fails_never_again(m
                 "gpu_clock_mhz": 1980.0,
             }
         assert sorted(asked) == ["temperature", *["utilization"] * utilizations]
-
-
-def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(tmp_path, monkeypatch):
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=cable0,cable1")
-    statistics = tmp_path / "sys/class/net/cable0/statistics"
-    statistics.mkdir(parents=True)
-    (statistics / "rx_bytes").write_text("1000\n")
-    (statistics / "tx_bytes").write_text("24\n")
-    assert network_bytes(tmp_path) == 1024
-    gauges = Gauges(CPU, links=True, every=0.0, root=tmp_path)
-    gauges.read()
-    (statistics / "tx_bytes").write_text("1000024\n")
-    time.sleep(0.01)
-    assert 0 < gauges.read()["network_bytes_per_second"] < 1e8  # a million bytes in 10 ms or more
-    for port in (1, 2):
-        counters = tmp_path / f"sys/class/infiniband/roce0/ports/{port}/counters"
-        counters.mkdir(parents=True)
-        for name, value in (("xmit_data", 10), ("rcv_data", 100), ("xmit_wait", 7)):
-            (counters / f"port_{name}").write_text(f"{value}\n")
-    assert network_bytes(tmp_path) == 880
 
 
 def train_briefly(model: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.conversations import Turn, conversations_of, turns_of
+from tunesmith.metrics.conversations import Turn, turns_of
 from tunesmith.presentation.summary import closing_summary
 from tunesmith.training.result import write_failure
 
@@ -112,12 +112,3 @@ def test_failure_is_one_block_that_is_written_anew(tmp_path: Path) -> None:
 )
 def test_the_turns_of_a_prompt(prompt: str, turns: list[tuple[str, str]]) -> None:
     assert turns_of(prompt) == [Turn(*turn) for turn in turns]
-
-
-def test_a_system_prompt_of_all_is_taken_out_and_one_of_some_is_not() -> None:
-    same = [f"system\nBe kind.\nuser\n{number}\nassistant\n" for number in range(2)]
-    conversations, system = conversations_of(same)
-    assert system == "Be kind."
-    assert [*conversations.values()] == [[Turn("user", "0")], [Turn("user", "1")]]
-    conversations, system = conversations_of([*same, "user\n2\nassistant\n"])
-    assert (system, conversations[same[0]][0]) == ("", Turn("system", "Be kind."))

@@ -118,9 +118,8 @@ def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch) -> None:
     """8 ranks of a node offload a 16th each of 16 bytes a parameter."""
     train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
-    planner, tokens = make(
-        "llama3-8b", FULL | train | {"parallel": {"shard": 16}}, read_cluster("2x8xh100")
-    )
+    keys = FULL | train | {"parallel": {"shard": 16}}
+    planner, tokens = make("llama3-8b", keys, read_cluster("2x8xh100"))
     host = 8 * planner.best().plan.memory.host
     assert host == pytest.approx(8 * planner.spec.parameters, rel=1e-6)
     monkeypatch.setattr(plan_stage, "available_memory", lambda: host)

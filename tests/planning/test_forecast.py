@@ -223,17 +223,6 @@ def test_without_tokens_examples_are_as_long_as_said() -> None:
     assert (filled.work.step.mean, filled.forecast(MeshShape()).hours) == (64 * 2048, None)
 
 
-def test_a_base_in_fp8_takes_half_from_the_start() -> None:
-    fp8 = {"model": {"quantize": "fp8"}}
-    weights = [forecast("llama3-8b", "h200", (1, 1, 1), q).plan.memory.weights for q in ({}, fp8)]
-    assert weights[0] - weights[1] == spec_of("llama3-8b").layer_matrices
-    shards = [forecast("llama3-70b", "2x8xh100", (1, 16, 1), q) for q in ({}, fp8)]
-    copied = [one.seconds["shard copies"] for one in shards]
-    assert copied[1] / copied[0] == pytest.approx(0.5)
-    # It is never dense: 70B is 141 GB in bf16, more than a Spark has.
-    assert forecast("llama3-70b", "dgx-spark", (1, 1, 1), fp8).fits
-
-
 def test_the_lengths_of_real_examples_count() -> None:
     run, spec = recipe({"train": {"global_batch": "4 examples"}}), spec_of("llama3-8b")
     lengths = np.array([100, 200, 300, 400] * 10)
