@@ -66,9 +66,6 @@ def test_the_description_is_an_allow_list(monkeypatch) -> None:
     assert found["torch"] == importlib.metadata.version("torch")
 
 
-CPU = torch.device("cpu")
-
-
 def test_gauges_are_read_once_in_their_interval_and_one_that_fails_never_again(monkeypatch):
     asked = []
 
