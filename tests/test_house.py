@@ -1,9 +1,11 @@
-"""The house rules that a tool can hold; `make check` runs this file."""
+"""The house rules that a tool can hold: one name for one thing, and that what texts name exists.
+
+`make check` runs this file.
+"""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -60,16 +62,20 @@ def is_command(file: Path) -> bool:
 def test_no_two_modules_export_one_function_name():
     """A reader of `check(...)` must not have to look up whose it is."""
     functions = definitions((ast.FunctionDef, ast.AsyncFunctionDef))
-    exported = (
-        (name, file, node)
-        for name, file, node in functions
-        if not name.startswith("_") and not (is_command(file) and name in VERB)
+    assert (
+        twice(
+            (name, file, node)
+            for name, file, node in functions
+            if not name.startswith("_") and not (is_command(file) and name in VERB)
+        )
+        == {}
     )
-    assert twice(exported) == {}
 
 
 # What the command line finds in the module of a command or a tool.
 INTERFACE = {"COMMANDS", "EPILOG", "LOADS_TORCH"}
+# A sentence that begins so has neither a verb nor a subject.
+OPENERS = {"Of", "As", "What", "Whether", "Where", "How", "That"}
 
 
 def constants() -> Iterator[tuple[str, str, Path]]:
@@ -94,22 +100,53 @@ def test_a_constant_has_one_meaning():
     assert {name: found for name, found in several.items() if name not in INTERFACE} == {}
 
 
+def test_a_docstring_begins_with_a_verb_or_a_name():
+    """Those that users read are left out: help pages, and what the schema says of its sections."""
+    places, count = [], 0
+    for file in FILES:
+        for node in nodes_of(file):
+            if not isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ):
+                continue
+            is_shown = isinstance(node, ast.Module) and is_command(file.relative_to(SOURCE))
+            if is_shown or file.relative_to(SOURCE) == Path("config/schema.py"):
+                continue
+            docstring = ast.get_docstring(node)
+            if docstring:
+                count += 1
+                if docstring.split()[0] in OPENERS:
+                    places.append(f"{file.relative_to(SOURCE)}:{node.body[0].lineno}")
+    assert count > 2000
+    assert places == []
+
+
 def test_a_command_that_a_text_offers_exists():
     """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
-    offer, offered = re.compile(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)"), []
-    for node in itertools.chain(*map(nodes_of, FILES)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            offered += offer.findall(node.value)
+    texts = [
+        node.value
+        for file in FILES
+        for node in nodes_of(file)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    offered = [
+        verb
+        for text in texts
+        for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)
+    ]
     assert len(offered) > 30
     assert {*offered} - {verb.split()[0] for verb in VERBS} == set()
 
 
 def test_the_files_that_the_docs_name_exist():
-    """`room/file.py` is below src/tunesmith, other paths below the repository."""
+    """`room/file.py` is below src/tunesmith, `tests/...`, `benchmarks/...` and `src/...` below the
+    repository.
+    """
     root, checked = SOURCE.parents[1], 0
     for page in [root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")]:
-        text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", text):
+        for name in re.findall(
+            r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8")
+        ):
             assert (SOURCE / name).is_file() or (root / name).is_file(), f"{page.name}: {name}"
             checked += 1
     assert checked > 40
@@ -134,6 +171,52 @@ def test_the_links_of_the_docs_lead_to_files_and_headings():
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
             checked += 1
     assert checked > 150
+
+
+def test_the_page_for_language_models_lists_every_page_of_the_docs():
+    """llms.txt, in the form of llmstxt.org: a title, a summary, and sections of links."""
+    root = SOURCE.parents[1]
+    text = (root / "llms.txt").read_text(encoding="utf-8")
+    title, _, summary, *_ = text.splitlines()
+    assert title.startswith("# ")
+    assert summary.startswith("> ")
+    sections = [block.split("\n", 1)[1] for block in text.split("\n## ")[1:]]
+    lines = [line for section in sections for line in section.splitlines() if line]
+    assert [line for line in lines if not re.fullmatch(r"- \[[^]]+\]\([^)]+\)(: .+)?", line)] == []
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    pages = [page.relative_to(root).as_posix() for page in root.glob("docs/**/*.md")]
+    assert {*pages, "README.md"} - {*links} == set()
+    assert len(links) == len({*links})
+
+
+def test_a_script_finds_what_it_imports_from_other_folders():
+    """It is started by its path: its own folder is there, and what it adds to `sys.path` itself."""
+    root, checked = SOURCE.parents[1], 0
+    scripts = [*root.glob("benchmarks/*/*.py"), *root.glob("demo/*.py"), *root.glob("scripts/*.py")]
+    places = defaultdict(set)
+    for file in [*scripts, *root.glob("tests/*.py"), *root.glob("tests/parity/*.py")]:
+        places[file.stem].add(file.parent)
+    for script in scripts:
+        nodes = nodes_of(script)
+        added = [
+            ast.unparse(node)
+            for node in nodes
+            if isinstance(node, (ast.Call, ast.AugAssign)) and "sys.path" in ast.unparse(node)
+        ]
+        imports = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        imports += [
+            name.name for node in nodes if isinstance(node, ast.Import) for name in node.names
+        ]
+        for name in imports:
+            if name not in places or script.parent in places[name]:
+                continue
+            folders = [
+                " / ".join(map(repr, place.relative_to(root).parts)) for place in places[name]
+            ]
+            ends = [folder.removeprefix("'benchmarks' / ") for folder in folders]
+            assert any(end in line for end in ends for line in added), f"{script}: {name}"
+            checked += 1
+    assert checked > 10
 
 
 # Places in tests that assert words of a message; it may only fall. What is asserted are fields and
@@ -214,3 +297,25 @@ def test_messages_are_asserted_by_their_fields():
                         places.append(f"{file.name}: {text!r}")
     assert count > 500, "too few texts were looked at"
     assert len(places) <= PROSE_ASSERTED, "\n".join(places)
+
+
+# Files that a change touches; they may only get fewer. The module of a key's effect and its test
+# have no names.
+MOST_FILES = {
+    "A recipe key": 3,
+    "A model family": 2,
+    "A method": 7,
+    "A data format": 5,
+    "A scorer of answers": 5,
+    "A storage format of the frozen base": 6,
+}
+
+
+def test_a_change_touches_few_places():
+    page = (SOURCE.parents[1] / "docs" / "first-change.md").read_text(encoding="utf-8")
+    sections = {text.splitlines()[0]: text for text in re.split(r"^## ", page, flags=re.MULTILINE)}
+    for change, most in MOST_FILES.items():
+        files = set(re.findall(r"`([\w/-]+\.\w+)`", sections[change]))
+        assert 0 < len(files) <= most, f"{change}: {sorted(files)}"
+        for item in re.split(r"^[0-9]+\. ", sections[change], flags=re.MULTILINE)[1:]:
+            assert len(re.findall(r"`[\w/-]+\.\w+`", item)) <= 1, f"several places: {item}"
