@@ -167,16 +167,9 @@ class StandIn:
 
 
 def file_entry(name: str, data: bytes, repo: Repo) -> dict[str, object]:
-    """A file as the list of a folder and the description of a repository have it."""
     size, git, lfs = len(data), git_hash(data), sha256(data)
-    entry = {
-        "type": "file",
-        "path": name,
-        "rfilename": name,
-        "size": size,
-        "oid": git,
-        "blobId": git,
-    }
+    entry = {"type": "file", "path": name, "rfilename": name, "size": size}
+    entry |= {"oid": git, "blobId": git}
     large = {"lfs": {"oid": lfs, "sha256": lfs, "size": size, "pointerSize": 134}}
     return entry | (large if name in repo.large else {})
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import DisabledRepoError
 from transformers import AutoConfig
 
-from errors import check_shown, holds, lines_with, refuses
+from errors import check_shown, holds, lines_with
 from invoke import invoke
-from tunesmith.errors import ModelError
-from tunesmith.hub.fetch import fetch_without_weights
-from tunesmith.hub.hub_calls import hub_calls, hub_error
 from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn, environment, sha256
@@ -48,23 +43,14 @@ except TunesmithError as error:
 
 @pytest.fixture(scope="module")
 def files(tiny: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in tiny.iterdir()} | {
-        "README.md": b"hello",
-        "LICENSE": b"Apache",
-    }
+    return {p.name: p.read_bytes() for p in tiny.iterdir()} | {"LICENSE": b"Apache"}
 
 
 @pytest.fixture
 def ask(tmp_path: Path):
     """Run a fetch against a stand-in; returns (answer, stderr)."""
 
-    def call(
-        hub: StandIn | None,
-        *,
-        token: str | None = None,
-        offline: bool = False,
-        **spec,
-    ):
+    def call(hub: StandIn | None, *, token: str = "", offline: bool = False, **spec):
         spec.setdefault("model", {"name": NAME})
         env = environment(tmp_path, hub) | {"HF_HUB_OFFLINE": "1" if offline else "0"}
         if token:
@@ -87,12 +73,9 @@ def assert_refused(answer: dict, *words: str, kind: str = "ModelError") -> None:
 
 
 def test_a_model_is_downloaded_and_then_used_from_the_cache(ask, files, tiny) -> None:
-    extra = {
-        "pytorch_model.bin": b"x" * 99,
-        "model.gguf": b"GGUF",
-        "onnx/model.onnx": b"x",
-        "consolidated.safetensors": b"x",
-    }
+    extra = dict.fromkeys(
+        ("pytorch_model.bin", "onnx/model.onnx", "consolidated.safetensors"), b"x"
+    )
     with StandIn({NAME: Repo(files | extra)}) as hub:
         answer, said = ask(hub)
         folder = Path(answer["folder"])
@@ -103,12 +86,10 @@ def test_a_model_is_downloaded_and_then_used_from_the_cache(ask, files, tiny) ->
         again, _ = ask(hub)
         assert again == answer
         assert len(hub.seen) == asked, "a whole snapshot in the cache asks nothing of the Hub"
-        assert not list((ask.home / "hub").rglob("*.incomplete"))
     offline, _ = ask(None, offline=True)
     assert offline == answer
 
 
-INDEX = {"weight_map": {f"{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
 DECODER = AutoConfig.for_model("modernbert-decoder").to_json_string().encode()
 LICENCE = {"license": "other", "license_name": "tiny-licence"}
 PICKLED = "python -c 'import sys; from transformers import"
@@ -119,17 +100,9 @@ REFUSED: dict[str, tuple[dict[str, bytes | None], dict, dict, tuple[str, ...]]] 
     "a connection that always breaks": ({}, {"cut": [0] * 20}, {}, ("finished downloads are kept",)),
     "a busy hub": ({}, {"failing": 99}, {}, ("HTTP status 503", "try again later")),
     "another name": ({}, {}, {"model": {"name": "someone/else"}}, ("someone/else", "private")),
-    "another revision": ({}, {}, {"model": {"name": NAME, "revision": "v9"}}, ("'v9'", "/tree/main")),
     "gated, without a token": ({}, {"gated": True, "card": LICENCE}, {}, ("cause: licence: ", "hf auth login")),
     "gated, for this token": ({}, {"gated": True, "card": LICENCE}, {"token": TOKEN}, ("cause: licence: ", "your token's account")),
     "pickled weights": ({"model.safetensors": None, "pytorch_model.bin": b"x"}, {}, {}, (PICKLED, NAME)),
-    "a missing shard": (
-        {"model.safetensors": None, "model.safetensors.index.json": json.dumps(INDEX).encode(), "model-00001-of-00002.safetensors": b"x"},
-        {}, {}, ("model-00002-of-00002.safetensors",),
-    ),
-    "GGUF": ({"model.safetensors": None, "model.Q4.gguf": b"GGUF"}, {}, {}, ("hf download",)),
-    "an adapter": ({"model.safetensors": None, "adapter_config.json": b"{}"}, {}, {}, ("adapter.from",)),
-    "no weights": ({"model.safetensors": None}, {}, {}, ("no weights",)),
     "a kind that is not trained": ({"config.json": DECODER}, {}, {}, ("modernbert-decoder", "llama")),
     "a full disk": ({}, {}, {"free": 1 << 20}, ("not enough disk space", " missing", "HF_HOME")),
 }  # fmt: skip
@@ -158,7 +131,6 @@ def test_a_granted_token_is_used_but_not_given_to_the_content_network(ask, files
 
 
 def test_what_is_left_of_a_killed_download_is_not_taken_for_the_model(ask, files) -> None:
-    """Nor is a snapshot that lost a file."""
     with StandIn({NAME: Repo(files)}) as hub:
         blobs = ask.home / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
         blobs.mkdir(parents=True)
@@ -173,52 +145,9 @@ def test_what_is_left_of_a_killed_download_is_not_taken_for_the_model(ask, files
         assert weights.read_bytes() == data
 
 
-def test_an_error_of_the_library_for_large_files_is_ours(monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    reason = "xet: the token has expired"
-    with refuses(ModelError, names=[NAME]) as caught, hub_calls(NAME):
-        raise RuntimeError(reason)
-    assert reason in caught.value.why
-
-
-def test_a_disabled_model_is_not_told_to_log_in() -> None:
-    response = SimpleNamespace(status_code=403, headers={}, request=None)
-    error = DisabledRepoError("disabled-by-its-owner", response=response)
-    text = hub_error(error, NAME, None).text()
-    assert "disabled-by-its-owner" in text
-    assert "licence" not in text
-
-
-def test_a_cache_that_cannot_be_made_is_named(ask, files) -> None:
-    ask.home.write_text("a file where the cache should be")
-    with StandIn({NAME: Repo(files)}) as hub:
-        assert_refused(ask(hub)[0], "cache cannot be written", "HF_HOME", kind="MachineError")
-
-
 def test_without_a_network_or_cache(ask) -> None:
     assert_refused(ask(None)[0], "cannot be reached", "HF_ENDPOINT")
     assert_refused(ask(None, offline=True)[0], "HF_HUB_OFFLINE", "tunesmith fetch")
-
-
-def test_a_tokenizer_that_is_not_here_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`train --model --data` asks for it first; the error of that call says nothing of it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with refuses(ModelError, names=["someone/tiny", "HF_HUB_OFFLINE"]) as caught:
-        fetch_without_weights("someone/tiny")
-    assert caught.value.fix == "run `HF_HUB_OFFLINE=0 tunesmith fetch someone/tiny`"
-
-
-# --- the command
-
-
-RECIPE = """
-model: {{name: {model}, dtype: fp32}}
-data: {{train: {{source: {data}, format: messages}}}}
-output_dir: runs/x
-"""
 
 
 @pytest.fixture
@@ -250,13 +179,8 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
         assert code == 0
         assert (brought["revision"], brought["type"]) == (COMMIT, "llama")
         assert brought["parameters"] == 91_456
-        assert (Path(brought["folder"]) / "model.safetensors").read_bytes() == files[
-            "model.safetensors"
-        ]
-        assert f"fetching {NAME}" in err
-        assert "license" in fetch(NAME, "--update", hub=hub)[2], (
-            "with --update the Hub is asked again"
-        )
+        weights = Path(brought["folder"]) / "model.safetensors"
+        assert weights.read_bytes() == files["model.safetensors"]
 
     code, out, _ = fetch(NAME)
     assert code == 0
@@ -265,11 +189,6 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
     code, out, err = fetch("--list", "--json")
     held = json.loads(out)
     assert [(h["name"], h["kind"]) for h in held] == [(NAME, "model")]
-    assert total <= held[0]["size"] < total + 10_000
-    assert NAME in fetch("--list")[1]
-
-    assert NAME in fetch("--remove", NAME, "--dry-run")[1]
-    assert Path(brought["folder"]).exists()
     code, out, err = fetch("--remove", "someone/tiney")
     assert code == 2
     check_shown(err, where="--remove", names=["someone/tiney"], fix=[NAME])
@@ -279,78 +198,25 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
     assert fetch("--list", "--json")[1].strip() == "[]"
 
 
-def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path) -> None:
-    local = tmp_path / "local.yaml"
-    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
-    local.write_text(RECIPE.format(model=tiny, data="rows.jsonl"))
-    code, out, _ = fetch("local.yaml")
-    assert code == 0
-    assert len(out.splitlines()) == 1, "rows in a local file need no fetching"
-    assert str(tiny) in out
-
-    remote = tmp_path / "remote.yaml"
-    remote.write_text(RECIPE.format(model=NAME, data="someone/rows"))
-    rows = Repo({"train.jsonl": b"{}\n" * 50}, card={"license": ["cc-by-4.0", "mit"]})
-    with StandIn({NAME: Repo(files), "someone/rows": rows}) as hub:
-        code, out, err = fetch("remote.yaml", "--dry-run", "--json", hub=hub)
-        model, data = json.loads(out)
-        assert code == 0
-        assert (model["name"], data["name"], data["kind"]) == (NAME, "someone/rows", "dataset")
-        assert (data["bytes"], data["licence"]) == (150, "cc-by-4.0, mit")
-        assert f"{hub.url}/datasets/someone/rows" in err
-        code, _, err = fetch(
-            "remote.yaml", "data.train.source=someone/nothing", "--dry-run", hub=hub
-        )
-        assert code == 2
-        check_shown(err, names=["someone/nothing"], fix=["hf auth login"])
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "requires a recipe or a model"),
         (("no/such/path",), "no/such/path"),
         (("./my-modle",), "my-model?"),
-        (("bad id!",), "neither a folder"),
         (("demo",), "tunesmith train --model demo"),
-        (("missing.yaml",), "missing.yaml"),
         (("someone/tiny",), "HF_HUB_OFFLINE"),
         (("someone/tiny", "model.dtype=fp32"), "--revision"),
         (("smollm2-135m-lora", "--revision", "x"), "model.revision=REVISION"),
-        (("pyproject.toml",), "pyproject.toml"),
     ],
 )
-def test_what_is_wrong_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
-) -> None:
+def test_what_is_wrong_is_said(words, said, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "my-model").mkdir()
     refused = invoke("fetch", *words)
     assert (refused.code, refused.out) == (2, "")
     assert said in refused.err
     assert "fix:" in refused.err
-
-
-def test_what_is_made_from_models_is_listed_and_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    made = {
-        "models/tiny-bf16-0123/model.safetensors": ("tiny-bf16-0123", "converted", 1000),
-        "tokenizers/0123/tokenizer.json": ("tokenizers", "derived", 10),
-        "configs/4567.json": ("configs", "derived", 7),
-    }
-    for name, (_, _, size) in made.items():
-        (tmp_path / "own" / name).parent.mkdir(parents=True)
-        (tmp_path / "own" / name).write_bytes(bytes(size))
-    listed = json.loads(invoke("fetch", "--list", "--json").out)
-    assert {(h["name"], h["kind"], h["size"]) for h in listed} == {*made.values()}
-    for name in ("tiny-bf16-0123", "tokenizers"):
-        assert invoke("fetch", "--remove", name).code == 0
-    assert [file.name for file in (tmp_path / "own").rglob("*") if file.is_file()] == ["4567.json"]
 
 
 @pytest.mark.nightly
@@ -360,10 +226,6 @@ def test_a_model_from_the_hub_learns_a_file_of_ones_own(fetch, files, tmp_path: 
     (tmp_path / "faq.csv").write_text(f"question,answer\n{rows}")
     words = ["--model", NAME, "--data", "faq.csv", "model.dtype=fp32", "train.duration=2 steps"]
     with StandIn({NAME: Repo(files)}) as hub:
-        assert fetch(*words, verb="data", hub=hub)[0] == 0
-        assert not any(seen.path.endswith(".safetensors") for seen in hub.seen), (
-            "a look needs no weights"
-        )
         code, _, told = fetch(*words, verb="train", hub=hub)
     assert code == 0, told
     assert lines_with(told, "faq.csv", "24 rows", "question, answer -> prompt-completion")
