@@ -41,7 +41,7 @@ def layers(count: int, *, bias: bool, dropout: float = 0.0) -> list[lora.LoraLin
     return made
 
 
-@pytest.mark.parametrize(("count", "bias"), [(1, False), (1, True), (2, True), (3, False)])
+@pytest.mark.parametrize(("count", "bias"), [(1, True), (3, False)])
 def test_fused_products_equal_the_formula_in_value_and_gradient(count, bias):
     group = layers(count, bias=bias)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -88,23 +88,10 @@ def test_all_linear_is_every_linear_layer_but_the_head(model):
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_targets_match_names_and_endings(model):
-    names = lora.target_names(
-        model, Adapter(target=("v_proj", "model.layers.1.mlp.down_proj", "lm_head"))
-    )
-    assert names == [
-        "model.layers.0.self_attn.v_proj",
-        "model.layers.1.self_attn.v_proj",
-        "model.layers.1.mlp.down_proj",
-        "lm_head",
-    ]
-
-
 @pytest.mark.parametrize(
     ("adapter", "fact"),
     [
         (Adapter(target=("qproj",)), "q_proj, k_proj"),
-        (Adapter(target=("qproj",)), "adapter.target=all-linear"),
         (Adapter(target=("proj",)), "'proj'"),
         (Adapter(modules_to_save=("wte",)), "embed_tokens"),
         (Adapter(target=("lm_head",), modules_to_save=("lm_head",)), "lm_head"),

@@ -10,14 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from errors import holds, refuses
 from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model import tiny_model
+from tunesmith.model.tiny_model import build_tiny_model
 from tunesmith.presentation.start import misread_warnings
 
 CASES = {
@@ -25,7 +25,6 @@ CASES = {
     "names and rslora": Adapter(
         rank=3, alpha=6.5, rslora=True, target=("q_proj", "down_proj"), dropout=0.1
     ),
-    "head": Adapter(rank=4, target=("v_proj", "lm_head")),
     "embedding and head": Adapter(rank=4, modules_to_save=("embed_tokens", "lm_head")),
     "norms": Adapter(rank=2, modules_to_save=("norm", "input_layernorm")),
     "one layer": Adapter(rank=2, target=("model.layers.1.mlp.up_proj",)),
@@ -70,29 +69,17 @@ def test_ours_opens_in_peft_and_here(adapter, build, tmp_path, monkeypatch):
     assert (expected - plain).abs().max() > 0.05, "the adapter must matter"
     theirs = PeftModel.from_pretrained(build(), tmp_path)
     torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=TOLERANCE)
-    # What PEFT would write
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
     built = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path="someone/tiny-llama",
-        revision="v1",
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        target_modules=ours["target_modules"],
-        modules_to_save=ours["modules_to_save"],
-        inference_mode=True,
-    ).to_dict()
+        task_type="CAUSAL_LM", base_model_name_or_path="someone/tiny-llama", revision="v1",
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora, target_modules=ours["target_modules"],
+        modules_to_save=ours["modules_to_save"], inference_mode=True,
+    ).to_dict()  # fmt: skip
     assert PeftConfig.from_pretrained(tmp_path).to_dict() == built
     as_json = json.loads(json.dumps(built, default=sorted))
     assert ours == {name: as_json[name] for name in ours}
-    # Read back bit by bit
-    back = peft_files.read_adapter(tmp_path)
-    for key in ("rank", "alpha", "rslora", "dropout"):
-        assert getattr(back, key) == getattr(adapter, key), key
-    assert {*back.modules_to_save} >= {*adapter.modules_to_save}
-    lora.attach_lora(again, back, seed=99)
+    lora.attach_lora(again, peft_files.read_adapter(tmp_path), seed=99)
     peft_files.load_adapter(again, tmp_path)
     first, second = dict(model.named_parameters()), dict(again.named_parameters())
     assert first.keys() == second.keys()
@@ -101,15 +88,10 @@ def test_ours_opens_in_peft_and_here(adapter, build, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
-    """The shared experts of DeepSeek-V3: PEFT leaves their adapters out, and does not open a file
-    with those of the experts beside them.
-    """
-    small = tiny_model.shrink(AutoConfig.for_model("deepseek_v3"))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "base")
+    """The shared experts of DeepSeek-V3: PEFT leaves their adapters out, or does not open the file."""
+    build_tiny_model(AutoConfig.for_model("deepseek_v3")).save_pretrained(tmp_path / "base")
     differences = []
-    shared = ("gate_proj", "up_proj", "down_proj")
-    for target in ("all-linear", shared, ("q_a_proj", "o_proj"), ("q_a_proj", "experts")):
+    for target in ("all-linear", ("gate_proj", "up_proj", "down_proj"), ("q_a_proj", "experts")):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         adapter = Adapter(rank=2, target=target)
         lora.attach_lora(model, adapter, seed=0)
@@ -121,15 +103,14 @@ def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
             theirs = PeftModel.from_pretrained(base, tmp_path)
         except RuntimeError:
             is_misread = True
-            assert holds(warning, "PEFT", "tunesmith merge", "adapter.target")
         else:
             difference = (logits(theirs) - logits(model)).abs().max()
             is_misread = bool(difference > 1e-3 * logits(model).abs().max())
         differences.append(is_misread)
         assert bool(warning) == is_misread
         if is_misread:
-            assert "down_proj, gate_proj, up_proj of a deepseek_v3" in warning
-    assert differences == [True, True, False, False]
+            assert holds(warning, "deepseek_v3", "tunesmith merge", "adapter.target")
+    assert differences == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -137,17 +118,15 @@ def test_an_adapter_that_peft_takes_for_another_is_named(tmp_path):
     [
         {"target_modules": "all-linear", "lora_alpha": 12},
         {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_dropout": 0.1},
-        {"target_modules": ["v_proj", "lm_head"]},
         {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
         {"target_modules": r".*\.layers\.1\..*(q|v)_proj"},
         {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
         {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
-        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
     ],
     ids=[
-        "all-linear", "names and rslora", "head", "embedding and head", "norms",
-        "regular expression", "all of one layer", "one layer", "excluded",
+        "all-linear", "names and rslora", "embedding and head", "norms", "regular expression",
+        "all of one layer", "one layer",
     ],
 )  # fmt: skip
 @pytest.mark.slow
@@ -206,21 +185,14 @@ def change_config(folder, change):
     [
         ({"use_dora": True}, False),
         ({"rank_pattern": {"q_proj": 4}}, False),
-        ({"alpha_pattern": {"q_proj": 4}}, False),
         ({"bias": "all"}, False),
-        ({"peft_type": "LOHA"}, False),
         ({"init_lora_weights": "pissa"}, False),
-        ({"init_lora_weights": "lora_ga"}, False),
-        ({"velora_config": {"num_groups": 32}}, False),
-        ({"ensure_weight_tying": True}, False),
         ({"task_type": "SEQ_CLS"}, False),
         ({"a_key_of_a_later_version": 1}, False),
         ({"a_key_of_a_later_version": None}, True),
         ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, True),
-        ({"init_lora_weights": "mica"}, True),
         ({"auto_mapping": {"base_model_class": "x", "unsloth_fixed": True}}, True),
     ],
-    ids=lambda c: "-".join(map(str, next(iter(c.items())))) if isinstance(c, dict) else str(c),
 )
 def test_what_is_not_computed_is_refused_by_name(written, change, is_read):
     _, folder = written
@@ -232,17 +204,6 @@ def test_what_is_not_computed_is_refused_by_name(written, change, is_read):
         peft_files.read_adapter(folder)
 
 
-def test_an_update_of_the_embedding_is_refused(build, tmp_path):
-    config = LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
-    get_peft_model(build(), config).save_pretrained(tmp_path)
-    with refuses(ModelError, names=["model.embed_tokens.lora_embedding_A"], fix=["PEFT"]):
-        peft_files.read_adapter(tmp_path)
-
-
-def rename(tensors):
-    return {k.replace("q_proj", "query"): v for k, v in tensors.items()}
-
-
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -250,9 +211,7 @@ def rename(tensors):
             lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k},
             "model.layers.1.mlp.up_proj.lora_B",
         ),
-        (rename, "model.layers.0.self_attn.q_proj.lora_A"),
         (lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)}, "other"),
-        (lambda t: {**t, "base_model.model.model.norm.weight": torch.tensor(1.0)}, "model.norm"),
         (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "lora_A"),
     ],
 )
@@ -268,26 +227,16 @@ def test_tensors_that_do_not_fit_are_listed(written, damage, named):
 def test_broken_files_are_named(written):
     model, folder = written
     file = folder / "adapter_model.safetensors"
-    tower = "model.visual.blocks.0.attn.qkv.lora_A.weight"
-    save_file(load_file(file) | {f"base_model.model.{tower}": torch.zeros(2, 4)}, file)
-    with refuses(ModelError, where="adapter_model.safetensors", names=[tower], fix=["PEFT"]):
-        peft_files.read_adapter(folder)
     file.rename(folder / "adapter_model.bin")
     with refuses(ModelError, where="adapter_model.bin", fix=["save_pretrained"]):
         peft_files.read_adapter(folder)
     (folder / "adapter_model.bin").unlink()
-    change_config(folder, {"target_modules": ".*q_proj"})  # the weights say which they are
-    with refuses(ModelError, where="adapter_model.safetensors"):
-        peft_files.read_adapter(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{garbage")
     with refuses(ModelError, where="adapter_model.safetensors"):
         peft_files.load_adapter(model, folder)
     (folder / "adapter_config.json").write_text("{")
     with refuses(ModelError, where="adapter_config.json:1"):
         peft_files.read_adapter(folder)
-    with refuses(ModelError) as caught:
-        peft_files.read_adapter(folder / "nowhere")
-    assert "adapter_config.json" in caught.value.text()
 
 
 def test_another_scaling_is_refused(written, tiny):
@@ -303,17 +252,71 @@ def test_an_adapter_that_is_meant_is_proposed(tmp_path, monkeypatch):
     with refuses(ModelError, where="adapter.from", names=["nobody/nothing"], fix=["HF_TOKEN"]):
         find_adapter("nobody/nothing")
     monkeypatch.chdir(tmp_path)
-    runs = Path("runs")
-    runs.mkdir()
+    Path("runs/first").mkdir(parents=True)
+    with refuses(ModelError, fix=["runs/first"]):
+        find_adapter("runs/frist")
 
-    def fix_for(name):
-        with pytest.raises(ModelError) as caught:
-            find_adapter(name)
-        return caught.value.fix
 
-    no_run = "use the output_dir of a run"
-    assert fix_for("runs/zzz") == no_run
-    (runs / "notes.txt").touch()
-    (runs / "first").mkdir()
-    assert fix_for("runs/note.txt") == no_run, "a file is no adapter"
-    assert fix_for("runs/frist") == "did you mean runs/first?"
+# Stacks [experts, out, in] and [experts, in, out], with biases, and without a gate.
+MIXTURES = dict.fromkeys(["qwen3_moe", "gpt_oss"], pytest.mark.slow)
+MIXTURES |= dict.fromkeys(["mixtral", "nemotron_h", "granitemoe"], pytest.mark.nightly)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=lane) for name, lane in MIXTURES.items()])
+def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    build_tiny_model(AutoConfig.for_model(request.param)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def attached(mixture: Path, adapter: Adapter) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    lora.attach_lora(model, adapter, seed=0)
+    return model.eval()
+
+
+def test_adapters_of_experts_open_in_peft_and_pefts_here(mixture: Path, tmp_path: Path) -> None:
+    adapter = Adapter(rank=3, alpha=6, target=("q_proj", "experts"), rslora=True)
+    model = attached(mixture, adapter)
+    randomise(model)
+    _, config = files = peft_files.adapter_files(model, adapter, "x", None)
+    peft_files.write_adapter(tmp_path, *files)
+    plain = AutoModelForCausalLM.from_pretrained(mixture).eval()
+    before = logits(plain)
+    opened = logits(PeftModel.from_pretrained(plain, tmp_path).eval())
+    ours = logits(model)
+    assert (opened - ours).abs().max() < 2e-6 * ours.abs().max()
+    assert (before - ours).abs().max() > 0.05 * ours.abs().max()
+
+    settings = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj"],
+        target_parameters=config["target_parameters"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(mixture), settings).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = attached(mixture, peft_files.read_adapter(tmp_path / "theirs"))
+    peft_files.load_adapter(model, tmp_path / "theirs")
+    expected = logits(theirs)
+    assert (logits(model) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_one_stack_alone_is_refused(tmp_path: Path) -> None:
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": []}
+    settings["target_parameters"] = ["experts.down_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with refuses(ModelError, names=["target_parameters"]):
+        peft_files.read_adapter(tmp_path)
+
+
+@pytest.mark.slow
+def test_peft_opens_experts_trained_in_full_beside_an_adapter(tmp_path: Path) -> None:
+    mixture = tmp_path / "base"
+    build_tiny_model(AutoConfig.for_model("qwen3_moe")).save_pretrained(mixture)
+    adapter = Adapter(rank=3, alpha=6, target=("q_proj",), modules_to_save=("experts",))
+    model = attached(mixture, adapter)
+    randomise(model)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "x", None))
+    plain = AutoModelForCausalLM.from_pretrained(mixture).eval()
+    theirs = logits(PeftModel.from_pretrained(plain, tmp_path).eval())
+    ours = logits(model)
+    assert (theirs - ours).abs().max() < 2e-6 * ours.abs().max()
