@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,45 +25,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "gemma3": {"text_config": GEMMA3_TEXT, "vision_config": FAMILIES["gemma3"][1]},
 }  # fmt: skip
-INFINITE = {"rope_type": "linear", "rope_theta": 1e4, "factor": float("inf")}
+EIGHT_BIT = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+FP4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
 # Type, what config.json says, and a value of the error.
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"model_type": "mixtrol"}, "mixtrol"),
-    ("mixtral", {"model_type": ["mixtral"]}, "model_type"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
-    ("mixtral", {"attention_dropout": 1e300}, "attention_dropout is 1e+300"),
     ("mixtral", {"hidden_size": "64"}, "hidden_size is '64'"),
-    ("mixtral", {"hidden_size": -64}, "hidden_size is -64"),
     ("mixtral", {"num_hidden_layers": float("nan")}, "num_hidden_layers is nan"),
-    ("mixtral", {"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000"),
-    ("mixtral", {"num_local_experts": 10**9}, "num_local_experts is 1000000000"),
     ("mixtral", {"num_attention_heads": [4, "4"]}, "num_attention_heads is '4'"),
-    ("mixtral", {"num_hidden_layers": 0}, "0 layers"),
     ("mixtral", {"hidden_act": "spline"}, "spline"),
     ("mixtral", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
-    ("mixtral", {"rope_parameters": INFINITE}, "infinity"),
     ("mixtral", {"quantization_config": "int4"}, "quantization_config is 'int4'"),
     ("mixtral", {"auto_map": {"AutoConfig": "x.X"}, "model_type": "mine"}, "trust"),
     ("falcon", {"num_attention_heads": 0}, "ZeroDivisionError"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ("llama", {"model_type": "bert"}, "encoder"),
+    ("llama", {"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    ("llama", {"model_type": "gemma3_text", "use_bidirectional_attention": True}, "encoder"),
+    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ("llama", {"quantization_config": EIGHT_BIT}, "8-bit"),
+    ("llama", {"quantization_config": FP4}, "fp4"),
+    ("llama", {"num_key_value_heads": 3}, "share"),
     ("gemma3", {"text_config": None}, "text_config"),
-    ("gemma3", {"text_config": [1]}, "text_config is [1]"),
-    (
-        "gemma3", {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 10**9}},
-        "text_config.num_hidden_layers is 1000000000",
-    ),
     ("gemma3", {"text_config": {"model_type": "gemma3_text", "quantization_config": "x"}}, "'x'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model_type", "values", "fact"), CASES)
-def test_a_damaged_config_is_refused(
-    model_type: str,
-    values: dict[str, Any],
-    fact: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_damaged_config_is_refused(model_type, values, fact, tmp_path, monkeypatch):
     """By a run, and by a plan, which has config.json before Transformers fills in anything."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     stated = {"model_type": model_type, **CONFIGS[model_type], **values}

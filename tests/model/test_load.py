@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +53,16 @@ def test_every_tensor_is_from_pretraineds(case: dict[str, str], tmp_path: Path) 
             assert left[name].dtype == tensor.dtype, name
             assert torch.equal(left[name], tensor), name
             assert left[name].requires_grad == tensor.requires_grad
-    assert sum(1 for _ in mine.named_buffers()) > 0
     tied = mine.get_input_embeddings().weight is mine.get_output_embeddings().weight
     assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
 
 
-def test_stacks_of_zeros_take_no_memory() -> None:
-    """Llama 4 makes its experts so: here 2 GiB, of which the process would grow."""
-    config = AutoConfig.for_model(
-        "llama4_text", **families.SMALL | {"hidden_size": 1024, "intermediate_size": 8192},
-        num_local_experts=32, intermediate_size_mlp=64, head_dim=16, interleave_moe_layer_step=2,
-    )  # fmt: skip
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = load.build_on_meta(config, Model(name="here", dtype="fp32"))
-    assert model.get_parameter("model.layers.1.feed_forward.experts.gate_up_proj").is_meta
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 1 << 20, "KiB"
-
-
 SIZES: dict[str, Any] = {**SMALL, "num_hidden_layers": 2, "moe_intermediate_size": 24}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": EXPERTS,
-    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {**ROUTED, "n_group": 1, "topk_group": 1},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # renamed alone
-    "jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
 }
 NAME = "model.layers.1.mlp.experts.2.up_proj.weight"
 
@@ -92,17 +74,15 @@ def build(model_type: str, folder: Path) -> Path:
     return folder
 
 
-def change(folder: Path, *, without: str = "", **more: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Rewrite the weights of a folder, and return them."""
+def change(folder: Path, *, without: str = "", **more: torch.Tensor) -> None:
     tensors = load_file(folder / "model.safetensors") | more
     tensors.pop(without, None)
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return tensors
 
 
 LANES = [
-    pytest.param(name, marks=[] if name in ("qwen3_moe", "granitemoe") else [pytest.mark.nightly])
+    pytest.param(name, marks=[] if name in ("qwen3_moe", "glm4_moe") else [pytest.mark.nightly])
     for name in FAMILIES
 ]
 
@@ -112,6 +92,8 @@ def test_experts_are_read_as_by_transformers_and_written_as_they_were(
     model_type: str, tmp_path: Path
 ) -> None:
     base = build(model_type, tmp_path / "base")
+    if model_type == "glm4_moe":  # a draft head, which is not read, is copied
+        change(base, **{"model.layers.46.eh_proj.weight": torch.ones(6, dtype=torch.float64)})
     model = read(base)
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     state = model.state_dict()
@@ -128,23 +110,6 @@ def test_experts_are_read_as_by_transformers_and_written_as_they_were(
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-def test_experts_are_converted_to_the_dtype_of_the_model(tmp_path: Path) -> None:
-    base = build("qwen3_moe", tmp_path)
-    converted = read(base, "bf16").state_dict()
-    for name, tensor in read(base).state_dict().items():
-        assert torch.equal(converted[name], tensor.bfloat16()), name
-
-
-def test_draft_heads_are_copied(tmp_path: Path) -> None:
-    base = build("glm4_moe", tmp_path / "base")
-    draft = torch.arange(6, dtype=torch.float64)
-    change(base, **{"model.layers.46.eh_proj.weight": draft})
-    model = read(base)
-    save_sharded(tmp_path, in_stored_form(model, weights_of(model)))
-    written = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(written["model.layers.46.eh_proj.weight"], draft)
-
-
 def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> None:
     base = build("qwen3_moe", tmp_path)
     model = read(base)
@@ -158,7 +123,6 @@ def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> No
     [
         (NAME, {}, "combined"),  # half of an expert is left
         (NAME.replace("2.up", "3.down"), {}, "shape"),
-        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "combined"),
         ("", {"model.layers.1.mlp.extra.weight": torch.zeros(1)}, "mlp.extra.weight"),
     ],
 )

@@ -1,6 +1,4 @@
-"""Written files have the keys that Transformers 4 reads, with the values that models on the Hub
-have there.
-"""
+"""Written files have the keys that Transformers 4 reads, with the values of the Hub."""
 
 from __future__ import annotations
 
@@ -47,26 +45,17 @@ def test_the_older_keys_have_the_values_of_the_hub(
     family: str, scaled: bool, tmp_path: Path
 ) -> None:
     scaling = SCALED.get(family) if scaled else None
-    hub = {
-        "model_type": family,
-        **SMALL,
-        "rope_theta": 123456.0,
-        "torch_dtype": "bfloat16",
-        "rope_scaling": scaling,
-    }
+    hub = {"model_type": family, **SMALL, "rope_theta": 123456.0, "torch_dtype": "bfloat16"}
+    hub["rope_scaling"] = scaling
     if family == "gemma3_text":
         hub |= {"rope_local_base_freq": 20000.0, "sliding_window_pattern": 3}
     if family == "phi3":
         hub |= {"original_max_position_embeddings": 128, "partial_rotary_factor": 1.0}
-    folder = tmp_path
-    (folder / "config.json").write_text(json.dumps(hub))
-    AutoConfig.from_pretrained(folder).save_pretrained(folder)
-    config = AutoConfig.from_pretrained(folder).to_dict()
-    left_out = {"rope_theta", "rope_scaling", "torch_dtype"}
-    assert hub.keys() - read(folder).keys() >= left_out, "by Transformers 5"
-
-    write_for_older_readers(folder)
-    written = read(folder)
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path).to_dict()
+    write_for_older_readers(tmp_path)
+    written = read(tmp_path)
     for key in hub.keys() - {"rope_scaling"}:
         assert written[key] == hub[key], key
     if family == "phi3" or scaling is None:
@@ -75,56 +64,24 @@ def test_the_older_keys_have_the_values_of_the_hub(
         kind = scaling.get("rope_type", scaling.get("type"))
         assert written["rope_scaling"] == scaling | {"rope_type": kind, "type": kind}
 
-    again = AutoConfig.from_pretrained(folder).to_dict()
+    again = AutoConfig.from_pretrained(tmp_path).to_dict()
     for mapping in (config, again):
         rope = mapping["rope_parameters"]
         for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
             part.pop("type", None)
     assert again == config, "Transformers 5 reads the same model as before"
-    before = (folder / "config.json").read_bytes()
-    write_for_older_readers(folder)
-    assert (folder / "config.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[]", '{"model_type": "other", "rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7}'],
-)
-def test_what_is_broken_or_in_no_table_stays(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    write_for_older_readers(tmp_path)
-    assert (tmp_path / "config.json").read_text() == text
-
-
-def test_phi3_without_the_factors_of_longrope(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    config = {"model_type": "phi3", "rope_parameters": rope}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    write_for_older_readers(tmp_path)
-    scaling = {"rope_type": "linear", "type": "linear", "factor": 2.0}
-    assert read(tmp_path)["rope_scaling"] == scaling
 
 
 def test_a_tokenizer_names_a_class_that_transformers_4_has(tmp_path: Path) -> None:
-    """4.57 knows neither TokenizersBackend nor a list of extra_special_tokens (it calls .keys() of
-    it).
-    """
     byte_tokenizer().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     original = AutoTokenizer.from_pretrained(tmp_path)
     values = json.loads(file.read_text())
-    assert (values["tokenizer_class"], type(values["extra_special_tokens"])) == (
-        "TokenizersBackend",
-        list,
-    )
-
     write_for_older_readers(tmp_path)
     written = json.loads(file.read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in written
     assert written["additional_special_tokens"] == values["extra_special_tokens"]
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "<|im_start|>user\nfjord<|im_end|>"
-    assert loaded(text).input_ids == original(text).input_ids
     assert set(loaded.all_special_tokens) == set(original.all_special_tokens)

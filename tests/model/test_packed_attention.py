@@ -1,19 +1,22 @@
-"""Our kernels of attention over packed documents: on a GPU, and here in Triton's interpreter."""
+"""Kernels of attention over packed documents: ours, and which of torch's is taken."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from devices import gpu, run_interpreted
 from tunesmith.model import attention, packed_attention
+from tunesmith.model.attention_kernels import TORCH_KERNEL, choose_kernel
+from varlen import varlen
 
-# Heads, key heads, width of a head, edges of documents. Documents of one token, of none,
-# over several tiles, and a last one that is shorter than a tile; groups of heads that are a power
-# of two, and more than a tile has rows, and are not.
+# Heads, key heads, width of a head, edges of documents: of one token, of none, over several tiles.
 CASES = [
     (4, 2, 64, [0, 1, 40, 40, 200, 300]),
     (6, 2, 64, [0, 130, 131]),
@@ -60,15 +63,11 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
     ("of_torch", "fault", "chosen"),
     [
         ("torch's own FlashAttention 2", "", True),
-        ("", "", True),
         ("FlashAttention 4", "", False),  # beside these it was not measured
-        ("cuDNN", "", False),
         ("torch's own FlashAttention 2", "wrong here", False),
     ],
 )
-def test_where_it_is_chosen(
-    of_torch: str, fault: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_our_kernel_is_chosen(of_torch, fault, chosen, monkeypatch) -> None:
     """Torch's kernel is chosen too, for layers that ours does not take."""
     device = torch.device("cuda")
     monkeypatch.setattr(packed_attention, "_CHOSEN", set())
@@ -81,11 +80,11 @@ def test_where_it_is_chosen(
     backend, why = attention.select_attention_backend(device, torch.bfloat16, 128, group=4)
     attention.select_attention_backend.cache_clear()
     assert backend == "varlen"
-    if of_torch and not chosen:
+    if not chosen:
         assert {"varlen": of_torch} == attention.ATTENTION_KERNELS
     assert why.startswith("our own kernel" if chosen else of_torch)
     assert fault in why
-    assert [*attention._FITS_VARLEN.values()] == [bool(of_torch)]
+    assert [*attention._FITS_VARLEN.values()] == [True]
     assert ({"cuda"} if chosen else set()) == packed_attention._CHOSEN
 
 
@@ -104,16 +103,84 @@ def test_layers_that_were_not_measured_keep_torchs_kernel(monkeypatch: pytest.Mo
         assert attention._takes_packed(q, k, k, rule) == taken
 
 
-def test_spans_are_made_where_the_kernel_takes_the_documents(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    edges = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
-    assert packed_attention.spans_if_chosen(edges, 3, 2) is None, "not chosen on a CPU"
-    monkeypatch.setattr(packed_attention, "_CHOSEN", {"cpu"})
-    found = packed_attention.spans_if_chosen(edges, 3, 4096)
-    assert found is not None
-    assert found.tolist() == [[0, 1, 1], [1, 3, 3]]
-    assert packed_attention.spans_if_chosen(edges, 3, 4097) is None, "not measured"
+# Only a GPU has torch's kernels: an operator with right or wrong arithmetic stands for them.
+NO_KERNEL = "no kernel image is available"  # as CUDA says
+RIGHT, WRONG, REFUSES, NAN = "right", "wrong", "refuses", "no number in a gradient"
+
+
+class Torch:
+    """torch's varlen attention: `kernels` says how each of those that are installed computes.
+
+    `obeys`: it has cuDNN too, and goes by what `sdpa_kernel` allows, as from 2.15 on.
+    """
+
+    def __init__(self, *, obeys: bool, **kernels: str) -> None:
+        self.obeys, self.kernels = obeys, kernels
+
+    def taken(self) -> str:
+        cuda = torch.backends.cuda
+        has_cudnn = self.kernels.get("cudnn", REFUSES) != REFUSES
+        if self.obeys and cuda.cudnn_sdp_enabled() and has_cudnn:
+            return "cudnn"
+        if self.obeys and not cuda.flash_sdp_enabled():
+            raise RuntimeError("constraints" if cuda.cudnn_sdp_enabled() else "no viable backend")
+        return nn.attention.current_flash_attention_impl() or "own"
+
+    def __call__(self, q, k, v, edges, _, longest, *__, **others) -> Tensor:
+        how = self.kernels[self.taken()]
+        if how == REFUSES:
+            raise RuntimeError(NO_KERNEL)
+        if how == WRONG:  # the second document sees the first
+            edges, longest = torch.cat([edges[:1], edges[2:]]), len(q)
+        if how == NAN:  # the derivative of this 0 is infinity times 0
+            v = v + (v - v.detach()).square().sqrt()
+        return varlen(q, k, v, edges, longest, others["scale"], None)
+
+    def register(self, version: str) -> Any:
+        if version not in self.kernels:
+            raise ModuleNotFoundError("No module named 'flash_attn'")
+        return Mock()
+
+
+@pytest.fixture
+def torch_as_before() -> Iterator[None]:
+    implementations = nn.attention._registry._FLASH_ATTENTION_IMPLS
+    before = dict(implementations)
+    yield
+    if nn.attention.current_flash_attention_impl():
+        nn.attention.restore_flash_attention_impl()
+    implementations.update(before)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+# Whether torch obeys its switches, its kernels, the one that is taken, and values of each fault.
+MACHINES: list[tuple[bool, dict[str, str], str, list[str]]] = [
+    (True, {"cudnn": RIGHT, "FA3": RIGHT, "own": RIGHT}, "cuDNN", []),
+    (True, {"cudnn": WRONG, "own": RIGHT}, TORCH_KERNEL, ["%"]),
+    (False, {"FA4": RIGHT, "FA3": RIGHT, "own": RIGHT}, "FlashAttention 4", []),
+    (False, {"FA4": REFUSES, "FA3": WRONG, "own": RIGHT}, TORCH_KERNEL, ["FlashAttention 4", "%"]),
+    (False, {"own": NAN}, "", ["nan"]),
+    (True, {"cudnn": WRONG, "FA3": REFUSES, "own": WRONG}, "", ["%", NO_KERNEL, "%"]),
+]
+SHORT = {"cuDNN": "cudnn", "FlashAttention 3": "FA3", "FlashAttention 4": "FA4"}
+
+
+@pytest.mark.usefixtures("torch_as_before")
+@pytest.mark.parametrize(("obeys", "kernels", "name", "faults"), MACHINES)
+def test_the_first_right_kernel_is_taken_and_stays(obeys, kernels, name, faults, monkeypatch):
+    machine = Torch(obeys=obeys, **kernels)
+    monkeypatch.setattr(attention, "varlen_attn", machine)
+    for version in ("FA3", "FA4"):
+        nn.attention.register_flash_attention_impl(
+            version, register_fn=lambda version=version: machine.register(version)
+        )
+    shape = attention.VarlenShape(torch.device("cpu"), torch.bfloat16, 32, 32)
+    chosen, found = choose_kernel(lambda: attention.find_varlen_fault(shape))
+    assert chosen == name
+    assert not name or machine.taken() == SHORT.get(name, "own")
+    for fault, value in zip(found, faults, strict=True):
+        assert value in fault
+    assert obeys or torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
-"""Weights into memory: names, ties, growth, quantised companions, bounds on memory; and damaged
-files.
-"""
+"""Weights into memory: names, ties, growth, bounds on memory; and damaged files."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import gc
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from errors import refuses
-from page_cache import resident
 from ranks import run_ranks
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
@@ -104,16 +100,6 @@ def test_shards_and_their_index(folder: Path) -> None:
     assert same(filled(sharded), expected), "shards in a subfolder"
 
 
-@pytest.mark.parametrize(
-    ("stored", "dtype"), [("float64", "fp32"), ("float16", "bf16"), ("bfloat16", "fp32")]
-)
-def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: str) -> None:
-    rewrite(folder, lambda t: {n: v.to(getattr(torch, stored)) for n, v in t.items()})
-    model = filled(folder, dtype=dtype)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(model.get_parameter(name), tensor.to(DTYPES[dtype]))
-
-
 def test_new_rows_are_the_mean_of_the_old(folder: Path) -> None:
     rewrite(folder, lambda t: {**t, "lm_head.weight": torch.randn(272, 64)})
     config(folder, tie_word_embeddings=False)
@@ -124,38 +110,6 @@ def test_new_rows_are_the_mean_of_the_old(folder: Path) -> None:
         assert all(torch.equal(row, module.weight[272]) for row in module.weight[273:])
         # A sum of 272 numbers in another order, which goes by where in memory they lie.
         torch.testing.assert_close(module.weight[272], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"
-    extras = {
-        f"{name}.absmax": torch.arange(3, dtype=torch.uint8),
-        f"{name}.quant_map": torch.arange(16.0),
-        f"{name}.quant_state.bitsandbytes__nf4": torch.arange(9, dtype=torch.uint8),
-    }
-    rewrite(
-        folder, lambda t: {**t, name: torch.arange(64, dtype=torch.uint8).view(-1, 1), **extras}
-    )
-    got: dict[str, torch.Tensor] = {}
-    filled(
-        folder, convert={name: lambda stored: got.update({k: v.read() for k, v in stored.items()})}
-    )
-    assert torch.equal(got.pop("").flatten(), torch.arange(64, dtype=torch.uint8))
-    assert got.keys() == {"absmax", "quant_map", "quant_state.bitsandbytes__nf4"}
-    assert all(torch.equal(got[k.removeprefix(f"{name}.")], v) for k, v in extras.items())
-    with refuses(ModelError) as caught:
-        filled(folder)
-    assert "nf4" in caught.value.text()
-
-
-def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None:
-    model = load.build_on_meta(load.load_configs(folder, FP32)[0], FP32)
-    model.model.layers[0].mlp.extra = torch.nn.Parameter(torch.full((2,), 5.0))
-    load.materialize(model, torch.device("cpu"))
-    load_weights(model, folder, skip=lambda n: n.endswith("extra"))
-    assert model.model.layers[0].mlp.extra.tolist() == [5.0, 5.0]
-    with refuses(ModelError, names=["1 tensor", "model.layers.0.mlp.extra"]):
-        load_weights(model, folder)
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -183,67 +137,32 @@ def written(name: str, data: str | bytes, *without: str) -> Damage:
     return write
 
 
-def fifo(name: str) -> Damage:
-    def put(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return put
-
-
-def device(folder: Path) -> None:
+def fifo(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).symlink_to("/dev/zero")
+    os.mkfifo(folder / WEIGHTS)
 
 
-def named_format(folder: Path) -> None:
-    as_type(torch.int8)(folder)
-    config(folder, quantization_config={"quant_method": "compressed-tensors"})
-
-
-LYING = json.dumps({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
 UP = "model.layers.1.mlp.up_proj.weight"
 # What is done to a good folder, and a value of the error.
 BAD: list[tuple[Damage, str]] = [
     (tensors(lambda t: {n: v for n, v in t.items() if n != UP}), UP),
     (tensors(lambda t: {**t, "model.vision": torch.ones(1)}), "model.vision"),
     (stated(intermediate_size=96), "[128, 64] in model.safetensors, [96, 64]"),
-    (stated(num_hidden_layers=3), "model.layers.2"),
-    (
-        tensors(lambda t: {**t, "lm_head.weight": torch.randn(272, 64)}),
-        "tie_word_embeddings: false",
-    ),
+    (tensors(lambda t: {**t, "lm_head.weight": torch.randn(272, 64)}), "tie_word_embeddings"),
     (stated(tie_word_embeddings=False), "lm_head.weight"),
     (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1000]), "damaged"),
-    (written(WEIGHTS, "<!doctype html>" * 9), "damaged"),
-    (written(WEIGHTS, len(LYING).to_bytes(8, "little") + LYING + b"x" * 8), "damaged"),
     (as_type(torch.int8), "integers"),
-    (
-        tensors(lambda t: {n.replace("weight", "qweight"): v.int() for n, v in t.items()}),
-        "GPTQ, AWQ",
-    ),
-    (named_format, "compressed-tensors"),
-    (fifo(WEIGHTS), f"{WEIGHTS} is a named pipe"),
-    (fifo("config.json"), "config.json is a named pipe"),
-    (fifo("tokenizer.json"), "tokenizer.json is a named pipe"),
-    (device, f"{WEIGHTS} is a device"),
-    (written("config.json", f'{{"a": {"1" * 5000}}}'), "config.json"),
+    (fifo, f"{WEIGHTS} is a named pipe"),
     (as_type(torch.float8_e4m3fn), "unsupported dtype"),
     (written("pytorch_model.bin", "x", WEIGHTS), "from transformers import AutoModelForCausalLM"),
     (written("tiny.gguf", "GGUF", WEIGHTS, "config.json"), "tiny.gguf"),
     (written("adapter_config.json", "{}", WEIGHTS, "config.json"), "adapter.from"),
     (lambda f: (f / WEIGHTS).unlink(), "weights"),
-    (lambda f: (f / "config.json").unlink(), "config.json"),
     (written("config.json", '{\n "a": 1,\n}'), "config.json:3"),
     (written("config.json", "[]"), "JSON"),
-    (written("config.json", b"\xff\xfe{}"), "UTF-8"),
     (written(INDEX, '{"weight_map": {"a": "model-1.safetensors"}}'), "model-1.safetensors"),
     (written(INDEX, '{"weight_map": {"a": "../a.safetensors"}}'), "'../a.safetensors'"),
-    (written(INDEX, '{"weight_map": {"a": "a\\u0000"}}'), "folder"),
-    (written(INDEX, "{}"), "weight_map"),
-    (written(INDEX, "{"), f"{INDEX}:1"),
     (lambda f: (f / "tokenizer.json").unlink(), "model.tokenizer"),
-    (written("tokenizer.json", "{"), "tokenizer"),
 ]
 
 
@@ -290,13 +209,6 @@ def test_large_finite_weights_are_loaded(folder: Path) -> None:
     assert dict(model.named_parameters())[UP][0, 1] == -65504
 
 
-def test_the_values_of_hooks_are_looked_at_too(folder: Path) -> None:
-    """Weights that are quantized as they are read, band by band."""
-    rewrite(folder, lambda t: {**t, UP: t[UP].index_fill(0, torch.tensor([7]), torch.nan)})
-    with refuses(ModelError, where="model.safetensors", names=[UP]):
-        filled(folder, convert={UP: lambda stored: list(stored[""].bands())})
-
-
 def status(key: str) -> int:
     return next(
         int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key)
@@ -309,7 +221,6 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
     found = []
-    # Code counts as memory from its first use on: the first load is not measured
     for dtype in ("bf16", "bf16", "fp32"):
         spec = Model(name="x", dtype=dtype)
         model = load.build_on_meta(load.load_configs(folder, spec)[0], spec)
@@ -331,38 +242,10 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
 def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 4,
-        "vocab_size": 32000,
-    }
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    model.save_pretrained(tmp_path)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8)).save_pretrained(tmp_path)
     (found,) = run_ranks(1, measure, tmp_path)
     for dtype, extra, size in found:
         assert size > 90 << 20
-        # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code
-        # take
-        assert extra < (24 << 20), (
-            f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
-        )
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
-)
-def test_nothing_is_left_in_the_page_cache(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    with file.open("rb+") as f:
-        os.fsync(f.fileno())  # pages that are not written yet are never dropped
-    file.read_bytes()
-    if resident(file) < 50:
-        pytest.skip("this file system does not cache")
-    filled(folder)
-    assert resident(file) == 0
+        # The stage of 16 MiB where dtypes differ, the allocator, and lazily loaded code.
+        assert extra < (24 << 20), f"{dtype}: {extra} bytes beside a model of {size}"
