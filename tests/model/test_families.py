@@ -132,14 +132,15 @@ COVERED_FAMILIES = pairwise(
 )
 
 
-def other_model(model_type: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(model_type, **{**BASE, **OTHERS[model_type].settings})
+def random_model(family: str) -> PreTrainedModel:
+    if family not in OTHERS:
+        return families.random_model(families.tiny_config(family))
+    config = AutoConfig.for_model(family, **{**BASE, **OTHERS[family].settings})
     return families.random_model(config)
 
 
 def build(family: str, *, adapted: bool) -> PreTrainedModel:
-    own = families.random_model(families.tiny_config(family)) if family not in OTHERS else None
-    model = own or other_model(family)
+    model = random_model(family)
     model.set_attn_implementation("eager")
     if adapted:
         lora.attach_lora(model, Adapter(rank=3, alpha=9), seed=1)
@@ -228,12 +229,12 @@ def test_packed_documents_are_computed_as_if_alone(case: dict[str, str]) -> None
 
 
 def test_recurrent_layers_refuse_what_would_leak() -> None:
-    model = other_model("lfm2").train()
+    model = random_model("lfm2").train()
     run_by_document(model, ["Lfm2ShortConv"])
     ids = torch.arange(3, 40)[None]
     with refuses(ModelError, names=["ByDocumentLfm2ShortConv"], fix=["TrainModel.step_context"]):
         model(input_ids=ids)
-    expected = other_model("lfm2")(input_ids=ids).logits
+    expected = random_model("lfm2")(input_ids=ids).logits
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
     with refuses(ModelError, names=["Lfm2ForCausalLM", "MambaMixer"]):
         run_by_document(model, ["Lfm2ShortConv", "MambaMixer"])
