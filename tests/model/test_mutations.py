@@ -131,6 +131,7 @@ def test_a_damaged_model_or_adapter_loads_or_is_refused_by_name(
         for whole in (good, shards, adapter):
             folder = Path(shutil.copytree(whole, tmp_path / f"{seed}"))
             what = mutate(folder, seed)
+            print(what)  # what pytest shows of a seed that fails
             with time_limit(30, what):  # a load takes a tenth of a second
                 try:
                     use(folder, tiny)

@@ -190,8 +190,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_the_kernels(device: str) -> None:
-    # bf16 loses half a percent.
-    compare(device, torch.bfloat16, 1e-2)
+    compare(device, torch.bfloat16, 1e-2)  # bf16 loses half a percent
 
 
 if __name__ == "__main__":
