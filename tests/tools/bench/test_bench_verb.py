@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from errors import check_shown
+from errors import check_shown, holds
 from invoke import invoke
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.tools.bench.measure import BenchReport
-from warm import run_python
+from tunesmith.tools.bench.shape import write_shape
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,
@@ -68,17 +66,12 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
 @pytest.mark.parametrize(
     ("words", "names", "fix"),
     [
-        ([], [], "--shape llama3-8b --tokenizer"),
         (["train.seed=1"], [], "tunesmith bench my-recipe.yaml"),
-        (["a.yaml", "b.yaml"], [], "tunesmith bench my-recipe.yaml"),
         (["a.yaml", *GOOD], [], "tunesmith bench my-recipe.yaml"),
         (["--shape", "lama3-8b", *GOOD[2:]], ["lama3-8b"], "--shape llama3-8b?"),
-        (["--shape", "zzz", *GOOD[2:]], ["zzz"], "qwen3-8b"),
         (GOOD[:4], ["--shape", "--data"], "--data rows.json"),
         ([*GOOD[:2], *GOOD[4:]], ["--shape", "--tokenizer"], "--tokenizer HuggingFaceTB/"),
         (["a.yaml", "--data", "x"], ["--data", "--shape"], "data.train.source=x"),
-        (["a.yaml", "--format", "text"], ["--format", "--shape"], "data.train.format=text"),
-        ([*GOOD, "--warmup", "-1"], ["--warmup -1"], "0 or more"),
         ([*GOOD, "--json", "no/such/x.json"], ["no/such"], "mkdir -p no/such"),
         ([*GOOD, "--profile", __file__], [__file__], "folder"),
         ([*GOOD, "model.name=gpt2"], [], "--shape NAME --tokenizer"),
@@ -94,20 +87,11 @@ def test_words_that_name_no_benchmark_are_refused(
     assert fix in shown.err
 
 
-@pytest.mark.nightly
-def test_an_ablation_measures_other_code_and_other_keys_in_turns(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(
+    tiny: Path, tmp_path: Path
 ) -> None:
-    """benchmarks/speed/ablation.py: all variants ran, and give the same loss in fp32."""
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    names = ["grouped adapters", "fused modules", "train.recompute=full"]
-    script = str(Path(__file__).parents[3] / "benchmarks" / "speed" / "ablation.py")
-    words = ["--only", *names, "--rounds", 1, "--json", out, file, "--steps", 2, "--warmup", 0]
-    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-    monkeypatch.setattr(subprocess, "run", run_python)
-    runpy.run_path(script, run_name="__main__")
-    table = json.loads(out.read_text())["table"]
-    assert list(table) == ["as given", *names]
-    for row in table.values():
-        assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)
+    changed = write_shape(tmp_path, SMALL | {"vocab_size": 100}, str(tiny))
+    size = len(AutoTokenizer.from_pretrained(tiny))
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == size > 100
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == size
+    assert holds(changed, size, 100)

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from errors import error_in, holds
 from invoke import invoke
-from recipes import recipe
-from tunesmith.config.dump import to_yaml
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.tools.bench.cli_selfcheck import print_row, verdict
 from tunesmith.tools.bench.selfcheck import TRAINING_KINDS, CheckRow, meshes_of
 from warm import fork_ranks, run_warm
 
-ROOT = Path(__file__).parents[3]
-
-
-def command_of_the_page(*start: str) -> list[str]:
-    """The command of docs/ranks.md that starts so, in a block without a language; those for two
-    machines are `sh`.
-    """
-    page = (ROOT / "docs/ranks.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```$", page, re.M | re.S)
-    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    return next(words for words in commands if words[: len(start)] == [*start])
-
 
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_two_ranks_that_it_starts_pass():
-    words = command_of_the_page("tunesmith", "selfcheck")
-    done = run_warm([*words[1:], "--json"], prepare=fork_ranks)
+    done = run_warm(["selfcheck", "--ranks", "2", "--json"], prepare=fork_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert (report["passed"], report["ranks"]) == (True, 2)
@@ -49,10 +31,8 @@ def test_two_ranks_that_it_starts_pass():
 @pytest.mark.parametrize(
     ("world", "node", "expected"),
     [
-        (1, 1, [(1, 1, 1)]),
         (3, 3, [(3, 1, 1), (1, 3, 1)]),
         (4, 4, [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]),
-        (8, 8, [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 1, 8)]),
         (2, 1, [(2, 1, 1), (1, 2, 1)]),  # no tensor group over nodes
         (16, 8, [(16, 1, 1), (2, 8, 1), (1, 16, 1), (2, 1, 8), (2, 2, 4), (1, 2, 8)]),
     ],
@@ -78,17 +58,6 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     first, fix = verdict(report | {"checks": rows}).splitlines()
     assert holds(first, "1 of 2", "2 ranks", "9 s")
     assert holds(fix, "parallel", "tunesmith selfcheck --json")
-
-
-@pytest.mark.slow
-def test_the_page_trains_on_two_ranks(tiny, tmp_path):
-    words = command_of_the_page("torchrun")
-    values = recipe(tiny, tmp_path, train={"duration": "2 steps"})
-    (tmp_path / "my-recipe.yaml").write_text(to_yaml(values))
-    done = run_warm(words[1:], program="torch.distributed.run", prepare=fork_ranks, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    env = json.loads((tmp_path / "run" / "env.json").read_text())
-    assert (env["mesh"]["replicate"], (tmp_path / "run" / "final").is_dir()) == (2, True)
 
 
 def test_ranks_that_cannot_start_are_reported(monkeypatch):
