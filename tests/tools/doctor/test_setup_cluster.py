@@ -68,17 +68,3 @@ def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: P
     )
     assert "ready: . " in done.stdout
     assert list((place / "hf" / "hub").rglob("model.safetensors"))
-
-
-def test_its_light_packages_are_those_of_the_package() -> None:
-    """Each with the bound of pyproject.toml: a lower one would be replaced, at the cost of a second
-    install.
-    """
-    text = (SCRIPT.parents[1] / "pyproject.toml").read_text()
-    named = [
-        word.strip("'")
-        for word in SCRIPT.read_text().split("install '")[1].split("\ninstall")[0].split()
-        if ">=" in word
-    ]
-    assert len(named) == 9
-    assert [word for word in named if f'"{word}"' not in text] == []

@@ -55,20 +55,27 @@ def missing_tools() -> str:
     return f"{', '.join(gone)} not installed: make cluster-tools" if gone else ""
 
 
+def remove_groups(name: str) -> bool:
+    """Remove the control groups of a daemon; tell whether the last of its processes is gone."""
+    for group in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+        for inner in [*sorted((p for p in group.rglob("*") if p.is_dir()), reverse=True), group]:
+            with contextlib.suppress(OSError):
+                inner.rmdir()
+    return not [*Path("/sys/fs/cgroup").glob(f"*/{name}")]
+
+
 @contextlib.contextmanager
 def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """The environment in which `docker` talks to a new daemon; on leaving, its containers and
-    mounts are gone.
+    """The environment in which `docker` talks to a new daemon, whose end is that of its containers.
 
-    `data` keeps its images for the next one. All containers see the folders `places` of this
-    machine, and cannot write there.
+    `data` keeps its images for the next one. All containers see the folders `places`.
     """
     if fault := missing_tools():
         pytest.skip(fault)
     with tempfile.TemporaryDirectory(
         prefix="td-", dir="/tmp", ignore_cleanup_errors=True
     ) as made:  # a socket's path is short
-        place, group = Path(made), f"/{Path(made).name}"
+        place = Path(made)
         place.chmod(0o755)
         runc = place / "runc"
         runc.write_text(RUNC.replace("{places}", repr([*dict.fromkeys(places)])))
@@ -77,7 +84,7 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
         config = {
             "hosts": [f"unix://{socket}"], "data-root": str(data or place / "data"), "exec-root": str(place / "exec"),
             "pidfile": str(place / "pid"), "bridge": "none", "iptables": False, "ip6tables": False,
-            "exec-opts": ["native.cgroupdriver=cgroupfs"], "cgroup-parent": group, "storage-driver": "overlay2",
+            "exec-opts": ["native.cgroupdriver=cgroupfs"], "cgroup-parent": f"/{place.name}", "storage-driver": "overlay2",
             "runtimes": {"bounded": {"path": str(runc)}}, "default-runtime": "bounded", "log-level": "warn",
             "builder": {"gc": {"enabled": True, "defaultKeepStorage": "6GB"}},
         }  # fmt: skip
@@ -110,9 +117,4 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
             daemon.kill()
             daemon.wait()
             time.sleep(0.2)
-            for folder in Path("/sys/fs/cgroup").glob(f"*{group}"):
-                for inner in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-                    with contextlib.suppress(OSError):
-                        inner.rmdir()
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            remove_groups(place.name)

@@ -1,14 +1,7 @@
-"""Two machines on a cable, made for real on one Linux machine: two dockerd, two ssh servers, two
-network namespaces.
+"""Two machines on a cable: two dockerd, two ssh servers, two network namespaces of one machine.
 
-    python tests/tools/launch/swarm_pair.py up FOLDER      # prints how to run a command on a node; ends on ctrl-C
-
-Each node has its own network, hostname, processes, /home and Docker data; they see each other's
-address on `cable0` alone. A user without root's rights, TUNER, has ssh keys for both and is in the
-docker group. Needs root and the packages of `make cluster-tools`.
-
-What the kernel of a container may refuse is taken care of here, so that the product's stack file
-stays as it is: rlimits beyond this machine's own are lowered in the runtime.
+A user without root's rights, TUNER, has ssh keys for both and is in the docker group. Needs root
+and the packages of `make cluster-tools`.
 """
 
 from __future__ import annotations
@@ -20,10 +13,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+from launch.dockerd import RUNC, remove_groups
+from waiting import wait_for
 
 TUNER, UID = "tuner", 4711
 TOOLS = "docker dockerd runc containerd tini sshd ip nsenter setpriv ssh-keygen rsync".split()
@@ -34,25 +27,6 @@ UsePAM no
 StrictModes no
 PasswordAuthentication no
 AuthorizedKeysFile .ssh/authorized_keys
-"""
-# runc with the rlimits that this machine's root may set: without CAP_SYS_RESOURCE it may not raise
-# one.
-RUNC = """#!/usr/bin/python3
-import json, os, resource, sys
-words = sys.argv[1:]
-files = [os.path.join(words[words.index("--bundle") + 1], "config.json")] if "create" in words and "--bundle" in words else []
-files += [words[words.index("--process") + 1]] if "exec" in words and "--process" in words else []
-for name in files:
-    config = json.load(open(name))
-    process = config.get("process", config)
-    for limit in process.get("rlimits") or []:
-        most = resource.getrlimit(getattr(resource, limit["type"]))[1]
-        for kind in ("hard", "soft"):
-            if most != resource.RLIM_INFINITY:
-                limit[kind] = min(limit[kind], most)
-    process["oomScoreAdj"] = max(0, process.get("oomScoreAdj") or 0)
-    json.dump(config, open(name, "w"))
-os.execv("/usr/sbin/runc", ["runc", *words])
 """
 
 
@@ -67,13 +41,6 @@ def missing_tools() -> str:
     words = "unshare --net --mount --pid --fork true".split()
     made = subprocess.run(words, capture_output=True, check=False)
     return "" if made.returncode == 0 else "may not make namespaces"
-
-
-def wait_until(what: str, condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s: {what}"
-        time.sleep(0.2)
 
 
 class Node:
@@ -103,7 +70,7 @@ class Node:
         lines += [f"docker:x:4710:{TUNER}", f"{TUNER}:x:{UID}:\n"]
         (d / "group").write_text("\n".join(lines))
         (d / "sshd").write_text(SSH.format(d=d))
-        (d / "runc").write_text(RUNC)
+        (d / "runc").write_text(RUNC.replace("{places}", "[]"))
         (d / "runc").chmod(0o755)
         config = {
             "node-generic-resources": [f"NVIDIA_GPU=GPU-{self.name}-{i}" for i in range(self.gpus)],
@@ -116,11 +83,7 @@ class Node:
         (d / "boot").write_text(self._boot())
 
     def _boot(self) -> str:
-        """The first process's script.
-
-        The daemon's own places are this node's alone; /root, where an interpreter of pyenv may be,
-        is readable and holds nothing else.
-        """
+        """The first process's script; the interpreter may be below /root, as one of pyenv."""
         d, python = self.folder, sys.base_prefix
         lines = [f"hostname {self.name}"]
         lines += [f"mount --bind {d}/{name} /etc/{name}" for name in ("hosts", "passwd", "group")]
@@ -150,10 +113,7 @@ class Node:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        wait_until(
-            f"dockerd of {self.name}",
-            lambda: self.alive() and self.docker("version", ok=True).returncode == 0,
-        )
+        wait_for(lambda: self.alive() and self.docker("version", ok=True).returncode == 0)
 
     def alive(self) -> bool:
         assert self.process is not None
@@ -191,7 +151,7 @@ class Node:
         root: bool = False,
         env: dict[str, str] | None = None,
         ok: bool = False,
-        seconds: float = 120,
+        seconds: float = 300,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here; `ok`: whatever its exit code."""
         command = self.command(*words, root=root, env=env)
@@ -218,9 +178,7 @@ class Node:
 
 
 class Pair:
-    """Both nodes, up in a block; `nodes` of two daemons that are one swarm, whose manager is the
-    first.
-    """
+    """Both nodes, up in a block: one swarm, whose manager is the first."""
 
     def __init__(self, folder: Path, gpus: int = 0) -> None:
         self.folder, self.tag = folder, f"p{os.getpid()}"
@@ -258,7 +216,7 @@ class Pair:
         a.docker("swarm", "init", at, a.address, "--listen-addr", manager)
         token = a.docker("swarm", "join-token", "-q", "worker").stdout.strip()
         b.docker("swarm", "join", "--token", token, at, b.address, manager)
-        wait_until("two nodes are ready", self.is_ready)
+        wait_for(self.is_ready)
 
     def is_ready(self) -> bool:
         shown = self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout
@@ -269,29 +227,12 @@ class Pair:
             node.kill()
         for node in self.nodes:
             subprocess.run(["ip", "netns", "del", node.netns], check=False, capture_output=True)
-            wait_until(
-                "its control groups are empty",
-                lambda node=node: self._without_groups(node.netns),
-                30,
-            )
+            wait_for(lambda node=node: remove_groups(node.netns))
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    @staticmethod
-    def _without_groups(name: str) -> bool:
-        """Remove what a node's daemon made there: possible when the last of its processes is gone."""
-        for group in Path("/sys/fs/cgroup").glob(f"*/{name}"):
-            for inner in sorted((p for p in group.rglob("*") if p.is_dir()), reverse=True):
-                with suppress(OSError):
-                    inner.rmdir()
-            with suppress(OSError):
-                group.rmdir()
-        return not [*Path("/sys/fs/cgroup").glob(f"*/{name}")]
 
 
 def write_bare_image(tar: Path) -> None:
-    """An image with no files, for containers that get this machine's /usr by a mount: nothing is
-    downloaded.
-    """
+    """An image with no files, for containers that get this machine's /usr by a mount."""
     with tarfile.open(tar, "w") as archive:
         # /sbin/docker-init is docker's own
         for folder in ("usr", "etc", "proc", "sys", "dev", "tmp", "run", "sbin"):
@@ -311,9 +252,7 @@ def add_host_image(node: Node, name: str = "bare:1") -> None:
 
 
 def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
-    """What a user's own file adds to the stack, so that the image above runs this very checkout in
-    this environment, with these variables, and the modules of the folder `site` of each node.
-    """
+    """What a user's own file adds to the stack, so that the image above runs this checkout."""
     root = Path(__file__).parents[3]
     places = dict.fromkeys(["/usr", sys.prefix, sys.base_prefix, str(root), site])
     bind = {"type": "bind", "read_only": True}
@@ -323,11 +262,3 @@ def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
         "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables,
     }  # fmt: skip
     return {"services": {"ranks": {"environment": environment, "volumes": mounts}}}
-
-
-if __name__ == "__main__":
-    with Pair(Path(sys.argv[2])) as made:
-        add_host_image(made.nodes[0])
-        for node in made.nodes:
-            print(node.name, *node.command("bash"))
-        signal.pause()

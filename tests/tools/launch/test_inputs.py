@@ -28,7 +28,6 @@ def inputs(folder: Path, **changes: Any) -> list[Path]:
 
 @pytest.mark.parametrize("key", paths._INPUTS)
 def test_each_key_that_may_hold_a_path_is_brought_along(tmp_path: Path, key: str) -> None:
-    """The table of `config/paths.py` is the reference: a key that it gains must be gained here."""
     assert inputs(tmp_path) == []
     ending = paths._INPUTS[key][0] if paths._INPUTS[key] else ".jinja"
     file = tmp_path / f"given{ending}"

@@ -10,9 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 import pytest
@@ -22,13 +20,12 @@ from invoke import invoke
 from recipes import recipe
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
-from tunesmith.launch.job import FOLDER, Job, save_job, state_folder
-from tunesmith.launch.jobs import all_jobs, find_job
+from tunesmith.launch.job import FOLDER, Job, save_job
 from tunesmith.launch.local_job import LocalJob
 from tunesmith.launch.slurm_job import SlurmJob
-from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
+from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState
 
-GONE = {"pid": "0", "created": "never"}
+A_MINUTE_AGO = time.time() - 60
 RUN_SLURM = "tunesmith.launch.slurm_job.run_slurm"
 
 
@@ -38,19 +35,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder = tmp_path / "run"
     folder.mkdir()
-    fail(folder, "rank 1 was killed")
-    age(folder / "failure.json")
+    (folder / "failure.json").write_text('{"what": "rank 1 was killed"}')
+    os.utime(folder / "failure.json", (A_MINUTE_AGO, A_MINUTE_AGO))
     return folder
-
-
-def fail(out: Path, what: str) -> None:
-    (out / "failure.json").write_text(json.dumps({"what": what}))
-
-
-def age(file: Path) -> None:
-    """Let a file be a minute old."""
-    a_minute_ago = time.time() - 60
-    os.utime(file, (a_minute_ago, a_minute_ago))
 
 
 @contextmanager
@@ -63,12 +50,12 @@ def at_work(out: Path) -> Iterator[None]:
         yield
 
 
-def created_at(process: psutil.Process) -> dict[str, str]:
-    return {"pid": str(process.pid), "created": str(process.create_time())}
-
-
-def launched(name: str, out: Path, details: dict[str, str] = GONE) -> LocalJob:
-    job = LocalJob(name, str(out), details=details)
+def launched(name: str, out: Path, agent: psutil.Process | None = None, log: str = "") -> LocalJob:
+    """A job that is noted; its process is gone unless it is given."""
+    details = {"pid": "0", "created": "never"}
+    if agent is not None:
+        details = {"pid": str(agent.pid), "created": str(agent.create_time())}
+    job = LocalJob(name, str(out), log=log, details=details)
     save_job(job)
     return job
 
@@ -98,12 +85,12 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(out: Pa
     (out / FOLDER).mkdir()
 
     def states() -> list[str]:
-        status = json.loads(invoke("status", out, "--json").out)
-        return [status[0]["state"], json.loads(invoke("report", out, "--json").out)["runs"][0]["state"]]  # fmt: skip
+        status = json.loads(invoke("status", out, "--json").out)[0]["state"]
+        return [status, json.loads(invoke("report", out, "--json").out)["runs"][0]["state"]]
 
     assert states() == ["stopped"] * 2
     with psutil.Popen([sys.executable, "-ISc", "input()"], stdin=subprocess.PIPE) as agent:
-        launched("local-2", out, created_at(agent))
+        launched("local-2", out, agent)
         assert states() == ["running"] * 2
         agent.communicate()
     assert states()[1:] == ["stopped"]
@@ -113,9 +100,7 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(out: Pa
 def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     launcher: list[str], tiny: Path, out: Path
 ) -> None:
-    """Its log, and the recipe that its nodes read again, stay; its process need not have the lock
-    yet, and need not have been launched.
-    """
+    """Its process need not have the lock yet, and need not have been launched."""
     (out / "failure.json").unlink()  # the folder is no run's
     file = out.parent / "recipe.yaml"
     file.write_text(json.dumps(recipe(tiny, out.parent, held=False)))
@@ -123,7 +108,7 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     log = out / "launch" / "output.log"
     log.parent.mkdir()
     log.write_text("first")
-    launched("local-1", out, created_at(psutil.Process()))
+    launched("local-1", out, psutil.Process())
     launched("local-2", out)
     done = invoke(*command)
     assert done.code == EXIT_USAGE
@@ -138,73 +123,31 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     assert [path.name for path in log.parent.iterdir()] == [log.name]
 
 
-def test_a_note_of_an_unknown_kind_leaves_the_run_readable(out: Path) -> None:
-    job = launched("local-1", out, created_at(psutil.Process()))
-    assert [type(job) for job in all_jobs()] == [LocalJob]
-    (state_folder() / "local-1.json").unlink()
-    save_job(replace(job, name="cloud-1"))
-    assert all_jobs() == []
-    (out / "env.json").write_text(json.dumps({"recipe_hash": "a"}))
-    assert type(find_job(str(out))) is Job
-
-
 def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
     assert holds(Job("", str(out)).state().text, "rank 1")
     job = launched("local-1", out)
     assert job.state().state is RunState.UNKNOWN
-    fail(out, "rank 0 was killed")
+    (out / "failure.json").write_text('{"what": "rank 0 was killed"}')
     assert holds(job.state().text, "rank 0")
 
 
 def test_a_run_at_work_tells_its_steps_and_the_time_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "runs/mine"
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("train: {duration: 5 epochs}\n")
+    monkeypatch.chdir(out.parent)
+    (out / "failure.json").unlink()
+    (out / "config.yaml").write_text("train: {duration: 5 epochs}\n")
     rows = [
         {"step": n, "epoch": n / 38, "loss": 1.5, "step_seconds": 60.0 if n == 1 else 2.0}
         for n in range(1, 88)
     ]
-    (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "env.json").write_text('{"recipe_hash": ""}')
-    with at_work(run):
-        (line,) = invoke("status", "runs/mine").out.splitlines()
-    assert line.split()[:2] == ["runs/mine", "running"], "it has no other name"
-    assert holds(line, "step 87 of 190", 1.5, "3:26 min")
-    assert "left" not in invoke("status", "runs/mine").out, "it was killed"
-    (run / "config.yaml").write_text("train: {duration: 2 h}\n")
-    assert Job("", str(run)).state().text.startswith("step 87, ")
-
-
-def test_a_stop_in_a_validation_changes_no_total(out: Path) -> None:
-    """The record of the saved step is written once its validation has been measured."""
-    (out / "failure.json").unlink()
-    (out / "config.yaml").write_text("train: {duration: 4 epochs}\n")
-    (out / METRICS).write_text('{"step": 19, "epoch": 1.9, "loss": 1.5, "step_seconds": 2.0}\n')
-    (out / STOPPED).write_text('{"step": 20}')
-    state = Job("", str(out)).state()
-    assert state.state is RunState.STOPPED
-    assert holds(state.text, "step 20 of 40")
-
-
-def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run at work, and of one that has ended."""
-    files: list[Path] = []
-
-    def counted(file: Path) -> BinaryIO:
-        files.append(file)
-        return open_regular(file)
-
-    (out / METRICS).write_text('{"step": 1, "loss": 1.5, "step_seconds": 2.0}\n')
-    monkeypatch.setattr("tunesmith.metrics.record.open_regular", counted)
+    (out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "env.json").write_text('{"recipe_hash": ""}')
     with at_work(out):
-        assert Job("", str(out)).state() == (RunState.RUNNING, "step 1, loss 1.5")
-        assert len(files) == 1
-    assert Job("", str(out)).state().state is RunState.FAILED
-    assert len(files) == 2
+        (line,) = invoke("status", "run").out.splitlines()
+    assert line.split()[:2] == ["run", "running"], "it has no other name"
+    assert holds(line, "step 87 of 190", 1.5, "3:26 min")
+    assert "left" not in invoke("status", "run").out, "it was killed"
 
 
 def test_a_queue_that_does_not_answer_hides_no_other_job(
@@ -212,7 +155,7 @@ def test_a_queue_that_does_not_answer_hides_no_other_job(
 ) -> None:
     monkeypatch.setattr(RUN_SLURM, lambda *_: (1, "", "no-controller"))
     launched("local-1", out)
-    fail(out, "rank 1 was killed")
+    (out / "failure.json").write_text('{"what": "rank 1 was killed"}')
     for number in ("4", "5"):
         folder = out.parent / f"run-{number}"
         save_job(SlurmJob(f"slurm-{number}", str(folder), details={"id": number}))
@@ -225,18 +168,14 @@ def test_a_queue_that_does_not_answer_hides_no_other_job(
     assert done.code == EXIT_OK
 
 
-LAUNCHERS = (["local", "--detach"], ["slurm", "--gpus-per-node", "0"])
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_files_tell_of_a_start_is_told_before_it_is_out_of_sight(
-    launcher: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that is not there, and a row that is not the first."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    command = ("launch", launcher[0], file, *launcher[1:])
+    command = ("launch", "local", file, "--detach")
     done = invoke(*command, "model.name=/nowhere/model")
     assert done.code == EXIT_USAGE
     check_shown(done.err, where="model.name", names=["/nowhere/model"])
@@ -250,7 +189,7 @@ def test_what_files_tell_of_a_start_is_told_before_it_is_out_of_sight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [["local", "--detach"], ["slurm", "--gpus-per-node", "0"]])
 def test_a_run_that_has_finished_is_not_launched_again(
     launcher: list[str], trained_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,9 +223,8 @@ def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
     file.parent.mkdir()
     file.write_text(text)
     (out / METRICS).write_text('{"step": 1, "loss": 1.5}\n')
-    age(out / METRICS)
-    job = LocalJob("local-1", str(out), log=str(file), details=GONE)
-    save_job(job)
+    os.utime(out / METRICS, (A_MINUTE_AGO, A_MINUTE_AGO))
+    job = launched("local-1", out, log=str(file))
     assert job.state() == (RunState.FAILED, "rows.jsonl:8 2/19")
     (out / METRICS).touch()
     assert job.state().state is RunState.KILLED, "it had begun"

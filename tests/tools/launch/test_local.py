@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.forkserver import ensure_running
@@ -14,13 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
-from errors import check_shown, holds, lines_with
+from errors import holds, lines_with
 from launch.conftest import records_of
 from ranks import forkserver
 from recipes import recipe
 from tunesmith.training.run import train
 from waiting import wait_for
-from warm import Warm, fork_ranks, run_warm
+from warm import Warm, fork_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -35,13 +34,9 @@ def start(*words: str | Path) -> Warm:
     return Warm([*map(str, words)], prepare=fork_ranks)
 
 
-def said_by(process: Warm) -> str:
-    return "".join(process.communicate(timeout=TIME))
-
-
 def finish(*words: str | Path, code: int = 0) -> str:
     process = start(*words)
-    said = said_by(process)
+    said = "".join(process.communicate(timeout=TIME))
     assert process.returncode == code, said
     return said
 
@@ -72,10 +67,7 @@ def place(
 def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     place: Callable[..., Path], tmp_path: Path
 ):
-    """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on.
-
-    The agent listens on loopback alone, and leaves no process and no file behind.
-    """
+    """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on."""
     file, out = place(**LONG), tmp_path / "run"
     launch = ("launch", "local", file, "--ranks", "2")
     agent = start(*launch)
@@ -85,7 +77,7 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
     agent.send_signal(signal.SIGINT)
-    said = said_by(agent)
+    said = "".join(agent.communicate(timeout=TIME))
     assert agent.returncode == 75, said
     saved = len(records_of(out))
     assert holds(said, "2 ranks", f"step {saved}")
@@ -100,7 +92,6 @@ def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(
     agent.wait()
     _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
-    assert [row["step"] for row in records_of(out)] == [*range(1, len(records_of(out)) + 1)]
     short = {"train.duration": f"{saved + 3} steps"}
     changes = {**short, "checkpoint.resume": "force"}  # the run gets shorter
     finish(*launch, *map("=".join, changes.items()))
@@ -131,26 +122,8 @@ def test_a_detached_run_is_found_followed_and_stopped(place: Callable[..., Path]
     assert (row["state"], row["text"].partition(" ")[0]) == ("running", "step")
     follower = start("logs", "-f", out)
     finish("stop", "--wait", out)
-    assert lines_with(said_by(follower), f"step {len(records_of(out))}")
+    followed = "".join(follower.communicate(timeout=TIME))
+    assert lines_with(followed, f"step {len(records_of(out))}")
     assert f"stopped  saved, step {len(records_of(out))}" in finish("status", name)
     finish("stop", name)
     assert not (out / "stop").exists()
-
-
-def patient() -> None:
-    from tunesmith.tools.launch import local
-
-    local.START_TIMEOUT = float(TIME)
-    fork_ranks()
-
-
-def test_a_detached_start_that_cannot_work_is_told(
-    place: Callable[..., Path], tiny: Path, tmp_path: Path
-):
-    """A fault that files alone do not tell: `test_jobs.py` has those."""
-    model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "tokenizer.json").write_text("{")
-    file = place(model={"name": str(model)})
-    done = run_warm(["launch", "local", str(file), "--ranks", "2", "--detach"], prepare=patient)
-    assert done.returncode == 1
-    check_shown(done.stderr, names=[2], fix=["cat"])

@@ -1,8 +1,5 @@
 """flake.nix with the real nix, which needs no daemon and no /nix here; `nix_stub` takes the place
 of nixpkgs and of uv.
-
-What is built runs: the checks, the dev shell and `nix run`. That the names exist in nixpkgs, and
-that a GPU is found, cannot be seen here; docs/nix.md says so.
 """
 
 from __future__ import annotations
@@ -35,10 +32,6 @@ LIMIT = 300  # seconds; each command takes about one
 
 @dataclass(frozen=True)
 class Nix:
-    """A copy of the flake, a home and a cache in a folder of their own; the store is that of all
-    tests here.
-    """
-
     store: Path
     root: Path
 
@@ -46,16 +39,12 @@ class Nix:
     def flake(self) -> Path:
         return self.root / "flake"
 
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
     def __call__(
         self, *words: str, stub: bool = True, **more: str
     ) -> subprocess.CompletedProcess[str]:
         kinds = ("store", "state", "log", "conf")
         environment = {f"NIX_{kind.upper()}_DIR": str(self.store / kind) for kind in kinds} | {
-            "PATH": os.environ["PATH"], "HOME": str(self.root / "home"), "XDG_CACHE_HOME": str(self.cache),
+            "PATH": os.environ["PATH"], "HOME": str(self.root / "home"), "XDG_CACHE_HOME": str(self.root / "cache"),
             "LD_LIBRARY_PATH": "/of/the/host", "NIX_REMOTE": "", **more,
         }  # fmt: skip
         if stub:
@@ -70,15 +59,13 @@ class Nix:
             check=False,
         )
 
-    def edit(self, file: str, old: str, new: str) -> None:
-        path = self.flake / file
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
-
-    def shell(self, script: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def shell_variables(self, script: str, **more: str) -> tuple[dict[str, str], str]:
+        """The lines `name=value` that a script prints in the dev shell, and its stderr."""
         at = f"path:{self.flake}#pytorch-fine-tune"
-        return self("develop", at, "--quiet", "--command", "bash", "-euc", script, **more)
+        done = self("develop", at, "--quiet", "--command", "bash", "-euc", script, **more)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if re.match(r"[\w-]+=", line)]
+        return dict(line.split("=", 1) for line in lines), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +93,6 @@ def nix(nix_store: Path, tmp_path: Path) -> Nix:
     return Nix(nix_store, tmp_path)
 
 
-def exports(text: str) -> dict[str, str]:
-    return dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[\w-]+=", line))
-
-
 @pytest.mark.nightly
 @pytest.mark.nix
 def test_the_flake_evaluates_for_both_systems_and_its_lock_file_is_its_own(nix: Nix):
@@ -127,67 +110,32 @@ def test_the_flake_evaluates_for_both_systems_and_its_lock_file_is_its_own(nix: 
     assert told.returncode == 0, told.stderr
     locked = json.loads(told.stdout)["locks"]["nodes"]["nixpkgs"]["locked"]
     assert locked["rev"] in (ROOT / "flake.nix").read_text()
-    checked = nix("flake", "check", f"path:{nix.flake}", "--no-build")
+    checked = nix("flake", "check", f"path:{nix.flake}", "--quiet")
     assert checked.returncode == 0, checked.stderr
-    nix.edit("flake.nix", "pkgs.zlib", "pkgs.zlip")
-    assert nix("flake", "check", f"path:{nix.flake}", "--no-build").returncode == 1
-
-
-@pytest.mark.nightly
-@pytest.mark.nix
-def test_the_checks_run_and_notice_what_is_broken(nix: Nix):
-    passed = nix("flake", "check", f"path:{nix.flake}", "--quiet")
-    assert passed.returncode == 0, passed.stderr
-    nix.edit("scripts/Llama3_8B_LoRA_finetuning.py", "import sys", "import = sys")
-    broken = nix("flake", "check", f"path:{nix.flake}", "--keep-going").stderr
-    assert "tunesmith-scripts.drv' failed" in broken
-    assert "tunesmith-help.drv' failed" not in broken
-    nix.edit("src/tunesmith/cli/main.py", "import argparse", "import argparse, no_such_package")
-    broken = nix("flake", "check", f"path:{nix.flake}", "--keep-going").stderr
-    assert "tunesmith-help.drv' failed" in broken
 
 
 @pytest.mark.nightly
 @pytest.mark.nix
 def test_the_shell_has_the_programs_and_the_scripts(nix: Nix):
     names = "tunesmith hf accelerate python uv cc"
-    entered = nix.shell(f"env; for name in {names}; do echo at-$name=$(type -P $name); done")
-    assert entered.returncode == 0, entered.stderr
-    found = exports(entered.stdout)
+    script = f"env; for name in {names}; do echo at-$name=$(type -P $name); done"
+    found, told = nix.shell_variables(script)
     environment = Path(found["VIRTUAL_ENV"])
-    assert environment.parent == nix.cache / "tunesmith" / "nix"
+    assert environment.parent == nix.root / "cache" / "tunesmith" / "nix"
     assert environment.parent.stat().st_mode & 0o777 == 0o700
     for name in ("tunesmith", "hf", "accelerate", "python"):
         assert found[f"at-{name}"] == str(environment / "bin" / name)
     assert found["at-uv"].startswith(str(nix.store / "store"))
     assert found["at-cc"]
     assert "LD_LIBRARY_PATH" not in found, "the host's libraries, or a driver that is not there"
-    assert "no NVIDIA driver" in entered.stderr
+    assert "no NVIDIA driver" in told
     for variable, name in SCRIPTS.items():
         assert Path(found[variable]).read_text() == (ROOT / "scripts" / name).read_text()
         assert Path(found[variable]).with_name("playbook.py").is_file()
     wanted = ROOT / "nix" / "requirements.txt"
     assert (environment / "synced.txt").read_text() == wanted.read_text()
-
-    again = nix.shell("tunesmith train 'a b'")
-    assert again.stdout == f"tunesmith of {environment} train a b\n"
-    assert "installing" not in again.stderr
-
     ran = nix("run", f"path:{nix.flake}#tunesmith", "--quiet", "--", "recipes", "a  b")
     assert (ran.returncode, ran.stdout) == (0, f"tunesmith of {environment} recipes a  b\n")
-
-
-@pytest.mark.nightly
-@pytest.mark.nix
-def test_libraries_that_wheels_expect_are_loaded_by_path(nix: Nix):
-    """So that nothing of them reaches programs of the host through LD_LIBRARY_PATH."""
-    code = 'import ctypes; ctypes.CDLL("libstdc++.so.6"); print(open("/proc/self/maps").read())'
-    ran = nix.shell(f"python -c '{code}'")
-    assert ran.returncode == 0, ran.stderr
-    assert "Error processing" not in ran.stderr
-    for name in ("libgcc_s.so.1", "libstdc++.so.6", "libz.so.1"):
-        (library, *_) = nix.store.glob(f"store/*/lib/{name}")
-        assert os.path.realpath(library) in ran.stdout
 
 
 @pytest.mark.nightly
@@ -198,29 +146,12 @@ def test_the_driver_of_the_host_and_nothing_else_of_it(nix: Nix, tmp_path: Path)
     ours = {f"lib{name}.so.1" for name in ("cuda", "nvidia-ml", "nvidia-ptxjitcompiler", "cudadebugger")}  # fmt: skip
     for name in (*ours, "libcudart.so.13", "libc.so.6", "libstdc++.so.6"):
         (host / name).touch()
-    entered = nix.shell("env", TUNESMITH_DRIVER=str(host))
-    assert entered.returncode == 0, entered.stderr
-    found = exports(entered.stdout)
+    found, told = nix.shell_variables("env", TUNESMITH_DRIVER=str(host))
     folder = Path(found["LD_LIBRARY_PATH"])
     assert found["TRITON_LIBCUDA_PATH"] == str(folder)
     assert {file.name for file in folder.iterdir()} == {*ours, "libcuda.so"}
     assert {file.readlink() for file in folder.iterdir()} == {host / name for name in ours}
-    assert "no NVIDIA driver" not in entered.stderr
-
-
-@pytest.mark.nightly
-@pytest.mark.nix
-def test_an_install_that_fails_says_so_and_is_made_again(nix: Nix):
-    fault = "no route to the index"
-    for failed in (
-        nix.shell("echo in the shell", UV_STANDIN_FAILS=fault),
-        nix("run", f"path:{nix.flake}", "--", "echo in the shell", UV_STANDIN_FAILS=fault),
-    ):
-        assert failed.returncode == 1
-        assert f"uv: {fault}" in failed.stderr
-        assert "error: " in failed.stderr
-        assert failed.stdout == ""
-    assert nix.shell("tunesmith").returncode == 0
+    assert "no NVIDIA driver" not in told
 
 
 def locked_versions(file: Path) -> dict[str, str]:
@@ -229,9 +160,7 @@ def locked_versions(file: Path) -> dict[str, str]:
 
 
 def test_the_locked_packages_are_those_of_the_project():
-    """nix/requirements.txt: in the ranges of pyproject.toml, at the versions of constraints.txt,
-    every one with a hash.
-    """
+    """In the ranges of pyproject.toml, at the versions of constraints.txt, every one with a hash."""
     text = (ROOT / "nix" / "requirements.txt").read_text()
     locked = locked_versions(ROOT / "nix" / "requirements.txt")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

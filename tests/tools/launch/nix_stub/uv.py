@@ -1,10 +1,5 @@
 #!/usr/bin/python3
-"""Stands in for uv: makes the environment without the network, and refuses a word that it was not
-written for.
-
-`pip sync` notes its requirements file; `pip install` makes commands that print their own name and
-arguments.
-"""
+"""Stands in for uv, without the network; its commands print their own name and arguments."""
 
 import os
 import sys
@@ -15,8 +10,6 @@ NAMES = ["tunesmith", "hf", "accelerate"]
 
 
 def main(words: list[str]) -> None:
-    if fault := os.environ.get("UV_STANDIN_FAILS"):
-        sys.exit(f"uv: {fault}")
     match words:
         case ["venv", "--quiet", "--python", python, folder] if os.access(python, os.X_OK):
             venv.create(folder, symlinks=True)
