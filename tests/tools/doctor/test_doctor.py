@@ -1,7 +1,4 @@
-"""`tunesmith doctor`: its words, the checks of one machine, and what its commands do.
-
-No root is needed.
-"""
+"""`tunesmith doctor`: the checks of one machine and of a pair, and what its commands do."""
 
 from __future__ import annotations
 

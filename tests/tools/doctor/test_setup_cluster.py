@@ -1,6 +1,4 @@
-"""`scripts/setup-cluster`: what would fail later fails first, in one block, before PyTorch is
-installed.
-"""
+"""`scripts/setup-cluster`: what would fail later fails first, before PyTorch is installed."""
 
 from __future__ import annotations
 
@@ -45,10 +43,8 @@ def set_up(place: Path, hub: StandIn, token: str | None) -> subprocess.Completed
 def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: Path) -> None:
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     with StandIn({"owner/gated": Repo(files, gated=True, granted="hf_granted0123")}) as hub:
-        for token, said in (
-            (None, "no token found"),
-            ("hf_other01234567", "has not been granted to your token"),
-        ):
+        refused = {None: "no token found", "hf_other01234567": "has not been granted to your token"}
+        for token, said in refused.items():
             done = set_up(place, hub, token)
             assert done.returncode == 2
             assert said in done.stderr
@@ -60,11 +56,7 @@ def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: P
             assert not hub.downloads("model.safetensors")
         done = set_up(place, hub, "hf_granted0123")
     assert done.returncode == 0, done.stderr
-    assert (
-        (place / "asked")
-        .read_text()
-        .splitlines()[-1]
-        .endswith(f"--quiet --disable-pip-version-check {SCRIPT.parents[1]}")
-    )
+    last = (place / "asked").read_text().splitlines()[-1]
+    assert last.endswith(f"--quiet --disable-pip-version-check {SCRIPT.parents[1]}")
     assert "ready: . " in done.stdout
     assert list((place / "hf" / "hub").rglob("model.safetensors"))

@@ -1,6 +1,4 @@
-"""Candidates over one base learn, bit for bit, what `train` of their recipes learns; kills and ranks
-included.
-"""
+"""Candidates over one base learn, bit for bit, what `train` of their recipes learns."""
 
 from __future__ import annotations
 
