@@ -110,7 +110,9 @@ def curve_of(out: Path) -> list[tuple[float, float]]:
 def holders_of(canary: str, folder: Path) -> list[str]:
     """Where a canary is: command lines of all processes, and files in this folder."""
     found = []
-    for path in [*Path("/proc").glob("[0-9]*/cmdline"), *folder.rglob("*")]:
+    # os.walk passes over folders that disappear meanwhile; rglob raises.
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    for path in [*Path("/proc").glob("[0-9]*/cmdline"), *files]:
         with suppress(OSError):  # a process that has ended
             if path.is_file() and canary.encode() in path.read_bytes():
                 found.append(str(path))
