@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
 
-from recipes import make_run
 from tunesmith.distributed import torch_private
 from tunesmith.host.memory import MemoryFigures, MemoryLimit
 from tunesmith.runtime import device
 from tunesmith.runtime.device import (
     choose_device,
-    free_device_memory,
     free_memory,
     host_budget,
     is_integrated,
     prepare_allocator,
 )
-from tunesmith.stages import plan as plan_stage
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
 
 GIB = 2**30
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -59,15 +51,6 @@ class Pretended:
         """As torch.cuda's: a device without its index is refused, and None is the current one."""
         assert not isinstance(device, torch.device) or device.index is not None, device
         self.told.append(fraction)
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def empty_cache(self) -> None:
-        self.told.append("emptied")
-
-    def reset_peak_memory_stats(self) -> None:
-        self.told.append("peak")
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +98,6 @@ def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(na
     expected = [] if name else ["expandable_segments:True"]
     assert prepared(Pretended(integrated=False)) == expected
     assert prepared(Pretended(integrated=True), CPU) == []
-    told: list[torch.device] = []
-    monkeypatch.setattr(device, "prepare_allocator", told.append)
-    assert choose_device() == told[0]
 
 
 @pytest.mark.parametrize(("reserved", "idle"), [(0, 0), (30, 20)])
@@ -132,27 +112,6 @@ def test_free_memory_is_the_card_s_or_the_host_s_and_what_the_allocator_holds_un
             assert free_memory(GPU) == free + idle
             assert [is_integrated(place) for place in (GPU, CPU)] == [integrated, False]
     assert free_memory(CPU) == 99 * GIB
-
-
-@pytest.mark.slow
-def test_what_an_earlier_run_left_is_freed_before_the_next(tiny, tmp_path, monkeypatch):
-    gc.disable()  # until the function asks for it
-    layer, cuda = nn.Linear(2, 2), Pretended(integrated=False)
-    layer.owner = [layer]
-    weight = weakref.ref(layer.weight)
-    del layer
-    assert weight() is not None, "a cycle of references holds it"
-    with patch.object(device, "cuda", cuda):
-        free_device_memory()
-    gc.enable()
-    assert weight() is None
-    assert cuda.told == ["emptied", "peak"]
-    order: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(plan_stage, "free_device_memory", lambda: order.append("freed"))
-    monkeypatch.setattr(plan_stage, "choose_device", lambda: order.append("chosen") or CPU)
-    build(Request(make_run(tiny, tmp_path)))
-    assert order == ["freed", "chosen"]
 
 
 def test_this_torch_takes_the_setting() -> None:

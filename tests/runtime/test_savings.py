@@ -62,15 +62,12 @@ def plan_of(
 
 INSIDE = FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}
 NONE = {"train.recompute": "none"}
-CUT = NONE | {"data.allow_cut_answers": True}
 WIDE = NONE | {"train.micro_batch": "16384 tokens"}
 IN_BACKWARD = "train.optimizer_in_backward=true train.clip_norm=null"
 REFUSED = [
     ("llama3-8b", 138, FULL, ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", IN_BACKWARD, "adapter.kind=lora"]),
-    ("llama3-8b", 79, FULL, ["train.optimizer=adamw-8bit train.master_weights=stochastic"]),
     ("llama3-8b", 100, INSIDE, ["train.master_weights=stochastic"]),
     ("llama3-8b", 24, NONE, ["train.recompute=full", "data.seq_len=1024 data.too_long=drop"]),
-    ("llama3-8b", 24, CUT, ["data.seq_len=1024"]),
     ("llama3-8b", 40, WIDE, ["train.micro_batch='4096 tokens'"]),
     ("llama3-70b", 138, {}, ["model.quantize=nf4"]),
     ("llama3-70b", 138, FULL, ["model.quantize=nf4 adapter.kind=lora"]),
@@ -115,30 +112,6 @@ def test_nothing_is_offered_where_nothing_helps(recipe: Path) -> None:
     assert "=" not in refused.value.fix
 
 
-def test_a_base_that_does_not_fit_in_bf16_names_why_it_is_not_in_fp8(recipe: Path) -> None:
-    """As `train` loads it after fp8 was tried and rejected."""
-    run = load_recipe(recipe, {"model.quantize": "fp8"})
-    rejected = (None, "fp8 was tried and rejected")
-    with refuses(MachineError, names=[*NEEDS, rejected[1]]) as refused:
-        plan_of(run, "llama3-8b", 16, scaling=rejected)
-    assert "model.quantize=nf4" in refused.value.fix
-    assert plan_of(run, "llama3-8b", 16, scaling=("fp8", "")).base == "fp8"
-
-
-def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> None:
-    """The bytes are those of `train`: a checkpoint waits where its copies have no room."""
-    gib = 7
-    keys = ["train.recompute=full", "train.micro_batch=2048 tokens"]
-    with refuses(MachineError, names=NEEDS) as refused:
-        plan_of(load_recipe(recipe, keys), "llama3-8b", gib)
-    words, _, claimed = refused.value.fix.removeprefix("set ").partition(" (")
-    assert words == "model.quantize=nf4"
-    again = plan_of(load_recipe(recipe, [*keys, words]), "llama3-8b", gib)
-    needed = again.memory.step
-    assert gib * GIB * USABLE_SHARE < needed <= gib * GIB * ALLOCATABLE_SHARE
-    assert float(claimed.partition(" GiB")[0]) == pytest.approx(needed / GIB, abs=0.06)
-
-
 @pytest.mark.parametrize(
     ("keys", "fix"),
     [
@@ -154,19 +127,12 @@ def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(recip
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
     """Between USABLE_SHARE and ALLOCATABLE_SHARE a plan is tried, with advice in case it fails."""
-    keys = NONE | {"train.micro_batch": "2048 tokens"}
-    plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
+    run = load_recipe(recipe, NONE | {"train.micro_batch": "2048 tokens"})
+    plan = plan_of(run, "llama3-8b", 26)
     assert USABLE_SHARE < plan.memory.total / plan.memory.free < ALLOCATABLE_SHARE
     assert plan.savings()[0].keys == "train.recompute=full"
-    assert plan.savings()[0].resumes
-    assert "train.recompute" not in plan.less_memory(recompute=False)
-
-
-def test_a_checkpoint_s_copies_refuse_nothing(recipe: Path) -> None:
-    """Without room for them training waits while the file is written."""
-    run = load_recipe(recipe, {"train.recompute": "full", "train.micro_batch": "2048 tokens"})
-    memory = plan_of(run, "llama3-8b", 139).memory
-    needed = memory.total - memory.copies
+    # A checkpoint's copies refuse nothing: without room for them training waits.
+    needed = plan.memory.total - plan.memory.copies
     assert plan_of(run, "llama3-8b", 1.001 * needed / ALLOCATABLE_SHARE / GIB).memory.total > needed
     with pytest.raises(MachineError):
         plan_of(run, "llama3-8b", 0.999 * needed / ALLOCATABLE_SHARE / GIB)
@@ -181,23 +147,9 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     assert plan_of(run, "llama3-3b", 60, **BUSY).memory.free == 60 * GIB
     with refuses(MachineError, where="cpu", names=NEEDS, fix=["train.optimizer=adamw-8bit"]):
         plan_of(run, "llama3-3b", 50, **BUSY)
-    unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
-    spec = read_spec(SHAPES["llama3-3b"].config, where="test")
-    plan = plan_on(unknown, run, spec, spec.parameters)
-    check_memory_fits(plan, unknown)
-    assert plan.memory.total > GIB
 
 
-def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
-    """The frozen weights fit, and with them nothing of a step."""
-    run = load_recipe(recipe, {"model.dtype": "bf16"})
-    memory = plan_of(run, "llama3-3b", 60, **BUSY).memory
-    assert memory.static < memory.least < memory.total
-    with refuses(MachineError, where="cpu", names=NEEDS):
-        plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **BUSY)
-
-
-@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
+@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (0.5, True)])
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     """What other programs hold now they may give back."""
     run = load_recipe(recipe, FULL | NONE | {"train.micro_batch": "2048 tokens"})

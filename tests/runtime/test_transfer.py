@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
 from tunesmith.data.batches.batch import Batch
-from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Mark, Snapshot
+from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Snapshot
 
 gpu = [
     pytest.mark.gpu,
@@ -67,49 +65,6 @@ def test_copies_are_as_the_tensors_were(device: torch.device) -> None:
         assert not tensor.requires_grad
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name]), name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="on a CPU all work is done when a call returns"
-)
-def test_nothing_waits_for_the_next_step() -> None:
-    device = torch.device("cuda")
-    value = torch.ones(8, device=device)
-    # Pinned memory is made and kinds of kernels are loaded the first time.
-    AsyncScalars(value.sum()).read()
-    Snapshot({"value": value}).on_host()
-    torch.cuda.synchronize()
-    reading, copies = AsyncScalars(value.sum()), Snapshot({"value": value})
-    busy(device)
-    end = torch.cuda.Event()
-    end.record()
-    assert reading.read() == [8.0]
-    assert torch.equal(copies.on_host()["value"], torch.ones(8))
-    assert not end.query(), "the next step was over: it was waited for"
-    torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_marks_time_the_device(device: torch.device) -> None:
-    """A GPU's host has launched it all when the work has hardly begun."""
-    count = 200 if device.type == "cuda" else 2
-    busy(device, count)  # chooses and loads its kernels the first time
-    Mark(device).wait()
-    began = time.perf_counter()
-    first = Mark(device)
-    marked = time.perf_counter()
-    busy(device, count)
-    launched = time.perf_counter()
-    last = Mark(device)
-    seconds = last.seconds_since(first)
-    ended = time.perf_counter()
-    if device.type == "cuda":
-        # Of half a second or more: a launch and a wake-up of the host take less than a millisecond.
-        assert seconds == pytest.approx(ended - began, rel=0.02)
-        assert launched - began < seconds / 2
-    else:
-        assert launched - marked <= seconds <= ended - began
 
 
 @pytest.mark.gpu
