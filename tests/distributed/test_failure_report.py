@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tunesmith.distributed.failure_report import FailureReport
-from tunesmith.errors import EXIT_OK, EXIT_STOPPED, StoppedEarlyError, TunesmithError
+from tunesmith.errors import EXIT_OK, EXIT_STOPPED, StoppedEarlyError
 
 KILLED = {"what": "rank 1 on a was killed", "cause": "killed"}
-
-
-def test_who_sees_the_fault_sees_when_it_was_decided() -> None:
-    """The thread that watches the time would end the process without its seconds of grace."""
-    seen: list[float] = []
-
-    class Watched(FailureReport):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "fault" and value is not None:
-                seen.append(self.decided_at)
-            super().__setattr__(name, value)
-
-    Watched().decide(dict(KILLED), 3, reports=False, is_raised=False)
-    assert len(seen) == 1
-    assert seen[0] > 0
 
 
 def test_the_first_fault_stands_and_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,13 +33,3 @@ def test_a_stop_of_another_rank_ends_with_the_code_of_this_start() -> None:
         report.decide(KILLED | {"stopped": True}, 0, reports=False, is_raised=False)
         assert isinstance(report.fault, StoppedEarlyError)
         assert report.fault.exit_code == code
-
-
-def test_a_report_that_cannot_be_written_holds_nobody_up(tmp_path: Path) -> None:
-    def write(fault: TunesmithError, step: int) -> None:
-        (tmp_path / "missing" / "failure.json").write_text(fault.what)
-
-    report = FailureReport()
-    report.on_fault = write
-    report.decide(dict(KILLED), 3, reports=True, is_raised=True)
-    assert report.fault_event.is_set()

@@ -44,9 +44,7 @@ run_and_exit(command)
     ],
     ids=["modules stay", "without torch", "a command that raises"],
 )  # fmt: skip
-def test_threads_and_handlers_end_first(
-    change: tuple[str, str], code: int, shown: str, error: str
-) -> None:
+def test_threads_and_handlers_end_first(change, code, shown, error):
     words = [sys.executable, "-c", PROGRAM.replace(*change, 1)]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (code, shown.split())
