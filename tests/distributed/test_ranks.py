@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,13 @@ from torch.testing._internal.distributed import fake_pg
 
 from errors import refuses
 from ranks import run_ranks
-from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT, Ranks, choose_gpu, join_ranks
+from tunesmith.distributed.ranks import (
+    COLLECTIVE_TIMEOUT,
+    WATCHDOG_SETTINGS,
+    Ranks,
+    choose_gpu,
+    join_ranks,
+)
 from tunesmith.distributed.torch_private import find_nccl_error
 from tunesmith.distributed.vocab_parallel import sharding_groups
 from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
@@ -63,6 +71,18 @@ def test_ranks_share_values_and_errors():
     assert "rows of 1" in texts[0]
     assert places == ((0, 0), (0, 1), (1, 0), (1, 1))
     assert limits == ({COLLECTIVE_TIMEOUT},) * 4  # torch's own is half an hour
+
+
+def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("tunesmith.distributed.ranks.choose_gpu", lambda *_: None)
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    names = [f"TORCH_NCCL_{name}" for name in WATCHDOG_SETTINGS]
+    with mock.patch.dict(os.environ, rank | {names[0]: "3"}):
+        os.environ.pop("MASTER_ADDR", None)
+        with refuses(MachineError, names=["MASTER_ADDR"]), join_ranks():
+            pass
+        assert [os.environ[name] for name in names] == ["3", "0", "0", "0"]
 
 
 def test_a_later_training_of_a_process_takes_its_own_groups():

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
-
-from packaging.requirements import Requirement
-
 from errors import refuses
 from tunesmith.errors import MachineError
 from tunesmith.host import packages
-from tunesmith.host.packages import pip_install
-
-
-def test_the_packages_of_an_extra_are_named_with_their_version() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    for line in tomllib.loads(text)["project"]["optional-dependencies"]["nf4"]:
-        assert pip_install(Requirement(line).name) == f"pip install '{line}'"
 
 
 def test_a_package_of_a_wrong_version_is_refused_with_the_command(tmp_path, monkeypatch):

@@ -72,7 +72,6 @@ def losses(run: Run, then: Callable[[StepRecord], object] = lambda record: None)
 
 @pytest.mark.slow
 def test_an_operator_that_cannot_is_named_with_the_key(tiny, tmp_path, monkeypatch):
-    """`Tensor.put_` is on torch's list for every device."""
 
     def scattered(*args: object, **options: object) -> None:
         torch.zeros(3).put_(torch.tensor([1]), torch.tensor([2.0]))

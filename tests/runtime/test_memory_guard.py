@@ -12,15 +12,13 @@ import pytest
 
 from errors import holds
 from page_cache import resident
+from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures, memory_floor
 from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
-from tunesmith.runtime.memory_guard import (
-    MemoryGuard,
-    drop_page_cache,
-)
+from tunesmith.runtime.memory_guard import MemoryGuard, drop_page_cache
 
 GIB, MIB = 2**30, 2**20
 LAPTOP = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0)
@@ -78,14 +76,10 @@ class Pretended:
 # What GB10s recorded before they froze or their driver failed, with the second at which that was.
 CACHE = replace(SPARK, available=int(22.5 * GIB), free=int(2.5 * GIB), cached=int(19.8 * GIB))
 SPARKS = {
-    # vllm#54200: 29 to 2.5 GiB in 9 seconds while an engine started.
-    "collapse in 9 s": (falling(SPARK, 29, 2.5, 9), 9.0),
     # dgx-spark-playbooks#116: 34.0 to 12.7 GiB in 1.5 seconds, when the driver failed.
     "collapse in 1.5 s": (falling(SPARK, 34.0, 12.7, 1.5), 1.5),
     # vllm-ultimate-dgx-spark#9: the last sample before a freeze, of 124,546 MiB.
     "7,894 MiB left": (falling(SPARK, 20, 7894 / 1024, 600), 600.0),
-    # vllm#46307: about 7 GiB available when the host hung.
-    "7 GiB left": (falling(SPARK, 71, 7, 120), 120.0),
     # vllm#54200: 19.8 of 22.5 GiB available are page cache, and allocations failed.
     "free memory gone, page cache stays": (lambda now: CACHE, 60.0),
 }
@@ -100,7 +94,6 @@ def test_it_stops_before_a_gb10_freezes(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_on_unified_memory_page_cache_is_dropped_before_a_stop(monkeypatch):
-    """As the guard that took GB10s through every load; MemFree was never below 2.6 GiB there."""
     flood = replace(SPARK, available=70 * GIB, free=5 * GIB, cached=60 * GIB)
     there = Pretended(lambda now: flood if not there.dropped else SPARK, monkeypatch, unified=True)
     assert there.until(30) is None
@@ -138,7 +131,6 @@ def test_a_control_group_has_a_floor_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes gigabytes in a moment and gives them back."""
 
     def swinging(now: float) -> MemoryFigures:
         return replace(LAPTOP, available=9 * GIB if int(now) % 2 else 2 * GIB)
@@ -170,6 +162,20 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
     assert os.getpid() not in [other["pid"] for other in others]
     error = there.stop.not_begun()
     assert (type(error), error.exit_code) == (LowMemoryError, 75)
+
+
+def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks one is on another host."""
+    heartbeat = Heartbeat(1, ("a", "a", "b"), range(2))
+    space, parent = os.readlink("/proc/self/ns/pid"), os.getppid()
+    for rank, pid in enumerate((parent, os.getpid(), 1)):
+        heartbeat.peers.beats[rank].process = f"{space} {pid}"
+    there = Pretended(lambda now: replace(LAPTOP, available=100 * MIB), monkeypatch, unified=False)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(memory_guard, "own_memory", lambda pids: asked.append(sorted(pids)) or GIB)
+    there.guard.ranks = Ranks(1, 3, 1, 2, ("a", "a", "b"), (0,) * 3, heartbeat)
+    there.until(1)
+    assert asked == [sorted((parent, os.getpid()))]
 
 
 def test_floors() -> None:

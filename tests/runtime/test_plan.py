@@ -17,9 +17,9 @@ from tunesmith.errors import MachineError
 from tunesmith.host.chips import CHIPS
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
-from tunesmith.planning.calibrate import calibrate_recompute, revise_recomputed
+from tunesmith.planning.calibrate import calibrate_recompute
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.memory import MemoryEstimator, min_recomputed
+from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.micro_batch import MIN_ROW_LENGTHS
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan, Saving
@@ -132,24 +132,6 @@ def test_a_chip_without_fp8_keeps_the_base_in_its_dtype() -> None:
     assert planned(run, 139, scaling=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
     plan = planned(run, 139, scaling=(None, "too old"))
     assert (plan.base, plan.why["base"]) == ("bf16", "too old")
-
-
-@pytest.mark.parametrize("room", range(-10, 100, 7))
-def test_fewest_layers(room: int) -> None:
-    def activations(layers: int) -> int:
-        return (8 - layers) * 10 + layers * 2
-
-    count = min_recomputed(room, [10] * 8, 2)
-    assert activations(count) <= room or count == 8
-    assert count == 0 or activations(count - 1) > room
-
-
-def test_a_trial_moves_the_count_by_the_room_that_is_left_or_missing():
-    # 10 layers of 32 recompute and keep 10 each; the other 22 keep 100 each.
-    activations = 22 * 100 + 10 * 10
-    for room, count in ((0, 10), (91, 9), (1e9, 0), (-1, 11), (-1e9, 32)):
-        assert revise_recomputed(10, 32, activations, 10, room=room) == count
-    assert revise_recomputed(32, 32, 32 * 10, 10, room=1e9) == 32
 
 
 def trial_plan(estimate: MemoryEstimate) -> RunPlan:

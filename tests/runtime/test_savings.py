@@ -142,7 +142,6 @@ BUSY = {"device": "cpu", "compiles": (False, "")}
 
 
 def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> None:
-    """57 GiB stay, and activations come on top."""
     run = load_recipe(recipe, FULL)
     assert plan_of(run, "llama3-3b", 60, **BUSY).memory.free == 60 * GIB
     with refuses(MachineError, where="cpu", names=NEEDS, fix=["train.optimizer=adamw-8bit"]):
@@ -151,7 +150,6 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
 
 @pytest.mark.parametrize(("free", "warned"), [(1.27, False), (0.5, True)])
 def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
-    """What other programs hold now they may give back."""
     run = load_recipe(recipe, FULL | NONE | {"train.micro_batch": "2048 tokens"})
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     group = MemoryLimit("control group /job", 200 * GIB, used=0, used_by_run=0)
