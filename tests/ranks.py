@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.forkserver import ensure_running as start_server
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,34 @@ def run_ranks(
             process.join(0 if len(found) < world else 20)
             process.kill()
     return [found[rank] for rank in range(world)]
+
+
+def run_each(
+    world: int, function: Callable[..., Any], cases: Sequence[tuple[Any, ...]], **options: Any
+) -> list[list[Any]]:
+    """`run_ranks` for each of these tuples of arguments, one after the other in the same processes:
+    of each rank the results of all.
+    """
+    return run_ranks(world, _each, function, cases, [free_port() for _ in cases], **options)
+
+
+def _each(function: Callable[..., Any], cases: list[tuple[Any, ...]], ports: list[int]) -> Any:
+    found = []
+    for arguments, port in zip(cases, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        found.append(function(*arguments))
+    return found
+
+
+def be_on_node(layout: str) -> str:
+    """Make this process a rank of the node that `layout` has for it: `aabb` is two nodes of two
+    ranks each.
+    """
+    rank = int(os.environ["RANK"])
+    node = layout[rank]
+    local = {"LOCAL_RANK": layout[:rank].count(node), "LOCAL_WORLD_SIZE": layout.count(node)}
+    os.environ.update({name: str(value) for name, value in local.items()})
+    return node
 
 
 def world_of(mesh: dict[str, int]) -> int:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from errors import lines_with
 from logged import logged_lines
-from ranks import run_ranks
+from ranks import be_on_node, run_ranks
 from recipes import make_run
 from tunesmith.checkpoint import manifest, replicate
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
-from tunesmith.training import validation
-from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.run import train
-from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -34,14 +29,8 @@ FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
 LORA: dict[str, Any] = {}
 
 
-def on_node(folder: Path, layout: str) -> str:
-    """Make this process rank r of the node that `layout` names for it: `aabb` is two nodes of two
-    ranks each.
-    """
-    rank = int(os.environ["RANK"])
-    node = layout[rank]
-    local = {"LOCAL_RANK": layout[:rank].count(node), "LOCAL_WORLD_SIZE": layout.count(node)}
-    os.environ.update({name: str(value) for name, value in local.items()})
+def go_to_node(folder: Path, layout: str) -> str:
+    node = be_on_node(layout)
     place = folder / node
     place.mkdir(exist_ok=True)
     os.environ["TUNESMITH_CACHE"] = str(place / "cache")
@@ -50,31 +39,20 @@ def on_node(folder: Path, layout: str) -> str:
 
 
 def start(
-    model: Path,
-    folder: Path,
-    layout: str,
-    steps: int,
-    mesh: dict[str, int],
-    changes: dict[str, Any],
-    **options: Any,
+    model: Path, folder: Path, layout: str, steps: int, mesh: dict[str, int], what: dict[str, Any]
 ) -> Any:
-    """One start on this rank, below its node's folder: (first step, losses and norms), or the
-    error.
-    """
-    on_node(folder, layout)
+    """One start on this rank: (first step, losses and norms), or the error."""
+    go_to_node(folder, layout)
+    settings = {"schedule": "constant", "micro_batch": "128 tokens"}
     changes = {
-        "train": {
-            "duration": f"{steps} steps",
-            "schedule": "constant",
-            "micro_batch": "128 tokens",
-        },
+        "train": settings | {"duration": f"{steps} steps"},
         "output_dir": "run",
         "checkpoint": {"every": "2 steps", "keep": 9},
-        **changes,
+        **what,
     }
     run = make_run(model, folder, held=False, parallel=mesh, **changes)
     try:
-        result = train(run, quiet=True, **options)
+        result = train(run, quiet=True)
     except TunesmithError as error:
         return f"{type(error).__name__}: {error}"
     if result.finished_before:
@@ -110,45 +88,35 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
-class Whole(NamedTuple):
-    """A run of six steps on one node that never stopped."""
-
-    numbers: list[tuple[float, float]]
-    final: Path
-
-
 @pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The numbers and final/ of a run of six steps on one node that never stopped."""
+
     @cache
-    def of(kind: str) -> Whole:
+    def of(kind: str) -> tuple[list[tuple[float, float]], Path]:
         (what, mesh), folder = RUNS[kind], tmp_path_factory.mktemp("whole")
-        found = go("ww", tiny, folder, 6, mesh, what)[0][1]
-        return Whole(found, folder / "w" / "run" / "final")
+        return go("ww", tiny, folder, 6, mesh, what)[0][1], folder / "w" / "run" / "final"
 
     return of
 
 
-def run_once(
-    factory: pytest.TempPathFactory, model: Path, layout: str, steps: int, kind: str
-) -> Callable[[], Path]:
-    """Train on the nodes of a layout; what is returned puts their folder back as it then was."""
-    folder = factory.mktemp("nodes")
-    what, mesh = RUNS[kind]
-    go(layout, model, folder, steps, mesh, what)
-    kept = shutil.copytree(folder, factory.mktemp("kept") / "nodes")
+@pytest.fixture(scope="module")
+def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run on two nodes, as it was after four steps."""
 
-    def restore() -> Path:
+    @cache
+    def trained_on_nodes(kind: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("nodes")
+        what, mesh = RUNS[kind]
+        go("ab", tiny, folder, 4, mesh, what)
+        return folder, shutil.copytree(folder, tmp_path_factory.mktemp("kept") / "nodes")
+
+    def restore(kind: str) -> Path:
+        folder, kept = trained_on_nodes(kind)
         shutil.rmtree(folder)
         return Path(shutil.copytree(kept, folder))
 
     return restore
-
-
-@pytest.fixture(scope="module")
-def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run on two nodes, of which four steps were taken: its folder, as it then was."""
-    restore = cache(partial(run_once, tmp_path_factory, tiny, "ab", 4))
-    return lambda kind: restore(kind)()
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("LoRA", marks=pytest.mark.nightly)])
@@ -166,35 +134,28 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whol
         assert not split[0] & split[1]
     assert files_of(first) - split[0] == files_of(second) - split[1]
     assert manifest.find_damage(a / "final") is None
-    own = {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()}
-    assert own == {"metrics-rank1.jsonl"}
     assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
 
+    numbers, final = whole(kind)
     resumed = go("ba", tiny, folder, 6, mesh, what)
-    assert resumed[0] == (4, whole(kind).numbers[4:])
+    assert resumed[0] == (4, numbers[4:])
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
-    assert (b / "final" / name).read_bytes() == (whole(kind).final / name).read_bytes()
+    assert (b / "final" / name).read_bytes() == (final / name).read_bytes()
     assert manifest.last_step_of(a / "final") == 4  # of the first start
     assert parts_of(first) == parts_of(second) == split[0] | split[1]
-    assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
-
-    if kind == "full":
-        return
-    assert go("ab", tiny, folder, 6, mesh, what) == ["finished"] * 2
-    assert manifest.last_step_of(a / "final") == 6
-    assert files_of(a / "final") == files_of(b / "final")
-    assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
+    if kind == "LoRA":
+        assert go("ab", tiny, folder, 6, mesh, what) == ["finished"] * 2
+        assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("lost", "steps"), [("a", [5, 6]), ("b", [1, 2, 3, 4, 5, 6])])
 def test_an_adapter_outlives_a_machine(lost, steps, whole, stopped, tiny):
-    """The new machine gets all that it needs from the other."""
     folder = stopped("LoRA")
     shutil.rmtree(folder / lost)
     found = go("ab", tiny, folder, 6, {"replicate": 2}, LORA)[0]
-    assert found == (4, whole("LoRA").numbers[4:])
+    assert found == (4, whole("LoRA")[0][4:])
     assert steps_in(folder / "a" / "run") == steps
     assert manifest.find_damage(folder / "a" / "run" / "final") is None
 
@@ -202,26 +163,21 @@ def test_an_adapter_outlives_a_machine(lost, steps, whole, stopped, tiny):
 def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(whole, stopped, tiny):
     folder = stopped("full")
     (part,) = parts_of(folder / "b" / "run" / "checkpoint-4")
-    damage(folder / "b" / "run" / "checkpoint-4" / part)
-    assert go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0] == (2, whole("full").numbers[2:])
+    damaged = folder / "b" / "run" / "checkpoint-4" / part
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 3] ^= 0x7F
+    damaged.write_bytes(content)
+    assert go("ab", tiny, folder, 6, {"shard": 2}, FULL)[0] == (2, whole("full")[0][2:])
     said = (folder / "a" / "run" / "log.txt").read_text()
     assert lines_with(said, "checkpoint-4", part)
-
-
-def damage(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0x7F
-    file.write_bytes(content)
 
 
 # ---- without a model: what lies in the directories, whenever the writers die
 
 
 def write_until_killed(folder: Path, seconds: float) -> None:
-    """Write checkpoint after checkpoint, each step twice as at the end of a run, on a node of its
-    own; killed on the way.
-    """
-    on_node(folder, "ab")
+    """Write checkpoints on a node of its own, each step twice, until it is killed."""
+    go_to_node(folder, "ab")
     out = Path("run")
     with join_ranks() as joined:
         ranks = replicate.choose_run_dir_writers(joined, out, lambda: out.mkdir(exist_ok=True))
@@ -249,7 +205,7 @@ def write_until_killed(folder: Path, seconds: float) -> None:
 
 def look(folder: Path) -> tuple[int, set[bytes]]:
     """The newest checkpoint over both nodes, and what its files hold."""
-    on_node(folder, "ab")
+    go_to_node(folder, "ab")
     out = Path("run")
     with logged_lines() as said, join_ranks() as joined:
         ranks = replicate.choose_run_dir_writers(joined, out, lambda: None)
@@ -276,82 +232,3 @@ def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(numbers, tmp_path)
         assert first == second  # all files of one write
         assert first[0] >= done
         assert len(first[1]) == 1, first
-
-
-def pass_files(folder: Path, fault: str) -> Any:
-    """Rank 1 wants a file of 200 KB, an empty one and one in a folder from rank 0, in chunks of
-    1,000 bytes.
-    """
-    node = on_node(folder, "ab")
-    replicate.CHUNK_BYTES = 1000
-    out, names = Path("run"), ["big", "empty", "state/small"]
-    with join_ranks() as joined:
-        ranks = replicate.choose_run_dir_writers(
-            joined, out, lambda: (out / "state").mkdir(parents=True)
-        )
-        if node == "a":
-            for name, size in zip(names, (200_001, 0, 7), strict=True):
-                (out / name).write_bytes(os.urandom(size))
-        entries = ranks.broadcast_object(manifest.flush_files(out))
-        if fault == "damaged" and node == "a":
-            (out / "big").write_bytes(os.urandom(200_001))
-        if fault == "full" and node == "b":
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
-        try:
-            replicate.copy_files(ranks, out, names if node == "b" else [], entries)
-        except TunesmithError as error:
-            return f"{type(error).__name__}: {error}", sorted(files_of(out))
-        return manifest.flush_files(out)
-
-
-@pytest.mark.nightly
-def test_files_go_to_another_node_whole(tmp_path):
-    sent, received = run_ranks(2, pass_files, tmp_path, "")
-    assert sent == received
-    assert sent["big"]["bytes"] == 200_001
-
-
-@pytest.mark.parametrize("fault", ["damaged", pytest.param("full", marks=pytest.mark.nightly)])
-def test_a_file_that_does_not_come_whole_is_not_there(fault, tmp_path):
-    (told, _), (own, files) = run_ranks(2, pass_files, tmp_path, fault)
-    assert told.startswith("OtherRankError: rank 1 on")
-    assert own.startswith("CheckpointError")
-    assert fault == "damaged" or os.strerror(errno.EFBIG) in own
-    assert "big" not in files
-    assert "state/small" in files
-
-
-def train_with_damage(model: Path, folder: Path, layout: str, damages: bool) -> int | None:
-    """A model in full on two ranks, each with its disk by `layout`; the second step is the best.
-
-    damages: a byte of its state changes before it is read.
-    """
-    on_node(folder, layout)
-    results = iter([3.0, 2.0, 2.5, 2.6])
-    load_best = CheckpointSaver.load_best
-
-    def load_damaged(self: CheckpointSaver) -> int:
-        for file in Path("run/checkpoint-2/state").glob("*.distcp"):
-            damage(file)
-        return load_best(self)
-
-    if damages:
-        CheckpointSaver.load_best = load_damaged
-    validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
-    changes: dict[str, Any] = {
-        **FULL,
-        "train": {"duration": "4 steps"},
-        "validate": {"every": "1 steps"},
-        "checkpoint": {"every": "2 steps", "keep": 9},
-        "parallel": {"shard": 2},
-        "output_dir": "run",
-    }
-    return train(make_run(model, folder, **changes), quiet=True).final_step
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("damages", "final_step"), [(False, 2), (True, 4)])
-def test_the_best_shards_on_nodes_without_a_shared_disk(damages, final_step, tiny, tmp_path):
-    found = run_ranks(2, train_with_damage, tiny, tmp_path, "ab", damages)
-    assert found == [final_step, final_step]

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ranks import environment_of, forkserver, free_port, run_ranks
+from ranks import environment_of, forkserver, free_port
 from recipes import make_run, merge
 from tunesmith.checkpoint import contents
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed import heartbeat
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.errors import TunesmithError
-from tunesmith.training import answer_sampler, checkpoint_saver, trainer, validation
+from tunesmith.training import answer_sampler, validation
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
@@ -71,16 +71,9 @@ def stick(
         function = getattr(place, name)
         setattr(place, name, after_first(function) if phase == "training" else stand_still)
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
-    log = {"samples": 1, "tensorboard": False}
+    base = {"train": STEPS, "validate": {"every": "2 steps"}, "log": {"samples": 1}}
     try:
-        train(
-            make_run(
-                model,
-                folder,
-                **merge({"train": STEPS, "validate": {"every": "2 steps"}, "log": log}, changes),
-            ),
-            quiet=True,
-        )
+        train(make_run(model, folder, **merge(base, changes)), quiet=True)
     except TunesmithError as error:
         sys.exit(error.exit_code)
 
@@ -96,7 +89,6 @@ NIGHTLY = pytest.mark.nightly
         pytest.param("validation", LORA, marks=NIGHTLY),
         pytest.param("sample answers", FULL, marks=NIGHTLY),
         pytest.param("saving", FULL),
-        pytest.param("saving", LORA, id="saving beside the steps", marks=NIGHTLY),
         pytest.param("saving final/", FULL, marks=NIGHTLY),
     ],
 )
@@ -132,46 +124,3 @@ def assert_a_hang_is_named(
     assert (failure["cause"], failure["rank"], failure["phase"]) == ("hang", 1, phase)
     printed = "".join(file.read_text() for file in folder.glob("stderr-*"))
     assert printed.count("error: rank 1 on ") == 1
-
-
-def be_slow(model: Path, folder: Path) -> list[float]:
-    """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a
-    rank may stand still.
-    """
-    answer_sampler.STUCK_AFTER_S = checkpoint_saver.STUCK_AFTER_S = trainer.STUCK_AFTER_S = (
-        validation.STUCK_AFTER_S
-    ) = LIMIT
-    checkpoint_saver.MIN_DISK_BYTES_A_SECOND = (
-        20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
-    )
-    write, sample = RanksWriter._write, answer_sampler.sample_answers
-
-    def write_slowly(self: RanksWriter, *arguments: Any) -> None:
-        time.sleep(1.5 * LIMIT)
-        write(self, *arguments)
-
-    def sample_slowly(*arguments: Any, clock: Any, **options: Any) -> Any:
-        generated = clock.generated
-
-        def after_token() -> None:
-            time.sleep(0.05)
-            generated()
-
-        clock.generated = after_token
-        return sample(*arguments, clock=clock, **options)
-
-    if os.environ["RANK"] == "0":
-        RanksWriter._write = write_slowly  # type: ignore[method-assign]
-        answer_sampler.sample_answers = sample_slowly
-    log = {"samples": 1, "tensorboard": False}
-    changes = {"train": STEPS, "validate": {"every": "2 steps"}, "log": log, **LORA}
-    result = train(make_run(model, folder, checkpoint={"every": "4 steps"}, **changes), quiet=True)
-    return [record.loss for record in result.records]
-
-
-@pytest.mark.nightly
-def test_slow_answers_and_saves_are_no_hang(tiny, tmp_path):
-    """The other rank waits for rank 0 in its next step, longer than a step may take."""
-    first, second = run_ranks(2, be_slow, tiny, tmp_path)
-    assert first == second
-    assert len(first) == 4

@@ -1,7 +1,6 @@
 """Two ranks on one GPU over NCCL: what they train, and that a rank that stands still is named.
 
-NCCL refuses two ranks on one GPU of a host. With another host id each, the ranks are on two hosts
-for NCCL, and send through the loopback interface. The same tests run on the CPU with gloo.
+NCCL refuses two ranks on one GPU of a host. With its own host id each is on another host for it.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_parallel import COPY, FULL, SHARD, Numbers, numbers, numbers_of_all
+from test_data_parallel import COPY, FULL, SHARD, Numbers, numbers
 from test_hangs import LORA, assert_a_hang_is_named
 
 from devices import gpu
-from ranks import free_port, run_ranks
+from ranks import run_each
 from recipes import merge, recipe
 
 pytestmark = pytest.mark.slow
@@ -41,25 +40,26 @@ def share_one_gpu(rank: int | str) -> dict[str, str]:
     }
 
 
-def numbers_on(
-    backend: str, model: Path, folder: Path, cases: list[dict[str, Any]], ports: list[int]
-) -> tuple[str, list[Numbers]]:
-    """Train the cases on this rank; returns the backend of its tensors on the GPU, or of all."""
+def numbers_on(backend: str, model: Path, folder: Path, case: dict[str, Any]) -> Numbers:
+    """Train on this rank, over this backend."""
     import torch.distributed as dist
 
     if backend == "nccl":
         os.environ.update(share_one_gpu(os.environ["RANK"]))
-    backends = []
-    init = dist.init_process_group
+    init, backends = dist.init_process_group, []
 
     def noted(name: str, **options: Any) -> None:
         init(name, **options)
         backends.append(name)
 
     dist.init_process_group = noted
-    found = numbers_of_all(model, folder, cases, ports)
-    assert len(backends) == len(cases)
-    return backends[0], found
+    try:
+        found = numbers(model, folder, case)
+    finally:
+        dist.init_process_group = init
+    assert len(backends) == 1
+    assert backend in backends[0]
+    return found
 
 
 @pytest.mark.parametrize("backend", [GLOO, NCCL])
@@ -69,15 +69,13 @@ def test_two_ranks_train_as_one_process(backend: str, tiny: Path, tmp_path: Path
         for number, case in enumerate(CASES)
     ]
     recipe(tiny, tmp_path)  # writes the rows, which each rank would write otherwise
-    ports = [free_port() for _ in cases]
-    arguments = (numbers_on, backend, tiny, tmp_path, cases, ports)
-    ranks = run_ranks(2, *arguments, spawns=backend == "nccl")
+    arguments = [(backend, tiny, tmp_path, case) for case in cases]
+    ranks = run_each(2, numbers_on, arguments, spawns=backend == "nccl")
     alone = [
         numbers(tiny, tmp_path, {**case, "parallel": {}, "output_dir": str(tmp_path / f"{number}")})
         for number, case in enumerate(cases)
     ]
-    for name, found in ranks:
-        assert backend in name
+    for found in ranks:
         for case, many, expected in zip(cases, found, alone, strict=True):
             # fp32, in another order.
             for got, wanted in zip(many, expected, strict=True):

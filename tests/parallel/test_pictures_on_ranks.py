@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from picture_runs import FAMILIES, picture_run, write_mixed, write_vision_model
-from ranks import free_port, gathered, run_ranks
+from ranks import gathered, run_each
 from tunesmith.parallel import copies
 from tunesmith.training import trainer
 from tunesmith.training.run import train
@@ -20,7 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # Two examples a step: on one of them a picture, on none, on both.
 ORDER = "PTTTPP"
-STEPS = 3
 # An adapter alone, and a projector in a model that is trained in full.
 TRAINED: dict[str, dict[str, Any]] = {
     FAMILIES[0]: {},
@@ -29,18 +27,12 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 
 def numbers(model: Path, rows: Path, parallel: dict[str, int], out: str) -> dict[str, Any]:
-    """Loss and gradient norm of each step, the gradients of the first, and the pictures that this
-    rank has seen in each.
-    """
+    """Figures and pictures of each step on this rank, and the gradients of the first."""
     run = picture_run(
         model,
         rows,
         data={"shuffle": False},
-        train={
-            "duration": f"{STEPS} steps",
-            "global_batch": "2 examples",
-            "micro_batch": "1 examples",
-        },
+        train={"duration": "3 steps", "global_batch": "2 examples", "micro_batch": "1 examples"},
         checkpoint={"every": None},
         **TRAINED[model.name],
         parallel=parallel,
@@ -71,28 +63,15 @@ def numbers(model: Path, rows: Path, parallel: dict[str, int], out: str) -> dict
     return {"figures": figures, "gradients": gradients[0], "pictures": pictures}
 
 
-def numbers_of_all(cases: list[tuple[Any, ...]], ports: list[int]) -> list[dict[str, Any]]:
-    """Of several recipes, one after the other in the same processes."""
-    found = []
-    for case, port in zip(cases, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        found.append(numbers(*case))
-    return found
-
-
 WORLD = 2
 CASES: dict[str, list[tuple[str, dict[str, int]]]] = {
     "full, shards": [(FAMILIES[1], {"shard": WORLD})],
-    "others": [
-        (FAMILIES[0], {"replicate": WORLD}),
-        (FAMILIES[0], {"shard": WORLD}),
-        (FAMILIES[1], {"replicate": WORLD}),
-    ],
+    "copies": [(family, {"replicate": WORLD}) for family in FAMILIES],
 }
 
 
 @pytest.mark.parametrize(
-    "group", ["full, shards", pytest.param("others", marks=pytest.mark.nightly)]
+    "group", ["full, shards", pytest.param("copies", marks=pytest.mark.nightly)]
 )
 def test_a_rank_without_pictures_gives_the_numbers_of_one_process(group, tmp_path):
     rows = write_mixed(tmp_path, len(ORDER), ORDER)
@@ -104,7 +83,7 @@ def test_a_rank_without_pictures_gives_the_numbers_of_one_process(group, tmp_pat
         name = f"{family}-{'-'.join(mesh)}"
         alone.append(numbers(model, rows, {}, f"{name}-alone"))
         cases.append((model, rows, mesh, name))
-    found = run_ranks(WORLD, numbers_of_all, cases, [free_port() for _ in cases])
+    found = run_each(WORLD, numbers, cases)
     for one, (*_, mesh, _), ranks in zip(alone, cases, zip(*found, strict=True), strict=True):
         # In the first step one rank has a picture, and in the second none has.
         assert sorted(rank["pictures"][0] for rank in ranks) == [0, 1]

@@ -1,6 +1,4 @@
-"""A run under torchrun itself: it starts killed ranks again, and hands a SIGTERM of its own on to
-them. Its ranks are forked from it, which has torch loaded.
-"""
+"""A run under torchrun: it starts killed ranks again, and hands a SIGTERM on to them."""
 
 from __future__ import annotations
 
@@ -30,11 +28,8 @@ CHANGES = {
 
 def records(out: Path) -> list[dict[str, Any]]:
     """The steps in metrics.jsonl, without a line that is being written."""
-    lines = (
-        (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-        if (out / "metrics.jsonl").exists()
-        else []
-    )
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
