@@ -75,29 +75,3 @@ def build(
         shutil.copyfile(file, folder / file.name)
     (folder / "preprocessor_config.json").write_text("{}")
     return folder
-
-
-def as_fp8(plain: Path, folder: Path) -> Path:
-    """A copy of a model of `build` whose text layers ship in FP8, as those of Ministral 3 do."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from shipped_bases import change_config, fp8_config, rounded
-
-    folder.mkdir()
-    for file in plain.iterdir():
-        if "safetensors" not in file.name:
-            (folder / file.name).write_bytes(file.read_bytes())
-    tensors = {}
-    for part in plain.glob("*.safetensors"):
-        tensors |= load_file(part)
-    for name, weight in list(tensors.items()):
-        is_layer = "language_model" in name and ".layers." in name and weight.ndim == 2
-        if is_layer:
-            tensors[name], scale = rounded(weight, None)
-            stem = name.removesuffix("weight")
-            tensors[f"{stem}weight_scale_inv"] = scale.clone()
-            tensors[f"{stem}activation_scale"] = torch.tensor(0.5)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    skip = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    return change_config(folder, quantization_config=fp8_config(None, modules_to_not_convert=skip))

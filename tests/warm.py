@@ -202,23 +202,6 @@ def fork_ranks() -> None:
     subprocess.Popen = subprocess_handler.Popen = Forked  # type: ignore[misc]
 
 
-def fork_in_place() -> None:
-    """`prepare` of a process that gives its place to another program: that is forked from it."""
-    if FORKS:
-        os.execv = _fork_and_wait  # type: ignore[assignment]
-
-
-def _fork_and_wait(path: str, words: Sequence[str]) -> NoReturn:
-    count = _program_words([*words])
-    assert count, words
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        become(words[count - 1], [*words[count:]], None, [CLOSED] * 3)
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
-
-
 def become(
     module: str, words: list[str], env: dict[str, str] | None, streams: list[int]
 ) -> NoReturn:
