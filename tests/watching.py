@@ -18,52 +18,36 @@ from records import record
 from warm import MAX_WAIT_S
 
 
-def write_run(
-    folder: Path,
-    steps: int,
-    *,
-    of: int | None = None,
-    rate: float = 1e-4,
-    spike: int = 0,
-    ranks: int = 1,
-) -> Path:
-    """A run that took `steps` of `of` steps, on a GPU; step `spike` has a loss of 9."""
+def write_run(folder: Path, steps: int, *, of: int | None = None, ranks: int = 1) -> Path:
+    """A run that took `steps` of `of` steps, on a GPU."""
     folder.mkdir(parents=True)
-    train = {"duration": f"{of or steps} steps", "learning_rate": rate}
+    train = {"duration": f"{of or steps} steps", "learning_rate": 1e-4}
     (folder / "config.yaml").write_text(json.dumps({"train": train, "model": {"name": "org/base"}}))
     (folder / "env.json").write_text(json.dumps({"recipe_hash": "0", "python": "3.11"}))
-    add_steps(folder, 1, steps, spike=spike)
+    add_steps(folder, 1, steps)
     for rank in range(1, ranks):
+        values = {"gpu_power_watts": 300.0, "loss": 9.0}
         with (folder / f"metrics-rank{rank}.jsonl").open("w") as file:
             for step in range(1, steps + 1):
-                gib = 1.0 + rank + step % 2 / 100
-                row = {"step": step, "memory_gib": gib, "gpu_power_watts": 300.0, "loss": 9.0}
-                file.write(json.dumps(row) + "\n")
-    answers = {
-        0: "no idea",
-        steps // 2: "the order names a lamp",
-        steps: "the order names two lamps",
-    }
+                memory = 1.0 + rank + step % 2 / 100
+                print(json.dumps({"step": step, "memory_gib": memory, **values}), file=file)
     with (folder / "samples.jsonl").open("w") as file:
-        for step, answer in answers.items():
+        for step, answer in ((0, "no idea"), (steps // 2, "a lamp"), (steps, "two lamps")):
             row = {"step": step, "prompt": "What is ordered?", "answer": answer}
-            file.write(json.dumps(row) + "\n")
-    lines = "2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n"
-    (folder / "log.txt").write_text(lines)
+            print(json.dumps(row), file=file)
+    log = "2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n"
+    (folder / "log.txt").write_text(log)
     if steps == (of or steps):
         (folder / "final").mkdir()
         (folder / "final/manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
     return folder
 
 
-def add_steps(folder: Path, first: int, last: int, *, spike: int = 0) -> None:
-    gpu = {
-        "gpu_utilization": 97.0, "gpu_power_watts": 310.0, "mfu": 0.4, "mfu_peak_tflops": 989.0,
-        "idle_share": 0.01,
-    }  # fmt: skip
+def add_steps(folder: Path, first: int, last: int) -> None:
+    gpu = {"gpu_utilization": 97.0, "gpu_power_watts": 310.0, "mfu": 0.4, "idle_share": 0.01}
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(first, last + 1):
-            loss = 9.0 if step == spike else 1.0 + math.exp(-step / 100)
+            loss = 1.0 + math.exp(-step / 100)
             held = {"val_loss": loss + 0.1} if step % 20 == 0 else {}
             file.write(record(step, loss=loss, epoch=step / 100, **gpu, **held).to_json() + "\n")
 
@@ -72,10 +56,8 @@ def add_steps(folder: Path, first: int, last: int, *, spike: int = 0) -> None:
 def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`tunesmith watch WORDS` and its address; ctrl-C ends it."""
     command = [sys.executable, "-m", "tunesmith", "watch", *map(str, words)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **env},
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, **env})
     try:
         assert process.stdout is not None
         said, found = "", None
@@ -109,7 +91,7 @@ def ask(
     connection.endheaders()
     answer = connection.getresponse()
     try:
-        found = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, answer.read(), found
+        named = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, answer.read(), named
     finally:
         connection.close()

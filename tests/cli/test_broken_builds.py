@@ -255,11 +255,7 @@ def passed_resumes(*changes: Callable[[], None]) -> list[bool]:
 @pytest.mark.nightly
 def test_a_build_that_resumes_wrongly_fails():
     """One run, of which each build takes the last steps again."""
-    changes = [
-        nothing,
-        swap_moments_at_resume,
-        forget_moments_at_resume,
-    ]
+    changes = [nothing, swap_moments_at_resume, forget_moments_at_resume]
     for passed in run_ranks(2, passed_resumes, *changes):
         assert passed == [True, False, False]
 

@@ -85,9 +85,7 @@ def test_the_words_of_other_tools_are_those_that_an_error_suggests() -> None:
 )
 def test_the_table_is_what_its_benchmark_says(script: str, page: str) -> None:
     done = run_warm(
-        ["--check", f"docs/{page}.md"],
-        program=ROOT / "benchmarks" / f"{script}.py",
-        cwd=ROOT,
+        ["--check", f"docs/{page}.md"], program=ROOT / "benchmarks" / f"{script}.py", cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 

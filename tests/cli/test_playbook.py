@@ -190,11 +190,7 @@ def test_text_and_mask_are_theirs(row: dict[str, str], bos: bool) -> None:
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
     for train_on, supervised in (("all", None), ("response", f" {row['output']}<|im_end|>")):
         template = select_template(
-            Data(
-                train=(source,),
-                template=str(playbook.TEMPLATE),
-                train_on=train_on,
-            ),
+            Data(train=(source,), template=str(playbook.TEMPLATE), train_on=train_on),
             tokenizer,
             [tokenizer.eos_token_id],
         )

@@ -23,16 +23,13 @@ from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import DataError, MachineError, UsageError
-from tunesmith.inference.decoding import Decoding
+from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_env
-from tunesmith.runtime import compilation
 from tunesmith.tools.evaluate.evaluate import _batch_sums, evaluate, score
-from tunesmith.tools.evaluate.evaluate_runs import _names, evaluate_runs
-from tunesmith.tools.evaluate.generate import generate
+from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
 from tunesmith.training.run import train
 from tunesmith.training.validation_loss import validation_loss
 
@@ -132,23 +129,8 @@ def test_an_answer_that_is_not_scored_adds_nothing_and_pairs_are_compared_by_mea
 
 
 @pytest.mark.slow
-def test_few_rows_show_nothing_and_empty_answers_are_counted(tiny: Path, tmp_path: Path) -> None:
-    listed = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "c"}]
-    rows = write_rows(tmp_path / "held.jsonl", listed)
-    make_run(tmp_path / "run", tiny, peft_model(tiny))
-    found = evaluate(tmp_path / "run", rows, device="cpu")
-    assert found.empty == 1
-    assert found.loss_difference is not None
-    assert (found.loss_difference.rows, found.loss_difference.interval) == (2, None)
-    (sentence,) = found.verdicts()
-    assert holds(sentence, "2 rows", "6")
-
-
-@pytest.mark.slow
 def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path) -> None:
-    """The same score with the format's own names, the run's mapping, a mapping given, or the one
-    that `train` finds; of a file and of rows of a program.
-    """
+    """Or those that `train` finds; of a file and of rows of a program."""
     asked = [{"question": q, "answer": a, "extra": 1} for q, a in ("ab", "cd")]
     plain = [{"prompt": row["question"], "completion": row["answer"]} for row in asked]
     rows = write_rows(tmp_path / "plain.jsonl", plain)
@@ -161,20 +143,13 @@ def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path) -> 
     file.write_text("question,answer,extra\na,b,1\nc,d,1\n")
     expected = evaluate(unmapped, rows, **SHORT)
     assert [score.rows for score in (*expected.scores.values(), *expected.by_scorer)] == [2, 2, 2]
-    named: dict[str, Any] = {"format_name": "prompt-completion"}
-    for run, more in ((mapped, {}), (mapped, named), (unmapped, {"columns": columns})):
-        assert evaluate(run, file, **SHORT, **more).scores == expected.scores
-    assert evaluate(unmapped, file, **SHORT).scores == expected.scores
+    for run, more in ((mapped, {}), (unmapped, {"columns": columns}), (unmapped, {})):
+        assert evaluate(run, file, device="cpu", **more).scores == expected.scores
     again = evaluate(mapped, datasets.Dataset.from_list(asked), device="cpu")
     assert again.scores == expected.scores
-    for data, options, name in (
-        (3, {}, "int"),
-        (["Hello"], {}, "rows[0] is str"),
-        ([], {}, "no rows"),
-        (asked, {"split": "train[:50%]"}, "split"),
-    ):
+    for data, name in ((3, "int"), (["Hello"], "str"), ([], "rows")):
         with refuses(DataError, where="evaluate(data=...)", names=[name]):
-            evaluate(mapped, data, device="cpu", **options)
+            evaluate(mapped, data, device="cpu")
 
 
 @pytest.mark.slow
@@ -188,12 +163,6 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
     assert (found.scores["tuned"].rows, found.by_scorer[0].rows) == (8, 8)
-    # A file is shown by its name, in tables and in what is saved.
-    assert holds(found.data, "held.jsonl")
-    assert "/" not in found.data
-    assert not (run / "held-out.txt").exists()
-    few = evaluate(run, max_examples=2, base=False, device="cpu")
-    assert few.scores["tuned"].rows == 2
     with (run.parent / "held.jsonl").open("a") as file:
         file.write('{"prompt": "one more", "completion": "row"}\n')
     with refuses(UsageError, where="--data", names=["data.hold_out"]):
@@ -213,7 +182,6 @@ def test_rows_that_were_held_out_are_drawn_again_while_the_file_is_the_same(
     measured = read_records(run / "metrics.jsonl")[-1].val_loss
     assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
     assert found.scores["tuned"].rows == 3
-    assert holds(found.data, "train.jsonl", "30 %")
     lines = [line.split("  ") for line in (run / "held-out.txt").read_text().splitlines()]
     numbers = [int(place.removeprefix(f"{rows}:")) for place, text in lines if text]
     assert numbers == sorted(set(numbers))
@@ -222,35 +190,6 @@ def test_rows_that_were_held_out_are_drawn_again_while_the_file_is_the_same(
         file.write('{"prompt": "one more", "completion": "row"}\n' * 9)
     with refuses(UsageError, where="--data", names=["data.hold_out"]):
         evaluate(run, device="cpu")
-
-
-def test_without_data_a_run_without_held_out_rows_is_refused_before_loading(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path / "run", tiny, peft_model(tiny))
-    monkeypatch.setattr(LOAD_RUN, lambda *a, **k: pytest.fail("loaded"))
-    for path in (tmp_path / "run", tiny):
-        with refuses(UsageError, where="--data", names=[path]):
-            evaluate(path)
-
-
-@pytest.mark.slow
-def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that was trained compiled: on a GPU the trial alone takes longer than an answer."""
-
-    def tried(*args: object, **options: object) -> None:
-        raise AssertionError("something is compiled")
-
-    make_run(tmp_path / "run", tiny, peft_model(tiny), train={"compile": "on"})
-    monkeypatch.setattr(torch, "compile", tried)
-    monkeypatch.setattr(compilation, "probe_compiler", tried)
-    monkeypatch.setattr(compilation, "compiler_fault", tried)
-    loaded = load_run(tmp_path / "run", device="cpu")
-    assert len(list(generate(loaded, ROWS[:1], Decoding(2)))) == 1
-    rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
-    assert evaluate(tmp_path / "run", str(rows), **SHORT).by_scorer[0].rows == 2
 
 
 @pytest.mark.slow
@@ -276,6 +215,10 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
         (kept,) = RunFiles(run).evals
         row_losses = found.evaluations[run.name].scores["tuned"].row_losses
         assert kept["row_losses"]["tuned"] == list(row_losses)
+    output = tmp_path / "answers"
+    found = evaluate_runs([near, far], rows, output=output, max_examples=1, **SHORT)
+    answers = [evaluation.answers for evaluation in found.evaluations.values()]
+    assert answers == [output / "near.jsonl", output / "far.jsonl"]
 
 
 @pytest.mark.slow
@@ -292,37 +235,8 @@ def test_runs_that_cannot_be_compared_are_refused(
     with refuses(UsageError, names=["model.attention is auto and eager"]):
         evaluate_runs(runs, rows, base=True, device="cpu")
     monkeypatch.setattr(LOAD_RUN, lambda *a, **k: pytest.fail("loaded"))
+    with refuses(UsageError, where="--data", names=[tiny]):
+        evaluate(tiny)
     where = f"{runs[0]} and {runs[1]}"
     with refuses(UsageError, where=where, names=["validation_hash"], fix=["--data FILE"]):
         evaluate_runs(runs)
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["a/near", "b/far"], ["near", "far"]),
-        (["a/run", "b/run"], ["a/run", "b/run"]),
-        (["a/base", "b/far"], ["a/base", "b/far"]),
-    ],
-)
-def test_runs_have_the_names_of_their_folders_where_these_differ(
-    paths: list[str], names: list[str]
-) -> None:
-    assert _names(paths) == names
-
-
-@pytest.mark.slow
-def test_answers_of_runs_that_cannot_be_written_to_go_to_a_folder(
-    tiny: Path, tmp_path: Path
-) -> None:
-    runs = [tmp_path / "a", tmp_path / "b"]
-    for run in runs:
-        make_run(run, tiny, peft_model(tiny))
-        (run / "evals").touch()
-    rows = write_rows(tmp_path / "held.jsonl", ROWS[:1])
-    with refuses(MachineError, fix=["--output"]):
-        evaluate_runs(runs, rows, **SHORT)
-    found = evaluate_runs(runs, rows, output=tmp_path / "answers", **SHORT)
-    files = [tmp_path / "answers" / f"{run.name}.jsonl" for run in runs]
-    assert [evaluation.answers for evaluation in found.evaluations.values()] == files
-    assert all(file.is_file() for file in files)

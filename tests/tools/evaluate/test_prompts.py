@@ -1,6 +1,4 @@
-"""One prompt everywhere: the same token ids in training, generate, eval, and in Transformers from the
-saved folder.
-"""
+"""One prompt everywhere: the same token ids in training, generate, eval and Transformers."""
 
 from __future__ import annotations
 
@@ -153,31 +151,11 @@ def test_one_prompt_in_training_and_use(
     assert theirs == trained
 
 
-def check_prompts(run: Path, elsewhere: Path, asked: str, text: str) -> None:
-    """A run and its final folder elsewhere ask with this text, and so does Transformers."""
-    shutil.copytree(run / "final", elsewhere)
-    question = [{"role": "user", "content": asked}]
-    for place in (run, elsewhere):
-        found = load_run(place, device="cpu")
-        assert found.tokenizer.decode(prompt_of(found, {"prompt": asked}).ids) == text
-        plain = AutoTokenizer.from_pretrained(found.location.folder)
-        theirs = plain.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        assert theirs == text
-    name = json.loads((run / "env.json").read_text())["template"]
-    assert name == ("chat" if "<" in text else "raw")
-
-
-@pytest.mark.slow
-def test_a_run_and_its_final_folder_elsewhere_ask_alike(trained: Path, tmp_path: Path) -> None:
-    text = "<|im_start|>user\nSay it: <|im_end|>\n<|im_start|>assistant\n"
-    check_prompts(trained, tmp_path / "alone", "Say it: ", text)
-
-
 @pytest.mark.slow
 def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """Before it is trained, and after."""
+    """Before it is trained, and after; its final folder elsewhere asks alike."""
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "chat_template.jinja").unlink()
@@ -185,7 +163,12 @@ def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
     ids = [prompt_of(found, row).ids for row in ({"prompt": ASKED}, {"messages": TURNS})]
     assert [found.tokenizer.decode(i) for i in ids] == [ASKED, ALPACA]
     train(recipe_run(base, tmp_path, held=False, train={"duration": "2 steps"}), quiet=True)
-    check_prompts(tmp_path / "run", tmp_path / "alone", "Say it: ", "Say it: ")
+    for place in (tmp_path / "run", shutil.copytree(tmp_path / "run/final", tmp_path / "alone")):
+        found = load_run(place, device="cpu")
+        assert found.tokenizer.decode(prompt_of(found, {"prompt": ASKED}).ids) == ASKED
+        plain = AutoTokenizer.from_pretrained(found.location.folder)
+        theirs = plain.apply_chat_template(TURNS[:1], add_generation_prompt=True, tokenize=False)
+        assert theirs == ASKED
 
 
 def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
@@ -205,37 +188,17 @@ def test_references_are_the_row_s_text_whatever_its_tokens_say(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of an answer of which the end token alone is supervised; what ends an answer is no part."""
-
-    def end_alone(self: Template, *args: Any, **keys: Any) -> Any:
-        return [pytest.fail("an answer was read from tokens")]
-
-    monkeypatch.setattr(Template, "encode_many", end_alone)
+    monkeypatch.setattr(Template, "encode_many", lambda *_, **__: pytest.fail("read from tokens"))
     end = loaded.tokenizer.eos_token_id
     raw = replace(loaded, template=Template(loaded.tokenizer, {end}, jinja=None, name="raw"))
     history = [*TURNS, {"role": "user", "content": "b"}]
     for asked, row, reference in (
         (loaded, {"prompt": "Sentiment: ", "completion": "good"}, "good"),
-        (raw, {"prompt": "Sentiment: ", "completion": "good"}, "good"),
         (raw, {"prompt": "Who? ", "completion": f"He.{loaded.tokenizer.eos_token}"}, "He."),
-        (loaded, {"messages": [*history, TURNS[1]]}, SAID),
         (loaded, {"messages": [*history, {**TURNS[1], "train": False}]}, SAID),
         (loaded, {"prompt": ASKED, "chosen": SAID, "rejected": "No."}, SAID),
     ):
         assert scored_of(asked, row).reference == reference
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "a", "completion": ""},
-        {"prompt": "a", "completion": " \n"},
-        {"messages": [TURNS[0], {"role": "assistant", "content": " \n"}]},
-        {"instruction": "a", "input": "", "output": ""},
-        {"messages": TURNS[:1]},
-    ],
-)
-def test_an_empty_answer_is_no_reference(loaded: LoadedModel, row: dict[str, Any]) -> None:
-    assert prompt_of(loaded, row).scored is None
 
 
 def test_a_reference_of_special_tokens_alone_keeps_them(loaded: LoadedModel) -> None:
@@ -245,8 +208,8 @@ def test_a_reference_of_special_tokens_alone_keeps_them(loaded: LoadedModel) -> 
     assert (found.reference, found.is_special) == ("<|pad|>", True)
     found = scored_of(loaded, {"prompt": "a", "completion": "<|pad|> b"})
     assert (found.reference, found.raw_reference, found.is_special) == (" b", "<|pad|> b", False)
-    (row,) = generate.generate(loaded, [label], generate.Decoding(4))
-    assert row["reference"] == "<|pad|>"
+    for row in ({"prompt": "a", "completion": " \n"}, {"messages": TURNS[:1]}):
+        assert prompt_of(loaded, row).scored is None, "an empty answer is no reference"
 
 
 def test_a_reference_has_composed_letters_where_the_tokenizer_makes_them(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,6 @@ from tunesmith.errors import (
     MachineError,
     RunError,
     StoppedError,
-    TunesmithError,
     UsageError,
 )
 from tunesmith.inference.decoding import Answer, Decoding
@@ -35,7 +34,6 @@ from tunesmith.tools.evaluate import score_rows
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.generate import generate
 from tunesmith.tools.evaluate.text import token_f1
-from warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -76,9 +74,8 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     run: Path, held: Path, answers: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.py"
-    own.write_text(
-        "def share(answer, row):\n    return len(answer) / 1000 + (row['prompt'] == 'Say 3') / 2\n"
-    )
+    share = "len(answer) / 1000 + (row['prompt'] == 'Say 3') / 2"
+    own.write_text(f"def share(answer, row):\n    return {share}\n")
     found = scored(run, held, answers, "f1", "contains", f"{own}:share")
     header, *lines = map(json.loads, answers.read_text().splitlines())
     assert (header["rows"], header["decoding"]["seed"], header["batch_size"]) == (13, 0, 2)
@@ -93,13 +90,8 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
         assert [line["reference"] for line in of_model] == [row["completion"] for row in HELD]
         assert f1.scores[name] == [token_f1(line["answer"], line["reference"]) for line in of_model]
         assert mine.scores[name][3] == 0.5 + len(of_model[3]["answer"]) / 1000
-        cut = [line for line in of_model if not line["finished"]]
-        assert dict(found.unfinished)[name] == len(cut)
-        assert {line["tokens"] for line in cut} <= {3}
-        noted = re.findall(rf"^{name}: max_new_tokens\D+(\d+) of", "\n".join(found.notes()), re.M)
-        assert noted == [str(len(cut))] * bool(cut)
+        assert dict(found.unfinished)[name] == sum(not line["finished"] for line in of_model)
     assert f1.paired == paired_intervals(f1.scores["base"], f1.scores["tuned"])
-    assert "on 13 rows" in f1.verdict
     saved = json.loads(answers.with_name("answers.scores.json").read_text())
     assert saved["scores"]["f1"]["difference"] == list(f1.paired.difference)
     assert saved["scores"]["f1"]["by_row"] == f1.scores
@@ -107,51 +99,17 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     assert found.scores["tuned"].loss == saved["losses"]["tuned"]
 
 
-def test_a_file_that_was_cut_anywhere_is_completed_to_the_same_bytes(
-    run: Path, held: Path, answers: Path, answered: Path
+def test_sampled_answers_that_were_cut_anywhere_are_completed_to_the_same_bytes(
+    run: Path, held: Path, answers: Path
 ) -> None:
-    whole = answered.read_bytes()
-    header = len(whole.splitlines(keepends=True)[0])
-    for size in (header + 5, len(whole) - 1):
-        answers.write_bytes(whole[:size])
-        scored(run, held, answers)
-        assert answers.read_bytes() == whole, size
-
-
-def test_sampled_answers_are_the_same_after_a_cut(run: Path, held: Path, answers: Path) -> None:
     decoding = Decoding(3, temperature=1.0, seed=5)
-    scored(run, held, answers, decoding=decoding, base=False)
+    scored(run, held, answers, decoding=decoding)
     whole = answers.read_bytes()
-    answers.write_bytes(whole[: len(whole) // 2])
-    scored(run, held, answers, decoding=decoding, base=False)
-    assert answers.read_bytes() == whole
-
-
-COMMAND = """
-import sys, time
-from tunesmith.tools.evaluate import answers_file
-append = answers_file.AnswersFile.append
-def slowly(self, answer):
-    append(self, answer)
-    time.sleep(0.05)
-answers_file.AnswersFile.append = slowly
-from tunesmith.tools.evaluate.evaluate import evaluate
-evaluate(sys.argv[1], sys.argv[2], scorers=("f1",), output=sys.argv[3], max_new_tokens=3, batch_size=2, device="cpu")
-"""
-
-
-def test_a_process_that_was_killed_is_gone_on_with(
-    run: Path, held: Path, answered: Path, tmp_path: Path
-) -> None:
-    killed = tmp_path / "killed.jsonl"
-    process = Warm([run, held, killed], program=COMMAND)
-    while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < 8):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    _, error = process.communicate()
-    assert 8 <= killed.read_bytes().count(b"\n") < 27, error
-    scored(run, held, killed)
-    assert killed.read_bytes() == answered.read_bytes()
+    header = len(whole.splitlines(keepends=True)[0])
+    for size in (header + 5, len(whole) // 2, len(whole) - 1):
+        answers.write_bytes(whole[:size])
+        scored(run, held, answers, decoding=decoding)
+        assert answers.read_bytes() == whole, size
 
 
 def test_a_stop_says_how_far_it_came(
@@ -172,23 +130,21 @@ def test_a_stop_says_how_far_it_came(
     assert answers.read_bytes() == answered.read_bytes()
 
 
-def eval_of_a_rank(run: Path, held: Path, output: Path, more: dict[str, Any]) -> Evaluation:
+def eval_of_a_rank(run: Path, held: Path, output: Path) -> Evaluation:
     with join_ranks() as ranks:
-        return scored(run, held, output, "f1", "exact", ranks=ranks, **more)
+        return scored(run, held, output, "f1", "exact", ranks=ranks)
 
 
 def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
     run: Path, held: Path, answers: Path, tmp_path: Path
 ) -> None:
-    """Two rows at once make windows of eight: rank 1 has the last five of thirteen. What one
-    process has begun ranks go on with.
-    """
+    """Two rows at once make windows of eight: rank 1 has the last five of thirteen."""
     alone = scored(run, held, answers, "f1", "exact")
     whole, output = answers.read_bytes(), tmp_path / "ranks.jsonl"
     for begun in (0, len(whole) // 3):
         if begun:
             output.write_bytes(whole[:begun])
-        by_rank = run_ranks(2, eval_of_a_rank, run, held, output, {})
+        by_rank = run_ranks(2, eval_of_a_rank, run, held, output)
         assert output.read_bytes() == whole
     scores = [path.with_name(f"{path.stem}.scores.json") for path in (output, answers)]
     assert scores[0].read_bytes() == scores[1].read_bytes()
@@ -198,42 +154,21 @@ def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
         assert evaluation.unfinished == alone.unfinished
 
 
-def refusal_of_a_rank(run: Path, held: Path, output: Path, seed: int) -> str:
-    try:
-        eval_of_a_rank(run, held, output, {"decoding": Decoding(3, seed=seed)})
-    except TunesmithError as error:
-        return f"{type(error).__name__} {error.exit_code} {error.why}"
-    return ""
-
-
-def test_a_refusal_of_rank_0_ends_all_ranks(run: Path, held: Path, answered: Path) -> None:
-    """Only rank 0 reads the answers that are there."""
-    first, second = run_ranks(2, refusal_of_a_rank, run, held, answered, 3)
-    assert first.startswith("UsageError 2 ")
-    assert holds(first, "--seed", 0, 3)
-    assert second.startswith("OtherRankError 2 ")
-
-
-def answer_with(monkeypatch: pytest.MonkeyPatch, token: str = "") -> None:
-    """Let each answer be this one special token."""
-
-    def answer_all(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
-        ids = [tokenizer.convert_tokens_to_ids(token)] if token else []
-        return enumerate(Answer("", ids, True) for _ in prompts)
-
-    monkeypatch.setattr(score_rows, "answer_all", answer_all)
-
-
-def test_empty_answers_are_never_exact(
+def test_empty_answers_are_never_exact_and_special_tokens_are_compared(
     run: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows whose own answer is empty are not scored; of the others no empty answer is right."""
+    ids: list[int] = []
+
+    def answer_all(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
+        return enumerate(Answer("", ids, True) for _ in prompts)
+
+    monkeypatch.setattr(score_rows, "answer_all", answer_all)
     turn = {"role": "user", "content": "Say it"}
     rows: list[dict[str, Any]] = [
         {"messages": [turn, {"role": "assistant", "content": content}]}
         for content in ("good", "", " ", "e\u0301")
     ]
-    answer_with(monkeypatch)
     held = write_rows(tmp_path / "empty.jsonl", rows)
     found = scored(run, held, answers, "exact", "f1", "contains")
     assert (found.unanswered, found.by_scorer[0].rows) == (2, 2)
@@ -241,17 +176,10 @@ def test_empty_answers_are_never_exact(
         assert of_scorer.scores == {"tuned": [0, 0], "base": [0, 0]}
     with refuses(UsageError, where="none.jsonl", names=["empty"], fix=["--score"]):
         scored(run, write_rows(tmp_path / "none.jsonl", rows[1:3]), None, "exact")
-
-
-def test_answers_of_special_tokens_are_compared_with_these(
-    run: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without them every answer would be empty, and equal."""
-    labels = ("<|pad|>", "<|im_start|>")
-    rows = [{"prompt": "Which?", "completion": label} for label in labels]
-    held = write_rows(tmp_path / "labels.jsonl", rows)
-    answer_with(monkeypatch, labels[0])
-    (exact,) = scored(run, held, answers, "exact", base=False).by_scorer
+    labels = [{"prompt": "Which?", "completion": label} for label in ("<|pad|>", "<|im_start|>")]
+    held = write_rows(tmp_path / "labels.jsonl", labels)
+    ids.append(byte_tokenizer().pad_token_id)
+    (exact,) = scored(run, held, tmp_path / "pads.jsonl", "exact", base=False).by_scorer
     assert exact.scores == {"tuned": [1, 0]}
 
 
@@ -280,9 +208,7 @@ def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
     rows = write_rows(tmp_path / "others.jsonl", changed)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
         (run, rows, {}, "the prompts differ"),
-        (run, held, {"max_examples": 5}, "the prompts differ"),
         (run, held, {"max_new_tokens": 7}, "--max-new-tokens was 3 and is now 7"),
-        (run, held, {"decoding": Decoding(3, 0.5)}, "--temperature was 0.0 and is now 0.5"),
         (run, held, {"decoding": Decoding(3, seed=3)}, "--seed was 0 and is now 3"),
         (run, held, {"batch_size": 4}, "--batch-size was 2 and is now 4"),
         (other, held, {}, "the model differs"),
@@ -300,58 +226,43 @@ def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
     assert json.loads(answers.read_text().splitlines()[0])["batch_size"] == 4
 
 
-def torn(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:3], lines[3][:20] + b"\n", *lines[4:]]
-
-
-def swapped(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:3], lines[4], lines[3], *lines[5:]]
-
-
-def widened(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:3], lines[3].replace(b'"tokens"', b'"more": 1, "tokens"'), *lines[4:]]
-
-
-def lengthened(lines: list[bytes]) -> list[bytes]:
-    more = lines[13].replace(b'"row": 12', b'"row": 13').replace(b"base", b"tuned")
-    return [*lines, more]
-
-
 @pytest.mark.parametrize(
     ("spoil", "error", "where"),
     [
-        (torn, DataError, "answers.jsonl:4"),
-        (swapped, DataError, "answers.jsonl:4"),
-        (widened, DataError, "answers.jsonl:4"),
-        (lengthened, DataError, "answers.jsonl:28"),
-        ([b'{"prompt": "mine"}\n'], UsageError, "answers.jsonl"),
-        ([b"\xff\xfe\0" * 100], UsageError, "answers.jsonl"),
-        (Path.mkdir, MachineError, "answers.jsonl"),
-        (os.mkfifo, MachineError, "answers.jsonl"),
+        (
+            lambda lines: [*lines[:3], lines[3][:20] + b"\n", *lines[4:]],
+            DataError,
+            "answers.jsonl:4",
+        ),
+        (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], DataError, "answers.jsonl:4"),
+        (
+            lambda lines: [*lines, lines[13].replace(b"base", b"tuned")],
+            DataError,
+            "answers.jsonl:28",
+        ),
+        (lambda lines: [b'{"prompt": "mine"}\n'], UsageError, "answers.jsonl"),
+        (lambda lines: [b"\xff\xfe\0" * 100], UsageError, "answers.jsonl"),
     ],
+    ids=["torn", "swapped", "lengthened", "rows", "binary"],
 )
 def test_a_file_that_is_broken_or_somebody_elses_stays_as_it_is(
     run: Path, held: Path, answers: Path, answered: Path, spoil: Any, error: Any, where: str
 ) -> None:
-    content = b""
-    if spoil in (Path.mkdir, os.mkfifo):
-        spoil(answers)
-    else:
-        lines = answered.read_bytes().splitlines(keepends=True)
-        content = b"".join(spoil(lines) if callable(spoil) else spoil)
-        answers.write_bytes(content)
-    with pytest.raises(error) as refused:
+    content = b"".join(spoil(answered.read_bytes().splitlines(keepends=True)))
+    answers.write_bytes(content)
+    with refuses(error) as refused:
         scored(run, held, answers)
     assert where in refused.value.where
-    assert refused.value.fix
-    assert not answers.is_file() or answers.read_bytes() == content
+    assert answers.read_bytes() == content
+    answers.unlink()
+    os.mkfifo(answers)
+    with refuses(MachineError, where=str(answers)):
+        scored(run, held, answers)
 
 
 def test_two_evals_do_not_write_one_file(
     run: Path, held: Path, answers: Path, answered: Path
 ) -> None:
-    import fcntl
-
     answers.write_bytes(answered.read_bytes())
     with answers.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -396,14 +307,6 @@ def check_seen(run: Path, data: Path, count: int, earlier: str = "") -> Evaluati
     return found
 
 
-def test_rows_that_were_trained_on_are_counted(tiny: Path, run: Path, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "some.jsonl", [ROWS[4], {**ROWS[1], "output": "else"}, ROWS[0]])
-    found = check_seen(run, data, 2, "run-rows.jsonl:5")
-    assert found.seen is not None
-    assert found.seen.where == f"{data}:1"
-    assert evaluate(tiny, data, device="cpu").seen is None
-
-
 def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -415,19 +318,15 @@ def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
     make_run(first, tiny, peft_model(tiny), adapter={**start, "from": str(second / "final")})
     adapter = {**start, "from": str(first / "final")}
     make_run(second, tiny, peft_model(tiny), adapter=adapter, data=other_rows)
-    data = write_rows(tmp_path / "some.jsonl", ROWS[:2])
-    assert check_seen(second, data, 2, "first-rows.jsonl:1").seen_fault == ""
+    data = write_rows(tmp_path / "some.jsonl", [ROWS[0], {**ROWS[1], "output": "else"}, ROWS[4]])
+    found = check_seen(second, data, 2, "first-rows.jsonl:1")
+    assert (found.seen.where, found.seen_fault) == (f"{data}:1", "")
     first.rename(tmp_path / "moved")
+    # What is known is said all the same.
+    check_seen(second, others, len(HELD))
     found = evaluate(second, data, device="cpu", base=False)
     assert found.seen is None
     assert holds(found.seen_fault, first / "final")
-    # What is known is said all the same.
-    found = check_seen(second, others, len(HELD))
-    assert holds("\n".join(found.notes()), first / "final")
-    others.unlink()
-    found = evaluate(second, data, device="cpu", base=False)
-    assert found.seen is None
-    assert "others.jsonl" in found.seen_fault
 
 
 def test_the_chosen_answers_of_pairs_were_trained_on(tiny: Path, tmp_path: Path) -> None:
@@ -468,11 +367,9 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
     reference = json.loads(lines[0])["reference"]
     assert reference == '<tool_call>\n{"name": "f", "arguments": {"a": 0}}\n</tool_call>'
     told = [reference, reference.replace("0", "7"), reference, "no call"]
-    changed = [
-        json.dumps({**json.loads(line), "answer": text, "raw": None})
-        for line, text in zip(lines, told, strict=True)
-    ]
-    answers.write_text("\n".join([header, *changed, ""]))
+    for n, text in enumerate(told):
+        lines[n] = json.dumps({**json.loads(lines[n]), "answer": text, "raw": None})
+    answers.write_text("\n".join([header, *lines, ""]))
     again = scored(tmp_path / "run", data, answers, "tool-call", base=False).by_scorer[0]
     assert again.scores["tuned"] == [1, 0, 0, 0]
     without = write_rows(tmp_path / "no.jsonl", [*rows, {"messages": call_row(9)["messages"]}])
@@ -481,11 +378,9 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
     assert not (tmp_path / "no-answers.jsonl").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral", "nemotron_3_nano", "gptoss"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral", "gptoss"])
 def test_the_form_of_calls_is_learned_through_the_template_in_use(family: str) -> None:
-    """What is rendered is what is trained on: without headers, with the reasoning that a template
-    wants.
-    """
+    """What is rendered is what is trained on: without headers, with a template's reasoning."""
     path = Path(__file__).parents[2] / "data" / "templates" / f"{family}.jinja"
     if not path.exists():
         path = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / path.name

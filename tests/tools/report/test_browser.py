@@ -18,14 +18,12 @@ from tunesmith.reader.page import write_report
 from watching import add_steps, watching
 from watching import write_run as write_watched
 
-FAILURE = {"what": "out of memory", "why": "a batch did not fit", "next": "start again"}
-
 pytestmark = pytest.mark.nightly
+
+FAILURE = {"what": "out of memory", "why": "a batch did not fit", "next": "start again"}
 EVIL = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 )
-
-
 CHROMIUM = Path("/usr/bin/chromium")
 
 
@@ -55,9 +53,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Any:
-    """Opens an address, and at the end holds that nothing was asked of another host and that no
-    error was said.
-    """
+    """Opens an address; at the end, nothing was asked of another host, and no error was said."""
 
     @contextmanager
     def opening(
@@ -84,16 +80,9 @@ def visit(browser: Any) -> Any:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two runs of 300 steps, one of which failed and was not validated at the end."""
     folder = tmp_path_factory.mktemp("browser")
-    samples = [
-        (0, "What is 2 + 2?", "I am a model."),
-        (100, "What is 2 + 2?", EVIL),
-        (300, "What is 2 + 2?", "4"),
-    ]
-
-    def loss(step: int) -> float:
-        return 1 + 2 / step + 0.1 * (step % 3)
-
-    changes = {"steps": 300, "samples": samples, "loss": loss}
+    asked = "What is 2 + 2?"
+    samples = [(0, asked, "I am a model."), (100, asked, EVIL), (300, asked, "4")]
+    changes = {"steps": 300, "samples": samples, "loss": lambda s: 1 + 2 / s + 0.1 * (s % 3)}
     good = write_run(folder / "good", falling(8.0, steps=300), **changes)
     rate = {"train": {"learning_rate": 1e-3}}
     bad = write_run(folder / "bad", falling(9.0, steps=200), recipe=rate, finished=False, **changes)
@@ -101,13 +90,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad.refresh()
     write_report([good, bad], folder / "report.html")
     return folder / "report.html"
-
-
-def legend(page: Any, title: str) -> list[str]:
-    """The rows of a chart's legend, without the hidden one of the steps."""
-    chart = page.locator(".chart", has=page.locator(f"figcaption:text-is('{title}')"))
-    rows = chart.locator(".u-legend tr").all()[1:]
-    return [re.sub(r"\s+", " ", row.text_content()) for row in rows]
 
 
 def drag(page: Any, start: float, end: float) -> None:
@@ -130,20 +112,18 @@ def pointed_steps(page: Any) -> list[int]:
 
 
 def legend_parts(page: Any, title: str) -> list[tuple[str, int]]:
-    """The name with its value, and the step, of each row of a legend."""
-    parts = [row.rpartition(" at step ") for row in legend(page, title)]
+    """The name with its value, and the step, of each row of a legend but that of the steps."""
+    chart = page.locator(".chart", has=page.locator(f"figcaption:text-is('{title}')"))
+    rows = [row.text_content() for row in chart.locator(".u-legend tr").all()[1:]]
+    parts = [re.sub(r"\s+", " ", row).rpartition(" at step ") for row in rows]
     return [(name, int(step)) for name, _, step in parts]
 
 
-def test_it_draws_offline_and_each_value_has_its_step(report: Path, visit: Any) -> None:
+def test_it_draws_offline_and_a_zoom_is_that_of_all_charts(report: Path, visit: Any) -> None:
     with visit(report.as_uri(), offline=True) as seen:
         page = seen.page
-        assert legend_parts(page, "loss") == [
-            ("good, raw1.007", 300),
-            ("good1.094", 300),
-            ("bad, raw1.007", 300),
-            ("bad1.094", 300),
-        ]
+        names = [f"{run}{value}" for run in ("good", "bad") for value in (", raw1.007", "1.094")]
+        assert legend_parts(page, "loss") == [(name, 300) for name in names]
         # The failed run was validated for the last time at step 200.
         assert legend_parts(page, "val_loss") == [("good0.49", 300), ("bad4.01", 200)]
         answers = page.locator("#samples .answers").first.text_content()
@@ -153,15 +133,10 @@ def test_it_draws_offline_and_each_value_has_its_step(report: Path, visit: Any) 
         assert page.locator(".note.bad dd").all_text_contents()[0] == FAILURE["what"]
         assert seen.asked == [report.as_uri()]
         assert page.title() == "good · bad: report"
-
-
-def test_a_zoom_is_that_of_all_charts(report: Path, visit: Any) -> None:
-    with visit(report.as_uri(), offline=True) as seen:
-        drag(seen.page, 0.5, 0.75)
-        for step in pointed_steps(seen.page):
-            assert 140 <= step <= 160
-        seen.page.locator(".chart .u-over").first.dblclick()
-        assert pointed_steps(seen.page)[0] < 10
+        drag(page, 0.5, 0.75)
+        assert all(140 <= step <= 160 for step in pointed_steps(page))
+        page.locator(".chart .u-over").first.dblclick()
+        assert pointed_steps(page)[0] < 10
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])

@@ -1,6 +1,4 @@
-"""Run directories that are damaged, under the commands that read one: each goes on with what is
-whole, and says what is not.
-"""
+"""Each command that reads damaged runs goes on with what is whole, and says what is not."""
 
 from __future__ import annotations
 
@@ -20,7 +18,6 @@ from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_manifest, read_running
 from watching import add_steps, write_run
 
-HUGE = "9" * 400
 DEEP = 100_000
 
 
@@ -29,16 +26,11 @@ def folder(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", 10, ranks=2)
 
 
-def damaged(folder: Path) -> list[tuple[str, int | None]]:
-    return [(file.file, file.lines) for file in RunFiles(folder).damaged]
-
-
 NO_RECORDS = [
-    '{"step": "x"}', '{"step": 1.5, "loss": 1}', '{"step": 11, "loss": {"a": 1}}', '{"loss": 1.0}', f'{{"step": {HUGE}}}',
-    f'{{"step": 11, "loss": {HUGE}}}', '{"step": 11, "loss": 1e999}', '{"step": 11, "loss": NaN}', '{"step": 11, "loss": "good"}',
-    '{"step": 11, "loss": true}', '{"step": 11, "loss": null}', '{"step": 11, "tokens": -1}', '{"step": 11, "x\\ud800": 1}',
-    "[" * DEEP, "7", "", '{"step": 11, "lo',
+    '{"step": "x"}', '{"step": 11, "loss": {"a": 1}}', '{"loss": 1.0}', '{"step": 11, "loss": 1e999}', '{"step": 11, "loss": NaN}',
+    '{"step": 11, "loss": null}', '{"step": 11, "tokens": -1}', '{"step": 11, "x\\ud800": 1}', "[" * DEEP, "7", "", '{"step": 11, "lo',
 ]  # fmt: skip
+DIVERGED = '{"step": 11, "loss": "NaN", "grad_norm": "Infinity", "reward": null, "note": "mine"}\n'
 
 
 def test_a_line_that_is_no_record_is_skipped_and_counted(folder: Path) -> None:
@@ -51,16 +43,9 @@ def test_a_line_that_is_no_record_is_skipped_and_counted(folder: Path) -> None:
         assert [(file.file, file.lines) for file in run.damaged] == [("metrics.jsonl", 1)]
         assert "line 11" in run.damaged[0].why
         assert newest_record(folder)["step"] == 13
-
-
-def test_a_diverged_run_is_not_damaged(folder: Path) -> None:
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"step": 11, "loss": "NaN", "grad_norm": "Infinity", "reward": null, "note": "mine", "mfu": null}\n'
-        )
+    (folder / "metrics.jsonl").write_text(good + DIVERGED)
     run = RunFiles(folder)
-    assert run.figures.columns["step"][-1] == 11
-    assert run.damaged == []
+    assert (run.figures.columns["step"][-1], run.damaged) == (11, [])
 
 
 def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -73,9 +58,8 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], obje
     return spoil
 
 
-def holding(name: str, content: str | bytes) -> Callable[[Path], object]:
-    data = content.encode() if isinstance(content, str) else content
-    return replaced(name, lambda path: path.write_bytes(data))
+def holding(name: str, content: str) -> Callable[[Path], object]:
+    return replaced(name, lambda path: path.write_text(content))
 
 
 SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -83,23 +67,13 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics are a device": ("metrics.jsonl", replaced("metrics.jsonl", lambda path: path.symlink_to("/dev/zero"))),
     "metrics are a folder": ("metrics.jsonl", replaced("metrics.jsonl", Path.mkdir)),
     "a rank's are a fifo": ("metrics-rank1.jsonl", replaced("metrics-rank1.jsonl", os.mkfifo)),
-    "samples are a fifo": ("samples.jsonl", replaced("samples.jsonl", os.mkfifo)),
-    "a sample's step is text": ("samples.jsonl", holding("samples.jsonl", '{"step": "1", "prompt": "a", "answer": "b"}\n')),
     "a sample's answer is null": ("samples.jsonl", holding("samples.jsonl", '{"step": 1, "prompt": "a", "answer": null}\n')),
     "the log is a loop": ("log.txt", replaced("log.txt", lambda path: path.symlink_to(path))),
     "a list for train": ("config.yaml", holding("config.yaml", "train: [1, 2]\nvalidate: 3\n")),
-    "no Unicode in the recipe": ("config.yaml", holding("config.yaml", 'model: {name: "\\ud800"}\n')),
-    "the recipe is a fifo": ("config.yaml", replaced("config.yaml", os.mkfifo)),
     "a deep recipe": ("config.yaml", holding("config.yaml", "[" * DEEP + "]" * DEEP)),
-    "a list as env": ("env.json", holding("env.json", "[]")),
     "types in env": ("env.json", holding("env.json", '{"command": 5, "commit": [1], "validation_hash": {}, "torch": "2.13.0"}')),
-    "a deep env": ("env.json", holding("env.json", "[" * DEEP)),
-    "a surrogate in env": ("env.json", holding("env.json", '{"cpu": "\\ud800"}')),
-    "a torn failure": ("failure.json", holding("failure.json", '{"what": "out of')),
-    "a list as failure": ("failure.json", holding("failure.json", "[1]")),
     "types in the failure": ("failure.json", holding("failure.json", '{"what": {"a": [1]}, "rank": 1e999}')),
     "a list as stopped": ("stopped.json", holding("stopped.json", "[1]")),
-    "a list as manifest": ("final/manifest.json", holding("final/manifest.json", "[1]")),
     "a text as its step": ("final/manifest.json", holding("final/manifest.json", '{"step": "9", "files": {}}')),
 }  # fmt: skip
 
@@ -111,9 +85,9 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
     name, spoil = SPOILT[case]
     spoil(folder)
     whole = write_run(tmp_path / "whole", 20)
-    page = tmp_path / "report"
+    page = tmp_path / "report.html"
     with time_limit(60):
-        assert main(["report", str(folder), str(whole), "--output", f"{page}.html"]) == 0
+        assert main(["report", str(folder), str(whole), "--output", str(page)]) == 0
         assert name in capsys.readouterr().err
         # Which says whose directory it is
         assert main(["status", str(folder)]) == (2 if name == "env.json" else 0)
@@ -123,16 +97,7 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
     first, second = json.loads(out[out.index("{\n") :])["runs"]
     assert [file.partition(":")[0] for file in first["damaged"]] == [name]
     assert second["damaged"] == []
-    assert name in page.with_suffix(".html").read_text()
-
-
-def test_a_lock_that_is_a_fifo_does_not_hang(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    os.mkfifo(folder / ".lock")
-    with time_limit(60):
-        assert main(["status", str(folder)]) == 0
-    assert "step 10" in capsys.readouterr().out
+    assert name in page.read_text()
 
 
 def test_a_folder_that_is_no_run_is_left_out_of_a_report(
@@ -146,12 +111,7 @@ def test_a_folder_that_is_no_run_is_left_out_of_a_report(
 
 @pytest.mark.parametrize(
     ("entry", "why"),
-    [
-        ('"x"', "files.a"),
-        ("{}", "files.a.bytes"),
-        ('{"bytes": 1e999, "sha256": ""}', "too large"),
-        ('{"bytes": 5, "sha256": 3}', "files.a.sha256"),
-    ],
+    [('"x"', "files.a"), ('{"bytes": 1e999, "sha256": ""}', "too large"), ("{}", "files.a.bytes")],
 )
 def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str, why: str) -> None:
     (tmp_path / "manifest.json").write_text(f'{{"step": 3, "files": {{"a": {entry}}}}}')
@@ -159,9 +119,7 @@ def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str, w
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change", [{"host": 3}, {"process": "x"}, {"oom_kills": None}, {"boot": []}]
-)
+@pytest.mark.parametrize("change", [{"host": 3}, {"process": "x"}, {"oom_kills": None}])
 def test_a_note_of_another_form_is_no_note(tmp_path: Path, change: dict[str, Any]) -> None:
     note = {"process": 1, "host": "here", "boot": "", "oom_kills": 0, "began": "now"}
     (tmp_path / "running.json").write_text(json.dumps(note))

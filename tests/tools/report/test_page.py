@@ -6,32 +6,18 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from errors import check_shown, holds, lines_with
 from invoke import invoke
-from report.written import falling, write_run
+from report.written import eval_scores, falling, write_eval, write_run
 from tunesmith.reader.page import PAGE_MARK, render_page
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import NO_FINAL_ANSWERS
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> list[RunFiles]:
-    samples = [(0, "2 + 2?", "I am a model."), (20, "2 + 2?", "5"), (40, "2 + 2?", "4")]
-    good = write_run(
-        tmp_path / "good", falling(2.0), recipe={"train": {"learning_rate": 1e-3}}, samples=samples
-    )
-    bad = write_run(
-        tmp_path / "bad",
-        falling(2.5),
-        samples=[(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "22")],
-    )
-    return [good, bad]
+SAMPLES = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
 
 
 def visible(page: str) -> str:
@@ -40,48 +26,27 @@ def visible(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-def data_of(page: str) -> Any:
-    """What the page's script draws."""
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert data
-    return json.loads(data[1])
-
-
 @pytest.mark.slow
 def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
-    samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
-    best = write_run(tmp_path / "best", falling(2.0), samples=samples)
+    best = write_run(tmp_path / "best", falling(2.0), samples=SAMPLES)
     text = visible(render_page([best]))
     assert holds(text, "step 40, final", "weights 4 Answers", "(1) step 60 sixty")
     assert best.missing_answers() == ""
-    none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
+    none = write_run(tmp_path / "none", falling(2.0), samples=SAMPLES[:1])
     assert f"none: {NO_FINAL_ANSWERS}see log.txt." in visible(render_page([best, none]))
-    unfinished = write_run(tmp_path / "unfinished", samples=samples[:2], finished=False)
+    unfinished = write_run(tmp_path / "unfinished", samples=SAMPLES[:2], finished=False)
     text = visible(render_page([unfinished]))
     assert unfinished.missing_answers()
     assert holds(text, f"unfinished: {unfinished.missing_answers()}", "step 40 4")
 
 
-def test_equal_answers_before_training_are_shown_once(two: list[RunFiles]) -> None:
-    two[0].samples[0]["row"] = "faq.csv:12"
-    text = visible(render_page(two))
-    assert text.count("I am a model.") == 1
-    assert holds(text, "good, bad, before", "training I am a model", "faq.csv:12")
-    two[1].samples[0]["answer"] = "Another base."
-    text = visible(render_page(two))
-    assert holds(text, "good, before", "bad, before", "training I am", "training Another")
-
-
-def test_the_verdict_comes_first_and_the_commands_to_reproduce(two: list[RunFiles]) -> None:
-    text = visible(render_page(two))
-    places = [text.index(word) for word in ("No verdict", "Drag over", "learning_rate")]
-    assert places == sorted(places)
-    assert holds(text[places[2] :], "0.001", "0.0001")
+def test_the_page_says_how_to_reproduce_and_nothing_comes_from_outside(tmp_path: Path) -> None:
+    rate = {"train": {"learning_rate": 1e-3}}
+    good = write_run(tmp_path / "good", falling(2.0), recipe=rate, samples=SAMPLES)
+    page = render_page([good, write_run(tmp_path / "bad", falling(2.5))])
+    text = visible(page)
+    assert holds(text[text.index("learning_rate") :], "0.001", "0.0001")
     assert holds(text, "tunesmith train 'my recipe.yaml'", "0123abcd+", "d" * 64, "seed 42")
-
-
-def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
-    page = render_page(two)
     assert "default-src 'none'" in page
     page = re.sub(r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL)
     # The licence line of uPlot names its home.
@@ -100,12 +65,12 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
         json.dumps({"what": EVIL, "next": EVIL, "last_step": 40})
     )
     (run.folder / "log.txt").write_text(f"2026-01-31 10:00:00  warning: {EVIL}\n")
+    write_eval(run.folder, eval_scores(data=EVIL))
     run.refresh()
     page = render_page([run, write_run(tmp_path / "b", falling(3.0))])
     assert "<img" not in page
     assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script>", page)) == 2
     assert html.escape(name, quote=False).replace("'", "&#39;").replace('"', "&#34;") in page
-    assert data_of(page)[0]["series"][0]["label"].startswith(name)
     assert "{{ 7*7 }}" in page, "no template runs in what a run says"
 
 
@@ -113,15 +78,6 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
     assert holds(visible(render_page([run])), "killed", "tunesmith train")
-    note = {
-        "process": 7,
-        "host": "spark-b",
-        "boot": "",
-        "oom_kills": 0,
-        "began": "2026-01-31 10:00:00",
-    }
-    (run.folder / "running.json").write_text(json.dumps(note))
-    assert holds(visible(render_page([run])), "process 7", "spark-b", "killed")
     failure = {"what": "a link broke", "where": "step 8", "why": "", "cause": "link", "rank": 1, "host": "spark-b",
                "phase": "training", "collective": None, "last_step": 7, "next": "tunesmith doctor   # looks at it"}  # fmt: skip
     (run.folder / "failure.json").write_text(json.dumps(failure))
@@ -130,21 +86,19 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     for field, value in failure.items():
         words = str(value).partition("   #")[0]
         assert not value or f"{field.replace('_', ' ')} {words}" in text
-
-
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  loading\n")
     assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
 
 
 @pytest.mark.slow
-def test_the_command(two: list[RunFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_over_a_report_and_over_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # a report is written over
-        assert lines_with(invoke("report", "good", "bad").out, "tunesmith eval good bad")
-    assert lines_with(invoke("report", "good").out, "report.html")
+    write_run(tmp_path / "good", falling(2.0))
+    for _ in range(2):
+        assert lines_with(invoke("report", "good").out, "report.html")
     assert PAGE_MARK in Path("report.html").read_text()[:100]
-    check_shown(invoke("report", "good", "--markdown").err, fix=["--json"])
     Path("notes.html").write_text("mine")
     for output in ("notes.html", "no/such/folder.html"):
         done = invoke("report", "good", "--output", output)

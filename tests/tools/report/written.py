@@ -31,24 +31,17 @@ def write_run(
     samples: list[tuple[int, str, str]] = (),  # type: ignore[assignment]
     **changed: Any,
 ) -> RunFiles:
-    """A run with val_loss at the steps of `val`; `changed` are values of every record, or functions
-    of the step.
-    """
+    """A run with val_loss at the steps of `val`; `changed`: values of records, or functions of the step."""
     folder.mkdir(parents=True)
     values = merge(to_mapping(RUN) | {"output_dir": str(folder)}, recipe or {})
     (folder / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
     (folder / "env.json").write_text(json.dumps(ENV | (env or {})))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
-            given = {
-                name: value(step) if callable(value) else value for name, value in changed.items()
-            }
+            given = {name: v(step) if callable(v) else v for name, v in changed.items()}
             file.write(record(step, val_loss=(val or {}).get(step), **given).to_json() + "\n")
-    rows = [
-        json.dumps({"step": step, "prompt": prompt, "answer": answer})
-        for step, prompt, answer in samples
-    ]
-    (folder / "samples.jsonl").write_text("\n".join(rows))
+    rows = [dict(zip(("step", "prompt", "answer"), sample, strict=True)) for sample in samples]
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if finished:
         (folder / "final").mkdir()
         (folder / "final" / "manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
@@ -56,12 +49,9 @@ def write_run(
 
 
 def falling(start: float, *, jitter: float = 0.01, steps: int = 40) -> dict[int, float]:
-    """val_loss every 4 steps, falling by 0.1 each time, alternately `jitter` above and below that
-    line.
-    """
-    return {
-        step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)
-    }
+    """val_loss every 4 steps, falling by 0.1 each time, `jitter` above and below that line."""
+    every = range(4, steps + 1, 4)
+    return {step: start - step / 40 + jitter * (-1) ** (step // 4) for step in every}
 
 
 def write_eval(run: Path, values: Any, name: str = "held") -> Path:
@@ -77,26 +67,27 @@ def pairs_eval(by_row: list[int]) -> dict[str, Any]:
     interval = share_interval(sum(by_row), len(by_row))
     order = {"tuned": list(interval), "verdict": "", "by_row": {"tuned": by_row}}
     return {
-        "tunesmith": "eval scores",
-        "data": "pairs.jsonl",
-        "rows": len(by_row),
-        "row_hash": "p" * 64,
-        "step": 40,
-        "losses": {"tuned": 1.0},
-        "scores": {PAIRS: order},
-    }
+        "tunesmith": "eval scores", "data": "pairs.jsonl", "rows": len(by_row), "row_hash": "p" * 64, "step": 40,
+        "losses": {"tuned": 1.0}, "scores": {PAIRS: order},
+    }  # fmt: skip
 
 
 def row_eval(losses: list[float], row_hash: str = "l" * 64, **changes: Any) -> dict[str, Any]:
     """What `eval` writes of rows of one token each, by the loss of each."""
     return {
-        "tunesmith": "eval scores",
-        "data": "held.jsonl",
-        "rows": len(losses),
-        "row_hash": row_hash,
-        "step": 40,
-        "losses": {"tuned": sum(losses) / len(losses)},
-        "row_losses": {"row_hash": row_hash, "tokens": [1] * len(losses), "tuned": losses},
-        "scores": {},
-        **changes,
-    }
+        "tunesmith": "eval scores", "data": "held.jsonl", "rows": len(losses), "row_hash": row_hash, "step": 40,
+        "losses": {"tuned": sum(losses) / len(losses)}, "scores": {},
+        "row_losses": {"row_hash": row_hash, "tokens": [1] * len(losses), "tuned": losses}, **changes,
+    }  # fmt: skip
+
+
+def eval_scores(**changes: Any) -> dict[str, Any]:
+    """What `eval --score` writes, with the score `exact` of two models."""
+    exact = {
+        "base": [0.5, 0.4, 0.6], "tuned": [0.62, 0.521, 0.713], "difference": [0.12, 0.04, 0.201],
+        "verdict": "exact: tuned is better", "by_row": {"base": [0, 1], "tuned": [1, 1]},
+    }  # fmt: skip
+    return {
+        "tunesmith": "eval scores", "data": "held.jsonl", "rows": 100, "row_hash": "a" * 64, "step": 40,
+        "losses": {"base": 2.5, "tuned": 2.25}, "scores": {"exact": exact}, **changes,
+    }  # fmt: skip
