@@ -19,10 +19,7 @@ from tunesmith.errors import EXIT_OK, TunesmithError
 
 @dataclass
 class World:
-    """A folder with rows and a good small recipe.
-
-    tiny: the model. template: a folder with a run of four steps (see `begun` of conftest.py).
-    """
+    """A folder with rows and a good small recipe; `template` is that of `begun` of conftest.py."""
 
     folder: Path
     tiny: Path
@@ -49,9 +46,7 @@ class World:
         return ["train", str(self.recipe(**changes)), *words]
 
     def begun(self) -> Path:
-        """Copy a run that took four of its steps: checkpoint-2, checkpoint-4, final; its recipe
-        beside it.
-        """
+        """Copy a run of four steps: checkpoint-2, checkpoint-4, final; its recipe beside it."""
         shutil.copytree(self.template, self.folder, dirs_exist_ok=True)
         for file in (self.folder / "recipe.yaml", self.out / "config.yaml"):
             file.write_text(file.read_text().replace(str(self.template), str(self.folder)))
@@ -63,9 +58,7 @@ class World:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, folder and link below `folder` with the hash of its content; a lock file is no
-    content.
-    """
+    """Every file, folder and link below `folder` with the hash of its content, but a lock's."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = os.fsencode(path.relative_to(folder)).decode(errors="replace")

@@ -1,6 +1,4 @@
-"""The notebooks of the docs run, and a run in a notebook looks as it should: in a real kernel, by
-nbclient.
-"""
+"""The notebooks of the docs run, and a run in a notebook looks as it should: in a real kernel."""
 
 from __future__ import annotations
 
@@ -75,13 +73,8 @@ def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
     notebook = nbformat.read(DOCS / "first-tune.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     shown = shown_by(client, notebook, tmp_path, model=str(tiny), epochs=2)
-    assert "75 rows to train on, 15 held out; the first: {'prompt': 'My " in shown
-    assert "Result(output_dir=PosixPath(" in shown
     assert shown.count("step   1  loss") == 1
-    assert shown.count("  expected: team: ") == 3
-    assert "loss (nats per token)" in shown
     assert "exact, 95 % interval" in shown
-    assert "runs/first-tune-merged: " in shown
     assert shown.rstrip().endswith("checked: True")
     assert (tmp_path / "runs" / "first-tune-merged" / "model.safetensors").is_file()
 
@@ -96,25 +89,9 @@ def test_the_notebook_that_compares_runs_exports_the_better_one(
     tokenizer.save_pretrained(model)
     notebook = nbformat.read(DOCS / "compare-runs.ipynb", as_version=4)
     shown = shown_by(client, notebook, tmp_path, model=str(model), steps=6)
-    for value in ("runs/lr-0.001", "runs/lr-0.0001", "'train.learning_rate': ['0.001', '0.0001']"):
-        assert value in shown
     kinds = re.findall(r"verdict=Verdict\(kind='(\w+)'", shown)
     assert kinds in (["better"], ["equal"]), "six validations of the same rows can be compared"
-    assert re.findall(r"^My (\w+) .* -> ", shown, re.MULTILINE) == ["toaster", "scooter"]
-    assert holds(shown, "file='complaints.gguf'")
     assert (tmp_path / "complaints.gguf").read_bytes()[:4] == b"GGUF"
-
-
-def test_the_outputs_that_are_committed_are_small_and_of_no_machine() -> None:
-    file = DOCS / "compare-runs.ipynb"
-    cells = [c for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert file.stat().st_size < 20_000
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert {output.output_type for output in outputs} == {"stream", "execute_result"}
-    tables = [o for o in outputs if "<pre>" in o.get("data", {}).get("text/html", "")]
-    assert len(tables) == 2, "the comparison and the export"
-    assert not re.search(r"[\"' ]/\w+/", str(outputs)), "a path of the machine that ran it"
 
 
 def test_a_run_in_a_notebook_shows_its_steps_and_stops_without_a_traceback(
@@ -133,17 +110,12 @@ def test_a_run_in_a_notebook_shows_its_steps_and_stops_without_a_traceback(
     _, trained, _, stopped, mine, quiet = executed(
         client, notebook, tmp_path, allow_errors=True
     ).cells
-    assert lines_with(text_of(trained), "steps: 8", "examples")
     assert lines_with(text_of(trained), "step 8/8")
-    assert [line for line in text_of(trained).splitlines() if line.startswith("mine")] == [
-        "mine 3",
-        "mine 7",
-    ]
+    assert re.findall(r"^mine .*", text_of(trained), re.MULTILINE) == ["mine 3", "mine 7"]
     error = stopped.outputs[-1]
     assert (error.output_type, error.ename) == ("error", "StoppedError")
     assert holds(error.traceback[0], "SIGINT", "step 10")
     assert len(error.traceback) == 3
-    assert "SIGINT: " in text_of(stopped)
     assert mine.outputs[-1].ename == "ZeroDivisionError"
     assert len(mine.outputs[-1].traceback) > 3, "an error of the user's own keeps its traceback"
     assert [output.output_type for output in quiet.outputs] == ["execute_result"]

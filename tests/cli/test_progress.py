@@ -1,11 +1,8 @@
-"""Progress without a terminal: one line at the end of each count, on stderr, and none where nothing
-was done.
-"""
+"""Progress without a terminal: one line at the end of each count, on stderr."""
 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 
 import pytest
 
@@ -41,29 +38,3 @@ def test_answers_say_tokens_a_second_and_the_time_left(
     assert holds(first, "30/90", "0.5/s", "75 tokens/s", "2:00 min")
     assert holds(last, "90/90", "2.0/s", "100 tokens/s")
     assert "min" not in last
-
-
-def test_the_first_of_many_answers_says_nothing_of_the_time_left(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
-    with ProgressCounter() as progress:
-        for done in (10, 11, 18):  # of the 80 of this start 1, then a tenth
-            progress("answers", done, 90)
-            now[0] += 40
-    first, last = capsys.readouterr().err.splitlines()
-    assert "left" not in first
-    assert holds(last, "18/90", "left")
-
-
-@pytest.mark.parametrize("counts", [[5], [0, 1]])
-def test_work_that_fails_or_does_nothing_leaves_no_line(
-    counts: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with suppress(ZeroDivisionError), ProgressCounter() as progress:
-        for done in counts:
-            progress("answers", done, 9)
-        if len(counts) > 1:
-            raise ZeroDivisionError
-    assert capsys.readouterr().err == ""

@@ -23,7 +23,6 @@ class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
 
-
 pytestmark = pytest.mark.slow
 
 
@@ -34,10 +33,8 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = folder / "base"
     shutil.copytree(tiny, base)
     config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "own_config.OwnConfig",
-        "AutoModelForCausalLM": "own_config.OwnModel",
-    }
+    kinds = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnModel"}
+    config["auto_map"] = {kind: f"own_config.{name}" for kind, name in kinds.items()}
     (base / "config.json").write_text(json.dumps(config))
     (base / "own_config.py").write_text(CODE.format(marker=str(folder / "ran")))
     make_run(folder / "run", base, peft_model(tiny), model={"trust_remote_code": True})
@@ -46,9 +43,8 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "words",
-    ["data RUN", "plan RUN/config.yaml", "train RUN/config.yaml", "chat RUN", "chat RUN/final --base", "chat RUN/config.yaml",
-     "eval RUN --data ROWS", "generate RUN --input ROWS --output -", "merge RUN --output OUT", "export RUN --output OUT",
-     "export RUN --to gguf --output OUT.gguf", "export RUN --to vllm --output OUT"],
+    ["data RUN", "plan RUN/config.yaml", "train RUN/config.yaml", "chat RUN", "chat RUN/final --base", "eval RUN --data ROWS",
+     "generate RUN --input ROWS --output -", "merge RUN --output OUT", "export RUN --to gguf --output OUT.gguf"],
 )  # fmt: skip
 def test_a_run_of_a_stranger_runs_no_code(words: str, stranger: Path, tmp_path: Path) -> None:
     run = stranger / "run"
@@ -80,10 +76,8 @@ def test_a_run_without_its_identity_runs_no_code(
 
 def test_it_runs_if_the_command_says_so(stranger: Path, tmp_path: Path) -> None:
     run, ran, out = stranger / "run", stranger / "ran", tmp_path / "merged"
-    for words in (
-        ["data", run, "model.trust_remote_code=true"],
-        ["merge", run, "--output", out, "--trust-remote-code"],
-    ):
+    data = ["data", run, "model.trust_remote_code=true"]
+    for words in (data, ["merge", run, "--output", out, "--trust-remote-code"]):
         # Transformers imports the module again, because its text is another one.
         (stranger / "base" / "own_config.py").open("a").write(f"# {words[0]}\n")
         assert invoke(*words).code == EXIT_OK

@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
-import torch
-
 from errors import holds, refuses
 from records import record
-from tunesmith.config.schema import Model
 from tunesmith.errors import UsageError
-from tunesmith.inference.load_run import LoadedModel, RunLocation
 from tunesmith.metrics.intervals import Interval
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.tools.evaluate.evaluate import EvalResult, Evaluation
@@ -33,15 +28,6 @@ def write_run(folder: Path, losses: list[float]) -> Path:
     return folder
 
 
-def loaded_model(folder: str) -> LoadedModel:
-    class TrainModel:
-        model = torch.nn.Linear(1, 1)
-
-    TrainModel.model.device, TrainModel.model.dtype = torch.device("cpu"), torch.bfloat16
-    location = RunLocation("adapter", Path(folder), Model(name="org/base"))
-    return LoadedModel(location, None, None, None, TrainModel())
-
-
 def merged(name: str) -> Merged:
     near = Difference(0.01, 1e-6, 1.0, 1e-6)
     far = Difference(4.0, 0.25, 0.5, 0.25)
@@ -54,19 +40,17 @@ def evaluation(name: str) -> Evaluation:
     tuned = EvalResult(10, 50, 0.5, math.exp(0.5), 0.75)
     intervals = {"base": Interval(0.1, 0.0, 0.4), "tuned": Interval(0.9, 0.6, 1.0)}
     scores = RowScores(name, 10, intervals, None, "VERDICT", {})
-    return Evaluation(
-        {"base": base, "tuned": tuned}, name, 12, 2, 0, (scores,), unfinished={"tuned": 3}
-    )
+    both = {"base": base, "tuned": tuned}
+    return Evaluation(both, name, 12, 2, 0, (scores,), unfinished={"tuned": 3})
 
 
 def results(name: str, folder: Path) -> list[Tabular]:
-    """One of each kind, with a text of the user's own in it."""
+    """Of several kinds, with a text of the user's own in each."""
     return [
         Result(Path(name), 2, records=[record(1), record(2)]),
         evaluation(name),
         merged(name),
         ExportedFile(name, name, "q8_0", 10**6, (name,), None),
-        loaded_model(name),
         Comparison((name,), compare(write_run(folder / "run", [1.0])).verdict, {name: [name]}),
     ]
 
@@ -76,10 +60,6 @@ def test_columns_stand_side_by_side_whatever_their_script() -> None:
     expected = ["T", "      base  調整", "loss  1.0   22", "精度  3     4", "N"]
     assert table.text().splitlines() == expected
     assert ResultTable([]).text() == ""
-    lines = ResultTable([("a", "b")], notes=["word " * 30, "short"]).text(40).splitlines()
-    # As wide as asked for, not as a column of the table
-    assert 35 < max(map(len, lines)) <= 40
-    assert " ".join(" ".join(lines).split()) == f"a b {'word ' * 30}short"
 
 
 def test_what_comes_from_data_is_text_in_every_result(tmp_path: Path) -> None:
@@ -100,9 +80,6 @@ def test_a_training_result_says_what_came_of_it_and_what_is_next(tmp_path: Path)
         assert holds(text, value), value
     assert f"tunesmith.load_run({str(tmp_path / 'my run')!r})" in text
     assert text.endswith(f"tunesmith.evaluate({str(tmp_path / 'my run')!r})")
-    resumed = str(Result(tmp_path, 4, first_step=3, seconds=125.0, records=[last]))
-    assert holds(resumed, "3 steps")
-    assert not holds(resumed, "2:05 min"), "that of both starts, beside records of one"
 
 
 def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: Path) -> None:
@@ -114,15 +91,11 @@ def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: 
     assert (result.best_step, result.best_loss) == (1, 0.5)
     assert result.seconds == sum(record.step_seconds for record in result.records) > 0
     assert result.tokens == result.values()["tokens"] > 0
-    for name in ("metrics.jsonl", "best.json"):
-        (folder / name).unlink()
-    assert holds(str(Result.from_finished_run(folder, 2)), "steps", 2)
 
 
 def test_an_evaluation_has_a_column_for_each_model_and_says_what_to_know() -> None:
     text = str(evaluation("held-out.jsonl"))
-    title, names, *lines = text.splitlines()
-    assert holds(title, "held-out.jsonl")
+    _, names, *lines = text.splitlines()
     assert names.split() == ["base", "tuned"]
     (losses,) = (line for line in lines if line.startswith("loss"))
     assert losses.split()[-2:] == ["800.0000", "0.5000"]
@@ -139,31 +112,9 @@ def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> Non
     comparison = compare(*runs)
     assert comparison.runs == ("low", "high")
     assert comparison.figures["train.learning_rate"] == ["0.0001", "0.01"]
-    assert "lowest val_loss" not in comparison.figures, "nothing was held out"
     assert comparison.verdict.kind == "none"
     assert comparison.verdict.headline in comparison.table().notes
-    with refuses(UsageError, where="compare(...)"):
-        compare()
     with refuses(UsageError, where=str(tmp_path / "none")):
         compare(runs[0], tmp_path / "none")
     # A folder of runs stands for them.
     assert compare(tmp_path).runs == ("high", "low")
-    twice = compare(runs[0], runs[0])
-    assert (twice.runs, twice.verdict.kind) == (("low",), "alone")
-
-
-@pytest.mark.parametrize("count", [2, 9])
-def test_a_table_of_long_cells_fits_the_width_and_loses_nothing(count: int) -> None:
-    """As of runs whose rows are in long paths, or of many runs."""
-    cells = [f"/data/{'folder/' * 12}rows-{i}.jsonl" for i in range(count)]
-    names = [f"run-{i}" for i in range(count)]
-    table = ResultTable([("source", *cells), ("loss", *["1.25 at step 40"] * count)], names)
-    lines = table.text().splitlines()
-    assert max(map(len, lines)) <= max(100, 22 * (count + 1))
-    text = "".join(table.text().split())
-    assert all(name in text for name in names)
-    assert text.count("1.25atstep40") == count
-    if count == 2:  # the parts of two cells side by side alternate
-        middle = lines[0].index(names[1])
-        for side in (slice(lines[0].index(names[0]), middle), slice(middle, None)):
-            assert "".join(line[side].strip() for line in lines[1:-1]) in cells

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,19 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from errors import check_shown, refuses
 from invoke import invoke
-from logged import logged_lines
 from runs import make_run, peft_model
 from tunesmith.checkpoint import manifest
-from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError
+from tunesmith.errors import EXIT_USAGE, ModelError
 from tunesmith.inference.load_run import load_run
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def flip(file: Path) -> None:
-    """Flip a bit near the end, where a weight's low bits or a template's last words are: the file
-    still loads.
-    """
+    """Flip a bit near the end, where a weight's low bits are: the file still loads."""
     data = bytearray(file.read_bytes())
     data[len(data) - 8] ^= 1
     file.write_bytes(data)
@@ -44,12 +41,10 @@ def copied(runs: Path, tmp_path: Path) -> Path:
 
 
 COMMANDS = {
-    "chat": "chat {}/lora/final --device cpu",
     "generate": "generate {}/lora --input {}/prompts.jsonl --output {}/made.jsonl --max-new-tokens 2 --device cpu",
     "eval": "eval {}/lora --data {}/lora-rows.jsonl --device cpu --json",
     "merge": "merge {}/lora --output {}/merged --device cpu",
-    # It is refused before anything is sent.
-    "push": "push {}/lora",
+    "push": "push {}/lora",  # it is refused before anything is sent
     "adapter.from": "train {}/lora/config.yaml adapter.from={}/lora/final output_dir={}/next",
 }
 
@@ -59,15 +54,9 @@ COMMANDS = {
 def test_a_flipped_bit_of_the_weights(verb: str, copied: Path) -> None:
     (copied / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
     words = COMMANDS[verb].replace("{}", str(copied)).split()
+    recipe = copied / "lora" / "config.yaml"
     if verb == "push":  # of a run whose base is on the Hub
-        config = json.loads((copied / "lora" / "final" / "adapter_config.json").read_text())
-        recipe = copied / "lora" / "config.yaml"
-        recipe.write_text(recipe.read_text().replace(config["base_model_name_or_path"], "a/tiny"))
-    if verb in ("generate", "merge"):
-        done = invoke(*words)
-        assert done.code == EXIT_OK, done.err
-        shutil.rmtree(copied / "merged", ignore_errors=True)
-        (copied / "made.jsonl").unlink(missing_ok=True)
+        recipe.write_text(re.sub("name: .*/.*", "name: a/tiny", recipe.read_text(), count=1))
     file = copied / "lora" / "final" / WEIGHTS
     flip(file)
     done = invoke(*words)
@@ -77,9 +66,7 @@ def test_a_flipped_bit_of_the_weights(verb: str, copied: Path) -> None:
     assert not (copied / "merged").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_flipped_bit_of_a_whole_model(name: str, copied: Path) -> None:
     flip(copied / "full" / "final" / name)
     with refuses(ModelError, names=[name]):
@@ -120,12 +107,3 @@ def test_a_folder_without_a_manifest_of_ours_is_opened(text: str | None, tmp_pat
     if text is not None:
         (tmp_path / manifest.MANIFEST).write_text(text)
     manifest.check_sums(tmp_path)
-
-
-def test_the_time_of_large_files_is_announced(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with logged_lines() as lines:
-        manifest.check_sums(runs / "lora" / "final")
-        assert lines == []
-        monkeypatch.setattr(manifest, "ANNOUNCED_BYTES", 1000)
-        manifest.check_sums(runs / "lora" / "final")
-    assert len(lines) == 1

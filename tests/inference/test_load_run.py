@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +50,21 @@ def run(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_gives_its_final(run: Path, tiny: Path) -> None:
+def test_what_a_path_stands_for(run: Path, tiny: Path, tmp_path: Path) -> None:
     for path in (run, run / "final"):
         place = locate_run(path)
         assert (place.holds, place.folder, place.base.name) == ("adapter", run / "final", str(tiny))
         assert place.run is not None
         assert place.run.adapter.rank == 4
+    place = locate_run(shutil.copytree(run / "final", tmp_path / "elsewhere"))
+    assert (place.holds, place.base.name, place.base.dtype) == ("adapter", str(tiny), "fp32")
+    assert place.run is None
+    place = locate_run(shutil.copyfile(run / "config.yaml", tmp_path / "mine.yaml"))
+    assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
+    make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
+    assert locate_run(tmp_path / "full").holds == "full"
+    assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
+    assert locate_run(tiny).holds == "base"
 
 
 @pytest.mark.slow
@@ -99,9 +106,7 @@ def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
 def test_a_checkpoint_deleted_while_it_is_read_is_told(
     run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, late: bool
 ) -> None:
-    """Before its weights are read, or late, before its tokenizer is: that of the base would be taken,
-    with another template perhaps.
-    """
+    """Late is before its tokenizer is read: that of the base would be taken, of another template."""
     if weights == "full":
         run = tmp_path / "full"
         make_run(run, tiny, AutoModelForCausalLM.from_pretrained(tiny))
@@ -119,13 +124,6 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
     assert "again" in caught.value.fix, "the run directory is what was given"
 
 
-def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
-    shutil.copytree(run / "final", tmp_path / "elsewhere")
-    place = locate_run(tmp_path / "elsewhere")
-    assert (place.holds, place.base.name, place.base.dtype) == ("adapter", str(tiny), "fp32")
-    assert place.run is None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("has_units", "gib", "dtype"),
@@ -136,14 +134,9 @@ def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) 
     ],
 )
 def test_a_plain_model_is_computed_in_the_faster_dtype(
-    has_units: bool,
-    gib: float,
-    dtype: torch.dtype,
-    tiny: Path,
-    run: Path,
-    tmp_path: Path,
+    has_units: bool, gib: float, dtype: torch.dtype, tiny: Path, run: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     folder = shutil.copytree(tiny, tmp_path / "plain")
     config = folder / "config.json"
     values = json.loads(config.read_text()) | {"dtype": "bfloat16"}
@@ -156,93 +149,35 @@ def test_a_plain_model_is_computed_in_the_faster_dtype(
     recipe = run / "config.yaml"
     recipe.write_text(recipe.read_text().replace("dtype: fp32", "dtype: bf16"))
     assert load_run(run, device="cpu").model.dtype == torch.bfloat16, "as it was trained"
-    settings = run / "final" / "adapter_config.json"
-    adapter = json.loads(settings.read_text()) | {"base_model_name_or_path": str(folder)}
-    settings.write_text(json.dumps(adapter))
-    alone = shutil.copytree(run / "final", tmp_path / "adapter")
-    (alone / "manifest.json").unlink()
-    for base_only in (False, True):
-        loaded = load_run(alone, device="cpu", base_only=base_only)
-        assert loaded.model.dtype == torch.bfloat16, "an adapter and its base are alike"
 
 
-def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
-    assert locate_run(tmp_path / "full").holds == "full"
-    assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
-    assert locate_run(tiny).holds == "base"
+# Files of a run that are written anew or deleted (None), and what is told of it
+WITHOUT_MODEL: list[tuple[dict[str, str | None], str, int, str]] = [
+    ({}, "missing", EXIT_USAGE, "missing"),
+    ({"final/manifest.json": None}, "", EXIT_FAILED, "tunesmith train"),
+    ({"final/adapter_model.safetensors": "torn"}, "", EXIT_FAILED, "adapter_model.safetensors"),
+    ({"final/adapter_model.safetensors": "torn"}, "final", EXIT_FAILED, "incomplete"),
+    ({"final/manifest.json": '{"step": 1'}, "", EXIT_FAILED, "manifest.json"),
+    ({"config.yaml": "model: {nam: x}\n"}, "", EXIT_USAGE, "config.yaml:1"),
+    ({"ad/x": ""}, "ad", EXIT_USAGE, "has no model"),
+    ({"ad/notes.txt": ""}, "ad/notes.txt", EXIT_USAGE, ".txt"),
+    ({"ad/adapter_config.json": "{"}, "ad", EXIT_USAGE, "adapter_config.json:1"),
+    ({"ad/adapter_config.json": '{"r": 4}'}, "ad", EXIT_USAGE, "base_model_name_or_path"),
+]
 
 
-def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    shutil.copyfile(run / "config.yaml", recipe)
-    place = locate_run(recipe)
-    assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
-    # Told where the run that it made is there
-    assert place.is_note_shown == (Path(place.run.output_dir) / "config.yaml").is_file()
-
-
-def torn(run: Path) -> Path:
-    (run / "final" / "adapter_model.safetensors").write_bytes(b"torn")
-    return run
-
-
-def without_checkpoints(run: Path) -> Path:
-    shutil.rmtree(run / "final")
-    return run
-
-
-def state_only(run: Path) -> Path:
-    for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
-        (run / "final" / name).unlink()
-    (run / "final" / "state").mkdir()
-    (run / "config.yaml").unlink()
-    return run / "final"
-
-
-def beside(name: str, text: str) -> Callable[[Path], Path]:
-    """A folder beside the run with this file; the file itself if it is no adapter's."""
-
-    def make(run: Path) -> Path:
-        file = run.parent / "ad" / name
-        file.parent.mkdir()
-        file.write_text(text)
-        return file.parent if name == "adapter_config.json" else file
-
-    return make
-
-
-def changed(name: str, text: str) -> Callable[[Path], Path]:
-    def make(run: Path) -> Path:
-        (run / name).write_text(text)
-        return run
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "code", "words"),
-    [
-        (lambda run: run / "missing", EXIT_USAGE, "missing"),
-        (without_checkpoints, EXIT_FAILED, "tunesmith train"),
-        (torn, EXIT_FAILED, "adapter_model.safetensors"),
-        (lambda run: torn(run) / "final", EXIT_FAILED, "incomplete"),
-        (state_only, EXIT_FAILED, "only training state"),
-        (lambda run: beside("x", "")(run).parent, EXIT_USAGE, "has no model"),
-        (beside("notes.txt", "hello"), EXIT_USAGE, ".txt"),
-        (beside("adapter_config.json", "{"), EXIT_USAGE, "adapter_config.json:1"),
-        (beside("adapter_config.json", "[]"), EXIT_USAGE, "adapter_config.json"),
-        (beside("adapter_config.json", '{"r": 4}'), EXIT_USAGE, "base_model_name_or_path"),
-        (changed("config.yaml", "model: {nam: x}\n"), EXIT_USAGE, "config.yaml:1"),
-        (changed("final/manifest.json", '{"step": 1'), EXIT_FAILED, "manifest.json"),
-    ],
-)
+@pytest.mark.parametrize(("files", "path", "code", "words"), WITHOUT_MODEL)
 def test_paths_without_a_model_are_told(
-    run: Path, make: Callable[[Path], Path], code: int, words: str
+    run: Path, files: dict[str, str | None], path: str, code: int, words: str
 ) -> None:
-    path = make(run)
+    for name, text in files.items():
+        (run / name).parent.mkdir(exist_ok=True)
+        if text is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_text(text)
     with pytest.raises(TunesmithError) as caught:
-        locate_run(path)
+        locate_run(run / path)
     assert caught.value.exit_code == code
     assert words in caught.value.text()
     assert caught.value.fix
@@ -291,13 +226,9 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(
 
 @pytest.mark.slow
 def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
-    """Whatever the recipe says by now: a run's prompt is what lies beside its weights."""
     template = b"{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}"
     (run / "final" / "chat_template.jinja").write_bytes(template)
-    manifest = json.loads((run / "final" / "manifest.json").read_text())
-    entry = {"bytes": len(template), "sha256": hashlib.sha256(template).hexdigest()}
-    manifest["files"]["chat_template.jinja"] = entry
-    (run / "final" / "manifest.json").write_text(json.dumps(manifest))
+    manifest.write_manifest(run / "final", 3, manifest.flush_files(run / "final"))
     opened = load_run(run, device="cpu")
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hi"}]))
     assert opened.tokenizer.decode(prompt) == "[hi<|im_end|>"
@@ -310,13 +241,10 @@ def test_alpaca_rows_meet_the_saved_alpaca_text_as_in_training(
     """Instruction and input apart, as trained; a plain chat template would get them as one message."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = builtin_templates.alpaca(bos=False)
-    shutil.copytree(
-        run / "final", tmp_path / "adapter", ignore=shutil.ignore_patterns("manifest.json")
-    )
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    opened = load_run(tmp_path / "adapter", device="cpu")
+    tokenizer.save_pretrained(run / "final")
+    (run / "final" / "manifest.json").unlink()
+    opened = load_run(shutil.copytree(run / "final", tmp_path / "adapter"), device="cpu")
     both = [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
-    text = opened.tokenizer.decode(
-        opened.template.prompt(Conversation(both, instruction=("Add", "1 2", "3")))
-    )
+    prompt = opened.template.prompt(Conversation(both, instruction=("Add", "1 2", "3")))
+    text = opened.tokenizer.decode(prompt)
     assert "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n" in text
