@@ -1,7 +1,5 @@
-"""Every command of the README and of docs/ runs, page by page and in its order, on a tiny model; and
-every shipped recipe takes a step.
-
-A command that is neither run nor named in NOT_OURS fails the test.
+"""Every command of the README and of docs/ runs, page by page, on a tiny model; and every shipped
+recipe takes a step. A command that is neither run nor named in NOT_OURS fails the test.
 """
 
 from __future__ import annotations
@@ -10,34 +8,26 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import copy_of, shipped
-from tunesmith.host import demo_model
 from tunesmith.model.shapes import SHAPES, Shape
-from tunesmith.training.make_recipe import make_recipe
 
 pytestmark = pytest.mark.long
-NIGHTLY = pytest.mark.nightly
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-# How many commands of ours each page has, at least: a page whose blocks are not found would pass
-# unread.
-PAGES = {
-    "README.md": 13,
-    "docs/choosing.md": 3,
-    "docs/memory.md": 2,
-    "docs/spark.md": 6,
-    "docs/troubleshooting.md": 6,
-}
+# How many commands of ours each page has, at least
+PAGES = {"README.md": 13, "docs/choosing.md": 3, "docs/memory.md": 2, "docs/spark.md": 6, "docs/troubleshooting.md": 6}  # fmt: skip
 # Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py),
 # the image (launch/).
 NOT_OURS = (
@@ -60,11 +50,6 @@ ROWS = [
     for asked, answer in ((f"Say {n}", f"number {n}") for n in range(24))
 ]  # fmt: skip
 
-PAIRS = [{"prompt": f"Say {n}", "chosen": f"number {n}", "rejected": "no"} for n in range(24)]
-ANSWERS = [
-    {"prompt": f"Say {n}", "completion": f"number {n}", "label": n % 2 == 0} for n in range(24)
-]
-
 
 def blocks(page: Path, language: str = "") -> list[list[str]]:
     """The lines of each fenced block of a language."""
@@ -84,24 +69,21 @@ def place(
     eager_compiler: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A reader's folder: rows, held-out rows, questions, and a recipe of the README on the tiny
-    model.
-    """
+    """A reader's folder: rows, held-out rows and questions."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SHAPES, "llama3-8b", Shape("a test", TINY_SHAPE))
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n"))
-    for name, rows in (
-        ("rows.jsonl", ROWS),
-        ("held-out.jsonl", ROWS[:4]),
-        ("questions.jsonl", ROWS[:2]),
-        ("more.jsonl", [{"messages": row["messages"]} for row in ROWS]),
-        ("pairs.jsonl", PAIRS),
-        ("held-out-pairs.jsonl", PAIRS[:4]),
-        ("feedback.jsonl", ANSWERS),
-        ("held-out-feedback.jsonl", ANSWERS[:4]),
-    ):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [(f"Say {n}", f"number {n}", n % 2 == 0) for n in range(24)]
+    pairs = [{"prompt": asked, "chosen": said, "rejected": "no"} for asked, said, _ in answers]
+    names = ("prompt", "completion", "label")
+    feedback = [dict(zip(names, answer, strict=True)) for answer in answers]
+    more = [{"messages": row["messages"]} for row in ROWS]
+    for name, rows in {"rows": ROWS, "more": more, "pairs": pairs, "feedback": feedback}.items():
+        for file, kept in ((name, rows), (f"held-out-{name}".removesuffix("-rows"), rows[:4])):
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            (tmp_path / f"{file}.jsonl").write_text(text)
+    shutil.copy("held-out.jsonl", "questions.jsonl")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     faq = "question,answer\n" + "".join(f"Say {n},number {n}\n" for n in range(24))
     (tmp_path / "demo").mkdir()
@@ -112,17 +94,12 @@ def place(
 
 def stand_ins(words: list[str], tiny: Path) -> list[str]:
     """A command on the tiny model and few rows, on a CPU that has little time."""
-    hub = (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "Qwen/Qwen3-8B",
-        "meta-llama/Llama-3.1-8B-Instruct",
-        "demo",
-    )
+    hub = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct", "demo")  # fmt: skip
     words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":
-        small = "--steps 2 --warmup 1 data.seq_len=64 train.global_batch=256\xa0tokens".split(" ")
-        return [*words, *(word.replace("\xa0", " ") for word in small), *TRACED]
+        small = shlex.split("--steps 2 --warmup 1 data.seq_len=64 'train.global_batch=256 tokens'")
+        return [*words, *small, *TRACED]
     if verb == "export":
         # The tiny model's tokenizer joins no bytes, and llama.cpp opens none like that
         other = {"ollama": "vllm", "q8_0": "bf16"}
@@ -146,13 +123,10 @@ TRACED = ["profile.wait=0", "profile.warmup=0", "profile.active=1"]
 def own_rows(name: str) -> list[str]:
     """A reader's rows in the place of a shipped recipe's data sets, in its own format."""
     kind = load_recipe(name).data.train[0].format
-    files = {
-        "preference": ("pairs.jsonl", "held-out-pairs.jsonl"),
-        "feedback": ("feedback.jsonl", "held-out-feedback.jsonl"),
-    }
-    rows, held_out = files.get(kind, ("rows.jsonl", "held-out.jsonl"))
+    rows = {"preference": "pairs", "feedback": "feedback"}.get(kind, "rows")
+    held_out = f"held-out-{rows}".removesuffix("-rows")
     return [
-        f"data.train={{source: {rows}, format: {kind}}}", f"data.validation={{source: {held_out}, format: {kind}}}",
+        f"data.train={{source: {rows}.jsonl, format: {kind}}}", f"data.validation={{source: {held_out}.jsonl, format: {kind}}}",
         "data.seq_len=256", "train.global_batch=4 examples", "train.warmup=0 steps",
     ]  # fmt: skip
 
@@ -163,19 +137,17 @@ def recipe_of_the_readme(tiny: Path) -> str:
     return re.sub(r"name: meta-llama/[\w.-]+", f"name: {tiny}", "\n".join(recipe))
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow if page == "README.md" else NIGHTLY)
-        for page in PAGES
-    ],
-)
+def in_each_lane(names: Iterable[str], every_change: tuple[str, ...]) -> list[Any]:
+    """Parameters that are tested with every change, and others that are tested at night."""
+    slow, nightly = pytest.mark.slow, pytest.mark.nightly
+    return [pytest.param(name, marks=slow if name in every_change else nightly) for name in names]
+
+
+@pytest.mark.parametrize("page", in_each_lane(PAGES, ("README.md",)))
 def test_every_command_runs(
     page: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not any(
-        line.startswith("tunesmith recipes copy") for block in blocks(ROOT / page) for line in block
-    ):
+    if "\ntunesmith recipes copy" not in (ROOT / page).read_text():
         (place / "my-recipe.yaml").write_text(recipe_of_the_readme(tiny))
     if page == "docs/troubleshooting.md":
         assert main(["train", "my-recipe.yaml"]) == 0
@@ -204,9 +176,7 @@ def test_every_command_runs(
     assert (place / "runs/rates/sweep.json").is_file()
     (example,) = blocks(README, "python")
     exec("\n".join(example), {})
-    assert capsys.readouterr().out, (
-        "the example prints an answer: of a random model maybe line breaks alone"
-    )
+    assert capsys.readouterr().out, "the example prints an answer, maybe line breaks alone"
 
 
 @pytest.mark.slow
@@ -220,54 +190,18 @@ def test_the_example_of_the_python_page_runs(
     assert len(json.loads(losses)) == int(steps)
 
 
-EVERY_CHANGE = ("smollm2-135m-full", "qwen3-8b-dpo")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in EVERY_CHANGE else NIGHTLY)
-        for name in shipped()
-    ],
-)
+@pytest.mark.parametrize("name", in_each_lane(shipped(), ("smollm2-135m-full", "qwen3-8b-dpo")))
 def test_every_shipped_recipe_takes_a_step(
     name: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "train",
-        name,
-        f"model.name={tiny}",
-        *own_rows(name),
-        "data.template_args={}",  # of a template that the tiny model does not have
-        *(
-            ["adapter.target=all-linear"] if name.startswith(("nemotron", "mistral-small")) else []
-        ),  # nor these layers
-        *(["model.vision=false"] if "-vision-" in name else []),  # nor a part that sees
-        "train.duration=1 steps",
-        "validate.every=null",
-    ]
+    words = ["train", name, f"model.name={tiny}", *own_rows(name), "train.duration=1 steps"]
+    # The tiny model has no such template, nor these layers, nor a part that sees.
+    words += ["validate.every=null", "data.template_args={}"]
+    if name.startswith(("nemotron", "mistral-small")):
+        words.append("adapter.target=all-linear")
+    if "-vision-" in name:
+        words.append("model.vision=false")
     assert main(words) == 0, capsys.readouterr().err
     records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 1
     assert json.loads(records[0])["val_loss"] > 0
-
-
-@pytest.mark.slow
-def test_the_model_that_needs_no_hub(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The package that is named is there, the rows are, and what `train` would write is where `chat`
-    looks for it.
-    """
-    first = next(block for block in blocks(README) if "--model demo" in "".join(block))
-    install, train, chat = map(typed, first)
-    package = re.search(r"--no-deps (\S+)==(\S+)", install)
-    assert package is not None
-    assert version(package[1]) == package[2]
-    _, _, _, model, _, data = shlex.split(train)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny)
-    made = make_recipe(model, data)
-    assert made.run.output_dir == str(tmp_path / shlex.split(chat)[2])
-    assert made.run.data.hold_out is not None
