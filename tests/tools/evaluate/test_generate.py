@@ -69,10 +69,7 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     ],
 )
 def test_every_form_of_a_row_gives_one_prompt_from_the_columns_that_train_finds(
-    loaded: LoadedModel,
-    answer_to_a: str,
-    rows: list[dict[str, Any]],
-    references: list[str | None],
+    loaded: LoadedModel, answer_to_a: str, rows: list[dict[str, Any]], references: list[str | None]
 ) -> None:
     found = list(generate(loaded, rows, Decoding(3)))
     assert [row.get("reference") for row in found] == references

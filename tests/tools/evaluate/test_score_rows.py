@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +17,11 @@ import pytest
 from conftest import byte_tokenizer
 from errors import holds, refuses
 from ranks import run_ranks
-from runs import ROWS, make_run, peft_model, write_checkpoint, write_rows
+from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.template import Template
 from tunesmith.distributed.ranks import join_ranks
-from tunesmith.errors import (
-    DataError,
-    MachineError,
-    RunError,
-    StoppedError,
-    UsageError,
-)
+from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError
 from tunesmith.inference.decoding import Answer, Decoding
 from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
@@ -79,11 +74,9 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
     found = scored(run, held, answers, "f1", "contains", f"{own}:share")
     header, *lines = map(json.loads, answers.read_text().splitlines())
     assert (header["rows"], header["decoding"]["seed"], header["batch_size"]) == (13, 0, 2)
-    by_model = {
-        name: [line for line in lines if line["model"] == name] for name in ("tuned", "base")
-    }
     f1, _, mine = found.by_scorer
-    for name, of_model in by_model.items():
+    for name in ("tuned", "base"):
+        of_model = [line for line in lines if line["model"] == name]
         loaded = load_run(run, device="cpu", base_only=name == "base")
         expected = [row["output"] for row in generate(loaded, HELD, Decoding(3), batch_size=2)]
         assert [line["answer"] for line in of_model] == expected
@@ -226,28 +219,20 @@ def test_what_differs_from_the_answers_that_are_there_is_refused_with_a_fix(
     assert json.loads(answers.read_text().splitlines()[0])["batch_size"] == 4
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "where"),
-    [
-        (
-            lambda lines: [*lines[:3], lines[3][:20] + b"\n", *lines[4:]],
-            DataError,
-            "answers.jsonl:4",
-        ),
-        (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], DataError, "answers.jsonl:4"),
-        (
-            lambda lines: [*lines, lines[13].replace(b"base", b"tuned")],
-            DataError,
-            "answers.jsonl:28",
-        ),
-        (lambda lines: [b'{"prompt": "mine"}\n'], UsageError, "answers.jsonl"),
-        (lambda lines: [b"\xff\xfe\0" * 100], UsageError, "answers.jsonl"),
-    ],
-    ids=["torn", "swapped", "lengthened", "rows", "binary"],
-)
+SPOILT: dict[str, tuple[Callable[[list[bytes]], list[bytes]], type[Exception], str]] = {
+    "torn": (lambda lines: [*lines[:3], lines[3][:20] + b"\n", *lines[4:]], DataError, "answers.jsonl:4"),
+    "swapped": (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], DataError, "answers.jsonl:4"),
+    "lengthened": (lambda lines: [*lines, lines[13].replace(b"base", b"tuned")], DataError, "answers.jsonl:28"),
+    "rows": (lambda lines: [b'{"prompt": "mine"}\n'], UsageError, "answers.jsonl"),
+    "binary": (lambda lines: [b"\xff\xfe\0" * 100], UsageError, "answers.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
 def test_a_file_that_is_broken_or_somebody_elses_stays_as_it_is(
-    run: Path, held: Path, answers: Path, answered: Path, spoil: Any, error: Any, where: str
+    run: Path, held: Path, answers: Path, answered: Path, case: str
 ) -> None:
+    spoil, error, where = SPOILT[case]
     content = b"".join(spoil(answered.read_bytes().splitlines(keepends=True)))
     answers.write_bytes(content)
     with refuses(error) as refused:
@@ -260,11 +245,8 @@ def test_a_file_that_is_broken_or_somebody_elses_stays_as_it_is(
         scored(run, held, answers)
 
 
-def test_two_evals_do_not_write_one_file(
-    run: Path, held: Path, answers: Path, answered: Path
-) -> None:
-    answers.write_bytes(answered.read_bytes())
-    with answers.open("rb") as other:
+def test_two_evals_do_not_write_one_file(run: Path, held: Path, answers: Path) -> None:
+    with answers.open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with refuses(UsageError, where=str(answers), fix=["--output"]):
             scored(run, held, answers)
@@ -282,31 +264,6 @@ def test_a_scorer_that_fails_names_the_row_and_loses_nothing(
     assert scored(run, held, answers, f"{own}:share").by_scorer[0].models["tuned"].mean == 1
 
 
-def test_each_checkpoint_and_model_has_a_file_of_its_own(
-    tiny: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tuned, run = peft_model(tiny), tmp_path / "run"
-    make_run(run, tiny, tuned)
-    write_checkpoint(run / "checkpoint-2", tiny, tuned, 2)
-    options: dict[str, Any] = {"base": False, "max_examples": 2}
-    for path, name in ((run, "held.jsonl"), (run / "checkpoint-2", "held-checkpoint-2.jsonl")):
-        assert scored(path, held, None, **options).answers == run / "evals" / name
-    plain = scored(tiny, held, None, max_examples=2)
-    assert plain.answers is not None
-    assert plain.answers.parent == Path("evals")
-    assert list(plain.by_scorer[0].models) == ["model"]
-
-
-def check_seen(run: Path, data: Path, count: int, earlier: str = "") -> Evaluation:
-    """Evaluate a run on data of which it was trained on so many rows."""
-    found = evaluate(run, data, device="cpu", base=False)
-    assert found.seen is not None
-    assert found.seen.count == count
-    assert found.seen.earlier.endswith(earlier)
-    return found
-
-
 def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -319,45 +276,31 @@ def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
     adapter = {**start, "from": str(first / "final")}
     make_run(second, tiny, peft_model(tiny), adapter=adapter, data=other_rows)
     data = write_rows(tmp_path / "some.jsonl", [ROWS[0], {**ROWS[1], "output": "else"}, ROWS[4]])
-    found = check_seen(second, data, 2, "first-rows.jsonl:1")
-    assert (found.seen.where, found.seen_fault) == (f"{data}:1", "")
+    found = evaluate(second, data, device="cpu", base=False)
+    assert (found.seen.count, found.seen.where, found.seen_fault) == (2, f"{data}:1", "")
+    assert found.seen.earlier.endswith("first-rows.jsonl:1")
     first.rename(tmp_path / "moved")
     # What is known is said all the same.
-    check_seen(second, others, len(HELD))
+    assert evaluate(second, others, device="cpu", base=False).seen.count == len(HELD)
     found = evaluate(second, data, device="cpu", base=False)
     assert found.seen is None
     assert holds(found.seen_fault, first / "final")
-
-
-def test_the_chosen_answers_of_pairs_were_trained_on(tiny: Path, tmp_path: Path) -> None:
-    pairs = [{"prompt": f"Say {n}", "chosen": f"word {n}", "rejected": "no"} for n in range(3)]
-    file = write_rows(tmp_path / "pairs.jsonl", pairs)
-    preferences = {"train": {"source": str(file), "format": "preference"}, "template": "alpaca"}
-    make_run(tmp_path / "run", tiny, peft_model(tiny), method={"name": "dpo"}, data=preferences)
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    rows += [{"prompt": "Say 0", "completion": "no"}, {"prompt": "Say 9", "completion": "word 9"}]
-    for data in (write_rows(tmp_path / "some.jsonl", rows), file):
-        check_seen(tmp_path / "run", data, 3)
 
 
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}  # fmt: skip
 TOOL_SCHEMA = {"type": "function", "function": TOOL}
 
 
-def call_row(n: int) -> dict[str, Any]:
-    calls = [{"name": "f", "arguments": {"a": n}}]
-    turns = [
-        {"role": "user", "content": f"Call {n}"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-    ]
-    return {"messages": turns, "tools": [TOOL]}
-
-
 def test_tool_calls_are_read_in_the_form_of_the_template(
     tiny: Path, tmp_path: Path, answers: Path
 ) -> None:
     """Answers are written into the file as a model would give them: tiny's are noise."""
-    rows = [call_row(n) for n in range(4)]
+    asked = [{"role": "user", "content": "Call"}]
+    rows = []
+    for n in range(4):
+        calls = [{"name": "f", "arguments": {"a": n}}]
+        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        rows.append({"messages": [*asked, turn], "tools": [TOOL]})
     train = {"source": str(write_rows(tmp_path / "run-calls.jsonl", rows)), "format": "messages"}
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": train, "seq_len": 2000})
     data = write_rows(tmp_path / "calls.jsonl", rows)
@@ -372,7 +315,7 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
     answers.write_text("\n".join([header, *lines, ""]))
     again = scored(tmp_path / "run", data, answers, "tool-call", base=False).by_scorer[0]
     assert again.scores["tuned"] == [1, 0, 0, 0]
-    without = write_rows(tmp_path / "no.jsonl", [*rows, {"messages": call_row(9)["messages"]}])
+    without = write_rows(tmp_path / "no.jsonl", [*rows, {"messages": rows[0]["messages"]}])
     with refuses(DataError, where=f"{without}:5, tools", names=["--score tool-call"]):
         scored(tmp_path / "run", without, tmp_path / "no-answers.jsonl", "tool-call")
     assert not (tmp_path / "no-answers.jsonl").exists()

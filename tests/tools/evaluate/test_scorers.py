@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 
 from errors import refuses
 from time_limit import time_limit
-from tunesmith.errors import DataError, MachineError, RunError, UsageError
-from tunesmith.tools.evaluate import json_fields, scorers
+from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.tools.evaluate import scorers
 from tunesmith.tools.evaluate.scorers import (
     SCORERS,
     ScoredRow,
@@ -129,17 +128,10 @@ def test_what_an_answer_does_is_a_score_and_no_error() -> None:
             assert 0 <= score_answer(scorer, answer, row("1")) <= 1
 
 
-SLOW = r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$"
-ENDLESS = """
-import time
-def sleeps(answer, row): time.sleep(1000)
-"""
-
-
 @pytest.mark.parametrize(
     ("name", "answer", "endless"),
     [
-        ("regex", "a" * 60 + "b", row(SLOW)),
+        ("regex", "a" * 60 + "b", row(r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$")),
         ("json", '{"' + "a" * 60 + 'b": 1}', row("{}", row={"schema": {"patternProperties": {"^(a+)+$": {}}}})),
         ("json", None, row('"' + "a" * 60 + 'b"', row={"schema": {"pattern": "^(a+)+$"}})),
         ("endless.py:sleeps", "a", row("a")),
@@ -150,7 +142,7 @@ def test_a_scorer_without_end_is_killed(
     name: str, answer: str | None, endless: ScoredRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    Path("endless.py").write_text(ENDLESS)
+    Path("endless.py").write_text("import time\ndef sleeps(answer, row): time.sleep(1000)\n")
     for limit in ("SCORER_SECONDS", "OWN_SCORER_SECONDS"):
         monkeypatch.setattr(scorers, limit, 0.2)
     kind = DataError if answer is None else RunError
@@ -166,9 +158,8 @@ def test_a_scorer_in_its_process_scores_as_here(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = f"{tmp_path / 'mine.py'}:loud"
-    Path(tmp_path / "mine.py").write_text(
-        "def loud(answer, row):\n    print('loud')\n    return answer == row['reference']\n"
-    )
+    body = "    print('loud')\n    return answer == row['reference']\n"
+    (tmp_path / "mine.py").write_text(f"def loud(answer, row):\n{body}")
     called = row('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', calls=1)
     names = ["exact", own, "tool-call"]
     with scorers.scorer_process(names, reader("hermes")) as run_scorer:
@@ -177,13 +168,6 @@ def test_a_scorer_in_its_process_scores_as_here(
         assert [run_scorer(name, called.reference, called) for name in names] == [1, 1, 1]
         assert [run_scorer(name, "", called) for name in names] == [0, 0, 0]
     assert capfd.readouterr() == ("", "loud\n" * 2), "stdout is for results"
-
-
-def test_a_schema_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jsonschema", None)
-    with pytest.raises(MachineError, match="jsonschema") as refused:
-        json_fields.schema_validator({"type": "object"})
-    assert "pip install 'jsonschema>=" in refused.value.fix
 
 
 OWN = """
@@ -210,34 +194,20 @@ number = 3
 """
 
 
-def test_a_scorer_of_ones_own_gets_answer_and_row(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
+def test_a_scorer_of_ones_own_gets_answer_and_row_and_its_faults_name_the_row(
+    tmp_path: Path,
+) -> None:
+    file, scored = tmp_path / "mine.py", row("abcd")
     file.write_text(OWN)
-    scored = row("abcd")
     for function, score in (("length", 0.5), ("modelled", 1)):
         assert score_answer(find_scorer(f"{file}:{function}"), "ab", scored) == score
         assert scored.row == {}
-
-
-@pytest.mark.parametrize(
-    ("function", "why"),
-    [
-        ("nothing", "None"),
-        ("not_a_number", "nan"),
-        ("fails", "KeyError: 'missing' (mine.py:"),
-        ("leaves", "SystemExit: 0"),
-    ],
-)
-def test_what_a_scorer_of_ones_own_does_wrong_names_the_row(
-    tmp_path: Path, function: str, why: str
-) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(OWN)
-    scorer = find_scorer(f"{file}:{function}")
-    with refuses(RunError, where="held.jsonl:3") as failed:
-        score_answer(scorer, "ab", row("abcd"))
-    assert why in failed.value.why
-    assert failed.value.fix
+    faults = {"nothing": "None", "not_a_number": "nan", "leaves": "SystemExit: 0"}
+    for function, why in (faults | {"fails": "KeyError: 'missing' (mine.py:"}).items():
+        with refuses(RunError, where="held.jsonl:3") as failed:
+            score_answer(find_scorer(f"{file}:{function}"), "ab", scored)
+        assert why in failed.value.why
+        assert failed.value.fix
 
 
 @pytest.mark.parametrize(
