@@ -19,7 +19,6 @@ from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.methods.base import TrainModel
 from tunesmith.methods.sft import SupervisedFineTuning
-from tunesmith.optim import optimizer
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.tools.bench import selfcheck
@@ -49,17 +48,11 @@ def exchanged(part: Tensor) -> Tensor:
     return parts[1 - rank()]
 
 
-# ---- of any training ----
-
-
 def leave_an_adapter_out_of_the_optimizer() -> None:
     original = TrainModel.trained_parameters
     TrainModel.trained_parameters = lambda self: (
         p for p in original(self) if "0.mlp.up_proj.lora_B" not in p[0]
     )
-
-
-# ---- of copies ----
 
 
 def divide_by_the_ranks_own_tokens() -> None:
@@ -74,9 +67,6 @@ def keep_gradients_to_oneself() -> None:
     GradientSum.finish = lambda self, gradients: None
 
 
-# ---- of shards ----
-
-
 def swap_moments_at_resume() -> None:
     original = session.read_sharded_optimizer
 
@@ -86,9 +76,6 @@ def swap_moments_at_resume() -> None:
             part.state["exp_avg"].copy_(exchanged(part.state["exp_avg"]))
 
     session.read_sharded_optimizer = read
-
-
-# ---- of tensor groups ----
 
 
 def pair_query_heads_with_other_keys() -> None:
@@ -109,19 +96,6 @@ def leave_partial_gradients_unadded() -> None:
     trainer.reduce_gradients = lambda grads, partial, mesh: None
 
 
-def read_another_ranks_moments() -> None:
-    original = optimizer.local_slices
-
-    def local_slices(like):
-        cuts, shape = original(like), like.shape
-        return tuple(
-            cut if cut == slice(0, n) else slice(n - cut.stop, n - cut.start)
-            for cut, n in zip(cuts, shape, strict=True)
-        )
-
-    optimizer.local_slices = local_slices
-
-
 COPY, SHARD, TENSOR = MeshShape(2, 1, 1), MeshShape(1, 2, 1), MeshShape(1, 1, 2)
 BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the checks that must fail
     (leave_an_adapter_out_of_the_optimizer, "lora", COPY, {CHANGED_CHECK}),
@@ -130,7 +104,6 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
     (swap_moments_at_resume, "full", SHARD, {RESUME_CHECK}),
     (pair_query_heads_with_other_keys, "lora", TENSOR, {LOSS_CHECK, NORM_CHECK}),
     (leave_partial_gradients_unadded, "lora", TENSOR, {NORM_CHECK, COPIES_CHECK}),
-    (read_another_ranks_moments, "lora", TENSOR, {RESUME_CHECK}),
 ]
 
 

@@ -10,12 +10,15 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cli.bad_world import World, snapshot
@@ -26,7 +29,6 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.reader.page import render_page
 from tunesmith.reader.run_files import RunFiles
-from warm import run_warm
 
 pytestmark = pytest.mark.nightly
 
@@ -51,9 +53,8 @@ JSON = [
 ]  # fmt: skip
 # What a run leaves beside its records by the way it ended.
 ENDINGS: dict[str, Any] = {
-    "failure.json": {"what": "out of memory", "where": "step 3", "why": "8 GiB", "last_step": 3, "next": "train again",
-                     "cause": "memory", "rank": 0, "host": "here", "phase": "step", "collective": None},
-    "stopped.json": {"signal": None, "reason": "memory", "step": 3, "next": "train again", "figures": {"free_bytes": 5}},
+    "failure.json": {"what": "out of memory", "where": "step 3", "last_step": 3, "cause": "memory", "rank": 0, "phase": "step"},
+    "stopped.json": {"signal": None, "reason": "memory", "step": 3, "figures": {"free_bytes": 5}},
     "running.json": {"process": 4711, "host": "here", "boot": "", "oom_kills": 0, "began": "2026-01-01 10:00:00"},
 }  # fmt: skip
 LEAVES = [key for key, (_, hint) in keys().items() if not is_section(hint)]
@@ -118,10 +119,7 @@ def bad_recipe(draw: random.Random, world: World) -> list[list[str]]:
     path, way = world.folder / "recipe.yaml", draw.random()
     if way < 0.5:
         lines = path.read_text().splitlines()
-        free = [
-            i for i, one in enumerate(lines) if "output_dir" not in one and "duration" not in one
-        ]
-        row = draw.choice(free)
+        row = draw.choice([i for i, one in enumerate(lines) if not re.search("output|durat", one)])
         lines[row] = f"{lines[row].partition(':')[0]}: {draw.choice(VALUES)}"
         path.write_text("\n".join(lines), encoding="utf-8")
     elif way < 0.7:
@@ -158,9 +156,6 @@ def bad_rows(draw: random.Random, world: World) -> list[list[str]]:
         text = "".join(f'"{row["prompt"]}","{row["completion"]}"\n' for row in rows)
         fresh.write_text(f"prompt,completion\n{text}".replace(",", draw.choice(",;")))
     elif kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.Table.from_pylist(rows), fresh)
     else:
         rows[draw.randrange(len(rows))] = spoilt_json(draw, rows[0])
@@ -170,11 +165,8 @@ def bad_rows(draw: random.Random, world: World) -> list[list[str]]:
     if kind in ("csv", "parquet") or draw.random() < 0.5:
         fresh.write_bytes(spoilt_bytes(draw, fresh.read_bytes()))
     shape = draw.choice(["prompt-completion"] * 4 + ["messages", "alpaca", "sharegpt", "text"])
-    recipe, data = (
-        str(world.folder / "recipe.yaml"),
-        f"data.train={{source: {fresh}, format: {shape}}}",
-    )
-    return [[draw.choice(["train", "train", "data"]), recipe, data, "train.duration=2 steps"]]
+    recipe, data = world.folder / "recipe.yaml", f"data.train={{source: {fresh}, format: {shape}}}"
+    return [[draw.choice(["train", "train", "data"]), str(recipe), data, "train.duration=2 steps"]]
 
 
 def bad_model(draw: random.Random, world: World) -> list[list[str]]:
@@ -216,11 +208,6 @@ def bad_run(draw: random.Random, world: World) -> list[list[str]]:
 KINDS = (bad_recipe, bad_words, bad_words, bad_rows, bad_rows, bad_model, bad_model, bad_run, bad_run, bad_run)  # fmt: skip
 
 
-def owned(path: str) -> bool:
-    """Whether a command may write there."""
-    return path.startswith(("run/evals", "run.previous-", "page.html", "merged"))
-
-
 def assert_told(
     words: list[str], code: int, err: str, world: World, before: dict[str, str]
 ) -> None:
@@ -232,15 +219,16 @@ def assert_told(
         assert "  fix:" in err, shown
         assert max(map(len, err.splitlines())) < 2100, "an error is read by people"
     after = snapshot(world.folder)
-    may_train = words[0] == "train" and code != 2
+    written = ["run/evals", "run.previous-", "page.html", "merged"]
+    if words[0] == "train" and code != 2:
+        written += ["run"]
     for name, content in before.items():
-        if not owned(name) and not (may_train and (name == "run" or name.startswith("run/"))):
+        if not name.startswith(tuple(written)):
             assert after.get(name) == content, shown
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_bad_input(seed: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every thirtieth in a process of its own."""
     monkeypatch.chdir(world.folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     draw = random.Random(f"campaign {seed}")
@@ -248,10 +236,5 @@ def test_a_bad_input(seed: int, world: World, monkeypatch: pytest.MonkeyPatch) -
     for words in draw.choice(KINDS)(draw, world):
         before = snapshot(world.folder)
         with time_limit(SECONDS):
-            if seed % 30 == 7 and not any("\0" in word for word in words):
-                done = run_warm(words)
-                code, err = done.returncode, done.stderr
-            else:
-                shown = invoke(*words)
-                code, err = shown.code, shown.err
-        assert_told(words, code, err, world, before)
+            shown = invoke(*words)
+        assert_told(words, shown.code, shown.err, world, before)

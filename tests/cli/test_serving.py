@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import check_shown, holds, lines_with
+from errors import check_shown, holds
 from invoke import Output, invoke
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.rows.samples import Conversation
@@ -45,15 +45,8 @@ def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def generate(run: Path, rows: Path, output: Path | str, *words: object) -> Output:
     return invoke("generate", run, "--input", rows, "--output", output, *words, *SHORT)
-
-
-# --- generate
 
 
 def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_path: Path) -> None:
@@ -61,11 +54,10 @@ def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_pa
     out = tmp_path / "deep" / "out.jsonl"
     sampled = ["--batch-size", "4", "--temperature", "1.0", "--seed", "4"]
     assert generate(run, rows, out, *sampled).code == EXIT_OK
-    found = lines(out)
+    whole = out.read_bytes()
+    found = [json.loads(line) for line in whole.splitlines()]
     assert [row["instruction"] for row in found] == [row["instruction"] for row in ROWS]
     assert [row["reference"] for row in found] == [row["output"] for row in ROWS]
-    assert all(isinstance(row["output"], str) for row in found)
-    whole = out.read_bytes()
     kept = whole.splitlines(keepends=True)
     last = kept[5]
     for torn in (b"", last[:1], last[: last.index(b'"output"') + 3], last[:-2], last[:-1]):
@@ -81,7 +73,7 @@ def test_resume_touches_no_file_that_answers_nothing_here(
     out = tmp_path / "out.jsonl"
     assert generate(run, rows, out).code == EXIT_OK
     whole = out.read_bytes()
-    for content in (b"my only copy", b'{"instruction": "Count to 1", "note": "mine"}', b"  "):
+    for content in (b"my only copy", b'{"instruction": "Count to 1", "note": "mine"}'):
         for line, before in ((1, b""), (13, whole)):
             out.write_bytes(before + content)
             done = generate(run, rows, out, "--resume")
@@ -111,9 +103,6 @@ def test_generate_reads_stdin_and_writes_stdout(run: Path, monkeypatch: pytest.M
     assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
 
 
-# --- chat
-
-
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Output]:
     """Run `chat` with lines on stdin that is no terminal."""
@@ -132,18 +121,10 @@ def test_chat_without_a_terminal_answers_line_by_line(run: Path, chat: Talk) -> 
     """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
     opened = load_run(run, device="cpu")
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
-    expected = answer_batch(
-        opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.end_ids
-    )[0]
-    assert chat("hello\n", run).out == expected.text + "\n"
-
-
-def test_commands_of_a_chat(run: Path, chat: Talk) -> None:
-    done = chat("/base\n/quit\nnot asked\n", run)
-    assert (done.code, done.out) == (EXIT_OK, "")
-    (_,) = lines_with(done.err, "/base", "/reset", "/quit")
-    for command in ("/exit", "/bye"):
-        assert chat(f"{command}\nnot asked\n", run) == Output(EXIT_OK, "", "")
+    stops = opened.template.end_ids
+    (answer,) = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=stops)
+    done = chat("hello\n/quit\nnot asked\n", run)
+    assert (done.code, done.out) == (EXIT_OK, answer.text + "\n")
 
 
 def test_a_chat_sees_its_earlier_answers_until_a_reset(
@@ -186,20 +167,17 @@ def test_a_chat_shows_the_model_its_tools(
     run: Path, tmp_path: Path, chat: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[Conversation] = []
-    make_prompt = Template.prompt
-    monkeypatch.setattr(
-        Template, "prompt", lambda self, row: (prompts.append(row), make_prompt(self, row))[1]
-    )
+    make, keep = Template.prompt, prompts.append
+    monkeypatch.setattr(Template, "prompt", lambda self, row: keep(row) or make(self, row))
     file = tmp_path / "tools.json"
     file.write_text('[{"name": "add", "parameters": {"type": "object"}}]')
     assert chat("1 + 1?\n", run, "--tools", file).code == EXIT_OK
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     assert prompts[0].tools == [tool]
-    for text in ('[{"parameters": {}}]', "["):
-        file.write_text(text)
-        done = chat("1 + 1?\n", run, "--tools", file)
-        assert done.code == EXIT_USAGE
-        check_shown(done.err, where=str(file))
+    file.write_text('[{"parameters": {}}]')
+    done = chat("1 + 1?\n", run, "--tools", file)
+    assert done.code == EXIT_USAGE
+    check_shown(done.err, where=str(file))
 
 
 ECHO = "hello\r\n"  # a question is on its way
@@ -245,9 +223,6 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
     assert "Traceback" not in shown
 
 
-# --- eval
-
-
 def evaluate(*words: object) -> dict:
     done = invoke("eval", *words, "--json", *SHORT)
     assert done.code == EXIT_OK, done.err
@@ -271,9 +246,7 @@ def test_columns_on_the_command_line(run: Path, tmp_path: Path) -> None:
     plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
     expected = evaluate(run, "--data", plain, "--score", "exact")
     file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
-    apart = ["--columns", "prompt=q", "--columns", "completion=a"]
-    for columns in (apart, ["--columns", "{prompt: q, completion: a}"]):
-        found = evaluate(run, "--data", file, *columns, "--score", "exact")
-        found["answers"] = expected["answers"]
-        assert found == {**expected, "data": file.name}
-        assert json.loads(generate(run, file, "-", *columns).out)["reference"] == "two"
+    columns = ["--columns", "prompt=q", "--columns", "completion=a"]
+    found = evaluate(run, "--data", file, *columns, "--score", "exact")
+    assert found | {"answers": expected["answers"]} == {**expected, "data": file.name}
+    assert json.loads(generate(run, file, "-", *columns).out)["reference"] == "two"

@@ -159,25 +159,15 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     values["losses"]["base"] = 1.5
     values["row_losses"]["base"] = [loss + 0.5 for loss in tuned]
     write_eval(run.folder, values)
-    write_eval(run.folder, row_eval([1.0] * 5, "few", data="few.jsonl"), "few")
     run.refresh()
     cells = dict(eval_figures([run]))
     # Student's factor of five degrees of freedom, 2.571, times 0.1414 / sqrt(6)
     shown = "1.0000 (0.8516 to 1.1484), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
     assert cells["eval: loss (held.jsonl, 6 rows)"] == [shown]
-    [few] = cells["eval: loss (few.jsonl, 5 rows)"]
-    assert few.split() == ["1.0000", "at", "step", "40"]
-    values["row_losses"]["base"] = [1.5]
-    write_eval(run.folder, values)
-    run.refresh()
-    [damaged] = dict(eval_figures([run]))["eval: loss (held.jsonl, 6 rows)"]
-    assert damaged.split() == ["1.0000,", "base", "1.5000", "at", "step", "40"]
 
 
 def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
-    """A section that one run leaves empty differs in the keys of the other. Rows whose hash is the
-    same are no difference in a file of another name, as those of a Python program.
-    """
+    """Rows whose hash is the same are no difference in a file of another name."""
     rate, micro = {"learning_rate": 3e-4}, {"micro_batch": "1 examples"}
     recipe = {"train": rate | micro, "method": {"name": "dpo", "beta": 0.1}}
     recipe["data"] = {"train": {"source": "b.jsonl"}}
@@ -199,10 +189,8 @@ def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path
     chosen = {"validate.patience", "validate.every", "checkpoint.final"}
     for kind, more in (("lora", set()), ("none", {"checkpoint.every"})):
         recipe = {"adapter": {"kind": kind}}
-        runs = [
-            write_run(tmp_path / kind / "a", falling(2.0), recipe=recipe),
-            write_run(tmp_path / kind / "b", falling(3.0), recipe=recipe | changed),
-        ]
+        runs = [write_run(tmp_path / kind / "a", recipe=recipe)]
+        runs.append(write_run(tmp_path / kind / "b", recipe=recipe | changed))
         found = differing_keys(runs)
         assert {one.key for one in found if one.learns} == chosen | more
         assert {"log.every", "checkpoint.keep"} <= {one.key for one in found if not one.learns}
@@ -233,7 +221,6 @@ def test_the_report_as_json_and_of_a_folder_of_runs(
     assert [run["run"] for run in found["runs"]] == ["01-good", "02-bad"]
     assert found["verdict"]["kind"] == "better"
     assert found["verdict"]["best"] == ["01-good"]
-    assert "by_row" not in json.dumps(found)
     assert found["runs"][0]["best"]["step"] == 40
     assert found["runs"][1]["val_losses"] == [{"step": 40, "value": 2.1}]
     assert found["differing_keys"] == {"train.learning_rate": [1e-3, 1e-4]}
@@ -242,5 +229,4 @@ def test_the_report_as_json_and_of_a_folder_of_runs(
     twice = json.loads(invoke("report", "sweep/01-good", "again/01-good", "--json").out)
     assert [run["run"] for run in twice["runs"]] == ["sweep/01-good", "again/01-good"]
     jobs = json.loads(invoke("status", "sweep", "--json").out)
-    states = [(Path(job["run_dir"]).name, job["state"]) for job in jobs]
-    assert states == [("01-good", "finished"), ("02-bad", "finished")]
+    assert [job["state"] for job in jobs] == ["finished"] * 2

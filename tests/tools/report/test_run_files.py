@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.reader.curves import downsample, smooth
 from tunesmith.reader.run_files import RunFiles, read_figures
-from tunesmith.run_dir import Phase, RunState
+from tunesmith.run_dir import RunState
 
 
 def test_a_finished_run(trained: Path) -> None:
@@ -72,15 +71,6 @@ def test_each_state(trained_copy: Callable[[], Path], monkeypatch: pytest.Monkey
     assert run.failure == {"what": "it broke"}
 
 
-def test_states_and_phases_are_those_of_the_docs() -> None:
-    docs = Path(__file__).parents[3] / "docs"
-    index = (docs / "index.md").read_text().partition("| state |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", index, re.MULTILINE) == [*RunState]
-    ranks = (docs / "ranks.md").read_text().partition("| phase in ")[2].partition("\n\n")[0]
-    listed = [line.split("|")[1] for line in ranks.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`([^`]+)`", " ".join(listed))) == sorted(Phase)
-
-
 def test_what_is_no_run_is_refused_and_a_near_folder_proposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,16 +105,6 @@ def test_half_a_line_and_foreign_lines_do_not_count(tmp_path: Path) -> None:
     columns = read_figures(path).value.columns
     assert columns["loss"] == [pytest.approx(math.nan, nan_ok=True), 1.5]
     assert (columns["step"], columns["who"]) == ([1, 2], [None] * 2)
-
-
-def test_the_files_of_other_ranks(trained_copy: Callable[[], Path]) -> None:
-    copied = trained_copy()
-    (copied / "metrics-rank3.jsonl").write_text('{"step": 1, "memory_gib": 2.5}\n')
-    run = RunFiles(copied)
-    with (copied / "metrics-rank3.jsonl").open("a") as file:
-        file.write('{"step": 2, "memory_gib": 3.5}\n')
-    run.refresh()
-    assert run.ranks == {3: {"step": [1, 2], "memory_gib": [2.5, 3.5]}}
 
 
 def test_samples_are_cut_back_with_the_records(tmp_path: Path) -> None:
