@@ -4,7 +4,6 @@ lost, and the same command goes on once the fault is mended.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -247,23 +246,6 @@ def test_a_run_that_was_killed_at_its_beginning_starts_again(written: str, world
         (run / "metrics.jsonl").write_text("")
     assert dispatch(world.again("train.duration=2 steps", "train.warmup=0 steps")) == EXIT_OK
     assert (run / "final" / "manifest.json").is_file()
-
-
-def test_a_run_that_cannot_be_moved_aside_stays(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mounted output_dir: its neighbours are on another disk."""
-    world.begun()
-    before = snapshot(world.folder)
-
-    def across(source: object, target: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", across)
-        with refuses(MachineError, names=[world.folder / "run.previous-1", "cross-device"]):
-            dispatch(world.again("--fresh"))
-    assert snapshot(world.folder) == before
 
 
 def test_what_fresh_would_lose_is_not_moved_aside(world: World) -> None:

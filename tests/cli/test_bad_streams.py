@@ -104,18 +104,3 @@ def test_bad_rows_on_stdin(
     assert verb == "chat" or out == ""
     if code:
         check_shown(err, where=where)
-
-
-def test_answers_on_a_terminal_control_nothing(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """C1's 0x9b begins a command as escape and bracket do, and JSON holds it as it is."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "a \x9b2J \u202e é"}\n'))
-    terminal, own = pty.openpty()
-    with open(own, "w", encoding="utf-8") as screen:
-        monkeypatch.setattr(sys, "stdout", screen)
-        assert main(["generate", str(trained), "--input", "-", "--output", "-", *SHORT]) == 0
-    seen = os.read(terminal, 4096).decode()
-    os.close(terminal)
-    assert seen.startswith('{"prompt": "a \\x9b2J \\u202e é"')
-    assert not {*seen} & {"\x9b", "\u202e"}

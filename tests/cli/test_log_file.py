@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 from contextlib import suppress
@@ -67,20 +66,3 @@ def test_lines_wait_for_the_file_and_errors_pass(tmp_path: Path) -> None:
     assert shown == ["one\ntwo", "warning: \udcff three"]
     last = "ZeroDivisionError: by zero"
     assert logged(tmp_path) == ["one", "two", "warning: \\udcff three", last]
-
-
-def test_a_line_that_the_disk_does_not_take_is_still_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The progress of a run must be written, so a full disk ends it; what is logged need not be."""
-
-    def fails(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with logged_lines() as shown, LogFile(tmp_path / "log.txt") as log_file:
-        log_file.open()
-        monkeypatch.setattr(os, "write", fails)
-        log.info("one")
-        with pytest.raises(OSError, match="No space"):
-            log_file.write("two")
-    assert shown == ["one"]

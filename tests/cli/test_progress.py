@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from errors import holds
 from tunesmith.cli import options
 from tunesmith.cli.options import ProgressCounter
-
-
-def test_each_count_ends_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressCounter() as progress:
-        for done in range(4):
-            progress("rows", done, 3)
-        for done in range(2, 5):  # a resumed job starts at 2
-            progress("answers", done, 9)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(r"rows: 3/3  [\d.]+/s\nanswers: 4/9  [\d.]+/s  \D+ 0 s \w+\n", err)
 
 
 def test_answers_say_tokens_a_second_and_the_time_left(

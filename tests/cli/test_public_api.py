@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import pkgutil
 import re
@@ -64,18 +63,6 @@ def test_exported_members_are_those_of_all_and_their_import_is_light() -> None:
     assert dir(tunesmith) == sorted(tunesmith.__all__) == tunesmith.__all__
     with refuses(AttributeError, names=["'opening'"]):
         tunesmith.opening  # noqa: B018
-
-
-def test_each_function_tells_its_types_and_has_an_example() -> None:
-    """No defaults are objects of ours, but for callbacks: a signature is read in a notebook."""
-    for name in FUNCTIONS:
-        function = getattr(tunesmith, name)
-        signature = inspect.signature(function)
-        assert signature.return_annotation is not inspect.Signature.empty, name
-        for parameter in signature.parameters.values():
-            assert parameter.annotation is not inspect.Parameter.empty, name
-            assert callable(parameter.default) or "<" not in str(parameter.default), name
-        assert re.search(rf">>>.*tunesmith\.{name}\(", function.__doc__), name
 
 
 def test_what_the_docs_name_is_exported_and_what_is_exported_they_name() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from conftest import write_tiny_llama
-from devices import gpu
 from errors import refuses
-from ranks import run_ranks
 from recipes import make_run
 from runs import peft_model
 from tunesmith.errors import UsageError
@@ -208,31 +203,3 @@ def test_special_tokens_are_not_text_and_a_token_without_a_row_is_refused(
         answer_batch(opened.model, opened.tokenizer, [[1, 272]], Decoding(2), stops=set())
     with refuses(UsageError, names=["<image-19>", 278, 272]):
         answer_batch(opened.model, opened.tokenizer, [[1, 2], prompt], Decoding(2), stops=set())
-
-
-def seconds_of_tokens(folder: Path, device: str) -> list[float]:
-    """Decode 20 tokens in this process, as a user's program does; the seconds of each but the first."""
-    import tunesmith
-
-    loaded = tunesmith.load_run(folder, device=device, dtype="bf16")
-    times: list[float] = []
-
-    def note() -> bool:
-        times.append(time.perf_counter())
-        return False
-
-    answers = Decoding(max_new_tokens=20)
-    answer_batch(loaded.model, loaded.tokenizer, [[5] * 30], answers, stops=(), cancelled=note)
-    return [after - before for before, after in pairwise(times)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_no_length_of_the_cache_costs_a_plan_for_attention(device: str, tmp_path: Path) -> None:
-    """Each token makes the cache longer, and a plan of cuDNN for each length takes 20 ms or more."""
-    sizes = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = write_tiny_llama(tmp_path / "model", **sizes)
-    [seconds] = run_ranks(1, seconds_of_tokens, model, device, spawns=True)
-    assert len(seconds) == 19
-    # The first tokens load kernels.
-    assert max(seconds[5:]) < 0.05, seconds

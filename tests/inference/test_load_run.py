@@ -26,7 +26,6 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
 )
-from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
 from tunesmith.inference.load_run import load_run, locate_run, require_held_out
@@ -90,26 +89,11 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     assert not locate_run(run).is_note_shown, "final/ is damaged"
 
 
-def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
-    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny / "model.gguf")
-    monkeypatch.chdir(tmp_path)
-    Path("demo").mkdir()
-    place = locate_run("demo")
-    assert (place.holds, place.base.name) == ("base", str(tiny / "model.gguf"))
-    shutil.copytree(run, "demo", dirs_exist_ok=True)
-    assert locate_run("demo").holds == "adapter"
-
-
-@pytest.mark.parametrize(("weights", "late"), [("adapter", True), ("full", False)])
+@pytest.mark.parametrize("late", [True, False])
 def test_a_checkpoint_deleted_while_it_is_read_is_told(
-    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, late: bool
+    run: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """Late is before its tokenizer is read: that of the base would be taken, of another template."""
-    if weights == "full":
-        run = tmp_path / "full"
-        make_run(run, tiny, AutoModelForCausalLM.from_pretrained(tiny))
     (run / "final").rename(run / "checkpoint-3")
 
     def while_the_run_goes_on(*args: Any, **options: Any) -> Any:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from errors import holds, lines_with, refuses
-from invoke import invoke
-from runs import ROWS, make_run, peft_model, write_rows
+from runs import ROWS, make_run, peft_model
 from tunesmith.errors import DataError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run
@@ -114,38 +110,3 @@ def test_a_detected_column_is_named_and_columns_that_nothing_tells_are_refused(
     assert not holds(line, "completion"), "the rows have no such column"
     with refuses(DataError, where="rows", names=["colour"], fix=["--columns"]):
         generate(loaded, [{"colour": "red", "shape": "round"}])
-
-
-# Types whose config names no number of positions.
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
-UNLIMITED: dict[str, dict[str, int]] = {
-    "mamba": SMALL,
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "rwkv": SMALL,  # it reads what the padding mask hides
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "model_type",
-    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "bloom")) for name in UNLIMITED],
-)
-def test_models_without_a_limit_of_positions_answer_and_are_scored(
-    tiny: Path, tmp_path: Path, model_type: str
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny, folder)
-    torch.manual_seed(0)
-    ids = {"vocab_size": 272, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    config = AutoConfig.for_model(model_type, **UNLIMITED[model_type], **ids)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    unlimited = load_run(folder, device="cpu")
-    assert model_type == "rwkv" or unlimited.context is None
-    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "a longer one", "completion": "d"}]
-    together = [row["output"] for row in generate(unlimited, rows, Decoding(4))]
-    alone = [next(generate(unlimited, [row], Decoding(4)))["output"] for row in rows]
-    assert together == alone
-    write_rows(tmp_path / "rows.jsonl", rows)
-    short = ("--max-new-tokens", 4, "--device", "cpu")
-    scored = ("--data", tmp_path / "rows.jsonl", "--score", "exact", "--json")
-    assert invoke("eval", folder, *scored, "--output", tmp_path / "a.jsonl", *short).code == 0

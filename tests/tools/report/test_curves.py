@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from errors import holds, refuses
+from errors import holds
 from records import record
-from tunesmith.errors import UsageError
-from tunesmith.launch.job import save_job
-from tunesmith.launch.slurm_job import SlurmJob
 from tunesmith.reader.curves import curves
 from tunesmith.reader.run_files import RunFiles, end_fields
-from tunesmith.tools.report.run_watch import open_run
 from watching import add_steps, write_run
 
 
@@ -84,20 +80,3 @@ def test_a_run_is_read_again_after_it_grew_and_was_cut_back(tmp_path: Path) -> N
     assert run.figures.columns["step"] == [*range(1, 21)]
     assert run.warnings == ["anew"]
     assert len({*map(repr, signatures)}) == 3
-
-
-def test_a_run_by_the_name_of_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    squeue, folder = tmp_path / "bin" / "squeue", tmp_path / "run"
-    squeue.parent.mkdir()
-    squeue.write_text("#!/bin/sh\necho 'PENDING|Resources|0:00|1:00|'\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(squeue.parent), prepend=":")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    (folder / "launch").mkdir(parents=True)  # a launch creates it before the job begins
-    save_job(SlurmJob("slurm-7", str(folder), details={"id": "7"}))
-    for word in ("slurm-7", str(folder)):
-        with refuses(UsageError, where=str(folder), names=["slurm-7"]) as caught:
-            open_run(word)
-        assert caught.value.why == "PENDING: Resources"
-    add_steps(folder, 1, 3)
-    assert open_run("slurm-7").figures.columns["step"] == [1, 2, 3]

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ from time_limit import time_limit
 from tunesmith.cli.main import main
 from tunesmith.metrics.record import newest_record
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import read_manifest, read_running
 from watching import add_steps, write_run
 
 DEEP = 100_000
@@ -107,22 +105,3 @@ def test_a_folder_that_is_no_run_is_left_out_of_a_report(
     assert main(["report", str(tmp_path / "missing"), str(folder), "--output", str(page)]) == 0
     assert lines_with(capsys.readouterr().err, tmp_path / "missing")
     assert main(["report", str(tmp_path / "missing"), "--output", str(page)]) == 2
-
-
-@pytest.mark.parametrize(
-    ("entry", "why"),
-    [('"x"', "files.a"), ('{"bytes": 1e999, "sha256": ""}', "too large"), ("{}", "files.a.bytes")],
-)
-def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str, why: str) -> None:
-    (tmp_path / "manifest.json").write_text(f'{{"step": 3, "files": {{"a": {entry}}}}}')
-    with pytest.raises(ValueError, match=why):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"host": 3}, {"process": "x"}, {"oom_kills": None}])
-def test_a_note_of_another_form_is_no_note(tmp_path: Path, change: dict[str, Any]) -> None:
-    note = {"process": 1, "host": "here", "boot": "", "oom_kills": 0, "began": "now"}
-    (tmp_path / "running.json").write_text(json.dumps(note))
-    assert read_running(tmp_path) == note
-    (tmp_path / "running.json").write_text(json.dumps(note | change))
-    assert read_running(tmp_path) is None
