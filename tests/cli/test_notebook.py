@@ -56,13 +56,10 @@ def shown_by(
     client: NotebookClient, notebook: NotebookNode, folder: Path, **parameters: object
 ) -> str:
     """What the cells of a notebook show, run in a folder with other values of its parameters."""
-    (at,) = (
-        n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
-    )
-    names = [line.partition(" = ")[0] for line in notebook.cells[at].source.splitlines()]
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    names = [line.partition(" = ")[0] for line in cell.source.splitlines()]
     assert names == list(parameters)
-    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
-    notebook.cells.insert(at + 1, new_code_cell("\n".join(lines)))
+    cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     cells = [cell for cell in executed(client, notebook, folder).cells if cell.cell_type == "code"]
     return "\n".join(map(text_of, cells))
 

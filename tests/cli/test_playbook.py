@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import playbook
 from conftest import byte_tokenizer
 from errors import check_shown, error_in, warnings_with
 from playbook import SCRIPTS, batches_a_step, default_folder, make_recipe, parser
+from tunesmith.config.dump import to_mapping
 from tunesmith.config.schema import Data, Run, Source
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.text.select_template import select_template
@@ -25,21 +24,10 @@ pytestmark = pytest.mark.slow
 FULL, LORA, BIG, QLORA = SCRIPTS
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if is_dataclass(value):
-        for field in fields(value):
-            yield from leaves(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
-    else:
-        yield name, value
-
-
-def values(run: Run) -> dict[str, str]:
-    flat = dict(leaves(run)) | {f"source.{key}": item for key, item in leaves(run.data.train[0])}
-    units = "train.duration train.global_batch train.micro_batch train.warmup checkpoint.every log.every".split()
-    for name in units:
-        amount, unit = flat.pop(f"{name}.amount"), flat.pop(f"{name}.unit")
-        flat[name] = f"{amount:g} {unit}"
-    return flat
+def values(run: Run) -> dict[str, Any]:
+    sections = {name: keys for name, keys in to_mapping(run).items() if isinstance(keys, dict)}
+    flat = {f"{name}.{key}": sections[name][key] for name in sections for key in sections[name]}
+    return flat | {f"source.{key}": value for key, value in flat["data.train"].items()}
 
 
 def run_of(script: str, *flags: str, sharing: int = 1) -> dict[str, Any]:
@@ -51,7 +39,7 @@ def run_of(script: str, *flags: str, sharing: int = 1) -> dict[str, Any]:
 SHARED_DEFAULTS = {
     "model.dtype": "auto", "model.trust_remote_code": False, "data.seq_len": 2048, "data.pack": False, "data.train_on": "all",
     "source.format": "alpaca", "train.duration": "1 epochs", "train.schedule": "linear", "train.warmup": "0 steps",
-    "train.min_learning_rate": 0.0, "train.weight_decay": 0.0, "train.clip_norm": 1.0, "train.betas": (0.9, 0.999),
+    "train.min_learning_rate": 0.0, "train.weight_decay": 0.0, "train.clip_norm": 1.0, "train.betas": [0.9, 0.999],
     "train.eps": 1e-8, "train.seed": 42, "train.compile": "off", "log.every": "1 steps",
 }  # fmt: skip
 LORA_DEFAULTS = {"adapter.kind": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "adapter.dropout": 0.0}  # fmt: skip

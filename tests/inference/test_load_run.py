@@ -110,22 +110,20 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("has_units", "gib", "dtype"),
+    ("chip", "dtype"),
     [
-        (True, 64.0, torch.bfloat16),
-        (False, 64.0, torch.float32),  # the CPU emulates bf16
-        (False, 1e-6, torch.bfloat16),  # which is all that fits
+        (Chip("cpu", 64.0, bf16=True), torch.bfloat16),
+        (Chip("cpu", 64.0, bf16=False), torch.float32),  # the CPU emulates bf16
+        (Chip("cpu", 1e-6, bf16=False), torch.bfloat16),  # which is all that fits
     ],
 )
 def test_a_plain_model_is_computed_in_the_faster_dtype(
-    has_units: bool, gib: float, dtype: torch.dtype, tiny: Path, run: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    chip: Chip, dtype: torch.dtype, tiny: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     folder = shutil.copytree(tiny, tmp_path / "plain")
     config = folder / "config.json"
     values = json.loads(config.read_text()) | {"dtype": "bfloat16"}
     config.write_text(json.dumps(values))
-    chip = Chip("cpu", gib, bf16=has_units)
     monkeypatch.setattr(resolve, "chip_of", lambda device: chip)
     monkeypatch.setattr(load_run_module, "_check_memory", lambda files, place: None)
     assert load_run(folder, device="cpu").model.dtype == dtype
