@@ -228,7 +228,8 @@ def test_a_folder_called_final_in_a_run_is_kept_and_rests_of_a_kill_are_swept_aw
 ) -> None:
     run = world.begun()
     shutil.rmtree(run / "final")
-    for name in ("final/thesis.pdf", ".notes.old/x", ".checkpoint-6.partial/x", ".best.partial"):
+    names = "final/thesis.pdf .notes.old/x .checkpoint-6.partial/x .best.json.partial".split()
+    for name in names:
         world.write(f"run/{name}", "precious")
     assert dispatch(world.again()) == EXIT_OK
     assert (run / "final.previous-1" / "thesis.pdf").read_text() == "precious"
