@@ -19,6 +19,7 @@ from invoke import invoke
 from recipes import write_rows
 from tunesmith.checkpoint.manifest import flush_files, write_manifest
 from tunesmith.cli.main import dispatch
+from tunesmith.config.load import load_recipe
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -30,6 +31,8 @@ from tunesmith.errors import (
     UsageError,
 )
 from tunesmith.metrics.record import read_records
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
+from tunesmith.stages import plan as plan_stage
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
@@ -104,7 +107,11 @@ def test_one_of_several_ranks_is_refused(
     assert snapshot(world.folder) == before
 
 
-def test_what_is_forced_goes_on(world: World) -> None:
+def test_what_is_forced_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as one rank in a batch job of many tasks."""
+    job = {"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    for key, value in job.items():
+        monkeypatch.setenv(key, value)
     world.begun()
     write_rows(world.folder / "train.jsonl", 47)
     assert dispatch(world.again("checkpoint.resume=force")) == EXIT_OK
@@ -271,6 +278,18 @@ def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(world: Wor
     assert kept
     assert kept[-1] in found["why"]
     assert len(steps_of(world.out)) == found["last_step"] - 1
+
+
+def test_a_fix_for_a_full_disk_is_one_that_helps(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four checkpoints have room; three more than are kept may be there at once."""
+    size = 1000 * (4 + checkpoint_bytes_per_parameter(load_recipe(world.recipe()).train, 4))
+    usage = shutil._ntuple_diskusage(10**12, 0, size * 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(plan_stage, "count_trained", lambda run, model: 1000)
+    with refuses(MachineError, names=[f"{size * 5 / 1000:.1f} kB"], fix=["checkpoint.keep=1"]):
+        dispatch(world.train("checkpoint.keep=2"))
 
 
 def small_files() -> None:

@@ -25,7 +25,6 @@ OFFERED = {
     "tunesmith recipes show qw": ["qwen3-8b-lora", "qwen3.5-9b-lora"],
     "tunesmith generate ru": ["runs"],
     "tunesmith generate runs --input ro": ["rows.jsonl"],
-    "tunesmith generate runs --format sh": ["sharegpt"],
 }
 NOT_OFFERED = {"tunesmith train mi": "rows.jsonl", "tunesmith generate ru": "train"}
 

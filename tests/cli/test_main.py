@@ -99,12 +99,9 @@ WRONG = {
     "train r.yaml --lr 1e-4": ["train.learning_rate=1e-4"],
     "data r.yaml --epochs 3": ["train.duration=VALUE", "3 epochs"],
     "train --max_steps 500 r.yaml": ["train.duration=VALUE", "500 steps"],
-    "train r.yaml --per_device_train_batch_size 8": ["train.micro_batch=VALUE"],
     "train r.yaml --bf16 True": ["model.dtype=bf16"],
     "train r.yaml --train.seed 4": ["train.seed=VALUE"],
-    "fetch r.yaml --learning_rte 1": ["train.learning_rate?"],
     "generate run --lr 1": ["tunesmith generate --help"],
-    "recipes lst": ["tunesmith recipes --help"],
     "recipes show": ["tunesmith recipes show smollm2-135m-lora"],
     "recipes show qwen3-8b": ["qwen3-8b-dpo?"],
     # what went, with what to use

@@ -99,11 +99,3 @@ def test_the_base_alone_needs_no_whole_adapter(copied: Path) -> None:
             load_run(folder, device="cpu")
     (edited / manifest.MANIFEST).unlink()
     load_run(edited, device="cpu")
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
-def test_a_folder_without_a_manifest_of_ours_is_opened(text: str | None, tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"x")
-    if text is not None:
-        (tmp_path / manifest.MANIFEST).write_text(text)
-    manifest.check_sums(tmp_path)
