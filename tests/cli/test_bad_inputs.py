@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +128,36 @@ def test_a_bad_input_is_refused_at_its_place(
     assert refused.value.exit_code == EXIT_USAGE
     assert refused.value.fix
     assert snapshot(folder) == before
+
+
+# Commands whose options are checked by a module that imports torch
+LOAD_TORCH = {
+    "generate adapter --input held.jsonl --output taken/o.jsonl",
+    "generate adapter --input held.jsonl --output - --top-p 0.5",
+}
+CHILD = """
+import contextlib, io, json, sys
+from tunesmith.cli.main import main
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(json.loads(line))
+    print(json.dumps([code, out.getvalue(), err.getvalue(), "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_input_is_shown_before_torch_is_imported(folder: Path) -> None:
+    """By the command line: the rows of the table in one process."""
+    commands = [command for command in REFUSED if command not in LOAD_TORCH]
+    lines = "\n".join(json.dumps(command.split()) for command in commands)
+    run = [sys.executable, "-c", CHILD]
+    done = subprocess.run(run, input=lines, cwd=folder, capture_output=True, text=True, check=True)
+    for command, line in zip(commands, done.stdout.splitlines(), strict=True):
+        code, out, err, has_torch = json.loads(line)
+        assert (code, out, has_torch) == (EXIT_USAGE, "", False), command
+        _, where, fix = REFUSED[command]
+        check_shown(err, where=str(folder) if where == "FOLDER" else where, fix=fix)
 
 
 # Faults that a tokenizer shows, with the place that is told
