@@ -48,10 +48,10 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
     return path
 
 
-def write_feedback(path: Path, count: int) -> Path:
+def write_feedback(path: Path, count: int, first: int = 0) -> Path:
     """Both answers of each of `write_pairs`, labeled good and bad."""
     rows = []
-    for row in map(json.loads, write_pairs(path, count).read_text().splitlines()):
+    for row in map(json.loads, write_pairs(path, count, first).read_text().splitlines()):
         for answer in ("chosen", "rejected"):
             is_good = answer == "chosen"
             rows.append({"prompt": row["prompt"], "completion": row[answer], "label": is_good})
