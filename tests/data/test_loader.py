@@ -103,6 +103,10 @@ def test_weights() -> None:
         assert counts[100:201].max() == 1
         seen.append(counts[100:201])
     assert (seen[0] != seen[1]).any()  # another half each epoch
+    half = schedule("1024 tokens", repeats=np.full(512, 0.5))
+    first = half.steps_per_epoch(0)
+    assert [half.locate(step) for step in (first - 1, first)] == [(0, first - 1), (1, 0)]
+    assert half.steps(Length.parse("2 epochs")) == first + half.steps_per_epoch(1)
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:

@@ -239,6 +239,20 @@ def test_masks_of_generation_blocks_are_those_of_transformers() -> None:
     assert compared >= 15
 
 
+def test_an_answer_in_two_generation_blocks_is_supervised_in_both() -> None:
+    blocks = "{% generation %}{{ m.content }}{% endgeneration %} | {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    jinja = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' %}" + blocks
+    )
+    jinja += "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    tokenizer = train("bytes", IM, False)
+    template = Template(
+        tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja"
+    )
+    example = template.encode(Conversation(turns("a", "b", "c", "d")), "response", where="r")
+    assert tokenizer.decode(example.ids[example.trained]) == "bb<|im_end|>dd<|im_end|>"
+
+
 # --- templates and rows whose answers cannot be told for certain
 
 AB = [user("a"), answer("b")]
