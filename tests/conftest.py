@@ -88,12 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     items.sort(key=order)
 
 
-BEGUN = time.monotonic()
+COLLECTED = pytest.StashKey[float]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.option.minutes
-    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
+    if minutes and time.monotonic() - item.session.stash[COLLECTED] > 60 * minutes:
         pytest.skip(f"{minutes:g} minutes are over")
 
 
@@ -111,7 +111,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.stash[COLLECTED] = time.monotonic()
     gc.freeze()
     gc.enable()
 
