@@ -61,15 +61,19 @@ from tunesmith.cli.main import main
 main(['bench', 'no-such-recipe.yaml'])
 import torch
 print(os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads())
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"])
 """
 
 
 @pytest.mark.slow
-def test_threads_are_prepared_before_torch_is_imported() -> None:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
+def test_threads_and_kernels_are_prepared_before_torch_is_imported() -> None:
+    ours = ("OMP_", "GOMP_", "MKL_", "ONEDNN_", "TORCH_CUDNN_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     command = [sys.executable, "-c", STARTED]
-    variable, threads = subprocess.check_output(command, env=env, text=True).split()
+    shown = subprocess.check_output(command, env=env, text=True).split()
+    variable, threads, cached_shapes, without_cudnn_plans = shown
     assert variable == threads
+    assert (cached_shapes, without_cudnn_plans) == ("128", "1")
 
 
 @pytest.mark.parametrize(
