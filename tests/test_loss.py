@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairwise import name_of, pairwise
 from tunesmith.adapter.lora import LoraLinear
@@ -22,6 +23,17 @@ from tunesmith.loss import (
     token_cross_entropy,
     token_logprobs,
 )
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, those of the backward too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
 
 CAPS = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": 2.0}]
 KINDS = ["frozen", "trained", "bias", "lora"]
@@ -196,3 +208,15 @@ def test_a_chunk_of_16_bit_logits_is_scored_as_in_fp64(softcap: float | None, sc
     # Half a unit in the last place of bf16, and the gradient's own cancellation where a label is
     # all but certain.
     torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-8, atol=1e-5)
+
+
+def test_log_probabilities_over_a_frozen_head_take_two_products_a_chunk():
+    """Logits, and the gradient by the hidden states; nothing is multiplied again in the backward."""
+    hidden, head, targets = case("frozen")
+    with Products() as products:
+        logprobs = token_logprobs(hidden, head, targets, chunk=5)
+        logprobs.square().sum().backward()
+    assert products.count == 2 * 5  # 23 positions in five chunks
+    with Products() as products:
+        token_logprobs(hidden.detach(), head, targets, chunk=5)
+    assert products.count == 5

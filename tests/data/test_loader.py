@@ -249,3 +249,25 @@ def test_an_item_that_does_not_fit_is_refused() -> None:
         with refuses(ValueError, names=["1 to 4", f"{item} to {item}"]):
             best_fit_decreasing([item], 4)
     assert best_fit_decreasing([], 4) == []
+
+
+def test_the_largest_micro_batch_has_the_most_pictures(make) -> None:
+    """The most tokens with padding, then the most tokens of pictures; it alone is prepared."""
+    tokens = make(alpaca(40), seq_len=256)
+    c = schedule("24 examples", lengths=tokens.lengths)
+    loader = Loader(tokens, c, pad_id=0, micro_batch=Size(2, "examples"), row_length=512)
+    expected = loader.batch(0).micro
+    ids = np.concatenate([batch.input_ids.flatten().numpy() for batch in expected])
+    tokens.picture_id = int(np.bincount(ids)[1:].argmax()) + 1
+
+    def pictures(batch: Batch) -> int:
+        return int((batch.input_ids == tokens.picture_id).sum())
+
+    found = [*loader.largest_first(0)]
+    assert sorted(map(pictures, expected), reverse=True) == [*map(pictures, found)]
+    assert pictures(found[0]) > pictures(expected[0])
+    # Without a fixed length the tokens come first.
+    loader = Loader(tokens, c, pad_id=0, micro_batch=Size(2, "examples"))
+    sizes = [batch.input_ids.numel() for batch in loader.largest_first(0)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]

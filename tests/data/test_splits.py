@@ -12,9 +12,10 @@ import pytest
 
 from conftest import byte_tokenizer
 from errors import refuses, warnings_with
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.cli.run_data import findings_as_json
-from tunesmith.config.load import load_recipe
+from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.compare import row_checks, row_texts
 from tunesmith.data.compare.near_duplicates import find_near_duplicates, words_of
@@ -375,3 +376,55 @@ def test_validation_rows_are_compared_with_training_rows(tiny: Path, tmp_path: P
     assert prepared.train.parts[0].counts.taken == "data.leave_out: contradictions"
     assert prepared.validation is not None
     assert prepared.validation.parts[0].counts.taken == "max_examples: 2"
+
+
+@pytest.mark.slow
+def test_rows_that_are_there_twice_stay_on_one_side(tiny: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {i % 20}"} for i in range(40)], "")
+    values = {
+        "model": {"name": str(tiny), "dtype": "fp32"},
+        "data": {
+            "train": {"source": source.source, "format": "text"},
+            "seq_len": 64,
+            "hold_out": "4 examples",
+        },
+        "train": {"duration": "1 steps"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    with logged_lines() as lines:
+        train(from_mapping(values, where="test", base=tmp_path))
+    told = "\n".join(lines)
+    assert not warnings_with(told, "val_loss")
+    assert len(warnings_with(told, "data.leave_out=[near-duplicates]")) == 1
+    assert warnings_with(told, "20 of 40")
+    held_out = (tmp_path / "run" / "held-out.txt").read_text().splitlines()
+    texts = [line.partition("  ")[2] for line in held_out]
+    assert (len(texts), len(set(texts))) == (4, 2), "both of a pair are held out"
+
+
+@pytest.mark.parametrize(("answers", "apart"), [(4, True), (60, False)])
+def test_rows_of_one_answer_are_drawn_apart_where_most_repeat_theirs(
+    tmp_path: Path, answers: int, apart: bool
+) -> None:
+    """An FAQ of four answers, each to 20 questions; and 60 answers, of which 20 are given twice."""
+    words = [f"w{i:02}" for i in range(99)]
+    rows = [
+        {
+            "prompt": f"{words[i]} {words[-i]} {words[i * 7 % 99]} {words[i * 31 % 99]}",
+            "completion": " ".join([f"a{i % answers:02}{k}" for k in range(14)]),
+        }
+        for i in range(80)
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    sides = read_splits(Data(train=(source,), hold_out=Share(8, "examples")), seed=3)
+    trained, held_out = ({row["completion"] for _, part in side for row in part} for side in sides)
+    assert len(held_out) > 1
+    assert held_out <= trained if apart else not held_out & trained
+
+
+def test_of_a_long_row_both_ends_are_compared() -> None:
+    long = " ".join(f"word{i}" for i in range(5000))
+    text = row_text({"text": long}, Source(source="x.jsonl", format="text"))
+    assert len(text.answer) == row_texts.MAX_TEXT_CHARACTERS + 1
+    assert text.answer.startswith("word0 ")
+    assert text.answer.endswith(" word4999")

@@ -293,3 +293,15 @@ def test_a_template_that_reads_arguments_as_text_gets_json_text() -> None:
     (as_text,) = found["tool_calls"]
     assert json.loads(as_text["function"]["arguments"]) == arguments
     assert given_call["function"]["arguments"] is arguments  # the row stays as it is
+
+
+def test_an_earlier_answer_need_not_be_located_for_the_last_one() -> None:
+    """The template reads one word, and writes another with it."""
+    reads = jinja("{{- 'yea, yes' if m.content == 'yea' else m.content -}}")
+    row = turns("So?", "yea", "Is it?", "It is.", "?", "Hm.")
+    with refuses(DataError, where="row 1"):
+        trained(reads, row)
+    assert trained(reads, row, "last") == (f"Hm.{END}", ())
+    # In its place: the conversation would be another one.
+    with refuses(DataError, where="row 1", names=[2]):
+        trained(reads.replace("yea, yes", "no"), row, "last")

@@ -322,3 +322,24 @@ def test_a_block_that_is_held_out_leaves_no_end_in_the_middle(
     supervised = sum(example.supervised for example in tokens)
     total = len(LONG_TEXTS["paragraphs"].encode()) - len(gap.encode())
     assert supervised == total + 1 - 2
+
+
+def test_batches_for_the_tokenizer_end_at_a_size(
+    simple: Simple, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.data.tokens.tokenize._BATCH_CHARACTERS", 100)
+    sizes: list[int] = []
+    encode_many = simple.encode_many
+
+    def counted(samples: Any, *args: Any, **keys: Any) -> Any:
+        sizes.append(sum(len(sample.text) for sample in samples))
+        return encode_many(samples, *args, **keys)
+
+    monkeypatch.setattr(simple, "encode_many", counted)
+    texts = ["a" * n for n in (40, 40, 40, 300, 5, 95, 1)]
+    path = write("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source(source=path, format="text")
+    data = Data(train=(source,), seq_len=512)
+    tokens = tokenize([(source, read_rows(source))], data, simple, cache=None, what="train")
+    assert sizes == [80, 40, 300, 100, 1]
+    assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from errors import check_shown, holds, refuses
 from invoke import invoke
@@ -18,6 +19,13 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model import support, tiny_model
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.model_types import read_model_types
+from tunesmith.quant.linear_layers import set_bypassed
+
+
+def twin(model_type: str, **values: object) -> torch.nn.Module:
+    config = tiny_model.shrink(config_of(model_type, **values))
+    return AutoModelForCausalLM.from_config(config)
+
 
 # A type of each class, and whether it runs in `make test`; all of them: `make families`.
 CLASSES = {
@@ -147,3 +155,14 @@ def test_models_lists_types_and_measures_a_folder(tmp_path: Path, monkeypatch: p
     tiny_model.shrink(config_of("mamba")).save_pretrained(folder)
     assert holds(invoke("models", str(folder)).out, "MambaMixer", "mixer.dt_proj")
     check_shown(invoke("models", "lama").err, fix=["llama"])
+
+
+def test_a_target_that_gets_no_gradient_is_left_out_or_refused():
+    model = twin("mamba")
+    set_bypassed(model, ("mixer.dt_proj",))
+    with refuses(RecipeError, where="adapter.target", names=["'dt_proj'"]):
+        lora.attach_lora(model, Adapter(rank=2, target=("dt_proj",)), seed=0)
+    names = lora.attach_lora(model, Adapter(rank=2), seed=0)
+    assert names
+    assert not [name for name in names if "dt_proj" in name]
+    assert "dt_proj" in lora.find_unreached(model).bypassed

@@ -436,3 +436,36 @@ def test_schedules_by_their_formulas(schedule: str, wanted: list[float]) -> None
 )
 def test_warmup_lengths(length: Length, total: int | None, wanted: int) -> None:
     assert warmup_steps(Train(warmup=length), total, 50) == wanted
+
+
+def test_noise_beyond_32_bits_of_elements_does_not_repeat() -> None:
+    place = noise_place("w", torch.empty(1 << 20, 1 << 13, device="meta"))
+    key, far = torch.tensor([1, 2]), place.clone()
+    far[2] += 1 << 19  # 2**32 elements further on
+    assert not torch.equal(noise_at(place, key, (4, 64)), noise_at(far, key, (4, 64)))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(clip):
+    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN."""
+    named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
+    optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
+    assert optimizer.checks_on_host
+    optimizer.checks_on_host = False
+    seen: list[tuple[list[torch.Tensor], float]] = []
+    optimizer.update = lambda parts, lr, step, found_inf: seen.append(
+        ([p.grad for p in parts], float(found_inf))
+    )
+    feed(named, 0)
+    wanted = [g.clone() for g in grads_of(optimizer).values()]
+    norm = advance(optimizer, 1e-3, 0)
+    factor = 1.0 if clip is None else clip / (norm + 1e-6)
+    grads, found_inf = seen[0]
+    assert found_inf == 0.0
+    assert all(torch.equal(g, w * factor) for g, w in zip(grads, wanted, strict=True))
+    feed(named, 1)
+    named[1][1].grad[0] = math.inf
+    assert advance(optimizer, 1e-3, 1).isinf()
+    grads, found_inf = seen[1]
+    assert found_inf == 1.0
+    assert all(g.isnan().all() for g in grads)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from errors import refuses
+from rows import schedule_of
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
@@ -279,3 +280,20 @@ def test_a_step_of_a_mixture_by_hand() -> None:
     once = 2 * (16 * active + mixture().linear_matrices) / 226e9
     assert kept.seconds["fixed cost of passes"] == pytest.approx(2 * once)
     assert again.seconds["fixed cost of passes"] == pytest.approx(3 * once)
+
+
+@pytest.mark.parametrize(
+    ("batch", "duration"),
+    [("64 examples", "2.25 epochs"), ("5000 examples", "3 epochs"), ("16384 tokens", "0.5 epochs")],
+)
+def test_rows_of_one_length_make_the_steps_of_their_schedule(batch: str, duration: str) -> None:
+    """Without a list of them, so that a billion rows are planned as fast as ten."""
+    run = recipe({"train": {"global_batch": batch, "duration": duration}})
+    spec = spec_of("llama3-8b")
+    schedule = schedule_of(np.full(1003, 300), run.data, run.train)
+    work = measure_work(run, spec, None, 300, rows=1003)
+    assert (work.step, work.steps) == (schedule.step_size(), schedule.steps(run.train.duration))
+    assert work.longest == schedule.longest
+    many = measure_work(run, spec, None, 300, rows=10**9)
+    assert many.steps is not None
+    assert many.steps > 10**4

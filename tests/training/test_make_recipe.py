@@ -374,3 +374,32 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     assert prepared.validation is not None
     supervised = prepared.train.counts.supervised + prepared.validation.counts.supervised
     assert supervised == sum(len(path.read_text()) for path in (home / "corpus").iterdir())
+
+
+def test_the_written_recipe_says_why(home: Path) -> None:
+    (home / "mine").mkdir()
+    (home / "faq.csv").rename(home / "mine/My FAQ.csv")
+    made = make_recipe("small", "mine/My FAQ.csv", ["adapter.rank=4"])
+    assert made.path == home / "runs/my-faq-small.yaml"
+    first, second, *_ = made.text.splitlines()
+    assert first == schema_line()
+    assert second == "# tunesmith train --model small --data 'mine/My FAQ.csv' adapter.rank=4"
+    made.path.parent.mkdir()
+    made.path.write_text(made.text)
+    assert differences(load_recipe(made.path), made.run) == []
+    reasons = {}  # each key with the comment above it
+    for comment, key in re.findall(r"((?: *# .*\n)+) *(\w+):", made.text):
+        reasons[key] = comment
+    longest = made.text.partition("examined has ")[2].partition(" ")[0]
+    assert 30 < int(longest) < 120
+    for key, values in {
+        "train": [40, "Question", "Answer", "Topic"],
+        "seq_len": [40],
+        "hold_out": [6, 40, "val_loss"],
+        "duration": [34],
+        "global_batch": [170, 100],
+        "learning_rate": ["llama", 64],
+    }.items():
+        assert holds(reasons[key], *values), reasons[key]
+    assert lines_with(made.text, "duration: 10 epochs")
+    assert lines_with(made.text, "learning_rate: 0.001")

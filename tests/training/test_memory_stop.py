@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 
-from errors import lines_with, refuses
+from errors import holds, lines_with, refuses
 from logged import logged_lines
 from recipes import make_run
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.distributed.ranks import ONE_PROCESS
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
+from tunesmith.host.signals import LowMemory
 from tunesmith.methods.base import TrainModel
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
 from tunesmith.training import session
+from tunesmith.training.result import stopped_by
 from tunesmith.training.run import train
 from warm import run_warm
 
@@ -123,3 +127,22 @@ def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path)
     assert (found["exit_code"], found["killed_by_kernel"], found["clean"]) == (75, 0, True), (
         done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "kept", "can_shrink"),
+    [
+        ({}, "5 examples", True),
+        ({}, None, False),
+        ({"optimizer_in_backward": True, "clip_norm": None}, "5 examples", False),
+    ],
+)
+def test_a_smaller_micro_batch_is_named_where_the_run_takes_one(
+    train, kept, can_shrink, tiny, tmp_path
+):
+    run = make_run(tiny, tmp_path, adapter={"kind": "none"})
+    run = replace(run, train=replace(run.train, **train))
+    Path(run.output_dir).mkdir()
+    shortage = LowMemory("memory is short", {})
+    error = stopped_by([(shortage, None)], run, Progress(step=2, micro_batch=kept), ONE_PROCESS)
+    assert holds(error.fix, "train.micro_batch") == can_shrink
