@@ -64,6 +64,13 @@ def test_fused_products_equal_the_formula_in_value_and_gradient(count, bias):
     assert count == 1 or group[1].scaling == 5.0 / math.sqrt(3)
 
 
+def test_a_trained_base_gets_its_gradient():
+    (layer,) = layers(1, bias=True)
+    layer.weight.requires_grad_()
+    layer(torch.randn(3, 6, dtype=torch.float64)).sum().backward()
+    assert layer.weight.grad.abs().max() > 0
+
+
 def test_dropout_falls_on_the_input_of_a_while_training_only():
     (layer,) = layers(1, bias=False, dropout=0.5)
     x = torch.randn(7, 6, dtype=torch.float64)

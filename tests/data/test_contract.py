@@ -81,6 +81,7 @@ def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) ->
     contract = assert_holds(simple, tokens)
     checked = [80] * 5 + [0, 80, int(tokens.lengths.sum()), 80]
     assert [c.checked for c in contract.checks] == checked
+    assert_holds(simple, given(simple, ([0, 71, E], [0, 1, 1])))  # the first token id
     # The line break that the template writes after the end token is supervised too.
     assert_holds(simple, make(alpaca(9), seq_len=256, train_on="all"))
 

@@ -30,7 +30,7 @@ from tunesmith.data.rows.pictures import (
 )
 from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Picture, pictures_of
 from tunesmith.data.rows.unread_pictures import find_unread_pictures
-from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.source.open_source import count_characters, read_rows
 from tunesmith.data.source.table import Place
 from tunesmith.errors import DataError
 from tunesmith.training.program_rows import keep_rows
@@ -372,3 +372,12 @@ def test_rows_about_different_pictures_are_different(folder: Path) -> None:
         texts.append(row_text({**asked, "image": picture}, source))
     found = find_faults(texts)
     assert (found.near_duplicates, found.contradictions) == ([[1, 2]], [[1, 2]])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [URI, {"base64": RED64}, {"type": "base64", "data": RED64}, {"bytes": RED}, RED],
+    ids=range(5),
+)
+def test_a_picture_has_no_characters(value: Any) -> None:
+    assert count_characters({"image": value, "text": "four"}) == 4

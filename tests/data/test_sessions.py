@@ -293,6 +293,14 @@ SECRETS = {
 }
 
 
+def test_a_second_result_of_a_call_is_left_out(tmp_path: Path) -> None:
+    results = asked([result("a")]), asked([result("a", "again")])
+    lines = claude(asked("Hi"), answered("m1", call("a")), *results, answered("m2", text("Done.")))
+    rows = rows_of(write(tmp_path / "s.jsonl", lines))
+    assert "again" not in show(rows[0])
+    assert notes_of(rows)["tool results without their call, left out"] == 1
+
+
 def test_secrets_are_found_in_any_value() -> None:
     for words, name in SECRETS.items():
         found = [name] if name else []

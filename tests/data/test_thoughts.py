@@ -234,6 +234,10 @@ def test_what_of_thoughts_tools_and_calls_is_not_written() -> None:
     )
     row = [user("Rain?"), calls(call("weather", place="Oslo", days=2))]
     assert trained(texts_only, row)[1] == ("lost_call",)
+    names = jinja(
+        "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- c | string -}}{%- endfor -%}"
+    )
+    assert trained(names, row, tools=TOOLS)[1] == ("unlisted_tools",)
 
 
 # --- parts of an answer

@@ -343,3 +343,12 @@ def test_batches_for_the_tokenizer_end_at_a_size(
     tokens = tokenize([(source, read_rows(source))], data, simple, cache=None, what="train")
     assert sizes == [80, 40, 300, 100, 1]
     assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
+
+
+def test_examples_of_several_sources_stand_one_after_the_other(make) -> None:
+    rows = [alpaca(n, letters=lambda i, n=n: 1 + 3 * n + i) for n in (2, 3, 1)]
+    alone = [make(text) for text in rows]
+    expected = [part[i].ids.tolist() for part in alone for i in range(len(part))]
+    tokens = make(*rows)
+    assert [tokens[i].ids.tolist() for i in range(len(tokens))] == expected
+    assert len({*map(tuple, expected)}) == 6
