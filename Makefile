@@ -3,7 +3,7 @@
 # make engine  run the tests of the engine, without the tests of commands and tools
 # make test    run the tests of every change, as CI does: about ten minutes on two cores
 # make nightly  run the tests that need longer: real clusters, images, campaigns, and make families
-# make nightly-share  run a part of nightly that takes about four minutes; another part for each commit
+# make nightly-share  start tests of nightly for four minutes, and finish them: about seven minutes; other tests for each commit
 # make check   check lint, format, types, import layers, house rules and generated pages
 # make families  train each model type of Transformers and compare the results with the shipped table
 # make picture  make the picture of the README from a run
@@ -30,7 +30,7 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   --dist loadfile --no-loadscope-reorder --numprocesses
 # Two workers per core, because the slow tests spend much of their time waiting.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
-# Minutes for nightly-share
+# Minutes in which nightly-share starts tests
 MINUTES ?= 4
 
 .PHONY: demo picture families quick engine test nightly nightly-share check cluster-tools clean versions

@@ -127,16 +127,6 @@ def read_hub_settings() -> None:
     importlib.reload(constants)
 
 
-def run_python(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of a Python program, forked; of its options a few count."""
-    assert command[0] == sys.executable, command
-    count = 3 if command[1] == "-m" else 2
-    given = {name: options[name] for name in ("env", "cwd", "prepare") if name in options}
-    files = [options.get(name) for name in ("stdout", "stderr")]
-    given["streams"] = (None, *(f.fileno() if hasattr(f, "fileno") else None for f in files))
-    return run_warm(command[count:], program=command[count - 1], **given)
-
-
 class _Descriptor:
     """A file descriptor that goes along to a forked process."""
 

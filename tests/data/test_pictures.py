@@ -377,7 +377,7 @@ def test_rows_about_different_pictures_are_different(folder: Path) -> None:
 @pytest.mark.parametrize(
     "value",
     [URI, {"base64": RED64}, {"type": "base64", "data": RED64}, {"bytes": RED}, RED],
-    ids=range(5),
+    ids=["URI", "base64", "typed", "bytes in a mapping", "bytes"],
 )
 def test_a_picture_has_no_characters(value: Any) -> None:
     assert count_characters({"image": value, "text": "four"}) == 4

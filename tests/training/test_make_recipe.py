@@ -129,18 +129,6 @@ def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(home, tiny):
         find_adapter("full")
 
 
-def test_the_written_recipe_is_read_to_the_same_run(home: Path) -> None:
-    (home / "faq.csv").rename(home / "My FAQ.csv")
-    made = make_recipe("small", "My FAQ.csv", ["adapter.rank=4"])
-    assert made.path == home / "runs/my-faq-small.yaml"
-    first, second, *_ = made.text.splitlines()
-    assert first == schema_line()
-    assert second == "# tunesmith train --model small --data 'My FAQ.csv' adapter.rank=4"
-    made.path.parent.mkdir()
-    made.path.write_text(made.text)
-    assert differences(load_recipe(made.path), made.run) == []
-
-
 @pytest.mark.slow
 def test_the_same_command_resumes(home: Path) -> None:
     made = make_recipe("small", "faq.csv", [*SMALL, "checkpoint.every=1 steps"])
@@ -376,7 +364,7 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     assert supervised == sum(len(path.read_text()) for path in (home / "corpus").iterdir())
 
 
-def test_the_written_recipe_says_why(home: Path) -> None:
+def test_the_written_recipe_says_why_and_is_read_to_the_same_run(home: Path) -> None:
     (home / "mine").mkdir()
     (home / "faq.csv").rename(home / "mine/My FAQ.csv")
     made = make_recipe("small", "mine/My FAQ.csv", ["adapter.rank=4"])
