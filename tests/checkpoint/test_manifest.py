@@ -97,6 +97,24 @@ def test_remove_leftovers_puts_back_a_folder_that_was_being_replaced(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize("beside", ["nothing", "torn", "other", "other, renamed"])
+def test_a_kill_before_the_renaming_loses_no_checkpoint(beside: str, tmp_path: Path) -> None:
+    """A folder under its hidden name is complete. It takes the place of a torn one, which stays."""
+    place = write(tmp_path, 3, "b" if beside == "other, renamed" else "a")
+    place.rename(tmp_path / ".checkpoint-3.partial")
+    if beside.startswith("other"):
+        write(tmp_path, 3, "a" if beside == "other, renamed" else "b")
+    elif beside == "torn":
+        place.mkdir()
+        (place / "a.bin").write_text("torn")
+    assert replicate.newest_checkpoint(tmp_path) == (3, 0)
+    assert manifest.find_damage(place) is None
+    claim.remove_leftovers(tmp_path)
+    texts = {path.read_text() for path in tmp_path.glob("*/a.bin")}
+    assert texts <= {"a" * 10, "b" * 10, "torn"}
+    assert ("torn" in texts) == (beside == "torn")
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -87,6 +87,11 @@ def test_a_tokenizer_that_cannot_write_the_rest_supervises_the_merged_token() ->
     assert tokenizer.convert_ids_to_tokens(found.ids) == ["no", "soon", "no"]
     assert found.trained.tolist() == [False, True, True]
     assert (found.merged_tokens, found.cuts) == (1, ())
+    # The dot begins where the span ends, so it is not a part of the answer.
+    tokenizer = wordpiece("so", "no", "soon", "##on", ".")
+    (found,) = Aligner(tokenizer).encode(["no soon."], [[CharSpan(5, 7)]], set())
+    assert tokenizer.convert_ids_to_tokens(found.ids) == ["no", "soon", "."]
+    assert (found.trained.tolist(), found.merged_tokens) == ([False, True, False], 1)
 
 
 def test_a_tokenizer_that_cannot_tell_is_refused() -> None:

@@ -330,6 +330,24 @@ def test_an_answer_is_what_is_said_last() -> None:
     assert "wet" not in text.prompt + text.answer
 
 
+def test_a_call_is_the_same_whatever_the_order_of_its_arguments() -> None:
+    def call(**arguments: str) -> RowText:
+        function = {"name": "weather", "arguments": arguments}
+        answer = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+        messages = [{"role": "user", "content": "Weather?"}, answer]
+        return row_text({"messages": messages}, Source(source="x.jsonl"))
+
+    assert call(city="Oslo", unit="C") == call(unit="C", city="Oslo")
+
+
+def test_a_row_of_a_later_source_is_placed_in_its_own_file(tmp_path: Path) -> None:
+    sources = [numbered(tmp_path / f"{name}.jsonl", 3) for name in "ab"]
+    read = [(source, read_rows(source)) for source in sources]
+    assert [row_checks.place(read, i) for i in (2, 3)] == [
+        f"{sources[0].source}:3", f"{sources[1].source}:1"
+    ]  # fmt: skip
+
+
 # What the user sees
 
 

@@ -20,6 +20,7 @@ from tunesmith.inference.decoding import (
     answer_all,
     answer_batch,
     decode,
+    evaluating,
     sample_answers,
 )
 from tunesmith.inference.load_run import LoadedModel, load_run
@@ -39,6 +40,14 @@ def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 @pytest.fixture(scope="module")
 def prompts(opened: LoadedModel) -> list[list[int]]:
     return [opened.tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_evaluating_turns_dropout_and_gradients_off_and_restores_the_mode(trains: bool) -> None:
+    model = torch.nn.Dropout(0.5).train(trains)
+    with evaluating(model):
+        assert (model.training, torch.is_grad_enabled()) == (False, False)
+    assert (model.training, torch.is_grad_enabled()) == (trains, True)
 
 
 @pytest.mark.slow

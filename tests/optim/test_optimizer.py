@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tunesmith.optim.adamw import (
     noise_place,
     round_stochastically,
 )
-from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
+from tunesmith.optim.lr_schedule import learning_rate, scheduled_rate, warmup_steps
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.units import Length
 
@@ -423,6 +424,12 @@ def test_schedules_by_their_formulas(schedule: str, wanted: list[float]) -> None
     assert got == pytest.approx(wanted, abs=1e-6)
     rising = [learning_rate(train, step, warmup=4, progress=0.0) for step in range(5)]
     assert rising == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    # By steps, and by seconds where the duration is a time: there is no warmup in either.
+    train = replace(train, warmup=Length(0, "steps"), duration=Length(100, "s"))
+    for total in (4, None):
+        options = {"total": total, "steps_per_epoch": 9}
+        got = [scheduled_rate(train, step, seconds=25.0 * step, **options) for step in range(5)]
+        assert got == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(

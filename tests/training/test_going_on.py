@@ -88,6 +88,22 @@ def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) ->
     assert numbers(tmp_path / "none") == numbers(tmp_path / "full")
 
 
+def test_dropout_is_on_in_every_step_also_after_a_validation(tiny: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, changes in {
+        "validated": {"validate": {"every": "1 steps"}},
+        "alone": {"held": False},
+        "without": {"adapter": {"dropout": 0.0}},
+    }.items():
+        (tmp_path / name).mkdir()
+        go(tiny, tmp_path / name, **merge(DROPOUT, changes))
+        losses[name] = [loss for loss, *_ in numbers(tmp_path / name)]
+    assert losses["validated"] == losses["alone"]
+    # B is zero in the first step, so dropout on the input of A changes only the later losses.
+    assert losses["without"][0] == losses["alone"][0]
+    assert losses["without"][1] != losses["alone"][1]
+
+
 @pytest.mark.parametrize(
     ("file", "error", "where", "kind"),
     [

@@ -113,7 +113,6 @@ class AnswerSampler(LoopPart):
             synced=self.is_sharded,
             clock=clock,
         )
-        session.model.train()
         self.seconds += clock.elapsed
         if not clock.late:
             self.sinks.samples(step, answers)

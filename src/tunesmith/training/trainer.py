@@ -110,7 +110,6 @@ class Trainer(LoopPart):
         """Train until the duration is reached. Raise StoppedError after saving if a stop is
         requested.
         """
-        self.session.model.train()
         self.stop.agree()
         if self.stop.is_due():  # a stop was requested while the model was loaded
             self.save_and_stop()

@@ -88,7 +88,7 @@ class Validation(LoopPart):
             micro_tokens = micro_batch.amount
         else:
             micro_tokens = self.run.row_tokens * 4
-        result = validation_loss(
+        return validation_loss(
             session.model,
             session.data.validation,
             micro_tokens=micro_tokens,
@@ -98,5 +98,3 @@ class Validation(LoopPart):
             cancelled=self.stop.cancels_validation,
             scored=self.ranks.heartbeat.progress,
         )
-        session.model.train()
-        return result

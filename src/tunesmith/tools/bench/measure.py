@@ -204,7 +204,6 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
 def _train(trainer: Trainer, profiler: Profiler, *, last_timed: int) -> None:
     """Run all steps in the trainer's loop, and profile the steps after the timed ones."""
     session = trainer.session
-    session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(loader):
             if step == last_timed:
