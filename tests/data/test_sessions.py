@@ -223,6 +223,14 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ),
         ["u:Hi | (a):Hel | u:Go on | a:Hello."], {"parts of answers that were cut off, not trained": 1},
     ),
+    "hermes cut": (
+        [
+            hermes(chat("user", "Hi"), chat("assistant", "Hel", finish_reason="length")),
+            hermes(chat("user", "Hi"), chat("assistant", "Hello.")),
+        ],
+        ["s:Be brief. | u:Hi | a:Hello."],
+        {"parts of answers that were cut off, not trained": 1, "conversations without an answer, left out": 1},
+    ),
     "codex parallel": (
         codex(*PARALLEL_ITEMS),
         ["s:Be brief. | u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."], {},

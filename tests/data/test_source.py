@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from errors import holds, refuses
+from page_cache import resident
 from recipes import make_run
 from tunesmith.config.schema import Source
 from tunesmith.data.source import arrow_files, files
@@ -392,3 +394,20 @@ def test_a_file_with_links_is_read_once(tmp_path: Path) -> None:
     (folder / "sub" / "parent").symlink_to(folder)
     (folder / "above").symlink_to(tmp_path)
     assert texts_of(folder) == {"train": ["b", "other", "c"]}
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
+)
+def test_the_pages_of_files_that_are_closed_are_dropped(tmp_path: Path) -> None:
+    """Rows are read in any order, so the pages of open files stay. At most 16 files are open."""
+    paths = [tmp_path / f"{number}.jsonl" for number in range(20)]
+    for path in paths:
+        path.write_text(json.dumps({"text": "word " * 4000}) + "\n")
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())
+        if resident(path) < 4:
+            pytest.skip("this file system does not cache")
+    for table in [open_table(path) for path in paths]:
+        table.row(0)
+    assert [resident(path) > 0 for path in paths] == [False] * 4 + [True] * 16

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
-from errors import refuses, warnings_with
+from errors import holds, refuses, warnings_with
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.cli.run_data import findings_as_json
@@ -338,6 +338,18 @@ def test_a_call_is_the_same_whatever_the_order_of_its_arguments() -> None:
         return row_text({"messages": messages}, Source(source="x.jsonl"))
 
     assert call(city="Oslo", unit="C") == call(unit="C", city="Oslo")
+
+
+def test_a_line_says_that_many_rows_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = numbered(tmp_path / "rows.jsonl", 9)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    for announced, expected in ((8, 1), (8, 0)):  # the second time the result is cached
+        monkeypatch.setattr(row_checks, "ANNOUNCED_ROWS", announced)
+        with logged_lines() as lines:
+            check_rows([(source, read_rows(source))])
+        assert sum(holds(line, "9") for line in lines) == expected
 
 
 def test_a_row_of_a_later_source_is_placed_in_its_own_file(tmp_path: Path) -> None:

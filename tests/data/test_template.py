@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 from chat_table import (
@@ -251,6 +252,28 @@ def test_an_answer_in_two_generation_blocks_is_supervised_in_both() -> None:
     )
     example = template.encode(Conversation(turns("a", "b", "c", "d")), "response", where="r")
     assert tokenizer.decode(example.ids[example.trained]) == "bb<|im_end|>dd<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("form", "train_on", "renders"),
+    [("chatml", "response", 2 + 3), ("chatml", "last", 2 + 1), ("tagged", "response", 2)],
+)
+def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
+    form: str, train_on: Any, renders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, with sentinels, and up to each supervised answer, which tags make unnecessary."""
+    template = template_for(form, train("bytes", IM, False))
+    calls = []
+
+    def counted(render: Any) -> Any:
+        return lambda *args, **keys: calls.append(1) or render(*args, **keys)
+
+    for name in ("render", "generate"):
+        monkeypatch.setattr(jinja2.Template, name, counted(getattr(jinja2.Template, name)))
+    for _ in range(2):
+        calls.clear()
+        template.encode(Conversation(turns("a", "aa", "b", "bb", "c", "cc")), train_on, where="r")
+        assert len(calls) == renders
 
 
 # --- templates and rows whose answers cannot be told for certain

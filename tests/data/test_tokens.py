@@ -282,6 +282,7 @@ def test_splits_of_a_folder(
 LONG_TEXTS = {
     "paragraphs": "".join(f"Line {i}.\nAnd ä more.\n\n" for i in range(300)),
     "crlf": "".join(f"Line {i}.\r\n\r\n" for i in range(300)),
+    "letters": "ä" * 2000,
 }
 
 

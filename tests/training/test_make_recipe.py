@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
@@ -26,6 +26,7 @@ from tunesmith.config.schema import Run
 from tunesmith.config.shipped import schema_line
 from tunesmith.data.prepare import prepare_data
 from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, StoppedError
+from tunesmith.hub import fetch
 from tunesmith.metrics.record import read_records
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.stages.draft import draft_recipe
@@ -286,6 +287,18 @@ def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
         write_rows(home / "rows.jsonl", rows)
     run = make_recipe("small", "rows.jsonl" if rows else "faq.csv", words, ranks=ranks).run
     assert {key: str(attrgetter(key)(run)) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("letters", "seq_len"), [(400, 256), (2000, 512), (40_000, 2048)])
+def test_on_paper_the_longest_row_is_estimated_from_its_characters(
+    letters, seq_len, home, monkeypatch
+):
+    """The model is not on this machine, so its tokenizer is unknown."""
+    config = json.loads(LlamaConfig(max_position_embeddings=8192).to_json_string(use_diff=False))
+    monkeypatch.setattr(fetch, "config_in_package", lambda model: config)
+    write_rows(home / "rows.jsonl", [*SHORT, {"text": "x" * letters}])
+    made = make_recipe("someone/some-model", "rows.jsonl", on_paper=True)
+    assert made.run.data.seq_len == seq_len
 
 
 @pytest.mark.slow
